@@ -1,0 +1,25 @@
+"""AdamWR, written once in samples, on any engine and any number of ranks."""
+
+from dist_adamw._version import __version__
+from dist_adamw.batch import GlobalBatch
+from dist_adamw.checkpoint import CheckpointError
+from dist_adamw.collectives import AgreementError
+from dist_adamw.integrations.accelerate import prepare
+from dist_adamw.optimizer import DistAdamW
+from dist_adamw.preview import Preview
+from dist_adamw.schedule import ExpReduceMaxLROnIteration, ReduceMaxLROnRestart, RestartSchedule
+from dist_adamw.scheduler import CyclicLRWithRestarts
+
+__all__ = [
+    "AgreementError",
+    "CheckpointError",
+    "CyclicLRWithRestarts",
+    "DistAdamW",
+    "ExpReduceMaxLROnIteration",
+    "GlobalBatch",
+    "Preview",
+    "ReduceMaxLROnRestart",
+    "RestartSchedule",
+    "__version__",
+    "prepare",
+]

@@ -1,0 +1,123 @@
+"""AdamW arithmetic on lists of tensors.
+
+Floor 0: imports torch only. Nothing here knows of ranks, buckets or checkpoints;
+``optimizer.py`` chooses which run of each weight to pass.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, cast
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+DecayBy = Literal["lr", "schedule"]
+
+# Where torch has a fused kernel. A device that is missing here takes the foreach path.
+_FUSED_DEVICES = frozenset({"cpu", "cuda", "mps", "xpu", "hpu", "mtia"})
+
+
+def can_fuse(param: Tensor) -> bool:
+    """Whether torch's fused AdamW kernel can update ``param``."""
+    return param.device.type in _FUSED_DEVICES and param.is_floating_point()
+
+
+def adamw_update_(
+    params: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    max_exp_avg_sqs: list[Tensor],
+    steps: list[Tensor],
+    *,
+    grads: list[Tensor],
+    lr: float | Tensor,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    decay_by: DecayBy,
+    maximize: bool,
+    fused: bool,
+    found_inf: Tensor | None = None,
+) -> None:
+    """Apply one AdamW update in place.
+
+    Elementwise, so updating a slice equals slicing the updated whole.
+    Local: no collectives, ranks may call it in any order.
+
+    Args:
+        params: Weights, of any shapes; the next lists match them tensor by tensor.
+        max_exp_avg_sqs: Running maxima of ``exp_avg_sqs`` (amsgrad), or empty.
+        steps: Updates so far, this one included, as 0-d fp32 tensors. Not changed.
+        grads: Gradients averaged over the global batch. Not changed.
+        lr: Step size after scheduling (the paper's eta_t * alpha).
+        weight_decay: Multiplied by ``lr``, as in torch, when ``decay_by`` is "lr"; the whole
+            decay of this update, as in the paper, when it is "schedule". In both an update
+            with lr == 0 leaves the weights alone.
+        fused: torch's fused kernel, or its foreach arithmetic.
+        found_inf: 0-d; 1 makes the fused kernel leave everything as it is, without the host
+            having to know. None with ``fused=False``.
+
+    Source: Loshchilov & Hutter, arXiv:1711.05101, Algorithm 2.
+    """
+    if not params:
+        return
+    if decay_by == "schedule":
+        weight_decay = _decay_beside_lr(params, lr, weight_decay, found_inf)
+    amsgrad = bool(max_exp_avg_sqs)
+    if fused:
+        torch._fused_adamw_(
+            params,
+            grads,
+            exp_avgs,
+            exp_avg_sqs,
+            max_exp_avg_sqs,
+            steps,
+            lr=cast(float, lr),  # torch's stub has an overload for either, none for both
+            beta1=betas[0],
+            beta2=betas[1],
+            weight_decay=weight_decay,
+            eps=eps,
+            amsgrad=amsgrad,
+            maximize=maximize,
+            found_inf=found_inf,
+        )
+        return
+    adamw(
+        params,
+        grads,
+        exp_avgs,
+        exp_avg_sqs,
+        max_exp_avg_sqs,
+        [step - 1 for step in steps],  # torch's function counts the update itself
+        foreach=True,
+        amsgrad=amsgrad,
+        beta1=betas[0],
+        beta2=betas[1],
+        lr=lr,
+        weight_decay=weight_decay,
+        eps=eps,
+        maximize=maximize,
+    )
+
+
+def _decay_beside_lr(params: list[Tensor], lr: float | Tensor, decay: float, found_inf: Tensor | None) -> float:
+    """Return the weight decay to pass to a kernel that multiplies it by ``lr``.
+
+    A tensor ``lr`` cannot be divided by without asking the device, so ``params`` decay here then.
+    """
+    if isinstance(lr, Tensor):
+        factor = 1 - decay * (lr != 0) * (1 if found_inf is None else 1 - found_inf)
+        torch._foreach_mul_(params, factor.to(params[0].device, params[0].dtype))
+        return 0.0
+    beside = decay / lr if lr else 0.0
+    return beside if math.isfinite(beside) else 0.0  # lr below 1e-308: as good as 0
+
+
+def sum_of_squares(tensors: list[Tensor]) -> Tensor:
+    """Sum of squares of all elements, as a 0-d fp64 tensor on the first tensor's device. Local."""
+    norms = torch._foreach_norm(tensors, 2, dtype=torch.float32)
+    wide = torch.float64 if tensors[0].device.type != "mps" else torch.float32
+    device = tensors[0].device
+    return torch.stack([norm.to(device) for norm in norms]).to(wide).square().sum()

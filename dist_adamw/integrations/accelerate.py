@@ -1,0 +1,269 @@
+"""``prepare``: the five objects of an Accelerate training script, made to work together.
+
+Floor 4: knows Accelerate; nothing below knows it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sized
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset
+
+from dist_adamw import collectives
+from dist_adamw.batch import GlobalBatch
+from dist_adamw.checkpoint import load_share, save_share
+from dist_adamw.optimizer import DistAdamW
+from dist_adamw.scheduler import CyclicLRWithRestarts, unwrap
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+FOLDER = "dist_adamw"
+
+
+@dataclass(frozen=True, slots=True)
+class LoaderFacts:
+    """What a data loader and an accelerator say about batches.
+
+    Attributes:
+        batch: How the global batch is made up.
+        samples: Real samples of one pass over the loader; None where it has no length.
+        drop_last: Whether a last partial batch is left out.
+    """
+
+    batch: GlobalBatch
+    samples: int | None
+    drop_last: bool
+
+    @property
+    def pass_samples(self) -> int:
+        """Samples of one micro-batch on all ranks."""
+        return self.batch.micro_batch_size * self.batch.data_parallel_size
+
+    @property
+    def epoch_size(self) -> int | None:
+        """E: with drop_last whole global batches, so that it is the same for every number of ranks."""
+        if self.samples is None or not self.drop_last:
+            return self.samples
+        return self.samples // self.batch.size * self.batch.size
+
+    @property
+    def last_pass_samples(self) -> int:
+        """Real samples of the last micro-batch of an epoch on all ranks."""
+        rest = 0 if self.drop_last or self.samples is None else self.samples % self.pass_samples
+        return rest or self.pass_samples
+
+
+def prepare(
+    accelerator: Accelerator,
+    model: nn.Module,
+    optimizer: Optimizer,
+    dataloader: DataLoader[Any],
+    scheduler: CyclicLRWithRestarts,
+) -> tuple[nn.Module, Optimizer, DataLoader[Any], CyclicLRWithRestarts]:
+    """Do ``accelerator.prepare``, and tell the scheduler what the loader and the accelerator know.
+
+    Fills in ``batch_size`` and ``epoch_size`` where they are None, has the loader tell the real
+    samples of every update, makes ``accelerator.save_state`` and ``load_state`` keep every rank's
+    share of the optimizer, and has all ranks compare their schedule and hyper-parameters, now and
+    at every update. The training loop stays as it is.
+
+    Args:
+        accelerator: Its ``gradient_accumulation_steps`` counts.
+        model: As for ``accelerator.prepare``.
+        optimizer: A `DistAdamW`, or any torch optimizer.
+        dataloader: The training loader, not prepared yet.
+        scheduler: Not prepared; it is returned itself, since it needs no wrapper.
+
+    Returns:
+        Model, optimizer, loader and scheduler, to be used instead.
+
+    Raises:
+        ValueError: the global batch or the epoch size cannot be had or contradicts what the
+            scheduler was given; nothing is prepared then.
+        AgreementError: ranks were given different things; on every rank.
+
+    Collective: every rank calls it.
+    """
+    if not isinstance(scheduler, CyclicLRWithRestarts):
+        raise ValueError(
+            f"scheduler must be a CyclicLRWithRestarts that is not prepared yet, got {type(scheduler).__name__}. "
+            "For other schedulers accelerator.prepare does all there is to do."
+        )
+    facts = loader_facts(accelerator, dataloader)
+    _tell(scheduler, facts)
+    model, wrapped, dataloader, _ = accelerator.prepare(model, optimizer, dataloader, scheduler)
+    scheduler.sample_source = lambda: real_samples(accelerator, facts)
+    inner = unwrap(wrapped)
+    watch = _watch(accelerator, inner, scheduler)
+    if isinstance(inner, DistAdamW):
+        _keep_shares(accelerator, model, wrapped, inner, watch)
+    return model, wrapped, dataloader, scheduler
+
+
+def loader_facts(accelerator: Accelerator, dataloader: DataLoader[Any]) -> LoaderFacts:
+    """Derive the global batch and the epoch size. Local.
+
+    Raises:
+        ValueError: the loader has no batch size, or a batch that the ranks cannot split, or
+            would give the ranks different numbers of batches.
+    """
+    ranks = data_parallel_size(accelerator)
+    sampler = dataloader.sampler if isinstance(dataloader.sampler, BatchSampler) else dataloader.batch_sampler
+    size = dataloader.batch_size or getattr(sampler, "batch_size", None)
+    if not size:
+        raise ValueError(
+            "the data loader has no batch size, so the samples of an update are unknown. Give the DataLoader a "
+            "batch_size or a batch sampler that has one."
+        )
+    if accelerator.split_batches:
+        if size % ranks:
+            below, above = size // ranks * ranks, (size // ranks + 1) * ranks
+            raise ValueError(
+                f"split_batches=True cannot split a batch of {size} over {ranks} ranks. "
+                f"The nearest sizes that work: {' and '.join(str(n) for n in (below, above) if n)}."
+            )
+        size //= ranks
+    batch = GlobalBatch(size, accelerator.gradient_accumulation_steps, ranks)
+    samples = _pass_length(dataloader)
+    drop_last = bool(getattr(sampler, "drop_last", False) or dataloader.drop_last)
+    uneven = samples is not None and -(-samples // size) % ranks
+    if uneven and not (accelerator.even_batches or drop_last or accelerator.split_batches):
+        raise ValueError(
+            f"even_batches=False gives {ranks} ranks different numbers of batches ({-(-samples // size)} of {size} "  # type: ignore[operator]
+            "samples), and an update needs every rank. Leave even_batches=True (repeated samples are not counted), "
+            "or set drop_last=True."
+        )
+    facts = LoaderFacts(batch, samples, drop_last)
+    if facts.epoch_size == 0:
+        raise ValueError(
+            f"the data loader has {samples} samples, fewer than one global batch of {batch.size}, and drop_last=True "
+            "leaves nothing to train on. Lower the batch size or set drop_last=False."
+        )
+    return facts
+
+
+def data_parallel_size(accelerator: Accelerator) -> int:
+    """Ranks that see different samples: all but those of tensor, context and sequence parallelism."""
+    config = getattr(accelerator, "parallelism_config", None)
+    same = 1
+    for axis in ("tp_size", "cp_size", "sp_size"):
+        same *= getattr(config, axis, 1) or 1
+    return int(accelerator.num_processes // same)
+
+
+def real_samples(accelerator: Accelerator, facts: LoaderFacts) -> int | None:
+    """Real samples of the update being applied, all ranks together; None where the loader cannot say.
+
+    Accelerate pads the last batches of an epoch so that every rank has one; repeated samples are
+    not counted.
+    """
+    state = accelerator.gradient_state
+    if not state.in_dataloader or facts.samples is None:
+        return None
+    accumulation = facts.batch.gradient_accumulation_steps
+    missing = facts.pass_samples - facts.last_pass_samples
+    if not state.sync_with_dataloader:  # updates run across epoch ends: how many last batches are inside?
+        passes = -(-facts.samples // facts.pass_samples)
+        step = int(accelerator.step)
+        return facts.batch.size - missing * (step // passes - (step - accumulation) // passes)
+    if not state.end_of_dataloader:
+        return facts.batch.size
+    in_window: int = len(state.active_dataloader) % accumulation or accumulation
+    return in_window * facts.pass_samples - missing
+
+
+def _pass_length(dataloader: DataLoader[Any]) -> int | None:
+    """Samples of one pass over the loader, before it is sharded."""
+    dataset = dataloader.dataset
+    if isinstance(dataset, IterableDataset):
+        return len(dataset) if isinstance(dataset, Sized) else None
+    sampler: Any = dataloader.sampler
+    if isinstance(sampler, BatchSampler):
+        sampler = sampler.sampler
+    elif dataloader.batch_size is None:  # a batch sampler of the user's own
+        sampler = getattr(dataloader.batch_sampler, "sampler", dataset)
+    for sized in (sampler, dataset):
+        if isinstance(sized, Sized):
+            return len(sized)
+    return None
+
+
+def _tell(scheduler: CyclicLRWithRestarts, facts: LoaderFacts) -> None:
+    if scheduler.epoch_size is None and facts.epoch_size is None:
+        raise ValueError(
+            "the data set has no length, so the epoch size is unknown. "
+            "Pass epoch_size=<samples per epoch> to CyclicLRWithRestarts."
+        )
+    if scheduler.batch_size not in (None, facts.batch.size):
+        b = facts.batch
+        raise ValueError(
+            f"batch_size={scheduler.batch_size} was given, but the loader and the accelerator make a global batch of "
+            f"{b.micro_batch_size} samples x {b.gradient_accumulation_steps} accumulation steps x "
+            f"{b.data_parallel_size} ranks = {b.size}. Leave batch_size=None, or correct one of them."
+        )
+    if scheduler.epoch_size is None:
+        scheduler.epoch_size = facts.epoch_size  # type: ignore[assignment]
+    if scheduler.batch_size is None:
+        scheduler.batch_size = facts.batch
+
+
+def _watch(
+    accelerator: Accelerator, optimizer: Optimizer, scheduler: CyclicLRWithRestarts
+) -> collectives.AgreementWatch | None:
+    """Compare the ranks now, and from now on at every update. Collective."""
+    if accelerator.num_processes == 1 or not collectives.initialized():
+        return None
+    # The comparison is a few bytes on the host: on the default group where that is gloo, else on one of its own.
+    group = None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+    layout = optimizer.layout_record() if isinstance(optimizer, DistAdamW) else {}
+    collectives.check_agreement({**scheduler.configuration(), **scheduler.agreement_record(), **layout}, group)
+    watch = collectives.AgreementWatch(group)
+    optimizer.register_step_pre_hook(lambda *_: watch.check(scheduler.agreement_record()))
+    return watch
+
+
+def _keep_shares(
+    accelerator: Accelerator,
+    model: nn.Module,
+    wrapped: Optimizer,
+    optimizer: DistAdamW,
+    watch: collectives.AgreementWatch | None,
+) -> None:
+    """Have ``save_state`` and ``load_state`` keep every rank's share beside Accelerate's files."""
+
+    def folder(path: str) -> Path:
+        index = accelerator._optimizers.index(wrapped)
+        return Path(path) / (FOLDER if index == 0 else f"{FOLDER}_{index}")
+
+    def save(models: list[nn.Module], weights: list[Any], path: str) -> None:
+        if watch is not None:
+            watch.settle()
+        save_share(optimizer, parameter_names(accelerator.unwrap_model(model), optimizer), folder(path))
+        optimizer.save_apart()
+
+    def load(models: list[nn.Module], path: str) -> None:
+        if watch is not None:
+            watch.settle()
+        if folder(path).is_dir():
+            names = parameter_names(accelerator.unwrap_model(model), optimizer)
+            optimizer.load_apart(load_share(optimizer, names, folder(path)))
+
+    accelerator.register_save_state_pre_hook(save)
+    accelerator.register_load_state_pre_hook(load)
+
+
+def parameter_names(model: nn.Module, optimizer: Optimizer) -> dict[Tensor, str]:
+    """Every parameter of the optimizer and its name in the model; tied ones have their first name."""
+    names = {param: name.replace("_orig_mod.", "") for name, param in model.named_parameters()}
+    found = {}
+    for g, group in enumerate(optimizer.param_groups):
+        for i, param in enumerate(group["params"]):
+            found[param] = names.get(param, f"parameter {i} of group {g}")
+    return found

@@ -1,0 +1,465 @@
+"""DistAdamW: AdamW whose state is sharded by element over the data-parallel ranks.
+
+Floor 2: knows parameters, gradients and process groups; nothing of schedules, Accelerate or files.
+
+Glossary:
+    shard   the state of parameters of one group, dtype and device, and this rank's share of it
+    piece   a run of one parameter's elements that this rank owns, inside one bucket
+    staging one or two buckets of memory through which updated parameters travel
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, cast, overload
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.optim.optimizer import Optimizer, ParamsT
+
+from dist_adamw import collectives
+from dist_adamw.functional import DecayBy, adamw_update_, can_fuse, sum_of_squares
+from dist_adamw.partition import BUCKET_NUMEL
+from dist_adamw.shard import MOMENTS, Shard
+
+StateDict = dict[str, Any]
+_OPTIONS = ("decay_by", "max_grad_norm", "shard", "fused", "bucket_numel")
+
+
+class DistAdamW(Optimizer):
+    """AdamW with its state sharded by element over the data-parallel ranks.
+
+    Each of W ranks keeps 1/W of ``exp_avg`` and ``exp_avg_sq``, to the element; after its share is
+    updated, the parameters are gathered. Given the same averaged gradients, the weights are the
+    same bits as ``torch.optim.AdamW(fused=True)`` gives on one rank. Without a process group it is
+    that optimizer. Parameters keep their own storage.
+
+    Args:
+        params: As for any torch optimizer: parameters, ``named_parameters()`` or group dicts.
+        lr: Learning rate.
+        betas: Decay rates of the two moments.
+        eps: Added to the root of the second moment.
+        weight_decay: See ``decay_by``.
+        amsgrad: Divide by the running maximum of the second moment.
+        maximize: Ascend instead of descend.
+        decay_by: "lr": weights are multiplied by 1 - lr * weight_decay (torch's convention).
+            "schedule": by 1 - weight_decay (the paper's); an update with lr == 0 still leaves
+            them alone.
+        max_grad_norm: Clip the gradient of all groups together to this global L2 norm. An
+            update whose norm is inf or nan is skipped on every rank. ``float("inf")`` measures
+            without clipping; None does neither.
+        shard: "auto" shards over ``mesh``, or all ranks when ``torch.distributed`` is
+            initialised at the first update. False keeps whole state on every rank. True is
+            "auto" that refuses to run unsharded.
+        mesh: 1-D device mesh of the data-parallel ranks; default: all ranks.
+        fused: True for torch's fused kernel, False for foreach; None takes fused where it runs.
+        bucket_numel: Elements that travel together.
+
+    Raises:
+        ValueError: a hyper-parameter is out of range (or nan), or ``params`` is empty.
+
+    ``step`` is collective when sharded: every rank calls it equally often. Gradients must be the
+    same on every rank by then, which is what DDP's all-reduce leaves behind.
+
+    Source: Loshchilov & Hutter, arXiv:1711.05101, Algorithm 2; sharding as in ZeRO-1,
+    Rajbhandari et al., arXiv:1910.02054.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        maximize: bool = False,
+        decay_by: DecayBy = "lr",
+        max_grad_norm: float | None = None,
+        shard: bool | str = "auto",
+        mesh: DeviceMesh | None = None,
+        fused: bool | None = None,
+        bucket_numel: int = BUCKET_NUMEL,
+    ) -> None:
+        if decay_by not in ("lr", "schedule"):
+            raise ValueError(f"decay_by must be 'lr' or 'schedule', got {decay_by!r}.")
+        if shard not in (True, False, "auto"):
+            raise ValueError(f"shard must be True, False or 'auto', got {shard!r}.")
+        if max_grad_norm is not None and not max_grad_norm > 0.0:
+            raise ValueError(f"max_grad_norm must be above 0 or None, got {max_grad_norm!r}.")
+        if mesh is not None and mesh.ndim != 1:
+            raise ValueError(f"mesh must have one axis, got {mesh.ndim}: {mesh}. Pass mesh['axis name'].")
+        if bucket_numel < 1:
+            raise ValueError(f"bucket_numel must be above 0, got {bucket_numel!r}.")
+        self.decay_by: DecayBy = decay_by
+        self.max_grad_norm = max_grad_norm
+        self.shard = shard
+        self.fused = fused
+        self.bucket_numel = bucket_numel
+        self._mesh = mesh
+        self._reset()
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "amsgrad": amsgrad,
+            "maximize": maximize,
+        }
+        super().__init__(params, defaults)
+
+    def _reset(self) -> None:
+        """Forget the layout; it is built again, from ``self.state``, at the next update."""
+        self.shards: list[Shard] = []
+        self._placed: set[Tensor] = set()
+        self._updates = 0
+        self._found_inf: Tensor | None = None
+        self._grad_norm: Tensor | None = None
+        self._skipped = False
+        self._saved_apart = False
+        self._load_apart: Callable[[], None] | None = None
+
+    # ---------------------------------------------------------------- what happened so far
+
+    @property
+    def updates(self) -> int:
+        """Applied updates so far; a skipped one does not count. Local."""
+        self._resolve()
+        return self._updates
+
+    @property
+    def step_was_skipped(self) -> bool:
+        """Whether the last `step` left the weights alone because of inf or nan gradients. Local."""
+        self._resolve()
+        return self._skipped
+
+    @property
+    def grad_norm(self) -> Tensor | None:
+        """Global gradient norm of the last update before clipping, 0-d; None without max_grad_norm."""
+        return self._grad_norm
+
+    @property
+    def process_group(self) -> dist.ProcessGroup | None:
+        """The ranks that share the state; None when nothing is sharded. Local."""
+        if self.shard is False or not collectives.initialized():
+            return None
+        group = self._mesh.get_group() if self._mesh is not None else dist.group.WORLD
+        return group if collectives.world_size(group) > 1 else None
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of optimizer state on this rank, padding included. Local."""
+        return sum(shard.nbytes for shard in self.shards)
+
+    def _resolve(self) -> None:
+        """Ask the device whether the last update was applied; free once asked."""
+        if self._found_inf is not None:
+            self._skipped = bool(self._found_inf.item())
+            self._found_inf = None
+            self._updates += not self._skipped
+
+    # ---------------------------------------------------------------- the update
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Apply one update. Collective when sharded.
+
+        Args:
+            closure: Re-evaluates the model and returns the loss.
+
+        Raises:
+            RuntimeError: a gradient is sparse. Nothing has been changed then.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._resolve()
+        self._prepare_shards()
+        grads = [shard.owned_grads() for shard in self.shards]
+        if not any(shard.any_grad for shard in self.shards):
+            return loss
+        if self.max_grad_norm is None:
+            clip: Tensor | None = None
+            self._skipped, self._updates = False, self._updates + 1
+        else:
+            clip = self._measure(grads, self.max_grad_norm)
+            if not all(map(self._is_fused, self.shards)) and self.step_was_skipped:
+                return loss  # foreach arithmetic cannot skip by itself
+        for shard, buckets in zip(self.shards, grads, strict=True):
+            shard.count_update(self._found_inf)
+            self._update(shard, buckets, clip)
+        return loss
+
+    def _is_fused(self, shard: Shard) -> bool:
+        return can_fuse(shard.params[0]) if self.fused is None else self.fused
+
+    def _update(self, shard: Shard, grads: list[list[Tensor | None]], clip: Tensor | None) -> None:
+        group = self.param_groups[shard.group_index]
+        fused = self._is_fused(shard)
+        # One bucket travels while the next is computed; received ones are unpacked two behind.
+        travelling: list[tuple[int, Any]] = []
+        for k, bucket in enumerate(grads):
+            live = [i for i, grad in enumerate(bucket) if grad is not None]
+            chosen = [cast(Tensor, bucket[i]) for i in live]
+            if clip is not None and chosen:
+                chosen = list(torch._foreach_mul(chosen, clip.to(chosen[0].dtype)))
+            adamw_update_(
+                *shard.operands(k, live),
+                grads=chosen,
+                lr=group["lr"],
+                betas=group["betas"],
+                eps=group["eps"],
+                weight_decay=group["weight_decay"],
+                decay_by=self.decay_by,
+                maximize=group["maximize"],
+                fused=fused,
+                found_inf=self._found_inf if fused else None,
+            )
+            if shard.process_group is not None:
+                travelling.append((k, shard.send(k)))
+                if len(travelling) > 1:
+                    shard.receive(*travelling.pop(0))
+        for sent in travelling:
+            shard.receive(*sent)
+
+    def _measure(self, grads: Sequence[list[list[Tensor | None]]], max_norm: float) -> Tensor:
+        """Set the global norm and whether it is finite; return the clip factor, 0-d fp32. Collective."""
+        owned = [grad for buckets in grads for bucket in buckets for grad in bucket if grad is not None]
+        device = self.shards[0].params[0].device
+        squares = sum_of_squares(owned).to(device) if owned else torch.zeros((), dtype=torch.float64, device=device)
+        if self.process_group is not None:
+            collectives.all_reduce_sum(squares, self.process_group)
+        norm = squares.sqrt()
+        self._grad_norm = norm.to(torch.float32)
+        self._found_inf = (~torch.isfinite(norm)).to(torch.float32)
+        # The constant is torch.nn.utils.clip_grad_norm_'s, so that both clip alike.
+        return (max_norm / (norm + 1e-6)).clamp(max=1.0).to(torch.float32)
+
+    # ---------------------------------------------------------------- layout
+
+    def _prepare_shards(self) -> None:
+        """Check every gradient, follow what has moved, place what is not placed yet."""
+        for shard in self.shards:
+            shard.refresh()
+        newcomers = []
+        for param in self._all_params():
+            if param.grad is not None and param.grad.layout != torch.strided:
+                raise RuntimeError(
+                    f"DistAdamW does not support sparse gradients, got one of layout {param.grad.layout}. "
+                    "Build the embedding with sparse=False."
+                )
+            if param not in self._placed and (param.grad is not None or (not self.shards and param.requires_grad)):
+                newcomers.append(param)
+        if newcomers:
+            self.place(newcomers)
+
+    def place(self, params: Iterable[Tensor]) -> None:
+        """Lay out the state of ``params``, from ``self.state`` where it has some, else zeros. Local.
+
+        The first update does this for every parameter that requires a gradient; loaders of
+        sharded state do it before. Every rank places the same parameters in the same order.
+        """
+        chosen = set(params) - self._placed
+        alike: dict[tuple[int, torch.dtype, torch.device], list[Tensor]] = {}
+        for index, group in enumerate(self.param_groups):
+            for param in group["params"]:
+                if param in chosen:
+                    alike.setdefault((index, param.dtype, param.device), []).append(param)
+        for (index, _, _), together in alike.items():
+            self._place(index, together)
+
+    def _place(self, group_index: int, params: list[Tensor]) -> None:
+        shard = Shard(
+            params,
+            group_index=group_index,
+            process_group=self.process_group,
+            amsgrad=self.param_groups[group_index]["amsgrad"],
+            max_bucket_numel=self.bucket_numel,
+        )
+        if self.shard is True and shard.process_group is None:
+            raise RuntimeError(
+                "shard=True, but there is one rank or torch.distributed is not initialised. "
+                "Launch several ranks, or leave shard='auto'."
+            )
+        for i, param in enumerate(params):
+            shard.adopt(i, self.state.get(param, {}))
+            self.state[param] = shard.state_of(i)
+        self.shards.append(shard)
+        self._placed.update(params)
+
+    def layout_record(self) -> dict[str, Any]:
+        """What ranks must agree on, as plain data. Local."""
+        return {
+            f"parameters of group {i}": [[list(p.shape), str(p.dtype), p.requires_grad] for p in group["params"]]
+            for i, group in enumerate(self.param_groups)
+        }
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, at any time. Its state is laid out at the next update.
+
+        Raises:
+            ValueError: a hyper-parameter is out of range, or a parameter is complex or overlapping.
+        """
+        group = {**self.defaults, **param_group}
+        _check_hyper_parameters(group)
+        super().add_param_group(param_group)
+        for param in self.param_groups[-1]["params"]:
+            if param.is_complex():
+                self.param_groups.pop()
+                raise ValueError(
+                    f"DistAdamW does not support complex parameters, got {param.dtype}. "
+                    "Register torch.view_as_real(parameter) instead."
+                )
+
+    # ---------------------------------------------------------------- state dicts and pickling
+
+    def state_dict(self) -> StateDict:
+        """The state as torch's optimizers give it, of what this rank owns. Local.
+
+        On one rank it loads into ``torch.optim.AdamW`` and the other way round. When sharded,
+        ``exp_avg`` and ``exp_avg_sq`` are this rank's elements, 1-D, and ``"share"`` says which;
+        only the same rank of the same world size can load that. `dist_adamw.prepare` makes
+        ``accelerator.save_state`` write every rank's share.
+        """
+        state_dict = super().state_dict()
+        if self._saved_apart:
+            self._saved_apart = False
+            return {**state_dict, "state": {}, "state_apart": True}
+        if any(shard.process_group is not None for shard in self.shards):
+            state_dict["share"] = self._share()
+        return state_dict
+
+    def _share(self) -> dict[str, Any]:
+        index = {id(p): i for i, p in enumerate(self._all_params())}
+        return {
+            "rank": collectives.rank(self.process_group),
+            "world_size": collectives.world_size(self.process_group),
+            "ranges": {
+                index[id(param)]: shard.ranges_of(i) for shard in self.shards for i, param in enumerate(shard.params)
+            },
+        }
+
+    def load_state_dict(self, state_dict: StateDict) -> None:
+        """Load what `state_dict`, or ``torch.optim.AdamW``'s, returned. Local.
+
+        A whole state is cut to this rank's share at the next update.
+
+        Raises:
+            ValueError: groups or shapes do not match, or it is another rank's share. The
+                optimizer is as it was then.
+        """
+        self._check_loadable(state_dict)
+        load_apart = self._load_apart
+        super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
+        self._reset()
+        if state_dict.get("state_apart"):
+            assert load_apart is not None
+            load_apart()
+            return
+        self.recount()
+        if "share" in state_dict:
+            for i, param in enumerate(self._all_params()):
+                if param in self.state:
+                    self.state[param]["ranges"] = state_dict["share"]["ranges"][i]
+
+    def save_apart(self) -> None:
+        """Let the next `state_dict` leave out the moments, because they have been written elsewhere."""
+        self._saved_apart = True
+
+    def load_apart(self, load: Callable[[], None]) -> None:
+        """Let the next `load_state_dict` call ``load`` for the moments that `save_apart` left out."""
+        self._load_apart = load
+
+    def recount(self) -> None:
+        """Set `updates` to what loaded state says."""
+        steps = [float(state["step"]) for state in self.state.values() if "step" in state]
+        self._updates = int(max(steps, default=0))
+
+    def _check_loadable(self, state_dict: StateDict) -> None:
+        if state_dict.get("state_apart") and self._load_apart is None:
+            raise ValueError(
+                "this state dict has no moments: they are in a folder beside it. "
+                "Load both with accelerator.load_state, after dist_adamw.prepare."
+            )
+        share = state_dict.get("share")
+        if share is not None:
+            here = (collectives.rank(self.process_group), collectives.world_size(self.process_group))
+            if (share["rank"], share["world_size"]) != here:
+                raise ValueError(
+                    f"this state is the share of rank {share['rank']} of {share['world_size']}, and this is rank "
+                    f"{here[0]} of {here[1]}. Save and load with accelerator.save_state and load_state after "
+                    "dist_adamw.prepare: that keeps every rank's share and loads on any number of ranks."
+                )
+        for i, param in enumerate(self._all_params()):
+            for key in MOMENTS:
+                value = state_dict["state"].get(i, {}).get(key)
+                whole = param.shape
+                if value is None:
+                    continue
+                if share is not None:
+                    whole = torch.Size([sum(stop - start for start, stop in share["ranges"][i])])
+                if value.shape != whole:
+                    raise ValueError(
+                        f"{key} of parameter {i} has shape {tuple(value.shape)}, but {tuple(whole)} is needed here. "
+                        "The state is of another model, or its groups are in another order."
+                    )
+
+    def _all_params(self) -> Iterable[Tensor]:
+        return (param for group in self.param_groups for param in group["params"])
+
+    def __getstate__(self) -> dict[str, Any]:
+        options = {name: getattr(self, name) for name in _OPTIONS}
+        return {**super().__getstate__(), "options": options}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        state = dict(state)
+        for name, value in state.pop("options", {}).items():
+            setattr(self, name, value)
+        if not hasattr(self, "shards"):  # unpickled: __init__ has not run
+            self._mesh = None
+            self._reset()
+        super().__setstate__(state)
+        for group in self.param_groups:
+            group.setdefault("amsgrad", False)
+            group.setdefault("maximize", False)
+
+    def __repr__(self) -> str:
+        text = super().__repr__()
+        if not self.shards:
+            where = "layout not built before the first update"
+        elif self.process_group is None:
+            where = "state whole on this rank"
+        else:
+            where = f"state sharded over {collectives.world_size(self.process_group)} ranks"
+        return (
+            f"{text[:-1]}    decay_by: {self.decay_by}\n    max_grad_norm: {self.max_grad_norm}\n"
+            f"    shard: {self.shard} ({where}; {self.state_bytes:,} bytes here)\n)"
+        )
+
+
+def _check_hyper_parameters(group: dict[str, Any]) -> None:
+    """Refuse what torch.optim.AdamW refuses, in its words; also inf."""
+    lr = group["lr"]
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError("Tensor lr must be 1-element")
+    for name, value in (
+        ("learning rate", lr),
+        ("epsilon value", group["eps"]),
+        ("weight_decay value", group["weight_decay"]),
+    ):
+        if not 0.0 <= value < math.inf:
+            raise ValueError(f"Invalid {name}: {value}")
+    for i, beta in enumerate(group["betas"]):
+        if not 0.0 <= beta < 1.0:
+            raise ValueError(f"Invalid beta parameter at index {i}: {beta}")

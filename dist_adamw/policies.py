@@ -1,0 +1,60 @@
+"""Annealing policies: the position in a cycle, tau, to a multiplier, eta.
+
+Floor 0: imports the standard library only. A policy knows nothing of samples,
+cycles or learning rates; ``schedule.py`` supplies tau and uses eta.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+Policy = Callable[[float], float]
+
+
+def cosine(tau: float) -> float:
+    """Half a cosine, from 1 to 0.
+
+    Source: Loshchilov & Hutter, SGDR, arXiv:1608.03983, eq. 5.
+    """
+    return 0.5 * (1.0 + math.cos(math.pi * tau))
+
+
+def arccosine(tau: float) -> float:
+    """The inverse of `cosine`: steep at both ends, flat in the middle."""
+    return math.acos(2.0 * tau - 1.0) / math.pi
+
+
+def triangular(tau: float, peak: float = 0.5) -> float:
+    """Rise linearly to 1 at ``tau == peak``, then fall linearly to 0.
+
+    Args:
+        tau: Position in the cycle, in [0, 1).
+        peak: Where the maximum lies, in [0, 1]. 0 only falls, 1 only rises.
+
+    Source: Smith, CLR, arXiv:1506.01186, section 3.
+    """
+    if tau < peak:
+        return tau / peak
+    return (1.0 - tau) / (1.0 - peak)
+
+
+# triangular2 and exp_range have triangular's shape; their amplitude is the schedule's affair.
+POLICIES = ("cosine", "arccosine", "triangular", "triangular2", "exp_range")
+
+
+def make_policy(name: str, triangular_step: float) -> Policy:
+    """Return the policy called ``name``.
+
+    Raises:
+        ValueError: ``name`` is none of `POLICIES`.
+    """
+    if name == "cosine":
+        return cosine
+    if name == "arccosine":
+        return arccosine
+    if name in POLICIES:
+        return lambda tau: triangular(tau, triangular_step)
+    raise ValueError(
+        f"unknown policy {name!r}. Choose one of {', '.join(POLICIES)}, or pass your own function of tau as policy_fn."
+    )

@@ -1,0 +1,511 @@
+"""CyclicLRWithRestarts: the clock, and what it writes into the parameter groups.
+
+Floor 2: a thin ``LRScheduler`` over ``schedule.py``. Works with any torch optimizer; knows nothing
+of Accelerate, DeepSpeed or files.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from numbers import Number
+from typing import Any, Literal
+
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from dist_adamw import collectives
+from dist_adamw.batch import GlobalBatch, check_positive_int
+from dist_adamw.policies import Policy
+from dist_adamw.preview import Preview
+from dist_adamw.schedule import IterationCallback, Period, RestartCallback, RestartSchedule, SchedulePoint
+
+OnDifference = Literal["strict", "checkpoint", "new"]
+_STATE_VERSION = 1
+_NOT_KNOWN = (
+    "{} is not known, so the schedule cannot be computed. Pass it to CyclicLRWithRestarts, or let "
+    "dist_adamw.prepare(accelerator, model, optimizer, dataloader, scheduler) fill it in."
+)
+
+
+@dataclass(frozen=True, slots=True)
+class _Base:
+    """What a parameter group had before any schedule touched it."""
+
+    lr: float
+    min_lr: float
+    weight_decay: float
+
+
+class CyclicLRWithRestarts(LRScheduler):
+    """Cyclic learning rates with warm restarts and normalised weight decay, in samples (AdamWR).
+
+    The clock, ``samples``, counts the real global samples of applied updates. Call `step` after
+    every ``optimizer.step()``; calls without an update in between (Accelerate makes one per
+    process, and users one per micro-batch) change nothing, and neither does a skipped update.
+
+    A parameter group's own ``lr``, ``weight_decay`` and ``min_lr`` are its base values.
+
+    Args:
+        optimizer: Any torch optimizer, also one that a library has wrapped.
+        batch_size: Global batch, in samples, or a `GlobalBatch`. None: ``prepare`` fills it in.
+        epoch_size: Samples in an epoch. None: ``prepare`` takes it from the data loader.
+        restart_period: Length of the first cycle in epochs; may be a fraction.
+        t_mult: Each cycle is this many times as long as the one before.
+        policy: "cosine", "arccosine", "triangular", "triangular2" or "exp_range".
+        policy_fn: Your own function of tau, the position in the cycle, instead of ``policy``.
+        min_lr: lr at the end of a cycle, for groups without their own.
+        gamma: Amplitude of exp_range: gamma ** (samples after warm-up / batch_size).
+        triangular_step: Where in the cycle the triangular policies peak.
+        min_restart_period: Epochs below which no cycle shrinks.
+        warmup_samples: lr rises from ``warmup_start_lr`` to its base over so many samples, once.
+        eta_on_restart_cb: (eta_min, eta_max) -> (eta_min, eta_max), folded once per restart.
+        eta_on_iteration_cb: (eta_min, eta_max, iterations) -> (eta_min, eta_max), never compounded.
+            Both must be pure functions: they are evaluated anew after a resume.
+        normalize_weight_decay: "auto" normalises where the optimizer decouples the decay and leaves
+            weight_decay alone elsewhere; True insists; False leaves it alone everywhere.
+        weight_decay_exponent: 1/2 is AdamWR's.
+        lr_scaling: "sqrt" or "linear" scales lr (not the decay) when the global batch is changed
+            in mid-run; Malladi et al., arXiv:2205.10287.
+        stream: Data without epochs: updates run across epoch ends. Otherwise the last update of
+            an epoch counts what is left of it.
+        verbose: Print one line per restart, on the main rank.
+
+    Raises:
+        ValueError: an argument is out of its range; the message has the value and the cure.
+
+    Local: no collectives. Every rank calls `step`.
+
+    Source: Loshchilov & Hutter, arXiv:1608.03983 (restarts) and arXiv:1711.05101 (AdamWR, and its
+    appendix on normalised weight decay). Departs from the paper in counting samples, not batches.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        batch_size: int | GlobalBatch | None = None,
+        epoch_size: int | None = None,
+        restart_period: Period = 100,
+        t_mult: Period = 2,
+        *,
+        policy: str = "cosine",
+        policy_fn: Policy | None = None,
+        min_lr: float = 1e-7,
+        gamma: float = 1.0,
+        triangular_step: float = 0.5,
+        min_restart_period: Period | None = None,
+        warmup_samples: int = 0,
+        warmup_start_lr: float = 0.0,
+        eta_on_restart_cb: RestartCallback | None = None,
+        eta_on_iteration_cb: IterationCallback | None = None,
+        normalize_weight_decay: bool | Literal["auto"] = "auto",
+        weight_decay_exponent: float = 0.5,
+        lr_scaling: Literal["sqrt", "linear"] | None = None,
+        stream: bool = False,
+        verbose: bool = False,
+    ) -> None:
+        if normalize_weight_decay not in (True, False, "auto"):
+            raise ValueError(f"normalize_weight_decay must be True, False or 'auto', got {normalize_weight_decay!r}.")
+        if lr_scaling not in (None, "sqrt", "linear"):
+            raise ValueError(f"lr_scaling must be 'sqrt', 'linear' or None, got {lr_scaling!r}.")
+        self._options: dict[str, Any] = {
+            "restart_period": restart_period,
+            "t_mult": t_mult,
+            "policy": policy,
+            "policy_fn": policy_fn,
+            "gamma": gamma,
+            "triangular_step": triangular_step,
+            "min_restart_period": min_restart_period,
+            "warmup_samples": warmup_samples,
+            "warmup_start_lr": warmup_start_lr,
+            "eta_on_restart_cb": eta_on_restart_cb,
+            "eta_on_iteration_cb": eta_on_iteration_cb,
+            "weight_decay_exponent": weight_decay_exponent,
+        }
+        self._epoch_size = epoch_size
+        self._batch_size = None if batch_size is None else _batch_samples(batch_size)
+        self._reference_batch_size = self._batch_size
+        self._min_lr = min_lr
+        self._normalize = normalize_weight_decay
+        self._lr_scaling = lr_scaling
+        self._stream = stream
+        self._verbose = verbose
+        self.samples = 0
+        self.on_difference: OnDifference = "strict"
+        # prepare's report of an update's real samples, in place of the rule for a plain loop.
+        self.sample_source: Callable[[], int | None] | None = None
+        self._applied: list[int | None] = []  # updates since the last step(), as the source counted them
+        self._schedule = self._make_schedule()
+        optimizer = unwrap(optimizer)
+        self._bases: list[_Base] = []
+        self._learn_groups(optimizer)
+        # The hooks must not keep a scheduler alive that the user has dropped.
+        before, after = weakref.WeakMethod(self._before_update), weakref.WeakMethod(self._after_update)
+        optimizer.register_step_pre_hook(lambda *_: (hook := before()) and hook())
+        optimizer.register_step_post_hook(lambda *_: (hook := after()) and hook())
+        super().__init__(optimizer)
+
+    # ---------------------------------------------------------------- configuration
+
+    def _make_schedule(self) -> RestartSchedule | None:
+        epoch_size, batch_size = self._epoch_size, self._reference_batch_size
+        # Bad arguments fail here and now, also when prepare is to fill in the rest.
+        schedule = RestartSchedule(
+            epoch_size=1 if epoch_size is None else epoch_size,
+            batch_size=1 if batch_size is None else batch_size,
+            **self._options,
+        )
+        return None if epoch_size is None or batch_size is None else schedule
+
+    @property
+    def batch_size(self) -> int | None:
+        """The global batch, in samples. Setting it moves the weight decay's norm, not lr's clock."""
+        return self._batch_size
+
+    @batch_size.setter
+    def batch_size(self, batch_size: int | GlobalBatch) -> None:
+        self._batch_size = _batch_samples(batch_size)
+        if self._reference_batch_size is None:
+            self._reference_batch_size = self._batch_size
+            self._schedule = self._make_schedule()
+        self._push()
+
+    @property
+    def epoch_size(self) -> int | None:
+        """Samples in an epoch. It can be set once, by whoever knows the data."""
+        return self._epoch_size
+
+    @epoch_size.setter
+    def epoch_size(self, epoch_size: int) -> None:
+        if self._epoch_size not in (None, epoch_size):
+            raise ValueError(f"epoch_size is {self._epoch_size} already, got {epoch_size}: cycles would move.")
+        self._epoch_size = check_positive_int("epoch_size", epoch_size)
+        self._schedule = self._make_schedule()
+        self._push()
+
+    @property
+    def schedule(self) -> RestartSchedule:
+        """The pure function of samples behind this scheduler.
+
+        Raises:
+            ValueError: batch_size or epoch_size is not known yet.
+        """
+        if self._schedule is None:
+            missing = "batch_size" if self._reference_batch_size is None else "epoch_size"
+            raise ValueError(_NOT_KNOWN.format(missing))
+        return self._schedule
+
+    @property
+    def cycle(self) -> int:
+        """The current cycle, from 0; also how often lr has restarted."""
+        return self.schedule.at(self.samples).cycle.index
+
+    def _learn_groups(self, optimizer: Optimizer) -> None:
+        """Take down the base values of groups not seen before."""
+        for group in optimizer.param_groups[len(self._bases) :]:
+            # torch's own convention for lr: what a scheduler has annealed is never taken for a base.
+            base_lr = float(group.setdefault("initial_lr", _copied(group["lr"])))
+            decay = float(group.setdefault("initial_weight_decay", group.get("weight_decay", 0.0)))
+            min_lr = float(group.get("min_lr", self._min_lr))
+            if not 0.0 <= base_lr < math.inf:
+                raise ValueError(f"lr must be a finite number >= 0, got {base_lr!r}.")
+            if not 0.0 <= decay < math.inf:
+                raise ValueError(f"weight_decay must be a finite number >= 0, got {decay!r}.")
+            if not 0.0 <= min_lr <= base_lr:
+                raise ValueError(
+                    f"min_lr must lie between 0 and the group's lr {base_lr!r}, got {min_lr!r}. "
+                    "Set min_lr in the parameter group, or pass a smaller one."
+                )
+            if self._normalize is True and decay > 0 and decay_convention(optimizer, group) == "l2":
+                raise ValueError(
+                    f"normalize_weight_decay=True, but {type(optimizer).__name__} adds weight_decay={decay!r} to the "
+                    "gradient (L2), where the norm means nothing. Use an optimizer with decoupled decay, such as "
+                    "DistAdamW or torch.optim.AdamW, or leave normalize_weight_decay='auto'."
+                )
+            self._bases.append(_Base(base_lr, min_lr, decay))
+
+    # ---------------------------------------------------------------- the clock
+
+    def _initial_step(self) -> None:
+        """Called by ``LRScheduler.__init__``: write the values of sample 0."""
+        self._step_count = 1
+        self._push()
+
+    def _before_update(self) -> None:
+        if len(self.optimizer.param_groups) > len(self._bases):
+            self._learn_groups(self.optimizer)
+            self._push()
+        _ = self.schedule  # an update at an unknown lr must not happen
+
+    def _after_update(self) -> None:
+        # torch's get_optimizer_state_dict makes an empty optimizer step once with lr 0.
+        initialising = all(g["lr"] == 0 for g in self.optimizer.param_groups) and any(self._last_lr)
+        if not initialising and not was_skipped(self.optimizer):
+            self._applied.append(None if self.sample_source is None else self.sample_source())
+
+    def step(self, samples: int | None = None) -> None:
+        """Advance the clock by the updates applied since the last call, and set lr and weight decay.
+
+        Args:
+            samples: Real global samples (over all ranks) of those updates. None: the data
+                loader's count under ``prepare``; elsewhere ``batch_size``, but never past the
+                end of an epoch unless ``stream=True``.
+
+        Raises:
+            ValueError: ``samples`` is not a whole number >= 0, or the schedule is not known yet.
+        """
+        if samples is not None and (isinstance(samples, bool) or not isinstance(samples, int) or samples < 0):
+            raise ValueError(f"samples must be a whole number >= 0 (all ranks together), got {samples!r}.")
+        applied, self._applied = self._applied, []
+        if not applied:
+            return
+        before = self.cycle
+        self._step_count += len(applied)
+        if samples is not None:
+            self.samples += samples
+        else:
+            for counted in applied:
+                self.samples += self._nominal_samples() if counted is None else counted
+        self._push()
+        if self._verbose and self.cycle != before and collectives.rank() == 0:
+            print(self._restart_line())
+
+    def _nominal_samples(self) -> int:
+        assert self._batch_size is not None
+        assert self._epoch_size is not None
+        if self._stream:
+            return self._batch_size
+        return min(self._batch_size, self._epoch_size - self.samples % self._epoch_size)
+
+    def _restart_line(self) -> str:
+        assert self._epoch_size is not None
+        cycle = self.schedule.at(self.samples).cycle
+        return (
+            f"warm restart {cycle.index} at sample {self.samples:,} (epoch {self.samples / self._epoch_size:.2f}): "
+            f"the next {float(cycle.length / self._epoch_size):g} epochs start from lr {self.get_last_lr()[0]:.3g}"
+        )
+
+    # ---------------------------------------------------------------- lr and weight decay
+
+    def _push(self) -> None:
+        """Write what the schedule says of ``samples`` into the groups."""
+        if self._schedule is not None and self._bases:
+            point = self._schedule.at(self.samples)
+            for group, base in zip(self.optimizer.param_groups, self._bases, strict=True):
+                lr = self._lr(point, base)
+                if isinstance(group["lr"], Tensor):
+                    group["lr"].fill_(lr)
+                else:
+                    group["lr"] = lr
+                decay = self._weight_decay(point, base, decay_convention(self.optimizer, group))
+                if decay is not None:
+                    group["weight_decay"] = decay
+            self.last_epoch = self.samples // self._schedule.epoch_size
+        self._last_lr = [_copied(group["lr"]) for group in self.optimizer.param_groups]
+
+    def _lr(self, point: SchedulePoint, base: _Base) -> float:
+        return self.schedule.lr(point, base.lr, base.min_lr) * self._lr_scale()
+
+    def _lr_scale(self) -> float:
+        if self._lr_scaling is None or self._batch_size == self._reference_batch_size:
+            return 1.0
+        assert self._batch_size is not None
+        assert self._reference_batch_size is not None
+        growth = self._batch_size / self._reference_batch_size
+        return growth if self._lr_scaling == "linear" else math.sqrt(growth)
+
+    def _weight_decay(self, point: SchedulePoint, base: _Base, convention: str) -> float | None:
+        """The value for ``group["weight_decay"]``; None where it is left alone."""
+        if self._normalize is False or convention == "l2":
+            return None
+        assert self._batch_size is not None
+        if base.lr == 0:
+            return 0.0  # the decay follows lr, and this group's never leaves 0
+        lambda_i = base.weight_decay * self.schedule.weight_decay_norm(point, self._batch_size)
+        if convention == "schedule":
+            return lambda_i * self.schedule.lr(point, base.lr, base.min_lr) / base.lr
+        return lambda_i / (base.lr * self._lr_scale())
+
+    def get_lr(self) -> list[float | Tensor]:
+        """The learning rate of each group at ``samples``."""
+        point = self.schedule.at(self.samples)
+        return [self._lr(point, base) for base in self._bases]
+
+    def get_last_weight_decay(self) -> list[float]:
+        """What each group's ``weight_decay`` holds for the next update."""
+        return [group.get("weight_decay", 0.0) for group in self.optimizer.param_groups]
+
+    def preview(self, cycles: int = 4, points: int = 1000, group: int = 0) -> Preview:
+        """The table of restarts, and lr and weight decay over samples, before training.
+
+        Args:
+            cycles: How many cycles to show.
+            points: Samples of the trace, evenly spaced.
+            group: Which parameter group.
+        """
+        base = self._bases[group]
+        convention = decay_convention(self.optimizer, self.optimizer.param_groups[group])
+        fixed = float(self.optimizer.param_groups[group].get("weight_decay", 0.0))
+
+        def values(point: SchedulePoint) -> tuple[float, float]:
+            decay = self._weight_decay(point, base, convention)
+            return self._lr(point, base), fixed if decay is None else decay
+
+        return Preview.compute(self.schedule, values, cycles=cycles, points=points)
+
+    # ---------------------------------------------------------------- state
+
+    def state_dict(self) -> dict[str, Any]:
+        """``samples``, and the configuration as plain data; loads with ``weights_only=True``."""
+        return {
+            "version": _STATE_VERSION,
+            "samples": self.samples,
+            "batch_size": self._batch_size,
+            "reference_batch_size": self._reference_batch_size,
+            "configuration": self.configuration(),
+        }
+
+    def configuration(self) -> dict[str, Any]:
+        """Everything that shapes the curve but the clock and the global batch, as plain data."""
+        options = {name: _plain(value) for name, value in self._options.items()}
+        groups = [[base.lr, base.min_lr, base.weight_decay] for base in self._bases]
+        return {
+            **options,
+            "epoch_size": self._epoch_size,
+            "normalize_weight_decay": self._normalize,
+            "lr_scaling": self._lr_scaling,
+            "stream": self._stream,
+            "groups (lr, min_lr, weight_decay)": groups,
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], on_difference: OnDifference | None = None) -> None:
+        """Put the clock where it was, and lr and weight decay into the groups at once.
+
+        The global batch stays the one of this job: lr goes on as it was, the decay is normalised
+        by the new one.
+
+        Args:
+            on_difference: When the configuration saved is not this one: "strict" raises,
+                "checkpoint" takes the saved one, "new" keeps this one. Default: the attribute
+                ``on_difference``, which is "strict" and can be set for loaders that pass nothing.
+
+        Raises:
+            ValueError: not a state of this class, or configurations differ; nothing is changed.
+        """
+        if state_dict.get("version") != _STATE_VERSION or "samples" not in state_dict:
+            raise ValueError(
+                f"not a state of CyclicLRWithRestarts version {_STATE_VERSION}: its keys are {sorted(state_dict)}."
+            )
+        choice = self.on_difference if on_difference is None else on_difference
+        if choice not in ("strict", "checkpoint", "new"):
+            raise ValueError(f"on_difference must be 'strict', 'checkpoint' or 'new', got {choice!r}.")
+        saved, ours = state_dict["configuration"], self.configuration()
+        if ours["epoch_size"] is None:
+            ours["epoch_size"] = saved["epoch_size"]
+        differing = [k for k in sorted({*saved, *ours}) if saved.get(k) != ours.get(k)]
+        if differing and choice == "strict":
+            lines = "; ".join(f"{k} was {saved.get(k)!r} and is {ours.get(k)!r}" for k in differing)
+            raise ValueError(
+                f"the schedule of the checkpoint is another one: {lines}. Pass the same arguments, or set "
+                "scheduler.on_difference to 'checkpoint' or 'new' to choose."
+            )
+        if differing and choice == "checkpoint":
+            self._take_over(saved, differing)
+        self._epoch_size = self._epoch_size or saved["epoch_size"]
+        if self._batch_size is None:
+            self._batch_size = state_dict["batch_size"]
+        self._reference_batch_size = state_dict["reference_batch_size"] or self._reference_batch_size
+        self._schedule = self._make_schedule()
+        self.samples = int(state_dict["samples"])
+        self._applied = []
+        self._push()
+
+    def _take_over(self, saved: Mapping[str, Any], differing: list[str]) -> None:
+        functions = [k for k in differing if k in ("policy_fn", "eta_on_restart_cb", "eta_on_iteration_cb")]
+        if functions:
+            raise ValueError(
+                f"the checkpoint used {functions[0]}={saved.get(functions[0])!r}; a function cannot be loaded from a "
+                "checkpoint. Pass it to CyclicLRWithRestarts."
+            )
+        groups = saved["groups (lr, min_lr, weight_decay)"]
+        if len(groups) != len(self._bases):
+            raise ValueError(f"the checkpoint has {len(groups)} parameter groups, this optimizer {len(self._bases)}.")
+        kept = {k: v for k, v in self._options.items() if k not in differing}
+        self._options = {**{k: saved[k] for k in self._options if k in differing}, **kept}
+        self._epoch_size = saved["epoch_size"]
+        self._normalize = saved["normalize_weight_decay"]
+        self._lr_scaling = saved["lr_scaling"]
+        self._stream = saved["stream"]
+        self._bases = [_Base(*group) for group in groups]
+
+    def agreement_record(self) -> dict[str, Any]:
+        """What all ranks must have alike at this update, as plain data."""
+        hyper = [
+            {k: _plain(v) for k, v in group.items() if k not in ("params", "param_names", "lr", "weight_decay")}
+            for group in self.optimizer.param_groups
+        ]
+        return {
+            "samples": self.samples,
+            "batch_size": self._batch_size,
+            "lr": [float(group["lr"]) for group in self.optimizer.param_groups],
+            "weight_decay": self.get_last_weight_decay(),
+            "group hyper-parameters": hyper,
+        }
+
+
+def unwrap(optimizer: Optimizer) -> Optimizer:
+    """The torch optimizer inside wrappers that keep theirs in ``.optimizer``."""
+    while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
+        optimizer = inner
+    return optimizer
+
+
+def was_skipped(optimizer: Optimizer) -> bool:
+    """Whether the step that just returned left the weights alone."""
+    if isinstance(skipped := getattr(optimizer, "step_was_skipped", None), bool):
+        return skipped
+    # A fused torch optimizer skips inside the kernel; GradScaler leaves it the flag during step().
+    found_inf = getattr(optimizer, "found_inf", None)
+    return isinstance(found_inf, Tensor) and bool(found_inf.item())
+
+
+def decay_convention(optimizer: Optimizer, group: Mapping[str, Any]) -> Literal["schedule", "lr", "l2"]:
+    """What ``optimizer`` does with ``group["weight_decay"]``: the table of docs/schedule.md."""
+    if (decay_by := getattr(optimizer, "decay_by", None)) in ("schedule", "lr"):
+        return "schedule" if decay_by == "schedule" else "lr"
+    # apex and DeepSpeed say by a flag, torch's Adam family in the group.
+    for flag in (getattr(optimizer, "adam_w_mode", None), getattr(optimizer, "adamw_mode", None)):
+        if flag is not None:
+            return "lr" if flag else "l2"
+    if group.get("decoupled_weight_decay"):
+        return "lr"
+    names = {cls.__name__ for cls in type(optimizer).__mro__}
+    decoupled = any("adamw" in name.lower() for name in names) or names & {"Lion", "SGDW", "Muon", "Adafactor"}
+    return "lr" if decoupled else "l2"
+
+
+def _batch_samples(batch_size: int | GlobalBatch) -> int:
+    return batch_size.size if isinstance(batch_size, GlobalBatch) else check_positive_int("batch_size", batch_size)
+
+
+def _copied(value: float | Tensor) -> float | Tensor:
+    return value.detach().clone() if isinstance(value, Tensor) else value
+
+
+def _plain(value: Any) -> Any:
+    """``value`` as data that a safe load accepts and that compares by value."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, Tensor):
+        return value.tolist()
+    if isinstance(value, Number):
+        return str(value)
+    if hasattr(value, "__qualname__"):
+        return f"{value.__module__}.{value.__qualname__}"
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))

@@ -1,0 +1,275 @@
+"""One rank's share of the AdamW state of a list of parameters.
+
+Floor 1: tensors, a layout and a process group. ``optimizer.py`` decides what is in a shard and
+when it is updated; this module knows where every element lies.
+
+Elements of a parameter are counted in the order of its memory, which is C order for a
+contiguous one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dist_adamw import collectives
+from dist_adamw.partition import FlatLayout, Piece
+
+MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+
+
+class Operands(NamedTuple):
+    """What one bucket's update reads and writes; equally long lists of 1-D tensors (steps: 0-d)."""
+
+    params: list[Tensor]
+    exp_avgs: list[Tensor]
+    exp_avg_sqs: list[Tensor]
+    max_exp_avg_sqs: list[Tensor]
+    steps: list[Tensor]
+
+
+@dataclass(slots=True)
+class _Bucket:
+    """Views that stay valid while the parameters stay where they are."""
+
+    pieces: list[Piece]
+    operands: Operands
+    mine: list[Tensor] = field(default_factory=list)  # my pieces, of parameters
+    mine_staged: list[Tensor] = field(default_factory=list)  # the same, in the staging buffer
+    others: list[Tensor] = field(default_factory=list)
+    others_staged: list[Tensor] = field(default_factory=list)
+    staging: Tensor | None = None
+
+
+class Shard:
+    """The state of ``params``, of which this rank holds its share.
+
+    Args:
+        params: Parameters of one group, dtype and device.
+        group_index: Their place in ``optimizer.param_groups``.
+        process_group: The ranks that share the state; None keeps it whole.
+        amsgrad: Keep running maxima of the second moment too.
+        max_bucket_numel: Elements that travel together.
+
+    Local to build; `send` and `receive` are collective.
+    """
+
+    def __init__(
+        self,
+        params: list[Tensor],
+        *,
+        group_index: int,
+        process_group: dist.ProcessGroup | None,
+        amsgrad: bool,
+        max_bucket_numel: int,
+    ) -> None:
+        self.params = params
+        self.group_index = group_index
+        self.process_group = process_group
+        world_size = 1 if process_group is None else collectives.world_size(process_group)
+        self._rank = 0 if process_group is None else collectives.rank(process_group)
+        self.layout = FlatLayout(tuple(p.numel() for p in params), world_size, max_bucket_numel)
+        self._owned = self.layout.owned(self._rank)
+        self._owned_of: list[list[Piece]] = [[] for _ in params]
+        for bucket in self._owned:
+            for piece in bucket:
+                self._owned_of[piece.param].append(piece)
+        like = params[0]
+        names = MOMENTS if amsgrad else MOMENTS[:2]
+        self.moments = {
+            name: torch.zeros(self.layout.shard_numel, dtype=like.dtype, device=like.device) for name in names
+        }
+        self.steps = torch.zeros(len(params), dtype=torch.float32, device=like.device)
+        self._has_grad = [False] * len(params)
+        self._staging: list[Tensor] = []
+        self._build_views()
+
+    # ---------------------------------------------------------------- where things lie
+
+    def _build_views(self) -> None:
+        self._addresses = [p.data_ptr() for p in self.params]
+        flat = [storage_order(p.detach()) for p in self.params]
+        steps = list(self.steps.unbind())
+        if self.process_group is not None and not self._staging:
+            like = self.params[0]
+            count = min(2, self.layout.num_buckets)
+            self._staging = [
+                torch.zeros(self.layout.bucket_numel, dtype=like.dtype, device=like.device) for _ in range(count)
+            ]
+        self._buckets = [self._bucket_views(k, pieces, flat, steps) for k, pieces in enumerate(self._owned)]
+
+    def _bucket_views(self, k: int, pieces: list[Piece], flat: list[Tensor], steps: list[Tensor]) -> _Bucket:
+        cut = [flat[p.param][p.start : p.stop] for p in pieces]
+        moments = [[m[p.offset : p.offset + p.numel] for p in pieces] for m in self.moments.values()]
+        maxima = moments[2] if len(moments) == 3 else []
+        bucket = _Bucket(pieces, Operands(cut, moments[0], moments[1], maxima, [steps[p.param] for p in pieces]))
+        if self.process_group is None:
+            return bucket
+        start, stop = self.layout.bucket(k)
+        my_start, my_stop = self.layout.slice_of(k, self._rank)
+        bucket.staging = self._staging[k % 2][: stop - start]
+        for first, last, views, staged in (
+            (my_start, my_stop, bucket.mine, bucket.mine_staged),
+            (start, my_start, bucket.others, bucket.others_staged),
+            (my_stop, stop, bucket.others, bucket.others_staged),
+        ):
+            for p in self.layout.pieces(first, last, first - start):
+                views.append(flat[p.param][p.start : p.stop])
+                staged.append(bucket.staging[p.offset : p.offset + p.numel])
+        return bucket
+
+    def refresh(self) -> None:
+        """Follow parameters whose storage was replaced or moved to another device since the last update."""
+        if [p.data_ptr() for p in self.params] == self._addresses:
+            return
+        places = {(p.device, p.dtype) for p in self.params}
+        if len(places) > 1:
+            raise RuntimeError(
+                f"parameters of one group went to different places after the first update: {sorted(map(str, places))}. "
+                "Move the whole model, or move it before the first update."
+            )
+        device, dtype = places.pop()
+        self.moments = {name: moment.to(device, dtype) for name, moment in self.moments.items()}
+        self.steps = self.steps.to(device)
+        self._staging = []
+        self._build_views()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of state on this rank."""
+        return sum(t.nbytes for t in (*self.moments.values(), self.steps))
+
+    def ranges_of(self, i: int) -> list[list[int]]:
+        """The ``[start, stop)`` of parameter ``i`` that this rank owns, in ascending order."""
+        return [[p.start, p.stop] for p in self._owned_of[i]]
+
+    def owned_moment(self, i: int, name: str) -> Tensor:
+        """This rank's elements of a moment of parameter ``i``, 1-D, in the order of `ranges_of`."""
+        pieces = self._owned_of[i]
+        if not pieces:
+            return self.moments[name][:0]
+        # A parameter that goes on in the next bucket fills this one to the end, so its pieces
+        # lie side by side in the flat shard.
+        return self.moments[name][pieces[0].offset : pieces[-1].offset + pieces[-1].numel]
+
+    def state_of(self, i: int) -> dict[str, Any]:
+        """Parameter ``i``'s entry in ``optimizer.state``: views into the shard.
+
+        Whole state has the parameter's own shape; a share is 1-D.
+        """
+        state: dict[str, Any] = {"step": self.steps[i]}
+        for name in self.moments:
+            owned = self.owned_moment(i, name)
+            state[name] = owned if self.process_group is not None else shaped_like(owned, self.params[i])
+        return state
+
+    def adopt(self, i: int, state: Mapping[str, Any]) -> None:
+        """Copy a loaded state of parameter ``i`` (whole, or this rank's share with its ranges).
+
+        Raises:
+            ValueError: the share is of other elements than this rank owns.
+        """
+        if "exp_avg" not in state:
+            return
+        ranges = state.get("ranges")
+        if ranges is not None and ranges != self.ranges_of(i):
+            raise ValueError(
+                f"the loaded state covers elements {ranges} of a parameter of which this rank owns "
+                f"{self.ranges_of(i)}. Load it with accelerator.load_state after dist_adamw.prepare."
+            )
+        self.steps[i] = float(state["step"])
+        for name in self.moments:
+            if name not in state:
+                continue
+            value = state[name]
+            if ranges is None:
+                whole = storage_order(value.as_subclass(Tensor), like=self.params[i])
+                value = torch.cat([whole[a:b] for a, b in self.ranges_of(i)] or [whole[:0]])
+            self.owned_moment(i, name).copy_(value)
+
+    # ---------------------------------------------------------------- one update
+
+    def owned_grads(self) -> list[list[Tensor | None]]:
+        """Gradients of the owned pieces, bucket by bucket; None where a parameter has none."""
+        flat = [None if p.grad is None else storage_order(p.grad, like=p) for p in self.params]
+        self._has_grad = [g is not None for g in flat]
+        return [
+            [None if (g := flat[p.param]) is None else g[p.start : p.stop] for p in bucket.pieces]
+            for bucket in self._buckets
+        ]
+
+    @property
+    def any_grad(self) -> bool:
+        """Whether any parameter had a gradient when `owned_grads` last looked."""
+        return any(self._has_grad)
+
+    def count_update(self, found_inf: Tensor | None) -> None:
+        """Advance ``step`` of the parameters that have a gradient, by 0 where ``found_inf`` is 1."""
+        one = 1.0 if found_inf is None else 1.0 - found_inf
+        if all(self._has_grad):
+            self.steps.add_(one)
+        else:
+            self.steps.add_(torch.tensor(self._has_grad, dtype=torch.float32, device=self.steps.device) * one)
+
+    def operands(self, k: int, live: list[int]) -> Operands:
+        """What the update of bucket ``k`` needs, of its pieces ``live``."""
+        operands = self._buckets[k].operands
+        if len(live) == len(operands.params):
+            return operands
+        return Operands(*([column[i] for i in live] if column else [] for column in operands))
+
+    def send(self, k: int) -> list[dist.Work]:
+        """Begin to exchange bucket ``k`` of the parameters. Collective."""
+        bucket = self._buckets[k]
+        assert bucket.staging is not None
+        if bucket.mine:
+            torch._foreach_copy_(bucket.mine_staged, bucket.mine)
+        return collectives.start_all_gather(bucket.staging, self.process_group)
+
+    def receive(self, k: int, works: list[dist.Work]) -> None:
+        """Wait for bucket ``k`` and write the other ranks' elements into the parameters."""
+        for work in works:
+            work.wait()
+        bucket = self._buckets[k]
+        if bucket.others:
+            torch._foreach_copy_(bucket.others, bucket.others_staged)
+
+
+def storage_order(tensor: Tensor, like: Tensor | None = None) -> Tensor:
+    """``tensor`` as 1-D, its elements in the order in which ``like`` (default: itself) has them in memory.
+
+    A view where the two agree, else a copy.
+
+    Raises:
+        ValueError: elements of ``like`` overlap or leave gaps, so there is no such order.
+    """
+    like = tensor if like is None else like
+    if like.is_contiguous():
+        return tensor.reshape(-1)
+    order = _axes_in_memory(like)
+    return tensor.permute(order).reshape(-1)
+
+
+def shaped_like(flat: Tensor, like: Tensor) -> Tensor:
+    """The inverse of `storage_order`: a view of ``flat`` with the shape and strides of ``like``."""
+    if like.is_contiguous():
+        return flat.view(like.shape)
+    order = _axes_in_memory(like)
+    inverse = [order.index(axis) for axis in range(like.ndim)]
+    return flat.view([like.shape[axis] for axis in order]).permute(inverse)
+
+
+def _axes_in_memory(tensor: Tensor) -> list[int]:
+    strides = tensor.stride()
+    order = sorted(range(tensor.ndim), key=lambda axis: -strides[axis])
+    if not tensor.permute(order).is_contiguous():
+        raise ValueError(
+            f"a parameter of shape {tuple(tensor.shape)} has strides {tensor.stride()}: its elements overlap or "
+            "leave gaps. Make it contiguous before the optimizer sees it."
+        )
+    return order

@@ -1,0 +1,156 @@
+"""A pool of ranks: real processes over gloo, started once and used by many tests.
+
+`run_ranks(4, function, *args)` runs ``function(*args)`` on ranks 0 to 3 of a process group and
+returns their results in order. The function must be importable (a test module's own function is).
+Starting ranks is what costs time, so they are forked from a server that has imported torch and
+Accelerate once; a rank waits for the next job afterwards, and a pool whose job failed is replaced.
+"""
+
+from __future__ import annotations
+
+import atexit
+import multiprocessing
+import os
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+TIMEOUT = 60.0  # seconds for one job
+GRACE = 3.0  # seconds that ranks may still take once one of them has failed
+
+_context = multiprocessing.get_context("forkserver")
+_pools: dict[int, _Pool] = {}
+
+
+class RankError(AssertionError):
+    """Some rank raised; the message has every rank's traceback."""
+
+    def __init__(self, failures: dict[int, tuple[str, str, str]]) -> None:
+        self.errors = {rank: f"{kind}: {text}" for rank, (kind, text, _) in failures.items()}
+        super().__init__("\n".join(f"--- rank {rank}\n{trace}" for rank, (_, _, trace) in sorted(failures.items())))
+
+
+def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout: float = TIMEOUT) -> list[Any]:
+    """Run ``function(*args)`` on ``world_size`` ranks.
+
+    Raises:
+        RankError: a rank raised, died or did not finish in time.
+    """
+    if world_size not in _pools:
+        _pools[world_size] = _Pool(world_size)
+    pool = _pools[world_size]
+    try:
+        return pool.run(function, args, timeout)
+    except RankError:
+        _pools.pop(world_size).close()
+        raise
+
+
+def expect_error_on_all(world_size: int, function: Callable[..., Any], *args: Any) -> list[str]:
+    """Run a job that must raise on every rank; return "Type: message" by rank."""
+    try:
+        run_ranks(world_size, function, *args)
+    except RankError as error:
+        assert sorted(error.errors) == list(range(world_size)), error
+        return [error.errors[rank] for rank in range(world_size)]
+    raise AssertionError(f"{function.__name__} raised on no rank")
+
+
+class _Pool:
+    def __init__(self, world_size: int) -> None:
+        # The server imports these once; ranks are forked from it and start in milliseconds.
+        _context.set_forkserver_preload(["torch", "torch.distributed", "accelerate", "dist_adamw"])
+        self._folder = tempfile.TemporaryDirectory()
+        rendezvous = f"file://{self._folder.name}/rendezvous"
+        self._pipes: list[Connection] = []
+        self._processes = []
+        for rank in range(world_size):
+            ours, theirs = _context.Pipe()
+            process = _context.Process(target=_serve, args=(theirs, rank, world_size, rendezvous), daemon=True)
+            process.start()
+            theirs.close()
+            self._pipes.append(ours)
+            self._processes.append(process)
+
+    def run(self, function: Callable[..., Any], args: tuple[Any, ...], timeout: float) -> list[Any]:
+        for pipe in self._pipes:
+            pipe.send((function, args))
+        results: dict[int, Any] = {}
+        failures: dict[int, tuple[str, str, str]] = {}
+        deadline = time.monotonic() + timeout
+        while len(results) + len(failures) < len(self._pipes):
+            waiting = {pipe: r for r, pipe in enumerate(self._pipes) if r not in results and r not in failures}
+            ready = wait(list(waiting), max(0.0, deadline - time.monotonic()))
+            if not ready:
+                why = f"no answer (a job may take {timeout:g} s, and {GRACE:g} s after another rank's failure)"
+                failures.update({r: ("Timeout", why, why) for r in waiting.values()})
+            for pipe in ready:
+                rank = waiting[pipe]  # type: ignore[index]
+                try:
+                    ok, value = pipe.recv()  # type: ignore[union-attr]
+                except EOFError:
+                    ok, value = False, ("Died", "the rank's process ended", "the rank's process ended")
+                (results if ok else failures)[rank] = value
+                if not ok:
+                    deadline = min(deadline, time.monotonic() + GRACE)
+        if failures:
+            raise RankError(failures)
+        return [results[rank] for rank in range(len(self._pipes))]
+
+    def close(self) -> None:
+        for process in self._processes:
+            process.kill()
+        for process in self._processes:
+            process.join()
+        self._folder.cleanup()
+
+
+def _serve(pipe: Connection, rank: int, world_size: int, rendezvous: str) -> None:
+    # What a launcher would have set; Accelerate takes the ranks from it.
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT="0",  # never used: the group exists before Accelerate looks
+        ACCELERATE_USE_CPU="true",
+        OMP_NUM_THREADS="1",
+    )
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=rendezvous, rank=rank, world_size=world_size, timeout=timedelta(seconds=TIMEOUT)
+    )
+    while True:
+        try:
+            function, args = pipe.recv()
+        except EOFError:
+            return
+        try:
+            _forget_accelerate()
+            torch.manual_seed(0)
+            answer = (True, function(*args))
+        except BaseException as error:  # a rank reports whatever ended its job
+            answer = (False, (type(error).__name__, str(error), traceback.format_exc()))
+        pipe.send(answer)
+
+
+def _forget_accelerate() -> None:
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    AcceleratorState._reset_state(reset_partial_state=False)
+    PartialState._reset_state()
+    GradientState._reset_state()
+
+
+@atexit.register
+def _close_all() -> None:
+    for pool in _pools.values():
+        pool.close()
