@@ -336,11 +336,14 @@ class DistAdamW(Optimizer):
         if self._saved_apart:
             self._saved_apart = False
             return {**state_dict, "state": {}, "state_apart": True}
-        if any(shard.process_group is not None for shard in self.shards):
-            state_dict["share"] = self._share()
+        if (share := self._share()) is not None:
+            state_dict["share"] = share
         return state_dict
 
-    def _share(self) -> dict[str, Any]:
+    def _share(self) -> dict[str, Any] | None:
+        """Which elements of the state this rank holds; None for all of them."""
+        if all(shard.process_group is None for shard in self.shards):
+            return None
         index = {id(p): i for i, p in enumerate(self._all_params())}
         return {
             "rank": collectives.rank(self.process_group),
@@ -368,10 +371,13 @@ class DistAdamW(Optimizer):
             load_apart()
             return
         self.recount()
-        if "share" in state_dict:
-            for i, param in enumerate(self._all_params()):
-                if param in self.state:
-                    self.state[param]["ranges"] = state_dict["share"]["ranges"][i]
+        self._mark_share(state_dict.get("share"))
+
+    def _mark_share(self, share: dict[str, Any] | None) -> None:
+        """Tell `Shard.adopt` which elements a loaded share is of."""
+        for i, param in enumerate(self._all_params()):
+            if share is not None and param in self.state:
+                self.state[param]["ranges"] = share["ranges"][i]
 
     def save_apart(self) -> None:
         """Let the next `state_dict` leave out the moments, because they have been written elsewhere."""
@@ -420,16 +426,21 @@ class DistAdamW(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         options = {name: getattr(self, name) for name in _OPTIONS}
-        return {**super().__getstate__(), "options": options}
+        return {**super().__getstate__(), "options": options, "share": self._share()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         state = dict(state)
         for name, value in state.pop("options", {}).items():
             setattr(self, name, value)
-        if not hasattr(self, "shards"):  # unpickled: __init__ has not run
+        share = state.pop("share", None)
+        unpickled = not hasattr(self, "shards")  # __init__ has not run
+        if unpickled:
             self._mesh = None
             self._reset()
         super().__setstate__(state)
+        if unpickled:
+            self.recount()
+            self._mark_share(share)
         for group in self.param_groups:
             group.setdefault("amsgrad", False)
             group.setdefault("maximize", False)

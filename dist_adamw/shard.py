@@ -188,6 +188,11 @@ class Shard:
                 continue
             value = state[name]
             if ranges is None:
+                if value.shape != self.params[i].shape:
+                    raise ValueError(
+                        f"{name} has shape {tuple(value.shape)}, its parameter {tuple(self.params[i].shape)}: "
+                        "the state is of another model, or a share that does not say of what."
+                    )
                 whole = storage_order(value.as_subclass(Tensor), like=self.params[i])
                 value = torch.cat([whole[a:b] for a, b in self.ranges_of(i)] or [whole[:0]])
             self.owned_moment(i, name).copy_(value)

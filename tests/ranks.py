@@ -87,7 +87,7 @@ class _Pool:
             ready = wait(list(waiting), max(0.0, deadline - time.monotonic()))
             if not ready:
                 why = f"no answer (a job may take {timeout:g} s, and {GRACE:g} s after another rank's failure)"
-                failures.update({r: ("Timeout", why, why) for r in waiting.values()})
+                failures.update(dict.fromkeys(waiting.values(), ("Timeout", why, why)))
             for pipe in ready:
                 rank = waiting[pipe]  # type: ignore[index]
                 try:

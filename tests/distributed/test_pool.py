@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import time
 
+import pytest
 import torch
 import torch.distributed as dist
 
 from tests.ranks import RankError, expect_error_on_all, run_ranks
-
-import pytest
 
 
 def _sum_of_ranks(offset: int) -> float:

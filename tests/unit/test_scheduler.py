@@ -1,0 +1,433 @@
+"""CyclicLRWithRestarts as an LRScheduler: the clock, the groups, the state."""
+
+from __future__ import annotations
+
+import csv
+import gc
+import io
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+from torch.optim import Optimizer
+
+from dist_adamw import CyclicLRWithRestarts, DistAdamW, ExpReduceMaxLROnIteration, GlobalBatch, ReduceMaxLROnRestart
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+
+
+def parameter(value: float = 1.0) -> Tensor:
+    return torch.nn.Parameter(torch.full((4,), value))
+
+
+def adamw(**options: Any) -> DistAdamW:
+    return DistAdamW([parameter()], **{"lr": 1e-3, "weight_decay": 0.05, **options})
+
+
+def make(optimizer: Optimizer, **options: Any) -> CyclicLRWithRestarts:
+    return CyclicLRWithRestarts(
+        optimizer, **{"batch_size": 100, "epoch_size": 1000, "restart_period": 1, "min_lr": 0.0, **options}
+    )
+
+
+def update(optimizer: Optimizer) -> None:
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            param.grad = torch.ones_like(param)
+    optimizer.step()
+
+
+def train(optimizer: Optimizer, scheduler: CyclicLRWithRestarts, updates: int) -> list[tuple[int, float, float]]:
+    rows = []
+    for _ in range(updates):
+        rows.append((scheduler.samples, optimizer.param_groups[0]["lr"], optimizer.param_groups[0]["weight_decay"]))
+        update(optimizer)
+        scheduler.step()
+    return rows
+
+
+def golden(name: str) -> list[tuple[int, float, float]]:
+    with (GOLDEN / f"{name}.csv").open() as file:
+        return [(int(r["samples"]), float(r["lr"]), float(r["weight_decay"])) for r in csv.DictReader(file)]
+
+
+PAPER = {"batch_size": 32, "epoch_size": 1000, "restart_period": 2.5, "t_mult": 1.5}
+
+
+def check_golden(rows: list[tuple[int, float, float]], expected: list[tuple[int, float, float]]) -> None:
+    for (s, lr, decay), (s_ref, lr_ref, decay_ref) in zip(rows, expected, strict=True):
+        assert s == s_ref
+        assert math.isclose(lr, lr_ref, rel_tol=1e-9, abs_tol=1e-15)
+        assert math.isclose(decay, decay_ref, rel_tol=1e-9, abs_tol=1e-15)
+
+
+def test_golden_trace_in_the_papers_convention() -> None:
+    optimizer = adamw(decay_by="schedule")
+    expected = golden("09_paper_cosine_frac_partial")
+    check_golden(train(optimizer, make(optimizer, **PAPER), len(expected)), expected)
+
+
+@pytest.mark.parametrize("cls", [DistAdamW, torch.optim.AdamW])
+def test_golden_trace_in_torchs_convention(cls: type[Optimizer]) -> None:
+    optimizer = cls([parameter()], lr=1e-3, weight_decay=0.05)  # type: ignore[call-arg]
+    expected = golden("10_paper_cosine_torch_convention")
+    check_golden(train(optimizer, make(optimizer, **PAPER, min_lr=1e-5), len(expected)), expected)
+
+
+def test_golden_trace_with_a_batch_change() -> None:
+    optimizer = adamw(decay_by="schedule")
+    scheduler = make(optimizer, batch_size=64, epoch_size=6400)
+    expected = golden("13_paper_cosine_batch_change")
+    rows = train(optimizer, scheduler, 200)
+    scheduler.batch_size = GlobalBatch(64, 2, 2)
+    check_golden(rows + train(optimizer, scheduler, len(expected) - 200), expected)
+
+
+def test_both_conventions_give_the_same_weights() -> None:
+    weights = []
+    for decay_by in ("lr", "schedule"):
+        param = parameter()
+        optimizer = DistAdamW([param], lr=1e-2, weight_decay=0.5, decay_by=decay_by)  # type: ignore[arg-type]
+        train(optimizer, make(optimizer, restart_period=0.7, t_mult=1.5), 60)
+        weights.append(param.detach())
+    # The two multiply the same three numbers in another order.
+    torch.testing.assert_close(weights[0], weights[1], rtol=1e-6, atol=0)
+    assert weights[0].abs().max() < 0.9
+
+
+def test_calls_without_an_update_change_nothing() -> None:
+    optimizer = adamw()
+    scheduler = make(optimizer)
+    for _ in range(3):
+        scheduler.step()
+    assert scheduler.samples == 0
+    update(optimizer)
+    for _ in range(4):  # Accelerate calls once per process
+        scheduler.step()
+    assert scheduler.samples == 100
+    assert scheduler.get_last_lr() == [optimizer.param_groups[0]["lr"]]
+
+
+def test_every_update_counts_even_if_step_is_called_once() -> None:
+    optimizer = adamw()
+    scheduler = make(optimizer, epoch_size=250)
+    for _ in range(4):
+        update(optimizer)
+    scheduler.step()
+    assert scheduler.samples == 100 + 100 + 50 + 100
+
+
+def test_the_last_update_of_an_epoch_counts_what_is_left() -> None:
+    optimizer = adamw()
+    assert [s for s, *_ in train(optimizer, make(optimizer, epoch_size=250), 5)] == [0, 100, 200, 250, 350]
+    optimizer = adamw()
+    assert [s for s, *_ in train(optimizer, make(optimizer, epoch_size=250, stream=True), 4)] == [0, 100, 200, 300]
+
+
+def test_step_counts_the_samples_it_is_given() -> None:
+    optimizer = adamw()
+    scheduler = make(optimizer)
+    update(optimizer)
+    scheduler.step(samples=37)
+    scheduler.step(samples=37)
+    assert scheduler.samples == 37
+    for bad in (-1, 1.5, True, "8"):
+        with pytest.raises(ValueError, match="samples must be a whole number >= 0"):
+            scheduler.step(samples=bad)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("cls", [DistAdamW, torch.optim.AdamW])
+def test_an_fp16_update_that_overflows_holds_the_schedule(cls: type[Optimizer], fused: bool) -> None:
+    """accelerate #4242: with a fused optimizer the kernel skips and nobody is told."""
+    param = parameter()
+    optimizer = cls([param], lr=1e-3, fused=fused)  # type: ignore[call-arg]
+    scheduler = make(optimizer)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    seen = []
+    for step in range(6):
+        optimizer.zero_grad()
+        loss = (param * (math.inf if step in (1, 4) else 1.0)).sum()
+        scaler.scale(loss).backward()
+        before = param.detach().clone()
+        scaler.step(optimizer)
+        scaler.update()
+        scheduler.step()
+        seen.append(scheduler.samples)
+        assert torch.equal(before, param) == (step in (1, 4))
+    assert seen == [100, 100, 200, 300, 300, 400]
+
+
+def test_an_update_that_clipping_skips_holds_the_schedule() -> None:
+    optimizer = adamw(max_grad_norm=1.0)
+    scheduler = make(optimizer)
+    param = optimizer.param_groups[0]["params"][0]
+    for value, samples in ((1.0, 100), (math.nan, 100), (2.0, 200)):
+        param.grad = torch.full_like(param, value)
+        optimizer.step()
+        scheduler.step()
+        assert scheduler.samples == samples
+        assert optimizer.step_was_skipped == math.isnan(value)
+    assert optimizer.updates == 2
+
+
+def test_torchs_empty_step_to_make_state_does_not_count() -> None:
+    model = torch.nn.Linear(2, 2)
+    optimizer = DistAdamW(model.parameters(), decay_by="schedule", weight_decay=0.1)
+    scheduler = make(optimizer)
+    weights = [p.detach().clone() for p in model.parameters()]
+    get_optimizer_state_dict(model, optimizer)
+    scheduler.step()
+    assert scheduler.samples == 0
+    assert all(torch.equal(a, b) for a, b in zip(weights, model.parameters(), strict=True))
+
+
+def test_groups_have_their_own_lr_weight_decay_and_min_lr() -> None:
+    groups = [
+        {"params": [parameter()], "lr": 1e-2, "weight_decay": 0.0, "min_lr": 1e-3},
+        {"params": [parameter()]},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=1e-3, weight_decay=0.05)
+    scheduler = make(optimizer, min_lr=1e-4)
+    train(optimizer, scheduler, 5)
+    assert scheduler.get_last_lr() == [pytest.approx(5.5e-3), pytest.approx(5.5e-4)]
+    lambda_0 = 0.05 * math.sqrt(0.1)
+    assert scheduler.get_last_weight_decay() == [0.0, pytest.approx(lambda_0 / 1e-3)]
+
+
+def test_a_group_added_later_is_scheduled_from_its_first_update() -> None:
+    optimizer = adamw()
+    scheduler = make(optimizer)
+    train(optimizer, scheduler, 5)
+    optimizer.add_param_group({"params": [parameter()], "lr": 1e-2})
+    seen = []
+    optimizer.register_step_pre_hook(lambda opt, *_: seen.append(opt.param_groups[1]["lr"]))
+    update(optimizer)
+    scheduler.step()
+    assert seen == [pytest.approx(5e-3)]
+    assert len(scheduler.get_last_lr()) == 2
+
+
+def test_l2_optimizers_get_lr_only() -> None:
+    for optimizer in (
+        torch.optim.SGD([parameter()], lr=0.1, weight_decay=0.01),
+        torch.optim.Adam([parameter()], lr=0.1, weight_decay=0.01),
+    ):
+        scheduler = make(optimizer)
+        train(optimizer, scheduler, 5)
+        assert scheduler.get_last_lr() == [pytest.approx(0.05)]
+        assert scheduler.get_last_weight_decay() == [0.01]
+        with pytest.raises(ValueError, match=r"normalize_weight_decay=True, but .* adds weight_decay=0\.01"):
+            make(optimizer, normalize_weight_decay=True)
+
+
+def test_decoupled_adam_is_recognised_and_false_leaves_decay_alone() -> None:
+    optimizer = torch.optim.Adam([parameter()], lr=0.1, weight_decay=0.01, decoupled_weight_decay=True)
+    assert make(optimizer).get_last_weight_decay() == [pytest.approx(0.01 * math.sqrt(0.1) / 0.1)]
+    alone = adamw()
+    assert make(alone, normalize_weight_decay=False).get_last_weight_decay() == [0.05]
+
+
+def test_drives_an_optimizer_inside_a_wrapper() -> None:
+    class Wrapper(Optimizer):
+        def __init__(self, optimizer: Optimizer) -> None:
+            self.optimizer = optimizer
+
+    inner = adamw()
+    scheduler = make(Wrapper(inner))
+    assert scheduler.optimizer is inner
+    train(inner, scheduler, 3)
+    assert scheduler.samples == 300
+
+
+def test_a_tensor_lr_is_filled_in_place() -> None:
+    lr = torch.tensor(1e-3)
+    optimizer = adamw(lr=lr)
+    scheduler = make(optimizer)
+    train(optimizer, scheduler, 5)
+    assert optimizer.param_groups[0]["lr"] is lr
+    assert lr.item() == pytest.approx(5e-4)
+
+
+def test_without_batch_or_epoch_size_the_first_update_says_so() -> None:
+    for missing in ("batch_size", "epoch_size"):
+        optimizer = adamw()
+        scheduler = make(optimizer, **{missing: None})
+        param = optimizer.param_groups[0]["params"][0]
+        before = param.detach().clone()
+        with pytest.raises(ValueError, match=rf"{missing} is not known.*dist_adamw\.prepare"):
+            update(optimizer)
+        assert torch.equal(param, before)
+        setattr(scheduler, missing, 100)
+        update(optimizer)
+        scheduler.step()
+        assert scheduler.samples == 100
+
+
+def test_batch_size_may_be_a_global_batch() -> None:
+    assert make(adamw(), batch_size=GlobalBatch(8, 4, 2)).batch_size == 64
+
+
+def test_lr_scaling_is_opt_in_and_leaves_the_decay_alone() -> None:
+    for decay_by in ("lr", "schedule"):
+        for scaling, factor in ((None, 1.0), ("sqrt", 2.0), ("linear", 4.0)):
+            optimizer = adamw(decay_by=decay_by)
+            scheduler = make(optimizer, lr_scaling=scaling)
+            train(optimizer, scheduler, 5)
+            scheduler.batch_size = 400
+            group = optimizer.param_groups[0]
+            assert group["lr"] == pytest.approx(factor * 5e-4)
+            d = group["weight_decay"] * (group["lr"] if decay_by == "lr" else 1.0)
+            assert d == pytest.approx(0.05 * math.sqrt(0.4) * 0.5)
+
+
+# ---------------------------------------------------------------- resume
+
+
+def saved(state: dict[str, Any]) -> dict[str, Any]:
+    """Through a file, the safe way."""
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    loaded: dict[str, Any] = torch.load(file, weights_only=True)
+    return loaded
+
+
+def test_resume_at_every_update_of_three_cycles() -> None:
+    options = {"restart_period": 0.7, "t_mult": 1.5, "eta_on_restart_cb": ReduceMaxLROnRestart(0.5)}
+    reference = adamw()
+    whole = train(reference, make(reference, **options), 40)
+    optimizer = adamw()
+    scheduler = make(optimizer, **options)
+    for k in range(40):
+        state = saved(scheduler.state_dict())
+        again = adamw()
+        resumed = make(again, **options)
+        resumed.load_state_dict(state)
+        group = again.param_groups[0]  # lr and weight decay are in the groups at once
+        assert (resumed.samples, group["lr"], group["weight_decay"]) == whole[k]
+        assert train(again, resumed, 40 - k) == whole[k:]
+        train(optimizer, scheduler, 1)
+
+
+def test_a_different_configuration_is_a_diff_and_the_caller_chooses() -> None:
+    optimizer = adamw()
+    scheduler = make(optimizer)
+    train(optimizer, scheduler, 5)
+    state = saved(scheduler.state_dict())
+    other = make(adamw(lr=2e-3), restart_period=2)
+    with pytest.raises(ValueError, match=r"restart_period was 1 and is 2") as raised:
+        other.load_state_dict(state)
+    assert "groups (lr, min_lr, weight_decay) was [[0.001" in str(raised.value)
+    assert other.samples == 0
+    other.load_state_dict(state, on_difference="new")
+    assert other.get_last_lr() == [pytest.approx(2e-3 * (1 + math.cos(math.pi / 4)) / 2)]
+    other.load_state_dict(state, on_difference="checkpoint")
+    assert other.get_last_lr() == scheduler.get_last_lr()
+    assert other.cycle == scheduler.cycle
+
+
+def test_a_function_cannot_come_from_a_checkpoint() -> None:
+    state = saved(make(adamw(), eta_on_restart_cb=ReduceMaxLROnRestart(0.5)).state_dict())
+    scheduler = make(adamw())
+    with pytest.raises(ValueError, match=r"eta_on_restart_cb='ReduceMaxLROnRestart\(ratio=0\.5\)'"):
+        scheduler.load_state_dict(state, on_difference="checkpoint")
+
+
+def test_a_foreign_state_is_refused() -> None:
+    scheduler = make(adamw())
+    other = torch.optim.lr_scheduler.StepLR(torch.optim.SGD([parameter()], lr=0.1), 3)
+    with pytest.raises(ValueError, match="not a state of CyclicLRWithRestarts"):
+        scheduler.load_state_dict(other.state_dict())
+    with pytest.raises(ValueError, match="on_difference must be"):
+        scheduler.load_state_dict(scheduler.state_dict(), on_difference="maybe")  # type: ignore[arg-type]
+
+
+def test_resume_with_another_global_batch_keeps_lr_and_moves_the_norm() -> None:
+    options = {"policy": "exp_range", "gamma": 0.9, "restart_period": 3}
+    optimizer = adamw()
+    scheduler = make(optimizer, **options)
+    train(optimizer, scheduler, 7)
+    again = adamw()
+    resumed = make(again, **options, batch_size=400)
+    resumed.load_state_dict(saved(scheduler.state_dict()))
+    assert resumed.get_last_lr() == scheduler.get_last_lr()
+    assert resumed.batch_size == 400
+    assert resumed.get_last_weight_decay()[0] == pytest.approx(2 * scheduler.get_last_weight_decay()[0])
+
+
+# ---------------------------------------------------------------- looks
+
+
+def test_verbose_prints_one_line_per_restart(capsys: pytest.CaptureFixture[str]) -> None:
+    optimizer = adamw()
+    train(optimizer, make(optimizer, verbose=True), 31)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2
+    assert lines[0].startswith("warm restart 1 at sample 1,000 (epoch 1.00): the next 2 epochs start from lr 0.001")
+
+
+def test_preview_shows_the_restarts_and_the_trace(tmp_path: Path) -> None:
+    optimizer = adamw()
+    scheduler = make(optimizer, warmup_samples=500, eta_on_restart_cb=ReduceMaxLROnRestart(0.5))
+    preview = scheduler.preview(cycles=3, points=75)
+    assert [row.first_sample for row in preview.rows] == [500, 1500, 3500]
+    assert [row.updates for row in preview.rows] == [10, 20, 40]
+    assert [row.peak_lr for row in preview.rows] == pytest.approx([1e-3, 5e-4, 2.5e-4])
+    assert len(preview.lr) == len(preview.weight_decay) == 75
+    assert preview.lr[5] == pytest.approx(1e-3)  # sample 500
+    assert "first sample" in str(preview)
+    assert len(str(preview).splitlines()) == 5
+    assert scheduler.samples == 0
+    png = preview.plot(tmp_path / "preview.png")
+    assert png.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_hooks_do_not_keep_a_dropped_scheduler_alive() -> None:
+    optimizer = adamw()
+    make(optimizer, batch_size=None)  # would refuse every update
+    gc.collect()
+    update(optimizer)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"min_lr": 2e-3}, r"min_lr must lie between 0 and the group's lr 0\.001, got 0\.002"),
+        ({"min_lr": math.nan}, "min_lr must lie between 0 .* got nan"),
+        ({"restart_period": 0}, "restart_period must be a finite number above 0, got 0"),
+        ({"t_mult": -1}, "t_mult must be a finite number above 0, got -1"),
+        ({"policy": "cosin"}, "unknown policy 'cosin'"),
+        ({"batch_size": 0}, "batch_size must be a whole number above 0, got 0"),
+        ({"epoch_size": -5}, "epoch_size must be a whole number above 0, got -5"),
+        ({"normalize_weight_decay": "yes"}, "normalize_weight_decay must be True, False or 'auto', got 'yes'"),
+        ({"lr_scaling": "cubic"}, "lr_scaling must be 'sqrt', 'linear' or None, got 'cubic'"),
+        ({"batch_size": None, "policy": "cosin"}, "unknown policy"),
+    ],
+)
+def test_bad_arguments_leave_the_optimizer_as_it_was(options: dict[str, Any], message: str) -> None:
+    optimizer = adamw()
+    with pytest.raises(ValueError, match=message):
+        make(optimizer, **options)
+    gc.collect()
+    assert optimizer.param_groups[0]["lr"] == 1e-3
+    assert optimizer.param_groups[0]["weight_decay"] == 0.05
+    update(optimizer)
+
+
+def test_iteration_callback_sees_global_batches() -> None:
+    optimizer = adamw()
+    scheduler = make(optimizer, restart_period=100, eta_on_iteration_cb=ExpReduceMaxLROnIteration(0.5))
+    train(optimizer, scheduler, 3)
+    assert scheduler.get_last_lr()[0] == pytest.approx(1e-3 * 0.125, rel=1e-3)
+
+
+def test_nan_in_a_group_is_refused() -> None:
+    optimizer = torch.optim.SGD([parameter()], lr=0.1)
+    optimizer.param_groups[0]["lr"] = math.nan
+    with pytest.raises(ValueError, match="lr must be a finite number >= 0, got nan"):
+        make(optimizer)
