@@ -19,6 +19,8 @@ from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+import pytest
+
 TIMEOUT = 60.0  # seconds for one job
 GRACE = 3.0  # seconds that ranks may still take once one of them has failed
 
@@ -52,12 +54,12 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout
 
 def expect_error_on_all(world_size: int, function: Callable[..., Any], *args: Any) -> list[str]:
     """Run a job that must raise on every rank; return "Type: message" by rank."""
-    try:
+    with pytest.raises(RankError) as raised:
         run_ranks(world_size, function, *args)
-    except RankError as error:
-        assert sorted(error.errors) == list(range(world_size)), error
-        return [error.errors[rank] for rank in range(world_size)]
-    raise AssertionError(f"{function.__name__} raised on no rank")
+    errors = raised.value.errors
+    if sorted(errors) != list(range(world_size)):
+        raise AssertionError(f"only ranks {sorted(errors)} raised\n{raised.value}")
+    return [errors[rank] for rank in range(world_size)]
 
 
 class _Pool:

@@ -115,14 +115,14 @@ def test_clipping_is_by_the_global_norm_and_leaves_the_gradients_alone(max_norm:
     for step in range(5):
         backward(ours, step)
         backward(theirs, step)
-        grads = [p.grad.clone() for p in ours.parameters() if p.grad is not None]
+        grads = {p: p.grad.clone() for p in ours.parameters() if p.grad is not None}
         norm = nn.utils.clip_grad_norm_(theirs.parameters(), max_norm)
         optimizer.step()
         reference.step()
         # The norm is summed piece by piece, so it may round differently from torch's.
         assert optimizer.grad_norm is not None
         torch.testing.assert_close(optimizer.grad_norm, norm, rtol=1e-6, atol=0)
-        assert all(torch.equal(g, p.grad) for g, p in zip(grads, (q for q in ours.parameters() if q.grad is not None), strict=False))
+        assert all(torch.equal(p.grad, grad) for p, grad in grads.items())
         optimizer.zero_grad()
         reference.zero_grad()
     for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
