@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
@@ -99,6 +101,7 @@ def prepare(
     facts = loader_facts(accelerator, dataloader)
     _tell(scheduler, facts)
     model, wrapped, dataloader, _ = accelerator.prepare(model, optimizer, dataloader, scheduler)
+    _sum_in_rank_order(accelerator, model)
     scheduler.sample_source = lambda: real_samples(accelerator, facts)
     inner = unwrap(wrapped)
     watch = _watch(accelerator, inner, scheduler)
@@ -214,6 +217,30 @@ def _tell(scheduler: CyclicLRWithRestarts, facts: LoaderFacts) -> None:
         scheduler.batch_size = facts.batch
 
 
+def _sum_in_rank_order(accelerator: Accelerator, model: nn.Module) -> None:
+    """Make DDP's averages independent of its buckets, where that can be had (gloo).
+
+    DDP packs its buckets anew after the first update of a job. With 3 ranks or more that moves
+    the last bit of a ring's sums, and a resumed run would not have the bits of one never stopped.
+    """
+    if not isinstance(model, DistributedDataParallel):
+        return
+    group = model.process_group
+    if dist.get_backend(group) != "gloo" or dist.get_world_size(group) == 1:
+        return
+    chosen = getattr(accelerator.ddp_handler, "comm_hook", None)
+    if chosen is not None and chosen.value != "no":
+        return  # the user's own hook
+
+    def average(buffer: Tensor) -> torch.futures.Future[Tensor]:
+        done: torch.futures.Future[Tensor] = torch.futures.Future()
+        done.set_result(collectives.all_reduce_in_rank_order(buffer.div_(dist.get_world_size(group)), group))
+        return done
+
+    # DDP insists on the name, and refuses an annotation that is text.
+    model.register_comm_hook(None, lambda state, bucket: average(bucket.buffer()))
+
+
 def _watch(
     accelerator: Accelerator, optimizer: Optimizer, scheduler: CyclicLRWithRestarts
 ) -> collectives.AgreementWatch | None:
@@ -245,6 +272,10 @@ def _keep_shares(
     def save(models: list[nn.Module], weights: list[Any], path: str) -> None:
         if watch is not None:
             watch.settle()
+        if accelerator.gradient_state.sync_with_dataloader and accelerator.sync_gradients:
+            # Between two updates Accelerate's count of micro-batches says nothing; as it is, a
+            # job with another accumulation would load it and be out of step.
+            accelerator.step = 0
         save_share(optimizer, parameter_names(accelerator.unwrap_model(model), optimizer), folder(path))
         optimizer.save_apart()
 
