@@ -1,0 +1,31 @@
+# Two commands: `make train` and `make test`. Both do all the set-up there is, in a virtual environment of their own.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+ARGS ?=
+
+.PHONY: train test setup format clean
+
+train: $(READY)  ## Train the small language model on two ranks; ARGS="--recipe.lr 2e-3" overrides.
+	PATH="$(abspath $(BIN)):$$PATH" launch/accelerate.sh --config configs/train/small.yaml $(ARGS)
+
+test: $(READY)  ## Lint, format, strict types, and every test.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+setup: $(READY)
+
+$(READY): setup.cfg pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 10) else f"dist_adamw needs Python 3.10 or newer, got {v.major}.{v.minor}. Run: make PYTHON=python3.12 ...")'
+	@$(PYTHON) -m venv $(VENV) || { echo "Python's venv module is missing: install it (Debian: apt-get install python3-venv)." >&2; exit 1; }
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+format:
+	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache

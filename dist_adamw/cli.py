@@ -1,0 +1,93 @@
+"""The ``dist-adamw`` command: look at a recipe before training.
+
+Floor 5: arguments in, text and pictures out; the arithmetic is on the floors below.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+
+from dist_adamw.batch import GlobalBatch
+from dist_adamw.optimizer import DistAdamW
+from dist_adamw.scheduler import CyclicLRWithRestarts
+
+
+def preview(
+    batch_size: int,
+    epoch_size: int,
+    restart_period: float = 100.0,
+    t_mult: float = 2.0,
+    lr: float = 1e-3,
+    min_lr: float = 1e-7,
+    weight_decay: float = 1e-2,
+    policy: str = "cosine",
+    gamma: float = 1.0,
+    triangular_step: float = 0.5,
+    warmup_samples: int = 0,
+    cycles: int = 4,
+    plot: str | None = None,
+) -> None:
+    """Print the table of restarts of a recipe, and draw it.
+
+    Args:
+        batch_size: Global batch, in samples.
+        epoch_size: Samples in an epoch.
+        restart_period: Length of the first cycle in epochs; may be a fraction.
+        t_mult: Each cycle is this many times as long as the one before.
+        lr: Learning rate at the peak of the first cycle.
+        min_lr: Learning rate at the end of a cycle.
+        weight_decay: lambda_norm, the weight decay before it is normalised.
+        policy: cosine, arccosine, triangular, triangular2 or exp_range.
+        gamma: Base of exp_range's amplitude.
+        triangular_step: Where in a cycle the triangular policies peak.
+        warmup_samples: Samples over which lr rises at the very start.
+        cycles: How many cycles to show.
+        plot: A PNG to draw lr and the decay of one update into.
+    """
+    # The paper's convention: what is shown is the whole decay of one update.
+    optimizer = DistAdamW([torch.zeros(1)], lr=lr, weight_decay=weight_decay, decay_by="schedule")
+    scheduler = CyclicLRWithRestarts(
+        optimizer,
+        batch_size,
+        epoch_size,
+        restart_period,
+        t_mult,
+        min_lr=min_lr,
+        policy=policy,
+        gamma=gamma,
+        triangular_step=triangular_step,
+        warmup_samples=warmup_samples,
+    )
+    shown = scheduler.preview(cycles=cycles)
+    print(shown)
+    if plot is not None:
+        print(f"drawn in {shown.plot(plot)}")
+
+
+def batch(size: int, micro_batch_size: int, data_parallel_size: int = 1) -> None:
+    """Find the gradient accumulation that gives a global batch.
+
+    Args:
+        size: Global batch wanted, in samples.
+        micro_batch_size: Samples that one rank sees in one forward pass.
+        data_parallel_size: Ranks that see different samples.
+    """
+    found = GlobalBatch.solve(size=size, micro_batch_size=micro_batch_size, data_parallel_size=data_parallel_size)
+    print(
+        f"{found.size} samples = {found.micro_batch_size} x {found.gradient_accumulation_steps} accumulation steps "
+        f"x {found.data_parallel_size} ranks"
+    )
+
+
+def main(args: list[str] | None = None) -> int:
+    """Run the command; a user's mistake is one sentence and exit status 2."""
+    from jsonargparse import auto_cli
+
+    try:
+        auto_cli([preview, batch], args=args, prog="dist-adamw", as_positional=False)
+    except (ValueError, ModuleNotFoundError) as error:
+        print(f"dist-adamw: {error}", file=sys.stderr)
+        return 2
+    return 0

@@ -1,0 +1,41 @@
+"""The dist-adamw command."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dist_adamw.cli import main
+
+
+def test_preview_prints_the_restarts_and_draws_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    png = tmp_path / "x.png"
+    args = ["preview", "--batch_size=32", "--epoch_size=1000", "--restart_period=2.5", "--t_mult=1.5", f"--plot={png}"]
+    assert main(args) == 0
+    out = capsys.readouterr().out
+    assert "6,250" in out  # first sample of cycle 2
+    assert png.read_bytes().startswith(b"\x89PNG")
+
+
+def test_batch_solves(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["batch", "--size=256", "--micro_batch_size=8", "--data_parallel_size=4"]) == 0
+    assert capsys.readouterr().out == "256 samples = 8 x 8 accumulation steps x 4 ranks\n"
+
+
+@pytest.mark.parametrize(
+    ("args", "sentence"),
+    [
+        (
+            ["batch", "--size=100", "--micro_batch_size=8", "--data_parallel_size=4"],
+            "nearest sizes that work: 96 and 128",
+        ),
+        (["preview", "--batch_size=32", "--epoch_size=1000", "--policy=cosin"], "unknown policy 'cosin'"),
+        (["preview", "--batch_size=32", "--epoch_size=1000", "--min_lr=1"], "min_lr must lie between 0"),
+    ],
+)
+def test_a_mistake_is_one_sentence(args: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(args) == 2
+    error = capsys.readouterr().err
+    assert sentence in error
+    assert error.count("\n") == 1

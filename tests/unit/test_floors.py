@@ -1,0 +1,81 @@
+"""The floors of docs/floors.md: imports go down, and the lower floors know no neighbour."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[2] / "dist_adamw"
+FLOORS = {
+    "_version": 0,
+    "functional": 0,
+    "policies": 0,
+    "batch": 0,
+    "schedule": 0,
+    "partition": 0,
+    "plot": 0,
+    "collectives": 1,
+    "preview": 1,
+    "shard": 1,
+    "optimizer": 2,
+    "scheduler": 2,
+    "checkpoint": 3,
+    "integrations": 4,
+    "integrations.accelerate": 4,
+    "cli": 5,
+    "__init__": 5,
+}
+# On one floor, later ones may use earlier ones.
+ORDER = list(FLOORS)
+LAZY = {"accelerate", "deepspeed", "transformers", "matplotlib", "jsonargparse"}
+
+
+def name_of(path: Path) -> str:
+    name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+    return name.removesuffix(".__init__") if name != "__init__" else name
+
+
+MODULES = {name_of(path): path for path in PACKAGE.rglob("*.py")}
+
+
+def imports(tree: ast.AST) -> Iterator[tuple[str, ast.AST]]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module, node
+            yield from ((f"{node.module}.{alias.name}", node) for alias in node.names)
+
+
+def test_every_module_has_a_floor() -> None:
+    assert sorted(MODULES) == sorted(FLOORS)
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_imports_go_down(name: str) -> None:
+    for target, _ in imports(ast.parse(MODULES[name].read_text())):
+        below = target.removeprefix("dist_adamw.")
+        if not target.startswith("dist_adamw.") or below not in FLOORS:
+            continue
+        assert FLOORS[below] <= FLOORS[name], f"{name} imports {below} from a floor above"
+        assert ORDER.index(below) < ORDER.index(name), f"{name} imports {below} sideways"
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_neighbours_are_imported_lazily(name: str) -> None:
+    tree = ast.parse(MODULES[name].read_text())
+    for node in tree.body:  # the module's own level: what importing it imports
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            for target, _ in imports(ast.Module([node], [])):
+                assert target.split(".")[0] not in LAZY, f"{name} imports {target} when it is imported"
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_a_module_says_what_it_is_and_on_which_floor(name: str) -> None:
+    text = ast.get_docstring(ast.parse(MODULES[name].read_text()))
+    assert text
+    if name not in ("__init__", "_version"):
+        assert f"Floor {FLOORS[name]}" in text
