@@ -388,8 +388,11 @@ def weights(model: nn.Module) -> list[Tensor]:
     return [p.detach().clone() for p in model.parameters()]
 
 
-def save_then_go_on(folder: str, accumulation: int, save_at: int) -> tuple[list[Row], list[Tensor]]:
-    accelerator, *objects = job(accumulation, 48, loader={"batch_size": 2})
+def save_then_go_on(
+    folder: str, accumulation: int, save_at: int, bucket_numel: int = 1
+) -> tuple[list[Row], list[Tensor]]:
+    options = {"bucket_numel": bucket_numel}  # 1: every rank owns several runs of a parameter
+    accelerator, *objects = job(accumulation, 48, loader={"batch_size": 2}, optimizer=options)
     prepared = prepare(accelerator, *objects)
     rows = []
     for i, row in enumerate(epochs(accelerator, *prepared, count=4)):
@@ -412,9 +415,10 @@ def load_and_go_on(folder: str, accumulation: int, done: int) -> tuple[list[Row]
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_a_resumed_run_has_the_bits_of_one_never_stopped(world_size: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("bucket_numel", [1, 1 << 23])
+def test_a_resumed_run_has_the_bits_of_one_never_stopped(world_size: int, bucket_numel: int, tmp_path: Path) -> None:
     accumulation = 6 // world_size
-    gone_on = run_ranks(world_size, save_then_go_on, str(tmp_path), accumulation, 6)
+    gone_on = run_ranks(world_size, save_then_go_on, str(tmp_path), accumulation, 6, bucket_numel)
     resumed = run_ranks(world_size, load_and_go_on, str(tmp_path), accumulation, 6)
     for (rows, end), (rows_again, end_again, _) in zip(gone_on, resumed, strict=True):
         assert rows_again == rows
