@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from dist_adamw import collectives
@@ -309,18 +310,20 @@ class DistAdamW(Optimizer):
         """Add a group, at any time. Its state is laid out at the next update.
 
         Raises:
-            ValueError: a hyper-parameter is out of range, or a parameter is complex or overlapping.
+            ValueError: a hyper-parameter is out of range, or a parameter is complex or a DTensor.
         """
         group = {**self.defaults, **param_group}
         _check_hyper_parameters(group)
         super().add_param_group(param_group)
         for param in self.param_groups[-1]["params"]:
+            problem = None
             if param.is_complex():
+                problem = f"complex parameters, got {param.dtype}. Register torch.view_as_real(parameter) instead."
+            elif isinstance(param, DTensor):
+                problem = "DTensor parameters (FSDP2, tensor parallelism) yet. Use DDP, or torch.optim.AdamW."
+            if problem is not None:
                 self.param_groups.pop()
-                raise ValueError(
-                    f"DistAdamW does not support complex parameters, got {param.dtype}. "
-                    "Register torch.view_as_real(parameter) instead."
-                )
+                raise ValueError(f"DistAdamW does not support {problem}")
 
     # ---------------------------------------------------------------- state dicts and pickling
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 FOLDER = "dist_adamw"
+_ENGINES = {"NO", "MULTI_CPU", "MULTI_GPU", "MULTI_NPU", "MULTI_MLU", "MULTI_XPU", "MULTI_HPU"}  # one process, DDP
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +98,12 @@ def prepare(
         raise ValueError(
             f"scheduler must be a CyclicLRWithRestarts that is not prepared yet, got {type(scheduler).__name__}. "
             "For other schedulers accelerator.prepare does all there is to do."
+        )
+    engine = accelerator.distributed_type.value
+    if engine not in _ENGINES:
+        raise ValueError(
+            f"the engine {engine} is not supported yet. Use one process or DDP, or drive {type(optimizer).__name__} "
+            "with accelerator.prepare alone, after passing batch_size (global) and epoch_size to the scheduler."
         )
     facts = loader_facts(accelerator, dataloader)
     _tell(scheduler, facts)

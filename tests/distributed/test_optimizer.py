@@ -10,6 +10,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from dist_adamw import DistAdamW
@@ -250,6 +252,41 @@ def test_a_share_of_another_rank_is_refused() -> None:
     errors = expect_error_on_all(2, check_share_of_another_rank)
     assert "this state is the share of rank 0 of 2, and this is rank 1 of 2" in errors[1]
     assert "accelerator.save_state" in errors[1]
+
+
+def check_dtensor_refused() -> None:
+    model = nn.Linear(8, 8)
+    fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    DistAdamW(model.parameters())
+
+
+def test_dtensors_are_refused_with_a_sentence() -> None:
+    for error in expect_error_on_all(2, check_dtensor_refused):
+        assert error.startswith("ValueError: DistAdamW does not support DTensor parameters")
+
+
+def check_one_axis_of_a_mesh() -> tuple[int, int, bool]:
+    """Ranks 0, 1 and ranks 2, 3 share the state of one model each; gradients are alike in a pair."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    torch.manual_seed(dist.get_rank() // 2)
+    param = nn.Parameter(torch.randn(100))
+    twin = nn.Parameter(param.detach().clone())
+    optimizer = DistAdamW([param], mesh=mesh["shard"])
+    reference = torch.optim.AdamW([twin], fused=True)
+    for _ in range(3):
+        param.grad = torch.randn(100)
+        twin.grad = param.grad.clone()
+        optimizer.step()
+        reference.step()
+    with pytest.raises(ValueError, match="mesh must have one axis, got 2"):
+        DistAdamW([param], mesh=mesh)
+    return int(optimizer.state[param]["exp_avg"].numel()), optimizer.state_bytes, torch.equal(param, twin)
+
+
+def test_state_is_shared_over_one_axis_of_a_mesh() -> None:
+    results = run_ranks(4, check_one_axis_of_a_mesh)
+    assert [same for *_, same in results] == [True] * 4
+    assert [numel for numel, *_ in results] == [64, 36, 64, 36]
 
 
 def check_whole_state_is_cut() -> None:

@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DataLoaderConfiguration
-from accelerate.utils import GradientAccumulationPlugin
+from accelerate.utils import DistributedType, GradientAccumulationPlugin
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, SequentialSampler, TensorDataset
 
@@ -260,6 +260,14 @@ def test_a_foreign_scheduler_is_refused() -> None:
     other = torch.optim.lr_scheduler.StepLR(optimizer, 3)
     with pytest.raises(ValueError, match=r"scheduler must be a CyclicLRWithRestarts .* got StepLR"):
         prepare(accelerator, model, optimizer, loader, other)  # type: ignore[arg-type]
+
+
+def test_an_engine_that_is_not_supported_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    accelerator, *objects = job()
+    # Accelerate never enables FSDP on a CPU, so its word for the engine is replaced.
+    monkeypatch.setattr(accelerator.state, "distributed_type", DistributedType.FSDP)
+    with pytest.raises(ValueError, match="the engine FSDP is not supported yet"):
+        prepare(accelerator, *objects)
 
 
 def cannot_split(options: dict[str, Any]) -> None:

@@ -1,0 +1,243 @@
+"""The main job, really launched: to its end, with other ranks, stopped and resumed, with bad input."""
+
+from __future__ import annotations
+
+import csv
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+
+TINY = ["--config", str(ROOT / "configs/train/tiny.yaml")]
+TIMEOUT = 100
+History = list[dict[str, str]]
+
+
+def environment() -> dict[str, str]:
+    """This interpreter's tools first, and nothing of a launcher around the tests."""
+    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR")}
+    env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
+    env["CONFIG"] = "cpu_2"
+    return env
+
+
+def start(launcher: list[str], out: Path, *options: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [*launcher, *TINY, "--out", str(out), *options],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,  # so that all its ranks can be ended together
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    try:
+        output, _ = process.communicate(timeout=TIMEOUT)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    return output
+
+
+def train(launcher: list[str], out: Path, *options: str) -> str:
+    process = start(launcher, out, *options)
+    output = finish(process)
+    assert process.returncode == 0, output
+    return output
+
+
+ACCELERATE = [str(ROOT / "launch/accelerate.sh")]
+TORCHRUN = [str(ROOT / "launch/torchrun.sh")]
+ONE_PROCESS = [sys.executable, str(ROOT / "launch/train.py")]
+
+
+def history(out: Path) -> History:
+    with (out / "history.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def curve(out: Path) -> list[tuple[str, ...]]:
+    """Everything but the time, as text: the bits."""
+    return [tuple(row[key] for key in ("samples", "loss", "lr", "weight_decay", "val_loss")) for row in history(out)]
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """One run on two ranks that many tests compare with."""
+    out = tmp_path_factory.mktemp("two") / "run"
+    return out, train(ACCELERATE, out)
+
+
+def test_it_says_what_it_does_and_leaves_what_it_promises(two_ranks: tuple[Path, str]) -> None:
+    out, output = two_ranks
+    assert "global batch  8 samples = 2 x 2 accumulated x 2 ranks" in output
+    for word in ("first sample", "memory", "held-out loss", "unigram entropy", "bigram entropy"):
+        assert word in output, word
+    rows = history(out)
+    losses = [float(row["loss"]) for row in rows]
+    assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
+    assert len({row["lr"] for row in rows}) > 20
+    assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
+    checkpoints = sorted(path.name for path in (out / "checkpoints").iterdir())
+    assert len(checkpoints) == 2  # run.keep
+    assert checkpoints[-1] == f"sample-{int(rows[-1]['samples']):09d}"
+    assert list(out.rglob("events.out.tfevents.*"))
+
+
+@pytest.mark.parametrize("eps", ["1e-8", "0.1"])
+def test_the_loss_curve_does_not_depend_on_the_ranks(eps: str, two_ranks: tuple[Path, str], tmp_path: Path) -> None:
+    """Adam hides a wrong gradient scale; a large eps does not."""
+    two, one = two_ranks[0], tmp_path / "one"
+    if eps != "1e-8":
+        two = tmp_path / "two"
+        train(ACCELERATE, two, "--recipe.eps", eps)
+    train(ONE_PROCESS, one, "--recipe.eps", eps)
+    assert len(history(one)) == len(history(two)) > 40
+    for a, b in zip(history(one), history(two), strict=True):
+        assert (a["samples"], a["lr"], a["weight_decay"]) == (b["samples"], b["lr"], b["weight_decay"])
+        assert float(a["loss"]) == pytest.approx(float(b["loss"]), rel=1e-4)
+
+
+def stop_in_the_middle(launcher: list[str], out: Path, number: signal.Signals, after: int) -> str:
+    """Start a run and send it a signal once ``after`` updates are recorded."""
+    process = start(launcher, out)
+    deadline = time.monotonic() + TIMEOUT
+    while time.monotonic() < deadline and process.poll() is None:
+        if (out / "history.csv").exists() and len((out / "history.csv").read_text().splitlines()) > after:
+            break
+        time.sleep(0.01)
+    if number == signal.SIGKILL:
+        os.killpg(process.pid, number)
+    else:
+        process.send_signal(number)  # to the launcher, as a scheduler or Ctrl-C would
+    return finish(process)
+
+
+@pytest.mark.parametrize(
+    ("launcher", "number"),
+    [
+        (ACCELERATE, signal.SIGTERM),
+        (TORCHRUN, signal.SIGTERM),
+        (ACCELERATE, signal.SIGINT),
+        (ACCELERATE, signal.SIGKILL),
+    ],
+    ids=["accelerate-term", "torchrun-term", "accelerate-int", "accelerate-kill"],
+)
+def test_a_stopped_run_goes_on_with_the_same_bits(
+    launcher: list[str], number: signal.Signals, two_ranks: tuple[Path, str], tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    output = stop_in_the_middle(launcher, out, number, after=18)
+    done = len(history(out))
+    assert done < len(history(two_ranks[0])), "it ended before it was stopped"
+    newest = sorted(p.name for p in (out / "checkpoints").glob("sample-*") if "." not in p.name)[-1]
+    if number != signal.SIGKILL:
+        assert "--resume" in output
+        assert newest == f"sample-{int(history(out)[-1]['samples']):09d}"
+        assert (out / "curves.png").exists()
+    assert f"resuming from {out / 'checkpoints' / newest}" in train(launcher, out, "--resume")
+    assert curve(out) == curve(two_ranks[0])
+
+
+# ---------------------------------------------------------------- bad input
+
+
+@pytest.fixture
+def _own_signal_handlers() -> Iterator[None]:
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def sentence(*options: str) -> str:
+    """Run the job in this process; return the sentence it ends with."""
+    import train as job
+    from options import parse
+
+    with pytest.raises((ValueError, OSError)) as raised:
+        job.run(parse([*TINY, "--run.tracker", "none", *options]))
+    text = str(raised.value)
+    assert "\n" not in text.strip()
+    return text
+
+
+@pytest.mark.usefixtures("_own_signal_handlers")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--recipe.policy", "cosin"], "cosin"),
+        (["--recipe.restart_period", "0"], "restart_period must be a finite number above 0, got 0"),
+        (["--recipe.t_mult", "-1"], "t_mult must be a finite number above 0, got -1"),
+        (["--recipe.min_lr", "1"], "min_lr must lie between 0 and the group's lr 0.003, got 1"),
+        (["--recipe.lr", "nan"], "Got value: nan"),
+        (["--recipe.eps", "nan"], "Got value: nan"),
+        (["--recipe.global_batch", "7"], "global batch size 7 is not a multiple of"),
+        (["--data", "no/such/file"], "--data no/such/file: there is no such file or folder"),
+        (["--text.max_bytes", "300"], "is too small: 300 bytes are read"),
+        (["--resume"], "there is no checkpoint in"),
+        (["--resume", "no/such/folder"], "--resume no/such/folder: there is no such folder"),
+        (["--recipe.lrr", "1"], "lrr"),
+    ],
+)
+def test_bad_input_is_one_sentence(options: list[str], message: str, tmp_path: Path) -> None:
+    assert message in sentence("--out", str(tmp_path / "run"), *options)
+
+
+@pytest.fixture
+def copied(two_ranks: tuple[Path, str], tmp_path: Path) -> Path:
+    return Path(shutil.copytree(two_ranks[0], tmp_path / "copy"))
+
+
+@pytest.mark.usefixtures("_own_signal_handlers")
+def test_a_run_is_not_overwritten(copied: Path) -> None:
+    before = curve(copied)
+    assert "has checkpoints, the newest sample-" in sentence("--out", str(copied))
+    assert curve(copied) == before
+
+
+@pytest.mark.usefixtures("_own_signal_handlers")
+def test_a_checkpoint_of_another_model_or_recipe_is_named(copied: Path) -> None:
+    before = curve(copied)
+    text = sentence("--out", str(copied), "--resume", "--model.width", "64", "--recipe.lr", "1e-3")
+    assert "model.width was 32 and is 64" in text
+    assert "recipe.lr was 0.003 and is 0.001" in text
+    assert curve(copied) == before
+
+
+@pytest.mark.usefixtures("_own_signal_handlers")
+@pytest.mark.parametrize("name", ["model.safetensors", "dist_adamw/share-00001-of-00002.safetensors", "optimizer.bin"])
+def test_a_truncated_checkpoint_is_named_and_an_older_one_offered(name: str, copied: Path) -> None:
+    older, newest = sorted((copied / "checkpoints").iterdir())
+    whole = (newest / name).read_bytes()
+    (newest / name).write_bytes(whole[: len(whole) // 2])
+    text = sentence("--out", str(copied), "--resume")
+    assert f"{newest} is damaged: {name} has {len(whole) // 2:,} bytes where {len(whole):,} were written" in text
+    assert f"--resume {older}" in text
+
+
+def test_a_mistake_ends_every_rank_without_a_traceback(tmp_path: Path) -> None:
+    process = start(TORCHRUN, tmp_path / "run", "--recipe.global_batch", "7")
+    output = finish(process)
+    assert process.returncode != 0
+    assert output.count("train.py: global batch size 7 is not a multiple") == 1
+    assert "nearest sizes that work: 4 and 8" in output
+    assert 'train.py", line' not in output
+
+
+def test_one_process_where_several_were_asked_for_is_refused(tmp_path: Path) -> None:
+    launch = ["accelerate", "launch", "--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
+    script = [*launch, "--dynamo_backend", "no", str(ROOT / "launch/train.py")]
+    process = start(script, tmp_path / "run")
+    assert "the launcher was asked for several ranks, but Accelerate sees one" in finish(process)
+    assert process.returncode != 0

@@ -1,0 +1,42 @@
+"""Every file of configs/ and launch/ loads."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs/train").glob("*.yaml")), ids=lambda p: p.stem)
+def test_a_training_configuration_loads(path: Path) -> None:
+    from gpt import ModelConfig
+    from options import parse
+
+    config = parse(["--config", str(path)])
+    assert isinstance(config.model, ModelConfig)
+    assert config.recipe.global_batch % config.recipe.micro_batch == 0
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs/accelerate").glob("*.yaml")), ids=lambda p: p.stem)
+def test_an_accelerate_configuration_loads(path: Path) -> None:
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    config = load_config_from_file(str(path))
+    ranks = {"cpu_1": 1, "cpu_2": 2, "gpu_1": 1, "gpu_8": 8, "multi_node": 16}
+    assert config.num_processes == ranks[path.stem]
+    assert str(getattr(config.distributed_type, "value", config.distributed_type)) != "MULTI_CPU"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "launch").glob("*.sh")), ids=lambda p: p.stem)
+def test_a_launcher_is_valid_bash(path: Path) -> None:
+    assert path.stat().st_mode & 0o111, "not executable"
+    subprocess.run(["bash", "-n", str(path)], check=True, timeout=20)
+
+
+def test_the_default_configuration_is_the_one_in_the_code(tmp_path: Path) -> None:
+    from options import Config, parse
+
+    assert parse(["--config", str(ROOT / "configs/train/small.yaml")]) == Config()
