@@ -1,0 +1,91 @@
+"""The options of the main job, from YAML files and the command line.
+
+Part of the main job. Knows what can be chosen, and which choices a resumed job must repeat; the
+choices themselves live beside those whose they are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from gpt import ModelConfig
+from jsonargparse import ArgumentParser
+from recipe import Recipe
+from run import NEWEST
+from text import TextConfig
+
+_DESCRIPTION = "Train a byte-level GPT with DistAdamW and warm restarts, on any number of ranks."
+# More cycles are welcome; the batch may be made up otherwise, and the schedule judges its size.
+_FREE = ("recipe.cycles", "recipe.micro_batch", "recipe.global_batch")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunConfig:
+    """How the job runs; nothing here but the seed changes what is learned.
+
+    Args:
+        seed: Of the initial weights and of the order of the data.
+        validate_every: Samples between two validations; 0 for the ends of cycles only.
+        keep: How many of the newest checkpoints to keep.
+        overwrite: Discard the checkpoints that are in --out, and start afresh.
+        tracker: A tracker of Accelerate's, such as tensorboard or wandb; none for none.
+    """
+
+    seed: int = 0
+    validate_every: int = 1280
+    keep: int = 2
+    overwrite: bool = False
+    tracker: str = "tensorboard"
+
+    def __post_init__(self) -> None:
+        if self.validate_every < 0:
+            raise ValueError(f"run.validate_every must be >= 0, got {self.validate_every}.")
+        if self.keep < 1:
+            raise ValueError(f"run.keep must be above 0, got {self.keep}.")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Config:
+    """All there is to choose."""
+
+    data: str | None = None
+    out: str = "runs/small"
+    resume: str | None = None
+    model: ModelConfig = field(default_factory=ModelConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+    recipe: Recipe = field(default_factory=Recipe)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def shaping(self) -> dict[str, Any]:
+        """What a resumed job must have alike, by option."""
+        sections = {name: asdict(self)[name] for name in ("model", "text", "recipe")}
+        flat = {f"{name}.{key}": value for name, section in sections.items() for key, value in section.items()}
+        flat |= {"recipe.betas": list(self.recipe.betas), "run.seed": self.run.seed}
+        return {name: value for name, value in flat.items() if name not in _FREE}
+
+
+def parse(arguments: Sequence[str] | None = None) -> Config:
+    """Read the command line and the YAML files it names.
+
+    Raises:
+        ValueError: an option is unknown or out of its range.
+    """
+    parser = ArgumentParser(prog="train.py", description=_DESCRIPTION, exit_on_error=False)
+    parser.add_argument("--config", action="config", help="YAML file of options, such as configs/train/small.yaml")
+    parser.add_argument("--data", type=str | None, help="file or folder to train on; default: Python's own library")
+    parser.add_argument("--out", type=str, default=Config().out, help="folder for all that the run writes")
+    resume = "continue from the newest checkpoint in --out, or from the one given"
+    parser.add_argument("--resume", type=str, nargs="?", const=NEWEST, help=resume)
+    for name, part in {"model": ModelConfig, "text": TextConfig, "recipe": Recipe, "run": RunConfig}.items():
+        parser.add_class_arguments(part, name)
+    try:
+        options = parser.instantiate(parser.parse_args(arguments))
+    except argparse.ArgumentError as error:
+        sentence = re.sub(r"Parser key \"([^\"]+)\":", r"--\1:", " ".join(str(error).split()).rstrip("."))
+        sentence = re.sub(r"<class '(\w+)'>|typing\.", r"\1", sentence)
+        raise ValueError(f"{sentence}. See train.py --help.") from error
+    return Config(**{name: options[name] for name in ("data", "out", "resume", "model", "text", "recipe", "run")})

@@ -1,0 +1,83 @@
+"""How the weights are updated: optimizer, schedule and global batch of the main job.
+
+Part of the main job. Knows DistAdamW and its schedule; nothing of text or ranks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from gpt import parameter_groups
+from torch import nn
+
+from dist_adamw import CyclicLRWithRestarts, DistAdamW
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recipe:
+    """Optimizer, schedule and global batch. A sample is one window of text.
+
+    Args:
+        global_batch: Samples that one update averages over, all ranks together.
+        micro_batch: Samples that one rank sees in one forward pass; accumulation makes up the rest.
+        cycles: Train to the end of so many cycles.
+        lr: Learning rate at the beginning of each cycle.
+        min_lr: Learning rate at the end of each cycle.
+        weight_decay: AdamWR's normalised decay, lambda_norm; norms and biases do not decay.
+        betas: Decay rates of the two moments.
+        eps: Added to the root of the second moment.
+        max_grad_norm: Clip the global gradient to this norm; null to leave it.
+        decay_by: Whether weights shrink by lr * weight_decay (torch) or by weight_decay (the paper); same weights.
+        restart_period: Length of the first cycle, in epochs; may be a fraction.
+        t_mult: Each cycle is this many times as long as the one before.
+        policy: Shape of each cycle.
+        gamma: Amplitude of exp_range shrinks by this at every update.
+        warmup_samples: The learning rate rises from 0 over so many samples, once, before the first cycle.
+    """
+
+    global_batch: int = 16
+    micro_batch: int = 8
+    cycles: int = 3
+    lr: float = 2e-3
+    min_lr: float = 1e-5
+    weight_decay: float = 0.05
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    max_grad_norm: float | None = 1.0
+    decay_by: Literal["lr", "schedule"] = "lr"
+    restart_period: float = 0.13
+    t_mult: float = 2.0
+    policy: Literal["cosine", "arccosine", "triangular", "triangular2", "exp_range"] = "cosine"
+    gamma: float = 1.0
+    warmup_samples: int = 320
+
+    def __post_init__(self) -> None:
+        for name in ("global_batch", "micro_batch", "cycles"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"recipe.{name} must be above 0, got {getattr(self, name)}.")
+
+    def make_optimizer(self, model: nn.Module) -> DistAdamW:
+        """Return the optimizer of ``model``."""
+        return DistAdamW(
+            parameter_groups(model, self.weight_decay),
+            lr=self.lr,
+            betas=self.betas,
+            eps=self.eps,
+            weight_decay=self.weight_decay,
+            decay_by=self.decay_by,
+            max_grad_norm=self.max_grad_norm,
+        )
+
+    def make_scheduler(self, optimizer: DistAdamW) -> CyclicLRWithRestarts:
+        """Return the schedule; ``prepare`` tells it the global batch and the epoch size."""
+        return CyclicLRWithRestarts(
+            optimizer,
+            restart_period=self.restart_period,
+            t_mult=self.t_mult,
+            policy=self.policy,
+            min_lr=self.min_lr,
+            gamma=self.gamma,
+            warmup_samples=self.warmup_samples,
+            verbose=False,
+        )

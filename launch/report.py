@@ -1,0 +1,119 @@
+"""What the main job tells: its history as CSV, the curves as PNG, and short tables.
+
+Part of the main job. Knows numbers and files; nothing of models, ranks or how anything is trained.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple, dataclass, fields
+from pathlib import Path
+
+from dist_adamw.plot import plot_curves
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One update.
+
+    Attributes:
+        samples: Global samples after it.
+        loss: Mean over its global batch, before it; nats per byte.
+        lr: What it was made with.
+        weight_decay: Of the first parameter group; what it was made with.
+        val_loss: On held-out text, after it; None where it was not measured.
+        seconds: Training time so far.
+    """
+
+    samples: int
+    loss: float
+    lr: float
+    weight_decay: float
+    val_loss: float | None
+    seconds: float
+
+
+class History:
+    """``history.csv``: one row per update, on disk as soon as it is known.
+
+    Floats are written with repr, so two histories can be compared bit for bit.
+
+    Args:
+        path: The file; rows beyond ``samples`` are dropped from it.
+        samples: Where the job resumes; 0 for a fresh one.
+    """
+
+    def __init__(self, path: Path, samples: int) -> None:
+        self.rows = [row for row in read_history(path) if row.samples <= samples] if samples else []
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        self._file = partial.open("w", newline="")
+        self._writer = csv.writer(self._file, lineterminator="\n")
+        self._writer.writerow(field.name for field in fields(Row))
+        for row in self.rows:
+            self._write(row)
+        partial.replace(path)
+
+    @property
+    def seconds(self) -> float:
+        """Training time until the last row."""
+        return self.rows[-1].seconds if self.rows else 0.0
+
+    def append(self, row: Row) -> None:
+        """Keep ``row``, here and on disk."""
+        self.rows.append(row)
+        self._write(row)
+
+    def _write(self, row: Row) -> None:
+        self._writer.writerow("" if value is None else repr(value) for value in astuple(row))
+        self._file.flush()
+
+
+def read_history(path: Path) -> list[Row]:
+    """Rows of a history file; a last line that was cut off is left out."""
+    if not path.exists():
+        return []
+    lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    return [
+        Row(int(samples), float(loss), float(lr), float(decay), float(val) if val else None, float(seconds))
+        for samples, loss, lr, decay, val, seconds in csv.reader(lines[1:])
+    ]
+
+
+def draw(path: Path, rows: Sequence[Row], restarts: Sequence[int], levels: Mapping[str, float], title: str) -> None:
+    """Draw loss, lr and weight decay over samples, restarts marked, into a PNG."""
+    measured = [row for row in rows if row.val_loss is not None]
+    plot_curves(
+        path,
+        [row.samples for row in rows],
+        {
+            "loss: training": [row.loss for row in rows],
+            "loss: held out": ([row.samples for row in measured], [row.val_loss or 0.0 for row in measured]),
+            "lr": [row.lr for row in rows],
+            "weight decay": [row.weight_decay for row in rows],
+        },
+        [sample for sample in restarts if sample < rows[-1].samples],
+        title=title,
+        levels={"loss": levels},
+    )
+
+
+def loss_table(levels: Mapping[str, float]) -> str:
+    """A table of losses, given in nats per byte."""
+    lines = [f"{'':<34}{'nats/byte':>10}{'bits/byte':>11}"]
+    lines += [f"{name:<34}{nats:>10.3f}{nats / math.log(2):>11.3f}" for name, nats in levels.items()]
+    return "\n".join(lines)
+
+
+def memory_table(parameters: int, ranks: int) -> str:
+    """Bytes that each rank will hold in fp32, activations apart."""
+    parts = {"parameters": 4 * parameters, "gradients": 4 * parameters, "optimizer state": 8 * parameters / ranks}
+    lines = [f"  {name:<16}{megabytes(size):>12}" for name, size in {**parts, "total": sum(parts.values())}.items()]
+    return "\n".join(["memory per rank (fp32, activations apart):", *lines])
+
+
+def megabytes(size: float) -> str:
+    """``size`` bytes for people."""
+    return f"{size / 1e6:,.1f} MB"

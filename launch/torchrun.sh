@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# Train through `torchrun`. All arguments go to train.py; variables choose the machine:
+#   NPROC         ranks on this machine; default: one per GPU, or 2 on the CPU
+#   PRECISION     no, bf16 or fp16; default: bf16 on GPUs
+#   NNODES, RDZV  number of machines, and host:port of one of them; the same on all
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+gpus=$({ nvidia-smi --list-gpus 2>/dev/null || true; } | wc -l)
+
+if ((gpus == 0)); then
+    # Without this, ranks on a CPU are single processes that know nothing of one another.
+    export ACCELERATE_USE_CPU=true
+    NPROC=${NPROC:-2} PRECISION=${PRECISION:-no}
+fi
+export ACCELERATE_MIXED_PRECISION=${PRECISION:-bf16}
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
+
+if ((${NNODES:-1} > 1)); then
+    where=(--nnodes "$NNODES" --rdzv-backend c10d --rdzv-endpoint "${RDZV:?set RDZV to host:port of one machine}")
+else
+    where=(--standalone)
+fi
+exec torchrun "${where[@]}" --nproc-per-node "${NPROC:-$((gpus))}" "$root/launch/train.py" "$@"

@@ -1,0 +1,341 @@
+"""The main job: train a byte-level GPT with DistAdamW and warm restarts, on any number of ranks.
+
+    python launch/train.py                                    # one process
+    launch/accelerate.sh --config configs/train/small.yaml    # as many as the launcher starts
+    launch/accelerate.sh --data my.txt --recipe.lr 1e-3 --out runs/mine
+    launch/accelerate.sh --data my.txt --recipe.lr 1e-3 --out runs/mine --resume
+
+The loop is Accelerate's plain one: `Job._micro_batch`. Its parts: ``options.py`` what can be chosen,
+``gpt.py`` the model, ``text.py`` the text, ``recipe.py`` the optimizer and its schedule, ``run.py``
+checkpoints and signals, ``report.py`` tables and curves.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import gather_object, set_seed
+from gpt import GPT, next_byte_losses
+from options import Config, parse
+from report import History, Row, draw, loss_table, megabytes, memory_table
+from run import Checkpoints, Progress, StopSignals, everywhere, on_main
+from text import load_text
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm import tqdm  # type: ignore[import-untyped]
+
+import dist_adamw
+
+
+def check_launch(accelerator: Accelerator) -> None:
+    """Refuse to train as many single processes as there should have been ranks. Local."""
+    wanted = int(os.environ.get("WORLD_SIZE", "1"))
+    # accelerate launch names a master only when it was asked for several processes.
+    lost = "ACCELERATE_DYNAMO_MODE" in os.environ and "MASTER_ADDR" in os.environ and "RANK" not in os.environ
+    if accelerator.num_processes == 1 and (wanted > 1 or lost):
+        raise ValueError(
+            f"the launcher was asked for {wanted if wanted > 1 else 'several'} ranks, but Accelerate sees one. On CPU, "
+            "set ACCELERATE_USE_CPU=true and use configs/accelerate/cpu_2.yaml, not --cpu or MULTI_CPU; "
+            "launch/accelerate.sh and launch/torchrun.sh do."
+        )
+
+
+class Job:
+    """One training run, from its configuration to its last table. Every method is collective.
+
+    Raises:
+        ValueError: the configuration cannot be carried out; on every rank alike.
+    """
+
+    def __init__(self, config: Config, stop: StopSignals) -> None:
+        self.config = config
+        self.stop = stop
+        self.stopped_by: signal.Signals | None = None
+        self.out = Path(config.out).expanduser()
+        tracking = config.run.tracker in map(str, get_available_trackers())
+        self.accelerator = Accelerator(
+            log_with=config.run.tracker if tracking else None,
+            project_dir=str(self.out),
+            dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=config.run.seed),
+            # DDP otherwise keeps a second copy of the gradients.
+            kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+        )
+        check_launch(self.accelerator)
+        self.checkpoints = Checkpoints(self.accelerator, self.out, config.run.keep)
+        on_main(self.accelerator, self._claim_folder)
+        self._build()
+        if not tracking and config.run.tracker != "none":
+            self.say(f"{config.run.tracker} is not installed: nothing is tracked but history.csv.")
+        self.progress = Progress()
+        if config.resume is not None:
+            self._resume(config.resume)
+        self.progress.config = config.shaping()
+        self.progress.text = self.text.digest
+        self.history = everywhere(self._open_history)
+        self._start_tracking()
+
+    def _claim_folder(self) -> None:
+        found = self.checkpoints.all()
+        if found and self.config.resume is None:
+            if not self.config.run.overwrite:
+                raise ValueError(
+                    f"{self.checkpoints.folder} has checkpoints, the newest {found[-1].name}. Continue with --resume, "
+                    "choose another --out, or discard them with --run.overwrite true."
+                )
+            shutil.rmtree(self.checkpoints.folder)
+        self.out.mkdir(parents=True, exist_ok=True)
+
+    def _build(self) -> None:
+        """Make the text, the model, the optimizer, the loaders and the schedule, and prepare them."""
+        config, accelerator = self.config, self.accelerator
+        self.batch = dist_adamw.GlobalBatch.solve(
+            size=config.recipe.global_batch,
+            micro_batch_size=config.recipe.micro_batch,
+            data_parallel_size=accelerator.num_processes,
+        )
+        accelerator.gradient_accumulation_steps = self.batch.gradient_accumulation_steps
+        sizes = {"context": config.model.context, "global_batch": self.batch.size}
+        self.text = everywhere(lambda: load_text(config.data, config.text, **sizes))
+        if len(set(gather_object([self.text.digest]))) > 1:
+            raise ValueError(f"the ranks read different texts from {self.text.source}. Pass one they share (--data).")
+        set_seed(config.run.seed)
+        model = GPT(config.model)
+        self.parameters = sum(p.numel() for p in model.parameters())
+        optimizer = self._inner = config.recipe.make_optimizer(model)
+        scheduler = config.recipe.make_scheduler(optimizer)
+        order = torch.Generator().manual_seed(config.run.seed)
+        micro_batch = self.batch.micro_batch_size
+        loader = DataLoader(self.text.training, micro_batch, shuffle=True, generator=order, drop_last=True)
+        self.model, self.optimizer, self.loader, self.scheduler = dist_adamw.prepare(
+            accelerator, model, optimizer, loader, scheduler
+        )
+        self.held_out = accelerator.prepare(DataLoader(self.text.held_out, micro_batch, generator=torch.Generator()))
+        self.preview = self.scheduler.preview(cycles=config.recipe.cycles)
+        self.restarts = [row.first_sample for row in self.preview.rows[1:]]
+        self.end = self.preview.rows[-1].first_sample + self.preview.rows[-1].samples
+        self.loss_sum = torch.zeros((), device=accelerator.device)
+
+    def _resume(self, wanted: str) -> None:
+        """Put everything where a checkpoint says it was."""
+        path, progress = on_main(self.accelerator, lambda: self.checkpoints.find(wanted))
+        ours = self.config.shaping()
+        differing = [k for k in ours if progress.config.get(k) != ours[k]]
+        if differing:
+            lines = "; ".join(f"{k} was {progress.config.get(k)!r} and is {ours[k]!r}" for k in differing)
+            raise ValueError(f"{path} was made otherwise: {lines}. Pass the same options, or begin in another --out.")
+        if progress.text != self.text.digest:
+            raise ValueError(f"{path} was trained on another text than {self.text.source}. Pass the same --data.")
+        if progress.windows % self.batch.size:
+            raise ValueError(
+                f"{path} stands {progress.windows} samples into its epoch, which updates of recipe.global_batch="
+                f"{self.batch.size} do not reach. Pass the global batch that it was made with."
+            )
+        everywhere(lambda: self.accelerator.load_state(str(path)))
+        # The step counts micro-batches of this epoch, and those are this job's.
+        self.accelerator.step = progress.windows // self._pass_samples
+        self.progress = progress
+        self.say(f"resuming from {path}")
+        aside = on_main(self.accelerator, lambda: self.checkpoints.set_aside(progress.samples))
+        for later in aside:
+            self.say(f"set aside, since training goes on from before it: {later}")
+
+    def _open_history(self) -> History | None:
+        if not self.accelerator.is_main_process:
+            return None
+        return History(self.out / "history.csv", self.progress.samples)
+
+    def _start_tracking(self) -> None:
+        resumed = self.progress.samples > 0
+        options = {k: str(v) if isinstance(v, list) else v for k, v in self.config.shaping().items() if v is not None}
+        # TensorBoard then hides what a killed job has logged beyond its last checkpoint.
+        purge = {"tensorboard": {"purge_step": self.progress.samples + 1}} if resumed else {}
+        self.accelerator.init_trackers("dist_adamw", None if resumed else options, purge)
+
+    @property
+    def _pass_samples(self) -> int:
+        return self.batch.micro_batch_size * self.batch.data_parallel_size
+
+    @property
+    def done(self) -> bool:
+        """Whether the last cycle is complete, or a signal asks to stop."""
+        return self.stopped_by is not None or self.progress.samples >= self.end
+
+    def say(self, text: str) -> None:
+        """Print on the main rank, above the progress bar."""
+        if self.accelerator.is_main_process:
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
+
+    def announce(self) -> None:
+        """Say what is about to be done."""
+        batch, sizes, text = self.batch, self.config.model, self.text
+        passes = f"{batch.micro_batch_size} x {batch.gradient_accumulation_steps} accumulated"
+        per_epoch = len(text.training) // batch.size
+        device = f"{self.accelerator.device.type}, mixed precision: {self.accelerator.mixed_precision}"
+        self.say(
+            f"text          {text.source}: {text.size:,} bytes\n"
+            f"samples       {len(text.training):,} windows of {sizes.context} bytes; {len(text.held_out)} held out\n"
+            f"model         {self.parameters:,} parameters: {sizes.layers} layers of width {sizes.width}; {device}\n"
+            f"global batch  {batch.size} samples = {passes} x {batch.data_parallel_size} ranks\n"
+            f"epoch         {per_epoch:,} updates; {self.config.recipe.cycles} cycles end at sample {self.end:,}\n\n"
+            f"{self.preview}\n\n{memory_table(self.parameters, batch.data_parallel_size)}\n"
+        )
+
+    # ---------------------------------------------------------------- training
+
+    def train(self) -> None:
+        """Train to the end of the last cycle, or until told to stop."""
+        self.began = time.perf_counter() - (self.history.seconds if self.history else 0.0)
+        context = self.config.model.context
+        updates = -(-self.end // self.batch.size)
+        with tqdm(
+            total=updates * self.batch.size * context,
+            initial=self.progress.samples * context,
+            unit=" tokens",
+            unit_scale=True,
+            dynamic_ncols=True,
+            # A log file gets a line now and then.
+            mininterval=0.5 if sys.stderr.isatty() else 15.0,
+            disable=not self.accelerator.is_main_process,
+        ) as self.bar:
+            self.model.train()
+            while not self.done:
+                for windows in self._rest_of_epoch():
+                    self._micro_batch(windows)
+                    if self.done:
+                        break
+
+    def _rest_of_epoch(self) -> Iterator[Tensor]:
+        self.loader.set_epoch(self.progress.epoch)  # type: ignore[attr-defined]
+        passes = self.progress.windows // self._pass_samples
+        return iter(self.accelerator.skip_first_batches(self.loader, passes) if passes else self.loader)
+
+    def _micro_batch(self, windows: Tensor) -> None:
+        with self.accelerator.accumulate(self.model):
+            loss = next_byte_losses(self.model, windows).mean()
+            self.accelerator.backward(loss)
+            lr, decay = float(self.scheduler.get_last_lr()[0]), self.scheduler.get_last_weight_decay()[0]
+            self.optimizer.step()
+            self.scheduler.step()
+            self.optimizer.zero_grad()
+        self.loss_sum += loss.detach()
+        self.progress.windows += self._pass_samples
+        if self.accelerator.sync_gradients:
+            self._after_update(lr, decay)
+
+    def _after_update(self, lr: float, decay: float) -> None:
+        loss = self._agree()
+        progress, before = self.progress, self.progress.samples
+        if progress.windows == len(self.text.training):
+            progress.epoch, progress.windows = progress.epoch + 1, 0
+        if self.scheduler.samples == before:
+            self.say(f"update skipped after sample {before:,}: its gradients are not finite")
+        else:
+            progress.samples, progress.updates = self.scheduler.samples, progress.updates + 1
+        restarted = self.scheduler.schedule.at(before).cycle != self.scheduler.schedule.at(progress.samples).cycle
+        every = self.config.run.validate_every
+        due = restarted or (every and before // every != progress.samples // every)
+        val_loss = self.validate() if due else None
+        if progress.samples > before:
+            self._record(loss, lr, decay, val_loss)
+        if restarted or self.stopped_by is not None:
+            path = self.checkpoints.save(progress)
+            self.say(f"saved {path}")
+
+    def _agree(self) -> float:
+        """Average the loss over the global batch, and the ranks' signals; the update's one collective of ours."""
+        mine = torch.tensor([0.0, *self.stop.flags()], device=self.accelerator.device)
+        mine[0] = self.loss_sum / self.batch.gradient_accumulation_steps
+        self.loss_sum.zero_()
+        total: float
+        total, *flags = self.accelerator.reduce(mine, reduction="sum").tolist()
+        self.stopped_by = self.stop.agreed(flags)
+        loss = total / self.batch.data_parallel_size
+        if not math.isfinite(loss):
+            raise ValueError(
+                f"the loss became {loss} after sample {self.progress.samples:,}. Lower recipe.lr, or set "
+                "recipe.max_grad_norm, and begin again in another --out."
+            )
+        return loss
+
+    def _record(self, loss: float, lr: float, decay: float, val_loss: float | None) -> None:
+        progress = self.progress
+        if progress.updates == 1:
+            self.say(f"optimizer state measured on the main rank: {megabytes(self._inner.state_bytes)}")
+        if self.history is None:
+            return
+        row = Row(progress.samples, loss, lr, decay, val_loss, time.perf_counter() - self.began)
+        self.history.append(row)
+        values = {"loss": loss, "lr": lr, "weight_decay": decay, "val_loss": val_loss}
+        self.accelerator.log({k: v for k, v in values.items() if v is not None}, step=progress.samples)
+        self.bar.set_postfix_str(f"loss {loss:.3f}, lr {lr:.2e}, weight decay {decay:.2e}", refresh=False)
+        self.bar.update(progress.samples * self.config.model.context - self.bar.n)
+
+    @torch.no_grad()
+    def validate(self) -> float:
+        """Mean loss on the held-out windows, in nats per byte."""
+        self.model.eval()
+        losses = [self.accelerator.gather_for_metrics(next_byte_losses(self.model, w)) for w in self.held_out]
+        self.model.train()
+        return float(torch.cat(losses).double().mean())
+
+    # ---------------------------------------------------------------- the end
+
+    def finish(self) -> None:
+        """Draw the curves, print the table, and close what was opened."""
+        if self.history is not None:
+            self._tell(self.history)
+        self.accelerator.end_training()
+
+    def _tell(self, history: History) -> None:
+        known = {"unigram entropy": self.text.entropies.unigram, "bigram entropy": self.text.entropies.bigram}
+        title = f"{self.parameters:,} parameters, global batch {self.batch.size}, {self.batch.data_parallel_size} ranks"
+        try:
+            draw(self.out / "curves.png", history.rows, self.restarts, known, title)
+            self.say(f"curves: {self.out / 'curves.png'}")
+        except ModuleNotFoundError as error:
+            self.say(f"no curves: {error}")
+        if self.stopped_by is not None:
+            return
+        last = history.rows[-min(len(history.rows), 20) :]
+        held_out = [row.val_loss for row in history.rows if row.val_loss is not None][-1]
+        training = {f"training loss, last {len(last)} updates": sum(row.loss for row in last) / len(last)}
+        self.say(f"\n{loss_table(known | training | {'held-out loss': held_out})}")
+
+
+def run(config: Config) -> int:
+    """Train; return the exit code."""
+    stop = StopSignals()
+    job = Job(config, stop)
+    job.announce()
+    job.train()
+    if job.stopped_by is not None:
+        job.say(f"stopped by {job.stopped_by.name}; to go on, give the same command with --resume")
+    job.finish()
+    return 0 if job.stopped_by is None else 128 + job.stopped_by
+
+
+def fail(error: Exception) -> NoReturn:
+    """End with one sentence on the main rank, and in silence on the others."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"train.py: {error}", file=sys.stderr, flush=True)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+    try:
+        code = run(parse())
+    except (ValueError, OSError, dist_adamw.AgreementError) as error:
+        fail(error)
+    sys.exit(code)
