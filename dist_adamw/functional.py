@@ -7,7 +7,8 @@ Floor 0: imports torch only. Nothing here knows of ranks, buckets or checkpoints
 from __future__ import annotations
 
 import math
-from typing import Literal, cast
+from collections.abc import Mapping
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -121,3 +122,27 @@ def sum_of_squares(tensors: list[Tensor]) -> Tensor:
     wide = torch.float64 if tensors[0].device.type != "mps" else torch.float32
     device = tensors[0].device
     return torch.stack([norm.to(device) for norm in norms]).to(wide).square().sum()
+
+
+def check_hyper_parameters(group: Mapping[str, Any]) -> None:
+    """Refuse what torch.optim.AdamW refuses, in its words; also inf.
+
+    Args:
+        group: A parameter group; ``lr``, ``betas``, ``eps`` and ``weight_decay`` are looked at.
+
+    Raises:
+        ValueError: a value is out of its range, or nan.
+    """
+    lr = group["lr"]
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError("Tensor lr must be 1-element")
+    for name, value in (
+        ("learning rate", lr),
+        ("epsilon value", group["eps"]),
+        ("weight_decay value", group["weight_decay"]),
+    ):
+        if not 0.0 <= value < math.inf:
+            raise ValueError(f"Invalid {name}: {value}")
+    for i, beta in enumerate(group["betas"]):
+        if not 0.0 <= beta < 1.0:
+            raise ValueError(f"Invalid beta parameter at index {i}: {beta}")

@@ -10,7 +10,6 @@ Glossary:
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast, overload
 
@@ -22,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from dist_adamw import collectives
-from dist_adamw.functional import DecayBy, adamw_update_, can_fuse, sum_of_squares
+from dist_adamw.functional import DecayBy, adamw_update_, can_fuse, check_hyper_parameters, sum_of_squares
 from dist_adamw.partition import BUCKET_NUMEL
 from dist_adamw.shard import MOMENTS, Shard
 
@@ -313,7 +312,7 @@ class DistAdamW(Optimizer):
             ValueError: a hyper-parameter is out of range, or a parameter is complex or a DTensor.
         """
         group = {**self.defaults, **param_group}
-        _check_hyper_parameters(group)
+        check_hyper_parameters(group)
         super().add_param_group(param_group)
         for param in self.param_groups[-1]["params"]:
             problem = None
@@ -460,20 +459,3 @@ class DistAdamW(Optimizer):
             f"{text[:-1]}    decay_by: {self.decay_by}\n    max_grad_norm: {self.max_grad_norm}\n"
             f"    shard: {self.shard} ({where}; {self.state_bytes:,} bytes here)\n)"
         )
-
-
-def _check_hyper_parameters(group: dict[str, Any]) -> None:
-    """Refuse what torch.optim.AdamW refuses, in its words; also inf."""
-    lr = group["lr"]
-    if isinstance(lr, Tensor) and lr.numel() != 1:
-        raise ValueError("Tensor lr must be 1-element")
-    for name, value in (
-        ("learning rate", lr),
-        ("epsilon value", group["eps"]),
-        ("weight_decay value", group["weight_decay"]),
-    ):
-        if not 0.0 <= value < math.inf:
-            raise ValueError(f"Invalid {name}: {value}")
-    for i, beta in enumerate(group["betas"]):
-        if not 0.0 <= beta < 1.0:
-            raise ValueError(f"Invalid beta parameter at index {i}: {beta}")

@@ -7,11 +7,9 @@ of Accelerate, DeepSpeed or files.
 from __future__ import annotations
 
 import math
-import re
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from numbers import Number
 from typing import Any, Literal
 
 from torch import Tensor
@@ -20,6 +18,8 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from dist_adamw import collectives
 from dist_adamw.batch import GlobalBatch, check_positive_int
+from dist_adamw.conventions import decay_convention, unwrap, was_skipped
+from dist_adamw.plain import plain
 from dist_adamw.policies import Policy
 from dist_adamw.preview import Preview
 from dist_adamw.schedule import IterationCallback, Period, RestartCallback, RestartSchedule, SchedulePoint
@@ -371,7 +371,7 @@ class CyclicLRWithRestarts(LRScheduler):
 
     def configuration(self) -> dict[str, Any]:
         """Everything that shapes the curve but the clock and the global batch, as plain data."""
-        options = {name: _plain(value) for name, value in self._options.items()}
+        options = {name: plain(value) for name, value in self._options.items()}
         groups = [[base.lr, base.min_lr, base.weight_decay] for base in self._bases]
         return {
             **options,
@@ -445,7 +445,7 @@ class CyclicLRWithRestarts(LRScheduler):
     def agreement_record(self) -> dict[str, Any]:
         """What all ranks must have alike at this update, as plain data."""
         hyper = [
-            {k: _plain(v) for k, v in group.items() if k not in ("params", "param_names", "lr", "weight_decay")}
+            {k: plain(v) for k, v in group.items() if k not in ("params", "param_names", "lr", "weight_decay")}
             for group in self.optimizer.param_groups
         ]
         return {
@@ -457,55 +457,9 @@ class CyclicLRWithRestarts(LRScheduler):
         }
 
 
-def unwrap(optimizer: Optimizer) -> Optimizer:
-    """The torch optimizer inside wrappers that keep theirs in ``.optimizer``."""
-    while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
-        optimizer = inner
-    return optimizer
-
-
-def was_skipped(optimizer: Optimizer) -> bool:
-    """Whether the step that just returned left the weights alone."""
-    if isinstance(skipped := getattr(optimizer, "step_was_skipped", None), bool):
-        return skipped
-    # A fused torch optimizer skips inside the kernel; GradScaler leaves it the flag during step().
-    found_inf = getattr(optimizer, "found_inf", None)
-    return isinstance(found_inf, Tensor) and bool(found_inf.item())
-
-
-def decay_convention(optimizer: Optimizer, group: Mapping[str, Any]) -> Literal["schedule", "lr", "l2"]:
-    """What ``optimizer`` does with ``group["weight_decay"]``: the table of docs/schedule.md."""
-    if (decay_by := getattr(optimizer, "decay_by", None)) in ("schedule", "lr"):
-        return "schedule" if decay_by == "schedule" else "lr"
-    # apex and DeepSpeed say by a flag, torch's Adam family in the group.
-    for flag in (getattr(optimizer, "adam_w_mode", None), getattr(optimizer, "adamw_mode", None)):
-        if flag is not None:
-            return "lr" if flag else "l2"
-    if group.get("decoupled_weight_decay"):
-        return "lr"
-    names = {cls.__name__ for cls in type(optimizer).__mro__}
-    decoupled = any("adamw" in name.lower() for name in names) or names & {"Lion", "SGDW", "Muon", "Adafactor"}
-    return "lr" if decoupled else "l2"
-
-
 def _batch_samples(batch_size: int | GlobalBatch) -> int:
     return batch_size.size if isinstance(batch_size, GlobalBatch) else check_positive_int("batch_size", batch_size)
 
 
 def _copied(value: float | Tensor) -> float | Tensor:
     return value.detach().clone() if isinstance(value, Tensor) else value
-
-
-def _plain(value: Any) -> Any:
-    """``value`` as data that a safe load accepts and that compares by value."""
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, Tensor):
-        return value.tolist()
-    if isinstance(value, Number):
-        return str(value)
-    if hasattr(value, "__qualname__"):
-        return f"{value.__module__}.{value.__qualname__}"
-    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))

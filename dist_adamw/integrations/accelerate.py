@@ -20,8 +20,9 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 from dist_adamw import collectives
 from dist_adamw.batch import GlobalBatch
 from dist_adamw.checkpoint import load_share, save_share
+from dist_adamw.conventions import unwrap
 from dist_adamw.optimizer import DistAdamW
-from dist_adamw.scheduler import CyclicLRWithRestarts, unwrap
+from dist_adamw.scheduler import CyclicLRWithRestarts
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -1,4 +1,4 @@
-"""The floors of docs/floors.md: imports go down, and the lower floors know no neighbour."""
+"""The floors of docs/design.md: imports go down, and the lower floors know no neighbour."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ PACKAGE = Path(__file__).parents[2] / "dist_adamw"
 FLOORS = {
     "_version": 0,
     "functional": 0,
+    "conventions": 0,
+    "plain": 0,
     "policies": 0,
     "batch": 0,
     "schedule": 0,

@@ -1,0 +1,43 @@
+"""What optimizers that are not ours do: wrappers, skipped updates, and the meaning of weight_decay.
+
+Floor 0: recognises by attributes and names, so no library needs to be there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+
+def unwrap(optimizer: Optimizer) -> Optimizer:
+    """The torch optimizer inside wrappers that keep theirs in ``.optimizer``."""
+    while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
+        optimizer = inner
+    return optimizer
+
+
+def was_skipped(optimizer: Optimizer) -> bool:
+    """Whether the step that just returned left the weights alone."""
+    if isinstance(skipped := getattr(optimizer, "step_was_skipped", None), bool):
+        return skipped
+    # A fused torch optimizer skips inside the kernel; GradScaler leaves it the flag during step().
+    found_inf = getattr(optimizer, "found_inf", None)
+    return isinstance(found_inf, Tensor) and bool(found_inf.item())
+
+
+def decay_convention(optimizer: Optimizer, group: Mapping[str, Any]) -> Literal["schedule", "lr", "l2"]:
+    """What ``optimizer`` does with ``group["weight_decay"]``: the table of docs/schedule.md."""
+    if (decay_by := getattr(optimizer, "decay_by", None)) in ("schedule", "lr"):
+        return "schedule" if decay_by == "schedule" else "lr"
+    # apex and DeepSpeed say by a flag, torch's Adam family in the group.
+    for flag in (getattr(optimizer, "adam_w_mode", None), getattr(optimizer, "adamw_mode", None)):
+        if flag is not None:
+            return "lr" if flag else "l2"
+    if group.get("decoupled_weight_decay"):
+        return "lr"
+    names = {cls.__name__ for cls in type(optimizer).__mro__}
+    decoupled = any("adamw" in name.lower() for name in names) or names & {"Lion", "SGDW", "Muon", "Adafactor"}
+    return "lr" if decoupled else "l2"
