@@ -5,9 +5,9 @@ nothing in a checkpoint is executed when it is read.
 
 A folder holds one file per rank with what that rank owns, and an index that is written last:
 
-    share-00000-of-00002.safetensors   "<parameter>|exp_avg": 1-D, this rank's elements in order
+    share-00000-of-00002.safetensors   "0.exp_avg": the first shard's moment, 1-D, as the rank holds it
     share-00001-of-00002.safetensors
-    index.json                         version, world size, parameters, ranges, checksums
+    index.json                         version, parameters, their ranges and places, checksums
 
 It loads on any number of ranks: each reads the elements it owns, and no others.
 """
@@ -27,6 +27,7 @@ from torch import Tensor
 
 from dist_adamw import collectives
 from dist_adamw.optimizer import DistAdamW
+from dist_adamw.shard import axes_in_memory
 
 INDEX = "index.json"
 VERSION = 1
@@ -55,17 +56,16 @@ def save_share(optimizer: DistAdamW, names: Mapping[Tensor, str], folder: str | 
     problem = None
     _all_ranks(lambda: _clear(folder) if rank == 0 else None)
     try:
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         # Ranks that keep whole state all hold the same: the first one writes it.
         replicated = optimizer.process_group is None and rank > 0
-        for shard in [] if replicated else optimizer.shards:
+        for s, shard in enumerate([] if replicated else optimizer.shards):
+            tensors |= {f"{s}.{key}": moment for key, moment in shard.moments.items()}
             for i, param in enumerate(shard.params):
-                name = names[param]
-                entries[name] = {"ranges": shard.ranges_of(i), "step": float(shard.steps[i])}
-                for key in shard.moments:
-                    tensors[f"{name}|{key}"] = shard.owned_moment(i, key)
+                place = {"shard": s, "offset": shard.offset_of(i), "ranges": shard.ranges_of(i)}
+                entries[names[param]] = {**place, "step": float(shard.steps[i])}
         _write_tensors(tensors, file)
-        mine = {"file": file.name, "entries": entries, **_fingerprint(file)}
+        mine = {"file": file.name, "entries": entries, **file_fingerprint(file)}
     except Exception as error:
         problem, mine = f"{type(error).__name__}: {error}", {}
     parts = _all_ranks_report(problem, mine, f"could not write {folder}")
@@ -80,16 +80,24 @@ def save_share(optimizer: DistAdamW, names: Mapping[Tensor, str], folder: str | 
     _all_ranks(lambda: None)
 
 
-def load_share(optimizer: DistAdamW, names: Mapping[Tensor, str], folder: str | Path) -> Callable[[], None]:
+def load_share(optimizer: DistAdamW, names: Mapping[Tensor, str], folder: str | Path) -> Callable[[], None] | None:
     """Check a folder that `save_share` wrote, and return what copies this rank's elements from it.
 
     Nothing of the optimizer is changed before the returned function is called. Both are called
-    by every rank; only the check communicates.
+    by every rank; only the check communicates. None when no rank has such a folder.
 
     Raises:
         CheckpointError: the folder is torn or of another model; on every rank alike.
     """
     folder = Path(folder)
+    there = collectives.all_gather_objects(folder.is_dir())
+    if not any(there):
+        return None
+    if not all(there):
+        raise CheckpointError(
+            f"{folder} is there on some ranks and missing on rank {there.index(False)}. "
+            "Save to a folder that every machine sees."
+        )
     problem, index = None, None
     try:
         index = _read_index(folder)
@@ -116,15 +124,15 @@ def _fill(optimizer: DistAdamW, names: Mapping[Tensor, str], folder: Path, index
                     continue
                 shard.steps[i] = entry["step"]
                 for key in shard.moments:
-                    source = file.get_slice(f"{name}|{key}") if entry["ranges"] else None
-                    _copy_overlap(entry["ranges"], source, shard.ranges_of(i), shard.owned_moment(i, key))
+                    source = file.get_slice(f"{entry['shard']}.{key}")
+                    _copy_overlap(entry, source, shard.ranges_of(i), shard.owned_moment(i, key))
     optimizer.recount()
 
 
-def _copy_overlap(held: list[list[int]], source: Any, wanted: list[list[int]], target: Tensor) -> None:
-    """Copy the elements of ``wanted`` ranges that ``source`` holds; both are 1-D, ranges laid end to end."""
-    offset = 0
-    for a, b in held:
+def _copy_overlap(entry: Mapping[str, Any], source: Any, wanted: list[list[int]], target: Tensor) -> None:
+    """Copy what ``source`` holds of the ``wanted`` ranges; in both, ranges lie end to end."""
+    offset = entry["offset"]
+    for a, b in entry["ranges"]:
         place = 0
         for c, d in wanted:
             start, stop = max(a, c), min(b, d)
@@ -135,9 +143,9 @@ def _copy_overlap(held: list[list[int]], source: Any, wanted: list[list[int]], t
 
 
 def _describe(optimizer: DistAdamW, names: Mapping[Tensor, str]) -> dict[str, Any]:
-    """Name to shape and memory order, of every parameter of the optimizer."""
+    """Name to shape and order of axes in memory, of every parameter of the optimizer."""
     return {
-        names[param]: {"shape": list(param.shape), "contiguous": param.is_contiguous()}
+        names[param]: {"shape": list(param.shape), "axes in memory": axes_in_memory(param)}
         for group in optimizer.param_groups
         for param in group["params"]
     }
@@ -158,7 +166,9 @@ def _read_index(folder: Path) -> dict[str, Any]:
         index = json.loads(path.read_text())
         if index["version"] != VERSION:
             raise CheckpointError(f"{path} has version {index['version']!r}; this release reads version {VERSION}.")
+        _ = index["parameters"]
         for share in index["shares"]:
+            _ = share["entries"], share["bytes"], share["blake2b"]
             if Path(share["file"]).name != share["file"]:
                 raise CheckpointError(f"{path} names a file outside its folder: {share['file']!r}.")
     except FileNotFoundError as error:
@@ -174,7 +184,7 @@ def _read_index(folder: Path) -> dict[str, Any]:
 
 def _check_file(path: Path, expected: Mapping[str, Any]) -> None:
     try:
-        found = _fingerprint(path)
+        found = file_fingerprint(path)
         if found != {key: expected[key] for key in found}:
             raise CheckpointError(
                 f"{path} is damaged: it has {found['bytes']:,} bytes, {expected['bytes']:,} were written, "
@@ -186,7 +196,8 @@ def _check_file(path: Path, expected: Mapping[str, Any]) -> None:
         raise CheckpointError(f"{path} cannot be read: {error}. Resume from an older checkpoint.") from error
 
 
-def _fingerprint(path: Path) -> dict[str, Any]:
+def file_fingerprint(path: Path) -> dict[str, Any]:
+    """Size and checksum of a file. Local."""
     digest = hashlib.blake2b(digest_size=16)
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK):
@@ -195,9 +206,7 @@ def _fingerprint(path: Path) -> dict[str, Any]:
 
 
 def _write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    # safetensors refuses tensors that share storage, as views into one shard do; an empty
-    # piece of a shard is such a view too.
-    save_file({name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}, path)
+    save_file({name: tensor.cpu() for name, tensor in tensors.items()}, path)
     with path.open("rb+") as file:
         os.fsync(file.fileno())
 

@@ -19,13 +19,15 @@ def unwrap(optimizer: Optimizer) -> Optimizer:
     return optimizer
 
 
-def was_skipped(optimizer: Optimizer) -> bool:
-    """Whether the step that just returned left the weights alone."""
-    if isinstance(skipped := getattr(optimizer, "step_was_skipped", None), bool):
-        return skipped
+def was_applied(optimizer: Optimizer) -> bool:
+    """Whether the step that is just returning changed the weights. Gradients are still there."""
+    if isinstance(skipped := getattr(optimizer, "step_was_skipped", None), bool) and skipped:
+        return False
     # A fused torch optimizer skips inside the kernel; GradScaler leaves it the flag during step().
     found_inf = getattr(optimizer, "found_inf", None)
-    return isinstance(found_inf, Tensor) and bool(found_inf.item())
+    if isinstance(found_inf, Tensor) and found_inf.item():
+        return False
+    return any(param.grad is not None for group in optimizer.param_groups for param in group["params"])
 
 
 def decay_convention(optimizer: Optimizer, group: Mapping[str, Any]) -> Literal["schedule", "lr", "l2"]:

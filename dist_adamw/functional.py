@@ -118,10 +118,15 @@ def _decay_beside_lr(params: list[Tensor], lr: float | Tensor, decay: float, fou
 
 def sum_of_squares(tensors: list[Tensor]) -> Tensor:
     """Sum of squares of all elements, as a 0-d fp64 tensor on the first tensor's device. Local."""
-    norms = torch._foreach_norm(tensors, 2, dtype=torch.float32)
-    wide = torch.float64 if tensors[0].device.type != "mps" else torch.float32
     device = tensors[0].device
-    return torch.stack([norm.to(device) for norm in norms]).to(wide).square().sum()
+    wide = torch.float64 if device.type != "mps" else torch.float32
+    total = torch.zeros((), dtype=wide, device=device)
+    for doubles, dtype in ((True, torch.float64), (False, torch.float32)):
+        alike = [t for t in tensors if (t.dtype == torch.float64) == doubles]
+        if alike:
+            norms = torch._foreach_norm(alike, 2, dtype=dtype)
+            total += torch.stack([norm.to(device) for norm in norms]).to(wide).square().sum()
+    return total
 
 
 def check_hyper_parameters(group: Mapping[str, Any]) -> None:

@@ -10,7 +10,8 @@ Glossary:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, cast, overload
 
 import torch
@@ -22,7 +23,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from dist_adamw import collectives
 from dist_adamw.functional import DecayBy, adamw_update_, can_fuse, check_hyper_parameters, sum_of_squares
-from dist_adamw.partition import BUCKET_NUMEL
+from dist_adamw.partition import BUCKET_NUMEL, FlatLayout
 from dist_adamw.shard import MOMENTS, Shard
 
 StateDict = dict[str, Any]
@@ -113,15 +114,18 @@ class DistAdamW(Optimizer):
         super().__init__(params, defaults)
 
     def _reset(self) -> None:
-        """Forget the layout; it is built again, from ``self.state``, at the next update."""
+        """Forget the layout and what happened so far."""
         self.shards: list[Shard] = []
-        self._placed: set[Tensor] = set()
+        self._placed: set[int] = set()  # ids: hashing a tensor costs ten times as much
+        self._laid_out: object = None  # the ``self.state`` that the shards stand for
         self._updates = 0
         self._found_inf: Tensor | None = None
         self._grad_norm: Tensor | None = None
         self._skipped = False
         self._saved_apart = False
         self._load_apart: Callable[[], None] | None = None
+
+    _mesh: DeviceMesh | None = None
 
     # ---------------------------------------------------------------- what happened so far
 
@@ -185,6 +189,7 @@ class DistAdamW(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._resolve()
+        self._saved_apart, self._load_apart = False, None  # left over from a save or a load that failed
         self._prepare_shards()
         grads = [shard.owned_grads() for shard in self.shards]
         if not any(shard.any_grad for shard in self.shards):
@@ -197,6 +202,8 @@ class DistAdamW(Optimizer):
             if not all(map(self._is_fused, self.shards)) and self.step_was_skipped:
                 return loss  # foreach arithmetic cannot skip by itself
         for shard, buckets in zip(self.shards, grads, strict=True):
+            if not shard.any_grad:
+                continue
             shard.count_update(self._found_inf)
             self._update(shard, buckets, clip)
         return loss
@@ -205,7 +212,9 @@ class DistAdamW(Optimizer):
         return can_fuse(shard.params[0]) if self.fused is None else self.fused
 
     def _update(self, shard: Shard, grads: list[list[Tensor | None]], clip: Tensor | None) -> None:
-        group = self.param_groups[shard.group_index]
+        group = shard.group
+        if group["amsgrad"] != ("max_exp_avg_sq" in shard.moments):
+            raise RuntimeError("amsgrad cannot be changed after the first update. Set it when the group is made.")
         fused = self._is_fused(shard)
         # One bucket travels while the next is computed; received ones are unpacked two behind.
         travelling: list[tuple[int, Any]] = []
@@ -250,53 +259,78 @@ class DistAdamW(Optimizer):
 
     def _prepare_shards(self) -> None:
         """Check every gradient, follow what has moved, place what is not placed yet."""
+        if self.shards and (self.state is not self._laid_out or self.process_group is not self.shards[0].process_group):
+            self._lay_out_again()
         for shard in self.shards:
-            shard.refresh()
+            if shard.refresh():
+                self._show(shard)
+        leaders = {id(shard.params[0]): shard for shard in self.shards}
         newcomers = []
-        for param in self._all_params():
-            if param.grad is not None and param.grad.layout != torch.strided:
-                raise RuntimeError(
-                    f"DistAdamW does not support sparse gradients, got one of layout {param.grad.layout}. "
-                    "Build the embedding with sparse=False."
-                )
-            if param not in self._placed and (param.grad is not None or (not self.shards and param.requires_grad)):
-                newcomers.append(param)
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is not None and param.grad.layout != torch.strided:
+                    raise RuntimeError(
+                        f"DistAdamW does not support sparse gradients, got one of layout {param.grad.layout}. "
+                        "Build the embedding with sparse=False."
+                    )
+                key = id(param)
+                if key in leaders:
+                    leaders[key].group = group  # whatever has become of the list of groups
+                elif key not in self._placed and (param.grad is not None or (not self.shards and param.requires_grad)):
+                    newcomers.append(param)
         if newcomers:
             self.place(newcomers)
 
-    def place(self, params: Iterable[Tensor]) -> None:
+    def place(self, params: Iterable[Tensor], *, are_shares: bool = False) -> None:
         """Lay out the state of ``params``, from ``self.state`` where it has some, else zeros. Local.
 
-        The first update does this for every parameter that requires a gradient; loaders of
-        sharded state do it before. Every rank places the same parameters in the same order.
+        The first update does this for every parameter that requires a gradient, loading for those
+        that have state. Every rank places the same parameters in the same order.
+
+        Args:
+            are_shares: What ``self.state`` has is this rank's share, not the whole.
         """
-        chosen = set(params) - self._placed
+        chosen = {id(param) for param in params} - self._placed
         alike: dict[tuple[int, torch.dtype, torch.device], list[Tensor]] = {}
         for index, group in enumerate(self.param_groups):
             for param in group["params"]:
-                if param in chosen:
+                if id(param) in chosen:
                     alike.setdefault((index, param.dtype, param.device), []).append(param)
         for (index, _, _), together in alike.items():
-            self._place(index, together)
-
-    def _place(self, group_index: int, params: list[Tensor]) -> None:
-        shard = Shard(
-            params,
-            group_index=group_index,
-            process_group=self.process_group,
-            amsgrad=self.param_groups[group_index]["amsgrad"],
-            max_bucket_numel=self.bucket_numel,
-        )
-        if self.shard is True and shard.process_group is None:
-            raise RuntimeError(
-                "shard=True, but there is one rank or torch.distributed is not initialised. "
-                "Launch several ranks, or leave shard='auto'."
+            shard = Shard(
+                together,
+                group=self.param_groups[index],
+                process_group=self.process_group,
+                max_bucket_numel=self.bucket_numel,
             )
-        for i, param in enumerate(params):
-            shard.adopt(i, self.state.get(param, {}))
+            if self.shard is True and shard.process_group is None:
+                raise RuntimeError(
+                    "shard=True, but there is one rank or torch.distributed is not initialised. "
+                    "Launch several ranks, or leave shard='auto'."
+                )
+            for i, param in enumerate(together):
+                shard.adopt(i, self.state.get(param, {}), is_share=are_shares)
+            self._show(shard)
+            self.shards.append(shard)
+        self._placed |= chosen
+        self._laid_out = self.state
+
+    def _show(self, shard: Shard) -> None:
+        """Let ``self.state`` show what ``shard`` holds."""
+        for i, param in enumerate(shard.params):
             self.state[param] = shard.state_of(i)
-        self.shards.append(shard)
-        self._placed.update(params)
+
+    def _lay_out_again(self) -> None:
+        """Begin anew from ``self.state``: somebody replaced it, or ranks have appeared since."""
+        if self.shards[0].process_group is not None and self.state is self._laid_out:
+            raise RuntimeError(
+                "the process group is not the one that the optimizer's state is shared over. Save with "
+                "accelerator.save_state, and load in a job that begins with the new group."
+            )
+        are_shares = self.shards[0].process_group is not None
+        params = [param for shard in self.shards for param in shard.params]
+        self.shards, self._placed = [], set()
+        self.place(params, are_shares=are_shares)
 
     def layout_record(self) -> dict[str, Any]:
         """What ranks must agree on, as plain data. Local."""
@@ -339,17 +373,23 @@ class DistAdamW(Optimizer):
             self._saved_apart = False
             return {**state_dict, "state": {}, "state_apart": True}
         if (share := self._share()) is not None:
+            warnings.warn(
+                f"this state dict holds the share of rank {share['rank']} of {share['world_size']} only. Save it on "
+                "every rank, or use accelerator.save_state after dist_adamw.prepare, which does.",
+                stacklevel=2,
+            )
             state_dict["share"] = share
         return state_dict
 
     def _share(self) -> dict[str, Any] | None:
         """Which elements of the state this rank holds; None for all of them."""
-        if all(shard.process_group is None for shard in self.shards):
+        if not self.shards or self.shards[0].process_group is None:
             return None
         index = {id(p): i for i, p in enumerate(self._all_params())}
         return {
             "rank": collectives.rank(self.process_group),
             "world_size": collectives.world_size(self.process_group),
+            "shards": [[index[id(param)] for param in shard.params] for shard in self.shards],
             "ranges": {
                 index[id(param)]: shard.ranges_of(i) for shard in self.shards for i, param in enumerate(shard.params)
             },
@@ -358,7 +398,7 @@ class DistAdamW(Optimizer):
     def load_state_dict(self, state_dict: StateDict) -> None:
         """Load what `state_dict`, or ``torch.optim.AdamW``'s, returned. Local.
 
-        A whole state is cut to this rank's share at the next update.
+        Of a whole state this rank keeps its share.
 
         Raises:
             ValueError: groups or shapes do not match, or it is another rank's share. The
@@ -368,25 +408,28 @@ class DistAdamW(Optimizer):
         load_apart = self._load_apart
         super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
         self._reset()
-        if state_dict.get("state_apart"):
-            assert load_apart is not None
+        if load_apart is not None:
+            self.state.clear()
             load_apart()
             return
-        self.recount()
-        self._mark_share(state_dict.get("share"))
+        self._adopt(state_dict.get("share"))
 
-    def _mark_share(self, share: dict[str, Any] | None) -> None:
-        """Tell `Shard.adopt` which elements a loaded share is of."""
-        for i, param in enumerate(self._all_params()):
-            if share is not None and param in self.state:
-                self.state[param]["ranges"] = share["ranges"][i]
+    def _adopt(self, share: Mapping[str, Any] | None) -> None:
+        """Lay out what is in ``self.state``: whole state, or this rank's share."""
+        params = list(self._all_params())
+        if share is None:
+            self.place([param for param in params if param in self.state])
+        else:
+            for members in share["shards"]:
+                self.place([params[i] for i in members], are_shares=True)
+        self.recount()
 
     def save_apart(self) -> None:
         """Let the next `state_dict` leave out the moments, because they have been written elsewhere."""
         self._saved_apart = True
 
     def load_apart(self, load: Callable[[], None]) -> None:
-        """Let the next `load_state_dict` call ``load`` for the moments that `save_apart` left out."""
+        """Let the next `load_state_dict` call ``load`` for the moments, whatever it is given."""
         self._load_apart = load
 
     def recount(self) -> None:
@@ -395,32 +438,46 @@ class DistAdamW(Optimizer):
         self._updates = int(max(steps, default=0))
 
     def _check_loadable(self, state_dict: StateDict) -> None:
-        if state_dict.get("state_apart") and self._load_apart is None:
+        if self._load_apart is not None:
+            return
+        if state_dict.get("state_apart"):
             raise ValueError(
                 "this state dict has no moments: they are in a folder beside it. "
                 "Load both with accelerator.load_state, after dist_adamw.prepare."
             )
-        share = state_dict.get("share")
-        if share is not None:
-            here = (collectives.rank(self.process_group), collectives.world_size(self.process_group))
-            if (share["rank"], share["world_size"]) != here:
-                raise ValueError(
-                    f"this state is the share of rank {share['rank']} of {share['world_size']}, and this is rank "
-                    f"{here[0]} of {here[1]}. Save and load with accelerator.save_state and load_state after "
-                    "dist_adamw.prepare: that keeps every rank's share and loads on any number of ranks."
-                )
+        if (share := state_dict.get("share")) is not None:
+            self._check_share(share)
         for i, param in enumerate(self._all_params()):
+            whole = param.shape
+            if share is not None:
+                whole = torch.Size([sum(stop - start for start, stop in share["ranges"].get(i, []))])
             for key in MOMENTS:
                 value = state_dict["state"].get(i, {}).get(key)
-                whole = param.shape
-                if value is None:
-                    continue
-                if share is not None:
-                    whole = torch.Size([sum(stop - start for start, stop in share["ranges"][i])])
-                if value.shape != whole:
+                if value is not None and value.shape != whole:
                     raise ValueError(
                         f"{key} of parameter {i} has shape {tuple(value.shape)}, but {tuple(whole)} is needed here. "
                         "The state is of another model, or its groups are in another order."
+                    )
+
+    def _check_share(self, share: Mapping[str, Any]) -> None:
+        """Refuse a share of another rank, or one that was cut otherwise."""
+        rank, world_size = collectives.rank(self.process_group), collectives.world_size(self.process_group)
+        if self.process_group is None:
+            rank, world_size = 0, 1
+        if (share["rank"], share["world_size"]) != (rank, world_size):
+            raise ValueError(
+                f"this state is the share of rank {share['rank']} of {share['world_size']}, and this is rank {rank} of "
+                f"{world_size}. Save and load with accelerator.save_state and load_state after dist_adamw.prepare: "
+                "that keeps every rank's share and loads on any number of ranks."
+            )
+        numels = [param.numel() for param in self._all_params()]
+        for members in share["shards"]:
+            layout = FlatLayout(tuple(numels[i] for i in members), world_size, self.bucket_numel)
+            for i, ranges in zip(members, layout.ranges(rank), strict=True):
+                if ranges != share["ranges"][i]:
+                    raise ValueError(
+                        f"this share has elements {share['ranges'][i]} of parameter {i}, and this rank owns {ranges}: "
+                        "it is of another model, or was made with another bucket_numel."
                     )
 
     def _all_params(self) -> Iterable[Tensor]:
@@ -432,20 +489,25 @@ class DistAdamW(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         state = dict(state)
+        share = state.pop("share", None)
         for name, value in state.pop("options", {}).items():
             setattr(self, name, value)
-        share = state.pop("share", None)
         unpickled = not hasattr(self, "shards")  # __init__ has not run
         if unpickled:
-            self._mesh = None
             self._reset()
         super().__setstate__(state)
-        if unpickled:
-            self.recount()
-            self._mark_share(share)
         for group in self.param_groups:
             group.setdefault("amsgrad", False)
             group.setdefault("maximize", False)
+        if unpickled:
+            if share is not None:
+                self._check_share(share)
+            self._adopt(share)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        if self._mesh is not None:
+            raise ValueError("a DistAdamW with a mesh cannot be pickled or copied. Use state_dict().")
+        return super().__reduce_ex__(protocol)
 
     def __repr__(self) -> str:
         text = super().__repr__()

@@ -117,6 +117,14 @@ class FlatLayout:
             offset += stop - start
         return buckets
 
+    def ranges(self, rank: int) -> list[list[list[int]]]:
+        """The ``[start, stop)`` of each parameter that ``rank`` owns, in ascending order."""
+        found: list[list[list[int]]] = [[] for _ in self.numels]
+        for pieces in self.owned(rank):
+            for piece in pieces:
+                found[piece.param].append([piece.start, piece.stop])
+        return found
+
 
 def _round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 Policy = Callable[[float], float]
 
@@ -54,7 +55,7 @@ def make_policy(name: str, triangular_step: float) -> Policy:
     if name == "arccosine":
         return arccosine
     if name in POLICIES:
-        return lambda tau: triangular(tau, triangular_step)
+        return partial(triangular, peak=triangular_step)
     raise ValueError(
         f"unknown policy {name!r}. Choose one of {', '.join(POLICIES)}, or pass your own function of tau as policy_fn."
     )

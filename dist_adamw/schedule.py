@@ -155,8 +155,10 @@ class RestartSchedule:
     weight_decay_exponent: float = 0.5
     _eta: Policy = field(init=False, repr=False, compare=False)
     _runs: tuple[_Run, ...] = field(init=False, repr=False, compare=False)
-    # (cycle, eta_min, eta_max) that the restart callback was last folded to: a cache, not state.
+    # Caches, not state: (cycle, eta_min, eta_max) that the restart callback was last folded to, and
+    # the cycle last looked up.
     _folded: list[tuple[int, float, float]] = field(init=False, repr=False, compare=False)
+    _recent: list[Cycle] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         check_positive_int("epoch_size", self.epoch_size)
@@ -175,6 +177,7 @@ class RestartSchedule:
         object.__setattr__(self, "_eta", self.policy_fn or make_policy(self.policy, self.triangular_step))
         object.__setattr__(self, "_runs", self._make_runs())
         object.__setattr__(self, "_folded", [(0, 0.0, 1.0)])
+        object.__setattr__(self, "_recent", [self.cycle(0)])
 
     def _make_runs(self) -> tuple[_Run, ...]:
         first = exact("restart_period", self.restart_period) * self.epoch_size
@@ -201,8 +204,10 @@ class RestartSchedule:
     def at(self, samples: int) -> SchedulePoint:
         """Look up ``samples``, the real global samples consumed before an update."""
         u = max(0, samples - self.warmup_samples)
-        run = self._runs[-1] if u >= self._runs[-1].start else self._runs[0]
-        cycle = run.cycle(run.find(u))
+        cycle = self._recent[0]
+        if not cycle.start <= u < cycle.start + cycle.length:
+            run = self._runs[-1] if u >= self._runs[-1].start else self._runs[0]
+            cycle = self._recent[0] = run.cycle(run.find(u))
         tau = min(_ratio(u - cycle.start, cycle.length), _BELOW_ONE)
         warmup = samples / self.warmup_samples if samples < self.warmup_samples else None
         return SchedulePoint(cycle, tau, self._multiplier(cycle.index, tau, u), warmup)

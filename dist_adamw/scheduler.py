@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from dist_adamw import collectives
 from dist_adamw.batch import GlobalBatch, check_positive_int
-from dist_adamw.conventions import decay_convention, unwrap, was_skipped
+from dist_adamw.conventions import decay_convention, unwrap, was_applied
 from dist_adamw.plain import plain
 from dist_adamw.policies import Policy
 from dist_adamw.preview import Preview
@@ -140,14 +140,37 @@ class CyclicLRWithRestarts(LRScheduler):
         self.sample_source: Callable[[], int | None] | None = None
         self._applied: list[int | None] = []  # updates since the last step(), as the source counted them
         self._schedule = self._make_schedule()
-        optimizer = unwrap(optimizer)
         self._bases: list[_Base] = []
-        self._learn_groups(optimizer)
-        # The hooks must not keep a scheduler alive that the user has dropped.
-        before, after = weakref.WeakMethod(self._before_update), weakref.WeakMethod(self._after_update)
-        optimizer.register_step_pre_hook(lambda *_: (hook := before()) and hook())
-        optimizer.register_step_post_hook(lambda *_: (hook := after()) and hook())
-        super().__init__(optimizer)
+        self.optimizer = unwrap(optimizer)
+        self._learn_groups()
+        self._listen()
+        super().__init__(self.optimizer)
+
+    def _listen(self) -> None:
+        """Hear of every update and load of the optimizer."""
+
+        def weakly(method: Callable[[], None]) -> Callable[..., None]:
+            # A hook must not keep a scheduler alive that the user has dropped.
+            reference = weakref.WeakMethod(method)
+
+            def hook(*_: object) -> None:
+                if (alive := reference()) is not None:
+                    alive()
+
+            return hook
+
+        self.optimizer.register_step_pre_hook(weakly(self._before_update))
+        self.optimizer.register_step_post_hook(weakly(self._after_update))
+        # A loaded optimizer brings the lr and weight decay of the job that saved it.
+        self.optimizer.register_load_state_dict_post_hook(weakly(self._push))
+
+    def __getstate__(self) -> dict[str, Any]:
+        # prepare's source belongs to this process; the copy's job prepares anew.
+        return {**self.__dict__, "sample_source": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._listen()
 
     # ---------------------------------------------------------------- configuration
 
@@ -204,8 +227,9 @@ class CyclicLRWithRestarts(LRScheduler):
         """The current cycle, from 0; also how often lr has restarted."""
         return self.schedule.at(self.samples).cycle.index
 
-    def _learn_groups(self, optimizer: Optimizer) -> None:
+    def _learn_groups(self) -> None:
         """Take down the base values of groups not seen before."""
+        optimizer = self.optimizer
         for group in optimizer.param_groups[len(self._bases) :]:
             # torch's own convention for lr: what a scheduler has annealed is never taken for a base.
             base_lr = float(group.setdefault("initial_lr", _copied(group["lr"])))
@@ -237,14 +261,15 @@ class CyclicLRWithRestarts(LRScheduler):
 
     def _before_update(self) -> None:
         if len(self.optimizer.param_groups) > len(self._bases):
-            self._learn_groups(self.optimizer)
             self._push()
         _ = self.schedule  # an update at an unknown lr must not happen
+        self._began_without_state = not self.optimizer.state
 
     def _after_update(self) -> None:
-        # torch's get_optimizer_state_dict makes an empty optimizer step once with lr 0.
-        initialising = all(g["lr"] == 0 for g in self.optimizer.param_groups) and any(self._last_lr)
-        if not initialising and not was_skipped(self.optimizer):
+        # torch's get_optimizer_state_dict makes an optimizer without state step once with lr 0.
+        silent = all(g["lr"] == 0 for g in self.optimizer.param_groups) and any(self._last_lr)
+        initialising = self._began_without_state and silent
+        if not initialising and was_applied(self.optimizer):
             self._applied.append(None if self.sample_source is None else self.sample_source())
 
     def step(self, samples: int | None = None) -> None:
@@ -293,7 +318,8 @@ class CyclicLRWithRestarts(LRScheduler):
 
     def _push(self) -> None:
         """Write what the schedule says of ``samples`` into the groups."""
-        if self._schedule is not None and self._bases:
+        self._learn_groups()
+        if self._schedule is not None:
             point = self._schedule.at(self.samples)
             for group, base in zip(self.optimizer.param_groups, self._bases, strict=True):
                 lr = self._lr(point, base)
@@ -332,6 +358,7 @@ class CyclicLRWithRestarts(LRScheduler):
 
     def get_lr(self) -> list[float | Tensor]:
         """The learning rate of each group at ``samples``."""
+        self._learn_groups()
         point = self.schedule.at(self.samples)
         return [self._lr(point, base) for base in self._bases]
 
@@ -347,6 +374,7 @@ class CyclicLRWithRestarts(LRScheduler):
             points: Samples of the trace, evenly spaced.
             group: Which parameter group.
         """
+        self._learn_groups()
         base = self._bases[group]
         convention = decay_convention(self.optimizer, self.optimizer.param_groups[group])
         fixed = float(self.optimizer.param_groups[group].get("weight_decay", 0.0))
@@ -371,6 +399,7 @@ class CyclicLRWithRestarts(LRScheduler):
 
     def configuration(self) -> dict[str, Any]:
         """Everything that shapes the curve but the clock and the global batch, as plain data."""
+        self._learn_groups()
         options = {name: plain(value) for name, value in self._options.items()}
         groups = [[base.lr, base.min_lr, base.weight_decay] for base in self._bases]
         return {
@@ -396,7 +425,8 @@ class CyclicLRWithRestarts(LRScheduler):
         Raises:
             ValueError: not a state of this class, or configurations differ; nothing is changed.
         """
-        if state_dict.get("version") != _STATE_VERSION or "samples" not in state_dict:
+        needed = {"samples", "batch_size", "reference_batch_size", "configuration"}
+        if state_dict.get("version") != _STATE_VERSION or not needed <= state_dict.keys():
             raise ValueError(
                 f"not a state of CyclicLRWithRestarts version {_STATE_VERSION}: its keys are {sorted(state_dict)}."
             )
@@ -425,7 +455,8 @@ class CyclicLRWithRestarts(LRScheduler):
         self._push()
 
     def _take_over(self, saved: Mapping[str, Any], differing: list[str]) -> None:
-        functions = [k for k in differing if k in ("policy_fn", "eta_on_restart_cb", "eta_on_iteration_cb")]
+        callables = ("policy_fn", "eta_on_restart_cb", "eta_on_iteration_cb")
+        functions = [k for k in differing if k in callables and saved.get(k) is not None]
         if functions:
             raise ValueError(
                 f"the checkpoint used {functions[0]}={saved.get(functions[0])!r}; a function cannot be loaded from a "

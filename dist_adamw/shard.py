@@ -51,9 +51,8 @@ class Shard:
 
     Args:
         params: Parameters of one group, dtype and device.
-        group_index: Their place in ``optimizer.param_groups``.
+        group: Their parameter group.
         process_group: The ranks that share the state; None keeps it whole.
-        amsgrad: Keep running maxima of the second moment too.
         max_bucket_numel: Elements that travel together.
 
     Local to build; `send` and `receive` are collective.
@@ -63,13 +62,12 @@ class Shard:
         self,
         params: list[Tensor],
         *,
-        group_index: int,
+        group: dict[str, Any],
         process_group: dist.ProcessGroup | None,
-        amsgrad: bool,
         max_bucket_numel: int,
     ) -> None:
         self.params = params
-        self.group_index = group_index
+        self.group = group
         self.process_group = process_group
         world_size = 1 if process_group is None else collectives.world_size(process_group)
         self._rank = 0 if process_group is None else collectives.rank(process_group)
@@ -80,7 +78,7 @@ class Shard:
             for piece in bucket:
                 self._owned_of[piece.param].append(piece)
         like = params[0]
-        names = MOMENTS if amsgrad else MOMENTS[:2]
+        names = MOMENTS if group["amsgrad"] else MOMENTS[:2]
         self.moments = {
             name: torch.zeros(self.layout.shard_numel, dtype=like.dtype, device=like.device) for name in names
         }
@@ -93,6 +91,7 @@ class Shard:
 
     def _build_views(self) -> None:
         self._addresses = [p.data_ptr() for p in self.params]
+        self._orders = [axes_in_memory(p) for p in self.params]
         flat = [storage_order(p.detach()) for p in self.params]
         steps = list(self.steps.unbind())
         if self.process_group is not None and not self._staging:
@@ -123,10 +122,22 @@ class Shard:
                 staged.append(bucket.staging[p.offset : p.offset + p.numel])
         return bucket
 
-    def refresh(self) -> None:
-        """Follow parameters whose storage was replaced or moved to another device since the last update."""
+    def refresh(self) -> bool:
+        """Follow parameters whose storage was replaced, or moved to another device, since the last update.
+
+        Returns:
+            Whether `state_of` has changed.
+
+        Raises:
+            RuntimeError: parameters went to different places, or changed their memory format.
+        """
         if [p.data_ptr() for p in self.params] == self._addresses:
-            return
+            return False
+        if [axes_in_memory(p) for p in self.params] != self._orders:
+            raise RuntimeError(
+                "parameters changed their memory format (channels_last, say) after the optimizer had state for them. "
+                "Convert the model before the first update, and before loading a checkpoint."
+            )
         places = {(p.device, p.dtype) for p in self.params}
         if len(places) > 1:
             raise RuntimeError(
@@ -138,6 +149,7 @@ class Shard:
         self.steps = self.steps.to(device)
         self._staging = []
         self._build_views()
+        return True
 
     @property
     def nbytes(self) -> int:
@@ -148,14 +160,16 @@ class Shard:
         """The ``[start, stop)`` of parameter ``i`` that this rank owns, in ascending order."""
         return [[p.start, p.stop] for p in self._owned_of[i]]
 
+    def offset_of(self, i: int) -> int:
+        """Where this rank's elements of parameter ``i`` begin in the flat moments."""
+        return self._owned_of[i][0].offset if self._owned_of[i] else 0
+
     def owned_moment(self, i: int, name: str) -> Tensor:
         """This rank's elements of a moment of parameter ``i``, 1-D, in the order of `ranges_of`."""
-        pieces = self._owned_of[i]
-        if not pieces:
-            return self.moments[name][:0]
         # A parameter that goes on in the next bucket fills this one to the end, so its pieces
         # lie side by side in the flat shard.
-        return self.moments[name][pieces[0].offset : pieces[-1].offset + pieces[-1].numel]
+        start = self.offset_of(i)
+        return self.moments[name][start : start + sum(piece.numel for piece in self._owned_of[i])]
 
     def state_of(self, i: int) -> dict[str, Any]:
         """Parameter ``i``'s entry in ``optimizer.state``: views into the shard.
@@ -168,34 +182,23 @@ class Shard:
             state[name] = owned if self.process_group is not None else shaped_like(owned, self.params[i])
         return state
 
-    def adopt(self, i: int, state: Mapping[str, Any]) -> None:
-        """Copy a loaded state of parameter ``i`` (whole, or this rank's share with its ranges).
-
-        Raises:
-            ValueError: the share is of other elements than this rank owns.
-        """
+    def adopt(self, i: int, state: Mapping[str, Any], *, is_share: bool) -> None:
+        """Copy a state of parameter ``i``: this rank's share of it, or the whole, of which it takes its share."""
         if "exp_avg" not in state:
             return
-        ranges = state.get("ranges")
-        if ranges is not None and ranges != self.ranges_of(i):
-            raise ValueError(
-                f"the loaded state covers elements {ranges} of a parameter of which this rank owns "
-                f"{self.ranges_of(i)}. Load it with accelerator.load_state after dist_adamw.prepare."
-            )
         self.steps[i] = float(state["step"])
         for name in self.moments:
             if name not in state:
                 continue
-            value = state[name]
-            if ranges is None:
-                if value.shape != self.params[i].shape:
-                    raise ValueError(
-                        f"{name} has shape {tuple(value.shape)}, its parameter {tuple(self.params[i].shape)}: "
-                        "the state is of another model, or a share that does not say of what."
-                    )
-                whole = storage_order(value.as_subclass(Tensor), like=self.params[i])
-                value = torch.cat([whole[a:b] for a, b in self.ranges_of(i)] or [whole[:0]])
-            self.owned_moment(i, name).copy_(value)
+            target = self.owned_moment(i, name)
+            if is_share:
+                target.copy_(state[name])
+                continue
+            whole = storage_order(state[name], like=self.params[i])
+            place = 0
+            for start, stop in self.ranges_of(i):
+                target[place : place + stop - start].copy_(whole[start:stop])
+                place += stop - start
 
     # ---------------------------------------------------------------- one update
 
@@ -256,7 +259,7 @@ def storage_order(tensor: Tensor, like: Tensor | None = None) -> Tensor:
     like = tensor if like is None else like
     if like.is_contiguous():
         return tensor.reshape(-1)
-    order = _axes_in_memory(like)
+    order = axes_in_memory(like)
     return tensor.permute(order).reshape(-1)
 
 
@@ -264,12 +267,19 @@ def shaped_like(flat: Tensor, like: Tensor) -> Tensor:
     """The inverse of `storage_order`: a view of ``flat`` with the shape and strides of ``like``."""
     if like.is_contiguous():
         return flat.view(like.shape)
-    order = _axes_in_memory(like)
+    order = axes_in_memory(like)
     inverse = [order.index(axis) for axis in range(like.ndim)]
     return flat.view([like.shape[axis] for axis in order]).permute(inverse)
 
 
-def _axes_in_memory(tensor: Tensor) -> list[int]:
+def axes_in_memory(tensor: Tensor) -> list[int]:
+    """The axes of ``tensor``, from the one with the largest step in memory to the one with the smallest.
+
+    Raises:
+        ValueError: elements overlap or leave gaps.
+    """
+    if tensor.is_contiguous():
+        return list(range(tensor.ndim))
     strides = tensor.stride()
     order = sorted(range(tensor.ndim), key=lambda axis: -strides[axis])
     if not tensor.permute(order).is_contiguous():

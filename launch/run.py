@@ -14,7 +14,6 @@ It has another name until all of it is written, so a reader sees a whole checkpo
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -28,6 +27,8 @@ from typing import Any, TypeVar
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 
+from dist_adamw.checkpoint import file_fingerprint
+
 T = TypeVar("T")
 NEWEST = "newest"
 _MANIFEST = "manifest.json"
@@ -35,16 +36,20 @@ _PROGRESS = "progress.json"
 _FOLDER = re.compile(r"sample-(\d+)")
 
 
+class JobError(ValueError):
+    """Something that every rank knows, and a sentence about it."""
+
+
 def everywhere(action: Callable[[], T]) -> T:
     """Run ``action`` on every rank; where it fails on one, all raise its sentence. Collective.
 
     Raises:
-        ValueError: ``action`` raised anything on some rank.
+        JobError: ``action`` raised anything on some rank.
     """
     result, problem = _attempt(action)
     problems = [p for p in gather_object([problem]) if p is not None]
     if problems:
-        raise ValueError(problems[0])
+        raise JobError(problems[0])
     return result  # type: ignore[return-value]
 
 
@@ -52,12 +57,12 @@ def on_main(accelerator: Accelerator, action: Callable[[], T]) -> T:
     """Run ``action`` on the main rank; all ranks get its result, or raise its sentence. Collective.
 
     Raises:
-        ValueError: ``action`` raised anything.
+        JobError: ``action`` raised anything.
     """
     outcome: list[Any] = [_attempt(action) if accelerator.is_main_process else None]
     result, problem = broadcast_object_list(outcome)[0]
     if problem is not None:
-        raise ValueError(problem)
+        raise JobError(problem)
     return result  # type: ignore[no-any-return]
 
 
@@ -145,11 +150,16 @@ class Checkpoints:
         found = self.folder.iterdir() if self.folder.is_dir() else ()
         return sorted(path for path in found if _FOLDER.fullmatch(path.name) and path.is_dir())
 
+    def discard(self) -> None:
+        """Delete every checkpoint. Local."""
+        for path in self.all():
+            shutil.rmtree(path)
+
     def save(self, progress: Progress) -> Path:
         """Write a checkpoint, then delete the oldest ones. Collective.
 
         Raises:
-            ValueError: it could not be written; the older ones are still there.
+            JobError: it could not be written; the older ones are still there.
         """
         final = self.folder / f"sample-{progress.samples:09d}"
         partial = final.with_name(final.name + ".partial")
@@ -166,9 +176,9 @@ class Checkpoints:
     def _finish(self, partial: Path, final: Path, progress: Progress) -> None:
         (partial / _PROGRESS).write_text(json.dumps(vars(progress), indent=1))
         files = sorted(path for path in partial.rglob("*") if path.is_file())
-        manifest = {path.relative_to(partial).as_posix(): _fingerprint(path, sync=True) for path in files}
+        manifest = {path.relative_to(partial).as_posix(): _synced(path) for path in files}
         (partial / _MANIFEST).write_text(json.dumps(manifest, indent=1))
-        _fingerprint(partial / _MANIFEST, sync=True)
+        _synced(partial / _MANIFEST)
         partial.rename(final)
         for old in self.all()[: -self.keep]:
             shutil.rmtree(old)
@@ -216,7 +226,7 @@ def damage(checkpoint: Path) -> str | None:
     try:
         manifest = json.loads((checkpoint / _MANIFEST).read_text())
         for name, expected in manifest.items():
-            if (found := _fingerprint(checkpoint / name)) != expected:
+            if (found := file_fingerprint(checkpoint / name)) != expected:
                 what = "its checksum is another one" if found["bytes"] == expected["bytes"] else "it is torn"
                 return (
                     f"the checkpoint {checkpoint} is damaged: {name} has {found['bytes']:,} bytes where "
@@ -229,11 +239,8 @@ def damage(checkpoint: Path) -> str | None:
     return None
 
 
-def _fingerprint(path: Path, sync: bool = False) -> dict[str, Any]:
-    digest = hashlib.blake2b(digest_size=16)
-    with path.open("rb+" if sync else "rb") as file:
-        while chunk := file.read(1 << 22):
-            digest.update(chunk)
-        if sync:
-            os.fsync(file.fileno())
-    return {"bytes": path.stat().st_size, "blake2b": digest.hexdigest()}
+def _synced(path: Path) -> dict[str, Any]:
+    """Have the disk hold a file, and return its fingerprint."""
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+    return file_fingerprint(path)

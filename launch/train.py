@@ -14,13 +14,11 @@ from __future__ import annotations
 
 import math
 import os
-import shutil
 import signal
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs
@@ -29,7 +27,7 @@ from accelerate.utils import gather_object, set_seed
 from gpt import GPT, next_byte_losses
 from options import Config, parse
 from report import History, Row, draw, loss_table, megabytes, memory_table
-from run import Checkpoints, Progress, StopSignals, everywhere, on_main
+from run import Checkpoints, JobError, Progress, StopSignals, everywhere, on_main
 from text import load_text
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -80,6 +78,9 @@ class Job:
         self.progress = Progress()
         if config.resume is not None:
             self._resume(config.resume)
+        else:
+            # Only now, when nothing of the configuration can be wrong any more.
+            on_main(self.accelerator, self.checkpoints.discard)
         self.progress.config = config.shaping()
         self.progress.text = self.text.digest
         self.history = everywhere(self._open_history)
@@ -87,13 +88,11 @@ class Job:
 
     def _claim_folder(self) -> None:
         found = self.checkpoints.all()
-        if found and self.config.resume is None:
-            if not self.config.run.overwrite:
-                raise ValueError(
-                    f"{self.checkpoints.folder} has checkpoints, the newest {found[-1].name}. Continue with --resume, "
-                    "choose another --out, or discard them with --run.overwrite true."
-                )
-            shutil.rmtree(self.checkpoints.folder)
+        if found and self.config.resume is None and not self.config.run.overwrite:
+            raise ValueError(
+                f"{self.checkpoints.folder} has checkpoints, the newest {found[-1].name}. Continue with --resume, "
+                "choose another --out, or discard them with --run.overwrite true."
+            )
         self.out.mkdir(parents=True, exist_ok=True)
 
     def _build(self) -> None:
@@ -263,7 +262,7 @@ class Job:
         self.stopped_by = self.stop.agreed(flags)
         loss = total / self.batch.data_parallel_size
         if not math.isfinite(loss):
-            raise ValueError(
+            raise JobError(
                 f"the loss became {loss} after sample {self.progress.samples:,}. Lower recipe.lr, or set "
                 "recipe.max_grad_norm, and begin again in another --out."
             )
@@ -299,6 +298,8 @@ class Job:
         self.accelerator.end_training()
 
     def _tell(self, history: History) -> None:
+        if not history.rows:
+            return
         known = {"unigram entropy": self.text.entropies.unigram, "bigram entropy": self.text.entropies.bigram}
         title = f"{self.parameters:,} parameters, global batch {self.batch.size}, {self.batch.data_parallel_size} ranks"
         try:
@@ -315,9 +316,15 @@ class Job:
 
 
 def run(config: Config) -> int:
-    """Train; return the exit code."""
-    stop = StopSignals()
-    job = Job(config, stop)
+    """Train; return the exit code.
+
+    Raises:
+        JobError: something that every rank knows went wrong.
+    """
+    try:
+        job = Job(config, StopSignals())
+    except ValueError as error:  # until here, every rank does the same with the same
+        raise JobError(str(error)) from error
     job.announce()
     job.train()
     if job.stopped_by is not None:
@@ -326,16 +333,19 @@ def run(config: Config) -> int:
     return 0 if job.stopped_by is None else 128 + job.stopped_by
 
 
-def fail(error: Exception) -> NoReturn:
-    """End with one sentence on the main rank, and in silence on the others."""
-    if os.environ.get("RANK", "0") == "0":
-        print(f"train.py: {error}", file=sys.stderr, flush=True)
-    sys.exit(2)
+def main() -> int:
+    """Train as the command line says; a user's mistake is one sentence, said by the main rank."""
+    try:
+        try:
+            config = parse()
+        except ValueError as error:
+            raise JobError(str(error)) from error
+        return run(config)
+    except (JobError, dist_adamw.AgreementError) as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"train.py: {error}", file=sys.stderr, flush=True)
+        return 2
 
 
 if __name__ == "__main__":
-    try:
-        code = run(parse())
-    except (ValueError, OSError, dist_adamw.AgreementError) as error:
-        fail(error)
-    sys.exit(code)
+    sys.exit(main())

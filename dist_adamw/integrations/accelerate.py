@@ -5,6 +5,7 @@ Floor 4: knows Accelerate; nothing below knows it.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sized
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,16 +90,87 @@ def prepare(
         Model, optimizer, loader and scheduler, to be used instead.
 
     Raises:
-        ValueError: the global batch or the epoch size cannot be had or contradicts what the
-            scheduler was given; nothing is prepared then.
+        ValueError: the global batch or the epoch size cannot be had, or the batch is not the one
+            the scheduler was given; on every rank alike, and nothing is prepared then.
         AgreementError: ranks were given different things; on every rank.
+
+    DDP keeps a second copy of the gradients unless it is told not to, so ``prepare`` asks for
+    ``gradient_as_bucket_view`` where no ``DistributedDataParallelKwargs`` were given.
 
     Collective: every rank calls it.
     """
+    group = _host_group(accelerator)
+    facts = _agreed_facts(accelerator, optimizer, dataloader, scheduler, group)
+    if accelerator.ddp_handler is None:
+        accelerator.ddp_handler = _ddp_kwargs()
+    model, wrapped, dataloader, _ = accelerator.prepare(model, optimizer, dataloader, scheduler)
+    _sum_in_rank_order(accelerator, model)
+    scheduler.sample_source = lambda: real_samples(accelerator, facts, dataloader)
+    inner = unwrap(wrapped)
+    watch = None
+    if accelerator.num_processes > 1:
+        watch = collectives.AgreementWatch(group)
+        inner.register_step_pre_hook(lambda *_: watch.check(scheduler.agreement_record()))
+    if isinstance(inner, DistAdamW):
+        _keep_shares(accelerator, model, wrapped, inner, watch)
+    return model, wrapped, dataloader, scheduler
+
+
+def _host_group(accelerator: Accelerator) -> dist.ProcessGroup | None:
+    """A group for a few bytes on the host: the default one where that is gloo, else one of its own."""
+    if accelerator.num_processes == 1 or not collectives.initialized() or dist.get_backend() == "gloo":
+        return None
+    group: dist.ProcessGroup = dist.new_group(backend="gloo")
+    return group
+
+
+def _ddp_kwargs() -> Any:
+    from accelerate import DistributedDataParallelKwargs
+
+    return DistributedDataParallelKwargs(gradient_as_bucket_view=True)
+
+
+def _agreed_facts(
+    accelerator: Accelerator,
+    optimizer: Optimizer,
+    dataloader: DataLoader[Any],
+    scheduler: CyclicLRWithRestarts,
+    group: dist.ProcessGroup | None,
+) -> LoaderFacts:
+    """Look at what each rank was given, and raise on all what is wrong on any. Collective."""
+    facts, problem, record = None, None, {}
+    try:
+        facts = _checked_facts(accelerator, optimizer, dataloader, scheduler)
+        inner = unwrap(optimizer)
+        layout = inner.layout_record() if isinstance(inner, DistAdamW) else {}
+        record = {**scheduler.configuration(), **scheduler.agreement_record(), **layout}
+    except ValueError as error:
+        problem = str(error)
+    several = accelerator.num_processes > 1
+    reports = collectives.all_gather_objects(problem, group) if several else [problem]
+    for rank, failed in enumerate(reports):
+        if failed is not None:
+            everywhere = all(other == failed for other in reports)
+            raise ValueError(failed if everywhere else f"{failed} (rank {rank})")
+    if several:
+        collectives.check_agreement(record, group)
+    assert facts is not None
+    return facts
+
+
+def _checked_facts(
+    accelerator: Accelerator, optimizer: Optimizer, dataloader: DataLoader[Any], scheduler: CyclicLRWithRestarts
+) -> LoaderFacts:
+    """Refuse what does not fit together, and fill the scheduler in. Local."""
     if not isinstance(scheduler, CyclicLRWithRestarts):
         raise ValueError(
             f"scheduler must be a CyclicLRWithRestarts that is not prepared yet, got {type(scheduler).__name__}. "
             "For other schedulers accelerator.prepare does all there is to do."
+        )
+    if scheduler.optimizer is not unwrap(optimizer):
+        raise ValueError(
+            f"the scheduler drives another {type(scheduler.optimizer).__name__} than the one given here, "
+            "whose lr would stand still. Pass prepare the optimizer that the scheduler was built with."
         )
     engine = accelerator.distributed_type.value
     if engine not in _ENGINES:
@@ -107,19 +179,28 @@ def prepare(
             "with accelerator.prepare alone, after passing batch_size (global) and epoch_size to the scheduler."
         )
     facts = loader_facts(accelerator, dataloader)
-    _tell(scheduler, facts)
-    model, wrapped, dataloader, _ = accelerator.prepare(model, optimizer, dataloader, scheduler)
-    _sum_in_rank_order(accelerator, model)
-    scheduler.sample_source = lambda: real_samples(accelerator, facts)
-    inner = unwrap(wrapped)
-    watch = _watch(accelerator, inner, scheduler)
-    if isinstance(inner, DistAdamW):
-        _keep_shares(accelerator, model, wrapped, inner, watch)
-    return model, wrapped, dataloader, scheduler
+    if scheduler.epoch_size is None and facts.epoch_size is None:
+        raise ValueError(
+            "the data set has no length, so the epoch size is unknown. "
+            "Pass epoch_size=<samples per epoch> to CyclicLRWithRestarts."
+        )
+    if scheduler.batch_size not in (None, facts.batch.size):
+        b = facts.batch
+        raise ValueError(
+            f"batch_size={scheduler.batch_size} was given, but the loader and the accelerator make a global batch of "
+            f"{b.micro_batch_size} samples x {b.gradient_accumulation_steps} accumulation steps x "
+            f"{b.data_parallel_size} ranks = {b.size}. Leave batch_size=None, or correct one of them; who accumulates "
+            "by hand tells Accelerator(gradient_accumulation_steps=...)."
+        )
+    if scheduler.epoch_size is None:
+        scheduler.epoch_size = facts.epoch_size  # type: ignore[assignment]
+    if scheduler.batch_size is None:
+        scheduler.batch_size = facts.batch
+    return facts
 
 
 def loader_facts(accelerator: Accelerator, dataloader: DataLoader[Any]) -> LoaderFacts:
-    """Derive the global batch and the epoch size. Local.
+    """Derive the global batch and the epoch size, as they are now. Local.
 
     Raises:
         ValueError: the loader has no batch size, or a batch that the ranks cannot split, or
@@ -157,6 +238,15 @@ def loader_facts(accelerator: Accelerator, dataloader: DataLoader[Any]) -> Loade
             f"the data loader has {samples} samples, fewer than one global batch of {batch.size}, and drop_last=True "
             "leaves nothing to train on. Lower the batch size or set drop_last=False."
         )
+    whole = samples // facts.pass_samples if drop_last and samples is not None else 0
+    if (short := whole % batch.gradient_accumulation_steps) and accelerator.gradient_state.sync_with_dataloader:
+        warnings.warn(
+            f"with drop_last=True an epoch has {whole} micro-batches, and the last {short} of them make a short "
+            f"accumulation of {short * facts.pass_samples} samples beyond the epoch size of {facts.epoch_size} (whole "
+            f"global batches of {batch.size}). They are counted, so cycles end a little before their epochs. Cut the "
+            f"data set to a multiple of {batch.size} samples to have the same updates on every number of ranks.",
+            stacklevel=3,
+        )
     return facts
 
 
@@ -169,24 +259,25 @@ def data_parallel_size(accelerator: Accelerator) -> int:
     return int(accelerator.num_processes // same)
 
 
-def real_samples(accelerator: Accelerator, facts: LoaderFacts) -> int | None:
+def real_samples(accelerator: Accelerator, facts: LoaderFacts, dataloader: DataLoader[Any]) -> int | None:
     """Real samples of the update being applied, all ranks together; None where the loader cannot say.
 
     Accelerate pads the last batches of an epoch so that every rank has one; repeated samples are
-    not counted.
+    not counted. None for another loader than the prepared one (or its `skip_first_batches`).
     """
     state = accelerator.gradient_state
-    if not state.in_dataloader or facts.samples is None:
+    active = state.active_dataloader
+    if facts.samples is None or active is None or active.dataset is not dataloader.dataset:
         return None
-    accumulation = facts.batch.gradient_accumulation_steps
+    accumulation = int(state.num_steps)
     missing = facts.pass_samples - facts.last_pass_samples
     if not state.sync_with_dataloader:  # updates run across epoch ends: how many last batches are inside?
         passes = -(-facts.samples // facts.pass_samples)
         step = int(accelerator.step)
-        return facts.batch.size - missing * (step // passes - (step - accumulation) // passes)
+        return accumulation * facts.pass_samples - missing * (step // passes - (step - accumulation) // passes)
     if not state.end_of_dataloader:
-        return facts.batch.size
-    in_window: int = len(state.active_dataloader) % accumulation or accumulation
+        return accumulation * facts.pass_samples
+    in_window: int = len(active) % accumulation or accumulation
     return in_window * facts.pass_samples - missing
 
 
@@ -204,25 +295,6 @@ def _pass_length(dataloader: DataLoader[Any]) -> int | None:
         if isinstance(sized, Sized):
             return len(sized)
     return None
-
-
-def _tell(scheduler: CyclicLRWithRestarts, facts: LoaderFacts) -> None:
-    if scheduler.epoch_size is None and facts.epoch_size is None:
-        raise ValueError(
-            "the data set has no length, so the epoch size is unknown. "
-            "Pass epoch_size=<samples per epoch> to CyclicLRWithRestarts."
-        )
-    if scheduler.batch_size not in (None, facts.batch.size):
-        b = facts.batch
-        raise ValueError(
-            f"batch_size={scheduler.batch_size} was given, but the loader and the accelerator make a global batch of "
-            f"{b.micro_batch_size} samples x {b.gradient_accumulation_steps} accumulation steps x "
-            f"{b.data_parallel_size} ranks = {b.size}. Leave batch_size=None, or correct one of them."
-        )
-    if scheduler.epoch_size is None:
-        scheduler.epoch_size = facts.epoch_size  # type: ignore[assignment]
-    if scheduler.batch_size is None:
-        scheduler.batch_size = facts.batch
 
 
 def _sum_in_rank_order(accelerator: Accelerator, model: nn.Module) -> None:
@@ -249,21 +321,6 @@ def _sum_in_rank_order(accelerator: Accelerator, model: nn.Module) -> None:
     model.register_comm_hook(None, lambda state, bucket: average(bucket.buffer()))
 
 
-def _watch(
-    accelerator: Accelerator, optimizer: Optimizer, scheduler: CyclicLRWithRestarts
-) -> collectives.AgreementWatch | None:
-    """Compare the ranks now, and from now on at every update. Collective."""
-    if accelerator.num_processes == 1 or not collectives.initialized():
-        return None
-    # The comparison is a few bytes on the host: on the default group where that is gloo, else on one of its own.
-    group = None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
-    layout = optimizer.layout_record() if isinstance(optimizer, DistAdamW) else {}
-    collectives.check_agreement({**scheduler.configuration(), **scheduler.agreement_record(), **layout}, group)
-    watch = collectives.AgreementWatch(group)
-    optimizer.register_step_pre_hook(lambda *_: watch.check(scheduler.agreement_record()))
-    return watch
-
-
 def _keep_shares(
     accelerator: Accelerator,
     model: nn.Module,
@@ -273,26 +330,33 @@ def _keep_shares(
 ) -> None:
     """Have ``save_state`` and ``load_state`` keep every rank's share beside Accelerate's files."""
 
-    def folder(path: str) -> Path:
-        index = accelerator._optimizers.index(wrapped)
-        return Path(path) / (FOLDER if index == 0 else f"{FOLDER}_{index}")
+    # Accelerate forgets its optimizers in free_memory(), but not its hooks.
+    def folder(path: str) -> Path | None:
+        position = next((i for i, known in enumerate(accelerator._optimizers) if known is wrapped), None)
+        if position is None:
+            return None
+        return Path(path) / (FOLDER if position == 0 else f"{FOLDER}_{position}")
 
     def save(models: list[nn.Module], weights: list[Any], path: str) -> None:
+        if (where := folder(path)) is None:
+            return
         if watch is not None:
             watch.settle()
         if accelerator.gradient_state.sync_with_dataloader and accelerator.sync_gradients:
             # Between two updates Accelerate's count of micro-batches says nothing; as it is, a
             # job with another accumulation would load it and be out of step.
             accelerator.step = 0
-        save_share(optimizer, parameter_names(accelerator.unwrap_model(model), optimizer), folder(path))
+        save_share(optimizer, parameter_names(accelerator.unwrap_model(model), optimizer), where)
         optimizer.save_apart()
 
     def load(models: list[nn.Module], path: str) -> None:
+        if (where := folder(path)) is None:
+            return
         if watch is not None:
             watch.settle()
-        if folder(path).is_dir():
-            names = parameter_names(accelerator.unwrap_model(model), optimizer)
-            optimizer.load_apart(load_share(optimizer, names, folder(path)))
+        names = parameter_names(accelerator.unwrap_model(model), optimizer)
+        if (copy_share := load_share(optimizer, names, where)) is not None:
+            optimizer.load_apart(copy_share)
 
     accelerator.register_save_state_pre_hook(save)
     accelerator.register_load_state_pre_hook(load)

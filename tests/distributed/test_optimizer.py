@@ -235,6 +235,36 @@ def check_share_round_trip() -> list[Any]:
     return [optimizer.state_dict()["share"]["rank"], "sharded over" in repr(optimizer)]
 
 
+def check_share_twice() -> None:
+    _, optimizer = make_trained()
+    first = copy.deepcopy(optimizer.state_dict())
+    loaded = DistAdamW(Network().parameters())
+    loaded.load_state_dict(first)
+    again = DistAdamW(Network().parameters())
+    again.load_state_dict(loaded.state_dict())  # before any update of either
+    for i, state in first["state"].items():
+        assert all(torch.equal(v, again.state_dict()["state"][i][k]) for k, v in state.items())
+    other = DistAdamW(Network().parameters(), bucket_numel=1)
+    with pytest.raises(ValueError, match="of another model, or was made with another bucket_numel"):
+        other.load_state_dict(first)
+    with pytest.warns(UserWarning, match=f"the share of rank {dist.get_rank()} of 2 only"):
+        optimizer.state_dict()
+
+
+def test_a_share_survives_loading_and_saving_again() -> None:
+    run_ranks(2, check_share_twice)
+
+
+def check_mesh_copy_refused() -> None:
+    optimizer = DistAdamW([nn.Parameter(torch.ones(3))], mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    copy.deepcopy(optimizer)
+
+
+def test_copying_with_a_mesh_is_refused() -> None:
+    for error in expect_error_on_all(2, check_mesh_copy_refused):
+        assert "with a mesh cannot be pickled or copied" in error
+
+
 def test_a_ranks_share_loads_on_that_rank() -> None:
     assert run_ranks(3, check_share_round_trip) == [[0, True], [1, True], [2, True]]
 

@@ -295,6 +295,37 @@ def test_a_global_batch_may_be_given_if_it_is_right() -> None:
     assert prepare(accelerator, *objects)[3].batch_size == 3
 
 
+def test_accumulation_changed_in_mid_run_is_counted() -> None:
+    accelerator, *objects = job(1, 24)
+    *prepared, scheduler = prepare(accelerator, *objects)
+    accelerator.gradient_accumulation_steps = 4
+    assert [row[0] for row in epochs(accelerator, *prepared, scheduler, count=1)] == [0, 4, 8, 12, 16, 20]
+    assert scheduler.samples == 24
+
+
+def test_another_loader_is_counted_by_the_nominal_rule() -> None:
+    accelerator, *objects = job(1, 24, loader={"batch_size": 4})
+    model, optimizer, loader, scheduler = prepare(accelerator, *objects)
+    other = accelerator.prepare(DataLoader(data(9), batch_size=3))
+    assert [row[0] for row in epochs(accelerator, model, optimizer, other, scheduler, count=1)] == [0, 4, 8]
+    list(epochs(accelerator, model, optimizer, loader, scheduler, count=1))
+    assert scheduler.samples == 12 + 24
+
+
+def test_a_short_accumulation_with_drop_last_is_counted_and_said() -> None:
+    accelerator, *objects = job(4, 22, loader={"batch_size": 2, "drop_last": True})
+    with pytest.warns(UserWarning, match=r"11 micro-batches, and the last 3 .* accumulation of 6 samples beyond the"):
+        prepared = prepare(accelerator, *objects)
+    assert prepared[3].epoch_size == 16
+    assert [row[0] for row in epochs(accelerator, *prepared, count=2)] == [0, 8, 16, 22, 30, 38]
+
+
+def test_a_scheduler_of_another_optimizer_is_refused() -> None:
+    accelerator, model, _, loader, scheduler = job()
+    with pytest.raises(ValueError, match="the scheduler drives another DistAdamW than the one given here"):
+        prepare(accelerator, model, DistAdamW(model.parameters()), loader, scheduler)
+
+
 # ---------------------------------------------------------------- clipping
 
 
@@ -359,6 +390,17 @@ def test_ranks_that_differ_at_prepare_all_raise(what: str, field: str) -> None:
     for error in expect_error_on_all(3, disagree_at_prepare, what):
         assert error.startswith("AgreementError: rank 1 disagrees with rank 0: ")
         assert field in error
+
+
+def wrong_on_one_rank() -> None:
+    accelerator, *objects = job(recipe={"batch_size": 5 if dist.get_rank() == 1 else 3})
+    prepare(accelerator, *objects)
+
+
+def test_what_is_wrong_on_one_rank_is_raised_on_all() -> None:
+    for error in expect_error_on_all(3, wrong_on_one_rank):
+        assert error.startswith("ValueError: batch_size=5 was given, but")
+        assert error.endswith("(rank 1)")
 
 
 def diverge(what: str) -> None:
@@ -548,3 +590,115 @@ def test_a_folder_that_cannot_be_written_is_an_error_on_every_rank(tmp_path: Pat
     for error in expect_error_on_all(2, save_where_one_rank_cannot, str(tmp_path)):
         assert error.startswith("CheckpointError: ")
         assert "FileExistsError" in error
+
+
+def prepare_then_save(folder: str, how: str) -> int:
+    """Save before the first update of a job that has state all the same."""
+    accelerator, model, adamw, loader, scheduler = job(1, 24)
+    for p in adamw.param_groups[0]["params"]:
+        p.grad = torch.ones_like(p)
+    if how == "updated before":
+        scheduler.epoch_size, scheduler.batch_size = 24, dist.get_world_size()
+        adamw.step()
+    elif how == "loaded torch":
+        source = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.05)
+        source.step()
+        adamw.load_state_dict(source.state_dict())
+    elif how == "loaded share":
+        other = DistAdamW(model.parameters(), lr=1e-2, weight_decay=0.05)
+        other.step()
+        adamw.load_state_dict(other.state_dict())
+    prepared = prepare(accelerator, model, adamw, loader, scheduler)
+    accelerator.save_state(folder)
+    adamw.state.clear()
+    adamw._reset()
+    accelerator.load_state(folder)
+    del prepared
+    return adamw.updates
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("how", ["updated before", "loaded torch", "loaded share"])
+def test_saving_before_the_first_update_keeps_what_was_loaded(how: str, world_size: int, tmp_path: Path) -> None:
+    assert run_ranks(world_size, prepare_then_save, str(tmp_path), how) == [1] * world_size
+
+
+def prepare_again_after_free_memory(folder: str) -> None:
+    accelerator, *objects = job(2, 48)
+    prepare(accelerator, *objects)
+    accelerator.free_memory()
+    accelerator.step = 0
+    _, *objects = job(2, 48)
+    prepared = prepare(accelerator, *objects)
+    next(iter(epochs(accelerator, *prepared, count=1)))
+    accelerator.save_state(folder)
+    assert (Path(folder) / "dist_adamw" / "index.json").exists()
+    accelerator.load_state(folder)
+    assert objects[1].updates == 1  # type: ignore[union-attr]
+
+
+def test_preparing_again_after_free_memory(tmp_path: Path) -> None:
+    run_ranks(2, prepare_again_after_free_memory, str(tmp_path))
+
+
+def save_that_fails(folder: str) -> None:
+    accelerator, *objects = job(1, 24)
+    prepared = prepare(accelerator, *objects)
+    rows = epochs(accelerator, *prepared, count=1)
+    next(rows)
+
+    def fail(*_: object) -> None:
+        raise OSError("no space left")
+
+    hook = accelerator.register_save_state_pre_hook(fail)
+    with pytest.raises(OSError, match="no space left"):
+        accelerator.save_state(folder)
+    hook.remove()
+    next(rows)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert objects[1].state_dict()["state"], "a later state dict lost the moments"  # type: ignore[union-attr]
+
+
+def test_a_save_that_failed_leaves_state_dicts_whole(tmp_path: Path) -> None:
+    run_ranks(2, save_that_fails, str(tmp_path))
+
+
+def load_where_one_rank_sees_nothing(folder: str) -> None:
+    accelerator, *objects = job(2, 48, loader={"batch_size": 2})
+    prepare(accelerator, *objects)
+    accelerator.load_state(folder if dist.get_rank() == 0 else folder + "-elsewhere")
+
+
+def test_a_folder_that_one_rank_does_not_see_is_an_error_on_all(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoint"
+    run_ranks(2, save_then_go_on, str(folder), 2, 2)
+    shutil.copytree(folder, tmp_path / "checkpoint-elsewhere", ignore=shutil.ignore_patterns("dist_adamw"))
+    for error in expect_error_on_all(2, load_where_one_rank_sees_nothing, str(folder)):
+        assert "is there on some ranks and missing on rank 1" in error
+
+
+def conv_job(folder: str, memory_format: torch.memory_format, save: bool) -> str:
+    accelerator = Accelerator()
+    model = nn.Conv2d(3, 4, 3).to(memory_format=memory_format)
+    optimizer = DistAdamW(model.parameters(), lr=1e-2)
+    scheduler = CyclicLRWithRestarts(optimizer, **RECIPE)
+    loader = DataLoader(TensorDataset(torch.randn(8, 3, 5, 5)), batch_size=2)
+    model_, optimizer_, loader_, _ = prepare(accelerator, model, optimizer, loader, scheduler)
+    if not save:
+        with pytest.raises(ValueError) as raised:  # noqa: PT011
+            accelerator.load_state(folder)
+        return str(raised.value)
+    for (x,) in loader_:
+        accelerator.backward(model_(x).square().mean())
+        optimizer_.step()
+        scheduler.step()
+        optimizer_.zero_grad()
+    accelerator.save_state(folder)
+    return ""
+
+
+def test_a_checkpoint_in_another_memory_format_is_refused(tmp_path: Path) -> None:
+    run_ranks(2, conv_job, str(tmp_path), torch.channels_last, True)
+    for text in run_ranks(2, conv_job, str(tmp_path), torch.contiguous_format, False):
+        assert "'axes in memory': [0, 2, 3, 1]" in text

@@ -207,6 +207,15 @@ def test_a_run_is_not_overwritten(copied: Path) -> None:
 
 
 @pytest.mark.usefixtures("_own_signal_handlers")
+def test_overwriting_waits_until_nothing_can_be_wrong(copied: Path) -> None:
+    before = sorted(path.name for path in (copied / "checkpoints").iterdir())
+    options = ["--run.overwrite", "true"]
+    assert "Invalid epsilon value: -1.0" in sentence("--out", str(copied), *options, "--recipe.eps=-1")
+    assert "there is no such file" in sentence("--out", str(copied), *options, "--data", "no/such/file")
+    assert sorted(path.name for path in (copied / "checkpoints").iterdir()) == before
+
+
+@pytest.mark.usefixtures("_own_signal_handlers")
 def test_a_checkpoint_of_another_model_or_recipe_is_named(copied: Path) -> None:
     before = curve(copied)
     text = sentence("--out", str(copied), "--resume", "--model.width", "64", "--recipe.lr", "1e-3")

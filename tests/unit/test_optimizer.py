@@ -6,6 +6,7 @@ import copy
 import io
 import math
 import pickle
+from collections import defaultdict
 from typing import Any
 
 import pytest
@@ -374,3 +375,85 @@ def test_bf16_autocast_trains() -> None:
             opt.step()
             opt.zero_grad()
     assert_same_bits(ours, theirs)
+
+
+def test_fp64_parameters_are_clipped_too() -> None:
+    params = [nn.Parameter(torch.ones(3, dtype=d)) for d in (torch.float64, torch.float32)]
+    optimizer = DistAdamW(params, max_grad_norm=1.0)
+    for p in params:
+        p.grad = torch.full_like(p, 2.0)
+    optimizer.step()
+    assert optimizer.grad_norm == pytest.approx(math.sqrt(6 * 4))
+
+
+def test_state_moves_with_its_parameters() -> None:
+    model = network()
+    optimizer = DistAdamW(model.parameters(), lr=1e-2)
+    train(model, optimizer, 2)
+    model.double()
+    before = optimizer.state_dict()["state"][3]["exp_avg"].clone()
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(4, 3, 8, 8, generator=generator, dtype=torch.float64)
+    (model(x) * model.scale).square().mean().backward()  # type: ignore[operator]
+    optimizer.step()
+    after = optimizer.state_dict()["state"][3]["exp_avg"]
+    assert after.dtype == torch.float64
+    assert not torch.equal(before.double(), after)
+
+
+def test_another_memory_format_after_the_first_update_is_refused() -> None:
+    model = nn.Conv2d(3, 5, 3)
+    optimizer = DistAdamW(model.parameters())
+    for step in range(2):
+        model(torch.randn(2, 3, 8, 8)).sum().backward()
+        if step:
+            model.to(memory_format=torch.channels_last)
+            with pytest.raises(RuntimeError, match="changed their memory format"):
+                optimizer.step()
+        else:
+            optimizer.step()
+
+
+def test_resetting_the_state_resets_it() -> None:
+    """What some do at a warm restart."""
+    model = network()
+    optimizer = DistAdamW(model.parameters(), lr=1e-2)
+    train(model, optimizer, 3)
+    optimizer.state = defaultdict(dict)
+    train(model, optimizer, 1)
+    assert {int(state["step"]) for state in optimizer.state.values()} == {1}
+
+
+def test_a_group_that_is_gone_leaves_the_others_alone() -> None:
+    params = [nn.Parameter(torch.ones(3)) for _ in range(2)]
+    optimizer = DistAdamW([{"params": [params[0]], "lr": 1.0}, {"params": [params[1]], "lr": 0.5}], weight_decay=0.0)
+    for p in params:
+        p.grad = torch.ones(3)
+    optimizer.step()
+    del optimizer.param_groups[0]
+    optimizer.step()
+    assert torch.allclose(params[1], torch.zeros(3), atol=1e-6)
+
+
+def test_amsgrad_cannot_be_changed_in_silence() -> None:
+    model = network()
+    optimizer = DistAdamW(model.parameters())
+    train(model, optimizer, 1)
+    optimizer.param_groups[0]["amsgrad"] = True
+    with pytest.raises(RuntimeError, match="amsgrad cannot be changed"):
+        train(model, optimizer, 1)
+
+
+def test_loaded_state_is_there_before_the_next_update() -> None:
+    model = network()
+    optimizer = DistAdamW(model.parameters(), lr=1e-2)
+    train(model, optimizer, 2)
+    first = optimizer.state_dict()
+    again = DistAdamW(model.parameters())
+    again.load_state_dict(first)
+    third = DistAdamW(model.parameters())
+    third.load_state_dict(again.state_dict())
+    assert third.state_dict()["state"].keys() == first["state"].keys()
+    for i, state in first["state"].items():
+        assert all(torch.equal(value, third.state_dict()["state"][i][key]) for key, value in state.items())
+    assert third.state_bytes == optimizer.state_bytes

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import gc
 import io
 import math
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -431,3 +433,87 @@ def test_nan_in_a_group_is_refused() -> None:
     optimizer.param_groups[0]["lr"] = math.nan
     with pytest.raises(ValueError, match="lr must be a finite number >= 0, got nan"):
         make(optimizer)
+
+
+def test_loading_the_optimizer_does_not_leave_its_lr_behind() -> None:
+    pretrained = adamw(lr=0.5)
+    update(pretrained)
+    optimizer = adamw()
+    scheduler = make(optimizer)
+    train(optimizer, scheduler, 5)
+    expected = scheduler.get_last_lr(), scheduler.get_last_weight_decay()
+    optimizer.load_state_dict(pretrained.state_dict())
+    group = optimizer.param_groups[0]
+    assert ([group["lr"]], [group["weight_decay"]]) == expected
+
+
+def test_groups_added_between_update_and_step() -> None:
+    optimizer = adamw()
+    scheduler = make(optimizer)
+    update(optimizer)
+    optimizer.add_param_group({"params": [parameter()], "lr": 1e-2})
+    assert len(scheduler.get_lr()) == 2
+    assert scheduler.preview(group=1).rows[0].peak_lr == pytest.approx(1e-2)
+    scheduler.step()
+    assert len(scheduler.get_last_lr()) == 2
+
+
+def test_resume_with_a_group_that_was_added_in_between() -> None:
+    def job(updates: int) -> tuple[DistAdamW, CyclicLRWithRestarts]:
+        optimizer = adamw()
+        scheduler = make(optimizer)
+        train(optimizer, scheduler, min(updates, 3))
+        optimizer.add_param_group({"params": [parameter()], "lr": 1e-2})
+        train(optimizer, scheduler, updates - 3)
+        return optimizer, scheduler
+
+    optimizer, scheduler = job(5)
+    again = adamw()
+    resumed = make(again)
+    again.add_param_group({"params": [parameter()], "lr": 1e-2})
+    again.load_state_dict(optimizer.state_dict())
+    resumed.load_state_dict(scheduler.state_dict())
+    assert resumed.get_last_lr() == scheduler.get_last_lr()
+    assert train(again, resumed, 4) == train(optimizer, scheduler, 4)
+
+
+@pytest.mark.parametrize("cls", [DistAdamW, torch.optim.AdamW])
+def test_a_step_without_gradients_does_not_count(cls: type[Optimizer]) -> None:
+    optimizer = cls([parameter()], lr=1e-3)  # type: ignore[call-arg]
+    scheduler = make(optimizer)
+    optimizer.step()
+    scheduler.step()
+    assert scheduler.samples == 0
+
+
+def test_an_update_at_a_lr_that_the_user_set_to_zero_counts() -> None:
+    optimizer = adamw()
+    scheduler = make(optimizer)
+    train(optimizer, scheduler, 1)
+    optimizer.param_groups[0]["lr"] = 0.0
+    update(optimizer)
+    scheduler.step()
+    assert scheduler.samples == 200
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+def test_a_copy_has_a_clock_of_its_own(how: str) -> None:
+    optimizer = adamw()
+    scheduler = make(optimizer, policy="triangular")
+    train(optimizer, scheduler, 3)
+    both = (optimizer, scheduler)
+    optimizer2, scheduler2 = copy.deepcopy(both) if how == "deepcopy" else pickle.loads(pickle.dumps(both))
+    assert scheduler2.optimizer is optimizer2
+    assert train(optimizer2, scheduler2, 20) == train(optimizer, scheduler, 20)
+
+
+def test_a_state_without_its_configuration_is_refused() -> None:
+    with pytest.raises(ValueError, match="not a state of CyclicLRWithRestarts version 1"):
+        make(adamw()).load_state_dict({"version": 1, "samples": 5})
+
+
+def test_a_function_of_this_job_may_be_given_up_for_the_checkpoints_none() -> None:
+    state = saved(make(adamw()).state_dict())
+    scheduler = make(adamw(), eta_on_restart_cb=ReduceMaxLROnRestart(0.5))
+    scheduler.load_state_dict(state, on_difference="checkpoint")
+    assert scheduler.preview(cycles=2).rows[1].peak_lr == pytest.approx(1e-3)
