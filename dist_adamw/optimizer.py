@@ -23,8 +23,9 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from dist_adamw import collectives
 from dist_adamw.functional import DecayBy, adamw_update_, can_fuse, check_hyper_parameters, sum_of_squares
-from dist_adamw.partition import BUCKET_NUMEL, FlatLayout
-from dist_adamw.shard import MOMENTS, Shard
+from dist_adamw.partition import BUCKET_NUMEL
+from dist_adamw.shard import Shard
+from dist_adamw.share import check_shapes, check_share, describe_share
 
 StateDict = dict[str, Any]
 _OPTIONS = ("decay_by", "max_grad_norm", "shard", "fused", "bucket_numel")
@@ -372,7 +373,7 @@ class DistAdamW(Optimizer):
         if self._saved_apart:
             self._saved_apart = False
             return {**state_dict, "state": {}, "state_apart": True}
-        if (share := self._share()) is not None:
+        if (share := describe_share(self.shards, self._all_params())) is not None:
             warnings.warn(
                 f"this state dict holds the share of rank {share['rank']} of {share['world_size']} only. Save it on "
                 "every rank, or use accelerator.save_state after dist_adamw.prepare, which does.",
@@ -380,20 +381,6 @@ class DistAdamW(Optimizer):
             )
             state_dict["share"] = share
         return state_dict
-
-    def _share(self) -> dict[str, Any] | None:
-        """Which elements of the state this rank holds; None for all of them."""
-        if not self.shards or self.shards[0].process_group is None:
-            return None
-        index = {id(p): i for i, p in enumerate(self._all_params())}
-        return {
-            "rank": collectives.rank(self.process_group),
-            "world_size": collectives.world_size(self.process_group),
-            "shards": [[index[id(param)] for param in shard.params] for shard in self.shards],
-            "ranges": {
-                index[id(param)]: shard.ranges_of(i) for shard in self.shards for i, param in enumerate(shard.params)
-            },
-        }
 
     def load_state_dict(self, state_dict: StateDict) -> None:
         """Load what `state_dict`, or ``torch.optim.AdamW``'s, returned. Local.
@@ -416,7 +403,7 @@ class DistAdamW(Optimizer):
 
     def _adopt(self, share: Mapping[str, Any] | None) -> None:
         """Lay out what is in ``self.state``: whole state, or this rank's share."""
-        params = list(self._all_params())
+        params = self._all_params()
         if share is None:
             self.place([param for param in params if param in self.state])
         else:
@@ -446,46 +433,20 @@ class DistAdamW(Optimizer):
                 "Load both with accelerator.load_state, after dist_adamw.prepare."
             )
         if (share := state_dict.get("share")) is not None:
-            self._check_share(share)
-        for i, param in enumerate(self._all_params()):
-            whole = param.shape
-            if share is not None:
-                whole = torch.Size([sum(stop - start for start, stop in share["ranges"].get(i, []))])
-            for key in MOMENTS:
-                value = state_dict["state"].get(i, {}).get(key)
-                if value is not None and value.shape != whole:
-                    raise ValueError(
-                        f"{key} of parameter {i} has shape {tuple(value.shape)}, but {tuple(whole)} is needed here. "
-                        "The state is of another model, or its groups are in another order."
-                    )
+            check_share(share, self._all_params(), self._here(), self.bucket_numel)
+        check_shapes(state_dict, self._all_params())
 
-    def _check_share(self, share: Mapping[str, Any]) -> None:
-        """Refuse a share of another rank, or one that was cut otherwise."""
-        rank, world_size = collectives.rank(self.process_group), collectives.world_size(self.process_group)
-        if self.process_group is None:
-            rank, world_size = 0, 1
-        if (share["rank"], share["world_size"]) != (rank, world_size):
-            raise ValueError(
-                f"this state is the share of rank {share['rank']} of {share['world_size']}, and this is rank {rank} of "
-                f"{world_size}. Save and load with accelerator.save_state and load_state after dist_adamw.prepare: "
-                "that keeps every rank's share and loads on any number of ranks."
-            )
-        numels = [param.numel() for param in self._all_params()]
-        for members in share["shards"]:
-            layout = FlatLayout(tuple(numels[i] for i in members), world_size, self.bucket_numel)
-            for i, ranges in zip(members, layout.ranges(rank), strict=True):
-                if ranges != share["ranges"][i]:
-                    raise ValueError(
-                        f"this share has elements {share['ranges'][i]} of parameter {i}, and this rank owns {ranges}: "
-                        "it is of another model, or was made with another bucket_numel."
-                    )
+    def _here(self) -> tuple[int, int]:
+        """This rank and the world size that state is shared over."""
+        group = self.process_group
+        return (0, 1) if group is None else (collectives.rank(group), collectives.world_size(group))
 
-    def _all_params(self) -> Iterable[Tensor]:
-        return (param for group in self.param_groups for param in group["params"])
+    def _all_params(self) -> list[Tensor]:
+        return [param for group in self.param_groups for param in group["params"]]
 
     def __getstate__(self) -> dict[str, Any]:
         options = {name: getattr(self, name) for name in _OPTIONS}
-        return {**super().__getstate__(), "options": options, "share": self._share()}
+        return {**super().__getstate__(), "options": options, "share": describe_share(self.shards, self._all_params())}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         state = dict(state)
@@ -501,7 +462,7 @@ class DistAdamW(Optimizer):
             group.setdefault("maximize", False)
         if unpickled:
             if share is not None:
-                self._check_share(share)
+                check_share(share, self._all_params(), self._here(), self.bucket_numel)
             self._adopt(share)
 
     def __reduce_ex__(self, protocol: Any) -> Any:

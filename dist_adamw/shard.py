@@ -70,9 +70,9 @@ class Shard:
         self.group = group
         self.process_group = process_group
         world_size = 1 if process_group is None else collectives.world_size(process_group)
-        self._rank = 0 if process_group is None else collectives.rank(process_group)
+        self.rank = 0 if process_group is None else collectives.rank(process_group)
         self.layout = FlatLayout(tuple(p.numel() for p in params), world_size, max_bucket_numel)
-        self._owned = self.layout.owned(self._rank)
+        self._owned = self.layout.owned(self.rank)
         self._owned_of: list[list[Piece]] = [[] for _ in params]
         for bucket in self._owned:
             for piece in bucket:
@@ -110,7 +110,7 @@ class Shard:
         if self.process_group is None:
             return bucket
         start, stop = self.layout.bucket(k)
-        my_start, my_stop = self.layout.slice_of(k, self._rank)
+        my_start, my_stop = self.layout.slice_of(k, self.rank)
         bucket.staging = self._staging[k % 2][: stop - start]
         for first, last, views, staged in (
             (my_start, my_stop, bucket.mine, bucket.mine_staged),

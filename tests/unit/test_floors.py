@@ -22,6 +22,7 @@ FLOORS = {
     "collectives": 1,
     "preview": 1,
     "shard": 1,
+    "share": 2,
     "optimizer": 2,
     "scheduler": 2,
     "checkpoint": 3,
