@@ -141,8 +141,6 @@ class Job:
                 f"{self.batch.size} do not reach. Pass the global batch that it was made with."
             )
         everywhere(lambda: self.accelerator.load_state(str(path)))
-        # The step counts micro-batches of this epoch, and those are this job's.
-        self.accelerator.step = progress.windows // self._pass_samples
         self.progress = progress
         self.say(f"resuming from {path}")
         aside = on_main(self.accelerator, lambda: self.checkpoints.set_aside(progress.samples))

@@ -435,6 +435,16 @@ def test_a_group_that_is_gone_leaves_the_others_alone() -> None:
     assert torch.allclose(params[1], torch.zeros(3), atol=1e-6)
 
 
+def test_groups_that_were_replaced_are_followed() -> None:
+    model = network()
+    optimizer = DistAdamW(model.parameters())
+    train(model, optimizer, 1)
+    optimizer.param_groups = [{**group, "lr": 0.0} for group in optimizer.param_groups]
+    before = copy.deepcopy(model.state_dict())
+    train(model, optimizer, 1, first=1)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
 def test_amsgrad_cannot_be_changed_in_silence() -> None:
     model = network()
     optimizer = DistAdamW(model.parameters())
