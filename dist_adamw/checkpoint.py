@@ -68,16 +68,9 @@ def save_share(optimizer: DistAdamW, names: Mapping[Tensor, str], folder: str | 
         mine = {"file": file.name, "entries": entries, **file_fingerprint(file)}
     except Exception as error:
         problem, mine = f"{type(error).__name__}: {error}", {}
-    parts = _all_ranks_report(problem, mine, f"could not write {folder}")
-    if rank == 0:
-        index = {
-            "version": VERSION,
-            "world_size": world_size,
-            "parameters": _describe(optimizer, names),
-            "shares": parts,
-        }
-        _write_text(folder / INDEX, json.dumps(index))
-    _all_ranks(lambda: None)
+    shares = _all_ranks_report(problem, mine, f"could not write {folder}")
+    index = {"version": VERSION, "world_size": world_size, "parameters": _describe(optimizer, names), "shares": shares}
+    _all_ranks(lambda: _write_text(folder / INDEX, json.dumps(index)) if rank == 0 else None)
 
 
 def load_share(optimizer: DistAdamW, names: Mapping[Tensor, str], folder: str | Path) -> Callable[[], None] | None:
