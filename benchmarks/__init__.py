@@ -1,0 +1,1 @@
+"""Benchmarks: one script per claim; see README.md for what to run."""

@@ -1,0 +1,260 @@
+"""The engines that are compared, each behind the same few methods.
+
+Knows how each library is set up; nothing of timing. Every library is imported when its engine is
+built, and one that cannot be used raises `Skip` with the reason.
+
+All of them get the same recipe (AdamW, fp32, fused where the engine lets torch's kernel run), and
+each the settings that its authors give for speed and memory.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from benchmarks.workloads import Model, Workload
+
+RECIPE: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1}
+
+
+class Skip(Exception):  # noqa: N818 - not an error
+    """This engine cannot be used here; says why."""
+
+
+class Engine:
+    """A model and an optimizer, wrapped in one engine's way.
+
+    Args:
+        module: What forward is called on.
+        optimizer: What is stepped.
+        model: The bare model inside.
+        inner: The optimizer that holds the state; default: ``optimizer``.
+        detail: What a reader of the results should know of the set-up.
+    """
+
+    def __init__(
+        self, module: Any, optimizer: Any, model: Model, *, inner: Any = None, detail: str = "", sharded: bool = True
+    ) -> None:
+        self.module, self.optimizer, self.model = module, optimizer, model
+        self.inner = optimizer if inner is None else inner
+        self.detail, self.sharded = detail, sharded
+        self._loss: Tensor | None = None
+
+    def forward(self) -> None:
+        """The forward pass before an update; engines that gather parameters here do it now."""
+        self._loss = self.module(torch.zeros(()))
+
+    def backward(self) -> None:
+        """The backward pass: hands out gradients and starts, or does, their synchronisation."""
+        assert self._loss is not None
+        self._loss.backward()  # type: ignore[no-untyped-call]
+
+    def step(self) -> None:
+        """The update, and the synchronisation of parameters where it belongs to it."""
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def set_eps(self, eps: float) -> None:
+        """Change AdamW's eps from the next update on."""
+        for group in self.optimizer.param_groups:
+            group["eps"] = eps
+
+    def weights(self) -> Iterator[Tensor]:
+        """The whole parameters, in order. Collective."""
+        for param in self.model.parameters():
+            yield param.full_tensor() if isinstance(param, DTensor) else param.detach()
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of this rank's tensors that can be named: what is left of the peak is staging and buffers."""
+        params = list(self.model.parameters())
+        return {
+            "parameters": _storage_bytes(params),
+            "state": _storage_bytes(v for s in self.inner.state.values() for v in _tensors(s)),
+        }
+
+    def grad_bytes(self) -> int:
+        """Bytes behind ``.grad`` now."""
+        return _storage_bytes(p.grad for p in self.model.parameters() if p.grad is not None)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _tensors(item)
+
+
+def _storage_bytes(tensors: Iterable[Tensor]) -> int:
+    storages = {}
+    for tensor in tensors:
+        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        storage = local.untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+def _ddp(model: Model) -> DistributedDataParallel:
+    return DistributedDataParallel(model, gradient_as_bucket_view=True)
+
+
+def _dist_adamw(workload: Workload) -> Engine:
+    from dist_adamw import DistAdamW
+
+    model = workload.model()
+    module, optimizer = _ddp(model), DistAdamW(model.parameters(), **RECIPE)
+    attach = getattr(optimizer, "attach", None)
+    if attach is not None:
+        attach(module)
+    return Engine(module, optimizer, model, detail="DDP, attached" if attach else "DDP's own all-reduce")
+
+
+def _dist_adamw_without_ddp(workload: Workload) -> Engine:
+    from dist_adamw import DistAdamW
+
+    model = workload.model()
+    optimizer = DistAdamW(model.parameters(), **RECIPE)
+    attach = getattr(optimizer, "attach", None)
+    if attach is None:
+        raise Skip("DistAdamW has no attach() yet, so gradients of a plain module are not averaged")
+    attach(model)
+    return Engine(model, optimizer, model, detail="plain module, attached")
+
+
+def _dist_adamw_rank_order(workload: Workload) -> Engine:
+    from dist_adamw import DistAdamW, collectives
+
+    summed = getattr(collectives, "all_reduce_in_rank_order", None)
+    if summed is None or hasattr(DistAdamW, "attach"):
+        raise Skip("prepare() registers no hook that sums in rank order any more")
+    model = workload.model()
+    module = _ddp(model)
+
+    def average(buffer: Tensor) -> torch.futures.Future[Tensor]:
+        done: torch.futures.Future[Tensor] = torch.futures.Future()
+        done.set_result(summed(buffer.div_(dist.get_world_size())))
+        return done
+
+    # A lambda, because DDP checks annotations and does not understand postponed ones.
+    module.register_comm_hook(None, lambda state, bucket: average(bucket.buffer()))
+    return Engine(module, DistAdamW(model.parameters(), **RECIPE), model, detail="DDP with prepare()'s hook")
+
+
+def _ddp_adamw(workload: Workload) -> Engine:
+    model = workload.model()
+    return Engine(_ddp(model), torch.optim.AdamW(model.parameters(), fused=True, **RECIPE), model, sharded=False)
+
+
+def _zero_redundancy(workload: Workload) -> Engine:
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    model = workload.model()
+    module = _ddp(model)
+    optimizer = ZeroRedundancyOptimizer(
+        model.parameters(), torch.optim.AdamW, parameters_as_bucket_view=True, fused=True, **RECIPE
+    )
+    return Engine(module, optimizer, model, inner=optimizer.optim, detail="parameters_as_bucket_view=True, fused")
+
+
+def _fairscale(workload: Workload) -> Engine:
+    oss = _import("fairscale.optim.oss")
+    model = workload.model()
+    module = _ddp(model)
+    optimizer = oss.OSS(model.parameters(), optim=torch.optim.AdamW, fused=True, **RECIPE)
+    return Engine(module, optimizer, model, inner=optimizer.optim, detail="fused")
+
+
+def _fsdp2(workload: Workload) -> Engine:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model = workload.model()
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for layer in model.layers:
+        fully_shard(layer, mesh=mesh, reshard_after_forward=False)
+    fully_shard(model, mesh=mesh, reshard_after_forward=False)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True, **RECIPE)
+    return Engine(model, optimizer, model, detail="fully_shard on each layer, reshard_after_forward=False, fused")
+
+
+class _DeepSpeed(Engine):
+    """DeepSpeed's engine does zero_grad itself and holds the fp32 partitions."""
+
+    def backward(self) -> None:
+        self.module.backward(self._loss)
+
+    def step(self) -> None:
+        self.module.step()
+
+    def sizes(self) -> dict[str, int]:
+        sizes = super().sizes()
+        sizes["state"] += _storage_bytes(self.optimizer.single_partition_of_fp32_groups)
+        return sizes
+
+
+def _deepspeed(workload: Workload, *, stage: int) -> Engine:
+    # A build that another process abandoned would be waited for without end.
+    os.environ.setdefault("TORCH_EXTENSIONS_DIR", tempfile.mkdtemp(prefix="torch_extensions_"))
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    deepspeed = _import("deepspeed")
+    _import("deepspeed.utils").logger.setLevel("ERROR")
+    _import("deepspeed.ops").__compatible_ops__["deepspeed_shm_comm"] = False
+    model = workload.model()
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": 0.0,  # it clips to 1.0 when this is not said
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {"stage": stage},
+    }
+    inner = torch.optim.AdamW(model.parameters(), fused=True, **RECIPE)
+    module, optimizer, *_ = deepspeed.initialize(model=model, optimizer=inner, config=config, dist_init_required=False)
+    return _DeepSpeed(module, optimizer, model, inner=inner, detail=f"stage {stage}, torch's fused AdamW")
+
+
+def _import(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except Exception as problem:  # old packages fail on new torch in many ways
+        raise Skip(f"import {name}: {type(problem).__name__}: {problem}") from problem
+
+
+OURS = "DistAdamW"
+BUILDERS: dict[str, Callable[[Workload], Engine]] = {
+    OURS: _dist_adamw,
+    "DistAdamW without DDP": _dist_adamw_without_ddp,
+    "DistAdamW, prepare's hook": _dist_adamw_rank_order,
+    "DDP + AdamW": _ddp_adamw,
+    "DDP + ZeroRedundancyOptimizer": _zero_redundancy,
+    "DDP + FairScale OSS": _fairscale,
+    "FSDP2 + AdamW": _fsdp2,
+    "DeepSpeed ZeRO-1": lambda workload: _deepspeed(workload, stage=1),
+    "DeepSpeed ZeRO-2": lambda workload: _deepspeed(workload, stage=2),
+}
+
+
+def build(name: str, workload: Workload) -> Engine:
+    """The engine ``name`` on ``workload``, after its first forward pass. Collective.
+
+    Raises:
+        Skip: the engine cannot be used here.
+    """
+    try:
+        engine = BUILDERS[name](workload)
+        engine.forward()
+    except Skip:
+        raise
+    except Exception as problem:
+        if name.startswith("DistAdamW"):
+            raise
+        raise Skip(f"{type(problem).__name__}: {problem}") from problem
+    return engine

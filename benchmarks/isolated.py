@@ -1,0 +1,139 @@
+"""Peak memory and bytes sent per rank of one engine, in processes and a network of its own.
+
+`update_phase` calls `measure` for every engine and workload. By hand:
+``python -m benchmarks.isolated --out results.jsonl --workload gpt --engine "DDP + AdamW"``.
+
+Memory: the largest resident set between building the model and the end of the last update, above
+the resident set after imports, set-up of the process group and a first collective. Here backward
+allocates its gradients anew, as training does, and malloc gives memory back to the system
+as soon as it is freed (MALLOC_MMAP_THRESHOLD_), so the peak is what lives at once.
+
+Traffic: what the loopback interface says that it sent, over the ranks and the updates. That is
+counted by the kernel, headers and acknowledgements included. Where the kernel permits, the ranks have a
+network namespace of their own, so that nothing else is counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from benchmarks import ranks, records
+from benchmarks.engines import BUILDERS, Skip, build
+from benchmarks.workloads import WORKLOADS, Workload
+
+WARM, COUNTED = 3, 5  # updates; DDP packs its buckets anew after the first
+
+
+def measure(out: Path, workloads: Sequence[str], engines: Sequence[str], *, world_size: int, timeout: float) -> None:
+    """Measure every engine on every workload, one after the other."""
+    records.append(out, [records.environment()])
+    prefix, network = ranks.private_network()
+    for workload in workloads:
+        for engine in engines:
+            command = [sys.executable, "-m", "benchmarks.isolated", "--out", str(out), "--ranks", str(world_size)]
+            command += ["--workload", workload, "--engine", engine, "--network", network, "--timeout", str(timeout)]
+            env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
+            subprocess.run([*prefix, *command], env=env, cwd=ranks.ROOT, check=True)
+
+
+def _status(field: str) -> int:
+    """VmRSS or VmHWM of this process, in bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {field}")
+
+
+def _forget_peak() -> None:
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM becomes VmRSS
+
+
+def one(engine_name: str, workload_name: str, network: str, rank: int, size: int) -> records.Record:
+    """Measure one engine on one workload. Collective."""
+    record: records.Record = {
+        "kind": "isolated",
+        "workload": workload_name,
+        "engine": engine_name,
+        "ranks": size,
+        "network": network,
+    }
+    try:
+        # Everything lazy of the libraries and of gloo happens before the baseline is taken.
+        warm = build(engine_name, Workload.of("warm-up", [[(4096,)]] * 2, rank=rank, kept=False))
+        for _ in range(2):
+            warm.backward()
+            warm.step()
+            warm.forward()
+        del warm
+    except Skip as reason:
+        return {**record, "skipped": str(reason)}
+    except Exception as problem:
+        if engine_name.startswith("DistAdamW"):
+            raise
+        return {**record, "skipped": f"{type(problem).__name__}: {problem}"}
+    dist.all_reduce(torch.ones(1 << 10))
+    _forget_peak()
+    baseline = _status("VmRSS")
+    workload = Workload.named(workload_name, rank=rank, kept=False)
+    engine = build(engine_name, workload)
+    grad_bytes = before = 0
+    for update in range(WARM + COUNTED):
+        if update == WARM:
+            before = _sent(rank)
+        engine.backward()
+        grad_bytes = max(grad_bytes, engine.grad_bytes())
+        engine.step()
+        engine.forward()
+    sent = (_sent(rank) - before) / COUNTED / size
+    peak = _status("VmHWM") - baseline
+    facts = ranks.gathered({"peak": peak, **engine.sizes(), "gradients": grad_bytes})
+    return {
+        **record,
+        "numel": workload.numel,
+        "sharded": engine.sharded,
+        "detail": engine.detail,
+        "bytes_by_rank": facts,
+        "sent_per_rank": ranks.gathered(sent)[0],
+    }
+
+
+def _sent(rank: int) -> int:
+    """The counter, read by rank 0 while every rank waits. Collective."""
+    dist.barrier()
+    sent = ranks.loopback_sent() if rank == 0 else 0
+    dist.barrier()
+    return sent
+
+
+def main() -> None:
+    """Start the ranks, or be one."""
+    parser = argparse.ArgumentParser(description="Peak memory and bytes sent of one engine.")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--workload", choices=WORKLOADS, required=True)
+    parser.add_argument("--engine", choices=BUILDERS, required=True)
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--network", default=ranks.SHARED)
+    parser.add_argument("--timeout", type=float, default=300.0)
+    options = parser.parse_args()
+    if not ranks.is_rank():
+        ranks.start("benchmarks.isolated", sys.argv[1:], ranks=options.ranks, timeout=options.timeout)
+        return
+    with ranks.joined() as (rank, size):
+        record = one(options.engine, options.workload, options.network, rank, size)
+        if rank == 0:
+            records.append(options.out, [record])
+            print({k: v for k, v in record.items() if k != "kind"}, flush=True)
+
+
+if __name__ == "__main__":
+    main()

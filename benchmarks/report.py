@@ -1,0 +1,271 @@
+"""Tables and a chart from results.
+
+Run ``python -m benchmarks.report results.jsonl [more.jsonl ...]``. Prints the tables, writes them to
+``benchmarks/results/<date>-<hardware>.md`` and draws the chart beside it. Where a measurement is in
+the files several times the last one counts; times are compared within one run only, the last of each workload.
+
+Knows records and files; nothing of how anything is measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+
+from benchmarks import records
+from benchmarks.engines import OURS
+from benchmarks.records import Record
+from benchmarks.workloads import TITLES
+
+RESULTS = Path(__file__).resolve().parent / "results"
+COLOURS = {OURS: "#0b6e99", "sharded": "#b9c4cc", "unsharded": "#e0cfa8"}
+# Issue 3: DistAdamW's median over the fastest sharded peer's; on the GPT over unsharded DDP's too.
+TARGETS = {"gpt": 0.8, "many": 0.9, "embedding": 0.8}
+
+
+def of_kind(found: Sequence[Record], kind: str) -> list[Record]:
+    """Records of one kind, the last of each measurement."""
+    chosen: dict[tuple[str, ...], Record] = {}
+    for record in found:
+        if record["kind"] == kind:
+            key = tuple(str(record.get(k)) for k in ("workload", "engine", "case", "device", "threads"))
+            chosen.pop(key, None)
+            chosen[key] = record
+    return list(chosen.values())
+
+
+def timings(found: Sequence[Record], workload: str) -> list[Record]:
+    """The last timed run of a workload: times of different runs are never compared."""
+    timed = [r for r in found if r["kind"] == "update_phase" and r["workload"] == workload and "seconds" in r]
+    return [r for r in timed if r["run"] == timed[-1]["run"]]
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """A markdown table, aligned for reading as text too; the first column is words, the others are numbers."""
+    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
+
+    def line(cells: Sequence[str]) -> str:
+        padded = [c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True))]
+        return "| " + " | ".join(padded) + " |"
+
+    rule = "|" + "|".join("-" * (w + 2) if i == 0 else "-" * (w + 1) + ":" for i, w in enumerate(widths)) + "|"
+    return [line(head), rule, *map(line, rows)]
+
+
+def ratios(record: Record, ours: Record) -> tuple[float, list[float]]:
+    """Ratio of medians to DistAdamW's, and the quartiles of the ratios within rounds.
+
+    Where the two disagree, the machine was not quiet.
+    """
+    within = [theirs / mine for theirs, mine in zip(record["seconds"], ours["seconds"], strict=True)]
+    return median(record["seconds"]) / median(ours["seconds"]), quantiles(within, n=4)
+
+
+def update_phase(found: Sequence[Record]) -> Iterator[str]:
+    """Times of every workload."""
+    for workload, title in TITLES.items():
+        timed = timings(found, workload)
+        ours = next((r for r in timed if r["engine"] == OURS), None)
+        if ours is None:
+            continue
+        rows = []
+        for record in sorted(timed, key=lambda r: float(median(r["seconds"]))):
+            low, _, high = quantiles(record["seconds"], n=4)
+            ratio, within = ratios(record, ours)
+            rows.append(
+                [
+                    record["engine"],
+                    f"{median(record['seconds']):.3f}",
+                    f"{low:.3f} to {high:.3f}",
+                    f"{ratio:.2f}",
+                    " / ".join(f"{quartile:.2f}" for quartile in within),
+                ]
+            )
+        yield f"### {title}: {ours['numel']:,} parameters, {ours['ranks']} ranks"
+        yield ""
+        yield from table(["engine", "median, s", "quartiles, s", "x DistAdamW", "quartiles within rounds"], rows)
+        yield ""
+        yield from _verdicts(workload, timed, ours)
+        yield (
+            f"Commit {ours['commit']}. {len(ours['seconds'])} rounds, load average {ours['load_average']:.1f} at the "
+            f"end, {ours['ranks']} of it our own. All weights agree with AdamW on one rank: largest difference "
+            f"{max(r['largest_difference'] for r in timed):.1e}."
+        )
+        yield ""
+
+
+def _verdicts(workload: str, timed: Sequence[Record], ours: Record) -> Iterator[str]:
+    peers = [r for r in timed if not r["engine"].startswith(OURS)]
+    sharded = min((r for r in peers if r["sharded"]), key=lambda r: float(median(r["seconds"])), default=None)
+    unsharded = next((r for r in peers if not r["sharded"]), None)
+    compared = [(sharded, TARGETS[workload], "the fastest sharded peer")]
+    if workload == "gpt":
+        compared.append((unsharded, 1.0, "unsharded"))
+    for peer, target, what in compared:
+        if peer is not None:
+            ratio = median(ours["seconds"]) / median(peer["seconds"])
+            verdict = "met" if ratio <= target else "missed"
+            yield f"DistAdamW over {what}, {peer['engine']}: **{ratio:.2f}**, target {target}: {verdict}."
+    yield ""
+
+
+def memory(found: Sequence[Record]) -> Iterator[str]:
+    """Peak memory by workload."""
+    for workload, title in TITLES.items():
+        measured = [r for r in of_kind(found, "isolated") if r["workload"] == workload and "bytes_by_rank" in r]
+        rows = []
+        for record in sorted(measured, key=lambda r: float(max(b["peak"] for b in r["bytes_by_rank"]))):
+            largest = {k: max(b[k] for b in record["bytes_by_rank"]) for k in record["bytes_by_rank"][0]}
+            named = largest["parameters"] + largest["gradients"] + largest["state"]
+            ideal = record["numel"] * (4 + 4 + 8 / record["ranks"])
+            cells = [largest["peak"], largest["parameters"], largest["gradients"], largest["state"]]
+            cells.append(largest["peak"] - named)
+            rows.append([record["engine"], *[f"{c / 1e6:.1f}" for c in cells], f"{largest['peak'] / ideal:.2f}"])
+        if rows:
+            yield f"### {title}"
+            yield ""
+            head = ["engine, MB per rank", "peak", "parameters", ".grad", "state", "rest of the peak"]
+            yield from table([*head, "peak / (4N + 4N + 8N/W)"], rows)
+            yield ""
+
+
+def traffic(found: Sequence[Record]) -> Iterator[str]:
+    """Bytes sent, of every engine on every workload."""
+    measured = [r for r in of_kind(found, "isolated") if "sent_per_rank" in r]
+    engines = list(dict.fromkeys(r["engine"] for r in measured))
+    sent: dict[tuple[str, str], float] = {}
+    for record in measured:
+        limit = (record["ranks"] - 1) / record["ranks"] * record["numel"] * 8
+        sent[record["engine"], record["workload"]] = record["sent_per_rank"] / limit
+    rows = [[e, *[f"{sent[e, w]:.3f}" if (e, w) in sent else "-" for w in TITLES]] for e in engines]
+    if rows:
+        yield from table(["sent per rank / f N (b_g + b_p)", *TITLES], rows)
+        yield ""
+        yield f"Counted at the loopback interface: {', '.join(sorted({r['network'] for r in measured}))}."
+        yield "An all-reduce sends what unsharded training needs, so it stands at 1 where nothing is sharded."
+        yield ""
+
+
+def local_step(found: Sequence[Record]) -> Iterator[str]:
+    """The local pass against copy bandwidth."""
+    measured = of_kind(found, "local_step")
+    rows = [
+        [
+            f"{r['case']}; {r['device']}, threads: {r['threads']}",
+            f"{r['numel']:,}",
+            f"{r['copy_gb_per_s']:.1f}",
+            f"{r['in_place_gb_per_s']:.1f}",
+            f"{r['pass_gb_per_s']:.1f}",
+            f"{r['fraction']:.0%}",
+            "{:.0%} to {:.0%}".format(*r["fraction_quartiles"]),
+            f"{r['fraction_in_place']:.0%}",
+        ]
+        for r in measured
+        if "fraction" in r
+    ]
+    if rows:
+        head = ["pass", "elements", "copy, GB/s", "in place, GB/s", "pass, GB/s", "of copy", "quartiles", "of in place"]
+        yield from table(head, rows)
+        yield ""
+    for record in measured:
+        if "skipped" in record:
+            yield f"{record['device']}: {record['skipped']}."
+            yield ""
+
+
+def details(found: Sequence[Record]) -> Iterator[str]:
+    """How engines were set up, and what was left out."""
+    kinds = [*of_kind(found, "update_phase"), *of_kind(found, "isolated")]
+    for engine, detail in {r["engine"]: r["detail"] for r in kinds if r.get("detail")}.items():
+        yield f"- {engine}: {detail}"
+    for engine, workload, reason in dict.fromkeys(
+        (r["engine"], r["workload"], r["skipped"]) for r in kinds if "skipped" in r
+    ):
+        yield f"- {engine} is left out on {workload}: {reason}"
+    yield ""
+
+
+def heading(environment: Record, commits: Sequence[str]) -> Iterator[str]:
+    """Hardware, date, versions, and every commit that was measured."""
+    gpu = environment["gpu"] or "no GPU"
+    memory_gb = environment["memory_bytes"] / 2**30
+    yield f"# {environment['time'][:10]}, {environment['cpu']}, {environment['cores']} cores"
+    yield ""
+    yield f"{environment['cpu']} ({environment['simd']}), {environment['cores']} cores, {memory_gb:.0f} GiB, {gpu}."
+    yield f"Commit {' and '.join(commits)}; " + ", ".join(f"{k} {v}" for k, v in environment["versions"].items()) + "."
+    yield ""
+
+
+def chart(found: Sequence[Record], path: Path, caption: str) -> None:
+    """Bars of every engine's ratio to DistAdamW, one panel a workload."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    from matplotlib.patches import Patch
+
+    figure, axes = pyplot.subplots(1, len(TITLES), figsize=(15, 4.8), layout="constrained", sharey=True)
+    timed = [r for r in of_kind(found, "update_phase") if "seconds" in r]
+    engines = list(dict.fromkeys(r["engine"] for r in timed))
+    for axis, (workload, title) in zip(axes, TITLES.items(), strict=True):
+        here: dict[str, Any] = {r["engine"]: r for r in timings(found, workload)}
+        for y, engine in enumerate(engines):
+            if engine not in here or OURS not in here:
+                continue
+            ratio, (low, middle, high) = ratios(here[engine], here[OURS])
+            colour = COLOURS[OURS if engine.startswith(OURS) else "sharded" if here[engine]["sharded"] else "unsharded"]
+            axis.barh(y, ratio, color=colour)
+            axis.plot([low, high], [y, y], color="black", linewidth=1)
+            axis.plot([middle], [y], "o", color="black", markersize=3)
+            place = (max(ratio, high), y)
+            text = axis.annotate(f"{ratio:.2f}", place, (6, 0), textcoords="offset points", va="center", fontsize=9)
+            text.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 0.5})
+        axis.axvline(1, color="#0b6e99", linewidth=0.8)
+        axis.set_yticks(range(len(engines)), engines)
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("time over DistAdamW's (less is faster)")
+        axis.margins(x=0.15)
+        axis.set_xlim(left=0)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].invert_yaxis()
+    handles = [Patch(color=colour, label=label) for label, colour in COLOURS.items()]
+    axes[-1].legend(handles=handles, loc="upper right", fontsize=9)
+    figure.suptitle(
+        f"Update phase, ratio of medians; dots and lines: median and quartiles within rounds. {caption}", fontsize=10
+    )
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    """Print, write and draw."""
+    parser = argparse.ArgumentParser(description="Tables and a chart from results.")
+    parser.add_argument("files", type=Path, nargs="+")
+    parser.add_argument("--into", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    found = records.read(options.files)
+    environments = [r for r in found if r["kind"] == "environment"]
+    if not environments:
+        raise SystemExit(
+            "these files say nothing of where they were measured; pass what update_phase or local_step wrote"
+        )
+    environment, commits = environments[-1], list(dict.fromkeys(r["commit"] for r in environments))
+    hardware = re.sub(r"[^a-z0-9]+", "-", f"{environment['cpu']} {environment['cores']} cores".lower()).strip("-")
+    path = options.into / f"{environment['time'][:10]}-{hardware}.md"
+    lines = [*heading(environment, commits), "## Update phase", "", f"![ratios]({path.with_suffix('.png').name})", ""]
+    lines += [*update_phase(found), "## Peak memory per rank", "", *memory(found)]
+    lines += ["## Bytes sent per rank", "", *traffic(found)]
+    lines += ["## Local AdamW pass", "", *local_step(found), "## Set-up", "", *details(found)]
+    text = "\n".join(lines).rstrip() + "\n"
+    print(text)
+    options.into.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    chart(found, path.with_suffix(".png"), environment["time"][:10])
+    print(f"written: {path} and {path.with_suffix('.png').name}")
+
+
+if __name__ == "__main__":
+    main()

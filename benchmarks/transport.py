@@ -1,0 +1,162 @@
+"""What the transport can do: the floor under any update phase on this machine.
+
+Run ``python -m benchmarks.transport --out results.jsonl``. Two ranks on gloo by default. Every case moves the
+same number of elements, in chunks; cases alternate, and each is the slowest rank's median.
+
+ns an element is the time over all elements of the buffer (the model's gradients, or its
+parameters), whatever part of them travels.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from benchmarks import ranks, records
+
+CHUNKS = (1 << 16, 1 << 18, 1 << 20, 1 << 22, 1 << 23)
+Case = Callable[[], object]
+
+
+def reduce_to_owners(flat: Tensor, chunk: int, depth: int) -> Case:
+    """all_to_all_single chunk by chunk, up to ``depth`` under way, and a local sum: a reduce-scatter."""
+    size, rank = dist.get_world_size(), dist.get_rank()
+    received = [torch.empty(chunk) for _ in range(depth)]
+    parts = torch.split(flat, chunk)
+
+    def finish(part: Tensor, slot: Tensor, work: dist.Work) -> None:
+        work.wait()
+        share = part.numel() // size
+        mine = part[rank * share : (rank + 1) * share]
+        others = [slot[r * share : (r + 1) * share] for r in range(size)]
+        torch.add(others[0], others[1], out=mine)
+        for other in others[2:]:
+            mine.add_(other)
+
+    def run() -> None:
+        under_way: list[tuple[Tensor, Tensor, dist.Work]] = []
+        for k, part in enumerate(parts):
+            if len(under_way) == depth:
+                finish(*under_way.pop(0))
+            slot = received[k % depth][: part.numel()]
+            under_way.append((part, slot, dist.all_to_all_single(slot, part, async_op=True)))
+        for item in under_way:
+            finish(*item)
+
+    return run
+
+
+def broadcasts(flat: Tensor, chunk: int) -> Case:
+    """Every rank's slice of every chunk, all asynchronous: an all-gather."""
+
+    def run() -> None:
+        slices = [(r, s) for part in torch.split(flat, chunk) for r, s in enumerate(part.chunk(dist.get_world_size()))]
+        for work in [dist.broadcast(s, group_src=r, async_op=True) for r, s in slices]:
+            work.wait()
+
+    return run
+
+
+def all_reduce(flat: Tensor, chunk: int) -> Case:
+    """All-reduce chunk by chunk, all asynchronous, as DDP does with its buckets."""
+
+    def run() -> None:
+        for work in [dist.all_reduce(part, async_op=True) for part in torch.split(flat, chunk)]:
+            work.wait()
+
+    return run
+
+
+def native(flat: Tensor) -> dict[str, Case]:
+    """gloo's own reduce-scatter and all-gather, in one piece."""
+    share = flat.chunk(dist.get_world_size())[dist.get_rank()].clone()
+    whole = torch.empty_like(flat)
+    scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    return {
+        "reduce_scatter, native": lambda: scatter(share, flat),
+        "all_gather, native": lambda: gather(whole, share),
+    }
+
+
+def memory(flat: Tensor) -> dict[str, Case]:
+    """Local work that an update cannot do without: copies, one big and in many pieces, and AdamW."""
+    target, half = torch.empty_like(flat), flat.numel() // dist.get_world_size()
+    small, small_target = torch.split(flat, 1024), torch.split(target, 1024)
+    param, grad, exp_avg, exp_avg_sq = (torch.zeros(half) for _ in range(4))
+    step = torch.ones(())
+    adamw: dict[str, Any] = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "weight_decay": 0.1, "eps": 1e-8}
+    return {
+        "memcpy, all elements": lambda: target.copy_(flat),
+        "foreach copy, all elements in runs of 1,024": lambda: torch._foreach_copy_(list(small_target), list(small)),
+        "sum of two, 1/W of the elements": lambda: torch.add(flat[:half], target[:half], out=target[:half]),
+        "fused AdamW, 1/W of the elements": lambda: torch._fused_adamw_(
+            [param], [grad], [exp_avg], [exp_avg_sq], [], [step], amsgrad=False, maximize=False, **adamw
+        ),
+    }
+
+
+def measure(numel: int, rounds: int) -> list[records.Record]:
+    """Time every case. Collective."""
+    flat = torch.zeros(numel)
+    cases: dict[str, Case] = {}
+    for chunk in CHUNKS:
+        for depth in (1, 2, 4):
+            cases[f"all_to_all + sum, chunks of {chunk:,}, {depth} under way"] = reduce_to_owners(flat, chunk, depth)
+        cases[f"broadcasts, chunks of {chunk:,}"] = broadcasts(flat, chunk)
+        cases[f"all_reduce, chunks of {chunk:,}"] = all_reduce(flat, chunk)
+    cases |= native(flat) | memory(flat)
+    seconds: dict[str, list[float]] = {name: [] for name in cases}
+    for k in range(1 + rounds):
+        for name, case in cases.items():
+            dist.barrier()
+            began = time.perf_counter()
+            case()
+            if k:
+                seconds[name].append(time.perf_counter() - began)
+    by_rank = ranks.gathered({name: median(times) for name, times in seconds.items()})
+    fastest = ranks.gathered({name: min(times) for name, times in seconds.items()})
+    return [
+        {
+            "kind": "transport",
+            "case": name,
+            "numel": numel,
+            "ranks": dist.get_world_size(),
+            "ns_per_element": max(one[name] for one in by_rank) / numel * 1e9,
+            "fastest_ns_per_element": max(one[name] for one in fastest) / numel * 1e9,
+        }
+        for name in cases
+    ]
+
+
+def main() -> None:
+    """Start ranks, or be one."""
+    parser = argparse.ArgumentParser(description="What the transport can do.")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--numel", type=int, default=1 << 24, help="a multiple of ranks x the largest chunk is best")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--timeout", type=float, default=300.0)
+    options = parser.parse_args()
+    if not ranks.is_rank():
+        ranks.start("benchmarks.transport", sys.argv[1:], ranks=options.ranks, timeout=options.timeout)
+        return
+    with ranks.joined() as (rank, _):
+        found = measure(options.numel, options.rounds)
+        if rank == 0:
+            records.append(options.out, [records.environment(), *found])
+            for record in found:
+                print(f"{record['case']:55} {record['ns_per_element']:7.2f} ns an element")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,213 @@
+"""The update phase of every engine, side by side: gradient sync + AdamW + parameter sync.
+
+Run ``python -m benchmarks.update_phase --out results.jsonl``, or the same under ``torchrun``.
+
+What one measured window holds, for every engine alike:
+
+    backward   the engine's own hooks take each gradient as autograd hands it over, and reduce it
+    step       AdamW, then whatever synchronisation of parameters belongs to it
+    zero_grad  to None
+    forward    of the next update: engines that gather parameters here (FSDP2) or that wait here
+               for a gather still under way do so inside the window, so none ends it with work
+               left over
+
+What it does not hold: the model's arithmetic. A layer's forward is the copy of one number, and its
+backward returns gradients that lie in memory already, as new tensor objects, so that autograd takes
+them without a copy; what Python and autograd spend on that is in the window, nothing is
+subtracted. Consequently there is nothing for communication to hide behind: this compares the
+work that engines do, not how well they overlap it. Gradients are written afresh before each window, since
+engines overwrite them, and a barrier starts it; its length is that of the slowest rank.
+
+All engines live in the same processes. Rounds go over them in a new random order each; ratios are
+taken within a round. Before anything is timed every engine makes 3 updates with eps=0.1 and 3 with
+eps=1e-8, and its weights must then be those of a local torch.optim.AdamW that is fed the averaged
+gradients; otherwise nothing is measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+import random
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from benchmarks import isolated, ranks, records
+from benchmarks.engines import BUILDERS, OURS, RECIPE, Engine, Skip, build
+from benchmarks.workloads import WORKLOADS, Workload
+
+UPDATES_CHECKED = 3
+# The weights move by about lr = 1e-3 an update; a wrong gradient scale shows as 1e-4 and more.
+TOLERANCE = 2e-6
+
+
+def advance(engine: Engine, workload: Workload, update: int) -> float:
+    """One update; returns the seconds of the window on this rank."""
+    workload.gradients.refill(update)
+    dist.barrier()
+    start = time.perf_counter()
+    engine.backward()
+    engine.step()
+    engine.forward()
+    return time.perf_counter() - start
+
+
+class Reference:
+    """The weights that every engine must have: AdamW on one rank, given the averaged gradients."""
+
+    def __init__(self, workload: Workload) -> None:
+        self._workload = workload
+        self._model = workload.model()
+        self._optimizer = torch.optim.AdamW(self._model.parameters(), fused=True, **RECIPE)
+
+    def advance(self, eps: float, updates: range) -> list[torch.Tensor]:
+        """The weights after ``updates``. Collective."""
+        self._optimizer.param_groups[0]["eps"] = eps
+        for update in updates:
+            self._workload.gradients.refill(update)
+            average = self._workload.gradients.flat().clone()
+            dist.all_reduce(average)
+            average /= dist.get_world_size()
+            start = 0
+            for param in self._model.parameters():
+                param.grad = average[start : start + param.numel()].view_as(param)
+                start += param.numel()
+            self._optimizer.step()
+        return [param.detach().clone() for param in self._model.parameters()]
+
+
+def check(engines: dict[str, Engine], workload: Workload) -> tuple[dict[str, float], dict[str, str]]:
+    """Compare every engine's weights with the reference; take out those that cannot run. Collective.
+
+    Returns:
+        Largest difference by engine, and why engines were taken out.
+
+    Raises:
+        RuntimeError: an engine's weights differ.
+    """
+    reference = Reference(workload)
+    differences: dict[str, float] = {}
+    failed: dict[str, str] = {}
+    for number, eps in enumerate((0.1, 1e-8)):
+        updates = range(number * UPDATES_CHECKED, (number + 1) * UPDATES_CHECKED)
+        expected = reference.advance(eps, updates)
+        for name, engine in list(engines.items()):
+            try:
+                engine.set_eps(eps)
+                for update in updates:
+                    advance(engine, workload, update)
+            except Exception as problem:  # a peer that does not run is left out, saying so
+                if name.startswith(OURS):
+                    raise
+                failed[name] = f"{type(problem).__name__}: {problem}"
+                del engines[name]
+                continue
+            difference = max(float((a - b).abs().max()) for a, b in zip(engine.weights(), expected, strict=True))
+            difference = max(ranks.gathered(difference))
+            if not difference <= TOLERANCE:
+                raise RuntimeError(
+                    f"{name} has other weights than AdamW on one rank after {updates.stop} updates, "
+                    f"the last with eps={eps}: largest difference {difference:.3g}, tolerance {TOLERANCE}"
+                )
+            differences[name] = max(difference, differences.get(name, 0.0))
+    return differences, failed
+
+
+def time_workload(name: str, chosen: Sequence[str], *, rounds: int, rank: int) -> list[records.Record]:
+    """Build, check and time the engines on one workload. Collective; records are rank 0's to write."""
+    workload = Workload.named(name, rank=rank)
+    engines: dict[str, Engine] = {}
+    skipped: dict[str, str] = {}
+    for engine_name in chosen:
+        try:
+            engines[engine_name] = build(engine_name, workload)
+        except Skip as reason:
+            skipped[engine_name] = str(reason)
+    differences, failed = check(engines, workload)
+    skipped |= failed
+    seconds: dict[str, list[float]] = {engine_name: [] for engine_name in engines}
+    order = list(engines)
+    shuffle = random.Random(0)
+    for update in range(2 + rounds):  # two rounds to warm up
+        shuffle.shuffle(order)
+        for engine_name in order:
+            took = advance(engines[engine_name], workload, update)
+            if update >= 2:
+                seconds[engine_name].append(took)
+    slowest = [
+        {k: max(times) for k, times in enumerate(zip(*by_rank, strict=True))}
+        for by_rank in zip(*[list(s.values()) for s in ranks.gathered(seconds)], strict=True)
+    ]
+    common = {
+        "kind": "update_phase",
+        "workload": name,
+        "numel": workload.numel,
+        "ranks": dist.get_world_size(),
+        "load_average": os.getloadavg()[0],  # what is above the number of ranks is other people's work
+    }
+    found: list[records.Record] = [
+        {
+            **common,
+            "engine": engine_name,
+            "detail": engines[engine_name].detail,
+            "sharded": engines[engine_name].sharded,
+            "largest_difference": differences[engine_name],
+            "seconds": list(times.values()),
+        }
+        for engine_name, times in zip(seconds, slowest, strict=True)
+    ]
+    return found + [{**common, "engine": k, "skipped": reason} for k, reason in skipped.items()]
+
+
+def work(options: argparse.Namespace) -> None:
+    """What one rank does."""
+    with ranks.joined() as (rank, _):
+        if rank == 0:
+            records.append(options.out, [records.environment()])
+        for name in options.workloads:
+            found = time_workload(name, options.engines, rounds=options.rounds, rank=rank)
+            gc.collect()
+            if rank == 0:
+                records.append(options.out, found)
+                for record in found:
+                    median = sorted(record["seconds"])[len(record["seconds"]) // 2] if "seconds" in record else None
+                    print(f"{name:10} {record['engine']:32} {median or record['skipped']}", flush=True)
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The options of this script."""
+    parser = argparse.ArgumentParser(description="The update phase of every engine, side by side.")
+    parser.add_argument("--out", type=Path, required=True, help="JSON-lines file to append to")
+    parser.add_argument("--ranks", type=int, default=2, help="when not started by torchrun")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
+    parser.add_argument("--engines", nargs="+", choices=BUILDERS, default=list(BUILDERS))
+    parser.add_argument("--timeout", type=float, default=900.0, help="seconds, of each part")
+    parser.add_argument("--only", choices=("time", "isolated"), help="time, or memory and traffic; default: both")
+    options = parser.parse_args(argv)
+    options.out = options.out.resolve()
+    return options
+
+
+def main() -> None:
+    """Start ranks, or be one."""
+    options = parse()
+    if ranks.is_rank():
+        work(options)
+        return
+    if options.only != "isolated":
+        ranks.start("benchmarks.update_phase", sys.argv[1:], ranks=options.ranks, timeout=options.timeout)
+    if options.only != "time":
+        isolated.measure(
+            options.out, options.workloads, options.engines, world_size=options.ranks, timeout=options.timeout
+        )
+
+
+if __name__ == "__main__":
+    main()
