@@ -223,7 +223,7 @@ class DistAdamW(Optimizer):
             live = [i for i, grad in enumerate(bucket) if grad is not None]
             chosen = [cast(Tensor, bucket[i]) for i in live]
             if clip is not None and chosen:
-                chosen = list(torch._foreach_mul(chosen, clip.to(chosen[0].dtype)))
+                chosen = shard.scaled(k, live, chosen, clip)
             adamw_update_(
                 *shard.operands(k, live),
                 grads=chosen,

@@ -85,6 +85,7 @@ class Shard:
         self.steps = torch.zeros(len(params), dtype=torch.float32, device=like.device)
         self._has_grad = [False] * len(params)
         self._staging: list[Tensor] = []
+        self._scratch: Tensor | None = None
         self._build_views()
 
     # ---------------------------------------------------------------- where things lie
@@ -147,7 +148,7 @@ class Shard:
         device, dtype = places.pop()
         self.moments = {name: moment.to(device, dtype) for name, moment in self.moments.items()}
         self.steps = self.steps.to(device)
-        self._staging = []
+        self._staging, self._scratch = [], None
         self._build_views()
         return True
 
@@ -230,6 +231,24 @@ class Shard:
         if len(live) == len(operands.params):
             return operands
         return Operands(*([column[i] for i in live] if column else [] for column in operands))
+
+    def scaled(self, k: int, live: list[int], grads: list[Tensor], factor: Tensor) -> list[Tensor]:
+        """``grads`` of bucket ``k``'s pieces ``live``, times ``factor``, in memory that is used again.
+
+        Gradients stay as they are, and fresh memory for every bucket would cost more than the update.
+        """
+        if factor.device.type == "cpu" and factor == 1:
+            return grads
+        start, stop = self.layout.slice_of(k, self.rank)
+        if self._scratch is None:
+            like = self.params[0]
+            self._scratch = torch.empty(stop - start, dtype=like.dtype, device=like.device)  # bucket 0: the largest
+        pieces = self._buckets[k].pieces
+        base = pieces[0].offset if pieces else 0
+        copies = [self._scratch[p.offset - base : p.offset - base + p.numel] for p in (pieces[i] for i in live)]
+        torch._foreach_copy_(copies, grads)
+        torch._foreach_mul_(copies, factor.to(self._scratch.dtype))
+        return copies
 
     def send(self, k: int) -> list[dist.Work]:
         """Begin to exchange bucket ``k`` of the parameters. Collective."""
