@@ -1,0 +1,293 @@
+"""save_state and load_state after prepare: every share, any number of ranks, nothing lost."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import shutil
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from dist_adamw import CyclicLRWithRestarts, DistAdamW, prepare
+from tests.distributed.jobs import RECIPE, Row, epochs, job, model_of_two_layers
+from tests.ranks import expect_error_on_all, run_ranks
+
+
+def weights(model: nn.Module) -> list[Tensor]:
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def save_then_go_on(
+    folder: str, accumulation: int, save_at: int, bucket_numel: int = 1
+) -> tuple[list[Row], list[Tensor]]:
+    options = {"bucket_numel": bucket_numel}  # 1: every rank owns several runs of a parameter
+    accelerator, *objects = job(accumulation, 48, loader={"batch_size": 2}, optimizer=options)
+    prepared = prepare(accelerator, *objects)
+    rows = []
+    for i, row in enumerate(epochs(accelerator, *prepared, count=4)):
+        rows.append(row)
+        if i + 1 == save_at:
+            accelerator.save_state(folder)
+    return rows[save_at:], weights(prepared[0])
+
+
+def load_and_go_on(folder: str, accumulation: int, done: int) -> tuple[list[Row], list[Tensor], int]:
+    accelerator, *objects = job(accumulation, 48, loader={"batch_size": 2})
+    prepared = prepare(accelerator, *objects)
+    accelerator.load_state(folder)
+    model, optimizer, loader, scheduler = prepared
+    per_epoch = 48 // scheduler.batch_size  # type: ignore[operator]
+    rest = accelerator.skip_first_batches(loader, done % per_epoch * accumulation)
+    rows = list(epochs(accelerator, model, optimizer, rest, scheduler, count=1))
+    rows += epochs(accelerator, *prepared, count=4 - done // per_epoch - 1)
+    return rows, weights(model), objects[1].state_bytes  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("bucket_numel", [1, 1 << 23])
+def test_a_resumed_run_has_the_bits_of_one_never_stopped(world_size: int, bucket_numel: int, tmp_path: Path) -> None:
+    accumulation = 6 // world_size
+    gone_on = run_ranks(world_size, save_then_go_on, str(tmp_path), accumulation, 6, bucket_numel)
+    resumed = run_ranks(world_size, load_and_go_on, str(tmp_path), accumulation, 6)
+    for (rows, end), (rows_again, end_again, _) in zip(gone_on, resumed, strict=True):
+        assert rows_again == rows
+        assert all(torch.equal(a, b) for a, b in zip(end, end_again, strict=True))
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 3), (3, 2), (2, 1)])
+def test_resuming_on_another_number_of_ranks(before: int, after: int, tmp_path: Path) -> None:
+    gone_on = run_ranks(before, save_then_go_on, str(tmp_path), 6 // before, 6)[0]
+    for rows, end, _ in run_ranks(after, load_and_go_on, str(tmp_path), 6 // after, 6):
+        assert rows == gone_on[0]
+        for a, b in zip(gone_on[1], end, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)  # gradients are averaged in another order
+
+
+def test_shares_on_disk_are_a_whole(tmp_path: Path) -> None:
+    run_ranks(3, save_then_go_on, str(tmp_path), 2, 6)
+    folder = tmp_path / "dist_adamw"
+    index = json.loads((folder / "index.json").read_text())
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "index.json",
+        *(f"share-{r:05d}-of-00003.safetensors" for r in range(3)),
+    ]
+    covered: dict[str, list[list[int]]] = {}
+    for share in index["shares"]:
+        for name, entry in share["entries"].items():
+            covered.setdefault(name, []).extend(entry["ranges"])
+    assert sorted(covered) == sorted(index["parameters"])
+    for name, ranges in covered.items():
+        edges = sorted(map(tuple, ranges))
+        assert edges[0][0] == 0
+        assert edges[-1][1] == math.prod(index["parameters"][name]["shape"])
+        assert all(a[1] == b[0] for a, b in itertools.pairwise(edges))
+    # rank 0's own file has no moments, so nobody takes a third for the whole
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert torch.load(tmp_path / "optimizer.bin", weights_only=True)["state"] == {}
+
+
+def load_only(folder: str, width: int) -> str:
+    accelerator, *objects = job(2, 48, loader={"batch_size": 2}, width=width)
+    model, _optimizer, *_ = prepare(accelerator, *objects)
+    before = weights(model)
+    try:
+        accelerator.load_state(folder)
+    except ValueError as error:
+        assert all(torch.equal(a, b) for a, b in zip(before, weights(model), strict=True)), "something was loaded"
+        assert not objects[1].state, "something was loaded"  # type: ignore[union-attr]
+        return f"{type(error).__name__}: {error}"
+    return "loaded"
+
+
+def damage(folder: Path, how: str) -> None:
+    share = folder / "dist_adamw" / "share-00001-of-00002.safetensors"
+    index = folder / "dist_adamw" / "index.json"
+    content = bytearray(share.read_bytes())
+    if how == "truncated":
+        share.write_bytes(content[:-7])
+    elif how == "flipped":
+        content[-3] ^= 4
+        share.write_bytes(content)
+    elif how == "missing":
+        share.unlink()
+    elif how == "no index":
+        index.unlink()
+    elif how == "torn index":
+        index.write_text(index.read_text()[:-20])
+    elif how == "version":
+        index.write_text(index.read_text().replace('"version": 1', '"version": 99'))
+    elif how == "outside":
+        index.write_text(index.read_text().replace('"share-00000', '"../share-00000'))
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("truncated", "share-00001-of-00002.safetensors is damaged: it has"),
+        ("flipped", "share-00001-of-00002.safetensors is damaged: it has"),
+        ("missing", "share-00001-of-00002.safetensors cannot be read"),
+        ("no index", "is not a whole checkpoint: index.json is missing"),
+        ("torn index", "index.json is damaged"),
+        ("version", "has version 99; this release reads version 1"),
+        ("outside", "names a file outside its folder: '../share-00000-of-00002.safetensors'"),
+    ],
+)
+def test_a_damaged_checkpoint_is_named_on_every_rank(how: str, message: str, tmp_path: Path) -> None:
+    run_ranks(2, save_then_go_on, str(tmp_path), 2, 2)
+    damage(tmp_path, how)
+    for world_size in (2, 1):
+        for error in run_ranks(world_size, load_only, str(tmp_path), 20):
+            assert error.startswith("CheckpointError: ")
+            assert message in error
+
+
+def test_a_checkpoint_of_another_model_is_named(tmp_path: Path) -> None:
+    run_ranks(2, save_then_go_on, str(tmp_path), 2, 2)
+    for error in run_ranks(2, load_only, str(tmp_path), 21):
+        assert "is a checkpoint of another model: 0.weight is {'shape': [20, 6]" in error
+    assert run_ranks(2, load_only, str(tmp_path), 20) == ["loaded", "loaded"]
+
+
+def test_moments_that_lie_elsewhere_are_not_forgotten_in_silence(tmp_path: Path) -> None:
+    run_ranks(1, save_then_go_on, str(tmp_path), 2, 2)
+    shutil.rmtree(tmp_path / "dist_adamw")
+    optimizer = DistAdamW(model_of_two_layers().parameters())
+    with pytest.raises(ValueError, match="has no moments: they are in a folder beside it"):
+        optimizer.load_state_dict(torch.load(tmp_path / "optimizer.bin", weights_only=True))
+
+
+def save_where_one_rank_cannot(folder: str) -> None:
+    accelerator, *objects = job(2, 48)
+    prepared = prepare(accelerator, *objects)
+    next(iter(epochs(accelerator, *prepared, count=1)))
+    accelerator.save_state(folder)
+
+
+def test_a_folder_that_cannot_be_written_is_an_error_on_every_rank(tmp_path: Path) -> None:
+    (tmp_path / "dist_adamw").write_text("a file where the folder should be")
+    for error in expect_error_on_all(2, save_where_one_rank_cannot, str(tmp_path)):
+        assert error.startswith("CheckpointError: ")
+        assert "FileExistsError" in error
+
+
+def prepare_then_save(folder: str, how: str) -> int:
+    """Save before the first update of a job that has state all the same."""
+    accelerator, model, adamw, loader, scheduler = job(1, 24)
+    for p in adamw.param_groups[0]["params"]:
+        p.grad = torch.ones_like(p)
+    if how == "updated before":
+        scheduler.epoch_size, scheduler.batch_size = 24, dist.get_world_size()
+        adamw.step()
+    elif how == "loaded torch":
+        source = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.05)
+        source.step()
+        adamw.load_state_dict(source.state_dict())
+    elif how == "loaded share":
+        other = DistAdamW(model.parameters(), lr=1e-2, weight_decay=0.05)
+        other.step()
+        adamw.load_state_dict(other.state_dict())
+    prepared = prepare(accelerator, model, adamw, loader, scheduler)
+    accelerator.save_state(folder)
+    adamw.state.clear()
+    adamw._reset()
+    accelerator.load_state(folder)
+    del prepared
+    return adamw.updates
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("how", ["updated before", "loaded torch", "loaded share"])
+def test_saving_before_the_first_update_keeps_what_was_loaded(how: str, world_size: int, tmp_path: Path) -> None:
+    assert run_ranks(world_size, prepare_then_save, str(tmp_path), how) == [1] * world_size
+
+
+def prepare_again_after_free_memory(folder: str) -> None:
+    accelerator, *objects = job(2, 48)
+    prepare(accelerator, *objects)
+    forgotten = objects[1]
+    accelerator.free_memory()
+    accelerator.step = 0
+    _, *objects = job(2, 48)
+    prepared = prepare(accelerator, *objects)
+    next(iter(epochs(accelerator, *prepared, count=1)))
+    accelerator.save_state(folder)
+    assert (Path(folder) / "dist_adamw" / "index.json").exists()
+    assert not forgotten._saved_apart, "what Accelerate forgot was saved too"  # type: ignore[union-attr]
+    accelerator.load_state(folder)
+    assert objects[1].updates == 1  # type: ignore[union-attr]
+
+
+def test_preparing_again_after_free_memory(tmp_path: Path) -> None:
+    run_ranks(2, prepare_again_after_free_memory, str(tmp_path))
+
+
+def save_that_fails(folder: str) -> None:
+    accelerator, *objects = job(1, 24)
+    prepared = prepare(accelerator, *objects)
+    rows = epochs(accelerator, *prepared, count=1)
+    next(rows)
+
+    def fail(*_: object) -> None:
+        raise OSError("no space left")
+
+    hook = accelerator.register_save_state_pre_hook(fail)
+    with pytest.raises(OSError, match="no space left"):
+        accelerator.save_state(folder)
+    hook.remove()
+    next(rows)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert objects[1].state_dict()["state"], "a later state dict lost the moments"  # type: ignore[union-attr]
+
+
+def test_a_save_that_failed_leaves_state_dicts_whole(tmp_path: Path) -> None:
+    run_ranks(2, save_that_fails, str(tmp_path))
+
+
+def load_where_one_rank_sees_nothing(folder: str) -> None:
+    accelerator, *objects = job(2, 48, loader={"batch_size": 2})
+    prepare(accelerator, *objects)
+    accelerator.load_state(folder if dist.get_rank() == 0 else folder + "-elsewhere")
+
+
+def test_a_folder_that_one_rank_does_not_see_is_an_error_on_all(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoint"
+    run_ranks(2, save_then_go_on, str(folder), 2, 2)
+    shutil.copytree(folder, tmp_path / "checkpoint-elsewhere", ignore=shutil.ignore_patterns("dist_adamw"))
+    for error in expect_error_on_all(2, load_where_one_rank_sees_nothing, str(folder)):
+        assert "is there on some ranks and missing on rank 1" in error
+
+
+def conv_job(folder: str, memory_format: torch.memory_format, save: bool) -> str:
+    accelerator = Accelerator()
+    model = nn.Conv2d(3, 4, 3).to(memory_format=memory_format)
+    optimizer = DistAdamW(model.parameters(), lr=1e-2)
+    scheduler = CyclicLRWithRestarts(optimizer, **RECIPE)
+    loader = DataLoader(TensorDataset(torch.randn(8, 3, 5, 5)), batch_size=2)
+    model_, optimizer_, loader_, _ = prepare(accelerator, model, optimizer, loader, scheduler)
+    if not save:
+        with pytest.raises(ValueError) as raised:  # noqa: PT011
+            accelerator.load_state(folder)
+        return str(raised.value)
+    for (x,) in loader_:
+        accelerator.backward(model_(x).square().mean())
+        optimizer_.step()
+        scheduler.step()
+        optimizer_.zero_grad()
+    accelerator.save_state(folder)
+    return ""
+
+
+def test_a_checkpoint_in_another_memory_format_is_refused(tmp_path: Path) -> None:
+    run_ranks(2, conv_job, str(tmp_path), torch.channels_last, True)
+    for text in run_ranks(2, conv_job, str(tmp_path), torch.contiguous_format, False):
+        assert "'axes in memory': [0, 2, 3, 1]" in text
