@@ -1,4 +1,4 @@
-"""What github.com/mpyrozhok/adamwr gets wrong, one test each (DESIGN: section 3 lists them)."""
+"""What github.com/mpyrozhok/adamwr gets wrong, one test each."""
 
 from __future__ import annotations
 
