@@ -62,9 +62,8 @@ def all_reduce_in_rank_order(buffer: Tensor, group: dist.ProcessGroup | None = N
     mine.copy_(received[0])
     for part in received[1:]:
         mine.add_(part)
-    for work in [dist.broadcast(part, group_src=r, group=group, async_op=True) for r, part in enumerate(slices)]:
-        if work is not None:
-            work.wait()
+    for work in _broadcast_slices(slices, group):
+        work.wait()
     return buffer
 
 
@@ -79,13 +78,18 @@ def start_all_gather(buffer: Tensor, group: dist.ProcessGroup | None = None) -> 
     each slice took 2.5, so gloo gets the broadcasts; other backends their native collective.
     """
     size = world_size(group)
-    slices = buffer.chunk(size)
+    slices = list(buffer.chunk(size))
     if dist.get_backend(group) == "gloo":
-        works = [dist.broadcast(part, group_src=r, group=group, async_op=True) for r, part in enumerate(slices)]
-    else:
-        # torch 2.13 renames all_gather_into_tensor and warns of the old name.
-        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-        works = [gather(buffer, slices[rank(group)], group=group, async_op=True)]
+        return _broadcast_slices(slices, group)
+    # torch 2.13 renames all_gather_into_tensor and warns of the old name.
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    work = gather(buffer, slices[rank(group)], group=group, async_op=True)
+    return [] if work is None else [work]
+
+
+def _broadcast_slices(slices: list[Tensor], group: dist.ProcessGroup | None) -> list[dist.Work]:
+    """Begin to send each slice from the rank whose number it has to all others."""
+    works = [dist.broadcast(part, group_src=r, group=group, async_op=True) for r, part in enumerate(slices)]
     return [work for work in works if work is not None]
 
 

@@ -70,6 +70,8 @@ class DistAdamW(Optimizer):
     Rajbhandari et al., arXiv:1910.02054.
     """
 
+    _mesh: DeviceMesh | None = None  # of an unpickled optimizer, whose __init__ has not run
+
     def __init__(
         self,
         params: ParamsT,
@@ -125,8 +127,6 @@ class DistAdamW(Optimizer):
         self._skipped = False
         self._saved_apart = False
         self._load_apart: Callable[[], None] | None = None
-
-    _mesh: DeviceMesh | None = None
 
     # ---------------------------------------------------------------- what happened so far
 
@@ -214,8 +214,6 @@ class DistAdamW(Optimizer):
 
     def _update(self, shard: Shard, grads: list[list[Tensor | None]], clip: Tensor | None) -> None:
         group = shard.group
-        if group["amsgrad"] != ("max_exp_avg_sq" in shard.moments):
-            raise RuntimeError("amsgrad cannot be changed after the first update. Set it when the group is made.")
         fused = self._is_fused(shard)
         # One bucket travels while the next is computed; received ones are unpacked two behind.
         travelling: list[tuple[int, Any]] = []
@@ -279,6 +277,8 @@ class DistAdamW(Optimizer):
                     leaders[key].group = group  # whatever has become of the list of groups
                 elif key not in self._placed and (param.grad is not None or (not self.shards and param.requires_grad)):
                     newcomers.append(param)
+        if any(shard.group["amsgrad"] != ("max_exp_avg_sq" in shard.moments) for shard in self.shards):
+            raise RuntimeError("amsgrad cannot be changed after the first update. Set it when the group is made.")
         if newcomers:
             self.place(newcomers)
 
@@ -292,6 +292,11 @@ class DistAdamW(Optimizer):
             are_shares: What ``self.state`` has is this rank's share, not the whole.
         """
         chosen = {id(param) for param in params} - self._placed
+        if chosen and self.shard is True and self.process_group is None:
+            raise RuntimeError(
+                "shard=True, but there is one rank or torch.distributed is not initialised. "
+                "Launch several ranks, or leave shard='auto'."
+            )
         alike: dict[tuple[int, torch.dtype, torch.device], list[Tensor]] = {}
         for index, group in enumerate(self.param_groups):
             for param in group["params"]:
@@ -304,11 +309,6 @@ class DistAdamW(Optimizer):
                 process_group=self.process_group,
                 max_bucket_numel=self.bucket_numel,
             )
-            if self.shard is True and shard.process_group is None:
-                raise RuntimeError(
-                    "shard=True, but there is one rank or torch.distributed is not initialised. "
-                    "Launch several ranks, or leave shard='auto'."
-                )
             for i, param in enumerate(together):
                 shard.adopt(i, self.state.get(param, {}), is_share=are_shares)
             self._show(shard)

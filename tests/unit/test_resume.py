@@ -1,0 +1,116 @@
+"""CyclicLRWithRestarts: its state, through a file, into another job."""
+
+from __future__ import annotations
+
+import io
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from dist_adamw import CyclicLRWithRestarts, DistAdamW, ReduceMaxLROnRestart
+from tests.unit.test_scheduler import adamw, make, parameter, train
+
+
+def saved(state: dict[str, Any]) -> dict[str, Any]:
+    """Through a file, the safe way."""
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    loaded: dict[str, Any] = torch.load(file, weights_only=True)
+    return loaded
+
+
+def test_resume_at_every_update_of_three_cycles() -> None:
+    options = {"restart_period": 0.7, "t_mult": 1.5, "eta_on_restart_cb": ReduceMaxLROnRestart(0.5)}
+    reference = adamw()
+    whole = train(reference, make(reference, **options), 40)
+    optimizer = adamw()
+    scheduler = make(optimizer, **options)
+    for k in range(40):
+        state = saved(scheduler.state_dict())
+        again = adamw()
+        resumed = make(again, **options)
+        resumed.load_state_dict(state)
+        group = again.param_groups[0]  # lr and weight decay are in the groups at once
+        assert (resumed.samples, group["lr"], group["weight_decay"]) == whole[k]
+        assert train(again, resumed, 40 - k) == whole[k:]
+        train(optimizer, scheduler, 1)
+
+
+def test_a_different_configuration_is_a_diff_and_the_caller_chooses() -> None:
+    optimizer = adamw()
+    scheduler = make(optimizer)
+    train(optimizer, scheduler, 5)
+    state = saved(scheduler.state_dict())
+    other = make(adamw(lr=2e-3), restart_period=2)
+    with pytest.raises(ValueError, match=r"restart_period was 1 and is 2") as raised:
+        other.load_state_dict(state)
+    assert "groups (lr, min_lr, weight_decay) was [[0.001" in str(raised.value)
+    assert other.samples == 0
+    other.load_state_dict(state, on_difference="new")
+    assert other.get_last_lr() == [pytest.approx(2e-3 * (1 + math.cos(math.pi / 4)) / 2)]
+    other.load_state_dict(state, on_difference="checkpoint")
+    assert other.get_last_lr() == scheduler.get_last_lr()
+    assert other.cycle == scheduler.cycle
+
+
+def test_a_function_cannot_come_from_a_checkpoint() -> None:
+    state = saved(make(adamw(), eta_on_restart_cb=ReduceMaxLROnRestart(0.5)).state_dict())
+    scheduler = make(adamw())
+    with pytest.raises(ValueError, match=r"eta_on_restart_cb='ReduceMaxLROnRestart\(ratio=0\.5\)'"):
+        scheduler.load_state_dict(state, on_difference="checkpoint")
+
+
+def test_a_foreign_state_is_refused() -> None:
+    scheduler = make(adamw())
+    other = torch.optim.lr_scheduler.StepLR(torch.optim.SGD([parameter()], lr=0.1), 3)
+    with pytest.raises(ValueError, match="not a state of CyclicLRWithRestarts"):
+        scheduler.load_state_dict(other.state_dict())
+    with pytest.raises(ValueError, match="on_difference must be"):
+        scheduler.load_state_dict(scheduler.state_dict(), on_difference="maybe")  # type: ignore[arg-type]
+
+
+def test_resume_with_another_global_batch_keeps_lr_and_moves_the_norm() -> None:
+    options = {"policy": "exp_range", "gamma": 0.9, "restart_period": 3}
+    optimizer = adamw()
+    scheduler = make(optimizer, **options)
+    train(optimizer, scheduler, 7)
+    again = adamw()
+    resumed = make(again, **options, batch_size=400)
+    resumed.load_state_dict(saved(scheduler.state_dict()))
+    assert resumed.get_last_lr() == scheduler.get_last_lr()
+    assert resumed.batch_size == 400
+    assert resumed.get_last_weight_decay()[0] == pytest.approx(2 * scheduler.get_last_weight_decay()[0])
+
+
+def test_resume_with_a_group_that_was_added_in_between() -> None:
+    def job(updates: int) -> tuple[DistAdamW, CyclicLRWithRestarts]:
+        optimizer = adamw()
+        scheduler = make(optimizer)
+        train(optimizer, scheduler, min(updates, 3))
+        optimizer.add_param_group({"params": [parameter()], "lr": 1e-2})
+        train(optimizer, scheduler, updates - 3)
+        return optimizer, scheduler
+
+    optimizer, scheduler = job(5)
+    again = adamw()
+    resumed = make(again)
+    again.add_param_group({"params": [parameter()], "lr": 1e-2})
+    again.load_state_dict(optimizer.state_dict())
+    resumed.load_state_dict(scheduler.state_dict())
+    assert resumed.get_last_lr() == scheduler.get_last_lr()
+    assert train(again, resumed, 4) == train(optimizer, scheduler, 4)
+
+
+def test_a_state_without_its_configuration_is_refused() -> None:
+    with pytest.raises(ValueError, match="not a state of CyclicLRWithRestarts version 1"):
+        make(adamw()).load_state_dict({"version": 1, "samples": 5})
+
+
+def test_a_function_of_this_job_may_be_given_up_for_the_checkpoints_none() -> None:
+    state = saved(make(adamw()).state_dict())
+    scheduler = make(adamw(), eta_on_restart_cb=ReduceMaxLROnRestart(0.5))
+    scheduler.load_state_dict(state, on_difference="checkpoint")
+    assert scheduler.preview(cycles=2).rows[1].peak_lr == pytest.approx(1e-3)
