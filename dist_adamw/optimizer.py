@@ -10,25 +10,36 @@ Glossary:
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, cast, overload
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from dist_adamw import collectives
+from dist_adamw.exchange import UNDER_WAY, Travelling
 from dist_adamw.functional import DecayBy, adamw_update_, can_fuse, check_hyper_parameters, sum_of_squares
+from dist_adamw.gradients import GradientPath
 from dist_adamw.partition import BUCKET_NUMEL
 from dist_adamw.shard import Shard
 from dist_adamw.share import check_shapes, check_share, describe_share
 
 StateDict = dict[str, Any]
 _OPTIONS = ("decay_by", "max_grad_norm", "shard", "fused", "bucket_numel")
+
+
+_tags = itertools.count(1)
+
+
+def _next_tag() -> int:
+    return next(_tags)
 
 
 class DistAdamW(Optimizer):
@@ -56,7 +67,8 @@ class DistAdamW(Optimizer):
         shard: "auto" shards over ``mesh``, or all ranks when ``torch.distributed`` is
             initialised at the first update. False keeps whole state on every rank. True is
             "auto" that refuses to run unsharded.
-        mesh: 1-D device mesh of the data-parallel ranks; default: all ranks.
+        mesh: Device mesh of the data-parallel ranks; default: all ranks. With two axes state is
+            replicated along the first and sharded along the second (HSDP: nodes, ranks in a node).
         fused: True for torch's fused kernel, False for foreach; None takes fused where it runs.
         bucket_numel: Elements that travel together.
 
@@ -70,6 +82,7 @@ class DistAdamW(Optimizer):
     Rajbhandari et al., arXiv:1910.02054.
     """
 
+    _tag = 0
     _mesh: DeviceMesh | None = None  # of an unpickled optimizer, whose __init__ has not run
 
     def __init__(
@@ -95,8 +108,8 @@ class DistAdamW(Optimizer):
             raise ValueError(f"shard must be True, False or 'auto', got {shard!r}.")
         if max_grad_norm is not None and not max_grad_norm > 0.0:
             raise ValueError(f"max_grad_norm must be above 0 or None, got {max_grad_norm!r}.")
-        if mesh is not None and mesh.ndim != 1:
-            raise ValueError(f"mesh must have one axis, got {mesh.ndim}: {mesh}. Pass mesh['axis name'].")
+        if mesh is not None and mesh.ndim > 2:
+            raise ValueError(f"mesh must have one axis or two, got {mesh.ndim}: {mesh}. Pass mesh['axis name'].")
         if bucket_numel < 1:
             raise ValueError(f"bucket_numel must be above 0, got {bucket_numel!r}.")
         self.decay_by: DecayBy = decay_by
@@ -127,6 +140,7 @@ class DistAdamW(Optimizer):
         self._skipped = False
         self._saved_apart = False
         self._load_apart: Callable[[], None] | None = None
+        self._path: GradientPath | None = getattr(self, "_path", None)
 
     # ---------------------------------------------------------------- what happened so far
 
@@ -152,7 +166,15 @@ class DistAdamW(Optimizer):
         """The ranks that share the state; None when nothing is sharded. Local."""
         if self.shard is False or not collectives.initialized():
             return None
-        group = self._mesh.get_group() if self._mesh is not None else dist.group.WORLD
+        group = self._mesh.get_group(self._mesh.ndim - 1) if self._mesh is not None else dist.group.WORLD
+        return group if collectives.world_size(group) > 1 else None
+
+    @property
+    def replica_group(self) -> dist.ProcessGroup | None:
+        """The ranks that own the same elements as this one, in other copies of the state. Local."""
+        if self.process_group is None or self._mesh is None or self._mesh.ndim == 1:
+            return None
+        group = self._mesh.get_group(0)
         return group if collectives.world_size(group) > 1 else None
 
     @property
@@ -191,7 +213,8 @@ class DistAdamW(Optimizer):
                 loss = closure()
         self._resolve()
         self._saved_apart, self._load_apart = False, None  # left over from a save or a load that failed
-        self._prepare_shards()
+        if not self._collect_gradients():
+            return loss
         grads = [shard.owned_grads() for shard in self.shards]
         if not any(shard.any_grad for shard in self.shards):
             return loss
@@ -207,7 +230,79 @@ class DistAdamW(Optimizer):
                 continue
             shard.count_update(self._found_inf)
             self._update(shard, buckets, clip)
+        if self._path is not None:
+            self._path.discard()
         return loss
+
+    def _collect_gradients(self) -> bool:
+        """Lay out what is new, and have the averages of what this rank owns. Whether there is any. Collective."""
+        if self._path is None:
+            self._prepare_shards()
+            return True
+        group = self.process_group
+        assert group is not None
+        self._path.check_untouched()
+        if not self._path.complete(group, self.replica_group):
+            return False
+        self._prepare_shards()
+        self._path.arrive()
+        return True
+
+    def _shards_by_now(self) -> list[Shard]:
+        """The shards, as the parameters are now; of every parameter that requires a gradient where there were none."""
+        self._prepare_shards()
+        return self.shards
+
+    def attach(self, model: nn.Module, *, overlap: bool = True, reduce_every_backward: bool = False) -> None:
+        """Reduce each gradient to the rank that owns it, in place of an all-reduce. Collective.
+
+        Call it once per module, after ``DistributedDataParallel`` or ``.to()``; `dist_adamw.prepare`
+        does. Per update each rank sends ``f N (b_g + b_p)`` bytes, f = (W - 1) / W, where an
+        all-reduce sends ``f N (2 b_g + b_p)``.
+
+        A ``DistributedDataParallel`` module keeps working as before, with ``no_sync``,
+        ``find_unused_parameters`` and several optimizers; build it with
+        ``gradient_as_bucket_view=True``, or nothing overlaps. A plain module gets its gradients
+        averaged by this alone; it then has a ``no_sync()`` of its own.
+
+        After backward ``param.grad`` holds the average in this rank's own elements and local
+        values in the others. Who needs a norm uses ``max_grad_norm`` or `clip_grad_norm_`.
+
+        Args:
+            model: Its parameters are some of this optimizer's, or all.
+            overlap: Send during backward. The same bits either way.
+            reduce_every_backward: Reduce every micro-batch into the shard, ``no_sync`` or not, and
+                let go of ``param.grad``, which is None after backward. Gradients then take
+                ``b_g N / W`` bytes and what is on its way, instead of ``b_g N``; with A
+                micro-batches an update sends ``f N (A b_g + b_p)``. Plain modules only.
+
+        Raises:
+            ValueError: the module is wrapped so that this cannot be.
+            AgreementError: ranks have other parameters. On every rank.
+        """
+        group = self.process_group
+        if group is None:
+            if collectives.initialized() and collectives.world_size() > 1 and not isinstance(model, DistributedDataParallel):
+                raise ValueError(
+                    "attach() needs sharded state, and this optimizer has shard=False: nobody would average the "
+                    "gradients. Leave shard='auto', or wrap the model in DistributedDataParallel."
+                )
+            return
+        if self._path is None:
+            self._path = GradientPath(
+                self._all_params, self._shards_by_now, overlap=overlap, into_shard=reduce_every_backward
+            )
+            collectives.check_agreement(self.layout_record(), group)
+            self._tag = max(collectives.all_gather_objects(_next_tag(), group))
+        elif (self._path.overlap, self._path.into_shard) != (overlap, reduce_every_backward):
+            raise ValueError("attach() was called before with other options. Pass the same for every module.")
+        self._path.listen(model)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As torch's; what `attach` has reduced is forgotten too. Every rank alike."""
+        super().zero_grad(set_to_none)
+        if self._path is not None:
+            self._path.discard()
 
     def _is_fused(self, shard: Shard) -> bool:
         return can_fuse(shard.params[0]) if self.fused is None else self.fused
@@ -215,8 +310,7 @@ class DistAdamW(Optimizer):
     def _update(self, shard: Shard, grads: list[list[Tensor | None]], clip: Tensor | None) -> None:
         group = shard.group
         fused = self._is_fused(shard)
-        # One bucket travels while the next is computed; received ones are unpacked two behind.
-        travelling: list[tuple[int, Any]] = []
+        travelling: list[Travelling] = []  # while the next bucket is computed
         for k, bucket in enumerate(grads):
             live = [i for i, grad in enumerate(bucket) if grad is not None]
             chosen = [cast(Tensor, bucket[i]) for i in live]
@@ -234,12 +328,13 @@ class DistAdamW(Optimizer):
                 fused=fused,
                 found_inf=self._found_inf if fused else None,
             )
-            if shard.process_group is not None:
-                travelling.append((k, shard.send(k)))
-                if len(travelling) > 1:
-                    shard.receive(*travelling.pop(0))
+            if shard.exchange is not None:
+                if len(travelling) == UNDER_WAY:
+                    shard.exchange.finish_gather(travelling.pop(0))
+                travelling.append(shard.exchange.start_gather(k))
         for sent in travelling:
-            shard.receive(*sent)
+            assert shard.exchange is not None
+            shard.exchange.finish_gather(sent)
 
     def _measure(self, grads: Sequence[list[list[Tensor | None]]], max_norm: float) -> Tensor:
         """Set the global norm and whether it is finite; return the clip factor, 0-d fp32. Collective."""
@@ -307,7 +402,9 @@ class DistAdamW(Optimizer):
                 together,
                 group=self.param_groups[index],
                 process_group=self.process_group,
+                replicas=self.replica_group,
                 max_bucket_numel=self.bucket_numel,
+                tag=self._tag,
             )
             for i, param in enumerate(together):
                 shard.adopt(i, self.state.get(param, {}), is_share=are_shares)

@@ -10,7 +10,7 @@ contiguous one.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dist_adamw import collectives
+from dist_adamw.exchange import Exchange, make_exchange
 from dist_adamw.partition import FlatLayout, Piece
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
@@ -39,11 +40,6 @@ class _Bucket:
 
     pieces: list[Piece]
     operands: Operands
-    mine: list[Tensor] = field(default_factory=list)  # my pieces, of parameters
-    mine_staged: list[Tensor] = field(default_factory=list)  # the same, in the staging buffer
-    others: list[Tensor] = field(default_factory=list)
-    others_staged: list[Tensor] = field(default_factory=list)
-    staging: Tensor | None = None
 
 
 class Shard:
@@ -53,9 +49,11 @@ class Shard:
         params: Parameters of one group, dtype and device.
         group: Their parameter group.
         process_group: The ranks that share the state; None keeps it whole.
+        replicas: The ranks that own the same elements, in other copies of the state.
         max_bucket_numel: Elements that travel together.
+        tag: Tells the messages of several optimizers apart.
 
-    Local to build; `send` and `receive` are collective.
+    Local to build; the methods of ``exchange`` are collective.
     """
 
     def __init__(
@@ -64,11 +62,13 @@ class Shard:
         *,
         group: dict[str, Any],
         process_group: dist.ProcessGroup | None,
+        replicas: dist.ProcessGroup | None = None,
         max_bucket_numel: int,
+        tag: int = 0,
     ) -> None:
         self.params = params
         self.group = group
-        self.process_group = process_group
+        self.process_group, self._replicas, self._tag = process_group, replicas, tag
         world_size = 1 if process_group is None else collectives.world_size(process_group)
         self.rank = 0 if process_group is None else collectives.rank(process_group)
         self.layout = FlatLayout(tuple(p.numel() for p in params), world_size, max_bucket_numel)
@@ -83,8 +83,9 @@ class Shard:
             name: torch.zeros(self.layout.shard_numel, dtype=like.dtype, device=like.device) for name in names
         }
         self.steps = torch.zeros(len(params), dtype=torch.float32, device=like.device)
-        self._has_grad = [False] * len(params)
-        self._staging: list[Tensor] = []
+        self.has_grad = [False] * len(params)
+        self.reduced: dict[int, list[Tensor | None]] = {}  # by bucket, what `GradientPath` has made of the gradients
+        self._flat_grads: Tensor | None = None
         self._scratch: Tensor | None = None
         self._build_views()
 
@@ -95,33 +96,18 @@ class Shard:
         self._orders = [axes_in_memory(p) for p in self.params]
         flat = [storage_order(p.detach()) for p in self.params]
         steps = list(self.steps.unbind())
-        if self.process_group is not None and not self._staging:
-            like = self.params[0]
-            count = min(2, self.layout.num_buckets)
-            self._staging = [
-                torch.zeros(self.layout.bucket_numel, dtype=like.dtype, device=like.device) for _ in range(count)
-            ]
-        self._buckets = [self._bucket_views(k, pieces, flat, steps) for k, pieces in enumerate(self._owned)]
+        self._buckets = [self._bucket_views(pieces, flat, steps) for pieces in self._owned]
+        self.exchange: Exchange | None = None
+        if self.process_group is not None:
+            self.exchange = make_exchange(
+                self.layout, flat, group=self.process_group, replicas=self._replicas, tag=self._tag
+            )
 
-    def _bucket_views(self, k: int, pieces: list[Piece], flat: list[Tensor], steps: list[Tensor]) -> _Bucket:
+    def _bucket_views(self, pieces: list[Piece], flat: list[Tensor], steps: list[Tensor]) -> _Bucket:
         cut = [flat[p.param][p.start : p.stop] for p in pieces]
         moments = [[m[p.offset : p.offset + p.numel] for p in pieces] for m in self.moments.values()]
         maxima = moments[2] if len(moments) == 3 else []
-        bucket = _Bucket(pieces, Operands(cut, moments[0], moments[1], maxima, [steps[p.param] for p in pieces]))
-        if self.process_group is None:
-            return bucket
-        start, stop = self.layout.bucket(k)
-        my_start, my_stop = self.layout.slice_of(k, self.rank)
-        bucket.staging = self._staging[k % 2][: stop - start]
-        for first, last, views, staged in (
-            (my_start, my_stop, bucket.mine, bucket.mine_staged),
-            (start, my_start, bucket.others, bucket.others_staged),
-            (my_stop, stop, bucket.others, bucket.others_staged),
-        ):
-            for p in self.layout.pieces(first, last, first - start):
-                views.append(flat[p.param][p.start : p.stop])
-                staged.append(bucket.staging[p.offset : p.offset + p.numel])
-        return bucket
+        return _Bucket(pieces, Operands(cut, moments[0], moments[1], maxima, [steps[p.param] for p in pieces]))
 
     def refresh(self) -> bool:
         """Follow parameters whose storage was replaced, or moved to another device, since the last update.
@@ -148,7 +134,7 @@ class Shard:
         device, dtype = places.pop()
         self.moments = {name: moment.to(device, dtype) for name, moment in self.moments.items()}
         self.steps = self.steps.to(device)
-        self._staging, self._scratch = [], None
+        self._scratch = self._flat_grads = None
         self._build_views()
         return True
 
@@ -156,6 +142,10 @@ class Shard:
     def nbytes(self) -> int:
         """Bytes of state on this rank."""
         return sum(t.nbytes for t in (*self.moments.values(), self.steps))
+
+    def owned_pieces(self, k: int) -> list[Piece]:
+        """What this rank owns of bucket ``k``; offsets are places in the flat moments."""
+        return self._owned[k]
 
     def ranges_of(self, i: int) -> list[list[int]]:
         """The ``[start, stop)`` of parameter ``i`` that this rank owns, in ascending order."""
@@ -203,10 +193,29 @@ class Shard:
 
     # ---------------------------------------------------------------- one update
 
+    def flat_grads(self, k: int) -> list[Tensor]:
+        """Memory for averaged gradients of the owned pieces of bucket ``k``, side by side."""
+        if self._flat_grads is None:
+            like = self.params[0]
+            self._flat_grads = torch.zeros(self.layout.shard_numel, dtype=like.dtype, device=like.device)
+            self._flat_views = [
+                [self._flat_grads[p.offset : p.offset + p.numel] for p in bucket.pieces] for bucket in self._buckets
+            ]
+        return self._flat_views[k]
+
     def owned_grads(self) -> list[list[Tensor | None]]:
-        """Gradients of the owned pieces, bucket by bucket; None where a parameter has none."""
+        """Averaged gradients of the owned pieces, bucket by bucket; None where a parameter has none."""
+        if self._flat_grads is None:
+            self.has_grad = [p.grad is not None for p in self.params]
+        if self.reduced:
+            return [
+                [
+                    grad if self.has_grad[p.param] else None
+                    for p, grad in zip(bucket.pieces, self.reduced.get(k) or [None] * len(bucket.pieces), strict=True)
+                ]
+                for k, bucket in enumerate(self._buckets)
+            ]
         flat = [None if p.grad is None else storage_order(p.grad, like=p) for p in self.params]
-        self._has_grad = [g is not None for g in flat]
         return [
             [None if (g := flat[p.param]) is None else g[p.start : p.stop] for p in bucket.pieces]
             for bucket in self._buckets
@@ -215,15 +224,15 @@ class Shard:
     @property
     def any_grad(self) -> bool:
         """Whether any parameter had a gradient when `owned_grads` last looked."""
-        return any(self._has_grad)
+        return any(self.has_grad)
 
     def count_update(self, found_inf: Tensor | None) -> None:
         """Advance ``step`` of the parameters that have a gradient, by 0 where ``found_inf`` is 1."""
         one = 1.0 if found_inf is None else 1.0 - found_inf
-        if all(self._has_grad):
+        if all(self.has_grad):
             self.steps.add_(one)
         else:
-            self.steps.add_(torch.tensor(self._has_grad, dtype=torch.float32, device=self.steps.device) * one)
+            self.steps.add_(torch.tensor(self.has_grad, dtype=torch.float32, device=self.steps.device) * one)
 
     def operands(self, k: int, live: list[int]) -> Operands:
         """What the update of bucket ``k`` needs, of its pieces ``live``."""
@@ -249,22 +258,6 @@ class Shard:
         torch._foreach_copy_(copies, grads)
         torch._foreach_mul_(copies, factor.to(self._scratch.dtype))
         return copies
-
-    def send(self, k: int) -> list[dist.Work]:
-        """Begin to exchange bucket ``k`` of the parameters. Collective."""
-        bucket = self._buckets[k]
-        assert bucket.staging is not None
-        if bucket.mine:
-            torch._foreach_copy_(bucket.mine_staged, bucket.mine)
-        return collectives.start_all_gather(bucket.staging, self.process_group)
-
-    def receive(self, k: int, works: list[dist.Work]) -> None:
-        """Wait for bucket ``k`` and write the other ranks' elements into the parameters."""
-        for work in works:
-            work.wait()
-        bucket = self._buckets[k]
-        if bucket.others:
-            torch._foreach_copy_(bucket.others, bucket.others_staged)
 
 
 def storage_order(tensor: Tensor, like: Tensor | None = None) -> Tensor:

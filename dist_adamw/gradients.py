@@ -1,0 +1,461 @@
+"""Local gradients on their way to the ranks that own them.
+
+Floor 2: knows shards, modules and autograd's hooks; ``optimizer.py`` asks for the result.
+
+Glossary:
+    round    every bucket sent once; in_place there is one to an update, into the shard one to a backward
+    launch   begin to send a bucket
+    open     a bucket whose gradients are local ones, as autograd left them
+
+Buckets are launched in one fixed order, last parameters first, whatever order gradients come in,
+so that every rank sends alike; a bucket is launched during backward when its last gradient is
+there and the bucket before it has gone.
+"""
+
+from __future__ import annotations
+
+import operator
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from dist_adamw.exchange import UNDER_WAY, Travelling
+from dist_adamw.shard import Shard, storage_order
+
+_HOOK = "_dist_adamw_hook"  # attribute of a DDP module: one hook serves every optimizer
+
+
+class _Plan:
+    """The buckets of some shards in the order in which they are launched, and who is in them."""
+
+    def __init__(self, shards: Sequence[Shard]) -> None:
+        self.shards = list(shards)
+        self.order = [(shard, k) for shard in reversed(self.shards) for k in reversed(range(shard.layout.num_buckets))]
+        self.members: list[list[int]] = []  # ids of parameters, by bucket
+        self.buckets_of: dict[int, list[int]] = {}
+        self.place_of: dict[int, tuple[Shard, int]] = {}
+        for shard in self.shards:
+            for i, param in enumerate(shard.params):
+                self.place_of[id(param)] = (shard, i)
+        for n, (shard, k) in enumerate(self.order):
+            found = [id(shard.params[piece.param]) for piece in shard.layout.pieces(*shard.layout.bucket(k))]
+            self.members.append(found)
+            for key in found:
+                self.buckets_of.setdefault(key, []).append(n)
+
+
+class GradientPath:
+    """What `DistAdamW.attach` installs. See there.
+
+    Args:
+        params: Gives every parameter of the optimizer, in order.
+        shards: Gives its shards; builds them if there are none yet.
+        overlap: Launch during backward.
+        into_shard: Keep averages in flat memory of the shards, and let go of ``param.grad``.
+    """
+
+    def __init__(
+        self,
+        params: Callable[[], list[Tensor]],
+        shards: Callable[[], list[Shard]],
+        *,
+        overlap: bool,
+        into_shard: bool,
+    ) -> None:
+        self._params, self._shards = params, shards
+        self.overlap, self.into_shard = overlap, into_shard
+        self.synchronises = True  # False inside no_sync
+        self._ddp_only = True
+        self._ids: set[int] = set()
+        self._plan = _Plan([])
+        self._flat: dict[int, list[Tensor | None]] = {}  # by id of shard: what it sends
+        self._travelling: deque[tuple[Shard, Travelling]] = deque()
+        self._queued = False  # whether autograd will call _after_backward
+        self._rounds = 0  # into the shard: since the last update
+        self._seen: set[int] = set()  # ids of parameters with a gradient since the last update
+        self._watched: list[tuple[Tensor, int]] = []  # and the version that they should still have
+        self._begin_round()
+
+    # ---------------------------------------------------------------- listening
+
+    def listen(self, model: nn.Module) -> None:
+        """Hear of the gradients of ``model``. Local.
+
+        Raises:
+            ValueError: ``model`` is wrapped so that this path cannot serve it.
+        """
+        if isinstance(model, DistributedDataParallel):
+            if self.into_shard:
+                raise ValueError(
+                    "reduce_every_backward=True is for a module without DistributedDataParallel, which keeps whole "
+                    "gradients whatever is done: it would only send more. Attach the plain module, or leave it False."
+                )
+            self._listen_to_ddp(model)
+        else:
+            self._ddp_only = False
+            for param in model.parameters():
+                if param.requires_grad and id(param) in self.ids():
+                    param.register_post_accumulate_grad_hook(_Weak(self, "_accumulated"))  # type: ignore[no-untyped-call]
+            if not hasattr(model, "no_sync"):  # Accelerate's accumulate() asks for it
+                model.no_sync = _Weak(self, "no_sync")  # type: ignore[assignment]
+        model.register_forward_pre_hook(_Weak(self, "_before_forward"))
+
+    def _listen_to_ddp(self, model: DistributedDataParallel) -> None:
+        hook: _DDPHook | None = getattr(model, _HOOK, None)
+        if hook is None:
+            hook = _DDPHook(model)
+            setattr(model, _HOOK, hook)
+            # DDP insists on the name, and refuses an annotation that is text.
+            model.register_comm_hook(hook, lambda state, bucket: state.reduce(bucket))
+        hook.paths.append(weakref.ref(self))
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Backward passes inside only accumulate, as with DDP's method of that name."""
+        before, self.synchronises = self.synchronises, False
+        try:
+            yield
+        finally:
+            self.synchronises = before
+
+    def ids(self) -> set[int]:
+        """Of every parameter of the optimizer."""
+        params = self._params()
+        if len(params) != len(self._ids):  # parameters are only ever added
+            self._ids = {id(param) for param in params}
+        return self._ids
+
+    # ---------------------------------------------------------------- during backward
+
+    def _accumulated(self, param: Tensor) -> None:
+        """A plain module's parameter has its gradient."""
+        if not (self.synchronises or self.into_shard):
+            return
+        assert param.grad is not None
+        self._queue()
+        self._watch(param.grad)
+        self.arrived([param], [storage_order(param.grad, like=param)])
+
+    def arrived(self, params: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
+        """Gradients of ``params`` are there, as 1-D ``grads``; launch what can be. Collective.
+
+        Raises:
+            RuntimeError: one of them had been sent already.
+        """
+        if self.into_shard or self.overlap:
+            self._follow_layout()
+        for param, grad in zip(params, grads, strict=True):
+            key = id(param)
+            self._seen.add(key)
+            place = self._plan.place_of.get(key)
+            if place is None:
+                continue
+            shard, i = place
+            if self.overlap:
+                self._flat[id(shard)][i] = grad
+            for n in self._plan.buckets_of.get(key, ()):
+                if n < self._next:
+                    raise RuntimeError(
+                        f"a gradient of shape {tuple(param.shape)} arrived after it had been sent to its owner: two "
+                        "backward passes without a forward pass of the attached module between them, or a parameter "
+                        "used in several checkpointed segments (use_reentrant=True). Accumulate inside no_sync(), or "
+                        "pass overlap=False to attach()."
+                    )
+                self._waiting[n].discard(key)
+        if self.overlap:
+            while self._next < len(self._waiting) and not self._waiting[self._next]:
+                self._launch()
+
+    def _queue(self) -> None:
+        """Have autograd call `_after_backward` when this backward is over."""
+        if not self._queued:
+            self._queued = True
+            torch.autograd.Variable._execution_engine.queue_callback(self._after_backward)  # type: ignore[attr-defined]
+
+    @torch.no_grad()
+    def _after_backward(self) -> None:
+        self._queued = False
+        if self.into_shard:
+            self._finish_round()
+            return
+        self._land()
+        self._watched = [(grad, grad._version) for grad, _ in self._watched]
+
+    def _watch(self, grad: Tensor) -> None:
+        if not self.into_shard:
+            self._watched.append((grad, 0))
+
+    # ---------------------------------------------------------------- rounds
+
+    def _begin_round(self) -> None:
+        self._next = 0
+        self._waiting = [set(members) for members in self._plan.members]
+        self._checked = False  # whether the plan is known to be that of the shards
+
+    def _follow_layout(self) -> None:
+        """At the first gradient of a round: plan anew where shards have changed."""
+        if self._checked:
+            return
+        self._checked = True
+        shards = self._shards()
+        if len(shards) != len(self._plan.shards) or any(map(operator.is_not, shards, self._plan.shards)):
+            self._plan = _Plan(shards)
+            self._flat = {id(shard): [None] * len(shard.params) for shard in shards}
+            self._begin_round()
+            self._checked = True
+        for shard in shards:
+            assert shard.exchange is not None
+            shard.exchange.remember = self._ddp_only
+
+    def _launch(self) -> None:
+        """Send the next bucket."""
+        shard, k = self._plan.order[self._next]
+        self._next += 1
+        self._start(shard, k)
+
+    @torch.no_grad()
+    def _start(self, shard: Shard, k: int) -> None:
+        assert shard.exchange is not None
+        if len(self._travelling) == UNDER_WAY:
+            self._land(1)
+        self._travelling.append((shard, shard.exchange.start_reduce(k, self._flat[id(shard)])))
+
+    @torch.no_grad()
+    def _land(self, count: int | None = None) -> None:
+        """Wait for the oldest ``count`` buckets, default all, and average them."""
+        while self._travelling and count != 0:
+            shard, sent = self._travelling.popleft()
+            assert shard.exchange is not None
+            if self.into_shard:
+                into = shard.flat_grads(sent.bucket)
+                shard.exchange.finish_reduce(sent, into, add=self._rounds > 0)
+                shard.reduced[sent.bucket] = list(into)
+                self._let_go(shard, sent.bucket)
+            else:
+                shard.exchange.finish_reduce(sent, None)
+                shard.reduced[sent.bucket] = sent.own
+            count = None if count is None else count - 1
+
+    def _let_go(self, shard: Shard, k: int) -> None:
+        """Free the gradients that no later bucket needs. The last bucket is sent first."""
+        for piece in shard.layout.pieces(*shard.layout.bucket(k)):
+            if piece.start == 0:
+                shard.params[piece.param].grad = None
+                self._flat[id(shard)][piece.param] = None
+
+    def _finish_round(self) -> None:
+        """Into the shard: send what has not been sent, zeros for gradients that are not there."""
+        self._follow_layout()
+        self._take_grads()
+        while self._next < len(self._plan.order):
+            self._launch()
+        self._land()
+        self._rounds += 1
+        self._begin_round()
+
+    def _take_grads(self) -> None:
+        """What is to be sent is what parameters have in ``.grad``."""
+        for shard in self._plan.shards:
+            flat = self._flat[id(shard)]
+            for i, param in enumerate(shard.params):
+                flat[i] = None if param.grad is None else storage_order(param.grad, like=param)
+
+    # ---------------------------------------------------------------- around backward
+
+    @torch.no_grad()
+    @torch.compiler.disable
+    def _before_forward(self, module: nn.Module, args: Any) -> None:
+        """Averages that no update has used yet become sums of local gradients again, to be added to.
+
+        The owner keeps W times the average and the others keep zero, so that one more round adds
+        what is new, and nothing is counted twice.
+        """
+        if not torch.is_grad_enabled():
+            return
+        if self._queued:  # the last backward was broken off
+            self._queued = False
+            self._land()
+        self._watched.clear()
+        if self.into_shard or not self._next:
+            return
+        for shard, k in self._plan.order[: self._next]:
+            assert shard.exchange is not None
+            for r in range(shard.layout.world_size):
+                for piece in shard.layout.pieces(*shard.layout.slice_of(k, r)):
+                    param = shard.params[piece.param]
+                    if param.grad is None:
+                        continue
+                    run = storage_order(param.grad, like=param)[piece.start : piece.stop]
+                    if r == shard.rank:
+                        run.mul_(shard.exchange.count)
+                    else:
+                        run.zero_()
+            shard.reduced.clear()
+        self._begin_round()
+
+    def discard(self) -> None:
+        """Forget gradients that arrived: they have been used, or are not wanted. Every rank alike."""
+        self._rounds = 0
+        self._seen.clear()
+        self._watched.clear()
+        for shard in self._plan.shards:
+            shard.reduced.clear()
+            if not self._ddp_only:  # whose buckets stay; other gradients must not be kept alive
+                self._flat[id(shard)] = [None] * len(shard.params)
+        self._begin_round()
+
+    # ---------------------------------------------------------------- for the update
+
+    def check_untouched(self) -> None:
+        """Refuse gradients that were changed between backward and update.
+
+        Raises:
+            RuntimeError: says what to do instead.
+        """
+        for grad, version in self._watched:
+            if grad._version != version:
+                raise RuntimeError(
+                    "gradients were changed between backward and step(). After attach() each rank has the average of "
+                    "its own elements only, so a norm taken there is not the model's, and ranks would clip or unscale "
+                    "differently. Pass max_grad_norm to DistAdamW, use its clip_grad_norm_ (after dist_adamw.prepare "
+                    "accelerator.clip_grad_norm_ is that), or do without attach(): then DDP's all-reduce leaves whole "
+                    "averages. GradScaler needs that too."
+                )
+
+    def complete(self, group: dist.ProcessGroup, replicas: dist.ProcessGroup | None) -> bool:
+        """Make sure that every rank has every gradient that some rank has. Collective.
+
+        Returns:
+            Whether there is any.
+        """
+        params = self._params()
+        if self._ddp_only:  # DDP has seen to it
+            return any(param.grad is not None for param in params)
+        leftover = any(param.grad is not None for param in params) if self.into_shard else False
+        rounds = self._rounds + leftover
+        flags = [rounds, *(param.grad is not None or id(param) in self._seen for param in params)]
+        device = params[0].device if dist.get_backend(group) != "gloo" else "cpu"
+        union = torch.tensor(flags, dtype=torch.int32, device=device)
+        for ranks in (group, replicas):
+            if ranks is not None:
+                dist.all_reduce(union, op=dist.ReduceOp.MAX, group=ranks)
+        needed, *used = union.tolist()
+        for param, is_used in zip(params, used, strict=True):
+            if is_used and self.into_shard:
+                self._seen.add(id(param))
+            elif is_used and param.grad is None:
+                param.grad = torch.zeros_like(param)
+        self._needed = needed
+        return any(used)
+
+    def arrive(self) -> None:
+        """Send and receive whatever has not been yet. Collective; after `complete` and the layout."""
+        if self.into_shard:
+            while self._rounds < self._needed:
+                self._finish_round()
+            for shard in self._plan.shards:
+                shard.has_grad = [id(param) in self._seen for param in shard.params]
+            return
+        sent = {(id(shard), k) for shard, k in self._plan.order[: self._next]}
+        rest = self._plan.order[self._next :]
+        known = {id(shard) for shard in self._plan.shards}
+        for shard in self._shards():
+            if id(shard) not in known:  # laid out just now
+                rest += [(shard, k) for k in range(shard.layout.num_buckets)]
+        flats = {}
+        for shard in {id(shard): shard for shard, _ in rest}.values():
+            flats[id(shard)] = [None if p.grad is None else storage_order(p.grad, like=p) for p in shard.params]
+        self._flat.update(flats)
+        for shard, k in rest:
+            pieces = shard.layout.pieces(*shard.layout.bucket(k))
+            if (id(shard), k) not in sent and any(shard.params[p.param].grad is not None for p in pieces):
+                self._start(shard, k)
+        self._land()
+
+
+class _Bucket(NamedTuple):
+    """What is known of one of DDP's buckets, good until DDP packs them anew."""
+
+    address: int
+    params: list[Tensor]
+    flat: list[Tensor]  # 1-D views of the buffer
+
+
+class _DDPHook:
+    """Leaves DDP's reduction out: hands a bucket's gradients to the paths of their optimizers.
+
+    Gradients that no path is responsible for are averaged here, as DDP would have.
+    """
+
+    def __init__(self, model: DistributedDataParallel) -> None:
+        self._group: dist.ProcessGroup = model.process_group
+        self._is_view: bool = model.gradient_as_bucket_view
+        self._known: dict[int, _Bucket] = {}
+        self.paths: list[weakref.ref[GradientPath]] = []
+
+    def reduce(self, bucket: Any) -> torch.futures.Future[Tensor]:
+        """Serve one ``dist.GradBucket``."""
+        buffer: Tensor = bucket.buffer()
+        known = self._look(bucket, buffer)
+        paths = [path for ref in self.paths if (path := ref()) is not None]
+        foreign = list(range(len(known.params)))
+        for path in paths:
+            path._queue()
+            ids = path.ids()
+            mine = [i for i in foreign if id(known.params[i]) in ids]
+            if self._is_view:  # else DDP copies the buffer to the gradients when backward is over
+                path._watch(buffer)
+                path.arrived([known.params[i] for i in mine], [known.flat[i] for i in mine])
+            if len(mine) == len(foreign):
+                foreign = []
+                break
+            taken = set(mine)
+            foreign = [i for i in foreign if i not in taken]
+        for i in foreign:
+            dist.all_reduce(known.flat[i].div_(dist.get_world_size(self._group)), group=self._group)
+        done: torch.futures.Future[Tensor] = torch.futures.Future()
+        done.set_result(buffer)
+        return done
+
+    def _look(self, bucket: Any, buffer: Tensor) -> _Bucket:
+        index, params = bucket.index(), bucket.parameters()
+        known = self._known.get(index)
+        if (
+            known is None
+            or known.address != buffer.data_ptr()
+            or len(known.params) != len(params)
+            or any(map(operator.is_not, known.params, params))
+        ):
+            # These are contiguous views, whatever a parameter's strides: elements are in memory order.
+            known = _Bucket(buffer.data_ptr(), params, [grad.view(-1) for grad in bucket.gradients()])
+            self._known[index] = known
+        return known
+
+
+class _Weak:
+    """A method to be hung on a model: the model does not keep the optimizer, nor does a copy of it find it."""
+
+    def __init__(self, path: GradientPath | None, method: str) -> None:
+        self._path = weakref.ref(path) if path is not None else None
+        self._method = method
+
+    def __call__(self, *args: Any) -> Any:
+        path = self._path() if self._path is not None else None
+        if path is None:
+            return nullcontext() if self._method == "no_sync" else None
+        return getattr(path, self._method)(*args)
+
+    def __deepcopy__(self, memo: Any) -> _Weak:
+        return _Weak(None, self._method)
+
+    def __reduce__(self) -> Any:
+        return _Weak, (None, self._method)
+
+
