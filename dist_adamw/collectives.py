@@ -40,59 +40,6 @@ def all_reduce_sum(value: Tensor, group: dist.ProcessGroup | None = None) -> Ten
     return value
 
 
-def all_reduce_in_rank_order(buffer: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
-    """Sum ``buffer`` over the ranks, in place, adding rank 0's values first, then rank 1's, and so on.
-
-    A ring adds in an order that depends on where in the buffer an element lies. Here it does
-    not, so the sum has the same bits however gradients are packed into buckets.
-
-    Args:
-        buffer: 1-D, as long on every rank.
-
-    Measured on gloo, 6.25 million elements: 1.1 times the time of ``all_reduce``.
-    """
-    size = world_size(group)
-    share = -(-buffer.numel() // size)
-    slices = [buffer[i * share : (i + 1) * share] for i in range(size)]
-    mine = slices[rank(group)]
-    received = buffer.new_empty(size, mine.numel())
-    dist.all_to_all_single(
-        received.view(-1), buffer, [mine.numel()] * size, [part.numel() for part in slices], group=group
-    )
-    mine.copy_(received[0])
-    for part in received[1:]:
-        mine.add_(part)
-    for work in _broadcast_slices(slices, group):
-        work.wait()
-    return buffer
-
-
-def start_all_gather(buffer: Tensor, group: dist.ProcessGroup | None = None) -> list[dist.Work]:
-    """Begin to fill ``buffer`` with every rank's slice of it.
-
-    Args:
-        buffer: 1-D, a multiple of the group's size long; slice r holds rank r's values on
-            entry and everybody's once the returned works are waited for.
-
-    gloo's own all-gather took 8 ns an element with 2 ranks where asynchronous broadcasts of
-    each slice took 2.5, so gloo gets the broadcasts; other backends their native collective.
-    """
-    size = world_size(group)
-    slices = list(buffer.chunk(size))
-    if dist.get_backend(group) == "gloo":
-        return _broadcast_slices(slices, group)
-    # torch 2.13 renames all_gather_into_tensor and warns of the old name.
-    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-    work = gather(buffer, slices[rank(group)], group=group, async_op=True)
-    return [] if work is None else [work]
-
-
-def _broadcast_slices(slices: list[Tensor], group: dist.ProcessGroup | None) -> list[dist.Work]:
-    """Begin to send each slice from the rank whose number it has to all others."""
-    works = [dist.broadcast(part, group_src=r, group=group, async_op=True) for r, part in enumerate(slices)]
-    return [work for work in works if work is not None]
-
-
 def all_gather_objects(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
     """Every rank's ``value`` (small and picklable), in rank order. For set-up, never per update."""
     values: list[Any] = [None] * world_size(group)

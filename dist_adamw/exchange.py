@@ -16,9 +16,9 @@ broadcasts 1.9, its own all-gather 8.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -27,6 +27,7 @@ from torch import Tensor
 from dist_adamw import collectives
 from dist_adamw.partition import ALIGNMENT, FlatLayout, Piece
 
+T = TypeVar("T")
 Flat = Sequence["Tensor | None"]  # one 1-D tensor a parameter, None where there is no gradient
 
 DIRECT_NUMEL = 1 << 14  # a shorter run is packed: a copy costs less than a message
@@ -52,12 +53,10 @@ class Exchange(Protocol):
 
     Attributes:
         tag: Tells messages of several optimizers apart; the same on all ranks.
-        remember: Gradients lie in the same memory from update to update, so views of them are kept.
         count: Ranks that gradients are averaged over.
     """
 
     tag: int
-    remember: bool
     count: int
 
     def start_reduce(self, k: int, flat: Flat) -> Travelling:
@@ -111,24 +110,21 @@ class _Base:
     ) -> None:
         self._layout, self._params = layout, params
         self._group, self._replicas, self.tag = group, replicas, tag
-        self.remember = False
         self._rank, self._size = collectives.rank(group), layout.world_size
         self.count = self._size * (1 if replicas is None else collectives.world_size(replicas))
         self._like = params[0]
         self._free: list[Any] = []
-        self._cuts: dict[Any, tuple[list[Tensor | None], list[Tensor | None]]] = {}
+        self._views: dict[Any, list[Tensor]] = {}
 
-    def _cut(self, key: Any, pieces: list[Piece], flat: Flat, *, remember: bool = True) -> list[Tensor | None]:
-        """The ``pieces`` of ``flat``; the views of last time where its tensors are last time's."""
-        if not remember:
-            return [None if (base := flat[p.param]) is None else _run(base, p) for p in pieces]
-        bases = [flat[p.param] for p in pieces]
-        known = self._cuts.get(key)
-        if known is not None and all(map(_same, known[0], bases)):
-            return known[1]
-        views = [None if base is None else _run(base, p) for base, p in zip(bases, pieces, strict=True)]
-        self._cuts[key] = (bases, views)
+    def _kept(self, key: Any, make: Callable[[], list[Tensor]]) -> list[Tensor]:
+        """Views that stay valid: of parameters, or of staging."""
+        views = self._views.get(key)
+        if views is None:
+            views = self._views[key] = make()
         return views
+
+    def _params_of(self, key: Any, pieces: list[Piece]) -> list[Tensor]:
+        return self._kept(("params", *key), lambda: [self._params[p.param][p.start : p.stop] for p in pieces])
 
     def _take(self) -> Any:
         return self._free.pop() if self._free else self._staging()
@@ -157,24 +153,15 @@ class _Slice:
         arranged, place, small_numel = list(pieces), 0, 0
         for i in (*small, *large):
             arranged[i] = replace(pieces[i], offset=place)
-            place += -(-pieces[i].numel // ALIGNMENT) * ALIGNMENT
+            place += pieces[i].numel
             if small and i == small[-1]:
                 small_numel = place
+                place = -(-place // ALIGNMENT) * ALIGNMENT
         return cls(arranged, small, large, small_numel, place)
 
-    def blocks(self) -> list[list[tuple[int, int, int]]]:
-        """Runs ``(piece, start, stop)`` counted from the piece, in groups of BLOCK_NUMEL elements at most."""
-        groups: list[list[tuple[int, int, int]]] = []
-        room = 0
-        for i, piece in enumerate(self.pieces):
-            for start in range(0, piece.numel, BLOCK_NUMEL):
-                stop = min(start + BLOCK_NUMEL, piece.numel)
-                if not groups or stop - start > room:
-                    groups.append([])
-                    room = BLOCK_NUMEL
-                groups[-1].append((i, start, stop))
-                room -= stop - start
-        return groups
+    def small_of(self, views: Sequence[T]) -> list[T]:
+        """The items of the small pieces."""
+        return list(views) if not self.large else [views[i] for i in self.small]
 
 
 class PeerToPeer(_Base):
@@ -187,7 +174,6 @@ class PeerToPeer(_Base):
             [_Slice.of(layout.pieces(*layout.slice_of(k, r))) for r in range(self._size)]
             for k in range(layout.num_buckets)
         ]
-        self._blocks = [slices[self._rank].blocks() for slices in self._slices]
         self._slot_numel = max(slices[self._rank].numel for slices in self._slices)
         self._small_numel = max(part.small_numel for slices in self._slices for part in slices)
         peers = [(self._rank + d) % self._size for d in range(1, self._size)]
@@ -205,23 +191,24 @@ class PeerToPeer(_Base):
         sent = Travelling(k, [], self._take())
         received, outbox = sent.staging
         mine = self._slices[k][self._rank]
-        sent.own = self._cut(("own", k), mine.pieces, flat, remember=self.remember)
+        sent.own = cut(flat, mine.pieces)
         for to, source in self._peers:
             slot = received[source]
             if mine.small:
                 self._receive(sent, slot[: mine.small_numel], source)
-            for i in mine.large:
-                piece = mine.pieces[i]
-                self._receive(sent, slot[piece.offset : piece.offset + piece.numel], source)
+            if mine.large:
+                places = self._places(slot, k, self._rank)
+                for i in mine.large:
+                    self._receive(sent, places[i], source)
             theirs = self._slices[k][to]
-            views = self._cut(("sent", k, to), theirs.pieces, flat, remember=self.remember)
+            views = cut(flat, theirs.pieces)
             if theirs.small:
-                self._pack(theirs, views, outbox[to])
+                self._pack(k, to, views, outbox[to])
                 self._send(sent, outbox[to][: theirs.small_numel], to)
             for i in theirs.large:
                 view = views[i]
                 if view is None:
-                    view = torch.zeros(theirs.pieces[i].numel, dtype=self._like.dtype, device=self._like.device)
+                    view = self._empty(theirs.pieces[i].numel).zero_()
                 sent.held.append(view)
                 self._send(sent, view, to)
         return sent
@@ -230,26 +217,30 @@ class PeerToPeer(_Base):
         """See `Exchange`."""
         for work in sent.works:
             work.wait()
-        mine, blocks = self._slices[sent.bucket][self._rank], self._blocks[sent.bucket]
-        in_place = into is None and self._replicas is None
-        if self._replicas is not None:  # one reduction for all blocks, of the message buffer they were summed in
-            for block in blocks:
-                self._sum(block, sent, in_place=False)
-            dist.all_reduce(sent.staging[0][self._summed_in][: mine.numel], group=self._replicas)
-        for block in blocks:
-            if self._replicas is None:
-                total = self._sum(block, sent, in_place=in_place)
-            else:
-                total = self._terms(self._summed_in, block, sent)
-            torch._foreach_div_(total, float(self.count))
-            target = []
-            for t, (i, start, stop) in zip(total, block, strict=True):
-                place = sent.own[i] if into is None else into[i]
-                target.append(t if place is None else _span(place, start, stop))
-            if add:
-                torch._foreach_add_(target, total)
-            elif not (in_place and self._rank < 2 and total[0].dtype == self._like.dtype):  # not there already
-                torch._foreach_copy_(target, total)
+        mine = self._slices[sent.bucket][self._rank]
+        slots, outbox = sent.staging
+        # Where no gradient was, nothing is kept of the average.
+        own = [self._empty(p.numel).zero_() if v is None else v for p, v in zip(mine.pieces, sent.own, strict=True)]
+        target = own if into is None else into
+        summed = slots[self._summed_in]
+        places = self._places(summed, sent.bucket, self._rank)
+        if mine.small:  # side by side, they are summed as one
+            packed = outbox[self._peers[0][0]][: mine.small_numel]
+            torch.cat(mine.small_of(own), out=packed)
+            self._average(self._terms(slots, packed, 0), summed[: mine.small_numel])
+        for i in mine.large:
+            terms = self._terms(slots, own[i], mine.pieces[i].offset)
+            direct = self._replicas is None and not add
+            self._average(terms, target[i] if direct else places[i])
+        stored = list(mine.small)
+        if self._replicas is not None:
+            dist.all_reduce(summed[: mine.numel], group=self._replicas)
+            summed[: mine.numel].div_(self.count)
+        if self._replicas is not None or add:
+            stored += mine.large
+        if stored:
+            targets, averages = [target[i] for i in stored], [places[i] for i in stored]
+            (torch._foreach_add_ if add else torch._foreach_copy_)(targets, averages)
         sent.held.clear()
         self._free.append(sent.staging)
 
@@ -258,47 +249,53 @@ class PeerToPeer(_Base):
         """The rank in whose message buffer sums are made: of the first two, the one that is not this one."""
         return 1 if self._rank == 0 else 0
 
-    def _terms(self, rank: int, block: list[tuple[int, int, int]], sent: Travelling) -> list[Tensor]:
-        """What ``rank`` adds to one block."""
-        if rank == self._rank:
-            return [
-                self._empty(stop - start).zero_() if (view := sent.own[i]) is None else _span(view, start, stop)
-                for i, start, stop in block
-            ]
-        slot, pieces = sent.staging[0][rank], self._slices[sent.bucket][self._rank].pieces
-        return [slot[pieces[i].offset + start : pieces[i].offset + stop] for i, start, stop in block]
+    def _terms(self, slots: dict[int, Tensor], own: Tensor, offset: int) -> list[Tensor]:
+        """What each rank adds to a run, in rank order."""
+        return [own if r == self._rank else slots[r][offset : offset + own.numel()] for r in range(self._size)]
 
-    def _sum(self, block: list[tuple[int, int, int]], sent: Travelling, *, in_place: bool) -> list[Tensor]:
-        """Add one block in rank order, so that its bits do not depend on who owns it."""
-        order = list(range(self._size))
-        # Two numbers have one sum, whichever is added to the other.
-        if self._rank == (1 if in_place else 0):
-            order[:2] = 1, 0
-        total = self._terms(order[0], block, sent)
-        if self._size > 2 and self._replicas is None and self._like.dtype in (torch.bfloat16, torch.float16):
-            total = [t.float() for t in total]  # one rounding at the end, not one for every rank
-        for rank in order[1:]:
-            torch._foreach_add_(total, self._terms(rank, block, sent))
-        return total
+    def _average(self, terms: list[Tensor], out: Tensor) -> None:
+        """Write the average of ``terms`` to ``out``, which may be any of them; with replicas their sum.
+
+        Added in rank order, so that the bits do not depend on who owns an element, and a block at
+        a time, which stays in the cache from one term to the next.
+        """
+        scale = 1.0 if self._replicas is not None else float(self.count)
+        wide = len(terms) > 2 and self._replicas is None and out.dtype in (torch.bfloat16, torch.float16)
+        for start in range(0, out.numel(), BLOCK_NUMEL):
+            first, second, *rest = [term[start : start + BLOCK_NUMEL] for term in terms]
+            block = out[start : start + BLOCK_NUMEL]
+            if wide:  # one rounding at the end, not one for every rank
+                total = first.float().add_(second)
+            elif not rest:
+                total = torch.add(first, second, out=block)
+            else:  # two numbers have one sum, so the first two may be added in either's place
+                total = second.add_(first) if self._rank == 0 else first.add_(second)
+            for term in rest:
+                total.add_(term)
+            if scale != 1.0:
+                total.div_(scale)
+            if total is not block:
+                block.copy_(total)
 
     def start_gather(self, k: int) -> Travelling:
         """See `Exchange`."""
         sent = Travelling(k, [], self._take())
         received, outbox = sent.staging
         mine = self._slices[k][self._rank]
-        views = self._cut(("gathered", k, self._rank), mine.pieces, self._params)
-        packed = outbox[self._peers[0][0]][: mine.small_numel]
+        views = self._params_of((k, self._rank), mine.pieces)
+        buffer = outbox[self._peers[0][0]]
         if mine.small:
-            self._pack(mine, views, packed)
+            self._pack(k, self._rank, views, buffer)
         for to, source in self._peers:
             theirs = self._slices[k][source]
-            places = self._cut(("gathered", k, source), theirs.pieces, self._params)
             if theirs.small:
                 self._receive(sent, received[source][: theirs.small_numel], source)
-            for i in theirs.large:
-                self._receive(sent, places[i], source)
+            if theirs.large:
+                places = self._params_of((k, source), theirs.pieces)
+                for i in theirs.large:
+                    self._receive(sent, places[i], source)
             if mine.small:
-                self._send(sent, packed, to)
+                self._send(sent, buffer[: mine.small_numel], to)
             for i in mine.large:
                 self._send(sent, views[i], to)
         return sent
@@ -311,26 +308,32 @@ class PeerToPeer(_Base):
         for _, source in self._peers:
             theirs = self._slices[sent.bucket][source]
             if theirs.small:
-                places = self._cut(("gathered", sent.bucket, source), theirs.pieces, self._params)
-                slot = received[source]
-                torch._foreach_copy_(
-                    [cast(Tensor, places[i]) for i in theirs.small],
-                    [slot[(p := theirs.pieces[i]).offset : p.offset + p.numel] for i in theirs.small],
-                )
+                targets = self._params_of((sent.bucket, source), theirs.pieces)
+                places = self._places(received[source], sent.bucket, source)
+                torch._foreach_copy_(theirs.small_of(targets), theirs.small_of(places))
         self._free.append(sent.staging)
 
-    def _pack(self, part: _Slice, views: list[Tensor | None], buffer: Tensor) -> None:
-        targets, sources = [], []
-        for i in part.small:
-            target = buffer[(p := part.pieces[i]).offset : p.offset + p.numel]
-            view = views[i]
-            if view is None:
-                target.zero_()
-            else:
-                targets.append(target)
-                sources.append(view)
-        if targets:
-            torch._foreach_copy_(targets, sources)
+    def _places(self, buffer: Tensor, k: int, rank: int) -> list[Tensor]:
+        """Where in a message buffer the pieces of ``rank``'s slice lie."""
+        pieces = self._slices[k][rank].pieces
+        key = ("staged", id(buffer), k, rank)  # staging lives as long as this does
+        return self._kept(key, lambda: [buffer[p.offset : p.offset + p.numel] for p in pieces])
+
+    def _pack(self, k: int, rank: int, views: Sequence[Tensor | None], buffer: Tensor) -> None:
+        part = self._slices[k][rank]
+        sources = part.small_of(views)
+        if any(view is None for view in sources):
+            places = part.small_of(self._places(buffer, k, rank))
+            for place, view in zip(places, sources, strict=True):
+                if view is None:
+                    place.zero_()
+            there = [i for i, view in enumerate(sources) if view is not None]
+            places, sources = [places[i] for i in there], [sources[i] for i in there]
+            if not there:
+                return
+            torch._foreach_copy_(places, cast(list[Tensor], sources))
+        else:
+            torch.cat(cast(list[Tensor], sources), out=buffer[: part.small_numel])
 
     def _send(self, sent: Travelling, tensor: Tensor | None, to: int) -> None:
         assert tensor is not None
@@ -362,8 +365,8 @@ class Native(_Base):
         sent = Travelling(k, [], self._take())
         pieces, numel, first, last = self._pieces(k)
         targets, sources = [], []
-        for piece, view in zip(pieces, self._cut(("all", k), pieces, flat, remember=self.remember), strict=True):
-            target = _run(sent.staging, replace(piece, start=piece.offset, stop=piece.offset + piece.numel))
+        for piece, view in zip(pieces, cut(flat, pieces), strict=True):
+            target = sent.staging[piece.offset : piece.offset + piece.numel]
             if view is None:
                 target.zero_()
             else:
@@ -372,7 +375,7 @@ class Native(_Base):
         if targets:
             torch._foreach_copy_(targets, sources)
         owned = self._owned(k, first, last)
-        sent.own = self._cut(("own", k), owned, flat, remember=self.remember)
+        sent.own = cut(flat, owned)
         # torch 2.13 renames reduce_scatter_tensor and warns of the old name.
         scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
         average = dist.ReduceOp.AVG if self._replicas is None else dist.ReduceOp.SUM
@@ -413,7 +416,7 @@ class Native(_Base):
         if owned:
             torch._foreach_copy_(
                 [buffer[p.offset : p.offset + p.numel] for p in owned],
-                cast(list[Tensor], self._cut(("mine", k), owned, self._params)),
+                self._params_of((k, "mine"), owned),
             )
         gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
         work = gather(buffer, buffer[first:last], group=self._group, async_op=True)
@@ -430,7 +433,7 @@ class Native(_Base):
         others += [p for p in pieces if p.offset < last and p.offset + p.numel > first and not _inside(p, first, last)]
         if others:
             torch._foreach_copy_(
-                cast(list[Tensor], self._cut(("others", sent.bucket), others, self._params)),
+                self._params_of((sent.bucket, "others"), others),
                 [sent.staging[p.offset : p.offset + p.numel] for p in others],
             )
         self._free.append(sent.staging)
@@ -440,15 +443,9 @@ def _inside(piece: Piece, first: int, last: int) -> bool:
     return first <= piece.offset and piece.offset + piece.numel <= last
 
 
-def _same(a: Tensor | None, b: Tensor | None) -> bool:
-    return a is b
-
-
-def _run(flat: Tensor, piece: Piece) -> Tensor:
-    """The elements of ``piece``."""
-    return _span(flat, piece.start, piece.stop)
-
-
-def _span(flat: Tensor, start: int, stop: int) -> Tensor:
-    """``flat[start:stop]``; ``flat`` itself where that is all of it, since a view costs a microsecond."""
-    return flat if stop - start == flat.numel() else flat[start:stop]
+def cut(flat: Flat, pieces: list[Piece]) -> list[Tensor | None]:
+    """The ``pieces`` of ``flat``; a tensor itself where a piece is all of it, since a view costs a microsecond."""
+    return [
+        base if (base := flat[p.param]) is None or p.stop - p.start == base.numel() else base[p.start : p.stop]
+        for p in pieces
+    ]

@@ -129,6 +129,18 @@ def sum_of_squares(tensors: list[Tensor]) -> Tensor:
     return total
 
 
+def norm_parts(tensors: list[Tensor], norm_type: float) -> Tensor:
+    """What ranks add up for the norm of all their elements: the sum of |x| ** p; for p = inf the largest |x|.
+
+    A 0-d fp64 tensor on the first tensor's device. Local.
+    """
+    if norm_type == 2.0:
+        return sum_of_squares(tensors)
+    norms = torch.stack([norm.to(tensors[0].device) for norm in torch._foreach_norm(tensors, norm_type)])
+    wide = norms.to(torch.float64 if norms.device.type != "mps" else torch.float32)
+    return wide.max() if norm_type == math.inf else wide.pow(norm_type).sum()
+
+
 def check_hyper_parameters(group: Mapping[str, Any]) -> None:
     """Refuse what torch.optim.AdamW refuses, in its words; also inf.
 

@@ -19,7 +19,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -29,6 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 from dist_adamw.exchange import UNDER_WAY, Travelling
 from dist_adamw.shard import Shard, storage_order
 
+_LOOK_EVERY = 1 << 18  # elements: as many as make a message worth sending
 _HOOK = "_dist_adamw_hook"  # attribute of a DDP module: one hook serves every optimizer
 
 
@@ -74,13 +75,15 @@ class GradientPath:
         self.synchronises = True  # False inside no_sync
         self._ddp_only = True
         self._ids: set[int] = set()
+        self._inbox: list[Tensor] = []  # parameters of plain modules whose gradient has come
         self._plan = _Plan([])
         self._flat: dict[int, list[Tensor | None]] = {}  # by id of shard: what it sends
         self._travelling: deque[tuple[Shard, Travelling]] = deque()
         self._queued = False  # whether autograd will call _after_backward
         self._rounds = 0  # into the shard: since the last update
         self._seen: set[int] = set()  # ids of parameters with a gradient since the last update
-        self._watched: list[tuple[Tensor, int]] = []  # and the version that they should still have
+        self._buffers: list[Tensor] = []  # DDP's, of this round
+        self._watched: list[tuple[Tensor, int]] = []  # gradients, and the version that they should still have
         self._begin_round()
 
     # ---------------------------------------------------------------- listening
@@ -100,9 +103,7 @@ class GradientPath:
             self._listen_to_ddp(model)
         else:
             self._ddp_only = False
-            for param in model.parameters():
-                if param.requires_grad and id(param) in self.ids():
-                    param.register_post_accumulate_grad_hook(_Weak(self, "_accumulated"))  # type: ignore[no-untyped-call]
+            self._listen_to_parameters([p for p in model.parameters() if p.requires_grad and id(p) in self.ids()])
             if not hasattr(model, "no_sync"):  # Accelerate's accumulate() asks for it
                 model.no_sync = _Weak(self, "no_sync")  # type: ignore[assignment]
         model.register_forward_pre_hook(_Weak(self, "_before_forward"))
@@ -114,7 +115,18 @@ class GradientPath:
             setattr(model, _HOOK, hook)
             # DDP insists on the name, and refuses an annotation that is text.
             model.register_comm_hook(hook, lambda state, bucket: state.reduce(bucket))
-        hook.paths.append(weakref.ref(self))
+        hook.add(self)
+
+    def _listen_to_parameters(self, params: list[Tensor]) -> None:
+        """Hear of gradients as they come, without Python having to run for each of thousands of small ones."""
+        look, enter = _Weak(self, "_look_into_inbox"), self._inbox.append
+        quiet = _LOOK_EVERY
+        for param in reversed(params):
+            quiet += param.numel()
+            looks = quiet >= _LOOK_EVERY or param is params[0]
+            param.register_post_accumulate_grad_hook(look if looks else enter)  # type: ignore[no-untyped-call]
+            if looks:
+                quiet = 0
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -124,6 +136,7 @@ class GradientPath:
             yield
         finally:
             self.synchronises = before
+            self._inbox.clear()
 
     def ids(self) -> set[int]:
         """Of every parameter of the optimizer."""
@@ -134,50 +147,45 @@ class GradientPath:
 
     # ---------------------------------------------------------------- during backward
 
-    def _accumulated(self, param: Tensor) -> None:
-        """A plain module's parameter has its gradient."""
+    def _look_into_inbox(self, param: Tensor) -> None:
+        """Launch what has become ready. Hung on some parameters; the others only enter themselves."""
         if not (self.synchronises or self.into_shard):
             return
-        assert param.grad is not None
-        self._queue()
-        self._watch(param.grad)
-        self.arrived([param], [storage_order(param.grad, like=param)])
-
-    def arrived(self, params: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
-        """Gradients of ``params`` are there, as 1-D ``grads``; launch what can be. Collective.
-
-        Raises:
-            RuntimeError: one of them had been sent already.
-        """
-        if self.into_shard or self.overlap:
-            self._follow_layout()
-        for param, grad in zip(params, grads, strict=True):
-            key = id(param)
-            self._seen.add(key)
-            place = self._plan.place_of.get(key)
-            if place is None:
-                continue
-            shard, i = place
-            if self.overlap:
-                self._flat[id(shard)][i] = grad
-            for n in self._plan.buckets_of.get(key, ()):
-                if n < self._next:
-                    raise RuntimeError(
-                        f"a gradient of shape {tuple(param.shape)} arrived after it had been sent to its owner: two "
-                        "backward passes without a forward pass of the attached module between them, or a parameter "
-                        "used in several checkpointed segments (use_reentrant=True). Accumulate inside no_sync(), or "
-                        "pass overlap=False to attach()."
-                    )
-                self._waiting[n].discard(key)
-        if self.overlap:
-            while self._next < len(self._waiting) and not self._waiting[self._next]:
-                self._launch()
-
-    def _queue(self) -> None:
-        """Have autograd call `_after_backward` when this backward is over."""
         if not self._queued:
-            self._queued = True
-            torch.autograd.Variable._execution_engine.queue_callback(self._after_backward)  # type: ignore[attr-defined]
+            self.begin()
+        buckets_of, waiting = self._plan.buckets_of, self._waiting
+        for arrived in (*self._inbox, param):
+            key = id(arrived)
+            for n in buckets_of.get(key, ()):
+                if n < self._next:
+                    raise _too_late(arrived)
+                waiting[n].discard(key)
+        self._inbox.clear()
+        if self.overlap:
+            self._launch_ready()
+
+    def arrived(self, packed: _Packed) -> None:
+        """The gradients of one of DDP's buckets are there; launch what can be. Collective."""
+        if packed.plan is not self._plan:
+            packed.enter(self._plan)
+        if packed.buckets and packed.buckets[0] < self._next:
+            raise _too_late(packed.params[0])
+        for shard, i, flat in packed.places:
+            self._flat[id(shard)][i] = flat
+        for n in packed.buckets:
+            self._waiting[n] -= packed.keys
+        if self.overlap:
+            self._launch_ready()
+
+    def _launch_ready(self) -> None:
+        while self._next < len(self._waiting) and not self._waiting[self._next]:
+            self._launch()
+
+    def begin(self) -> None:
+        """Once in a backward, before its first gradient: follow the layout, and have autograd call when it is over."""
+        self._queued = True
+        torch.autograd.Variable._execution_engine.queue_callback(self._after_backward)
+        self._follow_layout()
 
     @torch.no_grad()
     def _after_backward(self) -> None:
@@ -186,16 +194,16 @@ class GradientPath:
             self._finish_round()
             return
         self._land()
-        self._watched = [(grad, grad._version) for grad, _ in self._watched]
-
-    def _watch(self, grad: Tensor) -> None:
-        if not self.into_shard:
-            self._watched.append((grad, 0))
+        watched = {id(buffer): buffer for buffer in self._buffers}
+        if not self._ddp_only:
+            watched |= {id(p.grad): p.grad for p in self._params() if p.grad is not None}
+        self._watched = [(grad, grad._version) for grad in watched.values()]
 
     # ---------------------------------------------------------------- rounds
 
     def _begin_round(self) -> None:
         self._next = 0
+        self._inbox.clear()
         self._waiting = [set(members) for members in self._plan.members]
         self._checked = False  # whether the plan is known to be that of the shards
 
@@ -210,13 +218,19 @@ class GradientPath:
             self._flat = {id(shard): [None] * len(shard.params) for shard in shards}
             self._begin_round()
             self._checked = True
-        for shard in shards:
-            assert shard.exchange is not None
-            shard.exchange.remember = self._ddp_only
 
     def _launch(self) -> None:
         """Send the next bucket."""
         shard, k = self._plan.order[self._next]
+        if not self._ddp_only:
+            flat = self._flat[id(shard)]
+            members, place_of = self._plan.members[self._next], self._plan.place_of
+            for key in members:
+                i = place_of[key][1]
+                grad = shard.params[i].grad
+                flat[i] = None if grad is None else storage_order(grad, like=shard.params[i])
+            if self.into_shard:
+                self._seen.update(key for key in members if flat[place_of[key][1]] is not None)
         self._next += 1
         self._start(shard, k)
 
@@ -253,24 +267,16 @@ class GradientPath:
     def _finish_round(self) -> None:
         """Into the shard: send what has not been sent, zeros for gradients that are not there."""
         self._follow_layout()
-        self._take_grads()
         while self._next < len(self._plan.order):
             self._launch()
         self._land()
         self._rounds += 1
         self._begin_round()
 
-    def _take_grads(self) -> None:
-        """What is to be sent is what parameters have in ``.grad``."""
-        for shard in self._plan.shards:
-            flat = self._flat[id(shard)]
-            for i, param in enumerate(shard.params):
-                flat[i] = None if param.grad is None else storage_order(param.grad, like=param)
-
     # ---------------------------------------------------------------- around backward
 
     @torch.no_grad()
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _before_forward(self, module: nn.Module, args: Any) -> None:
         """Averages that no update has used yet become sums of local gradients again, to be added to.
 
@@ -283,6 +289,7 @@ class GradientPath:
             self._queued = False
             self._land()
         self._watched.clear()
+        self._buffers.clear()
         if self.into_shard or not self._next:
             return
         for shard, k in self._plan.order[: self._next]:
@@ -305,6 +312,7 @@ class GradientPath:
         self._rounds = 0
         self._seen.clear()
         self._watched.clear()
+        self._buffers.clear()
         for shard in self._plan.shards:
             shard.reduced.clear()
             if not self._ddp_only:  # whose buckets stay; other gradients must not be kept alive
@@ -338,22 +346,35 @@ class GradientPath:
         params = self._params()
         if self._ddp_only:  # DDP has seen to it
             return any(param.grad is not None for param in params)
-        leftover = any(param.grad is not None for param in params) if self.into_shard else False
-        rounds = self._rounds + leftover
-        flags = [rounds, *(param.grad is not None or id(param) in self._seen for param in params)]
-        device = params[0].device if dist.get_backend(group) != "gloo" else "cpu"
-        union = torch.tensor(flags, dtype=torch.int32, device=device)
+        seen = self._seen if self.into_shard else set()
+        present = [param.grad is not None or id(param) in seen for param in params]
+        leftover = self.into_shard and any(param.grad is not None for param in params)
+        # Most updates have all gradients on all ranks, and then two numbers say so.
+        missing = any(param.requires_grad for param, there in zip(params, present, strict=True) if not there)
+        rounds, incomplete = self._largest([self._rounds + leftover, missing], params, group, replicas)
+        self._needed = rounds
+        if incomplete:
+            present = [bool(n) for n in self._largest(present, params, group, replicas)]
+        for param, is_used in zip(params, present, strict=True):
+            if not is_used:
+                continue
+            if self.into_shard:
+                self._seen.add(id(param))
+            elif param.grad is None:
+                param.grad = torch.zeros_like(param)
+        return any(present)
+
+    @staticmethod
+    def _largest(
+        values: Sequence[int], params: list[Tensor], group: dist.ProcessGroup, replicas: dist.ProcessGroup | None
+    ) -> list[int]:
+        """The largest of each value over all ranks. Collective."""
+        device = params[0].device if dist.get_backend(group) != "gloo" else torch.device("cpu")
+        largest = torch.tensor(values, dtype=torch.int32, device=device)
         for ranks in (group, replicas):
             if ranks is not None:
-                dist.all_reduce(union, op=dist.ReduceOp.MAX, group=ranks)
-        needed, *used = union.tolist()
-        for param, is_used in zip(params, used, strict=True):
-            if is_used and self.into_shard:
-                self._seen.add(id(param))
-            elif is_used and param.grad is None:
-                param.grad = torch.zeros_like(param)
-        self._needed = needed
-        return any(used)
+                dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=ranks)
+        return [int(n) for n in largest.tolist()]
 
     def arrive(self) -> None:
         """Send and receive whatever has not been yet. Collective; after `complete` and the layout."""
@@ -363,29 +384,53 @@ class GradientPath:
             for shard in self._plan.shards:
                 shard.has_grad = [id(param) in self._seen for param in shard.params]
             return
-        sent = {(id(shard), k) for shard, k in self._plan.order[: self._next]}
         rest = self._plan.order[self._next :]
-        known = {id(shard) for shard in self._plan.shards}
+        planned = {id(shard) for shard in self._plan.shards}
         for shard in self._shards():
-            if id(shard) not in known:  # laid out just now
+            if id(shard) not in planned:  # laid out just now
                 rest += [(shard, k) for k in range(shard.layout.num_buckets)]
-        flats = {}
         for shard in {id(shard): shard for shard, _ in rest}.values():
-            flats[id(shard)] = [None if p.grad is None else storage_order(p.grad, like=p) for p in shard.params]
-        self._flat.update(flats)
+            self._flat[id(shard)] = [None if p.grad is None else storage_order(p.grad, like=p) for p in shard.params]
         for shard, k in rest:
             pieces = shard.layout.pieces(*shard.layout.bucket(k))
-            if (id(shard), k) not in sent and any(shard.params[p.param].grad is not None for p in pieces):
+            if any(shard.params[p.param].grad is not None for p in pieces):
                 self._start(shard, k)
         self._land()
+        if len(planned) < len(self._shards()):
+            self._plan = _Plan(self._shards())
+        self._next = len(self._plan.order)
+        self.accept_changes()
+
+    def accept_changes(self) -> None:
+        """Gradients may be what they are now."""
+        self._watched = [(grad, grad._version) for grad, _ in self._watched]
 
 
-class _Bucket(NamedTuple):
-    """What is known of one of DDP's buckets, good until DDP packs them anew."""
+def _too_late(param: Tensor) -> RuntimeError:
+    return RuntimeError(
+        f"a gradient of shape {tuple(param.shape)} arrived after it had been sent to its owner: two backward passes "
+        "without a forward pass of the attached module between them, or a parameter used in several checkpointed "
+        "segments (use_reentrant=True). Accumulate inside no_sync(), or pass overlap=False to attach()."
+    )
 
-    address: int
-    params: list[Tensor]
-    flat: list[Tensor]  # 1-D views of the buffer
+
+class _Packed:
+    """What one of DDP's buckets holds for one path; good until DDP packs anew."""
+
+    def __init__(self, params: list[Tensor], flat: list[Tensor]) -> None:
+        self.params, self._flat = params, flat  # 1-D views of the buffer
+        self.keys = {id(param) for param in params}
+        self.plan: _Plan | None = None
+
+    def enter(self, plan: _Plan) -> None:
+        """Find the places of its parameters in ``plan``."""
+        self.plan = plan
+        self.places = [
+            (*plan.place_of[id(param)], flat)
+            for param, flat in zip(self.params, self._flat, strict=True)
+            if id(param) in plan.place_of
+        ]
+        self.buckets = sorted({n for key in self.keys for n in plan.buckets_of.get(key, ())})
 
 
 class _DDPHook:
@@ -397,46 +442,54 @@ class _DDPHook:
     def __init__(self, model: DistributedDataParallel) -> None:
         self._group: dist.ProcessGroup = model.process_group
         self._is_view: bool = model.gradient_as_bucket_view
-        self._known: dict[int, _Bucket] = {}
-        self.paths: list[weakref.ref[GradientPath]] = []
+        self._known: dict[int, tuple[int, list[Tensor], dict[int, _Packed], list[Tensor]]] = {}
+        self._paths: list[weakref.ref[GradientPath]] = []
+
+    def add(self, path: GradientPath) -> None:
+        """Serve ``path`` too."""
+        self._paths.append(weakref.ref(path))
+        self._known.clear()
 
     def reduce(self, bucket: Any) -> torch.futures.Future[Tensor]:
         """Serve one ``dist.GradBucket``."""
         buffer: Tensor = bucket.buffer()
-        known = self._look(bucket, buffer)
-        paths = [path for ref in self.paths if (path := ref()) is not None]
-        foreign = list(range(len(known.params)))
-        for path in paths:
-            path._queue()
-            ids = path.ids()
-            mine = [i for i in foreign if id(known.params[i]) in ids]
+        paths = {id(path): path for ref in self._paths if (path := ref()) is not None}
+        packed, foreign = self._look(bucket, buffer, paths)
+        for key, path in paths.items():
+            if not path._queued:
+                path.begin()
             if self._is_view:  # else DDP copies the buffer to the gradients when backward is over
-                path._watch(buffer)
-                path.arrived([known.params[i] for i in mine], [known.flat[i] for i in mine])
-            if len(mine) == len(foreign):
-                foreign = []
-                break
-            taken = set(mine)
-            foreign = [i for i in foreign if i not in taken]
-        for i in foreign:
-            dist.all_reduce(known.flat[i].div_(dist.get_world_size(self._group)), group=self._group)
+                path._buffers.append(buffer)
+                path.arrived(packed[key])
+        for grad in foreign:
+            dist.all_reduce(grad.div_(dist.get_world_size(self._group)), group=self._group)
         done: torch.futures.Future[Tensor] = torch.futures.Future()
         done.set_result(buffer)
         return done
 
-    def _look(self, bucket: Any, buffer: Tensor) -> _Bucket:
+    def _look(
+        self, bucket: Any, buffer: Tensor, paths: dict[int, GradientPath]
+    ) -> tuple[dict[int, _Packed], list[Tensor]]:
+        """What each path gets of a bucket, and what nobody takes."""
         index, params = bucket.index(), bucket.parameters()
-        known = self._known.get(index)
-        if (
-            known is None
-            or known.address != buffer.data_ptr()
-            or len(known.params) != len(params)
-            or any(map(operator.is_not, known.params, params))
-        ):
-            # These are contiguous views, whatever a parameter's strides: elements are in memory order.
-            known = _Bucket(buffer.data_ptr(), params, [grad.view(-1) for grad in bucket.gradients()])
-            self._known[index] = known
-        return known
+        if (known := self._known.get(index)) is not None:
+            address, last, packed, foreign = known
+            if (
+                address == buffer.data_ptr()
+                and len(last) == len(params)
+                and all(map(operator.is_, last, params))
+                and packed.keys() == paths.keys()
+            ):
+                return packed, foreign
+        # These are contiguous views, whatever a parameter's strides: elements are in memory order.
+        rest = [(param, grad.view(-1)) for param, grad in zip(params, bucket.gradients(), strict=True)]
+        packed = {}
+        for key, path in paths.items():
+            mine = [(param, grad) for param, grad in rest if id(param) in path.ids()]
+            rest = [(param, grad) for param, grad in rest if id(param) not in path.ids()]
+            packed[key] = _Packed([param for param, _ in mine], [grad for _, grad in mine])
+        self._known[index] = (buffer.data_ptr(), params, packed, [grad for _, grad in rest])
+        return packed, self._known[index][3]
 
 
 class _Weak:
@@ -457,5 +510,3 @@ class _Weak:
 
     def __reduce__(self) -> Any:
         return _Weak, (None, self._method)
-
-

@@ -11,6 +11,7 @@ Glossary:
 from __future__ import annotations
 
 import itertools
+import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, cast, overload
@@ -25,7 +26,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from dist_adamw import collectives
 from dist_adamw.exchange import UNDER_WAY, Travelling
-from dist_adamw.functional import DecayBy, adamw_update_, can_fuse, check_hyper_parameters, sum_of_squares
+from dist_adamw.functional import DecayBy, adamw_update_, can_fuse, check_hyper_parameters, norm_parts, sum_of_squares
 from dist_adamw.gradients import GradientPath
 from dist_adamw.partition import BUCKET_NUMEL
 from dist_adamw.shard import Shard
@@ -33,6 +34,11 @@ from dist_adamw.share import check_shapes, check_share, describe_share
 
 StateDict = dict[str, Any]
 _OPTIONS = ("decay_by", "max_grad_norm", "shard", "fused", "bucket_numel")
+
+
+def _clip_factor(norm: Tensor, max_norm: float) -> Tensor:
+    """What gradients are multiplied by, 0-d fp32. The constant is torch.nn.utils.clip_grad_norm_'s."""
+    return (max_norm / (norm + 1e-6)).clamp(max=1.0).to(torch.float32)
 
 
 _tags = itertools.count(1)
@@ -249,8 +255,9 @@ class DistAdamW(Optimizer):
         return True
 
     def _shards_by_now(self) -> list[Shard]:
-        """The shards, as the parameters are now; of every parameter that requires a gradient where there were none."""
-        self._prepare_shards()
+        """The shards; of every parameter that requires a gradient where there were none."""
+        if not self.shards or self.shards[0].params[0].device != self.shards[0].steps.device:
+            self._prepare_shards()
         return self.shards
 
     def attach(self, model: nn.Module, *, overlap: bool = True, reduce_every_backward: bool = False) -> None:
@@ -282,7 +289,8 @@ class DistAdamW(Optimizer):
         """
         group = self.process_group
         if group is None:
-            if collectives.initialized() and collectives.world_size() > 1 and not isinstance(model, DistributedDataParallel):
+            several = collectives.initialized() and collectives.world_size() > 1
+            if several and not isinstance(model, DistributedDataParallel):
                 raise ValueError(
                     "attach() needs sharded state, and this optimizer has shard=False: nobody would average the "
                     "gradients. Leave shard='auto', or wrap the model in DistributedDataParallel."
@@ -297,6 +305,55 @@ class DistAdamW(Optimizer):
         elif (self._path.overlap, self._path.into_shard) != (overlap, reduce_every_backward):
             raise ValueError("attach() was called before with other options. Pass the same for every module.")
         self._path.listen(model)
+
+    @torch.no_grad()
+    def clip_grad_norm_(
+        self, max_norm: float, norm_type: float = 2.0, parameters: Iterable[Tensor] | None = None
+    ) -> Tensor:
+        """Clip gradients by their global norm, as ``torch.nn.utils.clip_grad_norm_`` does. Collective.
+
+        For loops that clip between backward and `step`; ``max_grad_norm`` costs less. After
+        `attach`, torch's function would take the norm of local gradients.
+
+        Args:
+            max_norm: The norm is scaled down to this.
+            norm_type: The p of the norm; may be inf.
+            parameters: Whose gradients; default: all of this optimizer.
+
+        Returns:
+            The norm before clipping, 0-d.
+        """
+        params = self._all_params() if parameters is None else list(parameters)
+        if self._path is None:
+            return torch.nn.utils.clip_grad_norm_(params, max_norm, norm_type)
+        chosen = {id(param) for param in params}
+        self._collect_gradients()
+        owned = [
+            grad
+            for shard in self.shards
+            for k, bucket in enumerate(shard.owned_grads())
+            for piece, grad in zip(shard.owned_pieces(k), bucket, strict=True)
+            if grad is not None and id(shard.params[piece.param]) in chosen
+        ]
+        device = self.shards[0].params[0].device if self.shards else params[0].device
+        total = norm_parts(owned, norm_type) if owned else torch.zeros((), dtype=torch.float64, device=device)
+        assert self.process_group is not None
+        largest = dist.ReduceOp.MAX if norm_type == math.inf else dist.ReduceOp.SUM
+        dist.all_reduce(total, op=largest, group=self.process_group)
+        norm = total if norm_type == math.inf else total.pow(1.0 / norm_type)
+        if owned:
+            torch._foreach_mul_(owned, _clip_factor(norm, max_norm))
+        self._path.accept_changes()
+        return norm.to(torch.float32)
+
+    def accept_gradients(self) -> None:
+        """Let gradients be what they are now, after a change that treats all elements alike. Local.
+
+        After `attach`, `step` refuses gradients that were changed since backward, because a norm
+        taken of them is not the model's. Clamping each element, say, is right nevertheless.
+        """
+        if self._path is not None:
+            self._path.accept_changes()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As torch's; what `attach` has reduced is forgotten too. Every rank alike."""
@@ -346,8 +403,7 @@ class DistAdamW(Optimizer):
         norm = squares.sqrt()
         self._grad_norm = norm.to(torch.float32)
         self._found_inf = (~torch.isfinite(norm)).to(torch.float32)
-        # The constant is torch.nn.utils.clip_grad_norm_'s, so that both clip alike.
-        return (max_norm / (norm + 1e-6)).clamp(max=1.0).to(torch.float32)
+        return _clip_factor(norm, max_norm)
 
     # ---------------------------------------------------------------- layout
 
@@ -358,20 +414,19 @@ class DistAdamW(Optimizer):
         for shard in self.shards:
             if shard.refresh():
                 self._show(shard)
-        leaders = {id(shard.params[0]): shard for shard in self.shards}
+        groups = {id(group) for group in self.param_groups}
+        if not all(id(shard.group) in groups for shard in self.shards):  # somebody rebuilt the list of groups
+            group_of = {id(param): group for group in self.param_groups for param in group["params"]}
+            for shard in self.shards:
+                shard.group = group_of.get(id(shard.params[0]), shard.group)
         newcomers = []
-        for group in self.param_groups:
-            for param in group["params"]:
-                if param.grad is not None and param.grad.layout != torch.strided:
-                    raise RuntimeError(
-                        f"DistAdamW does not support sparse gradients, got one of layout {param.grad.layout}. "
-                        "Build the embedding with sparse=False."
-                    )
-                key = id(param)
-                if key in leaders:
-                    leaders[key].group = group  # whatever has become of the list of groups
-                elif key not in self._placed and (param.grad is not None or (not self.shards and param.requires_grad)):
-                    newcomers.append(param)
+        if len(params := self._all_params()) > len(self._placed):
+            newcomers = [
+                param
+                for param in params
+                if id(param) not in self._placed
+                and (param.grad is not None or (not self.shards and param.requires_grad))
+            ]
         if any(shard.group["amsgrad"] != ("max_exp_avg_sq" in shard.moments) for shard in self.shards):
             raise RuntimeError("amsgrad cannot be changed after the first update. Set it when the group is made.")
         if newcomers:

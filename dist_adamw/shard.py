@@ -215,6 +215,12 @@ class Shard:
                 ]
                 for k, bucket in enumerate(self._buckets)
             ]
+        for p in self.params:
+            if p.grad is not None and p.grad.layout != torch.strided:
+                raise RuntimeError(
+                    f"DistAdamW does not support sparse gradients, got one of layout {p.grad.layout}. "
+                    "Build the embedding with sparse=False."
+                )
         flat = [None if p.grad is None else storage_order(p.grad, like=p) for p in self.params]
         return [
             [None if (g := flat[p.param]) is None else g[p.start : p.stop] for p in bucket.pieces]
@@ -270,7 +276,7 @@ def storage_order(tensor: Tensor, like: Tensor | None = None) -> Tensor:
     """
     like = tensor if like is None else like
     if like.is_contiguous():
-        return tensor.reshape(-1)
+        return tensor if tensor.ndim == 1 and tensor.is_contiguous() else tensor.reshape(-1)
     order = axes_in_memory(like)
     return tensor.permute(order).reshape(-1)
 

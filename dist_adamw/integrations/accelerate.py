@@ -6,12 +6,11 @@ Floor 4: knows Accelerate; nothing below knows it.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sized
+from collections.abc import Iterable, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -94,6 +93,10 @@ def prepare(
             the scheduler was given; on every rank alike, and nothing is prepared then.
         AgreementError: ranks were given different things; on every rank.
 
+    A `DistAdamW` under DDP is attached (`DistAdamW.attach`): gradients are reduced to their owners, and
+    ``accelerator.clip_grad_norm_`` clips by the global norm of what they own. With a GradScaler
+    (fp16) or a communication hook of yours, DDP's all-reduce stays.
+
     DDP keeps a second copy of the gradients unless it is told not to, so ``prepare`` asks for
     ``gradient_as_bucket_view`` where no ``DistributedDataParallelKwargs`` were given.
 
@@ -104,7 +107,6 @@ def prepare(
     if accelerator.ddp_handler is None:
         accelerator.ddp_handler = _ddp_kwargs()
     model, wrapped, dataloader, _ = accelerator.prepare(model, optimizer, dataloader, scheduler)
-    _sum_in_rank_order(accelerator, model)
     scheduler.sample_source = lambda: real_samples(accelerator, facts, dataloader)
     inner = unwrap(wrapped)
     watch = None
@@ -112,6 +114,7 @@ def prepare(
         watch = collectives.AgreementWatch(group)
         inner.register_step_pre_hook(lambda *_: watch.check(scheduler.agreement_record()))
     if isinstance(inner, DistAdamW):
+        _attach(accelerator, model, inner)
         _keep_shares(accelerator, model, wrapped, inner, watch)
     return model, wrapped, dataloader, scheduler
 
@@ -297,29 +300,31 @@ def _pass_length(dataloader: DataLoader[Any]) -> int | None:
     return None
 
 
-def _sum_in_rank_order(accelerator: Accelerator, model: nn.Module) -> None:
-    """Make DDP's averages independent of its buckets, where that can be had (gloo).
+def _attach(accelerator: Accelerator, model: nn.Module, optimizer: DistAdamW) -> None:
+    """Have gradients reduced to their owners, where nothing needs them whole. Collective.
 
-    DDP packs its buckets anew after the first update of a job. With 3 ranks or more that moves
-    the last bit of a ring's sums, and a resumed run would not have the bits of one never stopped.
-    Two numbers have one sum, so 2 ranks keep DDP's own all-reduce, which is faster.
+    A GradScaler looks at whole gradients on every rank, and DDP takes one communication hook.
     """
-    if not isinstance(model, DistributedDataParallel):
-        return
-    group = model.process_group
-    if dist.get_backend(group) != "gloo" or dist.get_world_size(group) < 3:
-        return
     chosen = getattr(accelerator.ddp_handler, "comm_hook", None)
-    if chosen is not None and chosen.value != "no":
-        return  # the user's own hook
+    hooked = chosen is not None and chosen.value != "no"
+    if not isinstance(model, DistributedDataParallel) or accelerator.scaler is not None or hooked:
+        return
+    optimizer.attach(model)
+    clip_norm, clip_value = accelerator.clip_grad_norm_, accelerator.clip_grad_value_
 
-    def average(buffer: Tensor) -> torch.futures.Future[Tensor]:
-        done: torch.futures.Future[Tensor] = torch.futures.Future()
-        done.set_result(collectives.all_reduce_in_rank_order(buffer.div_(dist.get_world_size(group)), group))
-        return done
+    def clip_grad_norm_(parameters: Tensor | Iterable[Tensor], max_norm: float, norm_type: float = 2) -> Tensor | None:
+        params = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+        ours = {id(param) for group in optimizer.param_groups for param in group["params"]}
+        if accelerator.sync_gradients and any(id(param) in ours for param in params):
+            return optimizer.clip_grad_norm_(max_norm, norm_type, params)
+        return clip_norm(params, max_norm, norm_type)  # type: ignore[no-any-return]
 
-    # DDP insists on the name, and refuses an annotation that is text.
-    model.register_comm_hook(None, lambda state, bucket: average(bucket.buffer()))
+    def clip_grad_value_(parameters: Tensor | Iterable[Tensor], clip: float) -> None:
+        clip_value(parameters, clip)
+        optimizer.accept_gradients()
+
+    accelerator.clip_grad_norm_ = clip_grad_norm_
+    accelerator.clip_grad_value_ = clip_grad_value_
 
 
 def _keep_shares(

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
+import math
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -12,8 +15,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
-from dist_adamw import DistAdamW
+from dist_adamw import DistAdamW, exchange
 from tests.distributed.test_optimizer import Network
 from tests.ranks import expect_error_on_all, run_ranks
 
@@ -57,14 +61,21 @@ def averaged(grads: list[Tensor | None]) -> list[Tensor | None]:
 class Job:
     """A model trained by DistAdamW, and a twin trained by torch.optim.AdamW that is fed the same averages."""
 
-    def __init__(self, way: dict[str, Any], options: dict[str, Any] | None = None, model: nn.Module | None = None) -> None:
-        way = dict(way)
-        self.model = Network() if model is None else model
+    def __init__(
+        self,
+        way: dict[str, Any],
+        options: dict[str, Any] | None = None,
+        model: Any = None,
+        loss: Callable[[nn.Module, int], Tensor] = loss_of,
+        unused: bool = True,
+    ) -> None:
+        way, self.loss = dict(way), loss
+        self.model: Any = Network() if model is None else model
         self.twin = copy.deepcopy(self.model)
         self.wrapped: Any = self.model
         if way.pop("ddp", False):
             self.wrapped = DistributedDataParallel(
-                self.model, find_unused_parameters=True, gradient_as_bucket_view=way.pop("view", True)
+                self.model, find_unused_parameters=unused, gradient_as_bucket_view=way.pop("view", True)
             )
         options = options or {}
         self.optimizer = DistAdamW(self.model.parameters(), lr=1e-2, bucket_numel=1000, **options)
@@ -83,7 +94,7 @@ class Job:
             last = micro == accumulation - 1
             no_sync = getattr(self.wrapped, "no_sync", contextlib.nullcontext)
             with contextlib.nullcontext() if last else no_sync():
-                loss_of(self.wrapped, 10 * step + micro).backward()
+                self.loss(self.wrapped, 10 * step + micro).backward()
             self.twin_backward(10 * step + micro, last=last)
 
     def twin_backward(self, seed: int, *, last: bool) -> None:
@@ -93,11 +104,11 @@ class Job:
             kept = [p.grad for p in params]
             for p in params:
                 p.grad = None
-            loss_of(self.twin, seed).backward()
+            self.loss(self.twin, seed).backward()
             for p, before, now in zip(params, kept, averaged([p.grad for p in params]), strict=True):
                 p.grad = now if before is None else before if now is None else before + now
             return
-        loss_of(self.twin, seed).backward()
+        self.loss(self.twin, seed).backward()
         if last:
             for p, average in zip(params, averaged([p.grad for p in params]), strict=True):
                 p.grad = average
@@ -108,19 +119,529 @@ class Job:
         self.optimizer.zero_grad()
         self.reference.zero_grad()
 
-    def check(self) -> None:
+    def check(self, **tolerance: float) -> None:
+        """Same bits, or within ``tolerance``."""
         for (name, p), q in zip(self.model.named_parameters(), self.twin.parameters(), strict=True):
-            assert torch.equal(p, q), f"{name} differs by {(p - q).abs().max()}"
+            if tolerance:
+                torch.testing.assert_close(p, q, **tolerance)
+            assert tolerance or torch.equal(p, q), f"{name} differs by {(p - q).abs().max()}"
 
 
-def check_same_bits(way: dict[str, Any], accumulation: int, options: dict[str, Any]) -> None:
-    job = Job(way, options)
-    job.train(range(50), accumulation)
-    job.check()
+@contextlib.contextmanager
+def constants(**values: Any) -> Iterator[None]:
+    """Other sizes than the ones that pay, so that a small model takes every path."""
+    before = {name: getattr(exchange, name) for name in values}
+    for name, value in values.items():
+        setattr(exchange, name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(exchange, name, value)
+
+
+def check_same_bits(way: dict[str, Any], accumulation: int, options: dict[str, Any], sizes: dict[str, Any]) -> None:
+    with constants(**sizes):
+        job = Job(way, options)
+        job.train(range(50), accumulation)
+        job.check()
 
 
 @pytest.mark.parametrize("options", [{}, {"eps": 0.1}], ids=["eps 1e-8", "eps 0.1"])
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("world_size", WORLDS)
 def test_same_bits_as_unsharded_adamw_fed_the_averages(world_size: int, way: str, options: dict[str, Any]) -> None:
-    run_ranks(world_size, check_same_bits, WAYS[way], 2, options)
+    run_ranks(world_size, check_same_bits, WAYS[way], 2, options, {})
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("world_size", WORLDS)
+def test_large_runs_travel_from_where_they_lie(world_size: int, way: str) -> None:
+    run_ranks(world_size, check_same_bits, WAYS[way], 1, {"eps": 0.1}, {"DIRECT_NUMEL": 100, "BLOCK_NUMEL": 96})
+
+
+@pytest.mark.parametrize("way", ["ddp", "plain", "every backward"])
+@pytest.mark.parametrize("world_size", WORLDS)
+def test_the_backends_own_collectives(world_size: int, way: str) -> None:
+    """What other backends than gloo take. With more than 2 ranks a backend adds in an order of its own."""
+    run_ranks(world_size, check_native, WAYS[way])
+
+
+def check_native(way: dict[str, Any]) -> None:
+    with constants(PeerToPeer=exchange.Native):
+        job = Job(way, {"eps": 0.1})
+        job.train(range(20), 2)
+    if dist.get_world_size() == 2:
+        job.check()
+    else:
+        job.check(rtol=1e-5, atol=1e-7)
+
+
+# ---------------------------------------------------------------- loops
+
+
+def check_several_backwards(way: dict[str, Any], *, eval_between: bool) -> None:
+    """Accumulating without no_sync, as DDP allows: each backward synchronises."""
+    job = Job(way, {"eps": 0.1})
+    for step in range(6):
+        for micro in range(3):
+            loss_of(job.wrapped, 10 * step + micro).backward()
+            job.twin_backward(10 * step + micro, last=micro == 2)
+            if eval_between:
+                with torch.no_grad():
+                    loss_of(job.wrapped, 5)
+        job.update()
+    # One rounding for each backward, not one for their sum.
+    job.check(rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("eval_between", [False, True])
+@pytest.mark.parametrize("way", WAYS)
+def test_several_backwards_without_no_sync_add_up(way: str, eval_between: bool) -> None:
+    for world_size in (2, 3):
+        run_ranks(world_size, functools.partial(check_several_backwards, WAYS[way], eval_between=eval_between))
+
+
+def check_forward_between_backward_and_step() -> None:
+    """A training-mode forward before step(), say for a log, must not spoil the averages."""
+    job = Job({"ddp": True}, {"eps": 0.1})
+    for step in range(4):
+        job.accumulate(step, 1)
+        loss_of(job.wrapped, 7)
+        job.update()
+    job.check(rtol=1e-5, atol=1e-7)
+
+
+def test_a_forward_between_backward_and_step_changes_nothing() -> None:
+    for world_size in (2, 3):
+        run_ranks(world_size, check_forward_between_backward_and_step)
+
+
+def check_discarded(way: dict[str, Any]) -> None:
+    """Gradients that were thrown away are gone, whoever threw them."""
+    job = Job(way, {"eps": 0.1})
+    for step in range(4):
+        for thrower in (job.optimizer, job.model):
+            loss_of(job.wrapped, 500 + step).backward()
+            if not (job.every and thrower is job.model):  # then the averages are the optimizer's
+                thrower.zero_grad()
+            else:
+                job.optimizer.zero_grad()
+        job.accumulate(step, 2)
+        job.update()
+    job.check()
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_discarded_gradients_are_forgotten(way: str) -> None:
+    run_ranks(2, check_discarded, WAYS[way])
+
+
+def check_sent_during_backward(way: dict[str, Any]) -> tuple[int, int]:
+    """Buckets sent until backward was over, and by the update."""
+    sent: list[int] = []
+    start = exchange.PeerToPeer.start_reduce
+
+    def counted(self: Any, k: int, flat: Any) -> Any:
+        sent.append(k)
+        return start(self, k, flat)
+
+    exchange.PeerToPeer.start_reduce = counted  # type: ignore[method-assign]
+    try:
+        torch.manual_seed(0)
+        model = nn.Sequential(*[nn.Linear(300, 300) for _ in range(8)])
+        way = dict(way)
+        wrapped: Any = DistributedDataParallel(model, gradient_as_bucket_view=True) if way.pop("ddp", 0) else model
+        optimizer = DistAdamW(model.parameters(), bucket_numel=100_000)
+        optimizer.attach(wrapped, **way)
+        inside = 0
+        for _ in range(3):
+            sent.clear()
+            loss = wrapped(torch.randn(2, 300)).sum()
+            seen: list[int] = []
+            handle = model[0].bias.register_hook(lambda _, seen=seen: seen.append(len(sent)))
+            loss.backward()
+            handle.remove()
+            inside = seen[0]
+            optimizer.step()
+            optimizer.zero_grad()
+    finally:
+        exchange.PeerToPeer.start_reduce = start  # type: ignore[method-assign]
+    return inside, len(sent)
+
+
+@pytest.mark.parametrize(
+    ("way", "overlaps"),
+    [("plain", True), ("every backward", True), ("plain, no overlap", False), ("every backward, no overlap", False)],
+)
+def test_buckets_are_sent_while_backward_goes_on(way: str, overlaps: bool) -> None:
+    for inside, total in run_ranks(2, check_sent_during_backward, WAYS[way]):
+        assert total == 8  # 722,400 elements in buckets of 100,000
+        assert inside >= 5 if overlaps else inside == 0
+
+
+def check_gradients_are_let_go() -> None:
+    job = Job(WAYS["every backward"])
+    job.accumulate(0, 2)
+    assert all(p.grad is None for p in job.model.parameters())
+    job.update()
+
+
+def test_every_backward_lets_go_of_the_gradients() -> None:
+    run_ranks(2, check_gradients_are_let_go)
+
+
+# ---------------------------------------------------------------- what is in a model
+
+
+class Branches(nn.Module):
+    """Which branches are used depends on rank and step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(4)
+        self.branches = nn.ModuleList(nn.Linear(9, 9) for _ in range(5))
+        self.never = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        which = int(x.abs().sum() * 1000)
+        for i, branch in enumerate(self.branches):
+            if which >> i & 1:
+                x = branch(x).tanh() + x
+        return x
+
+
+def check_unused(way: dict[str, Any]) -> int:
+    job = Job(way, {"eps": 0.1}, model=Branches(), loss=branch_loss)
+    absent = 0
+    for step in range(30):
+        job.accumulate(step, 1)
+        absent += sum(p.grad is None for p in job.model.branches.parameters())
+        job.update()
+    job.check()
+    assert all("exp_avg" not in job.reference.state[p] for p in job.twin.never.parameters())
+    return absent
+
+
+def branch_loss(model: nn.Module, step: int) -> Tensor:
+    generator = torch.Generator().manual_seed(1000 * step + dist.get_rank())
+    x = torch.randn(2, 9, generator=generator)
+    return model(x).square().mean() + 0.0 * x.sum().requires_grad_()  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_parameters_unused_on_some_ranks(world_size: int, way: str) -> None:
+    absent = run_ranks(world_size, check_unused, WAYS[way])
+    assert any(absent) or way.startswith("ddp")  # DDP gives zeros where others have a gradient
+
+
+def check_unfreezing(way: dict[str, Any]) -> None:
+    """Frozen layers that thaw, and a group that is added, after updates have been made."""
+    job = Job(way, {"eps": 0.1})
+    job.model.hidden.requires_grad_(False)
+    job.twin.hidden.requires_grad_(False)
+    extra = [nn.Parameter(torch.ones(33)) for _ in range(2)]
+    job.train(range(3))
+    job.model.hidden.requires_grad_(True)
+    job.twin.hidden.requires_grad_(True)
+    job.train(range(3, 6), 2)
+    for model, optimizer, param in zip((job.model, job.twin), (job.optimizer, job.reference), extra, strict=True):
+        model.scale2 = param
+        optimizer.add_param_group({"params": [param], "lr": 0.1})
+        model.forward = functools.partial(_with_extra, model)  # type: ignore[method-assign]
+    job.train(range(6, 9), 2)
+    job.check()
+
+
+def _with_extra(model: Any, x: Tensor) -> Tensor:
+    return type(model).forward(model, x) * model.scale2.mean()  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("way", [way for way in WAYS if not way.startswith("ddp")])
+def test_unfreezing_and_added_groups(way: str) -> None:
+    """DDP itself does not follow parameters that are unfrozen or added later."""
+    run_ranks(2, check_unfreezing, WAYS[way])
+
+
+class Kinds(nn.Module):
+    """Tied, scalar, empty and bf16 parameters, in two groups."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(5)
+        self.first = nn.Linear(16, 16)
+        self.second = nn.Linear(16, 16)
+        self.second.weight = self.first.weight
+        self.bf16 = nn.Parameter(torch.randn(50).bfloat16())
+        self.scalar = nn.Parameter(torch.tensor(2.0))
+        self.empty = nn.Parameter(torch.empty(0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.second(self.first(x)).tanh() * self.scalar).sum() + (self.bf16.float() * x.mean()).sum()
+
+
+def kinds_loss(model: nn.Module, step: int) -> Tensor:
+    generator = torch.Generator().manual_seed(1000 * step + dist.get_rank())
+    loss = model(torch.randn(2, 16, generator=generator))
+    return loss + model.empty.sum()  # type: ignore[no-any-return, operator, union-attr]
+
+
+def check_kinds(way: dict[str, Any]) -> None:
+    job = Job(way, {"eps": 0.1}, model=Kinds(), loss=kinds_loss)
+    job.train(range(10), 2)
+    job.check()
+
+
+@pytest.mark.parametrize("way", [way for way in WAYS if not way.startswith("ddp")])
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_tied_scalar_empty_and_bf16_parameters(world_size: int, way: str) -> None:
+    run_ranks(world_size, check_kinds, WAYS[way])
+
+
+def check_more_ranks_than_elements() -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(1, 1)
+    twin = copy.deepcopy(model)
+    optimizer, reference = DistAdamW(model.parameters(), lr=0.1), torch.optim.AdamW(twin.parameters(), lr=0.1)
+    optimizer.attach(model)
+    for step in range(4):
+        x = torch.tensor([[float(dist.get_rank() + step)]])
+        model(x).square().mean().backward()
+        twin(x).square().mean().backward()
+        for p, average in zip(twin.parameters(), averaged([p.grad for p in twin.parameters()]), strict=True):
+            p.grad = average
+        for o in (optimizer, reference):
+            o.step()
+            o.zero_grad()
+    torch.testing.assert_close(list(model.parameters()), list(twin.parameters()), rtol=1e-6, atol=1e-7)
+
+
+def test_more_ranks_than_elements() -> None:
+    run_ranks(4, check_more_ranks_than_elements)
+
+
+# ---------------------------------------------------------------- company
+
+
+def check_two_optimizers(ddp: bool) -> None:
+    """Two of ours and one of torch's share a model; two more models are trained beside it."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 30), nn.Tanh(), nn.Linear(30, 30), nn.Tanh(), nn.Linear(30, 4))
+    twin = copy.deepcopy(model)
+    wrapped: Any = DistributedDataParallel(model, gradient_as_bucket_view=True) if ddp else model
+
+    def optimizers(m: Any, kind: Any) -> list[Any]:
+        made = [kind(m[0].parameters(), lr=0.01), kind(m[2].parameters(), lr=0.02)]
+        return [*made, torch.optim.SGD(m[4].parameters(), lr=0.1)] if ddp else made
+
+    ours, theirs = optimizers(model, DistAdamW), optimizers(twin, functools.partial(torch.optim.AdamW, fused=True))
+    for optimizer in ours[:2]:
+        optimizer.attach(wrapped)
+    for step in range(5):
+        generator = torch.Generator().manual_seed(1000 * step + dist.get_rank())
+        x = torch.randn(3, 8, generator=generator)
+        wrapped(x).square().mean().backward()
+        twin(x).square().mean().backward()
+        for p, average in zip(twin.parameters(), averaged([p.grad for p in twin.parameters()]), strict=True):
+            p.grad = average
+        for optimizer in (*ours, *theirs):
+            optimizer.step()
+            optimizer.zero_grad()
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(p, q) or (not ddp and p.shape[0] == 4)
+
+
+@pytest.mark.parametrize("ddp", [True, False])
+def test_several_optimizers_share_a_model(ddp: bool) -> None:
+    run_ranks(2, check_two_optimizers, ddp)
+
+
+def check_neighbours() -> None:
+    """Closures, an EMA copy of the model, gradient checkpointing and torch.compile."""
+    job = Job({}, {"eps": 0.1})
+    ema = torch.optim.swa_utils.AveragedModel(job.model)
+    for step in range(3):
+
+        def closure(step: int = step) -> float:
+            job.optimizer.zero_grad()
+            job.accumulate(step, 1)
+            return 1.5
+
+        assert job.optimizer.step(closure) == 1.5
+        job.reference.step()
+        job.reference.zero_grad()
+        ema.update_parameters(job.model)
+        ema.module(torch.randn(4, 3, 8, 8)).sum().backward()  # a copy is nobody's business
+        job.check()
+
+
+def test_closures_and_copies_of_the_model() -> None:
+    run_ranks(2, check_neighbours)
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, *, reentrant: bool) -> None:
+        super().__init__()
+        torch.manual_seed(6)
+        self.layers = nn.ModuleList(nn.Linear(40, 40) for _ in range(4))
+        self.reentrant = reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = checkpoint(layer, x, use_reentrant=self.reentrant).tanh()
+        return x
+
+
+def checkpointed_loss(model: nn.Module, step: int) -> Tensor:
+    generator = torch.Generator().manual_seed(1000 * step + dist.get_rank())
+    return model(torch.randn(2, 40, generator=generator).requires_grad_()).square().mean()  # type: ignore[no-any-return]
+
+
+def check_checkpointed(way: dict[str, Any], reentrant: bool) -> None:
+    job = Job(way, {"eps": 0.1}, model=Checkpointed(reentrant=reentrant), loss=checkpointed_loss, unused=False)
+    job.train(range(5), 2)
+    job.check()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("way", ["ddp", "plain", "every backward"])
+def test_gradient_checkpointing(way: str, reentrant: bool) -> None:
+    run_ranks(2, check_checkpointed, WAYS[way], reentrant)
+
+
+def check_compiled(way: dict[str, Any]) -> None:
+    model = nn.Sequential(nn.Linear(12, 12), nn.Tanh(), nn.Linear(12, 3))
+    twin, way = copy.deepcopy(model), dict(way)
+    compiled: Any = torch.compile(model, backend="aot_eager")
+    if way.pop("ddp", False):
+        compiled = DistributedDataParallel(compiled, gradient_as_bucket_view=True)
+    optimizer = DistAdamW(model.parameters(), lr=0.01)
+    reference = torch.optim.AdamW(twin.parameters(), lr=0.01, fused=True)
+    optimizer.attach(compiled, **way)
+    for step in range(4):
+        generator = torch.Generator().manual_seed(1000 * step + dist.get_rank())
+        x = torch.randn(3, 12, generator=generator)
+        compiled(x).square().mean().backward()
+        twin(x).square().mean().backward()
+        for p, average in zip(twin.parameters(), averaged([p.grad for p in twin.parameters()]), strict=True):
+            p.grad = average
+        for o in (optimizer, reference):
+            o.step()
+            o.zero_grad()
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)  # a compiled pass may round otherwise
+
+
+@pytest.mark.parametrize("way", ["ddp", "plain", "every backward"])
+def test_compiled_modules(way: str) -> None:
+    run_ranks(2, check_compiled, WAYS[way])
+
+
+# ---------------------------------------------------------------- topologies
+
+
+def check_replicated(way: dict[str, Any]) -> tuple[int, int]:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    job = Job(way, {"eps": 0.1, "mesh": mesh, "max_grad_norm": 0.05})
+    job.train(range(10), 2)
+    job.check(rtol=1e-5, atol=1e-7)  # two pairs are added, not four in a row
+    assert job.optimizer.grad_norm is not None
+    return job.optimizer.state_bytes, sum(p.numel() for p in job.model.parameters())
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_sharded_in_a_node_and_replicated_across(way: str) -> None:
+    for nbytes, numel in run_ranks(4, check_replicated, WAYS[way]):
+        assert numel * 4 <= nbytes <= numel * 4 + 8 * (31 * 9 + 32) + 40  # half of two moments, padding, steps
+
+
+# ---------------------------------------------------------------- clipping
+
+
+def check_clipped(way: dict[str, Any], norm_type: float, by_hand: bool) -> list[float]:
+    options: dict[str, Any] = {"eps": 0.1}
+    job = Job(way, options if by_hand else {**options, "max_grad_norm": 0.05})
+    norms = []
+    for step in range(8):
+        job.accumulate(step, 2)
+        expected = torch.nn.utils.clip_grad_norm_(job.twin.parameters(), 0.05, norm_type)
+        if by_hand:
+            norm = job.optimizer.clip_grad_norm_(0.05, norm_type)
+            torch.testing.assert_close(norm, expected)
+        job.update()
+        if not by_hand:
+            torch.testing.assert_close(job.optimizer.grad_norm, expected)
+        norms.append(float(expected))
+    job.check(rtol=1e-5, atol=1e-7)  # the norm is summed in another order
+    return norms
+
+
+@pytest.mark.parametrize(("norm_type", "by_hand"), [(2.0, False), (2.0, True), (math.inf, True), (3.0, True)])
+@pytest.mark.parametrize("way", WAYS)
+def test_clipping_is_by_the_global_norm(way: str, norm_type: float, by_hand: bool) -> None:
+    for world_size in (2, 3):
+        norms = run_ranks(world_size, check_clipped, WAYS[way], norm_type, by_hand)[0]
+        assert max(norms) > 0.05  # so something was clipped
+
+
+def check_touched(way: dict[str, Any]) -> None:
+    job = Job(way)
+    job.accumulate(0, 1)
+    torch.nn.utils.clip_grad_norm_(job.model.parameters(), 0.001)
+    before = [p.detach().clone() for p in job.model.parameters()]
+    try:
+        job.optimizer.step()
+    finally:
+        assert all(torch.equal(p, q) for p, q in zip(job.model.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize("way", [way for way in WAYS if not way.startswith("every")])
+def test_gradients_changed_by_hand_are_refused(way: str) -> None:
+    for error in expect_error_on_all(2, check_touched, WAYS[way]):
+        assert error.startswith("RuntimeError: gradients were changed between backward and step()")
+        assert "clip_grad_norm_" in error
+
+
+# ---------------------------------------------------------------- refusals
+
+
+def check_second_backward_of_one_forward() -> None:
+    job = Job({})
+    loss = loss_of(job.wrapped, 0)
+    loss.backward(retain_graph=True)
+    loss.backward()
+
+
+def test_a_second_backward_of_one_forward_is_named() -> None:
+    for error in expect_error_on_all(2, check_second_backward_of_one_forward):
+        assert "arrived after it had been sent" in error
+        assert "no_sync()" in error
+
+
+def attach_what_cannot_be(case: str) -> None:
+    model = nn.Linear(4, 4)
+    if case == "every backward":
+        DistAdamW(model.parameters()).attach(DistributedDataParallel(model), reduce_every_backward=True)
+    elif case == "unsharded":
+        DistAdamW(model.parameters(), shard=False).attach(model)
+    elif case == "other options":
+        optimizer = DistAdamW(model.parameters())
+        optimizer.attach(model)
+        optimizer.attach(nn.Linear(2, 2), overlap=False)
+    elif case == "ranks differ":
+        DistAdamW(nn.Linear(4, 4 + dist.get_rank()).parameters()).attach(model)
+
+
+@pytest.mark.parametrize(
+    ("case", "words"),
+    [
+        ("every backward", "reduce_every_backward=True is for a module without DistributedDataParallel"),
+        ("unsharded", "attach() needs sharded state"),
+        ("other options", "attach() was called before with other options"),
+        ("ranks differ", "rank 1 disagrees with rank 0: parameters of group 0"),
+    ],
+)
+def test_what_cannot_be_attached_is_refused(case: str, words: str) -> None:
+    for error in expect_error_on_all(2, attach_what_cannot_be, case):
+        assert words in error
