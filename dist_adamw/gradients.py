@@ -73,7 +73,8 @@ class GradientPath:
         self._params, self._shards = params, shards
         self.overlap, self.into_shard = overlap, into_shard
         self.synchronises = True  # False inside no_sync
-        self._ddp_only = True
+        self._ddp_only = self._buffers_are_gradients = True
+        self._hooks: list[_DDPHook] = []
         self._ids: set[int] = set()
         self._inbox: list[Tensor] = []  # parameters of plain modules whose gradient has come
         self._plan = _Plan([])
@@ -102,7 +103,7 @@ class GradientPath:
                 )
             self._listen_to_ddp(model)
         else:
-            self._ddp_only = False
+            self._ddp_only = self._buffers_are_gradients = False
             self._listen_to_parameters([p for p in model.parameters() if p.requires_grad and id(p) in self.ids()])
             if not hasattr(model, "no_sync"):  # Accelerate's accumulate() asks for it
                 model.no_sync = _Weak(self, "no_sync")  # type: ignore[assignment]
@@ -116,6 +117,8 @@ class GradientPath:
             # DDP insists on the name, and refuses an annotation that is text.
             model.register_comm_hook(hook, lambda state, bucket: state.reduce(bucket))
         hook.add(self)
+        self._hooks.append(hook)
+        self._buffers_are_gradients = self._buffers_are_gradients and model.gradient_as_bucket_view
 
     def _listen_to_parameters(self, params: list[Tensor]) -> None:
         """Hear of gradients as they come, without Python having to run for each of thousands of small ones."""
@@ -153,16 +156,20 @@ class GradientPath:
             return
         if not self._queued:
             self.begin()
-        buckets_of, waiting = self._plan.buckets_of, self._waiting
-        for arrived in (*self._inbox, param):
-            key = id(arrived)
-            for n in buckets_of.get(key, ()):
-                if n < self._next:
-                    raise _too_late(arrived)
-                waiting[n].discard(key)
-        self._inbox.clear()
+        self._inbox.append(param)
+        self._enter(self._inbox)
         if self.overlap:
             self._launch_ready()
+
+    def _enter(self, params: list[Tensor]) -> None:
+        buckets_of, waiting = self._plan.buckets_of, self._waiting
+        for param in params:
+            key = id(param)
+            for n in buckets_of.get(key, ()):
+                if n < self._next:
+                    raise _too_late(param)
+                waiting[n].discard(key)
+        self._inbox.clear()
 
     def arrived(self, packed: _Packed) -> None:
         """The gradients of one of DDP's buckets are there; launch what can be. Collective."""
@@ -193,11 +200,28 @@ class GradientPath:
         if self.into_shard:
             self._finish_round()
             return
+        if self._inbox:
+            self._enter(self._inbox)
+        if self.overlap:
+            self._launch_ready()
         self._land()
+        # DDP may have its own to do now, so this comes last.
+        torch.autograd.Variable._execution_engine.queue_callback(self._watch)
+
+    def _watch(self) -> None:
+        """Remember the gradients as they are, to see whether somebody changes them."""
         watched = {id(buffer): buffer for buffer in self._buffers}
-        if not self._ddp_only:
+        if not self._buffers_are_gradients:
             watched |= {id(p.grad): p.grad for p in self._params() if p.grad is not None}
         self._watched = [(grad, grad._version) for grad in watched.values()]
+        self._tell_siblings()
+
+    def _tell_siblings(self) -> None:
+        """Other optimizers' gradients lie in the same buffers."""
+        for hook in self._hooks:
+            for path in hook.paths():
+                if path is not self:
+                    path.accept_changes()
 
     # ---------------------------------------------------------------- rounds
 
@@ -275,23 +299,27 @@ class GradientPath:
 
     # ---------------------------------------------------------------- around backward
 
-    @torch.no_grad()
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _before_forward(self, module: nn.Module, args: Any) -> None:
+        """A forward pass that will have a backward begins."""
+        if not torch.is_grad_enabled():
+            return
+        with torch.no_grad():
+            if self._queued:  # the last backward was broken off
+                self._queued = False
+                self._land()
+            self._inbox.clear()
+            self._watched.clear()
+            self._buffers.clear()
+            if self._next and not self.into_shard:
+                self._reopen()
+
+    def _reopen(self) -> None:
         """Averages that no update has used yet become sums of local gradients again, to be added to.
 
         The owner keeps W times the average and the others keep zero, so that one more round adds
         what is new, and nothing is counted twice.
         """
-        if not torch.is_grad_enabled():
-            return
-        if self._queued:  # the last backward was broken off
-            self._queued = False
-            self._land()
-        self._watched.clear()
-        self._buffers.clear()
-        if self.into_shard or not self._next:
-            return
         for shard, k in self._plan.order[: self._next]:
             assert shard.exchange is not None
             for r in range(shard.layout.world_size):
@@ -318,6 +346,7 @@ class GradientPath:
             if not self._ddp_only:  # whose buckets stay; other gradients must not be kept alive
                 self._flat[id(shard)] = [None] * len(shard.params)
         self._begin_round()
+        self._tell_siblings()
 
     # ---------------------------------------------------------------- for the update
 
@@ -400,6 +429,7 @@ class GradientPath:
             self._plan = _Plan(self._shards())
         self._next = len(self._plan.order)
         self.accept_changes()
+        self._tell_siblings()
 
     def accept_changes(self) -> None:
         """Gradients may be what they are now."""
@@ -450,10 +480,14 @@ class _DDPHook:
         self._paths.append(weakref.ref(path))
         self._known.clear()
 
+    def paths(self) -> list[GradientPath]:
+        """Those that still exist."""
+        return [path for ref in self._paths if (path := ref()) is not None]
+
     def reduce(self, bucket: Any) -> torch.futures.Future[Tensor]:
         """Serve one ``dist.GradBucket``."""
         buffer: Tensor = bucket.buffer()
-        paths = {id(path): path for ref in self._paths if (path := ref()) is not None}
+        paths = {id(path): path for path in self.paths()}
         packed, foreign = self._look(bucket, buffer, paths)
         for key, path in paths.items():
             if not path._queued:

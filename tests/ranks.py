@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 
-TIMEOUT = 60.0  # seconds for one job
+TIMEOUT = float(os.environ.get("RANKS_TIMEOUT", 60.0))  # seconds for one job
 GRACE = 3.0  # seconds that ranks may still take once one of them has failed
 
 _context = multiprocessing.get_context("forkserver")

@@ -51,10 +51,10 @@ def averaged(grads: list[Tensor | None]) -> list[Tensor | None]:
             result.append(None)
             continue
         like = next(grad for grad in column if grad is not None)
-        total = torch.zeros_like(like)
+        total = torch.zeros_like(like, dtype=torch.float32)
         for grad in column:
             total += torch.zeros_like(like) if grad is None else grad
-        result.append(total / size)
+        result.append((total / size).to(like.dtype))
     return result
 
 
@@ -302,8 +302,10 @@ class Branches(nn.Module):
         torch.manual_seed(4)
         self.branches = nn.ModuleList(nn.Linear(9, 9) for _ in range(5))
         self.never = nn.Linear(3, 3)
+        self.always = nn.Linear(9, 9)
 
     def forward(self, x: Tensor) -> Tensor:
+        x = self.always(x)
         which = int(x.abs().sum() * 1000)
         for i, branch in enumerate(self.branches):
             if which >> i & 1:
@@ -325,8 +327,7 @@ def check_unused(way: dict[str, Any]) -> int:
 
 def branch_loss(model: nn.Module, step: int) -> Tensor:
     generator = torch.Generator().manual_seed(1000 * step + dist.get_rank())
-    x = torch.randn(2, 9, generator=generator)
-    return model(x).square().mean() + 0.0 * x.sum().requires_grad_()  # type: ignore[no-any-return]
+    return model(torch.randn(2, 9, generator=generator)).square().mean()  # type: ignore[no-any-return]
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -351,7 +352,8 @@ def check_unfreezing(way: dict[str, Any]) -> None:
         optimizer.add_param_group({"params": [param], "lr": 0.1})
         model.forward = functools.partial(_with_extra, model)  # type: ignore[method-assign]
     job.train(range(6, 9), 2)
-    job.check()
+    # What thawed has no hook yet, so its micro-batches are added up before they are averaged.
+    job.check(**({"rtol": 1e-5, "atol": 1e-7} if job.every else {}))
 
 
 def _with_extra(model: Any, x: Tensor) -> Tensor:
@@ -543,7 +545,7 @@ def test_compiled_modules(way: str) -> None:
 
 def check_replicated(way: dict[str, Any]) -> tuple[int, int]:
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
-    job = Job(way, {"eps": 0.1, "mesh": mesh, "max_grad_norm": 0.05})
+    job = Job(way, {"eps": 0.1, "mesh": mesh, "max_grad_norm": math.inf})
     job.train(range(10), 2)
     job.check(rtol=1e-5, atol=1e-7)  # two pairs are added, not four in a row
     assert job.optimizer.grad_norm is not None
