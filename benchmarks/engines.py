@@ -39,14 +39,24 @@ class Engine:
         model: The bare model inside.
         inner: The optimizer that holds the state; default: ``optimizer``.
         detail: What a reader of the results should know of the set-up.
+        sharded: Whether its state is.
+        shards_gradients: Whether it promises to keep only a W-th of the gradients between backward and step.
     """
 
     def __init__(
-        self, module: Any, optimizer: Any, model: Model, *, inner: Any = None, detail: str = "", sharded: bool = True
+        self,
+        module: Any,
+        optimizer: Any,
+        model: Model,
+        *,
+        inner: Any = None,
+        detail: str = "",
+        sharded: bool = True,
+        shards_gradients: bool = False,
     ) -> None:
         self.module, self.optimizer, self.model = module, optimizer, model
         self.inner = optimizer if inner is None else inner
-        self.detail, self.sharded = detail, sharded
+        self.detail, self.sharded, self.shards_gradients = detail, sharded, shards_gradients
         self._loss: Tensor | None = None
 
     def forward(self) -> None:
@@ -81,9 +91,15 @@ class Engine:
             "state": _storage_bytes(v for s in self.inner.state.values() for v in _tensors(s)),
         }
 
+    def gradients(self) -> Iterator[Tensor]:
+        """What is kept of gradients now."""
+        for param in self.model.parameters():
+            if param.grad is not None:
+                yield param.grad
+
     def grad_bytes(self) -> int:
-        """Bytes behind ``.grad`` now."""
-        return _storage_bytes(p.grad for p in self.model.parameters() if p.grad is not None)
+        """Bytes of the gradients that are kept now."""
+        return _storage_bytes(self.gradients())
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
@@ -103,50 +119,32 @@ def _storage_bytes(tensors: Iterable[Tensor]) -> int:
     return sum(storages.values())
 
 
+class _DistAdamWEngine(Engine):
+    """With reduce_every_backward its gradients are in flat memory of its shards, not behind ``.grad``."""
+
+    def gradients(self) -> Iterator[Tensor]:
+        yield from super().gradients()
+        for shard in self.optimizer.shards:
+            if shard._flat_grads is not None:
+                yield shard._flat_grads
+
+
 def _ddp(model: Model) -> DistributedDataParallel:
     return DistributedDataParallel(model, gradient_as_bucket_view=True)
 
 
-def _dist_adamw(workload: Workload) -> Engine:
+def _dist_adamw(workload: Workload, *, ddp: bool = True, attach: bool = True, into_shard: bool = False) -> Engine:
     from dist_adamw import DistAdamW
 
     model = workload.model()
-    module, optimizer = _ddp(model), DistAdamW(model.parameters(), **RECIPE)
-    attach = getattr(optimizer, "attach", None)
-    if attach is not None:
-        attach(module)
-    return Engine(module, optimizer, model, detail="DDP, attached" if attach else "DDP's own all-reduce")
-
-
-def _dist_adamw_without_ddp(workload: Workload) -> Engine:
-    from dist_adamw import DistAdamW
-
-    model = workload.model()
+    module = _ddp(model) if ddp else model
     optimizer = DistAdamW(model.parameters(), **RECIPE)
-    attach = getattr(optimizer, "attach", None)
-    if attach is None:
-        raise Skip("DistAdamW has no attach() yet, so gradients of a plain module are not averaged")
-    attach(model)
-    return Engine(model, optimizer, model, detail="plain module, attached")
-
-
-def _dist_adamw_rank_order(workload: Workload) -> Engine:
-    from dist_adamw import DistAdamW, collectives
-
-    summed = getattr(collectives, "all_reduce_in_rank_order", None)
-    if summed is None or hasattr(DistAdamW, "attach"):
-        raise Skip("prepare() registers no hook that sums in rank order any more")
-    model = workload.model()
-    module = _ddp(model)
-
-    def average(buffer: Tensor) -> torch.futures.Future[Tensor]:
-        done: torch.futures.Future[Tensor] = torch.futures.Future()
-        done.set_result(summed(buffer.div_(dist.get_world_size())))
-        return done
-
-    # A lambda, because DDP checks annotations and does not understand postponed ones.
-    module.register_comm_hook(None, lambda state, bucket: average(bucket.buffer()))
-    return Engine(module, DistAdamW(model.parameters(), **RECIPE), model, detail="DDP with prepare()'s hook")
+    if attach:
+        optimizer.attach(module, reduce_every_backward=into_shard)
+    detail = "DDP" if ddp else "plain module"
+    detail += ", attached" if attach else ", not attached: DDP's own all-reduce"
+    detail += ", reduce_every_backward=True" if into_shard else ""
+    return _DistAdamWEngine(module, optimizer, model, detail=detail, shards_gradients=into_shard)
 
 
 def _ddp_adamw(workload: Workload) -> Engine:
@@ -228,11 +226,12 @@ def _import(name: str) -> Any:
         raise Skip(f"import {name}: {type(problem).__name__}: {problem}") from problem
 
 
-OURS = "DistAdamW"
+OURS, OURS_WITHOUT_DDP = "DistAdamW", "DistAdamW without DDP"
 BUILDERS: dict[str, Callable[[Workload], Engine]] = {
     OURS: _dist_adamw,
-    "DistAdamW without DDP": _dist_adamw_without_ddp,
-    "DistAdamW, prepare's hook": _dist_adamw_rank_order,
+    OURS_WITHOUT_DDP: lambda workload: _dist_adamw(workload, ddp=False),
+    "DistAdamW, reduce every backward": lambda workload: _dist_adamw(workload, ddp=False, into_shard=True),
+    "DistAdamW, all-reduce": lambda workload: _dist_adamw(workload, attach=False),
     "DDP + AdamW": _ddp_adamw,
     "DDP + ZeroRedundancyOptimizer": _zero_redundancy,
     "DDP + FairScale OSS": _fairscale,
@@ -254,7 +253,7 @@ def build(name: str, workload: Workload) -> Engine:
     except Skip:
         raise
     except Exception as problem:
-        if name.startswith("DistAdamW"):
+        if name.startswith(OURS):
             raise
         raise Skip(f"{type(problem).__name__}: {problem}") from problem
     return engine

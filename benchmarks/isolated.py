@@ -8,9 +8,14 @@ the resident set after imports, set-up of the process group and a first collecti
 allocates its gradients anew, as training does, and malloc gives memory back to the system
 as soon as it is freed (MALLOC_MMAP_THRESHOLD_), so the peak is what lives at once.
 
+It is compared with what has to be there: 4N bytes of parameters, 4N of gradients and 8N/W of state;
+an engine that shards gradients too, with 4N/W of those. What is above that is staging, buckets, and
+gradients that live only until they have been sent.
+
 Traffic: what the loopback interface says that it sent, over the ranks and the updates. That is
 counted by the kernel, headers and acknowledgements included. Where the kernel permits, the ranks have a
-network namespace of their own, so that nothing else is counted.
+network namespace of their own, so that nothing else is counted. It is compared with f N (b_g + b_p),
+f = (W - 1) / W: gradients sent to their owners, and parameters sent back, once.
 """
 
 from __future__ import annotations
@@ -27,7 +32,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks import ranks, records
-from benchmarks.engines import BUILDERS, Skip, build
+from benchmarks.engines import BUILDERS, OURS, Engine, Skip, build
 from benchmarks.workloads import WORKLOADS, Workload
 
 WARM, COUNTED = 3, 5  # updates; DDP packs its buckets anew after the first
@@ -78,7 +83,7 @@ def one(engine_name: str, workload_name: str, network: str, rank: int, size: int
     except Skip as reason:
         return {**record, "skipped": str(reason)}
     except Exception as problem:
-        if engine_name.startswith("DistAdamW"):
+        if engine_name.startswith(OURS):
             raise
         return {**record, "skipped": f"{type(problem).__name__}: {problem}"}
     dist.all_reduce(torch.ones(1 << 10))
@@ -97,14 +102,26 @@ def one(engine_name: str, workload_name: str, network: str, rank: int, size: int
     sent = (_sent(rank) - before) / COUNTED / size
     peak = _status("VmHWM") - baseline
     facts = ranks.gathered({"peak": peak, **engine.sizes(), "gradients": grad_bytes})
+    formula, ideal = ideal_memory(engine, workload.numel, size)
+    traffic = (size - 1) / size * workload.numel * 8
     return {
         **record,
         "numel": workload.numel,
         "sharded": engine.sharded,
         "detail": engine.detail,
         "bytes_by_rank": facts,
-        "sent_per_rank": ranks.gathered(sent)[0],
+        "formula": formula,
+        "peak_over_formula": max(one["peak"] for one in facts) / ideal,
+        "sent_per_rank": (of_all := ranks.gathered(sent)[0]),
+        "sent_over_formula": of_all / traffic if traffic else 0.0,
     }
+
+
+def ideal_memory(engine: Engine, numel: int, size: int) -> tuple[str, float]:
+    """What an engine cannot do without: as text, and in bytes."""
+    if engine.shards_gradients:
+        return "4N + 4N/W + 8N/W", numel * (4 + 4 / size + 8 / size)
+    return "4N + 4N + 8N/W", numel * (4 + 4 + 8 / size)
 
 
 def _sent(rank: int) -> int:
@@ -132,7 +149,13 @@ def main() -> None:
         record = one(options.engine, options.workload, options.network, rank, size)
         if rank == 0:
             records.append(options.out, [record])
-            print({k: v for k, v in record.items() if k != "kind"}, flush=True)
+            print({k: v for k, v in record.items() if k != "kind"})
+            if "formula" in record:
+                print(
+                    f"{options.workload:10} {options.engine:32} peak {record['peak_over_formula']:.2f} x "
+                    f"({record['formula']}), sent {record['sent_over_formula']:.3f} x f N (b_g + b_p)",
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":

@@ -121,15 +121,18 @@ def memory(found: Sequence[Record]) -> Iterator[str]:
         for record in sorted(measured, key=lambda r: float(max(b["peak"] for b in r["bytes_by_rank"]))):
             largest = {k: max(b[k] for b in record["bytes_by_rank"]) for k in record["bytes_by_rank"][0]}
             named = largest["parameters"] + largest["gradients"] + largest["state"]
-            ideal = record["numel"] * (4 + 4 + 8 / record["ranks"])
+            formula = record.get("formula", "4N + 4N + 8N/W")  # older records do not say
+            over = record.get("peak_over_formula", largest["peak"] / record["numel"] / (4 + 4 + 8 / record["ranks"]))
             cells = [largest["peak"], largest["parameters"], largest["gradients"], largest["state"]]
             cells.append(largest["peak"] - named)
-            rows.append([record["engine"], *[f"{c / 1e6:.1f}" for c in cells], f"{largest['peak'] / ideal:.2f}"])
+            rows.append([record["engine"], *[f"{c / 1e6:.1f}" for c in cells], formula, f"{over:.2f}"])
         if rows:
             yield f"### {title}"
             yield ""
-            head = ["engine, MB per rank", "peak", "parameters", ".grad", "state", "rest of the peak"]
-            yield from table([*head, "peak / (4N + 4N + 8N/W)"], rows)
+            head = ["engine, MB per rank", "peak", "parameters", "gradients", "state", "rest of the peak"]
+            yield from table([*head, "formula", "peak / formula"], rows)
+            yield ""
+            yield "The rest of the peak: staging, buckets, and gradients that live only until they have been sent."
             yield ""
 
 
@@ -146,7 +149,8 @@ def traffic(found: Sequence[Record]) -> Iterator[str]:
         yield from table(["sent per rank / f N (b_g + b_p)", *TITLES], rows)
         yield ""
         yield f"Counted at the loopback interface: {', '.join(sorted({r['network'] for r in measured}))}."
-        yield "An all-reduce sends what unsharded training needs, so it stands at 1 where nothing is sharded."
+        yield "Unsharded training is at 1 as well: an all-reduce sends 2 f N b_g, and no parameters. One that is followed "
+        yield "by a gather of parameters is at 1.5."
         yield ""
 
 
@@ -175,6 +179,31 @@ def local_step(found: Sequence[Record]) -> Iterator[str]:
         if "skipped" in record:
             yield f"{record['device']}: {record['skipped']}."
             yield ""
+
+
+def overlap(found: Sequence[Record]) -> Iterator[str]:
+    """What sending during backward saves."""
+    chosen = {(r["delay_us"], r["ranks"]): r for r in found if r["kind"] == "overlap"}
+    rows = []
+    for record in chosen.values():
+        with_it, without = median(record["seconds"]["overlap"]), median(record["seconds"]["no overlap"])
+        link = f"SIMULATED: at least {record['delay_us']:,} us a transfer" if record["delay_us"] else "as it is"
+        rows.append(
+            [
+                f"{link}; {record['ranks']} ranks, {record['buckets']} buckets, {record['numel']:,} parameters",
+                f"{with_it * 1e3:.0f}",
+                f"{without * 1e3:.0f}",
+                f"{record['reduce_ms']:.0f}",
+                f"{record['ratio']:.3f}",
+                " / ".join(f"{quartile:.2f}" for quartile in record["quartiles_within_rounds"]),
+            ]
+        )
+    if rows:
+        head = ["link", "overlap, ms", "without, ms", "of that the reduction", "ratio", "quartiles within rounds"]
+        yield from table(head, rows)
+        yield ""
+        yield "One update: forward, backward, step. The weights had the same bits with and without overlap."
+        yield ""
 
 
 def details(found: Sequence[Record]) -> Iterator[str]:
@@ -258,6 +287,7 @@ def main() -> None:
     lines = [*heading(environment, commits), "## Update phase", "", f"![ratios]({path.with_suffix('.png').name})", ""]
     lines += [*update_phase(found), "## Peak memory per rank", "", *memory(found)]
     lines += ["## Bytes sent per rank", "", *traffic(found)]
+    lines += ["## Overlap with backward", "", *overlap(found)]
     lines += ["## Local AdamW pass", "", *local_step(found), "## Set-up", "", *details(found)]
     text = "\n".join(lines).rstrip() + "\n"
     print(text)

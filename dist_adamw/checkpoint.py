@@ -27,7 +27,7 @@ from torch import Tensor
 
 from dist_adamw import collectives
 from dist_adamw.optimizer import DistAdamW
-from dist_adamw.shard import axes_in_memory
+from dist_adamw.shard import MASTERS, axes_in_memory
 
 INDEX = "index.json"
 VERSION = 1
@@ -60,7 +60,9 @@ def save_share(optimizer: DistAdamW, names: Mapping[Tensor, str], folder: str | 
         # Ranks that keep whole state all hold the same: the first one writes it.
         replicated = optimizer.process_group is None and rank > 0
         for s, shard in enumerate([] if replicated else optimizer.shards):
-            tensors |= {f"{s}.{key}": moment for key, moment in shard.moments.items()}
+            tensors |= {f"{s}.{key}": moment for key, moment in shard.moments.items() if key not in MASTERS}
+            if shard.has_master:  # in fp32 however it is kept, so that it loads under other options
+                tensors[f"{s}.master"] = shard.flat_master()
             for i, param in enumerate(shard.params):
                 place = {"shard": s, "offset": shard.offset_of(i), "ranges": shard.ranges_of(i)}
                 entries[names[param]] = {**place, "step": float(shard.steps[i])}
@@ -109,16 +111,23 @@ def _fill(optimizer: DistAdamW, names: Mapping[Tensor, str], folder: Path, index
     saved = {name for share in index["shares"] for name in share["entries"]}
     optimizer.place([param for param, name in names.items() if name in saved])
     files: list[Any] = [safe_open(folder / share["file"], framework="pt") for share in index["shares"]]
+    tensors_in = [set(file.keys()) for file in files]
     for shard in optimizer.shards:
         for i, param in enumerate(shard.params):
             name = names[param]
-            for share, file in zip(index["shares"], files, strict=True):
+            master, has_been_saved = shard.master_of(i) if shard.has_master else None, False
+            for share, file, known in zip(index["shares"], files, tensors_in, strict=True):
                 if (entry := share["entries"].get(name)) is None:
                     continue
                 shard.steps[i] = entry["step"]
-                for key in shard.moments:
+                for key in shard.moments.keys() - MASTERS:
                     source = file.get_slice(f"{entry['shard']}.{key}")
                     _copy_overlap(entry, source, shard.ranges_of(i), shard.owned_moment(i, key))
+                if master is not None and (key := f"{entry['shard']}.master") in known:
+                    _copy_overlap(entry, file.get_slice(key), shard.ranges_of(i), master)
+                    has_been_saved = True
+            if master is not None and has_been_saved:
+                shard.set_master(i, master)
     optimizer.recount()
 
 

@@ -28,12 +28,30 @@ from dist_adamw import collectives
 from dist_adamw.exchange import UNDER_WAY, Travelling
 from dist_adamw.functional import DecayBy, adamw_update_, can_fuse, check_hyper_parameters, norm_parts, sum_of_squares
 from dist_adamw.gradients import GradientPath
-from dist_adamw.partition import BUCKET_NUMEL
-from dist_adamw.shard import Shard
+from dist_adamw.kernels import adamw_triton
+from dist_adamw.kernels.mixed import mixed_adamw_update_
+from dist_adamw.shard import MASTERS, MOMENTS, Shard
 from dist_adamw.share import check_shapes, check_share, describe_share
 
 StateDict = dict[str, Any]
-_OPTIONS = ("decay_by", "max_grad_norm", "shard", "fused", "bucket_numel")
+_OPTIONS = ("decay_by", "max_grad_norm", "shard", "fused", "bucket_numel", "master_dtype", "state_dtype")
+
+
+def _check_dtypes(
+    master_dtype: torch.dtype | None, state_dtype: torch.dtype | None, betas: tuple[float, float]
+) -> None:
+    if master_dtype not in (None, torch.float32, torch.int16):
+        raise ValueError(
+            f"master_dtype must be torch.float32, torch.int16 (remainders of bf16) or None, got {master_dtype!r}."
+        )
+    if state_dtype not in (None, torch.float32, torch.bfloat16):
+        raise ValueError(f"state_dtype must be torch.float32, torch.bfloat16 or None, got {state_dtype!r}.")
+    if state_dtype == torch.bfloat16 and 1 - betas[1] < 2**-8:
+        warnings.warn(
+            f"with state_dtype=torch.bfloat16 and betas[1]={betas[1]} exp_avg_sq never shrinks: what {betas[1]} takes "
+            "off is less than half of bf16's last bit. Choose betas[1] <= 0.996.",
+            stacklevel=3,
+        )
 
 
 def _clip_factor(norm: Tensor, max_norm: float) -> Tensor:
@@ -70,13 +88,19 @@ class DistAdamW(Optimizer):
         max_grad_norm: Clip the gradient of all groups together to this global L2 norm. An
             update whose norm is inf or nan is skipped on every rank. ``float("inf")`` measures
             without clipping; None does neither.
+        master_dtype: Of the weights that are updated, where parameters are bf16 or fp16: ``torch.float32``
+            keeps fp32 weights in the shard; ``torch.int16``, for bf16 alone, keeps the 16 bits that
+            they have beyond the parameters, to the same bits in half the memory. None updates the
+            parameters themselves. fp32 parameters need none.
+        state_dtype: Of the moments: ``torch.float32``, or ``torch.bfloat16`` for half the memory. None:
+            fp32 beside ``master_dtype``, else the parameters' dtype, as in torch.
         shard: "auto" shards over ``mesh``, or all ranks when ``torch.distributed`` is
             initialised at the first update. False keeps whole state on every rank. True is
             "auto" that refuses to run unsharded.
         mesh: Device mesh of the data-parallel ranks; default: all ranks. With two axes state is
             replicated along the first and sharded along the second (HSDP: nodes, ranks in a node).
         fused: True for torch's fused kernel, False for foreach; None takes fused where it runs.
-        bucket_numel: Elements that travel together.
+        bucket_numel: Elements that travel together; None: what suits the model and the ranks.
 
     Raises:
         ValueError: a hyper-parameter is out of range (or nan), or ``params`` is empty.
@@ -103,10 +127,12 @@ class DistAdamW(Optimizer):
         maximize: bool = False,
         decay_by: DecayBy = "lr",
         max_grad_norm: float | None = None,
+        master_dtype: torch.dtype | None = None,
+        state_dtype: torch.dtype | None = None,
         shard: bool | str = "auto",
         mesh: DeviceMesh | None = None,
         fused: bool | None = None,
-        bucket_numel: int = BUCKET_NUMEL,
+        bucket_numel: int | None = None,
     ) -> None:
         if decay_by not in ("lr", "schedule"):
             raise ValueError(f"decay_by must be 'lr' or 'schedule', got {decay_by!r}.")
@@ -116,8 +142,10 @@ class DistAdamW(Optimizer):
             raise ValueError(f"max_grad_norm must be above 0 or None, got {max_grad_norm!r}.")
         if mesh is not None and mesh.ndim > 2:
             raise ValueError(f"mesh must have one axis or two, got {mesh.ndim}: {mesh}. Pass mesh['axis name'].")
-        if bucket_numel < 1:
+        if bucket_numel is not None and bucket_numel < 1:
             raise ValueError(f"bucket_numel must be above 0, got {bucket_numel!r}.")
+        _check_dtypes(master_dtype, state_dtype, betas)
+        self.master_dtype, self.state_dtype = master_dtype, state_dtype
         self.decay_by: DecayBy = decay_by
         self.max_grad_norm = max_grad_norm
         self.shard = shard
@@ -365,26 +393,12 @@ class DistAdamW(Optimizer):
         return can_fuse(shard.params[0]) if self.fused is None else self.fused
 
     def _update(self, shard: Shard, grads: list[list[Tensor | None]], clip: Tensor | None) -> None:
-        group = shard.group
-        fused = self._is_fused(shard)
         travelling: list[Travelling] = []  # while the next bucket is computed
         for k, bucket in enumerate(grads):
             live = [i for i, grad in enumerate(bucket) if grad is not None]
             chosen = [cast(Tensor, bucket[i]) for i in live]
-            if clip is not None and chosen:
-                chosen = shard.scaled(k, live, chosen, clip)
-            adamw_update_(
-                *shard.operands(k, live),
-                grads=chosen,
-                lr=group["lr"],
-                betas=group["betas"],
-                eps=group["eps"],
-                weight_decay=group["weight_decay"],
-                decay_by=self.decay_by,
-                maximize=group["maximize"],
-                fused=fused,
-                found_inf=self._found_inf if fused else None,
-            )
+            if chosen:
+                self._update_bucket(shard, k, live, chosen, clip)
             if shard.exchange is not None:
                 if len(travelling) == UNDER_WAY:
                     shard.exchange.finish_gather(travelling.pop(0))
@@ -392,6 +406,37 @@ class DistAdamW(Optimizer):
         for sent in travelling:
             assert shard.exchange is not None
             shard.exchange.finish_gather(sent)
+        shard.remember_weights()
+
+    def _update_bucket(self, shard: Shard, k: int, live: list[int], grads: list[Tensor], clip: Tensor | None) -> None:
+        """One pass over what this rank owns of bucket ``k``: of its pieces, the ``live`` ones."""
+        group, fused = shard.group, self._is_fused(shard)
+        hyper: dict[str, Any] = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay", "maximize")}
+        hyper["decay_by"] = self.decay_by
+        params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, masters = shard.operands(k, live)
+        state = (exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps)
+        one_pass = fused and clip is not None and params[0].dtype != torch.float64
+        if not (shard.is_mixed or one_pass):
+            if clip is not None:
+                grads = [grad * clip.to(grad.dtype) for grad in grads]
+            adamw_update_(
+                params, *state, grads=grads, fused=fused, found_inf=self._found_inf if fused else None, **hyper
+            )
+        elif params[0].is_cuda and adamw_triton.available(params[0].device):
+            flat = shard.moments
+            adamw_triton.flat_adamw_update_(
+                shard.table(k, live, grads),
+                flat.get("master", flat.get("remainder")),
+                flat["exp_avg"],
+                flat["exp_avg_sq"],
+                flat.get("max_exp_avg_sq"),
+                shard.steps,
+                scale=clip,
+                found_inf=self._found_inf,
+                **hyper,
+            )
+        else:
+            mixed_adamw_update_(params, grads, masters, *state, scale=clip, found_inf=self._found_inf, **hyper)
 
     def _measure(self, grads: Sequence[list[list[Tensor | None]]], max_norm: float) -> Tensor:
         """Set the global norm and whether it is finite; return the clip factor, 0-d fp32. Collective."""
@@ -460,6 +505,8 @@ class DistAdamW(Optimizer):
                 replicas=self.replica_group,
                 max_bucket_numel=self.bucket_numel,
                 tag=self._tag,
+                master_dtype=self.master_dtype,
+                state_dtype=self.state_dtype,
             )
             for i, param in enumerate(together):
                 shard.adopt(i, self.state.get(param, {}), is_share=are_shares)
@@ -546,6 +593,12 @@ class DistAdamW(Optimizer):
         self._check_loadable(state_dict)
         load_apart = self._load_apart
         super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
+        saved = [i for group in state_dict["param_groups"] for i in group["params"]]
+        for i, param in zip(saved, self._all_params(), strict=True):  # torch has rounded all to the parameter's dtype
+            given = state_dict["state"].get(i, {})
+            self.state[param].update({key: given[key] for key in (*MOMENTS, *MASTERS) if key in given})
+            if not self.state[param]:
+                del self.state[param]
         self._reset()
         if load_apart is not None:
             self.state.clear()

@@ -23,6 +23,19 @@ ALIGNMENT = 32  # elements: 128 bytes of fp32, a full line for GPUs too
 BUCKET_NUMEL = 1 << 23  # 32 MiB of fp32
 
 
+def suitable_bucket_numel(numel: int, world_size: int) -> int:
+    """Elements that should travel together, of ``numel`` in all.
+
+    Large buckets move faster, small ones need less staging: two of them travel at a time, so that a
+    ``4 W``-th keeps staging near 4% of parameters, gradients and state. No rank's slice is so
+    short that messages cost more than what is in them, nor a bucket longer than pays.
+    """
+    if world_size == 1:
+        return BUCKET_NUMEL
+    largest = max(BUCKET_NUMEL, world_size << 15)
+    return min(max(numel // (4 * world_size), world_size << 18), largest)
+
+
 @dataclass(frozen=True, slots=True)
 class Piece:
     """A run of one parameter's elements: ``[start, stop)`` of it lies at ``offset`` of something flat."""
@@ -46,11 +59,12 @@ class FlatLayout:
         numels: Elements of each parameter, in order; 0 is allowed.
         world_size: Ranks that share the state.
         max_bucket_numel: Elements of a full bucket; rounded up to ``world_size * ALIGNMENT``.
+            None: `suitable_bucket_numel`.
     """
 
     numels: tuple[int, ...]
     world_size: int = 1
-    max_bucket_numel: int = BUCKET_NUMEL
+    max_bucket_numel: int | None = None
     starts: tuple[int, ...] = field(init=False, repr=False)  # flat place of each, then the end
 
     def __post_init__(self) -> None:
@@ -69,7 +83,8 @@ class FlatLayout:
     @property
     def bucket_numel(self) -> int:
         """Elements of every bucket but the last, which may be smaller."""
-        return _round_up(max(min(self.max_bucket_numel, self.starts[-1]), 1), self._quantum)
+        most = self.max_bucket_numel or suitable_bucket_numel(self.starts[-1], self.world_size)
+        return _round_up(max(min(most, self.starts[-1]), 1), self._quantum)
 
     @property
     def padded_numel(self) -> int:

@@ -19,9 +19,13 @@ from torch import Tensor
 
 from dist_adamw import collectives
 from dist_adamw.exchange import Exchange, make_exchange
+from dist_adamw.kernels.adamw_triton import BlockTable
+from dist_adamw.kernels.mixed import join_master, split_master_
 from dist_adamw.partition import FlatLayout, Piece
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+# Weights in fp32, or what fp32 weights have beyond the bits of the bf16 parameters.
+MASTERS = ("master", "remainder")
 
 
 class Operands(NamedTuple):
@@ -32,6 +36,7 @@ class Operands(NamedTuple):
     exp_avg_sqs: list[Tensor]
     max_exp_avg_sqs: list[Tensor]
     steps: list[Tensor]
+    masters: list[Tensor]
 
 
 @dataclass(slots=True)
@@ -52,6 +57,8 @@ class Shard:
         replicas: The ranks that own the same elements, in other copies of the state.
         max_bucket_numel: Elements that travel together.
         tag: Tells the messages of several optimizers apart.
+        master_dtype: Of weights kept beside bf16 or fp16 parameters: fp32, or int16 for remainders.
+        state_dtype: Of the moments; None: fp32 with masters, else the parameters'.
 
     Local to build; the methods of ``exchange`` are collective.
     """
@@ -63,8 +70,10 @@ class Shard:
         group: dict[str, Any],
         process_group: dist.ProcessGroup | None,
         replicas: dist.ProcessGroup | None = None,
-        max_bucket_numel: int,
+        max_bucket_numel: int | None,
         tag: int = 0,
+        master_dtype: torch.dtype | None = None,
+        state_dtype: torch.dtype | None = None,
     ) -> None:
         self.params = params
         self.group = group
@@ -74,20 +83,36 @@ class Shard:
         self.layout = FlatLayout(tuple(p.numel() for p in params), world_size, max_bucket_numel)
         self._owned = self.layout.owned(self.rank)
         self._owned_of: list[list[Piece]] = [[] for _ in params]
-        for bucket in self._owned:
-            for piece in bucket:
+        self._where: list[list[tuple[int, int]]] = [[] for _ in params]  # bucket and place in it
+        for k, bucket in enumerate(self._owned):
+            for j, piece in enumerate(bucket):
                 self._owned_of[piece.param].append(piece)
+                self._where[piece.param].append((k, j))
         like = params[0]
-        names = MOMENTS if group["amsgrad"] else MOMENTS[:2]
+        dtypes = dict.fromkeys(MOMENTS if group["amsgrad"] else MOMENTS[:2], like.dtype)
+        if like.dtype.itemsize == 2 and master_dtype is not None:
+            dtypes = dict.fromkeys(dtypes, torch.float32)
+            if state_dtype is not None:
+                dtypes = dict.fromkeys(dtypes, state_dtype)
+            dtypes["master" if master_dtype == torch.float32 else "remainder"] = master_dtype
+        elif state_dtype is not None:
+            dtypes = dict.fromkeys(dtypes, state_dtype)
         self.moments = {
-            name: torch.zeros(self.layout.shard_numel, dtype=like.dtype, device=like.device) for name in names
+            name: torch.zeros(self.layout.shard_numel, dtype=dtype, device=like.device)
+            for name, dtype in dtypes.items()
         }
+        self.is_mixed = any(dtype != like.dtype for dtype in dtypes.values())
         self.steps = torch.zeros(len(params), dtype=torch.float32, device=like.device)
         self.has_grad = [False] * len(params)
         self.reduced: dict[int, list[Tensor | None]] = {}  # by bucket, what `GradientPath` has made of the gradients
         self._flat_grads: Tensor | None = None
-        self._scratch: Tensor | None = None
+        self._versions: list[int] = []  # of the parameters, after the last update
+        self._tables: dict[tuple[int, int], tuple[list[int], BlockTable]] = {}
         self._build_views()
+        if "master" in self.moments:
+            for views in self._buckets:
+                if views.pieces:
+                    torch._foreach_copy_(views.operands.masters, views.operands.params)
 
     # ---------------------------------------------------------------- where things lie
 
@@ -105,9 +130,11 @@ class Shard:
 
     def _bucket_views(self, pieces: list[Piece], flat: list[Tensor], steps: list[Tensor]) -> _Bucket:
         cut = [flat[p.param][p.start : p.stop] for p in pieces]
-        moments = [[m[p.offset : p.offset + p.numel] for p in pieces] for m in self.moments.values()]
-        maxima = moments[2] if len(moments) == 3 else []
-        return _Bucket(pieces, Operands(cut, moments[0], moments[1], maxima, [steps[p.param] for p in pieces]))
+        state = {name: [moment[p.offset : p.offset + p.numel] for p in pieces] for name, moment in self.moments.items()}
+        masters = state.get("master") or state.get("remainder") or []
+        steps_of = [steps[p.param] for p in pieces]
+        exp_avgs, exp_avg_sqs, maxima = (state.get(name, []) for name in MOMENTS)
+        return _Bucket(pieces, Operands(cut, exp_avgs, exp_avg_sqs, maxima, steps_of, masters))
 
     def refresh(self) -> bool:
         """Follow parameters whose storage was replaced, or moved to another device, since the last update.
@@ -119,6 +146,7 @@ class Shard:
             RuntimeError: parameters went to different places, or changed their memory format.
         """
         if [p.data_ptr() for p in self.params] == self._addresses:
+            self._follow_weights()
             return False
         if [axes_in_memory(p) for p in self.params] != self._orders:
             raise RuntimeError(
@@ -132,11 +160,34 @@ class Shard:
                 "Move the whole model, or move it before the first update."
             )
         device, dtype = places.pop()
-        self.moments = {name: moment.to(device, dtype) for name, moment in self.moments.items()}
+        for name, moment in self.moments.items():
+            self.moments[name] = moment.to(device, moment.dtype if self.is_mixed else dtype)
         self.steps = self.steps.to(device)
-        self._scratch = self._flat_grads = None
+        self._flat_grads = None
         self._build_views()
+        self._follow_weights()
         return True
+
+    def _follow_weights(self) -> None:
+        """Take over parameters that somebody wrote to since the last update, a loaded model say.
+
+        Only where a parameter is not its master rounded: elsewhere the master knows more. A
+        remainder is below the parameter's own rounding, and stays.
+        """
+        if "master" not in self.moments or not self._versions:
+            return
+        written = {i for i, (p, v) in enumerate(zip(self.params, self._versions, strict=True)) if p._version != v}
+        for bucket in self._buckets if written else []:
+            for piece, param, master in zip(
+                bucket.pieces, bucket.operands.params, bucket.operands.masters, strict=True
+            ):
+                if piece.param in written:
+                    torch.where(param == master.to(param.dtype), master, param.float(), out=master)
+
+    def remember_weights(self) -> None:
+        """The parameters are as the masters have it. Call it when an update has reached all of them."""
+        if "master" in self.moments:
+            self._versions = [p._version for p in self.params]
 
     @property
     def nbytes(self) -> int:
@@ -190,6 +241,40 @@ class Shard:
             for start, stop in self.ranges_of(i):
                 target[place : place + stop - start].copy_(whole[start:stop])
                 place += stop - start
+
+    @property
+    def has_master(self) -> bool:
+        """Whether weights are kept more exactly than the parameters have them."""
+        return not self.moments.keys().isdisjoint(MASTERS)
+
+    def master_of(self, i: int) -> Tensor:
+        """This rank's fp32 weights of parameter ``i``, 1-D, in the order of `ranges_of`; new memory."""
+        parts = [torch.empty(0, device=self.steps.device)]
+        for k, j in self._where[i]:
+            operands = self._buckets[k].operands
+            exact = operands.masters[j]
+            parts.append(join_master(operands.params[j], exact) if "remainder" in self.moments else exact)
+        return torch.cat(parts)
+
+    def set_master(self, i: int, values: Tensor) -> None:
+        """Let the weights of parameter ``i`` be ``values``, as `master_of` gives them."""
+        numels = [self._buckets[k].pieces[j].numel for k, j in self._where[i]]
+        for (k, j), part in zip(self._where[i], torch.split(values, numels), strict=True):
+            operands = self._buckets[k].operands
+            if "remainder" in self.moments:
+                split_master_(part, operands.params[j], operands.masters[j])
+            else:
+                operands.masters[j].copy_(part)
+
+    def flat_master(self) -> Tensor:
+        """All of this rank's fp32 weights, placed like the moments; new memory where there are only remainders."""
+        if "master" in self.moments:
+            return self.moments["master"]
+        flat = torch.zeros(self.layout.shard_numel, device=self.steps.device)
+        for i in range(len(self.params)):
+            values = self.master_of(i)
+            flat[self.offset_of(i) : self.offset_of(i) + values.numel()] = values
+        return flat
 
     # ---------------------------------------------------------------- one update
 
@@ -247,23 +332,16 @@ class Shard:
             return operands
         return Operands(*([column[i] for i in live] if column else [] for column in operands))
 
-    def scaled(self, k: int, live: list[int], grads: list[Tensor], factor: Tensor) -> list[Tensor]:
-        """``grads`` of bucket ``k``'s pieces ``live``, times ``factor``, in memory that is used again.
-
-        Gradients stay as they are, and fresh memory for every bucket would cost more than the update.
-        """
-        if factor.device.type == "cpu" and factor == 1:
-            return grads
-        start, stop = self.layout.slice_of(k, self.rank)
-        if self._scratch is None:
-            like = self.params[0]
-            self._scratch = torch.empty(stop - start, dtype=like.dtype, device=like.device)  # bucket 0: the largest
-        pieces = self._buckets[k].pieces
-        base = pieces[0].offset if pieces else 0
-        copies = [self._scratch[p.offset - base : p.offset - base + p.numel] for p in (pieces[i] for i in live)]
-        torch._foreach_copy_(copies, grads)
-        torch._foreach_mul_(copies, factor.to(self._scratch.dtype))
-        return copies
+    def table(self, k: int, live: list[int], grads: list[Tensor]) -> BlockTable:
+        """Where the pieces ``live`` of bucket ``k`` lie, for the Triton kernel."""
+        params = self.operands(k, live).params
+        table = self._tables.get((k, len(live)))
+        pieces = [self._buckets[k].pieces[i] for i in live]
+        if table is None or table[0] != live:
+            made = BlockTable(params, grads, offsets=[p.offset for p in pieces], step_indices=[p.param for p in pieces])
+            table = self._tables[k, len(live)] = (live, made)
+        table[1].follow(params, grads)
+        return table[1]
 
 
 def storage_order(tensor: Tensor, like: Tensor | None = None) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dist_adamw.partition import FlatLayout
-from dist_adamw.shard import MOMENTS, Shard
+from dist_adamw.shard import MASTERS, MOMENTS, Shard
 
 
 def describe_share(shards: Sequence[Shard], params: Sequence[Tensor]) -> dict[str, Any] | None:
@@ -33,7 +33,9 @@ def describe_share(shards: Sequence[Shard], params: Sequence[Tensor]) -> dict[st
     }
 
 
-def check_share(share: Mapping[str, Any], params: Sequence[Tensor], here: tuple[int, int], bucket_numel: int) -> None:
+def check_share(
+    share: Mapping[str, Any], params: Sequence[Tensor], here: tuple[int, int], bucket_numel: int | None
+) -> None:
     """Refuse a share of another rank, or one that was cut otherwise.
 
     Args:
@@ -70,7 +72,7 @@ def check_shapes(state_dict: Mapping[str, Any], params: Sequence[Tensor]) -> Non
         whole = param.shape
         if share is not None:
             whole = torch.Size([sum(stop - start for start, stop in share["ranges"].get(i, []))])
-        for key in MOMENTS:
+        for key in (*MOMENTS, *MASTERS):
             value = state_dict["state"].get(i, {}).get(key)
             if value is not None and value.shape != whole:
                 raise ValueError(

@@ -12,6 +12,10 @@ PACKAGE = Path(__file__).parents[2] / "dist_adamw"
 FLOORS = {
     "_version": 0,
     "functional": 0,
+    "kernels": 0,
+    "kernels._triton_code": 0,
+    "kernels.mixed": 0,
+    "kernels.adamw_triton": 0,
     "conventions": 0,
     "plain": 0,
     "policies": 0,
