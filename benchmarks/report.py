@@ -125,14 +125,16 @@ def memory(found: Sequence[Record]) -> Iterator[str]:
             over = record.get("peak_over_formula", largest["peak"] / record["numel"] / (4 + 4 + 8 / record["ranks"]))
             cells = [largest["peak"], largest["parameters"], largest["gradients"], largest["state"]]
             cells.append(largest["peak"] - named)
-            rows.append([record["engine"], *[f"{c / 1e6:.1f}" for c in cells], formula, f"{over:.2f}"])
+            later = f"{record['later_peak_over_formula']:.2f}" if "later_peak_over_formula" in record else "-"
+            rows.append([record["engine"], *[f"{c / 1e6:.1f}" for c in cells], formula, f"{over:.2f}", later])
         if rows:
             yield f"### {title}"
             yield ""
             head = ["engine, MB per rank", "peak", "parameters", "gradients", "state", "rest of the peak"]
-            yield from table([*head, "formula", "peak / formula"], rows)
+            yield from table([*head, "formula", "peak / formula", "later"], rows)
             yield ""
             yield "The rest of the peak: staging, buckets, and gradients that live only until they have been sent."
+            yield "Later: the peak after the first updates, in which buckets and state are laid out, over the formula."
             yield ""
 
 
@@ -149,8 +151,8 @@ def traffic(found: Sequence[Record]) -> Iterator[str]:
         yield from table(["sent per rank / f N (b_g + b_p)", *TITLES], rows)
         yield ""
         yield f"Counted at the loopback interface: {', '.join(sorted({r['network'] for r in measured}))}."
-        yield "Unsharded training is at 1 as well: an all-reduce sends 2 f N b_g, and no parameters. One that is followed "
-        yield "by a gather of parameters is at 1.5."
+        yield "Unsharded training is at 1 as well: an all-reduce sends 2 f N b_g, and no parameters."
+        yield "An all-reduce that is followed by a gather of parameters is at 1.5."
         yield ""
 
 

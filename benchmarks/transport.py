@@ -4,7 +4,11 @@ Run ``python -m benchmarks.transport --out results.jsonl``. Two ranks on gloo by
 same number of elements, in chunks; cases alternate, and each is the slowest rank's median.
 
 ns an element is the time over all elements of the buffer (the model's gradients, or its
-parameters), whatever part of them travels.
+parameters), whatever part of them travels. Chunks are of the whole buffer too: each rank owns a W-th of
+every chunk, so a message is a W-th of one long.
+
+"messages" are `isend` and `irecv` between every two ranks, which is what DistAdamW uses on gloo; "DistAdamW's"
+are its own code, with which they can be compared.
 """
 
 from __future__ import annotations
@@ -22,9 +26,142 @@ import torch.distributed as dist
 from torch import Tensor
 
 from benchmarks import ranks, records
+from dist_adamw.exchange import BLOCK_NUMEL, UNDER_WAY, PeerToPeer, Travelling
+from dist_adamw.partition import FlatLayout
 
 CHUNKS = (1 << 16, 1 << 18, 1 << 20, 1 << 22, 1 << 23)
+MESSAGE_CHUNKS = tuple(1 << n for n in range(18, 24))
 Case = Callable[[], object]
+
+
+def _others() -> list[tuple[int, int]]:
+    """To whom and from whom, in the order in which every rank is busy all the time."""
+    size, rank = dist.get_world_size(), dist.get_rank()
+    return [((rank + d) % size, (rank - d) % size) for d in range(1, size)]
+
+
+def _message(work: dist.Work | None) -> dist.Work:
+    assert work is not None
+    return work
+
+
+def messages_to_owners(flat: Tensor, chunk: int, depth: int) -> Case:
+    """Every rank's slice sent to it from where it lies, and averaged by it a block at a time: a reduce-scatter."""
+    size, rank = dist.get_world_size(), dist.get_rank()
+    parts = [part.chunk(size) for part in torch.split(flat, chunk)]
+    slots = [{source: torch.empty(chunk // size) for _, source in _others()} for _ in range(depth)]
+
+    def start(k: int) -> list[dist.Work]:
+        works = []
+        for to, source in _others():
+            mine = slots[k % depth][source][: parts[k][rank].numel()]
+            works.append(_message(dist.irecv(mine, group_src=source)))
+            works.append(_message(dist.isend(parts[k][to], group_dst=to)))
+        return works
+
+    def finish(k: int, works: list[dist.Work]) -> None:
+        for work in works:
+            work.wait()
+        own = parts[k][rank]
+        terms = [own if r == rank else slots[k % depth][r][: own.numel()] for r in range(size)]
+        for begin in range(0, own.numel(), BLOCK_NUMEL):
+            first, second, *rest = [term[begin : begin + BLOCK_NUMEL] for term in terms]
+            # In rank order: the first two into the one that is not needed any more, the last sum into place.
+            total = torch.add(
+                first, second, out=own[begin : begin + BLOCK_NUMEL] if not rest else _spare(first, second, rank)
+            )
+            for term in rest:
+                total.add_(term)
+            total.div_(size)
+            if rest:
+                own[begin : begin + BLOCK_NUMEL].copy_(total)
+
+    def run() -> None:
+        under_way: list[tuple[int, list[dist.Work]]] = []
+        for k in range(len(parts)):
+            if len(under_way) == depth:
+                finish(*under_way.pop(0))
+            under_way.append((k, start(k)))
+        for item in under_way:
+            finish(*item)
+
+    return run
+
+
+def _spare(first: Tensor, second: Tensor, rank: int) -> Tensor:
+    return second if rank == 0 else first
+
+
+def messages_from_owners(flat: Tensor, chunk: int, depth: int) -> Case:
+    """Every rank's slice sent to all others, straight into place: an all-gather."""
+    size, rank = dist.get_world_size(), dist.get_rank()
+    parts = [part.chunk(size) for part in torch.split(flat, chunk)]
+
+    def run() -> None:
+        under_way: list[list[dist.Work]] = []
+        for part in parts:
+            if len(under_way) == depth:
+                _wait(under_way.pop(0))
+            works = []
+            for to, source in _others():
+                works.append(_message(dist.irecv(part[source], group_src=source)))
+                works.append(_message(dist.isend(part[rank], group_dst=to)))
+            under_way.append(works)
+        for works in under_way:
+            _wait(works)
+
+    return run
+
+
+def _wait(works: list[dist.Work]) -> None:
+    for work in works:
+        work.wait()
+
+
+def engine_itself(flat: Tensor, chunk: int) -> dict[str, Case]:
+    """DistAdamW's own code for the two, on one parameter as long as the buffer: what it adds to the messages."""
+    assert dist.group.WORLD is not None
+    layout = FlatLayout((flat.numel(),), dist.get_world_size(), chunk)
+    exchange = PeerToPeer(layout, [flat], group=dist.group.WORLD, replicas=None, tag=1)
+
+    def all_buckets(start: Callable[[int], Travelling], finish: Callable[[Travelling], None]) -> None:
+        under_way: list[Travelling] = []
+        for k in range(layout.num_buckets):
+            if len(under_way) == UNDER_WAY:
+                finish(under_way.pop(0))
+            under_way.append(start(k))
+        for sent in under_way:
+            finish(sent)
+
+    return {
+        f"DistAdamW's reduce, buckets of {chunk:,}": lambda: all_buckets(
+            lambda k: exchange.start_reduce(k, [flat]), lambda sent: exchange.finish_reduce(sent, None)
+        ),
+        f"DistAdamW's gather, buckets of {chunk:,}": lambda: all_buckets(exchange.start_gather, exchange.finish_gather),
+    }
+
+
+def check(chunk: int = 1 << 18) -> None:
+    """The messages do what they are said to do, in uneven chunks too. Collective.
+
+    Raises:
+        RuntimeError: a case has left other numbers than averages of all ranks everywhere.
+    """
+    size, rank = dist.get_world_size(), dist.get_rank()
+    numel = 2 * chunk * size + 32 * size
+    average = (size + 1) / 2
+    for name in ("messages", "DistAdamW's own"):
+        flat = torch.full((numel,), 1.0 + rank)
+        if name == "messages":
+            messages_to_owners(flat, chunk * size, 2)()
+            messages_from_owners(flat, chunk * size, 2)()
+        else:
+            for case in engine_itself(flat, chunk * size).values():
+                case()
+        if not torch.allclose(flat, torch.full_like(flat, average)):
+            raise RuntimeError(
+                f"{name}: expected {average} everywhere on rank {rank}, got {sorted(set(flat.tolist()))[:5]}"
+            )
 
 
 def reduce_to_owners(flat: Tensor, chunk: int, depth: int) -> Case:
@@ -107,9 +244,21 @@ def memory(flat: Tensor) -> dict[str, Case]:
 
 def measure(numel: int, rounds: int) -> list[records.Record]:
     """Time every case. Collective."""
-    flat = torch.zeros(numel)
+    size = dist.get_world_size()
+    check()
+    flat = torch.zeros(-(-numel // (32 * size)) * 32 * size)  # slices are equal, and begin where lines of memory do
     cases: dict[str, Case] = {}
-    for chunk in CHUNKS:
+    for nominal in MESSAGE_CHUNKS:
+        chunk = -(-nominal // (32 * size)) * 32 * size
+        for depth in (1, 2, 4):
+            cases[f"messages + sum, chunks of {chunk:,}, {depth} under way"] = messages_to_owners(flat, chunk, depth)
+        for depth in (1, 2, 4):
+            cases[f"messages in place, chunks of {chunk:,}, {depth} under way"] = messages_from_owners(
+                flat, chunk, depth
+            )
+        cases |= engine_itself(flat, chunk)
+    for nominal in CHUNKS:
+        chunk = -(-nominal // (32 * size)) * 32 * size
         for depth in (1, 2, 4):
             cases[f"all_to_all + sum, chunks of {chunk:,}, {depth} under way"] = reduce_to_owners(flat, chunk, depth)
         cases[f"broadcasts, chunks of {chunk:,}"] = broadcasts(flat, chunk)
@@ -123,6 +272,7 @@ def measure(numel: int, rounds: int) -> list[records.Record]:
             case()
             if k:
                 seconds[name].append(time.perf_counter() - began)
+    numel = flat.numel()
     by_rank = ranks.gathered({name: median(times) for name, times in seconds.items()})
     fastest = ranks.gathered({name: min(times) for name, times in seconds.items()})
     return [
@@ -145,7 +295,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--numel", type=int, default=1 << 24, help="a multiple of ranks x the largest chunk is best")
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--timeout", type=float, default=300.0)
+    parser.add_argument("--timeout", type=float, default=600.0)
     options = parser.parse_args()
     if not ranks.is_rank():
         ranks.start("benchmarks.transport", sys.argv[1:], ranks=options.ranks, timeout=options.timeout)
@@ -155,7 +305,7 @@ def main() -> None:
         if rank == 0:
             records.append(options.out, [records.environment(), *found])
             for record in found:
-                print(f"{record['case']:55} {record['ns_per_element']:7.2f} ns an element")
+                print(f"{record['case']:60} {record['ns_per_element']:7.2f} ns an element")
 
 
 if __name__ == "__main__":

@@ -3,8 +3,14 @@
 Run ``python -m benchmarks.where_time_goes --out results.jsonl``. Two ranks on gloo by default.
 
 Functions of dist_adamw are wrapped with timers for this run; one that is not there any more is
-reported as such. Times are wall clock on rank 0, exclusive of timed functions called inside, and the
-medians of the parts add up to about the median of the whole. Without timers the window is the same as `update_phase`'s.
+reported as such. Times are those of rank 0, exclusive of timed functions called inside, and the
+medians of the parts add up to about the median of the whole. Without timers the window is the same as
+`update_phase`'s.
+
+Wall is what passes; CPU is what all threads of the process use meanwhile (`time.process_time`),
+so what gloo's threads do to move messages is counted where the main thread happens to be. A part whose CPU
+time is the longer had transport beside it; one whose CPU time is much shorter waited. Messages are let go
+of where a bucket's last reference ends, after ``finish``: that is in the rest of step, or in the hooks.
 """
 
 from __future__ import annotations
@@ -23,35 +29,55 @@ import torch
 import torch.distributed as dist
 
 from benchmarks import ranks, records
-from benchmarks.engines import OURS, build
+from benchmarks.engines import OURS, OURS_WITHOUT_DDP, build
 from benchmarks.workloads import WORKLOADS, Workload
-from dist_adamw import collectives, optimizer, shard
+from dist_adamw import exchange, gradients, optimizer, shard
 
-# What is wrapped: label, owner, attribute.
+ENGINES = (OURS, OURS_WITHOUT_DDP)
+WHOLE, BARE = "whole", "(a bare model's backward and forward)"
+WAIT = "wait"
+# What is wrapped: label, owner, attribute. Waiting is told apart by who waits.
 PARTS: list[tuple[str, Any, str]] = [
-    ("owned_grads", shard.Shard, "owned_grads"),
-    ("prepare_shards", optimizer.DistAdamW, "_prepare_shards"),
-    ("kernel", optimizer, "adamw_update_"),
-    ("pack", shard.Shard, "send"),
-    ("broadcast: launch", collectives, "start_all_gather"),
-    ("unpack, waits apart", shard.Shard, "receive"),
-    ("broadcast: wait", dist.Work, "wait"),
-    ("rest of step", optimizer.DistAdamW, "step"),
+    ("backward: DDP's hook", gradients._DDPHook, "reduce"),
+    ("backward: hooks of parameters", gradients.GradientPath, "_look_into_inbox"),
+    ("backward: its end", gradients.GradientPath, "_after_backward"),
+    ("backward: watch for changes", gradients.GradientPath, "_watch"),
+    ("reduce: start", exchange.PeerToPeer, "start_reduce"),
+    ("reduce: finish", exchange.PeerToPeer, "finish_reduce"),
+    ("reduce: averaging", exchange.PeerToPeer, "_average"),
+    ("step: complete", gradients.GradientPath, "complete"),
+    ("step: arrive", gradients.GradientPath, "arrive"),
+    ("step: prepare_shards", optimizer.DistAdamW, "_prepare_shards"),
+    ("step: owned_grads", shard.Shard, "owned_grads"),
+    ("step: AdamW", optimizer, "adamw_update_"),
+    ("gather: start", exchange.PeerToPeer, "start_gather"),
+    ("gather: finish", exchange.PeerToPeer, "finish_gather"),
+    ("discard", gradients.GradientPath, "discard"),
+    (WAIT, dist.Work, "wait"),
+    ("step: rest", optimizer.DistAdamW, "step"),
 ]
+Times = dict[str, tuple[float, float]]  # by label: wall, CPU
 
 
 class Clock:
     """Exclusive times by label of what is running."""
 
     def __init__(self) -> None:
-        self.seconds: dict[str, float] = defaultdict(float)
+        self.wall: dict[str, float] = defaultdict(float)
+        self.cpu: dict[str, float] = defaultdict(float)
         self._running: list[str] = []
-        self._since = 0.0
+        self._since = (0.0, 0.0)
+
+    def clear(self) -> None:
+        """Begin anew."""
+        self.wall.clear()
+        self.cpu.clear()
 
     def _charge(self) -> None:
-        now = time.perf_counter()
+        now = (time.perf_counter(), time.process_time())
         if self._running:
-            self.seconds[self._running[-1]] += now - self._since
+            self.wall[self._running[-1]] += now[0] - self._since[0]
+            self.cpu[self._running[-1]] += now[1] - self._since[1]
         self._since = now
 
     def __call__(self, label: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -60,7 +86,8 @@ class Clock:
         @functools.wraps(function)
         def timed(*args: Any, **kwargs: Any) -> Any:
             self._charge()
-            self._running.append(label)
+            within = self._running[-1] if self._running else "nothing"
+            self._running.append(f"{within}: waiting" if label == WAIT else label)
             try:
                 return function(*args, **kwargs)
             finally:
@@ -85,42 +112,59 @@ def wrap(clock: Clock) -> list[str]:
     return absent
 
 
-def measure(workload_name: str, rounds: int, rank: int, clock: Clock) -> dict[str, list[float]]:
-    """Seconds by part and round. Collective."""
+def measure(engine_name: str, workload_name: str, rounds: int, rank: int, clock: Clock) -> list[Times]:
+    """Wall and CPU seconds of every part, round by round. Collective."""
     workload = Workload.named(workload_name, rank=rank)
-    engine = build(OURS, workload)
-    found: dict[str, list[float]] = defaultdict(list)
+    engine = build(engine_name, workload)
+    found: list[Times] = []
     for k in range(3 + rounds):
         workload.gradients.refill(k)
-        clock.seconds.clear()
+        clock.clear()
         dist.barrier()
-        began = time.perf_counter()
-        clock("backward: hand-over, DDP's copies and all-reduce", engine.backward)()
+        began, cpu = time.perf_counter(), time.process_time()
+        clock("backward: autograd, hand-over" + (", DDP" if engine_name == OURS else ""), engine.backward)()
         engine.optimizer.step()
         clock("zero_grad", engine.optimizer.zero_grad)()
         clock("forward of the next update", engine.forward)()
-        whole = time.perf_counter() - began
+        whole = (time.perf_counter() - began, time.process_time() - cpu)
         if k >= 3:
-            for label, seconds in clock.seconds.items():
-                found[label].append(seconds)
-            found["whole"].append(whole)
+            found.append({WHOLE: whole, **{k: (clock.wall[k], clock.cpu[k]) for k in clock.wall}})
     return found
 
 
-def hand_over(workload_name: str, rounds: int, rank: int) -> list[float]:
-    """Seconds of a backward and forward pass of the bare model: what no engine can avoid. Local."""
+def hand_over(workload_name: str, rounds: int, rank: int) -> Times:
+    """A backward and forward pass of the bare model: what no engine can avoid. Local."""
     workload = Workload.named(workload_name, rank=rank)
     model = workload.model()
     loss = model(torch.zeros(()))
-    found = []
+    walls, cpus = [], []
     for _ in range(rounds):
-        began = time.perf_counter()
+        began, cpu = time.perf_counter(), time.process_time()
         loss.backward()
         for param in model.parameters():
             param.grad = None
         loss = model(torch.zeros(()))
-        found.append(time.perf_counter() - began)
-    return found
+        walls.append(time.perf_counter() - began)
+        cpus.append(time.process_time() - cpu)
+    return {BARE: (median(walls), median(cpus))}
+
+
+def medians(found: list[Times]) -> Times:
+    """Of each part over the rounds; one that did not run in a round took nothing in it."""
+    labels = list(dict.fromkeys(label for times in found for label in times))
+    columns = {label: [times.get(label, (0.0, 0.0)) for times in found] for label in labels}
+    return {label: (median(w for w, _ in times), median(c for _, c in times)) for label, times in columns.items()}
+
+
+def show(times: Times, numel: int) -> None:
+    """Print a table, longest part first."""
+    whole = times[WHOLE][0]
+    for label, (wall, cpu) in sorted(times.items(), key=lambda item: -item[1][0]):
+        print(
+            f"  {label:44} wall {wall * 1e3:8.1f} ms {wall / whole:6.1%} {wall / numel * 1e9:7.2f} ns/element"
+            f"   CPU {cpu * 1e3:8.1f} ms {cpu / whole:6.1%}",
+            flush=True,
+        )
 
 
 def main() -> None:
@@ -129,6 +173,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
+    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES))
     parser.add_argument("--timeout", type=float, default=300.0)
     options = parser.parse_args()
     if not ranks.is_rank():
@@ -136,19 +182,23 @@ def main() -> None:
         return
     clock = Clock()
     absent = wrap(clock)
-    with ranks.joined() as (rank, _):
-        for name in WORKLOADS:
-            parts = measure(name, options.rounds, rank, clock)
-            parts["(a bare model's backward and forward)"] = hand_over(name, options.rounds, rank)
+    with ranks.joined() as (rank, size):
+        if rank == 0:
+            records.append(options.out, [records.environment()])
+        for name in options.workloads:
             numel = Workload.named(name, rank=rank, kept=False).numel
-            if rank == 0:
-                medians = {label: median(times) for label, times in parts.items()}
-                record = {"kind": "where", "workload": name, "numel": numel, "seconds": medians, "absent": absent}
+            for engine_name in options.engines:
+                times = medians(measure(engine_name, name, options.rounds, rank, clock))
+                times |= hand_over(name, options.rounds, rank)
+                if rank:
+                    continue
+                record = {"kind": "where", "workload": name, "engine": engine_name, "ranks": size, "numel": numel}
+                record |= {"seconds": times, "columns": ["wall", "CPU"], "absent": absent}
                 records.append(options.out, [record])
-                print(f"\n{name}: {numel:,} elements" + (f"; no longer there: {absent}" if absent else ""))
-                for label, seconds in sorted(medians.items(), key=lambda item: -item[1]):
-                    part = seconds / medians["whole"]
-                    print(f"  {label:52} {seconds * 1e3:8.1f} ms {part:6.1%} {seconds / numel * 1e9:8.2f} ns/element")
+                print(f"\n{name}, {engine_name}: {numel:,} elements", flush=True)
+                show(times, numel)
+        if rank == 0 and absent:
+            print(f"no longer there: {absent}")
 
 
 if __name__ == "__main__":

@@ -13,18 +13,21 @@ from __future__ import annotations
 import itertools
 import math
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, cast, overload
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._dynamo import OptimizedModule
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from dist_adamw import collectives
+from dist_adamw.arriving import ArrivingParameter, can_guard, guard, release
 from dist_adamw.exchange import UNDER_WAY, Travelling
 from dist_adamw.functional import DecayBy, adamw_update_, can_fuse, check_hyper_parameters, norm_parts, sum_of_squares
 from dist_adamw.gradients import GradientPath
@@ -112,8 +115,12 @@ class DistAdamW(Optimizer):
     Rajbhandari et al., arXiv:1910.02054.
     """
 
+    # Of an unpickled optimizer, whose __init__ has not run.
     _tag = 0
-    _mesh: DeviceMesh | None = None  # of an unpickled optimizer, whose __init__ has not run
+    _mesh: DeviceMesh | None = None
+    _path: GradientPath | None = None
+    _defer_gather = False
+    _attached: Sequence[weakref.ref[nn.Module]] = ()
 
     def __init__(
         self,
@@ -174,7 +181,7 @@ class DistAdamW(Optimizer):
         self._skipped = False
         self._saved_apart = False
         self._load_apart: Callable[[], None] | None = None
-        self._path: GradientPath | None = getattr(self, "_path", None)
+        self._arriving: list[tuple[Shard, Travelling]] = []  # buckets of parameters on their way
 
     # ---------------------------------------------------------------- what happened so far
 
@@ -245,6 +252,7 @@ class DistAdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self.wait()
         self._resolve()
         self._saved_apart, self._load_apart = False, None  # left over from a save or a load that failed
         if not self._collect_gradients():
@@ -284,11 +292,19 @@ class DistAdamW(Optimizer):
 
     def _shards_by_now(self) -> list[Shard]:
         """The shards; of every parameter that requires a gradient where there were none."""
+        self.wait()
         if not self.shards or self.shards[0].params[0].device != self.shards[0].steps.device:
             self._prepare_shards()
         return self.shards
 
-    def attach(self, model: nn.Module, *, overlap: bool = True, reduce_every_backward: bool = False) -> None:
+    def attach(
+        self,
+        model: nn.Module,
+        *,
+        overlap: bool = True,
+        reduce_every_backward: bool = False,
+        defer_gather: bool = False,
+    ) -> None:
         """Reduce each gradient to the rank that owns it, in place of an all-reduce. Collective.
 
         Call it once per module, after ``DistributedDataParallel`` or ``.to()``; `dist_adamw.prepare`
@@ -310,6 +326,9 @@ class DistAdamW(Optimizer):
                 let go of ``param.grad``, which is None after backward. Gradients then take
                 ``b_g N / W`` bytes and what is on its way, instead of ``b_g N``; with A
                 micro-batches an update sends ``f N (A b_g + b_p)``. Plain modules only.
+            defer_gather: Let `step` return while the last buckets of parameters travel. Whoever reads
+                one of them, by any reference and in any torch function, waits for it then. Not for
+                compiled modules, whose parameters are waited for as ever.
 
         Raises:
             ValueError: the module is wrapped so that this cannot be.
@@ -330,9 +349,15 @@ class DistAdamW(Optimizer):
             )
             collectives.check_agreement(self.layout_record(), group)
             self._tag = max(collectives.all_gather_objects(_next_tag(), group))
-        elif (self._path.overlap, self._path.into_shard) != (overlap, reduce_every_backward):
+        elif (self._path.overlap, self._path.into_shard, self._defer_gather) != (
+            overlap,
+            reduce_every_backward,
+            defer_gather,
+        ):
             raise ValueError("attach() was called before with other options. Pass the same for every module.")
+        self._defer_gather = defer_gather
         self._path.listen(model)
+        self._attached = [*self._attached, weakref.ref(model)]
 
     @torch.no_grad()
     def clip_grad_norm_(
@@ -403,10 +428,50 @@ class DistAdamW(Optimizer):
                 if len(travelling) == UNDER_WAY:
                     shard.exchange.finish_gather(travelling.pop(0))
                 travelling.append(shard.exchange.start_gather(k))
+        self._arriving += [(shard, sent) for sent in travelling]
+        if not self._defer_gather or self._reader_is_compiled():
+            self.wait()
+            return
         for sent in travelling:
-            assert shard.exchange is not None
-            shard.exchange.finish_gather(sent)
-        shard.remember_weights()
+            params = shard.members(sent.bucket)
+            if not all(map(can_guard, params)):
+                self.wait()
+                return
+            guard(params, self._wait_for)
+
+    def _reader_is_compiled(self) -> bool:
+        """Whether a compiled module reads the parameters: it would be compiled anew for another class of them."""
+        return any(
+            isinstance(module, OptimizedModule) or module._compiled_call_impl is not None
+            for ref in self._attached
+            if (model := ref()) is not None
+            for module in model.modules()
+        )
+
+    @torch.no_grad()
+    def wait(self) -> None:
+        """Wait until every parameter has its new value.
+
+        Needed only with ``defer_gather``, and then only before memory of parameters is read in a
+        way that torch does not see, by an address taken before `step`.
+        """
+        while self._arriving:
+            self._receive()
+
+    @torch.no_grad()
+    def _wait_for(self, param: Tensor) -> None:
+        """Somebody reads ``param``."""
+        while self._arriving and type(param) is ArrivingParameter:
+            self._receive()
+
+    def _receive(self) -> None:
+        shard, sent = self._arriving.pop(0)
+        assert shard.exchange is not None
+        shard.exchange.finish_gather(sent)
+        coming = {id(param) for other, rest in self._arriving if other is shard for param in shard.members(rest.bucket)}
+        release([param for param in shard.members(sent.bucket) if id(param) not in coming])
+        if not coming:
+            shard.remember_weights()
 
     def _update_bucket(self, shard: Shard, k: int, live: list[int], grads: list[Tensor], clip: Tensor | None) -> None:
         """One pass over what this rank owns of bucket ``k``: of its pieces, the ``live`` ones."""
@@ -592,6 +657,7 @@ class DistAdamW(Optimizer):
         """
         self._check_loadable(state_dict)
         load_apart = self._load_apart
+        self.wait()
         super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
         saved = [i for group in state_dict["param_groups"] for i in group["params"]]
         for i, param in zip(saved, self._all_params(), strict=True):  # torch has rounded all to the parameter's dtype
@@ -650,6 +716,7 @@ class DistAdamW(Optimizer):
         return [param for group in self.param_groups for param in group["params"]]
 
     def __getstate__(self) -> dict[str, Any]:
+        self.wait()
         options = {name: getattr(self, name) for name in _OPTIONS}
         return {**super().__getstate__(), "options": options, "share": describe_share(self.shards, self._all_params())}
 

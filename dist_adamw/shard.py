@@ -106,6 +106,7 @@ class Shard:
         self.has_grad = [False] * len(params)
         self.reduced: dict[int, list[Tensor | None]] = {}  # by bucket, what `GradientPath` has made of the gradients
         self._flat_grads: Tensor | None = None
+        self._members: dict[int, list[Tensor]] = {}
         self._versions: list[int] = []  # of the parameters, after the last update
         self._tables: dict[tuple[int, int], tuple[list[int], BlockTable]] = {}
         self._build_views()
@@ -197,6 +198,13 @@ class Shard:
     def owned_pieces(self, k: int) -> list[Piece]:
         """What this rank owns of bucket ``k``; offsets are places in the flat moments."""
         return self._owned[k]
+
+    def members(self, k: int) -> list[Tensor]:
+        """The parameters that have elements in bucket ``k``."""
+        if k not in self._members:
+            found = self.layout.pieces(*self.layout.bucket(k))
+            self._members[k] = [self.params[piece.param] for piece in found]
+        return self._members[k]
 
     def ranges_of(self, i: int) -> list[list[int]]:
         """The ``[start, stop)`` of parameter ``i`` that this rank owns, in ascending order."""

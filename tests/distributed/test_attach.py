@@ -6,6 +6,7 @@ import contextlib
 import copy
 import functools
 import math
+import pickle
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -43,18 +44,41 @@ def loss_of(model: nn.Module, step: int) -> Tensor:
 def averaged(grads: list[Tensor | None]) -> list[Tensor | None]:
     """The average over ranks, added in rank order; None where no rank has a gradient."""
     size = dist.get_world_size()
-    all_grads: list[Any] = [None] * size
-    dist.all_gather_object(all_grads, grads)
+    sizes = torch.tensor([0 if grad is None else grad.numel() + 1 for grad in grads])
+    all_sizes = [torch.empty_like(sizes) for _ in range(size)]
+    dist.all_gather(all_sizes, sizes)
+    largest = torch.stack(all_sizes).amax(0).tolist()  # one more than elements, so that empty ones count
+    shapes = [None if grad is None else (grad.shape, grad.dtype) for grad in grads]
+    if any(n and shape is None for n, shape in zip(largest, shapes, strict=True)):
+        known: list[Any] = [None] * size
+        dist.all_gather_object(known, shapes)
+        shapes = [next((s for s in column if s is not None), None) for column in zip(*known, strict=True)]
+    elif not torch.stack(all_sizes).eq(sizes).all():
+        dist.all_gather_object([None] * size, shapes)  # the others need it
+    flat = torch.cat(
+        [
+            torch.zeros(n - 1) if grad is None else grad.float().reshape(-1)
+            for n, grad in zip(largest, grads, strict=True)
+            if n
+        ]
+    )
+    columns = [torch.empty_like(flat) for _ in range(size)]
+    dist.all_gather(columns, flat)
+    total = torch.zeros_like(flat)
+    for column in columns:
+        total += column
+    total /= size
     result: list[Tensor | None] = []
-    for column in zip(*all_grads, strict=True):
-        if all(grad is None for grad in column):
+    place = 0
+    for n, known_as, grad in zip(largest, shapes, grads, strict=True):
+        if known_as is None or not n:
             result.append(None)
             continue
-        like = next(grad for grad in column if grad is not None)
-        total = torch.zeros_like(like, dtype=torch.float32)
-        for grad in column:
-            total += torch.zeros_like(like) if grad is None else grad
-        result.append((total / size).to(like.dtype))
+        shape, dtype = known_as
+        average = total[place : place + n - 1].view(shape).to(dtype)
+        # torch's fused kernel takes for granted that a gradient has its parameter's strides.
+        result.append(average if grad is None else torch.empty_like(grad).copy_(average))
+        place += n - 1
     return result
 
 
@@ -289,6 +313,79 @@ def check_gradients_are_let_go() -> None:
 
 def test_every_backward_lets_go_of_the_gradients() -> None:
     run_ranks(2, check_gradients_are_let_go)
+
+
+READERS: dict[str, Callable[[nn.Module, list[Tensor]], object]] = {
+    "a reference held before": lambda model, held: [p.detach().clone() for p in held],
+    "data": lambda model, held: [p.data.clone() for p in held],
+    "an address": lambda model, held: [(p.data_ptr(), p.detach().clone()) for p in held],
+    "state_dict": lambda model, held: {k: v.clone() for k, v in model.state_dict().items()},
+    "deepcopy": lambda model, held: list(copy.deepcopy(model).parameters()),
+    "pickle": lambda model, held: list(pickle.loads(pickle.dumps(held))),
+    "several at once": lambda model, held: torch.cat([p.reshape(-1) for p in reversed(held)]),
+    "foreach": lambda model, held: torch._foreach_mul(held[::-1], 1.0),
+    "evaluation": lambda model, held: model.eval()(torch.ones(1, 3, 8, 8)).clone(),
+    "what is written over": lambda model, held: [p.mul_(1.0).clone() for p in held],
+}
+
+
+def check_readers(way: dict[str, Any], name: str) -> int:
+    """A reader sees what it sees where step() waits, to the bit."""
+    jobs = [Job({**way, "defer_gather": defer}, {"eps": 0.1}) for defer in (True, False)]
+    held = [list(job.model.parameters()) for job in jobs]
+    under_way = 0
+    for step in range(4):
+        seen = []
+        for job, params in zip(jobs, held, strict=True):
+            job.accumulate(step, 1)
+            job.optimizer.step()
+            if job is jobs[0]:
+                under_way += len(job.optimizer._arriving)
+            job.optimizer.zero_grad()
+            with torch.no_grad():
+                seen.append(READERS[name](job.model, params))
+            assert all(type(p) is nn.Parameter for p in params) or name == "evaluation"
+            job.model.train()
+            job.twin.zero_grad()
+        for a, b in zip(*(flattened(x) for x in seen), strict=True):
+            assert torch.equal(a, b)
+    return under_way
+
+
+def flattened(values: Any) -> list[Tensor]:
+    if isinstance(values, Tensor):
+        return [values.detach()]
+    items = values.values() if isinstance(values, dict) else values if isinstance(values, (list, tuple)) else []
+    return [tensor for item in items for tensor in flattened(item)]
+
+
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("way", ["ddp", "plain", "every backward"])
+def test_nobody_reads_an_old_value_while_parameters_travel(way: str, reader: str) -> None:
+    for under_way in run_ranks(2, check_readers, WAYS[way], reader):
+        assert under_way > 0  # something was travelling when it was read
+
+
+@pytest.mark.parametrize("way", ["ddp", "plain", "every backward"])
+def test_deferred_gathers_leave_the_same_bits(way: str) -> None:
+    run_ranks(3, check_same_bits, {**WAYS[way], "defer_gather": True}, 2, {"eps": 0.1}, {"DIRECT_NUMEL": 100})
+
+
+def check_deferred_and_compiled() -> None:
+    model = nn.Linear(30, 30)
+    optimizer = DistAdamW(model.parameters(), bucket_numel=300)
+    compiled = torch.compile(model, backend="eager")
+    optimizer.attach(compiled, defer_gather=True)
+    model.weight.grad = torch.ones_like(model.weight)
+    model.bias.grad = torch.ones_like(model.bias)
+    optimizer.step()
+    assert type(model.weight) is nn.Parameter
+    assert not optimizer._arriving
+
+
+def test_compiled_modules_get_their_parameters_at_once() -> None:
+    """Another class of parameters would have them compiled anew."""
+    run_ranks(2, check_deferred_and_compiled)
 
 
 # ---------------------------------------------------------------- what is in a model

@@ -23,6 +23,7 @@ FLOORS = {
     "schedule": 0,
     "partition": 0,
     "plot": 0,
+    "arriving": 1,
     "collectives": 1,
     "preview": 1,
     "exchange": 1,
