@@ -14,6 +14,7 @@ there and the bucket before it has gone.
 
 from __future__ import annotations
 
+import itertools
 import operator
 import weakref
 from collections import deque
@@ -56,8 +57,8 @@ class GradientPath:
     """What `DistAdamW.attach` installs. See there.
 
     Args:
-        params: Gives every parameter of the optimizer, in order.
-        shards: Gives its shards; builds them if there are none yet.
+        params: The optimizer's method that gives every parameter, in order.
+        shards: Its method that gives the shards, and builds them if there are none yet.
         overlap: Launch during backward.
         into_shard: Keep averages in flat memory of the shards, and let go of ``param.grad``.
     """
@@ -70,13 +71,15 @@ class GradientPath:
         overlap: bool,
         into_shard: bool,
     ) -> None:
-        self._params, self._shards = params, shards
+        # The optimizer owns the path: a strong reference back would leave both to the garbage collector, and
+        # with them the process group, perhaps until the interpreter ends.
+        self._params_ref, self._shards_ref = weakref.WeakMethod(params), weakref.WeakMethod(shards)
         self.overlap, self.into_shard = overlap, into_shard
         self.synchronises = True  # False inside no_sync
         self._ddp_only = self._buffers_are_gradients = True
         self._hooks: list[_DDPHook] = []
         self._ids: set[int] = set()
-        self._inbox: list[Tensor] = []  # parameters of plain modules whose gradient has come
+        self._inboxes: list[deque[Tensor]] = []  # by plain module: parameters whose gradient has come
         self._plan = _Plan([])
         self._flat: dict[int, list[Tensor | None]] = {}  # by id of shard: what it sends
         self._travelling: deque[tuple[Shard, Travelling]] = deque()
@@ -86,6 +89,14 @@ class GradientPath:
         self._buffers: list[Tensor] = []  # DDP's, of this round
         self._watched: list[tuple[Tensor, int]] = []  # gradients, and the version that they should still have
         self._begin_round()
+
+    def _params(self) -> list[Tensor]:
+        params = self._params_ref()
+        return [] if params is None else params()
+
+    def _shards(self) -> list[Shard]:
+        shards = self._shards_ref()
+        return [] if shards is None else shards()
 
     # ---------------------------------------------------------------- listening
 
@@ -122,7 +133,10 @@ class GradientPath:
 
     def _listen_to_parameters(self, params: list[Tensor]) -> None:
         """Hear of gradients as they come, without Python having to run for each of thousands of small ones."""
-        look, enter = _Weak(self, "_look_into_inbox"), self._inbox.append
+        # Bounded, because the module may outlive the optimizer.
+        inbox: deque[Tensor] = deque(maxlen=len(params))
+        self._inboxes.append(inbox)
+        look, enter = _Weak(self, "_look_into_inboxes"), inbox.append
         quiet = _LOOK_EVERY
         for param in reversed(params):
             quiet += param.numel()
@@ -139,7 +153,7 @@ class GradientPath:
             yield
         finally:
             self.synchronises = before
-            self._inbox.clear()
+            self._empty_inboxes()
 
     def ids(self) -> set[int]:
         """Of every parameter of the optimizer."""
@@ -150,26 +164,30 @@ class GradientPath:
 
     # ---------------------------------------------------------------- during backward
 
-    def _look_into_inbox(self, param: Tensor) -> None:
+    def _look_into_inboxes(self, param: Tensor) -> None:
         """Launch what has become ready. Hung on some parameters; the others only enter themselves."""
         if not (self.synchronises or self.into_shard):
             return
         if not self._queued:
             self.begin()
-        self._inbox.append(param)
-        self._enter(self._inbox)
+        self._enter(param)
         if self.overlap:
             self._launch_ready()
 
-    def _enter(self, params: list[Tensor]) -> None:
+    def _enter(self, *params: Tensor) -> None:
+        """Take ``params`` and those in the inboxes off the lists of what is waited for."""
         buckets_of, waiting = self._plan.buckets_of, self._waiting
-        for param in params:
+        for param in (*params, *itertools.chain(*self._inboxes)):
             key = id(param)
             for n in buckets_of.get(key, ()):
                 if n < self._next:
                     raise _too_late(param)
                 waiting[n].discard(key)
-        self._inbox.clear()
+        self._empty_inboxes()
+
+    def _empty_inboxes(self) -> None:
+        for inbox in self._inboxes:
+            inbox.clear()
 
     def arrived(self, packed: _Packed) -> None:
         """The gradients of one of DDP's buckets are there; launch what can be. Collective."""
@@ -200,8 +218,7 @@ class GradientPath:
         if self.into_shard:
             self._finish_round()
             return
-        if self._inbox:
-            self._enter(self._inbox)
+        self._enter()
         if self.overlap:
             self._launch_ready()
         self._land()
@@ -227,7 +244,6 @@ class GradientPath:
 
     def _begin_round(self) -> None:
         self._next = 0
-        self._inbox.clear()
         self._waiting = [set(members) for members in self._plan.members]
         self._checked = False  # whether the plan is known to be that of the shards
 
@@ -308,7 +324,7 @@ class GradientPath:
             if self._queued:  # the last backward was broken off
                 self._queued = False
                 self._land()
-            self._inbox.clear()
+            self._empty_inboxes()
             self._watched.clear()
             self._buffers.clear()
             if self._next and not self.into_shard:
@@ -341,9 +357,12 @@ class GradientPath:
         self._seen.clear()
         self._watched.clear()
         self._buffers.clear()
+        self._empty_inboxes()
+        # DDP's buckets stay once it has packed them anew; other gradients must not be kept alive.
+        stay = self._ddp_only and all(hook.forget_unless_settled() for hook in self._hooks)
         for shard in self._plan.shards:
             shard.reduced.clear()
-            if not self._ddp_only:  # whose buckets stay; other gradients must not be kept alive
+            if not stay:
                 self._flat[id(shard)] = [None] * len(shard.params)
         self._begin_round()
         self._tell_siblings()
@@ -473,12 +492,21 @@ class _DDPHook:
         self._group: dist.ProcessGroup = model.process_group
         self._is_view: bool = model.gradient_as_bucket_view
         self._known: dict[int, tuple[int, list[Tensor], dict[int, _Packed], list[Tensor]]] = {}
+        self._seen: dict[int, tuple[int, ...]] = {}  # addresses and parameters of each bucket, when it was last new
+        self._settled: dict[int, bool] = {}  # whether each was the same the time before
         self._paths: list[weakref.ref[GradientPath]] = []
 
     def add(self, path: GradientPath) -> None:
         """Serve ``path`` too."""
         self._paths.append(weakref.ref(path))
         self._known.clear()
+
+    def forget_unless_settled(self) -> bool:
+        """Let go of buckets that DDP may be about to replace; whether they are there to stay."""
+        settled = all(self._settled.values())
+        if not settled:
+            self._known.clear()
+        return settled
 
     def paths(self) -> list[GradientPath]:
         """Those that still exist."""
@@ -515,6 +543,9 @@ class _DDPHook:
                 and packed.keys() == paths.keys()
             ):
                 return packed, foreign
+        seen = (buffer.data_ptr(), *map(id, params))
+        self._settled[index] = self._seen.get(index) == seen
+        self._seen[index] = seen
         # These are contiguous views, whatever a parameter's strides: elements are in memory order.
         rest = [(param, grad.view(-1)) for param, grad in zip(params, bucket.gradients(), strict=True)]
         packed = {}
