@@ -569,6 +569,7 @@ class DistAdamW(Optimizer):
                 process_group=self.process_group,
                 replicas=self.replica_group,
                 max_bucket_numel=self.bucket_numel,
+                lean=self._is_lean,
                 tag=self._tag,
                 master_dtype=self.master_dtype,
                 state_dtype=self.state_dtype,
@@ -704,8 +705,12 @@ class DistAdamW(Optimizer):
                 "Load both with accelerator.load_state, after dist_adamw.prepare."
             )
         if (share := state_dict.get("share")) is not None:
-            check_share(share, self._all_params(), self._here(), self.bucket_numel)
+            check_share(share, self._all_params(), self._here(), self.bucket_numel, self._is_lean)
         check_shapes(state_dict, self._all_params())
+
+    @property
+    def _is_lean(self) -> bool:
+        return self._path is not None and self._path.into_shard
 
     def _here(self) -> tuple[int, int]:
         """This rank and the world size that state is shared over."""
@@ -734,7 +739,7 @@ class DistAdamW(Optimizer):
             group.setdefault("maximize", False)
         if unpickled:
             if share is not None:
-                check_share(share, self._all_params(), self._here(), self.bucket_numel)
+                check_share(share, self._all_params(), self._here(), self.bucket_numel, self._is_lean)
             self._adopt(share)
 
     def __reduce_ex__(self, protocol: Any) -> Any:

@@ -23,8 +23,11 @@ ALIGNMENT = 32  # elements: 128 bytes of fp32, a full line for GPUs too
 BUCKET_NUMEL = 1 << 23  # 32 MiB of fp32
 
 
-def suitable_bucket_numel(numel: int, world_size: int) -> int:
+def suitable_bucket_numel(numel: int, world_size: int, *, lean: bool = False) -> int:
     """Elements that should travel together, of ``numel`` in all.
+
+    ``lean`` is for gradients that are let go of bucket by bucket: an eighth of that, so that few of them
+    exist at a time.
 
     Large buckets move faster, small ones need less staging: two of them travel at a time, so that a
     ``4 W``-th keeps staging near 4% of parameters, gradients and state. No rank's slice is so
@@ -33,7 +36,7 @@ def suitable_bucket_numel(numel: int, world_size: int) -> int:
     if world_size == 1:
         return BUCKET_NUMEL
     largest = max(BUCKET_NUMEL, world_size << 15)
-    return min(max(numel // (4 * world_size), world_size << 18), largest)
+    return min(max(numel // ((32 if lean else 4) * world_size), world_size << 18), largest)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,11 +63,13 @@ class FlatLayout:
         world_size: Ranks that share the state.
         max_bucket_numel: Elements of a full bucket; rounded up to ``world_size * ALIGNMENT``.
             None: `suitable_bucket_numel`.
+        lean: See there.
     """
 
     numels: tuple[int, ...]
     world_size: int = 1
     max_bucket_numel: int | None = None
+    lean: bool = False
     starts: tuple[int, ...] = field(init=False, repr=False)  # flat place of each, then the end
 
     def __post_init__(self) -> None:
@@ -83,7 +88,7 @@ class FlatLayout:
     @property
     def bucket_numel(self) -> int:
         """Elements of every bucket but the last, which may be smaller."""
-        most = self.max_bucket_numel or suitable_bucket_numel(self.starts[-1], self.world_size)
+        most = self.max_bucket_numel or suitable_bucket_numel(self.starts[-1], self.world_size, lean=self.lean)
         return _round_up(max(min(most, self.starts[-1]), 1), self._quantum)
 
     @property

@@ -55,7 +55,8 @@ class Shard:
         group: Their parameter group.
         process_group: The ranks that share the state; None keeps it whole.
         replicas: The ranks that own the same elements, in other copies of the state.
-        max_bucket_numel: Elements that travel together.
+        max_bucket_numel: Elements that travel together; None: what suits.
+        lean: See `partition.suitable_bucket_numel`.
         tag: Tells the messages of several optimizers apart.
         master_dtype: Of weights kept beside bf16 or fp16 parameters: fp32, or int16 for remainders.
         state_dtype: Of the moments; None: fp32 with masters, else the parameters'.
@@ -71,6 +72,7 @@ class Shard:
         process_group: dist.ProcessGroup | None,
         replicas: dist.ProcessGroup | None = None,
         max_bucket_numel: int | None,
+        lean: bool = False,
         tag: int = 0,
         master_dtype: torch.dtype | None = None,
         state_dtype: torch.dtype | None = None,
@@ -80,7 +82,7 @@ class Shard:
         self.process_group, self._replicas, self._tag = process_group, replicas, tag
         world_size = 1 if process_group is None else collectives.world_size(process_group)
         self.rank = 0 if process_group is None else collectives.rank(process_group)
-        self.layout = FlatLayout(tuple(p.numel() for p in params), world_size, max_bucket_numel)
+        self.layout = FlatLayout(tuple(p.numel() for p in params), world_size, max_bucket_numel, lean)
         self._owned = self.layout.owned(self.rank)
         self._owned_of: list[list[Piece]] = [[] for _ in params]
         self._where: list[list[tuple[int, int]]] = [[] for _ in params]  # bucket and place in it

@@ -34,12 +34,13 @@ def describe_share(shards: Sequence[Shard], params: Sequence[Tensor]) -> dict[st
 
 
 def check_share(
-    share: Mapping[str, Any], params: Sequence[Tensor], here: tuple[int, int], bucket_numel: int | None
+    share: Mapping[str, Any], params: Sequence[Tensor], here: tuple[int, int], bucket_numel: int | None, lean: bool
 ) -> None:
     """Refuse a share of another rank, or one that was cut otherwise.
 
     Args:
         here: This rank and the world size that the state is shared over.
+        bucket_numel: Of the optimizer's layout, as ``lean`` is.
 
     Raises:
         ValueError: it does not fit; says what it is of, and what would fit.
@@ -52,7 +53,7 @@ def check_share(
             "that keeps every rank's share and loads on any number of ranks."
         )
     for members in share["shards"]:
-        layout = FlatLayout(tuple(params[i].numel() for i in members), world_size, bucket_numel)
+        layout = FlatLayout(tuple(params[i].numel() for i in members), world_size, bucket_numel, lean)
         for i, ranges in zip(members, layout.ranges(rank), strict=True):
             if ranges != share["ranges"][i]:
                 raise ValueError(
