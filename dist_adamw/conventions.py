@@ -21,13 +21,21 @@ def unwrap(optimizer: Optimizer) -> Optimizer:
 
 def was_applied(optimizer: Optimizer) -> bool:
     """Whether the step that is just returning changed the weights. Gradients are still there."""
-    if isinstance(skipped := getattr(optimizer, "step_was_skipped", None), bool) and skipped:
-        return False
+    if isinstance(skipped := getattr(optimizer, "step_was_skipped", None), bool):
+        if skipped:
+            return False
+        if isinstance(getattr(optimizer, "updates", None), int):
+            return True  # DistAdamW: it may have let go of the gradients by now
     # A fused torch optimizer skips inside the kernel; GradScaler leaves it the flag during step().
     found_inf = getattr(optimizer, "found_inf", None)
     if isinstance(found_inf, Tensor) and found_inf.item():
         return False
     return any(param.grad is not None for group in optimizer.param_groups for param in group["params"])
+
+
+def skip_is_known(optimizer: Optimizer) -> bool:
+    """Whether `was_applied` answers at once; else it waits for the device."""
+    return bool(getattr(optimizer, "skip_is_known", True))
 
 
 def decay_convention(optimizer: Optimizer, group: Mapping[str, Any]) -> Literal["schedule", "lr", "l2"]:

@@ -177,6 +177,7 @@ class DistAdamW(Optimizer):
         self._laid_out: object = None  # the ``self.state`` that the shards stand for
         self._updates = 0
         self._found_inf: Tensor | None = None
+        self._read: tuple[Tensor, torch.cuda.Event] | None = None  # the same on the host, once the event is over
         self._grad_norm: Tensor | None = None
         self._skipped = False
         self._saved_apart = False
@@ -193,9 +194,17 @@ class DistAdamW(Optimizer):
 
     @property
     def step_was_skipped(self) -> bool:
-        """Whether the last `step` left the weights alone because of inf or nan gradients. Local."""
+        """Whether the last `step` left the weights alone: gradients were inf or nan, or there were none. Local.
+
+        On an accelerator with ``max_grad_norm`` this waits until the device has come that far.
+        """
         self._resolve()
         return self._skipped
+
+    @property
+    def skip_is_known(self) -> bool:
+        """Whether `step_was_skipped` and `updates` can be told without waiting for a device. Local."""
+        return self._found_inf is None or self._read is None
 
     @property
     def grad_norm(self) -> Tensor | None:
@@ -226,7 +235,12 @@ class DistAdamW(Optimizer):
     def _resolve(self) -> None:
         """Ask the device whether the last update was applied; free once asked."""
         if self._found_inf is not None:
-            self._skipped = bool(self._found_inf.item())
+            flag = self._found_inf
+            if self._read is not None:
+                flag, arrived = self._read
+                arrived.synchronize()
+                self._read = None
+            self._skipped = bool(flag.item())
             self._found_inf = None
             self._updates += not self._skipped
 
@@ -255,6 +269,7 @@ class DistAdamW(Optimizer):
         self.wait()
         self._resolve()
         self._saved_apart, self._load_apart = False, None  # left over from a save or a load that failed
+        self._skipped = True  # until there is something to apply
         if not self._collect_gradients():
             return loss
         grads = [shard.owned_grads() for shard in self.shards]
@@ -513,6 +528,11 @@ class DistAdamW(Optimizer):
         norm = squares.sqrt()
         self._grad_norm = norm.to(torch.float32)
         self._found_inf = (~torch.isfinite(norm)).to(torch.float32)
+        if device.type == "cuda":
+            flag = torch.empty((), dtype=torch.float32, pin_memory=True)
+            flag.copy_(self._found_inf, non_blocking=True)
+            self._read = (flag, torch.cuda.Event())  # type: ignore[no-untyped-call]
+            self._read[1].record()
         return _clip_factor(norm, max_norm)
 
     # ---------------------------------------------------------------- layout

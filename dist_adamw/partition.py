@@ -146,5 +146,49 @@ class FlatLayout:
         return found
 
 
+@dataclass(frozen=True, slots=True)
+class Footprint:
+    """What one rank holds and sends, in bytes.
+
+    Attributes:
+        staging: Buckets that travel.
+        sent: Per update, gradients and parameters together.
+    """
+
+    parameters: int
+    gradients: int
+    state: int
+    staging: int
+    sent: int
+
+    @property
+    def total(self) -> int:
+        """Bytes held at the peak of an update."""
+        return self.parameters + self.gradients + self.state + self.staging
+
+
+def footprint(
+    layout: FlatLayout, *, param_bytes: int = 4, grad_bytes: int = 4, state_bytes: int = 8, under_way: int = 2
+) -> Footprint:
+    """What training with ``layout`` takes of each rank, before there is a model.
+
+    Args:
+        param_bytes: Of an element; 2 for bf16.
+        grad_bytes: Of an element. With ``layout.lean`` gradients lie in the shard, and a few buckets of them beside.
+        state_bytes: Of an owned element: 8 for two fp32 moments, 12 with an fp32 master.
+        under_way: Buckets that travel at a time.
+    """
+    others = layout.world_size - 1
+    slice_numel = layout.bucket_numel // layout.world_size
+    kept = layout.shard_numel + (1 + under_way) * layout.bucket_numel if layout.lean else layout.numel
+    return Footprint(
+        parameters=layout.numel * param_bytes,
+        gradients=kept * grad_bytes,
+        state=layout.shard_numel * state_bytes,
+        staging=under_way * others * slice_numel * max(param_bytes, grad_bytes),
+        sent=others * layout.shard_numel * (param_bytes + grad_bytes),
+    )
+
+
 def _round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple

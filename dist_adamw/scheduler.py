@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from dist_adamw import collectives
 from dist_adamw.batch import GlobalBatch, check_positive_int
-from dist_adamw.conventions import decay_convention, unwrap, was_applied
+from dist_adamw.conventions import decay_convention, skip_is_known, unwrap, was_applied
 from dist_adamw.plain import plain
 from dist_adamw.policies import Policy
 from dist_adamw.preview import Preview
@@ -139,6 +139,8 @@ class CyclicLRWithRestarts(LRScheduler):
         # prepare's report of an update's real samples, in place of the rule for a plain loop.
         self.sample_source: Callable[[], int | None] | None = None
         self._applied: list[int | None] = []  # updates since the last step(), as the source counted them
+        self._unconfirmed = False  # whether the last of them may yet turn out to have been skipped
+        self._counted_last = 0  # samples of the last update that the clock counted
         self._schedule = self._make_schedule()
         self._bases: list[_Base] = []
         self.optimizer = unwrap(optimizer)
@@ -263,14 +265,33 @@ class CyclicLRWithRestarts(LRScheduler):
         if len(self.optimizer.param_groups) > len(self._bases):
             self._push()
         _ = self.schedule  # an update at an unknown lr must not happen
+        self._confirm()
         self._began_without_state = not self.optimizer.state
 
     def _after_update(self) -> None:
         # torch's get_optimizer_state_dict makes an optimizer without state step once with lr 0.
         silent = all(g["lr"] == 0 for g in self.optimizer.param_groups) and any(self._last_lr)
         initialising = self._began_without_state and silent
-        if not initialising and was_applied(self.optimizer):
+        if initialising:
+            return
+        # To ask a device now would make the host wait for it at every update. So the update counts as applied
+        # until the next one begins; by then the device has answered.
+        known = skip_is_known(self.optimizer)
+        if not known or was_applied(self.optimizer):
             self._applied.append(None if self.sample_source is None else self.sample_source())
+        self._unconfirmed = not known
+
+    def _confirm(self) -> None:
+        """Take the last update back if it turns out that the device skipped it."""
+        unconfirmed, self._unconfirmed = self._unconfirmed, False
+        if not unconfirmed or was_applied(self.optimizer):
+            return
+        if self._applied:  # step() has not been called since
+            self._applied.pop()
+        else:
+            self.samples -= self._counted_last
+            self._step_count -= 1
+            self._push()
 
     def step(self, samples: int | None = None) -> None:
         """Advance the clock by the updates applied since the last call, and set lr and weight decay.
@@ -292,9 +313,11 @@ class CyclicLRWithRestarts(LRScheduler):
         self._step_count += len(applied)
         if samples is not None:
             self.samples += samples
+            self._counted_last = samples // len(applied)
         else:
             for counted in applied:
-                self.samples += self._nominal_samples() if counted is None else counted
+                self._counted_last = self._nominal_samples() if counted is None else counted
+                self.samples += self._counted_last
         self._push()
         if self._verbose and self.cycle != before and collectives.rank() == 0:
             print(self._restart_line())
@@ -389,6 +412,7 @@ class CyclicLRWithRestarts(LRScheduler):
 
     def state_dict(self) -> dict[str, Any]:
         """``samples``, and the configuration as plain data; loads with ``weights_only=True``."""
+        self._confirm()
         return {
             "version": _STATE_VERSION,
             "samples": self.samples,
@@ -451,7 +475,7 @@ class CyclicLRWithRestarts(LRScheduler):
         self._reference_batch_size = state_dict["reference_batch_size"] or self._reference_batch_size
         self._schedule = self._make_schedule()
         self.samples = int(state_dict["samples"])
-        self._applied = []
+        self._applied, self._unconfirmed = [], False
         self._push()
 
     def _take_over(self, saved: Mapping[str, Any], differing: list[str]) -> None:

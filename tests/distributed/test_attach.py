@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from dist_adamw import DistAdamW, exchange
+from dist_adamw import CyclicLRWithRestarts, DistAdamW, exchange
 from tests.distributed.test_optimizer import Network
 from tests.ranks import expect_error_on_all, run_ranks
 
@@ -386,6 +386,28 @@ def check_deferred_and_compiled() -> None:
 def test_compiled_modules_get_their_parameters_at_once() -> None:
     """Another class of parameters would have them compiled anew."""
     run_ranks(2, check_deferred_and_compiled)
+
+
+def check_clock(way: dict[str, Any]) -> list[int]:
+    job = Job(way, {"max_grad_norm": 1.0})
+    scheduler = CyclicLRWithRestarts(job.optimizer, 8, 100, restart_period=2)
+    clock = []
+    for step in range(4):
+        job.accumulate(step, 2)
+        if step == 2:  # inf on one rank's own element, which every rank must learn of
+            loss_of(job.wrapped, 99).mul(math.inf if dist.get_rank() == 1 else 1.0).backward()
+        job.optimizer.step()
+        scheduler.step()
+        job.optimizer.zero_grad()
+        job.optimizer.step()  # without gradients: not an update
+        scheduler.step()
+        clock.append(scheduler.samples)
+    return [*clock, job.optimizer.updates]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_clock_counts_applied_updates(way: str) -> None:
+    assert run_ranks(2, check_clock, WAYS[way]) == [[8, 16, 16, 24, 3]] * 2
 
 
 # ---------------------------------------------------------------- what is in a model

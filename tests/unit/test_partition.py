@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dist_adamw.partition import ALIGNMENT, FlatLayout
+from dist_adamw.partition import ALIGNMENT, BUCKET_NUMEL, FlatLayout, footprint, suitable_bucket_numel
 
 
 @settings(max_examples=200, deadline=None)
@@ -69,10 +69,44 @@ def test_a_bucket_is_no_larger_than_what_there_is() -> None:
 
 
 def test_a_plan_for_ten_to_the_eleven_parameters_takes_seconds() -> None:
+    """Buckets, ownership, memory and traffic on 4,096 ranks, of a model that nobody allocates."""
     start = time.perf_counter()
-    layout = FlatLayout((12288 * 12288 * 4,) * 166, 4096)
+    width = 12288
+    block = (width, 3 * width * width, width * width, width, 4 * width * width, 4 * width * width)
+    layout = FlatLayout((50_000 * width, *(block * 56)), 4096)
     assert layout.numel > 10**11
-    pieces = sum(map(len, layout.owned(1234)))
-    assert pieces >= layout.num_buckets
-    assert layout.shard_numel == -(-layout.numel // 4096)
+    assert layout.padded_numel - layout.numel < ALIGNMENT * (len(layout.numels) + 4096)
+    # Every slice of every bucket is as long as the others, and messages are long enough to be worth sending.
+    assert {b - a for k in (0, layout.num_buckets // 2) for a, b in (layout.slice_of(k, r) for r in (0, 1, 4095))} == {
+        1 << 15
+    }
+    # Ownership: what neighbours own meets, and is all there is.
+    owned = [sum(p.numel for pieces in layout.owned(rank) for p in pieces) for rank in (0, 1, 2048, 4095)]
+    assert max(owned) <= layout.shard_numel
+    assert min(owned) > 0.99 * layout.shard_numel
+    plan = footprint(layout, param_bytes=2, grad_bytes=2, state_bytes=12)
+    n, f = layout.numel, 4095 / 4096
+    assert plan.parameters + plan.gradients == 4 * n
+    assert plan.state == pytest.approx(12 * n / 4096, rel=1e-5)
+    assert plan.staging < 0.003 * plan.total
+    assert plan.sent == pytest.approx(f * n * 4, rel=1e-5)
     assert time.perf_counter() - start < 30
+
+
+@pytest.mark.parametrize("lean", [False, True])
+def test_the_footprint_is_that_of_the_formulas(lean: bool) -> None:
+    layout = FlatLayout((512,) * 50_000, 4, lean=lean)
+    n = layout.numel
+    plan = footprint(layout)
+    gradients = 4 * (n / 4 + 3 * layout.bucket_numel) if lean else 4 * n
+    assert plan.total == pytest.approx(4 * n + gradients + 8 * n / 4 + plan.staging)
+    assert plan.staging <= 0.06 * plan.total
+    assert plan.sent == 3 * n / 4 * 8
+
+
+def test_buckets_suit_the_model_and_the_ranks() -> None:
+    assert suitable_bucket_numel(25_000_000, 1) == BUCKET_NUMEL
+    assert suitable_bucket_numel(25_000_000, 2) == 3_125_000
+    assert suitable_bucket_numel(25_000_000, 2, lean=True) == 2 << 18  # no shorter
+    assert suitable_bucket_numel(10**9, 2) == BUCKET_NUMEL  # no longer
+    assert suitable_bucket_numel(10**11, 4096) == 4096 << 15

@@ -410,3 +410,28 @@ def test_a_copy_has_a_clock_of_its_own(how: str) -> None:
     optimizer2, scheduler2 = copy.deepcopy(both) if how == "deepcopy" else pickle.loads(pickle.dumps(both))
     assert scheduler2.optimizer is optimizer2
     assert train(optimizer2, scheduler2, 20) == train(optimizer, scheduler, 20)
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_a_skip_that_the_device_tells_later_is_taken_back_before_the_next_update(
+    monkeypatch: pytest.MonkeyPatch, every: int
+) -> None:
+    """On a GPU nobody waits for the answer: an update counts until the next one begins. Each still has its lr."""
+
+    def train(known: bool) -> tuple[list[float], int, int]:
+        monkeypatch.setattr(DistAdamW, "skip_is_known", known)
+        param = torch.nn.Parameter(torch.ones(3))
+        optimizer = DistAdamW([param], lr=0.1, max_grad_norm=1.0)
+        scheduler = CyclicLRWithRestarts(optimizer, 4, 30, restart_period=1.3, t_mult=1.5)
+        lrs: list[float] = []
+        optimizer.register_step_pre_hook(lambda *_: lrs.append(optimizer.param_groups[0]["lr"]))
+        for update in range(42):
+            param.grad = torch.full((3,), math.nan if update % 7 in (2, 3, 6) else 1.0)
+            optimizer.step()
+            if update % every == every - 1:
+                scheduler.step()
+        samples = scheduler.state_dict()["samples"]
+        assert samples == scheduler.samples
+        return lrs, samples, optimizer.updates
+
+    assert train(known=False) == train(known=True)
