@@ -443,6 +443,9 @@ class DistAdamW(Optimizer):
                 if len(travelling) == UNDER_WAY:
                     shard.exchange.finish_gather(travelling.pop(0))
                 travelling.append(shard.exchange.start_gather(k))
+        if not travelling:
+            shard.remember_weights()
+            return
         self._arriving += [(shard, sent) for sent in travelling]
         if not self._defer_gather or self._reader_is_compiled():
             self.wait()
