@@ -40,17 +40,21 @@ class _Plan:
     def __init__(self, shards: Sequence[Shard]) -> None:
         self.shards = list(shards)
         self.order = [(shard, k) for shard in reversed(self.shards) for k in reversed(range(shard.layout.num_buckets))]
-        self.members: list[list[int]] = []  # ids of parameters, by bucket
+        self.members: list[set[int]] = []  # ids of parameters, by bucket
+        self.places: list[list[tuple[int, Tensor, bool]]] = []  # place in the shard, whether 1-D as it is
         self.buckets_of: dict[int, list[int]] = {}
         self.place_of: dict[int, tuple[Shard, int]] = {}
         for shard in self.shards:
             for i, param in enumerate(shard.params):
                 self.place_of[id(param)] = (shard, i)
         for n, (shard, k) in enumerate(self.order):
-            found = [id(shard.params[piece.param]) for piece in shard.layout.pieces(*shard.layout.bucket(k))]
-            self.members.append(found)
-            for key in found:
-                self.buckets_of.setdefault(key, []).append(n)
+            places = [
+                (piece.param, shard.params[piece.param]) for piece in shard.layout.pieces(*shard.layout.bucket(k))
+            ]
+            self.places.append([(i, param, param.ndim == 1 and param.is_contiguous()) for i, param in places])
+            self.members.append({id(param) for _, param in places})
+            for _, param in places:
+                self.buckets_of.setdefault(id(param), []).append(n)
 
 
 class GradientPath:
@@ -87,7 +91,8 @@ class GradientPath:
         self._rounds = 0  # into the shard: since the last update
         self._seen: set[int] = set()  # ids of parameters with a gradient since the last update
         self._buffers: list[Tensor] = []  # DDP's, of this round
-        self._watched: list[tuple[Tensor, int]] = []  # gradients, and the version that they should still have
+        self._watched: list[Tensor] = []  # gradients that nobody else should write to
+        self._expected_version = 0
         self._begin_round()
 
     def _params(self) -> list[Tensor]:
@@ -176,14 +181,13 @@ class GradientPath:
 
     def _enter(self, *params: Tensor) -> None:
         """Take ``params`` and those in the inboxes off the lists of what is waited for."""
-        buckets_of, waiting = self._plan.buckets_of, self._waiting
-        for param in (*params, *itertools.chain(*self._inboxes)):
-            key = id(param)
-            for n in buckets_of.get(key, ()):
-                if n < self._next:
-                    raise _too_late(param)
-                waiting[n].discard(key)
+        arrived = {id(param): param for param in (*params, *itertools.chain(*self._inboxes))}
         self._empty_inboxes()
+        for members in self._plan.members[: self._next]:
+            if not members.isdisjoint(arrived):
+                raise _too_late(arrived[members.intersection(arrived).pop()])
+        for waiting in self._waiting[self._next :]:
+            waiting.difference_update(arrived)
 
     def _empty_inboxes(self) -> None:
         for inbox in self._inboxes:
@@ -227,10 +231,10 @@ class GradientPath:
 
     def _watch(self) -> None:
         """Remember the gradients as they are, to see whether somebody changes them."""
-        watched = {id(buffer): buffer for buffer in self._buffers}
+        self._watched = list(self._buffers)
         if not self._buffers_are_gradients:
-            watched |= {id(p.grad): p.grad for p in self._params() if p.grad is not None}
-        self._watched = [(grad, grad._version) for grad in watched.values()]
+            self._watched += [grad for param in self._params() if (grad := param.grad) is not None]
+        self.accept_changes()
         self._tell_siblings()
 
     def _tell_siblings(self) -> None:
@@ -264,13 +268,12 @@ class GradientPath:
         shard, k = self._plan.order[self._next]
         if not self._ddp_only:
             flat = self._flat[id(shard)]
-            members, place_of = self._plan.members[self._next], self._plan.place_of
-            for key in members:
-                i = place_of[key][1]
-                grad = shard.params[i].grad
-                flat[i] = None if grad is None else storage_order(grad, like=shard.params[i])
+            places = self._plan.places[self._next]
+            for i, param, is_flat in places:  # autograd gives a gradient the strides of its parameter
+                grad = param.grad
+                flat[i] = grad if is_flat or grad is None else storage_order(grad, like=param)
             if self.into_shard:
-                self._seen.update(key for key in members if flat[place_of[key][1]] is not None)
+                self._seen.update(id(param) for i, param, _ in places if flat[i] is not None)
         self._next += 1
         self._start(shard, k)
 
@@ -325,7 +328,7 @@ class GradientPath:
                 self._queued = False
                 self._land()
             self._empty_inboxes()
-            self._watched.clear()
+            self._watched, self._expected_version = [], 0
             self._buffers.clear()
             if self._next and not self.into_shard:
                 self._reopen()
@@ -355,7 +358,7 @@ class GradientPath:
         """Forget gradients that arrived: they have been used, or are not wanted. Every rank alike."""
         self._rounds = 0
         self._seen.clear()
-        self._watched.clear()
+        self._watched, self._expected_version = [], 0
         self._buffers.clear()
         self._empty_inboxes()
         # DDP's buckets stay once it has packed them anew; other gradients must not be kept alive.
@@ -375,15 +378,14 @@ class GradientPath:
         Raises:
             RuntimeError: says what to do instead.
         """
-        for grad, version in self._watched:
-            if grad._version != version:
-                raise RuntimeError(
-                    "gradients were changed between backward and step(). After attach() each rank has the average of "
-                    "its own elements only, so a norm taken there is not the model's, and ranks would clip or unscale "
-                    "differently. Pass max_grad_norm to DistAdamW, use its clip_grad_norm_ (after dist_adamw.prepare "
-                    "accelerator.clip_grad_norm_ is that), or do without attach(): then DDP's all-reduce leaves whole "
-                    "averages. GradScaler needs that too."
-                )
+        if self._version() != self._expected_version:
+            raise RuntimeError(
+                "gradients were changed between backward and step(). After attach() each rank has the average of "
+                "its own elements only, so a norm taken there is not the model's, and ranks would clip or unscale "
+                "differently. Pass max_grad_norm to DistAdamW, use its clip_grad_norm_ (after dist_adamw.prepare "
+                "accelerator.clip_grad_norm_ is that), or do without attach(): then DDP's all-reduce leaves whole "
+                "averages. GradScaler needs that too."
+            )
 
     def complete(self, group: dist.ProcessGroup, replicas: dist.ProcessGroup | None) -> bool:
         """Make sure that every rank has every gradient that some rank has. Collective.
@@ -452,7 +454,11 @@ class GradientPath:
 
     def accept_changes(self) -> None:
         """Gradients may be what they are now."""
-        self._watched = [(grad, grad._version) for grad, _ in self._watched]
+        self._expected_version = self._version()
+
+    def _version(self) -> int:
+        """A number that grows whenever one of the gradients that are watched is written to."""
+        return sum([grad._version for grad in self._watched])
 
 
 def _too_late(param: Tensor) -> RuntimeError:
