@@ -26,17 +26,16 @@ BUCKET_NUMEL = 1 << 23  # 32 MiB of fp32
 def suitable_bucket_numel(numel: int, world_size: int, *, lean: bool = False) -> int:
     """Elements that should travel together, of ``numel`` in all.
 
-    ``lean`` is for gradients that are let go of bucket by bucket: an eighth of that, so that few of them
-    exist at a time.
-
     Large buckets move faster, small ones need less staging: two of them travel at a time, so that a
-    ``4 W``-th keeps staging near 4% of parameters, gradients and state. No rank's slice is so
-    short that messages cost more than what is in them, nor a bucket longer than pays.
+    ``4 W``-th keeps staging near 4% of parameters, gradients and state. ``lean`` is for gradients
+    that are let go of bucket by bucket: half of that, so that few of them exist at a time. No rank's
+    slice is so short that messages cost more than what is in them, nor a bucket longer than pays.
     """
     if world_size == 1:
         return BUCKET_NUMEL
+    part, shortest = (8, world_size << 18) if lean else (4, world_size << 19)
     largest = max(BUCKET_NUMEL, world_size << 15)
-    return min(max(numel // ((32 if lean else 4) * world_size), world_size << 18), largest)
+    return min(max(numel // (part * world_size), shortest), largest)
 
 
 @dataclass(frozen=True, slots=True)

@@ -107,6 +107,7 @@ def test_the_footprint_is_that_of_the_formulas(lean: bool) -> None:
 def test_buckets_suit_the_model_and_the_ranks() -> None:
     assert suitable_bucket_numel(25_000_000, 1) == BUCKET_NUMEL
     assert suitable_bucket_numel(25_000_000, 2) == 3_125_000
-    assert suitable_bucket_numel(25_000_000, 2, lean=True) == 2 << 18  # no shorter
+    assert suitable_bucket_numel(25_000_000, 2, lean=True) == 1_562_500
+    assert suitable_bucket_numel(10**6, 2) == 2 << 19  # no shorter
     assert suitable_bucket_numel(10**9, 2) == BUCKET_NUMEL  # no longer
     assert suitable_bucket_numel(10**11, 4096) == 4096 << 15
