@@ -57,8 +57,10 @@ def save_share(optimizer: DistAdamW, names: Mapping[Tensor, str], folder: str | 
     _all_ranks(lambda: _clear(folder) if rank == 0 else None)
     try:
         tensors: dict[str, Tensor] = {}
-        # Ranks that keep whole state all hold the same: the first one writes it.
-        replicated = optimizer.process_group is None and rank > 0
+        # Of ranks that hold the same, the first one writes it.
+        replicas = optimizer.replica_group
+        replicated = rank > 0 if optimizer.process_group is None else collectives.rank(replicas) > 0
+        replicated = replicated and (optimizer.process_group is None or replicas is not None)
         for s, shard in enumerate([] if replicated else optimizer.shards):
             tensors |= {f"{s}.{key}": moment for key, moment in shard.moments.items() if key not in MASTERS}
             if shard.has_master:  # in fp32 however it is kept, so that it loads under other options

@@ -174,8 +174,8 @@ class PeerToPeer(_Base):
             [_Slice.of(layout.pieces(*layout.slice_of(k, r))) for r in range(self._size)]
             for k in range(layout.num_buckets)
         ]
-        self._slot_numel = max(slices[self._rank].numel for slices in self._slices)
-        self._small_numel = max(part.small_numel for slices in self._slices for part in slices)
+        self._slot_numel = max((slices[self._rank].numel for slices in self._slices), default=0)
+        self._small_numel = max((part.small_numel for slices in self._slices for part in slices), default=0)
         peers = [(self._rank + d) % self._size for d in range(1, self._size)]
         self._peers = list(zip(peers, reversed(peers), strict=True))  # to whom, from whom: all busy at a time
 
@@ -351,14 +351,20 @@ class PeerToPeer(_Base):
 class Native(_Base):
     """The backend's reduce-scatter and all-gather; see `Exchange`."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._known: dict[int, tuple[list[Piece], int, int, int]] = {}
+
     def _staging(self) -> Tensor:
         return self._empty(self._layout.bucket_numel).zero_()  # padding travels too
 
     def _pieces(self, k: int) -> tuple[list[Piece], int, int, int]:
         """All pieces of a bucket, placed in it; the bucket's length; where this rank's slice is."""
-        start, stop = self._layout.bucket(k)
-        mine = self._layout.slice_of(k, self._rank)
-        return self._layout.pieces(start, stop), stop - start, mine[0] - start, mine[1] - start
+        if k not in self._known:
+            start, stop = self._layout.bucket(k)
+            mine = self._layout.slice_of(k, self._rank)
+            self._known[k] = self._layout.pieces(start, stop), stop - start, mine[0] - start, mine[1] - start
+        return self._known[k]
 
     def start_reduce(self, k: int, flat: Flat) -> Travelling:
         """See `Exchange`."""

@@ -26,6 +26,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_leaves
 
 from dist_adamw.exchange import UNDER_WAY, Travelling
 from dist_adamw.shard import Shard, storage_order
@@ -80,6 +81,7 @@ class GradientPath:
         self._params_ref, self._shards_ref = weakref.WeakMethod(params), weakref.WeakMethod(shards)
         self.overlap, self.into_shard = overlap, into_shard
         self.synchronises = True  # False inside no_sync
+        self._listens_to_ddp: bool | None = None
         self._ddp_only = self._buffers_are_gradients = True
         self._hooks: list[_DDPHook] = []
         self._ids: set[int] = set()
@@ -89,6 +91,8 @@ class GradientPath:
         self._travelling: deque[tuple[Shard, Travelling]] = deque()
         self._queued = False  # whether autograd will call _after_backward
         self._rounds = 0  # into the shard: since the last update
+        self._filled: set[int] = set()  # ids of parameters that got zeros for a gradient
+        self._reopened = False  # whether averages have become sums again since the last update
         self._seen: set[int] = set()  # ids of parameters with a gradient since the last update
         self._buffers: list[Tensor] = []  # DDP's, of this round
         self._watched: list[Tensor] = []  # gradients that nobody else should write to
@@ -111,6 +115,13 @@ class GradientPath:
         Raises:
             ValueError: ``model`` is wrapped so that this path cannot serve it.
         """
+        is_ddp = isinstance(model, DistributedDataParallel)
+        if self._listens_to_ddp not in (None, is_ddp):
+            raise ValueError(
+                "one optimizer cannot be attached to a DistributedDataParallel module and to a plain one. "
+                "Wrap both or neither, or give each an optimizer."
+            )
+        self._listens_to_ddp = is_ddp
         if isinstance(model, DistributedDataParallel):
             if self.into_shard:
                 raise ValueError(
@@ -121,6 +132,7 @@ class GradientPath:
         else:
             self._ddp_only = self._buffers_are_gradients = False
             self._listen_to_parameters([p for p in model.parameters() if p.requires_grad and id(p) in self.ids()])
+            model.register_forward_hook(_Weak(self, "_after_forward"))
             if not hasattr(model, "no_sync"):  # Accelerate's accumulate() asks for it
                 model.no_sync = _Weak(self, "no_sync")  # type: ignore[assignment]
         model.register_forward_pre_hook(_Weak(self, "_before_forward"))
@@ -188,6 +200,7 @@ class GradientPath:
                 raise _too_late(arrived[members.intersection(arrived).pop()])
         for waiting in self._waiting[self._next :]:
             waiting.difference_update(arrived)
+        self._filled.difference_update(arrived)
 
     def _empty_inboxes(self) -> None:
         for inbox in self._inboxes:
@@ -210,6 +223,20 @@ class GradientPath:
         while self._next < len(self._waiting) and not self._waiting[self._next]:
             self._launch()
 
+    def _launch_rest(self) -> None:
+        """Send what has not been sent, zeros for gradients that are not there.
+
+        At the end of every backward, so that no rank waits for what another one sends only when it updates.
+        """
+        self._follow_layout()
+        self._enter()
+        for param in self._params():
+            if param.grad is None and id(param) in self._plan.buckets_of:
+                param.grad = torch.zeros_like(param)
+                self._filled.add(id(param))
+        while self._next < len(self._plan.order):
+            self._launch()
+
     def begin(self) -> None:
         """Once in a backward, before its first gradient: follow the layout, and have autograd call when it is over."""
         self._queued = True
@@ -222,9 +249,8 @@ class GradientPath:
         if self.into_shard:
             self._finish_round()
             return
-        self._enter()
-        if self.overlap:
-            self._launch_ready()
+        if self.overlap and not self._ddp_only:
+            self._launch_rest()
         self._land()
         # DDP may have its own to do now, so this comes last.
         torch.autograd.Variable._execution_engine.queue_callback(self._watch)
@@ -331,7 +357,25 @@ class GradientPath:
             self._watched, self._expected_version = [], 0
             self._buffers.clear()
             if self._next and not self.into_shard:
-                self._reopen()
+                if any(param.grad is not None for param in self._params()):
+                    self._reopen()
+                else:
+                    self.discard()
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Hear of the beginning of the backward pass, in the graph task that ends with it.
+
+        A parameter's hook may run in a smaller one, that of a segment checkpointed with use_reentrant=True.
+        """
+        if torch.is_grad_enabled():
+            for leaf in tree_leaves(output):
+                if isinstance(leaf, Tensor) and leaf.requires_grad:
+                    leaf.register_hook(_Weak(self, "_backward_begins"))  # type: ignore[no-untyped-call]
+
+    def _backward_begins(self, grad: Tensor) -> None:
+        if (self.synchronises or self.into_shard) and not self._queued:
+            self.begin()
 
     def _reopen(self) -> None:
         """Averages that no update has used yet become sums of local gradients again, to be added to.
@@ -352,11 +396,21 @@ class GradientPath:
                     else:
                         run.zero_()
             shard.reduced.clear()
+        self._reopened = True
         self._begin_round()
 
     def discard(self) -> None:
-        """Forget gradients that arrived: they have been used, or are not wanted. Every rank alike."""
+        """Forget gradients that arrived: they are not wanted. Every rank alike."""
+        self._queued = False
+        self._land()  # left over from a backward that was broken off
+        self.used()
+        self._begin_round()
+
+    def used(self) -> None:
+        """An update has been made of the gradients. Until they are set to zero or None, they are averages."""
         self._rounds = 0
+        self._filled.clear()
+        self._reopened = False
         self._seen.clear()
         self._watched, self._expected_version = [], 0
         self._buffers.clear()
@@ -367,8 +421,15 @@ class GradientPath:
             shard.reduced.clear()
             if not stay:
                 self._flat[id(shard)] = [None] * len(shard.params)
-        self._begin_round()
+        if self.into_shard:
+            self._begin_round()
         self._tell_siblings()
+
+    def forget_layout(self) -> None:
+        """The shards are not what they were. Local."""
+        self.discard()
+        self._plan, self._flat = _Plan([]), {}
+        self._begin_round()
 
     # ---------------------------------------------------------------- for the update
 
@@ -396,21 +457,28 @@ class GradientPath:
         params = self._params()
         if self._ddp_only:  # DDP has seen to it
             return any(param.grad is not None for param in params)
+        if self.overlap and not self.into_shard and not self._next and not self._reopened:
+            self._launch_rest()  # nothing arrived here, but other ranks may be waiting in backward
+            self._land()
         seen = self._seen if self.into_shard else set()
-        present = [param.grad is not None or id(param) in seen for param in params]
+        present = [(param.grad is not None and id(param) not in self._filled) or id(param) in seen for param in params]
         leftover = self.into_shard and any(param.grad is not None for param in params)
-        # Most updates have all gradients on all ranks, and then two numbers say so.
+        # Most updates have all gradients on all ranks, and then three numbers say so.
         missing = any(param.requires_grad for param, there in zip(params, present, strict=True) if not there)
-        rounds, incomplete = self._largest([self._rounds + leftover, missing], params, group, replicas)
-        self._needed = rounds
+        numbers = [self._rounds + leftover, missing, self._reopened]
+        self._needed, incomplete, reopened = self._largest(numbers, params, group, replicas)
+        if reopened and not self._reopened:  # another rank ran the module forward since backward
+            self._reopen()
         if incomplete:
             present = [bool(n) for n in self._largest(present, params, group, replicas)]
         for param, is_used in zip(params, present, strict=True):
             if not is_used:
+                if id(param) in self._filled:
+                    param.grad = None
                 continue
             if self.into_shard:
                 self._seen.add(id(param))
-            elif param.grad is None:
+            if param.grad is None and (not self.into_shard or id(param) not in self._plan.buckets_of):
                 param.grad = torch.zeros_like(param)
         return any(present)
 
@@ -529,8 +597,10 @@ class _DDPHook:
             if self._is_view:  # else DDP copies the buffer to the gradients when backward is over
                 path._buffers.append(buffer)
                 path.arrived(packed[key])
-        for grad in foreign:
-            dist.all_reduce(grad.div_(dist.get_world_size(self._group)), group=self._group)
+        if foreign:
+            together = torch.cat(foreign).div_(dist.get_world_size(self._group))
+            dist.all_reduce(together, group=self._group)
+            torch._foreach_copy_(foreign, list(torch.split(together, [grad.numel() for grad in foreign])))
         done: torch.futures.Future[Tensor] = torch.futures.Future()
         done.set_result(buffer)
         return done

@@ -108,8 +108,9 @@ class DistAdamW(Optimizer):
     Raises:
         ValueError: a hyper-parameter is out of range (or nan), or ``params`` is empty.
 
-    ``step`` is collective when sharded: every rank calls it equally often. Gradients must be the
-    same on every rank by then, which is what DDP's all-reduce leaves behind.
+    ``step`` is collective when sharded: every rank calls it equally often. Gradients are reduced to
+    their owners after `attach`; without it they must be the same on every rank by then, which is
+    what DDP's all-reduce leaves behind.
 
     Source: Loshchilov & Hutter, arXiv:1711.05101, Algorithm 2; sharding as in ZeRO-1,
     Rajbhandari et al., arXiv:1910.02054.
@@ -281,6 +282,8 @@ class DistAdamW(Optimizer):
         else:
             clip = self._measure(grads, self.max_grad_norm)
             if not all(map(self._is_fused, self.shards)) and self.step_was_skipped:
+                if self._path is not None:
+                    self._path.used()
                 return loss  # foreach arithmetic cannot skip by itself
         for shard, buckets in zip(self.shards, grads, strict=True):
             if not shard.any_grad:
@@ -288,7 +291,7 @@ class DistAdamW(Optimizer):
             shard.count_update(self._found_inf)
             self._update(shard, buckets, clip)
         if self._path is not None:
-            self._path.discard()
+            self._path.used()
         return loss
 
     def _collect_gradients(self) -> bool:
@@ -308,7 +311,7 @@ class DistAdamW(Optimizer):
     def _shards_by_now(self) -> list[Shard]:
         """The shards; of every parameter that requires a gradient where there were none."""
         self.wait()
-        if not self.shards or self.shards[0].params[0].device != self.shards[0].steps.device:
+        if not self.shards or any(shard.has_moved() for shard in self.shards):
             self._prepare_shards()
         return self.shards
 
@@ -341,6 +344,8 @@ class DistAdamW(Optimizer):
                 let go of ``param.grad``, which is None after backward. Gradients then take
                 ``b_g N / W`` bytes and what is on its way, instead of ``b_g N``; with A
                 micro-batches an update sends ``f N (A b_g + b_p)``. Plain modules only.
+                Every rank's backward passes must reach the module equally often, and what is not wanted is
+                forgotten by this optimizer's ``zero_grad``, not by the module's.
             defer_gather: Let `step` return while the last buckets of parameters travel. Whoever reads
                 one of them, by any reference and in any torch function, waits for it then. Not for
                 compiled modules, whose parameters are waited for as ever.
@@ -358,12 +363,22 @@ class DistAdamW(Optimizer):
                     "gradients. Leave shard='auto', or wrap the model in DistributedDataParallel."
                 )
             return
+        if isinstance(model, DistributedDataParallel) and not self.shares_with(model.process_group):
+            raise ValueError(
+                f"the module is averaged over ranks {dist.get_process_group_ranks(model.process_group)}, and the "
+                f"optimizer's state is shared over {self._ranks()}: gradients would be averaged over those alone. Give "
+                "DistAdamW a mesh of all these ranks (two axes to replicate state), or do without attach()."
+            )
         if self._path is None:
             self._path = GradientPath(
                 self._all_params, self._shards_by_now, overlap=overlap, into_shard=reduce_every_backward
             )
-            collectives.check_agreement(self.layout_record(), group)
+            for ranks in (group, self.replica_group):
+                if ranks is not None:
+                    collectives.check_agreement(self.layout_record(), ranks)
             self._tag = max(collectives.all_gather_objects(_next_tag(), group))
+            for shard in self.shards:
+                shard.retag(self._tag)
         elif (self._path.overlap, self._path.into_shard, self._defer_gather) != (
             overlap,
             reduce_every_backward,
@@ -386,7 +401,7 @@ class DistAdamW(Optimizer):
         Args:
             max_norm: The norm is scaled down to this.
             norm_type: The p of the norm; may be inf.
-            parameters: Whose gradients; default: all of this optimizer.
+            parameters: Whose gradients; default: all of this optimizer. Others' are taken as they are.
 
         Returns:
             The norm before clipping, 0-d.
@@ -394,7 +409,10 @@ class DistAdamW(Optimizer):
         params = self._all_params() if parameters is None else list(parameters)
         if self._path is None:
             return torch.nn.utils.clip_grad_norm_(params, max_norm, norm_type)
+        ours = {id(param) for param in self._all_params()}
         chosen = {id(param) for param in params}
+        # Those of other optimizers are whole on every rank.
+        foreign = [p.grad for p in params if id(p) not in ours and p.grad is not None]
         self._collect_gradients()
         owned = [
             grad
@@ -408,9 +426,13 @@ class DistAdamW(Optimizer):
         assert self.process_group is not None
         largest = dist.ReduceOp.MAX if norm_type == math.inf else dist.ReduceOp.SUM
         dist.all_reduce(total, op=largest, group=self.process_group)
+        if foreign:
+            theirs = norm_parts(foreign, norm_type).to(total.device)
+            total = torch.maximum(total, theirs) if norm_type == math.inf else total + theirs
         norm = total if norm_type == math.inf else total.pow(1.0 / norm_type)
-        if owned:
-            torch._foreach_mul_(owned, _clip_factor(norm, max_norm))
+        for grads in (owned, foreign):
+            if grads:
+                torch._foreach_mul_(grads, _clip_factor(norm, max_norm))
         self._path.accept_changes()
         return norm.to(torch.float32)
 
@@ -422,6 +444,16 @@ class DistAdamW(Optimizer):
         """
         if self._path is not None:
             self._path.accept_changes()
+
+    def _ranks(self) -> list[int]:
+        """Over which gradients are averaged: all of the mesh."""
+        if self._mesh is not None:
+            return sorted(int(rank) for rank in self._mesh.mesh.flatten())
+        return sorted(dist.get_process_group_ranks(dist.group.WORLD))
+
+    def shares_with(self, group: dist.ProcessGroup) -> bool:
+        """Whether gradients that `attach` averages are averaged over the ranks of ``group``. Local."""
+        return self._ranks() == sorted(dist.get_process_group_ranks(group))
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As torch's; what `attach` has reduced is forgotten too. Every rank alike."""
@@ -690,6 +722,8 @@ class DistAdamW(Optimizer):
             if not self.state[param]:
                 del self.state[param]
         self._reset()
+        if self._path is not None:
+            self._path.forget_layout()
         if load_apart is not None:
             self.state.clear()
             load_apart()

@@ -166,10 +166,23 @@ class Shard:
         for name, moment in self.moments.items():
             self.moments[name] = moment.to(device, moment.dtype if self.is_mixed else dtype)
         self.steps = self.steps.to(device)
-        self._flat_grads = None
         self._build_views()
+        if self._flat_grads is not None:
+            self._flat_grads = self._flat_grads.to(device, dtype)
+            self._cut_flat_grads()
+            self.reduced = {k: list(self._flat_views[k]) for k in self.reduced}
         self._follow_weights()
         return True
+
+    def has_moved(self) -> bool:
+        """Whether the first parameter has other memory than at the last `refresh`; a cheap sign of all."""
+        return self.params[0].data_ptr() != self._addresses[0] or self.params[0].device != self.steps.device
+
+    def retag(self, tag: int) -> None:
+        """Have messages carry ``tag``."""
+        self._tag = tag
+        if self.exchange is not None:
+            self.exchange.tag = tag
 
     def _follow_weights(self) -> None:
         """Take over parameters that somebody wrote to since the last update, a loaded model say.
@@ -293,10 +306,14 @@ class Shard:
         if self._flat_grads is None:
             like = self.params[0]
             self._flat_grads = torch.zeros(self.layout.shard_numel, dtype=like.dtype, device=like.device)
-            self._flat_views = [
-                [self._flat_grads[p.offset : p.offset + p.numel] for p in bucket.pieces] for bucket in self._buckets
-            ]
+            self._cut_flat_grads()
         return self._flat_views[k]
+
+    def _cut_flat_grads(self) -> None:
+        assert self._flat_grads is not None
+        self._flat_views = [
+            [self._flat_grads[p.offset : p.offset + p.numel] for p in bucket.pieces] for bucket in self._buckets
+        ]
 
     def owned_grads(self) -> list[list[Tensor | None]]:
         """Averaged gradients of the owned pieces, bucket by bucket; None where a parameter has none."""

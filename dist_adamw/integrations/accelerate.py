@@ -309,6 +309,8 @@ def _attach(accelerator: Accelerator, model: nn.Module, optimizer: DistAdamW) ->
     hooked = chosen is not None and chosen.value != "no"
     if not isinstance(model, DistributedDataParallel) or accelerator.scaler is not None or hooked:
         return
+    if optimizer.process_group is not None and not optimizer.shares_with(model.process_group):
+        return  # state is shared among some of the ranks; DDP averages over all
     optimizer.attach(model)
     clip_norm, clip_value = accelerator.clip_grad_norm_, accelerator.clip_grad_value_
 

@@ -92,6 +92,7 @@ class Job:
         model: Any = None,
         loss: Callable[[nn.Module, int], Tensor] = loss_of,
         unused: bool = True,
+        bucket_numel: int = 1000,
     ) -> None:
         way, self.loss = dict(way), loss
         self.model: Any = Network() if model is None else model
@@ -102,7 +103,7 @@ class Job:
                 self.model, find_unused_parameters=unused, gradient_as_bucket_view=way.pop("view", True)
             )
         options = options or {}
-        self.optimizer = DistAdamW(self.model.parameters(), lr=1e-2, bucket_numel=1000, **options)
+        self.optimizer = DistAdamW(self.model.parameters(), lr=1e-2, bucket_numel=bucket_numel, **options)
         theirs = {k: v for k, v in options.items() if k in ("eps", "amsgrad", "maximize")}
         self.reference = torch.optim.AdamW(self.twin.parameters(), lr=1e-2, fused=True, **theirs)
         self.every = way.get("reduce_every_backward", False)
@@ -239,6 +240,63 @@ def check_forward_between_backward_and_step() -> None:
 def test_a_forward_between_backward_and_step_changes_nothing() -> None:
     for world_size in (2, 3):
         run_ranks(world_size, check_forward_between_backward_and_step)
+
+
+def check_forward_on_one_rank() -> None:
+    job = Job({}, {"eps": 0.1})
+    for step in range(4):
+        job.accumulate(step, 1)
+        if dist.get_rank() == 0:
+            job.model(torch.randn(1, 3, 8, 8))
+        job.update()
+    job.check(rtol=1e-5, atol=1e-7)
+
+
+def test_a_forward_on_one_rank_before_step_changes_nothing() -> None:
+    for world_size in (2, 3):
+        run_ranks(world_size, check_forward_on_one_rank)
+
+
+def check_kept_gradients(way: dict[str, Any]) -> None:
+    """Without zero_grad gradients add up over updates, as in torch; a second step() takes them again."""
+    job = Job(way, {"eps": 0.1})
+    total: list[Any] = [None] * len(list(job.twin.parameters()))
+    for step in range(4):
+        loss_of(job.wrapped, step).backward()
+        for p in job.twin.parameters():
+            p.grad = None
+        loss_of(job.twin, step).backward()
+        for i, average in enumerate(averaged([p.grad for p in job.twin.parameters()])):
+            total[i] = average if total[i] is None else total[i] + average
+        for p, grad in zip(job.twin.parameters(), total, strict=True):
+            p.grad = grad
+        for _ in range(1 + step % 2):
+            job.optimizer.step()
+            job.reference.step()
+    job.check(rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("way", [way for way in WAYS if not way.startswith("every")])
+def test_gradients_that_nobody_zeroes_add_up(way: str) -> None:
+    for world_size in (2, 3):
+        run_ranks(world_size, check_kept_gradients, WAYS[way])
+
+
+def check_new_storage(way: dict[str, Any]) -> None:
+    job = Job(way, {"eps": 0.1})
+    job.train(range(2))
+    for p in job.model.parameters():
+        p.data = p.data.clone()
+    job.train(range(2, 4), 2)
+    job.optimizer.load_state_dict(copy.deepcopy(job.optimizer.state_dict()))
+    job.train(range(4, 6), 2)
+    job.check()
+
+
+@pytest.mark.filterwarnings("ignore:this state dict holds the share")
+@pytest.mark.parametrize("way", WAYS)
+def test_new_storage_and_loaded_state_in_mid_run(way: str) -> None:
+    run_ranks(2, check_new_storage, WAYS[way])
 
 
 def check_discarded(way: dict[str, Any]) -> None:
@@ -432,16 +490,13 @@ class Branches(nn.Module):
         return x
 
 
-def check_unused(way: dict[str, Any]) -> int:
-    job = Job(way, {"eps": 0.1}, model=Branches(), loss=branch_loss)
-    absent = 0
+def check_unused(way: dict[str, Any], bucket_numel: int) -> None:
+    job = Job(way, {"eps": 0.1}, model=Branches(), loss=branch_loss, bucket_numel=bucket_numel)
     for step in range(30):
         job.accumulate(step, 1)
-        absent += sum(p.grad is None for p in job.model.branches.parameters())
         job.update()
     job.check()
     assert all("exp_avg" not in job.reference.state[p] for p in job.twin.never.parameters())
-    return absent
 
 
 def branch_loss(model: nn.Module, step: int) -> Tensor:
@@ -449,11 +504,11 @@ def branch_loss(model: nn.Module, step: int) -> Tensor:
     return model(torch.randn(2, 9, generator=generator)).square().mean()  # type: ignore[no-any-return]
 
 
+@pytest.mark.parametrize("bucket_numel", [1000, 100])  # everything together, or branches apart
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("world_size", [2, 3])
-def test_parameters_unused_on_some_ranks(world_size: int, way: str) -> None:
-    absent = run_ranks(world_size, check_unused, WAYS[way])
-    assert any(absent) or way.startswith("ddp")  # DDP gives zeros where others have a gradient
+def test_parameters_unused_on_some_ranks(world_size: int, way: str, bucket_numel: int) -> None:
+    run_ranks(world_size, check_unused, WAYS[way], bucket_numel)
 
 
 def check_unfreezing(way: dict[str, Any]) -> None:
@@ -750,6 +805,17 @@ def attach_what_cannot_be(case: str) -> None:
         optimizer = DistAdamW(model.parameters())
         optimizer.attach(model)
         optimizer.attach(nn.Linear(2, 2), overlap=False)
+    elif case == "other ranks":
+        mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("node", "local"))
+        DistAdamW(model.parameters(), mesh=mesh["local"]).attach(
+            DistributedDataParallel(
+                model, process_group=dist.new_group([dist.get_rank()], use_local_synchronization=True)
+            )
+        )
+    elif case == "both":
+        optimizer = DistAdamW([*model.parameters(), *(other := nn.Linear(2, 2)).parameters()])
+        optimizer.attach(model)
+        optimizer.attach(DistributedDataParallel(other))
     elif case == "ranks differ":
         DistAdamW(nn.Linear(4, 4 + dist.get_rank()).parameters()).attach(model)
 
@@ -760,6 +826,8 @@ def attach_what_cannot_be(case: str) -> None:
         ("every backward", "reduce_every_backward=True is for a module without DistributedDataParallel"),
         ("unsharded", "attach() needs sharded state"),
         ("other options", "attach() was called before with other options"),
+        ("other ranks", "the optimizer's state is shared over [0, 1]: gradients would be averaged over those alone"),
+        ("both", "cannot be attached to a DistributedDataParallel module and to a plain one"),
         ("ranks differ", "rank 1 disagrees with rank 0: parameters of group 0"),
     ],
 )
