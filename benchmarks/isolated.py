@@ -48,7 +48,10 @@ def measure(out: Path, workloads: Sequence[str], engines: Sequence[str], *, worl
             command = [sys.executable, "-m", "benchmarks.isolated", "--out", str(out), "--ranks", str(world_size)]
             command += ["--workload", workload, "--engine", engine, "--network", network, "--timeout", str(timeout)]
             env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
-            subprocess.run([*prefix, *command], env=env, cwd=ranks.ROOT, check=True)
+            ended = subprocess.run([*prefix, *command], env=env, cwd=ranks.ROOT, check=False).returncode
+            if ended:  # a peer's processes may not end well; the others are still worth measuring
+                lost = {"kind": "isolated", "workload": workload, "engine": engine, "ranks": world_size}
+                records.append(out, [{**lost, "skipped": f"its processes ended with exit status {ended}"}])
 
 
 def _status(field: str) -> int:
