@@ -281,6 +281,8 @@ class DistAdamW(Optimizer):
             self._skipped, self._updates = False, self._updates + 1
         else:
             clip = self._measure(grads, self.max_grad_norm)
+            if clip.device.type == "cpu" and clip == 1:  # free to ask there
+                clip = None
             if not all(map(self._is_fused, self.shards)) and self.step_was_skipped:
                 if self._path is not None:
                     self._path.used()
