@@ -504,8 +504,9 @@ class DistAdamW(Optimizer):
     def wait(self) -> None:
         """Wait until every parameter has its new value.
 
-        Needed only with ``defer_gather``, and then only before memory of parameters is read in a
-        way that torch does not see, by an address taken before `step`.
+        Needed only with ``defer_gather``, and then only before parameters are read in a way that
+        passes by Python: an address taken before `step`, a ``torch.jit.ScriptModule``, a collective
+        that is given the parameter itself.
         """
         while self._arriving:
             self._receive()
