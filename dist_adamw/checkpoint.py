@@ -58,10 +58,10 @@ def save_share(optimizer: DistAdamW, names: Mapping[Tensor, str], folder: str | 
     try:
         tensors: dict[str, Tensor] = {}
         # Of ranks that hold the same, the first one writes it.
-        replicas = optimizer.replica_group
-        replicated = rank > 0 if optimizer.process_group is None else collectives.rank(replicas) > 0
-        replicated = replicated and (optimizer.process_group is None or replicas is not None)
-        for s, shard in enumerate([] if replicated else optimizer.shards):
+        copy = rank if optimizer.process_group is None else 0
+        if optimizer.replica_group is not None:
+            copy = collectives.rank(optimizer.replica_group)
+        for s, shard in enumerate(optimizer.shards if copy == 0 else []):
             tensors |= {f"{s}.{key}": moment for key, moment in shard.moments.items() if key not in MASTERS}
             if shard.has_master:  # in fp32 however it is kept, so that it loads under other options
                 tensors[f"{s}.master"] = shard.flat_master()

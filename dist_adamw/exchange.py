@@ -16,9 +16,10 @@ broadcasts 1.9, its own all-gather 8.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -46,7 +47,7 @@ class Travelling:
     held: list[Tensor] = field(default_factory=list)
 
 
-class Exchange(Protocol):
+class Exchange(ABC):
     """Moves the buckets of one layout. Every method is collective, in the same order on every rank.
 
     At most UNDER_WAY buckets travel at a time.
@@ -56,49 +57,6 @@ class Exchange(Protocol):
         count: Ranks that gradients are averaged over.
     """
 
-    tag: int
-    count: int
-
-    def start_reduce(self, k: int, flat: Flat) -> Travelling:
-        """Send bucket ``k`` of gradients ``flat`` to its owners. They must stay as they are until it is finished."""
-
-    def finish_reduce(self, sent: Travelling, into: list[Tensor] | None, *, add: bool = False) -> None:
-        """Average this rank's slice over all ranks.
-
-        Args:
-            into: Where each owned piece's average goes; None: over the local gradient it was made from.
-            add: Add it to what is there.
-        """
-
-    def start_gather(self, k: int) -> Travelling:
-        """Send this rank's slice of bucket ``k`` of the parameters, and receive the others'."""
-
-    def finish_gather(self, sent: Travelling) -> None:
-        """Wait until the parameters of a bucket are those that their owners have."""
-
-
-def make_exchange(
-    layout: FlatLayout,
-    params: list[Tensor],
-    *,
-    group: dist.ProcessGroup,
-    replicas: dist.ProcessGroup | None = None,
-    tag: int = 0,
-) -> Exchange:
-    """The way that suits ``group``'s backend. Local.
-
-    Args:
-        layout: Whose buckets travel.
-        params: The parameters, as 1-D views.
-        group: The ranks that share the layout.
-        replicas: The ranks that own the same slices as this one, over which gradients are averaged too.
-        tag: Tells messages of several optimizers apart; the same on all ranks.
-    """
-    kind = PeerToPeer if dist.get_backend(group) == "gloo" else Native
-    return kind(layout, params, group=group, replicas=replicas, tag=tag)
-
-
-class _Base:
     def __init__(
         self,
         layout: FlatLayout,
@@ -129,11 +87,54 @@ class _Base:
     def _take(self) -> Any:
         return self._free.pop() if self._free else self._staging()
 
+    @abstractmethod
     def _staging(self) -> Any:
-        raise NotImplementedError
+        """Memory for one bucket on its way."""
 
     def _empty(self, numel: int) -> Tensor:
         return torch.empty(numel, dtype=self._like.dtype, device=self._like.device)
+
+    @abstractmethod
+    def start_reduce(self, k: int, flat: Flat) -> Travelling:
+        """Send bucket ``k`` of gradients ``flat`` to its owners. They must stay as they are until it is finished."""
+
+    @abstractmethod
+    def finish_reduce(self, sent: Travelling, into: list[Tensor] | None, *, add: bool = False) -> None:
+        """Average this rank's slice over all ranks.
+
+        Args:
+            into: Where each owned piece's average goes; None: over the local gradient it was made from.
+            add: Add it to what is there.
+        """
+
+    @abstractmethod
+    def start_gather(self, k: int) -> Travelling:
+        """Send this rank's slice of bucket ``k`` of the parameters, and receive the others'."""
+
+    @abstractmethod
+    def finish_gather(self, sent: Travelling) -> None:
+        """Wait until the parameters of a bucket are those that their owners have."""
+
+
+def make_exchange(
+    layout: FlatLayout,
+    params: list[Tensor],
+    *,
+    group: dist.ProcessGroup,
+    replicas: dist.ProcessGroup | None = None,
+    tag: int = 0,
+) -> Exchange:
+    """The way that suits ``group``'s backend. Local.
+
+    Args:
+        layout: Whose buckets travel.
+        params: The parameters, as 1-D views.
+        group: The ranks that share the layout.
+        replicas: The ranks that own the same slices as this one, over which gradients are averaged too.
+        tag: Tells messages of several optimizers apart; the same on all ranks.
+    """
+    kind = PeerToPeer if dist.get_backend(group) == "gloo" else Native
+    return kind(layout, params, group=group, replicas=replicas, tag=tag)
 
 
 @dataclass(slots=True)
@@ -164,7 +165,7 @@ class _Slice:
         return list(views) if not self.large else [views[i] for i in self.small]
 
 
-class PeerToPeer(_Base):
+class PeerToPeer(Exchange):
     """Messages between pairs of ranks; see `Exchange`."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -348,7 +349,7 @@ class PeerToPeer(_Base):
         sent.works.append(work)
 
 
-class Native(_Base):
+class Native(Exchange):
     """The backend's reduce-scatter and all-gather; see `Exchange`."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

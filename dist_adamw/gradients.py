@@ -206,6 +206,12 @@ class GradientPath:
         for inbox in self._inboxes:
             inbox.clear()
 
+    def _forget_arrivals(self) -> None:
+        """Nothing has come, and there is nothing to watch."""
+        self._empty_inboxes()
+        self._buffers.clear()
+        self._watched, self._expected_version = [], 0
+
     def arrived(self, packed: _Packed) -> None:
         """The gradients of one of DDP's buckets are there; launch what can be. Collective."""
         if packed.plan is not self._plan:
@@ -353,9 +359,7 @@ class GradientPath:
             if self._queued:  # the last backward was broken off
                 self._queued = False
                 self._land()
-            self._empty_inboxes()
-            self._watched, self._expected_version = [], 0
-            self._buffers.clear()
+            self._forget_arrivals()
             if self._next and not self.into_shard:
                 if any(param.grad is not None for param in self._params()):
                     self._reopen()
@@ -412,9 +416,7 @@ class GradientPath:
         self._filled.clear()
         self._reopened = False
         self._seen.clear()
-        self._watched, self._expected_version = [], 0
-        self._buffers.clear()
-        self._empty_inboxes()
+        self._forget_arrivals()
         # DDP's buckets stay once it has packed them anew; other gradients must not be kept alive.
         stay = self._ddp_only and all(hook.forget_unless_settled() for hook in self._hooks)
         for shard in self._plan.shards:
@@ -510,8 +512,7 @@ class GradientPath:
         for shard in {id(shard): shard for shard, _ in rest}.values():
             self._flat[id(shard)] = [None if p.grad is None else storage_order(p.grad, like=p) for p in shard.params]
         for shard, k in rest:
-            pieces = shard.layout.pieces(*shard.layout.bucket(k))
-            if any(shard.params[p.param].grad is not None for p in pieces):
+            if any(param.grad is not None for param in shard.members(k)):
                 self._start(shard, k)
         self._land()
         if len(planned) < len(self._shards()):

@@ -82,6 +82,13 @@ def averaged(grads: list[Tensor | None]) -> list[Tensor | None]:
     return result
 
 
+def average_gradients(model: nn.Module) -> None:
+    """Give the parameters of ``model`` the average over ranks of their gradients."""
+    params = list(model.parameters())
+    for param, average in zip(params, averaged([param.grad for param in params]), strict=True):
+        param.grad = average
+
+
 class Job:
     """A model trained by DistAdamW, and a twin trained by torch.optim.AdamW that is fed the same averages."""
 
@@ -135,8 +142,7 @@ class Job:
             return
         self.loss(self.twin, seed).backward()
         if last:
-            for p, average in zip(params, averaged([p.grad for p in params]), strict=True):
-                p.grad = average
+            average_gradients(self.twin)
 
     def update(self) -> None:
         self.optimizer.step()
@@ -585,8 +591,7 @@ def check_more_ranks_than_elements() -> None:
         x = torch.tensor([[float(dist.get_rank() + step)]])
         model(x).square().mean().backward()
         twin(x).square().mean().backward()
-        for p, average in zip(twin.parameters(), averaged([p.grad for p in twin.parameters()]), strict=True):
-            p.grad = average
+        average_gradients(twin)
         for o in (optimizer, reference):
             o.step()
             o.zero_grad()
@@ -619,8 +624,7 @@ def check_two_optimizers(ddp: bool) -> None:
         x = torch.randn(3, 8, generator=generator)
         wrapped(x).square().mean().backward()
         twin(x).square().mean().backward()
-        for p, average in zip(twin.parameters(), averaged([p.grad for p in twin.parameters()]), strict=True):
-            p.grad = average
+        average_gradients(twin)
         for optimizer in (*ours, *theirs):
             optimizer.step()
             optimizer.zero_grad()
@@ -700,8 +704,7 @@ def check_compiled(way: dict[str, Any]) -> None:
         x = torch.randn(3, 12, generator=generator)
         compiled(x).square().mean().backward()
         twin(x).square().mean().backward()
-        for p, average in zip(twin.parameters(), averaged([p.grad for p in twin.parameters()]), strict=True):
-            p.grad = average
+        average_gradients(twin)
         for o in (optimizer, reference):
             o.step()
             o.zero_grad()

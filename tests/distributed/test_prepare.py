@@ -16,7 +16,7 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Sequenti
 
 from dist_adamw import CyclicLRWithRestarts, DistAdamW, GlobalBatch, prepare
 from tests.distributed.jobs import RECIPE, WORLDS, Row, data, epochs, job, model_of_two_layers
-from tests.distributed.test_attach import averaged
+from tests.distributed.test_attach import average_gradients
 from tests.ranks import expect_error_on_all, run_ranks
 
 # ---------------------------------------------------------------- one curve
@@ -274,10 +274,7 @@ def clipped_by_accelerate(max_norm: float) -> None:
             (nn.functional.mse_loss(twin(x), y) / 2).backward()
             if accelerator.sync_gradients:
                 if dist.get_world_size() > 1:
-                    for q, average in zip(
-                        twin.parameters(), averaged([q.grad for q in twin.parameters()]), strict=True
-                    ):
-                        q.grad = average
+                    average_gradients(twin)
                 norm = accelerator.clip_grad_norm_(model.parameters(), max_norm)
                 expected = torch.nn.utils.clip_grad_norm_(twin.parameters(), max_norm)
                 torch.testing.assert_close(norm, expected, rtol=1e-6, atol=0)
