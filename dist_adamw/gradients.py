@@ -33,6 +33,9 @@ from dist_adamw.shard import Shard, storage_order
 
 _LOOK_EVERY = 1 << 18  # elements: as many as make a message worth sending
 _HOOK = "_dist_adamw_hook"  # attribute of a DDP module: one hook serves every optimizer
+# Where DDP's reducer stands aside: it copies every gradient into buckets of its own, which costs as much time as
+# the update. Elsewhere the buckets have been allocated by then, so gradients had better be in them.
+_ASIDE = frozenset({"cpu"})
 
 
 class _Plan:
@@ -80,7 +83,8 @@ class GradientPath:
         # with them the process group, perhaps until the interpreter ends.
         self._params_ref, self._shards_ref = weakref.WeakMethod(params), weakref.WeakMethod(shards)
         self.overlap, self.into_shard = overlap, into_shard
-        self.synchronises = True  # False inside no_sync
+        self._synchronises = True  # False inside no_sync
+        self._aside: list[weakref.ref[DistributedDataParallel]] = []  # modules whose reducer stands aside
         self._listens_to_ddp: bool | None = None
         self._ddp_only = self._buffers_are_gradients = True
         self._hooks: list[_DDPHook] = []
@@ -128,16 +132,52 @@ class GradientPath:
                     "reduce_every_backward=True is for a module without DistributedDataParallel, which keeps whole "
                     "gradients whatever is done: it would only send more. Attach the plain module, or leave it False."
                 )
-            self._listen_to_ddp(model)
-        else:
-            self._ddp_only = self._buffers_are_gradients = False
-            self._listen_to_parameters([p for p in model.parameters() if p.requires_grad and id(p) in self.ids()])
-            model.register_forward_hook(_Weak(self, "_after_forward"))
-            if not hasattr(model, "no_sync"):  # Accelerate's accumulate() asks for it
-                model.no_sync = _Weak(self, "no_sync")  # type: ignore[assignment]
+            if not self._can_put_aside(model):
+                self._listen_to_buckets(model)
+                model.register_forward_pre_hook(_Weak(self, "_before_forward"))
+                return
+            self._put_aside(model)
+        self._ddp_only = self._buffers_are_gradients = False
+        self._listen_to_parameters([p for p in model.parameters() if p.requires_grad and id(p) in self.ids()])
         model.register_forward_pre_hook(_Weak(self, "_before_forward"))
+        model.register_forward_hook(_Weak(self, "_after_forward"))
+        if not hasattr(model, "no_sync"):  # Accelerate's accumulate() asks for it
+            model.no_sync = _Weak(self, "no_sync")  # type: ignore[assignment]
 
-    def _listen_to_ddp(self, model: DistributedDataParallel) -> None:
+    def _can_put_aside(self, model: DistributedDataParallel) -> bool:
+        """Whether nothing is left to do for DDP's reducer: every gradient is this optimizer's."""
+        params = [param for param in model.parameters() if param.requires_grad]
+        return (
+            not hasattr(model, _HOOK)
+            and not (model.static_graph or model.mixed_precision is not None)
+            and all(param.device.type in _ASIDE and id(param) in self.ids() for param in params)
+        )
+
+    def _put_aside(self, model: DistributedDataParallel) -> None:
+        """Let every backward pass of ``model`` be one inside ``no_sync`` to DDP itself."""
+        self._aside.append(weakref.ref(model))
+        model.register_forward_pre_hook(_Weak(self, "_before_ddp"))
+        model.register_forward_hook(_Weak(self, "_after_ddp"), always_call=True)
+        # For who wakes the reducer nevertheless, as accelerator.trigger_sync_in_backward does.
+        model.register_comm_hook(None, lambda state, bucket: _done(bucket.buffer()))
+
+    def _before_ddp(self, module: DistributedDataParallel, args: Any) -> None:
+        self._asked = module.require_backward_grad_sync
+        module.require_backward_grad_sync = False
+
+    def _after_ddp(self, module: DistributedDataParallel, args: Any, output: Any) -> None:
+        module.require_backward_grad_sync = self._asked
+        if torch.is_grad_enabled():  # so that the next forward pass broadcasts buffers
+            module.require_forward_param_sync = self._asked
+
+    @property
+    def synchronises(self) -> bool:
+        """Whether a backward pass sends gradients now: not inside ``no_sync``."""
+        return self._synchronises and all(
+            model.require_backward_grad_sync for ref in self._aside if (model := ref()) is not None
+        )
+
+    def _listen_to_buckets(self, model: DistributedDataParallel) -> None:
         hook: _DDPHook | None = getattr(model, _HOOK, None)
         if hook is None:
             hook = _DDPHook(model)
@@ -165,11 +205,11 @@ class GradientPath:
     @contextmanager
     def no_sync(self) -> Iterator[None]:
         """Backward passes inside only accumulate, as with DDP's method of that name."""
-        before, self.synchronises = self.synchronises, False
+        before, self._synchronises = self._synchronises, False
         try:
             yield
         finally:
-            self.synchronises = before
+            self._synchronises = before
             self._empty_inboxes()
 
     def ids(self) -> set[int]:
@@ -378,8 +418,10 @@ class GradientPath:
                     leaf.register_hook(_Weak(self, "_backward_begins"))  # type: ignore[no-untyped-call]
 
     def _backward_begins(self, grad: Tensor) -> None:
-        if (self.synchronises or self.into_shard) and not self._queued:
-            self.begin()
+        if not self._queued:
+            self._empty_inboxes()  # of a backward pass inside DDP's no_sync
+            if self.synchronises or self.into_shard:
+                self.begin()
 
     def _reopen(self) -> None:
         """Averages that no update has used yet become sums of local gradients again, to be added to.
@@ -538,6 +580,13 @@ def _too_late(param: Tensor) -> RuntimeError:
     )
 
 
+def _done(buffer: Tensor) -> torch.futures.Future[Tensor]:
+    """What DDP wants of a communication hook, where nothing is left to wait for."""
+    done: torch.futures.Future[Tensor] = torch.futures.Future()
+    done.set_result(buffer)
+    return done
+
+
 class _Packed:
     """What one of DDP's buckets holds for one path; good until DDP packs anew."""
 
@@ -602,9 +651,7 @@ class _DDPHook:
             together = torch.cat(foreign).div_(dist.get_world_size(self._group))
             dist.all_reduce(together, group=self._group)
             torch._foreach_copy_(foreign, list(torch.split(together, [grad.numel() for grad in foreign])))
-        done: torch.futures.Future[Tensor] = torch.futures.Future()
-        done.set_result(buffer)
-        return done
+        return _done(buffer)
 
     def _look(
         self, bucket: Any, buffer: Tensor, paths: dict[int, GradientPath]

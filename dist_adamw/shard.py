@@ -19,6 +19,7 @@ from torch import Tensor
 
 from dist_adamw import collectives
 from dist_adamw.exchange import Exchange, make_exchange
+from dist_adamw.functional import zeros_apart
 from dist_adamw.kernels.adamw_triton import BlockTable
 from dist_adamw.kernels.mixed import join_master, split_master_
 from dist_adamw.partition import FlatLayout, Piece
@@ -100,8 +101,8 @@ class Shard:
         elif state_dtype is not None:
             dtypes = dict.fromkeys(dtypes, state_dtype)
         self.moments = {
-            name: torch.zeros(self.layout.shard_numel, dtype=dtype, device=like.device)
-            for name, dtype in dtypes.items()
+            name: zeros_apart(self.layout.shard_numel, place, dtype=dtype, device=like.device)
+            for place, (name, dtype) in enumerate(dtypes.items(), 1)
         }
         self.is_mixed = any(dtype != like.dtype for dtype in dtypes.values())
         self.steps = torch.zeros(len(params), dtype=torch.float32, device=like.device)
@@ -163,8 +164,9 @@ class Shard:
                 "Move the whole model, or move it before the first update."
             )
         device, dtype = places.pop()
-        for name, moment in self.moments.items():
-            self.moments[name] = moment.to(device, moment.dtype if self.is_mixed else dtype)
+        for place, (name, moment) in enumerate(self.moments.items(), 1):
+            kept = moment.dtype if self.is_mixed else dtype
+            self.moments[name] = zeros_apart(len(moment), place, dtype=kept, device=device).copy_(moment)
         self.steps = self.steps.to(device)
         self._build_views()
         if self._flat_grads is not None:

@@ -15,12 +15,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dist_adamw.functional import DecayBy, adamw_update_, can_fuse
+from dist_adamw.functional import DecayBy, adamw_update_, can_fuse, zeros_apart
 
 # torch's CPU kernel handles what a vector does not fill in a scalar loop, which rounds differently. Cut at
 # multiples of this, a block ends in that loop exactly where the whole piece would have.
 _CUT_AT = 32
 _HALF = 1 << 15
+_PLACES: dict[int | str, int] = {0: 1, 1: 2, 2: 3, "weights": 4, "grads": 5}  # in a page; see `zeros_apart`
 
 
 class _Columns(NamedTuple):
@@ -198,13 +199,17 @@ class _Scratch:
 
     def copy(self, key: int | str, tensors: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """``tensors`` as fp32 in the memory named ``key``: all of it in one, and each apart."""
-        if key not in self._flat:
-            self._flat[key] = torch.empty(self.numel, dtype=torch.float32, device=self._device)
-        sizes = [t.numel() for t in tensors]
-        flat = self._flat[key][: sum(sizes)]
-        views = [flat] if len(sizes) == 1 else list(torch.split(flat, sizes))
+        flat, views = self.room(key, tensors)
         torch._foreach_copy_(views, tensors)
         return flat, views
+
+    def room(self, key: int | str, tensors: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """Memory for what `copy` returns, with anything in it."""
+        if key not in self._flat:
+            self._flat[key] = zeros_apart(self.numel, _PLACES[key], dtype=torch.float32, device=self._device)
+        sizes = [t.numel() for t in tensors]
+        flat = self._flat[key][: sum(sizes)]
+        return flat, [flat] if len(sizes) == 1 else list(torch.split(flat, sizes))
 
     def widened(self, key: int | str, tensors: list[Tensor]) -> list[Tensor]:
         """``tensors`` themselves if they are fp32 (or none), else copies that are."""
@@ -260,6 +265,10 @@ def _load_weights(block: _Columns, scratch: _Scratch) -> list[Tensor]:
 def _load_grads(grads: list[Tensor], scale: Tensor | None, scratch: _Scratch) -> list[Tensor]:
     if scale is None:
         return scratch.widened("grads", grads)
+    if len(grads) == 1 and grads[0].dtype == torch.float32:
+        flat, views = scratch.room("grads", grads)
+        torch.mul(grads[0], scale, out=flat)
+        return views
     flat, views = scratch.copy("grads", grads)
     flat.mul_(scale)
     return views

@@ -18,15 +18,16 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from dist_adamw import CyclicLRWithRestarts, DistAdamW, exchange
+from dist_adamw import CyclicLRWithRestarts, DistAdamW, exchange, gradients
 from tests.distributed.test_optimizer import Network
 from tests.ranks import expect_error_on_all, run_ranks
 
 WORLDS = [1, 2, 3, 4]
 WAYS: dict[str, dict[str, Any]] = {
     "ddp": {"ddp": True},
-    "ddp, no overlap": {"ddp": True, "overlap": False},
-    "ddp, own buffers": {"ddp": True, "view": False},
+    "ddp, buckets": {"ddp": True, "aside": False},
+    "ddp, buckets, no overlap": {"ddp": True, "aside": False, "overlap": False},
+    "ddp, buckets, own buffers": {"ddp": True, "aside": False, "view": False},
     "plain": {},
     "plain, no overlap": {"overlap": False},
     "every backward": {"reduce_every_backward": True},
@@ -89,6 +90,16 @@ def average_gradients(model: nn.Module) -> None:
         param.grad = average
 
 
+def attach(optimizer: DistAdamW, model: nn.Module, *, aside: bool = True, **options: Any) -> None:
+    """On a CPU DDP's reducer stands aside where it can; elsewhere, or with ``aside=False``, it does not."""
+    before = gradients._ASIDE
+    gradients._ASIDE = before if aside else frozenset()
+    try:
+        optimizer.attach(model, **options)
+    finally:
+        gradients._ASIDE = before
+
+
 class Job:
     """A model trained by DistAdamW, and a twin trained by torch.optim.AdamW that is fed the same averages."""
 
@@ -114,7 +125,7 @@ class Job:
         theirs = {k: v for k, v in options.items() if k in ("eps", "amsgrad", "maximize")}
         self.reference = torch.optim.AdamW(self.twin.parameters(), lr=1e-2, fused=True, **theirs)
         self.every = way.get("reduce_every_backward", False)
-        self.optimizer.attach(self.wrapped, **way)
+        attach(self.optimizer, self.wrapped, **way)
 
     def train(self, steps: range, accumulation: int = 1) -> None:
         for step in steps:
@@ -191,7 +202,7 @@ def test_large_runs_travel_from_where_they_lie(world_size: int, way: str) -> Non
     run_ranks(world_size, check_same_bits, WAYS[way], 1, {"eps": 0.1}, {"DIRECT_NUMEL": 100, "BLOCK_NUMEL": 96})
 
 
-@pytest.mark.parametrize("way", ["ddp", "plain", "every backward"])
+@pytest.mark.parametrize("way", ["ddp", "ddp, buckets", "plain", "every backward"])
 @pytest.mark.parametrize("world_size", WORLDS)
 def test_the_backends_own_collectives(world_size: int, way: str) -> None:
     """What other backends than gloo take. With more than 2 ranks a backend adds in an order of its own."""
@@ -341,7 +352,7 @@ def check_sent_during_backward(way: dict[str, Any]) -> tuple[int, int]:
         way = dict(way)
         wrapped: Any = DistributedDataParallel(model, gradient_as_bucket_view=True) if way.pop("ddp", 0) else model
         optimizer = DistAdamW(model.parameters(), bucket_numel=100_000)
-        optimizer.attach(wrapped, **way)
+        attach(optimizer, wrapped, **way)
         inside = 0
         for _ in range(3):
             sent.clear()
@@ -360,7 +371,7 @@ def check_sent_during_backward(way: dict[str, Any]) -> tuple[int, int]:
 
 @pytest.mark.parametrize(
     ("way", "overlaps"),
-    [("plain", True), ("every backward", True), ("plain, no overlap", False), ("every backward, no overlap", False)],
+    [("ddp", True), ("plain", True), ("every backward", True), ("plain, no overlap", False), ("every backward, no overlap", False)],
 )
 def test_buckets_are_sent_while_backward_goes_on(way: str, overlaps: bool) -> None:
     for inside, total in run_ranks(2, check_sent_during_backward, WAYS[way]):
@@ -424,13 +435,13 @@ def flattened(values: Any) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("reader", READERS)
-@pytest.mark.parametrize("way", ["ddp", "plain", "every backward"])
+@pytest.mark.parametrize("way", ["ddp", "ddp, buckets", "plain", "every backward"])
 def test_nobody_reads_an_old_value_while_parameters_travel(way: str, reader: str) -> None:
     for under_way in run_ranks(2, check_readers, WAYS[way], reader):
         assert under_way > 0  # something was travelling when it was read
 
 
-@pytest.mark.parametrize("way", ["ddp", "plain", "every backward"])
+@pytest.mark.parametrize("way", ["ddp", "ddp, buckets", "plain", "every backward"])
 def test_deferred_gathers_leave_the_same_bits(way: str) -> None:
     run_ranks(3, check_same_bits, {**WAYS[way], "defer_gather": True}, 2, {"eps": 0.1}, {"DIRECT_NUMEL": 100})
 
@@ -685,7 +696,7 @@ def check_checkpointed(way: dict[str, Any], reentrant: bool) -> None:
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("way", ["ddp", "plain", "every backward"])
+@pytest.mark.parametrize("way", ["ddp", "ddp, buckets", "plain", "every backward"])
 def test_gradient_checkpointing(way: str, reentrant: bool) -> None:
     run_ranks(2, check_checkpointed, WAYS[way], reentrant)
 
@@ -698,7 +709,7 @@ def check_compiled(way: dict[str, Any]) -> None:
         compiled = DistributedDataParallel(compiled, gradient_as_bucket_view=True)
     optimizer = DistAdamW(model.parameters(), lr=0.01)
     reference = torch.optim.AdamW(twin.parameters(), lr=0.01, fused=True)
-    optimizer.attach(compiled, **way)
+    attach(optimizer, compiled, **way)
     for step in range(4):
         generator = torch.Generator().manual_seed(1000 * step + dist.get_rank())
         x = torch.randn(3, 12, generator=generator)
@@ -712,7 +723,7 @@ def check_compiled(way: dict[str, Any]) -> None:
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)  # a compiled pass may round otherwise
 
 
-@pytest.mark.parametrize("way", ["ddp", "plain", "every backward"])
+@pytest.mark.parametrize("way", ["ddp", "ddp, buckets", "plain", "every backward"])
 def test_compiled_modules(way: str) -> None:
     run_ranks(2, check_compiled, WAYS[way])
 
