@@ -82,7 +82,7 @@ class Exchange(ABC):
         return views
 
     def _params_of(self, key: Any, pieces: list[Piece]) -> list[Tensor]:
-        return self._kept(("params", *key), lambda: [self._params[p.param][p.start : p.stop] for p in pieces])
+        return self._kept(("params", *key), lambda: cast(list[Tensor], cut(self._params, pieces)))
 
     def _take(self) -> Any:
         return self._free.pop() if self._free else self._staging()

@@ -395,6 +395,12 @@ class GradientPath:
         """A forward pass that will have a backward begins."""
         if not torch.is_grad_enabled():
             return
+        if isinstance(module, DistributedDataParallel) and module._join_config.enable:
+            raise RuntimeError(
+                "DistributedDataParallel.join() is not supported after DistAdamW.attach(): a rank that has run out of "
+                "data would not send its gradients. Give ranks equally many batches (dist_adamw.prepare does), or do "
+                "without attach()."
+            )
         with torch.no_grad():
             if self._queued:  # the last backward was broken off
                 self._queued = False

@@ -332,8 +332,8 @@ class DistAdamW(Optimizer):
         all-reduce sends ``f N (2 b_g + b_p)``.
 
         A ``DistributedDataParallel`` module keeps working as before, with ``no_sync``,
-        ``find_unused_parameters`` and several optimizers; build it with
-        ``gradient_as_bucket_view=True``, or nothing overlaps. A plain module gets its gradients
+        ``find_unused_parameters`` and several optimizers; on a GPU build it with
+        ``gradient_as_bucket_view=True``, or nothing overlaps. Its ``join()`` is not supported. A plain module gets its gradients
         averaged by this alone; it then has a ``no_sync()`` of its own.
 
         After backward ``param.grad`` holds the average in this rank's own elements and local

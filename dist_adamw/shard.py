@@ -11,14 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from dist_adamw import collectives
-from dist_adamw.exchange import Exchange, make_exchange
+from dist_adamw.exchange import Exchange, cut, make_exchange
 from dist_adamw.functional import zeros_apart
 from dist_adamw.kernels.adamw_triton import BlockTable
 from dist_adamw.kernels.mixed import join_master, split_master_
@@ -38,6 +38,10 @@ class Operands(NamedTuple):
     max_exp_avg_sqs: list[Tensor]
     steps: list[Tensor]
     masters: list[Tensor]
+
+    def named(self, name: str) -> list[Tensor]:
+        """The column of a moment or master, by its name in ``optimizer.state``."""
+        return self.masters if name in MASTERS else cast(list[Tensor], getattr(self, f"{name}s"))
 
 
 @dataclass(slots=True)
@@ -124,21 +128,23 @@ class Shard:
         self._addresses = [p.data_ptr() for p in self.params]
         self._orders = [axes_in_memory(p) for p in self.params]
         flat = [storage_order(p.detach()) for p in self.params]
-        steps = list(self.steps.unbind())
-        self._buckets = [self._bucket_views(pieces, flat, steps) for pieces in self._owned]
+        self._step_of = list(self.steps.unbind())
+        self._none_of = {name: moment[:0] for name, moment in self.moments.items()}
+        self._buckets = [self._bucket_views(pieces, flat) for pieces in self._owned]
         self.exchange: Exchange | None = None
         if self.process_group is not None:
             self.exchange = make_exchange(
                 self.layout, flat, group=self.process_group, replicas=self._replicas, tag=self._tag
             )
 
-    def _bucket_views(self, pieces: list[Piece], flat: list[Tensor], steps: list[Tensor]) -> _Bucket:
-        cut = [flat[p.param][p.start : p.stop] for p in pieces]
+    def _bucket_views(self, pieces: list[Piece], flat: list[Tensor]) -> _Bucket:
         state = {name: [moment[p.offset : p.offset + p.numel] for p in pieces] for name, moment in self.moments.items()}
         masters = state.get("master") or state.get("remainder") or []
-        steps_of = [steps[p.param] for p in pieces]
+        steps_of = [self._step_of[p.param] for p in pieces]
         exp_avgs, exp_avg_sqs, maxima = (state.get(name, []) for name in MOMENTS)
-        return _Bucket(pieces, Operands(cut, exp_avgs, exp_avg_sqs, maxima, steps_of, masters))
+        return _Bucket(
+            pieces, Operands(cast(list[Tensor], cut(flat, pieces)), exp_avgs, exp_avg_sqs, maxima, steps_of, masters)
+        )
 
     def refresh(self) -> bool:
         """Follow parameters whose storage was replaced, or moved to another device, since the last update.
@@ -233,6 +239,12 @@ class Shard:
 
     def owned_moment(self, i: int, name: str) -> Tensor:
         """This rank's elements of a moment of parameter ``i``, 1-D, in the order of `ranges_of`."""
+        # Thousands of small parameters: a view of nothing, or one more of the same, takes half a kilobyte.
+        if not self._where[i]:
+            return self._none_of[name]
+        if len(self._where[i]) == 1:
+            k, j = self._where[i][0]
+            return self._buckets[k].operands.named(name)[j]
         # A parameter that goes on in the next bucket fills this one to the end, so its pieces
         # lie side by side in the flat shard.
         start = self.offset_of(i)
@@ -243,7 +255,7 @@ class Shard:
 
         Whole state has the parameter's own shape; a share is 1-D.
         """
-        state: dict[str, Any] = {"step": self.steps[i]}
+        state: dict[str, Any] = {"step": self._step_of[i]}
         for name in self.moments:
             owned = self.owned_moment(i, name)
             state[name] = owned if self.process_group is not None else shaped_like(owned, self.params[i])

@@ -219,6 +219,87 @@ def check_native(way: dict[str, Any]) -> None:
         job.check(rtol=1e-5, atol=1e-7)
 
 
+# ---------------------------------------------------------------- DDP's reducer
+
+
+class _Normed(nn.Module):
+    """With buffers, and a forward that can fail."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.out = nn.BatchNorm1d(6), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[0] == 3:
+            raise ValueError("three")
+        return self.out(self.norm(x))  # type: ignore[no-any-return]
+
+
+def check_reducer_aside() -> None:
+    torch.manual_seed(0)
+    model = _Normed()
+    wrapped = DistributedDataParallel(model)
+    optimizer = DistAdamW(model.parameters())
+    optimizer.attach(wrapped)
+    rank = dist.get_rank()
+    generator = torch.Generator().manual_seed(rank)
+    with pytest.raises(ValueError, match="three"):
+        wrapped(torch.randn(3, 6))
+    assert wrapped.require_backward_grad_sync
+    for _ in range(2):
+        with wrapped.no_sync():
+            wrapped(torch.randn(4, 6, generator=generator)).sum().backward()
+            assert not wrapped.require_backward_grad_sync
+        wrapped(torch.randn(4, 6, generator=generator)).sum().backward()
+        assert wrapped.require_backward_grad_sync
+        optimizer.step()
+        optimizer.zero_grad()
+    # What DDP does at the first forward pass after a synchronised one: rank 0's buffers for all.
+    before = model.norm.running_mean.clone()
+    wrapped(torch.zeros(4, 6))
+    means = [torch.empty(6) for _ in range(dist.get_world_size())]
+    dist.all_gather(means, before)
+    assert not torch.equal(means[0], means[1])
+    dist.all_gather(means, model.norm.running_mean)
+    assert torch.equal(means[0], means[1])
+
+
+def test_ddp_keeps_its_word_while_its_reducer_stands_aside() -> None:
+    run_ranks(2, check_reducer_aside)
+
+
+def check_join(aside: bool) -> None:
+    model = nn.Linear(2, 2)
+    wrapped = DistributedDataParallel(model)
+    attach(DistAdamW(model.parameters()), wrapped, aside=aside)
+    with pytest.raises(RuntimeError, match="join.. is not supported after"), wrapped.join():
+        wrapped(torch.ones(1, 2))
+
+
+@pytest.mark.parametrize("aside", [True, False])
+def test_join_is_refused(aside: bool) -> None:
+    run_ranks(2, check_join, aside)
+
+
+def check_reducer_woken() -> None:
+    """What accelerator.trigger_sync_in_backward does."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 50), nn.Linear(50, 3))
+    job = Job({"ddp": True}, {"eps": 0.1}, model=model, unused=False)
+    for step in range(4):
+        with job.wrapped.no_sync():
+            loss = job.loss(job.wrapped, 10 * step)
+        job.wrapped.reducer.prepare_for_backward([])
+        loss.backward()
+        job.twin_backward(10 * step, last=True)
+        job.update()
+    job.check()
+
+
+def test_a_reducer_that_is_woken_averages_nothing_twice() -> None:
+    run_ranks(2, check_reducer_woken)
+
+
 # ---------------------------------------------------------------- loops
 
 
@@ -371,7 +452,13 @@ def check_sent_during_backward(way: dict[str, Any]) -> tuple[int, int]:
 
 @pytest.mark.parametrize(
     ("way", "overlaps"),
-    [("ddp", True), ("plain", True), ("every backward", True), ("plain, no overlap", False), ("every backward, no overlap", False)],
+    [
+        ("ddp", True),
+        ("plain", True),
+        ("every backward", True),
+        ("plain, no overlap", False),
+        ("every backward, no overlap", False),
+    ],
 )
 def test_buckets_are_sent_while_backward_goes_on(way: str, overlaps: bool) -> None:
     for inside, total in run_ranks(2, check_sent_during_backward, WAYS[way]):
