@@ -333,8 +333,8 @@ class DistAdamW(Optimizer):
 
         A ``DistributedDataParallel`` module keeps working as before, with ``no_sync``,
         ``find_unused_parameters`` and several optimizers; on a GPU build it with
-        ``gradient_as_bucket_view=True``, or nothing overlaps. Its ``join()`` is not supported. A plain module gets its gradients
-        averaged by this alone; it then has a ``no_sync()`` of its own.
+        ``gradient_as_bucket_view=True``, or nothing overlaps. Its ``join()`` is not supported. A plain
+        module gets its gradients averaged by this alone; it then has a ``no_sync()`` of its own.
 
         After backward ``param.grad`` holds the average in this rank's own elements and local
         values in the others. Who needs a norm uses ``max_grad_norm`` or `clip_grad_norm_`.

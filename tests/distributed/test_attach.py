@@ -271,8 +271,9 @@ def test_ddp_keeps_its_word_while_its_reducer_stands_aside() -> None:
 def check_join(aside: bool) -> None:
     model = nn.Linear(2, 2)
     wrapped = DistributedDataParallel(model)
-    attach(DistAdamW(model.parameters()), wrapped, aside=aside)
-    with pytest.raises(RuntimeError, match="join.. is not supported after"), wrapped.join():
+    optimizer = DistAdamW(model.parameters())
+    attach(optimizer, wrapped, aside=aside)
+    with pytest.raises(RuntimeError, match=r"join\(\) is not supported after"), wrapped.join():
         wrapped(torch.ones(1, 2))
 
 
