@@ -62,6 +62,11 @@ def _clip_factor(norm: Tensor, max_norm: float) -> Tensor:
     return (max_norm / (norm + 1e-6)).clamp(max=1.0).to(torch.float32)
 
 
+def _capturing() -> bool:
+    """Whether a CUDA graph is being captured. A torch without CUDA raises when it is asked."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
 _tags = itertools.count(1)
 
 
@@ -260,14 +265,25 @@ class DistAdamW(Optimizer):
         Args:
             closure: Re-evaluates the model and returns the loss.
 
+        In a CUDA graph: capturing is not an update, and replays pass the host by, so `recount` afterwards. A
+        tensor as ``lr`` is read anew by every replay; ``weight_decay`` is the captured one, which under
+        ``decay_by="lr"`` is that of a whole cycle.
+
         Raises:
-            RuntimeError: a gradient is sparse. Nothing has been changed then.
+            RuntimeError: a gradient is sparse, or `updates` is not known where capturing begins. Nothing has been
+                changed then.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         self.wait()
+        capturing = _capturing()
+        if capturing and not self.skip_is_known:
+            raise RuntimeError(
+                "the device has not said yet whether it applied the last update, and cannot be asked while a CUDA "
+                "graph is captured. Read optimizer.updates before torch.cuda.graph begins."
+            )
         self._resolve()
         self._saved_apart, self._load_apart = False, None  # left over from a save or a load that failed
         self._skipped = True  # until there is something to apply
@@ -278,7 +294,7 @@ class DistAdamW(Optimizer):
             return loss
         if self.max_grad_norm is None:
             clip: Tensor | None = None
-            self._skipped, self._updates = False, self._updates + 1
+            self._skipped, self._updates = capturing, self._updates + (not capturing)
         else:
             clip = self._measure(grads, self.max_grad_norm)
             if clip.device.type == "cpu" and clip == 1:  # free to ask there
@@ -294,6 +310,8 @@ class DistAdamW(Optimizer):
             self._update(shard, buckets, clip)
         if self._path is not None:
             self._path.used()
+        if capturing:
+            self._found_inf = None  # nothing has been applied, and nothing skipped
         return loss
 
     def _collect_gradients(self) -> bool:
@@ -566,7 +584,7 @@ class DistAdamW(Optimizer):
         norm = squares.sqrt()
         self._grad_norm = norm.to(torch.float32)
         self._found_inf = (~torch.isfinite(norm)).to(torch.float32)
-        if device.type == "cuda":
+        if device.type == "cuda" and not _capturing():
             flag = torch.empty((), dtype=torch.float32, pin_memory=True)
             flag.copy_(self._found_inf, non_blocking=True)
             self._read = (flag, torch.cuda.Event())  # type: ignore[no-untyped-call]
@@ -752,9 +770,8 @@ class DistAdamW(Optimizer):
         self._load_apart = load
 
     def recount(self) -> None:
-        """Set `updates` to what loaded state says."""
-        steps = [float(state["step"]) for state in self.state.values() if "step" in state]
-        self._updates = int(max(steps, default=0))
+        """Set `updates` to what state says, after a load or replays of a CUDA graph. Waits for the device. Local."""
+        self._updates = max((int(shard.steps.max()) for shard in self.shards), default=0)
 
     def _check_loadable(self, state_dict: StateDict) -> None:
         if self._load_apart is not None:

@@ -95,3 +95,51 @@ def test_a_skipped_update_holds_the_schedule() -> None:
         scheduler.step()
     assert scheduler.state_dict()["samples"] == 4 * 16
     assert optimizer.updates == 4
+
+
+@pytest.mark.parametrize("master_dtype", [None, torch.float32, torch.int16])
+def test_a_captured_step_is_the_step(master_dtype: torch.dtype | None) -> None:
+    """Replays take new gradients and a new lr, skip an overflow, and are counted afterwards."""
+    dtype = torch.float32 if master_dtype is None else torch.bfloat16
+    models = [network(dtype), network(dtype)]
+    options: dict[str, Any] = {"master_dtype": master_dtype, "max_grad_norm": 0.5}
+    captured, plain = (
+        DistAdamW(model.parameters(), lr=torch.tensor(1e-2, device="cuda"), **options) for model in models
+    )
+    generator = torch.Generator("cuda").manual_seed(1)
+    for model in models:
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+    for optimizer in (captured, plain):
+        optimizer.step()  # lays out, and compiles
+        assert optimizer.updates == 1
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured.step()
+    assert captured.updates == 1
+    for step in range(5):
+        for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True):
+            assert p.grad is not None
+            assert q.grad is not None
+            p.grad.normal_(generator=generator)
+            if step == 2:
+                p.grad.view(-1)[0] = float("inf")
+            q.grad.copy_(p.grad)
+        for optimizer in (captured, plain):
+            optimizer.param_groups[0]["lr"].fill_(1e-2 / (1 + step))
+        graph.replay()
+        plain.step()
+    captured.recount()
+    assert captured.updates == plain.updates == 5
+    for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_capturing_waits_until_the_last_update_is_known() -> None:
+    param = nn.Parameter(torch.ones(1000, device="cuda"))
+    param.grad = torch.ones_like(param)
+    optimizer = DistAdamW([param], max_grad_norm=1.0)
+    optimizer.step()
+    with pytest.raises(RuntimeError, match=r"Read optimizer\.updates"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        optimizer.step()
+    assert optimizer.updates == 1
