@@ -122,7 +122,7 @@ def zeros_apart(numel: int, place: int, *, dtype: torch.dtype, device: torch.dev
     """``numel`` zeros, 1-D, for state that one pass reads and writes beside other state.
 
     On a CPU they begin at a place in their memory page that ``place``, 0 to 5, chooses. Large tensors
-    otherwise all begin at the same one (that of parameters and gradients is 0 here), and a pass over several
+    otherwise mostly begin at the same one (0 here, so not for state), and a pass over several
     takes up to twice as long: a processor tells a load from an earlier store by the low 12 bits of the
     address first, and waits where those agree.
     """
