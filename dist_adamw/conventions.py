@@ -13,9 +13,11 @@ from torch.optim import Optimizer
 
 
 def unwrap(optimizer: Optimizer) -> Optimizer:
-    """The torch optimizer inside wrappers that keep theirs in ``.optimizer``."""
-    while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
-        optimizer = inner
+    """The torch optimizer inside wrappers that keep theirs in ``.optimizer``; DeepSpeed's are no optimizers themselves."""
+    inner: Any = optimizer
+    while (inner := getattr(inner, "optimizer", None)) is not None:
+        if isinstance(inner, Optimizer):
+            optimizer = inner
     return optimizer
 
 

@@ -15,7 +15,7 @@ import math
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, cast, overload
+from typing import Any, Literal, cast, overload
 
 import torch
 import torch.distributed as dist
@@ -33,7 +33,7 @@ from dist_adamw.functional import DecayBy, adamw_update_, can_fuse, check_hyper_
 from dist_adamw.gradients import GradientPath
 from dist_adamw.kernels import adamw_triton
 from dist_adamw.kernels.mixed import mixed_adamw_update_
-from dist_adamw.shard import MASTERS, MOMENTS, Shard
+from dist_adamw.shard import MASTERS, MOMENTS, Shard, local_of, spread_over
 from dist_adamw.share import check_shapes, check_share, describe_share
 
 StateDict = dict[str, Any]
@@ -127,6 +127,7 @@ class DistAdamW(Optimizer):
     _path: GradientPath | None = None
     _defer_gather = False
     _attached: Sequence[weakref.ref[nn.Module]] = ()
+    _given: dict[int, weakref.ref[Tensor]]
 
     def __init__(
         self,
@@ -165,6 +166,7 @@ class DistAdamW(Optimizer):
         self.fused = fused
         self.bucket_numel = bucket_numel
         self._mesh = mesh
+        self._given = {}
         self._reset()
         defaults = {
             "lr": lr,
@@ -189,6 +191,9 @@ class DistAdamW(Optimizer):
         self._saved_apart = False
         self._load_apart: Callable[[], None] | None = None
         self._arriving: list[tuple[Shard, Travelling]] = []  # buckets of parameters on their way
+        # Whether somebody else has shared parameters out: then this rank updates what it finds, and sends nothing.
+        self._shared_out: Literal["no", "dtensors", "partitions"] = "no"
+        self._updates_of: dict[int, int] = {}  # by id of shard, where an engine steps one at a time
 
     # ---------------------------------------------------------------- what happened so far
 
@@ -220,7 +225,7 @@ class DistAdamW(Optimizer):
     @property
     def process_group(self) -> dist.ProcessGroup | None:
         """The ranks that share the state; None when nothing is sharded. Local."""
-        if self.shard is False or not collectives.initialized():
+        if self.shard is False or self._shared_out != "no" or not collectives.initialized():
             return None
         group = self._mesh.get_group(self._mesh.ndim - 1) if self._mesh is not None else dist.group.WORLD
         return group if collectives.world_size(group) > 1 else None
@@ -289,21 +294,26 @@ class DistAdamW(Optimizer):
         self._skipped = True  # until there is something to apply
         if not self._collect_gradients():
             return loss
-        grads = [shard.owned_grads() for shard in self.shards]
-        if not any(shard.any_grad for shard in self.shards):
+        shards = self._present()
+        grads = [shard.owned_grads() for shard in shards]
+        if not any(shard.any_grad for shard in shards):
+            return loss
+        if self._only_initialises(grads):
             return loss
         if self.max_grad_norm is None:
             clip: Tensor | None = None
-            self._skipped, self._updates = capturing, self._updates + (not capturing)
+            self._skipped = capturing
+            if not capturing:
+                self._count(shards)
         else:
-            clip = self._measure(grads, self.max_grad_norm)
+            clip = self._measure(shards, grads, self.max_grad_norm)
             if clip.device.type == "cpu" and clip == 1:  # free to ask there
                 clip = None
-            if not all(map(self._is_fused, self.shards)) and self.step_was_skipped:
+            if not all(map(self._is_fused, shards)) and self.step_was_skipped:
                 if self._path is not None:
                     self._path.used()
                 return loss  # foreach arithmetic cannot skip by itself
-        for shard, buckets in zip(self.shards, grads, strict=True):
+        for shard, buckets in zip(shards, grads, strict=True):
             if not shard.any_grad:
                 continue
             shard.count_update(self._found_inf)
@@ -313,6 +323,35 @@ class DistAdamW(Optimizer):
         if capturing:
             self._found_inf = None  # nothing has been applied, and nothing skipped
         return loss
+
+    def _present(self) -> list[Shard]:
+        """The shards of the parameters in the groups. DeepSpeed puts its partitions there one after the other."""
+        if self._shared_out != "partitions":
+            return self.shards
+        here = {id(param) for param in self._all_params()}
+        return [shard for shard in self.shards if id(shard.params[0]) in here]
+
+    def _count(self, shards: list[Shard]) -> None:
+        """One update more; where an engine steps one partition at a time, only with the first that has had as many."""
+        if self._shared_out != "partitions":
+            self._updates += 1
+            return
+        for shard in shards:
+            if id(shard) not in self._updates_of:
+                self._updates_of[id(shard)] = int(shard.steps.max())
+            self._updates_of[id(shard)] += 1
+            self._updates = max(self._updates, self._updates_of[id(shard)])
+
+    def _only_initialises(self, grads: Sequence[list[list[Tensor | None]]]) -> bool:
+        """Whether this is no update: torch's get_optimizer_state_dict steps with lr 0 and gradients of zeros, once.
+
+        State has been laid out by now, which is all that it wants.
+        """
+        if self._updates or any(group["lr"] != 0 for group in self.param_groups):
+            return False
+        return not any(
+            bool(grad.any()) for buckets in grads for bucket in buckets for grad in bucket if grad is not None
+        )
 
     def _collect_gradients(self) -> bool:
         """Lay out what is new, and have the averages of what this rank owns. Whether there is any. Collective."""
@@ -374,6 +413,8 @@ class DistAdamW(Optimizer):
             ValueError: the module is wrapped so that this cannot be.
             AgreementError: ranks have other parameters. On every rank.
         """
+        if any(isinstance(param, DTensor) for param in model.parameters()):
+            return  # whoever made them reduces gradients as it shares parameters out
         group = self.process_group
         if group is None:
             several = collectives.initialized() and collectives.world_size() > 1
@@ -574,14 +615,10 @@ class DistAdamW(Optimizer):
         else:
             mixed_adamw_update_(params, grads, masters, *state, scale=clip, found_inf=self._found_inf, **hyper)
 
-    def _measure(self, grads: Sequence[list[list[Tensor | None]]], max_norm: float) -> Tensor:
+    def _measure(self, shards: list[Shard], grads: Sequence[list[list[Tensor | None]]], max_norm: float) -> Tensor:
         """Set the global norm and whether it is finite; return the clip factor, 0-d fp32. Collective."""
-        owned = [grad for buckets in grads for bucket in buckets for grad in bucket if grad is not None]
-        device = self.shards[0].params[0].device
-        squares = sum_of_squares(owned).to(device) if owned else torch.zeros((), dtype=torch.float64, device=device)
-        if self.process_group is not None:
-            collectives.all_reduce_sum(squares, self.process_group)
-        norm = squares.sqrt()
+        device = shards[0].steps.device
+        norm = self._sum_of_squares(shards, grads, device).sqrt()
         self._grad_norm = norm.to(torch.float32)
         self._found_inf = (~torch.isfinite(norm)).to(torch.float32)
         if device.type == "cuda" and not _capturing():
@@ -591,13 +628,34 @@ class DistAdamW(Optimizer):
             self._read[1].record()
         return _clip_factor(norm, max_norm)
 
+    def _sum_of_squares(
+        self, shards: list[Shard], grads: Sequence[list[list[Tensor | None]]], device: torch.device
+    ) -> Tensor:
+        """Of all elements of all gradients, each counted once, 0-d fp64. Collective."""
+        total = torch.zeros((), dtype=torch.float64, device=device)
+        alike: dict[Any, list[Tensor]] = {}  # what is shared out over the same ranks
+        for shard, buckets in zip(shards, grads, strict=True):
+            owned = [grad for bucket in buckets for grad in bucket if grad is not None]
+            alike.setdefault(shard.spread_over, []).extend(owned)
+        for spread, owned in alike.items():
+            squares = sum_of_squares(owned).to(device) if owned else torch.zeros_like(total)
+            if spread is None:
+                if self.process_group is not None:
+                    collectives.all_reduce_sum(squares, self.process_group)
+            else:
+                mesh, axes = spread
+                for axis in axes:
+                    collectives.all_reduce_sum(squares, mesh.get_group(axis))
+            total += squares
+        return total
+
     # ---------------------------------------------------------------- layout
 
     def _prepare_shards(self) -> None:
         """Check every gradient, follow what has moved, place what is not placed yet."""
         if self.shards and (self.state is not self._laid_out or self.process_group is not self.shards[0].process_group):
             self._lay_out_again()
-        for shard in self.shards:
+        for shard in self._present():
             if shard.refresh():
                 self._show(shard)
         groups = {id(group) for group in self.param_groups}
@@ -606,7 +664,8 @@ class DistAdamW(Optimizer):
             for shard in self.shards:
                 shard.group = group_of.get(id(shard.params[0]), shard.group)
         newcomers = []
-        if len(params := self._all_params()) > len(self._placed):
+        # An engine's partitions may be in the groups one after the other: their number says nothing.
+        if len(params := self._all_params()) > len(self._placed) or self._shared_out == "partitions":
             newcomers = [
                 param
                 for param in params
@@ -628,17 +687,19 @@ class DistAdamW(Optimizer):
             are_shares: What ``self.state`` has is this rank's share, not the whole.
         """
         chosen = {id(param) for param in params} - self._placed
-        if chosen and self.shard is True and self.process_group is None:
+        self._look_who_shares_out(chosen)
+        if chosen and self.shard is True and self.process_group is None and self._shared_out == "no":
             raise RuntimeError(
                 "shard=True, but there is one rank or torch.distributed is not initialised. "
                 "Launch several ranks, or leave shard='auto'."
             )
-        alike: dict[tuple[int, torch.dtype, torch.device], list[Tensor]] = {}
+        alike: dict[tuple[Any, ...], list[Tensor]] = {}
         for index, group in enumerate(self.param_groups):
             for param in group["params"]:
                 if id(param) in chosen:
-                    alike.setdefault((index, param.dtype, param.device), []).append(param)
-        for (index, _, _), together in alike.items():
+                    key = (index, param.dtype, local_of(param).device, spread_over(param))
+                    alike.setdefault(key, []).append(param)
+        for (index, *_), together in alike.items():
             shard = Shard(
                 together,
                 group=self.param_groups[index],
@@ -656,6 +717,40 @@ class DistAdamW(Optimizer):
             self.shards.append(shard)
         self._placed |= chosen
         self._laid_out = self.state
+
+    def _look_who_shares_out(self, chosen: set[int]) -> None:
+        """Tell an engine's own sharding by what it has put into the groups.
+
+        Raises:
+            RuntimeError: state of other parameters is shared over the ranks already; or clipping would be
+                by the norm of a part.
+        """
+        before = self._shared_out
+        for param in self._all_params():
+            if id(param) not in chosen:
+                continue
+            if isinstance(param, DTensor):
+                self._shared_out = "dtensors"
+            elif self._path is None and not self._was_given(param):
+                # ZeRO's flat fp32 partitions. What else replaces parameters is a DTensor.
+                self._shared_out = "partitions"
+        if self._shared_out != before and any(shard.process_group is not None for shard in self.shards):
+            self._shared_out = before
+            raise RuntimeError(
+                "parameters that an engine has sharded came to an optimizer that shares others' state over the ranks "
+                "itself. Give each kind an optimizer of its own."
+            )
+        if self._shared_out == "partitions" and self.max_grad_norm is not None:
+            raise RuntimeError(
+                f"max_grad_norm={self.max_grad_norm} would clip each of the engine's partitions by its own norm. "
+                'Set "gradient_clipping" in the DeepSpeed configuration and leave max_grad_norm=None; '
+                "dist_adamw.prepare does it for you."
+            )
+
+    def _was_given(self, param: Tensor) -> bool:
+        """Whether ``param`` is what the user made a group of; else an engine has put it there."""
+        given = self._given.get(id(param))
+        return given is not None and given() is param
 
     def _show(self, shard: Shard) -> None:
         """Let ``self.state`` show what ``shard`` holds."""
@@ -691,14 +786,13 @@ class DistAdamW(Optimizer):
         check_hyper_parameters(group)
         super().add_param_group(param_group)
         for param in self.param_groups[-1]["params"]:
-            problem = None
             if param.is_complex():
-                problem = f"complex parameters, got {param.dtype}. Register torch.view_as_real(parameter) instead."
-            elif isinstance(param, DTensor):
-                problem = "DTensor parameters (FSDP2, tensor parallelism) yet. Use DDP, or torch.optim.AdamW."
-            if problem is not None:
                 self.param_groups.pop()
-                raise ValueError(f"DistAdamW does not support {problem}")
+                raise ValueError(
+                    f"DistAdamW does not support complex parameters, got {param.dtype}. Register "
+                    "torch.view_as_real(parameter) instead."
+                )
+        self._given.update((id(param), weakref.ref(param)) for param in self.param_groups[-1]["params"])
 
     # ---------------------------------------------------------------- state dicts and pickling
 
@@ -772,6 +866,7 @@ class DistAdamW(Optimizer):
     def recount(self) -> None:
         """Set `updates` to what state says, after a load or replays of a CUDA graph. Waits for the device. Local."""
         self._updates = max((int(shard.steps.max()) for shard in self.shards), default=0)
+        self._updates_of.clear()
 
     def _check_loadable(self, state_dict: StateDict) -> None:
         if self._load_apart is not None:
@@ -815,6 +910,7 @@ class DistAdamW(Optimizer):
             group.setdefault("amsgrad", False)
             group.setdefault("maximize", False)
         if unpickled:
+            self._given = {id(param): weakref.ref(param) for param in self._all_params()}
             if share is not None:
                 check_share(share, self._all_params(), self._here(), self.bucket_numel, self._is_lean)
             self._adopt(share)
@@ -828,6 +924,10 @@ class DistAdamW(Optimizer):
         text = super().__repr__()
         if not self.shards:
             where = "layout not built before the first update"
+        elif self._shared_out == "dtensors":
+            where = "state shared out as the parameters are, which are DTensors"
+        elif self._shared_out == "partitions":
+            where = "state of the partitions that the engine gives this rank"
         elif self.process_group is None:
             where = "state whole on this rank"
         else:

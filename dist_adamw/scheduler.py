@@ -139,6 +139,7 @@ class CyclicLRWithRestarts(LRScheduler):
         # prepare's report of an update's real samples, in place of the rule for a plain loop.
         self.sample_source: Callable[[], int | None] | None = None
         self._applied: list[int | None] = []  # updates since the last step(), as the source counted them
+        self._stepped: set[int] = set()  # first parameters of the groups that the last of them was made of
         self._unconfirmed = False  # whether the last of them may yet turn out to have been skipped
         self._counted_last = 0  # samples of the last update that the clock counted
         self._schedule = self._make_schedule()
@@ -277,9 +278,21 @@ class CyclicLRWithRestarts(LRScheduler):
         # To ask a device now would make the host wait for it at every update. So the update counts as applied
         # until the next one begins; by then the device has answered.
         known = skip_is_known(self.optimizer)
-        if not known or was_applied(self.optimizer):
+        if (not known or was_applied(self.optimizer)) and self._begins_an_update():
             self._applied.append(None if self.sample_source is None else self.sample_source())
         self._unconfirmed = not known
+
+    def _begins_an_update(self) -> bool:
+        """Whether the call that is just returning stepped something a second time since `step`.
+
+        ZeRO calls its optimizer once for each group, or part of one, and shows it only those: one update.
+        """
+        stepped = {id(group["params"][0]) for group in self.optimizer.param_groups if group["params"]}
+        if self._applied and stepped.isdisjoint(self._stepped):
+            self._stepped |= stepped
+            return False
+        self._stepped = stepped
+        return True
 
     def _confirm(self) -> None:
         """Take the last update back if it turns out that the device skipped it."""

@@ -4,7 +4,7 @@ Floor 1: tensors, a layout and a process group. ``optimizer.py`` decides what is
 when it is updated; this module knows where every element lies.
 
 Elements of a parameter are counted in the order of its memory, which is C order for a
-contiguous one.
+contiguous one. A DTensor's elements are those of its local tensor: whoever made it has shared it out.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from typing import Any, NamedTuple, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from dist_adamw import collectives
 from dist_adamw.exchange import Exchange, cut, make_exchange
@@ -56,7 +58,7 @@ class Shard:
     """The state of ``params``, of which this rank holds its share.
 
     Args:
-        params: Parameters of one group, dtype and device.
+        params: Parameters of one group, dtype and device; DTensors of one mesh, sharded along the same axes, or none.
         group: Their parameter group.
         process_group: The ranks that share the state; None keeps it whole.
         replicas: The ranks that own the same elements, in other copies of the state.
@@ -83,11 +85,12 @@ class Shard:
         state_dtype: torch.dtype | None = None,
     ) -> None:
         self.params = params
+        self.spread_over = spread_over(params[0])
         self.group = group
         self.process_group, self._replicas, self._tag = process_group, replicas, tag
         world_size = 1 if process_group is None else collectives.world_size(process_group)
         self.rank = 0 if process_group is None else collectives.rank(process_group)
-        self.layout = FlatLayout(tuple(p.numel() for p in params), world_size, max_bucket_numel, lean)
+        self.layout = FlatLayout(tuple(p.numel() for p in self._weights()), world_size, max_bucket_numel, lean)
         self._owned = self.layout.owned(self.rank)
         self._owned_of: list[list[Piece]] = [[] for _ in params]
         self._where: list[list[tuple[int, int]]] = [[] for _ in params]  # bucket and place in it
@@ -95,7 +98,7 @@ class Shard:
             for j, piece in enumerate(bucket):
                 self._owned_of[piece.param].append(piece)
                 self._where[piece.param].append((k, j))
-        like = params[0]
+        like = self._weights()[0]
         dtypes = dict.fromkeys(MOMENTS if group["amsgrad"] else MOMENTS[:2], like.dtype)
         if like.dtype.itemsize == 2 and master_dtype is not None:
             dtypes = dict.fromkeys(dtypes, torch.float32)
@@ -124,10 +127,15 @@ class Shard:
 
     # ---------------------------------------------------------------- where things lie
 
+    def _weights(self) -> list[Tensor]:
+        """What of the parameters lies in this process."""
+        return self.params if self.spread_over is None else [local_of(p) for p in self.params]
+
     def _build_views(self) -> None:
-        self._addresses = [p.data_ptr() for p in self.params]
-        self._orders = [axes_in_memory(p) for p in self.params]
-        flat = [storage_order(p.detach()) for p in self.params]
+        weights = self._weights()
+        self._addresses = [p.data_ptr() for p in weights]
+        self._orders = [axes_in_memory(p) for p in weights]
+        flat = [storage_order(p.detach()) for p in weights]
         self._step_of = list(self.steps.unbind())
         self._none_of = {name: moment[:0] for name, moment in self.moments.items()}
         self._buckets = [self._bucket_views(pieces, flat) for pieces in self._owned]
@@ -155,15 +163,16 @@ class Shard:
         Raises:
             RuntimeError: parameters went to different places, or changed their memory format.
         """
-        if [p.data_ptr() for p in self.params] == self._addresses:
+        weights = self._weights()
+        if [p.data_ptr() for p in weights] == self._addresses:
             self._follow_weights()
             return False
-        if [axes_in_memory(p) for p in self.params] != self._orders:
+        if [axes_in_memory(p) for p in weights] != self._orders:
             raise RuntimeError(
                 "parameters changed their memory format (channels_last, say) after the optimizer had state for them. "
                 "Convert the model before the first update, and before loading a checkpoint."
             )
-        places = {(p.device, p.dtype) for p in self.params}
+        places = {(p.device, p.dtype) for p in weights}
         if len(places) > 1:
             raise RuntimeError(
                 f"parameters of one group went to different places after the first update: {sorted(map(str, places))}. "
@@ -184,7 +193,8 @@ class Shard:
 
     def has_moved(self) -> bool:
         """Whether the first parameter has other memory than at the last `refresh`; a cheap sign of all."""
-        return self.params[0].data_ptr() != self._addresses[0] or self.params[0].device != self.steps.device
+        first = local_of(self.params[0])
+        return first.data_ptr() != self._addresses[0] or first.device != self.steps.device
 
     def retag(self, tag: int) -> None:
         """Have messages carry ``tag``."""
@@ -200,7 +210,7 @@ class Shard:
         """
         if "master" not in self.moments or not self._versions:
             return
-        written = {i for i, (p, v) in enumerate(zip(self.params, self._versions, strict=True)) if p._version != v}
+        written = {i for i, (p, v) in enumerate(zip(self._weights(), self._versions, strict=True)) if p._version != v}
         for bucket in self._buckets if written else []:
             for piece, param, master in zip(
                 bucket.pieces, bucket.operands.params, bucket.operands.masters, strict=True
@@ -211,7 +221,7 @@ class Shard:
     def remember_weights(self) -> None:
         """The parameters are as the masters have it. Call it when an update has reached all of them."""
         if "master" in self.moments:
-            self._versions = [p._version for p in self.params]
+            self._versions = [p._version for p in self._weights()]
 
     @property
     def nbytes(self) -> int:
@@ -253,13 +263,23 @@ class Shard:
     def state_of(self, i: int) -> dict[str, Any]:
         """Parameter ``i``'s entry in ``optimizer.state``: views into the shard.
 
-        Whole state has the parameter's own shape; a share is 1-D.
+        Whole state has the parameter's own shape, and is a DTensor as the parameter is; a share is 1-D.
         """
         state: dict[str, Any] = {"step": self._step_of[i]}
         for name in self.moments:
             owned = self.owned_moment(i, name)
-            state[name] = owned if self.process_group is not None else shaped_like(owned, self.params[i])
+            state[name] = owned if self.process_group is not None else self._whole(owned, self.params[i])
         return state
+
+    @staticmethod
+    def _whole(flat: Tensor, param: Tensor) -> Tensor:
+        if not isinstance(param, DTensor):
+            return shaped_like(flat, param)
+        local = shaped_like(flat, local_of(param))
+        made: Tensor = DTensor.from_local(
+            local, param.device_mesh, param.placements, run_check=False, shape=param.shape, stride=param.stride()
+        )
+        return made
 
     def adopt(self, i: int, state: Mapping[str, Any], *, is_share: bool) -> None:
         """Copy a state of parameter ``i``: this rank's share of it, or the whole, of which it takes its share."""
@@ -273,7 +293,7 @@ class Shard:
             if is_share:
                 target.copy_(state[name])
                 continue
-            whole = storage_order(state[name], like=self.params[i])
+            whole = storage_order(_placed_like(state[name], self.params[i]), like=local_of(self.params[i]))
             place = 0
             for start, stop in self.ranges_of(i):
                 target[place : place + stop - start].copy_(whole[start:stop])
@@ -341,13 +361,17 @@ class Shard:
                 ]
                 for k, bucket in enumerate(self._buckets)
             ]
-        for p in self.params:
-            if p.grad is not None and p.grad.layout != torch.strided:
+        grads = [p.grad if p.grad is None else local_gradient(p.grad, p) for p in self.params]
+        for grad in grads:
+            if grad is not None and grad.layout != torch.strided:
                 raise RuntimeError(
-                    f"DistAdamW does not support sparse gradients, got one of layout {p.grad.layout}. "
+                    f"DistAdamW does not support sparse gradients, got one of layout {grad.layout}. "
                     "Build the embedding with sparse=False."
                 )
-        flat = [None if p.grad is None else storage_order(p.grad, like=p) for p in self.params]
+        flat = [
+            None if grad is None else storage_order(grad, like=p)
+            for p, grad in zip(self._weights(), grads, strict=True)
+        ]
         return [
             [None if (g := flat[p.param]) is None else g[p.start : p.stop] for p in bucket.pieces]
             for bucket in self._buckets
@@ -383,6 +407,46 @@ class Shard:
             table = self._tables[k, len(live)] = (live, made)
         table[1].follow(params, grads)
         return table[1]
+
+
+def local_of(tensor: Tensor) -> Tensor:
+    """What of ``tensor`` lies in this process: a DTensor's local tensor, else itself. Local."""
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+
+
+def local_gradient(grad: Tensor, param: Tensor) -> Tensor:
+    """The elements of ``grad`` that go with `local_of` of ``param``. Collective where it is placed otherwise."""
+    if not isinstance(param, DTensor):
+        return grad
+    if not isinstance(grad, DTensor):
+        raise RuntimeError(
+            f"a gradient of shape {tuple(grad.shape)} is a plain tensor, and its parameter a DTensor placed "
+            f"{param.placements}. Leave gradients as backward makes them."
+        )
+    if grad.placements != param.placements:
+        grad = grad.redistribute(placements=param.placements)
+    local = grad._local_tensor
+    return local.wait() if isinstance(local, AsyncCollectiveTensor) else local
+
+
+def _placed_like(tensor: Tensor, param: Tensor) -> Tensor:
+    """The elements of a whole state, or of a DTensor placed anyhow, that go with `local_of` of ``param``."""
+    if not isinstance(param, DTensor):
+        return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    if not isinstance(tensor, DTensor):
+        # No rank asks another: each has the whole.
+        tensor = distribute_tensor(tensor, param.device_mesh, param.placements, src_data_rank=None)
+    elif tensor.placements != param.placements:
+        tensor = tensor.redistribute(param.device_mesh, param.placements)
+    return local_of(tensor)
+
+
+def spread_over(param: Tensor) -> tuple[Any, ...] | None:
+    """The mesh of a DTensor and the axes along which its elements are shared out; None for other tensors. Local."""
+    if not isinstance(param, DTensor):
+        return None
+    axes = tuple(axis for axis, placement in enumerate(param.placements) if not placement.is_replicate())
+    return (param.device_mesh, axes)
 
 
 def storage_order(tensor: Tensor, like: Tensor | None = None) -> Tensor:

@@ -5,6 +5,7 @@ Floor 4: knows Accelerate; nothing below knows it.
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterable, Sized
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from dist_adamw import collectives
 from dist_adamw.batch import GlobalBatch
 from dist_adamw.checkpoint import load_share, save_share
 from dist_adamw.conventions import unwrap
+from dist_adamw.integrations.deepspeed import accumulation_of, configure
 from dist_adamw.optimizer import DistAdamW
 from dist_adamw.scheduler import CyclicLRWithRestarts
 
@@ -28,7 +30,8 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 FOLDER = "dist_adamw"
-_ENGINES = {"NO", "MULTI_CPU", "MULTI_GPU", "MULTI_NPU", "MULTI_MLU", "MULTI_XPU", "MULTI_HPU"}  # one process, DDP
+_DATA_PARALLEL = {"NO", "MULTI_CPU", "MULTI_GPU", "MULTI_NPU", "MULTI_MLU", "MULTI_XPU", "MULTI_HPU"}
+_ENGINES = {*_DATA_PARALLEL, "FSDP", "DEEPSPEED"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +96,10 @@ def prepare(
             the scheduler was given; on every rank alike, and nothing is prepared then.
         AgreementError: ranks were given different things; on every rank.
 
+    Under FSDP2 and DeepSpeed the engine shares gradients and state out; `DistAdamW` updates what it finds.
+    With DeepSpeed ``prepare`` hands ``max_grad_norm`` over to the engine, which clips to 1.0 if nobody says, and
+    keeps the optimizer where DeepSpeed would put its own (optimizer offload).
+
     A `DistAdamW` under DDP is attached (`DistAdamW.attach`): gradients are reduced to their owners, and
     ``accelerator.clip_grad_norm_`` clips by the global norm of what they own. With a GradScaler
     (fp16) or a communication hook of yours, DDP's all-reduce stays.
@@ -106,17 +113,43 @@ def prepare(
     facts = _agreed_facts(accelerator, optimizer, dataloader, scheduler, group)
     if accelerator.ddp_handler is None:
         accelerator.ddp_handler = _ddp_kwargs()
+    if _engine(accelerator) == "DEEPSPEED":
+        configure(accelerator.deepspeed_plugin.deepspeed_config, optimizer)
+    groups = _hyper_parameters(optimizer)
     model, wrapped, dataloader, _ = accelerator.prepare(model, optimizer, dataloader, scheduler)
-    scheduler.sample_source = lambda: real_samples(accelerator, facts, dataloader)
     inner = unwrap(wrapped)
+    _check_kept(optimizer, inner, groups)
+    scheduler.sample_source = lambda: real_samples(accelerator, facts, dataloader)
     watch = None
     if accelerator.num_processes > 1:
         watch = collectives.AgreementWatch(group)
         inner.register_step_pre_hook(lambda *_: watch.check(scheduler.agreement_record()))
-    if isinstance(inner, DistAdamW):
+    if isinstance(inner, DistAdamW) and _engine(accelerator) in _DATA_PARALLEL:
         _attach(accelerator, model, inner)
         _keep_shares(accelerator, model, wrapped, inner, watch)
     return model, wrapped, dataloader, scheduler
+
+
+def _engine(accelerator: Accelerator) -> str:
+    return str(accelerator.distributed_type.value)
+
+
+def _hyper_parameters(optimizer: Optimizer) -> list[dict[str, Any]]:
+    return [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+
+
+def _check_kept(given: Optimizer, kept: Optimizer, groups: list[dict[str, Any]]) -> None:
+    """Refuse what Accelerate and DeepSpeed do in silence: another optimizer, other groups. Every rank alike."""
+    if kept is not given:
+        raise ValueError(
+            f"the engine put {type(kept).__name__} in place of {type(given).__name__}, with other arithmetic, and the "
+            'scheduler drives nothing. With DeepSpeed\'s optimizer offload set "zero_force_ds_cpu_optimizer": false.'
+        )
+    if _hyper_parameters(kept) != groups:
+        raise ValueError(
+            f"the engine changed the parameter groups from {groups} to {_hyper_parameters(kept)}. Set nothing in its "
+            "configuration that the optimizer's groups say."
+        )
 
 
 def _host_group(accelerator: Accelerator) -> dist.ProcessGroup | None:
@@ -175,12 +208,7 @@ def _checked_facts(
             f"the scheduler drives another {type(scheduler.optimizer).__name__} than the one given here, "
             "whose lr would stand still. Pass prepare the optimizer that the scheduler was built with."
         )
-    engine = accelerator.distributed_type.value
-    if engine not in _ENGINES:
-        raise ValueError(
-            f"the engine {engine} is not supported yet. Use one process or DDP, or drive {type(optimizer).__name__} "
-            "with accelerator.prepare alone, after passing batch_size (global) and epoch_size to the scheduler."
-        )
+    _check_engine(accelerator, optimizer)
     facts = loader_facts(accelerator, dataloader)
     if scheduler.epoch_size is None and facts.epoch_size is None:
         raise ValueError(
@@ -200,6 +228,43 @@ def _checked_facts(
     if scheduler.batch_size is None:
         scheduler.batch_size = facts.batch
     return facts
+
+
+def _check_engine(accelerator: Accelerator, optimizer: Optimizer) -> None:
+    """Refuse an engine that is not served, or that is not the one that was asked for. Local."""
+    engine = _engine(accelerator)
+    if engine not in _ENGINES:
+        raise ValueError(
+            f"the engine {engine} is not supported. Use one process, DDP, FSDP2 or DeepSpeed, or drive "
+            f"{type(optimizer).__name__} with accelerator.prepare alone, after passing batch_size (global) and "
+            "epoch_size to the scheduler."
+        )
+    if engine == "FSDP" and getattr(accelerator.state.fsdp_plugin, "fsdp_version", 1) != 2:
+        raise ValueError(
+            "FSDP1 keeps flat parameters without names, got fsdp_version: 1. Set fsdp_version: 2 in the Accelerate "
+            "configuration (FSDP_VERSION=2)."
+        )
+    for name, wanted in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DEEPSPEED")):
+        if os.environ.get(name, "false").lower() == "true" and engine != wanted:
+            raise ValueError(
+                f"{wanted} was asked for ({name}=true), but Accelerate trains with the engine {engine} and would not "
+                "say so: it uses FSDP on accelerators only, and needs a launcher that starts ranks. On CPU choose DDP "
+                f"or DeepSpeed, or unset {name}."
+            )
+    here, asked = accelerator.num_processes, int(os.environ.get("WORLD_SIZE", "1"))
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ and "RANK" not in os.environ
+    if asked > here:
+        raise ValueError(
+            f"{asked} ranks run (WORLD_SIZE), but Accelerate counts {here}: every rank would see all the data. With "
+            'DeepSpeed on CPU pass kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] to Accelerator; elsewhere '
+            "make no Accelerator before the process group."
+        )
+    if here == 1 and launched:
+        raise ValueError(
+            "accelerate launch was asked for several processes and started one (on CPU it does not start ranks with "
+            "--cpu or MULTI_CPU). Use ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N, or "
+            "ACCELERATE_USE_CPU=true torchrun --nproc_per_node N."
+        )
 
 
 def loader_facts(accelerator: Accelerator, dataloader: DataLoader[Any]) -> LoaderFacts:
@@ -225,7 +290,10 @@ def loader_facts(accelerator: Accelerator, dataloader: DataLoader[Any]) -> Loade
                 f"The nearest sizes that work: {' and '.join(str(n) for n in (below, above) if n)}."
             )
         size //= ranks
-    batch = GlobalBatch(size, accelerator.gradient_accumulation_steps, ranks)
+    accumulation = accelerator.gradient_accumulation_steps
+    if _engine(accelerator) == "DEEPSPEED":
+        accumulation = accumulation_of(accelerator.deepspeed_plugin.deepspeed_config, accumulation)
+    batch = GlobalBatch(size, accumulation, ranks)
     samples = _pass_length(dataloader)
     drop_last = bool(getattr(sampler, "drop_last", False) or dataloader.drop_last)
     uneven = samples is not None and -(-samples // size) % ranks

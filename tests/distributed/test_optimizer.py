@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from dist_adamw import DistAdamW
@@ -282,17 +281,6 @@ def test_a_share_of_another_rank_is_refused() -> None:
     errors = expect_error_on_all(2, check_share_of_another_rank)
     assert "this state is the share of rank 0 of 2, and this is rank 1 of 2" in errors[1]
     assert "accelerator.save_state" in errors[1]
-
-
-def check_dtensor_refused() -> None:
-    model = nn.Linear(8, 8)
-    fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
-    DistAdamW(model.parameters())
-
-
-def test_dtensors_are_refused_with_a_sentence() -> None:
-    for error in expect_error_on_all(2, check_dtensor_refused):
-        assert error.startswith("ValueError: DistAdamW does not support DTensor parameters")
 
 
 def check_one_axis_of_a_mesh() -> tuple[int, int, bool]:

@@ -34,6 +34,7 @@ FLOORS = {
     "scheduler": 2,
     "checkpoint": 3,
     "integrations": 4,
+    "integrations.deepspeed": 4,
     "integrations.accelerate": 4,
     "cli": 5,
     "__init__": 5,
