@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 
 def unwrap(optimizer: Optimizer) -> Optimizer:
-    """The torch optimizer inside wrappers that keep theirs in ``.optimizer``; DeepSpeed's are no optimizers themselves."""
+    """The torch optimizer inside wrappers that keep theirs in ``.optimizer``; DeepSpeed's are no torch optimizers."""
     inner: Any = optimizer
     while (inner := getattr(inner, "optimizer", None)) is not None:
         if isinstance(inner, Optimizer):

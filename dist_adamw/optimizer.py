@@ -430,6 +430,7 @@ class DistAdamW(Optimizer):
                 f"optimizer's state is shared over {self._ranks()}: gradients would be averaged over those alone. Give "
                 "DistAdamW a mesh of all these ranks (two axes to replicate state), or do without attach()."
             )
+        collectives.end_quietly()
         if self._path is None:
             self._path = GradientPath(
                 self._all_params, self._shards_by_now, overlap=overlap, into_shard=reduce_every_backward

@@ -2,8 +2,8 @@
 
 `run_ranks(4, function, *args)` runs ``function(*args)`` on ranks 0 to 3 of a process group and
 returns their results in order. The function must be importable (a test module's own function is).
-Starting ranks is what costs time, so they are forked from a server that has imported torch and
-Accelerate once; a rank waits for the next job afterwards, and a pool whose job failed is replaced.
+Starting ranks is what costs time, so they are forked from a server that has imported torch,
+Accelerate and DeepSpeed once; a rank waits for the next job afterwards, and a pool whose job failed is replaced.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def expect_error_on_all(world_size: int, function: Callable[..., Any], *args: An
 class _Pool:
     def __init__(self, world_size: int) -> None:
         # The server imports these once; ranks are forked from it and start in milliseconds.
-        _context.set_forkserver_preload(["torch", "torch.distributed", "accelerate", "dist_adamw"])
+        _context.set_forkserver_preload(["torch", "torch.distributed", "accelerate", "deepspeed", "dist_adamw"])
         self._folder = tempfile.TemporaryDirectory()
         rendezvous = f"file://{self._folder.name}/rendezvous"
         self._pipes: list[Connection] = []

@@ -22,7 +22,7 @@ from dist_adamw import collectives
 from dist_adamw.batch import GlobalBatch
 from dist_adamw.checkpoint import load_share, save_share
 from dist_adamw.conventions import unwrap
-from dist_adamw.integrations.deepspeed import accumulation_of, configure
+from dist_adamw.integrations.deepspeed import accumulation_of, configure, fill, names_our_types, register_deepspeed
 from dist_adamw.optimizer import DistAdamW
 from dist_adamw.scheduler import CyclicLRWithRestarts
 
@@ -84,7 +84,8 @@ def prepare(
     Args:
         accelerator: Its ``gradient_accumulation_steps`` counts.
         model: As for ``accelerator.prepare``.
-        optimizer: A `DistAdamW`, or any torch optimizer.
+        optimizer: A `DistAdamW`, or any torch optimizer. With a DeepSpeed configuration that names both,
+            Accelerate's ``DummyOptim``, and its ``DummyScheduler`` below.
         dataloader: The training loader, not prepared yet.
         scheduler: Not prepared; it is returned itself, since it needs no wrapper.
 
@@ -114,11 +115,23 @@ def prepare(
     if accelerator.ddp_handler is None:
         accelerator.ddp_handler = _ddp_kwargs()
     if _engine(accelerator) == "DEEPSPEED":
-        configure(accelerator.deepspeed_plugin.deepspeed_config, optimizer)
-    groups = _hyper_parameters(optimizer)
-    model, wrapped, dataloader, _ = accelerator.prepare(model, optimizer, dataloader, scheduler)
+        config = accelerator.deepspeed_plugin.deepspeed_config
+        configure(config, optimizer)
+        if from_json := _is_dummy(optimizer):
+            register_deepspeed()
+            fill(config, facts.batch.size, facts.epoch_size)
+    else:
+        from_json = False
+    groups = [] if from_json else _hyper_parameters(optimizer)
+    model, wrapped, dataloader, stepped = accelerator.prepare(model, optimizer, dataloader, scheduler)
     inner = unwrap(wrapped)
-    _check_kept(optimizer, inner, groups)
+    if from_json:
+        scheduler = stepped.scheduler
+        _check_scheduler(scheduler)
+        if accelerator.num_processes > 1:
+            collectives.check_agreement({**scheduler.configuration(), **scheduler.agreement_record()}, group)
+    else:
+        _check_kept(optimizer, inner, groups)
     scheduler.sample_source = lambda: real_samples(accelerator, facts, dataloader)
     watch = None
     if accelerator.num_processes > 1:
@@ -179,7 +192,8 @@ def _agreed_facts(
         facts = _checked_facts(accelerator, optimizer, dataloader, scheduler)
         inner = unwrap(optimizer)
         layout = inner.layout_record() if isinstance(inner, DistAdamW) else {}
-        record = {**scheduler.configuration(), **scheduler.agreement_record(), **layout}
+        if not _is_dummy(optimizer):
+            record = {**scheduler.configuration(), **scheduler.agreement_record(), **layout}
     except ValueError as error:
         problem = str(error)
     several = accelerator.num_processes > 1
@@ -198,11 +212,9 @@ def _checked_facts(
     accelerator: Accelerator, optimizer: Optimizer, dataloader: DataLoader[Any], scheduler: CyclicLRWithRestarts
 ) -> LoaderFacts:
     """Refuse what does not fit together, and fill the scheduler in. Local."""
-    if not isinstance(scheduler, CyclicLRWithRestarts):
-        raise ValueError(
-            f"scheduler must be a CyclicLRWithRestarts that is not prepared yet, got {type(scheduler).__name__}. "
-            "For other schedulers accelerator.prepare does all there is to do."
-        )
+    if _is_dummy(optimizer):
+        return _checked_json(accelerator, dataloader, scheduler)
+    _check_scheduler(scheduler)
     if scheduler.optimizer is not unwrap(optimizer):
         raise ValueError(
             f"the scheduler drives another {type(scheduler.optimizer).__name__} than the one given here, "
@@ -228,6 +240,36 @@ def _checked_facts(
     if scheduler.batch_size is None:
         scheduler.batch_size = facts.batch
     return facts
+
+
+def _is_dummy(optimizer: Any) -> bool:
+    """Whether DeepSpeed's configuration has the optimizer, and this stands for it."""
+    return type(optimizer).__name__ == "DummyOptim"
+
+
+def _checked_json(accelerator: Accelerator, dataloader: DataLoader[Any], scheduler: Any) -> LoaderFacts:
+    """For an optimizer and a scheduler that DeepSpeed will make of its configuration. Local."""
+    engine = _engine(accelerator)
+    if engine != "DEEPSPEED":
+        raise ValueError(
+            f"DummyOptim stands for an optimizer in a DeepSpeed configuration, and the engine is {engine}."
+        )
+    if not names_our_types(accelerator.deepspeed_plugin.deepspeed_config):
+        raise ValueError(
+            'the DeepSpeed configuration names no "type": "CyclicLRWithRestarts". Write it under "scheduler", or use '
+            "accelerator.prepare."
+        )
+    if type(scheduler).__name__ != "DummyScheduler":
+        raise ValueError(f"with DummyOptim pass accelerate.utils.DummyScheduler too, got {type(scheduler).__name__}.")
+    return loader_facts(accelerator, dataloader)
+
+
+def _check_scheduler(scheduler: Any) -> None:
+    if not isinstance(scheduler, CyclicLRWithRestarts):
+        raise ValueError(
+            f"scheduler must be a CyclicLRWithRestarts that is not prepared yet, got {type(scheduler).__name__}. "
+            "For other schedulers accelerator.prepare does all there is to do."
+        )
 
 
 def _check_engine(accelerator: Accelerator, optimizer: Optimizer) -> None:
