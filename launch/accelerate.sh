@@ -16,8 +16,12 @@ if [[ -z ${CONFIG:-} ]]; then
 fi
 [[ -f $CONFIG ]] || CONFIG=$root/configs/accelerate/$CONFIG.yaml
 
-# Without this, ranks on a CPU are single processes that know nothing of one another.
-if ((gpus == 0)) || [[ $(basename "$CONFIG") == cpu_* ]]; then export ACCELERATE_USE_CPU=true; fi
+# Without this, ranks on a CPU are single processes that know nothing of one another. DeepSpeed is not used with it.
+if grep -q '^distributed_type: DEEPSPEED' "$CONFIG"; then
+    cd "$root" # configs/accelerate names DeepSpeed's file from there
+elif ((gpus == 0)) || [[ $(basename "$CONFIG") == cpu_* ]]; then
+    export ACCELERATE_USE_CPU=true
+fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
 

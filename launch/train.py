@@ -19,11 +19,12 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import gather_object, set_seed
+from accelerate.utils import InitProcessGroupKwargs, gather_object, set_seed
 from gpt import GPT, next_byte_losses
 from options import Config, parse
 from report import History, Row, draw, loss_table, megabytes, memory_table
@@ -62,12 +63,17 @@ class Job:
         self.stopped_by: signal.Signals | None = None
         self.out = Path(config.out).expanduser()
         tracking = config.run.tracker in map(str, get_available_trackers())
+        # DDP otherwise keeps a second copy of the gradients.
+        handlers: list[Any] = [DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
+        if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+            dist_adamw.register_deepspeed()
+            if not torch.cuda.is_available():  # else every rank would think that it is alone
+                handlers.append(InitProcessGroupKwargs(backend="gloo"))
         self.accelerator = Accelerator(
             log_with=config.run.tracker if tracking else None,
             project_dir=str(self.out),
             dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=config.run.seed),
-            # DDP otherwise keeps a second copy of the gradients.
-            kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+            kwargs_handlers=handlers,
         )
         check_launch(self.accelerator)
         self.checkpoints = Checkpoints(self.accelerator, self.out, config.run.keep)
@@ -220,9 +226,10 @@ class Job:
 
     def _micro_batch(self, windows: Tensor) -> None:
         with self.accelerator.accumulate(self.model):
+            # DeepSpeed updates, and steps the scheduler, inside backward.
+            lr, decay = float(self.scheduler.get_last_lr()[0]), self.scheduler.get_last_weight_decay()[0]
             loss = next_byte_losses(self.model, windows).mean()
             self.accelerator.backward(loss)
-            lr, decay = float(self.scheduler.get_last_lr()[0]), self.scheduler.get_last_weight_decay()[0]
             self.optimizer.step()
             self.scheduler.step()
             self.optimizer.zero_grad()

@@ -73,14 +73,21 @@ def register_deepspeed() -> None:
     "params" of both are the arguments of the classes by name. ``"auto"`` for ``batch_size`` and ``epoch_size``
     is what `dist_adamw.prepare` knows; for ``lr`` and ``weight_decay`` what Accelerate or transformers fill in.
 
+    On a machine without an accelerator it also has gloo do what DeepSpeed's shared-memory collectives would:
+    those are compiled when the process group is made, and a build that was killed leaves a lock on which every later
+    start waits for ever. So call it before ``Accelerator()`` there.
+
     Raises:
         ImportError: DeepSpeed is not installed.
     """
     try:
+        import deepspeed
         from deepspeed.runtime import lr_schedules
         from deepspeed.runtime.zero import utils as zero
     except ImportError as error:
         raise ImportError("register_deepspeed() needs DeepSpeed: pip install 'dist_adamw[deepspeed]'.") from error
+    if deepspeed.accelerator.get_accelerator().device_name() == "cpu":
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     # DeepSpeed looks for names there; it has no registry.
     torch.optim.DistAdamW = _optimizer_from_json  # type: ignore[attr-defined]
     lr_schedules.CyclicLRWithRestarts = _scheduler_from_json
