@@ -25,9 +25,22 @@ def test_an_accelerate_configuration_loads(path: Path) -> None:
     from accelerate.commands.config.config_args import load_config_from_file
 
     config = load_config_from_file(str(path))
-    ranks = {"cpu_1": 1, "cpu_2": 2, "gpu_1": 1, "gpu_8": 8, "multi_node": 16}
-    assert config.num_processes == ranks[path.stem]
-    assert str(getattr(config.distributed_type, "value", config.distributed_type)) != "MULTI_CPU"
+    machine = path.stem.split("_zero")[0].removesuffix("_fsdp2")
+    assert config.num_processes == {"cpu_1": 1, "cpu_2": 2, "gpu_1": 1, "gpu_8": 8, "multi_node": 16}[machine]
+    engine = str(getattr(config.distributed_type, "value", config.distributed_type))
+    assert engine != "MULTI_CPU"  # starts one process, and says nothing
+    assert engine == ("DEEPSPEED" if "zero" in path.stem else "FSDP" if "fsdp2" in path.stem else engine)
+    if engine == "DEEPSPEED":
+        assert (ROOT / config.deepspeed_config["deepspeed_config_file"]).is_file()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs/deepspeed").glob("*.json")), ids=lambda p: p.stem)
+def test_a_deepspeed_configuration_loads(path: Path) -> None:
+    from accelerate.utils import DeepSpeedPlugin
+
+    config = DeepSpeedPlugin(hf_ds_config=str(path)).deepspeed_config
+    assert f"zero{config['zero_optimization']['stage']}" in path.stem
+    assert "gradient_clipping" in config  # DeepSpeed clips to 1.0 where nothing is said
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "launch").glob("*.sh")), ids=lambda p: p.stem)
