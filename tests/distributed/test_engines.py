@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,7 +23,8 @@ from tests.ranks import run_ranks
 BATCH, EPOCH = 12, 60
 # Cycles of 1.5, 2.25 and 3.375 epochs: 7.5, 11.25 and 16.875 updates, 35.625 in all.
 RECIPE: dict[str, Any] = {"restart_period": 1.5, "t_mult": 1.5, "min_lr": 1e-5}
-EPOCHS, UPDATES = 8, 40
+EPOCHS = 8
+UPDATES = EPOCHS * EPOCH // BATCH
 Curve = list[tuple[int, float, float, float]]  # samples, lr, weight decay, loss
 
 
@@ -38,8 +40,21 @@ def network() -> nn.Module:
     return nn.Sequential(nn.Linear(8, 33), nn.Tanh(), nn.Linear(33, 33), nn.Tanh(), nn.Linear(33, 2))
 
 
-def curve(engine: str, accumulation: int, decay_by: Any, eps: float, config: dict[str, Any]) -> Curve:
-    """Train three cycles, and report each update's clock, lr, weight decay and loss over the global batch."""
+def curve(
+    engine: str,
+    accumulation: int,
+    decay_by: Any,
+    eps: float,
+    config: dict[str, Any],
+    saved: str = "",
+    epochs: Any = None,
+) -> Curve:
+    """Train three cycles, and report each update's clock, lr, weight decay and loss over the global batch.
+
+    Args:
+        saved: A folder: written after the last of ``epochs``, and loaded where these do not begin at 0.
+    """
+    first, last = epochs or (0, EPOCHS)
     with accelerator_on(engine, accumulation, **config) as accelerator:
         ranks = accelerator.num_processes
         assert BATCH % (ranks * accumulation) == 0
@@ -56,7 +71,10 @@ def curve(engine: str, accumulation: int, decay_by: Any, eps: float, config: dic
 
         unwrap(wrapped).register_step_pre_hook(note)
         rows, losses = [], []
-        for _ in range(EPOCHS):
+        if first:
+            accelerator.load_state(saved)
+            assert scheduler.samples == first * EPOCH
+        for _ in range(first, last):
             for x, y in loader:
                 with accelerator.accumulate(model):
                     before = scheduler.samples
@@ -72,7 +90,10 @@ def curve(engine: str, accumulation: int, decay_by: Any, eps: float, config: dic
                             dist.all_reduce(total)
                         rows.append((before, *values[before], float(total) / (ranks * accumulation)))
                         losses = []
-    assert unwrap(wrapped).updates == len(rows) == UPDATES
+        if saved and not first:
+            accelerator.save_state(saved)
+    assert len(rows) == (last - first) * EPOCH // BATCH
+    assert unwrap(wrapped).updates == last * EPOCH // BATCH
     return rows
 
 
@@ -104,6 +125,17 @@ def test_one_curve(engine: str, world_size: int, accumulation: int, decay_by: st
     expected = reference(decay_by, eps)
     assert len({lr for _, lr, _, _ in expected}) > 25  # a schedule that moves
     for rows in run_ranks(world_size, curve, engine, accumulation, decay_by, eps, {}):
+        assert difference(rows, expected) < 1e-5
+
+
+@pytest.mark.parametrize("engine", ENGINES[1:])
+def test_accelerates_own_checkpoints(engine: str, tmp_path: Path) -> None:
+    """Saved in the middle of a cycle, loaded by a job that begins anew."""
+    expected = reference("lr", 0.1)
+    options = (engine, 3, "lr", 0.1, {}, str(tmp_path / "state"))
+    before = run_ranks(2, curve, *options, (0, 4))
+    after = run_ranks(2, curve, *options, (4, EPOCHS))
+    for rows in (before[0] + after[0], before[1] + after[1]):
         assert difference(rows, expected) < 1e-5
 
 
