@@ -6,6 +6,7 @@ from dist_adamw.checkpoint import CheckpointError
 from dist_adamw.collectives import AgreementError
 from dist_adamw.integrations.accelerate import prepare
 from dist_adamw.integrations.deepspeed import register_deepspeed
+from dist_adamw.integrations.transformers import prepare_trainer
 from dist_adamw.optimizer import DistAdamW
 from dist_adamw.preview import Preview
 from dist_adamw.schedule import ExpReduceMaxLROnIteration, ReduceMaxLROnRestart, RestartSchedule
@@ -23,5 +24,6 @@ __all__ = [
     "RestartSchedule",
     "__version__",
     "prepare",
+    "prepare_trainer",
     "register_deepspeed",
 ]

@@ -875,7 +875,8 @@ class DistAdamW(Optimizer):
         if state_dict.get("state_apart"):
             raise ValueError(
                 "this state dict has no moments: they are in a folder beside it. "
-                "Load both with accelerator.load_state, after dist_adamw.prepare."
+                "Load both with accelerator.load_state after dist_adamw.prepare, or with Trainer after "
+                "dist_adamw.prepare_trainer."
             )
         if (share := state_dict.get("share")) is not None:
             check_share(share, self._all_params(), self._here(), self.bucket_numel, self._is_lean)

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 FOLDER = "dist_adamw"
-_DATA_PARALLEL = {"NO", "MULTI_CPU", "MULTI_GPU", "MULTI_NPU", "MULTI_MLU", "MULTI_XPU", "MULTI_HPU"}
-_ENGINES = {*_DATA_PARALLEL, "FSDP", "DEEPSPEED"}
+DATA_PARALLEL = {"NO", "MULTI_CPU", "MULTI_GPU", "MULTI_NPU", "MULTI_MLU", "MULTI_XPU", "MULTI_HPU"}
+_ENGINES = {*DATA_PARALLEL, "FSDP", "DEEPSPEED"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,11 +110,11 @@ def prepare(
 
     Collective: every rank calls it.
     """
-    group = _host_group(accelerator)
+    group = host_group(accelerator)
     facts = _agreed_facts(accelerator, optimizer, dataloader, scheduler, group)
     if accelerator.ddp_handler is None:
         accelerator.ddp_handler = _ddp_kwargs()
-    if _engine(accelerator) == "DEEPSPEED":
+    if engine_of(accelerator) == "DEEPSPEED":
         config = accelerator.deepspeed_plugin.deepspeed_config
         configure(config, optimizer)
         if from_json := _is_dummy(optimizer):
@@ -127,7 +127,7 @@ def prepare(
     inner = unwrap(wrapped)
     if from_json:
         scheduler = stepped.scheduler
-        _check_scheduler(scheduler)
+        check_scheduler(scheduler)
         if accelerator.num_processes > 1:
             collectives.check_agreement({**scheduler.configuration(), **scheduler.agreement_record()}, group)
     else:
@@ -137,13 +137,14 @@ def prepare(
     if accelerator.num_processes > 1:
         watch = collectives.AgreementWatch(group)
         inner.register_step_pre_hook(lambda *_: watch.check(scheduler.agreement_record()))
-    if isinstance(inner, DistAdamW) and _engine(accelerator) in _DATA_PARALLEL:
-        _attach(accelerator, model, inner)
+    if isinstance(inner, DistAdamW) and engine_of(accelerator) in DATA_PARALLEL:
+        attach(accelerator, model, inner)
         _keep_shares(accelerator, model, wrapped, inner, watch)
     return model, wrapped, dataloader, scheduler
 
 
-def _engine(accelerator: Accelerator) -> str:
+def engine_of(accelerator: Accelerator) -> str:
+    """Accelerate's name of the engine, such as "MULTI_GPU", "FSDP" or "DEEPSPEED". Local."""
     return str(accelerator.distributed_type.value)
 
 
@@ -165,7 +166,7 @@ def _check_kept(given: Optimizer, kept: Optimizer, groups: list[dict[str, Any]])
         )
 
 
-def _host_group(accelerator: Accelerator) -> dist.ProcessGroup | None:
+def host_group(accelerator: Accelerator) -> dist.ProcessGroup | None:
     """A group for a few bytes on the host: the default one where that is gloo, else one of its own."""
     if accelerator.num_processes == 1 or not collectives.initialized() or dist.get_backend() == "gloo":
         return None
@@ -214,13 +215,13 @@ def _checked_facts(
     """Refuse what does not fit together, and fill the scheduler in. Local."""
     if _is_dummy(optimizer):
         return _checked_json(accelerator, dataloader, scheduler)
-    _check_scheduler(scheduler)
+    check_scheduler(scheduler)
     if scheduler.optimizer is not unwrap(optimizer):
         raise ValueError(
             f"the scheduler drives another {type(scheduler.optimizer).__name__} than the one given here, "
             "whose lr would stand still. Pass prepare the optimizer that the scheduler was built with."
         )
-    _check_engine(accelerator, optimizer)
+    check_engine(accelerator, optimizer)
     facts = loader_facts(accelerator, dataloader)
     if scheduler.epoch_size is None and facts.epoch_size is None:
         raise ValueError(
@@ -249,7 +250,7 @@ def _is_dummy(optimizer: Any) -> bool:
 
 def _checked_json(accelerator: Accelerator, dataloader: DataLoader[Any], scheduler: Any) -> LoaderFacts:
     """For an optimizer and a scheduler that DeepSpeed will make of its configuration. Local."""
-    engine = _engine(accelerator)
+    engine = engine_of(accelerator)
     if engine != "DEEPSPEED":
         raise ValueError(
             f"DummyOptim stands for an optimizer in a DeepSpeed configuration, and the engine is {engine}."
@@ -264,7 +265,8 @@ def _checked_json(accelerator: Accelerator, dataloader: DataLoader[Any], schedul
     return loader_facts(accelerator, dataloader)
 
 
-def _check_scheduler(scheduler: Any) -> None:
+def check_scheduler(scheduler: Any) -> None:
+    """Refuse what is no `CyclicLRWithRestarts`, or is wrapped already. Local."""
     if not isinstance(scheduler, CyclicLRWithRestarts):
         raise ValueError(
             f"scheduler must be a CyclicLRWithRestarts that is not prepared yet, got {type(scheduler).__name__}. "
@@ -272,9 +274,9 @@ def _check_scheduler(scheduler: Any) -> None:
         )
 
 
-def _check_engine(accelerator: Accelerator, optimizer: Optimizer) -> None:
+def check_engine(accelerator: Accelerator, optimizer: Optimizer) -> None:
     """Refuse an engine that is not served, or that is not the one that was asked for. Local."""
-    engine = _engine(accelerator)
+    engine = engine_of(accelerator)
     if engine not in _ENGINES:
         raise ValueError(
             f"the engine {engine} is not supported. Use one process, DDP, FSDP2 or DeepSpeed, or drive "
@@ -333,7 +335,7 @@ def loader_facts(accelerator: Accelerator, dataloader: DataLoader[Any]) -> Loade
             )
         size //= ranks
     accumulation = accelerator.gradient_accumulation_steps
-    if _engine(accelerator) == "DEEPSPEED":
+    if engine_of(accelerator) == "DEEPSPEED":
         accumulation = accumulation_of(accelerator.deepspeed_plugin.deepspeed_config, accumulation)
     batch = GlobalBatch(size, accumulation, ranks)
     samples = _pass_length(dataloader)
@@ -410,7 +412,7 @@ def _pass_length(dataloader: DataLoader[Any]) -> int | None:
     return None
 
 
-def _attach(accelerator: Accelerator, model: nn.Module, optimizer: DistAdamW) -> None:
+def attach(accelerator: Accelerator, model: nn.Module, optimizer: DistAdamW) -> None:
     """Have gradients reduced to their owners, where nothing needs them whole. Collective.
 
     A GradScaler looks at whole gradients on every rank, and DDP takes one communication hook.

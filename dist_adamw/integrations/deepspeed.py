@@ -38,12 +38,12 @@ def accumulation_of(config: Config, accumulation: int) -> int:
     return accumulation if told == "auto" else int(told)
 
 
-def configure(config: Config, optimizer: Optimizer) -> None:
+def configure(config: Config, optimizer: Optimizer | None) -> None:
     """Have the engine clip as ``optimizer`` was told to, and keep ``optimizer``. Local, before the engine is built.
 
     Args:
         config: DeepSpeed's; changed in place.
-        optimizer: Its ``max_grad_norm`` is handed over.
+        optimizer: Its ``max_grad_norm`` is handed over. None: it is made later, and has none.
 
     Raises:
         ValueError: both name a norm, and not the same.

@@ -36,6 +36,7 @@ FLOORS = {
     "integrations": 4,
     "integrations.deepspeed": 4,
     "integrations.accelerate": 4,
+    "integrations.transformers": 4,
     "cli": 5,
     "__init__": 5,
 }

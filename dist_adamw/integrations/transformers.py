@@ -1,0 +1,281 @@
+"""``prepare_trainer``: DistAdamW and CyclicLRWithRestarts inside transformers' Trainer, alike on every engine.
+
+Floor 4: knows Trainer by its attributes, and imports nothing of transformers. Trainer passes some engines by with
+``optimizers=``: it is refused under FSDP, and dropped without a word under DeepSpeed. What all of them go through is
+``optimizer_cls_and_kwargs`` and ``create_scheduler``, so that is where both are put.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader, IterableDataset
+
+from dist_adamw import collectives
+from dist_adamw.checkpoint import load_share, save_share
+from dist_adamw.conventions import unwrap
+from dist_adamw.integrations.accelerate import (
+    DATA_PARALLEL,
+    FOLDER,
+    LoaderFacts,
+    attach,
+    check_engine,
+    check_scheduler,
+    engine_of,
+    host_group,
+    loader_facts,
+    parameter_names,
+)
+from dist_adamw.integrations.deepspeed import configure
+from dist_adamw.optimizer import DistAdamW
+from dist_adamw.scheduler import CyclicLRWithRestarts
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+T = TypeVar("T", bound="Trainer")
+# Said once, where Trainer, DeepSpeed's "auto" and everybody's logs look for it.
+_IN_ARGUMENTS = {
+    "lr": "learning_rate",
+    "betas": "adam_beta1 and adam_beta2",
+    "eps": "adam_epsilon",
+    "weight_decay": "weight_decay",
+    "max_grad_norm": "max_grad_norm",
+}
+
+
+def prepare_trainer(
+    trainer: T, *, optimizer: Mapping[str, Any] | None = None, scheduler: Mapping[str, Any] | None = None
+) -> T:
+    """Have ``trainer.train()`` use `DistAdamW` and `CyclicLRWithRestarts`, on one process, DDP, FSDP2 and DeepSpeed.
+
+    lr, betas, eps, weight decay and clipping are those of ``TrainingArguments``; biases and norms are not decayed, as
+    Trainer has it. The global batch is ``per_device_train_batch_size`` x accumulation x data-parallel ranks, an epoch
+    is ``train_dataset``, and of a short last batch the real samples are counted. Without FSDP and DeepSpeed
+    a checkpoint keeps every rank's share of the optimizer, and ``resume_from_checkpoint`` loads it on any number of
+    ranks. A second ``train()`` begins the schedule anew, as Trainer's own do.
+
+    Args:
+        trainer: A Trainer, or of a class derived from it, before ``train()``. Objects that it was given
+            (``optimizers=``, ``optimizer_cls_and_kwargs=``) are used instead of new ones.
+        optimizer: Arguments of `DistAdamW` that ``TrainingArguments`` does not have, such as ``decay_by``.
+        scheduler: Arguments of `CyclicLRWithRestarts`. ``batch_size`` and ``epoch_size`` are needed only
+            where the data has no length, or a loader of your own makes other batches.
+
+    Returns:
+        ``trainer``.
+
+    Raises:
+        ValueError: an argument is out of its range or said elsewhere; an engine is not supported; the epoch size
+            cannot be had. The message has the value and the cure.
+
+    Under DeepSpeed the engine clips, by ``TrainingArguments(max_grad_norm=...)`` also where its configuration says
+    nothing (DeepSpeed would clip to 1.0). Under DDP a `DistAdamW` is attached, as `dist_adamw.prepare` does it.
+
+    Local. ``train()`` is collective, and compares what the ranks have.
+    """
+    facts = _facts(trainer)
+    optimizer, scheduler = dict(optimizer or {}), dict(scheduler or {})
+    _check_arguments(trainer, optimizer)
+    _prepare_engine(trainer)
+    if trainer.optimizer is None and trainer.optimizer_cls_and_kwargs is None:
+        args = trainer.args
+        betas = (args.adam_beta1, args.adam_beta2)
+        optimizer = {"lr": args.learning_rate, "betas": betas, "eps": args.adam_epsilon, **optimizer}
+        trainer.optimizer_cls_and_kwargs = (DistAdamW, optimizer)
+        # Bad arguments fail here and now, not when a job of many ranks has come up.
+        _scheduler(DistAdamW([nn.Parameter(torch.zeros(1))], **optimizer), facts, scheduler)
+    elif optimizer:
+        raise ValueError(f"the Trainer was given an optimizer already, and optimizer={optimizer} here. Choose one.")
+    if trainer.lr_scheduler is not None:
+        _fill(trainer, facts, scheduler)
+    _set(trainer, "create_scheduler", _creator(trainer, scheduler))
+    _keep_shares(trainer)
+    _attach_when_wrapped(trainer)
+    return trainer
+
+
+def _check_arguments(trainer: Any, optimizer: Mapping[str, Any]) -> None:
+    """Refuse what is said elsewhere, or would not be heard. Local."""
+    for name in optimizer.keys() & _IN_ARGUMENTS.keys():
+        raise ValueError(
+            f"{name}={optimizer[name]!r} was given to prepare_trainer; Trainer has it from TrainingArguments. Set "
+            f"{_IN_ARGUMENTS[name]} there."
+        )
+    if warmup := trainer.args.warmup_steps:
+        raise ValueError(
+            f"TrainingArguments(warmup_steps={warmup!r}) is for Trainer's own schedulers and would not be heard. "
+            "Pass scheduler={'warmup_samples': ...} to prepare_trainer, in samples."
+        )
+
+
+def _facts(trainer: Any) -> LoaderFacts:
+    """The global batch and the epoch as they are now; ``auto_find_batch_size`` changes them. Local."""
+    args, data = trainer.args, trainer.train_dataset
+    if data is None:
+        raise ValueError("the Trainer has train_dataset=None, so the epoch size is unknown. Pass a train_dataset.")
+    drop_last = args.dataloader_drop_last and not isinstance(data, IterableDataset)
+    loader: DataLoader[Any] = DataLoader(data, batch_size=trainer._train_batch_size, drop_last=drop_last)
+    facts = loader_facts(trainer.accelerator, loader)
+    # Trainer accumulates itself; its accelerator knows of one micro-batch.
+    return replace(facts, batch=replace(facts.batch, gradient_accumulation_steps=args.gradient_accumulation_steps))
+
+
+def _scheduler(optimizer: Optimizer, facts: LoaderFacts, told: Mapping[str, Any]) -> CyclicLRWithRestarts:
+    known: dict[str, Any] = {"batch_size": facts.batch.size, "epoch_size": facts.epoch_size}
+    known |= {name: value for name, value in told.items() if value is not None}
+    return CyclicLRWithRestarts(optimizer, **{**known, "epoch_size": _known(known["epoch_size"])})
+
+
+def _known(epoch_size: int | None) -> int:
+    if epoch_size is None:
+        raise ValueError(
+            "the train_dataset has no length, so the epoch size is unknown. Give the scheduler "
+            "epoch_size=<samples per epoch>."
+        )
+    return epoch_size
+
+
+def _creator(trainer: Any, told: Mapping[str, Any]) -> Callable[..., CyclicLRWithRestarts]:
+    """What stands for ``Trainer.create_scheduler``, which every engine calls when model and optimizer are wrapped."""
+
+    def create_scheduler(num_training_steps: int, optimizer: Optimizer | None = None) -> CyclicLRWithRestarts:
+        if trainer.lr_scheduler is None:
+            facts = _facts(trainer)
+            made = _scheduler(unwrap(optimizer or trainer.optimizer), facts, told)
+            if told.get("batch_size") is None and told.get("epoch_size") is None:
+                made.sample_source = _sample_source(trainer, facts)
+            trainer.lr_scheduler = made
+            trainer._created_lr_scheduler = True  # by itself, as far as Trainer knows: the next train() makes another
+        scheduler: CyclicLRWithRestarts = trainer.lr_scheduler
+        _check_agreement(trainer, scheduler)
+        return scheduler
+
+    return create_scheduler
+
+
+def _check_agreement(trainer: Any, scheduler: CyclicLRWithRestarts) -> None:
+    """Compare what the ranks have. Collective."""
+    if trainer.accelerator.num_processes > 1:
+        record = {**scheduler.configuration(), **scheduler.agreement_record()}
+        collectives.check_agreement(record, host_group(trainer.accelerator))
+
+
+def _attach_when_wrapped(trainer: Any) -> None:
+    """Under DDP have gradients reduced to their owners, from when the model is wrapped on. Local."""
+    from transformers import TrainerCallback
+
+    class Attach(TrainerCallback):  # type: ignore[misc,unused-ignore]
+        attached: nn.Module | None = None
+
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            model, optimizer = trainer.model_wrapped, unwrap(trainer.optimizer)
+            # A second train() has the model and the optimizer of the first.
+            if model is not self.attached and isinstance(optimizer, DistAdamW):
+                self.attached = model
+                attach(trainer.accelerator, model, optimizer)
+
+    if engine_of(trainer.accelerator) in DATA_PARALLEL:
+        trainer.add_callback(Attach())
+
+
+def _fill(trainer: Any, facts: LoaderFacts, told: Mapping[str, Any]) -> None:
+    """Tell a scheduler that came with ``optimizers=`` what it was not told. Local."""
+    given = trainer.lr_scheduler
+    check_scheduler(given)
+    if told:
+        raise ValueError(f"the Trainer was given a scheduler already, and scheduler={told} here. Choose one.")
+    if trainer.optimizer is None or given.optimizer is not unwrap(trainer.optimizer):
+        raise ValueError(
+            "the scheduler in optimizers= drives another optimizer than the Trainer's, whose lr would stand still. "
+            "Pass both: optimizers=(optimizer, scheduler)."
+        )
+    by_data = given.batch_size in (None, facts.batch.size) and given.epoch_size in (None, facts.epoch_size)
+    if given.epoch_size is None:
+        given.epoch_size = _known(facts.epoch_size)
+    if given.batch_size is None:
+        given.batch_size = facts.batch
+    if by_data:
+        given.sample_source = _sample_source(trainer, facts)
+
+
+def _sample_source(trainer: Any, facts: LoaderFacts) -> Callable[[], int | None]:
+    """The real samples of an update, all ranks together, by its place in the epoch: only the last is short.
+
+    Trainer fetches the batches of an update at once, so what Accelerate's loader knows is ahead of the update.
+    """
+    if (samples := facts.samples) is not None and facts.drop_last:
+        samples = samples // facts.pass_samples * facts.pass_samples
+    size = facts.batch.size
+
+    def real_samples() -> int | None:
+        # With ignore_data_skip a resumed epoch begins at its start, and global_step has no place in it.
+        if samples is None or trainer.args.ignore_data_skip:
+            return None
+        updates = -(-samples // size)
+        is_last = (trainer.state.global_step + 1) % updates == 0
+        return samples - (updates - 1) * size if is_last else size
+
+    return real_samples
+
+
+def _prepare_engine(trainer: Any) -> None:
+    """Refuse an engine that is not served, and give DeepSpeed's configuration what it needs. Local."""
+    check_engine(trainer.accelerator, trainer.optimizer)
+    if engine_of(trainer.accelerator) != "DEEPSPEED":
+        return
+    if trainer.optimizer is not None:
+        raise ValueError(
+            "under DeepSpeed Trainer drops optimizers=(optimizer, scheduler) without a word. Leave it out, and pass "
+            "their arguments to prepare_trainer."
+        )
+    config = trainer.accelerator.state.deepspeed_plugin.deepspeed_config
+    for part in ("optimizer", "scheduler"):
+        if part in config:
+            raise ValueError(
+                f"the DeepSpeed configuration names an {part} ({config[part].get('type')!r}), and prepare_trainer "
+                f'makes one. Leave "{part}" out of it.'
+            )
+    config.setdefault("gradient_clipping", trainer.args.max_grad_norm)
+    configure(config, None)
+
+
+def _keep_shares(trainer: Any) -> None:
+    """Have checkpoints keep every rank's share: Trainer saves the state dict of rank 0 and loads it on all.
+
+    FSDP2 and DeepSpeed share state out themselves, and save what they share out.
+    """
+    if engine_of(trainer.accelerator) not in DATA_PARALLEL:
+        return
+    save_rest, load_rest = trainer._save_optimizer_and_scheduler, trainer._load_optimizer_and_scheduler
+
+    def save(output_dir: str) -> None:
+        optimizer = unwrap(trainer.optimizer)
+        if isinstance(optimizer, DistAdamW):
+            save_share(optimizer, parameter_names(trainer.model, optimizer), Path(output_dir) / FOLDER)
+            if trainer.args.should_save:  # the ranks that write a state dict
+                optimizer.save_apart()
+        save_rest(output_dir)
+
+    def load(checkpoint: str | None) -> None:
+        optimizer = unwrap(trainer.optimizer)
+        if checkpoint is not None and isinstance(optimizer, DistAdamW):
+            names = parameter_names(trainer.model, optimizer)
+            if (copy_share := load_share(optimizer, names, Path(checkpoint) / FOLDER)) is not None:
+                optimizer.load_apart(copy_share)
+        load_rest(checkpoint)
+
+    _set(trainer, "_save_optimizer_and_scheduler", save)
+    _set(trainer, "_load_optimizer_and_scheduler", load)
+
+
+def _set(trainer: Any, method: str, function: Callable[..., Any]) -> None:
+    """Put ``function`` in the place of a method of this one Trainer, whatever its class."""
+    assert callable(getattr(trainer, method))
+    setattr(trainer, method, function)

@@ -1,0 +1,315 @@
+"""transformers' Trainer on each engine: the curve of a plain torch loop, and the same one after a resume."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from accelerate.state import AcceleratorState, DistributedType, PartialState
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from dist_adamw import CyclicLRWithRestarts, DistAdamW, prepare_trainer
+from dist_adamw.conventions import unwrap
+from tests.distributed.engines import ZERO, environment
+from tests.ranks import run_ranks
+
+BATCH, EPOCH = 8, 44  # the last batch of an epoch has 4 samples
+EPOCHS, PER_EPOCH = 3, 6
+LR, DECAY, EPS, CLIP = 1e-2, 0.1, 0.1, 0.05  # a large eps shows a wrong scale of the gradient; CLIP clips
+RECIPE: dict[str, Any] = {"restart_period": 0.75, "t_mult": 1.5, "min_lr": 1e-5}
+Curve = list[tuple[int, list[float], list[float], float]]  # samples; lr and weight decay by group; loss
+
+
+class Samples(Dataset[dict[str, Tensor]]):
+    def __init__(self, size: int = EPOCH) -> None:
+        self.x = torch.randn(size, 8, generator=torch.Generator().manual_seed(5))
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, i: int) -> dict[str, Tensor]:
+        return {"x": self.x[i], "y": torch.sin(self.x[i, :2] * 3)}
+
+
+class Network(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(2)
+        self.body = nn.Sequential(nn.Linear(8, 33), nn.LayerNorm(33), nn.Tanh(), nn.Linear(33, 2))
+
+    def forward(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        return {"loss": nn.functional.mse_loss(self.body(x), y)}
+
+
+class Notes(TrainerCallback):  # type: ignore[misc]
+    """What each update works with, and its loss over the global batch."""
+
+    def __init__(self) -> None:
+        self.rows: Curve = []
+        self.losses: list[Tensor] = []
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
+        scheduler, groups = objects["lr_scheduler"], unwrap(objects["optimizer"]).param_groups
+        self.before = (scheduler.samples, [g["lr"] for g in groups], [g["weight_decay"] for g in groups])
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
+        loss = torch.stack(self.losses).mean()
+        if args.world_size > 1:
+            dist.all_reduce(loss)
+        self.rows.append((*self.before, float(loss) / args.world_size))
+        self.losses = []
+
+
+class Noting(Trainer):  # type: ignore[misc]
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.notes = Notes()
+        super().__init__(*args, callbacks=[self.notes], **kwargs)
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        loss = super().compute_loss(*args, **kwargs)
+        self.notes.losses.append(loss.detach())
+        return loss
+
+
+@contextlib.contextmanager
+def arguments_on(
+    engine: str, folder: str, accumulation: int = 1, json: dict[str, Any] | None = None, **options: Any
+) -> Iterator[TrainingArguments]:
+    """TrainingArguments whose engine is ``engine``; the global batch is BATCH. ``json`` is for DeepSpeed."""
+    ranks = 1 if engine == "single" else dist.get_world_size()
+    told = {
+        "output_dir": folder,
+        "per_device_train_batch_size": BATCH // (ranks * accumulation),
+        "gradient_accumulation_steps": accumulation,
+        "num_train_epochs": EPOCHS,
+        "train_sampling_strategy": "sequential",
+        "learning_rate": LR,
+        "weight_decay": DECAY,
+        "adam_epsilon": EPS,
+        "max_grad_norm": CLIP,
+        "save_strategy": "no",
+        "logging_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        "use_cpu": engine in ("single", "DDP"),
+        **options,
+    }
+    with contextlib.ExitStack() as stack:
+        if engine == "single":
+            names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR")
+            stack.enter_context(environment(**dict.fromkeys(names)))
+        elif engine != "DDP":
+            gone = dict.fromkeys(("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"))
+            stack.enter_context(environment(ACCELERATE_USE_CPU="false", ACCELERATE_TORCH_DEVICE="cpu", **gone))
+        if engine == "FSDP2":
+            _pretend_accelerators(stack)
+            told["fsdp"] = True
+            told["fsdp_config"] = {"version": 2, "auto_wrap_policy": "SIZE_BASED_WRAP", "min_num_params": 100}
+        if engine in ZERO:
+            import deepspeed
+
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+            batches = {"train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto"}
+            told["deepspeed"] = {**batches, "zero_optimization": ZERO[engine], **(json or {})}
+            # On a CPU Trainer gives Accelerate no backend, which would count one process.
+            with environment(ACCELERATE_USE_DEEPSPEED="true"):
+                PartialState(backend="gloo")
+            told["accelerator_config"] = {"use_configured_state": True}
+        yield TrainingArguments(**told)
+
+
+def _pretend_accelerators(stack: contextlib.ExitStack) -> None:
+    machine = ("gloo", DistributedType.MULTI_GPU)
+    stack.enter_context(mock.patch.object(PartialState, "_prepare_backend", return_value=machine))
+
+
+def train(engine: str, folder: str, accumulation: int = 1, resume: str | None = None, **options: Any) -> Curve:
+    """A run of Trainer; ``resume`` is the checkpoint to begin from."""
+    with arguments_on(engine, folder, accumulation, **options) as args:
+        trainer = prepare_trainer(Noting(Network(), args, train_dataset=Samples()), scheduler=RECIPE)
+        assert (engine == "single") == (args.world_size == 1)
+        trainer.train(resume_from_checkpoint=resume)
+        optimizer = unwrap(trainer.optimizer)
+        assert isinstance(optimizer, DistAdamW)
+        assert (optimizer._path is not None) == (engine == "DDP")  # attached
+        return trainer.notes.rows
+
+
+@functools.cache
+def plain_loop(padded: bool = False) -> Curve:
+    """The same in torch, on one process.
+
+    Args:
+        padded: Whether Accelerate fills the last batch of an epoch up with the first samples.
+    """
+    model, data = Network(), Samples()
+    decayed = [p for p in model.parameters() if p.ndim == 2]
+    others = [p for p in model.parameters() if p.ndim == 1]
+    groups = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=LR, weight_decay=DECAY, eps=EPS)
+    scheduler = CyclicLRWithRestarts(optimizer, BATCH, EPOCH, **RECIPE)
+    rows = []
+    for _ in range(EPOCHS):
+        for start in range(0, EPOCH, BATCH):
+            chosen = list(range(start, min(start + BATCH, EPOCH)))
+            if padded:
+                chosen += range(BATCH - len(chosen))
+            batch = torch.utils.data.default_collate([data[i] for i in chosen])
+            loss = model(**batch)["loss"]
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+            values = [[g[key] for g in optimizer.param_groups] for key in ("lr", "weight_decay")]
+            rows.append((scheduler.samples, *values, loss.item()))
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+    return rows  # type: ignore[return-value]
+
+
+def check_same(rows: Curve, expected: Curve) -> None:
+    assert [row[:3] for row in rows] == [row[:3] for row in expected]
+    assert max(abs(a - b) / b for (*_, a), (*_, b) in zip(rows, expected, strict=True)) < 1e-5
+
+
+CELLS = [("single", 1), ("DDP", 2), ("FSDP2", 2), *((stage, 2) for stage in ZERO)]
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize(("engine", "world_size"), CELLS)
+def test_the_curve_of_a_plain_loop(engine: str, world_size: int, accumulation: int, tmp_path: Path) -> None:
+    expected = plain_loop(padded=world_size * accumulation == 2 and world_size == 2)
+    assert len(expected) == EPOCHS * PER_EPOCH
+    assert len({row[1][0] for row in expected}) > 12  # a schedule that moves
+    for rows in run_ranks(world_size, train, engine, str(tmp_path), accumulation):
+        check_same(rows, expected)
+
+
+SAVE = {"save_strategy": "steps", "save_steps": 8}  # an epoch has 6 updates
+
+
+@pytest.mark.parametrize(("engine", "world_size"), CELLS)
+def test_resume_in_mid_epoch(engine: str, world_size: int, tmp_path: Path) -> None:
+    run = functools.partial(train, **SAVE)
+    begun = run_ranks(world_size, run, engine, str(tmp_path))
+    resumed = run_ranks(world_size, run, engine, str(tmp_path), 1, str(tmp_path / "checkpoint-8"))
+    for first, second in zip(begun, resumed, strict=True):
+        check_same(first[:8] + second, plain_loop(padded=world_size == 2))
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [(("single", 1, 1), ("DDP", 2, 2)), (("DDP", 2, 2), ("single", 1, 1))],
+    ids=["1 to 2", "2 to 1"],
+)
+def test_resume_on_another_number_of_ranks(first: Any, second: Any, tmp_path: Path) -> None:
+    """With the same global batch, and accumulation that leaves nothing to pad."""
+    run = functools.partial(train, **SAVE)
+    (engine, world_size, accumulation), checkpoint = first, str(tmp_path / "checkpoint-8")
+    begun = run_ranks(world_size, run, engine, str(tmp_path), accumulation)[0]
+    engine, world_size, accumulation = second
+    for rows in run_ranks(world_size, run, engine, str(tmp_path), accumulation, checkpoint):
+        check_same(begun[:8] + rows, plain_loop())
+
+
+def train_objects(engine: str, folder: str) -> tuple[Curve, int | None, int | None]:
+    """With ``optimizers=``, as Trainer's own users do."""
+    with arguments_on(engine, folder) as args:
+        model = Network()
+        groups = [
+            {"params": [p for p in model.parameters() if p.ndim == 2]},
+            {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0},
+        ]
+        optimizer = DistAdamW(groups, lr=LR, weight_decay=DECAY, eps=EPS)
+        scheduler = CyclicLRWithRestarts(optimizer, **RECIPE)
+        trainer = Noting(model, args, train_dataset=Samples(), optimizers=(optimizer, scheduler))
+        prepare_trainer(trainer).train()
+        assert trainer.lr_scheduler is scheduler
+        return trainer.notes.rows, scheduler.batch_size, scheduler.epoch_size
+
+
+@pytest.mark.parametrize(("engine", "world_size"), CELLS[:2])
+def test_objects_of_the_users(engine: str, world_size: int, tmp_path: Path) -> None:
+    for rows, batch_size, epoch_size in run_ranks(world_size, train_objects, engine, str(tmp_path)):
+        assert (batch_size, epoch_size) == (BATCH, EPOCH)
+        check_same(rows, plain_loop(padded=world_size == 2))
+
+
+def samples_of(folder: str, accumulation: int, drop_last: bool) -> list[int]:
+    rows = train("DDP", folder, accumulation, dataloader_drop_last=drop_last)
+    return [samples for samples, *_ in rows]
+
+
+@pytest.mark.parametrize(("drop_last", "epoch"), [(False, 44), (True, 40)])
+def test_real_samples_are_counted(drop_last: bool, epoch: int, tmp_path: Path) -> None:
+    expected = [e * epoch + s for e in range(EPOCHS) for s in range(0, epoch, BATCH)]
+    for samples in run_ranks(2, samples_of, str(tmp_path), 1, drop_last):
+        assert samples == expected
+
+
+def train_twice(engine: str, folder: str) -> tuple[Curve, int]:
+    with arguments_on(engine, folder) as args:
+        trainer = prepare_trainer(Noting(Network(), args, train_dataset=Samples()), scheduler=RECIPE)
+        trainer.train()
+        trainer.train()
+        return trainer.notes.rows, trainer.lr_scheduler.samples
+
+
+@pytest.mark.parametrize(("engine", "world_size"), CELLS[:2])
+def test_a_second_train_begins_the_schedule_anew(engine: str, world_size: int, tmp_path: Path) -> None:
+    expected = plain_loop(padded=world_size == 2)
+    for rows, samples in run_ranks(world_size, train_twice, engine, str(tmp_path)):
+        check_same(rows[: len(expected)], expected)
+        assert [row[:3] for row in rows[len(expected) :]] == [row[:3] for row in expected]
+        assert rows[-1][3] < expected[-1][3]  # the weights go on
+        assert samples == EPOCHS * EPOCH
+
+
+def norms(engine: str, folder: str, clip: float) -> list[float]:
+    """What Trainer logs."""
+    options = {"logging_strategy": "steps", "logging_steps": 1, "max_grad_norm": clip, "log_level": "error"}
+    with arguments_on(engine, folder, 2, **options) as args:
+        trainer = prepare_trainer(Noting(Network(), args, train_dataset=Samples()), scheduler=RECIPE)
+        trainer.train()
+        return [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry]
+
+
+@pytest.mark.parametrize("clip", [CLIP, 0.0])
+def test_the_norm_is_the_global_one(clip: float, tmp_path: Path) -> None:
+    expected = run_ranks(1, norms, "single", str(tmp_path), clip)[0]
+    assert min(expected) > CLIP
+    for found in run_ranks(2, norms, "DDP", str(tmp_path), clip):
+        assert found == pytest.approx(expected, rel=1e-4)
+
+
+REFUSED: list[tuple[str, dict[str, Any], dict[str, Any], bool, str]] = [
+    ("DDP", {"optimizer": {"lr": 0.5}}, {}, False, "lr=0.5 was given to prepare_trainer.*Set learning_rate there"),
+    ("DDP", {"optimizer": {"decay_by": "moon"}}, {}, False, "moon"),
+    ("DDP", {"optimizer": {"decay_by": "lr"}}, {}, True, "given an optimizer already"),
+    ("DDP", {"scheduler": {"t_mult": -1}}, {}, False, "t_mult"),
+    ("DDP", {}, {"warmup_steps": 5}, False, "warmup_samples"),
+    ("ZeRO-2", {}, {}, True, "drops optimizers="),
+    ("ZeRO-2", {}, {"json": {"optimizer": {"type": "AdamW"}}}, False, "names an optimizer"),
+]
+
+
+def refusals(folder: str) -> None:
+    for engine, asked, options, objects, message in REFUSED:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        with arguments_on(engine, folder, **options) as args:
+            optimizer = DistAdamW(Network().parameters()) if objects else None
+            trainer = Noting(Network(), args, train_dataset=Samples(), optimizers=(optimizer, None))
+            with pytest.raises(ValueError, match="(?s)" + message):
+                prepare_trainer(trainer, **asked)
+
+
+def test_refused(tmp_path: Path) -> None:
+    run_ranks(2, refusals, str(tmp_path))
