@@ -300,7 +300,8 @@ def check_engine(accelerator: Accelerator, optimizer: Optimizer) -> None:
     if asked > here:
         raise ValueError(
             f"{asked} ranks run (WORLD_SIZE), but Accelerate counts {here}: every rank would see all the data. With "
-            'DeepSpeed on CPU pass kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] to Accelerator; elsewhere '
+            'DeepSpeed on CPU pass kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] to Accelerator (with Trainer '
+            'make PartialState(backend="gloo") first, and accelerator_config={"use_configured_state": True}); elsewhere '
             "make no Accelerator before the process group."
         )
     if here == 1 and launched:
