@@ -305,7 +305,12 @@ def _check_engine(accelerator: Accelerator, optimizer: Optimizer) -> None:
         raise ValueError(
             "accelerate launch was asked for several processes and started one (on CPU it does not start ranks with "
             "--cpu or MULTI_CPU). Use ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N, or "
-            "ACCELERATE_USE_CPU=true torchrun --nproc_per_node N."
+            "ACCELERATE_USE_CPU=true torchrun --nproc_per_node N. If one was asked for, unset MASTER_ADDR."
+        )
+    if callable(hook := getattr(accelerator.ddp_handler, "comm_hook", None)):
+        raise ValueError(
+            f"Accelerate ignores comm_hook={hook!r} in silence. Give DistributedDataParallelKwargs a member of "
+            "DDPCommunicationHookType, or do accelerator.prepare and register_comm_hook yourself."
         )
 
 
