@@ -39,6 +39,12 @@ class _Base:
     lr: float
     min_lr: float
     weight_decay: float
+    lr_scale: float = 1.0
+
+    def plain(self) -> list[float]:
+        """The numbers, as plain data; a scale only where there is one."""
+        scale = [] if self.lr_scale == 1.0 else [self.lr_scale]
+        return [self.lr, self.min_lr, self.weight_decay, *scale]
 
 
 class CyclicLRWithRestarts(LRScheduler):
@@ -48,7 +54,10 @@ class CyclicLRWithRestarts(LRScheduler):
     every ``optimizer.step()``; calls without an update in between (Accelerate makes one per
     process, and users one per micro-batch) change nothing, and neither does a skipped update.
 
-    A parameter group's own ``lr``, ``weight_decay`` and ``min_lr`` are its base values.
+    A parameter group's own ``lr``, ``weight_decay`` and ``min_lr`` are its base values; where another
+    scheduler has been before, ``initial_lr`` is. A group's ``lr_scale`` (timm's layer-wise decay)
+    multiplies the scheduled lr, ``min_lr`` and warm-up included, as under timm's schedulers; a
+    normalised weight decay does not follow it, as it follows no base lr.
 
     Args:
         optimizer: Any torch optimizer, also one that a library has wrapped.
@@ -140,6 +149,7 @@ class CyclicLRWithRestarts(LRScheduler):
         self.sample_source: Callable[[], int | None] | None = None
         self._applied: list[int | None] = []  # updates since the last step(), as the source counted them
         self._stepped: set[int] = set()  # first parameters of the groups that the last of them was made of
+        self._under_way = False  # whether an update has begun that has not been looked at
         self._unconfirmed = False  # whether the last of them may yet turn out to have been skipped
         self._counted_last = 0  # samples of the last update that the clock counted
         self._schedule = self._make_schedule()
@@ -238,6 +248,7 @@ class CyclicLRWithRestarts(LRScheduler):
             base_lr = float(group.setdefault("initial_lr", _copied(group["lr"])))
             decay = float(group.setdefault("initial_weight_decay", group.get("weight_decay", 0.0)))
             min_lr = float(group.get("min_lr", self._min_lr))
+            lr_scale = float(group.get("lr_scale", 1.0))
             if not 0.0 <= base_lr < math.inf:
                 raise ValueError(f"lr must be a finite number >= 0, got {base_lr!r}.")
             if not 0.0 <= decay < math.inf:
@@ -247,13 +258,15 @@ class CyclicLRWithRestarts(LRScheduler):
                     f"min_lr must lie between 0 and the group's lr {base_lr!r}, got {min_lr!r}. "
                     "Set min_lr in the parameter group, or pass a smaller one."
                 )
+            if not 0.0 <= lr_scale < math.inf:
+                raise ValueError(f"lr_scale must be a finite number >= 0, got {lr_scale!r}.")
             if self._normalize is True and decay > 0 and decay_convention(optimizer, group) == "l2":
                 raise ValueError(
                     f"normalize_weight_decay=True, but {type(optimizer).__name__} adds weight_decay={decay!r} to the "
                     "gradient (L2), where the norm means nothing. Use an optimizer with decoupled decay, such as "
                     "DistAdamW or torch.optim.AdamW, or leave normalize_weight_decay='auto'."
                 )
-            self._bases.append(_Base(base_lr, min_lr, decay))
+            self._bases.append(_Base(base_lr, min_lr, decay, lr_scale))
 
     # ---------------------------------------------------------------- the clock
 
@@ -267,9 +280,14 @@ class CyclicLRWithRestarts(LRScheduler):
             self._push()
         _ = self.schedule  # an update at an unknown lr must not happen
         self._confirm()
+        self._under_way = True
         self._began_without_state = not self.optimizer.state
 
     def _after_update(self) -> None:
+        # torch runs the hooks of a class and again of a parent whose step() it calls: one update.
+        if not self._under_way:
+            return
+        self._under_way = False
         # torch's get_optimizer_state_dict makes an optimizer without state step once with lr 0.
         silent = all(g["lr"] == 0 for g in self.optimizer.param_groups) and any(self._last_lr)
         initialising = self._began_without_state and silent
@@ -370,9 +388,9 @@ class CyclicLRWithRestarts(LRScheduler):
         self._last_lr = [_copied(group["lr"]) for group in self.optimizer.param_groups]
 
     def _lr(self, point: SchedulePoint, base: _Base) -> float:
-        return self.schedule.lr(point, base.lr, base.min_lr) * self._lr_scale()
+        return self.schedule.lr(point, base.lr, base.min_lr) * base.lr_scale * self._batch_scale()
 
-    def _lr_scale(self) -> float:
+    def _batch_scale(self) -> float:
         if self._lr_scaling is None or self._batch_size == self._reference_batch_size:
             return 1.0
         assert self._batch_size is not None
@@ -385,12 +403,12 @@ class CyclicLRWithRestarts(LRScheduler):
         if self._normalize is False or convention == "l2":
             return None
         assert self._batch_size is not None
-        if base.lr == 0:
+        if base.lr * base.lr_scale == 0:
             return 0.0  # the decay follows lr, and this group's never leaves 0
         lambda_i = base.weight_decay * self.schedule.weight_decay_norm(point, self._batch_size)
         if convention == "schedule":
             return lambda_i * self.schedule.lr(point, base.lr, base.min_lr) / base.lr
-        return lambda_i / (base.lr * self._lr_scale())
+        return lambda_i / (base.lr * base.lr_scale * self._batch_scale())
 
     def get_lr(self) -> list[float | Tensor]:
         """The learning rate of each group at ``samples``."""
@@ -438,7 +456,7 @@ class CyclicLRWithRestarts(LRScheduler):
         """Everything that shapes the curve but the clock and the global batch, as plain data."""
         self._learn_groups()
         options = {name: plain(value) for name, value in self._options.items()}
-        groups = [[base.lr, base.min_lr, base.weight_decay] for base in self._bases]
+        groups = [base.plain() for base in self._bases]
         return {
             **options,
             "epoch_size": self._epoch_size,

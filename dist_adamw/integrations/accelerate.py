@@ -300,15 +300,20 @@ def check_engine(accelerator: Accelerator, optimizer: Optimizer) -> None:
     if asked > here:
         raise ValueError(
             f"{asked} ranks run (WORLD_SIZE), but Accelerate counts {here}: every rank would see all the data. With "
-            'DeepSpeed on CPU pass kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] to Accelerator (with Trainer '
-            'make PartialState(backend="gloo") first, and accelerator_config={"use_configured_state": True}); elsewhere '
-            "make no Accelerator before the process group."
+            'DeepSpeed on CPU pass kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] to Accelerator; with '
+            'Trainer make PartialState(backend="gloo") and pass accelerator_config={"use_configured_state": True}. '
+            "Elsewhere make no Accelerator before the process group."
         )
     if here == 1 and launched:
         raise ValueError(
             "accelerate launch was asked for several processes and started one (on CPU it does not start ranks with "
             "--cpu or MULTI_CPU). Use ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N, or "
-            "ACCELERATE_USE_CPU=true torchrun --nproc_per_node N."
+            "ACCELERATE_USE_CPU=true torchrun --nproc_per_node N. If one was asked for, unset MASTER_ADDR."
+        )
+    if callable(hook := getattr(accelerator.ddp_handler, "comm_hook", None)):
+        raise ValueError(
+            f"Accelerate ignores comm_hook={hook!r} in silence. Give DistributedDataParallelKwargs a member of "
+            "DDPCommunicationHookType, or do accelerator.prepare and register_comm_hook yourself."
         )
 
 

@@ -5,8 +5,11 @@ Floor 4: knows DeepSpeed's configuration and registries; nothing below knows it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, MutableMapping
-from typing import Any, TypeVar
+import contextlib
+import difflib
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from types import NoneType, UnionType
+from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
@@ -24,11 +27,14 @@ _NOT_FOR_JSON = {
     "params": "DeepSpeed passes the parameters",
     "optimizer": "DeepSpeed passes the optimizer",
     "mesh": "DeepSpeed shares state out itself",
+    "master_dtype": "DeepSpeed keeps fp32 weights itself, so leave it out",
+    "state_dtype": "DeepSpeed keeps state in fp32, so leave it out",
     "max_grad_norm": 'write "gradient_clipping" beside "optimizer"',
     "policy_fn": "a function is built in code: pass the scheduler to deepspeed.initialize or to prepare",
     "eta_on_restart_cb": "a function is built in code: pass the scheduler to deepspeed.initialize or to prepare",
     "eta_on_iteration_cb": "a function is built in code: pass the scheduler to deepspeed.initialize or to prepare",
 }
+_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", NoneType: "null"}
 _FILLED_BY_PREPARE = ("batch_size", "epoch_size")
 
 
@@ -46,7 +52,7 @@ def configure(config: Config, optimizer: Optimizer | None) -> None:
         optimizer: Its ``max_grad_norm`` is handed over. None: it is made later, and has none.
 
     Raises:
-        ValueError: both name a norm, and not the same.
+        ValueError: both name a norm, and not the same; or DeepSpeed was told to put another optimizer there.
     """
     told = config.get(_CLIPPING, "auto")
     norm = optimizer.max_grad_norm if isinstance(optimizer, DistAdamW) else None
@@ -61,9 +67,12 @@ def configure(config: Config, optimizer: Optimizer | None) -> None:
     if isinstance(optimizer, DistAdamW):
         optimizer.max_grad_norm = None
     offload = config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none")
-    if offload != "none":
-        # Else Accelerate swaps a client optimizer for DeepSpeedCPUAdam, with L2 decay.
-        config["zero_force_ds_cpu_optimizer"] = False
+    # Where nothing is said, Accelerate swaps a client optimizer for DeepSpeedCPUAdam, with L2 decay.
+    if offload != "none" and config.setdefault("zero_force_ds_cpu_optimizer", False):
+        raise ValueError(
+            f'"zero_force_ds_cpu_optimizer": true asks for DeepSpeedCPUAdam in place of {type(optimizer).__name__}, '
+            "with other arithmetic. Leave it out."
+        )
 
 
 def register_deepspeed() -> None:
@@ -102,60 +111,86 @@ def names_our_types(config: Mapping[str, Any]) -> bool:
     return any(config.get(part, {}).get("type") in ("DistAdamW", _SCHEDULER) for part in ("optimizer", "scheduler"))
 
 
-def fill(config: Config, batch_size: int, epoch_size: int | None) -> None:
-    """Put what the loader and the accelerator know in place of ``"auto"``. Local."""
+def fill(config: Config, batch_size: int, epoch_size: int | None) -> bool:
+    """Put what the loader and the accelerator know in place of ``"auto"``; whether both numbers are theirs. Local."""
     section = config.get("scheduler", {})
     if section.get("type") != _SCHEDULER:
-        return
+        return False
     told = section.setdefault("params", {})
-    for name, value in zip(_FILLED_BY_PREPARE, (batch_size, epoch_size), strict=True):
+    known = dict(zip(_FILLED_BY_PREPARE, (batch_size, epoch_size), strict=True))
+    for name, value in known.items():
         if told.get(name, "auto") == "auto" and value is not None:
             told[name] = value
+    return all(told.get(name) == value for name, value in known.items())
 
 
-def _optimizer_from_json(params: Iterable[Tensor], **told: Any) -> DistAdamW:
-    for name in ("master_dtype", "state_dtype"):
-        if told.get(name) is not None:
-            _refuse("optimizer", name, told[name], "DeepSpeed keeps fp32 weights itself, so leave it out")
+def _optimizer_from_json(params: Iterable[Tensor], /, **told: Any) -> DistAdamW:
     return _made(DistAdamW, "optimizer", params, told)
 
 
-def _scheduler_from_json(optimizer: Any, **told: Any) -> CyclicLRWithRestarts:
+def _scheduler_from_json(optimizer: Any, /, **told: Any) -> CyclicLRWithRestarts:
     told = {k: v for k, v in told.items() if not (k in _FILLED_BY_PREPARE and v == "auto")}
     return _made(CyclicLRWithRestarts, "scheduler", optimizer, told)
 
 
 def _made(kind: Callable[..., T], section: str, first: Any, told: Mapping[str, Any]) -> T:
-    """``kind(first, **told)``, where ``told`` is plain data that somebody wrote.
+    """``kind(first, **told)``, where ``told`` is plain data that somebody wrote. Nothing that it names is imported.
 
     Raises:
-        ValueError: names the key, and says what is wrong with it.
+        ValueError: names the section and the key, and says what is wrong with it.
     """
-    from jsonargparse import ArgumentError, ArgumentParser
-
+    types = get_type_hints(kind.__init__)
+    known = [name for name in types if name not in _NOT_FOR_JSON and name != "return"]
+    values = {}
     for name, value in told.items():
         if name in _NOT_FOR_JSON:
             _refuse(section, name, value, _NOT_FOR_JSON[name])
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            cure = f"did you mean {near[0]!r}?" if near else f"the keys are {', '.join(known)}."
+            raise ValueError(f"DeepSpeed configuration, {section}.params: there is no {name!r}; {cure}")
         if value == "auto" and name not in ("shard", "normalize_weight_decay"):
             _refuse(section, name, value, "nobody has filled it in; write a value")
-        if isinstance(value, str) and not (value.isidentifier() or _is_number(value)):
-            _refuse(section, name, value, "text is a name or a number here")  # nor is anything imported
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(kind, skip={*_NOT_FOR_JSON, "master_dtype", "state_dtype"}, sub_configs=False)
+        kinds = _kinds(types[name])
+        read = [found for one in kinds for found in _read(value, one)]
+        if not read:
+            _refuse(section, name, value, f"it must be {' or '.join(filter(None, map(_in_words, kinds)))}")
+        values[name] = read[0]
     try:
-        parsed = parser.parse_object(dict(told)).as_dict()
-        return kind(first, **{name: parsed[name] for name in told})
-    except (ArgumentError, ValueError) as error:
-        raise ValueError(f"DeepSpeed configuration, {section}.params: {error}") from error
+        return kind(first, **values)
+    except (ValueError, ArithmeticError) as error:
+        raise ValueError(f"DeepSpeed configuration, {section}.params = {dict(told)}: {error}") from error
 
 
-def _refuse(section: str, name: str, value: object, why: str) -> None:
+def _refuse(section: str, name: str, value: object, why: str) -> NoReturn:
     raise ValueError(f"DeepSpeed configuration, {section}.params: {name}={value!r} cannot be: {why}.")
 
 
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
+def _kinds(annotation: Any) -> tuple[Any, ...]:
+    """The members of a union; the annotation itself where it is none."""
+    return get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+
+
+def _read(value: Any, kind: Any) -> Iterator[Any]:
+    """``value``, which is plain data, as ``kind``; nothing where it is none."""
+    members = get_args(kind)
+    if get_origin(kind) is Literal:
+        yield from (member for member in members if member == value)
+    elif get_origin(kind) is tuple:
+        if isinstance(value, (list, tuple)) and len(value) == len(members):
+            read = [list(_read(one, member)) for one, member in zip(value, members, strict=True)]
+            if all(read):
+                yield tuple(one for (one,) in read)
+    elif kind in (int, float) and (isinstance(value, str) or (kind is float and type(value) is int)):
+        with contextlib.suppress(ValueError, OverflowError):
+            yield kind(value)  # who comes from YAML has 1e-3 as text
+    elif type(value) is kind and kind in _WORDS:
+        yield value
+
+
+def _in_words(kind: Any) -> str:
+    if get_origin(kind) is Literal:
+        return " or ".join(map(repr, get_args(kind)))
+    if get_origin(kind) is tuple:
+        return f"a list of {len(get_args(kind))} numbers"
+    return _WORDS.get(kind, "")

@@ -32,7 +32,7 @@ from dist_adamw.integrations.accelerate import (
     loader_facts,
     parameter_names,
 )
-from dist_adamw.integrations.deepspeed import configure
+from dist_adamw.integrations.deepspeed import configure, fill, names_our_types, register_deepspeed
 from dist_adamw.optimizer import DistAdamW
 from dist_adamw.scheduler import CyclicLRWithRestarts
 
@@ -75,6 +75,9 @@ def prepare_trainer(
         ValueError: an argument is out of its range or said elsewhere; an engine is not supported; the epoch size
             cannot be had. The message has the value and the cure.
 
+    A DeepSpeed configuration that names both types (`register_deepspeed`) is used instead of new objects: "auto" is
+    filled in, and all parameters decay alike, since the engine makes one group of them.
+
     Under DeepSpeed the engine clips, by ``TrainingArguments(max_grad_norm=...)`` also where its configuration says
     nothing (DeepSpeed would clip to 1.0). Under DDP a `DistAdamW` is attached, as `dist_adamw.prepare` does it.
 
@@ -83,7 +86,13 @@ def prepare_trainer(
     facts = _facts(trainer)
     optimizer, scheduler = dict(optimizer or {}), dict(scheduler or {})
     _check_arguments(trainer, optimizer)
-    _prepare_engine(trainer)
+    if _prepare_engine(trainer, facts):
+        if optimizer or scheduler:
+            raise ValueError(
+                f"the DeepSpeed configuration has the optimizer and the scheduler, and optimizer={optimizer}, "
+                f"scheduler={scheduler} were given here. Choose one."
+            )
+        return trainer
     if trainer.optimizer is None and trainer.optimizer_cls_and_kwargs is None:
         args = trainer.args
         betas = (args.adam_beta1, args.adam_beta2)
@@ -225,25 +234,50 @@ def _sample_source(trainer: Any, facts: LoaderFacts) -> Callable[[], int | None]
     return real_samples
 
 
-def _prepare_engine(trainer: Any) -> None:
-    """Refuse an engine that is not served, and give DeepSpeed's configuration what it needs. Local."""
+def _prepare_engine(trainer: Any, facts: LoaderFacts) -> bool:
+    """Refuse an engine that is not served, and give DeepSpeed's configuration what it needs. Local.
+
+    Returns:
+        Whether DeepSpeed will make both objects of its configuration.
+    """
     check_engine(trainer.accelerator, trainer.optimizer)
     if engine_of(trainer.accelerator) != "DEEPSPEED":
-        return
+        return False
     if trainer.optimizer is not None:
         raise ValueError(
             "under DeepSpeed Trainer drops optimizers=(optimizer, scheduler) without a word. Leave it out, and pass "
             "their arguments to prepare_trainer."
         )
     config = trainer.accelerator.state.deepspeed_plugin.deepspeed_config
-    for part in ("optimizer", "scheduler"):
-        if part in config:
-            raise ValueError(
-                f"the DeepSpeed configuration names an {part} ({config[part].get('type')!r}), and prepare_trainer "
-                f'makes one. Leave "{part}" out of it.'
-            )
+    written = [part for part in ("optimizer", "scheduler") if part in config]
+    from_json = len(written) == 2 and names_our_types(config)
+    if written and not from_json:
+        part = written[0]
+        raise ValueError(
+            f"the DeepSpeed configuration names an {part} ({config[part].get('type')!r}), and prepare_trainer "
+            f'makes one. Leave "{part}" out of it, or write both: CyclicLRWithRestarts under "scheduler".'
+        )
     config.setdefault("gradient_clipping", trainer.args.max_grad_norm)
     configure(config, None)
+    if from_json:
+        register_deepspeed()
+        if fill(config, facts.batch.size, facts.epoch_size):
+            _count_real_samples(trainer, facts)
+    return from_json
+
+
+def _count_real_samples(trainer: Any, facts: LoaderFacts) -> None:
+    """Tell the scheduler that DeepSpeed is going to make of short last batches. Local."""
+    from transformers import TrainerCallback
+
+    class Tell(TrainerCallback):  # type: ignore[misc,unused-ignore]
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            scheduler = getattr(trainer.lr_scheduler, "scheduler", trainer.lr_scheduler)
+            check_scheduler(scheduler)
+            scheduler.sample_source = _sample_source(trainer, facts)
+            _check_agreement(trainer, scheduler)
+
+    trainer.add_callback(Tell())
 
 
 def _keep_shares(trainer: Any) -> None:

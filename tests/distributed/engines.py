@@ -72,9 +72,13 @@ def _fsdp2(accumulation: int, config: dict[str, Any]) -> Iterator[Accelerator]:
     patch = mock.patch.object(PartialState, "_prepare_backend", return_value=("gloo", DistributedType.MULTI_GPU))
     machine = {"ACCELERATE_USE_CPU": "false", "ACCELERATE_TORCH_DEVICE": "cpu", "ACCELERATE_USE_FSDP": None}
     with environment(**machine), patch:
-        plugin = FullyShardedDataParallelPlugin(
-            fsdp_version=2, auto_wrap_policy="size_based_wrap", min_num_params=100, **config.pop("fsdp", {})
-        )
+        told = {
+            "fsdp_version": 2,
+            "auto_wrap_policy": "size_based_wrap",
+            "min_num_params": 100,
+            **config.pop("fsdp", {}),
+        }
+        plugin = FullyShardedDataParallelPlugin(**told)
         accelerator = Accelerator(fsdp_plugin=plugin, gradient_accumulation_steps=accumulation, **config)
         assert accelerator.distributed_type == DistributedType.FSDP
         yield accelerator

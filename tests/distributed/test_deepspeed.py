@@ -169,9 +169,9 @@ def test_several_groups_are_one_update(stage: str) -> None:
         assert first > second > 0
 
 
-def check_bf16(stage: str, nan: bool) -> tuple[list[float], list[int], int]:
-    """bf16 weights, whose fp32 masters are ZeRO's; with ``nan`` one sample of the second update has no finite loss."""
-    told = {"bf16": {"enabled": True, "check_grad_overflow": True}}
+def check_bf16(stage: str) -> tuple[list[float], list[int], int]:
+    """bf16 weights, whose fp32 masters are ZeRO's."""
+    told = {"bf16": {"enabled": True}}
     with accelerator_on(stage, **told) as accelerator:
         model = network()
         optimizer = DistAdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
@@ -180,10 +180,8 @@ def check_bf16(stage: str, nan: bool) -> tuple[list[float], list[int], int]:
         model, _, loader, scheduler = prepare(accelerator, model, optimizer, loader, scheduler)
         losses, samples = [], []
         for _ in range(4):
-            for i, (x, y) in enumerate(loader):
+            for x, y in loader:
                 with accelerator.accumulate(model):
-                    if nan and i == 1 and dist.get_rank() == 1:
-                        x = x * float("nan")
                     loss = nn.functional.mse_loss(model(x.bfloat16()).float(), y)
                     accelerator.backward(loss)
                     scheduler.step()
@@ -194,16 +192,7 @@ def check_bf16(stage: str, nan: bool) -> tuple[list[float], list[int], int]:
 
 @pytest.mark.parametrize("stage", ["ZeRO-1", "ZeRO-2", "ZeRO-3"])
 def test_bf16(stage: str) -> None:
-    for losses, samples, updates in run_ranks(2, check_bf16, stage, False):
+    for losses, samples, updates in run_ranks(2, check_bf16, stage):
         assert samples == list(range(12, 241, 12))
         assert updates == 20
         assert sum(losses[-5:]) < sum(losses[:5])
-
-
-@pytest.mark.parametrize("stage", ["ZeRO-1", "ZeRO-2", "ZeRO-3"])
-def test_a_skipped_update_holds_the_schedule(stage: str) -> None:
-    """The second of five in every epoch is skipped: DeepSpeed's overflow, which fp16 (not on CPU) has too."""
-    for _, samples, updates in run_ranks(2, check_bf16, stage, True):
-        assert samples[:6] == [12, 12, 24, 36, 48, 60]
-        assert samples[-1] == 4 * 48
-        assert updates == 16

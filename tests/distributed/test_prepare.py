@@ -198,9 +198,9 @@ def test_a_foreign_scheduler_is_refused() -> None:
 
 def test_an_engine_that_is_not_supported_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     accelerator, *objects = job()
-    # Accelerate never enables FSDP on a CPU, so its word for the engine is replaced.
-    monkeypatch.setattr(accelerator.state, "distributed_type", DistributedType.FSDP)
-    with pytest.raises(ValueError, match="the engine FSDP is not supported yet"):
+    # Megatron-LM is not installed, so Accelerate's word for the engine is replaced.
+    monkeypatch.setattr(accelerator.state, "distributed_type", DistributedType.MEGATRON_LM)
+    with pytest.raises(ValueError, match="the engine MEGATRON_LM is not supported"):
         prepare(accelerator, *objects)
 
 

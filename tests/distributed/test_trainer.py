@@ -58,7 +58,8 @@ class Notes(TrainerCallback):  # type: ignore[misc]
         self.losses: list[Tensor] = []
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
-        scheduler, groups = objects["lr_scheduler"], unwrap(objects["optimizer"]).param_groups
+        stepped, groups = objects["lr_scheduler"], unwrap(objects["optimizer"]).param_groups
+        scheduler = getattr(stepped, "scheduler", stepped)  # of a JSON it is wrapped
         self.before = (scheduler.samples, [g["lr"] for g in groups], [g["weight_decay"] for g in groups])
 
     def on_step_end(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
@@ -145,16 +146,19 @@ def train(engine: str, folder: str, accumulation: int = 1, resume: str | None = 
 
 
 @functools.cache
-def plain_loop(padded: bool = False) -> Curve:
+def plain_loop(padded: bool = False, one_group: bool = False) -> Curve:
     """The same in torch, on one process.
 
     Args:
         padded: Whether Accelerate fills the last batch of an epoch up with the first samples.
+        one_group: Whether biases decay too.
     """
     model, data = Network(), Samples()
     decayed = [p for p in model.parameters() if p.ndim == 2]
     others = [p for p in model.parameters() if p.ndim == 1]
     groups = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
+    if one_group:
+        groups = [{"params": list(model.parameters())}]
     optimizer = torch.optim.AdamW(groups, lr=LR, weight_decay=DECAY, eps=EPS)
     scheduler = CyclicLRWithRestarts(optimizer, BATCH, EPOCH, **RECIPE)
     rows = []
@@ -190,6 +194,28 @@ def test_the_curve_of_a_plain_loop(engine: str, world_size: int, accumulation: i
     assert len(expected) == EPOCHS * PER_EPOCH
     assert len({row[1][0] for row in expected}) > 12  # a schedule that moves
     for rows in run_ranks(world_size, train, engine, str(tmp_path), accumulation):
+        check_same(rows, expected)
+
+
+def train_json(stage: str, folder: str) -> Curve:
+    """The recipe is the DeepSpeed JSON's; what it leaves to "auto" is filled in."""
+    json = {
+        "optimizer": {"type": "DistAdamW", "params": {"lr": "auto", "weight_decay": "auto", "eps": EPS}},
+        "scheduler": {
+            "type": "CyclicLRWithRestarts",
+            "params": {"batch_size": "auto", "epoch_size": "auto", **RECIPE},
+        },
+    }
+    with arguments_on(stage, folder, 2, json) as args:
+        trainer = prepare_trainer(Noting(Network(), args, train_dataset=Samples()))
+        trainer.train()
+        return trainer.notes.rows
+
+
+@pytest.mark.parametrize("stage", ["ZeRO-1", "ZeRO-3"])
+def test_a_json_is_the_recipe(stage: str, tmp_path: Path) -> None:
+    expected = plain_loop(padded=False, one_group=True)
+    for rows in run_ranks(2, train_json, stage, str(tmp_path)):
         check_same(rows, expected)
 
 

@@ -1,0 +1,270 @@
+"""What launchers, Accelerate and DeepSpeed do in silence is an error or a warning that has the cure."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import DeepSpeedPlugin, DistributedDataParallelKwargs
+from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader
+
+from dist_adamw import CyclicLRWithRestarts, DistAdamW, prepare
+from dist_adamw.conventions import unwrap
+from tests.distributed.engines import ZERO, accelerator_on, environment
+from tests.distributed.jobs import job
+from tests.distributed.test_deepspeed import initialize
+from tests.distributed.test_engines import RECIPE, data, network
+from tests.ranks import expect_error_on_all, run_ranks
+
+ROOT = Path(__file__).parents[2]
+
+
+def prepared(accelerator: Accelerator, **options: Any) -> tuple[Any, DistAdamW, Any, CyclicLRWithRestarts]:
+    """Model, DistAdamW itself, loader and scheduler."""
+    model = network()
+    optimizer = DistAdamW(model.parameters(), **{"lr": 1e-2, "weight_decay": 0.1, **options})
+    scheduler = CyclicLRWithRestarts(optimizer, **RECIPE)
+    model, wrapped, loader, scheduler = prepare(
+        accelerator, model, optimizer, DataLoader(data(), batch_size=6), scheduler
+    )
+    assert unwrap(wrapped) is optimizer
+    return model, optimizer, loader, scheduler
+
+
+# ---------------------------------------------------------------- fewer processes than asked for
+
+SCRIPT = """
+from tests.distributed.jobs import job
+from dist_adamw import prepare
+print("global batch", prepare(*job())[3].batch_size)
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--cpu", "--num_processes", "2"], "was asked for several processes and started one"),
+        (["--cpu", "--num_processes", "1"], "global batch 1"),  # and one that was asked for is none
+    ],
+)
+def test_accelerate_launch_on_cpu_starts_one_process(tmp_path: Path, arguments: list[str], says: str) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(SCRIPT)
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "MASTER_"))}
+    launch = [
+        "-m",
+        "accelerate.commands.launch",
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+    ]
+    done = subprocess.run(
+        [sys.executable, *launch, *arguments, str(script)],
+        env={**clean, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=90,
+    )
+    assert says in done.stdout + done.stderr
+    assert (done.returncode == 0) == (says not in done.stderr)
+    if done.returncode:
+        assert "accelerate launch --multi_gpu --num_processes N" in done.stderr  # the cure
+
+
+def deepspeed_without_a_backend() -> None:
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    told = {"train_micro_batch_size_per_gpu": "auto", "zero_optimization": {"stage": 1}}
+    with environment(ACCELERATE_USE_CPU="false", ACCELERATE_TORCH_DEVICE="cpu", ACCELERATE_USE_DEEPSPEED=None):
+        prepared(Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=told)))
+
+
+def test_ranks_that_accelerate_does_not_count_are_counted() -> None:
+    for error in expect_error_on_all(2, deepspeed_without_a_backend):
+        assert "2 ranks run (WORLD_SIZE), but Accelerate counts 1: every rank would see all the data" in error
+        assert 'InitProcessGroupKwargs(backend="gloo")' in error
+
+
+# ---------------------------------------------------------------- another engine than asked for
+
+
+def asked_for(name: str) -> None:
+    with environment(**{name: "true"}):
+        prepare(*job())
+
+
+@pytest.mark.parametrize("engine", ["FSDP", "DEEPSPEED"])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_an_engine_that_was_asked_for_and_is_not_there(engine: str, world_size: int) -> None:
+    name = f"ACCELERATE_USE_{engine}"
+    for error in expect_error_on_all(world_size, asked_for, name):
+        assert f"{engine} was asked for ({name}=true), but Accelerate trains with the engine" in error
+        assert f"or unset {name}." in error
+
+
+def fsdp1() -> None:
+    with accelerator_on("FSDP2", fsdp={"fsdp_version": 1}) as accelerator:
+        prepared(accelerator)
+
+
+def test_fsdp1_is_refused() -> None:
+    for error in expect_error_on_all(2, fsdp1):
+        assert "FSDP1 keeps flat parameters without names, got fsdp_version: 1. Set fsdp_version: 2" in error
+
+
+def hooked() -> None:
+    hook: Any = default_hooks.fp16_compress_hook
+    prepared(Accelerator(kwargs_handlers=[DistributedDataParallelKwargs(comm_hook=hook)]))
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_communication_hook_that_accelerate_ignores(world_size: int) -> None:
+    for error in expect_error_on_all(world_size, hooked):
+        assert "Accelerate ignores comm_hook=<function fp16_compress_hook" in error
+        assert "Give DistributedDataParallelKwargs a member of DDPCommunicationHookType" in error
+
+
+# ---------------------------------------------------------------- the optimizer and its groups
+
+
+def under_offload(told: dict[str, Any]) -> str:
+    with accelerator_on("ZeRO-2 offload", **told) as accelerator:
+        engine, *_ = prepared(accelerator)
+        return type(engine.optimizer.optimizer).__name__
+
+
+@pytest.mark.parametrize("told", [{}, {"zero_force_ds_cpu_optimizer": False}])
+def test_offload_keeps_the_optimizer(told: dict[str, Any]) -> None:
+    assert run_ranks(2, under_offload, told) == ["DistAdamW"] * 2
+
+
+def test_offload_to_deepspeeds_own_optimizer_is_refused() -> None:
+    for error in expect_error_on_all(2, under_offload, {"zero_force_ds_cpu_optimizer": True}):
+        assert '"zero_force_ds_cpu_optimizer": true asks for DeepSpeedCPUAdam in place of DistAdamW' in error
+
+
+class Swapping(Accelerator):
+    """An engine that puts its own optimizer there, as DeepSpeed's offload and MS-AMP do."""
+
+    def prepare_optimizer(self, optimizer: Optimizer, device_placement: bool | None = None) -> Any:
+        return super().prepare_optimizer(torch.optim.Adam(optimizer.param_groups), device_placement)
+
+
+class Overwriting(Accelerator):
+    """An engine that writes the hyper-parameters of its configuration into the groups."""
+
+    def prepare_optimizer(self, optimizer: Optimizer, device_placement: bool | None = None) -> Any:
+        optimizer.param_groups[0]["betas"] = (0.5, 0.5)
+        return super().prepare_optimizer(optimizer, device_placement)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (Swapping, r"the engine put Adam in place of DistAdamW, with other arithmetic.* set \"zero_force_ds_cpu"),
+        (Overwriting, r"the engine changed the parameter groups from .*0\.9.* to .*\(0\.5, 0\.5\).* Set nothing in"),
+    ],
+)
+def test_another_optimizer_and_other_groups_are_seen(kind: type[Accelerator], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        prepared(kind())
+
+
+# ---------------------------------------------------------------- clipping under DeepSpeed
+
+
+def clipping(stage: str, told: dict[str, Any], norm: float | None) -> tuple[float, float | None]:
+    with accelerator_on(stage, **told) as accelerator:
+        engine, optimizer, *_ = prepared(accelerator, max_grad_norm=norm)
+        return engine.gradient_clipping(), optimizer.max_grad_norm
+
+
+@pytest.mark.parametrize("stage", ["ZeRO-1", "ZeRO-3"])
+@pytest.mark.parametrize(
+    ("told", "norm", "expected"),
+    [
+        ({}, None, 0.0),  # DeepSpeed's own default is 1.0
+        ({"gradient_clipping": "auto"}, None, 0.0),  # which Accelerate fills with 1.0
+        ({}, 0.3, 0.3),
+        ({"gradient_clipping": "auto"}, 0.3, 0.3),
+        ({"gradient_clipping": 0.3}, 0.3, 0.3),
+        ({"gradient_clipping": 0.7}, None, 0.7),
+    ],
+)
+def test_one_norm_and_the_engine_clips(stage: str, told: dict[str, Any], norm: float | None, expected: float) -> None:
+    assert run_ranks(2, clipping, stage, told, norm) == [(expected, None)] * 2
+
+
+@pytest.mark.parametrize("told", [0.7, 0.0])
+def test_two_norms_are_refused(told: float) -> None:
+    for error in expect_error_on_all(2, clipping, "ZeRO-1", {"gradient_clipping": told}, 0.3):
+        assert f"max_grad_norm=0.3 was given to DistAdamW and gradient_clipping={told} to DeepSpeed" in error
+        assert "Name one of them, or the same norm." in error
+
+
+def clip_alone(stage: str) -> None:
+    model = network()
+    optimizer = DistAdamW(model.parameters(), max_grad_norm=0.3)
+    config = {
+        "train_batch_size": 12,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": ZERO[stage],
+    }
+    engine = initialize(config, model, optimizer=optimizer)
+    engine.backward(engine(torch.ones(6, 8)).sum())
+    engine.step()
+
+
+@pytest.mark.parametrize("stage", ZERO)
+def test_max_grad_norm_without_prepare_is_refused(stage: str) -> None:
+    for error in expect_error_on_all(2, clip_alone, stage):
+        assert "RuntimeError: max_grad_norm=0.3 would clip each of the engine's partitions by its own norm." in error
+        assert 'Set "gradient_clipping" in the DeepSpeed configuration and leave max_grad_norm=None' in error
+
+
+# ---------------------------------------------------------------- overflow under DeepSpeed
+
+PRECISION: dict[str, dict[str, Any]] = {  # fp16 is not among them: DeepSpeed has none on CPU
+    "fp32": {},
+    "bf16": {"bf16": {"enabled": True, "check_grad_overflow": True}},
+}
+
+
+def overflows(stage: str, precision: str) -> tuple[list[int], list[int], bool]:
+    """Clock and count after each of four updates, of which the second and third have a NaN on one rank."""
+    with accelerator_on(stage, **PRECISION[precision]) as accelerator:
+        model, optimizer, loader, scheduler = prepared(accelerator)
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        samples, updates = [], []
+        for update, (x, y) in zip(range(4), loader, strict=False):
+            loss = nn.functional.mse_loss(model(x.to(dtype)).float(), y)
+            bad = update in (1, 2) and dist.get_rank() == 1
+            accelerator.backward(loss * float("nan") if bad else loss)
+            scheduler.step()
+            samples.append(scheduler.samples)
+            updates.append(optimizer.updates)
+        return samples, updates, bool(torch.isfinite(model(x.to(dtype))).all())
+
+
+@pytest.mark.parametrize("precision", PRECISION)
+@pytest.mark.parametrize("stage", ZERO)
+def test_an_update_that_zero_skips_holds_the_schedule(stage: str, precision: str) -> None:
+    for samples, updates, finite in run_ranks(2, overflows, stage, precision):
+        assert samples == [12, 12, 12, 24]
+        assert updates == [1, 1, 1, 2]
+        assert finite
