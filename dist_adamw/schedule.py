@@ -189,6 +189,13 @@ class RestartSchedule:
         if ratio == 1 or (ratio < 1 and first <= floor):
             return (_Run(0, Fraction(0), max(first, floor), Fraction(1)),)
         # The cycles before the floor takes over (shrinking) or lets go (growing).
+        if floor > 0 and first > 0:
+            turns = abs(math.log(floor / first) / math.log1p(ratio - 1))
+            if turns * ratio.denominator.bit_length() > _LARGEST_POWER:
+                raise ValueError(
+                    f"t_mult={self.t_mult!r} is so close to 1 that {turns:,.0f} cycles pass before the floor of "
+                    f"{float(floor / self.epoch_size):g} epochs, which cannot be counted exactly. Round it, or pass 1."
+                )
         turn = _first_power(first, ratio, floor)
         at_floor = Fraction(1)
         before = _Run(0, Fraction(0), first, ratio) if ratio < 1 else _Run(0, Fraction(0), floor, at_floor)
@@ -269,6 +276,10 @@ def exact(name: str, value: Period) -> Fraction:
 def _ratio(a: Fraction, b: Fraction) -> float:
     # Integer division rounds correctly and, unlike Fraction's, takes no greatest common divisor.
     return (a.numerator * b.denominator) / (a.denominator * b.numerator)
+
+
+# Bits of an exact power of t_mult that still take well under a second.
+_LARGEST_POWER = 1 << 20
 
 
 def _first_power(first: Fraction, ratio: Fraction, floor: Fraction) -> int:

@@ -238,3 +238,17 @@ def test_bad_arguments_fail_at_once_with_the_value(changes: dict[str, Any], name
 def test_a_policy_that_returns_nan_is_named() -> None:
     with pytest.raises(ValueError, match=r"nan at tau=0\.5"):
         make(policy_fn=lambda tau: math.nan).at(500)
+
+
+@pytest.mark.parametrize(
+    ("t_mult", "floor"), [(0.99999, 1), (1 - 1e-12, 1), ("0.9999999999999999999999", 1), ("1.00001", 200)]
+)
+def test_a_t_mult_that_could_not_be_counted_is_refused_at_once(t_mult: float | str, floor: int) -> None:
+    with pytest.raises(ValueError, match=r"t_mult=.* is so close to 1 that .* cycles pass before the floor"):
+        make(restart_period=100, t_mult=t_mult, min_restart_period=floor)
+
+
+def test_a_t_mult_near_one_is_counted_exactly() -> None:
+    schedule = RestartSchedule(epoch_size=1000, batch_size=10, restart_period=100, t_mult=0.999, min_restart_period=1)
+    assert schedule.cycle(4602).length > 1000
+    assert schedule.cycle(4603).length == 1000
