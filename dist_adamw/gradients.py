@@ -85,6 +85,8 @@ class GradientPath:
         self.overlap, self.into_shard = overlap, into_shard
         self._synchronises = True  # False inside no_sync
         self._aside: list[weakref.ref[DistributedDataParallel]] = []  # modules whose reducer stands aside
+        self._asked: dict[int, bool] = {}  # of their no_sync, by id, while they run forward
+        self._heard = False  # whether this backward pass has reached a parameter
         self._listens_to_ddp: bool | None = None
         self._ddp_only = self._buffers_are_gradients = True
         self._hooks: list[_DDPHook] = []
@@ -150,6 +152,8 @@ class GradientPath:
         return (
             not hasattr(model, _HOOK)
             and not (model.static_graph or model.mixed_precision is not None)
+            # Else a reducer that is woken writes its copies over the averages.
+            and model.gradient_as_bucket_view
             and all(param.device.type in _ASIDE and id(param) in self.ids() for param in params)
         )
 
@@ -162,13 +166,13 @@ class GradientPath:
         model.register_comm_hook(None, lambda state, bucket: _done(bucket.buffer()))
 
     def _before_ddp(self, module: DistributedDataParallel, args: Any) -> None:
-        self._asked = module.require_backward_grad_sync
+        self._asked[id(module)] = module.require_backward_grad_sync
         module.require_backward_grad_sync = False
 
     def _after_ddp(self, module: DistributedDataParallel, args: Any, output: Any) -> None:
-        module.require_backward_grad_sync = self._asked
+        asked = module.require_backward_grad_sync = self._asked.pop(id(module), True)
         if torch.is_grad_enabled():  # so that the next forward pass broadcasts buffers
-            module.require_forward_param_sync = self._asked
+            module.require_forward_param_sync = asked
 
     @property
     def synchronises(self) -> bool:
@@ -227,6 +231,7 @@ class GradientPath:
             return
         if not self._queued:
             self.begin()
+        self._heard = True
         self._enter(param)
         if self.overlap:
             self._launch_ready()
@@ -292,6 +297,9 @@ class GradientPath:
     @torch.no_grad()
     def _after_backward(self) -> None:
         self._queued = False
+        heard, self._heard = self._heard or any(self._inboxes), False
+        if not (heard or self._ddp_only):
+            return  # torch.autograd.grad, of an input say: no gradient is to be sent yet
         if self.into_shard:
             self._finish_round()
             return

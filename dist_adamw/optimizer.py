@@ -127,7 +127,8 @@ class DistAdamW(Optimizer):
     _path: GradientPath | None = None
     _defer_gather = False
     _attached: Sequence[weakref.ref[nn.Module]] = ()
-    _given: dict[int, weakref.ref[Tensor]]
+    # Ids: a reference would keep what an engine replaces, and a weak one forbids torch.utils.swap_tensors.
+    _given: set[int]
 
     def __init__(
         self,
@@ -166,7 +167,7 @@ class DistAdamW(Optimizer):
         self.fused = fused
         self.bucket_numel = bucket_numel
         self._mesh = mesh
-        self._given = {}
+        self._given = set()
         self._reset()
         defaults = {
             "lr": lr,
@@ -298,7 +299,7 @@ class DistAdamW(Optimizer):
         grads = [shard.owned_grads() for shard in shards]
         if not any(shard.any_grad for shard in shards):
             return loss
-        if self._only_initialises(grads):
+        if self._only_initialises(shards, grads):
             return loss
         if self.max_grad_norm is None:
             clip: Tensor | None = None
@@ -342,16 +343,32 @@ class DistAdamW(Optimizer):
             self._updates_of[id(shard)] += 1
             self._updates = max(self._updates, self._updates_of[id(shard)])
 
-    def _only_initialises(self, grads: Sequence[list[list[Tensor | None]]]) -> bool:
+    def _only_initialises(self, shards: list[Shard], grads: Sequence[list[list[Tensor | None]]]) -> bool:
         """Whether this is no update: torch's get_optimizer_state_dict steps with lr 0 and gradients of zeros, once.
 
-        State has been laid out by now, which is all that it wants.
+        State has been laid out by now, which is all that it wants. The first update of a warm-up has lr 0 too, and
+        gradients that may be zero on this rank alone, so the ranks decide together. Collective while lr is 0.
         """
-        if self._updates or any(group["lr"] != 0 for group in self.param_groups):
+        if self._updates or self._shared_out == "partitions" or _capturing():
             return False
-        return not any(
-            bool(grad.any()) for buckets in grads for bucket in buckets for grad in bucket if grad is not None
-        )
+        if any(group["lr"] != 0 for group in self.param_groups):
+            return False
+        alike: dict[Any, Tensor] = {}
+        for shard, buckets in zip(shards, grads, strict=True):
+            found = alike.setdefault(shard.spread_over, torch.zeros((), dtype=torch.int32, device=shard.steps.device))
+            for grad in (grad for bucket in buckets for grad in bucket if grad is not None):
+                torch.maximum(found, grad.any().to(found), out=found)
+        for spread, found in alike.items():
+            for group in self._ranks_of(spread):
+                dist.all_reduce(found, op=dist.ReduceOp.MAX, group=group)
+        return not any(bool(found) for found in alike.values())
+
+    def _ranks_of(self, spread: tuple[Any, ...] | None) -> list[dist.ProcessGroup]:
+        """Over which ranks the elements of a shard are shared out: one group after the other."""
+        if spread is None:
+            return [] if self.process_group is None else [self.process_group]
+        mesh, axes = spread
+        return [mesh.get_group(axis) for axis in axes]
 
     def _collect_gradients(self) -> bool:
         """Lay out what is new, and have the averages of what this rank owns. Whether there is any. Collective."""
@@ -640,13 +657,8 @@ class DistAdamW(Optimizer):
             alike.setdefault(shard.spread_over, []).extend(owned)
         for spread, owned in alike.items():
             squares = sum_of_squares(owned).to(device) if owned else torch.zeros_like(total)
-            if spread is None:
-                if self.process_group is not None:
-                    collectives.all_reduce_sum(squares, self.process_group)
-            else:
-                mesh, axes = spread
-                for axis in axes:
-                    collectives.all_reduce_sum(squares, mesh.get_group(axis))
+            for group in self._ranks_of(spread):
+                collectives.all_reduce_sum(squares, group)
             total += squares
         return total
 
@@ -732,7 +744,7 @@ class DistAdamW(Optimizer):
                 continue
             if isinstance(param, DTensor):
                 self._shared_out = "dtensors"
-            elif self._path is None and not self._was_given(param):
+            elif self._path is None and id(param) not in self._given:
                 # ZeRO's flat fp32 partitions. What else replaces parameters is a DTensor.
                 self._shared_out = "partitions"
         if self._shared_out != before and any(shard.process_group is not None for shard in self.shards):
@@ -747,11 +759,6 @@ class DistAdamW(Optimizer):
                 'Set "gradient_clipping" in the DeepSpeed configuration and leave max_grad_norm=None; '
                 "dist_adamw.prepare does it for you."
             )
-
-    def _was_given(self, param: Tensor) -> bool:
-        """Whether ``param`` is what the user made a group of; else an engine has put it there."""
-        given = self._given.get(id(param))
-        return given is not None and given() is param
 
     def _show(self, shard: Shard) -> None:
         """Let ``self.state`` show what ``shard`` holds."""
@@ -768,6 +775,7 @@ class DistAdamW(Optimizer):
         are_shares = self.shards[0].process_group is not None
         params = [param for shard in self.shards for param in shard.params]
         self.shards, self._placed = [], set()
+        self._updates_of.clear()
         self.place(params, are_shares=are_shares)
 
     def layout_record(self) -> dict[str, Any]:
@@ -793,7 +801,7 @@ class DistAdamW(Optimizer):
                     f"DistAdamW does not support complex parameters, got {param.dtype}. Register "
                     "torch.view_as_real(parameter) instead."
                 )
-        self._given.update((id(param), weakref.ref(param)) for param in self.param_groups[-1]["params"])
+        self._given.update(map(id, self.param_groups[-1]["params"]))
 
     # ---------------------------------------------------------------- state dicts and pickling
 
@@ -912,7 +920,7 @@ class DistAdamW(Optimizer):
             group.setdefault("amsgrad", False)
             group.setdefault("maximize", False)
         if unpickled:
-            self._given = {id(param): weakref.ref(param) for param in self._all_params()}
+            self._given = set(map(id, self._all_params()))
             if share is not None:
                 check_share(share, self._all_params(), self._here(), self.bucket_numel, self._is_lean)
             self._adopt(share)

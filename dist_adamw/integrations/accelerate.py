@@ -22,7 +22,14 @@ from dist_adamw import collectives
 from dist_adamw.batch import GlobalBatch
 from dist_adamw.checkpoint import load_share, save_share
 from dist_adamw.conventions import unwrap
-from dist_adamw.integrations.deepspeed import accumulation_of, configure, fill, names_our_types, register_deepspeed
+from dist_adamw.integrations.deepspeed import (
+    CLIPPING,
+    accumulation_of,
+    configure,
+    fill,
+    names_our_types,
+    register_deepspeed,
+)
 from dist_adamw.optimizer import DistAdamW
 from dist_adamw.scheduler import CyclicLRWithRestarts
 
@@ -137,6 +144,8 @@ def prepare(
     if accelerator.num_processes > 1:
         watch = collectives.AgreementWatch(group)
         inner.register_step_pre_hook(lambda *_: watch.check(scheduler.agreement_record()))
+    if engine_of(accelerator) == "DEEPSPEED":
+        _warn_of_clipping(accelerator, float(config[CLIPPING]))
     if isinstance(inner, DistAdamW) and engine_of(accelerator) in DATA_PARALLEL:
         attach(accelerator, model, inner)
         _keep_shares(accelerator, model, wrapped, inner, watch)
@@ -164,6 +173,23 @@ def _check_kept(given: Optimizer, kept: Optimizer, groups: list[dict[str, Any]])
             f"the engine changed the parameter groups from {groups} to {_hyper_parameters(kept)}. Set nothing in its "
             "configuration that the optimizer's groups say."
         )
+
+
+def _warn_of_clipping(accelerator: Accelerator, engines: float) -> None:
+    """Have ``accelerator.clip_grad_norm_``, which only reports under DeepSpeed, say so where the loop counts on it."""
+    report = accelerator.clip_grad_norm_
+
+    def clip_grad_norm_(parameters: Any, max_norm: float, norm_type: float = 2) -> Any:
+        if max_norm != engines:
+            warnings.warn(
+                f"accelerator.clip_grad_norm_(max_norm={max_norm}) does not clip under DeepSpeed, whose "
+                f"gradient_clipping is {engines} (0.0: none). Pass max_grad_norm={max_norm} to DistAdamW, or write it "
+                "into the DeepSpeed configuration.",
+                stacklevel=2,
+            )
+        return report(parameters, max_norm, norm_type)
+
+    accelerator.clip_grad_norm_ = clip_grad_norm_
 
 
 def host_group(accelerator: Accelerator) -> dist.ProcessGroup | None:

@@ -20,7 +20,7 @@ from dist_adamw.scheduler import CyclicLRWithRestarts
 
 Config = MutableMapping[str, Any]
 T = TypeVar("T")
-_CLIPPING = "gradient_clipping"
+CLIPPING = "gradient_clipping"
 _SCHEDULER = "CyclicLRWithRestarts"
 # What JSON cannot say, or the engine says.
 _NOT_FOR_JSON = {
@@ -54,7 +54,7 @@ def configure(config: Config, optimizer: Optimizer | None) -> None:
     Raises:
         ValueError: both name a norm, and not the same; or DeepSpeed was told to put another optimizer there.
     """
-    told = config.get(_CLIPPING, "auto")
+    told = config.get(CLIPPING, "auto")
     norm = optimizer.max_grad_norm if isinstance(optimizer, DistAdamW) else None
     if norm is not None and told not in ("auto", norm):
         raise ValueError(
@@ -63,7 +63,7 @@ def configure(config: Config, optimizer: Optimizer | None) -> None:
         )
     if told == "auto":
         # DeepSpeed 0.19 clips to 1.0 where nothing is said, and Accelerate fills "auto" with 1.0.
-        config[_CLIPPING] = norm or 0.0
+        config[CLIPPING] = norm or 0.0
     if isinstance(optimizer, DistAdamW):
         optimizer.max_grad_norm = None
     offload = config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none")

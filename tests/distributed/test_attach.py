@@ -238,7 +238,7 @@ class _Normed(nn.Module):
 def check_reducer_aside() -> None:
     torch.manual_seed(0)
     model = _Normed()
-    wrapped = DistributedDataParallel(model)
+    wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
     optimizer = DistAdamW(model.parameters())
     optimizer.attach(wrapped)
     rank = dist.get_rank()
@@ -270,7 +270,7 @@ def test_ddp_keeps_its_word_while_its_reducer_stands_aside() -> None:
 
 def check_join(aside: bool) -> None:
     model = nn.Linear(2, 2)
-    wrapped = DistributedDataParallel(model)
+    wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
     optimizer = DistAdamW(model.parameters())
     attach(optimizer, wrapped, aside=aside)
     with pytest.raises(RuntimeError, match=r"join\(\) is not supported after"), wrapped.join():
@@ -299,6 +299,72 @@ def check_reducer_woken() -> None:
 
 def test_a_reducer_that_is_woken_averages_nothing_twice() -> None:
     run_ranks(2, check_reducer_woken)
+
+
+def check_woken_without_views() -> None:
+    """As above; without views DDP would write its copies over the averages, so its reducer stays."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 50), nn.Linear(50, 3))
+    job = Job({"ddp": True, "view": False}, {"eps": 0.1}, model=model, unused=False)
+    for step in range(3):
+        with job.wrapped.no_sync():
+            loss = job.loss(job.wrapped, 10 * step)
+        job.wrapped.require_backward_grad_sync = True
+        job.wrapped.reducer.prepare_for_backward([])
+        loss.backward()
+        job.twin_backward(10 * step, last=True)
+        job.update()
+    job.check()
+
+
+def test_a_reducer_without_views_is_left_alone() -> None:
+    run_ranks(2, check_woken_without_views)
+
+
+def check_gradient_penalty(way: dict[str, Any]) -> None:
+    """torch.autograd.grad reaches no parameter: nothing is sent before the backward pass that does."""
+
+    def penalised(model: nn.Module, step: int) -> Tensor:
+        generator = torch.Generator().manual_seed(1000 * step + dist.get_rank())
+        x = torch.randn(4, 6, generator=generator, requires_grad=True)
+        y = model(x)
+        (slope,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+        return y.mean() + slope.square().mean()
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 20), nn.Tanh(), nn.Linear(20, 2, bias=False))
+    job = Job(way, {"eps": 0.1}, model=model, loss=penalised, unused=False)
+    job.train(range(4))
+    job.check()
+
+
+@pytest.mark.parametrize("way", ["ddp", "ddp, buckets", "plain", "every backward"])
+def test_a_gradient_penalty(way: str) -> None:
+    run_ranks(2, check_gradient_penalty, WAYS[way])
+
+
+def check_zero_gradients_at_lr_zero(attached: bool, options: dict[str, Any]) -> None:
+    """A head of zeros: at the first update all that some rank owns has a gradient of zeros, and lr is 0."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 40), nn.Tanh(), nn.Linear(40, 2, bias=False))
+    nn.init.zeros_(model[2].weight)
+    wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    optimizer = DistAdamW(model.parameters(), lr=1e-2, **options)
+    if attached:
+        optimizer.attach(wrapped)
+    scheduler = CyclicLRWithRestarts(optimizer, 8, 80, restart_period=2, warmup_samples=32)
+    for step in range(3):
+        wrapped(torch.full((4, 6), 1.0 + step + dist.get_rank())).sum().backward()
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+    assert (optimizer.updates, scheduler.samples) == (3, 24)
+
+
+@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 1.0}])
+@pytest.mark.parametrize("attached", [True, False])
+def test_gradients_of_zeros_on_one_rank_are_an_update(attached: bool, options: dict[str, Any]) -> None:
+    run_ranks(2, check_zero_gradients_at_lr_zero, attached, options)
 
 
 # ---------------------------------------------------------------- loops

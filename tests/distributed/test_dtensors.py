@@ -190,3 +190,39 @@ def check_mixed() -> None:
 def test_dtensors_beside_state_that_is_shared_are_refused() -> None:
     for error in expect_error_on_all(2, check_mixed):
         assert "Give each kind an optimizer of its own" in error
+
+
+def check_moved() -> None:
+    """Module.to() swaps DTensors, which torch refuses where somebody has a weak reference to one."""
+    model = sharded("fsdp2")
+    optimizer = DistAdamW(model.parameters(), lr=1e-2)
+    model.to(torch.float64)
+    model.to(torch.float32)
+    loss_of(model, 0, dist.get_rank()).backward()
+    optimizer.step()
+    assert optimizer.updates == 1
+    assert optimizer.process_group is None
+
+
+def test_a_model_may_be_moved_beside_its_optimizer() -> None:
+    run_ranks(2, check_moved)
+
+
+def check_zero_head() -> None:
+    """At lr 0 the one row of a head of zeros is the only gradient there is, and one rank's."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 1, bias=False))
+    nn.init.zeros_(model[2].weight)
+    fully_shard(model)
+    optimizer = DistAdamW(model.parameters(), lr=1e-2)
+    scheduler = CyclicLRWithRestarts(optimizer, 8, 80, restart_period=2, warmup_samples=32)
+    for step in range(3):
+        model(torch.full((4, 6), 1.0 + step)).sum().backward()
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+    assert (optimizer.updates, scheduler.samples) == (3, 24)
+
+
+def test_gradients_of_zeros_on_one_rank_are_an_update() -> None:
+    run_ranks(2, check_zero_head)
