@@ -290,15 +290,14 @@ class GradientPath:
 
     def begin(self) -> None:
         """Once in a backward, before its first gradient: follow the layout, and have autograd call when it is over."""
-        self._queued = True
+        self._queued, self._heard = True, False
         torch.autograd.Variable._execution_engine.queue_callback(self._after_backward)
         self._follow_layout()
 
     @torch.no_grad()
     def _after_backward(self) -> None:
         self._queued = False
-        heard, self._heard = self._heard or any(self._inboxes), False
-        if not (heard or self._ddp_only):
+        if not (self._heard or self._ddp_only or any(self._inboxes)):
             return  # torch.autograd.grad, of an input say: no gradient is to be sent yet
         if self.into_shard:
             self._finish_round()

@@ -121,22 +121,20 @@ def prepare(
     facts = _agreed_facts(accelerator, optimizer, dataloader, scheduler, group)
     if accelerator.ddp_handler is None:
         accelerator.ddp_handler = _ddp_kwargs()
-    if engine_of(accelerator) == "DEEPSPEED":
+    engine, from_json = engine_of(accelerator), _is_dummy(optimizer)
+    if engine == "DEEPSPEED":
         config = accelerator.deepspeed_plugin.deepspeed_config
         configure(config, optimizer)
-        if from_json := _is_dummy(optimizer):
+        if from_json:
             register_deepspeed()
             fill(config, facts.batch.size, facts.epoch_size)
-    else:
-        from_json = False
     groups = [] if from_json else _hyper_parameters(optimizer)
     model, wrapped, dataloader, stepped = accelerator.prepare(model, optimizer, dataloader, scheduler)
     inner = unwrap(wrapped)
     if from_json:
         scheduler = stepped.scheduler
         check_scheduler(scheduler)
-        if accelerator.num_processes > 1:
-            collectives.check_agreement({**scheduler.configuration(), **scheduler.agreement_record()}, group)
+        check_schedules(accelerator, scheduler, group)
     else:
         _check_kept(optimizer, inner, groups)
     scheduler.sample_source = lambda: real_samples(accelerator, facts, dataloader)
@@ -144,9 +142,9 @@ def prepare(
     if accelerator.num_processes > 1:
         watch = collectives.AgreementWatch(group)
         inner.register_step_pre_hook(lambda *_: watch.check(scheduler.agreement_record()))
-    if engine_of(accelerator) == "DEEPSPEED":
+    if engine == "DEEPSPEED":
         _warn_of_clipping(accelerator, float(config[CLIPPING]))
-    if isinstance(inner, DistAdamW) and engine_of(accelerator) in DATA_PARALLEL:
+    if isinstance(inner, DistAdamW) and engine in DATA_PARALLEL:
         attach(accelerator, model, inner)
         _keep_shares(accelerator, model, wrapped, inner, watch)
     return model, wrapped, dataloader, scheduler
@@ -155,6 +153,12 @@ def prepare(
 def engine_of(accelerator: Accelerator) -> str:
     """Accelerate's name of the engine, such as "MULTI_GPU", "FSDP" or "DEEPSPEED". Local."""
     return str(accelerator.distributed_type.value)
+
+
+def check_schedules(accelerator: Accelerator, scheduler: CyclicLRWithRestarts, group: dist.ProcessGroup | None) -> None:
+    """Raise on every rank when their schedules are not the same. Collective."""
+    if accelerator.num_processes > 1:
+        collectives.check_agreement({**scheduler.configuration(), **scheduler.agreement_record()}, group)
 
 
 def _hyper_parameters(optimizer: Optimizer) -> list[dict[str, Any]]:

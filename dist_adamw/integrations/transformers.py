@@ -17,7 +17,6 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, IterableDataset
 
-from dist_adamw import collectives
 from dist_adamw.checkpoint import load_share, save_share
 from dist_adamw.conventions import unwrap
 from dist_adamw.integrations.accelerate import (
@@ -27,6 +26,7 @@ from dist_adamw.integrations.accelerate import (
     attach,
     check_engine,
     check_scheduler,
+    check_schedules,
     engine_of,
     host_group,
     loader_facts,
@@ -163,35 +163,37 @@ def _creator(trainer: Any, told: Mapping[str, Any]) -> Callable[..., CyclicLRWit
             trainer.lr_scheduler = made
             trainer._created_lr_scheduler = True  # by itself, as far as Trainer knows: the next train() makes another
         scheduler: CyclicLRWithRestarts = trainer.lr_scheduler
-        _check_agreement(trainer, scheduler)
+        check_schedules(trainer.accelerator, scheduler, host_group(trainer.accelerator))
         return scheduler
 
     return create_scheduler
 
 
-def _check_agreement(trainer: Any, scheduler: CyclicLRWithRestarts) -> None:
-    """Compare what the ranks have. Collective."""
-    if trainer.accelerator.num_processes > 1:
-        record = {**scheduler.configuration(), **scheduler.agreement_record()}
-        collectives.check_agreement(record, host_group(trainer.accelerator))
+def _when_training_begins(trainer: Any, act: Callable[[], None]) -> None:
+    """Have ``act`` called once model, optimizer and scheduler are wrapped. Local."""
+    from transformers import TrainerCallback
+
+    class Begin(TrainerCallback):  # type: ignore[misc,unused-ignore]
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            act()
+
+    trainer.add_callback(Begin())
 
 
 def _attach_when_wrapped(trainer: Any) -> None:
     """Under DDP have gradients reduced to their owners, from when the model is wrapped on. Local."""
-    from transformers import TrainerCallback
+    attached: nn.Module | None = None
 
-    class Attach(TrainerCallback):  # type: ignore[misc,unused-ignore]
-        attached: nn.Module | None = None
-
-        def on_train_begin(self, *_: Any, **__: Any) -> None:
-            model, optimizer = trainer.model_wrapped, unwrap(trainer.optimizer)
-            # A second train() has the model and the optimizer of the first.
-            if model is not self.attached and isinstance(optimizer, DistAdamW):
-                self.attached = model
-                attach(trainer.accelerator, model, optimizer)
+    def act() -> None:
+        nonlocal attached
+        model, optimizer = trainer.model_wrapped, unwrap(trainer.optimizer)
+        # A second train() has the model and the optimizer of the first.
+        if model is not attached and isinstance(optimizer, DistAdamW):
+            attached = model
+            attach(trainer.accelerator, model, optimizer)
 
     if engine_of(trainer.accelerator) in DATA_PARALLEL:
-        trainer.add_callback(Attach())
+        _when_training_begins(trainer, act)
 
 
 def _fill(trainer: Any, facts: LoaderFacts, told: Mapping[str, Any]) -> None:
@@ -268,16 +270,14 @@ def _prepare_engine(trainer: Any, facts: LoaderFacts) -> bool:
 
 def _count_real_samples(trainer: Any, facts: LoaderFacts) -> None:
     """Tell the scheduler that DeepSpeed is going to make of short last batches. Local."""
-    from transformers import TrainerCallback
 
-    class Tell(TrainerCallback):  # type: ignore[misc,unused-ignore]
-        def on_train_begin(self, *_: Any, **__: Any) -> None:
-            scheduler = getattr(trainer.lr_scheduler, "scheduler", trainer.lr_scheduler)
-            check_scheduler(scheduler)
-            scheduler.sample_source = _sample_source(trainer, facts)
-            _check_agreement(trainer, scheduler)
+    def act() -> None:
+        scheduler = getattr(trainer.lr_scheduler, "scheduler", trainer.lr_scheduler)
+        check_scheduler(scheduler)
+        scheduler.sample_source = _sample_source(trainer, facts)
+        check_schedules(trainer.accelerator, scheduler, host_group(trainer.accelerator))
 
-    trainer.add_callback(Tell())
+    _when_training_begins(trainer, act)
 
 
 def _keep_shares(trainer: Any) -> None:

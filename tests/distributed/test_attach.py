@@ -282,11 +282,11 @@ def test_join_is_refused(aside: bool) -> None:
     run_ranks(2, check_join, aside)
 
 
-def check_reducer_woken() -> None:
-    """What accelerator.trigger_sync_in_backward does."""
+def check_reducer_woken(view: bool) -> None:
+    """What accelerator.trigger_sync_in_backward does. Without views DDP's reducer is not put aside."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(192, 50), nn.Linear(50, 3))
-    job = Job({"ddp": True}, {"eps": 0.1}, model=model, unused=False)
+    job = Job({"ddp": True, "view": view}, {"eps": 0.1}, model=model, unused=False)
     for step in range(4):
         with job.wrapped.no_sync():
             loss = job.loss(job.wrapped, 10 * step)
@@ -297,28 +297,9 @@ def check_reducer_woken() -> None:
     job.check()
 
 
-def test_a_reducer_that_is_woken_averages_nothing_twice() -> None:
-    run_ranks(2, check_reducer_woken)
-
-
-def check_woken_without_views() -> None:
-    """As above; without views DDP would write its copies over the averages, so its reducer stays."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 50), nn.Linear(50, 3))
-    job = Job({"ddp": True, "view": False}, {"eps": 0.1}, model=model, unused=False)
-    for step in range(3):
-        with job.wrapped.no_sync():
-            loss = job.loss(job.wrapped, 10 * step)
-        job.wrapped.require_backward_grad_sync = True
-        job.wrapped.reducer.prepare_for_backward([])
-        loss.backward()
-        job.twin_backward(10 * step, last=True)
-        job.update()
-    job.check()
-
-
-def test_a_reducer_without_views_is_left_alone() -> None:
-    run_ranks(2, check_woken_without_views)
+@pytest.mark.parametrize("view", [True, False])
+def test_a_reducer_that_is_woken_averages_nothing_twice(view: bool) -> None:
+    run_ranks(2, check_reducer_woken, view)
 
 
 def check_gradient_penalty(way: dict[str, Any]) -> None:
