@@ -1,251 +1,506 @@
-"""Sharded optimizer state on disk, keyed by parameter name and element range.
+"""``save`` and ``load``: a training state on disk, whatever engine it comes from or goes to.
 
-Floor 3: knows DistAdamW and files; nothing of Accelerate. Tensors go through safetensors, so
-nothing in a checkpoint is executed when it is read.
-
-A folder holds one file per rank with what that rank owns, and an index that is written last:
-
-    share-00000-of-00002.safetensors   "0.exp_avg": the first shard's moment, 1-D, as the rank holds it
-    share-00001-of-00002.safetensors
-    index.json                         version, parameters, their ranges and places, checksums
-
-It loads on any number of ranks: each reads the elements it owns, and no others.
+Floor 3: puts together what a process holds (`held`) and where it is kept (`storage`), and has all ranks succeed or
+fail together.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
+import random
+import time
+import warnings
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
+from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from dist_adamw import collectives
-from dist_adamw.optimizer import DistAdamW
-from dist_adamw.shard import MASTERS, axes_in_memory
+from dist_adamw._version import __version__
+from dist_adamw.conventions import unwrap
+from dist_adamw.held import Access, Found, Held, access, hyper_parameters, same_family
+from dist_adamw.owned import Owned, evaluated
+from dist_adamw.scheduler import CyclicLRWithRestarts, OnDifference
+from dist_adamw.storage import CheckpointError, Index, Reader, Writer, check_files, read_index, read_whole
 
-INDEX = "index.json"
-VERSION = 1
-_CHUNK = 1 << 22
+Group = dist.ProcessGroup | None
+# Each rank reads for itself, also where there are several: that is how it is meant.
+warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized", UserWarning)
+T = TypeVar("T")
+_RNG = "rng"
 
 
-class CheckpointError(ValueError):
-    """A checkpoint cannot be used: torn, of another model, or of an unknown version."""
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """What a checkpoint says beside its tensors.
+
+    Attributes:
+        path: Its folder.
+        samples: The clock of the schedule; None without one.
+        engine: Which engine wrote it.
+        world_size: How many ranks wrote it.
+        extra: What was passed to `save` as ``extra``.
+        random: What became of the random state: "restored", "restored, and new ranks seeded", or "left alone".
+    """
+
+    path: Path
+    samples: int | None
+    engine: str
+    world_size: int
+    extra: dict[str, Any]
+    random: str
 
 
-def save_share(optimizer: DistAdamW, names: Mapping[Tensor, str], folder: str | Path) -> None:
-    """Write this rank's share of the state, then, on rank 0, the index. Collective.
+def save(
+    path: str | Path,
+    model: nn.Module,
+    optimizer: Optimizer | None = None,
+    scheduler: LRScheduler | None = None,
+    *,
+    extra: Mapping[str, Any] | None = None,
+    group: Group = None,
+) -> None:
+    """Write weights, optimizer state, schedule and random state to a folder, of any engine. Collective.
+
+    Each rank writes what it owns, and nothing is gathered. A folder that holds a checkpoint has that one until the
+    new one is whole, whenever the job is killed. It loads on any engine and number of ranks.
 
     Args:
-        names: Every parameter of the optimizer and its name in the model.
-        folder: Where to; created. An index that is there is removed first, so that a reader
-            never takes an old index for new shares.
+        path: The folder; the same for every rank, on a file system that all of them see.
+        model: As it is trained: plain, in DistributedDataParallel, sharded by ``fully_shard``, or a DeepSpeed engine.
+        optimizer: `DistAdamW`, or any whose state is tensors and numbers by parameter.
+        scheduler: Any whose ``state_dict`` is plain data.
+        extra: Plain data of yours, such as the place in the data; the main rank's is kept.
+        group: Of gloo, for messages between ranks; default: the default one, whatever its backend.
 
     Raises:
-        CheckpointError: some rank could not write; on every rank alike.
+        CheckpointError: some rank could not write, or data is not plain; on every rank alike. The folder has the
+            checkpoint that it had.
     """
-    folder = Path(folder)
-    rank, world_size = collectives.rank(), collectives.world_size()
-    file = folder / f"share-{rank:05d}-of-{world_size:05d}.safetensors"
-    entries: dict[str, Any] = {}
-    problem = None
-    _all_ranks(lambda: _clear(folder) if rank == 0 else None)
+    _write(Path(path), *_gather(model, optimizer, scheduler, extra, group), group)
+
+
+class Saving:
+    """An asynchronous save on its way."""
+
+    def __init__(self, path: Path, future: Future[None]) -> None:
+        self.path = path
+        self._future = future
+
+    @property
+    def done(self) -> bool:
+        """Whether it is over, or has failed. Local."""
+        return self._future.done()
+
+    def wait(self) -> None:
+        """Wait until the checkpoint is there. Local.
+
+        Raises:
+            CheckpointError: some rank could not write; on every rank alike.
+        """
+        self._future.result()
+
+
+class AsyncSaver:
+    """Saves while training goes on: from a copy in host memory, in a thread, over a process group of its own.
+
+    A second save waits for the first. The copy takes what a rank writes: ``(b_p N + 8 N) / W`` bytes for W ranks
+    and fp32 moments, which stay allocated for the next save.
+
+    Collective to build: every rank does.
+    """
+
+    def __init__(self) -> None:
+        # On training's group its messages would meet training's in another order on every rank.
+        self._group = dist.new_group(backend="gloo") if collectives.world_size() > 1 else None
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._memory: dict[Any, Tensor] = {}
+        self._last: Saving | None = None
+
+    def save(
+        self,
+        path: str | Path,
+        model: nn.Module,
+        optimizer: Optimizer | None = None,
+        scheduler: LRScheduler | None = None,
+        *,
+        extra: Mapping[str, Any] | None = None,
+        then: Callable[[], None] | None = None,
+    ) -> Saving:
+        """As `dist_adamw.save`, and returns when the copy is made. Collective.
+
+        Args:
+            then: What to do, in the thread of each rank, when all of it is written.
+
+        Raises:
+            CheckpointError: the save before failed, or this one cannot be begun; on every rank alike.
+        """
+        self.wait()
+        held, about = _gather(model, optimizer, scheduler, extra, self._group)
+        copies = {key: self._copy(key, tensor) for key, tensor in held.tensors.items()}
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+        def work() -> None:
+            _write(Path(path), Held(copies), about, self._group)
+            if then is not None:
+                everywhere(then, self._group)
+
+        self._last = Saving(Path(path), self._thread.submit(work))
+        return self._last
+
+    def wait(self) -> None:
+        """Wait for what is on its way. Local.
+
+        Raises:
+            CheckpointError: it could not be written; on every rank alike, and once.
+        """
+        last, self._last = self._last, None
+        if last is not None:
+            last.wait()
+
+    def _copy(self, key: str, tensor: Tensor) -> Tensor:
+        owned = Owned.of(tensor)
+        return Owned(owned.shape, owned.dtype, {b: self._keep((key, b), v) for b, v in owned.parts.items()})
+
+    def _keep(self, where: Any, values: Any) -> Tensor:
+        values = evaluated(values)
+        if (memory := self._memory.get(where)) is None or memory.dtype != values.dtype:
+            memory = torch.empty(values.shape, dtype=values.dtype, pin_memory=values.is_cuda)
+            self._memory[where] = memory
+        return memory.copy_(values, non_blocking=True)
+
+    def close(self) -> None:
+        """`wait`, and let go of the memory. Local."""
+        self._thread.shutdown()
+        self._memory.clear()
+        self.wait()
+
+
+def _gather(
+    model: nn.Module,
+    optimizer: Optimizer | None,
+    scheduler: LRScheduler | None,
+    extra: Mapping[str, Any] | None,
+    group: Group,
+) -> tuple[Held, dict[str, Any]]:
+    """What this rank writes, and what the main one says of it; raises on every rank. Collective."""
+
+    def gather() -> tuple[Held, dict[str, Any]]:
+        found = access(model, optimizer)
+        held = found.to_save()
+        held.tensors[f"{_RNG}.{collectives.rank()}"] = _random_state()
+        about = {
+            "written by": f"dist_adamw {__version__}",
+            "time": time.time(),
+            "engine": found.engine,
+            "world_size": collectives.world_size(),
+            "optimizer": None if optimizer is None else type(unwrap(optimizer)).__name__,
+            "groups": found.groups(),
+            "scalars": held.scalars,
+            "scheduler": None if scheduler is None else type(scheduler).__name__,
+            "schedule": None if scheduler is None else scheduler.state_dict(),
+            "extra": dict(extra or {}),
+        }
+        return held, about
+
+    return everywhere(gather, group)
+
+
+def _write(path: Path, held: Held, about: Mapping[str, Any], group: Group) -> None:
+    several = collectives.world_size() > 1
+    planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     try:
-        tensors: dict[str, Tensor] = {}
-        # Of ranks that hold the same, the first one writes it.
-        copy = rank if optimizer.process_group is None else 0
-        if optimizer.replica_group is not None:
-            copy = collectives.rank(optimizer.replica_group)
-        for s, shard in enumerate(optimizer.shards if copy == 0 else []):
-            tensors |= {f"{s}.{key}": moment for key, moment in shard.moments.items() if key not in MASTERS}
-            if shard.has_master:  # in fp32 however it is kept, so that it loads under other options
-                tensors[f"{s}.master"] = shard.flat_master()
-            for i, param in enumerate(shard.params):
-                place = {"shard": s, "offset": shard.offset_of(i), "ranges": shard.ranges_of(i)}
-                entries[names[param]] = {**place, "step": float(shard.steps[i])}
-        _write_tensors(tensors, file)
-        mine = {"file": file.name, "entries": entries, **file_fingerprint(file)}
-    except Exception as error:
-        problem, mine = f"{type(error).__name__}: {error}", {}
-    shares = _all_ranks_report(problem, mine, f"could not write {folder}")
-    index = {"version": VERSION, "world_size": world_size, "parameters": _describe(optimizer, names), "shares": shares}
-    _all_ranks(lambda: _write_text(folder / INDEX, json.dumps(index)) if rank == 0 else None)
-
-
-def load_share(optimizer: DistAdamW, names: Mapping[Tensor, str], folder: str | Path) -> Callable[[], None] | None:
-    """Check a folder that `save_share` wrote, and return what copies this rank's elements from it.
-
-    Nothing of the optimizer is changed before the returned function is called. Both are called
-    by every rank; only the check communicates. None when no rank has such a folder.
-
-    Raises:
-        CheckpointError: the folder is torn or of another model; on every rank alike.
-    """
-    folder = Path(folder)
-    there = collectives.all_gather_objects(folder.is_dir())
-    if not any(there):
-        return None
-    if not all(there):
-        raise CheckpointError(
-            f"{folder} is there on some ranks and missing on rank {there.index(False)}. "
-            "Save to a folder that every machine sees."
+        dcp_save(
+            dict(held.tensors),
+            storage_writer=Writer(path, about),
+            planner=planner,
+            process_group=group,
+            no_dist=not several,
         )
-    problem, index = None, None
-    try:
-        index = _read_index(folder)
-        _check_same_model(_describe(optimizer, names), index["parameters"], folder)
-        # Each rank checks its part of the files in full; together they check all.
-        for share in index["shares"][collectives.rank() :: collectives.world_size()]:
-            _check_file(folder / share["file"], share)
-    except CheckpointError as error:
-        problem = str(error)
-    _all_ranks_report(problem, None, "")
-    assert index is not None
-    return lambda: _fill(optimizer, names, folder, index)
+    except CheckpointException as failed:
+        rank, (error, _) = min(failed.failures.items())
+        what = str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
+        where = f" (rank {rank})" if several else ""
+        raise CheckpointError(f"could not write {path}: {what}{where}. What it held before is still there.") from error
 
 
-def _fill(optimizer: DistAdamW, names: Mapping[Tensor, str], folder: Path, index: Mapping[str, Any]) -> None:
-    saved = {name for share in index["shares"] for name in share["entries"]}
-    optimizer.place([param for param, name in names.items() if name in saved])
-    files: list[Any] = [safe_open(folder / share["file"], framework="pt") for share in index["shares"]]
-    tensors_in = [set(file.keys()) for file in files]
-    for shard in optimizer.shards:
-        for i, param in enumerate(shard.params):
-            name = names[param]
-            master, has_been_saved = shard.master_of(i) if shard.has_master else None, False
-            for share, file, known in zip(index["shares"], files, tensors_in, strict=True):
-                if (entry := share["entries"].get(name)) is None:
-                    continue
-                shard.steps[i] = entry["step"]
-                for key in shard.moments.keys() - MASTERS:
-                    source = file.get_slice(f"{entry['shard']}.{key}")
-                    _copy_overlap(entry, source, shard.ranges_of(i), shard.owned_moment(i, key))
-                if master is not None and (key := f"{entry['shard']}.master") in known:
-                    _copy_overlap(entry, file.get_slice(key), shard.ranges_of(i), master)
-                    has_been_saved = True
-            if master is not None and has_been_saved:
-                shard.set_master(i, master)
-    optimizer.recount()
+def load(
+    path: str | Path,
+    model: nn.Module,
+    optimizer: Optimizer | None = None,
+    scheduler: LRScheduler | None = None,
+    *,
+    on_difference: OnDifference | None = None,
+    random_state: bool = True,
+    group: Group = None,
+) -> Checkpoint:
+    """Put a training state where `save` left it, on any engine and number of ranks. Collective.
+
+    Everything is checked, to the last bit, before anything is changed. Each rank reads the elements that it holds.
+
+    Args:
+        path: The folder.
+        model: Built and wrapped as for training; also one that another engine has.
+        optimizer: Of the same family (any Adam, say) as the one saved; None: weights alone.
+        scheduler: Of the same class. The clock goes on where it was, and lr and weight decay are in the groups at once.
+        on_difference: When hyper-parameters or the schedule's configuration are others: "strict" raises with the
+            difference, "checkpoint" takes the saved ones, "new" keeps those of this job. Default: the scheduler's
+            ``on_difference``.
+        random_state: Whether to restore it. A rank has its own back; ranks that there were not go on from the state
+            that all ranks had, or are seeded anew from theirs if each had another.
+        group: As for `save`.
+
+    Raises:
+        CheckpointError: the checkpoint is torn, damaged, of another model, optimizer or schedule, or was not there on
+            some rank; on every rank alike. Nothing has been changed then.
+    """
+    path = Path(path)
+    check_alike(path, group)
+    index = everywhere(lambda: checked(path, collectives.rank(), collectives.world_size()), group)
+    if len(set(collectives.all_gather_objects(index.digest, group))) > 1:
+        raise CheckpointError(f"{path} is not the same on all ranks. Give all machines the same file system.")
+    choice: OnDifference = on_difference or getattr(scheduler, "on_difference", None) or "strict"
+    held = everywhere(lambda: _prepare(index, access(model, optimizer), optimizer, scheduler, choice), group)
+    everywhere(lambda: _fill(index, held), group)
+    about = index.about
+    if optimizer is not None:
+        _take_groups(about["groups"], access(model, optimizer).groups(), unwrap(optimizer), scheduler, choice)
+    if scheduler is not None:
+        if isinstance(scheduler, CyclicLRWithRestarts):
+            scheduler.load_state_dict(about["schedule"], choice)
+        else:
+            scheduler.load_state_dict(about["schedule"])
+    state = restore_random_state(index) if random_state else "left alone"
+    return Checkpoint(path, samples_of(index), about["engine"], about["world_size"], about["extra"], state)
 
 
-def _copy_overlap(entry: Mapping[str, Any], source: Any, wanted: list[list[int]], target: Tensor) -> None:
-    """Copy what ``source`` holds of the ``wanted`` ranges; in both, ranges lie end to end."""
-    offset = entry["offset"]
-    for a, b in entry["ranges"]:
-        place = 0
-        for c, d in wanted:
-            start, stop = max(a, c), min(b, d)
-            if start < stop:
-                target[place + start - c : place + stop - c].copy_(source[offset + start - a : offset + stop - a])
-            place += d - c
-        offset += b - a
+def check_alike(path: Path, group: Group) -> None:
+    """Raise on every rank when only some of them have the folder. Collective."""
+    there = collectives.all_gather_objects(path.is_dir(), group)
+    if any(there) and not all(there):
+        raise CheckpointError(
+            f"{path} is there on some ranks and missing on rank {there.index(False)}. Save to a folder that every "
+            "machine sees."
+        )
 
 
-def _describe(optimizer: DistAdamW, names: Mapping[Tensor, str]) -> dict[str, Any]:
-    """Name to shape and order of axes in memory, of every parameter of the optimizer."""
-    return {
-        names[param]: {"shape": list(param.shape), "axes in memory": axes_in_memory(param)}
-        for group in optimizer.param_groups
-        for param in group["params"]
+def checked(path: Path, part: int = 0, parts: int = 1) -> Index:
+    """A checkpoint's index, of which this part of the files is whole, and what it says makes sense. Local.
+
+    Raises:
+        CheckpointError: names what is wrong.
+    """
+    index = read_index(path)
+    check_files(index, part, parts)
+    about = index.about
+    kinds = {"engine": str, "world_size": int, "groups": list, "scalars": dict, "extra": dict}
+    wrong = [name for name, kind in kinds.items() if type(about.get(name)) is not kind]
+    wrong += [name for name in ("optimizer", "scheduler", "schedule") if name not in about]
+    numbers = (v for s in about["scalars"].values() for v in (s.values() if isinstance(s, dict) else [None]))
+    if wrong or not all(type(v) in (int, float, bool) for v in numbers) or not 1 <= about["world_size"] < 1 << 24:
+        raise CheckpointError(f"{path} is damaged: it does not say what it should of {', '.join(wrong) or 'scalars'}.")
+    return index
+
+
+def samples_of(index: Index) -> int | None:
+    """The clock of the schedule that was saved. Local."""
+    schedule = index.about.get("schedule")
+    samples = schedule.get("samples") if isinstance(schedule, dict) else None
+    return samples if type(samples) is int else None
+
+
+def _prepare(
+    index: Index, ours: Access, optimizer: Optimizer | None, scheduler: LRScheduler | None, choice: OnDifference
+) -> Held:
+    """Check what was saved against what is here, then make room for it. Local; nothing is changed by an error."""
+    about = index.about
+    _check_same_model(index, ours.parameters())
+    if optimizer is not None:
+        _check_optimizer(index, ours, optimizer, scheduler, choice)
+    if scheduler is not None:
+        if about["scheduler"] != type(scheduler).__name__:
+            raise CheckpointError(
+                f"{index.folder} has the state of {about['scheduler'] or 'no scheduler'}, and this job a "
+                f"{type(scheduler).__name__}. Pass the same, or scheduler=None."
+            )
+        if isinstance(scheduler, CyclicLRWithRestarts):
+            try:
+                scheduler.check_loadable(about["schedule"], choice)
+            except ValueError as error:
+                raise CheckpointError(f"{index.folder}: {error}") from error
+    kinds: dict[str, set[str]] = {}
+    for key in index.tensors:
+        kind, _, name = key.partition(".")
+        kinds.setdefault(name, set()).add(kind)
+    found = Found(
+        kinds,
+        {key: saved.dtype for key, saved in index.tensors.items()},
+        {key: saved.shape for key, saved in index.tensors.items()},
+        about["scalars"],
+    )
+    return ours.to_load(found)
+
+
+def _fill(index: Index, held: Held) -> None:
+    with torch.no_grad():
+        _read(index, held)
+        for one, then in held.later():
+            _read(index, one)
+            then()
+        held.finish()
+
+
+def _read(index: Index, held: Held) -> None:
+    planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    try:  # every rank for itself: what it needs to know is in the index
+        dcp_load(dict(held.tensors), storage_reader=Reader(index, held.sources), planner=planner, no_dist=True)
+    except CheckpointException as failed:
+        raise next(iter(failed.failures.values()))[0] from failed
+
+
+def _check_same_model(index: Index, ours: Mapping[str, tuple[int, ...]]) -> None:
+    saved = {
+        key.removeprefix("model."): tensor.shape for key, tensor in index.tensors.items() if key.startswith("model.")
     }
-
-
-def _check_same_model(ours: Mapping[str, Any], saved: Mapping[str, Any], folder: Path) -> None:
     differences = [f"{n} is missing in the checkpoint" for n in ours if n not in saved]
     differences += [f"{n} is not in this model" for n in saved if n not in ours]
-    differences += [f"{n} is {saved[n]} there and {ours[n]} here" for n in ours if n in saved and ours[n] != saved[n]]
+    differences += [
+        f"{n} has shape {list(saved[n])} there and {list(ours[n])} here"
+        for n in ours
+        if n in saved and tuple(ours[n]) != saved[n]
+    ]
     if differences:
         more = f", and {len(differences) - 3} more" if len(differences) > 3 else ""
-        raise CheckpointError(f"{folder} is a checkpoint of another model: {'; '.join(differences[:3])}{more}.")
+        raise CheckpointError(f"{index.folder} is a checkpoint of another model: {'; '.join(differences[:3])}{more}.")
 
 
-def _read_index(folder: Path) -> dict[str, Any]:
-    path = folder / INDEX
-    try:
-        index = json.loads(path.read_text())
-        if index["version"] != VERSION:
-            raise CheckpointError(f"{path} has version {index['version']!r}; this release reads version {VERSION}.")
-        _ = index["parameters"]
-        for share in index["shares"]:
-            _ = share["entries"], share["bytes"], share["blake2b"]
-            if Path(share["file"]).name != share["file"]:
-                raise CheckpointError(f"{path} names a file outside its folder: {share['file']!r}.")
-    except FileNotFoundError as error:
+def _check_optimizer(
+    index: Index, ours: Access, optimizer: Optimizer, scheduler: LRScheduler | None, choice: OnDifference
+) -> None:
+    saved_class, our_class = index.about["optimizer"], type(unwrap(optimizer)).__name__
+    if saved_class is None or not same_family(saved_class, our_class):
         raise CheckpointError(
-            f"{folder} is not a whole checkpoint: {INDEX} is missing (it is written last)."
-        ) from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"{path} is damaged: {type(error).__name__}: {error}.") from error
-    return dict(index)
+            f"{index.folder} has the state of {saved_class or 'no optimizer'}, which means nothing to a {our_class}. "
+            "Pass the same optimizer, or None to load the weights alone."
+        )
+    saved, here = hyper_parameters(index.about["groups"]), hyper_parameters(ours.groups())
+    lines: dict[str, None] = {}
+    for name in here.keys() & saved.keys():
+        for key in sorted(here[name].keys() & saved[name].keys()):
+            if here[name][key] != saved[name][key]:
+                lines[f"{key} of {name} was {saved[name][key]} and is {here[name][key]}"] = None
+    if lines and choice == "strict":
+        more = f", and {len(lines) - 3} more" if len(lines) > 3 else ""
+        raise CheckpointError(
+            f"{index.folder} was made with other hyper-parameters: {'; '.join(list(lines)[:3])}{more}. Pass the same, "
+            "or choose by on_difference='checkpoint' or 'new'."
+        )
 
 
-def _check_file(path: Path, expected: Mapping[str, Any]) -> None:
+def _take_groups(
+    saved: list[dict[str, Any]],
+    ours: list[dict[str, Any]],
+    optimizer: Optimizer,
+    scheduler: LRScheduler | None,
+    choice: OnDifference,
+) -> None:
+    """Give parameter groups what they had. lr and weight decay come from the schedule, where it is one of ours."""
+    of = {name: group for group in saved for name in group["names"]}
+    for group, here in zip(optimizer.param_groups, ours, strict=True):
+        before = next((of[name] for name in here["names"] if name in of), {})
+        taken = [] if isinstance(scheduler, CyclicLRWithRestarts) else ["lr", "weight_decay", "initial_lr"]
+        if choice == "checkpoint":
+            taken += hyper_parameters([here])[here["names"][0]] if here["names"] else []
+        for key in taken:
+            if key in before and key != "initial_lr" and isinstance(group.get(key), Tensor):
+                group[key].fill_(before[key])
+            elif key in before and (key in group or key == "initial_lr"):
+                group[key] = tuple(before[key]) if isinstance(before[key], list) else before[key]
+
+
+# ---------------------------------------------------------------------------------------------- all ranks together
+
+
+def everywhere(action: Callable[[], T], group: Group = None) -> T:
+    """Run ``action`` on every rank; where it fails on one, all raise its sentence. Collective.
+
+    Raises:
+        CheckpointError: ``action`` raised anything on some rank.
+    """
+    problem, result = None, None
     try:
-        found = file_fingerprint(path)
-        if found != {key: expected[key] for key in found}:
-            raise CheckpointError(
-                f"{path} is damaged: it has {found['bytes']:,} bytes, {expected['bytes']:,} were written, "
-                "or its checksum differs. Resume from an older checkpoint."
-            )
-        with safe_open(path, framework="pt"):
-            pass
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}. Resume from an older checkpoint.") from error
-
-
-def file_fingerprint(path: Path) -> dict[str, Any]:
-    """Size and checksum of a file. Local."""
-    digest = hashlib.blake2b(digest_size=16)
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return {"bytes": path.stat().st_size, "blake2b": digest.hexdigest()}
-
-
-def _write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    save_file({name: tensor.cpu() for name, tensor in tensors.items()}, path)
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
-
-
-def _write_text(path: Path, text: str) -> None:
-    """Write all of ``text`` or nothing."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-
-
-def _clear(folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    for old in [folder / INDEX, *folder.glob("share-*.safetensors")]:
-        old.unlink(missing_ok=True)
-
-
-def _all_ranks(action: Callable[[], None]) -> None:
-    """Run ``action``; raise on every rank when it failed on any."""
-    problem = None
-    try:
-        action()
-    except Exception as error:
+        result = action()
+    except CheckpointError as error:
+        problem = str(error)
+    except Exception as error:  # without the others' knowledge they would wait for ever
         problem = f"{type(error).__name__}: {error}"
-    _all_ranks_report(problem, None, "checkpoint")
-
-
-def _all_ranks_report(problem: str | None, value: Any, what: str) -> list[Any]:
-    """Exchange ``value``; raise the first problem on every rank. Collective."""
-    reports = collectives.all_gather_objects((problem, value))
-    for rank, (failed, _) in enumerate(reports):
+    reports = collectives.all_gather_objects(problem, group)
+    for rank, failed in enumerate(reports):
         if failed is not None:
-            where = f" (rank {rank})" if len(reports) > 1 else ""
-            raise CheckpointError(f"{what}: {failed}{where}" if what else failed + where)
-    return [value for _, value in reports]
+            alike = all(other == failed for other in reports)
+            raise CheckpointError(failed if alike else f"{failed} (rank {rank})")
+    return result  # type: ignore[return-value]
+
+
+# ---------------------------------------------------------------------------------------------- random state
+
+
+def _random_state() -> Tensor:
+    """Of Python, numpy if it is there, torch and this rank's device; as text in a tensor. Local."""
+    version, numbers, gauss = random.getstate()
+    state: dict[str, Any] = {"python": [version, list(numbers), gauss], "torch": _hex(torch.get_rng_state())}
+    try:
+        import numpy as np
+    except ImportError:
+        pass
+    else:
+        legacy: Any = np.random.get_state()
+        state["numpy"] = [legacy[0], legacy[1].tolist(), *legacy[2:]]
+    if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        state["cuda"] = _hex(torch.cuda.get_rng_state())
+    return torch.frombuffer(bytearray(json.dumps(state).encode()), dtype=torch.uint8)
+
+
+def _hex(state: Tensor) -> str:
+    return bytes(state.tolist()).hex()
+
+
+def restore_random_state(index: Index) -> str:
+    """Give this rank the random state that it had, or one that follows from those that were. Local."""
+    rank, before = collectives.rank(), index.about["world_size"]
+    if f"{_RNG}.0" not in index.tensors:
+        return "left alone"
+    text = bytes(read_whole(index, f"{_RNG}.{rank % before}").tolist())
+    state = json.loads(text)
+    version, numbers, gauss = state["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    torch.set_rng_state(torch.frombuffer(bytearray.fromhex(state["torch"]), dtype=torch.uint8))
+    if "numpy" in state:
+        import numpy as np
+
+        kind, keys, *rest = state["numpy"]
+        np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(torch.frombuffer(bytearray.fromhex(state["cuda"]), dtype=torch.uint8))
+    if rank < before:
+        return "restored"
+    if before > 1 and bytes(read_whole(index, f"{_RNG}.0").tolist()) == bytes(read_whole(index, f"{_RNG}.1").tolist()):
+        return "restored"  # all ranks draw the same numbers, so this one too
+    seed = (torch.initial_seed() * 1_000_003 + random.getrandbits(32) + rank) % (1 << 63)
+    random.seed(seed)
+    torch.manual_seed(seed)
+    if "numpy" in state:
+        np.random.seed(seed % (1 << 32))
+    return "seeded anew, since there was no such rank"

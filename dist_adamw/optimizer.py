@@ -189,8 +189,6 @@ class DistAdamW(Optimizer):
         self._read: tuple[Tensor, torch.cuda.Event] | None = None  # the same on the host, once the event is over
         self._grad_norm: Tensor | None = None
         self._skipped = False
-        self._saved_apart = False
-        self._load_apart: Callable[[], None] | None = None
         self._arriving: list[tuple[Shard, Travelling]] = []  # buckets of parameters on their way
         # Whether somebody else has shared parameters out: then this rank updates what it finds, and sends nothing.
         self._shared_out: Literal["no", "dtensors", "partitions"] = "no"
@@ -291,7 +289,6 @@ class DistAdamW(Optimizer):
                 "graph is captured. Read optimizer.updates before torch.cuda.graph begins."
             )
         self._resolve()
-        self._saved_apart, self._load_apart = False, None  # left over from a save or a load that failed
         self._skipped = True  # until there is something to apply
         if not self._collect_gradients():
             return loss
@@ -731,6 +728,18 @@ class DistAdamW(Optimizer):
         self._placed |= chosen
         self._laid_out = self.state
 
+    def lay_out(self, params: Iterable[Tensor]) -> None:
+        """Forget all state, and lay out zeros for ``params``, which are then filled in. Local.
+
+        `recount` when that is done. Every rank lays out the same parameters in the same order.
+        """
+        self.wait()
+        self.state.clear()
+        self._reset()
+        if self._path is not None:
+            self._path.forget_layout()
+        self.place(params)
+
     def _look_who_shares_out(self, chosen: set[int]) -> None:
         """Tell an engine's own sharding by what it has put into the groups.
 
@@ -814,9 +823,6 @@ class DistAdamW(Optimizer):
         ``accelerator.save_state`` write every rank's share.
         """
         state_dict = super().state_dict()
-        if self._saved_apart:
-            self._saved_apart = False
-            return {**state_dict, "state": {}, "state_apart": True}
         if (share := describe_share(self.shards, self._all_params())) is not None:
             warnings.warn(
                 f"this state dict holds the share of rank {share['rank']} of {share['world_size']} only. Save it on "
@@ -836,7 +842,6 @@ class DistAdamW(Optimizer):
                 optimizer is as it was then.
         """
         self._check_loadable(state_dict)
-        load_apart = self._load_apart
         self.wait()
         super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
         saved = [i for group in state_dict["param_groups"] for i in group["params"]]
@@ -848,10 +853,6 @@ class DistAdamW(Optimizer):
         self._reset()
         if self._path is not None:
             self._path.forget_layout()
-        if load_apart is not None:
-            self.state.clear()
-            load_apart()
-            return
         self._adopt(state_dict.get("share"))
 
     def _adopt(self, share: Mapping[str, Any] | None) -> None:
@@ -864,28 +865,12 @@ class DistAdamW(Optimizer):
                 self.place([params[i] for i in members], are_shares=True)
         self.recount()
 
-    def save_apart(self) -> None:
-        """Let the next `state_dict` leave out the moments, because they have been written elsewhere."""
-        self._saved_apart = True
-
-    def load_apart(self, load: Callable[[], None]) -> None:
-        """Let the next `load_state_dict` call ``load`` for the moments, whatever it is given."""
-        self._load_apart = load
-
     def recount(self) -> None:
         """Set `updates` to what state says, after a load or replays of a CUDA graph. Waits for the device. Local."""
         self._updates = max((int(shard.steps.max()) for shard in self.shards), default=0)
         self._updates_of.clear()
 
     def _check_loadable(self, state_dict: StateDict) -> None:
-        if self._load_apart is not None:
-            return
-        if state_dict.get("state_apart"):
-            raise ValueError(
-                "this state dict has no moments: they are in a folder beside it. "
-                "Load both with accelerator.load_state after dist_adamw.prepare, or with Trainer after "
-                "dist_adamw.prepare_trainer."
-            )
         if (share := state_dict.get("share")) is not None:
             check_share(share, self._all_params(), self._here(), self.bucket_numel, self._is_lean)
         check_shapes(state_dict, self._all_params())

@@ -480,6 +480,26 @@ class CyclicLRWithRestarts(LRScheduler):
         Raises:
             ValueError: not a state of this class, or configurations differ; nothing is changed.
         """
+        saved, differing = self.check_loadable(state_dict, on_difference)
+        if differing:
+            self._take_over(saved, differing)
+        self._epoch_size = self._epoch_size or saved["epoch_size"]
+        if self._batch_size is None:
+            self._batch_size = state_dict["batch_size"]
+        self._reference_batch_size = state_dict["reference_batch_size"] or self._reference_batch_size
+        self._schedule = self._make_schedule()
+        self.samples = int(state_dict["samples"])
+        self._applied, self._unconfirmed = [], False
+        self._push()
+
+    def check_loadable(
+        self, state_dict: Mapping[str, Any], on_difference: OnDifference | None = None
+    ) -> tuple[Mapping[str, Any], list[str]]:
+        """What `load_state_dict` would raise, and nothing else of what it does. Local.
+
+        Returns:
+            The configuration saved, and the names in it that would be taken over.
+        """
         needed = {"samples", "batch_size", "reference_batch_size", "configuration"}
         if state_dict.get("version") != _STATE_VERSION or not needed <= state_dict.keys():
             raise ValueError(
@@ -498,18 +518,8 @@ class CyclicLRWithRestarts(LRScheduler):
                 f"the schedule of the checkpoint is another one: {lines}. Pass the same arguments, or set "
                 "scheduler.on_difference to 'checkpoint' or 'new' to choose."
             )
-        if differing and choice == "checkpoint":
-            self._take_over(saved, differing)
-        self._epoch_size = self._epoch_size or saved["epoch_size"]
-        if self._batch_size is None:
-            self._batch_size = state_dict["batch_size"]
-        self._reference_batch_size = state_dict["reference_batch_size"] or self._reference_batch_size
-        self._schedule = self._make_schedule()
-        self.samples = int(state_dict["samples"])
-        self._applied, self._unconfirmed = [], False
-        self._push()
-
-    def _take_over(self, saved: Mapping[str, Any], differing: list[str]) -> None:
+        if choice != "checkpoint":
+            return saved, []
         callables = ("policy_fn", "eta_on_restart_cb", "eta_on_iteration_cb")
         functions = [k for k in differing if k in callables and saved.get(k) is not None]
         if functions:
@@ -520,13 +530,16 @@ class CyclicLRWithRestarts(LRScheduler):
         groups = saved["groups (lr, min_lr, weight_decay)"]
         if len(groups) != len(self._bases):
             raise ValueError(f"the checkpoint has {len(groups)} parameter groups, this optimizer {len(self._bases)}.")
+        return saved, differing
+
+    def _take_over(self, saved: Mapping[str, Any], differing: list[str]) -> None:
         kept = {k: v for k, v in self._options.items() if k not in differing}
         self._options = {**{k: saved[k] for k in self._options if k in differing}, **kept}
         self._epoch_size = saved["epoch_size"]
         self._normalize = saved["normalize_weight_decay"]
         self._lr_scaling = saved["lr_scaling"]
         self._stream = saved["stream"]
-        self._bases = [_Base(*group) for group in groups]
+        self._bases = [_Base(*group) for group in saved["groups (lr, min_lr, weight_decay)"]]
 
     def agreement_record(self) -> dict[str, Any]:
         """What all ranks must have alike at this update, as plain data."""

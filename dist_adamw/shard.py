@@ -268,11 +268,12 @@ class Shard:
         state: dict[str, Any] = {"step": self._step_of[i]}
         for name in self.moments:
             owned = self.owned_moment(i, name)
-            state[name] = owned if self.process_group is not None else self._whole(owned, self.params[i])
+            state[name] = owned if self.process_group is not None else self.shaped(owned, self.params[i])
         return state
 
     @staticmethod
-    def _whole(flat: Tensor, param: Tensor) -> Tensor:
+    def shaped(flat: Tensor, param: Tensor) -> Tensor:
+        """All elements that lie here, 1-D, as a view of the shape of ``param``, and a DTensor as that is."""
         if not isinstance(param, DTensor):
             return shaped_like(flat, param)
         local = shaped_like(flat, local_of(param))

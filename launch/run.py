@@ -7,17 +7,12 @@ A run's folder holds its checkpoints, each named by the samples it was trained o
     checkpoints/sample-000001234/
         ...             what accelerator.save_state writes
         progress.json   where the job stood, as plain data
-        manifest.json   sizes and checksums of all the others; written last
-
-It has another name until all of it is written, so a reader sees a whole checkpoint or none.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import re
-import shutil
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -27,13 +22,11 @@ from typing import Any, TypeVar
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 
-from dist_adamw.checkpoint import file_fingerprint
+from dist_adamw.folder import CheckpointFolder, damage_of
 
 T = TypeVar("T")
 NEWEST = "newest"
-_MANIFEST = "manifest.json"
 _PROGRESS = "progress.json"
-_FOLDER = re.compile(r"sample-(\d+)")
 
 
 class JobError(ValueError):
@@ -142,46 +135,23 @@ class Checkpoints:
 
     def __init__(self, accelerator: Accelerator, out: Path, keep: int) -> None:
         self.accelerator = accelerator
-        self.folder = out / "checkpoints"
-        self.keep = keep
-
-    def all(self) -> list[Path]:
-        """Finished checkpoints, oldest first. Local."""
-        found = self.folder.iterdir() if self.folder.is_dir() else ()
-        return sorted(path for path in found if _FOLDER.fullmatch(path.name) and path.is_dir())
-
-    def discard(self) -> None:
-        """Delete every checkpoint. Local."""
-        for path in self.all():
-            shutil.rmtree(path)
+        self.folder = CheckpointFolder(out / "checkpoints", keep)
 
     def save(self, progress: Progress) -> Path:
         """Write a checkpoint, then delete the oldest ones. Collective.
 
         Raises:
-            JobError: it could not be written; the older ones are still there.
+            CheckpointError: it could not be written; the older ones are still there.
         """
-        final = self.folder / f"sample-{progress.samples:09d}"
-        partial = final.with_name(final.name + ".partial")
-        on_main(self.accelerator, self._sweep)
-        everywhere(lambda: self.accelerator.save_state(str(partial)))
-        on_main(self.accelerator, lambda: self._finish(partial, final, progress))
-        return final
 
-    def _sweep(self) -> None:
-        """Remove what a killed job has left half-written."""
-        for partial in self.folder.glob("*.partial"):
-            shutil.rmtree(partial)
+        def write(path: Path) -> None:
+            self.accelerator.save_state(str(path))
+            if self.accelerator.is_main_process:
+                (path / _PROGRESS).write_text(json.dumps(vars(progress), indent=1))
 
-    def _finish(self, partial: Path, final: Path, progress: Progress) -> None:
-        (partial / _PROGRESS).write_text(json.dumps(vars(progress), indent=1))
-        files = sorted(path for path in partial.rglob("*") if path.is_file())
-        manifest = {path.relative_to(partial).as_posix(): _synced(path) for path in files}
-        (partial / _MANIFEST).write_text(json.dumps(manifest, indent=1))
-        _synced(partial / _MANIFEST)
-        partial.rename(final)
-        for old in self.all()[: -self.keep]:
-            shutil.rmtree(old)
+        saved = self.folder.save(progress.samples, write)
+        assert saved is not None
+        return saved
 
     def find(self, wanted: str) -> tuple[Path, Progress]:
         """The checkpoint to resume from, checked to the last byte. Local.
@@ -190,57 +160,18 @@ class Checkpoints:
             wanted: `NEWEST`, or the folder of one checkpoint.
 
         Raises:
-            ValueError: there is none, or it is damaged; an older whole one is named.
+            ValueError: there is none, or it is damaged; the newest whole one is named.
         """
-        if wanted != NEWEST:
-            path = Path(wanted)
-            if not path.is_dir():
-                raise ValueError(f"--resume {wanted}: there is no such folder. --resume alone takes the newest.")
-            if problem := damage(path):
-                raise ValueError(f"{problem} {self._alternative(path)}")
-        elif found := self.all():
-            path = found[-1]
-            if problem := damage(path):
-                raise ValueError(f"{problem} {self._alternative(path)}")
-        else:
-            raise ValueError(f"there is no checkpoint in {self.folder} to resume from. Start without --resume.")
-        return path, Progress(**json.loads((path / _PROGRESS).read_text()))
-
-    def _alternative(self, damaged: Path) -> str:
-        older = (path for path in reversed(self.all()) if path.name < damaged.name and not damage(path))
-        path = next(older, None)
-        return f"Resume from an older one: --resume {path}" if path else "There is no older whole one: start afresh."
-
-    def set_aside(self, after: int) -> list[Path]:
-        """Rename checkpoints of more than ``after`` samples: the resumed job will write its own. Local."""
-        later = [path for path in self.all() if int(_FOLDER.fullmatch(path.name)[1]) > after]  # type: ignore[index]
-        aside = [path.with_name(path.name + ".superseded") for path in later]
-        for path, new in zip(later, aside, strict=True):
-            shutil.rmtree(new, ignore_errors=True)
-            path.rename(new)
-        return aside
-
-
-def damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint, as a sentence; None when it is whole. Local."""
-    try:
-        manifest = json.loads((checkpoint / _MANIFEST).read_text())
-        for name, expected in manifest.items():
-            if (found := file_fingerprint(checkpoint / name)) != expected:
-                what = "its checksum is another one" if found["bytes"] == expected["bytes"] else "it is torn"
-                return (
-                    f"the checkpoint {checkpoint} is damaged: {name} has {found['bytes']:,} bytes where "
-                    f"{expected['bytes']:,} were written, and {what}."
+        path = Path(wanted)
+        if wanted == NEWEST:
+            found = self.folder.all()
+            if not found:
+                raise ValueError(
+                    f"there is no checkpoint in {self.folder.root} to resume from. Start without --resume."
                 )
-    except FileNotFoundError as error:
-        return f"the checkpoint {checkpoint} is not whole: {Path(error.filename).name} is missing."
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"the checkpoint {checkpoint} cannot be read: {type(error).__name__}: {error}."
-    return None
-
-
-def _synced(path: Path) -> dict[str, Any]:
-    """Have the disk hold a file, and return its fingerprint."""
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
-    return file_fingerprint(path)
+            path = found[-1]
+        elif not path.is_dir():
+            raise ValueError(f"--resume {wanted}: there is no such folder. --resume alone takes the newest.")
+        if problem := damage_of(path):
+            raise ValueError(f"{problem} {self.folder.alternative_to(path)}")
+        return path, Progress(**json.loads((path / _PROGRESS).read_text()))

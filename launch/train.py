@@ -77,26 +77,30 @@ class Job:
         )
         check_launch(self.accelerator)
         self.checkpoints = Checkpoints(self.accelerator, self.out, config.run.keep)
-        on_main(self.accelerator, self._claim_folder)
-        self._build()
-        if not tracking and config.run.tracker != "none":
-            self.say(f"{config.run.tracker} is not installed: nothing is tracked but history.csv.")
-        self.progress = Progress()
-        if config.resume is not None:
-            self._resume(config.resume)
-        else:
-            # Only now, when nothing of the configuration can be wrong any more.
-            on_main(self.accelerator, self.checkpoints.discard)
-        self.progress.config = config.shaping()
-        self.progress.text = self.text.digest
-        self.history = everywhere(self._open_history)
-        self._start_tracking()
+        try:
+            on_main(self.accelerator, self._claim_folder)
+            self._build()
+            if not tracking and config.run.tracker != "none":
+                self.say(f"{config.run.tracker} is not installed: nothing is tracked but history.csv.")
+            self.progress = Progress()
+            if config.resume is not None:
+                self._resume(config.resume)
+            else:
+                # Only now, when nothing of the configuration can be wrong any more.
+                on_main(self.accelerator, self.checkpoints.folder.discard)
+            self.progress.config = config.shaping()
+            self.progress.text = self.text.digest
+            self.history = everywhere(self._open_history)
+            self._start_tracking()
+        except BaseException:
+            self.checkpoints.folder.close()
+            raise
 
     def _claim_folder(self) -> None:
-        found = self.checkpoints.all()
+        found = self.checkpoints.folder.all()
         if found and self.config.resume is None and not self.config.run.overwrite:
             raise ValueError(
-                f"{self.checkpoints.folder} has checkpoints, the newest {found[-1].name}. Continue with --resume, "
+                f"{self.checkpoints.folder.root} has checkpoints, the newest {found[-1].name}. Continue with --resume, "
                 "choose another --out, or discard them with --run.overwrite true."
             )
         self.out.mkdir(parents=True, exist_ok=True)
@@ -149,7 +153,7 @@ class Job:
         everywhere(lambda: self.accelerator.load_state(str(path)))
         self.progress = progress
         self.say(f"resuming from {path}")
-        aside = on_main(self.accelerator, lambda: self.checkpoints.set_aside(progress.samples))
+        aside = on_main(self.accelerator, lambda: self.checkpoints.folder.set_aside(progress.samples))
         for later in aside:
             self.say(f"set aside, since training goes on from before it: {later}")
 
@@ -301,6 +305,7 @@ class Job:
         if self.history is not None:
             self._tell(self.history)
         self.accelerator.end_training()
+        self.checkpoints.folder.close()
 
     def _tell(self, history: History) -> None:
         if not history.rows:
@@ -346,7 +351,7 @@ def main() -> int:
         except ValueError as error:
             raise JobError(str(error)) from error
         return run(config)
-    except (JobError, dist_adamw.AgreementError) as error:
+    except (JobError, dist_adamw.AgreementError, dist_adamw.CheckpointError) as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"train.py: {error}", file=sys.stderr, flush=True)
         return 2

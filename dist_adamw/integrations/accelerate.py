@@ -5,10 +5,10 @@ Floor 4: knows Accelerate; nothing below knows it.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import warnings
-from collections.abc import Iterable, Sized
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,22 +16,24 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 
 from dist_adamw import collectives
-from dist_adamw.batch import GlobalBatch
-from dist_adamw.checkpoint import load_share, save_share
+from dist_adamw.checkpoint import load, restore_random_state, save
 from dist_adamw.conventions import unwrap
+from dist_adamw.held import bare
+from dist_adamw.integrations.data import LoaderFacts, Position, engine_of, loader_facts, real_samples
 from dist_adamw.integrations.deepspeed import (
     CLIPPING,
-    accumulation_of,
     configure,
     fill,
     names_our_types,
     register_deepspeed,
 )
+from dist_adamw.integrations.zero import accept_counts, prepare_deepspeed
 from dist_adamw.optimizer import DistAdamW
 from dist_adamw.scheduler import CyclicLRWithRestarts
+from dist_adamw.storage import read_index
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -39,39 +41,6 @@ if TYPE_CHECKING:
 FOLDER = "dist_adamw"
 DATA_PARALLEL = {"NO", "MULTI_CPU", "MULTI_GPU", "MULTI_NPU", "MULTI_MLU", "MULTI_XPU", "MULTI_HPU"}
 _ENGINES = {*DATA_PARALLEL, "FSDP", "DEEPSPEED"}
-
-
-@dataclass(frozen=True, slots=True)
-class LoaderFacts:
-    """What a data loader and an accelerator say about batches.
-
-    Attributes:
-        batch: How the global batch is made up.
-        samples: Real samples of one pass over the loader; None where it has no length.
-        drop_last: Whether a last partial batch is left out.
-    """
-
-    batch: GlobalBatch
-    samples: int | None
-    drop_last: bool
-
-    @property
-    def pass_samples(self) -> int:
-        """Samples of one micro-batch on all ranks."""
-        return self.batch.micro_batch_size * self.batch.data_parallel_size
-
-    @property
-    def epoch_size(self) -> int | None:
-        """E: with drop_last whole global batches, so that it is the same for every number of ranks."""
-        if self.samples is None or not self.drop_last:
-            return self.samples
-        return self.samples // self.batch.size * self.batch.size
-
-    @property
-    def last_pass_samples(self) -> int:
-        """Real samples of the last micro-batch of an epoch on all ranks."""
-        rest = 0 if self.drop_last or self.samples is None else self.samples % self.pass_samples
-        return rest or self.pass_samples
 
 
 def prepare(
@@ -137,7 +106,9 @@ def prepare(
         check_schedules(accelerator, scheduler, group)
     else:
         _check_kept(optimizer, inner, groups)
-    scheduler.sample_source = lambda: real_samples(accelerator, facts, dataloader)
+    place = Position(dataloader, facts)
+    dataloader.dist_adamw_position = place
+    scheduler.sample_source = lambda: real_samples(accelerator, place.rest, dataloader)
     watch = None
     if accelerator.num_processes > 1:
         watch = collectives.AgreementWatch(group)
@@ -146,13 +117,10 @@ def prepare(
         _warn_of_clipping(accelerator, float(config[CLIPPING]))
     if isinstance(inner, DistAdamW) and engine in DATA_PARALLEL:
         attach(accelerator, model, inner)
-        _keep_shares(accelerator, model, wrapped, inner, watch)
+    if engine == "DEEPSPEED":
+        prepare_deepspeed(model, scheduler)
+    _keep_state(accelerator, (model, wrapped, stepped), scheduler, place, watch, group)
     return model, wrapped, dataloader, scheduler
-
-
-def engine_of(accelerator: Accelerator) -> str:
-    """Accelerate's name of the engine, such as "MULTI_GPU", "FSDP" or "DEEPSPEED". Local."""
-    return str(accelerator.distributed_type.value)
 
 
 def check_schedules(accelerator: Accelerator, scheduler: CyclicLRWithRestarts, group: dist.ProcessGroup | None) -> None:
@@ -347,107 +315,6 @@ def check_engine(accelerator: Accelerator, optimizer: Optimizer) -> None:
         )
 
 
-def loader_facts(accelerator: Accelerator, dataloader: DataLoader[Any]) -> LoaderFacts:
-    """Derive the global batch and the epoch size, as they are now. Local.
-
-    Raises:
-        ValueError: the loader has no batch size, or a batch that the ranks cannot split, or
-            would give the ranks different numbers of batches.
-    """
-    ranks = data_parallel_size(accelerator)
-    sampler = dataloader.sampler if isinstance(dataloader.sampler, BatchSampler) else dataloader.batch_sampler
-    size = dataloader.batch_size or getattr(sampler, "batch_size", None)
-    if not size:
-        raise ValueError(
-            "the data loader has no batch size, so the samples of an update are unknown. Give the DataLoader a "
-            "batch_size or a batch sampler that has one."
-        )
-    if accelerator.split_batches:
-        if size % ranks:
-            below, above = size // ranks * ranks, (size // ranks + 1) * ranks
-            raise ValueError(
-                f"split_batches=True cannot split a batch of {size} over {ranks} ranks. "
-                f"The nearest sizes that work: {' and '.join(str(n) for n in (below, above) if n)}."
-            )
-        size //= ranks
-    accumulation = accelerator.gradient_accumulation_steps
-    if engine_of(accelerator) == "DEEPSPEED":
-        accumulation = accumulation_of(accelerator.deepspeed_plugin.deepspeed_config, accumulation)
-    batch = GlobalBatch(size, accumulation, ranks)
-    samples = _pass_length(dataloader)
-    drop_last = bool(getattr(sampler, "drop_last", False) or dataloader.drop_last)
-    uneven = samples is not None and -(-samples // size) % ranks
-    if uneven and not (accelerator.even_batches or drop_last or accelerator.split_batches):
-        raise ValueError(
-            f"even_batches=False gives {ranks} ranks different numbers of batches ({-(-samples // size)} of {size} "  # type: ignore[operator]
-            "samples), and an update needs every rank. Leave even_batches=True (repeated samples are not counted), "
-            "or set drop_last=True."
-        )
-    facts = LoaderFacts(batch, samples, drop_last)
-    if facts.epoch_size == 0:
-        raise ValueError(
-            f"the data loader has {samples} samples, fewer than one global batch of {batch.size}, and drop_last=True "
-            "leaves nothing to train on. Lower the batch size or set drop_last=False."
-        )
-    whole = samples // facts.pass_samples if drop_last and samples is not None else 0
-    if (short := whole % batch.gradient_accumulation_steps) and accelerator.gradient_state.sync_with_dataloader:
-        warnings.warn(
-            f"with drop_last=True an epoch has {whole} micro-batches, and the last {short} of them make a short "
-            f"accumulation of {short * facts.pass_samples} samples beyond the epoch size of {facts.epoch_size} (whole "
-            f"global batches of {batch.size}). They are counted, so cycles end a little before their epochs. Cut the "
-            f"data set to a multiple of {batch.size} samples to have the same updates on every number of ranks.",
-            stacklevel=3,
-        )
-    return facts
-
-
-def data_parallel_size(accelerator: Accelerator) -> int:
-    """Ranks that see different samples: all but those of tensor, context and sequence parallelism."""
-    config = getattr(accelerator, "parallelism_config", None)
-    same = 1
-    for axis in ("tp_size", "cp_size", "sp_size"):
-        same *= getattr(config, axis, 1) or 1
-    return int(accelerator.num_processes // same)
-
-
-def real_samples(accelerator: Accelerator, facts: LoaderFacts, dataloader: DataLoader[Any]) -> int | None:
-    """Real samples of the update being applied, all ranks together; None where the loader cannot say.
-
-    Accelerate pads the last batches of an epoch so that every rank has one; repeated samples are
-    not counted. None for another loader than the prepared one (or its `skip_first_batches`).
-    """
-    state = accelerator.gradient_state
-    active = state.active_dataloader
-    if facts.samples is None or active is None or active.dataset is not dataloader.dataset:
-        return None
-    accumulation = int(state.num_steps)
-    missing = facts.pass_samples - facts.last_pass_samples
-    if not state.sync_with_dataloader:  # updates run across epoch ends: how many last batches are inside?
-        passes = -(-facts.samples // facts.pass_samples)
-        step = int(accelerator.step)
-        return accumulation * facts.pass_samples - missing * (step // passes - (step - accumulation) // passes)
-    if not state.end_of_dataloader:
-        return accumulation * facts.pass_samples
-    in_window: int = len(active) % accumulation or accumulation
-    return in_window * facts.pass_samples - missing
-
-
-def _pass_length(dataloader: DataLoader[Any]) -> int | None:
-    """Samples of one pass over the loader, before it is sharded."""
-    dataset = dataloader.dataset
-    if isinstance(dataset, IterableDataset):
-        return len(dataset) if isinstance(dataset, Sized) else None
-    sampler: Any = dataloader.sampler
-    if isinstance(sampler, BatchSampler):
-        sampler = sampler.sampler
-    elif dataloader.batch_size is None:  # a batch sampler of the user's own
-        sampler = getattr(dataloader.batch_sampler, "sampler", dataset)
-    for sized in (sampler, dataset):
-        if isinstance(sized, Sized):
-            return len(sized)
-    return None
-
-
 def attach(accelerator: Accelerator, model: nn.Module, optimizer: DistAdamW) -> None:
     """Have gradients reduced to their owners, where nothing needs them whole. Collective.
 
@@ -477,52 +344,76 @@ def attach(accelerator: Accelerator, model: nn.Module, optimizer: DistAdamW) -> 
     accelerator.clip_grad_value_ = clip_grad_value_
 
 
-def _keep_shares(
+def _keep_state(
     accelerator: Accelerator,
-    model: nn.Module,
-    wrapped: Optimizer,
-    optimizer: DistAdamW,
+    prepared: tuple[nn.Module, Optimizer, Any],
+    scheduler: CyclicLRWithRestarts,
+    place: Position,
     watch: collectives.AgreementWatch | None,
+    group: dist.ProcessGroup | None,
 ) -> None:
-    """Have ``save_state`` and ``load_state`` keep every rank's share beside Accelerate's files."""
+    """Have ``save_state`` and ``load_state`` keep model, optimizer and schedule our way, and the rest Accelerate's.
 
-    # Accelerate forgets its optimizers in free_memory(), but not its hooks.
-    def folder(path: str) -> Path | None:
-        position = next((i for i, known in enumerate(accelerator._optimizers) if known is wrapped), None)
-        if position is None:
-            return None
-        return Path(path) / (FOLDER if position == 0 else f"{FOLDER}_{position}")
+    Accelerate's own files of those three are pickles of one engine and number of ranks. What it keeps beside them
+    (custom objects, a scaler, random state for older readers) stays.
+    """
+    model, wrapped, _ = prepared
+    save_rest, load_rest = accelerator.save_state, accelerator.load_state
+    lists = (accelerator._models, accelerator._optimizers, accelerator._schedulers)
 
-    def save(models: list[nn.Module], weights: list[Any], path: str) -> None:
-        if (where := folder(path)) is None:
+    def name() -> str | None:
+        # Accelerate forgets its objects in free_memory(), but not its methods; and it may have several models.
+        number = next((i for i, known in enumerate(accelerator._optimizers) if known is wrapped), None)
+        return None if number is None else FOLDER if number == 0 else f"{FOLDER}_{number}"
+
+    @contextlib.contextmanager
+    def without_ours() -> Iterator[None]:
+        before = [list(known) for known in lists]
+        for known, ours in zip(lists, prepared, strict=True):
+            known[:] = [one for one in known if one is not ours and not (one is bare(model) and ours is model)]
+        try:
+            yield
+        finally:
+            for known, all_of_them in zip(lists, before, strict=True):
+                known[:] = all_of_them
+
+    def save_state(output_dir: str | None = None, *args: Any, **kwargs: Any) -> Any:
+        if (folder := name()) is None:
+            return save_rest(output_dir, *args, **kwargs)
+        if watch is not None:
+            watch.settle()
+        with without_ours():
+            where = Path(save_rest(output_dir, *args, **kwargs))
+        # Between two updates Accelerate's count of micro-batches is of use only where updates cross epoch ends.
+        between = 0 if accelerator.gradient_state.sync_with_dataloader else accelerator.step
+        extra = {"position": place.state_dict(), "step": between * place.facts.pass_samples}
+        save(where / folder, model, wrapped, scheduler, extra=extra, group=group)  # last: then all of it is there
+        return where
+
+    def load_state(input_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
+        folder = name()
+        where = _newest_of(accelerator) if input_dir is None else Path(input_dir).expanduser()
+        if folder is None or not any(collectives.all_gather_objects((where / folder).exists(), group)):
+            load_rest(input_dir, *args, **kwargs)
             return
         if watch is not None:
             watch.settle()
-        if accelerator.gradient_state.sync_with_dataloader and accelerator.sync_gradients:
-            # Between two updates Accelerate's count of micro-batches says nothing; as it is, a
-            # job with another accumulation would load it and be out of step.
-            accelerator.step = 0
-        save_share(optimizer, parameter_names(accelerator.unwrap_model(model), optimizer), where)
-        optimizer.save_apart()
+        loaded = load(where / folder, model, wrapped, scheduler, random_state=False, group=group)
+        with without_ours():
+            load_rest(str(where), *args, **kwargs)
+        restore_random_state(read_index(loaded.path))  # Accelerate's files have that of some ranks
+        place.load_state_dict(loaded.extra.get("position"))
+        if engine_of(accelerator) == "DEEPSPEED":
+            accept_counts(model, loaded)
+        accelerator.step = loaded.extra.get("step", 0) // place.facts.pass_samples
 
-    def load(models: list[nn.Module], path: str) -> None:
-        if (where := folder(path)) is None:
-            return
-        if watch is not None:
-            watch.settle()
-        names = parameter_names(accelerator.unwrap_model(model), optimizer)
-        if (copy_share := load_share(optimizer, names, where)) is not None:
-            optimizer.load_apart(copy_share)
-
-    accelerator.register_save_state_pre_hook(save)
-    accelerator.register_load_state_pre_hook(load)
+    accelerator.save_state, accelerator.load_state = save_state, load_state
 
 
-def parameter_names(model: nn.Module, optimizer: Optimizer) -> dict[Tensor, str]:
-    """Every parameter of the optimizer and its name in the model; tied ones have their first name."""
-    names = {param: name.replace("_orig_mod.", "") for name, param in model.named_parameters()}
-    found = {}
-    for g, group in enumerate(optimizer.param_groups):
-        for i, param in enumerate(group["params"]):
-            found[param] = names.get(param, f"parameter {i} of group {g}")
-    return found
+def _newest_of(accelerator: Accelerator) -> Path:
+    """What ``load_state()`` takes under automatic checkpoint naming."""
+    folder = Path(accelerator.project_dir or ".") / "checkpoints"
+    numbered = [path for path in folder.glob("checkpoint_*") if path.name.removeprefix("checkpoint_").isdecimal()]
+    if not accelerator.project_configuration.automatic_checkpoint_naming or not numbered:
+        raise ValueError(f"no checkpoint was named, and {folder} has none. Pass load_state(<folder>).")
+    return max(numbered, key=lambda path: int(path.name.removeprefix("checkpoint_")))

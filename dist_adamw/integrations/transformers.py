@@ -17,24 +17,22 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, IterableDataset
 
-from dist_adamw.checkpoint import load_share, save_share
+from dist_adamw.checkpoint import load, save
 from dist_adamw.conventions import unwrap
 from dist_adamw.integrations.accelerate import (
     DATA_PARALLEL,
-    FOLDER,
-    LoaderFacts,
     attach,
     check_engine,
     check_scheduler,
     check_schedules,
-    engine_of,
     host_group,
-    loader_facts,
-    parameter_names,
 )
+from dist_adamw.integrations.data import LoaderFacts, engine_of, loader_facts
 from dist_adamw.integrations.deepspeed import configure, fill, names_our_types, register_deepspeed
+from dist_adamw.integrations.zero import prepare_deepspeed
 from dist_adamw.optimizer import DistAdamW
 from dist_adamw.scheduler import CyclicLRWithRestarts
+from dist_adamw.storage import INDEX, write_text
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -92,6 +90,7 @@ def prepare_trainer(
                 f"the DeepSpeed configuration has the optimizer and the scheduler, and optimizer={optimizer}, "
                 f"scheduler={scheduler} were given here. Choose one."
             )
+        _keep_state(trainer)
         return trainer
     if trainer.optimizer is None and trainer.optimizer_cls_and_kwargs is None:
         args = trainer.args
@@ -105,7 +104,7 @@ def prepare_trainer(
     if trainer.lr_scheduler is not None:
         _fill(trainer, facts, scheduler)
     _set(trainer, "create_scheduler", _creator(trainer, scheduler))
-    _keep_shares(trainer)
+    _keep_state(trainer)
     _attach_when_wrapped(trainer)
     return trainer
 
@@ -280,33 +279,50 @@ def _count_real_samples(trainer: Any, facts: LoaderFacts) -> None:
     _when_training_begins(trainer, act)
 
 
-def _keep_shares(trainer: Any) -> None:
-    """Have checkpoints keep every rank's share: Trainer saves the state dict of rank 0 and loads it on all.
+def _keep_state(trainer: Any) -> None:
+    """Have checkpoints keep weights, optimizer and schedule our way: they resume on any engine and number of ranks.
 
-    FSDP2 and DeepSpeed share state out themselves, and save what they share out.
+    Trainer's own files of those are of one engine. The model file that it writes beside them, for everybody to load,
+    stays. The folder has the name by which Trainer looks for a state under DeepSpeed.
     """
-    if engine_of(trainer.accelerator) not in DATA_PARALLEL:
-        return
-    save_rest, load_rest = trainer._save_optimizer_and_scheduler, trainer._load_optimizer_and_scheduler
+    load_weights, load_rest = trainer._load_from_checkpoint, trainer._load_optimizer_and_scheduler
 
-    def save(output_dir: str) -> None:
-        optimizer = unwrap(trainer.optimizer)
-        if isinstance(optimizer, DistAdamW):
-            save_share(optimizer, parameter_names(trainer.model, optimizer), Path(output_dir) / FOLDER)
-            if trainer.args.should_save:  # the ranks that write a state dict
-                optimizer.save_apart()
-        save_rest(output_dir)
+    def ours(checkpoint: str | None) -> Path | None:
+        found = sorted(Path(checkpoint).glob("global_step*")) if checkpoint is not None else []
+        return found[-1] if found and (found[-1] / INDEX).exists() else None
 
-    def load(checkpoint: str | None) -> None:
-        optimizer = unwrap(trainer.optimizer)
-        if checkpoint is not None and isinstance(optimizer, DistAdamW):
-            names = parameter_names(trainer.model, optimizer)
-            if (copy_share := load_share(optimizer, names, Path(checkpoint) / FOLDER)) is not None:
-                optimizer.load_apart(copy_share)
-        load_rest(checkpoint)
+    def scheduler() -> Any:
+        return getattr(trainer.lr_scheduler, "scheduler", trainer.lr_scheduler)
 
-    _set(trainer, "_save_optimizer_and_scheduler", save)
-    _set(trainer, "_load_optimizer_and_scheduler", load)
+    def save_state(output_dir: str) -> None:
+        folder = Path(output_dir) / f"global_step{trainer.state.global_step}"
+        save(folder, trainer.model_wrapped, trainer.optimizer, scheduler())
+        if trainer.args.should_save:
+            write_text(Path(output_dir) / "latest", folder.name)
+
+    def load_model(checkpoint: str, model: nn.Module | None = None) -> None:
+        if ours(checkpoint) is None:
+            load_weights(checkpoint, model)
+
+    def load_state(checkpoint: str | None) -> None:
+        if (folder := ours(checkpoint)) is None:
+            load_rest(checkpoint)
+        elif engine_of(trainer.accelerator) != "DEEPSPEED":  # there Trainer has the engine load
+            load(folder, trainer.model_wrapped, trainer.optimizer, scheduler(), random_state=False)
+
+    _set(trainer, "_save_optimizer_and_scheduler", save_state)
+    _set(trainer, "_load_from_checkpoint", load_model)
+    _set(trainer, "_load_optimizer_and_scheduler", load_state)
+    if engine_of(trainer.accelerator) == "DEEPSPEED":
+        create = trainer.create_scheduler
+
+        def create_scheduler(*args: Any, **kwargs: Any) -> Any:
+            made = create(*args, **kwargs)
+            engine = trainer.accelerator.deepspeed_engine_wrapped.engine  # it is there by now, and nothing is loaded
+            prepare_deepspeed(engine, scheduler())
+            return made
+
+        _set(trainer, "create_scheduler", create_scheduler)
 
 
 def _set(trainer: Any, method: str, function: Callable[..., Any]) -> None:

@@ -1,0 +1,289 @@
+"""The checkpoints of one run: the newest few, whole, and one job at a time.
+
+Floor 3: knows folders, and what a whole checkpoint is.
+
+    checkpoints/
+        sample-000001234/      a checkpoint, and whatever else was written with it
+            manifest.json      sizes and checksums of what else; written last
+        sample-000002468/
+        latest                 the name of the newest; moves last
+        lock                   held by the job that saves here
+
+A checkpoint has another name until all of it is written, so a reader sees a whole one or none.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import socket
+import time
+import warnings
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch.distributed as dist
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from dist_adamw import collectives
+from dist_adamw.checkpoint import AsyncSaver, Saving, everywhere
+from dist_adamw.storage import INDEX, CheckpointError, damage, open_plainly, sync_folder, write_text
+
+_NAME = re.compile(r"sample-(\d+)")
+_MANIFEST, _LATEST, _LOCK, _PARTIAL, _ASIDE = "manifest.json", "latest", "lock", ".partial", ".superseded"
+
+
+class CheckpointFolder:
+    """Where a run keeps its checkpoints, each named by the samples it was trained on.
+
+    Args:
+        root: The folder; created, and the same for every rank.
+        keep: How many of the newest to keep.
+        on_error: When a checkpoint cannot be written (a full disk, a folder that became read-only): "raise", or
+            "warn" and train on. Either way the older ones are still there.
+        patience: Seconds to wait for another job that saves here to end, such as the one that this one restarts.
+        group: Of gloo, for messages between ranks; default: the default one.
+
+    Raises:
+        CheckpointError: another job saves to it, or it cannot be made; on every rank alike.
+
+    Collective to build, as `save` and `async_save` are; the other methods are local.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        keep: int = 3,
+        *,
+        on_error: Literal["raise", "warn"] = "raise",
+        patience: float = 10.0,
+        group: dist.ProcessGroup | None = None,
+    ) -> None:
+        if keep < 1:
+            raise ValueError(f"keep must be 1 or more, got {keep!r}: a run that keeps no checkpoint cannot be resumed.")
+        if on_error not in ("raise", "warn"):
+            raise ValueError(f"on_error must be 'raise' or 'warn', got {on_error!r}.")
+        self.root, self.keep, self.on_error = Path(root), keep, on_error
+        self._group = group
+        self._is_main = collectives.rank() == 0
+        self._let_go: Callable[[], object] | None = None
+        everywhere(lambda: self._take(patience) if self._is_main else None, group)
+
+    def _take(self, patience: float) -> None:
+        """Be the job that saves here. The system gives the lock back when the process ends, however it does."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        handle = os.open(self.root / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        until = time.monotonic() + patience
+        while True:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > until:
+                    holder = os.read(handle, 200).decode(errors="replace").strip()
+                    os.close(handle)
+                    raise CheckpointError(
+                        f"another job saves to {self.root} ({holder or 'it does not say which'}). Wait for its end, or "
+                        "choose another folder."
+                    ) from None
+                time.sleep(0.1)
+        os.ftruncate(handle, 0)
+        os.write(handle, f"process {os.getpid()} on {socket.gethostname()}".encode())
+        self._let_go = weakref.finalize(self, os.close, handle)
+
+    def close(self) -> None:
+        """Let another job save here, as the end of this object or of the process does."""
+        if self._let_go is not None:
+            self._let_go()
+
+    # ---------------------------------------------------------------- what there is
+
+    def all(self) -> list[Path]:
+        """Finished checkpoints, oldest first; whether they are whole is another question."""
+        found = self.root.iterdir() if self.root.is_dir() else ()
+        named = [(int(match[1]), path) for path in found if (match := _NAME.fullmatch(path.name)) and path.is_dir()]
+        return [path for _, path in sorted(named)]
+
+    def samples_of(self, path: Path) -> int:
+        """What a checkpoint of this folder was trained on."""
+        match = _NAME.fullmatch(path.name)
+        assert match is not None
+        return int(match[1])
+
+    def newest(self) -> Path | None:
+        """The newest checkpoint that is whole to the last bit; None where there is none."""
+        return next((path for path in reversed(self.all()) if damage_of(path) is None), None)
+
+    def alternative_to(self, path: Path) -> str:
+        """What to say of a damaged checkpoint: which is the newest whole one but this."""
+        others = (other for other in reversed(self.all()) if other.name != path.name and damage_of(other) is None)
+        other = next(others, None)
+        return f"The newest whole one is {other}." if other else "There is no other whole one: start afresh."
+
+    # ---------------------------------------------------------------- writing
+
+    def save(self, samples: int, write: Callable[[Path], object]) -> Path | None:
+        """Have ``write`` fill a folder, then let it be the newest checkpoint. Collective.
+
+        Args:
+            samples: What the state was trained on. A checkpoint of as many is replaced.
+            write: Called on every rank with the folder: `dist_adamw.save`, ``accelerator.save_state``, and what else
+                belongs to it. It may be collective.
+
+        Returns:
+            The checkpoint; None when it could not be written and ``on_error="warn"``.
+
+        Raises:
+            CheckpointError: it could not be written; on every rank alike.
+        """
+        final = self._begin(samples)
+        try:
+            everywhere(self._sweep, self._group)
+            everywhere(lambda: write(_partial(final)), self._group)
+            everywhere(lambda: self._commit(final) if self._is_main else None, self._group)
+        except CheckpointError as error:
+            self._failed(final, error)
+            return None
+        return final
+
+    def async_save(
+        self,
+        saver: AsyncSaver,
+        samples: int,
+        model: nn.Module,
+        optimizer: Optimizer | None = None,
+        scheduler: LRScheduler | None = None,
+        *,
+        extra: Mapping[str, Any] | None = None,
+    ) -> Saving | None:
+        """As `save`, from a copy in host memory, while training goes on. Collective.
+
+        Returns:
+            What is on its way; None when this or the save before could not be written and ``on_error="warn"``.
+        """
+        final = self._begin(samples)
+        try:
+            saver.wait()
+            everywhere(self._sweep, self._group)
+            return saver.save(
+                _partial(final),
+                model,
+                optimizer,
+                scheduler,
+                extra=extra,
+                then=lambda: self._commit(final) if self._is_main else None,
+            )
+        except CheckpointError as error:
+            self._failed(final, error)
+            return None
+
+    def _begin(self, samples: int) -> Path:
+        return self.root / f"sample-{samples:09d}"
+
+    def _sweep(self) -> None:
+        """Remove what a killed job, or a save that failed, has left."""
+        if self._is_main:
+            for left in self.root.glob(f"*{_PARTIAL}"):
+                shutil.rmtree(left, ignore_errors=True)
+
+    def _commit(self, final: Path) -> None:
+        partial = _partial(final)
+        write_text(partial / _MANIFEST, json.dumps(dict(_facts(partial)), indent=1))
+        if final.exists():
+            _away(final)
+        partial.rename(final)
+        sync_folder(self.root)
+        write_text(self.root / _LATEST, final.name)
+        for old in self.all()[: -self.keep]:
+            _away(old)
+
+    def _failed(self, final: Path, error: CheckpointError) -> None:
+        if self._is_main:
+            shutil.rmtree(_partial(final), ignore_errors=True)
+        if self.on_error == "raise":
+            raise error
+        if self._is_main:
+            warnings.warn(f"no checkpoint after sample {final.name.partition('-')[2]}: {error}", stacklevel=3)
+
+    # ---------------------------------------------------------------- changing one's mind
+
+    def discard(self) -> None:
+        """Delete every checkpoint."""
+        for path in self.all():
+            _away(path)
+
+    def set_aside(self, after: int) -> list[Path]:
+        """Rename checkpoints of more than ``after`` samples: a job that goes on from there will write its own."""
+        aside = []
+        for path in self.all():
+            if self.samples_of(path) > after:
+                aside.append(path.with_name(path.name + _ASIDE))
+                shutil.rmtree(aside[-1], ignore_errors=True)
+                path.rename(aside[-1])
+        if aside and (left := self.all()):
+            write_text(self.root / _LATEST, left[-1].name)
+        return aside
+
+
+def _partial(final: Path) -> Path:
+    return final.with_name(final.name + _PARTIAL)
+
+
+def _away(path: Path) -> None:
+    """Delete a checkpoint, which nobody takes for one while it is being deleted."""
+    gone = path.with_name(f"{path.name}.deleted{_PARTIAL}")
+    shutil.rmtree(gone, ignore_errors=True)
+    path.rename(gone)
+    shutil.rmtree(gone, ignore_errors=True)
+
+
+def _facts(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Size and checksum of the files that no index of ours knows, by name; the disk holds them then."""
+    indexed = {path.parent for path in folder.rglob(INDEX)}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.parent not in indexed and path.name != _MANIFEST:
+            with path.open("rb+") as file:
+                os.fsync(file.fileno())
+            yield path.relative_to(folder).as_posix(), _fingerprint(path)
+    yield from ((f"{path.relative_to(folder).as_posix()}/", {}) for path in sorted(indexed))
+
+
+def _fingerprint(path: Path) -> dict[str, Any]:
+    digest = hashlib.sha256()
+    with open_plainly(path) as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+
+
+def damage_of(path: Path) -> str | None:
+    """What is wrong with a checkpoint of a `CheckpointFolder`, as a sentence; None when it is whole. Local."""
+    try:
+        with open_plainly(path / _MANIFEST) as file:
+            manifest = json.loads(file.read())
+        for name, expected in manifest.items():
+            inside = path / name
+            if ".." in Path(name).parts or Path(name).is_absolute():
+                return f"the checkpoint {path} is damaged: its manifest names {name!r}, outside of it."
+            if name.endswith("/"):
+                if problem := damage(inside):
+                    return problem
+            elif (found := _fingerprint(inside)) != expected:
+                what = "its checksum is another one" if found["bytes"] == expected["bytes"] else "it is torn"
+                return (
+                    f"the checkpoint {path} is damaged: {name} has {found['bytes']:,} bytes where "
+                    f"{expected['bytes']:,} were written, and {what}."
+                )
+    except FileNotFoundError as error:
+        return f"the checkpoint {path} is not whole: {Path(error.filename).name} is missing."
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        return f"the checkpoint {path} cannot be read: {type(error).__name__}: {error}."
+    return None

@@ -1,0 +1,359 @@
+"""What a process holds of a training state, by the parameters' names: the same keys on every engine.
+
+Floor 3: knows models, DistAdamW and other torch optimizers; nothing of files. What an engine keeps its own way is
+told by that engine's integration (`ENGINES`).
+
+    model.<name>         a parameter, or a buffer that the model's state dict has
+    master.<name>        its fp32 weights, where the parameter is less exact
+    exp_avg.<name> ...   its state, by the optimizer's own names
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from dist_adamw import collectives
+from dist_adamw.boxes import Box
+from dist_adamw.conventions import unwrap
+from dist_adamw.optimizer import DistAdamW
+from dist_adamw.owned import Owned, Values, evaluated
+from dist_adamw.plain import plain
+from dist_adamw.shard import MASTERS, MOMENTS, Shard, axes_in_memory, local_of, storage_order
+from dist_adamw.storage import CheckpointError
+
+MODEL, MASTER = "model", "master"
+_SMALL = 1 << 12  # elements of which it is not worth while to split a tensor
+_WRAPPERS = re.compile(r"(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
+# These differ between engines and schedules, or say how to compute and not what.
+_NOT_COMPARED = {
+    *("params", "param_names", "lr", "weight_decay", "initial_lr", "initial_weight_decay", "min_lr", "lr_scale"),
+    *("foreach", "fused", "capturable", "differentiable", "decoupled_weight_decay"),
+}
+_ADAMW = {"DistAdamW", "AdamW", "Adam", "FusedAdam", "DeepSpeedCPUAdam"}
+
+
+@dataclass
+class Held:
+    """What lies in this process, to be saved or to be filled by a load.
+
+    Attributes:
+        tensors: By key: `Owned`, DTensor, or whole. Of whole ones that several ranks have, one rank's is saved.
+        scalars: By parameter name, the numbers in its state, such as ``step``.
+        sources: For a load, where a key has another name in the checkpoint.
+        later: For a load, what is read after that, one after the other, and what to do then with each.
+        finish: After a load: let what follows from tensors and scalars follow.
+    """
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    scalars: dict[str, dict[str, Any]] = field(default_factory=dict)
+    sources: dict[str, str] = field(default_factory=dict)
+    later: Callable[[], Iterable[tuple[Held, Callable[[], None]]]] = tuple
+    finish: Callable[[], None] = lambda: None
+
+    def read(self, kind: str, name: str, target: Tensor, found: Found) -> None:
+        """Have ``target`` filled with what a checkpoint has under this kind and name, or knows more exactly.
+
+        Raises:
+            CheckpointError: it has nothing of the kind.
+        """
+        key = source = f"{kind}.{name}"
+        kinds = found.kinds.get(name, set())
+        if kind == MODEL and MASTER in kinds and target.dtype.itemsize > found.dtypes[key].itemsize:
+            source = f"{MASTER}.{name}"
+        elif kind == MASTER and MASTER not in kinds:
+            source = f"{MODEL}.{name}"
+        else:
+            found.need(kind, name)
+        if found.shapes[source] != tuple(target.shape):
+            raise CheckpointError(
+                f"the checkpoint's {kind} of {name} has shape {found.shapes[source]}, and {tuple(target.shape)} is "
+                "needed here: it is of another model."
+            )
+        self.tensors[key] = target
+        if source != key:
+            self.sources[key] = source
+
+
+@dataclass
+class Found:
+    """What a checkpoint has, as far as a process must know to make room for it.
+
+    Attributes:
+        kinds: By parameter name, the keys' first parts: "model", "exp_avg".
+        dtypes: By key.
+        shapes: By key.
+        scalars: As in `Held`.
+    """
+
+    kinds: Mapping[str, set[str]]
+    dtypes: Mapping[str, torch.dtype]
+    shapes: Mapping[str, tuple[int, ...]]
+    scalars: Mapping[str, Mapping[str, float]]
+
+    def need(self, kind: str, name: str) -> None:
+        """Raise where the checkpoint has no such tensor. Local."""
+        kinds = self.kinds.get(name, set())
+        if kind not in kinds:
+            raise CheckpointError(
+                f"the checkpoint has no {kind} of {name}, only {', '.join(sorted(kinds)) or 'nothing'}. "
+                "Pass an optimizer with the options that it was saved with."
+            )
+
+
+class Access(Protocol):
+    """How the state of one model and its optimizer is reached. Local."""
+
+    engine: str
+
+    def to_save(self) -> Held:
+        """What this process writes."""
+
+    def to_load(self, found: Found) -> Held:
+        """Where it reads to. The optimizer's state is laid out anew."""
+
+    def parameters(self) -> dict[str, tuple[int, ...]]:
+        """Names and whole shapes of parameters and buffers."""
+
+    def groups(self) -> list[dict[str, Any]]:
+        """Parameter groups as plain data, with "names" instead of "params"."""
+
+
+# Each returns None where the model is not its engine's.
+ENGINES: list[Callable[[nn.Module, Optimizer | None], Access | None]] = []
+
+
+def access(model: nn.Module, optimizer: Optimizer | None) -> Access:
+    """How to reach a model's state, whatever engine has it. Local."""
+    for engine in ENGINES:
+        if (found := engine(model, optimizer)) is not None:
+            return found
+    return Plain(model, optimizer)
+
+
+def bare(model: nn.Module) -> nn.Module:
+    """The module inside wrappers. Local."""
+    while True:
+        if isinstance(model, DistributedDataParallel) or hasattr(model, "_orig_mod"):
+            model = model.module if isinstance(model, DistributedDataParallel) else model._orig_mod  # type: ignore[assignment]
+        else:
+            return model
+
+
+def parameter_names(model: nn.Module) -> dict[Tensor, str]:
+    """Parameters and their names; tied ones have their first name. Local."""
+    return {param: _WRAPPERS.sub("", name) for name, param in bare(model).named_parameters()}
+
+
+def buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Name and tensor of the buffers that a state dict has. Local."""
+    for prefix, module in bare(model).named_modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set:
+                yield _WRAPPERS.sub("", f"{prefix}.{name}" if prefix else name), buffer
+
+
+def plain_groups(
+    optimizer: Optimizer | None, names: Callable[[int, dict[str, Any]], list[str]]
+) -> list[dict[str, Any]]:
+    """Parameter groups as plain data. Local."""
+    return [
+        {"names": names(g, group), **{k: plain(v) for k, v in group.items() if k not in ("params", "param_names")}}
+        for g, group in enumerate([] if optimizer is None else optimizer.param_groups)
+    ]
+
+
+def hyper_parameters(groups: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """By parameter name, what two jobs must have alike to go on from one another. Local."""
+    return {
+        name: {k: v for k, v in group.items() if k not in _NOT_COMPARED and k != "names"}
+        for group in groups
+        for name in group["names"]
+    }
+
+
+def same_family(one: str, other: str) -> bool:
+    """Whether the state of one class of optimizer means the same to the other."""
+    return one == other or {one, other} <= _ADAMW
+
+
+class Plain:
+    """Whole parameters on every rank, or DTensors: one process, DDP, FSDP2, tensor parallelism."""
+
+    def __init__(self, model: nn.Module, optimizer: Optimizer | None) -> None:
+        self.model = bare(model)
+        self.optimizer = None if optimizer is None else unwrap(optimizer)
+        self.names = parameter_names(model)
+        for g, group in enumerate([] if self.optimizer is None else self.optimizer.param_groups):
+            for i, param in enumerate(group["params"]):
+                self.names.setdefault(param, f"parameter {i} of group {g}")
+        if any(isinstance(param, DTensor) for param in self.names):
+            self.engine = "FSDP2"
+        else:
+            self.engine = "single" if collectives.world_size() == 1 else "DDP"
+
+    def parameters(self) -> dict[str, tuple[int, ...]]:
+        """See `Access`."""
+        found = {name: tuple(param.shape) for param, name in self.names.items()}
+        return {**found, **{name: tuple(buffer.shape) for name, buffer in buffers(self.model)}}
+
+    def groups(self) -> list[dict[str, Any]]:
+        """See `Access`."""
+        return plain_groups(self.optimizer, lambda _, group: [self.names[param] for param in group["params"]])
+
+    def to_save(self) -> Held:
+        """See `Access`."""
+        held = Held()
+        if isinstance(self.optimizer, DistAdamW):
+            self.optimizer.wait()
+            self._of_shards(self.optimizer, held)
+        elif self.optimizer is not None:
+            self._of_states(self.optimizer, held)
+        for param, name in self.names.items():
+            held.tensors.setdefault(f"{MODEL}.{name}", fair_share(param.detach()))
+        # Those of the ranks may differ (batch norm's); DDP goes on with the first rank's.
+        for name, buffer in buffers(self.model):
+            if isinstance(buffer, DTensor) or collectives.rank() == 0:
+                held.tensors[f"{MODEL}.{name}"] = buffer.detach()
+        return held
+
+    def _of_shards(self, optimizer: DistAdamW, held: Held) -> None:
+        for shard in optimizer.shards:
+            for i, param in enumerate(shard.params):
+                name = self.names[param]
+                held.scalars[name] = {"step": float(shard.steps[i])}
+                for kind in shard.moments.keys() - MASTERS:
+                    held.tensors[f"{kind}.{name}"] = _moment(shard, i, kind)
+                if shard.has_master:
+                    held.tensors[f"{MASTER}.{name}"] = _master(shard, i)
+                if not isinstance(param, DTensor):
+                    held.tensors[f"{MODEL}.{name}"] = _runs(param.detach(), shard.ranges_of(i))
+
+    def _of_states(self, optimizer: Optimizer, held: Held) -> None:
+        for param, state in optimizer.state.items():
+            name = self.names[param]
+            for kind, value in state.items():
+                if kind == "step" or not isinstance(value, Tensor):
+                    held.scalars.setdefault(name, {})[kind] = float(value) if kind == "step" else value
+                else:
+                    held.tensors[f"{kind}.{name}"] = fair_share(value)
+
+    def to_load(self, found: Found) -> Held:
+        """See `Access`."""
+        held = Held()
+        for param, name in self.names.items():
+            held.read(MODEL, name, param.detach(), found)
+        for name, buffer in buffers(self.model):
+            held.read(MODEL, name, buffer.detach(), found)
+        if isinstance(self.optimizer, DistAdamW):
+            self._into_shards(self.optimizer, held, found)
+        elif self.optimizer is not None:
+            self._into_states(self.optimizer, held, found)
+        return held
+
+    def _into_shards(self, optimizer: DistAdamW, held: Held, found: Found) -> None:
+        chosen = [p for p, name in self.names.items() if found.kinds.get(name, set()) - {MODEL, MASTER}]
+        for group in optimizer.param_groups:  # before anything is changed
+            needed = MOMENTS if group["amsgrad"] else MOMENTS[:2]
+            for name in {self.names[param] for param in group["params"]} & {self.names[param] for param in chosen}:
+                for kind in needed:
+                    found.need(kind, name)
+        optimizer.lay_out(chosen)
+        remainders = []
+        for shard in optimizer.shards:
+            for i, param in enumerate(shard.params):
+                name = self.names[param]
+                shard.steps[i] = found.scalars.get(name, {}).get("step", 0.0)
+                for kind in shard.moments.keys() - {"remainder"}:
+                    held.read(kind, name, _moment(shard, i, kind), found)
+                if "remainder" in shard.moments:
+                    remainders.append((shard, i, name))
+
+        def later() -> Iterator[tuple[Held, Callable[[], None]]]:
+            for shard, i, name in remainders:  # their fp32 weights take memory, so one after the other
+                weights = shard.master_of(i)
+                one = Held()
+                one.read(MASTER, name, _like_param(shard, i, weights, torch.float32), found)
+                yield one, lambda shard=shard, i=i, weights=weights: shard.set_master(i, weights)  # type: ignore[misc]
+
+        def finish() -> None:
+            for shard in optimizer.shards:
+                shard.remember_weights()
+            optimizer.recount()
+
+        held.later, held.finish = later, finish
+
+    def _into_states(self, optimizer: Optimizer, held: Held, found: Found) -> None:
+        optimizer.state.clear()
+        for group in optimizer.param_groups:
+            for param in group["params"]:
+                name = self.names[param]
+                state: dict[str, Any] = {}
+                for kind in sorted(found.kinds.get(name, set()) - {MODEL, MASTER}):
+                    key = f"{kind}.{name}"
+                    if found.shapes[key] == tuple(param.shape):
+                        state[kind] = torch.zeros_like(param, dtype=found.dtypes[key], requires_grad=False)
+                    else:
+                        state[kind] = torch.zeros(found.shapes[key], dtype=found.dtypes[key], device=param.device)
+                    held.read(kind, name, state[kind], found)
+                for kind, value in found.scalars.get(name, {}).items():
+                    on_device = group.get("fused") or group.get("capturable")
+                    device = local_of(param).device if on_device else "cpu"
+                    state[kind] = torch.tensor(value, device=device) if kind == "step" else value
+                if state:
+                    optimizer.state[param] = state
+
+
+def _like_param(shard: Shard, i: int, values: Values, dtype: torch.dtype) -> Tensor:
+    """``values`` are this rank's elements of parameter ``i`` of ``shard``, 1-D in the order of memory, or make them."""
+    param = shard.params[i]
+    if not isinstance(param, DTensor):
+        return Owned.of_ranges(param.shape, values, shard.ranges_of(i), dtype=dtype, order=axes_in_memory(param))
+    if isinstance(values, Tensor):
+        return Owned.of(shard.shaped(values, param))
+    like = Owned.of(param.detach())
+    return Owned(param.shape, dtype, {box: partial(_part, shard, param, values, box) for box in like.parts})
+
+
+def _part(shard: Shard, param: DTensor, values: Callable[[], Tensor], box: Box) -> Tensor:
+    return evaluated(Owned.of(shard.shaped(values(), param)).parts[box])
+
+
+def _moment(shard: Shard, i: int, kind: str) -> Tensor:
+    values = shard.owned_moment(i, kind)
+    return _like_param(shard, i, values, values.dtype)
+
+
+def _master(shard: Shard, i: int) -> Tensor:
+    if "master" in shard.moments:
+        return _moment(shard, i, "master")
+    return _like_param(shard, i, partial(shard.master_of, i), torch.float32)
+
+
+def _runs(tensor: Tensor, ranges: Iterable[Sequence[int]]) -> Owned:
+    """Of a whole tensor the elements in ``ranges``, counted in the order of its memory."""
+    flat, order = storage_order(tensor), axes_in_memory(tensor)
+    parts: dict[Box, Values] = {}
+    for start, stop in ranges:
+        parts |= Owned.of_ranges(tensor.shape, flat[start:stop], [(start, stop)], dtype=tensor.dtype, order=order).parts
+    if not tensor.numel():
+        return Owned.of(tensor)
+    return Owned(tensor.shape, tensor.dtype, parts)
+
+
+def fair_share(tensor: Tensor) -> Tensor:
+    """What this rank writes of a tensor that every rank has whole; of a small one, one rank writes all."""
+    world_size, rank = collectives.world_size(), collectives.rank()
+    if isinstance(tensor, DTensor) or tensor.numel() < _SMALL * world_size:
+        return tensor
+    edges = [tensor.numel() * r // world_size for r in (rank, rank + 1)]
+    return _runs(tensor, [edges])

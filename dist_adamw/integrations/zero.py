@@ -1,0 +1,335 @@
+"""ZeRO: where DeepSpeed's engines keep weights and optimizer state, by the parameters' names.
+
+Floor 4: knows the inside of DeepSpeed 0.19's ZeRO optimizers; imports nothing of it.
+
+Stages 1 and 2 lay the parameters of a group end to end and give each rank an interval; stage 3 cuts each parameter
+into equal parts. Either way a rank has fp32 weights and state in a few flat partitions, and this module says which
+elements of which parameter lie where in them.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from dist_adamw import collectives
+from dist_adamw.checkpoint import Checkpoint, load, save
+from dist_adamw.conventions import unwrap
+from dist_adamw.held import ENGINES, MASTER, MODEL, Access, Found, Held, Plain, buffers, fair_share, plain_groups
+from dist_adamw.optimizer import DistAdamW
+from dist_adamw.owned import Owned
+from dist_adamw.storage import INDEX, CheckpointError, write_text
+
+
+@dataclass(frozen=True, slots=True)
+class Fragment:
+    """Elements ``start`` to ``stop`` of a parameter, which lie from ``offset`` on in a flat fp32 ``partition``.
+
+    Attributes:
+        name: Of the parameter.
+        shape: Of the whole parameter.
+        weights: The same elements as the model has them, 1-D, where they lie here.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+    partition: Tensor
+    offset: int
+    weights: Tensor
+
+    def of(self, flat: Tensor) -> Owned:
+        """These elements of a tensor that is laid out as the partition."""
+        values = flat.detach()[self.offset : self.offset + self.stop - self.start]
+        return Owned.of_ranges(self.shape, values, [(self.start, self.stop)], dtype=flat.dtype)
+
+    @property
+    def model(self) -> Owned:
+        """These elements of the model's weights."""
+        return Owned.of_ranges(self.shape, self.weights, [(self.start, self.stop)], dtype=self.weights.dtype)
+
+
+class Zero:
+    """Access to the state of a DeepSpeed engine with ZeRO-1, 2 or 3.
+
+    Raises:
+        CheckpointError: it keeps its state where this does not find it.
+    """
+
+    def __init__(self, engine: Any) -> None:
+        self.zero = engine.optimizer
+        self.model: nn.Module = engine.module
+        self.names = {param: name for name, param in self.model.named_parameters()}
+        self.is_stage_3 = hasattr(self.zero, "fp16_partitioned_groups_flat")
+        self.optimizer: Optimizer = unwrap(self.zero)
+        self.engine = f"ZeRO-{engine.zero_optimization_stage()}"
+        swaps = getattr(self.zero, "swap_optimizer", False) or getattr(self.zero, "params_in_nvme_and_cpu", False)
+        if swaps or getattr(engine, "has_moe_layers", False):
+            raise CheckpointError(
+                f"{self.engine} with {'state on NVMe' if swaps else 'experts'} keeps parts of the state where no other "
+                "engine could read them. Save with DeepSpeed's own engine.save_checkpoint."
+            )
+
+    def _shape(self, param: Any) -> tuple[int, ...]:
+        return tuple(param.ds_shape if self.is_stage_3 else param.shape)
+
+    def parameters(self) -> dict[str, tuple[int, ...]]:
+        """See `Access`."""
+        found = {name: self._shape(param) for param, name in self.names.items()}
+        return {**found, **{name: tuple(buffer.shape) for name, buffer in buffers(self.model)}}
+
+    def groups(self) -> list[dict[str, Any]]:
+        """See `Access`."""
+        members: list[list[str]] = [[] for _ in self.optimizer.param_groups]
+        for group, params in self._groups():
+            members[group] += [self.names[param] for param in params]
+        return plain_groups(self.optimizer, lambda g, _: members[g])
+
+    def _groups(self) -> Iterator[tuple[int, list[Any]]]:
+        """Parameters that share a partition, and their group."""
+        if self.is_stage_3:
+            for i, params in enumerate(self.zero.fp16_groups):
+                yield self.zero.sub_group_to_group_id[i], params
+        else:
+            yield from enumerate(self.zero.bit16_groups)
+
+    def _partitions(self) -> list[tuple[int, Tensor]]:
+        if self.is_stage_3:
+            flat = self.zero.fp32_partitioned_groups_flat
+            return [(self.zero.sub_group_to_group_id[i], partition) for i, partition in enumerate(flat)]
+        return list(enumerate(self.zero.single_partition_of_fp32_groups))
+
+    def fragments(self) -> Iterator[Fragment]:
+        """What of the trained parameters lies here."""
+        partitions = self._partitions()
+        for i, (_, params) in enumerate(self._groups()):
+            for param in params:
+                name, shape = self.names[param], self._shape(param)
+                if self.is_stage_3:
+                    _, offset, _ = self.zero.grad_position[self.zero.get_param_id(param)]
+                    start, stop, weights = self._part(param)
+                elif (mapping := param._hp_mapping) is not None:
+                    start = mapping.lp_fragment_address.start
+                    stop = start + mapping.lp_fragment_address.numel
+                    offset = mapping.hp_fragment_address.start
+                    weights = param.detach().view(-1)[start:stop]
+                else:
+                    continue
+                yield Fragment(name, shape, start, stop, partitions[i][1], offset, weights)
+
+    def _part(self, param: Any) -> tuple[int, int, Tensor]:
+        """Stage 3's part of any parameter, also a frozen one: where it begins and ends, and its elements."""
+        rank, numel = self.zero._get_param_partition_rank(param), param.ds_tensor.ds_numel
+        start, stop = (min(edge, param.ds_numel) for edge in (rank * numel, (rank + 1) * numel))
+        return start, stop, param.ds_tensor.detach()[: stop - start]
+
+    def to_save(self) -> Held:
+        """See `Access`."""
+        held = Held()
+        for part in self.fragments():
+            exact = part.weights.dtype == part.partition.dtype
+            held.tensors[f"{MODEL}.{part.name}"] = part.of(part.partition) if exact else part.model
+            if not exact:
+                held.tensors[f"{MASTER}.{part.name}"] = part.of(part.partition)
+            for kind, value in self.optimizer.state.get(part.partition, {}).items():
+                if kind == "step":
+                    held.scalars[part.name] = {"step": float(value)}
+                else:
+                    held.tensors[f"{kind}.{part.name}"] = part.of(value)
+        self._let_all_know_steps(held)
+        for name, weights in self._rest(writing=True):
+            held.tensors[f"{MODEL}.{name}"] = weights
+        for name, buffer in buffers(self.model):
+            if collectives.rank() == 0:
+                held.tensors[f"{MODEL}.{name}"] = buffer.detach()
+        return held
+
+    def _let_all_know_steps(self, held: Held) -> None:
+        """The main rank, which writes the steps, may have nothing of some parameter."""
+        for (_, params), (_, partition) in zip(self._groups(), self._partitions(), strict=True):
+            if "step" in (state := self.optimizer.state.get(partition, {})):
+                held.scalars |= {self.names[param]: {"step": float(state["step"])} for param in params}
+
+    def _rest(self, *, writing: bool) -> Iterator[tuple[str, Tensor]]:
+        """Parameters that are not trained."""
+        trained = {param for _, params in self._groups() for param in params}
+        for param, name in self.names.items():
+            if param in trained:
+                continue
+            if self.is_stage_3:
+                start, stop, part = self._part(param)
+                yield name, Owned.of_ranges(self._shape(param), part, [(start, stop)], dtype=part.dtype)
+            else:
+                yield name, fair_share(param.detach()) if writing else param.detach()
+
+    def to_load(self, found: Found) -> Held:
+        """See `Access`."""
+        held = Held()
+        for param, name in self.names.items():
+            if not self.is_stage_3:
+                held.read(MODEL, name, param.detach(), found)  # every rank has all of it
+        for name, weights in self._rest(writing=False):
+            held.read(MODEL, name, weights, found)
+        for name, buffer in buffers(self.model):
+            held.read(MODEL, name, buffer.detach(), found)
+        kinds = sorted(set().union(*(k for n, k in found.kinds.items() if n in found.scalars)) - {MODEL, MASTER})
+        for part in self.fragments():
+            if self.is_stage_3:
+                held.read(MODEL, part.name, part.model, found)
+            held.read(MASTER, part.name, part.of(part.partition), found)
+        state = self._room_for(kinds)
+        for part in self.fragments():
+            for kind in kinds:
+                held.read(kind, part.name, part.of(state[part.partition][kind]), found)
+        self._set_steps(state, found)
+        held.finish = self._finish
+        return held
+
+    def _room_for(self, kinds: list[str]) -> dict[Tensor, dict[str, Any]]:
+        """State of zeros for every partition."""
+        partitions, state = self._partitions(), self.optimizer.state
+        if not kinds:
+            state.clear()
+            return {}
+        if isinstance(self.optimizer, DistAdamW):
+            # Stage 3 shows its partitions to the optimizer only while it steps.
+            shown = [group["params"] for group in self.optimizer.param_groups]
+            for g, group in enumerate(self.optimizer.param_groups):
+                group["params"] = [partition for of, partition in partitions if of == g]
+            try:
+                self.optimizer.lay_out([partition for _, partition in partitions])
+            finally:
+                for group, params in zip(self.optimizer.param_groups, shown, strict=True):
+                    group["params"] = params
+        else:
+            state.clear()
+            for _, partition in partitions:
+                state[partition] = {"step": torch.zeros(()), **{kind: torch.zeros_like(partition) for kind in kinds}}
+        return {partition: state[partition] for _, partition in partitions}
+
+    def _set_steps(self, state: dict[Tensor, dict[str, Any]], found: Found) -> None:
+        for (_, params), (_, partition) in zip(self._groups(), self._partitions(), strict=True):
+            steps = {float(found.scalars.get(self.names[param], {}).get("step", 0.0)) for param in params}
+            if len(steps) > 1:
+                warnings.warn(
+                    f"parameters of one group have had {sorted(steps)} updates, and {self.engine} counts one number "
+                    f"for all of them: they go on with {max(steps):g}.",
+                    stacklevel=2,
+                )
+            if partition in state and steps:
+                state[partition]["step"].fill_(max(steps))
+
+    def _finish(self) -> None:
+        if isinstance(self.optimizer, DistAdamW):
+            self.optimizer.recount()
+        # DeepSpeed keeps views of the state that it had.
+        if hasattr(self.zero, "_hp_optimizer_states_linked"):
+            self.zero._hp_optimizer_states_linked = False
+        if self.is_stage_3:
+            for i, flat in enumerate(self.zero.fp16_partitioned_groups_flat):
+                if flat is not None:
+                    flat.copy_(self.zero.fp32_partitioned_groups_flat[i])
+            if persistent := self.zero.persistent_parameters:  # whole on every rank, so made whole anew
+                persistent[0].partition(persistent)
+                persistent[0].all_gather(persistent)
+
+
+def _zero(model: nn.Module, optimizer: Optimizer | None) -> Access | None:
+    inner: Any = getattr(model, "optimizer", None)
+    if not hasattr(model, "zero_optimization_stage"):
+        return None
+    if hasattr(inner, "single_partition_of_fp32_groups") or hasattr(inner, "fp16_partitioned_groups_flat"):
+        return Zero(model)
+    module: Any = model.module
+    if inner is None or isinstance(inner, Optimizer):
+        return Plain(module, inner)
+    raise CheckpointError(
+        f"{type(inner).__name__} keeps its weights its own way. Use ZeRO stage 1, which does the same in less memory."
+    )
+
+
+ENGINES.append(_zero)
+
+
+def prepare_deepspeed(engine: Any, scheduler: Any = None) -> None:
+    """Let ``engine.save_checkpoint`` and ``load_checkpoint`` write and read our checkpoints. Local.
+
+    They keep their arguments and their folders: ``<save_dir>/<tag>`` and a file ``latest``. A folder that DeepSpeed
+    wrote itself is still read by DeepSpeed. `dist_adamw.prepare` and `prepare_trainer` do this themselves.
+
+    Args:
+        engine: What ``deepspeed.initialize`` returned.
+        scheduler: Default: the engine's.
+    """
+    load_theirs = engine.load_checkpoint
+
+    def ours() -> Any:
+        found = engine.lr_scheduler if scheduler is None else scheduler
+        return getattr(found, "scheduler", found)
+
+    def save_checkpoint(
+        save_dir: str,
+        tag: str | None = None,
+        client_state: dict[str, Any] | None = None,
+        save_latest: bool = True,
+        exclude_frozen_parameters: bool = False,
+    ) -> bool:
+        tag = f"global_step{engine.global_steps}" if tag is None else str(tag)
+        counts = {name: getattr(engine, name) for name in ("global_steps", "global_samples", "skipped_steps")}
+        extra = {"client_state": dict(client_state or {}), "engine": counts}
+        save(Path(save_dir) / tag, engine, engine.optimizer, ours(), extra=extra)
+        if save_latest and collectives.rank() == 0:
+            write_text(Path(save_dir) / "latest", tag)
+        return True
+
+    def load_checkpoint(
+        load_dir: str,
+        tag: str | None = None,
+        load_module_strict: bool = True,
+        load_optimizer_states: bool = True,
+        load_lr_scheduler_states: bool = True,
+        load_module_only: bool = False,
+        **theirs: Any,
+    ) -> tuple[str | None, dict[str, Any] | None]:
+        latest = Path(load_dir) / "latest"
+        if tag is None and latest.is_file():
+            tag = latest.read_text().strip()
+        if tag is None or not (Path(load_dir) / tag / INDEX).exists():
+            found: tuple[str | None, dict[str, Any] | None] = load_theirs(
+                load_dir,
+                tag,
+                load_module_strict=load_module_strict,
+                load_optimizer_states=load_optimizer_states,
+                load_lr_scheduler_states=load_lr_scheduler_states,
+                load_module_only=load_module_only,
+                **theirs,
+            )
+            return found
+        optimizer = engine.optimizer if load_optimizer_states and not load_module_only else None
+        loaded = load(
+            Path(load_dir) / tag,
+            engine,
+            optimizer,
+            ours() if load_lr_scheduler_states and not load_module_only else None,
+        )
+        accept_counts(engine, loaded)
+        return str(loaded.path), loaded.extra.get("client_state", {})
+
+    engine.save_checkpoint, engine.load_checkpoint = save_checkpoint, load_checkpoint
+
+
+def accept_counts(engine: Any, loaded: Checkpoint) -> None:
+    """Let an engine count on from a checkpoint, whichever engine wrote it. Local."""
+    inner = unwrap(engine.optimizer)
+    known = {"global_steps": getattr(inner, "updates", 0), "global_samples": loaded.samples or 0, "skipped_steps": 0}
+    for name, value in {**known, **loaded.extra.get("engine", {})}.items():
+        setattr(engine, name, value)
+    engine.micro_steps = engine.global_steps * engine.gradient_accumulation_steps()

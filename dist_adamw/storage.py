@@ -1,0 +1,581 @@
+"""Folders of tensors for torch.distributed.checkpoint, in which nothing is executed when they are read.
+
+Floor 1: knows files and that library's storage interface; nothing of optimizers.
+
+Each rank writes one safetensors file, and the main one then an index:
+
+    5f0c81d2e9a3b764-00000.safetensors   of one save, by one rank: boxes of tensors, such as "exp_avg.0.weight[0:3,0:8]"
+    5f0c81d2e9a3b764-00001.safetensors
+    index.json                           which box of which tensor lies where, plain data, checksums
+
+The index is written last, under another name, and takes its place in one step: a reader has all of one save, however
+often a folder is saved to and whenever a save is killed. Files that no index names are what such a save has left.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import re
+import secrets
+import stat
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem, SavePlan, SavePlanner, WriteItem
+from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
+from torch.futures import Future
+
+from dist_adamw.boxes import Box, overlap_anywhere
+
+INDEX = "index.json"
+FORMAT, VERSION = "dist_adamw checkpoint", 2
+_FILE = re.compile(r"[0-9a-f]{16}-[0-9]{5,}\.safetensors")
+_BLOCK = 1 << 22  # bytes read, written and summed at a time; also what a save or a load takes beside the tensors
+_LARGEST_INDEX = 1 << 30
+_CODES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in _CODES}
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be written or used. The message names it, what is wrong, and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Where a box of a tensor lies: ``offset`` in bytes from the beginning of ``file``."""
+
+    box: Box
+    file: str
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """A tensor of a checkpoint."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    chunks: tuple[Chunk, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Index:
+    """What a checkpoint's index says, checked: every element of every tensor lies in exactly one place of a file.
+
+    Attributes:
+        folder: Of the checkpoint.
+        save: Names this one save.
+        tensors: By key.
+        files: Size in bytes and SHA-256, by name.
+        about: Plain data that was saved with the tensors.
+        digest: Of all of that.
+    """
+
+    folder: Path
+    save: str
+    tensors: Mapping[str, Saved]
+    files: Mapping[str, tuple[int, str]]
+    about: Mapping[str, Any]
+    digest: str
+
+
+# ---------------------------------------------------------------------------------------------- writing
+
+
+class Writer(StorageWriter):
+    """Writes to a folder, also one that holds a checkpoint: that one is whole until this one is.
+
+    For ``torch.distributed.checkpoint.save(state_dict, storage_writer=...)``, whose state dict has tensors only.
+
+    Args:
+        folder: Created if it is not there. All ranks see the same.
+        about: Plain data, of the main rank, to be saved too.
+    """
+
+    def __init__(self, folder: str | Path, about: Mapping[str, Any] | None = None) -> None:
+        self.folder = Path(folder)
+        self.about = {} if about is None else about
+
+    @property
+    def checkpoint_id(self) -> str:
+        """The folder, under the name by which the library logs it."""
+        return str(self.folder)
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        """Take another folder."""
+        if checkpoint_id is not None:
+            self.folder = Path(checkpoint_id)
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        """Whether it can be a folder."""
+        return "://" not in str(checkpoint_id)
+
+    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        """Make the folder, and see that the plain data is plain."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if is_coordinator:
+            self._about = _as_json(self.about)
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        """Nothing to prepare."""
+        return plan
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        """Give every rank the name of its file."""
+        token = secrets.token_hex(8)
+        return [
+            dataclasses.replace(plan, storage_data=f"{token}-{rank:05d}.safetensors") for rank, plan in enumerate(plans)
+        ]
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """Write this rank's file, and have the disk hold it."""
+        path = self.folder / plan.storage_data
+        written: Future[list[WriteResult]] = Future()
+        try:
+            written.set_result(_write_file(path, plan.items, planner) if plan.items else [])
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
+        return written
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """Write the index of all files, and let it take the place of the one before."""
+        places: dict[str, list[list[Any]]] = {key: [] for key in metadata.state_dict_metadata}
+        files: dict[str, Any] = {}
+        for result in (result for of_rank in results for result in of_rank):
+            file, offset, sizes, fingerprint = result.storage_data
+            files[file] = fingerprint
+            places[result.index.fqn].append([list(result.index.offset or ()), list(sizes), file, offset])
+        tensors = {}
+        for key, found in metadata.state_dict_metadata.items():
+            assert isinstance(found, TensorStorageMetadata)
+            dtype = str(found.properties.dtype).removeprefix("torch.")
+            tensors[key] = {"dtype": dtype, "shape": list(found.size), "chunks": places[key]}
+        save = secrets.token_hex(8)
+        index = {"format": FORMAT, "version": VERSION, "save": save, "tensors": tensors, "files": files}
+        write_index(self.folder, {**index, "about": self._about})
+        for left in self.folder.iterdir():
+            if _FILE.fullmatch(left.name) and left.name not in files:
+                left.unlink(missing_ok=True)
+
+
+def write_index(folder: Path, index: Mapping[str, Any]) -> None:
+    """Let ``index`` be the folder's, in one step. Local."""
+    index = {**index, "sha256": _digest(index)}
+    write_text(folder / INDEX, json.dumps(index))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Let a file hold ``text``, or what it held; and the disk, all that was written to the folder before. Local."""
+    partial = path.with_name(f"{path.name}.partial")
+    with partial.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    sync_folder(path.parent)
+    partial.replace(path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Have the disk hold the names in a folder. Local."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _as_json(about: Mapping[str, Any]) -> Any:
+    try:
+        return json.loads(json.dumps(about))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"only plain data (numbers, text, lists, dicts) can be saved beside tensors: {error}."
+        ) from error
+
+
+def _write_file(path: Path, items: Sequence[WriteItem], planner: SavePlanner) -> list[WriteResult]:
+    """A safetensors file of ``items``, which are in memory one block at a time where they lie elsewhere."""
+    header: dict[str, Any] = {}
+    ends = 0
+    order = []
+    # Wide elements first, so that all of them are aligned.
+    for item in sorted(items, key=lambda item: -_itemsize(item)):
+        box = _box_of(item)
+        nbytes = box.numel * _itemsize(item)
+        if nbytes == 0:
+            continue  # of a rank that has nothing of this tensor
+        data = {"shape": list(box.sizes), "data_offsets": [ends, ends + nbytes]}
+        header[_name(item, box)] = {"dtype": _CODES[_dtype(item)], **data}
+        order.append((item, box, ends, nbytes))
+        ends += nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    digest = hashlib.sha256()
+    with path.open("xb", buffering=0) as file:
+
+        def write(data: Any) -> None:
+            digest.update(data)
+            file.write(data)
+
+        write(len(text).to_bytes(8, "little"))
+        write(text)
+        for item, _, _, nbytes in order:
+            resolved = planner.resolve_data(item)
+            assert isinstance(resolved, Tensor)
+            assert resolved.nbytes == nbytes
+            for block in _blocks(resolved.detach()):
+                write(block)
+        os.fsync(file.fileno())
+    fingerprint = {"bytes": 8 + len(text) + ends, "sha256": digest.hexdigest()}
+    begin = 8 + len(text)
+    return [
+        WriteResult(item.index, nbytes, (path.name, begin + start, box.sizes, fingerprint))
+        for item, box, start, nbytes in order
+    ]
+
+
+def _blocks(tensor: Tensor) -> Iterator[memoryview]:
+    """The bytes of a tensor in C order."""
+    if not tensor.is_contiguous():
+        tensor = tensor.contiguous()
+    for part in torch.split(tensor.view(-1), _BLOCK // tensor.itemsize):
+        yield memoryview(part.cpu().view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+
+def _dtype(item: WriteItem) -> torch.dtype:
+    if item.tensor_data is None:
+        raise CheckpointError(f"{item.index.fqn!r} is not a tensor. Save plain data as such, not in the state dict.")
+    dtype: torch.dtype = item.tensor_data.properties.dtype
+    if dtype not in _CODES:
+        raise CheckpointError(f"{item.index.fqn!r} is {dtype}, which safetensors files here do not hold. Convert it.")
+    return dtype
+
+
+def _itemsize(item: WriteItem) -> int:
+    return _dtype(item).itemsize
+
+
+def _box_of(item: WriteItem) -> Box:
+    assert item.tensor_data is not None
+    chunk = item.tensor_data.chunk
+    return Box(tuple(chunk.offsets), tuple(chunk.sizes))
+
+
+def _name(item: WriteItem, box: Box) -> str:
+    assert item.tensor_data is not None
+    if box.sizes == tuple(item.tensor_data.size):
+        return item.index.fqn
+    return f"{item.index.fqn}[{','.join(f'{a}:{a + n}' for a, n in zip(*box, strict=True))}]"
+
+
+# ---------------------------------------------------------------------------------------------- the index
+
+
+def read_index(folder: str | Path) -> Index:
+    """Read and check a checkpoint's index; its files only by name and size. Local.
+
+    Raises:
+        CheckpointError: there is none, it is damaged, of another format or version, or says what cannot be.
+    """
+    folder = Path(folder)
+    path = folder / INDEX
+    try:
+        with open_plainly(path) as file:
+            if (size := os.fstat(file.fileno()).st_size) > _LARGEST_INDEX:
+                raise CheckpointError(f"{path} is damaged: an index of {size:,} bytes cannot be.")
+            found = json.loads(file.read())
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{_not_whole(folder)}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{path} is damaged: {type(error).__name__}: {error}.") from error
+    if not isinstance(found, dict) or found.get("format", found.get("version")) != FORMAT:
+        _refuse_old(path, found)
+        raise CheckpointError(f"{path} is not an index of a dist_adamw checkpoint, but of something else.")
+    if found.get("version") != VERSION:
+        raise CheckpointError(f"{path} has version {found.get('version')!r}; this release reads version {VERSION}.")
+    digest = found.pop("sha256", None)
+    if digest != _digest(found):
+        raise CheckpointError(f"{path} is damaged: its checksum differs. Resume from an older checkpoint.")
+    try:
+        return _checked(folder, found, digest)
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{path} is damaged: {type(error).__name__}: {error}.") from error
+
+
+def _not_whole(folder: Path) -> str:
+    if not folder.is_dir():
+        return f"there is no checkpoint {folder}: no such folder."
+    if (folder / ".metadata").exists():
+        return (
+            f"{folder} is a folder of torch.distributed.checkpoint, whose .metadata is a pickle. Convert it with "
+            "`dist-adamw import`, which executes nothing."
+        )
+    return f"{folder} is not a whole checkpoint: {INDEX} is missing (it is written last)."
+
+
+def _refuse_old(path: Path, found: Any) -> None:
+    if isinstance(found, dict) and found.get("version") == 1 and "shares" in found:
+        raise CheckpointError(f"{path} has version 1; this release reads version {VERSION}.")
+
+
+def _checked(folder: Path, found: Mapping[str, Any], digest: str) -> Index:
+    path = folder / INDEX
+
+    def need(condition: bool, what: str) -> None:
+        if not condition:
+            raise CheckpointError(f"{path} is damaged: {what}.")
+
+    files = {}
+    for name, facts in found["files"].items():
+        need(_FILE.fullmatch(name) is not None, f"it names a file that no save makes: {name!r}")
+        need(_is_size(facts["bytes"]) and isinstance(facts["sha256"], str), f"file {name!r} is described as {facts}")
+        files[name] = (facts["bytes"], facts["sha256"])
+    tensors = {}
+    for key, facts in found["tensors"].items():
+        shape, dtype = tuple(facts["shape"]), _DTYPES.get(facts["dtype"])
+        need(all(map(_is_size, shape)) and len(shape) <= 64, f"{key!r} has shape {list(shape)[:64]}")
+        need(dtype is not None, f"{key!r} is of dtype {facts['dtype']!r}")
+        assert dtype is not None
+        chunks = []
+        for offsets, sizes, file, offset in facts["chunks"]:
+            box = Box(tuple(offsets), tuple(sizes))
+            fits = len(offsets) == len(sizes) == len(shape) and all(map(_is_size, (*offsets, *sizes, offset)))
+            need(fits and all(a + n <= m for a, n, m in zip(*box, shape, strict=True)), f"{key!r} has a chunk {box}")
+            need(file in files, f"{key!r} lies in {file!r}, which is none of its files")
+            need(offset + box.numel * dtype.itemsize <= files[file][0], f"{key!r} reaches beyond the end of {file}")
+            chunks.append(Chunk(box, file, offset))
+        missing = math.prod(shape) - sum(chunk.box.numel for chunk in chunks)
+        need(not missing and not overlap_anywhere([c.box for c in chunks], len(shape)), f"{key!r} has gaps or overlaps")
+        tensors[key] = Saved(dtype, shape, tuple(chunks))
+    need(isinstance(found["about"], dict) and isinstance(found["save"], str), "it says nothing of what was saved")
+    return Index(folder, found["save"], tensors, files, found["about"], digest)
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 1 << 62
+
+
+def _digest(index: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(index, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def check_files(index: Index, part: int = 0, parts: int = 1) -> None:
+    """Compare the ``part``-th of ``parts`` of a checkpoint's files with their checksums, to the last bit. Local.
+
+    Raises:
+        CheckpointError: names the file.
+    """
+    for name in sorted(index.files)[part::parts]:
+        nbytes, expected = index.files[name]
+        path = index.folder / name
+        try:
+            with open_plainly(path) as file:
+                found = os.fstat(file.fileno()).st_size
+                digest = hashlib.sha256()
+                while found == nbytes and (block := file.read(_BLOCK)):
+                    digest.update(block)
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read: {error}. Resume from an older checkpoint.") from error
+        if found != nbytes:
+            raise CheckpointError(
+                f"{path} is damaged: it has {found:,} bytes, {nbytes:,} were written. Resume from an older checkpoint."
+            )
+        if digest.hexdigest() != expected:
+            raise CheckpointError(f"{path} is damaged: its checksum differs. Resume from an older checkpoint.")
+
+
+def damage(folder: str | Path) -> str | None:
+    """What is wrong with a checkpoint, as a sentence; None when it is whole to the last bit. Local."""
+    try:
+        check_files(read_index(folder))
+    except CheckpointError as error:
+        return str(error)
+    return None
+
+
+@contextlib.contextmanager
+def open_plainly(path: Path) -> Iterator[BinaryIO]:
+    """Open a file for reading that is a plain one: no link out of its folder, no pipe that never ends. Local.
+
+    Raises:
+        OSError: it is something else, or cannot be read.
+    """
+    handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    with os.fdopen(handle, "rb", buffering=0) as file:
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            raise OSError(f"{path} is not a plain file")
+        yield file
+
+
+# ---------------------------------------------------------------------------------------------- reading
+
+
+class Reader(StorageReader):
+    """Reads what `Writer` wrote, the elements that are asked for and a block at a time.
+
+    For ``torch.distributed.checkpoint.load(state_dict, storage_reader=...)``, also into other models' state dicts.
+
+    Args:
+        folder: Of the checkpoint, or its index.
+        aliases: Other keys under which its tensors are to be found.
+    """
+
+    def __init__(self, folder: str | Path | Index, aliases: Mapping[str, str] | None = None) -> None:
+        self._index = folder if isinstance(folder, Index) else None
+        self.folder = folder.folder if isinstance(folder, Index) else Path(folder)
+        self._aliases = {} if aliases is None else aliases
+
+    @property
+    def checkpoint_id(self) -> str:
+        """The folder, under the name by which the library logs it."""
+        return str(self.folder)
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        """Take another folder."""
+        if checkpoint_id is not None and Path(checkpoint_id) != self.folder:
+            self._index, self.folder = None, Path(checkpoint_id)
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        """Whether it can be a folder."""
+        return Writer.validate_checkpoint_id(checkpoint_id)
+
+    @property
+    def index(self) -> Index:
+        """What the folder holds."""
+        if self._index is None:
+            self._index = read_index(self.folder)
+        return self._index
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """What can be asked for."""
+        chosen = {**self.index.tensors, **{key: self.index.tensors[name] for key, name in self._aliases.items()}}
+        return Metadata(
+            {
+                key: TensorStorageMetadata(
+                    TensorProperties(dtype=saved.dtype),
+                    torch.Size(saved.shape),
+                    [ChunkStorageMetadata(*map(torch.Size, chunk.box)) for chunk in saved.chunks],
+                )
+                for key, saved in chosen.items()
+            }
+        )
+
+    def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        """Nothing to set up."""
+
+    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
+        """Read in the order of the files."""
+        return dataclasses.replace(plan, items=sorted(plan.items, key=lambda item: self._place(item)[0]))
+
+    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
+        """Nothing to prepare."""
+        return plans
+
+    def _place(self, item: ReadItem) -> tuple[tuple[str, int], Saved, Chunk]:
+        fqn, hint = item.storage_index.fqn, item.storage_index.index
+        saved = self.index.tensors[self._aliases.get(fqn, fqn)]
+        assert hint is not None
+        chunk = saved.chunks[hint]
+        return (chunk.file, chunk.offset), saved, chunk
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """Copy what the plan asks for into the planner's tensors, in their dtype."""
+        with contextlib.ExitStack() as opened:
+            files: dict[str, BinaryIO] = {}
+            for item in plan.items:
+                _, saved, chunk = self._place(item)
+                if chunk.file not in files:
+                    files[chunk.file] = opened.enter_context(open_plainly(self.folder / chunk.file))
+                wanted = Box(tuple(item.storage_offsets), tuple(item.lengths))
+                target = planner.resolve_tensor(item).detach()
+                _read_box(files[chunk.file], chunk.offset, chunk.box.sizes, saved.dtype, wanted, target)
+                planner.commit_tensor(item, target)
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+
+def read_whole(index: Index, key: str) -> Tensor:
+    """A tensor of a checkpoint in new memory on the CPU. Local.
+
+    Raises:
+        CheckpointError: there is none of that key.
+    """
+    if key not in index.tensors:
+        raise CheckpointError(f"{index.folder} has no tensor {key!r}.")
+    saved = index.tensors[key]
+    whole = torch.empty(saved.shape, dtype=saved.dtype)
+    for chunk in saved.chunks:
+        with open_plainly(index.folder / chunk.file) as file:
+            part = whole[tuple(slice(a, a + n) for a, n in zip(*chunk.box, strict=True))]
+            everything = Box((0,) * len(saved.shape), chunk.box.sizes)
+            _read_box(file, chunk.offset, chunk.box.sizes, saved.dtype, everything, part)
+    return whole
+
+
+def _read_box(
+    file: BinaryIO, base: int, shape: tuple[int, ...], dtype: torch.dtype, wanted: Box, target: Tensor
+) -> None:
+    """Copy a box of a chunk, which is ``shape`` in C order from byte ``base`` on, into ``target``."""
+    if not wanted.numel:
+        return
+    if not shape:
+        shape, wanted, target = (1,), Box((0,), (1,)), target.view(1)
+    row = math.prod(shape[1:]) * dtype.itemsize
+    rest = Box(wanted.offsets[1:], wanted.sizes[1:])
+    if row > _BLOCK:
+        for i in range(wanted.sizes[0]):
+            _read_box(file, base + (wanted.offsets[0] + i) * row, shape[1:], dtype, rest, target[i])
+        return
+    rows = _BLOCK // row
+    for i in range(0, wanted.sizes[0], rows):
+        n = min(rows, wanted.sizes[0] - i)
+        block = _read(file, base + (wanted.offsets[0] + i) * row, n * row).view(dtype).view(n, *shape[1:])
+        for dim, (start, length) in enumerate(zip(*rest, strict=True), 1):
+            block = block.narrow(dim, start, length)
+        target[i : i + n].copy_(block)
+
+
+def _read(file: BinaryIO, offset: int, nbytes: int) -> Tensor:
+    data = torch.empty(nbytes, dtype=torch.uint8)
+    view = memoryview(data.numpy())  # type: ignore[arg-type]
+    file.seek(offset)
+    while view:
+        if not (read := file.readinto(view)):  # type: ignore[attr-defined]
+            raise CheckpointError(f"{file.name} ended while it was read: somebody is writing to it.")
+        view = view[read:]
+    return data
