@@ -12,6 +12,7 @@ from dist_adamw.integrations.transformers import prepare_trainer
 from dist_adamw.integrations.zero import prepare_deepspeed
 from dist_adamw.optimizer import DistAdamW
 from dist_adamw.preview import Preview
+from dist_adamw.replicas import check_replicas
 from dist_adamw.schedule import ExpReduceMaxLROnIteration, ReduceMaxLROnRestart, RestartSchedule
 from dist_adamw.scheduler import CyclicLRWithRestarts
 from dist_adamw.storage import CheckpointError
@@ -30,6 +31,7 @@ __all__ = [
     "ReduceMaxLROnRestart",
     "RestartSchedule",
     "__version__",
+    "check_replicas",
     "load",
     "position",
     "prepare",

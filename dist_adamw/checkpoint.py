@@ -31,6 +31,7 @@ from dist_adamw._version import __version__
 from dist_adamw.conventions import unwrap
 from dist_adamw.held import Access, Found, Held, access, hyper_parameters, same_family
 from dist_adamw.owned import Owned, evaluated
+from dist_adamw.replicas import check_replicas
 from dist_adamw.scheduler import CyclicLRWithRestarts, OnDifference
 from dist_adamw.storage import CheckpointError, Index, Reader, Writer, check_files, read_index, read_whole
 
@@ -69,6 +70,7 @@ def save(
     scheduler: LRScheduler | None = None,
     *,
     extra: Mapping[str, Any] | None = None,
+    compare_ranks: bool = True,
     group: Group = None,
 ) -> None:
     """Write weights, optimizer state, schedule and random state to a folder, of any engine. Collective.
@@ -82,12 +84,16 @@ def save(
         optimizer: `DistAdamW`, or any whose state is tensors and numbers by parameter.
         scheduler: Any whose ``state_dict`` is plain data.
         extra: Plain data of yours, such as the place in the data; the main rank's is kept.
+        compare_ranks: Whether to look first if all ranks have the same weights where they should: `check_replicas`.
         group: Of gloo, for messages between ranks; default: the default one, whatever its backend.
 
     Raises:
         CheckpointError: some rank could not write, or data is not plain; on every rank alike. The folder has the
             checkpoint that it had.
+        AgreementError: ranks have other weights; on every rank. Nothing is written.
     """
+    if compare_ranks:
+        check_replicas(model, optimizer, group=group)
     _write(Path(path), *_gather(model, optimizer, scheduler, extra, group), group)
 
 
@@ -145,8 +151,10 @@ class AsyncSaver:
 
         Raises:
             CheckpointError: the save before failed, or this one cannot be begun; on every rank alike.
+            AgreementError: as of `save`.
         """
         self.wait()
+        check_replicas(model, optimizer, group=self._group)
         held, about = _gather(model, optimizer, scheduler, extra, self._group)
         copies = {key: self._copy(key, tensor) for key, tensor in held.tensors.items()}
         if torch.cuda.is_available():

@@ -32,6 +32,7 @@ from dist_adamw.integrations.deepspeed import (
 )
 from dist_adamw.integrations.zero import accept_counts, prepare_deepspeed
 from dist_adamw.optimizer import DistAdamW
+from dist_adamw.replicas import CHECK_WEIGHTS_EVERY, ReplicaWatch, check_replicas
 from dist_adamw.scheduler import CyclicLRWithRestarts
 from dist_adamw.storage import read_index
 
@@ -49,13 +50,15 @@ def prepare(
     optimizer: Optimizer,
     dataloader: DataLoader[Any],
     scheduler: CyclicLRWithRestarts,
+    *,
+    check_weights_every: int | None = CHECK_WEIGHTS_EVERY,
 ) -> tuple[nn.Module, Optimizer, DataLoader[Any], CyclicLRWithRestarts]:
     """Do ``accelerator.prepare``, and tell the scheduler what the loader and the accelerator know.
 
     Fills in ``batch_size`` and ``epoch_size`` where they are None, has the loader tell the real
     samples of every update, makes ``accelerator.save_state`` and ``load_state`` keep every rank's
     share of the optimizer, and has all ranks compare their schedule and hyper-parameters, now and
-    at every update. The training loop stays as it is.
+    at every update, and now and then their weights. The training loop stays as it is.
 
     Args:
         accelerator: Its ``gradient_accumulation_steps`` counts.
@@ -64,6 +67,9 @@ def prepare(
             Accelerate's ``DummyOptim``, and its ``DummyScheduler`` below.
         dataloader: The training loader, not prepared yet.
         scheduler: Not prepared; it is returned itself, since it needs no wrapper.
+        check_weights_every: Updates between two comparisons of what must be the same bits on several ranks: see
+            `check_replicas`. The first is at the first update; ``accelerator.save_state`` makes one before it writes.
+            0 or None: none at all, for ranks that are meant to differ (local SGD).
 
     Returns:
         Model, optimizer, loader and scheduler, to be used instead.
@@ -71,7 +77,8 @@ def prepare(
     Raises:
         ValueError: the global batch or the epoch size cannot be had, or the batch is not the one
             the scheduler was given; on every rank alike, and nothing is prepared then.
-        AgreementError: ranks were given different things; on every rank.
+        AgreementError: ranks were given different things; on every rank. Later, the optimizer's ``step`` and
+            ``accelerator.save_state`` raise it.
 
     Under FSDP2 and DeepSpeed the engine shares gradients and state out; `DistAdamW` updates what it finds.
     With DeepSpeed ``prepare`` hands ``max_grad_norm`` over to the engine, which clips to 1.0 if nobody says, and
@@ -111,8 +118,14 @@ def prepare(
     scheduler.sample_source = lambda: real_samples(accelerator, place.rest, dataloader)
     watch = None
     if accelerator.num_processes > 1:
-        watch = collectives.AgreementWatch(group)
-        inner.register_step_pre_hook(lambda *_: watch.check(scheduler.agreement_record()))
+        whole = accelerator.unwrap_model(model)
+        watch = ReplicaWatch(
+            group,
+            scheduler.agreement_record,
+            lambda: check_replicas(whole, inner, group=group),
+            check_weights_every,
+        )
+        inner.register_step_pre_hook(watch.before_update)
     if engine == "DEEPSPEED":
         _warn_of_clipping(accelerator, float(config[CLIPPING]))
     if isinstance(inner, DistAdamW) and engine in DATA_PARALLEL:
@@ -349,7 +362,7 @@ def _keep_state(
     prepared: tuple[nn.Module, Optimizer, Any],
     scheduler: CyclicLRWithRestarts,
     place: Position,
-    watch: collectives.AgreementWatch | None,
+    watch: ReplicaWatch | None,
     group: dist.ProcessGroup | None,
 ) -> None:
     """Have ``save_state`` and ``load_state`` keep model, optimizer and schedule our way, and the rest Accelerate's.
@@ -381,13 +394,14 @@ def _keep_state(
         if (folder := name()) is None:
             return save_rest(output_dir, *args, **kwargs)
         if watch is not None:
-            watch.settle()
+            watch.before_save()
         with without_ours():
             where = Path(save_rest(output_dir, *args, **kwargs))
         # Between two updates Accelerate's count of micro-batches is of use only where updates cross epoch ends.
         between = 0 if accelerator.gradient_state.sync_with_dataloader else accelerator.step
         extra = {"position": place.state_dict(), "step": between * place.facts.pass_samples}
-        save(where / folder, model, wrapped, scheduler, extra=extra, group=group)  # last: then all of it is there
+        # Last: when it is whole, all of it is there.
+        save(where / folder, model, wrapped, scheduler, extra=extra, compare_ranks=False, group=group)
         return where
 
     def load_state(input_dir: str | None = None, *args: Any, **kwargs: Any) -> None:

@@ -176,7 +176,6 @@ class Position:
         self.loader, self.facts = loader, facts
         self.epoch = self.samples = self.start = 0
         self._order: str | None = None  # state of the generator that shuffles, at the beginning of the epoch
-        self._known = True
 
     @property
     def rest(self) -> LoaderFacts:
@@ -188,10 +187,10 @@ class Position:
         """As plain data; None where the loop does not go through `rest_of_epoch`. Local."""
         if self.epoch == self.samples == 0 and self._order is None:
             return None
-        epoch, samples = self.epoch, self.samples
-        if self._is_over(samples):  # saved in the loop, at the last batch
-            return {"epoch": epoch + 1, "samples": 0, "seed": self._seed(), "order": None}
-        return {"epoch": epoch, "samples": samples, "seed": self._seed(), "order": self._order}
+        epoch, samples, order = self.epoch, self.samples, self._order
+        if order is None or self._is_over(samples):  # between two epochs, or in the loop at the last batch
+            epoch, samples, order = epoch + (samples > 0), 0, _state_of(self._generator())
+        return {"epoch": epoch, "samples": samples, "seed": self._seed(), "order": order}
 
     def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
         """Go to where a job, of any number of ranks, stood. Local."""
@@ -211,14 +210,20 @@ class Position:
     def _seed(self) -> int | None:
         return getattr(_sampler(self.loader), "initial_seed", None)
 
+    def _generator(self) -> torch.Generator | None:
+        """What shuffles, as Accelerate keeps it alike on all ranks."""
+        found = getattr(self.loader, "synchronized_generator", None) or getattr(
+            _sampler(self.loader), "generator", None
+        )
+        return found if isinstance(found, torch.Generator) else None
+
     def __iter__(self) -> Iterator[Any]:
         loader: Any = self.loader
         self.start, size = self.samples, self.facts.pass_samples
-        generator = getattr(loader, "synchronized_generator", None) or getattr(_sampler(loader), "generator", None)
-        if isinstance(generator, torch.Generator):
-            if self._order is not None and self.start:
-                generator.set_state(torch.frombuffer(bytearray.fromhex(self._order), dtype=torch.uint8))
-            self._order = bytes(generator.get_state().tolist()).hex()
+        generator = self._generator()
+        if self._order and generator is not None:
+            generator.set_state(torch.frombuffer(bytearray.fromhex(self._order), dtype=torch.uint8))
+        self._order = _state_of(generator)
         loader.iteration = self.epoch  # Accelerate's loader sets the epoch of the samplers by it
         with _from(loader, self.start, size):
             for batch in loader:
@@ -260,6 +265,10 @@ def position(loader: DataLoader[Any]) -> Position:
             f"the position in a {type(loader).__name__} is not known. Pass the loader that prepare returned."
         )
     return found
+
+
+def _state_of(generator: torch.Generator | None) -> str:
+    return "" if generator is None else bytes(generator.get_state().tolist()).hex()
 
 
 class _Rest(Sampler[Any]):

@@ -31,6 +31,7 @@ from dist_adamw.integrations.data import LoaderFacts, engine_of, loader_facts
 from dist_adamw.integrations.deepspeed import configure, fill, names_our_types, register_deepspeed
 from dist_adamw.integrations.zero import prepare_deepspeed
 from dist_adamw.optimizer import DistAdamW
+from dist_adamw.replicas import CHECK_WEIGHTS_EVERY, ReplicaWatch, check_replicas
 from dist_adamw.scheduler import CyclicLRWithRestarts
 from dist_adamw.storage import INDEX, write_text
 
@@ -49,7 +50,11 @@ _IN_ARGUMENTS = {
 
 
 def prepare_trainer(
-    trainer: T, *, optimizer: Mapping[str, Any] | None = None, scheduler: Mapping[str, Any] | None = None
+    trainer: T,
+    *,
+    optimizer: Mapping[str, Any] | None = None,
+    scheduler: Mapping[str, Any] | None = None,
+    check_weights_every: int | None = CHECK_WEIGHTS_EVERY,
 ) -> T:
     """Have ``trainer.train()`` use `DistAdamW` and `CyclicLRWithRestarts`, on one process, DDP, FSDP2 and DeepSpeed.
 
@@ -65,6 +70,7 @@ def prepare_trainer(
         optimizer: Arguments of `DistAdamW` that ``TrainingArguments`` does not have, such as ``decay_by``.
         scheduler: Arguments of `CyclicLRWithRestarts`. ``batch_size`` and ``epoch_size`` are needed only
             where the data has no length, or a loader of your own makes other batches.
+        check_weights_every: As of `dist_adamw.prepare`. Ranks also compare before each checkpoint, and at the end.
 
     Returns:
         ``trainer``.
@@ -79,7 +85,7 @@ def prepare_trainer(
     Under DeepSpeed the engine clips, by ``TrainingArguments(max_grad_norm=...)`` also where its configuration says
     nothing (DeepSpeed would clip to 1.0). Under DDP a `DistAdamW` is attached, as `dist_adamw.prepare` does it.
 
-    Local. ``train()`` is collective, and compares what the ranks have.
+    Local. ``train()`` is collective; in it ranks compare their schedule and hyper-parameters at every update.
     """
     facts = _facts(trainer)
     optimizer, scheduler = dict(optimizer or {}), dict(scheduler or {})
@@ -91,6 +97,7 @@ def prepare_trainer(
                 f"scheduler={scheduler} were given here. Choose one."
             )
         _keep_state(trainer)
+        _watch_ranks(trainer, check_weights_every)
         return trainer
     if trainer.optimizer is None and trainer.optimizer_cls_and_kwargs is None:
         args = trainer.args
@@ -106,6 +113,7 @@ def prepare_trainer(
     _set(trainer, "create_scheduler", _creator(trainer, scheduler))
     _keep_state(trainer)
     _attach_when_wrapped(trainer)
+    _watch_ranks(trainer, check_weights_every)
     return trainer
 
 
@@ -168,15 +176,56 @@ def _creator(trainer: Any, told: Mapping[str, Any]) -> Callable[..., CyclicLRWit
     return create_scheduler
 
 
-def _when_training_begins(trainer: Any, act: Callable[[], None]) -> None:
-    """Have ``act`` called once model, optimizer and scheduler are wrapped. Local."""
+def _when_training_begins(trainer: Any, act: Callable[[], None], at_end: Callable[[], None] = lambda: None) -> None:
+    """Have ``act`` called once model, optimizer and scheduler are wrapped, and ``at_end`` when all is done. Local."""
     from transformers import TrainerCallback
 
     class Begin(TrainerCallback):  # type: ignore[misc,unused-ignore]
         def on_train_begin(self, *_: Any, **__: Any) -> None:
             act()
 
+        def on_train_end(self, *_: Any, **__: Any) -> None:
+            at_end()
+
     trainer.add_callback(Begin())
+
+
+def _watch_ranks(trainer: Any, every: int | None) -> None:
+    """Have ranks compare what they have at every update, before every checkpoint and at the end. Local."""
+    if trainer.accelerator.num_processes == 1:
+        return
+    watch: ReplicaWatch | None = None
+    hook: Any = None
+
+    def begin() -> None:
+        nonlocal watch, hook
+        if hook is not None:  # a second train() has another scheduler, and perhaps the same optimizer
+            hook.remove()
+        optimizer, group = unwrap(trainer.optimizer), host_group(trainer.accelerator)
+        model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
+        watch = ReplicaWatch(
+            group, _inner(trainer).agreement_record, lambda: check_replicas(model, optimizer, group=group), every
+        )
+        hook = optimizer.register_step_pre_hook(watch.before_update)
+
+    def settle() -> None:
+        if watch is not None:
+            watch.before_save()
+
+    save_checkpoint = trainer._save_checkpoint
+
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        settle()
+        return save_checkpoint(*args, **kwargs)
+
+    _set(trainer, "_save_checkpoint", checked)
+    _when_training_begins(trainer, begin, settle)
+
+
+def _inner(trainer: Any) -> CyclicLRWithRestarts:
+    """Trainer's scheduler, without the wrapper that one of a DeepSpeed configuration has."""
+    scheduler: CyclicLRWithRestarts = getattr(trainer.lr_scheduler, "scheduler", trainer.lr_scheduler)
+    return scheduler
 
 
 def _attach_when_wrapped(trainer: Any) -> None:
@@ -271,7 +320,7 @@ def _count_real_samples(trainer: Any, facts: LoaderFacts) -> None:
     """Tell the scheduler that DeepSpeed is going to make of short last batches. Local."""
 
     def act() -> None:
-        scheduler = getattr(trainer.lr_scheduler, "scheduler", trainer.lr_scheduler)
+        scheduler = _inner(trainer)
         check_scheduler(scheduler)
         scheduler.sample_source = _sample_source(trainer, facts)
         check_schedules(trainer.accelerator, scheduler, host_group(trainer.accelerator))
@@ -291,12 +340,11 @@ def _keep_state(trainer: Any) -> None:
         found = sorted(Path(checkpoint).glob("global_step*")) if checkpoint is not None else []
         return found[-1] if found and (found[-1] / INDEX).exists() else None
 
-    def scheduler() -> Any:
-        return getattr(trainer.lr_scheduler, "scheduler", trainer.lr_scheduler)
-
     def save_state(output_dir: str) -> None:
         folder = Path(output_dir) / f"global_step{trainer.state.global_step}"
-        save(folder, trainer.model_wrapped, trainer.optimizer, scheduler())
+        save(
+            folder, trainer.model_wrapped, trainer.optimizer, _inner(trainer), compare_ranks=False
+        )  # it is done by now
         if trainer.args.should_save:
             write_text(Path(output_dir) / "latest", folder.name)
 
@@ -308,7 +356,7 @@ def _keep_state(trainer: Any) -> None:
         if (folder := ours(checkpoint)) is None:
             load_rest(checkpoint)
         elif engine_of(trainer.accelerator) != "DEEPSPEED":  # there Trainer has the engine load
-            load(folder, trainer.model_wrapped, trainer.optimizer, scheduler(), random_state=False)
+            load(folder, trainer.model_wrapped, trainer.optimizer, _inner(trainer), random_state=False)
 
     _set(trainer, "_save_optimizer_and_scheduler", save_state)
     _set(trainer, "_load_from_checkpoint", load_model)
@@ -319,7 +367,7 @@ def _keep_state(trainer: Any) -> None:
         def create_scheduler(*args: Any, **kwargs: Any) -> Any:
             made = create(*args, **kwargs)
             engine = trainer.accelerator.deepspeed_engine_wrapped.engine  # it is there by now, and nothing is loaded
-            prepare_deepspeed(engine, scheduler())
+            prepare_deepspeed(engine, _inner(trainer))
             return made
 
         _set(trainer, "create_scheduler", create_scheduler)

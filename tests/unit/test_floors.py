@@ -34,6 +34,7 @@ FLOORS = {
     "gradients": 2,
     "share": 2,
     "optimizer": 2,
+    "replicas": 2,
     "scheduler": 2,
     "held": 3,
     "checkpoint": 3,

@@ -1,0 +1,323 @@
+"""What must be the same bits on several ranks, and whether it is.
+
+Floor 2: knows parameters, the shards of `DistAdamW` and process groups; nothing of engines or files.
+
+Which parameters have copies: under data parallelism and ZeRO-1 and -2 all; of DTensors those along the axes of their
+mesh that replicate (HSDP); under FSDP2 without such an axis none, and under ZeRO-3 those that it keeps whole (the
+others have no elements between two passes). Of optimizer state, what ranks do not share out: all of it with
+``shard=False``, and the other copies of a mesh with two axes.
+
+Left out are buffers, since nothing tells a constant from what each forward pass makes of its own samples (BatchNorm's
+statistics, which DDP overwrites with rank 0's at every forward pass; counters; codebooks; caches), and a false alarm
+ends a job.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from dist_adamw import collectives
+from dist_adamw.collectives import AgreementError, AgreementWatch, Record
+from dist_adamw.conventions import unwrap
+from dist_adamw.optimizer import DistAdamW
+from dist_adamw.shard import local_of, storage_order
+
+# On two CPU ranks a comparison takes 2 % of an update of the default GPT, 15 % of one that is nothing but AdamW and
+# traffic (140 % with thousands of small tensors), and it waits for the device. A hundredth of that is not felt.
+CHECK_WEIGHTS_EVERY = 100
+
+_ROW = 128  # words of 8 bytes that are summed
+_SMALL = 1 << 10  # words of a tensor that is not worth summing
+_BLOCK = 1 << 17  # words that stay in a core's cache between the two sums
+_PRIME = 2**48 - 59  # sums over as many as 2**15 ranks fit into 64 bits
+_ODD = (-0x61C8864680B583EB, -0x40A7B892E31B1A47)  # of splitmix64
+_SAID = 3  # parameters that an error names
+_NEXT = "what comes next"  # a field: some loops save on one rank, where others go on to the next update
+
+Ranks = tuple[int, ...]
+Copies = dict[tuple[Ranks, str], Tensor]  # by the ranks that hold the same, and its name
+
+
+def check_replicas(model: nn.Module, optimizer: Any = None, *, group: dist.ProcessGroup | None = None) -> None:
+    """Raise on every rank when weights or optimizer state that must be the same bits are not. Collective.
+
+    One pass over the memory, a few bytes of traffic, and no second copy of anything. Call it before a save, or
+    whenever a loop of your own wants to know; `dist_adamw.prepare` does both.
+
+    Args:
+        model: With or without its wrapper.
+        optimizer: A `DistAdamW`, of whose state the copies are compared too; others are left alone.
+        group: All ranks, in a group that can reduce CPU tensors (gloo). None: the default group.
+
+    Raises:
+        AgreementError: names the rank and the parameter. Of three copies and more the odd one is wrong; of two,
+            nobody can tell.
+    """
+    inner = None if optimizer is None else unwrap(optimizer)
+    if isinstance(inner, DistAdamW):
+        inner.wait()
+    if collectives.world_size(group) == 1:
+        return
+    copies = copies_on_this_rank(model, inner, collectives.world_size(group))
+    found = dict(zip(copies, fingerprints(list(copies.values())), strict=True))
+    total = torch.tensor([_shares_of_zero(copies, found)])
+    dist.all_reduce(total, group=group)
+    if int(total) % _PRIME:
+        _explain({key: f"{found[key]:016x} {_kind(tensor)}" for key, tensor in copies.items()}, group)
+
+
+class ReplicaWatch(AgreementWatch):
+    """Compares a record at every update, as `AgreementWatch` does, and replicas at some.
+
+    Args:
+        group: As of `check_replicas`.
+        record: What ranks must agree on at an update; its ``"samples"`` tell updates apart.
+        compare: Raises on every rank when replicas differ. Collective.
+        every: Updates between two comparisons, of which the first is at the first update. None or 0: never.
+
+    Collective: every rank calls each method equally often.
+    """
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup | None,
+        record: Callable[[], Record],
+        compare: Callable[[], None],
+        every: int | None,
+    ) -> None:
+        super().__init__(group)
+        self._record, self._compare, self._every = record, compare, every
+        self._begun = 0  # updates that all ranks are known to have begun
+        self._samples: int | None = None  # of the last call
+
+    def before_update(self, *_: Any) -> None:
+        """Compare what the coming update is about to apply. A step pre-hook of the optimizer.
+
+        Raises:
+            AgreementError: on every rank.
+        """
+        record = {**self._record(), _NEXT: "an update"}
+        self.check(record)
+        before, self._samples = self._samples, record["samples"]
+        if not self._every or self._begun % self._every:
+            self._begun += before != self._samples
+            return
+        # Whether weights are compared must not differ between ranks, so their clocks are compared first.
+        self.settle()
+        if before != self._samples:  # DeepSpeed steps one group after the other, with the weights half updated
+            self._begun += 1
+            self._compare()
+
+    def before_save(self) -> None:
+        """Compare all there is, before anything is written.
+
+        Raises:
+            AgreementError: on every rank.
+        """
+        self.check({**self._record(), _NEXT: "a save"})
+        self.settle()
+        if self._every:
+            self._compare()
+
+
+# ---------------------------------------------------------------- what has copies
+
+
+def copies_on_this_rank(model: nn.Module, optimizer: Optimizer | None, world_size: int) -> Copies:
+    """What this rank holds that others hold too. Local."""
+    if isinstance(model, DistributedDataParallel):
+        model = model.module
+    everyone = tuple(range(world_size))
+    apart = getattr(model, "_ddp_params_and_buffers_to_ignore", ())
+    params = {name.replace("_orig_mod.", ""): param for name, param in model.named_parameters() if name not in apart}
+    shared_out = any(isinstance(param, DTensor) for param in params.values())
+    copies = {}
+    for name, param in params.items():
+        if isinstance(param, DTensor):
+            copies[_ranks_with(param), name] = local_of(param)
+        elif not _is_ranks_own(param, shared_out):
+            copies[everyone, name] = param
+    if isinstance(optimizer, DistAdamW):
+        copies |= _copies_of_state(optimizer, {param: name for name, param in params.items()}, everyone)
+    return {(ranks, name): tensor for (ranks, name), tensor in copies.items() if len(ranks) > 1 and _has_bits(tensor)}
+
+
+def _is_ranks_own(param: Tensor, shared_out: bool) -> bool:
+    """Whether nobody keeps a plain parameter the same on all ranks. Local."""
+    is_expert = not getattr(param, "allreduce", True)  # DeepSpeed's mark
+    is_ignored_by_fsdp = shared_out and param.requires_grad
+    return is_expert or is_ignored_by_fsdp
+
+
+def _has_bits(tensor: Tensor) -> bool:
+    """Whether the tensor's memory is its value: not of meta, sparse, or a subclass that wraps others."""
+    return not (tensor.is_meta or tensor.layout != torch.strided or is_traceable_wrapper_subclass(tensor))
+
+
+def _ranks_with(param: DTensor) -> Ranks:
+    """The ranks that hold the same part of ``param``, this one included. Local."""
+    mesh = param.device_mesh
+    here = mesh.get_coordinate()
+    if here is None:
+        return ()
+    names = mesh.mesh_dim_names or [""] * mesh.ndim
+    # Along "tp" each rank computes the gradient of what is replicated by itself, to the last bit or not.
+    place = tuple(
+        slice(None) if placement.is_replicate() and name != "tp" else at
+        for at, placement, name in zip(here, param.placements, names, strict=True)
+    )
+    return tuple(sorted(mesh.mesh[place].flatten().tolist()))
+
+
+def _copies_of_state(optimizer: DistAdamW, names: Mapping[Tensor, str], everyone: Ranks) -> Copies:
+    """Moments and masters that other ranks have too. A shard's lie side by side, and are told apart by its ends."""
+    copies: Copies = {}
+    for shard in optimizer.shards:
+        first, last = (names.get(shard.params[i]) for i in (0, -1))
+        if first is None or last is None:
+            continue  # another model's, or the partitions that ZeRO puts in their place
+        ranks: Ranks = ()
+        if isinstance(shard.params[0], DTensor):
+            ranks = _ranks_with(shard.params[0])
+        elif shard.process_group is None:
+            ranks = everyone
+        elif optimizer.replica_group is not None:
+            ranks = tuple(sorted(dist.get_process_group_ranks(optimizer.replica_group)))
+        of = first if first == last else f"{first} to {last}"
+        copies |= {(ranks, f"{name} of {of}"): tensor for name, tensor in shard.moments.items()}
+    return copies
+
+
+# ---------------------------------------------------------------- fingerprints
+
+
+@torch.no_grad()
+def fingerprints(tensors: Sequence[Tensor]) -> list[int]:
+    """64 bits of each tensor's bits; where a value lies counts. Local.
+
+    Words of 8 bytes are summed along the rows and the columns of blocks, which shows whatever differs in up to three
+    words, swapped ones too, and the sums are mixed with their places. The host waits once for each device.
+    """
+    found = [0] * len(tensors)
+    by_device: dict[torch.device, list[int]] = {}
+    for i, tensor in enumerate(tensors):
+        by_device.setdefault(tensor.device, []).append(i)
+    for device, chosen in by_device.items():
+        sums = [_sums(tensors[i]) for i in chosen]
+        for i, value in zip(chosen, _mixed(sums, device), strict=True):
+            found[i] = value % 2**64
+    return found
+
+
+def _sums(tensor: Tensor) -> list[Tensor]:
+    """A hundredth of a large tensor's words: sums over rows and columns, and what fills no row. Small ones' words."""
+    try:
+        flat = storage_order(tensor.detach())
+    except ValueError:  # elements overlap, or leave gaps
+        flat = tensor.detach().reshape(-1).clone()
+    size = flat.dtype.itemsize
+    if not flat.numel():
+        return []
+    if flat.storage_offset() * size % 8:
+        flat = flat.clone()  # words would begin elsewhere than on other ranks
+    parts = []
+    if over := flat.numel() * size % 8:
+        data = flat.view(torch.uint8)
+        parts.append(data[-over:].long())
+        flat = data[:-over]
+    words = flat.view(torch.int64)
+    if len(words) < _SMALL:
+        return [words, *parts]
+    full = len(words) // _ROW * _ROW
+    for block in torch.split(words[:full], _BLOCK if words.device.type == "cpu" else full):
+        rows = block.view(-1, _ROW)
+        parts += [rows.sum(1), rows.sum(0)]
+    return [words[full:], *parts]
+
+
+def _mixed(sums: list[list[Tensor]], device: torch.device) -> list[int]:
+    """One number of each list, in which every sum has been mixed with its place."""
+    lengths = torch.tensor([sum(len(part) for part in parts) for parts in sums], device=device)
+    ends = lengths.cumsum(0)
+    # Of no elements, so that there is something to join.
+    nothing = torch.empty(0, dtype=torch.int64, device=device)
+    mixed = torch.cat([nothing, *(part for parts in sums for part in parts)])
+    places = torch.arange(1, len(mixed) + 1, device=device)
+    places -= (ends - lengths).repeat_interleave(lengths, output_size=len(mixed))
+    mixed += places.mul_(_ODD[0])
+    for shift in (30, 27):
+        mixed ^= mixed >> shift
+        mixed *= _ODD[1]
+    mixed ^= mixed >> 31
+    running = torch.cat([mixed.new_zeros(1), mixed.cumsum(0)])
+    values: list[int] = (running[ends] - running[ends - lengths]).tolist()
+    return values
+
+
+def _kind(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+
+
+def _shares_of_zero(copies: Copies, found: Mapping[tuple[Ranks, str], int]) -> int:
+    """What this rank adds to a sum over all ranks that is 0 when replicas agree, whoever is whose replica.
+
+    Of the m ranks that hold the same, each but the last adds its digest d, and the last takes off (m - 1) d. If one
+    digest differs, or there are two different ones, it is not 0; if there are more, it is with a chance of 1 in 2**48.
+    """
+    digests: dict[Ranks, Any] = {}
+    for (ranks, name), tensor in copies.items():
+        if ranks not in digests:
+            digests[ranks] = hashlib.blake2b(digest_size=8)
+        digests[ranks].update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {found[ranks, name]};".encode())
+    total = 0
+    for ranks, digest in digests.items():
+        value = int.from_bytes(digest.digest(), "big")
+        total += value * (1 - len(ranks)) if dist.get_rank() == ranks[-1] else value
+    return total % _PRIME
+
+
+# ---------------------------------------------------------------- who differs
+
+
+def _explain(found: dict[tuple[Ranks, str], str], group: dist.ProcessGroup | None) -> None:
+    """Exchange fingerprints, and raise. Collective."""
+    of_rank = collectives.all_gather_objects(found, group)
+    differing: dict[tuple[Ranks, Ranks], list[str]] = {}  # by who is wrong, and the ranks that should be the same
+    for ranks, name in dict.fromkeys(key for of in of_rank for key in of):
+        values = [of_rank[rank].get((ranks, name), "missing") for rank in ranks]
+        usual, count = Counter(values).most_common(1)[0]
+        if count == len(ranks):
+            continue
+        is_known = count > len(ranks) / 2
+        odd = tuple(rank for rank, value in zip(ranks, values, strict=True) if value != usual or not is_known)
+        differing.setdefault((odd, ranks), []).append(name)
+    raise AgreementError(
+        f"{'; '.join(_sentence(odd, ranks, names) for (odd, ranks), names in differing.items())}. Load a checkpoint "
+        "from before. Look for code that only some ranks run, weights that ranks read or draw differently, or a faulty "
+        "device; where ranks are meant to differ, pass check_weights_every=0."
+    )
+
+
+def _sentence(odd: Ranks, ranks: Ranks, names: list[str]) -> str:
+    what = ", ".join(map(repr, names[:_SAID])) + (f" and {len(names) - _SAID} more" if len(names) > _SAID else "")
+    others = [rank for rank in ranks if rank not in odd]
+    if not others:
+        return f"{_named(ranks)} differ in {what}, and nobody can tell which is right"
+    return f"{_named(odd)} {'differs' if len(odd) == 1 else 'differ'} from {_named(others)} in {what}"
+
+
+def _named(ranks: Sequence[int]) -> str:
+    """Such as "rank 2", or "ranks 0, 1 and 4 more"."""
+    said = ", ".join(map(str, ranks[:8])) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
+    return f"rank{'s' if len(ranks) > 1 else ''} {said}"
