@@ -1,0 +1,262 @@
+"""A run's folder: the newest few checkpoints, whole, whatever the disk does; saving beside training."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import subprocess
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from dist_adamw import AsyncSaver, CheckpointError, CheckpointFolder, CyclicLRWithRestarts, DistAdamW, load, save
+from dist_adamw.folder import damage_of
+from dist_adamw.storage import read_index, read_whole
+from tests.kills import kill_often
+from tests.ranks import expect_error_on_all, run_ranks
+
+
+class Job:
+    """A few thousand weights under DistAdamW, sharded over all ranks."""
+
+    def __init__(self, width: int = 30) -> None:
+        torch.manual_seed(0)
+        self.model = nn.Sequential(nn.Linear(8, width), nn.Tanh(), nn.Linear(width, 2))
+        self.optimizer = DistAdamW(self.model.parameters(), lr=1e-2, eps=0.1)
+        self.scheduler = CyclicLRWithRestarts(self.optimizer, 10, 100, restart_period=1)
+        self.optimizer.attach(self.model)
+
+    def train(self, updates: int = 1) -> None:
+        for _ in range(updates):
+            self.model(torch.randn(5, 8)).square().mean().backward()
+            self.optimizer.step()
+            self.scheduler.step()
+            self.optimizer.zero_grad()
+
+    @property
+    def all(self) -> tuple[nn.Module, DistAdamW, CyclicLRWithRestarts]:
+        return self.model, self.optimizer, self.scheduler
+
+    def write(self, path: Path) -> None:
+        save(path, *self.all)
+
+
+def keeps(root: str) -> list[list[str]]:
+    job, found = Job(), []
+    folder = CheckpointFolder(root, keep=2)
+    for _ in range(4):
+        job.train()
+        folder.save(job.scheduler.samples, job.write)
+        found.append(sorted(os.listdir(root)))
+        dist.barrier()
+    folder.save(job.scheduler.samples, job.write)  # again at the same sample
+    assert folder.newest() == folder.all()[-1]
+    if dist.get_rank() == 0:
+        assert [path.name for path in folder.set_aside(after=30)] == ["sample-000000040.superseded"]
+    return found
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_the_newest_are_kept(world_size: int, tmp_path: Path) -> None:
+    found = run_ranks(world_size, keeps, str(tmp_path))[0]
+    names = [f"sample-{n:09d}" for n in (10, 20, 30, 40)]
+    assert found[0] == ["latest", "lock", names[0]]
+    assert found[-1] == ["latest", "lock", *names[2:]]
+    assert sorted(os.listdir(tmp_path)) == ["latest", "lock", names[2], names[3] + ".superseded"]
+    assert (tmp_path / "latest").read_text() == names[2]
+    assert damage_of(tmp_path / names[2]) is None
+    (tmp_path / names[2] / "manifest.json").unlink()
+    assert "is not whole: manifest.json is missing" in str(damage_of(tmp_path / names[2]))
+
+
+# ---------------------------------------------------------------------------------------------- disks that fail
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 300 KB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", disk], capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"a file system of its own may not be mounted here: {mounted.stderr.strip()}")
+    try:
+        yield disk
+    finally:
+        subprocess.run(["umount", "-l", disk], check=True)
+
+
+def fills_up(root: str, on_error: Any) -> int:
+    """Each checkpoint takes a third of the disk, and a third one does not fit."""
+    job = Job(width=1000)
+    folder = CheckpointFolder(root, keep=5, on_error=on_error)
+    for _ in range(4):
+        job.train()
+        folder.save(job.scheduler.samples, job.write)
+    return job.optimizer.updates
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_full_disk_is_a_sentence_and_training_lives_if_asked(world_size: int, small_disk: Path) -> None:
+    for error in expect_error_on_all(world_size, fills_up, str(small_disk / "a"), "raise"):
+        assert error.startswith("CheckpointError: ")
+        assert "No space left on device" in error
+        assert "What it held before is still there" in error
+    whole = sorted((small_disk / "a").glob("sample-*"))
+    assert whole
+    assert all(damage_of(path) is None for path in whole)
+    assert not list((small_disk / "a").glob("*.partial")), "what could not be written takes room"
+    for path in whole[:-1]:
+        subprocess.run(["rm", "-r", path], check=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert run_ranks(world_size, fills_up, str(small_disk / "a"), "warn") == [4] * world_size
+    assert all(damage_of(path) is None for path in (small_disk / "a").glob("sample-*"))
+
+
+def saves_once(root: str) -> None:
+    job = Job()
+    job.train()
+    CheckpointFolder(root).save(10, job.write)
+
+
+def becomes_read_only(disk: str) -> None:
+    job = Job()
+    job.train()
+    folder = CheckpointFolder(disk)
+    folder.save(10, job.write)
+    dist.barrier()
+    if dist.get_rank() == 0:  # over the other one, which has open files
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", disk], check=True)
+    dist.barrier()
+    folder.save(20, job.write)
+
+
+def test_a_read_only_folder_is_a_sentence(small_disk: Path) -> None:
+    for error in expect_error_on_all(2, becomes_read_only, str(small_disk)):
+        assert error.startswith("CheckpointError: ")
+        assert "Read-only file system" in error
+    for error in expect_error_on_all(2, saves_once, str(small_disk / "new")):
+        assert "Read-only file system" in error
+    subprocess.run(["umount", small_disk], check=True)
+    assert damage_of(small_disk / "sample-000000010") is None
+
+
+# ---------------------------------------------------------------------------------------------- two jobs
+
+
+def hold(root: str, ready: Any) -> None:
+    folder = CheckpointFolder(root)
+    ready.set()
+    time.sleep(60)
+    folder.close()
+
+
+@contextlib.contextmanager
+def another_job(root: str) -> Iterator[Any]:
+    context = multiprocessing.get_context("forkserver")
+    ready = context.Event()
+    process = context.Process(target=hold, args=(root, ready), daemon=True)
+    process.start()
+    assert ready.wait(30)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.join()
+
+
+def takes(root: str, patience: float) -> str:
+    try:
+        folder = CheckpointFolder(root, patience=patience)
+    except CheckpointError as error:
+        return str(error)
+    folder.close()
+    return "taken"
+
+
+def test_two_jobs_on_one_folder_refuse_each_other(tmp_path: Path) -> None:
+    with another_job(str(tmp_path)) as process:
+        for error in run_ranks(2, takes, str(tmp_path), 0.2):
+            assert f"another job saves to {tmp_path} (process {process.pid} on " in error
+        process.kill()
+        assert run_ranks(2, takes, str(tmp_path), 10.0) == ["taken", "taken"]
+
+
+def test_bad_arguments_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="keep must be 1 or more, got 0"):
+        CheckpointFolder(tmp_path, keep=0)
+    with pytest.raises(ValueError, match="on_error must be 'raise' or 'warn', got 'ignore'"):
+        CheckpointFolder(tmp_path, on_error="ignore")  # type: ignore[arg-type]
+
+
+# ---------------------------------------------------------------------------------------------- beside training
+
+
+def saves_beside(root: str) -> None:
+    job, saver = Job(width=2000), AsyncSaver()
+    folder = CheckpointFolder(f"{root}/beside", keep=9)
+    for _ in range(3):
+        job.train()
+        save(f"{root}/at-once-{job.scheduler.samples}", *job.all)
+        folder.async_save(saver, job.scheduler.samples, *job.all, extra={"n": job.scheduler.samples})
+        job.train(2)  # the copy is of before
+    saver.close()
+    again = Job(width=2000)
+    loaded = load(f"{root}/beside/sample-000000070", *again.all)
+    assert loaded.samples == again.scheduler.samples == 70
+    assert loaded.extra == {"n": 70}
+    assert again.optimizer.updates == 7
+
+
+def tensors(path: Path) -> dict[str, Tensor]:
+    index = read_index(path)
+    return {key: read_whole(index, key) for key in index.tensors if not key.startswith("rng")}
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_saving_beside_training_has_the_bits_of_saving_at_once(world_size: int, tmp_path: Path) -> None:
+    run_ranks(world_size, saves_beside, str(tmp_path))
+    for samples in (10, 40, 70):
+        beside = tensors(tmp_path / f"beside/sample-{samples:09d}")
+        at_once = tensors(tmp_path / f"at-once-{samples}")
+        assert beside.keys() == at_once.keys()
+        assert all(torch.equal(beside[key], at_once[key]) for key in at_once)
+        assert damage_of(tmp_path / f"beside/sample-{samples:09d}") is None
+
+
+def fails_beside(root: str) -> None:
+    job, saver = Job(), AsyncSaver()
+    job.train()
+    Path(root).mkdir(exist_ok=True)
+    (Path(root) / "here").write_text("a file")
+    saver.save(Path(root) / "here" / "inside", *job.all)
+    job.train()
+    saver.save(Path(root) / "next", *job.all)
+
+
+def test_a_save_beside_training_that_failed_is_told_by_the_next(tmp_path: Path) -> None:
+    for error in expect_error_on_all(2, fails_beside, str(tmp_path / "root")):
+        assert error.startswith("CheckpointError: could not write")
+        assert "NotADirectoryError" in error
+    assert not (tmp_path / "root" / "next").exists()
+
+
+# ---------------------------------------------------------------------------------------------- kills
+
+
+def test_killed_at_any_instant_nothing_is_lost() -> None:
+    """``python -m tests.kills --kills 1000`` is the long version."""
+    tally = kill_often(12, 7, ["single", "DDP", "FSDP2"], show=False)
+    assert not tally.problems
+    assert tally.resumes
+    assert tally.updates
+    assert len(tally.kills) > 1
