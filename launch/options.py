@@ -18,6 +18,7 @@ from recipe import Recipe
 from run import NEWEST
 from text import TextConfig
 
+AUTO = "auto"
 _DESCRIPTION = "Train a byte-level GPT with DistAdamW and warm restarts, on any number of ranks."
 # More cycles are welcome; the batch may be made up otherwise, and the schedule judges its size.
 _FREE = ("recipe.cycles", "recipe.micro_batch", "recipe.global_batch")
@@ -30,20 +31,28 @@ class RunConfig:
     Args:
         seed: Of the initial weights and of the order of the data.
         validate_every: Samples between two validations; 0 for the ends of cycles only.
+        save_every: Samples between two checkpoints; 0 for the ends of cycles only.
         keep: How many of the newest checkpoints to keep.
         overwrite: Discard the checkpoints that are in --out, and start afresh.
         tracker: A tracker of Accelerate's, such as tensorboard or wandb; none for none.
+        timeout: Seconds after which a rank gives the others up, so that a launcher can go on without a machine
+            that is cut off; longer than writing a checkpoint takes. Null for torch's: 1800, or 600 on GPUs.
     """
 
     seed: int = 0
     validate_every: int = 1280
+    save_every: int = 0
     keep: int = 2
     overwrite: bool = False
     tracker: str = "tensorboard"
+    timeout: int | None = None
 
     def __post_init__(self) -> None:
-        if self.validate_every < 0:
-            raise ValueError(f"run.validate_every must be >= 0, got {self.validate_every}.")
+        for name in ("validate_every", "save_every"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"run.{name} must be >= 0, got {getattr(self, name)}.")
+        if self.timeout is not None and self.timeout < 1:
+            raise ValueError(f"run.timeout must be above 0 or null, got {self.timeout}.")
         if self.keep < 1:
             raise ValueError(f"run.keep must be above 0, got {self.keep}.")
 
@@ -78,7 +87,8 @@ def parse(arguments: Sequence[str] | None = None) -> Config:
     parser.add_argument("--config", action="config", help="YAML file of options, such as configs/train/small.yaml")
     parser.add_argument("--data", type=str | None, help="file or folder to train on; default: Python's own library")
     parser.add_argument("--out", type=str, default=Config().out, help="folder for all that the run writes")
-    resume = "continue from the newest checkpoint in --out, or from the one given"
+    resume = "continue from the newest checkpoint in --out, or from the one given; auto: from the newest whole one, "
+    resume += "and begin where there is none"
     parser.add_argument("--resume", type=str, nargs="?", const=NEWEST, help=resume)
     for name, part in {"model": ModelConfig, "text": TextConfig, "recipe": Recipe, "run": RunConfig}.items():
         parser.add_class_arguments(part, name)

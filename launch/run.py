@@ -110,16 +110,12 @@ class Progress:
     Attributes:
         samples: Global samples of the updates applied.
         updates: Updates applied.
-        epoch: Passes over the text that are complete.
-        windows: Global samples drawn in this epoch.
         config: The job's configuration, as plain data.
         text: Digest of the text.
     """
 
     samples: int = 0
     updates: int = 0
-    epoch: int = 0
-    windows: int = 0
     config: dict[str, Any] = field(default_factory=dict)
     text: str = ""
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Train under Slurm, one torchrun a machine. All arguments go to train.py:
 #   sbatch --nodes 4 --gpus-per-node 8 launch/slurm.sh --config configs/train/gpt2-small.yaml --out /shared/runs/mine
-# Slurm sends SIGTERM two minutes before the time limit: the job saves, and the same command with --resume goes on.
+# Slurm sends SIGTERM two minutes before the time limit: the job saves, and the same command goes on.
 #   ZERO          a name in configs/deepspeed: DeepSpeed instead of DDP
 #   NODES         MIN:MAX machines (elastic: the job goes on with those that are there); default: all of the job's
 #SBATCH --job-name=dist_adamw
@@ -25,4 +25,4 @@ exec srun --kill-on-bad-exit=1 torchrun \
     --nproc-per-node "${SLURM_GPUS_ON_NODE:-gpu}" \
     --max-restarts "${MAX_RESTARTS:-3}" \
     --rdzv-backend c10d --rdzv-id "$SLURM_JOB_ID" --rdzv-endpoint "$first:29500" \
-    "$root/launch/train.py" "$@"
+    "$root/launch/train.py" --resume auto "$@"

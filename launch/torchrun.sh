@@ -28,4 +28,4 @@ if [[ ${NNODES:-1} != 1 ]]; then
 else
     where=(--standalone)
 fi
-exec torchrun "${where[@]}" --nproc-per-node "${NPROC:-$((gpus))}" "$root/launch/train.py" "$@"
+exec "${TORCHRUN:-torchrun}" "${where[@]}" --nproc-per-node "${NPROC:-$((gpus))}" "$root/launch/train.py" "$@"

@@ -4,6 +4,7 @@
     launch/accelerate.sh --config configs/train/small.yaml    # as many as the launcher starts
     launch/accelerate.sh --data my.txt --recipe.lr 1e-3 --out runs/mine
     launch/accelerate.sh --data my.txt --recipe.lr 1e-3 --out runs/mine --resume
+    launch/elastic.sh --out runs/mine --run.save_every 1600   # goes on by itself when ranks or machines fail
 
 The loop is Accelerate's plain one: `Job._micro_batch`. Its parts: ``options.py`` what can be chosen,
 ``gpt.py`` the model, ``text.py`` the text, ``recipe.py`` the optimizer and its schedule, ``run.py``
@@ -17,7 +18,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataPara
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import InitProcessGroupKwargs, gather_object, set_seed
 from gpt import GPT, next_byte_losses
-from options import Config, parse
+from options import AUTO, Config, parse
 from report import History, Row, draw, loss_table, megabytes, memory_table
 from run import Checkpoints, JobError, Progress, StopSignals, everywhere, on_main
 from text import load_text
@@ -57,18 +58,22 @@ class Job:
         ValueError: the configuration cannot be carried out; on every rank alike.
     """
 
-    def __init__(self, config: Config, stop: StopSignals) -> None:
+    def __init__(self, config: Config) -> None:
         self.config = config
-        self.stop = stop
         self.stopped_by: signal.Signals | None = None
         self.out = Path(config.out).expanduser()
         tracking = config.run.tracker in map(str, get_available_trackers())
         # DDP otherwise keeps a second copy of the gradients.
         handlers: list[Any] = [DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
+        group: dict[str, Any] = {}
+        if config.run.timeout is not None:
+            group["timeout"] = timedelta(seconds=config.run.timeout)
         if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
             dist_adamw.register_deepspeed()
             if not torch.cuda.is_available():  # else every rank would think that it is alone
-                handlers.append(InitProcessGroupKwargs(backend="gloo"))
+                group["backend"] = "gloo"
+        if group:
+            handlers.append(InitProcessGroupKwargs(**group))
         self.accelerator = Accelerator(
             log_with=config.run.tracker if tracking else None,
             project_dir=str(self.out),
@@ -76,6 +81,8 @@ class Job:
             kwargs_handlers=handlers,
         )
         check_launch(self.accelerator)
+        # Only now: a rank that still looks for one that has died is to be ended by a SIGTERM, not 30 s later.
+        self.stop = StopSignals()
         self.checkpoints = Checkpoints(self.accelerator, self.out, config.run.keep)
         try:
             on_main(self.accelerator, self._claim_folder)
@@ -83,9 +90,7 @@ class Job:
             if not tracking and config.run.tracker != "none":
                 self.say(f"{config.run.tracker} is not installed: nothing is tracked but history.csv.")
             self.progress = Progress()
-            if config.resume is not None:
-                self._resume(config.resume)
-            else:
+            if not self._resume():
                 # Only now, when nothing of the configuration can be wrong any more.
                 on_main(self.accelerator, self.checkpoints.folder.discard)
             self.progress.config = config.shaping()
@@ -135,9 +140,26 @@ class Job:
         self.end = self.preview.rows[-1].first_sample + self.preview.rows[-1].samples
         self.loss_sum = torch.zeros((), device=accelerator.device)
 
-    def _resume(self, wanted: str) -> None:
-        """Put everything where a checkpoint says it was."""
-        path, progress = on_main(self.accelerator, lambda: self.checkpoints.find(wanted))
+    def _find_checkpoint(self) -> tuple[Path, Progress] | None:
+        """The checkpoint to resume from; None to begin. Local."""
+        if self.config.resume is None:
+            return None
+        if self.config.resume != AUTO:
+            return self.checkpoints.find(self.config.resume)
+        *newer, path = list(reversed(self.checkpoints.folder.all())) or [None]
+        for newest in newer:  # nobody is there to choose an older one
+            try:
+                return self.checkpoints.find(str(newest))
+            except ValueError as error:
+                self.say(f"not resumed from: {error}")
+        return self.checkpoints.find(str(path)) if path else None
+
+    def _resume(self) -> bool:
+        """Put everything where a checkpoint says it was; False where there is none to resume from."""
+        found = on_main(self.accelerator, self._find_checkpoint)
+        if found is None:
+            return False
+        path, progress = found
         ours = self.config.shaping()
         differing = [k for k in ours if progress.config.get(k) != ours[k]]
         if differing:
@@ -145,17 +167,13 @@ class Job:
             raise ValueError(f"{path} was made otherwise: {lines}. Pass the same options, or begin in another --out.")
         if progress.text != self.text.digest:
             raise ValueError(f"{path} was trained on another text than {self.text.source}. Pass the same --data.")
-        if progress.windows % self.batch.size:
-            raise ValueError(
-                f"{path} stands {progress.windows} samples into its epoch, which updates of recipe.global_batch="
-                f"{self.batch.size} do not reach. Pass the global batch that it was made with."
-            )
         everywhere(lambda: self.accelerator.load_state(str(path)))
         self.progress = progress
         self.say(f"resuming from {path}")
         aside = on_main(self.accelerator, lambda: self.checkpoints.folder.set_aside(progress.samples))
         for later in aside:
             self.say(f"set aside, since training goes on from before it: {later}")
+        return True
 
     def _open_history(self) -> History | None:
         if not self.accelerator.is_main_process:
@@ -166,12 +184,9 @@ class Job:
         resumed = self.progress.samples > 0
         options = {k: str(v) if isinstance(v, list) else v for k, v in self.config.shaping().items() if v is not None}
         # TensorBoard then hides what a killed job has logged beyond its last checkpoint.
-        purge = {"tensorboard": {"purge_step": self.progress.samples + 1}} if resumed else {}
+        again = resumed or self.config.resume == AUTO
+        purge = {"tensorboard": {"purge_step": self.progress.samples + 1}} if again else {}
         self.accelerator.init_trackers("dist_adamw", None if resumed else options, purge)
-
-    @property
-    def _pass_samples(self) -> int:
-        return self.batch.micro_batch_size * self.batch.data_parallel_size
 
     @property
     def done(self) -> bool:
@@ -218,15 +233,10 @@ class Job:
         ) as self.bar:
             self.model.train()
             while not self.done:
-                for windows in self._rest_of_epoch():
+                for windows in dist_adamw.rest_of_epoch(self.loader):
                     self._micro_batch(windows)
                     if self.done:
                         break
-
-    def _rest_of_epoch(self) -> Iterator[Tensor]:
-        self.loader.set_epoch(self.progress.epoch)  # type: ignore[attr-defined]
-        passes = self.progress.windows // self._pass_samples
-        return iter(self.accelerator.skip_first_batches(self.loader, passes) if passes else self.loader)
 
     def _micro_batch(self, windows: Tensor) -> None:
         with self.accelerator.accumulate(self.model):
@@ -238,26 +248,26 @@ class Job:
             self.scheduler.step()
             self.optimizer.zero_grad()
         self.loss_sum += loss.detach()
-        self.progress.windows += self._pass_samples
         if self.accelerator.sync_gradients:
             self._after_update(lr, decay)
 
     def _after_update(self, lr: float, decay: float) -> None:
         loss = self._agree()
         progress, before = self.progress, self.progress.samples
-        if progress.windows == len(self.text.training):
-            progress.epoch, progress.windows = progress.epoch + 1, 0
         if self.scheduler.samples == before:
             self.say(f"update skipped after sample {before:,}: its gradients are not finite")
         else:
             progress.samples, progress.updates = self.scheduler.samples, progress.updates + 1
         restarted = self.scheduler.schedule.at(before).cycle != self.scheduler.schedule.at(progress.samples).cycle
-        every = self.config.run.validate_every
-        due = restarted or (every and before // every != progress.samples // every)
-        val_loss = self.validate() if due else None
+        run = self.config.run
+
+        def due(every: int) -> bool:
+            return restarted or (every > 0 and before // every != progress.samples // every)
+
+        val_loss = self.validate() if due(run.validate_every) else None
         if progress.samples > before:
             self._record(loss, lr, decay, val_loss)
-        if restarted or self.stopped_by is not None:
+        if due(run.save_every) or self.stopped_by is not None:
             path = self.checkpoints.save(progress)
             self.say(f"saved {path}")
 
@@ -332,7 +342,7 @@ def run(config: Config) -> int:
         JobError: something that every rank knows went wrong.
     """
     try:
-        job = Job(config, StopSignals())
+        job = Job(config)
     except ValueError as error:  # until here, every rank does the same with the same
         raise JobError(str(error)) from error
     job.announce()
