@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -231,18 +232,17 @@ def test_resume_in_mid_epoch(engine: str, world_size: int, tmp_path: Path) -> No
         check_same(first[:8] + second, plain_loop(padded=world_size == 2))
 
 
-@pytest.mark.parametrize(
-    ("first", "second"),
-    [(("single", 1, 1), ("DDP", 2, 2)), (("DDP", 2, 2), ("single", 1, 1))],
-    ids=["1 to 2", "2 to 1"],
-)
-def test_resume_on_another_number_of_ranks(first: Any, second: Any, tmp_path: Path) -> None:
+ROUND = ["single", "DDP", "FSDP2", "ZeRO-1", "ZeRO-2", "ZeRO-3", "DDP", "single", "ZeRO-3", "FSDP2", "single"]
+
+
+@pytest.mark.parametrize(("first", "second"), itertools.pairwise(ROUND))
+def test_resume_on_another_engine_and_number_of_ranks(first: str, second: str, tmp_path: Path) -> None:
     """With the same global batch, and accumulation that leaves nothing to pad."""
     run = functools.partial(train, **SAVE)
-    (engine, world_size, accumulation), checkpoint = first, str(tmp_path / "checkpoint-8")
-    begun = run_ranks(world_size, run, engine, str(tmp_path), accumulation)[0]
-    engine, world_size, accumulation = second
-    for rows in run_ranks(world_size, run, engine, str(tmp_path), accumulation, checkpoint):
+    checkpoint = str(tmp_path / "checkpoint-8")
+    before, after = (1 if engine == "single" else 2 for engine in (first, second))
+    begun = run_ranks(before, run, first, str(tmp_path), before)[0]
+    for rows in run_ranks(after, run, second, str(tmp_path), after, checkpoint):
         check_same(begun[:8] + rows, plain_loop())
 
 

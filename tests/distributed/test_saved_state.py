@@ -1,0 +1,421 @@
+"""`save` and `load` of what the resume matrix leaves out: other optimizers, inexact weights, odd models, DeepSpeed."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from dist_adamw import (
+    CheckpointError,
+    CyclicLRWithRestarts,
+    DistAdamW,
+    load,
+    prepare_deepspeed,
+    register_deepspeed,
+    save,
+)
+from dist_adamw.storage import read_index, read_whole
+from tests.ranks import expect_error_on_all, run_ranks
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 33), nn.BatchNorm1d(33), nn.Tanh(), nn.Linear(33, 2))
+
+
+def step(model: nn.Module, optimizer: Any, count: int = 3) -> None:
+    for i in range(count):
+        x = torch.randn(16, 8, generator=torch.Generator().manual_seed(i))
+        model(x.to(next(model.parameters()).dtype)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def bits(model: nn.Module) -> list[Tensor]:
+    return [t.detach().clone() for t in (*model.parameters(), *model.buffers())]
+
+
+def same(one: list[Tensor], other: list[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+# ---------------------------------------------------------------------------------------------- other optimizers
+
+OPTIMIZERS: dict[str, Any] = {
+    "AdamW": lambda p: torch.optim.AdamW(p, lr=1e-2),
+    "AdamW fused": lambda p: torch.optim.AdamW(p, lr=1e-2, fused=True),
+    "AdamW amsgrad": lambda p: torch.optim.AdamW(p, lr=1e-2, amsgrad=True),
+    "SGD": lambda p: torch.optim.SGD(p, lr=1e-2, momentum=0.9),
+    "Adagrad": lambda p: torch.optim.Adagrad(p, lr=1e-2),
+    "Adafactor": lambda p: torch.optim.Adafactor(p, lr=1e-2),
+    "NAdam": lambda p: torch.optim.NAdam(p, lr=1e-2),
+    "DistAdamW amsgrad": lambda p: DistAdamW(p, lr=1e-2, amsgrad=True),
+    "DistAdamW whole": lambda p: DistAdamW(p, lr=1e-2, shard=False),
+}
+
+
+def with_optimizer(name: str, folder: str) -> None:
+    model = network()
+    optimizer = OPTIMIZERS[name](model.parameters())
+    step(model, optimizer)
+    save(folder, model, optimizer)
+    step(model, optimizer)
+    again = network()
+    other = OPTIMIZERS[name](again.parameters())
+    load(folder, again, other)
+    step(again, other)
+    assert same(bits(model), bits(again))
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_any_optimizer_goes_on(name: str, world_size: int, tmp_path: Path) -> None:
+    run_ranks(world_size, with_optimizer, name, str(tmp_path))
+
+
+def from_torch(folder: str, ours_first: bool) -> None:
+    """torch's AdamW goes on as DistAdamW, and the other way round, to the bit."""
+    makers = [lambda p: DistAdamW(p, lr=1e-2, shard=False), lambda p: torch.optim.AdamW(p, lr=1e-2, fused=True)]
+    first, second = makers if ours_first else makers[::-1]
+    model, again = network(), network()
+    optimizer, other = first(model.parameters()), second(again.parameters())
+    step(model, optimizer)
+    save(folder, model, optimizer)
+    load(folder, again, other)
+    step(model, optimizer)
+    step(again, other)
+    assert same(bits(model), bits(again))
+
+
+@pytest.mark.parametrize("ours_first", [True, False])
+def test_torchs_adamw_and_ours_take_over_from_each_other(ours_first: bool, tmp_path: Path) -> None:
+    run_ranks(1, from_torch, str(tmp_path), ours_first)
+
+
+def of_another_family(folder: str) -> None:
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2, momentum=0.9)
+    step(model, optimizer)
+    save(folder, model, optimizer)
+    other = DistAdamW(model.parameters())
+    with pytest.raises(CheckpointError, match="has the state of SGD, which means nothing to a DistAdamW"):
+        load(folder, model, other)
+    before = bits(model)
+    step(model, optimizer)
+    load(folder, model)  # the weights alone
+    assert same(bits(model), before)
+
+
+def test_state_of_another_family_is_refused(tmp_path: Path) -> None:
+    run_ranks(2, of_another_family, str(tmp_path))
+
+
+# ---------------------------------------------------------------------------------------------- less exact weights
+
+MIXED = {"fp32": torch.float32, "remainder": torch.int16, "none": None}
+
+
+def mixed(folder: str, kept: str, width: int = 33) -> list[Tensor]:
+    model = nn.Sequential(nn.Linear(8, width), nn.Tanh(), nn.Linear(width, 2)).to(torch.bfloat16)
+    optimizer = DistAdamW(model.parameters(), lr=1e-2, eps=0.1, master_dtype=MIXED[kept])
+    optimizer.attach(model)
+    step(model, optimizer)
+    save(folder, model, optimizer)
+    step(model, optimizer)
+    return bits(model)
+
+
+def go_on_mixed(folder: str, kept: str, dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
+    model = nn.Sequential(nn.Linear(8, 33), nn.Tanh(), nn.Linear(33, 2)).to(dtype)
+    optimizer = DistAdamW(model.parameters(), lr=1e-2, eps=0.1, master_dtype=MIXED[kept])
+    optimizer.attach(model)
+    load(folder, model, optimizer)
+    step(model, optimizer)
+    return bits(model)
+
+
+@pytest.mark.parametrize("saved", ["fp32", "remainder"])
+@pytest.mark.parametrize("loaded", ["fp32", "remainder"])
+@pytest.mark.parametrize("ranks", [(2, 2), (3, 1), (1, 2)])
+def test_exact_weights_of_bf16_go_on_in_any_form(
+    saved: str, loaded: str, ranks: tuple[int, int], tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    expected = run_ranks(ranks[0], mixed, str(tmp_path), saved)[0]
+    for found in run_ranks(ranks[1], go_on_mixed, str(tmp_path), loaded):
+        assert same(found, expected)
+
+
+def test_a_model_of_fp32_goes_on_from_the_exact_weights(tmp_path: Path) -> None:
+    run_ranks(2, mixed, str(tmp_path), "remainder")
+    index = read_index(tmp_path)
+    exact, rounded = (read_whole(index, f"{kind}.0.weight") for kind in ("master", "model"))
+    assert not torch.equal(exact, rounded.float())
+    assert torch.equal(exact.to(torch.bfloat16), rounded)
+    fp32 = nn.Sequential(nn.Linear(8, 33), nn.Tanh(), nn.Linear(33, 2))
+    load(tmp_path, fp32)
+    assert torch.equal(fp32[0].weight, exact)  # type: ignore[arg-type]
+
+
+# ---------------------------------------------------------------------------------------------- what models have
+
+
+class Odd(nn.Module):
+    """Frozen, tied, empty, scalar, large and never used parameters, and buffers of several kinds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.used = nn.Linear(8, 8, bias=False)
+        self.tied = nn.Linear(8, 8, bias=False)
+        self.tied.weight = self.used.weight
+        self.frozen = nn.Linear(200, 200).requires_grad_(False)
+        self.never = nn.Linear(3, 3)
+        self.scale = nn.Parameter(torch.tensor(0.5))
+        self.nothing = nn.Parameter(torch.zeros(0, 4))
+        self.norm = nn.BatchNorm1d(8)
+        self.register_buffer("constant", torch.arange(5))
+        self.register_buffer("scratch", torch.zeros(3), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.tied(self.used(x))) * self.scale
+
+
+def odd(folder: str, wrap: str) -> None:
+    def make() -> tuple[Odd, nn.Module, DistAdamW]:
+        model = Odd()
+        wrapped: nn.Module = model
+        if wrap == "FSDP2":
+            model.scale = nn.Parameter(torch.tensor([0.5]))  # it takes no scalars
+            fully_shard(model.frozen)
+            wrapped = fully_shard(model)
+        elif wrap == "DDP":
+            wrapped = DistributedDataParallel(model, find_unused_parameters=True, gradient_as_bucket_view=True)
+        elif wrap == "compiled":
+            wrapped = torch.compile(model, backend="eager")  # type: ignore[assignment]
+        optimizer = DistAdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        if wrap == "DDP":
+            optimizer.attach(wrapped)
+        return model, wrapped, optimizer
+
+    model, wrapped, optimizer = make()
+    for _ in range(3):
+        wrapped(torch.randn(16, 8)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    save(folder, wrapped, optimizer, extra={"rank": dist.get_rank()})
+    again, rewrapped, other = make()
+    with torch.no_grad():
+        for tensor in (*again.parameters(), *again.buffers()):
+            tensor.fill_(7)
+    loaded = load(folder, rewrapped, other)
+    assert loaded.extra == {"rank": 0}
+    local = lambda tensors: [t.to_local() if hasattr(t, "to_local") else t for t in tensors]  # noqa: E731
+    assert same(local(model.parameters()), local(again.parameters()))
+    assert same([model.constant, model.norm.running_mean], [again.constant, again.norm.running_mean])  # type: ignore[list-item]
+    assert again.scratch[0] == 7
+    assert other.updates == optimizer.updates == 3
+
+
+@pytest.mark.parametrize("wrap", ["plain", "DDP", "FSDP2", "compiled"])
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_odd_models_come_back_whole(wrap: str, world_size: int, tmp_path: Path) -> None:
+    run_ranks(world_size, odd, str(tmp_path), wrap)
+    assert {"model.scale", "model.nothing", "model.frozen.weight", "model.norm.num_batches_tracked"} <= set(
+        read_index(tmp_path).tensors
+    )
+
+
+# ---------------------------------------------------------------------------------------------- what differs
+
+
+def make_recipe(betas: tuple[float, float] = (0.9, 0.999), period: float = 2.0) -> tuple[Any, ...]:
+    model = network()
+    optimizer = DistAdamW(model.parameters(), lr=1e-2, betas=betas)
+    scheduler = CyclicLRWithRestarts(optimizer, 10, 100, restart_period=period)
+    optimizer.attach(model)
+    return model, optimizer, scheduler
+
+
+def differs(folder: str) -> None:
+    model, optimizer, scheduler = make_recipe()
+    step(model, optimizer)
+    scheduler.step()
+    save(folder, model, optimizer, scheduler)
+    for arguments, message in [
+        ({"betas": (0.8, 0.999)}, "betas of "),
+        ({"period": 3.0}, "restart_period was 2.0 and is 3.0"),
+    ]:
+        other = make_recipe(**arguments)
+        before = bits(other[0])
+        with pytest.raises(CheckpointError, match=message):
+            load(folder, *other)
+        assert same(bits(other[0]), before)
+        assert other[2].samples == 0
+        assert not other[1].state
+    other = make_recipe(betas=(0.8, 0.999), period=3.0)
+    load(folder, *other, on_difference="new")
+    assert other[1].param_groups[0]["betas"] == (0.8, 0.999)
+    load(folder, *other, on_difference="checkpoint")
+    assert other[1].param_groups[0]["betas"] == (0.9, 0.999)
+    assert other[1].param_groups[0]["lr"] == optimizer.param_groups[0]["lr"]
+    assert other[2].get_last_weight_decay() == scheduler.get_last_weight_decay()
+
+
+def test_another_recipe_is_a_diff_and_the_caller_chooses(tmp_path: Path) -> None:
+    run_ranks(2, differs, str(tmp_path))
+
+
+def without_schedule(folder: str) -> None:
+    model, optimizer = network(), None
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.3)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.5)
+    step(model, optimizer)
+    for _ in range(3):
+        scheduler.step()
+    save(folder, model, optimizer, scheduler)
+    other = torch.optim.AdamW(model.parameters(), lr=5.0)
+    again = torch.optim.lr_scheduler.StepLR(other, 2, 0.5)
+    load(folder, model, other, again)
+    assert again.last_epoch == 3
+    assert other.param_groups[0]["lr"] == optimizer.param_groups[0]["lr"] == 5e-3
+    assert other.param_groups[0]["weight_decay"] == 0.3
+    with pytest.raises(CheckpointError, match="has the state of StepLR, and this job a CyclicLRWithRestarts"):
+        load(folder, model, other, CyclicLRWithRestarts(other, 10, 100))
+
+
+def test_schedulers_of_torch(tmp_path: Path) -> None:
+    run_ranks(2, without_schedule, str(tmp_path))
+
+
+def one_rank_differs(folder: str) -> None:
+    model = nn.Linear(3, 3 + dist.get_rank())
+    load(folder, model)
+
+
+def test_an_error_on_one_rank_is_one_on_all(tmp_path: Path) -> None:
+    save(tmp_path, nn.Linear(3, 3))
+    for error in expect_error_on_all(2, one_rank_differs, str(tmp_path)):
+        assert error.endswith("(rank 1)")
+        assert "weight has shape [3, 3] there and [4, 3] here" in error
+
+
+# ---------------------------------------------------------------------------------------------- random state
+
+
+def draws() -> tuple[float, float]:
+    return random.random(), float(torch.rand(()))
+
+
+def save_random(folder: str, alike: bool) -> tuple[float, float]:
+    seed = 5 if alike else 5 + dist.get_rank()
+    random.seed(seed)
+    torch.manual_seed(seed)
+    save(folder, nn.Linear(2, 2), compare_ranks=False)
+    return draws()
+
+
+def load_random(folder: str) -> tuple[str, tuple[float, float]]:
+    return load(folder, nn.Linear(2, 2)).random, draws()
+
+
+@pytest.mark.parametrize("alike", [True, False])
+def test_random_state_is_restored_as_far_as_it_was_there(alike: bool, tmp_path: Path) -> None:
+    expected = run_ranks(2, save_random, str(tmp_path), alike)
+    assert (expected[0] == expected[1]) == alike
+    assert run_ranks(2, load_random, str(tmp_path)) == [("restored", values) for values in expected]
+    assert run_ranks(1, load_random, str(tmp_path)) == [("restored", expected[0])]
+    found = run_ranks(4, load_random, str(tmp_path))
+    assert [values for _, values in found[:2]] == expected
+    if alike:
+        assert found == [("restored", expected[0])] * 4
+    else:
+        assert len({values for _, values in found}) == 4
+        assert [what for what, _ in found] == ["restored"] * 2 + ["seeded anew, since there was no such rank"] * 2
+        assert run_ranks(4, load_random, str(tmp_path)) == found
+
+
+# ---------------------------------------------------------------------------------------------- DeepSpeed's own calls
+
+
+def engine_of(stage: int, dtype: str) -> Any:
+    import deepspeed
+
+    register_deepspeed()
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 33), nn.Tanh(), nn.Linear(33, 2))
+    optimizer = DistAdamW(model.parameters(), lr=1e-2, eps=0.1)
+    scheduler = CyclicLRWithRestarts(optimizer, 8, 80, restart_period=2)
+    config = {
+        "train_micro_batch_size_per_gpu": 8 // dist.get_world_size(),
+        "zero_optimization": {"stage": stage},
+        "gradient_clipping": 0.0,
+        "bf16": {"enabled": dtype == "bf16"},
+        "zero_allow_untested_optimizer": True,
+    }
+    engine = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=scheduler, config=config)[0]
+    prepare_deepspeed(engine)
+    return engine
+
+
+def train_engine(engine: Any, first: int, last: int) -> list[tuple[int, float, float]]:
+    rows = []
+    for i in range(first, last):
+        x = torch.randn(8, 8, generator=torch.Generator().manual_seed(i))
+        x = x.chunk(dist.get_world_size())[dist.get_rank()].to(next(engine.module.parameters()).dtype)
+        loss = engine(x).float().square().mean()
+        engine.backward(loss)
+        clock = engine.lr_scheduler.samples
+        engine.step()
+        total = loss.detach().clone()
+        dist.all_reduce(total)
+        rows.append((clock, engine.lr_scheduler.get_last_lr()[0], float(total)))
+    return rows
+
+
+def engines_own(folder: str, stage: int, dtype: str) -> list[Any]:
+    engine = engine_of(stage, dtype)
+    train_engine(engine, 0, 4)
+    engine.save_checkpoint(folder, client_state={"mine": [1, 2]})
+    return train_engine(engine, 4, 9)
+
+
+def engines_own_again(folder: str, stage: int, dtype: str) -> list[Any]:
+    engine = engine_of(stage, dtype)
+    path, client_state = engine.load_checkpoint(folder)
+    assert path == f"{folder}/global_step4"
+    assert client_state == {"mine": [1, 2]}
+    assert (engine.global_steps, engine.global_samples) == (4, 32)
+    return train_engine(engine, 4, 9)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_deepspeeds_own_save_and_load(stage: int, dtype: str, tmp_path: Path) -> None:
+    expected = run_ranks(2, engines_own, str(tmp_path), stage, dtype)[0]
+    assert run_ranks(2, engines_own_again, str(tmp_path), stage, dtype)[0] == expected
+    for other in {1, 3} - {stage}:
+        for (clock, lr, loss), (right, right_lr, right_loss) in zip(
+            run_ranks(1, engines_own_again, str(tmp_path), other, dtype)[0], expected, strict=True
+        ):
+            assert (clock, lr) == (right, right_lr)
+            # Ranks' losses are added up; bf16 has 8 bits.
+            assert 2 * loss == pytest.approx(right_loss, rel=1e-5 if dtype == "fp32" else 2e-2)
+
+
+def wrong_folder(folder: str) -> None:
+    engine = engine_of(1, "fp32")
+    engine.load_checkpoint(folder, tag="none")
+
+
+def test_deepspeed_reads_its_own_folders_itself(tmp_path: Path) -> None:
+    for error in expect_error_on_all(1, wrong_folder, str(tmp_path)):
+        assert "CheckpointError" not in error
