@@ -55,7 +55,7 @@ class CheckpointFolder:
     Raises:
         CheckpointError: another job saves to it, or it cannot be made; on every rank alike.
 
-    Collective to build, as `save` and `async_save` are; the other methods are local.
+    Collective to build, as `newest`, `save` and `async_save` are; the other methods are local.
     """
 
     def __init__(
@@ -119,8 +119,16 @@ class CheckpointFolder:
         return int(match[1])
 
     def newest(self) -> Path | None:
-        """The newest checkpoint that is whole to the last bit; None where there is none."""
-        return next((path for path in reversed(self.all()) if damage_of(path) is None), None)
+        """The newest checkpoint that is whole to the last bit, as the main rank finds it; None where there is none.
+
+        Collective. Reads all of it.
+        """
+
+        def find() -> Path | None:
+            return next((path for path in reversed(self.all()) if damage_of(path) is None), None)
+
+        found = everywhere(lambda: find() if self._is_main else None, self._group)
+        return collectives.all_gather_objects(found, self._group)[0]
 
     def alternative_to(self, path: Path) -> str:
         """What to say of a damaged checkpoint: which is the newest whole one but this."""
