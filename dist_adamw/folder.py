@@ -128,7 +128,8 @@ class CheckpointFolder:
             return next((path for path in reversed(self.all()) if damage_of(path) is None), None)
 
         found = everywhere(lambda: find() if self._is_main else None, self._group)
-        return collectives.all_gather_objects(found, self._group)[0]
+        told: Path | None = collectives.all_gather_objects(found, self._group)[0]
+        return told
 
     def alternative_to(self, path: Path) -> str:
         """What to say of a damaged checkpoint: which is the newest whole one but this."""
