@@ -33,7 +33,7 @@ from dist_adamw.held import Access, Found, Held, access, hyper_parameters, same_
 from dist_adamw.owned import Owned, evaluated
 from dist_adamw.replicas import check_replicas
 from dist_adamw.scheduler import CyclicLRWithRestarts, OnDifference
-from dist_adamw.storage import CheckpointError, Index, Reader, Writer, check_files, read_index, read_whole
+from dist_adamw.storage import CheckpointError, Index, Lock, Reader, Writer, check_files, read_index, read_whole
 
 Group = dist.ProcessGroup | None
 # Each rank reads for itself, also where there are several: that is how it is meant.
@@ -229,6 +229,7 @@ def _gather(
 def _write(path: Path, held: Held, about: Mapping[str, Any], group: Group) -> None:
     several = collectives.world_size() > 1
     planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    lock = everywhere(lambda: _lock(path) if collectives.rank() == 0 else None, group)
     try:
         dcp_save(
             dict(held.tensors),
@@ -242,6 +243,16 @@ def _write(path: Path, held: Held, about: Mapping[str, Any], group: Group) -> No
         what = str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
         where = f" (rank {rank})" if several else ""
         raise CheckpointError(f"could not write {path}: {what}{where}. What it held before is still there.") from error
+    finally:
+        if lock is not None:
+            lock.release()
+
+
+def _lock(path: Path) -> Lock:
+    try:
+        return Lock(path)
+    except OSError as error:
+        raise CheckpointError(f"could not write {path}: {type(error).__name__}: {error}.") from error
 
 
 def load(
@@ -452,6 +463,8 @@ def everywhere(action: Callable[[], T], group: Group = None) -> T:
         result = action()
     except CheckpointError as error:
         problem = str(error)
+    except collectives.AgreementError:
+        raise  # on every rank alike, and no matter of files
     except Exception as error:  # without the others' knowledge they would wait for ever
         problem = f"{type(error).__name__}: {error}"
     reports = collectives.all_gather_objects(problem, group)

@@ -38,7 +38,8 @@ from dist_adamw.checkpoint import AsyncSaver, Saving, everywhere
 from dist_adamw.storage import INDEX, CheckpointError, damage, open_plainly, sync_folder, write_text
 
 _NAME = re.compile(r"sample-(\d+)")
-_MANIFEST, _LATEST, _LOCK, _PARTIAL, _ASIDE = "manifest.json", "latest", "lock", ".partial", ".superseded"
+_MANIFEST, _LATEST, _LOCK = "manifest.json", "latest", "lock"
+_PARTIAL, _REPLACED, _ASIDE = ".partial", ".replaced", ".superseded"
 
 
 class CheckpointFolder:
@@ -98,6 +99,12 @@ class CheckpointFolder:
         os.ftruncate(handle, 0)
         os.write(handle, f"process {os.getpid()} on {socket.gethostname()}".encode())
         self._let_go = weakref.finalize(self, os.close, handle)
+        for before in self.root.glob(f"*{_REPLACED}"):  # of a job that was killed between two renames
+            final = before.with_name(before.name.removesuffix(_REPLACED))
+            if final.exists():
+                shutil.rmtree(before, ignore_errors=True)
+            else:
+                before.rename(final)
 
     def close(self) -> None:
         """Let another job save here, as the end of this object or of the process does."""
@@ -206,10 +213,12 @@ class CheckpointFolder:
     def _commit(self, final: Path) -> None:
         partial = _partial(final)
         write_text(partial / _MANIFEST, json.dumps(dict(_facts(partial)), indent=1))
+        before = final.with_name(final.name + _REPLACED)
         if final.exists():
-            _away(final)
+            final.rename(before)
         partial.rename(final)
         sync_folder(self.root)
+        shutil.rmtree(before, ignore_errors=True)
         write_text(self.root / _LATEST, final.name)
         for old in self.all()[: -self.keep]:
             _away(old)

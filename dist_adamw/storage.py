@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import json
 import math
@@ -23,6 +24,7 @@ import os
 import re
 import secrets
 import stat
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -184,6 +186,25 @@ class Writer(StorageWriter):
         for left in self.folder.iterdir():
             if _FILE.fullmatch(left.name) and left.name not in files:
                 left.unlink(missing_ok=True)
+
+
+class Lock:
+    """Keeps other jobs from saving to a folder, until it is released or forgotten, or the process ends. Local.
+
+    Raises:
+        CheckpointError: another job saves there.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        self.release = weakref.finalize(self, os.close, handle)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise CheckpointError(f"another job is saving to {folder}. Choose another folder.") from None
+        except OSError:
+            pass  # some file systems of networks cannot; `CheckpointFolder` has a file of its own for it
 
 
 def write_index(folder: Path, index: Mapping[str, Any]) -> None:

@@ -195,6 +195,14 @@ class Position:
     def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
         """Go to where a job, of any number of ranks, stood. Local."""
         state = state or {"epoch": 0, "samples": 0, "seed": None, "order": None}
+        try:
+            order = None if state["order"] is None else bytes.fromhex(state["order"])
+            if not (_is_count(state["epoch"]) and _is_count(state["samples"])):
+                raise ValueError("no whole numbers")
+            if order:
+                torch.Generator().set_state(torch.frombuffer(bytearray(order), dtype=torch.uint8))
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise CheckpointError(f"this is no position in the data: {error}, got {str(state)[:200]}.") from error
         self.epoch, self.samples, self._order = state["epoch"], state["samples"], state["order"]
         if state["seed"] is not None and (sampler := _sampler(self.loader)) is not None:
             sampler.initial_seed = state["seed"]
@@ -259,12 +267,21 @@ def position(loader: DataLoader[Any]) -> Position:
     Raises:
         ValueError: the loader did not come from `prepare`.
     """
+    if getattr(loader, "use_stateful_dataloader", False):
+        raise ValueError(
+            "use_stateful_dataloader=True keeps a place in the data of its own, for the same number of ranks only. "
+            "Leave it out, or iterate over the loader as it is."
+        )
     found = getattr(loader, "dist_adamw_position", None)
     if not isinstance(found, Position):
         raise ValueError(
             f"the position in a {type(loader).__name__} is not known. Pass the loader that prepare returned."
         )
     return found
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
 
 
 def _state_of(generator: torch.Generator | None) -> str:
@@ -291,7 +308,9 @@ class _Rest(Sampler[Any]):
 
 
 def _batches(loader: Any) -> Any:
-    """The innermost batch sampler: the one that knows nothing of ranks."""
+    """The innermost batch sampler: the one that knows nothing of ranks. None where samples are not sampled."""
+    if isinstance(loader.dataset, IterableDataset):
+        return None
     found = loader.sampler if isinstance(loader.sampler, BatchSampler) else loader.batch_sampler
     while hasattr(found, "batch_sampler"):
         found = found.batch_sampler
@@ -306,11 +325,11 @@ def _sampler(loader: Any) -> Any:
 def _from(loader: Any, start: int, pass_samples: int) -> Iterator[None]:
     """Have ``loader`` begin at sample ``start``."""
     batches = _batches(loader)
-    if start and not hasattr(batches, "sampler"):  # of an iterable data set: only batches can be left out
+    if start and not hasattr(batches, "sampler"):  # an iterable data set, or batches of the user's own making
         if start % pass_samples:
             raise CheckpointError(
-                f"the job stands {start} samples into an iterable data set, which batches of {pass_samples} over all "
-                "ranks do not reach. Use a global batch that divides it."
+                f"the job stands {start} samples into data of which only batches can be left out, and batches of "
+                f"{pass_samples} over all ranks do not reach that. Use a global batch that divides it."
             )
         loader.skip_batches = start // pass_samples
         try:

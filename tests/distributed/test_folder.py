@@ -17,9 +17,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dist_adamw import AsyncSaver, CheckpointError, CheckpointFolder, CyclicLRWithRestarts, DistAdamW, load, save
+from dist_adamw import (
+    AgreementError,
+    AsyncSaver,
+    CheckpointError,
+    CheckpointFolder,
+    CyclicLRWithRestarts,
+    DistAdamW,
+    load,
+    save,
+)
 from dist_adamw.folder import damage_of
-from dist_adamw.storage import read_index, read_whole
+from dist_adamw.storage import Lock, damage, read_index, read_whole
 from tests.kills import kill_often
 from tests.ranks import expect_error_on_all, run_ranks
 
@@ -189,6 +198,56 @@ def test_two_jobs_on_one_folder_refuse_each_other(tmp_path: Path) -> None:
             assert f"another job saves to {tmp_path} (process {process.pid} on " in error
         process.kill()
         assert run_ranks(2, takes, str(tmp_path), 10.0) == ["taken", "taken"]
+
+
+def saves_while_another_does(path: str) -> None:
+    job = Job()
+    job.train()
+    job.write(Path(path))
+    if dist.get_rank() == 0:
+        lock = Lock(Path(path))
+        with pytest.raises(CheckpointError, match="another job is saving to"):
+            Lock(Path(path))
+    dist.barrier()
+    with pytest.raises(CheckpointError, match="another job is saving to"):
+        job.write(Path(path))
+    dist.barrier()
+    if dist.get_rank() == 0:
+        lock.release()
+    job.write(Path(path))
+
+
+def test_two_saves_to_one_path_refuse_each_other(tmp_path: Path) -> None:
+    run_ranks(2, saves_while_another_does, str(tmp_path))
+    assert damage(tmp_path) is None
+
+
+def disagrees(root: str) -> int:
+    job = Job()
+    job.train()
+    folder = CheckpointFolder(root, on_error="warn")
+    folder.save(10, job.write)
+    job.train()
+    if dist.get_rank() == 1:
+        job.model[0].weight.data[0, 0] += 1
+    with pytest.raises(AgreementError, match=r"differ in '0\.weight'"):
+        folder.save(20, job.write)
+    return len(folder.all())
+
+
+def test_ranks_that_disagree_end_the_job_whatever_is_asked_for(tmp_path: Path) -> None:
+    assert run_ranks(2, disagrees, str(tmp_path)) == [1, 1]
+
+
+def test_a_job_killed_while_it_replaced_a_checkpoint(tmp_path: Path) -> None:
+    job = Job()
+    job.train()
+    folder = CheckpointFolder(tmp_path)
+    saved = folder.save(10, job.write)
+    assert saved is not None
+    folder.close()
+    saved.rename(saved.with_name(saved.name + ".replaced"))
+    assert CheckpointFolder(tmp_path).newest() == saved
 
 
 def test_bad_arguments_are_named(tmp_path: Path) -> None:
