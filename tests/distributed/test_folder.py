@@ -68,6 +68,7 @@ def keeps(root: str) -> list[list[str]]:
         dist.barrier()
     folder.save(job.scheduler.samples, job.write)  # again at the same sample
     assert folder.newest() == folder.all()[-1]
+    dist.barrier()
     if dist.get_rank() == 0:
         assert [path.name for path in folder.set_aside(after=30)] == ["sample-000000040.superseded"]
     return found
