@@ -4,6 +4,7 @@ from dist_adamw._version import __version__
 from dist_adamw.batch import GlobalBatch
 from dist_adamw.checkpoint import AsyncSaver, Checkpoint, load, save
 from dist_adamw.collectives import AgreementError
+from dist_adamw.convert import export_checkpoint, import_checkpoint
 from dist_adamw.folder import CheckpointFolder
 from dist_adamw.integrations.accelerate import prepare
 from dist_adamw.integrations.data import position, rest_of_epoch
@@ -32,6 +33,8 @@ __all__ = [
     "RestartSchedule",
     "__version__",
     "check_replicas",
+    "export_checkpoint",
+    "import_checkpoint",
     "load",
     "position",
     "prepare",

@@ -215,6 +215,7 @@ def _gather(
             "engine": found.engine,
             "world_size": collectives.world_size(),
             "optimizer": None if optimizer is None else type(unwrap(optimizer)).__name__,
+            "decay_by": None if optimizer is None else getattr(unwrap(optimizer), "decay_by", None),
             "groups": found.groups(),
             "scalars": held.scalars,
             "scheduler": None if scheduler is None else type(scheduler).__name__,

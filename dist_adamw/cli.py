@@ -1,4 +1,4 @@
-"""The ``dist-adamw`` command: look at a recipe before training.
+"""The ``dist-adamw`` command: look at a recipe before training; look into checkpoints, and convert them.
 
 Floor 5: arguments in, text and pictures out; the arithmetic is on the floors below.
 """
@@ -6,10 +6,13 @@ Floor 5: arguments in, text and pictures out; the arithmetic is on the floors be
 from __future__ import annotations
 
 import sys
+from typing import Any, Literal
 
 import torch
 
 from dist_adamw.batch import GlobalBatch
+from dist_adamw.convert import describe, export_checkpoint, import_checkpoint
+from dist_adamw.foreign import Kind
 from dist_adamw.optimizer import DistAdamW
 from dist_adamw.scheduler import CyclicLRWithRestarts
 
@@ -81,12 +84,62 @@ def batch(size: int, micro_batch_size: int, data_parallel_size: int = 1) -> None
     )
 
 
+def inspect(path: str) -> None:
+    """Print what a checkpoint holds, and whether it is whole.
+
+    Args:
+        path: Its folder.
+    """
+    print(describe(path))
+
+
+def import_(
+    source: str,
+    path: str,
+    kind: Kind | Literal["auto"] = "auto",
+    optimizer: str | None = None,
+    names: list[str] | None = None,
+    without: list[str] | None = None,
+) -> None:
+    """Make a checkpoint from one of torch, FSDP2, DeepSpeed or safetensors. Nothing in it is executed.
+
+    Args:
+        source: The file or folder.
+        path: The folder to write the checkpoint to.
+        kind: torch (torch.save, also of ZeroRedundancyOptimizer), dcp (FSDP2), universal (DeepSpeed) or safetensors.
+        optimizer: The file with the optimizer's state dict, if it has its own.
+        names: Names of the optimizer's parameters in its order, if its groups do not say them.
+        without: Names of weights to leave out, such as the second name of a tied one.
+    """
+    import_checkpoint(source, path, kind, optimizer=optimizer, names=names, without=without or ())
+    print(describe(path))
+
+
+def export(path: str, target: str, kind: Kind | None = None, master: bool = False) -> None:
+    """Write a checkpoint for torch, FSDP2, DeepSpeed or as safetensors.
+
+    Args:
+        path: The checkpoint's folder.
+        target: The file or folder to write.
+        kind: torch (torch.save), dcp (FSDP2), universal (DeepSpeed) or safetensors (weights alone).
+        master: Write the fp32 weights, where the model's are less exact.
+    """
+    if kind is None:
+        raise ValueError("name the kind of file to write: --kind torch, dcp, universal or safetensors.")
+    export_checkpoint(path, target, kind, master=master)
+    print(f"written to {target}")
+
+
 def main(args: list[str] | None = None) -> int:
     """Run the command; a user's mistake is one sentence and exit status 2."""
     from jsonargparse import auto_cli
 
+    args = sys.argv[1:] if args is None else args
+    # Recipes have too many numbers to go without names; paths need none.
+    of_files = {"inspect": inspect, "import": import_, "export": export}
+    components: dict[str, Any] = {"preview": preview, "batch": batch, **of_files}
     try:
-        auto_cli([preview, batch], args=args, prog="dist-adamw", as_positional=False)
+        auto_cli(components, args=args, prog="dist-adamw", as_positional=bool(args) and args[0] in of_files)
     except (ValueError, ModuleNotFoundError) as error:
         print(f"dist-adamw: {error}", file=sys.stderr)
         return 2

@@ -49,7 +49,7 @@ FORMAT, VERSION = "dist_adamw checkpoint", 2
 _FILE = re.compile(r"[0-9a-f]{16}-[0-9]{5,}\.safetensors")
 _BLOCK = 1 << 22  # bytes read, written and summed at a time; also what a save or a load takes beside the tensors
 _LARGEST_INDEX = 1 << 30
-_CODES = {
+CODES = {
     torch.float64: "F64",
     torch.float32: "F32",
     torch.bfloat16: "BF16",
@@ -61,7 +61,7 @@ _CODES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in _CODES}
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in CODES}
 
 
 class CheckpointError(ValueError):
@@ -255,7 +255,7 @@ def _write_file(path: Path, items: Sequence[WriteItem], planner: SavePlanner) ->
         if nbytes == 0:
             continue  # of a rank that has nothing of this tensor
         data = {"shape": list(box.sizes), "data_offsets": [ends, ends + nbytes]}
-        header[_name(item, box)] = {"dtype": _CODES[_dtype(item)], **data}
+        header[_name(item, box)] = {"dtype": CODES[_dtype(item)], **data}
         order.append((item, box, ends, nbytes))
         ends += nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
@@ -296,7 +296,7 @@ def _dtype(item: WriteItem) -> torch.dtype:
     if item.tensor_data is None:
         raise CheckpointError(f"{item.index.fqn!r} is not a tensor. Save plain data as such, not in the state dict.")
     dtype: torch.dtype = item.tensor_data.properties.dtype
-    if dtype not in _CODES:
+    if dtype not in CODES:
         raise CheckpointError(f"{item.index.fqn!r} is {dtype}, which safetensors files here do not hold. Convert it.")
     return dtype
 
@@ -386,7 +386,7 @@ def _checked(folder: Path, found: Mapping[str, Any], digest: str) -> Index:
         files[name] = (facts["bytes"], facts["sha256"])
     tensors = {}
     for key, facts in found["tensors"].items():
-        shape, dtype = tuple(facts["shape"]), _DTYPES.get(facts["dtype"])
+        shape, dtype = tuple(facts["shape"]), DTYPES.get(facts["dtype"])
         need(all(map(_is_size, shape)) and len(shape) <= 64, f"{key!r} has shape {list(shape)[:64]}")
         need(dtype is not None, f"{key!r} is of dtype {facts['dtype']!r}")
         assert dtype is not None
@@ -585,13 +585,18 @@ def _read_box(
     rows = _BLOCK // row
     for i in range(0, wanted.sizes[0], rows):
         n = min(rows, wanted.sizes[0] - i)
-        block = _read(file, base + (wanted.offsets[0] + i) * row, n * row).view(dtype).view(n, *shape[1:])
+        block = read_exactly(file, base + (wanted.offsets[0] + i) * row, n * row).view(dtype).view(n, *shape[1:])
         for dim, (start, length) in enumerate(zip(*rest, strict=True), 1):
             block = block.narrow(dim, start, length)
         target[i : i + n].copy_(block)
 
 
-def _read(file: BinaryIO, offset: int, nbytes: int) -> Tensor:
+def read_exactly(file: BinaryIO, offset: int, nbytes: int) -> Tensor:
+    """That many bytes of a file. Local.
+
+    Raises:
+        CheckpointError: there are fewer.
+    """
     data = torch.empty(nbytes, dtype=torch.uint8)
     view = memoryview(data.numpy())  # type: ignore[arg-type]
     file.seek(offset)

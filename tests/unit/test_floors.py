@@ -39,6 +39,8 @@ FLOORS = {
     "held": 3,
     "checkpoint": 3,
     "folder": 3,
+    "foreign": 3,
+    "convert": 3,
     "integrations": 4,
     "integrations.deepspeed": 4,
     "integrations.data": 4,
