@@ -56,7 +56,7 @@ def load(folder: Path, tensors: dict[str, Tensor], aliases: dict[str, str] | Non
     dcp_load(tensors, storage_reader=Reader(folder, aliases), planner=planner, no_dist=True)  # type: ignore[arg-type]
 
 
-DTYPES = [*storage._CODES]
+DTYPES = [*storage.CODES]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
