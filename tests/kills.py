@@ -174,6 +174,7 @@ def _one_life(dice: random.Random, number: int, engine: str, world_size: int, ro
             if seen > skip:
                 break
         before = now
+        time.sleep(0.0002)
     # From half a millisecond, where the phase begins, to what the longest takes.
     time.sleep(dice.choice([0.0, 0.0005, 0.002, 0.01, 0.03]) * dice.random())
     died = [process.exitcode for process in ranks if process.exitcode is not None]
