@@ -15,8 +15,19 @@ def check_positive_int(name: str, value: object) -> int:
         ValueError: anything else, with the value received.
     """
     if isinstance(value, bool) or not hasattr(value, "__index__") or int(value) < 1:
-        raise ValueError(f"{name} must be a whole number above 0, got {value!r}.")
+        raise ValueError(f"{name} must be a whole number above 0, got {shown(value)}.")
+    if int(value) >= 1 << 62:
+        raise ValueError(f"{name} must be below 2**62, got {shown(value)}.")
     return int(value)
+
+
+def shown(value: object) -> str:
+    """``value`` as it is written, if that is of bearable length."""
+    try:
+        text = repr(value)
+    except ValueError:  # a number of more digits than Python writes
+        return "a number of thousands of digits"
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 @dataclass(frozen=True, slots=True)

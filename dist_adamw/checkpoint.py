@@ -6,8 +6,7 @@ fail together.
 
 from __future__ import annotations
 
-import json
-import random
+import math
 import time
 import warnings
 from collections.abc import Callable, Mapping
@@ -29,17 +28,19 @@ from torch.optim.lr_scheduler import LRScheduler
 from dist_adamw import collectives
 from dist_adamw._version import __version__
 from dist_adamw.conventions import unwrap
+from dist_adamw.functional import check_hyper_parameters
 from dist_adamw.held import Access, Found, Held, access, hyper_parameters, same_family
 from dist_adamw.owned import Owned, evaluated
+from dist_adamw.plain import plain
+from dist_adamw.random_state import RNG, current_random_state, random_state_of
 from dist_adamw.replicas import check_replicas
 from dist_adamw.scheduler import CyclicLRWithRestarts, OnDifference
-from dist_adamw.storage import CheckpointError, Index, Lock, Reader, Writer, check_files, read_index, read_whole
+from dist_adamw.storage import CheckpointError, Index, Lock, Reader, Writer, check_files, read_index
 
 Group = dist.ProcessGroup | None
 # Each rank reads for itself, also where there are several: that is how it is meant.
 warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized", UserWarning)
 T = TypeVar("T")
-_RNG = "rng"
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,7 +209,7 @@ def _gather(
     def gather() -> tuple[Held, dict[str, Any]]:
         found = access(model, optimizer)
         held = found.to_save()
-        held.tensors[f"{_RNG}.{collectives.rank()}"] = _random_state()
+        held.tensors[f"{RNG}.{collectives.rank()}"] = current_random_state()
         about = {
             "written by": f"dist_adamw {__version__}",
             "time": time.time(),
@@ -292,17 +293,21 @@ def load(
     if len(set(collectives.all_gather_objects(index.digest, group))) > 1:
         raise CheckpointError(f"{path} is not the same on all ranks. Give all machines the same file system.")
     choice: OnDifference = on_difference or getattr(scheduler, "on_difference", None) or "strict"
-    held = everywhere(lambda: _prepare(index, access(model, optimizer), optimizer, scheduler, choice), group)
+    # Room is made, and what was there forgotten, when no rank has found anything wrong.
+    ours = everywhere(lambda: access(model, optimizer), group)
+    taken, restore = everywhere(lambda: _compare(index, ours, optimizer, scheduler, choice), group)
+    held = everywhere(lambda: _make_room(index, ours), group)
     everywhere(lambda: _fill(index, held), group)
     about = index.about
     if optimizer is not None:
-        _take_groups(about["groups"], access(model, optimizer).groups(), unwrap(optimizer), scheduler, choice)
+        for members, values in zip(unwrap(optimizer).param_groups, taken, strict=True):
+            _take(members, values)
     if scheduler is not None:
         if isinstance(scheduler, CyclicLRWithRestarts):
             scheduler.load_state_dict(about["schedule"], choice)
         else:
             scheduler.load_state_dict(about["schedule"])
-    state = restore_random_state(index) if random_state else "left alone"
+    state = restore() if random_state else "left alone"
     return Checkpoint(path, samples_of(index), about["engine"], about["world_size"], about["extra"], state)
 
 
@@ -324,14 +329,48 @@ def checked(path: Path, part: int = 0, parts: int = 1) -> Index:
     """
     index = read_index(path)
     check_files(index, part, parts)
-    about = index.about
-    kinds = {"engine": str, "world_size": int, "groups": list, "scalars": dict, "extra": dict}
-    wrong = [name for name, kind in kinds.items() if type(about.get(name)) is not kind]
-    wrong += [name for name in ("optimizer", "scheduler", "schedule") if name not in about]
-    numbers = (v for s in about["scalars"].values() for v in (s.values() if isinstance(s, dict) else [None]))
-    if wrong or not all(type(v) in (int, float, bool) for v in numbers) or not 1 <= about["world_size"] < 1 << 24:
-        raise CheckpointError(f"{path} is damaged: it does not say what it should of {', '.join(wrong) or 'scalars'}.")
+    if wrong := [
+        name for name, is_right in _ABOUT.items() if not (name in index.about and is_right(index.about[name]))
+    ]:
+        raise CheckpointError(f"{path} is damaged: it does not say what it should of {', '.join(wrong)}.")
     return index
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_mapping(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
+def _are_groups(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(group, dict) and isinstance(group.get("names"), list) and all(map(_is_text, group["names"]))
+        for group in value
+    )
+
+
+def _are_scalars(value: Any) -> bool:
+    """By parameter name, numbers; of which the updates so far make sense."""
+    return _is_mapping(value) and all(
+        _is_mapping(numbers)
+        and all(type(v) in (int, float, bool) for v in numbers.values())
+        and ("step" not in numbers or (type(numbers["step"]) is not bool and 0 <= numbers["step"] < 1 << 53))
+        for numbers in value.values()
+    )
+
+
+_ABOUT: dict[str, Callable[[Any], bool]] = {
+    "engine": _is_text,
+    "world_size": lambda value: type(value) is int and 1 <= value < 1 << 24,
+    "optimizer": lambda value: value is None or _is_text(value),
+    "scheduler": lambda value: value is None or _is_text(value),
+    "schedule": lambda value: value is None or _is_mapping(value),
+    "groups": _are_groups,
+    "scalars": _are_scalars,
+    "extra": _is_mapping,
+}
 
 
 def samples_of(index: Index) -> int | None:
@@ -341,16 +380,22 @@ def samples_of(index: Index) -> int | None:
     return samples if type(samples) is int else None
 
 
-def _prepare(
+def _compare(
     index: Index, ours: Access, optimizer: Optimizer | None, scheduler: LRScheduler | None, choice: OnDifference
-) -> Held:
-    """Check what was saved against what is here, then make room for it. Local; nothing is changed by an error."""
+) -> tuple[list[dict[str, Any]], Callable[[], str]]:
+    """Check what was saved against what is here. Local.
+
+    Returns:
+        What the parameter groups take, and what restores the random state.
+    """
     about = index.about
+    taken: list[dict[str, Any]] = []
     _check_same_model(index, ours.parameters())
     if optimizer is not None:
         _check_optimizer(index, ours, optimizer, scheduler, choice)
+        taken = _to_take(index, ours.groups(), unwrap(optimizer), scheduler, choice)
     if scheduler is not None:
-        if about["scheduler"] != type(scheduler).__name__:
+        if about["scheduler"] != type(scheduler).__name__ or about["schedule"] is None:
             raise CheckpointError(
                 f"{index.folder} has the state of {about['scheduler'] or 'no scheduler'}, and this job a "
                 f"{type(scheduler).__name__}. Pass the same, or scheduler=None."
@@ -360,17 +405,45 @@ def _prepare(
                 scheduler.check_loadable(about["schedule"], choice)
             except ValueError as error:
                 raise CheckpointError(f"{index.folder}: {error}") from error
+        elif not _is_like(about["schedule"], scheduler.state_dict()):
+            raise CheckpointError(f"{index.folder} is damaged: it has no state of a {type(scheduler).__name__}.")
+    return taken, random_state_of(index)
+
+
+def _make_room(index: Index, ours: Access) -> Held:
+    """What to read, and where to. Local; nothing is changed by an error."""
     kinds: dict[str, set[str]] = {}
     for key in index.tensors:
         kind, _, name = key.partition(".")
-        kinds.setdefault(name, set()).add(kind)
+        if kind != RNG:  # a parameter may be called "0"
+            kinds.setdefault(name, set()).add(kind)
     found = Found(
         kinds,
         {key: saved.dtype for key, saved in index.tensors.items()},
         {key: saved.shape for key, saved in index.tensors.items()},
-        about["scalars"],
+        index.about["scalars"],
     )
-    return ours.to_load(found)
+    try:
+        return ours.to_load(found)
+    except CheckpointError as error:
+        raise CheckpointError(f"{index.folder}: {error}") from error
+
+
+def _is_like(saved: Any, here: Any) -> bool:
+    """Whether plain data can take the place of what is here."""
+    if isinstance(here, dict):
+        return (
+            isinstance(saved, dict) and saved.keys() == here.keys() and all(_is_like(saved[k], here[k]) for k in here)
+        )
+    if isinstance(here, list | tuple):
+        return isinstance(saved, list) and len(saved) == len(here) and all(map(_is_like, saved, here))
+    if here is None:
+        return saved is None or isinstance(saved, int | float | str)
+    if isinstance(here, bool | str):
+        return type(saved) is type(here)
+    if isinstance(here, int | float | Tensor):
+        return (type(saved) is float and not math.isnan(saved)) or (type(saved) is int and abs(saved) < 1 << 63)
+    return False
 
 
 def _fill(index: Index, held: Held) -> None:
@@ -429,25 +502,48 @@ def _check_optimizer(
         )
 
 
-def _take_groups(
-    saved: list[dict[str, Any]],
+def _to_take(
+    index: Index,
     ours: list[dict[str, Any]],
     optimizer: Optimizer,
     scheduler: LRScheduler | None,
     choice: OnDifference,
-) -> None:
-    """Give parameter groups what they had. lr and weight decay come from the schedule, where it is one of ours."""
-    of = {name: group for group in saved for name in group["names"]}
+) -> list[dict[str, Any]]:
+    """What parameter groups are to have as they had. lr and weight decay come from the schedule, where it is ours."""
+    of = {name: group for group in index.about["groups"] for name in group["names"]}
+    taken = []
     for group, here in zip(optimizer.param_groups, ours, strict=True):
-        before = next((of[name] for name in here["names"] if name in of), {})
-        taken = [] if isinstance(scheduler, CyclicLRWithRestarts) else ["lr", "weight_decay", "initial_lr"]
+        before: dict[str, Any] = next((of[name] for name in here["names"] if name in of), {})
+        keys = [] if isinstance(scheduler, CyclicLRWithRestarts) else ["lr", "weight_decay", "initial_lr"]
         if choice == "checkpoint":
-            taken += hyper_parameters([here])[here["names"][0]] if here["names"] else []
-        for key in taken:
-            if key in before and key != "initial_lr" and isinstance(group.get(key), Tensor):
-                group[key].fill_(before[key])
-            elif key in before and (key in group or key == "initial_lr"):
-                group[key] = tuple(before[key]) if isinstance(before[key], list) else before[key]
+            keys += hyper_parameters([here])[here["names"][0]] if here["names"] else []
+        values = {key: before[key] for key in keys if key in before and (key in group or key == "initial_lr")}
+        for key, value in values.items():
+            fits = _is_like(value, plain(group.get(key, group["lr"])))
+            if not fits or (key in ("lr", "weight_decay", "initial_lr") and not 0 <= value < math.inf):
+                raise CheckpointError(
+                    f"{index.folder} is damaged: {key} of a parameter group is {value!r}, and {group.get(key)!r} here."
+                )
+        if values.get("amsgrad", group.get("amsgrad")) != group.get("amsgrad"):
+            raise CheckpointError(
+                f"{index.folder} was made with amsgrad={values['amsgrad']}, which cannot be taken over: the state has "
+                "another layout. Pass the same."
+            )
+        if {"lr", "betas", "eps", "weight_decay"} <= group.keys():
+            try:
+                check_hyper_parameters({**group, **values})
+            except ValueError as error:
+                raise CheckpointError(f"{index.folder} is damaged: {error}.") from error
+        taken.append(values)
+    return taken
+
+
+def _take(group: dict[str, Any], values: Mapping[str, Any]) -> None:
+    for key, value in values.items():
+        if isinstance(group.get(key), Tensor) and key != "initial_lr":
+            group[key].fill_(value)
+        else:
+            group[key] = tuple(value) if isinstance(value, list) else value
 
 
 # ---------------------------------------------------------------------------------------------- all ranks together
@@ -474,55 +570,3 @@ def everywhere(action: Callable[[], T], group: Group = None) -> T:
             alike = all(other == failed for other in reports)
             raise CheckpointError(failed if alike else f"{failed} (rank {rank})")
     return result  # type: ignore[return-value]
-
-
-# ---------------------------------------------------------------------------------------------- random state
-
-
-def _random_state() -> Tensor:
-    """Of Python, numpy if it is there, torch and this rank's device; as text in a tensor. Local."""
-    version, numbers, gauss = random.getstate()
-    state: dict[str, Any] = {"python": [version, list(numbers), gauss], "torch": _hex(torch.get_rng_state())}
-    try:
-        import numpy as np
-    except ImportError:
-        pass
-    else:
-        legacy: Any = np.random.get_state()
-        state["numpy"] = [legacy[0], legacy[1].tolist(), *legacy[2:]]
-    if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        state["cuda"] = _hex(torch.cuda.get_rng_state())
-    return torch.frombuffer(bytearray(json.dumps(state).encode()), dtype=torch.uint8)
-
-
-def _hex(state: Tensor) -> str:
-    return bytes(state.tolist()).hex()
-
-
-def restore_random_state(index: Index) -> str:
-    """Give this rank the random state that it had, or one that follows from those that were. Local."""
-    rank, before = collectives.rank(), index.about["world_size"]
-    if f"{_RNG}.0" not in index.tensors:
-        return "left alone"
-    text = bytes(read_whole(index, f"{_RNG}.{rank % before}").tolist())
-    state = json.loads(text)
-    version, numbers, gauss = state["python"]
-    random.setstate((version, tuple(numbers), gauss))
-    torch.set_rng_state(torch.frombuffer(bytearray.fromhex(state["torch"]), dtype=torch.uint8))
-    if "numpy" in state:
-        import numpy as np
-
-        kind, keys, *rest = state["numpy"]
-        np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(torch.frombuffer(bytearray.fromhex(state["cuda"]), dtype=torch.uint8))
-    if rank < before:
-        return "restored"
-    if before > 1 and bytes(read_whole(index, f"{_RNG}.0").tolist()) == bytes(read_whole(index, f"{_RNG}.1").tolist()):
-        return "restored"  # all ranks draw the same numbers, so this one too
-    seed = (torch.initial_seed() * 1_000_003 + random.getrandbits(32) + rank) % (1 << 63)
-    random.seed(seed)
-    torch.manual_seed(seed)
-    if "numpy" in state:
-        np.random.seed(seed % (1 << 32))
-    return "seeded anew, since there was no such rank"

@@ -289,7 +289,7 @@ def damage_of(path: Path) -> str | None:
             manifest = json.loads(file.read())
         for name, expected in manifest.items():
             inside = path / name
-            if ".." in Path(name).parts or Path(name).is_absolute():
+            if not inside.resolve().is_relative_to(path.resolve()):  # also by a link on the way
                 return f"the checkpoint {path} is damaged: its manifest names {name!r}, outside of it."
             if name.endswith("/"):
                 if problem := damage(inside):

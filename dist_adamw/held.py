@@ -74,11 +74,7 @@ class Held:
             source = f"{MODEL}.{name}"
         else:
             found.need(kind, name)
-        if found.shapes[source] != tuple(target.shape):
-            raise CheckpointError(
-                f"the checkpoint's {kind} of {name} has shape {found.shapes[source]}, and {tuple(target.shape)} is "
-                "needed here: it is of another model."
-            )
+        found.need_shape(source, target.shape)
         self.tensors[key] = target
         if source != key:
             self.sources[key] = source
@@ -108,6 +104,24 @@ class Found:
                 f"the checkpoint has no {kind} of {name}, only {', '.join(sorted(kinds)) or 'nothing'}. "
                 "Pass an optimizer with the options that it was saved with."
             )
+
+    def need_shape(self, key: str, shape: Sequence[int]) -> None:
+        """Raise where the checkpoint's tensor has another one. Local."""
+        if self.shapes[key] != tuple(shape):
+            raise CheckpointError(
+                f"the checkpoint's {key} has shape {self.shapes[key]}, and {tuple(shape)} is needed here: it is of "
+                "another model."
+            )
+
+    def need_adam(self, name: str, shape: Sequence[int], amsgrad: bool) -> None:
+        """Raise where the checkpoint has not all of the state of a parameter that has some. Local."""
+        for kind in MOMENTS if amsgrad else MOMENTS[:2]:
+            self.need(kind, name)
+            self.need_shape(f"{kind}.{name}", shape)
+        if MASTER in self.kinds[name]:
+            self.need_shape(f"{MASTER}.{name}", shape)
+        if "step" not in self.scalars.get(name, {}):
+            raise CheckpointError(f"the checkpoint does not say how many updates {name} has had: it is damaged.")
 
 
 class Access(Protocol):
@@ -263,10 +277,8 @@ class Plain:
     def _into_shards(self, optimizer: DistAdamW, held: Held, found: Found) -> None:
         chosen = [p for p, name in self.names.items() if found.kinds.get(name, set()) - {MODEL, MASTER}]
         for group in optimizer.param_groups:  # before anything is changed
-            needed = MOMENTS if group["amsgrad"] else MOMENTS[:2]
-            for name in {self.names[param] for param in group["params"]} & {self.names[param] for param in chosen}:
-                for kind in needed:
-                    found.need(kind, name)
+            for param in {*group["params"]} & {*chosen}:
+                found.need_adam(self.names[param], param.shape, group["amsgrad"])
         optimizer.lay_out(chosen)
         remainders = []
         for shard in optimizer.shards:
@@ -293,12 +305,17 @@ class Plain:
         held.later, held.finish = later, finish
 
     def _into_states(self, optimizer: Optimizer, held: Held, found: Found) -> None:
-        optimizer.state.clear()
+        of_adam = type(optimizer).__name__ in _ADAMW
+        states: dict[Tensor, dict[str, Any]] = {}
         for group in optimizer.param_groups:
             for param in group["params"]:
                 name = self.names[param]
                 state: dict[str, Any] = {}
-                for kind in sorted(found.kinds.get(name, set()) - {MODEL, MASTER}):
+                kinds = found.kinds.get(name, set()) - {MODEL, MASTER}
+                if of_adam and kinds:
+                    found.need_adam(name, param.shape, group.get("amsgrad", False))
+                    kinds &= {*MOMENTS}
+                for kind in sorted(kinds):
                     key = f"{kind}.{name}"
                     if found.shapes[key] == tuple(param.shape):
                         state[kind] = torch.zeros_like(param, dtype=found.dtypes[key], requires_grad=False)
@@ -306,11 +323,17 @@ class Plain:
                         state[kind] = torch.zeros(found.shapes[key], dtype=found.dtypes[key], device=param.device)
                     held.read(kind, name, state[kind], found)
                 for kind, value in found.scalars.get(name, {}).items():
+                    if of_adam and kind != "step":
+                        continue
+                    if kind in state:
+                        raise CheckpointError(f"the checkpoint has {kind} of {name} twice: it is damaged.")
                     on_device = group.get("fused") or group.get("capturable")
                     device = local_of(param).device if on_device else "cpu"
                     state[kind] = torch.tensor(value, device=device) if kind == "step" else value
                 if state:
-                    optimizer.state[param] = state
+                    states[param] = state
+        optimizer.state.clear()
+        optimizer.state.update(states)
 
 
 def _like_param(shard: Shard, i: int, values: Values, dtype: torch.dtype) -> Tensor:

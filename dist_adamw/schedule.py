@@ -10,18 +10,20 @@ T_i the length of cycle i in epochs; S_i its first sample; tau the position in i
 from __future__ import annotations
 
 import math
+import re
 from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from fractions import Fraction
 
-from dist_adamw.batch import check_positive_int
+from dist_adamw.batch import check_positive_int, shown
 from dist_adamw.policies import Policy, make_policy
 
 RestartCallback = Callable[[float, float], tuple[float, float]]
 IterationCallback = Callable[[float, float, float], tuple[float, float]]
 Period = int | float | str | Fraction
 
+_SHORTEST = Fraction(1, 1_000_000)  # samples in a cycle
 _BELOW_ONE = math.nextafter(1.0, 0.0)
 
 
@@ -101,10 +103,14 @@ class _Run:
         """Index of the last cycle with start <= u; u is at or after the run's own start."""
         if self.ratio == 1:
             return self.index + (u - self.start) // self.length
-        below, above = self.index, self.index + 1
-        while self.start_of(above) <= u:
-            below, above = above, above + 2 * (above - self.index)
-        return below + bisect_right(range(below, above), Fraction(u), key=self.start_of) - 1
+        # Logarithms say where to look, and exact numbers what is there.
+        guess = _log_of_one_plus((u - self.start) * (self.ratio - 1) / self.length) / _log_of_one_plus(self.ratio - 1)
+        found = self.index + max(0, int(guess))
+        while self.start_of(found) > u:
+            found -= 1
+        while self.start_of(found + 1) <= u:
+            found += 1
+        return found
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -164,13 +170,15 @@ class RestartSchedule:
         check_positive_int("epoch_size", self.epoch_size)
         check_positive_int("batch_size", self.batch_size)
         if isinstance(self.warmup_samples, bool) or not isinstance(self.warmup_samples, int) or self.warmup_samples < 0:
-            raise ValueError(f"warmup_samples must be a whole number >= 0, got {self.warmup_samples!r}.")
+            raise ValueError(f"warmup_samples must be a whole number >= 0, got {shown(self.warmup_samples)}.")
+        if self.warmup_samples:
+            check_positive_int("warmup_samples", self.warmup_samples)
         if not 0.0 <= self.warmup_start_lr < math.inf:
             raise ValueError(f"warmup_start_lr must be a finite number >= 0, got {self.warmup_start_lr!r}.")
         if not 0.0 <= self.triangular_step <= 1.0:
             raise ValueError(f"triangular_step must lie in [0, 1], got {self.triangular_step!r}.")
-        if not -math.inf < self.weight_decay_exponent < math.inf:
-            raise ValueError(f"weight_decay_exponent must be finite, got {self.weight_decay_exponent!r}.")
+        if not 0.0 <= self.weight_decay_exponent <= 10.0:
+            raise ValueError(f"weight_decay_exponent must lie in [0, 10], got {self.weight_decay_exponent!r}.")
         _check_gamma(self.gamma)
         if self.policy_fn is not None and not callable(self.policy_fn):
             raise ValueError(f"policy_fn must be a function of tau, got {self.policy_fn!r}.")
@@ -186,22 +194,42 @@ class RestartSchedule:
             floor = exact("min_restart_period", self.min_restart_period) * self.epoch_size
         else:
             floor = min(first, Fraction(self.epoch_size)) if ratio < 1 else Fraction(0)
+        if max(floor, first if ratio >= 1 else 0) < _SHORTEST:
+            raise ValueError(
+                f"restart_period={shown(self.restart_period)} and min_restart_period={shown(self.min_restart_period)} "
+                f"make cycles of less than a millionth of a sample, in epochs of {self.epoch_size:,}. Raise them."
+            )
+        self._check_countable(first, ratio, floor)
         if ratio == 1 or (ratio < 1 and first <= floor):
             return (_Run(0, Fraction(0), max(first, floor), Fraction(1)),)
         # The cycles before the floor takes over (shrinking) or lets go (growing).
-        if floor > 0 and first > 0:
-            turns = abs(math.log(floor / first) / math.log1p(ratio - 1))
-            if turns * ratio.denominator.bit_length() > _LARGEST_POWER:
-                raise ValueError(
-                    f"t_mult={self.t_mult!r} is so close to 1 that {turns:,.0f} cycles pass before the floor of "
-                    f"{float(floor / self.epoch_size):g} epochs, which cannot be counted exactly. Round it, or pass 1."
-                )
         turn = _first_power(first, ratio, floor)
         at_floor = Fraction(1)
         before = _Run(0, Fraction(0), first, ratio) if ratio < 1 else _Run(0, Fraction(0), floor, at_floor)
         start = before.start_of(turn)
         after = _Run(turn, start, floor, at_floor) if ratio < 1 else _Run(turn, start, first * ratio**turn, ratio)
         return (before, after) if turn else (after,)
+
+    def _check_countable(self, first: Fraction, ratio: Fraction, floor: Fraction) -> None:
+        """Raise where looking a sample up would take long: its cycle is found by exact powers of ``t_mult``."""
+        if ratio == 1 or (ratio < 1 and first <= floor):
+            return
+        growth = _log_of_one_plus(ratio - 1)
+        turns = (
+            {f"before the floor of {shown(self.min_restart_period)} epochs": abs(_log(floor / first) / growth)}
+            if floor
+            else {}
+        )
+        if ratio > 1:
+            length = max(first, floor)
+            turns["in a thousand epochs"] = _log_of_one_plus(1000 * self.epoch_size * (ratio - 1) / length) / growth
+        for when, count in turns.items():
+            largest = _LARGEST_POWER if when.startswith("before") else _LARGEST_POWER >> 3
+            if count * ratio.denominator.bit_length() > largest:
+                raise ValueError(
+                    f"t_mult={shown(self.t_mult)} is so close to 1 that {count:,.0f} cycles pass {when}, which cannot "
+                    "be counted exactly. Round it, or pass 1."
+                )
 
     def cycle(self, index: int) -> Cycle:
         """Cycle number ``index``, from 0."""
@@ -265,12 +293,22 @@ def exact(name: str, value: Period) -> Fraction:
         ValueError: not a finite number above 0.
     """
     try:
-        fraction = Fraction(str(value))
+        text = str(value).replace("_", "")
+        # A power of ten beyond all floats would fill the memory.
+        fraction = Fraction(0 if len(text) > 1000 or re.search(r"[eE][+-]?\d{4}", text) else text)
     except (ValueError, ZeroDivisionError):
         fraction = Fraction(0)
     if fraction <= 0:
-        raise ValueError(f"{name} must be a finite number above 0, got {value!r}.")
+        raise ValueError(f"{name} must be a finite number above 0, got {shown(value)}.")
     return fraction
+
+
+def _log_of_one_plus(value: Fraction) -> float:
+    return math.log1p(value) if -0.5 < value < 1 else _log(1 + value)
+
+
+def _log(value: Fraction) -> float:
+    return math.log(value.numerator) - math.log(value.denominator)  # also where no float is as large
 
 
 def _ratio(a: Fraction, b: Fraction) -> float:

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from dist_adamw import collectives
-from dist_adamw.batch import GlobalBatch, check_positive_int
+from dist_adamw.batch import GlobalBatch, check_positive_int, shown
 from dist_adamw.conventions import decay_convention, skip_is_known, unwrap, was_applied
 from dist_adamw.plain import plain
 from dist_adamw.policies import Policy
@@ -40,6 +40,19 @@ class _Base:
     min_lr: float
     weight_decay: float
     lr_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.lr < math.inf:
+            raise ValueError(f"lr must be a finite number >= 0, got {self.lr!r}.")
+        if not 0.0 <= self.weight_decay < math.inf:
+            raise ValueError(f"weight_decay must be a finite number >= 0, got {self.weight_decay!r}.")
+        if not 0.0 <= self.min_lr <= self.lr:
+            raise ValueError(
+                f"min_lr must lie between 0 and the group's lr {self.lr!r}, got {self.min_lr!r}. "
+                "Set min_lr in the parameter group, or pass a smaller one."
+            )
+        if not 0.0 <= self.lr_scale < math.inf:
+            raise ValueError(f"lr_scale must be a finite number >= 0, got {self.lr_scale!r}.")
 
     def plain(self) -> list[float]:
         """The numbers, as plain data; a scale only where there is one."""
@@ -117,10 +130,7 @@ class CyclicLRWithRestarts(LRScheduler):
         stream: bool = False,
         verbose: bool = False,
     ) -> None:
-        if normalize_weight_decay not in (True, False, "auto"):
-            raise ValueError(f"normalize_weight_decay must be True, False or 'auto', got {normalize_weight_decay!r}.")
-        if lr_scaling not in (None, "sqrt", "linear"):
-            raise ValueError(f"lr_scaling must be 'sqrt', 'linear' or None, got {lr_scaling!r}.")
+        _check_choices(normalize_weight_decay, lr_scaling, stream)
         self._options: dict[str, Any] = {
             "restart_period": restart_period,
             "t_mult": t_mult,
@@ -188,14 +198,7 @@ class CyclicLRWithRestarts(LRScheduler):
     # ---------------------------------------------------------------- configuration
 
     def _make_schedule(self) -> RestartSchedule | None:
-        epoch_size, batch_size = self._epoch_size, self._reference_batch_size
-        # Bad arguments fail here and now, also when prepare is to fill in the rest.
-        schedule = RestartSchedule(
-            epoch_size=1 if epoch_size is None else epoch_size,
-            batch_size=1 if batch_size is None else batch_size,
-            **self._options,
-        )
-        return None if epoch_size is None or batch_size is None else schedule
+        return _make_schedule(self._epoch_size, self._reference_batch_size, self._options)
 
     @property
     def batch_size(self) -> int | None:
@@ -245,28 +248,18 @@ class CyclicLRWithRestarts(LRScheduler):
         optimizer = self.optimizer
         for group in optimizer.param_groups[len(self._bases) :]:
             # torch's own convention for lr: what a scheduler has annealed is never taken for a base.
-            base_lr = float(group.setdefault("initial_lr", _copied(group["lr"])))
-            decay = float(group.setdefault("initial_weight_decay", group.get("weight_decay", 0.0)))
-            min_lr = float(group.get("min_lr", self._min_lr))
-            lr_scale = float(group.get("lr_scale", 1.0))
-            if not 0.0 <= base_lr < math.inf:
-                raise ValueError(f"lr must be a finite number >= 0, got {base_lr!r}.")
-            if not 0.0 <= decay < math.inf:
-                raise ValueError(f"weight_decay must be a finite number >= 0, got {decay!r}.")
-            if not 0.0 <= min_lr <= base_lr:
-                raise ValueError(
-                    f"min_lr must lie between 0 and the group's lr {base_lr!r}, got {min_lr!r}. "
-                    "Set min_lr in the parameter group, or pass a smaller one."
-                )
-            if not 0.0 <= lr_scale < math.inf:
-                raise ValueError(f"lr_scale must be a finite number >= 0, got {lr_scale!r}.")
+            base_lr = _number("lr", group.setdefault("initial_lr", _copied(group["lr"])))
+            decay = _number("weight_decay", group.setdefault("initial_weight_decay", group.get("weight_decay", 0.0)))
+            min_lr = _number("min_lr", group.get("min_lr", self._min_lr))
+            lr_scale = _number("lr_scale", group.get("lr_scale", 1.0))
+            base = _Base(base_lr, min_lr, decay, lr_scale)
             if self._normalize is True and decay > 0 and decay_convention(optimizer, group) == "l2":
                 raise ValueError(
                     f"normalize_weight_decay=True, but {type(optimizer).__name__} adds weight_decay={decay!r} to the "
                     "gradient (L2), where the norm means nothing. Use an optimizer with decoupled decay, such as "
                     "DistAdamW or torch.optim.AdamW, or leave normalize_weight_decay='auto'."
                 )
-            self._bases.append(_Base(base_lr, min_lr, decay, lr_scale))
+            self._bases.append(base)
 
     # ---------------------------------------------------------------- the clock
 
@@ -408,7 +401,13 @@ class CyclicLRWithRestarts(LRScheduler):
         lambda_i = base.weight_decay * self.schedule.weight_decay_norm(point, self._batch_size)
         if convention == "schedule":
             return lambda_i * self.schedule.lr(point, base.lr, base.min_lr) / base.lr
-        return lambda_i / (base.lr * base.lr_scale * self._batch_scale())
+        decay = lambda_i / (base.lr * base.lr_scale * self._batch_scale())
+        if not decay < math.inf:
+            raise ValueError(
+                f"weight_decay={base.weight_decay!r} over lr={base.lr * base.lr_scale!r} is no finite number. "
+                "Raise lr, or pass decay_by='schedule' to DistAdamW."
+            )
+        return decay
 
     def get_lr(self) -> list[float | Tensor]:
         """The learning rate of each group at ``samples``."""
@@ -480,37 +479,30 @@ class CyclicLRWithRestarts(LRScheduler):
         Raises:
             ValueError: not a state of this class, or configurations differ; nothing is changed.
         """
-        saved, differing = self.check_loadable(state_dict, on_difference)
-        if differing:
-            self._take_over(saved, differing)
-        self._epoch_size = self._epoch_size or saved["epoch_size"]
-        if self._batch_size is None:
-            self._batch_size = state_dict["batch_size"]
-        self._reference_batch_size = state_dict["reference_batch_size"] or self._reference_batch_size
-        self._schedule = self._make_schedule()
-        self.samples = int(state_dict["samples"])
+        self.__dict__.update(self.check_loadable(state_dict, on_difference))
         self._applied, self._unconfirmed = [], False
         self._push()
 
     def check_loadable(
         self, state_dict: Mapping[str, Any], on_difference: OnDifference | None = None
-    ) -> tuple[Mapping[str, Any], list[str]]:
+    ) -> dict[str, Any]:
         """What `load_state_dict` would raise, and nothing else of what it does. Local.
 
         Returns:
-            The configuration saved, and the names in it that would be taken over.
+            The attributes that it would set.
         """
         needed = {"samples", "batch_size", "reference_batch_size", "configuration"}
         if state_dict.get("version") != _STATE_VERSION or not needed <= state_dict.keys():
             raise ValueError(
                 f"not a state of CyclicLRWithRestarts version {_STATE_VERSION}: its keys are {sorted(state_dict)}."
             )
+        _check_clock(state_dict)
         choice = self.on_difference if on_difference is None else on_difference
         if choice not in ("strict", "checkpoint", "new"):
             raise ValueError(f"on_difference must be 'strict', 'checkpoint' or 'new', got {choice!r}.")
         saved, ours = state_dict["configuration"], self.configuration()
         if ours["epoch_size"] is None:
-            ours["epoch_size"] = saved["epoch_size"]
+            ours["epoch_size"] = saved.get("epoch_size")
         differing = [k for k in sorted({*saved, *ours}) if saved.get(k) != ours.get(k)]
         if differing and choice == "strict":
             lines = "; ".join(f"{k} was {saved.get(k)!r} and is {ours.get(k)!r}" for k in differing)
@@ -518,8 +510,25 @@ class CyclicLRWithRestarts(LRScheduler):
                 f"the schedule of the checkpoint is another one: {lines}. Pass the same arguments, or set "
                 "scheduler.on_difference to 'checkpoint' or 'new' to choose."
             )
-        if choice != "checkpoint":
-            return saved, []
+        new = {
+            "samples": state_dict["samples"],
+            "_epoch_size": self._epoch_size or saved.get("epoch_size"),
+            "_batch_size": self._batch_size or state_dict["batch_size"],
+            "_reference_batch_size": state_dict["reference_batch_size"] or self._reference_batch_size,
+            "_options": self._options,
+        }
+        try:
+            if choice == "checkpoint" and differing:
+                new |= self._of_checkpoint(saved, differing)
+            new["_schedule"] = _make_schedule(new["_epoch_size"], new["_reference_batch_size"], new["_options"])
+            if new["_schedule"] is not None:
+                new["_schedule"].at(new["samples"])
+        except (TypeError, KeyError, ArithmeticError) as error:
+            what = f"{type(error).__name__}: {error}"
+            raise ValueError(f"the schedule of the checkpoint cannot be computed: {what}.") from error
+        return new
+
+    def _of_checkpoint(self, saved: Mapping[str, Any], differing: list[str]) -> dict[str, Any]:
         callables = ("policy_fn", "eta_on_restart_cb", "eta_on_iteration_cb")
         functions = [k for k in differing if k in callables and saved.get(k) is not None]
         if functions:
@@ -530,16 +539,15 @@ class CyclicLRWithRestarts(LRScheduler):
         groups = saved["groups (lr, min_lr, weight_decay)"]
         if len(groups) != len(self._bases):
             raise ValueError(f"the checkpoint has {len(groups)} parameter groups, this optimizer {len(self._bases)}.")
-        return saved, differing
-
-    def _take_over(self, saved: Mapping[str, Any], differing: list[str]) -> None:
-        kept = {k: v for k, v in self._options.items() if k not in differing}
-        self._options = {**{k: saved[k] for k in self._options if k in differing}, **kept}
-        self._epoch_size = saved["epoch_size"]
-        self._normalize = saved["normalize_weight_decay"]
-        self._lr_scaling = saved["lr_scaling"]
-        self._stream = saved["stream"]
-        self._bases = [_Base(*group) for group in saved["groups (lr, min_lr, weight_decay)"]]
+        _check_choices(saved["normalize_weight_decay"], saved["lr_scaling"], saved["stream"])
+        return {
+            "_options": {k: saved[k] if k in differing else v for k, v in self._options.items()},
+            "_epoch_size": saved["epoch_size"],
+            "_normalize": saved["normalize_weight_decay"],
+            "_lr_scaling": saved["lr_scaling"],
+            "_stream": saved["stream"],
+            "_bases": [_Base(*group) for group in groups],
+        }
 
     def agreement_record(self) -> dict[str, Any]:
         """What all ranks must have alike at this update, as plain data."""
@@ -554,6 +562,49 @@ class CyclicLRWithRestarts(LRScheduler):
             "weight_decay": self.get_last_weight_decay(),
             "group hyper-parameters": hyper,
         }
+
+
+def _make_schedule(
+    epoch_size: int | None, batch_size: int | None, options: Mapping[str, Any]
+) -> RestartSchedule | None:
+    # Bad arguments fail here and now, also when prepare is to fill in the rest.
+    schedule = RestartSchedule(
+        epoch_size=1 << 40 if epoch_size is None else epoch_size,
+        batch_size=1 if batch_size is None else batch_size,
+        **options,
+    )
+    return None if epoch_size is None or batch_size is None else schedule
+
+
+def _check_choices(normalize_weight_decay: object, lr_scaling: object, stream: object) -> None:
+    if not isinstance(normalize_weight_decay, bool) and normalize_weight_decay != "auto":
+        raise ValueError(f"normalize_weight_decay must be True, False or 'auto', got {normalize_weight_decay!r}.")
+    if lr_scaling not in (None, "sqrt", "linear"):
+        raise ValueError(f"lr_scaling must be 'sqrt', 'linear' or None, got {lr_scaling!r}.")
+    if not isinstance(stream, bool):
+        raise ValueError(f"stream must be True or False, got {stream!r}.")
+
+
+def _number(name: str, value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"{name} must be a number, got {shown(value)}.") from error
+
+
+def _check_clock(state_dict: Mapping[str, Any]) -> None:
+    """The numbers of a saved state, which may come from anywhere."""
+    samples = state_dict["samples"]
+    if type(samples) is not int or not 0 <= samples < 1 << 62:
+        raise ValueError(f"samples of a saved schedule must be a whole number from 0 to 2**62, got {samples!r}.")
+    for name in ("batch_size", "reference_batch_size"):
+        if state_dict[name] is not None:
+            check_positive_int(f"{name} of a saved schedule", state_dict[name])
+    configuration = state_dict["configuration"]
+    if not isinstance(configuration, Mapping):
+        raise ValueError(f"configuration of a saved schedule must be a dict, got {configuration!r}.")
+    if configuration.get("epoch_size") is not None:
+        check_positive_int("epoch_size of a saved schedule", configuration["epoch_size"])
 
 
 def _batch_samples(batch_size: int | GlobalBatch) -> int:

@@ -27,6 +27,7 @@ import stat
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -66,6 +67,11 @@ DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in CODES}
 
 class CheckpointError(ValueError):
     """A checkpoint cannot be written or used. The message names it, what is wrong, and what to do."""
+
+    def __init__(self, message: str) -> None:
+        # What a damaged file says may be part of it: of any length, over several lines, not to be printed.
+        line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)
+        super().__init__(line if len(line) <= 3000 else f"{line[:2000]} ... {line[-900:]}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,11 +242,19 @@ def sync_folder(folder: Path) -> None:
 
 def _as_json(about: Mapping[str, Any]) -> Any:
     try:
+        if not _has_text_for_keys(about):
+            raise TypeError("a dict has keys that are not text, and would come back with text for keys")
         return json.loads(json.dumps(about))
     except (TypeError, ValueError, RecursionError) as error:
         raise CheckpointError(
             f"only plain data (numbers, text, lists, dicts) can be saved beside tensors: {error}."
         ) from error
+
+
+def _has_text_for_keys(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return all(isinstance(key, str) and _has_text_for_keys(inner) for key, inner in value.items())
+    return not isinstance(value, list | tuple) or all(map(_has_text_for_keys, value))
 
 
 def _write_file(path: Path, items: Sequence[WriteItem], planner: SavePlanner) -> list[WriteResult]:
@@ -346,11 +360,11 @@ def read_index(folder: str | Path) -> Index:
     if found.get("version") != VERSION:
         raise CheckpointError(f"{path} has version {found.get('version')!r}; this release reads version {VERSION}.")
     digest = found.pop("sha256", None)
-    if digest != _digest(found):
-        raise CheckpointError(f"{path} is damaged: its checksum differs. Resume from an older checkpoint.")
     try:
+        if digest != _digest(found):
+            raise CheckpointError(f"{path} is damaged: its checksum differs. Resume from an older checkpoint.")
         return _checked(folder, found, digest)
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"{path} is damaged: {type(error).__name__}: {error}.") from error
@@ -385,9 +399,12 @@ def _checked(folder: Path, found: Mapping[str, Any], digest: str) -> Index:
         need(_is_size(facts["bytes"]) and isinstance(facts["sha256"], str), f"file {name!r} is described as {facts}")
         files[name] = (facts["bytes"], facts["sha256"])
     tensors = {}
+    taken: dict[str, list[tuple[int, int]]] = {name: [] for name in files}
     for key, facts in found["tensors"].items():
         shape, dtype = tuple(facts["shape"]), DTYPES.get(facts["dtype"])
-        need(all(map(_is_size, shape)) and len(shape) <= 64, f"{key!r} has shape {list(shape)[:64]}")
+        fits = all(map(_is_size, shape)) and len(shape) <= 64
+        # Also of a tensor without elements: torch counts its strides in 64 bits.
+        need(fits and _is_size(math.prod(max(n, 1) for n in shape)), f"{key!r} has shape {list(shape)[:64]}")
         need(dtype is not None, f"{key!r} is of dtype {facts['dtype']!r}")
         assert dtype is not None
         chunks = []
@@ -396,11 +413,17 @@ def _checked(folder: Path, found: Mapping[str, Any], digest: str) -> Index:
             fits = len(offsets) == len(sizes) == len(shape) and all(map(_is_size, (*offsets, *sizes, offset)))
             need(fits and all(a + n <= m for a, n, m in zip(*box, shape, strict=True)), f"{key!r} has a chunk {box}")
             need(file in files, f"{key!r} lies in {file!r}, which is none of its files")
-            need(offset + box.numel * dtype.itemsize <= files[file][0], f"{key!r} reaches beyond the end of {file}")
+            end = offset + box.numel * dtype.itemsize
+            need(end <= files[file][0], f"{key!r} reaches beyond the end of {file}")
             chunks.append(Chunk(box, file, offset))
+            if end > offset:
+                taken[file].append((offset, end))
         missing = math.prod(shape) - sum(chunk.box.numel for chunk in chunks)
         need(not missing and not overlap_anywhere([c.box for c in chunks], len(shape)), f"{key!r} has gaps or overlaps")
         tensors[key] = Saved(dtype, shape, tuple(chunks))
+    for name, spans in taken.items():  # so what is loaded is never more than the files are large
+        spans.sort()
+        need(all(a[1] <= b[0] for a, b in pairwise(spans)), f"two of its tensors lie in the same bytes of {name}")
     need(isinstance(found["about"], dict) and isinstance(found["save"], str), "it says nothing of what was saved")
     return Index(folder, found["save"], tensors, files, found["about"], digest)
 
@@ -455,9 +478,10 @@ def open_plainly(path: Path) -> Iterator[BinaryIO]:
         OSError: it is something else, or cannot be read.
     """
     handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise OSError(f"{path} is not a plain file")
     with os.fdopen(handle, "rb", buffering=0) as file:
-        if not stat.S_ISREG(os.fstat(handle).st_mode):
-            raise OSError(f"{path} is not a plain file")
         yield file
 
 

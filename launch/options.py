@@ -9,11 +9,12 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+import yaml
 from gpt import ModelConfig
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, Namespace, get_loader, set_loader
 from recipe import Recipe
 from run import NEWEST
 from text import TextConfig
@@ -21,6 +22,7 @@ from text import TextConfig
 AUTO = "auto"
 _DESCRIPTION = "Train a byte-level GPT with DistAdamW and warm restarts, on any number of ranks."
 # More cycles are welcome; the batch may be made up otherwise, and the schedule judges its size.
+_load_yaml = get_loader("yaml")
 _FREE = ("recipe.cycles", "recipe.micro_batch", "recipe.global_batch")
 
 
@@ -57,6 +59,9 @@ class RunConfig:
             raise ValueError(f"run.keep must be above 0, got {self.keep}.")
 
 
+_SECTIONS: dict[str, Any] = {"model": ModelConfig, "text": TextConfig, "recipe": Recipe, "run": RunConfig}
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Config:
     """All there is to choose."""
@@ -77,12 +82,25 @@ class Config:
         return {name: value for name, value in flat.items() if name not in _FREE}
 
 
+def _load(text: str) -> Any:
+    """YAML that jsonargparse is done with soon: it writes aliases out, and is slow where lists lie in lists."""
+    depth = 0
+    for event in yaml.parse(text, yaml.SafeLoader):
+        if isinstance(event, yaml.AliasEvent):
+            raise yaml.YAMLError("an alias (*name) cannot be here; write the value itself")
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > 9:
+            raise yaml.YAMLError("lists in lists, ten deep")
+    return _load_yaml(text)
+
+
 def parse(arguments: Sequence[str] | None = None) -> Config:
     """Read the command line and the YAML files it names.
 
     Raises:
         ValueError: an option is unknown or out of its range.
     """
+    set_loader("yaml", _load, (yaml.YAMLError,))
     parser = ArgumentParser(prog="train.py", description=_DESCRIPTION, exit_on_error=False)
     parser.add_argument("--config", action="config", help="YAML file of options, such as configs/train/small.yaml")
     parser.add_argument("--data", type=str | None, help="file or folder to train on; default: Python's own library")
@@ -90,12 +108,21 @@ def parse(arguments: Sequence[str] | None = None) -> Config:
     resume = "continue from the newest checkpoint in --out, or from the one given; auto: from the newest whole one, "
     resume += "and begin where there is none"
     parser.add_argument("--resume", type=str, nargs="?", const=NEWEST, help=resume)
-    for name, part in {"model": ModelConfig, "text": TextConfig, "recipe": Recipe, "run": RunConfig}.items():
+    for name, part in _SECTIONS.items():
         parser.add_class_arguments(part, name)
     try:
-        options = parser.instantiate(parser.parse_args(arguments))
+        told = parser.parse_args(arguments)
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
+        raise ValueError(f"the configuration cannot be read: {error}. See train.py --help.") from error
     except argparse.ArgumentError as error:
         sentence = re.sub(r"Parser key \"([^\"]+)\":", r"--\1:", " ".join(str(error).split()).rstrip("."))
         sentence = re.sub(r"<class '(\w+)'>|typing\.", r"\1", sentence)
-        raise ValueError(f"{sentence}. See train.py --help.") from error
+        raise ValueError(f"{sentence[:1000]}. See train.py --help.") from error
+    for name, part in _SECTIONS.items():
+        if not isinstance(told[name], Namespace):
+            raise ValueError(f"--{name}: a section must have keys and values. See train.py --help.")
+        for one in fields(part):  # jsonargparse takes null for anything that has a default
+            if told[name][one.name] is None and "None" not in str(one.type):
+                raise ValueError(f"--{name}.{one.name} cannot be null. See train.py --help.")
+    options = parser.instantiate(told)
     return Config(**{name: options[name] for name in ("data", "out", "resume", "model", "text", "recipe", "run")})

@@ -170,4 +170,7 @@ class Checkpoints:
             raise ValueError(f"--resume {wanted}: there is no such folder. --resume alone takes the newest.")
         if problem := damage_of(path):
             raise ValueError(f"{problem} {self.folder.alternative_to(path)}")
-        return path, Progress(**json.loads((path / _PROGRESS).read_text()))
+        try:
+            return path, Progress(**json.loads((path / _PROGRESS).read_text()))
+        except TypeError as error:
+            raise ValueError(f"{path / _PROGRESS} is of another version of this job: {error}.") from error

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from dist_adamw import collectives
-from dist_adamw.checkpoint import load, restore_random_state, save
+from dist_adamw.checkpoint import load, save
 from dist_adamw.conventions import unwrap
 from dist_adamw.held import bare
 from dist_adamw.integrations.data import LoaderFacts, Position, engine_of, loader_facts, real_samples
@@ -32,6 +32,7 @@ from dist_adamw.integrations.deepspeed import (
 )
 from dist_adamw.integrations.zero import accept_counts, prepare_deepspeed
 from dist_adamw.optimizer import DistAdamW
+from dist_adamw.random_state import restore_random_state
 from dist_adamw.replicas import CHECK_WEIGHTS_EVERY, ReplicaWatch, check_replicas
 from dist_adamw.scheduler import CyclicLRWithRestarts
 from dist_adamw.storage import read_index

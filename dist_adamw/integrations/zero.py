@@ -185,6 +185,10 @@ class Zero:
             if self.is_stage_3:
                 held.read(MODEL, part.name, part.model, found)
             held.read(MASTER, part.name, part.of(part.partition), found)
+        for param in (param for _, params in self._groups() for param in params):  # before anything is changed
+            for kind in kinds:
+                found.need(kind, self.names[param])
+                found.need_shape(f"{kind}.{self.names[param]}", self._shape(param))
         state = self._room_for(kinds)
         for part in self.fragments():
             for kind in kinds:
@@ -330,6 +334,8 @@ def accept_counts(engine: Any, loaded: Checkpoint) -> None:
     """Let an engine count on from a checkpoint, whichever engine wrote it. Local."""
     inner = unwrap(engine.optimizer)
     known = {"global_steps": getattr(inner, "updates", 0), "global_samples": loaded.samples or 0, "skipped_steps": 0}
-    for name, value in {**known, **loaded.extra.get("engine", {})}.items():
-        setattr(engine, name, value)
+    told = loaded.extra.get("engine", {})
+    for name, value in known.items():
+        count = told.get(name, value) if isinstance(told, dict) else value
+        setattr(engine, name, count if type(count) is int and count >= 0 else value)
     engine.micro_steps = engine.global_steps * engine.gradient_accumulation_steps()

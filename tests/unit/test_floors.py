@@ -37,6 +37,7 @@ FLOORS = {
     "replicas": 2,
     "scheduler": 2,
     "held": 3,
+    "random_state": 3,
     "checkpoint": 3,
     "folder": 3,
     "foreign": 3,
