@@ -86,13 +86,14 @@ def save(
         scheduler: Any whose ``state_dict`` is plain data.
         extra: Plain data of yours, such as the place in the data; the main rank's is kept.
         compare_ranks: Whether to look first if all ranks have the same weights where they should: `check_replicas`.
-        group: Of gloo, for messages between ranks; default: the default one, whatever its backend.
+        group: Of gloo, for messages between ranks; default: the default one, or one beside it where that is NCCL.
 
     Raises:
         CheckpointError: some rank could not write, or data is not plain; on every rank alike. The folder has the
             checkpoint that it had.
         AgreementError: ranks have other weights; on every rank. Nothing is written.
     """
+    group = collectives.host_group() if group is None else group
     if compare_ranks:
         check_replicas(model, optimizer, group=group)
     _write(Path(path), *_gather(model, optimizer, scheduler, extra, group), group)
@@ -287,7 +288,7 @@ def load(
         CheckpointError: the checkpoint is torn, damaged, of another model, optimizer or schedule, or was not there on
             some rank; on every rank alike. Nothing has been changed then.
     """
-    path = Path(path)
+    path, group = Path(path), collectives.host_group() if group is None else group
     check_alike(path, group)
     index = everywhere(lambda: checked(path, collectives.rank(), collectives.world_size()), group)
     if len(set(collectives.all_gather_objects(index.digest, group))) > 1:

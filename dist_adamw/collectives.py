@@ -47,6 +47,33 @@ def end_quietly() -> None:
     atexit.register(time.sleep, 0.02)
 
 
+_hosts: list[tuple[dist.ProcessGroup, dist.ProcessGroup]] = []  # default groups, and gloo groups of the same ranks
+
+
+def host_group() -> dist.ProcessGroup | None:
+    """All ranks, in a group for messages on the host: None, the default group, where that can (gloo).
+
+    Made once in a job, with the default group's timeout. Collective the first time.
+    """
+    if not initialized():
+        return None
+    default = dist.group.WORLD
+    assert default is not None
+    try:
+        default._get_backend(torch.device("cpu"))
+    except RuntimeError:  # NCCL alone
+        pass
+    else:
+        return None
+    for known, group in _hosts:
+        if known is default:
+            return group
+    options = getattr(default._get_backend(torch.device("cuda")), "options", None)
+    made: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=getattr(options, "_timeout", None))
+    _hosts.append((default, made))
+    return made
+
+
 def all_reduce_sum(value: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
     """Sum ``value`` over the ranks, in place."""
     if world_size(group) > 1:

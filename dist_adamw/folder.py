@@ -51,7 +51,7 @@ class CheckpointFolder:
         on_error: When a checkpoint cannot be written (a full disk, a folder that became read-only): "raise", or
             "warn" and train on. Either way the older ones are still there.
         patience: Seconds to wait for another job that saves here to end, such as the one that this one restarts.
-        group: Of gloo, for messages between ranks; default: the default one.
+        group: Of gloo, for messages between ranks; default: the default one, or one beside it where that is NCCL.
 
     Raises:
         CheckpointError: another job saves to it, or it cannot be made; on every rank alike.
@@ -73,7 +73,7 @@ class CheckpointFolder:
         if on_error not in ("raise", "warn"):
             raise ValueError(f"on_error must be 'raise' or 'warn', got {on_error!r}.")
         self.root, self.keep, self.on_error = Path(root), keep, on_error
-        self._group = group
+        self._group = group = collectives.host_group() if group is None else group
         self._is_main = collectives.rank() == 0
         self._let_go: Callable[[], object] | None = None
         everywhere(lambda: self._take(patience) if self._is_main else None, group)

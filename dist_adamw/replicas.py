@@ -58,7 +58,7 @@ def check_replicas(model: nn.Module, optimizer: Any = None, *, group: dist.Proce
     Args:
         model: With or without its wrapper.
         optimizer: A `DistAdamW`, of whose state the copies are compared too; others are left alone.
-        group: All ranks, in a group that can reduce CPU tensors (gloo). None: the default group.
+        group: All ranks, in a group that can reduce CPU tensors (gloo). None: the default group, or one beside it.
 
     Raises:
         AgreementError: names the rank and the parameter. Of three copies and more the odd one is wrong; of two,
@@ -69,6 +69,7 @@ def check_replicas(model: nn.Module, optimizer: Any = None, *, group: dist.Proce
         inner.wait()
     if collectives.world_size(group) == 1:
         return
+    group = collectives.host_group() if group is None else group
     copies = copies_on_this_rank(model, inner, collectives.world_size(group))
     found = dict(zip(copies, fingerprints(list(copies.values())), strict=True))
     total = torch.tensor([_shares_of_zero(copies, found)])

@@ -179,11 +179,8 @@ def _warn_of_clipping(accelerator: Accelerator, engines: float) -> None:
 
 
 def host_group(accelerator: Accelerator) -> dist.ProcessGroup | None:
-    """A group for a few bytes on the host: the default one where that is gloo, else one of its own."""
-    if accelerator.num_processes == 1 or not collectives.initialized() or dist.get_backend() == "gloo":
-        return None
-    group: dist.ProcessGroup = dist.new_group(backend="gloo")
-    return group
+    """Accelerate's ranks, in a group for messages on the host. Collective the first time."""
+    return None if accelerator.num_processes == 1 else collectives.host_group()
 
 
 def _ddp_kwargs() -> Any:
