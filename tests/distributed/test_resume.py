@@ -155,6 +155,16 @@ def test_going_on_elsewhere(index: int, tmp_path: Path) -> None:
         assert sorted(seen) == list(range(EPOCH))
 
 
+@pytest.mark.parametrize("place", [("single", 1), ("DDP", 2)])
+def test_stopped_at_the_end_of_an_epoch(place: Place, tmp_path: Path) -> None:
+    """Before the loop has noticed that there is no batch left; the next epoch has an order of its own."""
+    engine, ranks = place
+    stopped, end, at = str(tmp_path / "stopped"), str(tmp_path / "end"), 2 * EPOCH // BATCH
+    rows = run_ranks(ranks, train, engine, 0, at, stopped, None, {})[0]
+    rows += run_ranks(3, train, "DDP", at, UPDATES, end, stopped, {})[0]
+    assert check(rows, whole(("single", 1))[0]) < 1e-5
+
+
 @pytest.mark.parametrize("seedable", [False, True])
 @pytest.mark.parametrize("place", [(engine, 1 if engine == "single" else 3) for engine in ENGINES])
 def test_same_engine_and_ranks_are_the_same_bits(place: Place, seedable: bool, tmp_path: Path) -> None:

@@ -234,6 +234,20 @@ def test_odd_models_come_back_whole(wrap: str, world_size: int, tmp_path: Path) 
     )
 
 
+def statistics(folder: str) -> list[float]:
+    """Each rank's batch norms have seen other samples."""
+    model = nn.Sequential(*(nn.BatchNorm1d(3) for _ in range(6)))
+    for norm in model:
+        norm.running_mean.fill_(dist.get_rank() + 1)  # type: ignore[union-attr, operator]
+    save(folder, model)
+    load(folder, model)
+    return [float(norm.running_mean[0]) for norm in model]  # type: ignore[union-attr, index]
+
+
+def test_buffers_are_the_first_ranks(tmp_path: Path) -> None:
+    assert run_ranks(3, statistics, str(tmp_path)) == [[1.0] * 6] * 3
+
+
 # ---------------------------------------------------------------------------------------------- what differs
 
 
