@@ -237,13 +237,9 @@ class Zero:
         # DeepSpeed keeps views of the state that it had.
         if hasattr(self.zero, "_hp_optimizer_states_linked"):
             self.zero._hp_optimizer_states_linked = False
-        if self.is_stage_3:
-            for i, flat in enumerate(self.zero.fp16_partitioned_groups_flat):
-                if flat is not None:
-                    flat.copy_(self.zero.fp32_partitioned_groups_flat[i])
-            if persistent := self.zero.persistent_parameters:  # whole on every rank, so made whole anew
-                persistent[0].partition(persistent)
-                persistent[0].all_gather(persistent)
+        if self.is_stage_3 and (persistent := self.zero.persistent_parameters):
+            persistent[0].partition(persistent)  # whole on every rank, so they are made whole anew
+            persistent[0].all_gather(persistent)
 
 
 def _zero(model: nn.Module, optimizer: Optimizer | None) -> Access | None:
