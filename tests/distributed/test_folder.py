@@ -240,6 +240,18 @@ def test_ranks_that_disagree_end_the_job_whatever_is_asked_for(tmp_path: Path) -
     assert run_ranks(2, disagrees, str(tmp_path)) == [1, 1]
 
 
+def test_what_a_killed_save_left_goes_with_the_next(tmp_path: Path) -> None:
+    job = Job()
+    job.train()
+    for name in ("sample-000000005.partial", "sample-000000003.deleted.partial"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text("half")
+    folder = CheckpointFolder(tmp_path)
+    assert folder.newest() is None
+    folder.save(10, job.write)
+    assert sorted(os.listdir(tmp_path)) == ["latest", "lock", "sample-000000010"]
+
+
 def test_a_job_killed_while_it_replaced_a_checkpoint(tmp_path: Path) -> None:
     job = Job()
     job.train()

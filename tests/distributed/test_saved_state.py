@@ -165,6 +165,18 @@ def test_a_model_of_fp32_goes_on_from_the_exact_weights(tmp_path: Path) -> None:
     assert torch.equal(fp32[0].weight, exact)  # type: ignore[arg-type]
 
 
+def test_weights_written_after_a_load_are_the_ones_that_count(tmp_path: Path) -> None:
+    run_ranks(1, mixed, str(tmp_path), "fp32")
+    model = nn.Sequential(nn.Linear(8, 33), nn.Tanh(), nn.Linear(33, 2)).to(torch.bfloat16)
+    optimizer = DistAdamW(model.parameters(), eps=0.1, master_dtype=torch.float32)
+    load(tmp_path, model, optimizer)
+    optimizer.param_groups[0]["lr"] = 1e-6
+    with torch.no_grad():
+        model[0].weight.fill_(3.0)
+    step(model, optimizer, 1)
+    assert torch.equal(model[0].weight, torch.full_like(model[0].weight, 3.0))  # type: ignore[arg-type]
+
+
 # ---------------------------------------------------------------------------------------------- what models have
 
 
