@@ -30,7 +30,7 @@ from dist_adamw._version import __version__
 from dist_adamw.conventions import unwrap
 from dist_adamw.functional import check_hyper_parameters
 from dist_adamw.held import Access, Found, Held, access, hyper_parameters, same_family
-from dist_adamw.owned import Owned, evaluated
+from dist_adamw.owned import Owned, Values, evaluated
 from dist_adamw.plain import plain
 from dist_adamw.random_state import RNG, current_random_state, random_state_of
 from dist_adamw.replicas import check_replicas
@@ -104,6 +104,7 @@ class Saving:
 
     def __init__(self, path: Path, future: Future[None]) -> None:
         self.path = path
+        self.told = False  # whether somebody has waited, and knows what became of it
         self._future = future
 
     @property
@@ -117,6 +118,7 @@ class Saving:
         Raises:
             CheckpointError: some rank could not write; on every rank alike.
         """
+        self.told = True
         self._future.result()
 
 
@@ -158,7 +160,7 @@ class AsyncSaver:
         self.wait()
         check_replicas(model, optimizer, group=self._group)
         held, about = _gather(model, optimizer, scheduler, extra, self._group)
-        copies = {key: self._copy(key, tensor) for key, tensor in held.tensors.items()}
+        copies = everywhere(lambda: {k: self._copy(k, tensor) for k, tensor in held.tensors.items()}, self._group)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
 
@@ -177,15 +179,17 @@ class AsyncSaver:
             CheckpointError: it could not be written; on every rank alike, and once.
         """
         last, self._last = self._last, None
-        if last is not None:
+        if last is not None and not last.told:
             last.wait()
 
     def _copy(self, key: str, tensor: Tensor) -> Tensor:
         owned = Owned.of(tensor)
         return Owned(owned.shape, owned.dtype, {b: self._keep((key, b), v) for b, v in owned.parts.items()})
 
-    def _keep(self, where: Any, values: Any) -> Tensor:
-        values = evaluated(values)
+    def _keep(self, where: Any, of: Values) -> Tensor:
+        values = evaluated(of)
+        if where[0].startswith(f"{RNG}."):
+            return values.clone()  # a few bytes, of another length each time
         if (memory := self._memory.get(where)) is None or memory.dtype != values.dtype:
             memory = torch.empty(values.shape, dtype=values.dtype, pin_memory=values.is_cuda)
             self._memory[where] = memory
@@ -279,7 +283,8 @@ def load(
         scheduler: Of the same class. The clock goes on where it was, and lr and weight decay are in the groups at once.
         on_difference: When hyper-parameters or the schedule's configuration are others: "strict" raises with the
             difference, "checkpoint" takes the saved ones, "new" keeps those of this job. Default: the scheduler's
-            ``on_difference``.
+            ``on_difference``. lr and weight decay are the schedule's; without a `CyclicLRWithRestarts` they are taken
+            over, as by torch's ``load_state_dict``, but by "new".
         random_state: Whether to restore it. A rank has its own back; ranks that there were not go on from the state
             that all ranks had, or are seeded anew from theirs if each had another.
         group: As for `save`.
@@ -299,6 +304,8 @@ def load(
     taken, restore = everywhere(lambda: _compare(index, ours, optimizer, scheduler, choice), group)
     held = everywhere(lambda: _make_room(index, ours), group)
     everywhere(lambda: _fill(index, held), group)
+    with torch.no_grad():
+        held.finish()  # it may be collective, so only when all ranks have read
     about = index.about
     if optimizer is not None:
         for members, values in zip(unwrap(optimizer).param_groups, taken, strict=True):
@@ -392,6 +399,8 @@ def _compare(
     about = index.about
     taken: list[dict[str, Any]] = []
     _check_same_model(index, ours.parameters())
+    if meta := ours.without_memory():
+        raise CheckpointError(f"{meta[0]} is on the meta device: there is nothing to load into. Use model.to_empty().")
     if optimizer is not None:
         _check_optimizer(index, ours, optimizer, scheduler, choice)
         taken = _to_take(index, ours.groups(), unwrap(optimizer), scheduler, choice)
@@ -453,7 +462,6 @@ def _fill(index: Index, held: Held) -> None:
         for one, then in held.later():
             _read(index, one)
             then()
-        held.finish()
 
 
 def _read(index: Index, held: Held) -> None:
@@ -515,7 +523,9 @@ def _to_take(
     taken = []
     for group, here in zip(optimizer.param_groups, ours, strict=True):
         before: dict[str, Any] = next((of[name] for name in here["names"] if name in of), {})
-        keys = [] if isinstance(scheduler, CyclicLRWithRestarts) else ["lr", "weight_decay", "initial_lr"]
+        by_schedule = isinstance(scheduler, CyclicLRWithRestarts) or choice == "new"
+        keys = [] if by_schedule else ["lr", "weight_decay", "initial_lr"]
+        before = _in_convention_of(optimizer, before, index.about.get("decay_by"))
         if choice == "checkpoint":
             keys += hyper_parameters([here])[here["names"][0]] if here["names"] else []
         values = {key: before[key] for key in keys if key in before and (key in group or key == "initial_lr")}
@@ -537,6 +547,15 @@ def _to_take(
                 raise CheckpointError(f"{index.folder} is damaged: {error}.") from error
         taken.append(values)
     return taken
+
+
+def _in_convention_of(optimizer: Optimizer, group: dict[str, Any], saved: Any) -> dict[str, Any]:
+    """A saved group, its weight decay as this optimizer takes it: see docs/schedule.md."""
+    ours = getattr(optimizer, "decay_by", "lr")
+    if not group.get("lr") or "weight_decay" not in group or saved not in ("lr", "schedule") or saved == ours:
+        return group
+    factor = group["lr"] if ours == "schedule" else 1 / group["lr"]
+    return {**group, "weight_decay": group["weight_decay"] * factor}
 
 
 def _take(group: dict[str, Any], values: Mapping[str, Any]) -> None:

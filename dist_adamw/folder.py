@@ -35,7 +35,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from dist_adamw import collectives
 from dist_adamw.checkpoint import AsyncSaver, Saving, everywhere
-from dist_adamw.storage import INDEX, CheckpointError, damage, open_plainly, sync_folder, write_text
+from dist_adamw.storage import INDEX, CheckpointError, damage, open_plainly, read_index, sync_folder, write_text
 
 _NAME = re.compile(r"sample-(\d+)")
 _MANIFEST, _LATEST, _LOCK = "manifest.json", "latest", "lock"
@@ -76,6 +76,8 @@ class CheckpointFolder:
         self._group = group = collectives.host_group() if group is None else group
         self._is_main = collectives.rank() == 0
         self._let_go: Callable[[], object] | None = None
+        self._running: Saving | None = None
+        self._closed = False
         everywhere(lambda: self._take(patience) if self._is_main else None, group)
 
     def _take(self, patience: float) -> None:
@@ -91,13 +93,17 @@ class CheckpointFolder:
                 if time.monotonic() > until:
                     holder = os.read(handle, 200).decode(errors="replace").strip()
                     os.close(handle)
+                    if holder == _me():
+                        raise CheckpointError(
+                            f"this process has a CheckpointFolder of {self.root} already. Use that, or close() it."
+                        ) from None
                     raise CheckpointError(
                         f"another job saves to {self.root} ({holder or 'it does not say which'}). Wait for its end, or "
                         "choose another folder."
                     ) from None
                 time.sleep(0.1)
         os.ftruncate(handle, 0)
-        os.write(handle, f"process {os.getpid()} on {socket.gethostname()}".encode())
+        os.write(handle, _me().encode())
         self._let_go = weakref.finalize(self, os.close, handle)
         for before in self.root.glob(f"*{_REPLACED}"):  # of a job that was killed between two renames
             final = before.with_name(before.name.removesuffix(_REPLACED))
@@ -108,6 +114,7 @@ class CheckpointFolder:
 
     def close(self) -> None:
         """Let another job save here, as the end of this object or of the process does."""
+        self._closed = True
         if self._let_go is not None:
             self._let_go()
 
@@ -162,6 +169,7 @@ class CheckpointFolder:
         """
         final = self._begin(samples)
         try:
+            self._wait_for_the_last()
             everywhere(self._sweep, self._group)
             everywhere(lambda: write(_partial(final)), self._group)
             everywhere(lambda: self._commit(final) if self._is_main else None, self._group)
@@ -187,9 +195,9 @@ class CheckpointFolder:
         """
         final = self._begin(samples)
         try:
-            saver.wait()
+            self._wait_for_the_last()
             everywhere(self._sweep, self._group)
-            return saver.save(
+            self._running = saver.save(
                 _partial(final),
                 model,
                 optimizer,
@@ -200,8 +208,21 @@ class CheckpointFolder:
         except CheckpointError as error:
             self._failed(final, error)
             return None
+        return self._running
+
+    def _wait_for_the_last(self) -> None:
+        """For a save beside training that is on its way; what became of it is told once."""
+        running, self._running = self._running, None
+        if running is None or running.told:
+            return
+        try:
+            running.wait()
+        except CheckpointError as error:
+            self._failed(running.path.with_name(running.path.name.removesuffix(_PARTIAL)), error)
 
     def _begin(self, samples: int) -> Path:
+        if self._closed:
+            raise CheckpointError(f"the CheckpointFolder of {self.root} is closed. Make another one.")
         return self.root / f"sample-{samples:09d}"
 
     def _sweep(self) -> None:
@@ -216,9 +237,15 @@ class CheckpointFolder:
         before = final.with_name(final.name + _REPLACED)
         if final.exists():
             final.rename(before)
-        partial.rename(final)
+        try:
+            partial.rename(final)
+        except OSError:
+            if before.exists():
+                before.rename(final)
+            raise
         sync_folder(self.root)
         shutil.rmtree(before, ignore_errors=True)
+        self.set_aside(self.samples_of(final))  # the job went on from an older one
         write_text(self.root / _LATEST, final.name)
         for old in self.all()[: -self.keep]:
             _away(old)
@@ -251,6 +278,10 @@ class CheckpointFolder:
         return aside
 
 
+def _me() -> str:
+    return f"process {os.getpid()} on {socket.gethostname()}"
+
+
 def _partial(final: Path) -> Path:
     return final.with_name(final.name + _PARTIAL)
 
@@ -265,13 +296,21 @@ def _away(path: Path) -> None:
 
 def _facts(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Size and checksum of the files that no index of ours knows, by name; the disk holds them then."""
-    indexed = {path.parent for path in folder.rglob(INDEX)}
+    indexed = {path.parent for path in folder.rglob(INDEX) if _is_ours(path.parent)}
     for path in sorted(folder.rglob("*")):
         if path.is_file() and path.parent not in indexed and path.name != _MANIFEST:
             with path.open("rb+") as file:
                 os.fsync(file.fileno())
             yield path.relative_to(folder).as_posix(), _fingerprint(path)
     yield from ((f"{path.relative_to(folder).as_posix()}/", {}) for path in sorted(indexed))
+
+
+def _is_ours(folder: Path) -> bool:
+    try:
+        read_index(folder)
+    except CheckpointError:
+        return False  # somebody else's index, which is a file like any
+    return True
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:

@@ -32,7 +32,6 @@ from dist_adamw.shard import MASTERS, MOMENTS, Shard, axes_in_memory, local_of, 
 from dist_adamw.storage import CheckpointError
 
 MODEL, MASTER = "model", "master"
-_SMALL = 1 << 12  # elements of which it is not worth while to split a tensor
 _WRAPPERS = re.compile(r"(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
 # These differ between engines and schedules, or say how to compute and not what.
 _NOT_COMPARED = {
@@ -138,6 +137,9 @@ class Access(Protocol):
     def parameters(self) -> dict[str, tuple[int, ...]]:
         """Names and whole shapes of parameters and buffers."""
 
+    def without_memory(self) -> list[str]:
+        """Names of parameters and buffers on the meta device."""
+
     def groups(self) -> list[dict[str, Any]]:
         """Parameter groups as plain data, with "names" instead of "params"."""
 
@@ -200,6 +202,15 @@ def same_family(one: str, other: str) -> bool:
     return one == other or {one, other} <= _ADAMW
 
 
+def only_mine(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What this rank writes. Of what ranks have whole the first one does, since theirs may differ. Local.
+
+    Batch norm's statistics do, and weights of ranks that are not kept alike: pieces of several would be no model.
+    """
+    is_first = collectives.rank() == 0
+    return {k: t for k, t in tensors.items() if is_first or isinstance(t, DTensor) or (type(t) is Owned and t.shared)}
+
+
 class Plain:
     """Whole parameters on every rank, or DTensors: one process, DDP, FSDP2, tensor parallelism."""
 
@@ -220,6 +231,11 @@ class Plain:
         found = {name: tuple(param.shape) for param, name in self.names.items()}
         return {**found, **{name: tuple(buffer.shape) for name, buffer in buffers(self.model)}}
 
+    def without_memory(self) -> list[str]:
+        """See `Access`."""
+        everything = (*((name, param) for param, name in self.names.items()), *buffers(self.model))
+        return [name for name, tensor in everything if tensor.is_meta]
+
     def groups(self) -> list[dict[str, Any]]:
         """See `Access`."""
         return plain_groups(self.optimizer, lambda _, group: [self.names[param] for param in group["params"]])
@@ -233,11 +249,9 @@ class Plain:
         elif self.optimizer is not None:
             self._of_states(self.optimizer, held)
         for param, name in self.names.items():
-            held.tensors.setdefault(f"{MODEL}.{name}", fair_share(param.detach()))
-        # Those of the ranks may differ (batch norm's); DDP goes on with the first rank's.
-        for name, buffer in buffers(self.model):
-            if isinstance(buffer, DTensor) or collectives.rank() == 0:
-                held.tensors[f"{MODEL}.{name}"] = buffer.detach()
+            held.tensors.setdefault(f"{MODEL}.{name}", param.detach())
+        held.tensors |= {f"{MODEL}.{name}": buffer.detach() for name, buffer in buffers(self.model)}
+        held.tensors = only_mine(held.tensors)
         return held
 
     def _of_shards(self, optimizer: DistAdamW, held: Held) -> None:
@@ -249,7 +263,7 @@ class Plain:
                     held.tensors[f"{kind}.{name}"] = _moment(shard, i, kind)
                 if shard.has_master:
                     held.tensors[f"{MASTER}.{name}"] = _master(shard, i)
-                if not isinstance(param, DTensor):
+                if shard.process_group is not None:
                     held.tensors[f"{MODEL}.{name}"] = _runs(param.detach(), shard.ranges_of(i))
 
     def _of_states(self, optimizer: Optimizer, held: Held) -> None:
@@ -259,7 +273,7 @@ class Plain:
                 if kind == "step" or not isinstance(value, Tensor):
                     held.scalars.setdefault(name, {})[kind] = float(value) if kind == "step" else value
                 else:
-                    held.tensors[f"{kind}.{name}"] = fair_share(value)
+                    held.tensors[f"{kind}.{name}"] = value
 
     def to_load(self, found: Found) -> Held:
         """See `Access`."""
@@ -272,6 +286,15 @@ class Plain:
             self._into_shards(self.optimizer, held, found)
         elif self.optimizer is not None:
             self._into_states(self.optimizer, held, found)
+        finish = held.finish
+
+        def forget_gradients() -> None:
+            finish()
+            self.model.zero_grad()  # of micro-batches before the load
+            if isinstance(self.optimizer, DistAdamW):
+                self.optimizer.zero_grad()  # and what has been reduced of them
+
+        held.finish = forget_gradients
         return held
 
     def _into_shards(self, optimizer: DistAdamW, held: Held, found: Found) -> None:
@@ -340,7 +363,9 @@ def _like_param(shard: Shard, i: int, values: Values, dtype: torch.dtype) -> Ten
     """``values`` are this rank's elements of parameter ``i`` of ``shard``, 1-D in the order of memory, or make them."""
     param = shard.params[i]
     if not isinstance(param, DTensor):
-        return Owned.of_ranges(param.shape, values, shard.ranges_of(i), dtype=dtype, order=axes_in_memory(param))
+        made = Owned.of_ranges(param.shape, values, shard.ranges_of(i), dtype=dtype, order=axes_in_memory(param))
+        made.shared = shard.process_group is not None
+        return made
     if isinstance(values, Tensor):
         return Owned.of(shard.shaped(values, param))
     like = Owned.of(param.detach())
@@ -371,12 +396,3 @@ def _runs(tensor: Tensor, ranges: Iterable[Sequence[int]]) -> Owned:
     if not tensor.numel():
         return Owned.of(tensor)
     return Owned(tensor.shape, tensor.dtype, parts)
-
-
-def fair_share(tensor: Tensor) -> Tensor:
-    """What this rank writes of a tensor that every rank has whole; of a small one, one rank writes all."""
-    world_size, rank = collectives.world_size(), collectives.rank()
-    if isinstance(tensor, DTensor) or tensor.numel() < _SMALL * world_size:
-        return tensor
-    edges = [tensor.numel() * r // world_size for r in (rank, rank + 1)]
-    return _runs(tensor, [edges])

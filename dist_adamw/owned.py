@@ -33,6 +33,7 @@ class Owned(Tensor):
     """
 
     parts: Mapping[Box, Values]
+    shared = True  # whether other ranks hold the other boxes; False where each has all of them
 
     @staticmethod
     def __new__(cls, shape: Sequence[int], dtype: torch.dtype, parts: Mapping[Box, Values]) -> Owned:

@@ -9,6 +9,7 @@ import contextlib
 import os
 import warnings
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from dist_adamw import collectives
-from dist_adamw.checkpoint import load, save
+from dist_adamw.checkpoint import everywhere, load, save
 from dist_adamw.conventions import unwrap
 from dist_adamw.held import bare
 from dist_adamw.integrations.data import LoaderFacts, Position, engine_of, loader_facts, real_samples
@@ -35,7 +36,7 @@ from dist_adamw.optimizer import DistAdamW
 from dist_adamw.random_state import restore_random_state
 from dist_adamw.replicas import CHECK_WEIGHTS_EVERY, ReplicaWatch, check_replicas
 from dist_adamw.scheduler import CyclicLRWithRestarts
-from dist_adamw.storage import read_index
+from dist_adamw.storage import CheckpointError, read_index
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -380,6 +381,12 @@ def _keep_state(
     @contextlib.contextmanager
     def without_ours() -> Iterator[None]:
         before = [list(known) for known in lists]
+        hooks = (accelerator._save_model_state_pre_hook, accelerator._load_model_state_pre_hook)
+        kept = [dict(of) for of in hooks]
+        models = before[0]
+        for of in hooks:  # hooks see every model; those that write adapters take one for each
+            for key, hook in of.items():
+                of[key] = partial(_with_all_models, hook, models)
         for known, ours in zip(lists, prepared, strict=True):
             known[:] = [one for one in known if one is not ours and not (one is bare(model) and ours is model)]
         try:
@@ -387,6 +394,9 @@ def _keep_state(
         finally:
             for known, all_of_them in zip(lists, before, strict=True):
                 known[:] = all_of_them
+            for of, all_of_these in zip(hooks, kept, strict=True):
+                of.clear()
+                of.update(all_of_these)
 
     def save_state(output_dir: str | None = None, *args: Any, **kwargs: Any) -> Any:
         if (folder := name()) is None:
@@ -394,10 +404,12 @@ def _keep_state(
         if watch is not None:
             watch.before_save()
         with without_ours():
-            where = Path(save_rest(output_dir, *args, **kwargs))
-        # Between two updates Accelerate's count of micro-batches is of use only where updates cross epoch ends.
-        between = 0 if accelerator.gradient_state.sync_with_dataloader else accelerator.step
-        extra = {"position": place.state_dict(), "step": between * place.facts.pass_samples}
+            where = everywhere(lambda: Path(save_rest(output_dir, *args, **kwargs)), group)
+        # Accelerate's count of micro-batches is of use only where updates cross epoch ends.
+        across = not accelerator.gradient_state.sync_with_dataloader
+        pending = 0 if accelerator.sync_gradients else accelerator.step % accelerator.gradient_accumulation_steps
+        size = place.facts.pass_samples
+        extra = {"position": place.state_dict(pending * size), "step": accelerator.step * size if across else 0}
         # Last: when it is whole, all of it is there.
         save(where / folder, model, wrapped, scheduler, extra=extra, compare_ranks=False, group=group)
         return where
@@ -410,9 +422,10 @@ def _keep_state(
             return
         if watch is not None:
             watch.settle()
+        everywhere(lambda: _check_custom_objects(accelerator, where), group)
         loaded = load(where / folder, model, wrapped, scheduler, random_state=False, group=group)
         with without_ours():
-            load_rest(str(where), *args, **kwargs)
+            everywhere(lambda: load_rest(str(where), *args, **kwargs), group)
         restore_random_state(read_index(loaded.path))  # Accelerate's files have that of some ranks
         place.load_state_dict(loaded.extra.get("position"))
         if engine_of(accelerator) == "DEEPSPEED":
@@ -420,6 +433,22 @@ def _keep_state(
         accelerator.step = loaded.extra.get("step", 0) // place.facts.pass_samples
 
     accelerator.save_state, accelerator.load_state = save_state, load_state
+
+
+def _with_all_models(hook: Any, models: list[nn.Module], _: Any, *rest: Any) -> None:
+    """Call a hook of ``save_state`` (models, weights, folder) or ``load_state`` (models, folder)."""
+    told = [[None] * len(models)] if len(rest) == 2 else []
+    hook(list(models), *told, rest[-1])
+
+
+def _check_custom_objects(accelerator: Accelerator, folder: Path) -> None:
+    """What Accelerate would find out when all else has been loaded. Local."""
+    found = len([*folder.glob("custom_checkpoint_*.pkl")])
+    if found != len(accelerator._custom_objects):
+        raise CheckpointError(
+            f"{folder} has the state of {found} custom objects, and {len(accelerator._custom_objects)} are registered. "
+            "Register the same ones (register_for_checkpointing)."
+        )
 
 
 def _newest_of(accelerator: Accelerator) -> Path:

@@ -175,6 +175,7 @@ class Position:
     def __init__(self, loader: DataLoader[Any], facts: LoaderFacts) -> None:
         self.loader, self.facts = loader, facts
         self.epoch = self.samples = self.start = 0
+        self._loads = 0  # a loop that was running when the position was loaded ends
         self._order: str | None = None  # state of the generator that shuffles, at the beginning of the epoch
 
     @property
@@ -183,11 +184,15 @@ class Position:
         samples = self.facts.samples
         return self.facts if samples is None else replace(self.facts, samples=samples - self.start)
 
-    def state_dict(self) -> dict[str, Any] | None:
-        """As plain data; None where the loop does not go through `rest_of_epoch`. Local."""
+    def state_dict(self, pending: int = 0) -> dict[str, Any] | None:
+        """As plain data; None where the loop does not go through `rest_of_epoch`. Local.
+
+        Args:
+            pending: Of the samples handed out, those since the last update, whose gradients nobody saves.
+        """
         if self.epoch == self.samples == 0 and self._order is None:
             return None
-        epoch, samples, order = self.epoch, self.samples, self._order
+        epoch, samples, order = self.epoch, self.samples - pending, self._order
         if order is None or self._is_over(samples):  # between two epochs, or in the loop at the last batch
             epoch, samples, order = epoch + (samples > 0), 0, _state_of(self._generator())
         return {"epoch": epoch, "samples": samples, "seed": self._seed(), "order": order}
@@ -204,6 +209,7 @@ class Position:
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise CheckpointError(f"this is no position in the data: {error}, got {str(state)[:200]}.") from error
         self.epoch, self.samples, self._order = state["epoch"], state["samples"], state["order"]
+        self._loads += 1
         if state["seed"] is not None and (sampler := _sampler(self.loader)) is not None:
             sampler.initial_seed = state["seed"]
 
@@ -227,7 +233,7 @@ class Position:
 
     def __iter__(self) -> Iterator[Any]:
         loader: Any = self.loader
-        self.start, size = self.samples, self.facts.pass_samples
+        self.start, size, loads = self.samples, self.facts.pass_samples, self._loads
         generator = self._generator()
         if self._order and generator is not None:
             generator.set_state(torch.frombuffer(bytearray.fromhex(self._order), dtype=torch.uint8))
@@ -239,6 +245,8 @@ class Position:
                 if self.facts.samples is not None:
                     self.samples = min(self.samples, self.facts.samples)
                 yield batch
+                if self._loads != loads:
+                    return
         self.epoch, self.samples, self.start, self._order = self.epoch + 1, 0, 0, None
 
 

@@ -17,7 +17,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, IterableDataset
 
-from dist_adamw.checkpoint import load, save
+from dist_adamw.checkpoint import everywhere, load, save
 from dist_adamw.conventions import unwrap
 from dist_adamw.integrations.accelerate import (
     DATA_PARALLEL,
@@ -33,7 +33,7 @@ from dist_adamw.integrations.zero import prepare_deepspeed
 from dist_adamw.optimizer import DistAdamW
 from dist_adamw.replicas import CHECK_WEIGHTS_EVERY, ReplicaWatch, check_replicas
 from dist_adamw.scheduler import CyclicLRWithRestarts
-from dist_adamw.storage import INDEX, write_text
+from dist_adamw.storage import write_text
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -338,15 +338,16 @@ def _keep_state(trainer: Any) -> None:
 
     def ours(checkpoint: str | None) -> Path | None:
         found = sorted(Path(checkpoint).glob("global_step*")) if checkpoint is not None else []
-        return found[-1] if found and (found[-1] / INDEX).exists() else None
+        # A folder of DeepSpeed's own has these; what is neither is one of ours that is not whole, and is to be named.
+        return found[-1] if found and not any(found[-1].glob("*_model_states.pt")) else None
 
     def save_state(output_dir: str) -> None:
         folder = Path(output_dir) / f"global_step{trainer.state.global_step}"
         save(
             folder, trainer.model_wrapped, trainer.optimizer, _inner(trainer), compare_ranks=False
         )  # it is done by now
-        if trainer.args.should_save:
-            write_text(Path(output_dir) / "latest", folder.name)
+        is_writer = trainer.args.should_save
+        everywhere(lambda: write_text(Path(output_dir) / "latest", folder.name) if is_writer else None)
 
     def load_model(checkpoint: str, model: nn.Module | None = None) -> None:
         if ours(checkpoint) is None:

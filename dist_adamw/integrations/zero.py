@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dist_adamw import collectives
-from dist_adamw.checkpoint import Checkpoint, load, save
+from dist_adamw.checkpoint import Checkpoint, everywhere, load, save
 from dist_adamw.conventions import unwrap
-from dist_adamw.held import ENGINES, MASTER, MODEL, Access, Found, Held, Plain, buffers, fair_share, plain_groups
+from dist_adamw.held import ENGINES, MASTER, MODEL, Access, Found, Held, Plain, buffers, only_mine, plain_groups
 from dist_adamw.optimizer import DistAdamW
 from dist_adamw.owned import Owned
 from dist_adamw.storage import INDEX, CheckpointError, write_text
@@ -64,8 +64,8 @@ class Zero:
         CheckpointError: it keeps its state where this does not find it.
     """
 
-    def __init__(self, engine: Any) -> None:
-        self.zero = engine.optimizer
+    def __init__(self, engine: Any, with_state: bool) -> None:
+        self.zero, self.with_state = engine.optimizer, with_state
         self.model: nn.Module = engine.module
         self.names = {param: name for name, param in self.model.named_parameters()}
         self.is_stage_3 = hasattr(self.zero, "fp16_partitioned_groups_flat")
@@ -85,6 +85,10 @@ class Zero:
         """See `Access`."""
         found = {name: self._shape(param) for param, name in self.names.items()}
         return {**found, **{name: tuple(buffer.shape) for name, buffer in buffers(self.model)}}
+
+    def without_memory(self) -> list[str]:
+        """See `Access`."""
+        return [name for name, buffer in buffers(self.model) if buffer.is_meta]
 
     def groups(self) -> list[dict[str, Any]]:
         """See `Access`."""
@@ -139,17 +143,16 @@ class Zero:
             held.tensors[f"{MODEL}.{part.name}"] = part.of(part.partition) if exact else part.model
             if not exact:
                 held.tensors[f"{MASTER}.{part.name}"] = part.of(part.partition)
-            for kind, value in self.optimizer.state.get(part.partition, {}).items():
+            for kind, value in self.optimizer.state.get(part.partition, {}).items() if self.with_state else ():
                 if kind == "step":
                     held.scalars[part.name] = {"step": float(value)}
                 else:
                     held.tensors[f"{kind}.{part.name}"] = part.of(value)
-        self._let_all_know_steps(held)
-        for name, weights in self._rest(writing=True):
-            held.tensors[f"{MODEL}.{name}"] = weights
-        for name, buffer in buffers(self.model):
-            if collectives.rank() == 0:
-                held.tensors[f"{MODEL}.{name}"] = buffer.detach()
+        if self.with_state:
+            self._let_all_know_steps(held)
+        held.tensors |= {f"{MODEL}.{name}": weights for name, weights in self._rest()}
+        held.tensors |= {f"{MODEL}.{name}": buffer.detach() for name, buffer in buffers(self.model)}
+        held.tensors = only_mine(held.tensors)
         return held
 
     def _let_all_know_steps(self, held: Held) -> None:
@@ -158,7 +161,7 @@ class Zero:
             if "step" in (state := self.optimizer.state.get(partition, {})):
                 held.scalars |= {self.names[param]: {"step": float(state["step"])} for param in params}
 
-    def _rest(self, *, writing: bool) -> Iterator[tuple[str, Tensor]]:
+    def _rest(self) -> Iterator[tuple[str, Tensor]]:
         """Parameters that are not trained."""
         trained = {param for _, params in self._groups() for param in params}
         for param, name in self.names.items():
@@ -168,7 +171,7 @@ class Zero:
                 start, stop, part = self._part(param)
                 yield name, Owned.of_ranges(self._shape(param), part, [(start, stop)], dtype=part.dtype)
             else:
-                yield name, fair_share(param.detach()) if writing else param.detach()
+                yield name, param.detach()
 
     def to_load(self, found: Found) -> Held:
         """See `Access`."""
@@ -176,7 +179,7 @@ class Zero:
         for param, name in self.names.items():
             if not self.is_stage_3:
                 held.read(MODEL, name, param.detach(), found)  # every rank has all of it
-        for name, weights in self._rest(writing=False):
+        for name, weights in self._rest():
             held.read(MODEL, name, weights, found)
         for name, buffer in buffers(self.model):
             held.read(MODEL, name, buffer.detach(), found)
@@ -185,16 +188,20 @@ class Zero:
             if self.is_stage_3:
                 held.read(MODEL, part.name, part.model, found)
             held.read(MASTER, part.name, part.of(part.partition), found)
+        held.finish = self._finish
+        if not self.with_state:
+            return held
+        # One that was never used has no state elsewhere; here it has zeros, as all of its partition.
+        used = {name for name, of in found.kinds.items() if of - {MODEL, MASTER}}
         for param in (param for _, params in self._groups() for param in params):  # before anything is changed
-            for kind in kinds:
+            for kind in kinds if self.names[param] in used else []:
                 found.need(kind, self.names[param])
                 found.need_shape(f"{kind}.{self.names[param]}", self._shape(param))
         state = self._room_for(kinds)
         for part in self.fragments():
-            for kind in kinds:
+            for kind in kinds if part.name in used else []:
                 held.read(kind, part.name, part.of(state[part.partition][kind]), found)
         self._set_steps(state, found)
-        held.finish = self._finish
         return held
 
     def _room_for(self, kinds: list[str]) -> dict[Tensor, dict[str, Any]]:
@@ -221,7 +228,8 @@ class Zero:
 
     def _set_steps(self, state: dict[Tensor, dict[str, Any]], found: Found) -> None:
         for (_, params), (_, partition) in zip(self._groups(), self._partitions(), strict=True):
-            steps = {float(found.scalars.get(self.names[param], {}).get("step", 0.0)) for param in params}
+            told = (found.scalars.get(self.names[param], {}) for param in params)
+            steps = {float(numbers["step"]) for numbers in told if "step" in numbers}
             if len(steps) > 1:
                 warnings.warn(
                     f"parameters of one group have had {sorted(steps)} updates, and {self.engine} counts one number "
@@ -247,7 +255,7 @@ def _zero(model: nn.Module, optimizer: Optimizer | None) -> Access | None:
     if not hasattr(model, "zero_optimization_stage"):
         return None
     if hasattr(inner, "single_partition_of_fp32_groups") or hasattr(inner, "fp16_partitioned_groups_flat"):
-        return Zero(model)
+        return Zero(model, with_state=optimizer is not None)
     module: Any = model.module
     if inner is None or isinstance(inner, Optimizer):
         return Plain(module, inner)
@@ -286,8 +294,8 @@ def prepare_deepspeed(engine: Any, scheduler: Any = None) -> None:
         counts = {name: getattr(engine, name) for name in ("global_steps", "global_samples", "skipped_steps")}
         extra = {"client_state": dict(client_state or {}), "engine": counts}
         save(Path(save_dir) / tag, engine, engine.optimizer, ours(), extra=extra)
-        if save_latest and collectives.rank() == 0:
-            write_text(Path(save_dir) / "latest", tag)
+        if save_latest:
+            everywhere(lambda: write_text(Path(save_dir) / "latest", tag) if collectives.rank() == 0 else None)
         return True
 
     def load_checkpoint(

@@ -7,6 +7,7 @@ import re
 import shutil
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from dist_adamw import CyclicLRWithRestarts, DistAdamW, prepare
+from dist_adamw import CheckpointError, CyclicLRWithRestarts, DistAdamW, prepare
 from dist_adamw.storage import damage, read_index, write_index
 from tests.distributed.jobs import RECIPE, Row, epochs, job
 from tests.ranks import expect_error_on_all, run_ranks
@@ -247,7 +248,7 @@ def save_that_fails(folder: str) -> None:
         raise OSError("no space left")
 
     hook = accelerator.register_save_state_pre_hook(fail)
-    with pytest.raises(OSError, match="no space left"):
+    with pytest.raises(CheckpointError, match="no space left"):
         accelerator.save_state(folder)
     hook.remove()
     next(rows)
@@ -297,3 +298,55 @@ def test_a_checkpoint_loads_into_another_memory_format(tmp_path: Path) -> None:
     expected = run_ranks(2, conv_job, str(tmp_path), torch.channels_last, True)[0]
     for ours in run_ranks(2, conv_job, str(tmp_path), torch.contiguous_format, False):
         assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
+
+
+class Counter:
+    def __init__(self) -> None:
+        self.n = 5
+
+    def state_dict(self) -> dict[str, int]:
+        return {"n": self.n}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.n = state["n"]
+
+
+def hooks_and_objects(folder: str) -> list[Any]:
+    accelerator, *objects = job(2, 48)
+    model, *_ = prepare(accelerator, *objects)
+    seen: list[Any] = []
+    accelerator.register_save_state_pre_hook(lambda models, weights, path: seen.append((len(models), len(weights))))
+    accelerator.register_load_state_pre_hook(lambda models, path: seen.append(len(models)))
+    accelerator.save_state(folder)
+    before = weights(model)
+    with torch.no_grad():
+        next(model.parameters()).add_(1)
+    changed = weights(model)
+    counter = Counter()
+    accelerator.register_for_checkpointing(counter)
+    with pytest.raises(CheckpointError, match="has the state of 0 custom objects, and 1 are registered"):
+        accelerator.load_state(folder)
+    assert all(torch.equal(a, b) for a, b in zip(changed, weights(model), strict=True))
+    accelerator._custom_objects.clear()
+    accelerator.load_state(folder)
+    assert all(torch.equal(a, b) for a, b in zip(before, weights(model), strict=True))
+    return seen
+
+
+def test_hooks_see_the_models_and_missing_objects_change_nothing(tmp_path: Path) -> None:
+    assert run_ranks(2, hooks_and_objects, str(tmp_path)) == [[(1, 1), 1]] * 2
+
+
+def one_rank_cannot_write_its_random_state(folder: str) -> None:
+    accelerator, *objects = job(2, 48)
+    prepare(accelerator, *objects)
+    if dist.get_rank() == 1:
+        (Path(folder) / "random_states_1.pkl").mkdir(parents=True)
+    dist.barrier()
+    accelerator.save_state(folder)
+
+
+def test_what_one_rank_cannot_write_is_an_error_on_all(tmp_path: Path) -> None:
+    for error in expect_error_on_all(2, one_rank_cannot_write_its_random_state, str(tmp_path)):
+        assert error.startswith("CheckpointError: ")
+        assert error.endswith("(rank 1)")

@@ -252,6 +252,48 @@ def test_what_a_killed_save_left_goes_with_the_next(tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path)) == ["latest", "lock", "sample-000000010"]
 
 
+def test_a_job_that_goes_on_from_an_older_one_keeps_what_it_writes(tmp_path: Path) -> None:
+    job = Job()
+    job.train()
+    folder = CheckpointFolder(tmp_path, keep=2)
+    for samples in (300, 400, 500):
+        folder.save(samples, job.write)
+    saved = folder.save(100, job.write)
+    assert saved is not None
+    assert folder.newest() == saved
+    assert (tmp_path / "latest").read_text() == saved.name
+    assert len([*tmp_path.glob("*.superseded")]) == 2
+
+
+def test_an_index_of_somebody_elses_is_a_file_like_any(tmp_path: Path) -> None:
+    job = Job()
+    job.train()
+
+    def write(path: Path) -> None:
+        job.write(path / "state")
+        (path / "tokenizer").mkdir()
+        (path / "tokenizer" / "index.json").write_text("{}")
+
+    folder = CheckpointFolder(tmp_path)
+    saved = folder.save(10, write)
+    assert folder.newest() == saved
+    assert saved is not None
+    (saved / "tokenizer" / "index.json").write_text("{ }")
+    assert "tokenizer/index.json has 3 bytes where 2 were written" in str(damage_of(saved))
+
+
+def test_one_process_and_its_folders(tmp_path: Path) -> None:
+    job = Job()
+    job.train()
+    folder = CheckpointFolder(tmp_path)
+    with pytest.raises(CheckpointError, match=r"this process has a CheckpointFolder of .* already"):
+        CheckpointFolder(tmp_path, patience=0.0)
+    folder.close()
+    with pytest.raises(CheckpointError, match="is closed"):
+        folder.save(10, job.write)
+    CheckpointFolder(tmp_path).save(10, job.write)
+
+
 def test_a_job_killed_while_it_replaced_a_checkpoint(tmp_path: Path) -> None:
     job = Job()
     job.train()
@@ -303,6 +345,52 @@ def test_saving_beside_training_has_the_bits_of_saving_at_once(world_size: int, 
         assert beside.keys() == at_once.keys()
         assert all(torch.equal(beside[key], at_once[key]) for key in at_once)
         assert damage_of(tmp_path / f"beside/sample-{samples:09d}") is None
+
+
+def saves_both_ways(root: str) -> None:
+    job, saver = Job(width=2000), AsyncSaver()
+    job.train()
+    folder = CheckpointFolder(root)
+    folder.async_save(saver, 10, *job.all)
+    folder.save(20, job.write)  # as on a SIGTERM
+    assert [folder.samples_of(path) for path in folder.all()] == [10, 20]
+
+
+def fails_once(root: str) -> list[bool]:
+    job, saver = Job(), AsyncSaver()
+    job.train()
+    folder = CheckpointFolder(root, on_error="warn")
+    found = []
+    for told in (False, True):
+        running = folder.async_save(saver, 10, *job.all, extra={"n": 1})
+        assert running is not None
+        running.wait()
+        if dist.get_rank() == 0:  # the next one cannot be finished
+            (Path(root) / "sample-000000020.replaced").write_text("in the way")
+            (Path(root) / "sample-000000020").mkdir()
+        dist.barrier()
+        failing = folder.async_save(saver, 20, *job.all)
+        assert failing is not None
+        if told:
+            with pytest.raises(CheckpointError):
+                failing.wait()
+        found.append(folder.async_save(saver, 30, *job.all) is not None)
+        saver.wait()
+        dist.barrier()
+        if dist.get_rank() == 0:
+            (Path(root) / "sample-000000020.replaced").unlink()
+            (Path(root) / "sample-000000020").rmdir()
+        dist.barrier()
+    return found
+
+
+def test_a_save_waits_for_the_one_beside_training(tmp_path: Path) -> None:
+    run_ranks(2, saves_both_ways, str(tmp_path))
+
+
+@pytest.mark.filterwarnings("ignore:no checkpoint after sample")
+def test_a_failed_save_costs_no_other(tmp_path: Path) -> None:
+    assert run_ranks(2, fails_once, str(tmp_path)) == [[True, True]] * 2
 
 
 def fails_beside(root: str) -> None:

@@ -11,8 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dist_adamw import DistAdamW
-from dist_adamw.checkpoint import load_share, save_share
+from dist_adamw import DistAdamW, load, save
 from tests.distributed.test_attach import averaged
 from tests.ranks import run_ranks
 
@@ -45,7 +44,6 @@ class Pair:
 
     def __init__(self, **options: Any) -> None:
         self.model = Small()
-        self.names = {p: name for name, p in self.model.named_parameters()}
         self.weights = [nn.Parameter(p.detach().float()) for p in self.model.parameters()]
         self.optimizer = DistAdamW(self.model.parameters(), lr=1e-3, bucket_numel=500, **options)
         if dist.get_world_size() > 1:
@@ -137,8 +135,7 @@ def test_bf16_moments_take_half_the_memory_and_cost_some_of_an_update() -> None:
 def save_and_go_on(folder: str, saved: str, loaded: str) -> list[Tensor]:
     pair = Pair(master_dtype=getattr(torch, saved))
     pair.train(range(5), follow=False)
-    save_share(pair.optimizer, pair.names, folder)
-    torch.save(pair.model.state_dict(), f"{folder}/weights.pt") if dist.get_rank() == 0 else None
+    save(folder, pair.model, pair.optimizer)
     pair.train(range(5, 9), follow=False)
     return [p.detach().clone() for p in pair.model.parameters()]
 
@@ -146,10 +143,7 @@ def save_and_go_on(folder: str, saved: str, loaded: str) -> list[Tensor]:
 def load_and_go_on(folder: str, saved: str, loaded: str) -> list[Tensor]:
     pair = Pair(master_dtype=getattr(torch, loaded))
     pair.train(range(3), follow=False)  # what is here is replaced
-    pair.model.load_state_dict(torch.load(f"{folder}/weights.pt"))
-    load = load_share(pair.optimizer, pair.names, folder)
-    assert load is not None
-    load()
+    load(folder, pair.model, pair.optimizer)
     pair.train(range(5, 9), follow=False)
     return [p.detach().clone() for p in pair.model.parameters()]
 

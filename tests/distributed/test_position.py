@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -92,6 +93,45 @@ def test_no_sample_twice_and_none_missed(kind: str, before: int, after: int) -> 
     for rest, next_epoch in run_ranks(after, finish, kind, state):
         assert sorted(seen + rest) == list(range(SIZE))
         assert sorted(next_epoch) == list(range(SIZE))
+
+
+def rolled_back() -> list[int]:
+    """A position that is loaded while a loop is running."""
+    accelerator, loader = prepared("workers", 1)
+    seen: list[int] = []
+    state = None
+    for batch in rest_of_epoch(loader):
+        seen += numbers(accelerator, batch)
+        if len(seen) == 8:
+            state = position(loader).state_dict()
+        if len(seen) == 24:
+            assert state is not None
+            position(loader).load_state_dict(state)
+            del seen[8:]
+    assert len(seen) == 8
+    return seen + [n for batch in rest_of_epoch(loader) for n in numbers(accelerator, batch)]
+
+
+def test_a_loop_ends_when_the_position_is_loaded() -> None:
+    for seen in run_ranks(2, rolled_back):
+        assert sorted(seen) == list(range(SIZE))
+
+
+def half_an_update(folder: str) -> tuple[int, int]:
+    accelerator, loader = prepared("workers", 2)
+    for i, _ in enumerate(rest_of_epoch(loader), 1):
+        with accelerator.accumulate(nn.Linear(1, 1)):
+            pass
+        if i == 3:
+            accelerator.save_state(folder)
+            break
+    before = position(loader).samples
+    accelerator.load_state(folder)
+    return before, position(loader).samples
+
+
+def test_samples_of_half_an_update_come_again(tmp_path: Path) -> None:
+    assert run_ranks(2, half_an_update, str(tmp_path)) == [(12, 8)] * 2
 
 
 def cannot(state: dict[str, Any]) -> str:

@@ -22,6 +22,7 @@ from dist_adamw import (
     register_deepspeed,
     save,
 )
+from dist_adamw.conventions import unwrap
 from dist_adamw.storage import read_index, read_whole
 from tests.ranks import expect_error_on_all, run_ranks
 
@@ -260,6 +261,51 @@ def test_buffers_are_the_first_ranks(tmp_path: Path) -> None:
     assert run_ranks(3, statistics, str(tmp_path)) == [[1.0] * 6] * 3
 
 
+def apart(folder: str) -> float:
+    """Ranks that are meant to differ, as in local SGD."""
+    model = nn.Linear(100, 100)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    torch.manual_seed(dist.get_rank())
+    model(torch.randn(4, 100)).square().mean().backward()
+    optimizer.step()
+    with torch.no_grad():
+        model.weight.fill_(dist.get_rank())
+    save(folder, model, optimizer, compare_ranks=False)
+    first = optimizer.state[model.weight]["exp_avg"].clone()
+    dist.broadcast(first, 0)
+    load(folder, model, optimizer)
+    assert torch.equal(optimizer.state[model.weight]["exp_avg"], first)
+    return float(model.weight.sum())
+
+
+def test_ranks_that_differ_are_not_mixed(tmp_path: Path) -> None:
+    assert run_ranks(2, apart, str(tmp_path)) == [0.0, 0.0]
+
+
+def test_a_model_without_memory_is_refused(tmp_path: Path) -> None:
+    save(tmp_path, nn.Linear(3, 3))
+    with pytest.raises(CheckpointError, match=r"weight is on the meta device: .* Use model\.to_empty"):
+        load(tmp_path, nn.Linear(3, 3, device="meta"))
+
+
+def half_accumulated(folder: str, half: bool) -> list[Tensor]:
+    model, optimizer, scheduler = make_recipe()
+    step(model, optimizer)
+    scheduler.step()
+    save(folder, model, optimizer, scheduler)
+    if half:
+        model(torch.randn(16, 8)).square().mean().backward()
+    load(folder, model, optimizer, scheduler)
+    step(model, optimizer)
+    return bits(model)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_gradients_of_before_a_load_are_forgotten(world_size: int, tmp_path: Path) -> None:
+    expected, found = (run_ranks(world_size, half_accumulated, str(tmp_path), half)[0] for half in (False, True))
+    assert same(expected[:4] + expected[-2:], found[:4] + found[-2:])
+
+
 # ---------------------------------------------------------------------------------------------- what differs
 
 
@@ -316,6 +362,19 @@ def without_schedule(folder: str) -> None:
     assert other.param_groups[0]["weight_decay"] == 0.3
     with pytest.raises(CheckpointError, match="has the state of StepLR, and this job a CyclicLRWithRestarts"):
         load(folder, model, other, CyclicLRWithRestarts(other, 10, 100))
+
+
+def test_lr_without_a_schedule_is_the_callers_choice(tmp_path: Path) -> None:
+    model = network()
+    optimizer = DistAdamW(model.parameters(), lr=1e-2, weight_decay=1e-3, decay_by="schedule")
+    step(model, optimizer)
+    save(tmp_path, model, optimizer)
+    kept, taken = (torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0.5) for _ in range(2))
+    load(tmp_path, model, kept, on_difference="new")
+    assert (kept.param_groups[0]["lr"], kept.param_groups[0]["weight_decay"]) == (1e-5, 0.5)
+    load(tmp_path, model, taken)
+    assert taken.param_groups[0]["lr"] == 1e-2
+    assert taken.param_groups[0]["weight_decay"] == pytest.approx(0.1)  # the same decay of an update, in torch's words
 
 
 def test_schedulers_of_torch(tmp_path: Path) -> None:
@@ -435,6 +494,21 @@ def test_deepspeeds_own_save_and_load(stage: int, dtype: str, tmp_path: Path) ->
             assert (clock, lr) == (right, right_lr)
             # Ranks' losses are added up; bf16 has 8 bits.
             assert 2 * loss == pytest.approx(right_loss, rel=1e-5 if dtype == "fp32" else 2e-2)
+
+
+def weights_alone(folder: str, stage: int) -> tuple[int, int]:
+    engine = engine_of(stage, "fp32")
+    train_engine(engine, 0, 2)
+    engine.save_checkpoint(folder)
+    train_engine(engine, 2, 5)
+    engine.load_checkpoint(folder, load_module_only=True)
+    inner = unwrap(engine.optimizer)
+    return inner.updates, engine.lr_scheduler.samples  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_weights_alone_leave_the_optimizer_as_it_is(stage: int, tmp_path: Path) -> None:
+    assert run_ranks(2, weights_alone, str(tmp_path), stage) == [(5, 40)] * 2
 
 
 def wrong_folder(folder: str) -> None:

@@ -235,7 +235,7 @@ def test_resume_in_mid_epoch(engine: str, world_size: int, tmp_path: Path) -> No
 ROUND = ["single", "DDP", "FSDP2", "ZeRO-1", "ZeRO-2", "ZeRO-3", "DDP", "single", "ZeRO-3", "FSDP2", "single"]
 
 
-@pytest.mark.parametrize(("first", "second"), itertools.pairwise(ROUND))
+@pytest.mark.parametrize(("first", "second"), [*itertools.pairwise(ROUND)])
 def test_resume_on_another_engine_and_number_of_ranks(first: str, second: str, tmp_path: Path) -> None:
     """With the same global batch, and accumulation that leaves nothing to pad."""
     run = functools.partial(train, **SAVE)
@@ -244,6 +244,21 @@ def test_resume_on_another_engine_and_number_of_ranks(first: str, second: str, t
     begun = run_ranks(before, run, first, str(tmp_path), before)[0]
     for rows in run_ranks(after, run, second, str(tmp_path), after, checkpoint):
         check_same(begun[:8] + rows, plain_loop())
+
+
+def resume_without_index(folder: str) -> str:
+    try:
+        train("DDP", folder, 1, f"{folder}/checkpoint-8", **SAVE)
+    except ValueError as error:
+        return str(error)
+    return "resumed"
+
+
+def test_a_torn_checkpoint_is_not_taken_for_none(tmp_path: Path) -> None:
+    run_ranks(2, functools.partial(train, **SAVE), "DDP", str(tmp_path))
+    (tmp_path / "checkpoint-8" / "global_step8" / "index.json").unlink()
+    for error in run_ranks(2, resume_without_index, str(tmp_path)):
+        assert "global_step8 is not a whole checkpoint: index.json is missing" in error
 
 
 def train_objects(engine: str, folder: str) -> tuple[Curve, int | None, int | None]:
