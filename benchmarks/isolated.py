@@ -54,7 +54,7 @@ def measure(out: Path, workloads: Sequence[str], engines: Sequence[str], *, worl
                 records.append(out, [{**lost, "skipped": f"its processes ended with exit status {ended}"}])
 
 
-def _status(field: str) -> int:
+def status(field: str) -> int:
     """VmRSS or VmHWM of this process, in bytes."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field + ":"):
@@ -62,7 +62,7 @@ def _status(field: str) -> int:
     raise RuntimeError(f"/proc/self/status has no {field}")
 
 
-def _forget_peak() -> None:
+def forget_peak() -> None:
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM becomes VmRSS
 
@@ -91,22 +91,22 @@ def one(engine_name: str, workload_name: str, network: str, rank: int, size: int
             raise
         return {**record, "skipped": f"{type(problem).__name__}: {problem}"}
     dist.all_reduce(torch.ones(1 << 10))
-    _forget_peak()
-    baseline = _status("VmRSS")
+    forget_peak()
+    baseline = status("VmRSS")
     workload = Workload.named(workload_name, rank=rank, kept=False)
     engine = build(engine_name, workload)
     grad_bytes = before = first = 0
     for update in range(WARM + COUNTED):
         if update == WARM:
-            first = _status("VmHWM") - baseline
-            _forget_peak()
+            first = status("VmHWM") - baseline
+            forget_peak()
             before = _sent(rank)
         engine.backward()
         grad_bytes = max(grad_bytes, engine.grad_bytes())
         engine.step()
         engine.forward()
     sent = (_sent(rank) - before) / COUNTED / size
-    later = _status("VmHWM") - baseline
+    later = status("VmHWM") - baseline
     facts = ranks.gathered({"peak": max(first, later), "later_peak": later, **engine.sizes(), "gradients": grad_bytes})
     formula, ideal = ideal_memory(engine, workload.numel, size)
     traffic = (size - 1) / size * workload.numel * 8

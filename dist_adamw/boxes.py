@@ -54,7 +54,7 @@ def _inside(index: int, found: Iterator[Box]) -> Iterator[Box]:
 def overlap_anywhere(found: Sequence[Box], ndim: int) -> bool:
     """Whether two of these boxes share an element. A sweep along the dim in which they reach the furthest."""
     found = [box for box in found if box.numel]
-    if ndim == 0:
+    if len(found) < 2 or ndim == 0:
         return len(found) > 1
     dim = max(range(ndim), key=lambda d: max((box.offsets[d] + box.sizes[d] for box in found), default=0))
     active: list[Box] = []

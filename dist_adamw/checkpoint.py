@@ -19,8 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -32,6 +31,7 @@ from dist_adamw.functional import check_hyper_parameters
 from dist_adamw.held import Access, Found, Held, access, hyper_parameters, same_family
 from dist_adamw.owned import Owned, Values, evaluated
 from dist_adamw.plain import plain
+from dist_adamw.planner import Planner
 from dist_adamw.random_state import RNG, current_random_state, random_state_of
 from dist_adamw.replicas import check_replicas
 from dist_adamw.scheduler import CyclicLRWithRestarts, OnDifference
@@ -235,16 +235,10 @@ def _gather(
 
 def _write(path: Path, held: Held, about: Mapping[str, Any], group: Group) -> None:
     several = collectives.world_size() > 1
-    planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    planner = Planner(held.tensors)
     lock = everywhere(lambda: _lock(path) if collectives.rank() == 0 else None, group)
     try:
-        dcp_save(
-            dict(held.tensors),
-            storage_writer=Writer(path, about),
-            planner=planner,
-            process_group=group,
-            no_dist=not several,
-        )
+        dcp_save({}, storage_writer=Writer(path, about), planner=planner, process_group=group, no_dist=not several)
     except CheckpointException as failed:
         rank, (error, _) = min(failed.failures.items())
         what = str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
@@ -465,11 +459,11 @@ def _fill(index: Index, held: Held) -> None:
 
 
 def _read(index: Index, held: Held) -> None:
+    # Every rank for itself, since what it needs to know is in the index; as dcp.load does where there is one rank.
     planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-    try:  # every rank for itself: what it needs to know is in the index
-        dcp_load(dict(held.tensors), storage_reader=Reader(index, held.sources), planner=planner, no_dist=True)
-    except CheckpointException as failed:
-        raise next(iter(failed.failures.values()))[0] from failed
+    reader = Reader(index, held.sources)
+    planner.set_up_planner(dict(held.tensors), reader.read_metadata(), True)
+    reader.read_data(reader.prepare_local_plan(planner.create_local_plan()), planner)
 
 
 def _check_same_model(index: Index, ours: Mapping[str, tuple[int, ...]]) -> None:

@@ -36,6 +36,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
+    MetadataIndex,
     TensorProperties,
     TensorStorageMetadata,
 )
@@ -178,9 +179,10 @@ class Writer(StorageWriter):
         places: dict[str, list[list[Any]]] = {key: [] for key in metadata.state_dict_metadata}
         files: dict[str, Any] = {}
         for result in (result for of_rank in results for result in of_rank):
-            file, offset, sizes, fingerprint = result.storage_data
-            files[file] = fingerprint
-            places[result.index.fqn].append([list(result.index.offset or ()), list(sizes), file, offset])
+            file = result.index.fqn
+            files[file], chunks = result.storage_data
+            for key, offsets, sizes, offset in chunks:
+                places[key].append([offsets, sizes, file, offset])
         tensors = {}
         for key, found in metadata.state_dict_metadata.items():
             assert isinstance(found, TensorStorageMetadata)
@@ -292,10 +294,9 @@ def _write_file(path: Path, items: Sequence[WriteItem], planner: SavePlanner) ->
         os.fsync(file.fileno())
     fingerprint = {"bytes": 8 + len(text) + ends, "sha256": digest.hexdigest()}
     begin = 8 + len(text)
-    return [
-        WriteResult(item.index, nbytes, (path.name, begin + start, box.sizes, fingerprint))
-        for item, box, start, nbytes in order
-    ]
+    # One result a file: of objects for each of thousands of tensors, most of a save's time would be spent on pickles.
+    chunks = [(item.index.fqn, box.offsets, box.sizes, begin + start) for item, box, start, _ in order]
+    return [WriteResult(MetadataIndex(path.name), ends, (fingerprint, chunks))]
 
 
 def _blocks(tensor: Tensor) -> Iterator[memoryview]:

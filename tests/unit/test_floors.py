@@ -27,6 +27,7 @@ FLOORS = {
     "arriving": 1,
     "collectives": 1,
     "owned": 1,
+    "planner": 1,
     "storage": 1,
     "preview": 1,
     "exchange": 1,

@@ -1,0 +1,543 @@
+"""What a checkpoint costs: peak memory, the time for which training stands still, and how far that is from the limits.
+
+Run ``python -m benchmarks.checkpoint --out results.jsonl``. ``--workload many`` takes 4,000 tensors of 1,024 elements
+in place of a GPT.
+
+Memory: VmHWM, which the kernel keeps exactly and between any two samples, reset before each phase; above VmRSS after
+imports, set-up of the process group, and a save and a load of a tiny model. It counts anonymous, shared and mapped
+memory of the process, not the page cache that files are written through. Every engine and number of ranks has
+processes of its own, where malloc gives back what is freed (MALLOC_MMAP_THRESHOLD_), so a peak is what lives at once.
+Gradients live on until the next update begins, so a save or a load finds no room that they have left; the micro-batch
+is one sample of 64 bytes, so activations leave little room either. Training's peak is that of later updates than the
+first three.
+
+Time: all methods live in the same processes, and rounds go over them in a new random order each. A window begins at a
+barrier and ends when the call has returned on the slowest rank. Files are removed after each. In the same
+rounds the limits, of which the fastest round counts: as many bytes written in one go by all ranks at once and synced,
+copied, and hashed. Loads read what
+was just written, so from the page cache, into weights that were zeroed before and must then be those that were saved.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import hashlib
+import os
+import random
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import AdamW, Optimizer
+
+import dist_adamw
+from benchmarks import ranks, records
+from benchmarks.engines import RECIPE
+from benchmarks.isolated import forget_peak, status
+from benchmarks.report import table
+from benchmarks.workloads import Workload
+from dist_adamw import DistAdamW
+from dist_adamw.checkpoint import AsyncSaver
+from dist_adamw.shard import local_of
+from launch.gpt import GPT, ModelConfig, next_byte_losses
+
+WARM, COUNTED = 3, 3  # updates
+BESIDE = 4  # updates without a save, for each save that has updates beside it
+BLOCK = 1 << 22
+WIDTH, CONTEXT = 512, 64
+MEMORY = [("single", 1), ("FSDP2", 1), ("DDP", 2), ("FSDP2", 2), ("DDP", 4), ("FSDP2", 4)]
+OURS, OURS_ASYNC = "dist_adamw.save", "AsyncSaver.save"
+DCP_ASYNC = "FSDP2: dcp.async_save"
+
+
+@dataclass
+class Job:
+    """A model in training: on every rank the same weights, and other samples."""
+
+    module: Any
+    optimizer: Any
+    loss: Callable[[], Tensor]
+
+    def update(self) -> None:
+        """Collective."""
+        self.optimizer.zero_grad()
+        self.loss().backward()  # type: ignore[no-untyped-call]
+        self.optimizer.step()
+
+    def locals(self) -> Iterator[Tensor]:
+        """What of the weights lies here."""
+        for param in self.module.parameters():
+            yield local_of(param).detach()
+
+
+def build(workload: str, params: int, wrap: str, make: Callable[[Any], Optimizer], rank: int) -> Job:
+    """A job whose model is wrapped as ``wrap`` says. Collective."""
+    torch.manual_seed(0)
+    model: Any
+    if workload == "gpt":
+        layers = max(1, round(params / (12 * WIDTH**2)))
+        model = GPT(ModelConfig(layers=layers, heads=8, width=WIDTH, context=CONTEXT))
+        blocks = model.blocks
+    else:
+        model = Workload.named(workload, rank=rank, kept=False).model()
+        blocks = model.layers
+    module: nn.Module = model
+    if wrap == "DDP":
+        module = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    elif wrap == "FSDP2":
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        for block in blocks:
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    windows = torch.randint(256, (1, CONTEXT + 1), generator=torch.Generator().manual_seed(1 + rank))
+
+    def loss() -> Tensor:
+        return next_byte_losses(module, windows).mean() if workload == "gpt" else module(torch.zeros(()))
+
+    optimizer = make(model)
+    if isinstance(optimizer, DistAdamW) and wrap != "FSDP2":
+        optimizer.attach(module)
+    return Job(module, optimizer, loss)
+
+
+def _dist_adamw(model: nn.Module) -> Optimizer:
+    return DistAdamW(model.parameters(), **RECIPE)
+
+
+# ---------------------------------------------------------------------------------------------- memory
+
+
+def memory(options: argparse.Namespace, rank: int, size: int) -> records.Record:
+    """Peaks of one engine above what was there before: of a job that trains and saves, or a fresh one. Collective."""
+    folder, engine = options.folder / "memory", options.engine
+    tiny = build("gpt", 0, engine, _dist_adamw, rank)
+    for _ in range(2):
+        tiny.update()
+        dist_adamw.save(options.folder / "tiny", tiny.module, tiny.optimizer)
+        dist_adamw.load(options.folder / "tiny", tiny.module, tiny.optimizer)
+    del tiny
+    forget_peak()
+    baseline = status("VmRSS")
+    peaks: dict[str, int] = {}
+
+    @contextmanager
+    def peak(of: str) -> Iterator[None]:
+        dist.barrier()
+        forget_peak()
+        yield
+        peaks[of] = status("VmHWM") - baseline
+
+    job = build(options.workload, options.params, engine, _dist_adamw, rank)
+    if options.stage == "fresh":
+        with peak("load, fresh"):
+            dist_adamw.load(folder, job.module, job.optimizer)
+    with peak("first updates"):
+        for _ in range(WARM):
+            job.update()
+    with peak("training"):
+        for _ in range(COUNTED):
+            job.update()
+    if options.stage == "train":
+        with peak("save"):
+            dist_adamw.save(folder, job.module, job.optimizer)
+        with peak("load"):
+            dist_adamw.load(folder, job.module, job.optimizer)
+        with peak("training after that"):
+            for _ in range(COUNTED):
+                job.update()
+        saver = AsyncSaver()
+        with peak("AsyncSaver"):
+            saver.save(folder, job.module, job.optimizer)
+            saver.wait()
+        with peak("AsyncSaver, updates beside it"):
+            saving = saver.save(folder, job.module, job.optimizer)
+            for _ in range(COUNTED):
+                job.update()
+            saving.wait()
+        saver.close()
+    by_rank = ranks.gathered(peaks)
+    return {
+        "kind": "checkpoint memory",
+        "workload": options.workload,
+        "numel": sum(p.numel() for p in job.module.parameters()),
+        "engine": engine,
+        "ranks": size,
+        "stage": options.stage,
+        "baseline_bytes": max(ranks.gathered(baseline)),
+        "peak_bytes": {of: max(peaks[of] for peaks in by_rank) for of in peaks},
+    }
+
+
+# ---------------------------------------------------------------------------------------------- time
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to save or load: ``call`` is timed; it may return what waits for the rest."""
+
+    call: Callable[[Path], Callable[[], Any] | None]
+    job: Job
+
+
+class Contest:
+    """The methods, their jobs, and how long each took. Collective throughout."""
+
+    def __init__(self, options: argparse.Namespace, rank: int) -> None:
+        self.options, self.rank = options, rank
+
+        def job(wrap: str, make: Callable[[Any], Optimizer]) -> Job:
+            made = build(options.workload, options.params, wrap, make, rank)
+            for _ in range(2):
+                made.update()
+            return made
+
+        ours = job("DDP", _dist_adamw)
+        zero = job("DDP", lambda m: ZeroRedundancyOptimizer(m.parameters(), AdamW, fused=True, **RECIPE))
+        fsdp = job("FSDP2", lambda m: AdamW(m.parameters(), fused=True, **RECIPE))
+        self.saver = AsyncSaver()
+        self.group = dist.new_group(backend="gloo")
+        self.stager = DefaultStager(StagingOptions(False, False, False, False))
+        self.saves = {
+            OURS: Method(lambda path: dist_adamw.save(path, ours.module, ours.optimizer), ours),
+            "ZeRO-1: consolidate, torch.save, fsync": Method(lambda path: self._zero_save(zero, path, True), zero),
+            "ZeRO-1: consolidate, torch.save": Method(lambda path: self._zero_save(zero, path, False), zero),
+            "FSDP2: dcp.save": Method(lambda path: self._dcp_save(fsdp, path), fsdp),
+            OURS_ASYNC: Method(lambda path: self.saver.save(path, ours.module, ours.optimizer).wait, ours),
+            DCP_ASYNC: Method(lambda path: self._dcp_async(fsdp, path, None), fsdp),
+            f"{DCP_ASYNC}, buffers kept": Method(lambda path: self._dcp_async(fsdp, path, self.stager), fsdp),
+        }
+        self.loads = {
+            OURS: ("dist_adamw.load", Method(lambda path: self._our_load(ours, path), ours)),
+            "ZeRO-1: consolidate, torch.save": (
+                "ZeRO-1: torch.load, load_state_dict",
+                Method(lambda path: self._zero_load(zero, path), zero),
+            ),
+            "FSDP2: dcp.save": ("FSDP2: dcp.load, set_state_dict", Method(lambda p: self._dcp_load(fsdp, p), fsdp)),
+        }
+        self.numel = sum(p.numel() for p in ours.module.parameters())
+        self.nbytes = 12 * self.numel  # fp32 weights and two moments
+        share = self.nbytes // dist.get_world_size()
+        self._from, self._to = torch.randn(share // 4), torch.empty(share // 4).fill_(1)
+        self.limits = {
+            "write and fsync": self._write,
+            "memcpy": lambda _: self._to.copy_(self._from),
+            "sha256": lambda _: hashlib.sha256(memoryview(self._from.numpy())).digest(),
+        }
+        self.seconds: dict[str, list[float]] = {}
+        self.whole: dict[str, list[float]] = {}  # of asynchronous ones, until all is written
+        self.written: dict[str, int] = {}
+
+    # what is compared
+
+    def _zero_save(self, job: Job, path: Path, synced: bool) -> None:
+        job.optimizer.consolidate_state_dict(to=0)
+        if self.rank == 0:
+            path.mkdir(parents=True)
+            with (path / "all.pt").open("wb") as file:
+                torch.save({"model": job.module.module.state_dict(), "optimizer": job.optimizer.state_dict()}, file)
+                if synced:
+                    file.flush()
+                    os.fsync(file.fileno())
+        dist.barrier()
+
+    def _zero_load(self, job: Job, path: Path) -> None:
+        found = torch.load(path / "all.pt", weights_only=True)
+        job.module.module.load_state_dict(found["model"])
+        job.optimizer.load_state_dict(found["optimizer"])
+
+    def _state(self, job: Job) -> dict[str, Any]:
+        model, optimizer = get_state_dict(job.module, job.optimizer)
+        return {"model": model, "optimizer": optimizer}
+
+    def _dcp_save(self, job: Job, path: Path) -> None:
+        dcp.save(self._state(job), checkpoint_id=path)
+
+    def _dcp_async(self, job: Job, path: Path, stager: DefaultStager | None) -> Callable[[], Any]:
+        future: Any = dcp.async_save(
+            self._state(job), checkpoint_id=path, process_group=self.group, async_stager=stager
+        )
+        return future.result  # type: ignore[no-any-return]
+
+    def _dcp_load(self, job: Job, path: Path) -> None:
+        state = self._state(job)
+        dcp.load(state, checkpoint_id=path)
+        set_state_dict(job.module, job.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+
+    def _our_load(self, job: Job, path: Path) -> None:
+        dist_adamw.load(path, job.module, job.optimizer)
+
+    def _write(self, path: Path) -> None:
+        path.mkdir(parents=True, exist_ok=True)
+        data = memoryview(self._from.numpy()).cast("B")
+        with (path / str(self.rank)).open("wb", buffering=0) as file:
+            for start in range(0, len(data), BLOCK):
+                file.write(data[start : start + BLOCK])
+            os.fsync(file.fileno())
+
+    # how it is measured
+
+    def timed(self, name: str, call: Callable[[], Any], keep: bool) -> Any:
+        """``call`` on every rank at once; as long as the slowest takes."""
+        gc.collect()
+        dist.barrier()
+        start = time.perf_counter()
+        result = call()
+        took = max(ranks.gathered(time.perf_counter() - start))
+        if keep:
+            self.seconds.setdefault(name, []).append(took)
+        return result
+
+    def remove(self, path: Path) -> None:
+        """Also what was not synced yet, so that it does not reach the disk in somebody else's window."""
+        dist.barrier()
+        if self.rank == 0:
+            shutil.rmtree(path, ignore_errors=True)
+        dist.barrier()
+
+    def save(self, name: str, keep: bool) -> None:
+        """Time a save, and the load of what it wrote where there is one."""
+        path = self.options.folder / "time"
+        begun = time.perf_counter()
+        rest = self.timed(name, lambda: self.saves[name].call(path), keep)
+        if rest is not None:
+            rest()
+            if keep:
+                self.whole.setdefault(name, []).append(max(ranks.gathered(time.perf_counter() - begun)))
+        dist.barrier()
+        self.written[name] = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+        if name in self.loads:
+            load, method = self.loads[name]
+            weights = [part.clone() for part in method.job.locals()]
+            for part in method.job.locals():
+                part.zero_()
+            self.timed(load, lambda: method.call(path), keep)
+            if not all(map(torch.equal, weights, method.job.locals())):
+                raise RuntimeError(f"{load} did not bring back the weights that were saved")
+        self.remove(path)
+
+    def limit(self, name: str, keep: bool) -> None:
+        """Time what no save can do without."""
+        path = self.options.folder / "limit"
+        self.timed(name, lambda: self.limits[name](path), keep)
+        self.remove(path)
+
+    def beside(self, name: str) -> dict[str, Any]:
+        """Updates without a save, then updates while one is on its way."""
+        job, path = self.saves[name].job, self.options.folder / "time"
+        plain = [self._update(job) for _ in range(BESIDE)]
+        rest = self.saves[name].call(path)
+        assert rest is not None
+        future = getattr(rest, "__self__")  # noqa: B009 - of a bound method: what is on its way
+        beside = []
+        done = torch.zeros(1)
+        while not done.item():
+            beside.append(self._update(job))
+            done.fill_(float(future.done if isinstance(future.done, bool) else future.done()))
+            dist.all_reduce(done, op=dist.ReduceOp.MIN)
+        rest()
+        self.remove(path)
+        return {"plain": plain, "beside": beside}
+
+    def _update(self, job: Job) -> float:
+        dist.barrier()
+        start = time.perf_counter()
+        job.update()
+        dist.barrier()
+        return time.perf_counter() - start
+
+
+def contest(options: argparse.Namespace, rank: int) -> list[records.Record]:
+    """All methods in turn. Collective."""
+    it = Contest(options, rank)
+    shuffle = random.Random(0)
+    todo: list[Callable[[bool], None]] = [lambda keep, n=name: it.save(n, keep) for name in it.saves]  # type: ignore[misc]
+    todo += [lambda keep, n=name: it.limit(n, keep) for name in it.limits]  # type: ignore[misc]
+    for number in range(1 + options.rounds):  # one to warm up
+        shuffle.shuffle(todo)
+        for one in todo:
+            one(number > 0)
+        if rank == 0:
+            print(f"round {number} of {options.rounds}", file=sys.stderr, flush=True)
+    slowed: dict[str, list[dict[str, Any]]] = {OURS_ASYNC: [], DCP_ASYNC: []}
+    for _ in range(options.rounds):
+        for name in slowed:
+            slowed[name].append(it.beside(name))
+    common = {
+        "kind": "checkpoint time",
+        "workload": options.workload,
+        "numel": it.numel,
+        "ranks": dist.get_world_size(),
+        "load_average": os.getloadavg()[0],
+        "nbytes": it.nbytes,
+    }
+    return [
+        {
+            **common,
+            "what": name,
+            "is": "limit" if name in it.limits else "save" if name in it.saves else "load",
+            "seconds": seconds,
+            "written": it.written.get(name),
+            "until_written": it.whole.get(name),
+            "updates": slowed.get(name),
+        }
+        for name, seconds in it.seconds.items()
+    ]
+
+
+# ---------------------------------------------------------------------------------------------- tables
+
+
+def memory_table(found: Sequence[records.Record]) -> list[str]:
+    """Peaks over training's."""
+    head = ["peak of the largest rank, over training's", "ranks", "training, MB", "save", "load", "load, fresh job"]
+    head += ["AsyncSaver", "updates beside it"]
+    by_key: dict[tuple[str, int], dict[str, int]] = {}
+    for record in found:
+        if record["kind"] == "checkpoint memory":
+            peaks = by_key.setdefault((record["engine"], record["ranks"]), {})
+            peaks |= {k: v for k, v in record["peak_bytes"].items() if k not in peaks}
+    rows = []
+    for (engine, size), peaks in by_key.items():
+        over = ["save", "load", "load, fresh", "AsyncSaver", "AsyncSaver, updates beside it"]
+        training = peaks["training"]
+        rows.append([engine, str(size), f"{training / 1e6:.0f}", *(f"{peaks[of] / training:.2f}" for of in over)])
+    return table(head, rows)
+
+
+def time_tables(found: Sequence[records.Record]) -> Iterator[str]:
+    """Seconds, ratios and fractions of the limits."""
+    timed = {r["what"]: r for r in found if r["kind"] == "checkpoint time"}
+    # The fastest round: whoever else is at work only makes them slower.
+    limits = {name: min(r["seconds"]) for name, r in timed.items() if r["is"] == "limit"}
+    for kind, ours in (("save", OURS), ("load", "dist_adamw.load")):
+        rows = []
+        for name, record in sorted(timed.items(), key=lambda item: median(item[1]["seconds"])):
+            if record["is"] != kind:
+                continue
+            took = median(record["seconds"])
+            low, _, high = quantiles(record["seconds"], n=4)
+            is_async = record["until_written"] is not None
+            limit = limits["memcpy" if is_async else "write and fsync"] / took if kind == "save" else None
+            rows.append(
+                [
+                    name,
+                    f"{took:.3f}",
+                    f"{low:.3f} to {high:.3f}",
+                    f"{took / median(timed[ours]['seconds']):.2f}",
+                    "" if limit is None else f"{limit:.2f} of {'memcpy' if is_async else 'write'}",
+                    f"{median(record['until_written']):.3f}" if is_async else "",
+                    "" if record["written"] is None else f"{record['written'] / 1e6:.1f}",
+                ]
+            )
+        head = [f"{kind}: training stands still", "median, s", "quartiles, s", f"x {ours}", "limit", "until written, s"]
+        yield from table([*head, "MB"], rows)
+        yield ""
+    rows = []
+    for name, record in timed.items():
+        if record["is"] == "limit":
+            took = limits[name]
+            rows.append(
+                [name, f"{took:.3f}", f"{median(record['seconds']):.3f}", f"{record['nbytes'] / took / 1e9:.2f}"]
+            )
+    yield from table(["limit, all ranks at once", "fastest, s", "median, s", "GB/s, fastest"], rows)
+    yield ""
+    rows = []
+    for name, record in timed.items():
+        if record["updates"]:
+            plain = median(t for one in record["updates"] for t in one["plain"])
+            beside = median(t for one in record["updates"] for t in one["beside"])
+            extra = median(sum(one["beside"]) - len(one["beside"]) * median(one["plain"]) for one in record["updates"])
+            count = median(len(one["beside"]) for one in record["updates"])
+            rows.append([name, f"{plain:.3f}", f"{beside:.3f}", f"{beside / plain:.2f}", f"{count:g}", f"{extra:.2f}"])
+    head = ["updates beside it", "without, s", "beside it, s", "ratio", "updates until it is done", "they cost, s"]
+    yield from table(head, rows)
+
+
+def report(found: Sequence[records.Record], workload: str) -> None:
+    """Print the tables of one workload."""
+    where = next(record for record in reversed(found) if record["kind"] == "environment")
+    found = [record for record in found if record.get("workload") == workload]
+    print(
+        f"\n{workload}, {found[0]['numel']:,} parameters; {where['cpu']}, {where['cores']} cores, "
+        f"torch {where['versions']['torch']}, commit {where['commit']}, {where['time']}\n"
+    )
+    if any(record["kind"] == "checkpoint memory" for record in found):
+        print("\n".join(memory_table(found)), "\n")
+    if timed := [record for record in found if record["kind"] == "checkpoint time"]:
+        print(f"{timed[0]['ranks']} ranks, {len(timed[0]['seconds'])} rounds, load {timed[0]['load_average']:.1f}\n")
+        print("\n".join(time_tables(found)))
+
+
+# ---------------------------------------------------------------------------------------------- running
+
+
+def work(options: argparse.Namespace) -> None:
+    """What one rank does."""
+    with ranks.joined() as (rank, size):
+        found = contest(options, rank) if options.stage == "time" else [memory(options, rank, size)]
+        if rank == 0:
+            records.append(options.out, found)
+
+
+def main() -> None:
+    """Start ranks, stage after stage, or be one."""
+    parser = argparse.ArgumentParser(description="What a checkpoint costs.")
+    parser.add_argument("--out", type=Path, required=True, help="JSON-lines file to append to")
+    parser.add_argument("--workload", choices=("gpt", "many"), default="gpt")
+    parser.add_argument("--params", type=int, default=25_000_000, help="of the GPT")
+    parser.add_argument("--ranks", type=int, default=2, help="of the contest")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--folder", type=Path, help="where to save; default: a temporary folder")
+    parser.add_argument("--only", choices=("memory", "time"), help="default: both")
+    parser.add_argument("--timeout", type=float, default=1800.0, help="seconds, of each stage")
+    parser.add_argument("--stage", choices=("train", "fresh", "time"), help=argparse.SUPPRESS)
+    parser.add_argument("--engine", default="", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    options.out = options.out.resolve()
+    if ranks.is_rank():
+        work(options)
+        return
+    records.append(options.out, [records.environment()])
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        shared = ["--out", str(options.out), "--workload", options.workload, "--params", str(options.params)]
+        shared += ["--rounds", str(options.rounds), "--folder", folder]
+
+        def start(stage: str, engine: str, size: int) -> None:
+            print(f"{stage} {engine} {size} ranks", file=sys.stderr, flush=True)
+            args = [*shared, "--stage", stage, "--engine", engine]
+            ranks.start("benchmarks.checkpoint", args, ranks=size, timeout=options.timeout)
+
+        if options.only != "time":
+            given_back = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
+            os.environ.update(given_back)
+            for engine, size in MEMORY:
+                start("train", engine, size)
+                start("fresh", engine, size)
+            for name in given_back:
+                del os.environ[name]
+        if options.only != "memory":
+            start("time", "", options.ranks)
+    found = records.read([options.out])
+    report([record for record in found if record["run"] == found[-1]["run"]], options.workload)
+
+
+if __name__ == "__main__":
+    main()
