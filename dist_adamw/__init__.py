@@ -6,6 +6,7 @@ from dist_adamw.checkpoint import AsyncSaver, Checkpoint, load, save
 from dist_adamw.collectives import AgreementError
 from dist_adamw.convert import export_checkpoint, import_checkpoint
 from dist_adamw.folder import CheckpointFolder
+from dist_adamw.index import CheckpointError
 from dist_adamw.integrations.accelerate import prepare
 from dist_adamw.integrations.data import position, rest_of_epoch
 from dist_adamw.integrations.deepspeed import register_deepspeed
@@ -16,7 +17,6 @@ from dist_adamw.preview import Preview
 from dist_adamw.replicas import check_replicas
 from dist_adamw.schedule import ExpReduceMaxLROnIteration, ReduceMaxLROnRestart, RestartSchedule
 from dist_adamw.scheduler import CyclicLRWithRestarts
-from dist_adamw.storage import CheckpointError
 
 __all__ = [
     "AgreementError",

@@ -37,7 +37,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from torch.distributed.checkpoint.storage import StorageWriter
 
 from dist_adamw._version import __version__
-from dist_adamw.checkpoint import checked, samples_of
+from dist_adamw.compare import checked, samples_of
 from dist_adamw.foreign import (
     FP32,
     Content,
@@ -52,19 +52,9 @@ from dist_adamw.foreign import (
     understood,
 )
 from dist_adamw.held import MASTER, MODEL, same_family
+from dist_adamw.index import CODES, DTYPES, INDEX, CheckpointError, Index, damage, read_index, sync_folder, write_text
 from dist_adamw.shard import MOMENTS
-from dist_adamw.storage import (
-    CODES,
-    DTYPES,
-    CheckpointError,
-    Index,
-    Writer,
-    damage,
-    read_index,
-    read_whole,
-    sync_folder,
-    write_text,
-)
+from dist_adamw.storage import Writer, read_whole
 
 
 def import_checkpoint(
@@ -90,9 +80,12 @@ def import_checkpoint(
         without: Names of weights that are not taken, such as the second name of a tied one.
 
     Raises:
-        CheckpointError: ``source`` is not of this kind, is damaged, or asks for anything to be executed.
+        CheckpointError: ``source`` is not of this kind, is damaged, or asks for anything to be executed; or ``path``
+            holds a checkpoint.
     """
     source, path = Path(source), Path(path)
+    if (path / INDEX).exists():
+        raise CheckpointError(f"{path} holds a checkpoint already. Choose another folder, or remove it first.")
     if kind == "auto":
         kind = kind_of(source)
     read = {

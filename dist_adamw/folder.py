@@ -35,7 +35,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from dist_adamw import collectives
 from dist_adamw.checkpoint import AsyncSaver, Saving, everywhere
-from dist_adamw.storage import INDEX, CheckpointError, damage, open_plainly, read_index, sync_folder, write_text
+from dist_adamw.index import INDEX, CheckpointError, damage, open_plainly, read_index, sync_folder, write_text
 
 _NAME = re.compile(r"sample-(\d+)")
 _MANIFEST, _LATEST, _LOCK = "manifest.json", "latest", "lock"
@@ -56,7 +56,7 @@ class CheckpointFolder:
     Raises:
         CheckpointError: another job saves to it, or it cannot be made; on every rank alike.
 
-    Collective to build, as `newest`, `save` and `async_save` are; the other methods are local.
+    Collective to build, as `newest`, `damage_of`, `save` and `async_save` are; the other methods are local.
     """
 
     def __init__(
@@ -132,24 +132,21 @@ class CheckpointFolder:
         assert match is not None
         return int(match[1])
 
-    def newest(self) -> Path | None:
-        """The newest checkpoint that is whole to the last bit, as the main rank finds it; None where there is none.
+    def newest(self, but: Path | None = None) -> Path | None:
+        """The newest checkpoint that is whole to the last bit, leaving out ``but``; None where there is none.
 
-        Collective. Reads all of it.
+        Collective: each rank reads its part of the files.
         """
+        listed = everywhere(lambda: self.all() if self._is_main else [], self._group)
+        found: list[Path] = collectives.all_gather_objects(listed, self._group)[0]
+        others = (path for path in reversed(found) if but is None or path.name != but.name)
+        return next((path for path in others if self.damage_of(path) is None), None)
 
-        def find() -> Path | None:
-            return next((path for path in reversed(self.all()) if damage_of(path) is None), None)
-
-        found = everywhere(lambda: find() if self._is_main else None, self._group)
-        told: Path | None = collectives.all_gather_objects(found, self._group)[0]
-        return told
-
-    def alternative_to(self, path: Path) -> str:
-        """What to say of a damaged checkpoint: which is the newest whole one but this."""
-        others = (other for other in reversed(self.all()) if other.name != path.name and damage_of(other) is None)
-        other = next(others, None)
-        return f"The newest whole one is {other}." if other else "There is no other whole one: start afresh."
+    def damage_of(self, path: Path) -> str | None:
+        """What is wrong with a checkpoint, as a sentence; None when it is whole. Collective: as `newest`."""
+        rank, several = collectives.rank(), collectives.world_size()
+        problems = collectives.all_gather_objects(damage_of(path, rank, several), self._group)
+        return next((problem for problem in problems if problem is not None), None)
 
     # ---------------------------------------------------------------- writing
 
@@ -321,19 +318,25 @@ def _fingerprint(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
 
 
-def damage_of(path: Path) -> str | None:
-    """What is wrong with a checkpoint of a `CheckpointFolder`, as a sentence; None when it is whole. Local."""
+def damage_of(path: Path, part: int = 0, parts: int = 1) -> str | None:
+    """What is wrong with a checkpoint of a `CheckpointFolder`, as a sentence; None when it is whole. Local.
+
+    Args:
+        path: The checkpoint.
+        part: Which of the files to read, ``parts`` ranks sharing them.
+        parts: How many share them.
+    """
     try:
         with open_plainly(path / _MANIFEST) as file:
             manifest = json.loads(file.read())
-        for name, expected in manifest.items():
+        for i, (name, expected) in enumerate(manifest.items()):
             inside = path / name
             if not inside.resolve().is_relative_to(path.resolve()):  # also by a link on the way
                 return f"the checkpoint {path} is damaged: its manifest names {name!r}, outside of it."
             if name.endswith("/"):
-                if problem := damage(inside):
+                if problem := damage(inside, part, parts):
                     return problem
-            elif (found := _fingerprint(inside)) != expected:
+            elif i % parts == part and (found := _fingerprint(inside)) != expected:
                 what = "its checksum is another one" if found["bytes"] == expected["bytes"] else "it is torn"
                 return (
                     f"the checkpoint {path} is damaged: {name} has {found['bytes']:,} bytes where "

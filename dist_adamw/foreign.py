@@ -26,10 +26,11 @@ from torch import Tensor
 
 from dist_adamw.boxes import Box, overlap_anywhere
 from dist_adamw.held import MODEL
+from dist_adamw.index import CODES, DTYPES, INDEX, CheckpointError, open_plainly
 from dist_adamw.owned import Owned, Values
 from dist_adamw.plain import plain
 from dist_adamw.shard import MOMENTS
-from dist_adamw.storage import CODES, DTYPES, INDEX, CheckpointError, open_plainly, read_exactly
+from dist_adamw.storage import read_exactly
 
 Kind = Literal["torch", "dcp", "universal", "safetensors"]
 T = TypeVar("T")

@@ -25,13 +25,14 @@ from torch.optim import Optimizer
 from dist_adamw import collectives
 from dist_adamw.boxes import Box
 from dist_adamw.conventions import unwrap
+from dist_adamw.index import CheckpointError
 from dist_adamw.optimizer import DistAdamW
 from dist_adamw.owned import Owned, Values, evaluated
 from dist_adamw.plain import plain
 from dist_adamw.shard import MASTERS, MOMENTS, Shard, axes_in_memory, local_of, storage_order
-from dist_adamw.storage import CheckpointError
 
 MODEL, MASTER = "model", "master"
+SCALARS = (int, float, bool, type(None))  # what the state of a parameter may have beside tensors
 _WRAPPERS = re.compile(r"(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
 # These differ between engines and schedules, or say how to compute and not what.
 _NOT_COMPARED = {
@@ -47,7 +48,7 @@ class Held:
 
     Attributes:
         tensors: By key: `Owned`, DTensor, or whole. Of whole ones that several ranks have, one rank's is saved.
-        scalars: By parameter name, the numbers in its state, such as ``step``.
+        scalars: By parameter name, the numbers in its state, such as ``step``; or None, which some have for "not yet".
         sources: For a load, where a key has another name in the checkpoint.
         later: For a load, what is read after that, one after the other, and what to do then with each.
         finish: After a load: let what follows from tensors and scalars follow.
@@ -127,6 +128,7 @@ class Access(Protocol):
     """How the state of one model and its optimizer is reached. Local."""
 
     engine: str
+    model: nn.Module
 
     def to_save(self) -> Held:
         """What this process writes."""
@@ -156,6 +158,11 @@ def access(model: nn.Module, optimizer: Optimizer | None) -> Access:
     return Plain(model, optimizer)
 
 
+def without_wrappers(name: str) -> str:
+    """A parameter's or module's name in the model that is inside of what compiles, checkpoints or shards it. Local."""
+    return _WRAPPERS.sub("", name)
+
+
 def bare(model: nn.Module) -> nn.Module:
     """The module inside wrappers. Local."""
     while True:
@@ -167,7 +174,7 @@ def bare(model: nn.Module) -> nn.Module:
 
 def parameter_names(model: nn.Module) -> dict[Tensor, str]:
     """Parameters and their names; tied ones have their first name. Local."""
-    return {param: _WRAPPERS.sub("", name) for name, param in bare(model).named_parameters()}
+    return {param: without_wrappers(name) for name, param in bare(model).named_parameters()}
 
 
 def buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -175,7 +182,7 @@ def buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for prefix, module in bare(model).named_modules():
         for name, buffer in module.named_buffers(recurse=False):
             if name not in module._non_persistent_buffers_set:
-                yield _WRAPPERS.sub("", f"{prefix}.{name}" if prefix else name), buffer
+                yield without_wrappers(f"{prefix}.{name}" if prefix else name), buffer
 
 
 def plain_groups(
@@ -270,10 +277,16 @@ class Plain:
         for param, state in optimizer.state.items():
             name = self.names[param]
             for kind, value in state.items():
-                if kind == "step" or not isinstance(value, Tensor):
-                    held.scalars.setdefault(name, {})[kind] = float(value) if kind == "step" else value
-                else:
+                if kind != "step" and isinstance(value, Tensor):
                     held.tensors[f"{kind}.{name}"] = value
+                    continue
+                value = float(value) if kind == "step" else value
+                if type(value) not in SCALARS:
+                    raise CheckpointError(
+                        f"{type(optimizer).__name__} has {kind} of {name}, a {type(value).__name__}: only tensors and "
+                        "numbers can be saved. Use another optimizer, or pass None and save its state yourself."
+                    )
+                held.scalars.setdefault(name, {})[kind] = value
 
     def to_load(self, found: Found) -> Held:
         """See `Access`."""
@@ -340,10 +353,14 @@ class Plain:
                     kinds &= {*MOMENTS}
                 for kind in sorted(kinds):
                     key = f"{kind}.{name}"
-                    if found.shapes[key] == tuple(param.shape):
-                        state[kind] = torch.zeros_like(param, dtype=found.dtypes[key], requires_grad=False)
+                    shape, dtype = found.shapes[key], found.dtypes[key]
+                    before = optimizer.state.get(param, {}).get(kind)
+                    if isinstance(before, Tensor) and (tuple(before.shape), before.dtype) == (shape, dtype):
+                        state[kind] = before  # to have both would be as much memory again
+                    elif shape == tuple(param.shape):
+                        state[kind] = torch.zeros_like(param, dtype=dtype, requires_grad=False)
                     else:
-                        state[kind] = torch.zeros(found.shapes[key], dtype=found.dtypes[key], device=param.device)
+                        state[kind] = torch.zeros(shape, dtype=dtype, device=param.device)
                     held.read(kind, name, state[kind], found)
                 for kind, value in found.scalars.get(name, {}).items():
                     if of_adam and kind != "step":

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from dist_adamw import collectives
-from dist_adamw.storage import CheckpointError, Index, read_whole
+from dist_adamw.index import CheckpointError, Index
+from dist_adamw.storage import read_whole
 
 RNG = "rng"
 _LARGEST = 1 << 20  # bytes; what is written has some tens of thousands

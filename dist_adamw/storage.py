@@ -21,13 +21,9 @@ import hashlib
 import json
 import math
 import os
-import re
 import secrets
-import stat
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -44,75 +40,21 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
-from dist_adamw.boxes import Box, overlap_anywhere
-
-INDEX = "index.json"
-FORMAT, VERSION = "dist_adamw checkpoint", 2
-_FILE = re.compile(r"[0-9a-f]{16}-[0-9]{5,}\.safetensors")
-_BLOCK = 1 << 22  # bytes read, written and summed at a time; also what a save or a load takes beside the tensors
-_LARGEST_INDEX = 1 << 30
-CODES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
-DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in CODES}
-
-
-class CheckpointError(ValueError):
-    """A checkpoint cannot be written or used. The message names it, what is wrong, and what to do."""
-
-    def __init__(self, message: str) -> None:
-        # What a damaged file says may be part of it: of any length, over several lines, not to be printed.
-        line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)
-        super().__init__(line if len(line) <= 3000 else f"{line[:2000]} ... {line[-900:]}")
-
-
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """Where a box of a tensor lies: ``offset`` in bytes from the beginning of ``file``."""
-
-    box: Box
-    file: str
-    offset: int
-
-
-@dataclass(frozen=True, slots=True)
-class Saved:
-    """A tensor of a checkpoint."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    chunks: tuple[Chunk, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Index:
-    """What a checkpoint's index says, checked: every element of every tensor lies in exactly one place of a file.
-
-    Attributes:
-        folder: Of the checkpoint.
-        save: Names this one save.
-        tensors: By key.
-        files: Size in bytes and SHA-256, by name.
-        about: Plain data that was saved with the tensors.
-        digest: Of all of that.
-    """
-
-    folder: Path
-    save: str
-    tensors: Mapping[str, Saved]
-    files: Mapping[str, tuple[int, str]]
-    about: Mapping[str, Any]
-    digest: str
-
+from dist_adamw.boxes import Box
+from dist_adamw.index import (
+    BLOCK,
+    CODES,
+    FILE,
+    FORMAT,
+    VERSION,
+    CheckpointError,
+    Chunk,
+    Index,
+    Saved,
+    open_plainly,
+    read_index,
+    write_index,
+)
 
 # ---------------------------------------------------------------------------------------------- writing
 
@@ -150,7 +92,7 @@ class Writer(StorageWriter):
         """Make the folder, and see that the plain data is plain."""
         self.folder.mkdir(parents=True, exist_ok=True)
         if is_coordinator:
-            self._about = _as_json(self.about)
+            self._about = as_json(self.about)
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         """Nothing to prepare."""
@@ -192,7 +134,7 @@ class Writer(StorageWriter):
         index = {"format": FORMAT, "version": VERSION, "save": save, "tensors": tensors, "files": files}
         write_index(self.folder, {**index, "about": self._about})
         for left in self.folder.iterdir():
-            if _FILE.fullmatch(left.name) and left.name not in files:
+            if FILE.fullmatch(left.name) and left.name not in files:
                 left.unlink(missing_ok=True)
 
 
@@ -215,34 +157,12 @@ class Lock:
             pass  # some file systems of networks cannot; `CheckpointFolder` has a file of its own for it
 
 
-def write_index(folder: Path, index: Mapping[str, Any]) -> None:
-    """Let ``index`` be the folder's, in one step. Local."""
-    index = {**index, "sha256": _digest(index)}
-    write_text(folder / INDEX, json.dumps(index))
+def as_json(about: Mapping[str, Any]) -> Any:
+    """Plain data as JSON gives it back. Local.
 
-
-def write_text(path: Path, text: str) -> None:
-    """Let a file hold ``text``, or what it held; and the disk, all that was written to the folder before. Local."""
-    partial = path.with_name(f"{path.name}.partial")
-    with partial.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    sync_folder(path.parent)
-    partial.replace(path)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Have the disk hold the names in a folder. Local."""
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _as_json(about: Mapping[str, Any]) -> Any:
+    Raises:
+        CheckpointError: it is not plain, or has keys that would come back as others.
+    """
     try:
         if not _has_text_for_keys(about):
             raise TypeError("a dict has keys that are not text, and would come back with text for keys")
@@ -303,7 +223,7 @@ def _blocks(tensor: Tensor) -> Iterator[memoryview]:
     """The bytes of a tensor in C order."""
     if not tensor.is_contiguous():
         tensor = tensor.contiguous()
-    for part in torch.split(tensor.view(-1), _BLOCK // tensor.itemsize):
+    for part in torch.split(tensor.view(-1), BLOCK // tensor.itemsize):
         yield memoryview(part.cpu().view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
@@ -331,159 +251,6 @@ def _name(item: WriteItem, box: Box) -> str:
     if box.sizes == tuple(item.tensor_data.size):
         return item.index.fqn
     return f"{item.index.fqn}[{','.join(f'{a}:{a + n}' for a, n in zip(*box, strict=True))}]"
-
-
-# ---------------------------------------------------------------------------------------------- the index
-
-
-def read_index(folder: str | Path) -> Index:
-    """Read and check a checkpoint's index; its files only by name and size. Local.
-
-    Raises:
-        CheckpointError: there is none, it is damaged, of another format or version, or says what cannot be.
-    """
-    folder = Path(folder)
-    path = folder / INDEX
-    try:
-        with open_plainly(path) as file:
-            if (size := os.fstat(file.fileno()).st_size) > _LARGEST_INDEX:
-                raise CheckpointError(f"{path} is damaged: an index of {size:,} bytes cannot be.")
-            found = json.loads(file.read())
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{_not_whole(folder)}") from error
-    except (OSError, ValueError, RecursionError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"{path} is damaged: {type(error).__name__}: {error}.") from error
-    if not isinstance(found, dict) or found.get("format", found.get("version")) != FORMAT:
-        _refuse_old(path, found)
-        raise CheckpointError(f"{path} is not an index of a dist_adamw checkpoint, but of something else.")
-    if found.get("version") != VERSION:
-        raise CheckpointError(f"{path} has version {found.get('version')!r}; this release reads version {VERSION}.")
-    digest = found.pop("sha256", None)
-    try:
-        if digest != _digest(found):
-            raise CheckpointError(f"{path} is damaged: its checksum differs. Resume from an older checkpoint.")
-        return _checked(folder, found, digest)
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"{path} is damaged: {type(error).__name__}: {error}.") from error
-
-
-def _not_whole(folder: Path) -> str:
-    if not folder.is_dir():
-        return f"there is no checkpoint {folder}: no such folder."
-    if (folder / ".metadata").exists():
-        return (
-            f"{folder} is a folder of torch.distributed.checkpoint, whose .metadata is a pickle. Convert it with "
-            "`dist-adamw import`, which executes nothing."
-        )
-    return f"{folder} is not a whole checkpoint: {INDEX} is missing (it is written last)."
-
-
-def _refuse_old(path: Path, found: Any) -> None:
-    if isinstance(found, dict) and found.get("version") == 1 and "shares" in found:
-        raise CheckpointError(f"{path} has version 1; this release reads version {VERSION}.")
-
-
-def _checked(folder: Path, found: Mapping[str, Any], digest: str) -> Index:
-    path = folder / INDEX
-
-    def need(condition: bool, what: str) -> None:
-        if not condition:
-            raise CheckpointError(f"{path} is damaged: {what}.")
-
-    files = {}
-    for name, facts in found["files"].items():
-        need(_FILE.fullmatch(name) is not None, f"it names a file that no save makes: {name!r}")
-        need(_is_size(facts["bytes"]) and isinstance(facts["sha256"], str), f"file {name!r} is described as {facts}")
-        files[name] = (facts["bytes"], facts["sha256"])
-    tensors = {}
-    taken: dict[str, list[tuple[int, int]]] = {name: [] for name in files}
-    for key, facts in found["tensors"].items():
-        shape, dtype = tuple(facts["shape"]), DTYPES.get(facts["dtype"])
-        fits = all(map(_is_size, shape)) and len(shape) <= 64
-        # Also of a tensor without elements: torch counts its strides in 64 bits.
-        need(fits and _is_size(math.prod(max(n, 1) for n in shape)), f"{key!r} has shape {list(shape)[:64]}")
-        need(dtype is not None, f"{key!r} is of dtype {facts['dtype']!r}")
-        assert dtype is not None
-        chunks = []
-        for offsets, sizes, file, offset in facts["chunks"]:
-            box = Box(tuple(offsets), tuple(sizes))
-            fits = len(offsets) == len(sizes) == len(shape) and all(map(_is_size, (*offsets, *sizes, offset)))
-            need(fits and all(a + n <= m for a, n, m in zip(*box, shape, strict=True)), f"{key!r} has a chunk {box}")
-            need(file in files, f"{key!r} lies in {file!r}, which is none of its files")
-            end = offset + box.numel * dtype.itemsize
-            need(end <= files[file][0], f"{key!r} reaches beyond the end of {file}")
-            chunks.append(Chunk(box, file, offset))
-            if end > offset:
-                taken[file].append((offset, end))
-        missing = math.prod(shape) - sum(chunk.box.numel for chunk in chunks)
-        need(not missing and not overlap_anywhere([c.box for c in chunks], len(shape)), f"{key!r} has gaps or overlaps")
-        tensors[key] = Saved(dtype, shape, tuple(chunks))
-    for name, spans in taken.items():  # so what is loaded is never more than the files are large
-        spans.sort()
-        need(all(a[1] <= b[0] for a, b in pairwise(spans)), f"two of its tensors lie in the same bytes of {name}")
-    need(isinstance(found["about"], dict) and isinstance(found["save"], str), "it says nothing of what was saved")
-    return Index(folder, found["save"], tensors, files, found["about"], digest)
-
-
-def _is_size(value: Any) -> bool:
-    return type(value) is int and 0 <= value < 1 << 62
-
-
-def _digest(index: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(index, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
-def check_files(index: Index, part: int = 0, parts: int = 1) -> None:
-    """Compare the ``part``-th of ``parts`` of a checkpoint's files with their checksums, to the last bit. Local.
-
-    Raises:
-        CheckpointError: names the file.
-    """
-    for name in sorted(index.files)[part::parts]:
-        nbytes, expected = index.files[name]
-        path = index.folder / name
-        try:
-            with open_plainly(path) as file:
-                found = os.fstat(file.fileno()).st_size
-                digest = hashlib.sha256()
-                while found == nbytes and (block := file.read(_BLOCK)):
-                    digest.update(block)
-        except OSError as error:
-            raise CheckpointError(f"{path} cannot be read: {error}. Resume from an older checkpoint.") from error
-        if found != nbytes:
-            raise CheckpointError(
-                f"{path} is damaged: it has {found:,} bytes, {nbytes:,} were written. Resume from an older checkpoint."
-            )
-        if digest.hexdigest() != expected:
-            raise CheckpointError(f"{path} is damaged: its checksum differs. Resume from an older checkpoint.")
-
-
-def damage(folder: str | Path) -> str | None:
-    """What is wrong with a checkpoint, as a sentence; None when it is whole to the last bit. Local."""
-    try:
-        check_files(read_index(folder))
-    except CheckpointError as error:
-        return str(error)
-    return None
-
-
-@contextlib.contextmanager
-def open_plainly(path: Path) -> Iterator[BinaryIO]:
-    """Open a file for reading that is a plain one: no link out of its folder, no pipe that never ends. Local.
-
-    Raises:
-        OSError: it is something else, or cannot be read.
-    """
-    handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    if not stat.S_ISREG(os.fstat(handle).st_mode):
-        os.close(handle)
-        raise OSError(f"{path} is not a plain file")
-    with os.fdopen(handle, "rb", buffering=0) as file:
-        yield file
 
 
 # ---------------------------------------------------------------------------------------------- reading
@@ -603,11 +370,11 @@ def _read_box(
         shape, wanted, target = (1,), Box((0,), (1,)), target.view(1)
     row = math.prod(shape[1:]) * dtype.itemsize
     rest = Box(wanted.offsets[1:], wanted.sizes[1:])
-    if row > _BLOCK:
+    if row > BLOCK:
         for i in range(wanted.sizes[0]):
             _read_box(file, base + (wanted.offsets[0] + i) * row, shape[1:], dtype, rest, target[i])
         return
-    rows = _BLOCK // row
+    rows = BLOCK // row
     for i in range(0, wanted.sizes[0], rows):
         n = min(rows, wanted.sizes[0] - i)
         block = read_exactly(file, base + (wanted.offsets[0] + i) * row, n * row).view(dtype).view(n, *shape[1:])

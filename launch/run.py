@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 
-from dist_adamw.folder import CheckpointFolder, damage_of
+from dist_adamw.folder import CheckpointFolder
 
 T = TypeVar("T")
 NEWEST = "newest"
@@ -150,27 +150,32 @@ class Checkpoints:
         return saved
 
     def find(self, wanted: str) -> tuple[Path, Progress]:
-        """The checkpoint to resume from, checked to the last byte. Local.
+        """The checkpoint to resume from, checked to the last byte. Collective.
 
         Args:
             wanted: `NEWEST`, or the folder of one checkpoint.
 
         Raises:
-            ValueError: there is none, or it is damaged; the newest whole one is named.
+            JobError: there is none, or it is damaged; the newest whole one is named.
         """
-        path = Path(wanted)
-        if wanted == NEWEST:
-            found = self.folder.all()
-            if not found:
-                raise ValueError(
-                    f"there is no checkpoint in {self.folder.root} to resume from. Start without --resume."
-                )
-            path = found[-1]
-        elif not path.is_dir():
-            raise ValueError(f"--resume {wanted}: there is no such folder. --resume alone takes the newest.")
-        if problem := damage_of(path):
-            raise ValueError(f"{problem} {self.folder.alternative_to(path)}")
+        path = on_main(self.accelerator, lambda: self._named(wanted))
+        if problem := self.folder.damage_of(path):
+            other = self.folder.newest(but=path)
+            cure = f"The newest whole one is {other}." if other else "There is no other whole one: start afresh."
+            raise JobError(f"{problem} {cure}")
+        return path, on_main(self.accelerator, lambda: self._progress(path))
+
+    def _named(self, wanted: str) -> Path:
+        if wanted != NEWEST:
+            if not Path(wanted).is_dir():
+                raise ValueError(f"--resume {wanted}: there is no such folder. --resume alone takes the newest.")
+            return Path(wanted)
+        if not (found := self.folder.all()):
+            raise ValueError(f"there is no checkpoint in {self.folder.root} to resume from. Start without --resume.")
+        return found[-1]
+
+    def _progress(self, path: Path) -> Progress:
         try:
-            return path, Progress(**json.loads((path / _PROGRESS).read_text()))
+            return Progress(**json.loads((path / _PROGRESS).read_text()))
         except TypeError as error:
             raise ValueError(f"{path / _PROGRESS} is of another version of this job: {error}.") from error

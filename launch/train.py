@@ -141,22 +141,22 @@ class Job:
         self.loss_sum = torch.zeros((), device=accelerator.device)
 
     def _find_checkpoint(self) -> tuple[Path, Progress] | None:
-        """The checkpoint to resume from; None to begin. Local."""
+        """The checkpoint to resume from; None to begin. Collective."""
         if self.config.resume is None:
             return None
         if self.config.resume != AUTO:
             return self.checkpoints.find(self.config.resume)
-        *newer, path = list(reversed(self.checkpoints.folder.all())) or [None]
+        *newer, path = reversed(on_main(self.accelerator, self.checkpoints.folder.all) or [None])
         for newest in newer:  # nobody is there to choose an older one
             try:
                 return self.checkpoints.find(str(newest))
-            except ValueError as error:
+            except JobError as error:
                 self.say(f"not resumed from: {error}")
         return self.checkpoints.find(str(path)) if path else None
 
     def _resume(self) -> bool:
         """Put everything where a checkpoint says it was; False where there is none to resume from."""
-        found = on_main(self.accelerator, self._find_checkpoint)
+        found = self._find_checkpoint()
         if found is None:
             return False
         path, progress = found

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import warnings
 from collections.abc import Iterable, Iterator
 from functools import partial
@@ -23,6 +24,7 @@ from dist_adamw import collectives
 from dist_adamw.checkpoint import everywhere, load, save
 from dist_adamw.conventions import unwrap
 from dist_adamw.held import bare
+from dist_adamw.index import CheckpointError, read_index
 from dist_adamw.integrations.data import LoaderFacts, Position, engine_of, loader_facts, real_samples
 from dist_adamw.integrations.deepspeed import (
     CLIPPING,
@@ -36,7 +38,6 @@ from dist_adamw.optimizer import DistAdamW
 from dist_adamw.random_state import restore_random_state
 from dist_adamw.replicas import CHECK_WEIGHTS_EVERY, ReplicaWatch, check_replicas
 from dist_adamw.scheduler import CyclicLRWithRestarts
-from dist_adamw.storage import CheckpointError, read_index
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -403,8 +404,13 @@ def _keep_state(
             return save_rest(output_dir, *args, **kwargs)
         if watch is not None:
             watch.before_save()
-        with without_ours():
-            where = everywhere(lambda: Path(save_rest(output_dir, *args, **kwargs)), group)
+        config = accelerator.project_configuration
+        limit, config.total_limit = config.total_limit, None  # Accelerate would delete the oldest before it writes
+        try:
+            with without_ours():
+                where = everywhere(lambda: Path(save_rest(output_dir, *args, **kwargs)), group)
+        finally:
+            config.total_limit = limit
         # Accelerate's count of micro-batches is of use only where updates cross epoch ends.
         across = not accelerator.gradient_state.sync_with_dataloader
         pending = 0 if accelerator.sync_gradients else accelerator.step % accelerator.gradient_accumulation_steps
@@ -412,6 +418,9 @@ def _keep_state(
         extra = {"position": place.state_dict(pending * size), "step": accelerator.step * size if across else 0}
         # Last: when it is whole, all of it is there.
         save(where / folder, model, wrapped, scheduler, extra=extra, compare_ranks=False, group=group)
+        if config.automatic_checkpoint_naming and limit is not None and accelerator.is_main_process:
+            for old in _numbered(where.parent)[: -max(limit, 1)]:
+                shutil.rmtree(old, ignore_errors=True)
         return where
 
     def load_state(input_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
@@ -454,7 +463,13 @@ def _check_custom_objects(accelerator: Accelerator, folder: Path) -> None:
 def _newest_of(accelerator: Accelerator) -> Path:
     """What ``load_state()`` takes under automatic checkpoint naming."""
     folder = Path(accelerator.project_dir or ".") / "checkpoints"
-    numbered = [path for path in folder.glob("checkpoint_*") if path.name.removeprefix("checkpoint_").isdecimal()]
+    numbered = _numbered(folder)
     if not accelerator.project_configuration.automatic_checkpoint_naming or not numbered:
         raise ValueError(f"no checkpoint was named, and {folder} has none. Pass load_state(<folder>).")
-    return max(numbered, key=lambda path: int(path.name.removeprefix("checkpoint_")))
+    return numbered[-1]
+
+
+def _numbered(folder: Path) -> list[Path]:
+    """Checkpoints that Accelerate has named, oldest first."""
+    found = [path for path in folder.glob("checkpoint_*") if path.name.removeprefix("checkpoint_").isdecimal()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint_")))

@@ -15,8 +15,8 @@ import torch
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Sampler
 
 from dist_adamw.batch import GlobalBatch
+from dist_adamw.index import CheckpointError
 from dist_adamw.integrations.deepspeed import accumulation_of
-from dist_adamw.storage import CheckpointError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from dist_adamw.checkpoint import everywhere, load, save
 from dist_adamw.conventions import unwrap
+from dist_adamw.index import write_text
 from dist_adamw.integrations.accelerate import (
     DATA_PARALLEL,
     attach,
@@ -33,7 +34,6 @@ from dist_adamw.integrations.zero import prepare_deepspeed
 from dist_adamw.optimizer import DistAdamW
 from dist_adamw.replicas import CHECK_WEIGHTS_EVERY, ReplicaWatch, check_replicas
 from dist_adamw.scheduler import CyclicLRWithRestarts
-from dist_adamw.storage import write_text
 
 if TYPE_CHECKING:
     from transformers import Trainer

@@ -23,9 +23,9 @@ from dist_adamw import collectives
 from dist_adamw.checkpoint import Checkpoint, everywhere, load, save
 from dist_adamw.conventions import unwrap
 from dist_adamw.held import ENGINES, MASTER, MODEL, Access, Found, Held, Plain, buffers, only_mine, plain_groups
+from dist_adamw.index import INDEX, CheckpointError, write_text
 from dist_adamw.optimizer import DistAdamW
 from dist_adamw.owned import Owned
-from dist_adamw.storage import INDEX, CheckpointError, write_text
 
 
 @dataclass(frozen=True, slots=True)

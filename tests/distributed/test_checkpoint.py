@@ -13,12 +13,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from dist_adamw import CheckpointError, CyclicLRWithRestarts, DistAdamW, prepare
-from dist_adamw.storage import damage, read_index, write_index
+from dist_adamw.index import damage, read_index, write_index
 from tests.distributed.jobs import RECIPE, Row, epochs, job
 from tests.ranks import expect_error_on_all, run_ranks
 
@@ -335,6 +336,35 @@ def hooks_and_objects(folder: str) -> list[Any]:
 
 def test_hooks_see_the_models_and_missing_objects_change_nothing(tmp_path: Path) -> None:
     assert run_ranks(2, hooks_and_objects, str(tmp_path)) == [[(1, 1), 1]] * 2
+
+
+def keeps_one(folder: str) -> list[Any]:
+    """With automatic names and a limit of one, the one before is there, beside the folder of the next."""
+    accelerator, model, optimizer, loader, scheduler = job(1, 48, loader={"batch_size": 2})
+    accelerator.project_configuration = ProjectConfiguration(folder, automatic_checkpoint_naming=True, total_limit=1)
+    model, optimizer, loader, scheduler = prepare(accelerator, model, optimizer, loader, scheduler)
+    checkpoints, seen = Path(folder) / "checkpoints", []
+    hook = accelerator.register_save_state_pre_hook(
+        lambda *_: seen.append([damage(path / "dist_adamw") for path in sorted(checkpoints.glob("*_[0-9]"))])
+    )
+    for _ in range(3):
+        accelerator.save_state()
+        dist.barrier()
+    hook.remove()
+    before = weights(model)
+    for _ in epochs(accelerator, model, optimizer, loader, scheduler, count=1):
+        pass
+    accelerator.load_state()
+    assert all(torch.equal(a, b) for a, b in zip(before, weights(model), strict=True))
+    left = [path.name for path in checkpoints.iterdir()]
+    return [[len(found) for found in seen], seen[1][0], seen[2][0], left, accelerator.project_configuration.total_limit]
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_limit_of_one_never_leaves_none(world_size: int, tmp_path: Path) -> None:
+    expected = [[1, 2, 2], None, None, ["checkpoint_2"], 1]
+    for found in run_ranks(world_size, keeps_one, str(tmp_path)):
+        assert found == expected
 
 
 def one_rank_cannot_write_its_random_state(folder: str) -> None:

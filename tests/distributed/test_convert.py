@@ -30,7 +30,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dist_adamw import DistAdamW, export_checkpoint, import_checkpoint, load, save
 from dist_adamw.cli import main
-from dist_adamw.storage import CheckpointError, read_index, read_whole
+from dist_adamw.index import CheckpointError, read_index
+from dist_adamw.storage import read_whole
 from tests.distributed.engines import ZERO, accelerator_on
 from tests.distributed.test_deepspeed import initialize
 from tests.ranks import run_ranks
@@ -461,6 +462,8 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert main(["export", f"{tmp_path}/ours", f"{tmp_path}/x.safetensors", "--kind=safetensors"]) == 0
     assert main(["export", f"{tmp_path}/ours", f"{tmp_path}/x.safetensors", "--kind=safetensors"]) == 2
     assert "x.safetensors is there already" in capsys.readouterr().err
+    assert main(["import", f"{tmp_path}/theirs.pt", f"{tmp_path}/ours"]) == 2
+    assert "ours holds a checkpoint already" in capsys.readouterr().err
     assert main(["inspect", f"{tmp_path}/ours"]) == 0
     table = capsys.readouterr().out
     numel = sum(value.numel() for value in model.state_dict().values())

@@ -28,7 +28,8 @@ from dist_adamw import (
     save,
 )
 from dist_adamw.folder import damage_of
-from dist_adamw.storage import Lock, damage, read_index, read_whole
+from dist_adamw.index import damage, read_index
+from dist_adamw.storage import Lock, read_whole
 from tests.kills import kill_often
 from tests.ranks import expect_error_on_all, run_ranks
 
@@ -85,6 +86,34 @@ def test_the_newest_are_kept(world_size: int, tmp_path: Path) -> None:
     assert damage_of(tmp_path / names[2]) is None
     (tmp_path / names[2] / "manifest.json").unlink()
     assert "is not whole: manifest.json is missing" in str(damage_of(tmp_path / names[2]))
+
+
+def finds_what_is_damaged(root: str) -> int:
+    job, folder = Job(), CheckpointFolder(root)
+    older, newest = (folder.save(n, job.write) for n in (10, 20))
+    assert newest is not None
+    assert folder.newest() == newest
+    assert folder.newest(but=newest) == older
+    files = [path for path in sorted(newest.rglob("*")) if path.is_file()]
+    for path in files:  # of which each rank reads some
+        whole = path.read_bytes()
+        dist.barrier()
+        if dist.get_rank() == 0:
+            path.write_bytes(whole[:-2] + bytes([whole[-2] ^ 1]) + whole[-1:])
+        dist.barrier()
+        assert str(path.parent) in str(folder.damage_of(newest))
+        assert folder.newest() == older
+        dist.barrier()
+        if dist.get_rank() == 0:
+            path.write_bytes(whole)
+        dist.barrier()
+    assert folder.damage_of(newest) is None
+    return len(files)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_ranks_share_the_reading_and_all_find_the_damage(world_size: int, tmp_path: Path) -> None:
+    assert set(run_ranks(world_size, finds_what_is_damaged, str(tmp_path))) == {world_size + 2}
 
 
 # ---------------------------------------------------------------------------------------------- disks that fail

@@ -22,7 +22,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from dist_adamw import CyclicLRWithRestarts, DistAdamW, prepare, rest_of_epoch
 from dist_adamw.conventions import unwrap
-from dist_adamw.storage import read_index, read_whole
+from dist_adamw.index import read_index
+from dist_adamw.storage import read_whole
 from tests.distributed.engines import accelerator_on
 from tests.ranks import run_ranks
 

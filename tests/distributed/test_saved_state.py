@@ -23,7 +23,8 @@ from dist_adamw import (
     save,
 )
 from dist_adamw.conventions import unwrap
-from dist_adamw.storage import read_index, read_whole
+from dist_adamw.index import read_index
+from dist_adamw.storage import read_whole
 from tests.ranks import expect_error_on_all, run_ranks
 
 
@@ -74,6 +75,16 @@ def with_optimizer(name: str, folder: str) -> None:
     load(folder, again, other)
     step(again, other)
     assert same(bits(model), bits(again))
+    if not isinstance(optimizer, DistAdamW):  # what there is of state is used again: both would be twice the memory
+        before = {value.data_ptr() for state in optimizer.state.values() for value in tensors_of(state)}
+        load(folder, model, optimizer)
+        assert before == {value.data_ptr() for state in optimizer.state.values() for value in tensors_of(state)}
+        step(model, optimizer)
+        assert same(bits(model), bits(again))
+
+
+def tensors_of(state: dict[str, Any]) -> list[Tensor]:
+    return [value for kind, value in state.items() if isinstance(value, Tensor) and kind != "step"]
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -117,6 +128,97 @@ def of_another_family(folder: str) -> None:
 
 def test_state_of_another_family_is_refused(tmp_path: Path) -> None:
     run_ranks(2, of_another_family, str(tmp_path))
+
+
+def odd_state(folder: str) -> None:
+    model = network()
+    with pytest.raises(CheckpointError, match=r"LBFGS has .* only tensors and numbers can be saved"):
+        save(folder, model, steps_lbfgs(model))
+    model.zero_grad()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2, momentum=0.9)
+    for param in model.parameters():
+        optimizer.state[param]["momentum_buffer"] = None  # as some versions of torch have it before the first
+    save(folder, model, optimizer)
+    again = network()
+    other = torch.optim.SGD(again.parameters(), lr=1e-2, momentum=0.9)
+    load(folder, again, other)
+    assert [*other.state.values()] == [{"momentum_buffer": None}] * 6
+    step(model, optimizer)
+    step(again, other)
+    assert same(bits(model), bits(again))
+
+
+def steps_lbfgs(model: nn.Module) -> torch.optim.Optimizer:
+    optimizer = torch.optim.LBFGS(model.parameters())
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = model(torch.ones(4, 8)).square().mean()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)  # type: ignore[arg-type]
+    return optimizer
+
+
+def test_state_that_is_no_number_is_refused_when_it_is_saved(tmp_path: Path) -> None:
+    run_ranks(2, odd_state, str(tmp_path))
+
+
+# ---------------------------------------------------------------------------------------------- extra state
+
+
+class Remembers(nn.Module):
+    """Keeps plain data, or a tensor of a changing size, in ``get_extra_state``."""
+
+    def __init__(self, value: Any) -> None:
+        super().__init__()
+        self.inner = nn.Linear(8, 8)
+        self.value = value
+
+    def get_extra_state(self) -> Any:
+        return self.value
+
+    def set_extra_state(self, state: Any) -> None:
+        self.value = state
+
+
+def remembering(value: Any) -> nn.Module:
+    return nn.Sequential(nn.Linear(8, 8), Remembers(value))
+
+
+def extra_state(folder: str, sharded: bool) -> None:
+    first: dict[str, Any] = {"tensor": torch.arange(5), "data": {"amax": [1.5, None], "name": "fp8"}}
+    for name, value in first.items():
+        model, again, without = remembering(value), remembering(None), nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+        if sharded:
+            model, again = fully_shard(model), fully_shard(again)
+        save(f"{folder}/{name}", model)
+        load(f"{folder}/{name}", again)
+        found = again[1].value
+        assert torch.equal(found, value) if name == "tensor" else found == value
+        with pytest.raises(CheckpointError, match=r"another model"):
+            load(f"{folder}/{name}", without)
+    save(f"{folder}/without", nn.Sequential(nn.Linear(8, 8), nn.Identity()))
+    with pytest.raises(CheckpointError, match=r"extra state of '1' \(get_extra_state\) is not in the checkpoint"):
+        load(f"{folder}/without", nn.Sequential(nn.Linear(8, 8), Bare()))
+    with pytest.raises(CheckpointError, match="get_extra_state of 1: only plain data"):
+        save(f"{folder}/object", remembering(object()))
+    for path in (f"{folder}/object", f"{folder}/object/index.json"):
+        assert not Path(path).is_file()
+
+
+class Bare(Remembers):
+    """Without parameters."""
+
+    def __init__(self) -> None:
+        nn.Module.__init__(self)
+        self.value = 1
+
+
+@pytest.mark.parametrize(("world_size", "sharded"), [(1, False), (2, False), (2, True)])
+def test_extra_state_of_modules_is_kept(world_size: int, sharded: bool, tmp_path: Path) -> None:
+    run_ranks(world_size, extra_state, str(tmp_path), sharded)
 
 
 # ---------------------------------------------------------------------------------------------- less exact weights

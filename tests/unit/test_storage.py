@@ -16,8 +16,9 @@ from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from dist_adamw import storage
 from dist_adamw.boxes import Box, boxes, overlap_anywhere
+from dist_adamw.index import CheckpointError, damage, read_index
 from dist_adamw.owned import Owned
-from dist_adamw.storage import CheckpointError, Reader, Writer, damage, read_index, read_whole
+from dist_adamw.storage import Reader, Writer, read_whole
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 SHAPES = [(), (5,), (3, 4), (2, 3, 4), (2, 1, 3, 2), (1, 4), (4, 1), (1, 1, 1)]
@@ -77,7 +78,7 @@ def test_every_dtype_comes_back(dtype: torch.dtype, tmp_path: Path) -> None:
 @pytest.mark.parametrize("block", [1 << 22, 32])
 def test_any_runs_load_from_any_other(shape: tuple[int, ...], block: int, tmp_path: Path, monkeypatch: object) -> None:
     """Also where a row is larger than what is read at a time."""
-    monkeypatch.setattr(storage, "_BLOCK", block)  # type: ignore[attr-defined]
+    monkeypatch.setattr(storage, "BLOCK", block)
     numel = math.prod(shape)
     tensor = torch.randn(shape)
     for cuts in ([], [1], [numel // 2], [1, 2, numel - 1]):
