@@ -28,7 +28,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
-from dist_adamw import DistAdamW, export_checkpoint, import_checkpoint, load, save
+from dist_adamw import CyclicLRWithRestarts, DistAdamW, export_checkpoint, import_checkpoint, load, save
 from dist_adamw.cli import main
 from dist_adamw.index import CheckpointError, read_index
 from dist_adamw.storage import read_whole
@@ -149,6 +149,21 @@ def test_from_torch(place: tuple[str, int], tmp_path: Path) -> None:
     check(found)
     if place == ("single", 1):
         assert all(torch.equal(found[name], value) for name, value in never_stopped().items())
+
+
+def test_an_import_takes_the_clock_that_it_is_given(tmp_path: Path) -> None:
+    model, optimizer = torch_job(0, STOP)
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "theirs.pt")
+    import_checkpoint(tmp_path / "theirs.pt", tmp_path / "ours")
+    job = DistAdamW(groups(model, 2), **HYPER)
+    scheduler = CyclicLRWithRestarts(job, BATCH, 10 * BATCH, 1, 2)
+    load(tmp_path / "ours", model, job, on_difference="new")
+    scheduler.load_state_dict({**scheduler.state_dict(), "samples": 5 * BATCH})
+    assert (scheduler.samples, job.updates) == (5 * BATCH, STOP)
+    assert scheduler.get_last_lr()[0] == pytest.approx((HYPER["lr"] + 1e-7) / 2)  # the middle of a cosine
+    train(model, job, STOP, STOP + 1)
+    scheduler.step()
+    assert scheduler.samples == 6 * BATCH
 
 
 def test_to_torch(tmp_path: Path) -> None:
