@@ -158,7 +158,7 @@ class Reading:
                 for key in ("betas", "eps", "amsgrad", "maximize"):
                     if key in theirs:
                         expected[f"group {g} {key}"] = repr(tuple(theirs[key]) if key == "betas" else theirs[key])
-            if not isinstance(job.scheduler, CyclicLRWithRestarts):
+            if not isinstance(job.scheduler, CyclicLRWithRestarts) and choice != "new":
                 for key in ("lr", "weight_decay", "initial_lr"):
                     if key in theirs:
                         expected[f"group {g} {key}"] = repr(theirs[key])
@@ -181,10 +181,9 @@ class Reading:
             "reference_batch_size": reference,
             "batch_size": 8,
         }
-        now["configuration"] = {**job.scheduler.configuration(), **({} if choice != "checkpoint" else told)}
-        expected["schedule"] = repr(
-            {**now, "configuration": {k: now["configuration"][k] for k in job.scheduler.configuration()}}
-        )
+        ours = job.scheduler.configuration()
+        now["configuration"] = {k: told[k] if told[k] != v else v for k, v in ours.items()}  # False is 0.0
+        expected["schedule"] = repr(now)
 
 
 # ---------------------------------------------------------------------------------------------- the inputs
