@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 import warnings
+import weakref
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ from dist_adamw import collectives
 from dist_adamw._version import __version__
 from dist_adamw.compare import checked, compare, samples_of
 from dist_adamw.conventions import unwrap
-from dist_adamw.extra_state import extra_state, restore_extra_state
+from dist_adamw.extra_state import EXTRA, extra_state, restore_extra_state
 from dist_adamw.held import Access, Found, Held, access, only_mine
 from dist_adamw.index import CheckpointError, Index
 from dist_adamw.owned import Owned, Values, evaluated
@@ -35,7 +36,7 @@ from dist_adamw.planner import Planner
 from dist_adamw.random_state import RNG, current_random_state
 from dist_adamw.replicas import check_replicas
 from dist_adamw.scheduler import CyclicLRWithRestarts, OnDifference
-from dist_adamw.storage import Lock, Reader, Writer
+from dist_adamw.storage import Lock, Reader, Writer, as_json
 
 Group = dist.ProcessGroup | None
 # Each rank reads for itself, also where there are several: that is how it is meant.
@@ -91,12 +92,14 @@ def save(
     Raises:
         CheckpointError: some rank could not write, or data is not plain; on every rank alike. The folder has the
             checkpoint that it had.
-        AgreementError: ranks have other weights; on every rank. Nothing is written.
+        AgreementError: ranks have other weights, hyper-parameters or schedules; on every rank. Nothing is written.
     """
     group = collectives.host_group() if group is None else group
     if compare_ranks:
         check_replicas(model, optimizer, group=group)
-    _write(Path(path), *_gather(model, optimizer, scheduler, extra, group), group)
+    path = Path(path)
+    held, about = _gather(path if compare_ranks else None, model, optimizer, scheduler, extra, group)
+    _write(path, held, about, group)
 
 
 class Saving:
@@ -121,6 +124,15 @@ class Saving:
         self.told = True
         self._future.result()
 
+    def untold(self, group: Group) -> CheckpointError | None:
+        """What went wrong, if some rank does not know; when it is over, and all know then. Collective."""
+        error = self._future.exception()  # of all ranks, or of none
+        known, self.told = self.told, True
+        if all(collectives.all_gather_objects(error is None or known, group)):
+            return None
+        assert isinstance(error, CheckpointError)
+        return error
+
 
 class AsyncSaver:
     """Saves while training goes on: from a copy in host memory, in a thread, over a process group of its own.
@@ -137,6 +149,8 @@ class AsyncSaver:
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._memory: dict[Any, Tensor] = {}
         self._last: Saving | None = None
+        self._savings: list[Saving] = []
+        weakref.finalize(self, _tell_of_failures, self._savings)
 
     def save(
         self,
@@ -157,9 +171,11 @@ class AsyncSaver:
             CheckpointError: the save before failed, or this one cannot be begun; on every rank alike.
             AgreementError: as of `save`.
         """
-        self.wait()
+        last, self._last = self._last, None
+        if last is not None and (error := last.untold(self._group)) is not None:
+            raise error
         check_replicas(model, optimizer, group=self._group)
-        held, about = _gather(model, optimizer, scheduler, extra, self._group)
+        held, about = _gather(Path(path), model, optimizer, scheduler, extra, self._group)
         copies = everywhere(lambda: {k: self._copy(k, tensor) for k, tensor in held.tensors.items()}, self._group)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
@@ -170,6 +186,7 @@ class AsyncSaver:
                 everywhere(then, self._group)
 
         self._last = Saving(Path(path), self._thread.submit(work))
+        self._savings[:] = [self._last]
         return self._last
 
     def wait(self) -> None:
@@ -188,7 +205,7 @@ class AsyncSaver:
 
     def _keep(self, where: Any, of: Values) -> Tensor:
         values = evaluated(of)
-        if where[0].startswith(f"{RNG}."):
+        if where[0].startswith((f"{RNG}.", f"{EXTRA}.")):
             return values.clone()  # a few bytes, of another length each time
         if (memory := self._memory.get(where)) is None or memory.dtype != values.dtype:
             memory = torch.empty(values.shape, dtype=values.dtype, pin_memory=values.is_cuda)
@@ -202,14 +219,30 @@ class AsyncSaver:
         self.wait()
 
 
+def _tell_of_failures(savings: list[Saving]) -> None:
+    """At the end: of a save that nobody has waited for."""
+
+    def tell(saving: Saving) -> None:
+        if not saving.told and (error := saving._future.exception()) is not None:
+            warnings.warn(f"a checkpoint was lost: {error}", stacklevel=2)
+
+    for saving in savings:
+        saving._future.add_done_callback(lambda _, saving=saving: tell(saving))  # type: ignore[misc]
+
+
 def _gather(
+    path: Path | None,
     model: nn.Module,
     optimizer: Optimizer | None,
     scheduler: LRScheduler | None,
     extra: Mapping[str, Any] | None,
     group: Group,
 ) -> tuple[Held, dict[str, Any]]:
-    """What this rank writes, and what the main one says of it; raises on every rank. Collective."""
+    """What this rank writes, and what the main one says of it; raises on every rank. Collective.
+
+    Args:
+        path: Where to; None: ranks are known to agree.
+    """
 
     def gather() -> tuple[Held, dict[str, Any]]:
         found = access(model, optimizer)
@@ -231,18 +264,24 @@ def _gather(
             "extra": dict(extra or {}),
             "modules": modules,
         }
-        return held, about
+        return held, as_json(about)  # now: what is saved beside training must not change with it
 
-    return everywhere(gather, group)
+    held, about = everywhere(gather, group)
+    if path is not None:
+        alike = {name: about[name] for name in ("engine", "optimizer", "groups", "scheduler", "schedule")}
+        collectives.check_agreement({"folder": str(path), **alike}, group)
+    return held, about
 
 
 def _write(path: Path, held: Held, about: Mapping[str, Any], group: Group) -> None:
     several = collectives.world_size() > 1
     planner = Planner(held.tensors)
     lock = everywhere(lambda: _lock(path) if collectives.rank() == 0 else None, group)
+    writer = Writer(path, about)
     try:
-        dcp_save({}, storage_writer=Writer(path, about), planner=planner, process_group=group, no_dist=not several)
+        dcp_save({}, storage_writer=writer, planner=planner, process_group=group, no_dist=not several)
     except CheckpointException as failed:
+        writer.discard()
         rank, (error, _) = min(failed.failures.items())
         what = str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
         where = f" (rank {rank})" if several else ""

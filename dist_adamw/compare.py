@@ -183,14 +183,19 @@ def _to_take(
     of = {name: group for group in index.about["groups"] for name in group["names"]}
     taken = []
     for group, here in zip(optimizer.param_groups, ours, strict=True):
-        before: dict[str, Any] = next((of[name] for name in here["names"] if name in of), {})
+        of_names = [_in_convention_of(optimizer, of[n], index.about.get("decay_by")) for n in here["names"] if n in of]
+        before: dict[str, Any] = of_names[0] if of_names else {}
         by_schedule = isinstance(scheduler, CyclicLRWithRestarts) or choice == "new"
         keys = [] if by_schedule else ["lr", "weight_decay", "initial_lr"]
-        before = _in_convention_of(optimizer, before, index.about.get("decay_by"))
         if choice == "checkpoint":
             keys += hyper_parameters([here])[here["names"][0]] if here["names"] else []
         values = {key: before[key] for key in keys if key in before and (key in group or key == "initial_lr")}
         for key, value in values.items():
+            if differing := [other[key] for other in of_names if other.get(key, value) != value]:
+                raise CheckpointError(
+                    f"{index.folder} has parameters of one group here in several groups, with {key} {value!r} and "
+                    f"{differing[0]!r}. Make the same groups, or pass on_difference='new'."
+                )
             fits = _is_like(value, plain(group.get(key, group["lr"])))
             if not fits or (key in ("lr", "weight_decay", "initial_lr") and not 0 <= value < math.inf):
                 raise CheckpointError(

@@ -38,6 +38,7 @@ from torch.distributed.checkpoint.storage import StorageWriter
 
 from dist_adamw._version import __version__
 from dist_adamw.compare import checked, samples_of
+from dist_adamw.extra_state import EXTRA
 from dist_adamw.foreign import (
     FP32,
     Content,
@@ -117,7 +118,11 @@ def import_checkpoint(
         "schedule": None,
         "extra": {},
     }
-    _save(dict(content.tensors), Writer(path, about), flatten=False)
+    tensors = dict(content.tensors)
+    if content.modules is not None:
+        about["modules"] = {name: value for name, value in content.modules.items() if not isinstance(value, Tensor)}
+        tensors |= {f"{EXTRA}.{n}": value for n, value in content.modules.items() if isinstance(value, Tensor)}
+    _save(tensors, Writer(path, about), flatten=False)
 
 
 def _check(source: Path, content: Content) -> None:

@@ -5,6 +5,7 @@ Floor 3: knows modules and the index of a checkpoint. The main rank's is kept, a
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -40,6 +41,11 @@ def extra_state(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
 def check_extra_state(index: Index, model: nn.Module) -> None:
     """Raise where a checkpoint has extra state of other modules than are here. Local."""
     saved, ours = _saved(index), {name for name, _ in _modules(model)}
+    if "modules" not in index.about and ours:  # of a format that has none, or an older release
+        warnings.warn(
+            f"{index.folder} says nothing of extra state (get_extra_state), which stays as it is.", stacklevel=2
+        )
+        return
     for name in sorted(saved ^ ours):
         where = "is not in the checkpoint" if name in ours else "is in the checkpoint, and not in this model"
         raise CheckpointError(
@@ -49,9 +55,10 @@ def check_extra_state(index: Index, model: nn.Module) -> None:
 
 def restore_extra_state(index: Index, model: nn.Module) -> None:
     """Let modules have theirs. Local."""
-    data = index.about.get("modules", {})
+    data, saved = index.about.get("modules", {}), _saved(index)
     for name, module in _modules(model):
-        module.set_extra_state(data[name] if name in data else read_whole(index, f"{EXTRA}.{name}"))
+        if name in saved:
+            module.set_extra_state(data[name] if name in data else read_whole(index, f"{EXTRA}.{name}"))
 
 
 def _saved(index: Index) -> set[str]:

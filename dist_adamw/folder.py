@@ -34,8 +34,18 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from dist_adamw import collectives
-from dist_adamw.checkpoint import AsyncSaver, Saving, everywhere
-from dist_adamw.index import INDEX, CheckpointError, damage, open_plainly, read_index, sync_folder, write_text
+from dist_adamw.checkpoint import AsyncSaver, Saving, check_alike, everywhere
+from dist_adamw.index import (
+    INDEX,
+    CheckpointError,
+    damage,
+    open_plainly,
+    read_bounded,
+    read_index,
+    sync_folder,
+    write_text,
+)
+from dist_adamw.storage import unlock
 
 _NAME = re.compile(r"sample-(\d+)")
 _MANIFEST, _LATEST, _LOCK = "manifest.json", "latest", "lock"
@@ -102,9 +112,12 @@ class CheckpointFolder:
                         "choose another folder."
                     ) from None
                 time.sleep(0.1)
+            except OSError as error:
+                warnings.warn(f"{self.root} cannot be locked ({error}): see that one job saves there.", stacklevel=4)
+                break
         os.ftruncate(handle, 0)
         os.write(handle, _me().encode())
-        self._let_go = weakref.finalize(self, os.close, handle)
+        self._let_go = weakref.finalize(self, unlock, handle)
         for before in self.root.glob(f"*{_REPLACED}"):  # of a job that was killed between two renames
             final = before.with_name(before.name.removesuffix(_REPLACED))
             if final.exists():
@@ -113,10 +126,21 @@ class CheckpointFolder:
                 before.rename(final)
 
     def close(self) -> None:
-        """Let another job save here, as the end of this object or of the process does."""
+        """Wait for a save beside training, then let another job save here, as the end of the process does.
+
+        Raises:
+            CheckpointError: that save failed, which nobody has been told, and ``on_error="raise"``.
+        """
         self._closed = True
-        if self._let_go is not None:
-            self._let_go()
+        running, self._running = self._running, None
+        try:
+            if running is not None and not running.told:
+                running.wait()
+        except CheckpointError as error:
+            self._failed(_final(running.path), error)  # type: ignore[union-attr]
+        finally:
+            if self._let_go is not None:
+                self._let_go()
 
     # ---------------------------------------------------------------- what there is
 
@@ -144,6 +168,7 @@ class CheckpointFolder:
 
     def damage_of(self, path: Path) -> str | None:
         """What is wrong with a checkpoint, as a sentence; None when it is whole. Collective: as `newest`."""
+        check_alike(path, self._group)  # ranks that each see a disk of their own would find nothing, and start afresh
         rank, several = collectives.rank(), collectives.world_size()
         problems = collectives.all_gather_objects(damage_of(path, rank, several), self._group)
         return next((problem for problem in problems if problem is not None), None)
@@ -208,19 +233,19 @@ class CheckpointFolder:
         return self._running
 
     def _wait_for_the_last(self) -> None:
-        """For a save beside training that is on its way; what became of it is told once."""
+        """For a save beside training that is on its way; what became of it is told once. Collective."""
         running, self._running = self._running, None
-        if running is None or running.told:
-            return
-        try:
-            running.wait()
-        except CheckpointError as error:
-            self._failed(running.path.with_name(running.path.name.removesuffix(_PARTIAL)), error)
+        if running is not None and (error := running.untold(self._group)) is not None:
+            self._failed(_final(running.path), error)
 
     def _begin(self, samples: int) -> Path:
         if self._closed:
             raise CheckpointError(f"the CheckpointFolder of {self.root} is closed. Make another one.")
-        return self.root / f"sample-{samples:09d}"
+        final = self.root / f"sample-{samples:09d}"
+        told = collectives.all_gather_objects(str(final), self._group)
+        if len(set(told)) > 1:
+            raise CheckpointError(f"ranks save to different folders: {', '.join(sorted(set(told)))}. Pass the same.")
+        return final
 
     def _sweep(self) -> None:
         """Remove what a killed job, or a save that failed, has left."""
@@ -230,7 +255,7 @@ class CheckpointFolder:
 
     def _commit(self, final: Path) -> None:
         partial = _partial(final)
-        write_text(partial / _MANIFEST, json.dumps(dict(_facts(partial)), indent=1))
+        write_text(partial / _MANIFEST, json.dumps(dict(facts_of(partial)), indent=1))
         before = final.with_name(final.name + _REPLACED)
         if final.exists():
             final.rename(before)
@@ -283,6 +308,10 @@ def _partial(final: Path) -> Path:
     return final.with_name(final.name + _PARTIAL)
 
 
+def _final(partial: Path) -> Path:
+    return partial.with_name(partial.name.removesuffix(_PARTIAL))
+
+
 def _away(path: Path) -> None:
     """Delete a checkpoint, which nobody takes for one while it is being deleted."""
     gone = path.with_name(f"{path.name}.deleted{_PARTIAL}")
@@ -291,14 +320,17 @@ def _away(path: Path) -> None:
     shutil.rmtree(gone, ignore_errors=True)
 
 
-def _facts(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Size and checksum of the files that no index of ours knows, by name; the disk holds them then."""
+def facts_of(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Size and checksum of the files that no index of ours knows, by name; the disk holds them then. Local.
+
+    A folder of ours is a name that ends in a slash, and no facts.
+    """
     indexed = {path.parent for path in folder.rglob(INDEX) if _is_ours(path.parent)}
     for path in sorted(folder.rglob("*")):
         if path.is_file() and path.parent not in indexed and path.name != _MANIFEST:
             with path.open("rb+") as file:
                 os.fsync(file.fileno())
-            yield path.relative_to(folder).as_posix(), _fingerprint(path)
+            yield path.relative_to(folder).as_posix(), fingerprint(path)
     yield from ((f"{path.relative_to(folder).as_posix()}/", {}) for path in sorted(indexed))
 
 
@@ -310,7 +342,8 @@ def _is_ours(folder: Path) -> bool:
     return True
 
 
-def _fingerprint(path: Path) -> dict[str, Any]:
+def fingerprint(path: Path) -> dict[str, Any]:
+    """Size and checksum of a plain file. Local."""
     digest = hashlib.sha256()
     with open_plainly(path) as file:
         while block := file.read(1 << 22):
@@ -327,8 +360,7 @@ def damage_of(path: Path, part: int = 0, parts: int = 1) -> str | None:
         parts: How many share them.
     """
     try:
-        with open_plainly(path / _MANIFEST) as file:
-            manifest = json.loads(file.read())
+        manifest = json.loads(read_bounded(path / _MANIFEST))
         for i, (name, expected) in enumerate(manifest.items()):
             inside = path / name
             if not inside.resolve().is_relative_to(path.resolve()):  # also by a link on the way
@@ -336,7 +368,7 @@ def damage_of(path: Path, part: int = 0, parts: int = 1) -> str | None:
             if name.endswith("/"):
                 if problem := damage(inside, part, parts):
                     return problem
-            elif i % parts == part and (found := _fingerprint(inside)) != expected:
+            elif i % parts == part and (found := fingerprint(inside)) != expected:
                 what = "its checksum is another one" if found["bytes"] == expected["bytes"] else "it is torn"
                 return (
                     f"the checkpoint {path} is damaged: {name} has {found['bytes']:,} bytes where "
@@ -344,6 +376,6 @@ def damage_of(path: Path, part: int = 0, parts: int = 1) -> str | None:
                 )
     except FileNotFoundError as error:
         return f"the checkpoint {path} is not whole: {Path(error.filename).name} is missing."
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, MemoryError) as error:
         return f"the checkpoint {path} cannot be read: {type(error).__name__}: {error}."
     return None

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from dist_adamw.boxes import Box, overlap_anywhere
-from dist_adamw.held import MODEL
+from dist_adamw.held import MODEL, without_wrappers
 from dist_adamw.index import CODES, DTYPES, INDEX, CheckpointError, open_plainly
 from dist_adamw.owned import Owned, Values
 from dist_adamw.plain import plain
@@ -36,7 +36,6 @@ Kind = Literal["torch", "dcp", "universal", "safetensors"]
 T = TypeVar("T")
 _MODEL_KEYS = ("model", "model_state_dict", "state_dict", "module")
 _OPTIMIZER_KEYS = ("optimizer", "optimizer_state_dict", "optim", "optim_state_dict")
-_WRAPPERS = re.compile(r"(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
 _OF_STATE = ("step", *MOMENTS)
 FP32 = "fp32"
 
@@ -49,6 +48,7 @@ class Content:
     tensors: dict[str, Tensor] = field(default_factory=dict)
     scalars: dict[str, dict[str, float]] = field(default_factory=dict)
     groups: list[dict[str, Any]] = field(default_factory=list)
+    modules: dict[str, Any] | None = None  # extra state by name; None: not known
 
     def add_state(self, name: str, kind: str, value: Any) -> None:
         """Take one thing of the state that AdamW has of a parameter."""
@@ -169,8 +169,15 @@ def from_torch(source: Path, optimizer: str | Path | None, names: Sequence[str] 
         raise CheckpointError(f"{optimizer or source} has no state dict of one optimizer.")
     weights = content if weights is None else weights
     found = Content("torch")
+    found.modules = {}
     seen = set()
-    for name, tensor in _bare(source, weights).items():
+    for name, tensor in _bare(weights).items():
+        module, _, last = name.rpartition(".")
+        if last == "_extra_state":
+            found.modules[module] = tensor
+            continue
+        if not isinstance(tensor, Tensor):
+            raise CheckpointError(f"{source} has {name!r} among the weights, which is no tensor. Save it elsewhere.")
         place = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
         if tensor.numel() and place in seen:
             continue  # tied: it goes by its first name
@@ -181,12 +188,9 @@ def from_torch(source: Path, optimizer: str | Path | None, names: Sequence[str] 
     return found
 
 
-def _bare(source: Path, weights: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Weights by the names that the bare model has."""
-    for name, value in weights.items():
-        if not isinstance(value, Tensor):
-            raise CheckpointError(f"{source} has {name!r} among the weights, which is no tensor. Save it elsewhere.")
-    names = {name: _WRAPPERS.sub("", name) for name in weights}
+def _bare(weights: Mapping[str, Any]) -> dict[str, Any]:
+    """A model's state dict by the names that the bare model has."""
+    names = {name: without_wrappers(name) for name in weights}
     if all(name.startswith("module.") for name in names.values()):  # DistributedDataParallel's
         names = {name: bare.removeprefix("module.") for name, bare in names.items()}
     return {names[name]: value for name, value in weights.items()}
@@ -199,7 +203,7 @@ def _number(source: Path, state: Mapping[str, Any], names: Sequence[str] | None,
     weights = [key.removeprefix(f"{MODEL}.") for key in found.tensors]
     if names is None:
         if all("param_names" in group for group in groups):
-            names = [_WRAPPERS.sub("", name) for group in groups for name in group["param_names"]]
+            names = [without_wrappers(name) for group in groups for name in group["param_names"]]
         elif len(groups) == 1 and len(numbers) == len(weights):
             names = weights
         else:

@@ -33,7 +33,7 @@ from dist_adamw.shard import MASTERS, MOMENTS, Shard, axes_in_memory, local_of, 
 
 MODEL, MASTER = "model", "master"
 SCALARS = (int, float, bool, type(None))  # what the state of a parameter may have beside tensors
-_WRAPPERS = re.compile(r"(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
+_WRAPPERS = re.compile(r"(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)(\.|$)")
 # These differ between engines and schedules, or say how to compute and not what.
 _NOT_COMPARED = {
     *("params", "param_names", "lr", "weight_decay", "initial_lr", "initial_weight_decay", "min_lr", "lr_scale"),
@@ -160,7 +160,7 @@ def access(model: nn.Module, optimizer: Optimizer | None) -> Access:
 
 def without_wrappers(name: str) -> str:
     """A parameter's or module's name in the model that is inside of what compiles, checkpoints or shards it. Local."""
-    return _WRAPPERS.sub("", name)
+    return _WRAPPERS.sub("", name).removesuffix(".")
 
 
 def bare(model: nn.Module) -> nn.Module:
@@ -280,7 +280,7 @@ class Plain:
                 if kind != "step" and isinstance(value, Tensor):
                     held.tensors[f"{kind}.{name}"] = value
                     continue
-                value = float(value) if kind == "step" else value
+                value = float(value) if isinstance(value, Tensor) else value
                 if type(value) not in SCALARS:
                     raise CheckpointError(
                         f"{type(optimizer).__name__} has {kind} of {name}, a {type(value).__name__}: only tensors and "
@@ -369,7 +369,8 @@ class Plain:
                         raise CheckpointError(f"the checkpoint has {kind} of {name} twice: it is damaged.")
                     on_device = group.get("fused") or group.get("capturable")
                     device = local_of(param).device if on_device else "cpu"
-                    state[kind] = torch.tensor(value, device=device) if kind == "step" else value
+                    is_tensor = kind == "step" and (of_adam or type(value) is float)
+                    state[kind] = torch.tensor(float(value), device=device) if is_tensor else value
                 if state:
                     states[param] = state
         optimizer.state.clear()

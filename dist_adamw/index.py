@@ -26,7 +26,7 @@ INDEX = "index.json"
 FORMAT, VERSION = "dist_adamw checkpoint", 2
 FILE = re.compile(r"[0-9a-f]{16}-[0-9]{5,}\.safetensors")
 BLOCK = 1 << 22  # bytes read, written and summed at a time; also what a save or a load takes beside the tensors
-_LARGEST_INDEX = 1 << 30
+_LARGEST = 1 << 30  # bytes of an index
 CODES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -132,10 +132,7 @@ def read_index(folder: str | Path) -> Index:
     folder = Path(folder)
     path = folder / INDEX
     try:
-        with open_plainly(path) as file:
-            if (size := os.fstat(file.fileno()).st_size) > _LARGEST_INDEX:
-                raise CheckpointError(f"{path} is damaged: an index of {size:,} bytes cannot be.")
-            found = json.loads(file.read())
+        found = json.loads(read_bounded(path))
     except FileNotFoundError as error:
         raise CheckpointError(f"{_not_whole(folder)}") from error
     except (OSError, ValueError, RecursionError) as error:
@@ -256,6 +253,19 @@ def damage(folder: str | Path, part: int = 0, parts: int = 1) -> str | None:
     except CheckpointError as error:
         return str(error)
     return None
+
+
+def read_bounded(path: Path) -> bytes:
+    """All of a plain file of text, which is not so large that it cannot be one of ours. Local.
+
+    Raises:
+        CheckpointError: it is too large.
+        OSError: it cannot be read.
+    """
+    with open_plainly(path) as file:
+        if (size := os.fstat(file.fileno()).st_size) > _LARGEST:
+            raise CheckpointError(f"{path} is damaged: it has {size:,} bytes, and cannot have that many.")
+        return file.read()
 
 
 @contextlib.contextmanager

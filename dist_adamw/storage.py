@@ -40,6 +40,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
+from dist_adamw import collectives
 from dist_adamw.boxes import Box
 from dist_adamw.index import (
     BLOCK,
@@ -51,6 +52,7 @@ from dist_adamw.index import (
     Chunk,
     Index,
     Saved,
+    check_files,
     open_plainly,
     read_index,
     write_index,
@@ -72,6 +74,7 @@ class Writer(StorageWriter):
     def __init__(self, folder: str | Path, about: Mapping[str, Any] | None = None) -> None:
         self.folder = Path(folder)
         self.about = {} if about is None else about
+        self._written: Path | None = None
 
     @property
     def checkpoint_id(self) -> str:
@@ -107,7 +110,7 @@ class Writer(StorageWriter):
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """Write this rank's file, and have the disk hold it."""
-        path = self.folder / plan.storage_data
+        path = self._written = self.folder / plan.storage_data
         written: Future[list[WriteResult]] = Future()
         try:
             written.set_result(_write_file(path, plan.items, planner) if plan.items else [])
@@ -125,6 +128,13 @@ class Writer(StorageWriter):
             files[file], chunks = result.storage_data
             for key, offsets, sizes, offset in chunks:
                 places[key].append([offsets, sizes, file, offset])
+        for name, facts in files.items():
+            there = self.folder / name
+            if not there.is_file() or there.stat().st_size != facts["bytes"]:
+                raise CheckpointError(
+                    f"{there}, which another rank has written, is not to be seen on the main one. Give all machines "
+                    "the same file system, and all ranks the same folder."
+                )
         tensors = {}
         for key, found in metadata.state_dict_metadata.items():
             assert isinstance(found, TensorStorageMetadata)
@@ -137,6 +147,18 @@ class Writer(StorageWriter):
             if FILE.fullmatch(left.name) and left.name not in files:
                 left.unlink(missing_ok=True)
 
+    def discard(self) -> None:
+        """After a failure: remove what this rank has written, if no index names it. Local."""
+        if self._written is not None and not _names(self.folder, self._written.name):
+            self._written.unlink(missing_ok=True)
+
+
+def _names(folder: Path, file: str) -> bool:
+    try:
+        return file in read_index(folder).files
+    except CheckpointError:
+        return False
+
 
 class Lock:
     """Keeps other jobs from saving to a folder, until it is released or forgotten, or the process ends. Local.
@@ -148,13 +170,20 @@ class Lock:
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        self.release = weakref.finalize(self, os.close, handle)
+        self.release = weakref.finalize(self, unlock, handle)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise CheckpointError(f"another job is saving to {folder}. Choose another folder.") from None
         except OSError:
             pass  # some file systems of networks cannot; `CheckpointFolder` has a file of its own for it
+
+
+def unlock(handle: int) -> None:
+    """Give a lock back and close its file, of which a forked process may have the same handle. Local."""
+    with contextlib.suppress(OSError):
+        fcntl.flock(handle, fcntl.LOCK_UN)
+    os.close(handle)
 
 
 def as_json(about: Mapping[str, Any]) -> Any:
@@ -308,7 +337,8 @@ class Reader(StorageReader):
         )
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        """Nothing to set up."""
+        """Compare files with their checksums, each rank its part."""
+        check_files(self.index, collectives.rank(), collectives.world_size())
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
         """Read in the order of the files."""

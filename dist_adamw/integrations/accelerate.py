@@ -21,10 +21,11 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from dist_adamw import collectives
-from dist_adamw.checkpoint import everywhere, load, save
+from dist_adamw.checkpoint import check_alike, everywhere, load, save
 from dist_adamw.conventions import unwrap
+from dist_adamw.folder import facts_of, fingerprint
 from dist_adamw.held import bare
-from dist_adamw.index import CheckpointError, read_index
+from dist_adamw.index import INDEX, CheckpointError, read_index
 from dist_adamw.integrations.data import LoaderFacts, Position, engine_of, loader_facts, real_samples
 from dist_adamw.integrations.deepspeed import (
     CLIPPING,
@@ -415,11 +416,14 @@ def _keep_state(
         across = not accelerator.gradient_state.sync_with_dataloader
         pending = 0 if accelerator.sync_gradients else accelerator.step % accelerator.gradient_accumulation_steps
         size = place.facts.pass_samples
-        extra = {"position": place.state_dict(pending * size), "step": accelerator.step * size if across else 0}
+        files = everywhere(lambda: _files_of(where) if accelerator.is_main_process else {}, group)
+        count = accelerator.step * size if across else 0
+        extra = {"position": place.state_dict(pending * size), "step": count, "files": files}
         # Last: when it is whole, all of it is there.
         save(where / folder, model, wrapped, scheduler, extra=extra, compare_ranks=False, group=group)
         if config.automatic_checkpoint_naming and limit is not None and accelerator.is_main_process:
-            for old in _numbered(where.parent)[: -max(limit, 1)]:
+            others = [path for path in _numbered(where.parent) if path != where]
+            for old in others[: max(0, len(others) + 1 - max(limit, 1))]:
                 shutil.rmtree(old, ignore_errors=True)
         return where
 
@@ -431,15 +435,20 @@ def _keep_state(
             return
         if watch is not None:
             watch.settle()
+        check_alike(where / folder, group)
         everywhere(lambda: _check_custom_objects(accelerator, where), group)
+        everywhere(lambda: _check_files(where, where / folder), group)
         loaded = load(where / folder, model, wrapped, scheduler, random_state=False, group=group)
         with without_ours():
             everywhere(lambda: load_rest(str(where), *args, **kwargs), group)
-        restore_random_state(read_index(loaded.path))  # Accelerate's files have that of some ranks
-        place.load_state_dict(loaded.extra.get("position"))
+        everywhere(lambda: restore_random_state(read_index(loaded.path)), group)  # Accelerate's has that of some ranks
+        everywhere(lambda: place.load_state_dict(loaded.extra.get("position")), group)
         if engine_of(accelerator) == "DEEPSPEED":
             accept_counts(model, loaded)
         accelerator.step = loaded.extra.get("step", 0) // place.facts.pass_samples
+        if where in (numbered := _numbered(where.parent)) and where.parent == _automatic(accelerator):
+            # The next is to be the newest, also for Accelerate.
+            accelerator.project_configuration.iteration = _number(numbered[-1]) + 1
 
     accelerator.save_state, accelerator.load_state = save_state, load_state
 
@@ -460,16 +469,43 @@ def _check_custom_objects(accelerator: Accelerator, folder: Path) -> None:
         )
 
 
+def _files_of(where: Path) -> dict[str, Any]:
+    """Size and checksum of what Accelerate, its hooks and custom objects have written beside ours. Local."""
+    return {name: facts for name, facts in facts_of(where) if not name.startswith(FOLDER)}
+
+
+def _check_files(where: Path, ours: Path) -> None:
+    """Raise where they are of another save than ours, which a kill between the two leaves. Local."""
+    files = read_index(ours).about.get("extra", {}).get("files", {})
+    for name, facts in files.items() if isinstance(files, dict) else ():
+        path = where / name
+        if not path.resolve().is_relative_to(where.resolve()) or not path.is_file() or fingerprint(path) != facts:
+            raise CheckpointError(
+                f"{where} is not of one save: {name} is not what was saved with {ours.name}. Load an older checkpoint."
+            )
+
+
 def _newest_of(accelerator: Accelerator) -> Path:
-    """What ``load_state()`` takes under automatic checkpoint naming."""
-    folder = Path(accelerator.project_dir or ".") / "checkpoints"
-    numbered = _numbered(folder)
+    """What ``load_state()`` takes under automatic checkpoint naming: the newest that was written to the end."""
+    numbered = _numbered(folder := _automatic(accelerator))
     if not accelerator.project_configuration.automatic_checkpoint_naming or not numbered:
         raise ValueError(f"no checkpoint was named, and {folder} has none. Pass load_state(<folder>).")
-    return numbered[-1]
+    whole = [path for path in numbered if any(path.glob(f"{FOLDER}*/{INDEX}"))] or numbered
+    if whole[-1] != numbered[-1]:
+        warnings.warn(f"{numbered[-1]} was not written to the end: {whole[-1]} is loaded.", stacklevel=3)
+    return whole[-1]
+
+
+def _automatic(accelerator: Accelerator) -> Path:
+    """Where Accelerate keeps the checkpoints that it names."""
+    return Path(accelerator.project_dir or ".") / "checkpoints"
+
+
+def _number(path: Path) -> int:
+    return int(path.name.removeprefix("checkpoint_"))
 
 
 def _numbered(folder: Path) -> list[Path]:
     """Checkpoints that Accelerate has named, oldest first."""
     found = [path for path in folder.glob("checkpoint_*") if path.name.removeprefix("checkpoint_").isdecimal()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint_")))
+    return sorted(found, key=_number)

@@ -17,9 +17,10 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, IterableDataset
 
+from dist_adamw import collectives
 from dist_adamw.checkpoint import everywhere, load, save
 from dist_adamw.conventions import unwrap
-from dist_adamw.index import write_text
+from dist_adamw.index import read_index, write_text
 from dist_adamw.integrations.accelerate import (
     DATA_PARALLEL,
     attach,
@@ -32,6 +33,7 @@ from dist_adamw.integrations.data import LoaderFacts, engine_of, loader_facts
 from dist_adamw.integrations.deepspeed import configure, fill, names_our_types, register_deepspeed
 from dist_adamw.integrations.zero import prepare_deepspeed
 from dist_adamw.optimizer import DistAdamW
+from dist_adamw.random_state import restore_random_state
 from dist_adamw.replicas import CHECK_WEIGHTS_EVERY, ReplicaWatch, check_replicas
 from dist_adamw.scheduler import CyclicLRWithRestarts
 
@@ -335,11 +337,14 @@ def _keep_state(trainer: Any) -> None:
     stays. The folder has the name by which Trainer looks for a state under DeepSpeed.
     """
     load_weights, load_rest = trainer._load_from_checkpoint, trainer._load_optimizer_and_scheduler
+    load_best, load_random = trainer._load_best_model, trainer._load_rng_state
 
     def ours(checkpoint: str | None) -> Path | None:
         found = sorted(Path(checkpoint).glob("global_step*")) if checkpoint is not None else []
         # A folder of DeepSpeed's own has these; what is neither is one of ours that is not whole, and is to be named.
-        return found[-1] if found and not any(found[-1].glob("*_model_states.pt")) else None
+        mine = found[-1] if found and not any(found[-1].glob("*_model_states.pt")) else None
+        of_ranks = collectives.all_gather_objects(mine, host_group(trainer.accelerator))
+        return next((path for path in of_ranks if path is not None), None)  # one that some do not see is refused
 
     def save_state(output_dir: str) -> None:
         folder = Path(output_dir) / f"global_step{trainer.state.global_step}"
@@ -359,7 +364,23 @@ def _keep_state(trainer: Any) -> None:
         elif engine_of(trainer.accelerator) != "DEEPSPEED":  # there Trainer has the engine load
             load(folder, trainer.model_wrapped, trainer.optimizer, _inner(trainer), random_state=False)
 
+    def load_best_model() -> None:
+        # Trainer's own way differs by engine: it looks for FSDP's files, which are not written any more, and under
+        # DeepSpeed it takes optimizer, schedule and random state back too.
+        if (folder := ours(trainer.state.best_model_checkpoint)) is None:
+            load_best()  # of save_only_model, or of a job without prepare_trainer
+        else:
+            load(folder, trainer.model_wrapped, random_state=False)
+
+    def load_random_state(checkpoint: str | None) -> None:
+        if (folder := ours(checkpoint)) is None:
+            load_random(checkpoint)
+        else:  # Trainer's own files are of one number of ranks
+            everywhere(lambda: restore_random_state(read_index(folder)), host_group(trainer.accelerator))
+
     _set(trainer, "_save_optimizer_and_scheduler", save_state)
+    _set(trainer, "_load_rng_state", load_random_state)
+    _set(trainer, "_load_best_model", load_best_model)
     _set(trainer, "_load_from_checkpoint", load_model)
     _set(trainer, "_load_optimizer_and_scheduler", load_state)
     if engine_of(trainer.accelerator) == "DEEPSPEED":

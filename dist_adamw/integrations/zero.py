@@ -22,7 +22,20 @@ from torch.optim import Optimizer
 from dist_adamw import collectives
 from dist_adamw.checkpoint import Checkpoint, everywhere, load, save
 from dist_adamw.conventions import unwrap
-from dist_adamw.held import ENGINES, MASTER, MODEL, Access, Found, Held, Plain, buffers, only_mine, plain_groups
+from dist_adamw.foreign import inside
+from dist_adamw.held import (
+    ENGINES,
+    MASTER,
+    MODEL,
+    Access,
+    Found,
+    Held,
+    Plain,
+    buffers,
+    only_mine,
+    plain_groups,
+    without_wrappers,
+)
 from dist_adamw.index import INDEX, CheckpointError, write_text
 from dist_adamw.optimizer import DistAdamW
 from dist_adamw.owned import Owned
@@ -65,9 +78,9 @@ class Zero:
     """
 
     def __init__(self, engine: Any, with_state: bool) -> None:
-        self.zero, self.with_state = engine.optimizer, with_state
+        self.of, self.zero, self.with_state = engine, engine.optimizer, with_state
         self.model: nn.Module = engine.module
-        self.names = {param: name for name, param in self.model.named_parameters()}
+        self.names = {param: without_wrappers(name) for name, param in self.model.named_parameters()}
         self.is_stage_3 = hasattr(self.zero, "fp16_partitioned_groups_flat")
         self.optimizer: Optimizer = unwrap(self.zero)
         self.engine = f"ZeRO-{engine.zero_optimization_stage()}"
@@ -240,14 +253,55 @@ class Zero:
                 state[partition]["step"].fill_(max(steps))
 
     def _finish(self) -> None:
+        self._forget_gradients()
         if isinstance(self.optimizer, DistAdamW):
             self.optimizer.recount()
         # DeepSpeed keeps views of the state that it had.
         if hasattr(self.zero, "_hp_optimizer_states_linked"):
             self.zero._hp_optimizer_states_linked = False
-        if self.is_stage_3 and (persistent := self.zero.persistent_parameters):
-            persistent[0].partition(persistent)  # whole on every rank, so they are made whole anew
-            persistent[0].all_gather(persistent)
+        if self.is_stage_3:  # what is whole on every rank, always or since the last forward pass, has the old values
+            self.zero.checkpoint_event_prologue()
+            self.zero.checkpoint_event_epilogue()
+
+    def _forget_gradients(self) -> None:
+        """Of micro-batches before the load, much as DeepSpeed itself does when an update overflows."""
+        zero = self.zero
+        zero.zero_grad()  # of the model, where stage 1 accumulates
+        if self.is_stage_3:
+            zero.grad_partitions_flat_buffer.zero_()  # also of what the next micro-batch does not use
+        else:
+            zero.all_grad_tensors.clear()  # stage 2 accumulates in these
+            zero.averaged_gradients.clear()  # or here, where gradients are more exact than weights
+            if zero.cpu_offload:
+                zero.reset_cpu_buffers()
+                zero.accumulated_grads_in_cpu.clear()
+                zero._offload_accumulated_param_ids.clear()
+        _begin_update(self.of)
+
+
+class Whole(Plain):
+    """A DeepSpeed engine without ZeRO, or with a plain optimizer."""
+
+    def __init__(self, engine: Any, optimizer: Optimizer | None) -> None:
+        super().__init__(engine.module, optimizer)
+        self.of = engine
+
+    def to_load(self, found: Found) -> Held:
+        """See `Access`."""
+        held = super().to_load(found)
+        finish = held.finish
+
+        def begin_update() -> None:
+            finish()
+            _begin_update(self.of)
+
+        held.finish = begin_update
+        return held
+
+
+def _begin_update(engine: Any) -> None:
+    """Let the next micro-batch be the first of an update. Local."""
+    engine.micro_steps -= engine.micro_steps % engine.gradient_accumulation_steps()
 
 
 def _zero(model: nn.Module, optimizer: Optimizer | None) -> Access | None:
@@ -256,9 +310,8 @@ def _zero(model: nn.Module, optimizer: Optimizer | None) -> Access | None:
         return None
     if hasattr(inner, "single_partition_of_fp32_groups") or hasattr(inner, "fp16_partitioned_groups_flat"):
         return Zero(model, with_state=optimizer is not None)
-    module: Any = model.module
     if inner is None or isinstance(inner, Optimizer):
-        return Plain(module, inner)
+        return Whole(model, inner)
     raise CheckpointError(
         f"{type(inner).__name__} keeps its weights its own way. Use ZeRO stage 1, which does the same in less memory."
     )
@@ -309,7 +362,7 @@ def prepare_deepspeed(engine: Any, scheduler: Any = None) -> None:
     ) -> tuple[str | None, dict[str, Any] | None]:
         latest = Path(load_dir) / "latest"
         if tag is None and latest.is_file():
-            tag = latest.read_text().strip()
+            tag = inside(latest, latest.read_text().strip())
         if tag is None or not (Path(load_dir) / tag / INDEX).exists():
             found: tuple[str | None, dict[str, Any] | None] = load_theirs(
                 load_dir,

@@ -533,7 +533,7 @@ def test_random_state_is_restored_as_far_as_it_was_there(alike: bool, tmp_path: 
 # ---------------------------------------------------------------------------------------------- DeepSpeed's own calls
 
 
-def engine_of(stage: int, dtype: str) -> Any:
+def engine_of(stage: int, dtype: str, zero: dict[str, Any] | None = None, **options: Any) -> Any:
     import deepspeed
 
     register_deepspeed()
@@ -543,10 +543,12 @@ def engine_of(stage: int, dtype: str) -> Any:
     scheduler = CyclicLRWithRestarts(optimizer, 8, 80, restart_period=2)
     config = {
         "train_micro_batch_size_per_gpu": 8 // dist.get_world_size(),
-        "zero_optimization": {"stage": stage},
+        "zero_optimization": {"stage": stage, **(zero or {})},
+        "zero_force_ds_cpu_optimizer": False,
         "gradient_clipping": 0.0,
         "bf16": {"enabled": dtype == "bf16"},
         "zero_allow_untested_optimizer": True,
+        **options,
     }
     engine = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=scheduler, config=config)[0]
     prepare_deepspeed(engine)
@@ -598,17 +600,56 @@ def test_deepspeeds_own_save_and_load(stage: int, dtype: str, tmp_path: Path) ->
             assert 2 * loss == pytest.approx(right_loss, rel=1e-5 if dtype == "fp32" else 2e-2)
 
 
+EXACT = {"data_types": {"grad_accum_dtype": "fp32"}}  # DeepSpeed accumulates these elsewhere
+STAGES: dict[str, tuple[int, str, dict[str, Any], dict[str, Any]]] = {
+    "none": (0, "fp32", {}, {}),
+    **{f"{stage} {dtype}": (stage, dtype, {}, {}) for stage in (1, 2, 3) for dtype in ("fp32", "bf16")},
+    **{f"{stage} exact": (stage, "bf16", {}, EXACT) for stage in (2, 3)},
+    **{f"{stage} offload": (stage, "fp32", {"offload_optimizer": {"device": "cpu"}}, {}) for stage in (1, 2, 3)},
+}
+
+
+def half_an_update(folder: str, kind: str, more: int) -> list[tuple[int, float, float]]:
+    stage, dtype, zero, options = STAGES[kind]
+    engine = engine_of(stage, dtype, zero, gradient_accumulation_steps=2, **options)
+    if more:
+        train_engine(engine, 0, 4)
+        engine.save_checkpoint(folder, tag="two updates")
+        train_engine(engine, 4, 4 + more)
+    if more == 3:  # after half an update the other half, and no step: its gradients are where an update takes them
+        engine.backward(engine(torch.ones(4, 8, dtype=next(engine.module.parameters()).dtype)).float().sum())
+        engine.load_checkpoint(folder, tag="two updates")
+    else:
+        load(f"{folder}/two updates", engine, engine.optimizer, engine.lr_scheduler)
+    return train_engine(engine, 4, 10)
+
+
+@pytest.mark.parametrize("kind", STAGES)
+def test_deepspeeds_gradients_of_before_a_load_are_forgotten(kind: str, tmp_path: Path) -> None:
+    half, whole, fresh = (run_ranks(2, half_an_update, str(tmp_path), kind, more)[0] for more in (1, 3, 0))
+    assert half == fresh
+    assert whole == fresh
+
+
 def weights_alone(folder: str, stage: int) -> tuple[int, int]:
-    engine = engine_of(stage, "fp32")
+    engine = engine_of(stage, "fp32", {"stage3_param_persistence_threshold": 0})
+
+    def evaluated() -> float:
+        with torch.no_grad():
+            return float(engine(torch.ones(4, 8)).sum())
+
     train_engine(engine, 0, 2)
+    expected = evaluated()
     engine.save_checkpoint(folder)
     train_engine(engine, 2, 5)
+    assert evaluated() != expected  # stage 3 keeps parameters whole after that
     engine.load_checkpoint(folder, load_module_only=True)
+    assert evaluated() == expected
     inner = unwrap(engine.optimizer)
     return inner.updates, engine.lr_scheduler.samples  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("stage", [1, 2, 3])
 def test_weights_alone_leave_the_optimizer_as_it_is(stage: int, tmp_path: Path) -> None:
     assert run_ranks(2, weights_alone, str(tmp_path), stage) == [(5, 40)] * 2
 

@@ -78,7 +78,8 @@ class Noting(Trainer):  # type: ignore[misc]
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
         loss = super().compute_loss(*args, **kwargs)
-        self.notes.losses.append(loss.detach())
+        if isinstance(loss, Tensor):  # with outputs when it evaluates
+            self.notes.losses.append(loss.detach())
         return loss
 
 
@@ -244,6 +245,26 @@ def test_resume_on_another_engine_and_number_of_ranks(first: str, second: str, t
     begun = run_ranks(before, run, first, str(tmp_path), before)[0]
     for rows in run_ranks(after, run, second, str(tmp_path), after, checkpoint):
         check_same(begun[:8] + rows, plain_loop())
+
+
+def best_of(engine: str, folder: str, **more: Any) -> tuple[float, float, float]:
+    """The loss by the model at the end, that of the best checkpoint, which is the first, and of the last."""
+    options = {"eval_strategy": "steps", "eval_steps": 8, "label_names": ["y"], "prediction_loss_only": True}
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": True}
+    with arguments_on(engine, folder, **SAVE, **options, **best, **more) as args:
+        trainer = Noting(Network(), args, train_dataset=Samples(), eval_dataset=Samples())
+        prepare_trainer(trainer, scheduler=RECIPE).train()
+        losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+        assert trainer.state.best_model_checkpoint == f"{folder}/checkpoint-8"
+        assert (unwrap(trainer.optimizer).updates, trainer.state.global_step) == (18, 18)
+        return trainer.evaluate()["eval_loss"], losses[0], losses[-1]
+
+
+@pytest.mark.parametrize(("engine", "world_size"), CELLS)
+def test_the_best_model_is_there_at_the_end(engine: str, world_size: int, tmp_path: Path) -> None:
+    for found, best, last in run_ranks(world_size, best_of, engine, str(tmp_path)):
+        assert found == best
+        assert best > 1.05 * last
 
 
 def resume_without_index(folder: str) -> str:
