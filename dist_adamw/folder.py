@@ -255,7 +255,7 @@ class CheckpointFolder:
 
     def _commit(self, final: Path) -> None:
         partial = _partial(final)
-        write_text(partial / _MANIFEST, json.dumps(dict(facts_of(partial)), indent=1))
+        write_text(partial / _MANIFEST, json.dumps(dict(_facts(partial)), indent=1))
         before = final.with_name(final.name + _REPLACED)
         if final.exists():
             final.rename(before)
@@ -320,11 +320,8 @@ def _away(path: Path) -> None:
     shutil.rmtree(gone, ignore_errors=True)
 
 
-def facts_of(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Size and checksum of the files that no index of ours knows, by name; the disk holds them then. Local.
-
-    A folder of ours is a name that ends in a slash, and no facts.
-    """
+def _facts(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Size and checksum of the files that no index of ours knows, by name; the disk holds them then."""
     indexed = {path.parent for path in folder.rglob(INDEX) if _is_ours(path.parent)}
     for path in sorted(folder.rglob("*")):
         if path.is_file() and path.parent not in indexed and path.name != _MANIFEST:

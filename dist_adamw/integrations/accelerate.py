@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 from dist_adamw import collectives
 from dist_adamw.checkpoint import check_alike, everywhere, load, save
 from dist_adamw.conventions import unwrap
-from dist_adamw.folder import facts_of, fingerprint
+from dist_adamw.folder import fingerprint
 from dist_adamw.held import bare
 from dist_adamw.index import INDEX, CheckpointError, read_index
 from dist_adamw.integrations.data import LoaderFacts, Position, engine_of, loader_facts, real_samples
@@ -46,6 +46,11 @@ if TYPE_CHECKING:
 FOLDER = "dist_adamw"
 DATA_PARALLEL = {"NO", "MULTI_CPU", "MULTI_GPU", "MULTI_NPU", "MULTI_MLU", "MULTI_XPU", "MULTI_HPU"}
 _ENGINES = {*DATA_PARALLEL, "FSDP", "DEEPSPEED"}
+# What Accelerate writes; other files in a folder may change as they like.
+_THEIRS = (
+    *("custom_checkpoint_*.pkl", "scaler.pt", "random_states_*.pkl", "sampler*.bin", "dl_state_dict*.bin"),
+    *("model*.safetensors", "pytorch_model*.bin", "optimizer*.bin", "scheduler*.bin"),
+)
 
 
 def prepare(
@@ -470,8 +475,8 @@ def _check_custom_objects(accelerator: Accelerator, folder: Path) -> None:
 
 
 def _files_of(where: Path) -> dict[str, Any]:
-    """Size and checksum of what Accelerate, its hooks and custom objects have written beside ours. Local."""
-    return {name: facts for name, facts in facts_of(where) if not name.startswith(FOLDER)}
+    """Size and checksum of what Accelerate has written beside ours. Local."""
+    return {path.name: fingerprint(path) for pattern in _THEIRS for path in where.glob(pattern) if path.is_file()}
 
 
 def _check_files(where: Path, ours: Path) -> None:

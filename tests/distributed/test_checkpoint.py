@@ -338,6 +338,18 @@ def test_hooks_see_the_models_and_missing_objects_change_nothing(tmp_path: Path)
     assert run_ranks(2, hooks_and_objects, str(tmp_path)) == [[(1, 1), 1]] * 2
 
 
+def goes_on_by_itself(folder: str, resumes: bool = True) -> tuple[Any, str]:
+    """A job that begins with load_state(), and the name of what it saves."""
+    accelerator, *objects = job(1, 48, loader={"batch_size": 2})
+    accelerator.project_configuration = ProjectConfiguration(folder, automatic_checkpoint_naming=True, total_limit=1)
+    prepared = prepare(accelerator, *objects)
+    if resumes:
+        accelerator.load_state()
+    name = Path(accelerator.save_state()).name
+    dist.barrier()
+    return prepared, name
+
+
 def keeps_one(folder: str) -> list[Any]:
     """With automatic names and a limit of one, the one before is there, beside the folder of the next."""
     accelerator, model, optimizer, loader, scheduler = job(1, 48, loader={"batch_size": 2})
@@ -357,6 +369,9 @@ def keeps_one(folder: str) -> list[Any]:
     accelerator.load_state()
     assert all(torch.equal(a, b) for a, b in zip(before, weights(model), strict=True))
     left = [path.name for path in checkpoints.iterdir()]
+    dist.barrier()
+    _, again = goes_on_by_itself(folder)
+    assert (checkpoints / again).is_dir(), "what was saved last has been deleted"
     return [[len(found) for found in seen], seen[1][0], seen[2][0], left, accelerator.project_configuration.total_limit]
 
 
@@ -365,6 +380,60 @@ def test_a_limit_of_one_never_leaves_none(world_size: int, tmp_path: Path) -> No
     expected = [[1, 2, 2], None, None, ["checkpoint_2"], 1]
     for found in run_ranks(world_size, keeps_one, str(tmp_path)):
         assert found == expected
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["checkpoint_3"]
+    # One that begins anew has the number 0, which is not the oldest.
+    for _, name in run_ranks(world_size, begins_anew, str(tmp_path)):
+        assert (tmp_path / "checkpoints" / name).is_dir()
+
+
+def begins_anew(folder: str) -> tuple[None, str]:
+    return None, goes_on_by_itself(folder, resumes=False)[1]
+
+
+def saved_twice(folder: str) -> None:
+    accelerator, *objects = job(1, 48, loader={"batch_size": 2})
+    model, *_ = prepare(accelerator, *objects)
+    counter = Counter()
+    accelerator.register_for_checkpointing(counter)
+    accelerator.save_state(folder)
+    dist.barrier()
+    if dist.get_rank() == 0:
+        shutil.copytree(Path(folder) / "dist_adamw", Path(folder) / "before")
+    dist.barrier()
+    counter.n = 1
+    accelerator.save_state(folder)
+    (Path(folder) / "log.txt").write_text(str(dist.get_rank()))  # grows as it likes
+    accelerator.load_state(folder)
+    dist.barrier()
+    if dist.get_rank() == 0:  # as a kill leaves it between Accelerate's files and ours
+        shutil.rmtree(Path(folder) / "dist_adamw")
+        shutil.move(Path(folder) / "before", Path(folder) / "dist_adamw")
+    dist.barrier()
+    before = weights(model)
+    with pytest.raises(CheckpointError, match=r"not of one save: custom_checkpoint_0.pkl is not what was saved with"):
+        accelerator.load_state(folder)
+    assert all(torch.equal(a, b) for a, b in zip(before, weights(model), strict=True))
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_files_of_two_saves_to_one_folder_are_told_apart(world_size: int, tmp_path: Path) -> None:
+    run_ranks(world_size, saved_twice, str(tmp_path / "checkpoint"))
+
+
+def killed_in_save_state(folder: str) -> str:
+    _, first = goes_on_by_itself(folder, resumes=False)
+    dist.barrier()
+    if dist.get_rank() == 0:
+        torn = Path(folder) / "checkpoints" / "checkpoint_1"
+        torn.mkdir()
+        shutil.copy(Path(folder) / "checkpoints" / first / "random_states_0.pkl", torn)
+    dist.barrier()
+    with pytest.warns(UserWarning, match="checkpoint_1 was not written to the end"):
+        return goes_on_by_itself(folder)[1]
+
+
+def test_a_checkpoint_that_was_not_written_to_the_end_is_passed_by(tmp_path: Path) -> None:
+    assert run_ranks(2, killed_in_save_state, str(tmp_path)) == ["checkpoint_2"] * 2
 
 
 def one_rank_cannot_write_its_random_state(folder: str) -> None:

@@ -210,9 +210,33 @@ def test_names_are_given_or_known_or_asked_for(tmp_path: Path) -> None:
         {"model": {f"module.{k}": v for k, v in plain.state_dict().items()}, "optimizer": optimizer.state_dict()},
         files[0],
     )
-    import_checkpoint(*files)
-    assert read_index(files[1]).about["groups"][0]["names"] == ["weight", "bias"]
-    assert torch.equal(weights_in(files[1])["weight"], plain.weight)
+    import_checkpoint(files[0], tmp_path / "plain")
+    assert read_index(tmp_path / "plain").about["groups"][0]["names"] == ["weight", "bias"]
+    assert torch.equal(weights_in(tmp_path / "plain")["weight"], plain.weight)
+
+
+class Remembers(nn.Linear):
+    state: Any = None
+
+    def get_extra_state(self) -> Any:
+        return self.state
+
+    def set_extra_state(self, state: Any) -> None:
+        self.state = state
+
+
+def test_extra_state_of_modules_is_imported(tmp_path: Path) -> None:
+    for name, state in {"tensor": torch.arange(3), "data": {"amax": [1.5]}}.items():
+        model, again = nn.Sequential(Remembers(3, 3)), nn.Sequential(Remembers(3, 3))
+        model[0].state = state
+        torch.save(model.state_dict(), tmp_path / f"{name}.pt")
+        import_checkpoint(tmp_path / f"{name}.pt", tmp_path / name)
+        load(tmp_path / name, again)
+        assert torch.equal(again[0].state, state) if name == "tensor" else again[0].state == state
+    save_file({"0.weight": model[0].weight.detach(), "0.bias": model[0].bias.detach()}, tmp_path / "x.safetensors")
+    import_checkpoint(tmp_path / "x.safetensors", tmp_path / "without")
+    with pytest.warns(UserWarning, match="says nothing of extra state"):
+        load(tmp_path / "without", again)
 
 
 def test_a_tied_weight_goes_by_its_first_name(tmp_path: Path) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import signal
 import subprocess
+import sys
 import time
 import warnings
 from collections.abc import Iterator
@@ -26,6 +28,7 @@ from dist_adamw import (
     DistAdamW,
     load,
     save,
+    storage,
 )
 from dist_adamw.folder import damage_of
 from dist_adamw.index import damage, read_index
@@ -114,6 +117,64 @@ def finds_what_is_damaged(root: str) -> int:
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_ranks_share_the_reading_and_all_find_the_damage(world_size: int, tmp_path: Path) -> None:
     assert set(run_ranks(world_size, finds_what_is_damaged, str(tmp_path))) == {world_size + 2}
+
+
+def to_different_places(root: str) -> None:
+    """Neither of these may look like a success, and take an older checkpoint with it."""
+    rank, job = dist.get_rank(), Job()
+    folder = CheckpointFolder(f"{root}/shared", keep=1)
+    kept = folder.save(10, job.write)
+    with pytest.raises(CheckpointError, match="ranks save to different folders"):
+        folder.save(20 + rank, job.write)
+    with pytest.raises(AgreementError, match="folder"):
+        save(f"{root}/{rank}", *job.all)
+    assert folder.newest() == kept
+    Path(f"{root}/of-{rank}").mkdir()
+    here = os.getcwd()
+    os.chdir(f"{root}/of-{rank}")  # the same name on another disk
+    try:
+        with pytest.raises(CheckpointError, match="is not to be seen on the main one"):
+            save("own", *job.all)
+        own = CheckpointFolder("runs")
+        with pytest.raises(CheckpointError, match="is not to be seen on the main one"):
+            own.save(10, job.write)
+        (Path("runs") / "sample-000000010").mkdir() if rank == 0 else None
+        dist.barrier()
+        with pytest.raises(CheckpointError, match="is there on some ranks and missing on rank 1"):
+            own.newest()
+    finally:
+        os.chdir(here)
+
+
+def test_ranks_that_save_to_different_places_are_told(tmp_path: Path) -> None:
+    run_ranks(2, to_different_places, str(tmp_path))
+
+
+def failed_on_one(folder: str) -> list[str]:
+    job, written = Job(), storage._write_file
+    job.write(Path(folder))
+
+    def fails(*args: Any) -> Any:
+        result = written(*args)
+        if dist.get_rank() == 1:
+            raise OSError("the disk is gone")
+        return result
+
+    storage._write_file = fails
+    try:
+        for _ in range(2):
+            with pytest.raises(CheckpointError, match="the disk is gone"):
+                job.write(Path(folder))
+    finally:
+        storage._write_file = written
+    dist.barrier()
+    return sorted(os.listdir(folder))
+
+
+def test_a_save_that_failed_leaves_no_files(tmp_path: Path) -> None:
+    for found in run_ranks(2, failed_on_one, str(tmp_path)):
+        assert found == sorted([*read_index(tmp_path).files, "index.json"])
+    assert damage(tmp_path) is None
 
 
 # ---------------------------------------------------------------------------------------------- disks that fail
@@ -252,6 +313,22 @@ def test_two_saves_to_one_path_refuse_each_other(tmp_path: Path) -> None:
     assert damage(tmp_path) is None
 
 
+def test_a_forked_process_does_not_keep_a_lock(tmp_path: Path) -> None:
+    """As workers of a data loader are, that begin while a checkpoint is written."""
+    folder, lock = CheckpointFolder(tmp_path), Lock(tmp_path / "path")
+    if not (child := os.fork()):
+        time.sleep(30)
+        os._exit(0)
+    try:
+        folder.close()
+        lock.release()
+        CheckpointFolder(tmp_path, patience=0.0).close()
+        Lock(tmp_path / "path").release()
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
 def disagrees(root: str) -> int:
     job = Job()
     job.train()
@@ -263,6 +340,20 @@ def disagrees(root: str) -> int:
     with pytest.raises(AgreementError, match=r"differ in '0\.weight'"):
         folder.save(20, job.write)
     return len(folder.all())
+
+
+def of_another_schedule(root: str) -> None:
+    job = Job()
+    job.optimizer.param_groups[0]["betas"] = (0.5, 0.6) if dist.get_rank() else (0.9, 0.999)
+    with pytest.raises(AgreementError, match="betas"):
+        job.write(Path(root))
+    with pytest.raises(AgreementError, match="betas"):
+        AsyncSaver().save(root, *job.all)
+
+
+def test_hyper_parameters_that_differ_are_told_before_a_save(tmp_path: Path) -> None:
+    run_ranks(2, of_another_schedule, str(tmp_path / "path"))
+    assert not (tmp_path / "path").exists()
 
 
 def test_ranks_that_disagree_end_the_job_whatever_is_asked_for(tmp_path: Path) -> None:
@@ -347,16 +438,20 @@ def test_bad_arguments_are_named(tmp_path: Path) -> None:
 def saves_beside(root: str) -> None:
     job, saver = Job(width=2000), AsyncSaver()
     folder = CheckpointFolder(f"{root}/beside", keep=9)
+    seen: list[int] = []
     for _ in range(3):
         job.train()
+        seen.append(job.scheduler.samples)
         save(f"{root}/at-once-{job.scheduler.samples}", *job.all)
-        folder.async_save(saver, job.scheduler.samples, *job.all, extra={"n": job.scheduler.samples})
+        folder.async_save(saver, job.scheduler.samples, *job.all, extra={"seen": seen})
         job.train(2)  # the copy is of before
     saver.close()
     again = Job(width=2000)
     loaded = load(f"{root}/beside/sample-000000070", *again.all)
     assert loaded.samples == again.scheduler.samples == 70
-    assert loaded.extra == {"n": 70}
+    assert loaded.extra == {"seen": [10, 40, 70]}
+    assert load(f"{root}/beside/sample-000000010", *again.all).extra == {"seen": [10]}
+    load(f"{root}/beside/sample-000000070", *again.all)
     assert again.optimizer.updates == 7
 
 
@@ -415,6 +510,44 @@ def fails_once(root: str) -> list[bool]:
 
 def test_a_save_waits_for_the_one_beside_training(tmp_path: Path) -> None:
     run_ranks(2, saves_both_ways, str(tmp_path))
+
+
+def one_rank_waits(root: str) -> None:
+    job, saver = Job(), AsyncSaver()
+    for _ in range(2):
+        (Path(root) / "file").write_text("in the way")
+        running = saver.save(f"{root}/file/checkpoint", *job.all)
+        if dist.get_rank() == 0:
+            with pytest.raises(CheckpointError):
+                running.wait()
+        with pytest.raises(CheckpointError, match="could not write"):  # of the one before; nobody waits for ever
+            saver.save(f"{root}/next", *job.all)
+    saver.save(f"{root}/next", *job.all).wait()
+    folder = CheckpointFolder(f"{root}/runs")
+    first = folder.async_save(saver, 10, *job.all)
+    folder.close()  # waits
+    assert first is not None
+    assert first.done
+    assert CheckpointFolder(f"{root}/runs").newest() == Path(f"{root}/runs/sample-000000010")
+
+
+def test_an_error_that_one_rank_knows_reaches_all(tmp_path: Path) -> None:
+    run_ranks(2, one_rank_waits, str(tmp_path))
+    assert damage(tmp_path / "next") is None
+
+
+def test_a_last_save_that_failed_is_told_at_the_end(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    script = "import sys, dist_adamw, torch; dist_adamw.AsyncSaver().save(sys.argv[1], torch.nn.Linear(1, 1))"
+    if_dropped, at_the_end = (
+        script,
+        script.replace("dist_adamw.Async", "s = dist_adamw.Async").replace(").save", "); s.save"),
+    )
+    for code in (if_dropped, at_the_end):
+        ended = subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path / "file" / "x")], capture_output=True, text=True, timeout=60
+        )
+        assert "a checkpoint was lost: could not write" in ended.stderr
 
 
 @pytest.mark.filterwarnings("ignore:no checkpoint after sample")

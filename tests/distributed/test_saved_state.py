@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -130,6 +131,47 @@ def test_state_of_another_family_is_refused(tmp_path: Path) -> None:
     run_ranks(2, of_another_family, str(tmp_path))
 
 
+def whole_steps(folder: str) -> None:
+    """SparseAdam counts in a whole number, and torch's Adam in a tensor."""
+    rows, again = (nn.Embedding(9, 4, sparse=True) for _ in range(2))
+    again.load_state_dict(rows.state_dict())
+    optimizer, other = torch.optim.SparseAdam(rows.parameters()), torch.optim.SparseAdam(again.parameters())
+    for i in range(20):
+        if i == 10:
+            save(folder, rows, optimizer)
+            load(folder, again, other)
+        for model, its in ((rows, optimizer), (again, other)):
+            if model is rows or i >= 10:
+                model(torch.tensor([i % 9, 3])).square().sum().backward()
+                its.step()
+                its.zero_grad()
+    assert torch.equal(rows.weight, again.weight)
+    assert type(other.state[again.weight]["step"]) is int
+
+
+def test_a_step_that_is_a_whole_number_stays_one(tmp_path: Path) -> None:
+    run_ranks(1, whole_steps, str(tmp_path))
+
+
+def other_groups(folder: str) -> None:
+    model = network()
+    weights, rest = [model[0].weight, model[3].weight], [model[0].bias, model[3].bias, *model[1].parameters()]
+    apart = [{"params": weights, "lr": 1e-3, "weight_decay": 0.1}, {"params": rest, "lr": 5e-2, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(apart)
+    step(model, optimizer)
+    save(folder, model, optimizer)
+    together = torch.optim.AdamW(model.parameters(), lr=7e-3)
+    with pytest.raises(CheckpointError, match=r"of one group here in several groups, with lr 0\.001 and 0\.05"):
+        load(folder, model, together)
+    assert together.param_groups[0]["lr"] == 7e-3
+    load(folder, model, together, on_difference="new")
+    assert together.param_groups[0]["lr"] == 7e-3
+
+
+def test_groups_that_were_several_are_not_made_one_in_silence(tmp_path: Path) -> None:
+    run_ranks(2, other_groups, str(tmp_path))
+
+
 def odd_state(folder: str) -> None:
     model = network()
     with pytest.raises(CheckpointError, match=r"LBFGS has .* only tensors and numbers can be saved"):
@@ -206,6 +248,22 @@ def extra_state(folder: str, sharded: bool) -> None:
         save(f"{folder}/object", remembering(object()))
     for path in (f"{folder}/object", f"{folder}/object/index.json"):
         assert not Path(path).is_file()
+
+
+def wrapped_names(folder: str) -> None:
+    """A module's own name may end in its wrapper's."""
+    model, again = remembering({"a": 1}), remembering(None)
+    wrapped = nn.Sequential(*(checkpoint_wrapper(module) for module in model))
+    save(folder, wrapped)
+    load(folder, again)
+    assert again[1].value == {"a": 1}
+    save(folder, again)
+    load(folder, wrapped)
+    assert {key for key in read_index(folder).tensors if "wrapped" in key} == set()
+
+
+def test_names_are_those_of_the_bare_model(tmp_path: Path) -> None:
+    run_ranks(1, wrapped_names, str(tmp_path))
 
 
 class Bare(Remembers):
@@ -553,6 +611,35 @@ def engine_of(stage: int, dtype: str, zero: dict[str, Any] | None = None, **opti
     engine = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=scheduler, config=config)[0]
     prepare_deepspeed(engine)
     return engine
+
+
+def wrapped_engine(folder: str, stage: int) -> None:
+    """With activation checkpointing an engine has the names of the model without, and batch norm's too."""
+    import deepspeed
+
+    def wrapped(module: nn.Module) -> nn.Sequential:
+        return nn.Sequential(*(checkpoint_wrapper(child) for child in module))
+
+    def bare_model() -> nn.Sequential:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8)), nn.Linear(8, 2))
+
+    model = wrapped(bare_model())
+    config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": stage}, "gradient_clipping": 0.0}
+    config["zero_allow_untested_optimizer"] = True
+    engine = deepspeed.initialize(model=model, optimizer=DistAdamW(model.parameters()), config=config)[0]
+    save(folder, engine, engine.optimizer)
+    other = bare_model()
+    with torch.no_grad():
+        for param in other.parameters():
+            param.zero_()
+    load(folder, other, DistAdamW(other.parameters()))
+    assert same(bits(other), bits(bare_model()))
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_deepspeed_has_the_names_of_the_bare_model(stage: int, tmp_path: Path) -> None:
+    run_ranks(2, wrapped_engine, str(tmp_path), stage)
 
 
 def train_engine(engine: Any, first: int, last: int) -> list[tuple[int, float, float]]:

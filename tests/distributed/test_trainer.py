@@ -233,6 +233,29 @@ def test_resume_in_mid_epoch(engine: str, world_size: int, tmp_path: Path) -> No
         check_same(first[:8] + second, plain_loop(padded=world_size == 2))
 
 
+def random_numbers(engine: str, folder: str, resume: str | None = None) -> list[float]:
+    """What dropout would draw at each update."""
+    drawn = []
+
+    class Draws(TrainerCallback):  # type: ignore[misc]
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            drawn.append(torch.rand(()).item())
+
+    with arguments_on(engine, folder, **SAVE) as args:
+        trainer = prepare_trainer(Noting(Network(), args, train_dataset=Samples()), scheduler=RECIPE)
+        trainer.add_callback(Draws())
+        trainer.train(resume_from_checkpoint=resume)
+    return drawn
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
+def test_random_state_goes_on_on_another_number_of_ranks(before: int, after: int, tmp_path: Path) -> None:
+    engines = {1: "single", 2: "DDP"}
+    begun = run_ranks(before, random_numbers, engines[before], str(tmp_path))[0]
+    resumed = run_ranks(after, random_numbers, engines[after], str(tmp_path), str(tmp_path / "checkpoint-8"))[0]
+    assert resumed == begun[8:]
+
+
 ROUND = ["single", "DDP", "FSDP2", "ZeRO-1", "ZeRO-2", "ZeRO-3", "DDP", "single", "ZeRO-3", "FSDP2", "single"]
 
 

@@ -11,6 +11,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
@@ -139,3 +140,15 @@ def test_folders_of_others_are_named(tmp_path: Path) -> None:
     save(tmp_path, {"x": torch.zeros(3)})
     with pytest.raises(CheckpointError, match="no tensor 'y'"):
         read_whole(read_index(tmp_path), "y")
+
+
+def test_torch_alone_reads_nothing_that_is_damaged(tmp_path: Path) -> None:
+    dcp_save({"weight": torch.arange(100.0)}, storage_writer=Writer(tmp_path), no_dist=True)
+    (file,) = tmp_path.glob("*.safetensors")
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 64
+    file.write_bytes(content)
+    found = {"weight": torch.zeros(100)}
+    with pytest.raises(CheckpointException, match="its checksum differs"):
+        dcp_load(found, storage_reader=Reader(tmp_path), no_dist=True)  # type: ignore[arg-type]
+    assert not found["weight"].any()
