@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Iterator
@@ -510,6 +511,22 @@ def fails_once(root: str) -> list[bool]:
 
 def test_a_save_waits_for_the_one_beside_training(tmp_path: Path) -> None:
     run_ranks(2, saves_both_ways, str(tmp_path))
+
+
+def changed_meanwhile(root: str) -> None:
+    job, saver, go, seen = Job(), AsyncSaver(), threading.Event(), [1]
+    saver._thread.submit(go.wait)  # as where the disk is slow
+    saving = saver.save(root, *job.all, extra={"seen": seen})
+    seen.append(2)
+    go.set()
+    saving.wait()
+    assert load(root, *job.all).extra == {"seen": [1]}
+    with pytest.raises(CheckpointError, match="only plain data"):  # now, and not with the next
+        saver.save(root, *job.all, extra={"seen": object()})
+
+
+def test_what_is_saved_beside_training_does_not_change_with_it(tmp_path: Path) -> None:
+    run_ranks(2, changed_meanwhile, str(tmp_path))
 
 
 def one_rank_waits(root: str) -> None:
