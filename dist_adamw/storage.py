@@ -176,7 +176,7 @@ class Lock:
         except BlockingIOError:
             raise CheckpointError(f"another job is saving to {folder}. Choose another folder.") from None
         except OSError:
-            pass  # some file systems of networks cannot; `CheckpointFolder` has a file of its own for it
+            pass  # some file systems of networks cannot; `CheckpointFolder` says so, once
 
 
 def unlock(handle: int) -> None:

@@ -313,7 +313,8 @@ def _zero(model: nn.Module, optimizer: Optimizer | None) -> Access | None:
     if inner is None or isinstance(inner, Optimizer):
         return Whole(model, inner)
     raise CheckpointError(
-        f"{type(inner).__name__} keeps its weights its own way. Use ZeRO stage 1, which does the same in less memory."
+        f"{type(inner).__name__} keeps its weights its own way. Use ZeRO stage 1 or 2, without grad_accum_dtype: "
+        "it does the same in less memory."
     )
 
 
@@ -323,8 +324,9 @@ ENGINES.append(_zero)
 def prepare_deepspeed(engine: Any, scheduler: Any = None) -> None:
     """Let ``engine.save_checkpoint`` and ``load_checkpoint`` write and read our checkpoints. Local.
 
-    They keep their arguments and their folders: ``<save_dir>/<tag>`` and a file ``latest``. A folder that DeepSpeed
-    wrote itself is still read by DeepSpeed. `dist_adamw.prepare` and `prepare_trainer` do this themselves.
+    They keep their arguments (though frozen weights are always saved) and their folders: ``<save_dir>/<tag>``
+    and a file ``latest``. A folder that DeepSpeed wrote itself is still read by DeepSpeed. `dist_adamw.prepare` and
+    `prepare_trainer` do this themselves.
 
     Args:
         engine: What ``deepspeed.initialize`` returned.
