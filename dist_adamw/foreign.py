@@ -108,6 +108,10 @@ def understood(source: Path, read: Callable[[], T]) -> T:
 # ---------------------------------------------------------------------------------------------- files of torch.save
 
 
+# By this some versions of Python (3.11.2) pickle a member of an enum, from its class and name.
+_MEMBERS = ("getattr", "builtins.getattr", "__builtin__.getattr")
+
+
 class _Record:
     """What a pickle says of an object. Its class is known by name only: nothing of it is called."""
 
@@ -128,7 +132,8 @@ def _load(file: Path) -> Any:
     # DeepSpeed puts objects of its own (loss scalers, enums) beside what we need.
     is_zip = zipfile.is_zipfile(file)
     unknown = torch.serialization.get_unsafe_globals_in_checkpoint(file) if is_zip else []
-    records = [(type("_Record", (_Record,), {}), name) for name in unknown if name.startswith("deepspeed.")]
+    inert = (name for name in unknown if name.startswith("deepspeed.") or name in _MEMBERS)
+    records = [(type("_Record", (_Record,), {}), name) for name in inert]
     with torch.serialization.safe_globals(records):  # type: ignore[arg-type]
         return _tensors_and_plain_data(file, str(file), mmap=is_zip)
 
@@ -252,6 +257,8 @@ class _Unpickler(pickle.Unpickler):
         """Something inert in the place of a class or function."""
         if module == "torch" and name in DTYPES:
             return DTYPES[name]
+        if f"{module}.{name}" in _MEMBERS:
+            return type(name, (_Record,), {})
         if (module, name) not in _NEEDED:
             raise CheckpointError(
                 f"its .metadata asks for {module}.{name}, which describes no tensors, and nothing is executed. Do not "

@@ -349,6 +349,26 @@ class Harmless:
     pass
 
 
+def test_enums_as_python_3_11_2_pickles_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By ``getattr`` of class and name, which is read as a name, and called by nobody."""
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
+
+    for kind in (_MEM_FORMAT_ENCODING, ZeroStageEnum):
+        monkeypatch.setattr(kind, "__reduce_ex__", lambda self, _: (getattr, (type(self), self.name)))
+    weights = {"weight": torch.arange(6.0)}
+    dcp.save({"model": weights}, checkpoint_id=tmp_path / "dcp", no_dist=True)
+    assert b"getattr" in (tmp_path / "dcp" / ".metadata").read_bytes()
+    torch.save({"model": weights, "stage": ZeroStageEnum.gradients}, tmp_path / "torch")
+    for name in ("dcp", "torch"):
+        import_checkpoint(tmp_path / name, tmp_path / f"{name}-ours")
+        assert torch.equal(weights_in(tmp_path / f"{name}-ours")["weight"], weights["weight"])
+    monkeypatch.setattr(Harmless, "__reduce__", lambda _: (getattr, (Bomb, "__init__")), raising=False)
+    torch.save({"model": weights, "x": Harmless()}, tmp_path / "bomb")
+    with pytest.raises(CheckpointError, match=r"Bomb, which is neither .* nothing is executed"):
+        import_checkpoint(tmp_path / "bomb", tmp_path / "ours")
+
+
 @pytest.mark.parametrize("where", ["metadata", "item", "torch"])
 def test_a_bomb_does_not_go_off(where: str, tmp_path: Path) -> None:
     proof = tmp_path / "executed"
