@@ -501,18 +501,23 @@ class CyclicLRWithRestarts(LRScheduler):
         if choice not in ("strict", "checkpoint", "new"):
             raise ValueError(f"on_difference must be 'strict', 'checkpoint' or 'new', got {choice!r}.")
         saved, ours = state_dict["configuration"], self.configuration()
+        if odd := sorted(map(str, saved.keys() ^ ours.keys())):
+            raise ValueError(
+                f"the configuration of a saved schedule must have the keys {', '.join(sorted(ours))}; missing or "
+                f"unknown: {shown(odd)}. The state was changed, or is of another version of dist_adamw."
+            )
         if ours["epoch_size"] is None:
-            ours["epoch_size"] = saved.get("epoch_size")
-        differing = [k for k in sorted({*saved, *ours}) if saved.get(k) != ours.get(k)]
+            ours["epoch_size"] = saved["epoch_size"]
+        differing = [k for k in sorted(ours) if saved[k] != ours[k]]
         if differing and choice == "strict":
-            lines = "; ".join(f"{k} was {saved.get(k)!r} and is {ours.get(k)!r}" for k in differing)
+            lines = "; ".join(f"{k} was {saved[k]!r} and is {ours[k]!r}" for k in differing)
             raise ValueError(
                 f"the schedule of the checkpoint is another one: {lines}. Pass the same arguments, or set "
                 "scheduler.on_difference to 'checkpoint' or 'new' to choose."
             )
         new = {
             "samples": state_dict["samples"],
-            "_epoch_size": self._epoch_size or saved.get("epoch_size"),
+            "_epoch_size": self._epoch_size or saved["epoch_size"],
             "_batch_size": self._batch_size or state_dict["batch_size"],
             "_reference_batch_size": state_dict["reference_batch_size"] or self._reference_batch_size,
             "_options": self._options,
@@ -530,10 +535,10 @@ class CyclicLRWithRestarts(LRScheduler):
 
     def _of_checkpoint(self, saved: Mapping[str, Any], differing: list[str]) -> dict[str, Any]:
         callables = ("policy_fn", "eta_on_restart_cb", "eta_on_iteration_cb")
-        functions = [k for k in differing if k in callables and saved.get(k) is not None]
+        functions = [k for k in differing if k in callables and saved[k] is not None]
         if functions:
             raise ValueError(
-                f"the checkpoint used {functions[0]}={saved.get(functions[0])!r}; a function cannot be loaded from a "
+                f"the checkpoint used {functions[0]}={saved[functions[0]]!r}; a function cannot be loaded from a "
                 "checkpoint. Pass it to CyclicLRWithRestarts."
             )
         groups = saved["groups (lr, min_lr, weight_decay)"]

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from dist_adamw import CyclicLRWithRestarts, DistAdamW, ReduceMaxLROnRestart
+from dist_adamw.scheduler import OnDifference
 from tests.unit.test_scheduler import adamw, make, parameter, train
 
 
@@ -114,3 +115,16 @@ def test_a_function_of_this_job_may_be_given_up_for_the_checkpoints_none() -> No
     scheduler = make(adamw(), eta_on_restart_cb=ReduceMaxLROnRestart(0.5))
     scheduler.load_state_dict(state, on_difference="checkpoint")
     assert scheduler.preview(cycles=2).rows[1].peak_lr == pytest.approx(1e-3)
+
+
+@pytest.mark.parametrize("choice", ["strict", "checkpoint", "new"])
+def test_a_configuration_with_other_keys_is_refused(choice: OnDifference) -> None:
+    scheduler = make(adamw())
+    state = saved(scheduler.state_dict())
+    assert state["configuration"]["policy_fn"] is None  # a key that is missing must not pass for None
+    without = {k: v for k, v in state["configuration"].items() if k != "policy_fn"}
+    for configuration in (without, {**state["configuration"], "warmup": 100}):
+        other = {**state, "samples": 500, "configuration": configuration}
+        with pytest.raises(ValueError, match=r"missing or unknown: \['(policy_fn|warmup)'\]"):
+            scheduler.load_state_dict(other, on_difference=choice)
+        assert scheduler.samples == 0
