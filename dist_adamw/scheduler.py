@@ -367,18 +367,23 @@ class CyclicLRWithRestarts(LRScheduler):
         """Write what the schedule says of ``samples`` into the groups."""
         self._learn_groups()
         if self._schedule is not None:
-            point = self._schedule.at(self.samples)
-            for group, base in zip(self.optimizer.param_groups, self._bases, strict=True):
-                lr = self._lr(point, base)
+            for group, (lr, decay) in zip(self.optimizer.param_groups, self._values(), strict=True):
                 if isinstance(group["lr"], Tensor):
                     group["lr"].fill_(lr)
                 else:
                     group["lr"] = lr
-                decay = self._weight_decay(point, base, decay_convention(self.optimizer, group))
                 if decay is not None:
                     group["weight_decay"] = decay
             self.last_epoch = self.samples // self._schedule.epoch_size
         self._last_lr = [_copied(group["lr"]) for group in self.optimizer.param_groups]
+
+    def _values(self) -> list[tuple[float, float | None]]:
+        """lr and weight decay of each group at ``samples``; None where the decay is left alone."""
+        point = self.schedule.at(self.samples)
+        return [
+            (self._lr(point, base), self._weight_decay(point, base, decay_convention(self.optimizer, group)))
+            for group, base in zip(self.optimizer.param_groups, self._bases, strict=True)
+        ]
 
     def _lr(self, point: SchedulePoint, base: _Base) -> float:
         return self.schedule.lr(point, base.lr, base.min_lr) * base.lr_scale * self._batch_scale()
@@ -527,7 +532,9 @@ class CyclicLRWithRestarts(LRScheduler):
                 new |= self._of_checkpoint(saved, differing)
             new["_schedule"] = _make_schedule(new["_epoch_size"], new["_reference_batch_size"], new["_options"])
             if new["_schedule"] is not None:
-                new["_schedule"].at(new["samples"])
+                loaded = object.__new__(type(self))  # one without hooks on the optimizer, to ask and drop
+                loaded.__dict__.update(self.__dict__, **new)
+                loaded._values()
         except (TypeError, KeyError, ArithmeticError) as error:
             what = f"{type(error).__name__}: {error}"
             raise ValueError(f"the schedule of the checkpoint cannot be computed: {what}.") from error

@@ -165,24 +165,28 @@ class Reading:
         if not isinstance(job.scheduler, CyclicLRWithRestarts):
             expected["schedule"] = repr({k: saved[k] for k in job.scheduler.state_dict()})
             return
-        told = saved["configuration"] if choice == "checkpoint" else job.scheduler.configuration()
+        ours = job.scheduler.configuration()
+        told = dict(ours)
+        if choice == "checkpoint":  # what is equal is no difference: False and 0.0, 10 and 10.0
+            told |= {k: v for k, v in saved["configuration"].items() if v != ours[k]}
         reference = saved["reference_batch_size"] or 8
         options = {k: told[k] for k in RestartSchedule.__dataclass_fields__ if k in told and k != "batch_size"}
         schedule = RestartSchedule(batch_size=reference, **options)
         point = schedule.at(saved["samples"])
-        for g, (lr, min_lr, decay) in enumerate(told["groups (lr, min_lr, weight_decay)"]):
-            expected[f"group {g} lr"] = repr(schedule.lr(point, lr, min_lr))
+        grown = {None: 1.0, "linear": 8 / reference, "sqrt": math.sqrt(8 / reference)}[told["lr_scaling"]]
+        for g, (lr, min_lr, decay, *scales) in enumerate(told["groups (lr, min_lr, weight_decay)"]):
+            scale = scales[0] if scales else 1.0
+            expected[f"group {g} lr"] = repr(schedule.lr(point, lr, min_lr) * scale * grown)
             if told["normalize_weight_decay"] is not False:
                 norm = schedule.weight_decay_norm(point, 8)
-                expected[f"group {g} weight_decay"] = repr(decay * norm / lr if lr else 0.0)
+                expected[f"group {g} weight_decay"] = repr(decay * norm / (lr * scale * grown) if lr * scale else 0.0)
         now = {
             **job.scheduler.state_dict(),
             "samples": saved["samples"],
             "reference_batch_size": reference,
             "batch_size": 8,
         }
-        ours = job.scheduler.configuration()
-        now["configuration"] = {k: told[k] if told[k] != v else v for k, v in ours.items()}  # False is 0.0
+        now["configuration"] = told
         expected["schedule"] = repr(now)
 
 

@@ -119,8 +119,7 @@ def recipe(recipe: Arguments, options: Arguments) -> str:
         return _of_python(error, {**recipe, **options})
     except ValueError as error:
         return check_sentence(error)
-    look_up(scheduler, recipe)
-    return RIGHT
+    return look_up(scheduler, recipe)
 
 
 def _of_python(error: TypeError, arguments: Arguments) -> str:
@@ -132,9 +131,14 @@ def _of_python(error: TypeError, arguments: Arguments) -> str:
     return REFUSED
 
 
-def look_up(scheduler: CyclicLRWithRestarts, recipe: Arguments) -> None:
-    """Raise where lr or the decay leaves its bounds, or takes too long to find."""
-    assert scheduler.epoch_size is not None
+def look_up(scheduler: CyclicLRWithRestarts, recipe: Arguments) -> str:
+    """How it ends. Raises where lr or the decay leaves its bounds, or takes too long to find."""
+    if scheduler.epoch_size is None or scheduler.batch_size is None:
+        try:
+            scheduler.preview()
+        except ValueError as error:
+            return check_sentence(error)
+        raise Wrong("a schedule without a batch or an epoch")
     (base,) = scheduler._bases
     epoch, warmup = scheduler.epoch_size, int(recipe.get("warmup_samples", 0))
     lowest = min(base.min_lr, scheduler.schedule.warmup_start_lr if warmup else base.lr)
@@ -159,6 +163,7 @@ def look_up(scheduler: CyclicLRWithRestarts, recipe: Arguments) -> None:
             raise Wrong(f"at sample {samples} lr is {lr}, not between {lowest} and {highest}")
         if took > LOOKUP:
             raise Wrong(f"looking up sample {samples} took {took:.3f} s")
+    return RIGHT
 
 
 def deepspeed(section: str, told: Arguments) -> str:

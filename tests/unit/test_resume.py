@@ -128,3 +128,14 @@ def test_a_configuration_with_other_keys_is_refused(choice: OnDifference) -> Non
         with pytest.raises(ValueError, match=r"missing or unknown: \['(policy_fn|warmup)'\]"):
             scheduler.load_state_dict(other, on_difference=choice)
         assert scheduler.samples == 0
+
+
+def test_a_configuration_whose_decay_is_no_number_changes_nothing() -> None:
+    scheduler = make(adamw())
+    state = saved(scheduler.state_dict())
+    state |= {"samples": 500}
+    state["configuration"]["groups (lr, min_lr, weight_decay)"] = [[1e-315, 0.0, 0.05]]
+    with pytest.raises(ValueError, match="is no finite number"):
+        scheduler.load_state_dict(state, on_difference="checkpoint")
+    assert scheduler.samples == 0
+    assert scheduler.get_lr() == [1e-3]
