@@ -7,7 +7,7 @@ Floor 0: imports torch only. Nothing here knows of ranks, buckets or checkpoints
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, cast
 
 import torch
@@ -179,6 +179,9 @@ def check_hyper_parameters(group: Mapping[str, Any]) -> None:
     ):
         if not 0.0 <= value < math.inf:
             raise ValueError(f"Invalid {name}: {value}")
-    for i, beta in enumerate(group["betas"]):
+    betas = group["betas"]
+    if not isinstance(betas, Sequence) or isinstance(betas, str) or len(betas) != 2:
+        raise ValueError(f"betas must be two numbers, got {betas!r}.")
+    for i, beta in enumerate(betas):
         if not 0.0 <= beta < 1.0:
             raise ValueError(f"Invalid beta parameter at index {i}: {beta}")

@@ -159,6 +159,15 @@ class DistAdamW(Optimizer):
             raise ValueError(f"mesh must have one axis or two, got {mesh.ndim}: {mesh}. Pass mesh['axis name'].")
         if bucket_numel is not None and bucket_numel < 1:
             raise ValueError(f"bucket_numel must be above 0, got {bucket_numel!r}.")
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "amsgrad": amsgrad,
+            "maximize": maximize,
+        }
+        check_hyper_parameters(defaults)
         _check_dtypes(master_dtype, state_dtype, betas)
         self.master_dtype, self.state_dtype = master_dtype, state_dtype
         self.decay_by: DecayBy = decay_by
@@ -169,14 +178,6 @@ class DistAdamW(Optimizer):
         self._mesh = mesh
         self._given = set()
         self._reset()
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "amsgrad": amsgrad,
-            "maximize": maximize,
-        }
         super().__init__(params, defaults)
 
     def _reset(self) -> None:
