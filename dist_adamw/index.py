@@ -187,7 +187,7 @@ def _checked(folder: Path, found: Mapping[str, Any], digest: str) -> Index:
     taken: dict[str, list[tuple[int, int]]] = {name: [] for name in files}
     for key, facts in found["tensors"].items():
         shape, dtype = tuple(facts["shape"]), DTYPES.get(facts["dtype"])
-        fits = all(map(_is_size, shape)) and len(shape) <= 64
+        fits = isinstance(facts["shape"], list) and all(map(_is_size, shape)) and len(shape) <= 64
         # Also of a tensor without elements: torch counts its strides in 64 bits.
         need(fits and _is_size(math.prod(max(n, 1) for n in shape)), f"{key!r} has shape {list(shape)[:64]}")
         need(dtype is not None, f"{key!r} is of dtype {facts['dtype']!r}")
@@ -195,7 +195,8 @@ def _checked(folder: Path, found: Mapping[str, Any], digest: str) -> Index:
         chunks = []
         for offsets, sizes, file, offset in facts["chunks"]:
             box = Box(tuple(offsets), tuple(sizes))
-            fits = len(offsets) == len(sizes) == len(shape) and all(map(_is_size, (*offsets, *sizes, offset)))
+            fits = isinstance(offsets, list) and isinstance(sizes, list) and len(offsets) == len(sizes) == len(shape)
+            fits = fits and all(map(_is_size, (*offsets, *sizes, offset)))
             need(fits and all(a + n <= m for a, n, m in zip(*box, shape, strict=True)), f"{key!r} has a chunk {box}")
             need(file in files, f"{key!r} lies in {file!r}, which is none of its files")
             end = offset + box.numel * dtype.itemsize

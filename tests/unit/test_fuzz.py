@@ -307,6 +307,20 @@ def test_a_safetensors_header_is_not_believed(whole: Path) -> None:
     assert peak() - before < 50_000
 
 
+@pytest.mark.parametrize("empty", [{}, ""])
+def test_what_is_as_empty_as_a_scalars_shape_is_not_one(empty: Any, whole: Path) -> None:
+    def scalar(index: dict[str, Any]) -> Any:
+        return next(facts for facts in index["tensors"].values() if facts["shape"] == [])
+
+    as_it_was = (whole / INDEX).read_bytes()
+    for where in (0, 1):
+        edit(whole, lambda index, where=where: scalar(index)["chunks"][0].__setitem__(where, empty))
+        assert "has a chunk" in loaded(whole)
+        (whole / INDEX).write_bytes(as_it_was)
+    edit(whole, lambda index: scalar(index).update(shape=empty))
+    assert "has shape" in loaded(whole)
+
+
 def test_a_place_beyond_numpys_numbers_is_refused(whole: Path) -> None:
     """numpy takes it, and reads memory that is not its own."""
     index = read_index(whole)
