@@ -511,8 +511,9 @@ class CyclicLRWithRestarts(LRScheduler):
                 f"the configuration of a saved schedule must have the keys {', '.join(sorted(ours))}; missing or "
                 f"unknown: {shown(odd)}. The state was changed, or is of another version of dist_adamw."
             )
-        if ours["epoch_size"] is None:
-            ours["epoch_size"] = saved["epoch_size"]
+        # An epoch size that is not known yet is no difference, on either side.
+        saved = {**saved, "epoch_size": saved["epoch_size"] or ours["epoch_size"]}
+        ours["epoch_size"] = ours["epoch_size"] or saved["epoch_size"]
         differing = [k for k in sorted(ours) if saved[k] != ours[k]]
         if differing and choice == "strict":
             lines = "; ".join(f"{k} was {saved[k]!r} and is {ours[k]!r}" for k in differing)
@@ -522,7 +523,7 @@ class CyclicLRWithRestarts(LRScheduler):
             )
         new = {
             "samples": state_dict["samples"],
-            "_epoch_size": self._epoch_size or saved["epoch_size"],
+            "_epoch_size": ours["epoch_size"],
             "_batch_size": self._batch_size or state_dict["batch_size"],
             "_reference_batch_size": state_dict["reference_batch_size"] or self._reference_batch_size,
             "_options": self._options,

@@ -168,7 +168,8 @@ class Reading:
         ours = job.scheduler.configuration()
         told = dict(ours)
         if choice == "checkpoint":  # what is equal is no difference: False and 0.0, 10 and 10.0
-            told |= {k: v for k, v in saved["configuration"].items() if v != ours[k]}
+            theirs = saved["configuration"]
+            told |= {k: v for k, v in theirs.items() if v != ours[k] and (k, v) != ("epoch_size", None)}
         reference = saved["reference_batch_size"] or 8
         options = {k: told[k] for k in RestartSchedule.__dataclass_fields__ if k in told and k != "batch_size"}
         schedule = RestartSchedule(batch_size=reference, **options)

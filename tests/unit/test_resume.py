@@ -139,3 +139,14 @@ def test_a_configuration_whose_decay_is_no_number_changes_nothing() -> None:
         scheduler.load_state_dict(state, on_difference="checkpoint")
     assert scheduler.samples == 0
     assert scheduler.get_lr() == [1e-3]
+
+
+@pytest.mark.parametrize("choice", ["strict", "checkpoint", "new"])
+def test_an_epoch_size_that_was_not_known_yet_is_no_difference(choice: OnDifference) -> None:
+    state = saved(make(adamw(), epoch_size=None).state_dict())
+    scheduler = make(adamw())
+    scheduler.load_state_dict(state, on_difference=choice)
+    assert scheduler.epoch_size == 1000
+    waiting = make(adamw(), epoch_size=None)
+    waiting.load_state_dict(saved(scheduler.state_dict()), on_difference=choice)
+    assert waiting.epoch_size == 1000
