@@ -617,6 +617,8 @@ def wrapped_engine(folder: str, stage: int) -> None:
     """With activation checkpointing an engine has the names of the model without, and batch norm's too."""
     import deepspeed
 
+    register_deepspeed()  # else DeepSpeed compiles, and a killed build leaves a lock on which every later one waits
+
     def wrapped(module: nn.Module) -> nn.Sequential:
         return nn.Sequential(*(checkpoint_wrapper(child) for child in module))
 
