@@ -187,7 +187,7 @@ def _checked(folder: Path, found: Mapping[str, Any], digest: str) -> Index:
     taken: dict[str, list[tuple[int, int]]] = {name: [] for name in files}
     for key, facts in found["tensors"].items():
         shape, dtype = tuple(facts["shape"]), DTYPES.get(facts["dtype"])
-        fits = isinstance(facts["shape"], list) and all(map(_is_size, shape)) and len(shape) <= 64
+        fits = _are_sizes(facts["shape"]) and len(shape) <= 64
         # Also of a tensor without elements: torch counts its strides in 64 bits.
         need(fits and _is_size(math.prod(max(n, 1) for n in shape)), f"{key!r} has shape {list(shape)[:64]}")
         need(dtype is not None, f"{key!r} is of dtype {facts['dtype']!r}")
@@ -195,8 +195,8 @@ def _checked(folder: Path, found: Mapping[str, Any], digest: str) -> Index:
         chunks = []
         for offsets, sizes, file, offset in facts["chunks"]:
             box = Box(tuple(offsets), tuple(sizes))
-            fits = isinstance(offsets, list) and isinstance(sizes, list) and len(offsets) == len(sizes) == len(shape)
-            fits = fits and all(map(_is_size, (*offsets, *sizes, offset)))
+            fits = _are_sizes(offsets) and _are_sizes(sizes) and len(offsets) == len(sizes) == len(shape)
+            fits = fits and _is_size(offset)
             need(fits and all(a + n <= m for a, n, m in zip(*box, shape, strict=True)), f"{key!r} has a chunk {box}")
             need(file in files, f"{key!r} lies in {file!r}, which is none of its files")
             end = offset + box.numel * dtype.itemsize
@@ -216,6 +216,10 @@ def _checked(folder: Path, found: Mapping[str, Any], digest: str) -> Index:
 
 def _is_size(value: Any) -> bool:
     return type(value) is int and 0 <= value < 1 << 62
+
+
+def _are_sizes(value: Any) -> bool:
+    return isinstance(value, list) and all(map(_is_size, value))
 
 
 def _digest(index: Mapping[str, Any]) -> str:
