@@ -57,18 +57,18 @@ def random_state_of(index: Index) -> Callable[[], str]:
         return lambda: "left alone"
     key = f"{RNG}.{rank % before}"
     text = _text(index, key)
+    # Where all ranks drew the same numbers, a new one does so too.
+    known = rank < before or (before > 1 and all(_text(index, f"{RNG}.{other}") == text for other in range(before)))
     try:
         state = json.loads(text)
         put = [*_generators(state)]
     except (ValueError, TypeError, AttributeError, LookupError, OverflowError, RuntimeError) as error:
         raise CheckpointError(f"{index.folder} is damaged: {key} is no random state: {error}.") from error
-    # Where all ranks drew the same numbers, a new one does so too.
-    alike = before > 1 and _text(index, f"{RNG}.0") == _text(index, f"{RNG}.1")
 
     def restore() -> str:
         for one in put:
             one()
-        if rank < before or alike:
+        if known:
             return "restored"
         seed = (torch.initial_seed() * 1_000_003 + random.getrandbits(32) + rank) % (1 << 63)
         random.seed(seed)

@@ -324,9 +324,9 @@ ENGINES.append(_zero)
 def prepare_deepspeed(engine: Any, scheduler: Any = None) -> None:
     """Let ``engine.save_checkpoint`` and ``load_checkpoint`` write and read our checkpoints. Local.
 
-    They keep their arguments (though frozen weights are always saved) and their folders: ``<save_dir>/<tag>``
-    and a file ``latest``. A folder that DeepSpeed wrote itself is still read by DeepSpeed. `dist_adamw.prepare` and
-    `prepare_trainer` do this themselves.
+    They keep their arguments (but frozen weights are always saved, and names must always match) and their folders:
+    ``<save_dir>/<tag>`` and a file ``latest``. A folder that DeepSpeed wrote itself is still read by DeepSpeed.
+    `dist_adamw.prepare` and `prepare_trainer` do this themselves.
 
     Args:
         engine: What ``deepspeed.initialize`` returned.
@@ -345,6 +345,12 @@ def prepare_deepspeed(engine: Any, scheduler: Any = None) -> None:
         save_latest: bool = True,
         exclude_frozen_parameters: bool = False,
     ) -> bool:
+        if exclude_frozen_parameters:
+            warnings.warn(
+                "exclude_frozen_parameters=True: frozen weights are saved all the same, so that the checkpoint loads "
+                "on every engine.",
+                stacklevel=2,
+            )
         tag = f"global_step{engine.global_steps}" if tag is None else str(tag)
         counts = {name: getattr(engine, name) for name in ("global_steps", "global_samples", "skipped_steps")}
         extra = {"client_state": dict(client_state or {}), "engine": counts}
