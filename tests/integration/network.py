@@ -6,9 +6,13 @@ a ``cat`` that ends when this process does: nothing is left behind, not even by 
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from collections.abc import Sequence
+
+# Where Debian has ``tc``; users' PATH leaves it out.
+_PATH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])
 
 
 class UnavailableError(RuntimeError):
@@ -26,7 +30,7 @@ class Network:
     """
 
     def __init__(self, size: int) -> None:
-        missing = [name for name in ("unshare", "nsenter", "ip") if not shutil.which(name)]
+        missing = [name for name in ("unshare", "nsenter", "ip") if not shutil.which(name, path=_PATH)]
         if missing:
             raise UnavailableError(f"{' and '.join(missing)} not installed")
         self.addresses = [f"10.77.0.{number + 1}" for number in range(size)]
@@ -112,6 +116,7 @@ class Network:
 
     def _run(self, process: int, command: str, stdin: str = "") -> None:
         line = [*self._inside(process), *command.split()]
-        done = subprocess.run(line, input=stdin, capture_output=True, text=True, check=False)
+        environment = {**os.environ, "PATH": _PATH}
+        done = subprocess.run(line, input=stdin, capture_output=True, text=True, check=False, env=environment)
         if done.returncode:
             raise UnavailableError(f"{command}: {' '.join(done.stderr.split())}")
