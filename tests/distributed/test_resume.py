@@ -1,10 +1,12 @@
 """The resume matrix: stopped on one engine and number of ranks, in mid-cycle and mid-epoch; gone on with on another.
 
-``python -m tests.distributed.test_resume`` prints all of it.
+``python -m tests.distributed.test_resume`` prints all of it; ``--ranks 2 6 12`` of other numbers of ranks, which must
+divide the global batch, 12.
 """
 
 from __future__ import annotations
 
+import argparse
 import functools
 import itertools
 import sys
@@ -32,15 +34,19 @@ BATCH, EPOCH = 12, 60
 RECIPE: dict[str, Any] = {"restart_period": 1.5, "t_mult": 1.5, "min_lr": 1e-5}
 STOP, UPDATES = 13, 38  # after three updates of the third epoch, in the second cycle; the end is in the third
 ENGINES = ["single", "DDP", "FSDP2", "ZeRO-1", "ZeRO-2", "ZeRO-3"]
-PLACES = [("single", 1), *((engine, ranks) for engine in ENGINES[1:] for ranks in (1, 2, 3, 4))]
 Place = tuple[str, int]
 # Per update: samples before it, lr, weight decay, mean loss, and which samples of the data it saw.
 Row = tuple[int, float, float, float, tuple[int, ...]]
 
 
-def network() -> nn.Module:
+def network(lora: bool = False) -> nn.Module:
     torch.manual_seed(2)
-    return nn.Sequential(nn.Linear(8, 33), nn.Tanh(), nn.Linear(33, 33), nn.Tanh(), nn.Linear(33, 2))
+    model = nn.Sequential(nn.Linear(8, 33), nn.Tanh(), nn.Linear(33, 33), nn.Tanh(), nn.Linear(33, 2))
+    if not lora:
+        return model
+    from peft import LoraConfig, get_peft_model
+
+    return get_peft_model(model, LoraConfig(r=4, target_modules=["0", "2"], modules_to_save=["4"]))
 
 
 def data() -> TensorDataset:
@@ -53,10 +59,13 @@ def train(engine: str, first: int, last: int, saved: str, loaded: str | None, op
     """Updates ``first`` to ``last`` of a job, from the checkpoint ``loaded`` on, and a checkpoint in ``saved``."""
     seedable = DataLoaderConfiguration(use_seedable_sampler=options.get("seedable", False))
     config = {} if engine.startswith("ZeRO") else {"dataloader_config": seedable}
+    if engine == "FSDP2" and options.get("lora"):
+        # By size, Accelerate would wrap the ModuleDicts that PEFT keeps its layers in.
+        config["fsdp"] = {"auto_wrap_policy": "no_wrap"}
     accumulation = options.get("accumulation", 1)
     with accelerator_on(engine, accumulation, **config) as accelerator:
         ranks = accelerator.num_processes
-        model = network()
+        model = network(options.get("lora", False))
         optimizer = DistAdamW(model.parameters(), lr=1e-2, weight_decay=0.1, eps=0.1)
         scheduler = CyclicLRWithRestarts(optimizer, **RECIPE)
         micro_batch = options.get("batch", BATCH) // (ranks * accumulation)
@@ -105,10 +114,10 @@ def updates(accelerator: Any, model: Any, wrapped: Any, loader: Any, scheduler: 
 
 
 @functools.cache
-def whole(place: Place, seedable: bool = False) -> tuple[list[Row], dict[str, Tensor]]:
+def whole(place: Place, **options: bool) -> tuple[list[Row], dict[str, Tensor]]:
     """The run that is never stopped, and its end."""
     with tempfile.TemporaryDirectory() as folder:
-        rows = run_ranks(place[1], train, place[0], 0, UPDATES, folder, None, {"seedable": seedable})[0]
+        rows = run_ranks(place[1], train, place[0], 0, UPDATES, folder, None, options)[0]
         return rows, tensors(folder)
 
 
@@ -173,7 +182,7 @@ def test_same_engine_and_ranks_are_the_same_bits(place: Place, seedable: bool, t
     stopped, end, options = str(tmp_path / "stopped"), str(tmp_path / "end"), {"seedable": seedable}
     rows = run_ranks(ranks, train, engine, 0, STOP, stopped, None, options)[0]
     rows += run_ranks(ranks, train, engine, STOP, UPDATES, end, stopped, options)[0]
-    expected, last = whole(place, seedable)
+    expected, last = whole(place, seedable=seedable)
     assert rows == expected
     found = tensors(end)
     assert found.keys() == last.keys()
@@ -197,22 +206,42 @@ def test_another_global_batch_in_mid_epoch(tmp_path: Path) -> None:
     assert lr[180] == by_samples[180][0]
 
 
+@pytest.mark.parametrize("index", range(len(ENGINES)), ids=lambda i: f"{ENGINES[i]}-{ENGINES[(i + 1) % len(ENGINES)]}")
+def test_low_rank_adapters(index: int, tmp_path: Path) -> None:
+    """PEFT: most weights are frozen, and the trained ones have names in wrappers."""
+    engine, other = ENGINES[index], ENGINES[(index + 1) % len(ENGINES)]
+    stopped, end, options = str(tmp_path / "stopped"), str(tmp_path / "end"), {"lora": True}
+    rows = run_ranks(1 if engine == "single" else 2, train, engine, 0, STOP, stopped, None, options)[0]
+    rows += run_ranks(1 if other == "single" else 3, train, other, STOP, UPDATES, end, stopped, options)[0]
+    expected, last = whole(("single", 1), lora=True)
+    assert check(rows, expected) < 1e-5
+    found = tensors(end)
+    assert found.keys() == last.keys()
+    frozen = [name for name in last if "base_layer" in name or "original_module" in name]
+    assert len(frozen) == 6
+    assert all(torch.equal(found[name], last[name]) for name in frozen)
+
+
 def main() -> None:
     """Print the matrix: the largest relative difference of the loss from the run that was never stopped."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 3, 4], help="divisors of 12")
+    ranks = parser.parse_args().ranks
+    places = [("single", 1), *((engine, n) for engine in ENGINES[1:] for n in ranks)]
     expected = whole(("single", 1))[0]
     worst = 0.0
-    print("stopped on x ranks, gone on with on y ranks: " + ", ".join(f"{e} {n}" for e, n in PLACES))
-    for before in PLACES:
+    print("stopped on x ranks, gone on with on y ranks: " + ", ".join(f"{e} {n}" for e, n in places))
+    for before in places:
         with tempfile.TemporaryDirectory() as folder:
             rows = stop(before, f"{folder}/stopped")
             cells = []
-            for after in PLACES:
+            for after in places:
                 cells.append(check(rows + go_on(after, f"{folder}/stopped", f"{folder}/end"), expected))
                 print(".", end="", file=sys.stderr, flush=True)
         print(file=sys.stderr)
         print(f"{before[0]:8} {before[1]}  " + " ".join(f"{cell:.0e}" for cell in cells), flush=True)
         worst = max(worst, *cells)
-    print(f"{len(PLACES) ** 2} resumes; samples, lr and weight decay the same bits; the loss within {worst:.1e}")
+    print(f"{len(places) ** 2} resumes; samples, lr and weight decay the same bits; the loss within {worst:.1e}")
 
 
 if __name__ == "__main__":
