@@ -6,6 +6,8 @@ fail together.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import time
 import warnings
 import weakref
@@ -126,12 +128,14 @@ class Saving:
 
     def untold(self, group: Group) -> CheckpointError | None:
         """What went wrong, if some rank does not know; when it is over, and all know then. Collective."""
-        error = self._future.exception()  # of all ranks, or of none
+        error = self.join()
         known, self.told = self.told, True
-        if all(collectives.all_gather_objects(error is None or known, group)):
-            return None
-        assert isinstance(error, CheckpointError)
-        return error
+        told = collectives.all_gather_objects(None if error is None or known else str(error), group)
+        return next((CheckpointError(problem) for problem in told if problem is not None), None)
+
+    def join(self) -> BaseException | None:
+        """Wait until it is over, and leave what became of it to be told. Local."""
+        return self._future.exception()
 
 
 class AsyncSaver:
@@ -175,17 +179,23 @@ class AsyncSaver:
         if last is not None and (error := last.untold(self._group)) is not None:
             raise error
         check_replicas(model, optimizer, group=self._group)
-        held, about = _gather(Path(path), model, optimizer, scheduler, extra, self._group)
+        path = Path(path).absolute()  # the thread may find itself in another folder
+        held, about = _gather(path, model, optimizer, scheduler, extra, self._group)
         copies = everywhere(lambda: {k: self._copy(k, tensor) for k, tensor in held.tensors.items()}, self._group)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
 
         def work() -> None:
-            _write(Path(path), Held(copies), about, self._group)
-            if then is not None:
-                everywhere(then, self._group)
+            try:
+                _write(path, Held(copies), about, self._group)
+                if then is not None:
+                    everywhere(then, self._group)
+            except CheckpointError:
+                raise
+            except Exception as error:
+                raise CheckpointError(f"could not write {path}: {type(error).__name__}: {error}.") from error
 
-        self._last = Saving(Path(path), self._thread.submit(work))
+        self._last = Saving(path, self._thread.submit(work))
         self._savings[:] = [self._last]
         return self._last
 
@@ -327,11 +337,26 @@ def load(
 
     Raises:
         CheckpointError: the checkpoint is torn, damaged, of another model, optimizer or schedule, or was not there on
-            some rank; on every rank alike. Nothing has been changed then.
+            some rank; on every rank alike. Nothing has been changed then; where a disk fails after all was checked,
+            the message says that the state is half loaded.
     """
-    path, group = Path(path), collectives.host_group() if group is None else group
+    with contextlib.ExitStack() as until:
+        return _load(Path(path), model, optimizer, scheduler, on_difference, random_state, group, until)
+
+
+def _load(
+    path: Path,
+    model: nn.Module,
+    optimizer: Optimizer | None,
+    scheduler: LRScheduler | None,
+    on_difference: OnDifference | None,
+    random_state: bool,
+    group: Group,
+    until: contextlib.ExitStack,
+) -> Checkpoint:
+    group = collectives.host_group() if group is None else group
     check_alike(path, group)
-    index = everywhere(lambda: checked(path, collectives.rank(), collectives.world_size()), group)
+    index = everywhere(lambda: checked(path, collectives.rank(), collectives.world_size(), until), group)
     if len(set(collectives.all_gather_objects(index.digest, group))) > 1:
         raise CheckpointError(f"{path} is not the same on all ranks. Give all machines the same file system.")
     choice: OnDifference = on_difference or getattr(scheduler, "on_difference", None) or "strict"
@@ -339,7 +364,10 @@ def load(
     ours = everywhere(lambda: access(model, optimizer), group)
     taken, restore = everywhere(lambda: compare(index, ours, optimizer, scheduler, choice), group)
     held = everywhere(lambda: _make_room(index, ours), group)
-    everywhere(lambda: _fill(index, held), group)
+    try:
+        everywhere(lambda: _fill(index, held), group)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error} Model and optimizer are half loaded: load a checkpoint.") from error
     with torch.no_grad():
         held.finish()  # it may be collective, so only when all ranks have read
     everywhere(lambda: restore_extra_state(index, ours.model), group)
@@ -358,7 +386,7 @@ def load(
 
 def check_alike(path: Path, group: Group) -> None:
     """Raise on every rank when only some of them have the folder. Collective."""
-    there = collectives.all_gather_objects(path.is_dir(), group)
+    there = collectives.all_gather_objects(os.path.isdir(path), group)  # False also where a rank may not look
     if any(there) and not all(there):
         raise CheckpointError(
             f"{path} is there on some ranks and missing on rank {there.index(False)}. Save to a folder that every "

@@ -5,6 +5,7 @@ Floor 3: knows what processes hold (`held`) and what an index says; reads no ten
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -24,13 +25,21 @@ from dist_adamw.random_state import random_state_of
 from dist_adamw.scheduler import CyclicLRWithRestarts, OnDifference
 
 
-def checked(path: Path, part: int = 0, parts: int = 1) -> Index:
+def checked(path: Path, part: int = 0, parts: int = 1, until: contextlib.ExitStack | None = None) -> Index:
     """A checkpoint's index, of which this part of the files is whole, and what it says makes sense. Local.
+
+    Args:
+        path: Its folder.
+        part: Which of the files to read, ``parts`` ranks sharing them.
+        parts: How many share them.
+        until: Closes the files, which are kept open for who reads them: those that were checked.
 
     Raises:
         CheckpointError: names what is wrong.
     """
     index = read_index(path)
+    if until is not None:
+        until.enter_context(index.kept_open())
     check_files(index, part, parts)
     about = {"modules": {}, **index.about}  # of modules with extra state, which few have
     if wrong := [name for name, is_right in _ABOUT.items() if not (name in about and is_right(about[name]))]:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -45,7 +46,7 @@ from dist_adamw.index import (
     sync_folder,
     write_text,
 )
-from dist_adamw.storage import unlock
+from dist_adamw.storage import own, unlock
 
 _NAME = re.compile(r"sample-(\d+)")
 _MANIFEST, _LATEST, _LOCK = "manifest.json", "latest", "lock"
@@ -82,18 +83,21 @@ class CheckpointFolder:
             raise ValueError(f"keep must be 1 or more, got {keep!r}: a run that keeps no checkpoint cannot be resumed.")
         if on_error not in ("raise", "warn"):
             raise ValueError(f"on_error must be 'raise' or 'warn', got {on_error!r}.")
-        self.root, self.keep, self.on_error = Path(root), keep, on_error
+        self.root, self.keep, self.on_error = Path(root).absolute(), keep, on_error
         self._group = group = collectives.host_group() if group is None else group
         self._is_main = collectives.rank() == 0
         self._let_go: Callable[[], object] | None = None
         self._running: Saving | None = None
+        self._damaged: set[str] = set()  # names of checkpoints that `newest` has passed by
         self._closed = False
         everywhere(lambda: self._take(patience) if self._is_main else None, group)
 
     def _take(self, patience: float) -> None:
         """Be the job that saves here. The system gives the lock back when the process ends, however it does."""
         self.root.mkdir(parents=True, exist_ok=True)
-        handle = os.open(self.root / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        # No link: what it leads to would be overwritten.
+        handle = os.open(self.root / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+        owned = own(handle)
         until = time.monotonic() + patience
         while True:
             try:
@@ -102,7 +106,7 @@ class CheckpointFolder:
             except BlockingIOError:
                 if time.monotonic() > until:
                     holder = os.read(handle, 200).decode(errors="replace").strip()
-                    os.close(handle)
+                    unlock(owned)
                     if holder == _me():
                         raise CheckpointError(
                             f"this process has a CheckpointFolder of {self.root} already. Use that, or close() it."
@@ -117,8 +121,8 @@ class CheckpointFolder:
                 break
         os.ftruncate(handle, 0)
         os.write(handle, _me().encode())
-        self._let_go = weakref.finalize(self, unlock, handle)
-        for before in self.root.glob(f"*{_REPLACED}"):  # of a job that was killed between two renames
+        self._let_go = weakref.finalize(self, unlock, owned)
+        for before in self._left(_REPLACED):  # of a job that was killed between two renames
             final = before.with_name(before.name.removesuffix(_REPLACED))
             if final.exists():
                 shutil.rmtree(before, ignore_errors=True)
@@ -159,12 +163,18 @@ class CheckpointFolder:
     def newest(self, but: Path | None = None) -> Path | None:
         """The newest checkpoint that is whole to the last bit, leaving out ``but``; None where there is none.
 
-        Collective: each rank reads its part of the files.
+        Collective: each rank reads its part of the files, when an asynchronous save that is under way is over.
         """
+        if self._running is not None:
+            self._running.join()  # its end deletes older ones
         listed = everywhere(lambda: self.all() if self._is_main else [], self._group)
         found: list[Path] = collectives.all_gather_objects(listed, self._group)[0]
         others = (path for path in reversed(found) if but is None or path.name != but.name)
-        return next((path for path in others if self.damage_of(path) is None), None)
+        for path in others:
+            if self.damage_of(path) is None:
+                return path
+            self._damaged.add(path.name)
+        return None
 
     def damage_of(self, path: Path) -> str | None:
         """What is wrong with a checkpoint, as a sentence; None when it is whole. Collective: as `newest`."""
@@ -241,6 +251,8 @@ class CheckpointFolder:
     def _begin(self, samples: int) -> Path:
         if self._closed:
             raise CheckpointError(f"the CheckpointFolder of {self.root} is closed. Make another one.")
+        if type(samples) is not int or samples < 0:
+            raise CheckpointError(f"samples must be a whole number >= 0, got {samples!r}.")
         final = self.root / f"sample-{samples:09d}"
         told = collectives.all_gather_objects(str(final), self._group)
         if len(set(told)) > 1:
@@ -250,8 +262,12 @@ class CheckpointFolder:
     def _sweep(self) -> None:
         """Remove what a killed job, or a save that failed, has left."""
         if self._is_main:
-            for left in self.root.glob(f"*{_PARTIAL}"):
+            for left in self._left(_PARTIAL):
                 shutil.rmtree(left, ignore_errors=True)
+
+    def _left(self, suffix: str) -> list[Path]:
+        """Folders of ours of that name; nobody else's."""
+        return [path for path in self.root.glob(f"*{suffix}") if _NAME.match(path.name) and path.is_dir()]
 
     def _commit(self, final: Path) -> None:
         partial = _partial(final)
@@ -267,10 +283,17 @@ class CheckpointFolder:
             raise
         sync_folder(self.root)
         shutil.rmtree(before, ignore_errors=True)
+        self._damaged.discard(final.name)
         self.set_aside(self.samples_of(final))  # the job went on from an older one
-        write_text(self.root / _LATEST, final.name)
-        for old in self.all()[: -self.keep]:
-            _away(old)
+        whole = [path for path in self.all() if path.name not in self._damaged]
+        oldest = whole[-self.keep :][0]
+        for old in self.all():
+            if old.name < oldest.name:
+                _away(old)
+        try:
+            write_text(self.root / _LATEST, final.name)
+        except OSError as error:  # the checkpoint is there, and found by its name
+            warnings.warn(f"{self.root / _LATEST} could not be written: {error}.", stacklevel=2)
 
     def _failed(self, final: Path, error: CheckpointError) -> None:
         if self._is_main:
@@ -284,6 +307,7 @@ class CheckpointFolder:
 
     def discard(self) -> None:
         """Delete every checkpoint."""
+        (self.root / _LATEST).unlink(missing_ok=True)
         for path in self.all():
             _away(path)
 
@@ -292,8 +316,9 @@ class CheckpointFolder:
         aside = []
         for path in self.all():
             if self.samples_of(path) > after:
-                aside.append(path.with_name(path.name + _ASIDE))
-                shutil.rmtree(aside[-1], ignore_errors=True)
+                again = itertools.chain([""], (f"-{n}" for n in itertools.count(2)))
+                names = (path.with_name(path.name + _ASIDE + ending) for ending in again)
+                aside.append(next(name for name in names if not name.exists()))
                 path.rename(aside[-1])
         if aside and (left := self.all()):
             write_text(self.root / _LATEST, left[-1].name)
@@ -322,21 +347,22 @@ def _away(path: Path) -> None:
 
 def _facts(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Size and checksum of the files that no index of ours knows, by name; the disk holds them then."""
-    indexed = {path.parent for path in folder.rglob(INDEX) if _is_ours(path.parent)}
+    indexed = {path.parent: files for path in folder.rglob(INDEX) if (files := _files_of(path.parent))}
+    known = {where / name for where, names in indexed.items() for name in names}
     for path in sorted(folder.rglob("*")):
-        if path.is_file() and path.parent not in indexed and path.name != _MANIFEST:
-            with path.open("rb+") as file:
+        if path.is_file() and path not in known and path != folder / _MANIFEST:
+            with path.open("rb") as file:
                 os.fsync(file.fileno())
             yield path.relative_to(folder).as_posix(), fingerprint(path)
     yield from ((f"{path.relative_to(folder).as_posix()}/", {}) for path in sorted(indexed))
 
 
-def _is_ours(folder: Path) -> bool:
+def _files_of(folder: Path) -> set[str]:
+    """A checkpoint's files, its index among them; none where the index is somebody else's, a file like any."""
     try:
-        read_index(folder)
+        return {INDEX, *read_index(folder).files}
     except CheckpointError:
-        return False  # somebody else's index, which is a file like any
-    return True
+        return set()
 
 
 def fingerprint(path: Path) -> dict[str, Any]:
@@ -373,6 +399,6 @@ def damage_of(path: Path, part: int = 0, parts: int = 1) -> str | None:
                 )
     except FileNotFoundError as error:
         return f"the checkpoint {path} is not whole: {Path(error.filename).name} is missing."
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, MemoryError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, MemoryError) as error:
         return f"the checkpoint {path} cannot be read: {type(error).__name__}: {error}."
     return None

@@ -13,7 +13,7 @@ import os
 import re
 import stat
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -27,6 +27,7 @@ FORMAT, VERSION = "dist_adamw checkpoint", 2
 FILE = re.compile(r"[0-9a-f]{16}-[0-9]{5,}\.safetensors")
 BLOCK = 1 << 22  # bytes read, written and summed at a time; also what a save or a load takes beside the tensors
 _LARGEST = 1 << 30  # bytes of an index
+_MOST_OPEN = 256  # files that a process keeps open; many systems let it have 1,024
 CODES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -80,6 +81,7 @@ class Index:
         files: Size in bytes and SHA-256, by name.
         about: Plain data that was saved with the tensors.
         digest: Of all of that.
+        opened: Files that are kept open; see `kept_open`.
     """
 
     folder: Path
@@ -88,6 +90,39 @@ class Index:
     files: Mapping[str, tuple[int, str]]
     about: Mapping[str, Any]
     digest: str
+    opened: dict[str, BinaryIO] = field(default_factory=dict, compare=False, repr=False)
+
+    @contextlib.contextmanager
+    def kept_open(self) -> Iterator[None]:
+        """Have what is checked now be what is read later, also if somebody removes or replaces the files. Local.
+
+        Files of very many ranks are opened by name again when they are read.
+
+        Raises:
+            CheckpointError: a file cannot be opened.
+        """
+        with contextlib.ExitStack() as stack:
+            try:
+                for name in self.files if len(self.files) <= _MOST_OPEN else ():
+                    self.opened[name] = stack.enter_context(open_plainly(self.folder / name))
+            except OSError as error:
+                raise _unreadable(self.folder / name, error) from error
+            finally:
+                stack.callback(self.opened.clear)
+            yield
+
+    @contextlib.contextmanager
+    def file(self, name: str) -> Iterator[BinaryIO]:
+        """One of the checkpoint's files, for reading, wherever it was read last. Local.
+
+        Raises:
+            OSError: as `open_plainly`.
+        """
+        if name in self.opened:
+            yield self.opened[name]
+            return
+        with open_plainly(self.folder / name) as file:
+            yield file
 
 
 # ---------------------------------------------------------------------------------------------- writing
@@ -102,7 +137,8 @@ def write_index(folder: Path, index: Mapping[str, Any]) -> None:
 def write_text(path: Path, text: str) -> None:
     """Let a file hold ``text``, or what it held; and the disk, all that was written to the folder before. Local."""
     partial = path.with_name(f"{path.name}.partial")
-    with partial.open("w") as file:
+    partial.unlink(missing_ok=True)
+    with partial.open("x") as file:  # nothing that is there, such as a link to elsewhere, is written to
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
@@ -236,19 +272,24 @@ def check_files(index: Index, part: int = 0, parts: int = 1) -> None:
         nbytes, expected = index.files[name]
         path = index.folder / name
         try:
-            with open_plainly(path) as file:
+            with index.file(name) as file:
+                file.seek(0)
                 found = os.fstat(file.fileno()).st_size
                 digest = hashlib.sha256()
                 while found == nbytes and (block := file.read(BLOCK)):
                     digest.update(block)
         except OSError as error:
-            raise CheckpointError(f"{path} cannot be read: {error}. Resume from an older checkpoint.") from error
+            raise _unreadable(path, error) from error
         if found != nbytes:
             raise CheckpointError(
                 f"{path} is damaged: it has {found:,} bytes, {nbytes:,} were written. Resume from an older checkpoint."
             )
         if digest.hexdigest() != expected:
             raise CheckpointError(f"{path} is damaged: its checksum differs. Resume from an older checkpoint.")
+
+
+def _unreadable(path: Path, error: OSError) -> CheckpointError:
+    return CheckpointError(f"{path} cannot be read: {error}. Resume from an older checkpoint.")
 
 
 def damage(folder: str | Path, part: int = 0, parts: int = 1) -> str | None:

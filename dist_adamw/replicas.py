@@ -70,11 +70,22 @@ def check_replicas(model: nn.Module, optimizer: Any = None, *, group: dist.Proce
     if collectives.world_size(group) == 1:
         return
     group = collectives.host_group() if group is None else group
-    copies = copies_on_this_rank(model, inner, collectives.world_size(group))
-    found = dict(zip(copies, fingerprints(list(copies.values())), strict=True))
-    total = torch.tensor([_shares_of_zero(copies, found)])
+    copies: Copies = {}
+    found: dict[tuple[Ranks, str], int] = {}
+    problem, share = None, 0
+    try:
+        copies = copies_on_this_rank(model, inner, collectives.world_size(group))
+        found = dict(zip(copies, fingerprints(list(copies.values())), strict=True))
+        share = _shares_of_zero(copies, found)
+    except Exception as error:  # without the others' knowledge they would wait for ever
+        problem = error
+    total = torch.tensor([share, problem is not None])
     dist.all_reduce(total, group=group)
-    if int(total) % _PRIME:
+    if total[1]:
+        told = collectives.all_gather_objects(problem and f"{type(problem).__name__}: {problem}", group)
+        said = "; ".join(f"{text} (rank {rank})" for rank, text in enumerate(told) if text is not None)
+        raise AgreementError(f"the ranks' weights could not be compared: {said}.") from problem
+    if int(total[0]) % _PRIME:
         _explain({key: f"{found[key]:016x} {_kind(tensor)}" for key, tensor in copies.items()}, group)
 
 

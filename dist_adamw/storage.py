@@ -18,6 +18,7 @@ import contextlib
 import dataclasses
 import fcntl
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -53,7 +54,6 @@ from dist_adamw.index import (
     Index,
     Saved,
     check_files,
-    open_plainly,
     read_index,
     write_index,
 )
@@ -150,7 +150,8 @@ class Writer(StorageWriter):
     def discard(self) -> None:
         """After a failure: remove what this rank has written, if no index names it. Local."""
         if self._written is not None and not _names(self.folder, self._written.name):
-            self._written.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # of a folder that can no more be written to
+                self._written.unlink(missing_ok=True)
 
 
 def _names(folder: Path, file: str) -> bool:
@@ -170,7 +171,7 @@ class Lock:
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        self.release = weakref.finalize(self, unlock, handle)
+        self.release = weakref.finalize(self, unlock, own(handle))
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -179,11 +180,33 @@ class Lock:
             pass  # some file systems of networks cannot; `CheckpointFolder` says so, once
 
 
-def unlock(handle: int) -> None:
-    """Give a lock back and close its file, of which a forked process may have the same handle. Local."""
-    with contextlib.suppress(OSError):
-        fcntl.flock(handle, fcntl.LOCK_UN)
-    os.close(handle)
+_own: dict[int, int] = {}  # handles, by numbers that are never used again
+_numbers = itertools.count()
+
+
+def own(handle: int) -> int:
+    """Keep a file to be locked from processes that are forked off; return what `unlock` takes. Local.
+
+    A data loader's worker, say, would give the lock back at its end, or have it beyond the end of this process.
+    """
+    _own[number := next(_numbers)] = handle
+    return number
+
+
+def unlock(number: int) -> None:
+    """Close a file, and give its lock back, in the process that has it. Local."""
+    if (handle := _own.pop(number, None)) is not None:
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_UN)
+        os.close(handle)
+
+
+def _leave_locks_to_the_parent() -> None:
+    while _own:
+        os.close(_own.popitem()[1])
+
+
+os.register_at_fork(after_in_child=_leave_locks_to_the_parent)
 
 
 def as_json(about: Mapping[str, Any]) -> Any:
@@ -230,7 +253,9 @@ def _write_file(path: Path, items: Sequence[WriteItem], planner: SavePlanner) ->
 
         def write(data: Any) -> None:
             digest.update(data)
-            file.write(data)
+            rest = memoryview(data)
+            while rest:  # a disk that fills up takes a part, and says why with the next
+                rest = rest[file.write(rest) :]
 
         write(len(text).to_bytes(8, "little"))
         write(text)
@@ -362,7 +387,7 @@ class Reader(StorageReader):
             for item in plan.items:
                 _, saved, chunk = self._place(item)
                 if chunk.file not in files:
-                    files[chunk.file] = opened.enter_context(open_plainly(self.folder / chunk.file))
+                    files[chunk.file] = opened.enter_context(self.index.file(chunk.file))
                 wanted = Box(tuple(item.storage_offsets), tuple(item.lengths))
                 target = planner.resolve_tensor(item).detach()
                 _read_box(files[chunk.file], chunk.offset, chunk.box.sizes, saved.dtype, wanted, target)
@@ -383,7 +408,7 @@ def read_whole(index: Index, key: str) -> Tensor:
     saved = index.tensors[key]
     whole = torch.empty(saved.shape, dtype=saved.dtype)
     for chunk in saved.chunks:
-        with open_plainly(index.folder / chunk.file) as file:
+        with index.file(chunk.file) as file:
             part = whole[tuple(slice(a, a + n) for a, n in zip(*chunk.box, strict=True))]
             everything = Box((0,) * len(saved.shape), chunk.box.sizes)
             _read_box(file, chunk.offset, chunk.box.sizes, saved.dtype, everything, part)

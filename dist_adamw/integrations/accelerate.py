@@ -26,7 +26,14 @@ from dist_adamw.conventions import unwrap
 from dist_adamw.folder import fingerprint
 from dist_adamw.held import bare
 from dist_adamw.index import INDEX, CheckpointError, read_index
-from dist_adamw.integrations.data import LoaderFacts, Position, engine_of, loader_facts, real_samples
+from dist_adamw.integrations.data import (
+    LoaderFacts,
+    Position,
+    engine_of,
+    loader_facts,
+    real_samples,
+    shuffle_by_generator,
+)
 from dist_adamw.integrations.deepspeed import (
     CLIPPING,
     configure,
@@ -114,6 +121,7 @@ def prepare(
             register_deepspeed()
             fill(config, facts.batch.size, facts.epoch_size)
     groups = [] if from_json else _hyper_parameters(optimizer)
+    shuffle_by_generator(dataloader)
     model, wrapped, dataloader, stepped = accelerator.prepare(model, optimizer, dataloader, scheduler)
     inner = unwrap(wrapped)
     if from_json:
@@ -124,7 +132,7 @@ def prepare(
         _check_kept(optimizer, inner, groups)
     place = Position(dataloader, facts)
     dataloader.dist_adamw_position = place
-    scheduler.sample_source = lambda: real_samples(accelerator, place.rest, dataloader)
+    scheduler.sample_source = lambda: real_samples(accelerator, place, dataloader)
     watch = None
     if accelerator.num_processes > 1:
         whole = accelerator.unwrap_model(model)
@@ -378,6 +386,7 @@ def _keep_state(
     """
     model, wrapped, _ = prepared
     save_rest, load_rest = accelerator.save_state, accelerator.load_state
+    loaded_at: int | None = None  # the clock at the last load
     lists = (accelerator._models, accelerator._optimizers, accelerator._schedulers)
 
     def name() -> str | None:
@@ -410,6 +419,7 @@ def _keep_state(
             return save_rest(output_dir, *args, **kwargs)
         if watch is not None:
             watch.before_save()
+        output_dir = None if output_dir is None else str(Path(output_dir).expanduser())
         config = accelerator.project_configuration
         limit, config.total_limit = config.total_limit, None  # Accelerate would delete the oldest before it writes
         try:
@@ -421,9 +431,12 @@ def _keep_state(
         across = not accelerator.gradient_state.sync_with_dataloader
         pending = 0 if accelerator.sync_gradients else accelerator.step % accelerator.gradient_accumulation_steps
         size = place.facts.pass_samples
-        files = everywhere(lambda: _files_of(where) if accelerator.is_main_process else {}, group)
-        count = accelerator.step * size if across else 0
-        extra = {"position": place.state_dict(pending * size), "step": count, "files": files}
+        files = everywhere(lambda: _files_of(accelerator, where) if accelerator.is_main_process else {}, group)
+        count = (accelerator.step - pending) * size if across else 0
+        # A job that goes on without rest_of_epoch knows itself where it is.
+        left = place.idle and loaded_at not in (None, scheduler.samples)
+        position = everywhere(lambda: None if left else place.state_dict(pending), group)
+        extra = {"position": position, "step": count, "files": files}
         # Last: when it is whole, all of it is there.
         save(where / folder, model, wrapped, scheduler, extra=extra, compare_ranks=False, group=group)
         if config.automatic_checkpoint_naming and limit is not None and accelerator.is_main_process:
@@ -433,9 +446,10 @@ def _keep_state(
         return where
 
     def load_state(input_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
+        nonlocal loaded_at
         folder = name()
         where = _newest_of(accelerator) if input_dir is None else Path(input_dir).expanduser()
-        if folder is None or not any(collectives.all_gather_objects((where / folder).exists(), group)):
+        if folder is None or not any(collectives.all_gather_objects(os.path.exists(where / folder), group)):
             load_rest(input_dir, *args, **kwargs)
             return
         if watch is not None:
@@ -443,11 +457,13 @@ def _keep_state(
         check_alike(where / folder, group)
         everywhere(lambda: _check_custom_objects(accelerator, where), group)
         everywhere(lambda: _check_files(where, where / folder), group)
+        everywhere(lambda: place.check(read_index(where / folder).about.get("extra", {}).get("position")), group)
         loaded = load(where / folder, model, wrapped, scheduler, random_state=False, group=group)
         with without_ours():
             everywhere(lambda: load_rest(str(where), *args, **kwargs), group)
         everywhere(lambda: restore_random_state(read_index(loaded.path)), group)  # Accelerate's has that of some ranks
         everywhere(lambda: place.load_state_dict(loaded.extra.get("position")), group)
+        loaded_at = scheduler.samples
         if engine_of(accelerator) == "DEEPSPEED":
             accept_counts(model, loaded)
         accelerator.step = loaded.extra.get("step", 0) // place.facts.pass_samples
@@ -474,8 +490,12 @@ def _check_custom_objects(accelerator: Accelerator, folder: Path) -> None:
         )
 
 
-def _files_of(where: Path) -> dict[str, Any]:
-    """Size and checksum of what Accelerate has written beside ours. Local."""
+def _files_of(accelerator: Accelerator, where: Path) -> dict[str, Any]:
+    """Size and checksum of what Accelerate has written beside ours; what an earlier save wrote more is gone. Local."""
+    custom = {f"custom_checkpoint_{i}.pkl" for i in range(len(accelerator._custom_objects))}
+    for path in where.glob("custom_checkpoint_*.pkl"):
+        if path.name not in custom:
+            path.unlink()
     return {path.name: fingerprint(path) for pattern in _THEIRS for path in where.glob(pattern) if path.is_file()}
 
 

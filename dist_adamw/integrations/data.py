@@ -6,8 +6,10 @@ Floor 4: knows Accelerate's loaders.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import warnings
-from collections.abc import Iterator, Mapping, Sized
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sized
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -114,6 +116,17 @@ def loader_facts(accelerator: Accelerator, dataloader: DataLoader[Any]) -> Loade
     return facts
 
 
+def shuffle_by_generator(dataloader: DataLoader[Any]) -> None:
+    """Give a sampler that shuffles by the global random state a generator of its own, seeded from that. Local.
+
+    Accelerate does so for several ranks. With one too, the order is the same, and can be gone on with.
+    """
+    sampler = _sampler(dataloader)
+    if hasattr(sampler, "generator") and sampler.generator is None:
+        sampler.generator = torch.Generator()
+        sampler.generator.manual_seed(int(torch.empty((), dtype=torch.int64).random_().item()))
+
+
 def data_parallel_size(accelerator: Accelerator) -> int:
     """Ranks that see different samples: all but those of tensor, context and sequence parallelism."""
     config = getattr(accelerator, "parallelism_config", None)
@@ -139,19 +152,21 @@ def _pass_length(dataloader: DataLoader[Any]) -> int | None:
     return None
 
 
-def real_samples(accelerator: Accelerator, facts: LoaderFacts, dataloader: DataLoader[Any]) -> int | None:
+def real_samples(accelerator: Accelerator, place: Position, dataloader: DataLoader[Any]) -> int | None:
     """Real samples of the update being applied, all ranks together; None where the loader cannot say.
 
     Accelerate pads the last batches of an epoch so that every rank has one; repeated samples are
     not counted. None for another loader than the prepared one (or its `skip_first_batches`).
     """
-    state = accelerator.gradient_state
+    state, facts = accelerator.gradient_state, place.rest
     active = state.active_dataloader
     if facts.samples is None or active is None or active.dataset is not dataloader.dataset:
         return None
     accumulation = int(state.num_steps)
     missing = facts.pass_samples - facts.last_pass_samples
     if not state.sync_with_dataloader:  # updates run across epoch ends: how many last batches are inside?
+        if len(place.given) >= accumulation:
+            return sum([*place.given][-accumulation:])
         passes = -(-facts.samples // facts.pass_samples)
         step = int(accelerator.step)
         return accumulation * facts.pass_samples - missing * (step // passes - (step - accumulation) // passes)
@@ -170,13 +185,19 @@ class Position:
         epoch: Passes over the loader that are complete.
         samples: Real samples of this epoch that have been handed out.
         start: Of those, the ones that were handed out before this job, or the load.
+        given: Real samples of the last micro-batches that were handed out.
+        idle: Whether nothing has been handed out in this job, or since the load.
     """
 
     def __init__(self, loader: DataLoader[Any], facts: LoaderFacts) -> None:
         self.loader, self.facts = loader, facts
         self.epoch = self.samples = self.start = 0
+        self.given: deque[int] = deque(maxlen=facts.batch.gradient_accumulation_steps)
+        self.idle = True
         self._loads = 0  # a loop that was running when the position was loaded ends
-        self._order: str | None = None  # state of the generator that shuffles, at the beginning of the epoch
+        self._order: str | None = None  # state of the generator that shuffles, when it began with this epoch
+        self._resumed: _Order | None = None  # for the next pass
+        self._before: tuple[int, str | None] = (0, None)  # start and order of the epoch before
 
     @property
     def rest(self) -> LoaderFacts:
@@ -188,30 +209,78 @@ class Position:
         """As plain data; None where the loop does not go through `rest_of_epoch`. Local.
 
         Args:
-            pending: Of the samples handed out, those since the last update, whose gradients nobody saves.
+            pending: How many of the micro-batches handed out came since the last update: nobody saves their gradients.
+
+        Raises:
+            CheckpointError: they began before the last epoch.
         """
-        if self.epoch == self.samples == 0 and self._order is None:
+        if self.epoch == self.samples == 0 and self._order is None and self._resumed is None:
             return None
-        epoch, samples, order = self.epoch, self.samples - pending, self._order
+        if self._resumed is not None:  # as it was loaded
+            return self._told(self.epoch, self.samples, self._resumed)
+        epoch, order = self.epoch, self._order
+        samples = self._samples_before(self.start, self.samples, pending)
+        if samples is None:  # an accumulation across the end of an epoch
+            of_this = -(-(self.samples - self.start) // self.facts.pass_samples)
+            epoch, (start, order) = epoch - 1, self._before
+            total = self.facts.samples
+            samples = None if total is None else self._samples_before(start, total, pending - of_this)
+            if samples is None or order is None:
+                raise CheckpointError(
+                    f"{pending} micro-batches have been accumulated since the last update, more than an epoch has: "
+                    "where they begin is not known. Save after an update."
+                )
+        drawn = True
         if order is None or self._is_over(samples):  # between two epochs, or in the loop at the last batch
             epoch, samples, order = epoch + (samples > 0), 0, _state_of(self._generator())
-        return {"epoch": epoch, "samples": samples, "seed": self._seed(), "order": order}
+            drawn = getattr(self._base(), "_iterator", None) is not None  # of workers that persist
+        return self._told(epoch, samples, _Order(order, drawn))
+
+    def _told(self, epoch: int, samples: int, order: _Order) -> dict[str, Any]:
+        return {"epoch": epoch, "samples": samples, "seed": self._seed(), "order": order.state, "drawn": order.drawn}
+
+    def _samples_before(self, start: int, samples: int, micro_batches: int) -> int | None:
+        """``samples`` of an epoch that began at ``start``, less so many micro-batches; None where it has fewer."""
+        size = self.facts.pass_samples
+        handed_out = -(-(samples - start) // size)
+        if micro_batches > handed_out:
+            return None
+        return samples if not micro_batches else start + (handed_out - micro_batches) * size
 
     def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
-        """Go to where a job, of any number of ranks, stood. Local."""
+        """Go to where a job, of any number of ranks, stood. Local.
+
+        Raises:
+            CheckpointError: this is no position. Nothing has been changed then.
+        """
+        self.check(state)
         state = state or {"epoch": 0, "samples": 0, "seed": None, "order": None}
+        self.epoch, self.samples = state["epoch"], state["samples"]
+        self.start, self._order, self._before = 0, None, (0, None)
+        # Older checkpoints have the state of before the loader began.
+        self._resumed = None if state["order"] is None else _Order(state["order"], state.get("drawn", False))
+        self.idle = True
+        self.given.clear()
+        self._loads += 1
+        if state["seed"] is not None and (sampler := _sampler(self.loader)) is not None:
+            sampler.initial_seed = state["seed"]
+
+    def check(self, state: Mapping[str, Any] | None) -> None:
+        """Raise where this is no position. Local.
+
+        Raises:
+            CheckpointError: with what is wrong.
+        """
+        if state is None:
+            return
         try:
             order = None if state["order"] is None else bytes.fromhex(state["order"])
-            if not (_is_count(state["epoch"]) and _is_count(state["samples"])):
+            if not (_is_count(state["epoch"]) and _is_count(state["samples"]) and "seed" in state):
                 raise ValueError("no whole numbers")
             if order:
                 torch.Generator().set_state(torch.frombuffer(bytearray(order), dtype=torch.uint8))
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise CheckpointError(f"this is no position in the data: {error}, got {str(state)[:200]}.") from error
-        self.epoch, self.samples, self._order = state["epoch"], state["samples"], state["order"]
-        self._loads += 1
-        if state["seed"] is not None and (sampler := _sampler(self.loader)) is not None:
-            sampler.initial_seed = state["seed"]
 
     def _is_over(self, samples: int) -> bool:
         total = self.facts.samples
@@ -231,23 +300,60 @@ class Position:
         )
         return found if isinstance(found, torch.Generator) else None
 
+    def _base(self) -> Any:
+        """torch's loader in Accelerate's."""
+        return getattr(self.loader, "base_dataloader", self.loader)
+
+    def _begin(self) -> None:
+        """Note, or restore, the state of what shuffles. Called when the sampler begins."""
+        generator, resumed = self._generator(), self._resumed
+        if resumed is not None and resumed.state and generator is not None:
+            generator.set_state(torch.frombuffer(bytearray.fromhex(resumed.state), dtype=torch.uint8))
+            if not resumed.drawn and self._base().generator is generator:
+                # As the loader did that went on here, for the seed of its workers.
+                torch.empty((), dtype=torch.int64).random_(generator=generator)
+        self._order = _state_of(generator)
+
     def __iter__(self) -> Iterator[Any]:
         loader: Any = self.loader
         self.start, size, loads = self.samples, self.facts.pass_samples, self._loads
-        generator = self._generator()
-        if self._order and generator is not None:
-            generator.set_state(torch.frombuffer(bytearray.fromhex(self._order), dtype=torch.uint8))
-        self._order = _state_of(generator)
+        self.idle = False
+        if (order := self._order) is not None:  # a loop was left
+            self._order, self._resumed = None, _Order(order, drawn=True)
+        # A loader draws a seed for its workers when it begins. One that was interrupted had done so.
+        outside = torch.get_rng_state() if self._resumed is not None and self._resumed.drawn else None
         loader.iteration = self.epoch  # Accelerate's loader sets the epoch of the samplers by it
-        with _from(loader, self.start, size):
+        with _from(loader, self.start, self.facts, self._begin):
             for batch in loader:
-                self.samples += size
+                if outside is not None:
+                    torch.set_rng_state(outside)
+                    outside = None
+                if self._order is None:  # the main rank alone samples
+                    self._begin()
+                self._resumed = None
+                before, self.samples = self.samples, self.samples + size
                 if self.facts.samples is not None:
                     self.samples = min(self.samples, self.facts.samples)
+                self.given.append(self.samples - before)
                 yield batch
                 if self._loads != loads:
                     return
-        self.epoch, self.samples, self.start, self._order = self.epoch + 1, 0, 0, None
+        self._before = (self.start, self._order)
+        self.epoch, self.samples, self.start, self._order, self._resumed = self.epoch + 1, 0, 0, None, None
+
+
+@dataclass(frozen=True, slots=True)
+class _Order:
+    """What a checkpoint says of the order of samples.
+
+    Attributes:
+        state: Of the generator that shuffles; empty where there is none.
+        drawn: Whether the loader had drawn what it draws when it begins. Then the state is the sampler's own; else the
+            loader draws from the same generator first.
+    """
+
+    state: str
+    drawn: bool
 
 
 def rest_of_epoch(loader: DataLoader[Any]) -> Iterator[Any]:
@@ -297,14 +403,24 @@ def _state_of(generator: torch.Generator | None) -> str:
 
 
 class _Rest(Sampler[Any]):
-    """What another sampler gives after its first ``start`` samples."""
+    """What another sampler gives after its first ``start`` samples.
 
-    def __init__(self, sampler: Any, start: int) -> None:
-        self.sampler, self.start = sampler, start
+    Args:
+        sampler: The other one.
+        start: How many are left out.
+        head: The first so many are given nevertheless, and then not again: Accelerate pads an epoch's last batch with
+            them, and leaves them out itself.
+        begin: Called before the other one begins.
+    """
+
+    def __init__(self, sampler: Any, start: int, head: int, begin: Callable[[], None]) -> None:
+        self.sampler, self.start, self.head, self.begin = sampler, start, head, begin
 
     def __iter__(self) -> Iterator[Any]:
+        self.begin()
         indices = iter(self.sampler)
-        for _ in range(self.start):
+        yield from itertools.islice(indices, self.head)
+        for _ in range(self.start - self.head):
             next(indices, None)
         yield from indices
 
@@ -330,26 +446,29 @@ def _sampler(loader: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _from(loader: Any, start: int, pass_samples: int) -> Iterator[None]:
-    """Have ``loader`` begin at sample ``start``."""
-    batches = _batches(loader)
-    if start and not hasattr(batches, "sampler"):  # an iterable data set, or batches of the user's own making
-        if start % pass_samples:
+def _from(loader: Any, start: int, facts: LoaderFacts, begin: Callable[[], None]) -> Iterator[None]:
+    """Have ``loader`` begin at sample ``start``, and call ``begin`` when its sampler begins."""
+    batches, size = _batches(loader), facts.pass_samples
+    whole = getattr(batches, "sampler", None)
+    if whole is None:  # an iterable data set, or batches of the user's own making
+        if start % size:
             raise CheckpointError(
                 f"the job stands {start} samples into data of which only batches can be left out, and batches of "
-                f"{pass_samples} over all ranks do not reach that. Use a global batch that divides it."
+                f"{size} over all ranks do not reach that. Use a global batch that divides it."
             )
-        loader.skip_batches = start // pass_samples
-        try:
-            yield
-        finally:
-            loader.skip_batches = 0
-        return
-    whole = getattr(batches, "sampler", None)
-    if start:
-        batches.sampler = _Rest(whole, start)
+        loader.skip_batches = start // size
+        begin()
+    else:
+        while isinstance(whole, _Rest):  # of a loop that nobody has ended
+            whole = whole.sampler
+        padded = facts.last_pass_samples < size and facts.batch.data_parallel_size > 1
+        head = size if start and padded and start % size == 0 else 0
+        rest = batches.sampler = _Rest(whole, start, head, begin)
+        loader.skip_batches = head // size
     try:
         yield
     finally:
-        if start:
-            batches.sampler = whole
+        if whole is None:
+            loader.skip_batches = 0
+        elif batches.sampler is rest:
+            batches.sampler, loader.skip_batches = whole, 0

@@ -137,6 +137,9 @@ def to_different_places(root: str) -> None:
         with pytest.raises(CheckpointError, match="is not to be seen on the main one"):
             save("own", *job.all)
         own = CheckpointFolder("runs")
+        with pytest.raises(CheckpointError, match="ranks save to different folders"):
+            own.save(10, job.write)
+        own.root = Path("runs")  # one name on two disks
         with pytest.raises(CheckpointError, match="is not to be seen on the main one"):
             own.save(10, job.write)
         (Path("runs") / "sample-000000010").mkdir() if rank == 0 else None

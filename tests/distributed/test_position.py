@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,11 +10,22 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DataLoaderConfiguration
+from accelerate.utils import GradientAccumulationPlugin
 from torch import Tensor, nn
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, TensorDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    IterableDataset,
+    RandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+)
 
 from dist_adamw import CheckpointError, CyclicLRWithRestarts, DistAdamW, position, prepare, rest_of_epoch
+from dist_adamw.conventions import unwrap
+from dist_adamw.index import read_index
+from tests.distributed.engines import accelerator_on, environment
 from tests.ranks import run_ranks
 
 SIZE = 48
@@ -162,3 +174,190 @@ def refusals() -> None:
 
 def test_what_is_no_position_is_refused() -> None:
     run_ranks(1, refusals)
+
+
+# ---------------------------------------------------------------------------------------------- as if never stopped
+
+# What a job is made of: engine, ranks, and what is odd about its data.
+JOBS: dict[str, tuple[str, int, dict[str, Any]]] = {
+    "no generator": ("single", 1, {}),
+    "no generator, weighted": ("single", 1, {"weighted": True}),
+    "no generator, 2 ranks": ("DDP", 2, {}),
+    "dispatched": ("DDP", 2, {"config": {"dispatch_batches": True}}),
+    "not shuffled": ("single", 1, {"shuffle": False}),
+    "workers": ("single", 1, {"generator": True, "workers": 2}),
+    "workers that persist": ("single", 1, {"generator": True, "workers": 2, "persistent": True}),
+    "padded": ("DDP", 2, {"size": 26}),
+    "padded, split": ("DDP", 2, {"size": 26, "config": {"split_batches": True}}),
+    "padded, in order": ("DDP", 2, {"size": 26, "shuffle": False}),
+}
+Told = tuple[list[int], float, int]  # the samples of an update, its loss, and the clock after it
+
+
+def with_dropout(
+    engine: str, options: dict[str, Any], saves: dict[int, str], loaded: str | None, last: int
+) -> list[Told]:
+    """Updates of 4 samples up to ``last``; a checkpoint after those that ``saves`` names."""
+    torch.manual_seed(7 if loaded is None else 99)  # nothing may depend on it after a load
+    config = DataLoaderConfiguration(**options.get("config", {}))
+    with accelerator_on(engine, 1, dataloader_config=config) as accelerator:
+        whole = accelerator.num_processes if accelerator.split_batches else 1
+        model: Any = nn.Sequential(nn.Linear(1, 8), nn.Dropout(0.5), nn.Linear(8, 1))
+        for param in model.parameters():
+            nn.init.constant_(param, 0.1)
+        optimizer: Any = DistAdamW(model.parameters(), lr=1e-2)
+        scheduler = CyclicLRWithRestarts(optimizer, restart_period=2)
+        data = TensorDataset(torch.arange(options.get("size", 24)).float().view(-1, 1))
+        generator = torch.Generator().manual_seed(3) if options.get("generator") else None
+        weighted = WeightedRandomSampler([1.0] * len(data), len(data), replacement=False)
+        if workers := options.get("workers", 0):
+            multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]  # as a job's rank
+        loader = DataLoader(
+            data,
+            4 // accelerator.num_processes * whole,
+            shuffle=options.get("shuffle", True) and not options.get("weighted"),
+            sampler=weighted if options.get("weighted") else None,
+            generator=generator,
+            num_workers=workers,
+            persistent_workers=options.get("persistent", False),
+        )
+        model, optimizer, loader, scheduler = prepare(accelerator, model, optimizer, loader, scheduler)
+        if loaded is not None:
+            accelerator.load_state(loaded)
+        told: list[Told] = []
+        while True:
+            for (x,) in rest_of_epoch(loader):
+                loss = model(x / 10).square().mean()
+                accelerator.backward(loss)
+                optimizer.step()
+                scheduler.step()
+                optimizer.zero_grad()
+                told.append(
+                    (sorted(accelerator.gather(x).flatten().int().tolist()), float(loss.detach()), scheduler.samples)
+                )
+                if unwrap(optimizer).updates in saves:
+                    accelerator.save_state(saves[unwrap(optimizer).updates])
+                if unwrap(optimizer).updates == last:
+                    return told
+
+
+@pytest.mark.parametrize("kind", JOBS)
+def test_samples_dropout_and_padding_of_a_resumed_epoch(kind: str, tmp_path: Path) -> None:
+    """Stopped in the second epoch, at its beginning, and at its end: all to the bit."""
+    engine, ranks, options = JOBS[kind]
+    per_epoch = -(-options.get("size", 24) // 4)
+    saves = {n: str(tmp_path / str(n)) for n in (per_epoch, per_epoch + 3, 2 * per_epoch)}
+    last = 2 * per_epoch + 2
+    expected = run_ranks(ranks, with_dropout, engine, options, saves, None, last)
+    epoch = [i for samples, *_ in expected[0][per_epoch : 2 * per_epoch] for i in samples]
+    assert set(epoch) == set(range(options.get("size", 24)))
+    for stop, folder in saves.items():
+        again = {stop + 1: str(tmp_path / "again")}  # a second stop
+        resumed = run_ranks(ranks, with_dropout, engine, options, again, folder, last)
+        assert resumed == [rows[stop:] for rows in expected]
+        resumed = run_ranks(ranks, with_dropout, engine, options, {}, again[stop + 1], last)
+        assert resumed == [rows[stop + 1 :] for rows in expected]
+
+
+def test_one_order_for_every_number_of_ranks(tmp_path: Path) -> None:
+    """Also of a shuffle that nobody has given a generator."""
+    saves = {9: str(tmp_path / "9")}
+    alone = run_ranks(1, with_dropout, "single", {}, saves, None, 14)[0]
+    for ranks in (2, 4):
+        assert [row[0] for row in run_ranks(ranks, with_dropout, "DDP", {}, {}, None, 14)[0]] == [
+            row[0] for row in alone
+        ]
+        resumed = run_ranks(ranks, with_dropout, "DDP", {}, {}, saves[9], 14)[0]
+        assert [row[0] for row in resumed] == [row[0] for row in alone[9:]]
+
+
+# Micro-batches of 4 samples, so many an update, and after which the job is stopped.
+ACROSS = [(18, 2, 2), (18, 2, 3), (18, 3, 6), (20, 4, 4), (20, 4, 5), (20, 4, 6), (20, 4, 8)]
+
+
+def across(
+    size: int, accumulation: int, last: int, saves: dict[int, str], loaded: str | None
+) -> list[tuple[list[int], int]]:
+    """The samples and the clock of each update, in accumulations that cross the ends of epochs."""
+    plugin = GradientAccumulationPlugin(num_steps=accumulation, sync_with_dataloader=False)
+    with environment(**dict.fromkeys(("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR"))):
+        accelerator = Accelerator(cpu=True, gradient_accumulation_plugin=plugin)
+    model: Any = nn.Linear(1, 1)
+    optimizer: Any = DistAdamW(model.parameters())
+    scheduler = CyclicLRWithRestarts(optimizer, restart_period=2)
+    loader: Any = DataLoader(TensorDataset(torch.arange(size).float().view(-1, 1)), 4, shuffle=True)
+    model, optimizer, loader, scheduler = prepare(accelerator, model, optimizer, loader, scheduler)
+    if loaded is not None:
+        accelerator.load_state(loaded)
+    updates, seen, micro_batches = [], [], 0
+    while True:
+        for (x,) in rest_of_epoch(loader):
+            with accelerator.accumulate(model):
+                accelerator.backward(model(x).mean())
+                optimizer.step()
+                scheduler.step()
+                optimizer.zero_grad()
+            seen += x.flatten().int().tolist()
+            micro_batches += 1
+            if accelerator.sync_gradients:
+                updates.append((seen, scheduler.samples))
+                seen = []
+            if micro_batches in saves:
+                accelerator.save_state(saves[micro_batches])
+            if len(updates) == last:
+                return updates
+
+
+@pytest.mark.parametrize(("size", "accumulation", "stop"), ACROSS)
+def test_accumulation_across_the_end_of_an_epoch(size: int, accumulation: int, stop: int, tmp_path: Path) -> None:
+    saves = {stop: str(tmp_path / "stopped")}
+    expected = run_ranks(1, across, size, accumulation, 8, saves, None)[0]
+    assert [clock for _, clock in expected] == list(itertools.accumulate(len(seen) for seen, _ in expected))
+    done = stop // accumulation  # the rest was half an update, and comes again
+    assert run_ranks(1, across, size, accumulation, 8 - done, {}, saves[stop])[0] == expected[done:]
+
+
+def without_rest_of_epoch(folder: str) -> tuple[Any, Any]:
+    accelerator, loader = prepared("workers", 1)
+    for i, _ in enumerate(rest_of_epoch(loader)):
+        if i == 2:
+            break
+    accelerator.save_state(folder)
+    running = rest_of_epoch(loader)
+    next(running)  # and nobody ends it
+    accelerator.load_state(folder)
+    accelerator.save_state(folder)
+    at_once = position(loader).state_dict()
+    rest = sum(1 for _ in rest_of_epoch(loader))
+    running.close()  # type: ignore[attr-defined]
+    return at_once and at_once["samples"], rest
+
+
+def test_a_loop_that_was_left_alone_is_in_nobodys_way(tmp_path: Path) -> None:
+    assert run_ranks(2, without_rest_of_epoch, str(tmp_path)) == [(12, 9)] * 2
+
+
+def by_hand(folder: str) -> Any:
+    with accelerator_on("single") as accelerator:
+        model: Any = nn.Linear(1, 1)
+        optimizer: Any = DistAdamW(model.parameters())
+        scheduler = CyclicLRWithRestarts(optimizer, restart_period=2)
+        model, optimizer, loader, scheduler = prepare(accelerator, model, optimizer, loader_of("workers"), scheduler)
+
+        def train(batches: Any, number: int) -> None:
+            for (x,) in itertools.islice(batches, number):
+                accelerator.backward(model(x).mean())
+                optimizer.step()
+                scheduler.step()
+                optimizer.zero_grad()
+
+        train(rest_of_epoch(loader), 2)
+        accelerator.save_state(folder)
+        accelerator.load_state(folder)
+        train(accelerator.skip_first_batches(loader, 2), 2)
+        accelerator.save_state(folder)
+    return read_index(Path(folder) / "dist_adamw").about["extra"]["position"]
+
+
+def test_who_skips_batches_by_hand_has_no_old_position_saved(tmp_path: Path) -> None:
+    assert run_ranks(1, by_hand, str(tmp_path)) == [None]

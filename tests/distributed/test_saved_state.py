@@ -6,6 +6,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -562,6 +563,7 @@ def draws() -> tuple[float, float]:
 
 def save_random(folder: str, seeds: list[int]) -> tuple[float, float]:
     random.seed(seeds[dist.get_rank()])
+    np.random.seed(seeds[dist.get_rank()])
     torch.manual_seed(seeds[dist.get_rank()])
     save(folder, nn.Linear(2, 2), compare_ranks=False)
     return draws()
