@@ -52,11 +52,11 @@ def _inside(index: int, found: Iterator[Box]) -> Iterator[Box]:
 
 
 def overlap_anywhere(found: Sequence[Box], ndim: int) -> bool:
-    """Whether two of these boxes share an element. A sweep along the dim in which they reach the furthest."""
+    """Whether two of these boxes share an element. A sweep along the dim in which they begin at the most places."""
     found = [box for box in found if box.numel]
     if len(found) < 2 or ndim == 0:
         return len(found) > 1
-    dim = max(range(ndim), key=lambda d: max((box.offsets[d] + box.sizes[d] for box in found), default=0))
+    dim = max(range(ndim), key=lambda d: len({box.offsets[d] for box in found}))
     active: list[Box] = []
     for box in sorted(found, key=lambda box: box.offsets[dim]):
         active = [other for other in active if other.offsets[dim] + other.sizes[dim] > box.offsets[dim]]

@@ -340,7 +340,7 @@ def load(
             some rank; on every rank alike. Nothing has been changed then; where a disk fails after all was checked,
             the message says that the state is half loaded.
     """
-    with contextlib.ExitStack() as until:
+    with contextlib.ExitStack() as until, torch.inference_mode(False):  # what is made here is to be trained on
         return _load(Path(path), model, optimizer, scheduler, on_difference, random_state, group, until)
 
 

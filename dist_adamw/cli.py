@@ -13,6 +13,7 @@ import torch
 from dist_adamw.batch import GlobalBatch
 from dist_adamw.convert import describe, export_checkpoint, import_checkpoint
 from dist_adamw.foreign import Kind
+from dist_adamw.index import CheckpointError
 from dist_adamw.optimizer import DistAdamW
 from dist_adamw.scheduler import CyclicLRWithRestarts
 
@@ -90,7 +91,10 @@ def inspect(path: str) -> None:
     Args:
         path: Its folder.
     """
-    print(describe(path))
+    text, is_whole = describe(path)
+    print(text)
+    if not is_whole:
+        raise CheckpointError(f"{path} is not whole.")
 
 
 def import_(
@@ -112,7 +116,7 @@ def import_(
         without: Names of weights to leave out, such as the second name of a tied one.
     """
     import_checkpoint(source, path, kind, optimizer=optimizer, names=names, without=without or ())
-    print(describe(path))
+    inspect(path)
 
 
 def export(path: str, target: str, kind: Kind | None = None, master: bool = False) -> None:
@@ -140,7 +144,7 @@ def main(args: list[str] | None = None) -> int:
     components: dict[str, Any] = {"preview": preview, "batch": batch, **of_files}
     try:
         auto_cli(components, args=args, prog="dist-adamw", as_positional=bool(args) and args[0] in of_files)
-    except (ValueError, ModuleNotFoundError) as error:
+    except (ValueError, ModuleNotFoundError, OSError, ArithmeticError) as error:
         print(f"dist-adamw: {error}", file=sys.stderr)
         return 2
     return 0

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -18,7 +19,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from dist_adamw.conventions import unwrap
 from dist_adamw.extra_state import check_extra_state
 from dist_adamw.functional import check_hyper_parameters
-from dist_adamw.held import SCALARS, Access, hyper_parameters, same_family
+from dist_adamw.held import SCALARS, Access, buffers, hyper_parameters, is_outside, same_family
 from dist_adamw.index import CheckpointError, Index, check_files, read_index
 from dist_adamw.plain import plain
 from dist_adamw.random_state import random_state_of
@@ -102,10 +103,17 @@ def compare(
     """
     about = index.about
     taken: list[dict[str, Any]] = []
-    _check_same_model(index, ours.parameters())
+    _check_same_model(index, ours.parameters(), with_optimizer=optimizer is not None)
     check_extra_state(index, ours.model)
     if meta := ours.without_memory():
         raise CheckpointError(f"{meta[0]} is on the meta device: there is nothing to load into. Use model.to_empty().")
+    for name, buffer in buffers(ours.model):
+        strides = buffer.stride() if buffer.layout == torch.strided else buffer.shape
+        if any(size > 1 and not stride for size, stride in zip(buffer.shape, strides, strict=True)):
+            raise CheckpointError(
+                f"elements of the buffer {name} share memory (expand), so nothing can be read into it. Make it "
+                "contiguous()."
+            )
     if optimizer is not None:
         _check_optimizer(index, ours, optimizer, scheduler, choice)
         taken = _to_take(index, ours.groups(), unwrap(optimizer), scheduler, choice)
@@ -142,10 +150,12 @@ def _is_like(saved: Any, here: Any) -> bool:
     return False
 
 
-def _check_same_model(index: Index, ours: Mapping[str, tuple[int, ...]]) -> None:
+def _check_same_model(index: Index, ours: Mapping[str, tuple[int, ...]], *, with_optimizer: bool) -> None:
     saved = {
         key.removeprefix("model."): tensor.shape for key, tensor in index.tensors.items() if key.startswith("model.")
     }
+    if not with_optimizer:
+        saved = {name: shape for name, shape in saved.items() if name in ours or not is_outside(name)}
     differences = [f"{n} is missing in the checkpoint" for n in ours if n not in saved]
     differences += [f"{n} is not in this model" for n in saved if n not in ours]
     differences += [
@@ -170,7 +180,7 @@ def _check_optimizer(
     saved, here = hyper_parameters(index.about["groups"]), hyper_parameters(ours.groups())
     lines: dict[str, None] = {}
     for name in here.keys() & saved.keys():
-        for key in sorted(here[name].keys() & saved[name].keys()):
+        for key in sorted((here[name].keys() & saved[name].keys()) - _cycled(scheduler)):
             if here[name][key] != saved[name][key]:
                 lines[f"{key} of {name} was {saved[name][key]} and is {here[name][key]}"] = None
     if lines and choice == "strict":
@@ -179,6 +189,11 @@ def _check_optimizer(
             f"{index.folder} was made with other hyper-parameters: {'; '.join(list(lines)[:3])}{more}. Pass the same, "
             "or choose by on_difference='checkpoint' or 'new'."
         )
+
+
+def _cycled(scheduler: LRScheduler | None) -> set[str]:
+    """What a scheduler of torch's (OneCycleLR, CyclicLR) writes into the groups beside lr."""
+    return {"betas", "momentum"} if getattr(scheduler, "cycle_momentum", False) else set()
 
 
 def _to_take(
@@ -195,7 +210,7 @@ def _to_take(
         of_names = [_in_convention_of(optimizer, of[n], index.about.get("decay_by")) for n in here["names"] if n in of]
         before: dict[str, Any] = of_names[0] if of_names else {}
         by_schedule = isinstance(scheduler, CyclicLRWithRestarts) or choice == "new"
-        keys = [] if by_schedule else ["lr", "weight_decay", "initial_lr"]
+        keys = [] if by_schedule else ["lr", "weight_decay", "initial_lr", *_cycled(scheduler)]
         if choice == "checkpoint":
             keys += hyper_parameters([here])[here["names"][0]] if here["names"] else []
         values = {key: before[key] for key in keys if key in before and (key in group or key == "initial_lr")}

@@ -19,6 +19,7 @@ import contextlib
 import json
 import math
 import os
+import secrets
 import shutil
 import time
 import warnings
@@ -53,9 +54,20 @@ from dist_adamw.foreign import (
     understood,
 )
 from dist_adamw.held import MASTER, MODEL, same_family
-from dist_adamw.index import CODES, DTYPES, INDEX, CheckpointError, Index, damage, read_index, sync_folder, write_text
+from dist_adamw.index import (
+    CODES,
+    DTYPES,
+    INDEX,
+    CheckpointError,
+    Index,
+    damage,
+    printable,
+    read_index,
+    sync_folder,
+    write_text,
+)
 from dist_adamw.shard import MOMENTS
-from dist_adamw.storage import Writer, read_whole
+from dist_adamw.storage import Lock, Writer, read_whole
 
 
 def import_checkpoint(
@@ -122,7 +134,13 @@ def import_checkpoint(
     if content.modules is not None:
         about["modules"] = {name: value for name, value in content.modules.items() if not isinstance(value, Tensor)}
         tensors |= {f"{EXTRA}.{n}": value for n, value in content.modules.items() if isinstance(value, Tensor)}
-    _save(tensors, Writer(path, about), flatten=False)
+    lock = Lock(path)
+    try:
+        if (path / INDEX).exists():
+            raise CheckpointError(f"{path} holds a checkpoint by now. Choose another folder.")
+        _save(tensors, Writer(path, about), flatten=False)
+    finally:
+        lock.release()
 
 
 def _check(source: Path, content: Content) -> None:
@@ -152,6 +170,8 @@ def _save(tensors: dict[str, Any], writer: StorageWriter, *, flatten: bool) -> N
             warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
             dcp_save(tensors, storage_writer=writer, planner=planner, no_dist=True)
     except CheckpointException as failed:
+        if isinstance(writer, Writer):
+            writer.discard()
         error = next(iter(failed.failures.values()))[0]
         if isinstance(error, CheckpointError):
             raise error from failed
@@ -253,8 +273,7 @@ def _taking_its_place(target: Path) -> Iterator[Path]:
     if target.exists():
         raise CheckpointError(f"{target} is there already. Choose another name, or remove it first.")
     target.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = target.with_name(f"{target.name}.partial")
-    _remove(unfinished)
+    unfinished = target.with_name(f"{target.name}.{secrets.token_hex(4)}.partial")  # nobody else's
     try:
         yield unfinished
         unfinished.replace(target)
@@ -351,6 +370,8 @@ def _to_universal_folder(ours: _Ours, name: str, step: Tensor, folder: Path) -> 
 def _to_safetensors(ours: _Ours, target: Path) -> None:
     # Wide elements first, so that all of them are aligned.
     saved = {name: ours.index.tensors[ours.weights_key(name)] for name in ours.names}
+    if "__metadata__" in saved:
+        raise CheckpointError(f"{ours.index.folder} has weights named '__metadata__', which safetensors cannot hold.")
     names = sorted(saved, key=lambda name: -saved[name].dtype.itemsize)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -371,8 +392,8 @@ def _to_safetensors(ours: _Ours, target: Path) -> None:
 # ---------------------------------------------------------------------------------------------- a look
 
 
-def describe(path: str | Path) -> str:
-    """What a checkpoint holds, as a short table; reads all of it. Local.
+def describe(path: str | Path) -> tuple[str, bool]:
+    """What a checkpoint holds, as a short table; and whether it is whole, for which all of it is read. Local.
 
     Raises:
         CheckpointError: there is no index that says.
@@ -380,7 +401,7 @@ def describe(path: str | Path) -> str:
     return understood(Path(path), partial(_table, read_index(path)))
 
 
-def _table(index: Index) -> str:
+def _table(index: Index) -> tuple[str, bool]:
     about, samples = index.about, samples_of(index)
     weights = [saved for key, saved in index.tensors.items() if key.startswith(f"{MODEL}.")]
     kinds = sorted({key.partition(".")[0] for key in index.tensors} - {MODEL})
@@ -396,4 +417,4 @@ def _table(index: Index) -> str:
         "whole": "yes, to the last bit" if (wrong := damage(index.folder)) is None else f"NO: {wrong}",
     }
     width = max(map(len, rows))
-    return "\n".join(f"{name:{width}}  {value}" for name, value in rows.items())
+    return "\n".join(f"{name:{width}}  {printable(value)}" for name, value in rows.items()), wrong is None

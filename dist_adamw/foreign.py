@@ -12,6 +12,7 @@ import io
 import math
 import os
 import pickle
+import pickletools
 import re
 import zipfile
 from collections import OrderedDict
@@ -99,10 +100,9 @@ def understood(source: Path, read: Callable[[], T]) -> T:
         raise
     except OSError as error:
         raise CheckpointError(f"{source} cannot be read: {error}.") from error
-    except (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError) as error:
-        raise CheckpointError(
-            f"{source} is damaged or of another kind: {type(error).__name__}: {str(error).splitlines()[0]}."
-        ) from error
+    except Exception as error:  # what damaged files make of the libraries that read them has no end
+        first = (str(error).splitlines() or [""])[0]
+        raise CheckpointError(f"{source} is damaged or of another kind: {type(error).__name__}: {first}.") from error
 
 
 # ---------------------------------------------------------------------------------------------- files of torch.save
@@ -190,6 +190,13 @@ def from_torch(source: Path, optimizer: str | Path | None, names: Sequence[str] 
         found.tensors[f"{MODEL}.{name}"] = tensor
     if state is not None:
         _number(source, state, names, found)
+    room = os.path.getsize(source) + (os.path.getsize(optimizer) if optimizer is not None else 0)
+    for key, tensor in found.tensors.items():
+        if tensor.nbytes > room:
+            raise CheckpointError(
+                f"{source} has {key} of shape {list(tensor.shape)}, whose elements share memory (expand): it would "
+                f"take {tensor.nbytes:,} bytes. Save it contiguous()."
+            )
     return found
 
 
@@ -227,6 +234,11 @@ def _number(source: Path, state: Mapping[str, Any], names: Sequence[str] | None,
 
 
 def _group(group: Mapping[str, Any], names: list[str]) -> dict[str, Any]:
+    for key, value in group.items():
+        if isinstance(value, Tensor) and value.numel() > 1:
+            raise CheckpointError(
+                f"{key} of a parameter group is a tensor of shape {list(value.shape)}, and no number."
+            )
     # "step" is what DeepSpeed's FusedAdam counts there; ours are by parameter.
     return {"names": names, **{k: plain(v) for k, v in group.items() if k not in ("params", "param_names", "step")}}
 
@@ -269,6 +281,13 @@ class _Unpickler(pickle.Unpickler):
         return tuple if name == "Size" else type(name, (_Record,), {})
 
 
+def _check_memo(data: bytes) -> None:
+    """Raise where a pickle would number more objects than it can have: Python makes room for the largest number."""
+    for opcode, number, _ in pickletools.genops(data):
+        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and (number or 0) > len(data):
+            raise CheckpointError(f"its .metadata is damaged: it numbers {number:,} objects in {len(data):,} bytes.")
+
+
 class _Dcp:
     """A folder of torch.distributed.checkpoint."""
 
@@ -276,10 +295,12 @@ class _Dcp:
         self.folder = folder
         with open_plainly(folder / ".metadata") as file:
             try:
-                found = _Unpickler(io.BytesIO(file.read())).load()
+                data = file.read()
+                _check_memo(data)
+                found = _Unpickler(io.BytesIO(data)).load()
             except CheckpointError as error:
                 raise CheckpointError(f"{folder}: {error}") from error
-            except (pickle.UnpicklingError, EOFError) as error:
+            except (pickle.UnpicklingError, EOFError, ValueError) as error:
                 raise CheckpointError(f"{folder}/.metadata is damaged: {error}.") from error
         self.items: Mapping[str, Any] = found.state_dict_metadata
         self.paths: Mapping[str, tuple[Any, ...]] = getattr(found, "planner_data", None) or {}

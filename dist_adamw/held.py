@@ -158,6 +158,16 @@ def access(model: nn.Module, optimizer: Optimizer | None) -> Access:
     return Plain(model, optimizer)
 
 
+def outside(number: int, group: int) -> str:
+    """The name of a parameter that the optimizer has and the model does not, such as a loss's temperature. Local."""
+    return f"parameter {number} of group {group}"
+
+
+def is_outside(name: str) -> bool:
+    """Whether that is such a name. Local."""
+    return re.fullmatch(r"parameter \d+ of group \d+", name) is not None
+
+
 def without_wrappers(name: str) -> str:
     """A parameter's or module's name in the model that is inside of what compiles, checkpoints or shards it. Local."""
     return _WRAPPERS.sub("", name).removesuffix(".")
@@ -227,7 +237,7 @@ class Plain:
         self.names = parameter_names(model)
         for g, group in enumerate([] if self.optimizer is None else self.optimizer.param_groups):
             for i, param in enumerate(group["params"]):
-                self.names.setdefault(param, f"parameter {i} of group {g}")
+                self.names.setdefault(param, outside(i, g))
         if any(isinstance(param, DTensor) for param in self.names):
             self.engine = "FSDP2"
         else:

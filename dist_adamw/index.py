@@ -43,12 +43,17 @@ CODES = {
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in CODES}
 
 
+def printable(text: str) -> str:
+    """``text`` on one line, whatever a file of somebody else's has in it. Local."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
 class CheckpointError(ValueError):
     """A checkpoint cannot be written or used. The message names it, what is wrong, and what to do."""
 
     def __init__(self, message: str) -> None:
         # What a damaged file says may be part of it: of any length, over several lines, not to be printed.
-        line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)
+        line = printable(message)
         super().__init__(line if len(line) <= 3000 else f"{line[:2000]} ... {line[-900:]}")
 
 
@@ -200,6 +205,23 @@ def _not_whole(folder: Path) -> str:
             "`dist-adamw import`, which executes nothing."
         )
     return f"{folder} is not a whole checkpoint: {INDEX} is missing (it is written last)."
+
+
+def check_place(folder: Path) -> None:
+    """Raise where a save would take the place of something else than a checkpoint of ours. Local.
+
+    Raises:
+        CheckpointError: there is somebody else's file of the index's name.
+    """
+    path = folder / INDEX
+    try:
+        found = json.loads(read_bounded(path))
+    except (OSError, ValueError, RecursionError):
+        return  # there is none, or it is damaged
+    if not isinstance(found, dict) or FORMAT not in (found.get("format"), found.get("version")):
+        if isinstance(found, dict) and "shares" in found:
+            return  # of an older release
+        raise CheckpointError(f"{path} is somebody else's. Choose another folder.")
 
 
 def _refuse_old(path: Path, found: Any) -> None:

@@ -54,6 +54,7 @@ from dist_adamw.index import (
     Index,
     Saved,
     check_files,
+    check_place,
     read_index,
     write_index,
 )
@@ -95,6 +96,7 @@ class Writer(StorageWriter):
         """Make the folder, and see that the plain data is plain."""
         self.folder.mkdir(parents=True, exist_ok=True)
         if is_coordinator:
+            check_place(self.folder)
             self._about = as_json(self.about)
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:

@@ -5,6 +5,7 @@ Part of the main job. Knows numbers and files; nothing of models, ranks or how a
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import math
 from collections.abc import Mapping, Sequence
@@ -72,14 +73,18 @@ class History:
 
 
 def read_history(path: Path) -> list[Row]:
-    """Rows of a history file; a last line that was cut off is left out."""
+    """Rows of a history file; lines that were cut off or spoilt are left out."""
     if not path.exists():
         return []
-    lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-    return [
-        Row(int(samples), float(loss), float(lr), float(decay), float(val) if val else None, float(seconds))
-        for samples, loss, lr, decay, val, seconds in csv.reader(lines[1:])
-    ]
+    lines = [line for line in path.read_text(errors="replace").splitlines(keepends=True) if line.endswith("\n")]
+    rows = []
+    for line in lines[1:]:
+        with contextlib.suppress(ValueError, csv.Error):  # what a machine that lost its power has left
+            samples, loss, lr, decay, val, seconds = next(csv.reader([line]))
+            rows.append(
+                Row(int(samples), float(loss), float(lr), float(decay), float(val) if val else None, float(seconds))
+            )
+    return rows
 
 
 def draw(path: Path, rows: Sequence[Row], restarts: Sequence[int], levels: Mapping[str, float], title: str) -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
+import json
 import os
 import pickle
+import random
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -30,8 +33,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dist_adamw import CyclicLRWithRestarts, DistAdamW, export_checkpoint, import_checkpoint, load, save
 from dist_adamw.cli import main
-from dist_adamw.index import CheckpointError, read_index
-from dist_adamw.storage import read_whole
+from dist_adamw.index import CheckpointError, read_index, write_index
+from dist_adamw.storage import Lock, read_whole
 from tests.distributed.engines import ZERO, accelerator_on
 from tests.distributed.test_deepspeed import initialize
 from tests.ranks import run_ranks
@@ -537,7 +540,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
-    assert main(["inspect", f"{tmp_path}/ours"]) == 0
+    assert main(["inspect", f"{tmp_path}/ours"]) == 2
     assert "NO: " in capsys.readouterr().out
     assert main(["export", f"{tmp_path}/ours", f"{tmp_path}/y.safetensors", "--kind=safetensors"]) == 2
     assert "is damaged: its checksum differs" in capsys.readouterr().err
@@ -578,3 +581,79 @@ def test_what_cannot_be_imported(make: Callable[[Path], Any], sentence: str, tmp
         import_checkpoint(tmp_path / "theirs", tmp_path / "ours")
     assert sentence in str(error.value)
     assert not (tmp_path / "ours").exists()
+
+
+# ---------------------------------------------------------------------------------------------- strangers' files
+
+
+def test_small_files_that_would_take_much_memory(tmp_path: Path) -> None:
+    folder = tmp_path / "dcp"
+    folder.mkdir()
+    (folder / ".metadata").write_bytes(b"\x80\x02Nr" + (400_000_000).to_bytes(4, "little") + b".")
+    with pytest.raises(CheckpointError, match="it numbers 400,000,000 objects in 9 bytes"):
+        import_checkpoint(folder, tmp_path / "ours")
+    torch.save({"w": torch.zeros(1).expand(10**13)}, tmp_path / "expanded.pt")
+    with pytest.raises(CheckpointError, match=r"shape \[10000000000000\], whose elements share memory \(expand\)"):
+        import_checkpoint(tmp_path / "expanded.pt", tmp_path / "ours")
+    groups = [{"params": [0], "lr": torch.zeros(1).expand(10**8)}]
+    torch.save({"model": {"w": torch.zeros(1)}, "optimizer": {"state": {}, "param_groups": groups}}, tmp_path / "lr.pt")
+    with pytest.raises(
+        CheckpointError, match=r"lr of a parameter group is a tensor of shape \[100000000\], and no number"
+    ):
+        import_checkpoint(tmp_path / "lr.pt", tmp_path / "ours")
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_damaged_files_of_torch_end_in_a_sentence(seed: int, tmp_path: Path) -> None:
+    model, optimizer = torch_job(0, STOP)
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "whole.pt")
+    whole, rng = (tmp_path / "whole.pt").read_bytes(), random.Random(seed)
+    for number in range(40):
+        content = bytearray(whole)
+        for _ in range(rng.choice([1, 1, 4])):
+            content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+        if rng.random() < 0.2:
+            del content[rng.randrange(len(content)) :]
+        (tmp_path / "mutated.pt").write_bytes(content)
+        with contextlib.suppress(CheckpointError):
+            import_checkpoint(tmp_path / "mutated.pt", tmp_path / f"ours-{number}")
+
+
+def test_the_command_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save(torch_job(0, STOP)[0].state_dict(), tmp_path / "theirs.pt")
+    assert main(["import", f"{tmp_path}/theirs.pt", f"{tmp_path}/ours"]) == 0
+    (tmp_path / "x.partial").write_text("mine")
+    assert main(["export", f"{tmp_path}/ours", f"{tmp_path}/x", "--kind=safetensors"]) == 0
+    assert (tmp_path / "x.partial").read_text() == "mine"
+    for args in (
+        ["export", f"{tmp_path}/ours", f"{tmp_path}/theirs.pt/x", "--kind=safetensors"],
+        ["inspect", "x" * 5000],
+        ["preview", "--batch_size=32", "--epoch_size=1000", "--t_mult=1e300"],
+    ):
+        assert main(args) == 2
+        assert capsys.readouterr().err.startswith("dist-adamw: ")
+    found = json.loads((tmp_path / "ours" / "index.json").read_text())
+    found.pop("sha256")
+    found["about"]["engine"] = "x\nwhole        yes, to the last bit\x1b[2J"
+    write_index(tmp_path / "ours", found)
+    main(["inspect", f"{tmp_path}/ours"])
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(line.startswith("whole") for line in lines) == 1
+    assert all(map(str.isprintable, lines))
+
+
+def test_weights_of_a_name_that_safetensors_cannot_hold(tmp_path: Path) -> None:
+    model = nn.Module()
+    model.register_parameter("__metadata__", nn.Parameter(torch.ones(2)))
+    save(tmp_path / "ours", model)
+    with pytest.raises(CheckpointError, match="weights named '__metadata__', which safetensors cannot hold"):
+        export_checkpoint(tmp_path / "ours", tmp_path / "x", "safetensors")
+
+
+def test_two_imports_into_one_folder(tmp_path: Path) -> None:
+    torch.save(torch_job(0, STOP)[0].state_dict(), tmp_path / "theirs.pt")
+    lock = Lock(tmp_path / "ours")
+    with pytest.raises(CheckpointError, match="another job is saving to"):
+        import_checkpoint(tmp_path / "theirs.pt", tmp_path / "ours")
+    lock.release()
+    import_checkpoint(tmp_path / "theirs.pt", tmp_path / "ours")

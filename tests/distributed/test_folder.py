@@ -27,7 +27,9 @@ from dist_adamw import (
     CheckpointFolder,
     CyclicLRWithRestarts,
     DistAdamW,
+    checkpoint,
     load,
+    replicas,
     save,
     storage,
 )
@@ -602,3 +604,284 @@ def test_killed_at_any_instant_nothing_is_lost() -> None:
     assert tally.resumes
     assert tally.updates
     assert len(tally.kills) > 1
+
+
+# ---------------------------------------------------------------------------------------------- one rank or process
+
+
+def not_for_rank_1(folder: str) -> None:
+    """As where a rank's machine does not have the folder mounted, or may not look into it."""
+    job, isdir = Job(), os.path.isdir
+    save(folder, *job.all)
+    os.path.isdir = lambda path: dist.get_rank() == 0 and isdir(path)
+    try:
+        with pytest.raises(CheckpointError, match="is there on some ranks and missing on rank 1"):
+            load(folder, *job.all)
+    finally:
+        os.path.isdir = isdir
+
+
+def test_a_folder_that_one_rank_does_not_see_is_an_error_on_all(tmp_path: Path) -> None:
+    run_ranks(2, not_for_rank_1, str(tmp_path))
+
+
+def cannot_compare(folder: str) -> None:
+    job, compute = Job(), replicas.fingerprints
+
+    def fails(tensors: Any) -> Any:
+        if dist.get_rank() == 1:
+            raise MemoryError("no room for sums")
+        return compute(tensors)
+
+    replicas.fingerprints = fails
+    try:
+        with pytest.raises(AgreementError, match=r"could not be compared: MemoryError: no room for sums \(rank 1\)"):
+            save(folder, *job.all)
+    finally:
+        replicas.fingerprints = compute
+    save(folder, *job.all)
+
+
+def test_a_comparison_that_fails_on_one_rank_fails_on_all(tmp_path: Path) -> None:
+    run_ranks(2, cannot_compare, str(tmp_path))
+
+
+def loads_while_another_saves(folder: str) -> int:
+    """Files that a later save removes between the check and the reading."""
+    job, make_room = Job(), checkpoint._make_room
+    job.train(3)
+    expected = [p.detach().clone() for p in job.model.parameters()]
+    moments = [m.clone() for shard in job.optimizer.shards for m in shard.moments.values()]
+    save(folder, *job.all)
+    job.train(2)
+
+    def saved_meanwhile(*args: Any) -> Any:
+        dist.barrier()
+        for path in Path(folder).glob("*.safetensors") if dist.get_rank() == 0 else ():
+            path.unlink()
+        dist.barrier()
+        return make_room(*args)
+
+    checkpoint._make_room = saved_meanwhile
+    try:
+        loaded = load(folder, *job.all)
+    finally:
+        checkpoint._make_room = make_room
+    assert all(torch.equal(p, q) for p, q in zip(job.model.parameters(), expected, strict=True))
+    found = [m for shard in job.optimizer.shards for m in shard.moments.values()]
+    assert all(torch.equal(p, q) for p, q in zip(found, moments, strict=True))
+    assert loaded.samples is not None
+    return loaded.samples
+
+
+def test_a_load_reads_what_it_has_checked(tmp_path: Path) -> None:
+    assert run_ranks(2, loads_while_another_saves, str(tmp_path)) == [30, 30]
+
+
+def fails_when_it_reads(folder: str) -> None:
+    job, read = Job(), checkpoint._read
+    save(folder, *job.all)
+
+    def gone(*args: Any) -> None:
+        raise OSError("the disk is gone")
+
+    checkpoint._read = gone
+    try:
+        with pytest.raises(CheckpointError, match=r"the disk is gone.* are half loaded: load a checkpoint"):
+            load(folder, *job.all)
+    finally:
+        checkpoint._read = read
+    load(folder, *job.all)
+
+
+def test_a_load_that_fails_half_way_says_so(tmp_path: Path) -> None:
+    run_ranks(2, fails_when_it_reads, str(tmp_path))
+
+
+def test_what_lies_beside_a_checkpoint_is_part_of_it(tmp_path: Path) -> None:
+    model = nn.Linear(2, 2)
+
+    def write(path: Path) -> None:
+        save(path, model)
+        (path / "mine.json").write_text("{}")
+        (path / "deeper").mkdir()
+        (path / "deeper" / "manifest.json").write_text("[]")
+        (path / "mine.json").chmod(0o444)
+
+    folder = CheckpointFolder(tmp_path)
+    found = folder.save(10, write)
+    assert found is not None
+    assert damage_of(found) is None
+    for name, content in {"mine.json": "{}", "deeper/manifest.json": "[]"}.items():
+        (found / name).chmod(0o644)
+        (found / name).write_text("{ ")
+        assert f"{name} has 2 bytes" in str(damage_of(found))
+        (found / name).unlink()
+        assert "is missing" in str(damage_of(found))
+        (found / name).write_text(content)
+        assert damage_of(found) is None
+    folder.close()
+
+
+@pytest.mark.parametrize("name", ["lock", "latest.partial"])
+def test_links_of_strangers_are_not_written_through(name: str, tmp_path: Path) -> None:
+    root, victim = tmp_path / "root", tmp_path / "victim"
+    root.mkdir()
+    victim.write_text("precious")
+    (root / name).symlink_to(victim)
+    with contextlib.suppress(CheckpointError):
+        folder = CheckpointFolder(root)
+        folder.save(10, lambda path: save(path, nn.Linear(2, 2)))
+        assert not (root / "latest").is_symlink()
+        folder.close()
+    assert victim.read_text() == "precious"
+
+
+def test_links_in_a_checkpoint_are_not_written_through(tmp_path: Path) -> None:
+    victim, folder = tmp_path / "victim", tmp_path / "checkpoint"
+    victim.write_text("precious")
+    folder.mkdir()
+    (folder / "index.json.partial").symlink_to(victim)
+    save(folder, nn.Linear(2, 2))
+    assert victim.read_text() == "precious"
+    load(folder, nn.Linear(2, 2))
+
+
+def test_somebody_elses_index_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "index.json").write_text('{"mine": 1}')
+    with pytest.raises(CheckpointError, match=r"index\.json is somebody else's\. Choose another folder"):
+        save(tmp_path, nn.Linear(2, 2))
+    assert (tmp_path / "index.json").read_text() == '{"mine": 1}'
+
+
+def test_a_lock_stays_with_the_process_that_took_it(tmp_path: Path) -> None:
+    script = f"""
+import os, sys, time
+from dist_adamw import CheckpointFolder
+folder = CheckpointFolder({str(tmp_path)!r})
+if os.fork() == 0:
+    sys.exit()  # with finalizers
+os.wait()
+if os.fork() == 0:
+    time.sleep(30)
+    os._exit(0)
+print("ready", flush=True)
+time.sleep(30)
+"""
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, start_new_session=True) as holder:
+        try:
+            assert holder.stdout is not None
+            assert holder.stdout.readline() == b"ready\n"
+            with pytest.raises(CheckpointError, match="another job saves to"):
+                CheckpointFolder(tmp_path, patience=0.2)
+            holder.kill()  # its child lives on
+            holder.wait()
+            CheckpointFolder(tmp_path, patience=5).close()
+        finally:
+            os.killpg(holder.pid, signal.SIGKILL)
+
+
+def test_a_disk_that_takes_a_part_of_a_block_gets_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = Path.open
+
+    class Short:
+        """As a file on a disk that is almost full."""
+
+        def __init__(self, file: Any) -> None:
+            self.file = file
+
+        def write(self, data: Any) -> int:
+            return self.file.write(memoryview(data)[: max(1, len(data) // 2)])  # type: ignore[no-any-return]
+
+        def fileno(self) -> int:
+            return self.file.fileno()  # type: ignore[no-any-return]
+
+        def __enter__(self) -> Short:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            self.file.close()
+
+    def open_short(path: Path, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
+        file = opened(path, mode, *args, **kwargs)
+        return Short(file) if mode == "xb" else file
+
+    model = nn.Linear(50, 50)
+    monkeypatch.setattr(Path, "open", open_short)
+    save(tmp_path, model)
+    assert damage(tmp_path) is None
+
+
+def test_damaged_checkpoints_do_not_count_as_kept(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path, keep=2)
+    found = [folder.save(n, lambda path: save(path, nn.Linear(2, 2))) for n in (10, 20)]
+    assert found[1] is not None
+    (found[1] / "manifest.json").write_text("{")
+    assert folder.newest() == found[0]
+    folder.save(30, lambda path: save(path, nn.Linear(2, 2)))
+    assert [path.name for path in folder.all() if damage_of(path) is None] == ["sample-000000010", "sample-000000030"]
+    folder.close()
+
+
+def test_nothing_deletes_what_was_superseded(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path, keep=5)
+    for samples in (10, 30, 20, 30, 20):
+        folder.save(samples, lambda path: save(path, nn.Linear(2, 2)))
+    names = ["sample-000000010", "sample-000000020", "sample-000000030.superseded", "sample-000000030.superseded-2"]
+    assert sorted(path.name for path in tmp_path.glob("sample-*")) == names
+    folder.discard()
+    assert not (tmp_path / "latest").exists()
+    with pytest.raises(CheckpointError, match="samples must be a whole number >= 0, got -1"):
+        folder.save(-1, lambda path: save(path, nn.Linear(2, 2)))
+    (tmp_path / "somebody.partial").mkdir()
+    folder.save(40, lambda path: save(path, nn.Linear(2, 2)))
+    assert (tmp_path / "somebody.partial").is_dir()
+    folder.close()
+
+
+def test_a_loop_of_links_is_damage(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path)
+    found = [folder.save(n, lambda path: save(path, nn.Linear(2, 2))) for n in (10, 20)]
+    assert found[1] is not None
+    (found[1] / "index.json").unlink()
+    (found[1] / "manifest.json").write_text('{"loop/": {}}')
+    (found[1] / "loop").symlink_to("loop")
+    assert folder.newest() == found[0]
+    folder.close()
+
+
+def newest_while_saving(root: str) -> list[bool]:
+    job, folder, saver = Job(200), CheckpointFolder(root, keep=1), AsyncSaver()
+    found = []
+    for n in range(1, 25):
+        folder.async_save(saver, n, *job.all)
+        found.append(folder.newest() is not None)
+    folder.close()
+    saver.close()
+    return found
+
+
+def test_newest_waits_for_a_save_that_is_under_way(tmp_path: Path) -> None:
+    assert all(map(all, run_ranks(2, newest_while_saving, str(tmp_path))))
+
+
+def elsewhere(root: str) -> None:
+    saver, here = AsyncSaver(), os.getcwd()
+    os.chdir(root)
+    try:
+        with_a_relative_path = CheckpointFolder("runs")
+        saving = saver.save("beside", nn.Linear(2000, 500))
+        (Path(root) / "other").mkdir()
+        os.chdir("other")
+        saving.wait()
+        with_a_relative_path.save(10, lambda path: save(path, nn.Linear(2, 2)))
+    finally:
+        os.chdir(here)
+        with_a_relative_path.close()
+        saver.close()
+    assert damage(Path(root) / "beside") is None
+    assert sorted(path.name for path in Path(root, "runs").iterdir()) == ["latest", "lock", "sample-000000010"]
+
+
+def test_relative_paths_stay_where_they_were(tmp_path: Path) -> None:
+    run_ranks(1, elsewhere, str(tmp_path))

@@ -554,6 +554,75 @@ def test_an_error_on_one_rank_is_one_on_all(tmp_path: Path) -> None:
         assert "weight has shape [3, 3] there and [4, 3] here" in error
 
 
+def by_cycling(kind: str, optimizer_class: Any) -> tuple[nn.Module, Any, Any]:
+    torch.manual_seed(0)
+    model = nn.Linear(4, 4)
+    optimizer = optimizer_class(model.parameters(), lr=1e-3)
+    if kind == "OneCycleLR":
+        return model, optimizer, torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=20)
+    return model, optimizer, torch.optim.lr_scheduler.CyclicLR(optimizer, 1e-4, 1e-2, 3, cycle_momentum=True)
+
+
+@pytest.mark.parametrize("optimizer_class", [DistAdamW, torch.optim.AdamW])
+@pytest.mark.parametrize("kind", ["OneCycleLR", "CyclicLR"])
+def test_schedulers_that_cycle_momentum(kind: str, optimizer_class: Any, tmp_path: Path) -> None:
+    def train(model: nn.Module, optimizer: Any, scheduler: Any) -> None:
+        for i in range(3):
+            model(torch.full((2, 4), float(i))).square().mean().backward()
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+
+    jobs = [by_cycling(kind, optimizer_class) for _ in range(2)]
+    train(*jobs[0])
+    save(tmp_path, *jobs[0])
+    load(tmp_path, *jobs[1])
+    for job in jobs:
+        train(*job)
+    assert jobs[0][1].param_groups[0]["betas"] == jobs[1][1].param_groups[0]["betas"]
+    assert all(torch.equal(p, q) for p, q in zip(jobs[0][0].parameters(), jobs[1][0].parameters(), strict=True))
+
+
+def test_weights_alone_beside_a_parameter_of_the_loss(tmp_path: Path) -> None:
+    model, temperature = nn.Linear(3, 3), nn.Parameter(torch.ones(2))
+    optimizer = DistAdamW([*model.parameters(), temperature])
+    save(tmp_path, model, optimizer)
+    other = nn.Linear(3, 3)
+    load(tmp_path, other)
+    assert torch.equal(other.weight, model.weight)
+    with pytest.raises(CheckpointError, match="parameter 2 of group 0 is not in this model"):
+        load(tmp_path, other, DistAdamW(other.parameters()))
+
+
+@pytest.mark.parametrize("optimizer_class", [DistAdamW, torch.optim.AdamW])
+def test_loading_in_inference_mode(optimizer_class: Any, tmp_path: Path) -> None:
+    def update(model: nn.Module, optimizer: Any) -> None:
+        model(torch.ones(1, 3)).sum().backward()
+        optimizer.step()
+
+    model = nn.Linear(3, 3)
+    optimizer = optimizer_class(model.parameters())
+    update(model, optimizer)
+    save(tmp_path, model, optimizer)
+    other = nn.Linear(3, 3)
+    optimizer = optimizer_class(other.parameters())
+    with torch.inference_mode():
+        load(tmp_path, other, optimizer)
+    update(other, optimizer)
+
+
+def test_a_buffer_that_cannot_be_read_into_is_told_before_anything_changes(tmp_path: Path) -> None:
+    model = nn.Linear(3, 3)
+    model.register_buffer("mask", torch.ones(3).expand(2, 3))
+    save(tmp_path, model)
+    before = model.weight.detach().clone()
+    with torch.no_grad():
+        model.weight += 1
+    with pytest.raises(CheckpointError, match="elements of the buffer mask share memory"):
+        load(tmp_path, model)
+    assert torch.equal(model.weight, before + 1)
+
+
 # ---------------------------------------------------------------------------------------------- random state
 
 
