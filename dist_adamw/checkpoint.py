@@ -340,48 +340,36 @@ def load(
             some rank; on every rank alike. Nothing has been changed then; where a disk fails after all was checked,
             the message says that the state is half loaded.
     """
+    path = Path(path)
     with contextlib.ExitStack() as until, torch.inference_mode(False):  # what is made here is to be trained on
-        return _load(Path(path), model, optimizer, scheduler, on_difference, random_state, group, until)
-
-
-def _load(
-    path: Path,
-    model: nn.Module,
-    optimizer: Optimizer | None,
-    scheduler: LRScheduler | None,
-    on_difference: OnDifference | None,
-    random_state: bool,
-    group: Group,
-    until: contextlib.ExitStack,
-) -> Checkpoint:
-    group = collectives.host_group() if group is None else group
-    check_alike(path, group)
-    index = everywhere(lambda: checked(path, collectives.rank(), collectives.world_size(), until), group)
-    if len(set(collectives.all_gather_objects(index.digest, group))) > 1:
-        raise CheckpointError(f"{path} is not the same on all ranks. Give all machines the same file system.")
-    choice: OnDifference = on_difference or getattr(scheduler, "on_difference", None) or "strict"
-    # Room is made, and what was there forgotten, when no rank has found anything wrong.
-    ours = everywhere(lambda: access(model, optimizer), group)
-    taken, restore = everywhere(lambda: compare(index, ours, optimizer, scheduler, choice), group)
-    held = everywhere(lambda: _make_room(index, ours), group)
-    try:
-        everywhere(lambda: _fill(index, held), group)
-    except CheckpointError as error:
-        raise CheckpointError(f"{error} Model and optimizer are half loaded: load a checkpoint.") from error
-    with torch.no_grad():
-        held.finish()  # it may be collective, so only when all ranks have read
-    everywhere(lambda: restore_extra_state(index, ours.model), group)
-    about = index.about
-    if optimizer is not None:
-        for members, values in zip(unwrap(optimizer).param_groups, taken, strict=True):
-            _take(members, values)
-    if scheduler is not None:
-        if isinstance(scheduler, CyclicLRWithRestarts):
-            scheduler.load_state_dict(about["schedule"], choice)
-        else:
-            scheduler.load_state_dict(about["schedule"])
-    state = restore() if random_state else "left alone"
-    return Checkpoint(path, samples_of(index), about["engine"], about["world_size"], about["extra"], state)
+        group = collectives.host_group() if group is None else group
+        check_alike(path, group)
+        index = everywhere(lambda: checked(path, collectives.rank(), collectives.world_size(), until), group)
+        if len(set(collectives.all_gather_objects(index.digest, group))) > 1:
+            raise CheckpointError(f"{path} is not the same on all ranks. Give all machines the same file system.")
+        choice: OnDifference = on_difference or getattr(scheduler, "on_difference", None) or "strict"
+        # Room is made, and what was there forgotten, when no rank has found anything wrong.
+        ours = everywhere(lambda: access(model, optimizer), group)
+        taken, restore = everywhere(lambda: compare(index, ours, optimizer, scheduler, choice), group)
+        held = everywhere(lambda: _make_room(index, ours), group)
+        try:
+            everywhere(lambda: _fill(index, held), group)
+        except CheckpointError as error:
+            raise CheckpointError(f"{error} Model and optimizer are half loaded: load a checkpoint.") from error
+        with torch.no_grad():
+            held.finish()  # it may be collective, so only when all ranks have read
+        everywhere(lambda: restore_extra_state(index, ours.model), group)
+        about = index.about
+        if optimizer is not None:
+            for members, values in zip(unwrap(optimizer).param_groups, taken, strict=True):
+                _take(members, values)
+        if scheduler is not None:
+            if isinstance(scheduler, CyclicLRWithRestarts):
+                scheduler.load_state_dict(about["schedule"], choice)
+            else:
+                scheduler.load_state_dict(about["schedule"])
+        state = restore() if random_state else "left alone"
+        return Checkpoint(path, samples_of(index), about["engine"], about["world_size"], about["extra"], state)
 
 
 def check_alike(path: Path, group: Group) -> None:

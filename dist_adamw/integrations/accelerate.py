@@ -431,7 +431,9 @@ def _keep_state(
         across = not accelerator.gradient_state.sync_with_dataloader
         pending = 0 if accelerator.sync_gradients else accelerator.step % accelerator.gradient_accumulation_steps
         size = place.facts.pass_samples
-        files = everywhere(lambda: _files_of(accelerator, where) if accelerator.is_main_process else {}, group)
+        main = accelerator.is_main_process
+        everywhere(lambda: _remove_older_objects(accelerator, where) if main else None, group)
+        files = everywhere(lambda: _files_of(where) if main else {}, group)
         count = (accelerator.step - pending) * size if across else 0
         # A job that goes on without rest_of_epoch knows itself where it is.
         left = place.idle and loaded_at not in (None, scheduler.samples)
@@ -456,8 +458,7 @@ def _keep_state(
             watch.settle()
         check_alike(where / folder, group)
         everywhere(lambda: _check_custom_objects(accelerator, where), group)
-        everywhere(lambda: _check_files(where, where / folder), group)
-        everywhere(lambda: place.check(read_index(where / folder).about.get("extra", {}).get("position")), group)
+        everywhere(lambda: _check_extra(where, folder, place), group)
         loaded = load(where / folder, model, wrapped, scheduler, random_state=False, group=group)
         with without_ours():
             everywhere(lambda: load_rest(str(where), *args, **kwargs), group)
@@ -490,24 +491,35 @@ def _check_custom_objects(accelerator: Accelerator, folder: Path) -> None:
         )
 
 
-def _files_of(accelerator: Accelerator, where: Path) -> dict[str, Any]:
-    """Size and checksum of what Accelerate has written beside ours; what an earlier save wrote more is gone. Local."""
+def _remove_older_objects(accelerator: Accelerator, where: Path) -> None:
+    """Remove what an earlier save to this folder wrote of more custom objects than there are. Local."""
     custom = {f"custom_checkpoint_{i}.pkl" for i in range(len(accelerator._custom_objects))}
     for path in where.glob("custom_checkpoint_*.pkl"):
         if path.name not in custom:
             path.unlink()
+
+
+def _files_of(where: Path) -> dict[str, Any]:
+    """Size and checksum of what Accelerate has written beside ours. Local."""
     return {path.name: fingerprint(path) for pattern in _THEIRS for path in where.glob(pattern) if path.is_file()}
 
 
-def _check_files(where: Path, ours: Path) -> None:
-    """Raise where they are of another save than ours, which a kill between the two leaves. Local."""
-    files = read_index(ours).about.get("extra", {}).get("files", {})
-    for name, facts in files.items() if isinstance(files, dict) else ():
+def _check_extra(where: Path, folder: str, place: Position) -> None:
+    """Raise where what `save_state` said beside the tensors cannot be gone on with. Local.
+
+    Files of another save than ours are what a kill between the two leaves.
+    """
+    extra = read_index(where / folder).about.get("extra", {})
+    files = extra.get("files", {}) if isinstance(extra, dict) else None
+    if not isinstance(files, dict) or not isinstance(extra.get("step", 0), int):
+        raise CheckpointError(f"{where / folder} is damaged: what save_state adds is {str(extra)[:200]}.")
+    for name, facts in files.items():
         path = where / name
         if not path.resolve().is_relative_to(where.resolve()) or not path.is_file() or fingerprint(path) != facts:
             raise CheckpointError(
-                f"{where} is not of one save: {name} is not what was saved with {ours.name}. Load an older checkpoint."
+                f"{where} is not of one save: {name} is not what was saved with {folder}. Load an older checkpoint."
             )
+    place.check(extra.get("position"))
 
 
 def _newest_of(accelerator: Accelerator) -> Path:

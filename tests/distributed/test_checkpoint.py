@@ -409,6 +409,7 @@ def saved_twice(folder: str) -> None:
         shutil.rmtree(Path(folder) / "dist_adamw")
         shutil.move(Path(folder) / "before", Path(folder) / "dist_adamw")
     dist.barrier()
+    torch._foreach_add_([p.data for p in model.parameters()], 1.0)
     before = weights(model)
     with pytest.raises(CheckpointError, match=r"not of one save: custom_checkpoint_0.pkl is not what was saved with"):
         accelerator.load_state(folder)
@@ -418,6 +419,42 @@ def saved_twice(folder: str) -> None:
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_files_of_two_saves_to_one_folder_are_told_apart(world_size: int, tmp_path: Path) -> None:
     run_ranks(world_size, saved_twice, str(tmp_path / "checkpoint"))
+
+
+def says_beside(folder: str, extra: Any) -> str:
+    accelerator, *objects = job(2, 48)
+    model, *_ = prepare(accelerator, *objects)
+    accelerator.save_state(folder)
+    dist.barrier()
+    if dist.get_rank() == 0:
+        found = json.loads((Path(folder) / "dist_adamw" / "index.json").read_text())
+        del found["sha256"]
+        found["about"]["extra"] = extra
+        write_index(Path(folder) / "dist_adamw", found)
+    dist.barrier()
+    torch._foreach_add_([p.data for p in model.parameters()], 1.0)  # so that it shows when something is loaded
+    before = weights(model)
+    with pytest.raises(CheckpointError) as raised:
+        accelerator.load_state(folder)
+    assert all(torch.equal(a, b) for a, b in zip(before, weights(model), strict=True))
+    return str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ([], r"is damaged: what save_state adds is \[\]"),
+        ({"files": []}, r"is damaged: what save_state adds is \{'files': \[\]\}"),
+        ({"step": "4"}, r"is damaged: what save_state adds is \{'step': '4'\}"),
+        ({"position": "here"}, "this is no position in the data"),
+        ({"files": {"../other": [1, ""]}}, r"not of one save: \.\./other is not what was saved"),
+    ],
+)
+def test_what_stands_beside_the_tensors_is_checked_before_anything_changes(
+    extra: Any, message: str, tmp_path: Path
+) -> None:
+    for said in run_ranks(2, says_beside, str(tmp_path / "checkpoint"), extra):
+        assert re.search(message, said)
 
 
 def killed_in_save_state(folder: str) -> str:

@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -613,12 +614,9 @@ def not_for_rank_1(folder: str) -> None:
     """As where a rank's machine does not have the folder mounted, or may not look into it."""
     job, isdir = Job(), os.path.isdir
     save(folder, *job.all)
-    os.path.isdir = lambda path: dist.get_rank() == 0 and isdir(path)
-    try:
-        with pytest.raises(CheckpointError, match="is there on some ranks and missing on rank 1"):
-            load(folder, *job.all)
-    finally:
-        os.path.isdir = isdir
+    hidden = mock.patch.object(os.path, "isdir", lambda path: dist.get_rank() == 0 and isdir(path))
+    with hidden, pytest.raises(CheckpointError, match="is there on some ranks and missing on rank 1"):
+        load(folder, *job.all)
 
 
 def test_a_folder_that_one_rank_does_not_see_is_an_error_on_all(tmp_path: Path) -> None:
@@ -633,12 +631,9 @@ def cannot_compare(folder: str) -> None:
             raise MemoryError("no room for sums")
         return compute(tensors)
 
-    replicas.fingerprints = fails
-    try:
-        with pytest.raises(AgreementError, match=r"could not be compared: MemoryError: no room for sums \(rank 1\)"):
-            save(folder, *job.all)
-    finally:
-        replicas.fingerprints = compute
+    said = r"could not be compared: MemoryError: no room for sums \(rank 1\)"
+    with mock.patch.object(replicas, "fingerprints", fails), pytest.raises(AgreementError, match=said):
+        save(folder, *job.all)
     save(folder, *job.all)
 
 
@@ -662,11 +657,8 @@ def loads_while_another_saves(folder: str) -> int:
         dist.barrier()
         return make_room(*args)
 
-    checkpoint._make_room = saved_meanwhile
-    try:
+    with mock.patch.object(checkpoint, "_make_room", saved_meanwhile):
         loaded = load(folder, *job.all)
-    finally:
-        checkpoint._make_room = make_room
     assert all(torch.equal(p, q) for p, q in zip(job.model.parameters(), expected, strict=True))
     found = [m for shard in job.optimizer.shards for m in shard.moments.values()]
     assert all(torch.equal(p, q) for p, q in zip(found, moments, strict=True))
@@ -679,18 +671,11 @@ def test_a_load_reads_what_it_has_checked(tmp_path: Path) -> None:
 
 
 def fails_when_it_reads(folder: str) -> None:
-    job, read = Job(), checkpoint._read
+    job = Job()
     save(folder, *job.all)
-
-    def gone(*args: Any) -> None:
-        raise OSError("the disk is gone")
-
-    checkpoint._read = gone
-    try:
-        with pytest.raises(CheckpointError, match=r"the disk is gone.* are half loaded: load a checkpoint"):
-            load(folder, *job.all)
-    finally:
-        checkpoint._read = read
+    gone = mock.patch.object(checkpoint, "_read", side_effect=OSError("the disk is gone"))
+    with gone, pytest.raises(CheckpointError, match=r"the disk is gone.* are half loaded: load a checkpoint"):
+        load(folder, *job.all)
     load(folder, *job.all)
 
 
