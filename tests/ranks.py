@@ -47,7 +47,7 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout
     pool = _pools[world_size]
     try:
         return pool.run(function, args, timeout)
-    except RankError:
+    except BaseException:  # also Ctrl-C: the next job would get this one's answers
         _pools.pop(world_size).close()
         raise
 

@@ -5,59 +5,38 @@ Floor 4: knows Accelerate; nothing below knows it.
 
 from __future__ import annotations
 
-import contextlib
 import os
-import shutil
-import warnings
-from collections.abc import Iterable, Iterator
-from functools import partial
-from pathlib import Path
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from dist_adamw import collectives
-from dist_adamw.checkpoint import check_alike, everywhere, load, save
 from dist_adamw.conventions import unwrap
-from dist_adamw.folder import fingerprint
-from dist_adamw.held import bare
-from dist_adamw.index import INDEX, CheckpointError, read_index
 from dist_adamw.integrations.data import (
     LoaderFacts,
     Position,
     engine_of,
     loader_facts,
-    real_samples,
+    sample_source,
     shuffle_by_generator,
 )
-from dist_adamw.integrations.deepspeed import (
-    CLIPPING,
-    configure,
-    fill,
-    names_our_types,
-    register_deepspeed,
-)
-from dist_adamw.integrations.zero import accept_counts, prepare_deepspeed
+from dist_adamw.integrations.deepspeed import configure, fill, names_our_types, register_deepspeed
+from dist_adamw.integrations.prepared import PREPARED, Prepared, check_methods, take_over
+from dist_adamw.integrations.zero import prepare_deepspeed
 from dist_adamw.optimizer import DistAdamW
-from dist_adamw.random_state import restore_random_state
 from dist_adamw.replicas import CHECK_WEIGHTS_EVERY, ReplicaWatch, check_replicas
 from dist_adamw.scheduler import CyclicLRWithRestarts
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-FOLDER = "dist_adamw"
 DATA_PARALLEL = {"NO", "MULTI_CPU", "MULTI_GPU", "MULTI_NPU", "MULTI_MLU", "MULTI_XPU", "MULTI_HPU"}
 _ENGINES = {*DATA_PARALLEL, "FSDP", "DEEPSPEED"}
-# What Accelerate writes; other files in a folder may change as they like.
-_THEIRS = (
-    *("custom_checkpoint_*.pkl", "scaler.pt", "random_states_*.pkl", "sampler*.bin", "dl_state_dict*.bin"),
-    *("model*.safetensors", "pytorch_model*.bin", "optimizer*.bin", "scheduler*.bin"),
-)
 
 
 def prepare(
@@ -132,7 +111,7 @@ def prepare(
         _check_kept(optimizer, inner, groups)
     place = Position(dataloader, facts)
     dataloader.dist_adamw_position = place
-    scheduler.sample_source = lambda: real_samples(accelerator, place, dataloader)
+    scheduler.sample_source = sample_source(accelerator, place)
     watch = None
     if accelerator.num_processes > 1:
         whole = accelerator.unwrap_model(model)
@@ -143,13 +122,12 @@ def prepare(
             check_weights_every,
         )
         inner.register_step_pre_hook(watch.before_update)
-    if engine == "DEEPSPEED":
-        _warn_of_clipping(accelerator, float(config[CLIPPING]))
     if isinstance(inner, DistAdamW) and engine in DATA_PARALLEL:
         attach(accelerator, model, inner)
     if engine == "DEEPSPEED":
         prepare_deepspeed(model, scheduler)
-    _keep_state(accelerator, (model, wrapped, stepped), scheduler, place, watch, group)
+    PREPARED[wrapped] = Prepared(model, weakref.ref(stepped), scheduler, place, watch, group)
+    take_over(accelerator)
     return model, wrapped, dataloader, scheduler
 
 
@@ -175,23 +153,6 @@ def _check_kept(given: Optimizer, kept: Optimizer, groups: list[dict[str, Any]])
             f"the engine changed the parameter groups from {groups} to {_hyper_parameters(kept)}. Set nothing in its "
             "configuration that the optimizer's groups say."
         )
-
-
-def _warn_of_clipping(accelerator: Accelerator, engines: float) -> None:
-    """Have ``accelerator.clip_grad_norm_``, which only reports under DeepSpeed, say so where the loop counts on it."""
-    report = accelerator.clip_grad_norm_
-
-    def clip_grad_norm_(parameters: Any, max_norm: float, norm_type: float = 2) -> Any:
-        if max_norm != engines:
-            warnings.warn(
-                f"accelerator.clip_grad_norm_(max_norm={max_norm}) does not clip under DeepSpeed, whose "
-                f"gradient_clipping is {engines} (0.0: none). Pass max_grad_norm={max_norm} to DistAdamW, or write it "
-                "into the DeepSpeed configuration.",
-                stacklevel=2,
-            )
-        return report(parameters, max_norm, norm_type)
-
-    accelerator.clip_grad_norm_ = clip_grad_norm_
 
 
 def host_group(accelerator: Accelerator) -> dist.ProcessGroup | None:
@@ -247,6 +208,7 @@ def _checked_facts(
             "whose lr would stand still. Pass prepare the optimizer that the scheduler was built with."
         )
     check_engine(accelerator, optimizer)
+    check_methods(accelerator)
     facts = loader_facts(accelerator, dataloader)
     if scheduler.epoch_size is None and facts.epoch_size is None:
         raise ValueError(
@@ -287,6 +249,7 @@ def _checked_json(accelerator: Accelerator, dataloader: DataLoader[Any], schedul
         )
     if type(scheduler).__name__ != "DummyScheduler":
         raise ValueError(f"with DummyOptim pass accelerate.utils.DummyScheduler too, got {type(scheduler).__name__}.")
+    check_methods(accelerator)
     return loader_facts(accelerator, dataloader)
 
 
@@ -354,195 +317,4 @@ def attach(accelerator: Accelerator, model: nn.Module, optimizer: DistAdamW) -> 
     if optimizer.process_group is not None and not optimizer.shares_with(model.process_group):
         return  # state is shared among some of the ranks; DDP averages over all
     optimizer.attach(model)
-    clip_norm, clip_value = accelerator.clip_grad_norm_, accelerator.clip_grad_value_
-
-    def clip_grad_norm_(parameters: Tensor | Iterable[Tensor], max_norm: float, norm_type: float = 2) -> Tensor | None:
-        params = [parameters] if isinstance(parameters, Tensor) else list(parameters)
-        ours = {id(param) for group in optimizer.param_groups for param in group["params"]}
-        if accelerator.sync_gradients and any(id(param) in ours for param in params):
-            return optimizer.clip_grad_norm_(max_norm, norm_type, params)
-        return clip_norm(params, max_norm, norm_type)  # type: ignore[no-any-return]
-
-    def clip_grad_value_(parameters: Tensor | Iterable[Tensor], clip: float) -> None:
-        clip_value(parameters, clip)
-        optimizer.accept_gradients()
-
-    accelerator.clip_grad_norm_ = clip_grad_norm_
-    accelerator.clip_grad_value_ = clip_grad_value_
-
-
-def _keep_state(
-    accelerator: Accelerator,
-    prepared: tuple[nn.Module, Optimizer, Any],
-    scheduler: CyclicLRWithRestarts,
-    place: Position,
-    watch: ReplicaWatch | None,
-    group: dist.ProcessGroup | None,
-) -> None:
-    """Have ``save_state`` and ``load_state`` keep model, optimizer and schedule our way, and the rest Accelerate's.
-
-    Accelerate's own files of those three are pickles of one engine and number of ranks. What it keeps beside them
-    (custom objects, a scaler, random state for older readers) stays.
-    """
-    model, wrapped, _ = prepared
-    save_rest, load_rest = accelerator.save_state, accelerator.load_state
-    loaded_at: int | None = None  # the clock at the last load
-    lists = (accelerator._models, accelerator._optimizers, accelerator._schedulers)
-
-    def name() -> str | None:
-        # Accelerate forgets its objects in free_memory(), but not its methods; and it may have several models.
-        number = next((i for i, known in enumerate(accelerator._optimizers) if known is wrapped), None)
-        return None if number is None else FOLDER if number == 0 else f"{FOLDER}_{number}"
-
-    @contextlib.contextmanager
-    def without_ours() -> Iterator[None]:
-        before = [list(known) for known in lists]
-        hooks = (accelerator._save_model_state_pre_hook, accelerator._load_model_state_pre_hook)
-        kept = [dict(of) for of in hooks]
-        models = before[0]
-        for of in hooks:  # hooks see every model; those that write adapters take one for each
-            for key, hook in of.items():
-                of[key] = partial(_with_all_models, hook, models)
-        for known, ours in zip(lists, prepared, strict=True):
-            known[:] = [one for one in known if one is not ours and not (one is bare(model) and ours is model)]
-        try:
-            yield
-        finally:
-            for known, all_of_them in zip(lists, before, strict=True):
-                known[:] = all_of_them
-            for of, all_of_these in zip(hooks, kept, strict=True):
-                of.clear()
-                of.update(all_of_these)
-
-    def save_state(output_dir: str | None = None, *args: Any, **kwargs: Any) -> Any:
-        if (folder := name()) is None:
-            return save_rest(output_dir, *args, **kwargs)
-        if watch is not None:
-            watch.before_save()
-        output_dir = None if output_dir is None else str(Path(output_dir).expanduser())
-        config = accelerator.project_configuration
-        limit, config.total_limit = config.total_limit, None  # Accelerate would delete the oldest before it writes
-        try:
-            with without_ours():
-                where = everywhere(lambda: Path(save_rest(output_dir, *args, **kwargs)), group)
-        finally:
-            config.total_limit = limit
-        # Accelerate's count of micro-batches is of use only where updates cross epoch ends.
-        across = not accelerator.gradient_state.sync_with_dataloader
-        pending = 0 if accelerator.sync_gradients else accelerator.step % accelerator.gradient_accumulation_steps
-        size = place.facts.pass_samples
-        main = accelerator.is_main_process
-        everywhere(lambda: _remove_older_objects(accelerator, where) if main else None, group)
-        files = everywhere(lambda: _files_of(where) if main else {}, group)
-        count = (accelerator.step - pending) * size if across else 0
-        # A job that goes on without rest_of_epoch knows itself where it is.
-        left = place.idle and loaded_at not in (None, scheduler.samples)
-        position = everywhere(lambda: None if left else place.state_dict(pending), group)
-        extra = {"position": position, "step": count, "files": files}
-        # Last: when it is whole, all of it is there.
-        save(where / folder, model, wrapped, scheduler, extra=extra, compare_ranks=False, group=group)
-        if config.automatic_checkpoint_naming and limit is not None and accelerator.is_main_process:
-            others = [path for path in _numbered(where.parent) if path != where]
-            for old in others[: max(0, len(others) + 1 - max(limit, 1))]:
-                shutil.rmtree(old, ignore_errors=True)
-        return where
-
-    def load_state(input_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
-        nonlocal loaded_at
-        folder = name()
-        where = _newest_of(accelerator) if input_dir is None else Path(input_dir).expanduser()
-        if folder is None or not any(collectives.all_gather_objects(os.path.exists(where / folder), group)):
-            load_rest(input_dir, *args, **kwargs)
-            return
-        if watch is not None:
-            watch.settle()
-        check_alike(where / folder, group)
-        everywhere(lambda: _check_custom_objects(accelerator, where), group)
-        everywhere(lambda: _check_extra(where, folder, place), group)
-        loaded = load(where / folder, model, wrapped, scheduler, random_state=False, group=group)
-        with without_ours():
-            everywhere(lambda: load_rest(str(where), *args, **kwargs), group)
-        everywhere(lambda: restore_random_state(read_index(loaded.path)), group)  # Accelerate's has that of some ranks
-        everywhere(lambda: place.load_state_dict(loaded.extra.get("position")), group)
-        loaded_at = scheduler.samples
-        if engine_of(accelerator) == "DEEPSPEED":
-            accept_counts(model, loaded)
-        accelerator.step = loaded.extra.get("step", 0) // place.facts.pass_samples
-        if where in (numbered := _numbered(where.parent)) and where.parent == _automatic(accelerator):
-            # The next is to be the newest, also for Accelerate.
-            accelerator.project_configuration.iteration = _number(numbered[-1]) + 1
-
-    accelerator.save_state, accelerator.load_state = save_state, load_state
-
-
-def _with_all_models(hook: Any, models: list[nn.Module], _: Any, *rest: Any) -> None:
-    """Call a hook of ``save_state`` (models, weights, folder) or ``load_state`` (models, folder)."""
-    told = [[None] * len(models)] if len(rest) == 2 else []
-    hook(list(models), *told, rest[-1])
-
-
-def _check_custom_objects(accelerator: Accelerator, folder: Path) -> None:
-    """What Accelerate would find out when all else has been loaded. Local."""
-    found = len([*folder.glob("custom_checkpoint_*.pkl")])
-    if found != len(accelerator._custom_objects):
-        raise CheckpointError(
-            f"{folder} has the state of {found} custom objects, and {len(accelerator._custom_objects)} are registered. "
-            "Register the same ones (register_for_checkpointing)."
-        )
-
-
-def _remove_older_objects(accelerator: Accelerator, where: Path) -> None:
-    """Remove what an earlier save to this folder wrote of more custom objects than there are. Local."""
-    custom = {f"custom_checkpoint_{i}.pkl" for i in range(len(accelerator._custom_objects))}
-    for path in where.glob("custom_checkpoint_*.pkl"):
-        if path.name not in custom:
-            path.unlink()
-
-
-def _files_of(where: Path) -> dict[str, Any]:
-    """Size and checksum of what Accelerate has written beside ours. Local."""
-    return {path.name: fingerprint(path) for pattern in _THEIRS for path in where.glob(pattern) if path.is_file()}
-
-
-def _check_extra(where: Path, folder: str, place: Position) -> None:
-    """Raise where what `save_state` said beside the tensors cannot be gone on with. Local.
-
-    Files of another save than ours are what a kill between the two leaves.
-    """
-    extra = read_index(where / folder).about.get("extra", {})
-    files = extra.get("files", {}) if isinstance(extra, dict) else None
-    if not isinstance(files, dict) or not isinstance(extra.get("step", 0), int):
-        raise CheckpointError(f"{where / folder} is damaged: what save_state adds is {str(extra)[:200]}.")
-    for name, facts in files.items():
-        path = where / name
-        if not path.resolve().is_relative_to(where.resolve()) or not path.is_file() or fingerprint(path) != facts:
-            raise CheckpointError(
-                f"{where} is not of one save: {name} is not what was saved with {folder}. Load an older checkpoint."
-            )
-    place.check(extra.get("position"))
-
-
-def _newest_of(accelerator: Accelerator) -> Path:
-    """What ``load_state()`` takes under automatic checkpoint naming: the newest that was written to the end."""
-    numbered = _numbered(folder := _automatic(accelerator))
-    if not accelerator.project_configuration.automatic_checkpoint_naming or not numbered:
-        raise ValueError(f"no checkpoint was named, and {folder} has none. Pass load_state(<folder>).")
-    whole = [path for path in numbered if any(path.glob(f"{FOLDER}*/{INDEX}"))] or numbered
-    if whole[-1] != numbered[-1]:
-        warnings.warn(f"{numbered[-1]} was not written to the end: {whole[-1]} is loaded.", stacklevel=3)
-    return whole[-1]
-
-
-def _automatic(accelerator: Accelerator) -> Path:
-    """Where Accelerate keeps the checkpoints that it names."""
-    return Path(accelerator.project_dir or ".") / "checkpoints"
-
-
-def _number(path: Path) -> int:
-    return int(path.name.removeprefix("checkpoint_"))
-
-
-def _numbered(folder: Path) -> list[Path]:
-    """Checkpoints that Accelerate has named, oldest first."""
-    found = [path for path in folder.glob("checkpoint_*") if path.name.removeprefix("checkpoint_").isdecimal()]
-    return sorted(found, key=_number)
+    take_over(accelerator)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import warnings
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sized
 from dataclasses import dataclass, replace
@@ -152,34 +153,39 @@ def _pass_length(dataloader: DataLoader[Any]) -> int | None:
     return None
 
 
-def real_samples(accelerator: Accelerator, place: Position, dataloader: DataLoader[Any]) -> int | None:
-    """Real samples of the update being applied, all ranks together; None where the loader cannot say.
+def sample_source(accelerator: Accelerator, place: Position) -> Callable[[], int | None]:
+    """What tells the real samples of the update being applied, all ranks together; None where the loader cannot say.
 
     Accelerate pads the last batches of an epoch so that every rank has one; repeated samples are
     not counted. None for another loader than the prepared one (or its `skip_first_batches`).
     """
-    state, facts = accelerator.gradient_state, place.rest
-    active = state.active_dataloader
-    if facts.samples is None or active is None or active.dataset is not dataloader.dataset:
-        return None
-    accumulation = int(state.num_steps)
-    missing = facts.pass_samples - facts.last_pass_samples
-    if not state.sync_with_dataloader:  # updates run across epoch ends: how many last batches are inside?
-        if len(place.given) >= accumulation:
-            return sum([*place.given][-accumulation:])
-        passes = -(-facts.samples // facts.pass_samples)
-        step = int(accelerator.step)
-        return accumulation * facts.pass_samples - missing * (step // passes - (step - accumulation) // passes)
-    if not state.end_of_dataloader:
-        return accumulation * facts.pass_samples
-    in_window: int = len(active) % accumulation or accumulation
-    return in_window * facts.pass_samples - missing
+    state, owner = accelerator.gradient_state, weakref.ref(accelerator)
+
+    def real_samples() -> int | None:
+        facts, active = place.rest, state.active_dataloader
+        if facts.samples is None or active is None or active.dataset is not place.loader.dataset:
+            return None
+        accumulation = int(state.num_steps)
+        missing = facts.pass_samples - facts.last_pass_samples
+        if not state.sync_with_dataloader:  # updates run across epoch ends: how many last batches are inside?
+            if len(place.given) >= accumulation:
+                return sum([*place.given][-accumulation:])
+            passes = -(-facts.samples // facts.pass_samples)
+            step = int(getattr(owner(), "step", 0))
+            return accumulation * facts.pass_samples - missing * (step // passes - (step - accumulation) // passes)
+        if not state.end_of_dataloader:
+            return accumulation * facts.pass_samples
+        in_window: int = len(active) % accumulation or accumulation
+        return in_window * facts.pass_samples - missing
+
+    return real_samples
 
 
 class Position:
     """Where in the data a job stands: as many samples into which epoch, all ranks together.
 
-    The samples of an epoch come in one order on any number of ranks, so their number says which are left.
+    The samples of an epoch come in one order on any number of ranks, so their number says which are left. The loader
+    has it, and it has the loader weakly: one that nobody has any more ends its workers at once.
 
     Attributes:
         epoch: Passes over the loader that are complete.
@@ -190,7 +196,7 @@ class Position:
     """
 
     def __init__(self, loader: DataLoader[Any], facts: LoaderFacts) -> None:
-        self.loader, self.facts = loader, facts
+        self._loader, self.facts = weakref.ref(loader), facts
         self.epoch = self.samples = self.start = 0
         self.given: deque[int] = deque(maxlen=facts.batch.gradient_accumulation_steps)
         self.idle = True
@@ -198,6 +204,17 @@ class Position:
         self._order: str | None = None  # state of the generator that shuffles, when it began with this epoch
         self._resumed: _Order | None = None  # for the next pass
         self._before: tuple[int, str | None] = (0, None)  # start and order of the epoch before
+
+    @property
+    def loader(self) -> Any:
+        """As `prepare` returned it.
+
+        Raises:
+            ValueError: nobody has it any more.
+        """
+        if (loader := self._loader()) is None:
+            raise ValueError("the loader of this position is gone. Keep what prepare returned.")
+        return loader
 
     @property
     def rest(self) -> LoaderFacts:
@@ -315,7 +332,9 @@ class Position:
         self._order = _state_of(generator)
 
     def __iter__(self) -> Iterator[Any]:
-        loader: Any = self.loader
+        return self._batches(self.loader)  # which it keeps from now on
+
+    def _batches(self, loader: Any) -> Iterator[Any]:
         self.start, size, loads = self.samples, self.facts.pass_samples, self._loads
         self.idle = False
         if (order := self._order) is not None:  # a loop was left

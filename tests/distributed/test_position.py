@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import multiprocessing
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -269,6 +271,35 @@ def test_one_order_for_every_number_of_ranks(tmp_path: Path) -> None:
         ]
         resumed = run_ranks(ranks, with_dropout, "DDP", {}, {}, saves[9], 14)[0]
         assert [row[0] for row in resumed] == [row[0] for row in alone[9:]]
+
+
+def is_left(engine: str, updates: int) -> bool:
+    """Whether a loader lives on when nobody has it any more."""
+    gc.disable()
+    try:
+        with accelerator_on(engine, 1) as accelerator:
+            model: Any = nn.Linear(1, 8)
+            optimizer: Any = DistAdamW(model.parameters())
+            scheduler = CyclicLRWithRestarts(optimizer, restart_period=2)
+            data = DataLoader(TensorDataset(torch.arange(24.0).view(-1, 1)), 4, shuffle=True)
+            model, optimizer, loader, scheduler = prepare(accelerator, model, optimizer, data, scheduler)
+            for (x,) in itertools.islice(rest_of_epoch(loader), updates):
+                accelerator.backward(model(x).square().mean())
+                optimizer.step()
+                scheduler.step()
+            known = weakref.ref(loader.base_dataloader)
+            accelerator._dataloaders.clear()  # as with the accelerator's end; the test has that itself
+            del loader, data
+            return known() is not None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("updates", [0, 2, 4])
+@pytest.mark.parametrize("engine", ["DDP", "FSDP2", "ZeRO-2", "ZeRO-3"])
+def test_a_loader_that_nobody_has_goes_at_once(engine: str, updates: int) -> None:
+    """The collector would wait for its workers, for 5 seconds each."""
+    assert run_ranks(2, is_left, engine, updates) == [False] * 2
 
 
 # Micro-batches of 4 samples, so many an update, and after which the job is stopped.

@@ -50,6 +50,7 @@ FLOORS = {
     "integrations.deepspeed": 4,
     "integrations.data": 4,
     "integrations.zero": 4,
+    "integrations.prepared": 4,
     "integrations.accelerate": 4,
     "integrations.transformers": 4,
     "cli": 5,
