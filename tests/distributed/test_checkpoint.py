@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from dist_adamw import CheckpointError, CyclicLRWithRestarts, DistAdamW, prepare
+from dist_adamw.conventions import unwrap
 from dist_adamw.index import damage, read_index, write_index
 from tests.distributed.jobs import RECIPE, Row, epochs, job
 from tests.ranks import expect_error_on_all, run_ranks
@@ -237,6 +238,52 @@ def prepare_again_after_free_memory(folder: str) -> None:
 
 def test_preparing_again_after_free_memory(tmp_path: Path) -> None:
     run_ranks(2, prepare_again_after_free_memory, str(tmp_path))
+
+
+def two_models(folder: str, how: str) -> list[Any]:
+    """As of a generator and a discriminator: two sets of objects of one accelerator, one of them ahead."""
+    accelerator, *first = job(1, 48, loader={"batch_size": 2})
+    _, *second = job(1, 48, loader={"batch_size": 2}, width=24)
+    both = [prepare(accelerator, *objects) for objects in (first, second)]
+    if how == "save":
+        for prepared, count in zip(both, (5, 9), strict=True):
+            for _ in zip(range(count), epochs(accelerator, *prepared, count=2), strict=False):
+                pass
+        accelerator.save_state(folder)
+    elif how == "load":
+        accelerator.load_state(folder)
+    else:  # what is wrong with one keeps both from being loaded
+        torch._foreach_add_([p.data for model, *_ in both for p in model.parameters()], 1.0)
+        before = [weights(model) for model, *_ in both]
+        with pytest.raises(CheckpointError, match="this is no position in the data"):
+            accelerator.load_state(folder)
+        for (model, *_), kept in zip(both, before, strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(kept, weights(model), strict=True))
+    return [
+        (
+            scheduler.samples,
+            optimizer.param_groups[0]["lr"],
+            [w.tolist() for w in weights(model)],
+            unwrap(optimizer).updates,
+        )
+        for model, optimizer, _, scheduler in both
+    ]
+
+
+def test_two_models_of_one_accelerator(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoint"
+    saved = run_ranks(2, two_models, str(folder), "save")
+    assert sorted(path.name for path in folder.glob("dist_adamw*")) == ["dist_adamw", "dist_adamw_1"]
+    first, second = saved[0]
+    assert (first[0], second[0]) == (20, 36)
+    for world_size in (1, 2, 3):
+        for found in run_ranks(world_size, two_models, str(folder), "load"):
+            assert found == saved[0]
+    index = json.loads((folder / "dist_adamw" / "index.json").read_text())
+    del index["sha256"]
+    index["about"]["extra"]["position"] = "here"
+    write_index(folder / "dist_adamw", index)
+    run_ranks(2, two_models, str(folder), "refused")
 
 
 def save_that_fails(folder: str) -> None:
