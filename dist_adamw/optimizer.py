@@ -466,11 +466,6 @@ class DistAdamW(Optimizer):
         self._path.listen(model)
         self._attached = [*self._attached, weakref.ref(model)]
 
-    @property
-    def attached(self) -> bool:
-        """Whether gradients are reduced to the ranks that own them: `attach`."""
-        return self._path is not None
-
     @torch.no_grad()
     def clip_grad_norm_(
         self, max_norm: float, norm_type: float = 2.0, parameters: Iterable[Tensor] | None = None

@@ -25,8 +25,8 @@ from dist_adamw.integrations.data import (
     sample_source,
     shuffle_by_generator,
 )
-from dist_adamw.integrations.deepspeed import configure, fill, names_our_types, register_deepspeed
-from dist_adamw.integrations.prepared import PREPARED, Prepared, check_methods, take_over
+from dist_adamw.integrations.deepspeed import CLIPPING, configure, fill, names_our_types, register_deepspeed
+from dist_adamw.integrations.prepared import Prepared, keep, take_over
 from dist_adamw.integrations.zero import prepare_deepspeed
 from dist_adamw.optimizer import DistAdamW
 from dist_adamw.replicas import CHECK_WEIGHTS_EVERY, ReplicaWatch, check_replicas
@@ -126,8 +126,8 @@ def prepare(
         attach(accelerator, model, inner)
     if engine == "DEEPSPEED":
         prepare_deepspeed(model, scheduler)
-    PREPARED[wrapped] = Prepared(model, weakref.ref(stepped), scheduler, place, watch, group)
-    take_over(accelerator)
+    clipping = float(config[CLIPPING]) if engine == "DEEPSPEED" else None
+    keep(accelerator, wrapped, Prepared(model, weakref.ref(stepped), scheduler, place, watch, group, clipping))
     return model, wrapped, dataloader, scheduler
 
 
@@ -208,7 +208,6 @@ def _checked_facts(
             "whose lr would stand still. Pass prepare the optimizer that the scheduler was built with."
         )
     check_engine(accelerator, optimizer)
-    check_methods(accelerator)
     facts = loader_facts(accelerator, dataloader)
     if scheduler.epoch_size is None and facts.epoch_size is None:
         raise ValueError(
@@ -249,7 +248,6 @@ def _checked_json(accelerator: Accelerator, dataloader: DataLoader[Any], schedul
         )
     if type(scheduler).__name__ != "DummyScheduler":
         raise ValueError(f"with DummyOptim pass accelerate.utils.DummyScheduler too, got {type(scheduler).__name__}.")
-    check_methods(accelerator)
     return loader_facts(accelerator, dataloader)
 
 
@@ -317,4 +315,4 @@ def attach(accelerator: Accelerator, model: nn.Module, optimizer: DistAdamW) -> 
     if optimizer.process_group is not None and not optimizer.shares_with(model.process_group):
         return  # state is shared among some of the ranks; DDP averages over all
     optimizer.attach(model)
-    take_over(accelerator)
+    take_over(accelerator, optimizer)

@@ -6,6 +6,7 @@ Floor 4: knows Accelerate's loaders.
 from __future__ import annotations
 
 import contextlib
+import copy
 import itertools
 import warnings
 import weakref
@@ -163,15 +164,18 @@ def sample_source(accelerator: Accelerator, place: Position) -> Callable[[], int
 
     def real_samples() -> int | None:
         facts, active = place.rest, state.active_dataloader
-        if facts.samples is None or active is None or active.dataset is not place.loader.dataset:
+        if facts.samples is None or active is None or place.is_gone:
+            return None
+        if active.dataset is not place.loader.dataset:
             return None
         accumulation = int(state.num_steps)
         missing = facts.pass_samples - facts.last_pass_samples
         if not state.sync_with_dataloader:  # updates run across epoch ends: how many last batches are inside?
             if len(place.given) >= accumulation:
                 return sum([*place.given][-accumulation:])
-            passes = -(-facts.samples // facts.pass_samples)
-            step = int(getattr(owner(), "step", 0))
+            if (accelerator := owner()) is None:
+                return None
+            passes, step = -(-facts.samples // facts.pass_samples), int(accelerator.step)
             return accumulation * facts.pass_samples - missing * (step // passes - (step - accumulation) // passes)
         if not state.end_of_dataloader:
             return accumulation * facts.pass_samples
@@ -215,6 +219,22 @@ class Position:
         if (loader := self._loader()) is None:
             raise ValueError("the loader of this position is gone. Keep what prepare returned.")
         return loader
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether nobody has the loader any more. Local."""
+        return self._loader() is None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Position:
+        """In a copy of the loader: that one's."""
+        copied = copy.copy(self)
+        memo[id(self)] = copied
+        for name, value in vars(self).items():
+            if name != "_loader":
+                setattr(copied, name, copy.deepcopy(value, memo))
+        if (theirs := memo.get(id(self._loader()))) is not None:
+            copied._loader = weakref.ref(theirs)
+        return copied
 
     @property
     def rest(self) -> LoaderFacts:
@@ -279,6 +299,8 @@ class Position:
         self.idle = True
         self.given.clear()
         self._loads += 1
+        if self.is_gone:
+            return
         if state["seed"] is not None and (sampler := _sampler(self.loader)) is not None:
             sampler.initial_seed = state["seed"]
 
@@ -447,7 +469,7 @@ class _Rest(Sampler[Any]):
         return max(0, len(self.sampler) - self.start)
 
     def __getattr__(self, name: str) -> Any:  # set_epoch, and what else Accelerate asks its samplers
-        return getattr(self.__dict__["sampler"], name)
+        return getattr(vars(self).get("sampler"), name)  # none yet while it is being copied
 
 
 def _batches(loader: Any) -> Any:

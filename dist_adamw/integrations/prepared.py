@@ -3,17 +3,18 @@
 Floor 4: knows Accelerate.
 
 Nothing here keeps a model, an optimizer or a loader that ``accelerator.free_memory()`` has let go, or an accelerator
-that nobody has any more: a loader that waits for the garbage collector has workers, and torch ends those by waiting.
+that nobody has any more: if the garbage collector has to end a loader's workers, it waits for 5 seconds for each.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import shutil
 import warnings
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,12 +26,10 @@ from torch.optim import Optimizer
 
 from dist_adamw import collectives
 from dist_adamw.checkpoint import check_alike, everywhere, load, save
-from dist_adamw.conventions import unwrap
 from dist_adamw.folder import fingerprint
 from dist_adamw.held import bare
 from dist_adamw.index import INDEX, CheckpointError, read_index
 from dist_adamw.integrations.data import Position, engine_of
-from dist_adamw.integrations.deepspeed import CLIPPING
 from dist_adamw.integrations.zero import accept_counts
 from dist_adamw.optimizer import DistAdamW
 from dist_adamw.random_state import restore_random_state
@@ -50,7 +49,7 @@ _THEIRS = (
 
 @dataclass(eq=False, slots=True)
 class Prepared:
-    """What goes with an optimizer that ``prepare`` returned.
+    """What goes with an optimizer that `prepare` returned, and is kept by it.
 
     Attributes:
         model: As prepared.
@@ -59,6 +58,7 @@ class Prepared:
         place: In the data.
         watch: What compares ranks; None for one rank.
         group: For messages on the host.
+        clipping: To which norm DeepSpeed clips; None where it does not run.
         loaded_at: The clock at the last load.
     """
 
@@ -68,35 +68,44 @@ class Prepared:
     place: Position
     watch: ReplicaWatch | None
     group: dist.ProcessGroup | None
+    clipping: float | None
     loaded_at: int | None = None
 
 
-# By what Accelerate has among its optimizers, and for as long as it is there.
-PREPARED: weakref.WeakKeyDictionary[Optimizer, Prepared] = weakref.WeakKeyDictionary()
+def keep(accelerator: Accelerator, optimizer: Optimizer, prepared: Prepared) -> None:
+    """Have ``accelerator.save_state`` and the like know of an optimizer that it has prepared. Local."""
+    optimizer.dist_adamw_prepared = prepared  # type: ignore[attr-defined]
+    take_over(accelerator)
 
 
-def take_over(accelerator: Accelerator) -> None:
+def take_over(accelerator: Accelerator, attached: DistAdamW | None = None) -> None:
     """Give an accelerator the methods of `AfterPrepare`. Local.
 
     By its class, as ``fully_shard`` does it: a function among its attributes that calls its own method would keep it.
+
+    Args:
+        accelerator: Any; what somebody has put in the place of one of its methods is done where Accelerate's would be.
+        attached: An optimizer whose gradients are now reduced to their owners.
     """
-    cls = type(accelerator)
+    ours: Any = accelerator
     if not isinstance(accelerator, AfterPrepare):
-        accelerator.__class__ = type(cls.__name__, (AfterPrepare, cls), {"__module__": cls.__module__})
+        cls = type(accelerator)
+        names = [name for name in _METHODS if name in vars(accelerator) or not hasattr(cls, name)]
+        rest = {name: getattr(accelerator, name) for name in names}
+        for name in names:
+            vars(accelerator).pop(name, None)
+        accelerator.__class__ = _with_ours_first(cls)  # type: ignore[arg-type]
+        ours.dist_adamw_rest, ours.dist_adamw_attached = rest, []
+    if attached is not None:
+        ours.dist_adamw_attached.append(weakref.ref(attached))
 
 
-def check_methods(accelerator: Accelerator) -> None:
-    """Refuse an accelerator of which somebody has replaced what `take_over` would replace. Local.
+@functools.cache
+def _with_ours_first(cls: type) -> type:
+    return type(cls.__name__, (AfterPrepare, cls), {"__module__": cls.__module__})
 
-    Raises:
-        ValueError: names the method.
-    """
-    for name in ("save_state", "load_state", "clip_grad_norm_", "clip_grad_value_"):
-        if name in vars(accelerator):
-            raise ValueError(
-                f"accelerator.{name} was replaced by {vars(accelerator)[name]!r}, which would pass by what prepare "
-                "does there. Replace it after prepare."
-            )
+
+_METHODS = ("save_state", "load_state", "clip_grad_norm_", "clip_grad_value_")
 
 
 class AfterPrepare:
@@ -105,11 +114,24 @@ class AfterPrepare:
     ``save_state`` and ``load_state`` keep models, optimizers and schedules our way, and the rest Accelerate's, whose
     own files of those three are pickles of one engine and number of ranks. What it keeps beside them (custom objects, a
     scaler, random state for older readers) stays.
+
+    Attributes:
+        dist_adamw_rest: What is done instead of Accelerate's own, by name of the method.
+        dist_adamw_attached: Optimizers that have gradients reduced to their owners.
     """
+
+    dist_adamw_rest: dict[str, Callable[..., Any]]
+    dist_adamw_attached: list[weakref.ref[DistAdamW]]
+
+    def __init_subclass__(cls) -> None:
+        """Nothing: what Accelerate's class asks of its subclasses is not meant for this one."""
+
+    def _rest(self, name: str) -> Any:
+        return self.dist_adamw_rest[name] if name in self.dist_adamw_rest else getattr(super(), name)
 
     def save_state(self: Any, output_dir: str | None = None, *args: Any, **kwargs: Any) -> Any:
         """As Accelerate's, of what `prepare` returned in any engine's and number of ranks' terms. Collective."""
-        save_rest, ours = super().save_state, _known(self)  # type: ignore[misc]
+        save_rest, ours = self._rest("save_state"), _known(self)
         if not ours:
             return save_rest(output_dir, *args, **kwargs)
         for one in ours.values():
@@ -139,8 +161,11 @@ class AfterPrepare:
         return where
 
     def load_state(self: Any, input_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
-        """As Accelerate's, saved on any engine and number of ranks; all is checked first. Collective."""
-        load_rest, ours = super().load_state, _known(self)  # type: ignore[misc]
+        """As Accelerate's, of what was saved on any engine and number of ranks. Collective.
+
+        What is of this is checked before anything is loaded, but for another model's: that, before it is.
+        """
+        load_rest, ours = self._rest("load_state"), _known(self)
         where = Path(input_dir).expanduser() if input_dir is not None else _newest_of(self) if ours else Path()
         ours = {
             optimizer: one
@@ -184,30 +209,30 @@ class AfterPrepare:
     ) -> Tensor | None:
         """As Accelerate's, by the norm of the whole model where each rank has a part of it. Collective."""
         params = [parameters] if isinstance(parameters, Tensor) else list(parameters)
-        if engine_of(self) == "DEEPSPEED":
-            engines = float(self.deepspeed_plugin.deepspeed_config[CLIPPING])
-            if max_norm != engines:
+        for one in _known(self).values():
+            if one.clipping not in (None, max_norm):
                 warnings.warn(
                     f"accelerator.clip_grad_norm_(max_norm={max_norm}) does not clip under DeepSpeed, whose "
-                    f"gradient_clipping is {engines} (0.0: none). Pass max_grad_norm={max_norm} to DistAdamW, or write "
-                    "it into the DeepSpeed configuration.",
+                    f"gradient_clipping is {one.clipping} (0.0: none). Pass max_grad_norm={max_norm} to DistAdamW, or "
+                    "write it into the DeepSpeed configuration.",
                     stacklevel=2,
                 )
         if self.sync_gradients and (attached := _attached(self, params)):
             return attached[-1].clip_grad_norm_(max_norm, norm_type, params)
-        return super().clip_grad_norm_(params, max_norm, norm_type)  # type: ignore[misc,no-any-return]
+        return self._rest("clip_grad_norm_")(params, max_norm, norm_type)  # type: ignore[no-any-return]
 
     def clip_grad_value_(self: Any, parameters: Tensor | Iterable[Tensor], clip_value: float) -> None:
         """As Accelerate's. Local."""
         params = [parameters] if isinstance(parameters, Tensor) else list(parameters)
-        super().clip_grad_value_(params, clip_value)  # type: ignore[misc]
+        self._rest("clip_grad_value_")(params, clip_value)
         for optimizer in _attached(self, params):
             optimizer.accept_gradients()
 
 
-def _known(accelerator: Accelerator) -> dict[Optimizer, Prepared]:
+def _known(accelerator: Any) -> dict[Optimizer, Prepared]:
     """What `prepare` has put together, and Accelerate has not forgotten. Local."""
-    return {one: PREPARED[one] for one in accelerator._optimizers if one in PREPARED}
+    optimizers = accelerator._optimizers
+    return {one: one.dist_adamw_prepared for one in optimizers if hasattr(one, "dist_adamw_prepared")}
 
 
 def _folder_of(accelerator: Accelerator, optimizer: Optimizer) -> str:
@@ -215,17 +240,11 @@ def _folder_of(accelerator: Accelerator, optimizer: Optimizer) -> str:
     return FOLDER if number == 0 else f"{FOLDER}_{number}"
 
 
-def _attached(accelerator: Accelerator, params: list[Tensor]) -> list[DistAdamW]:
+def _attached(accelerator: AfterPrepare, params: list[Tensor]) -> list[DistAdamW]:
     """Optimizers that have some of these parameters' gradients reduced to their owners. Local."""
     chosen = {id(param) for param in params}
-    inner = [unwrap(optimizer) for optimizer in accelerator._optimizers]
-    return [
-        one
-        for one in inner
-        if isinstance(one, DistAdamW)
-        and one.attached
-        and any(id(param) in chosen for group in one.param_groups for param in group["params"])
-    ]
+    known = [optimizer for one in accelerator.dist_adamw_attached if (optimizer := one()) is not None]
+    return [one for one in known if any(id(param) in chosen for group in one.param_groups for param in group["params"])]
 
 
 @contextlib.contextmanager
@@ -287,7 +306,7 @@ def _extra_of(accelerator: Accelerator, one: Prepared, files: dict[str, Any]) ->
     across = not accelerator.gradient_state.sync_with_dataloader
     count = (accelerator.step - pending) * one.place.facts.pass_samples if across else 0
     # A job that goes on without rest_of_epoch knows itself where it is.
-    left = one.place.idle and one.loaded_at not in (None, one.scheduler.samples)
+    left = one.place.is_gone or (one.place.idle and one.loaded_at not in (None, one.scheduler.samples))
     return {"position": None if left else one.place.state_dict(pending), "step": count, "files": files}
 
 

@@ -263,9 +263,11 @@ def test_a_scheduler_of_another_optimizer_is_refused() -> None:
 # ---------------------------------------------------------------- clipping
 
 
-def clipped_by_accelerate(max_norm: float) -> None:
+def clipped_by_accelerate(max_norm: float, forgotten: bool) -> None:
     accelerator, *objects = job(2, 48, loader={"batch_size": 4}, optimizer={"eps": 0.1})
     model, optimizer, loader, _ = prepare(accelerator, *objects)
+    if forgotten:  # somebody frees memory in mid-training, and has the objects himself
+        accelerator.free_memory()
     twin = model_of_two_layers()
     reference = torch.optim.AdamW(twin.parameters(), lr=1e-2, eps=0.1, fused=True)
     for x, y in loader:
@@ -289,9 +291,10 @@ def clipped_by_accelerate(max_norm: float) -> None:
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-7)  # the norm is summed in another order
 
 
+@pytest.mark.parametrize("forgotten", [False, True])
 @pytest.mark.parametrize("world_size", [1, 3])
-def test_accelerates_own_clipping_is_right(world_size: int) -> None:
-    run_ranks(world_size, clipped_by_accelerate, 0.1)
+def test_accelerates_own_clipping_is_right(world_size: int, forgotten: bool) -> None:
+    run_ranks(world_size, clipped_by_accelerate, 0.1, forgotten)
 
 
 # ---------------------------------------------------------------- agreement

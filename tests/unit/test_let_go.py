@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import weakref
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.utils.data import DataLoader, TensorDataset
 
 from dist_adamw import CyclicLRWithRestarts, DistAdamW, position, prepare, rest_of_epoch
@@ -24,27 +27,34 @@ def uncollected() -> Iterator[None]:
     gc.enable()
 
 
-def trained(accelerator: Accelerator, steps: int) -> dict[str, weakref.ref[Any]]:
-    model = nn.Linear(1, 1)
-    optimizer = DistAdamW(model.parameters())
+def objects() -> tuple[nn.Module, DistAdamW, DataLoader[Any], CyclicLRWithRestarts]:
+    optimizer = DistAdamW((model := nn.Linear(1, 1)).parameters())
     scheduler = CyclicLRWithRestarts(optimizer, restart_period=1)
-    data = DataLoader(TensorDataset(torch.arange(8.0).view(-1, 1)), 2)
-    objects = prepare(accelerator, model, optimizer, data, scheduler)
-    for (x,), _ in zip(rest_of_epoch(objects[2]), range(steps), strict=False):
-        accelerator.backward(objects[0](x).square().mean())
-        accelerator.clip_grad_norm_(objects[0].parameters(), 1.0)
-        for one in (objects[1], objects[3]):
-            one.step()
-        objects[1].zero_grad()
-    return dict(zip(("model", "optimizer", "loader", "scheduler"), map(weakref.ref, objects), strict=True))
+    return model, optimizer, DataLoader(TensorDataset(torch.arange(8.0).view(-1, 1)), 2), scheduler
 
 
-@pytest.mark.parametrize("steps", [0, 2, 4])
+def update(accelerator: Accelerator, model: nn.Module, optimizer: Optimizer, batch: list[Tensor]) -> None:
+    accelerator.backward(model(batch[0]).square().mean())
+    accelerator.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def trained(accelerator: Accelerator, updates: int) -> dict[str, weakref.ref[Any]]:
+    model, optimizer, loader, scheduler = prepare(accelerator, *objects())
+    for batch, _ in zip(rest_of_epoch(loader), range(updates), strict=False):
+        update(accelerator, model, optimizer, batch)
+        scheduler.step()
+    made = {"model": model, "optimizer": optimizer, "loader": loader, "scheduler": scheduler}
+    return {name: weakref.ref(one) for name, one in made.items()}
+
+
+@pytest.mark.parametrize("updates", [0, 2, 4])
 @pytest.mark.usefixtures("uncollected")
-def test_nothing_waits_for_the_collector(steps: int) -> None:
+def test_nothing_waits_for_the_collector(updates: int) -> None:
     accelerator = Accelerator(cpu=True)
     known = weakref.ref(accelerator)
-    left = trained(accelerator, steps)
+    left = trained(accelerator, updates)
     assert all(one() is not None for one in left.values())  # Accelerate has them
     del accelerator
     assert known() is None
@@ -61,10 +71,7 @@ def test_free_memory_frees_the_memory() -> None:
 
 def test_a_loop_keeps_its_loader() -> None:
     accelerator = Accelerator(cpu=True)
-    optimizer = DistAdamW((model := nn.Linear(1, 1)).parameters())
-    scheduler = CyclicLRWithRestarts(optimizer, restart_period=1)
-    data = DataLoader(TensorDataset(torch.arange(8.0).view(-1, 1)), 2)
-    *_, loader, _ = prepare(accelerator, model, optimizer, data, scheduler)
+    *_, loader, _ = prepare(accelerator, *objects())
     place, loop = position(loader), rest_of_epoch(loader)
     del accelerator, loader
     gc.collect()
@@ -75,11 +82,66 @@ def test_a_loop_keeps_its_loader() -> None:
         place.state_dict()
 
 
-def test_methods_that_somebody_has_replaced_are_refused() -> None:
+def test_what_keeps_itself_goes_with_the_next_collection() -> None:
     accelerator = Accelerator(cpu=True)
-    accelerator.save_state = print
-    optimizer = DistAdamW((model := nn.Linear(1, 1)).parameters())
-    scheduler = CyclicLRWithRestarts(optimizer, restart_period=1)
-    data = DataLoader(TensorDataset(torch.arange(8.0).view(-1, 1)), 2)
-    with pytest.raises(ValueError, match=r"accelerator.save_state was replaced by .* Replace it after prepare"):
-        prepare(accelerator, model, optimizer, data, scheduler)
+    model, optimizer, *_ = prepare(accelerator, *objects())
+    model.optimizer = optimizer  # type: ignore[assignment]
+    known = weakref.ref(model)
+    del model, optimizer, _
+    accelerator.free_memory()
+    gc.collect()
+    assert known() is None
+
+
+def test_another_loader_after_free_memory(tmp_path: Path) -> None:
+    accelerator = Accelerator(cpu=True)
+    model, optimizer, _, scheduler = prepare(accelerator, *objects())
+    del _
+    accelerator.free_memory()
+    gc.collect()
+    model, optimizer, other = accelerator.prepare(model, optimizer, objects()[2])
+    update(accelerator, model, optimizer, next(iter(other)))
+    scheduler.step()
+    accelerator.save_state(str(tmp_path))
+    saved = [p.detach().clone() for p in model.parameters()]
+    update(accelerator, model, optimizer, next(iter(other)))
+    accelerator.load_state(str(tmp_path))
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), saved, strict=True))
+
+
+def test_methods_that_somebody_has_replaced(tmp_path: Path) -> None:
+    """Before: they are called where Accelerate's would be. After: they call ours."""
+    accelerator, calls = Accelerator(cpu=True), []
+    for when in ("before", "after"):
+        before = accelerator.save_state
+
+        def told(*args: Any, when: str = when, before: Any = before, **kwargs: Any) -> Any:
+            calls.append(when)
+            return before(*args, **kwargs)
+
+        accelerator.save_state = told  # type: ignore[method-assign]
+        prepare(accelerator, *objects())
+    accelerator.save_state(str(tmp_path))
+    assert calls == ["after", "before"]
+    assert sorted(path.name for path in tmp_path.glob("dist_adamw*")) == ["dist_adamw", "dist_adamw_1"]
+
+
+def test_subclasses_with_terms_of_their_own() -> None:
+    class Ours(Accelerator):
+        def __init_subclass__(cls, *, needed: int) -> None:
+            raise AssertionError(needed)
+
+    accelerator = Ours(cpu=True)
+    prepare(accelerator, *objects())
+    assert isinstance(accelerator, Ours)
+    assert type(accelerator).__name__ == "Ours"
+
+
+def test_a_copied_loader_has_a_position_of_its_own() -> None:
+    *_, loader, _ = prepare(Accelerator(cpu=True), *objects())
+    next(rest := rest_of_epoch(loader))
+    copied = copy.deepcopy(loader)
+    assert position(copied).loader is copied
+    assert position(loader).loader is loader
+    next(rest)
+    assert (position(loader).samples, position(copied).samples) == (4, 2)
