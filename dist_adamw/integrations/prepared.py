@@ -9,14 +9,13 @@ that nobody has any more: if the garbage collector has to end a loader's workers
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import shutil
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +39,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 FOLDER = "dist_adamw"
+_METHODS = ("save_state", "load_state", "clip_grad_norm_", "clip_grad_value_")  # of AfterPrepare
 # What Accelerate writes; other files in a folder may change as they like.
 _THEIRS = (
     *("custom_checkpoint_*.pkl", "scaler.pt", "random_states_*.pkl", "sampler*.bin", "dl_state_dict*.bin"),
@@ -100,12 +100,9 @@ def take_over(accelerator: Accelerator, attached: DistAdamW | None = None) -> No
         ours.dist_adamw_attached.append(weakref.ref(attached))
 
 
-@functools.cache
+@cache
 def _with_ours_first(cls: type) -> type:
     return type(cls.__name__, (AfterPrepare, cls), {"__module__": cls.__module__})
-
-
-_METHODS = ("save_state", "load_state", "clip_grad_norm_", "clip_grad_value_")
 
 
 class AfterPrepare:
