@@ -6,7 +6,6 @@ Floor 4: knows Accelerate; nothing below knows it.
 from __future__ import annotations
 
 import os
-import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
@@ -127,7 +126,7 @@ def prepare(
     if engine == "DEEPSPEED":
         prepare_deepspeed(model, scheduler)
     clipping = float(config[CLIPPING]) if engine == "DEEPSPEED" else None
-    keep(accelerator, wrapped, Prepared(model, weakref.ref(stepped), scheduler, place, watch, group, clipping))
+    keep(accelerator, Prepared(model, wrapped, stepped, scheduler, place, watch, group, clipping))
     return model, wrapped, dataloader, scheduler
 
 

@@ -15,7 +15,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 FOLDER = "dist_adamw"
-_METHODS = ("save_state", "load_state", "clip_grad_norm_", "clip_grad_value_")  # of AfterPrepare
 # What Accelerate writes; other files in a folder may change as they like.
 _THEIRS = (
     *("custom_checkpoint_*.pkl", "scaler.pt", "random_states_*.pkl", "sampler*.bin", "dl_state_dict*.bin"),
@@ -47,205 +46,248 @@ _THEIRS = (
 )
 
 
-@dataclass(eq=False, slots=True)
 class Prepared:
-    """What goes with an optimizer that `prepare` returned, and is kept by it.
+    """What goes with an optimizer that `prepare` returned. It keeps nothing: Accelerate does, for as long as it knows.
 
-    Attributes:
-        model: As prepared.
-        stepped: What Accelerate has among its schedulers. It has the optimizer, hence weak.
+    Args:
+        model: As prepared; Accelerate has it, or what is in it.
+        optimizer: As prepared.
+        stepped: What Accelerate has among its schedulers.
         scheduler: Itself.
         place: In the data.
         watch: What compares ranks; None for one rank.
         group: For messages on the host.
         clipping: To which norm DeepSpeed clips; None where it does not run.
-        loaded_at: The clock at the last load.
     """
 
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        stepped: Any,
+        scheduler: CyclicLRWithRestarts,
+        place: Position,
+        watch: ReplicaWatch | None,
+        group: dist.ProcessGroup | None,
+        clipping: float | None,
+    ) -> None:
+        self._model, self._bare = weakref.ref(model), weakref.ref(bare(model))
+        self._optimizer, self._stepped, self._scheduler = map(weakref.ref, (optimizer, stepped, scheduler))
+        self._watch = None if watch is None else weakref.ref(watch)
+        self.place, self.group, self.clipping = place, group, clipping
+        self.loaded_at: int | None = None  # the clock at the last load
+
+    def is_of(self, optimizer: Optimizer | None) -> bool:
+        """Whether this goes with ``optimizer``; with None: with one that is gone. Local."""
+        return self._optimizer() is optimizer
+
+    def known(self, number: int) -> Known | None:
+        """What there is of it, of the ``number``-th optimizer; None where some of it is gone. Local."""
+        model, optimizer, scheduler = self._model(), self._optimizer(), self._scheduler()
+        model = self._bare() if model is None else model  # of a wrapper that nobody has any more
+        if model is None or optimizer is None or scheduler is None:
+            return None
+        name = FOLDER if number == 0 else f"{FOLDER}_{number}"
+        watch = None if self._watch is None else self._watch()
+        return Known(self, name, model, optimizer, scheduler, watch, (model, self._bare(), optimizer, self._stepped()))
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """What Accelerate still knows, of what was prepared.
+
+    Attributes:
+        of: The record.
+        name: Of its folder in a checkpoint.
+        model: As prepared.
+        optimizer: As prepared.
+        scheduler: Itself.
+        watch: What compares ranks.
+        listed: What Accelerate has in its lists.
+    """
+
+    of: Prepared
+    name: str
     model: nn.Module
-    stepped: weakref.ref[Any]
+    optimizer: Optimizer
     scheduler: CyclicLRWithRestarts
-    place: Position
     watch: ReplicaWatch | None
-    group: dist.ProcessGroup | None
-    clipping: float | None
-    loaded_at: int | None = None
+    listed: tuple[Any, ...]
 
 
-def keep(accelerator: Accelerator, optimizer: Optimizer, prepared: Prepared) -> None:
-    """Have ``accelerator.save_state`` and the like know of an optimizer that it has prepared. Local."""
-    optimizer.dist_adamw_prepared = prepared  # type: ignore[attr-defined]
+@dataclass(eq=False, slots=True)
+class _Owned:
+    """Of an accelerator: records, and the optimizers that have gradients reduced to their owners."""
+
+    prepared: list[Prepared]
+    attached: list[weakref.ref[DistAdamW]]
+
+
+_OF: weakref.WeakKeyDictionary[Accelerator, _Owned] = weakref.WeakKeyDictionary()
+
+
+def keep(accelerator: Accelerator, prepared: Prepared) -> None:
+    """Have ``accelerator.save_state`` and the like know of what it has prepared. Local."""
     take_over(accelerator)
+    owned = _OF[accelerator]
+    owned.prepared = [*(one for one in owned.prepared if not one.is_of(None)), prepared]
 
 
 def take_over(accelerator: Accelerator, attached: DistAdamW | None = None) -> None:
-    """Give an accelerator the methods of `AfterPrepare`. Local.
-
-    By its class, as ``fully_shard`` does it: a function among its attributes that calls its own method would keep it.
+    """Have an accelerator's methods be the functions below, which go on to its own. Local.
 
     Args:
-        accelerator: Any; what somebody has put in the place of one of its methods is done where Accelerate's would be.
+        accelerator: Any.
         attached: An optimizer whose gradients are now reduced to their owners.
     """
-    ours: Any = accelerator
-    if not isinstance(accelerator, AfterPrepare):
-        cls = type(accelerator)
-        names = [name for name in _METHODS if name in vars(accelerator) or not hasattr(cls, name)]
-        rest = {name: getattr(accelerator, name) for name in names}
-        for name in names:
-            vars(accelerator).pop(name, None)
-        accelerator.__class__ = _with_ours_first(cls)  # type: ignore[arg-type]
-        ours.dist_adamw_rest, ours.dist_adamw_attached = rest, []
+    if accelerator not in _OF:
+        _OF[accelerator] = _Owned([], [])
+        for ours in (save_state, load_state, clip_grad_norm_, clip_grad_value_):
+            setattr(accelerator, ours.__name__, _instead(accelerator, ours))
     if attached is not None:
-        ours.dist_adamw_attached.append(weakref.ref(attached))
+        _OF[accelerator].attached.append(weakref.ref(attached))
 
 
-@cache
-def _with_ours_first(cls: type) -> type:
-    return type(cls.__name__, (AfterPrepare, cls), {"__module__": cls.__module__})
+def _instead(accelerator: Accelerator, ours: Callable[..., Any]) -> Callable[..., Any]:
+    """A method, of an object that it does not keep; a bound one among its attributes would."""
+    theirs, owner = getattr(accelerator, ours.__name__), weakref.ref(accelerator)
+    own = getattr(theirs, "__self__", None) is accelerator
+    function = theirs.__func__ if own else theirs
+
+    @wraps(function)
+    def method(*args: Any, **kwargs: Any) -> Any:
+        if (known := owner()) is None:
+            raise RuntimeError(f"the accelerator of this {ours.__name__} is gone. Keep it, and not its method alone.")
+        return ours(known, partial(function, known) if own else function, *args, **kwargs)
+
+    return method
 
 
-class AfterPrepare:
-    """Methods of an ``Accelerator`` after ``prepare``; a class of its own is in front of Accelerate's.
+def save_state(
+    accelerator: Accelerator, save_rest: Callable[..., Any], output_dir: str | None = None, *args: Any, **kwargs: Any
+) -> Any:
+    """As Accelerate's, of what `prepare` returned in any engine's and number of ranks' terms. Collective."""
+    if not (ours := _known(accelerator)):
+        return save_rest(output_dir, *args, **kwargs)
+    for one in ours:
+        if one.watch is not None:
+            one.watch.before_save()
+    group = ours[0].of.group
+    output_dir = None if output_dir is None else str(Path(output_dir).expanduser())
+    config = accelerator.project_configuration
+    limit, config.total_limit = config.total_limit, None  # Accelerate would delete the oldest before it writes
+    try:
+        with _hidden(accelerator, ours):
+            where = everywhere(lambda: Path(save_rest(output_dir, *args, **kwargs)), group)
+    finally:
+        config.total_limit = limit
+    main = accelerator.is_main_process
+    everywhere(lambda: _remove_older_objects(accelerator, where) if main else None, group)
+    files = everywhere(lambda: _files_of(where) if main else {}, group)
+    for one in ours:
+        extra = everywhere(partial(_extra_of, accelerator, one, files), group)
+        # Last: when it is whole, all of it is there.
+        objects = (one.model, one.optimizer, one.scheduler)
+        save(where / one.name, *objects, extra=extra, compare_ranks=False, group=group)
+    if config.automatic_checkpoint_naming and limit is not None and main:
+        others = [path for path in _numbered(where.parent) if path != where]
+        for old in others[: max(0, len(others) + 1 - max(limit, 1))]:
+            shutil.rmtree(old, ignore_errors=True)
+    return where
 
-    ``save_state`` and ``load_state`` keep models, optimizers and schedules our way, and the rest Accelerate's, whose
-    own files of those three are pickles of one engine and number of ranks. What it keeps beside them (custom objects, a
-    scaler, random state for older readers) stays.
 
-    Attributes:
-        dist_adamw_rest: What is done instead of Accelerate's own, by name of the method.
-        dist_adamw_attached: Optimizers that have gradients reduced to their owners.
+def load_state(
+    accelerator: Accelerator, load_rest: Callable[..., Any], input_dir: str | None = None, *args: Any, **kwargs: Any
+) -> None:
+    """As Accelerate's, of what was saved on any engine and number of ranks. Collective.
+
+    What is of this is checked before anything is loaded, but for another model's: that, before it is.
     """
+    ours = _known(accelerator)
+    where = Path(input_dir).expanduser() if input_dir is not None else _newest_of(accelerator) if ours else Path()
+    ours = [one for one in ours if any(collectives.all_gather_objects(os.path.exists(where / one.name), one.of.group))]
+    if not ours:
+        load_rest(input_dir, *args, **kwargs)
+        return
+    group = ours[0].of.group
+    for one in ours:
+        if one.watch is not None:
+            one.watch.settle()
+    for one in ours:
+        check_alike(where / one.name, group)
+    everywhere(lambda: _check_custom_objects(accelerator, where), group)
+    for one in ours:
+        everywhere(partial(_check_extra, where / one.name, one.of.place), group)
+    loaded = [
+        load(where / one.name, one.model, one.optimizer, one.scheduler, random_state=False, group=group) for one in ours
+    ]
+    with _hidden(accelerator, ours):
+        everywhere(lambda: load_rest(str(where), *args, **kwargs), group)
+    # Accelerate's has the random state of some ranks.
+    everywhere(lambda: restore_random_state(read_index(loaded[-1].path)), group)
+    for one, found in zip(ours, loaded, strict=True):
+        everywhere(partial(one.of.place.load_state_dict, found.extra.get("position")), group)
+        one.of.loaded_at = one.scheduler.samples
+        if engine_of(accelerator) == "DEEPSPEED":
+            accept_counts(one.model, found)
+        accelerator.step = found.extra.get("step", 0) // one.of.place.facts.pass_samples
+    if where in (numbered := _numbered(where.parent)) and where.parent == _automatic(accelerator):
+        # The next is to be the newest, also for Accelerate.
+        accelerator.project_configuration.iteration = _number(numbered[-1]) + 1
 
-    dist_adamw_rest: dict[str, Callable[..., Any]]
-    dist_adamw_attached: list[weakref.ref[DistAdamW]]
 
-    def __init_subclass__(cls) -> None:
-        """Nothing: what Accelerate's class asks of its subclasses is not meant for this one."""
+def clip_grad_norm_(accelerator: Accelerator, clip_norm: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """As Accelerate's, by the norm of the whole model where each rank has a part of it. Collective."""
+    engines = [one.of.clipping for one in _known(accelerator) if one.of.clipping is not None]
+    if not (engines or _attached(accelerator)):
+        return clip_norm(*args, **kwargs)
 
-    def _rest(self, name: str) -> Any:
-        return self.dist_adamw_rest[name] if name in self.dist_adamw_rest else getattr(super(), name)
-
-    def save_state(self: Any, output_dir: str | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As Accelerate's, of what `prepare` returned in any engine's and number of ranks' terms. Collective."""
-        save_rest, ours = self._rest("save_state"), _known(self)
-        if not ours:
-            return save_rest(output_dir, *args, **kwargs)
-        for one in ours.values():
-            if one.watch is not None:
-                one.watch.before_save()
-        group = next(iter(ours.values())).group
-        output_dir = None if output_dir is None else str(Path(output_dir).expanduser())
-        config = self.project_configuration
-        limit, config.total_limit = config.total_limit, None  # Accelerate would delete the oldest before it writes
-        try:
-            with _hidden(self, ours):
-                where = everywhere(lambda: Path(save_rest(output_dir, *args, **kwargs)), group)
-        finally:
-            config.total_limit = limit
-        main = self.is_main_process
-        everywhere(lambda: _remove_older_objects(self, where) if main else None, group)
-        files = everywhere(lambda: _files_of(where) if main else {}, group)
-        for optimizer, one in ours.items():
-            extra = everywhere(partial(_extra_of, self, one, files), group)
-            # Last: when it is whole, all of it is there.
-            folder = where / _folder_of(self, optimizer)
-            save(folder, one.model, optimizer, one.scheduler, extra=extra, compare_ranks=False, group=group)
-        if config.automatic_checkpoint_naming and limit is not None and main:
-            others = [path for path in _numbered(where.parent) if path != where]
-            for old in others[: max(0, len(others) + 1 - max(limit, 1))]:
-                shutil.rmtree(old, ignore_errors=True)
-        return where
-
-    def load_state(self: Any, input_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
-        """As Accelerate's, of what was saved on any engine and number of ranks. Collective.
-
-        What is of this is checked before anything is loaded, but for another model's: that, before it is.
-        """
-        load_rest, ours = self._rest("load_state"), _known(self)
-        where = Path(input_dir).expanduser() if input_dir is not None else _newest_of(self) if ours else Path()
-        ours = {
-            optimizer: one
-            for optimizer, one in ours.items()
-            if any(collectives.all_gather_objects(os.path.exists(where / _folder_of(self, optimizer)), one.group))
-        }
-        if not ours:
-            load_rest(input_dir, *args, **kwargs)
-            return
-        group = next(iter(ours.values())).group
-        for one in ours.values():
-            if one.watch is not None:
-                one.watch.settle()
-        folders = {optimizer: where / _folder_of(self, optimizer) for optimizer in ours}
-        for folder in folders.values():
-            check_alike(folder, group)
-        everywhere(lambda: _check_custom_objects(self, where), group)
-        for of, one in ours.items():
-            everywhere(partial(_check_extra, folders[of], one.place), group)
-        loaded = {
-            of: load(folders[of], one.model, of, one.scheduler, random_state=False, group=group)
-            for of, one in ours.items()
-        }
-        with _hidden(self, ours):
-            everywhere(lambda: load_rest(str(where), *args, **kwargs), group)
-        newest = [*folders.values()][-1]
-        everywhere(lambda: restore_random_state(read_index(newest)), group)  # Accelerate's has that of some ranks
-        for of, one in ours.items():
-            extra, place = loaded[of].extra, one.place
-            everywhere(partial(place.load_state_dict, extra.get("position")), group)
-            one.loaded_at = one.scheduler.samples
-            if engine_of(self) == "DEEPSPEED":
-                accept_counts(one.model, loaded[of])
-            self.step = extra.get("step", 0) // place.facts.pass_samples
-        if where in (numbered := _numbered(where.parent)) and where.parent == _automatic(self):
-            # The next is to be the newest, also for Accelerate.
-            self.project_configuration.iteration = _number(numbered[-1]) + 1
-
-    def clip_grad_norm_(
-        self: Any, parameters: Tensor | Iterable[Tensor], max_norm: float, norm_type: float = 2
-    ) -> Tensor | None:
-        """As Accelerate's, by the norm of the whole model where each rank has a part of it. Collective."""
-        params = [parameters] if isinstance(parameters, Tensor) else list(parameters)
-        for one in _known(self).values():
-            if one.clipping not in (None, max_norm):
+    def clip(parameters: Tensor | Iterable[Tensor], max_norm: float, norm_type: float = 2) -> Any:
+        for engine in engines:
+            if max_norm != engine:
                 warnings.warn(
                     f"accelerator.clip_grad_norm_(max_norm={max_norm}) does not clip under DeepSpeed, whose "
-                    f"gradient_clipping is {one.clipping} (0.0: none). Pass max_grad_norm={max_norm} to DistAdamW, or "
-                    "write it into the DeepSpeed configuration.",
-                    stacklevel=2,
+                    f"gradient_clipping is {engine} (0.0: none). Pass max_grad_norm={max_norm} to DistAdamW, or write "
+                    "it into the DeepSpeed configuration.",
+                    stacklevel=4,
                 )
-        if self.sync_gradients and (attached := _attached(self, params)):
-            return attached[-1].clip_grad_norm_(max_norm, norm_type, params)
-        return self._rest("clip_grad_norm_")(params, max_norm, norm_type)  # type: ignore[no-any-return]
-
-    def clip_grad_value_(self: Any, parameters: Tensor | Iterable[Tensor], clip_value: float) -> None:
-        """As Accelerate's. Local."""
         params = [parameters] if isinstance(parameters, Tensor) else list(parameters)
-        self._rest("clip_grad_value_")(params, clip_value)
-        for optimizer in _attached(self, params):
-            optimizer.accept_gradients()
+        if accelerator.sync_gradients and (attached := _attached(accelerator, params)):
+            return attached[-1].clip_grad_norm_(max_norm, norm_type, params)
+        return clip_norm(params, max_norm, norm_type)
+
+    return clip(*args, **kwargs)
 
 
-def _known(accelerator: Any) -> dict[Optimizer, Prepared]:
+def clip_grad_value_(accelerator: Accelerator, clip_value: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """As Accelerate's. Local."""
+    result = clip_value(*args, **kwargs)
+    for optimizer in _attached(accelerator):
+        optimizer.accept_gradients()
+    return result
+
+
+def _known(accelerator: Accelerator) -> list[Known]:
     """What `prepare` has put together, and Accelerate has not forgotten. Local."""
-    optimizers = accelerator._optimizers
-    return {one: one.dist_adamw_prepared for one in optimizers if hasattr(one, "dist_adamw_prepared")}
+    return [
+        known
+        for number, optimizer in enumerate(accelerator._optimizers)
+        for one in _OF[accelerator].prepared
+        if one.is_of(optimizer) and (known := one.known(number)) is not None
+    ]
 
 
-def _folder_of(accelerator: Accelerator, optimizer: Optimizer) -> str:
-    number = next(i for i, known in enumerate(accelerator._optimizers) if known is optimizer)
-    return FOLDER if number == 0 else f"{FOLDER}_{number}"
-
-
-def _attached(accelerator: AfterPrepare, params: list[Tensor]) -> list[DistAdamW]:
-    """Optimizers that have some of these parameters' gradients reduced to their owners. Local."""
+def _attached(accelerator: Accelerator, params: list[Tensor] | None = None) -> list[DistAdamW]:
+    """Optimizers that have gradients (of some of these parameters) reduced to their owners. Local."""
+    found = [optimizer for one in _OF[accelerator].attached if (optimizer := one()) is not None]
+    if params is None:
+        return found
     chosen = {id(param) for param in params}
-    known = [optimizer for one in accelerator.dist_adamw_attached if (optimizer := one()) is not None]
-    return [one for one in known if any(id(param) in chosen for group in one.param_groups for param in group["params"])]
+    return [one for one in found if any(id(param) in chosen for group in one.param_groups for param in group["params"])]
 
 
 @contextlib.contextmanager
-def _hidden(accelerator: Accelerator, ours: dict[Optimizer, Prepared]) -> Iterator[None]:
+def _hidden(accelerator: Accelerator, ours: list[Known]) -> Iterator[None]:
     """Have Accelerate keep what is not ours. Its hooks see every model."""
     lists = (accelerator._models, accelerator._optimizers, accelerator._schedulers)
     before = [list(known) for known in lists]
@@ -254,7 +296,7 @@ def _hidden(accelerator: Accelerator, ours: dict[Optimizer, Prepared]) -> Iterat
     for of in hooks:  # those that write adapters take one weight for each model
         for key, hook in of.items():
             of[key] = partial(_with_all_models, hook, before[0])
-    hidden = {id(one) for of, p in ours.items() for one in (p.model, bare(p.model), of, p.stepped())}
+    hidden = {id(one) for known in ours for one in known.listed}
     for known in lists:
         known[:] = [one for one in known if id(one) not in hidden]
     try:
@@ -296,15 +338,16 @@ def _files_of(where: Path) -> dict[str, Any]:
     return {path.name: fingerprint(path) for pattern in _THEIRS for path in where.glob(pattern) if path.is_file()}
 
 
-def _extra_of(accelerator: Accelerator, one: Prepared, files: dict[str, Any]) -> dict[str, Any]:
+def _extra_of(accelerator: Accelerator, one: Known, files: dict[str, Any]) -> dict[str, Any]:
     """What is saved beside the tensors: the place in the data, and what Accelerate's files are. Local."""
+    place = one.of.place
     pending = 0 if accelerator.sync_gradients else accelerator.step % accelerator.gradient_accumulation_steps
     # Accelerate's count of micro-batches is of use only where updates cross epoch ends.
     across = not accelerator.gradient_state.sync_with_dataloader
-    count = (accelerator.step - pending) * one.place.facts.pass_samples if across else 0
+    count = (accelerator.step - pending) * place.facts.pass_samples if across else 0
     # A job that goes on without rest_of_epoch knows itself where it is.
-    left = one.place.is_gone or (one.place.idle and one.loaded_at not in (None, one.scheduler.samples))
-    return {"position": None if left else one.place.state_dict(pending), "step": count, "files": files}
+    left = place.is_gone or (place.idle and one.of.loaded_at not in (None, one.scheduler.samples))
+    return {"position": None if left else place.state_dict(pending), "step": count, "files": files}
 
 
 def _check_extra(folder: Path, place: Position) -> None:

@@ -130,15 +130,28 @@ def test_methods_that_somebody_has_replaced(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.glob("dist_adamw*")) == ["dist_adamw", "dist_adamw_1"]
 
 
-def test_subclasses_with_terms_of_their_own() -> None:
+def test_a_method_alone_does_not_keep_its_accelerator() -> None:
+    accelerator = Accelerator(cpu=True)
+    prepare(accelerator, *objects())
+    method = accelerator.save_state
+    del accelerator
+    with pytest.raises(RuntimeError, match=r"the accelerator of this save_state is gone\. Keep it, and not its method"):
+        method("anywhere")
+
+
+def test_clipping_of_a_subclass_has_arguments_of_its_own() -> None:
     class Ours(Accelerator):
-        def __init_subclass__(cls, *, needed: int) -> None:
-            raise AssertionError(needed)
+        def clip_grad_norm_(self, model: nn.Module, *, log: bool) -> str:  # type: ignore[override]
+            return f"{type(model).__name__}, {log}"
 
     accelerator = Ours(cpu=True)
-    prepare(accelerator, *objects())
-    assert isinstance(accelerator, Ours)
-    assert type(accelerator).__name__ == "Ours"
+    model, *_ = prepare(accelerator, *objects())
+    assert accelerator.clip_grad_norm_(model, log=True) == "Linear, True"
+
+
+def test_an_optimizer_can_be_copied() -> None:
+    _, optimizer, *_ = prepare(Accelerator(cpu=True), *objects())
+    assert not [name for name in vars(copy.deepcopy(optimizer)) if "dist_adamw" in name]
 
 
 def test_a_copied_loader_has_a_position_of_its_own() -> None:
