@@ -166,7 +166,7 @@ def _instead(accelerator: Accelerator, ours: Callable[..., Any]) -> Callable[...
 def save_state(
     accelerator: Accelerator, save_rest: Callable[..., Any], output_dir: str | None = None, *args: Any, **kwargs: Any
 ) -> Any:
-    """As Accelerate's, of what `prepare` returned in any engine's and number of ranks' terms. Collective."""
+    """As Accelerate's; what `prepare` returned is saved for any engine and number of ranks to load. Collective."""
     if not (ours := _known(accelerator)):
         return save_rest(output_dir, *args, **kwargs)
     for one in ours:
@@ -201,7 +201,7 @@ def load_state(
 ) -> None:
     """As Accelerate's, of what was saved on any engine and number of ranks. Collective.
 
-    What is of this is checked before anything is loaded, but for another model's: that, before it is.
+    What stands beside the tensors is checked for all models before any is loaded; the tensors of each, before they are.
     """
     ours = _known(accelerator)
     where = Path(input_dir).expanduser() if input_dir is not None else _newest_of(accelerator) if ours else Path()
@@ -376,7 +376,7 @@ def _newest_of(accelerator: Accelerator) -> Path:
         raise ValueError(f"no checkpoint was named, and {folder} has none. Pass load_state(<folder>).")
     whole = [path for path in numbered if any(path.glob(f"{FOLDER}*/{INDEX}"))] or numbered
     if whole[-1] != numbered[-1]:
-        warnings.warn(f"{numbered[-1]} was not written to the end: {whole[-1]} is loaded.", stacklevel=3)
+        warnings.warn(f"{numbered[-1]} was not written to the end: {whole[-1]} is loaded.", stacklevel=4)
     return whole[-1]
 
 

@@ -512,8 +512,10 @@ def killed_in_save_state(folder: str) -> str:
         torn.mkdir()
         shutil.copy(Path(folder) / "checkpoints" / first / "random_states_0.pkl", torn)
     dist.barrier()
-    with pytest.warns(UserWarning, match="checkpoint_1 was not written to the end"):
-        return goes_on_by_itself(folder)[1]
+    with pytest.warns(UserWarning, match="checkpoint_1 was not written to the end") as told:
+        name = goes_on_by_itself(folder)[1]
+    assert [one.filename for one in told if "not written to the end" in str(one.message)] == [__file__]
+    return name
 
 
 def test_a_checkpoint_that_was_not_written_to_the_end_is_passed_by(tmp_path: Path) -> None:
