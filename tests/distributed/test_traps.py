@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -214,6 +215,25 @@ def test_two_norms_are_refused(told: float) -> None:
     for error in expect_error_on_all(2, clipping, "ZeRO-1", {"gradient_clipping": told}, 0.3):
         assert f"max_grad_norm=0.3 was given to DistAdamW and gradient_clipping={told} to DeepSpeed" in error
         assert "Name one of them, or the same norm." in error
+
+
+def clipped_by_hand(stage: str) -> list[tuple[str, str]]:
+    with accelerator_on(stage, gradient_clipping=0.7) as accelerator, warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        model, *_ = prepared(accelerator)
+        for max_norm in (0.7, 0.3):
+            accelerator.clip_grad_norm_(model.parameters(), max_norm)
+    return [(str(one.message), one.filename) for one in told if "does not clip" in str(one.message)]
+
+
+def test_clipping_by_hand_that_does_nothing_is_told() -> None:
+    """Once, for the norm that is not the engine's, at the caller's line."""
+    for told in run_ranks(2, clipped_by_hand, "ZeRO-2"):
+        assert len(told) == 1
+        assert (
+            "clip_grad_norm_(max_norm=0.3) does not clip under DeepSpeed, whose gradient_clipping is 0.7" in told[0][0]
+        )
+        assert told[0][1] == __file__
 
 
 def clip_alone(stage: str) -> None:
