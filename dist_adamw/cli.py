@@ -30,7 +30,8 @@ def preview(
     gamma: float = 1.0,
     triangular_step: float = 0.5,
     warmup_samples: int = 0,
-    cycles: int = 4,
+    cycles: int | None = None,
+    total_samples: int | None = None,
     plot: str | None = None,
 ) -> None:
     """Print the table of restarts of a recipe, and draw it.
@@ -47,7 +48,8 @@ def preview(
         gamma: Base of exp_range's amplitude.
         triangular_step: Where in a cycle the triangular policies peak.
         warmup_samples: Samples over which lr rises at the very start.
-        cycles: How many cycles to show.
+        cycles: How many cycles to show; default 4, or those of total_samples.
+        total_samples: Samples that will be trained on, to see where in its cycle training ends.
         plot: A PNG to draw lr and the decay of one update into.
     """
     # The paper's convention: what is shown is the whole decay of one update.
@@ -64,7 +66,7 @@ def preview(
         triangular_step=triangular_step,
         warmup_samples=warmup_samples,
     )
-    shown = scheduler.preview(cycles=cycles)
+    shown = scheduler.preview(cycles=cycles, total_samples=total_samples)
     print(shown)
     if plot is not None:
         print(f"drawn in {shown.plot(plot)}")

@@ -424,13 +424,20 @@ class CyclicLRWithRestarts(LRScheduler):
         """What each group's ``weight_decay`` holds for the next update."""
         return [group.get("weight_decay", 0.0) for group in self.optimizer.param_groups]
 
-    def preview(self, cycles: int = 4, points: int = 1000, group: int = 0) -> Preview:
-        """The table of restarts, and lr and weight decay over samples, before training.
+    def preview(
+        self, cycles: int | None = None, points: int = 1000, group: int = 0, *, total_samples: int | None = None
+    ) -> Preview:
+        """The table of restarts, and lr and weight decay over samples, before training. Local.
 
         Args:
-            cycles: How many cycles to show.
+            cycles: How many cycles to show. None: 4, or those of ``total_samples``, at most 20.
             points: Samples of the trace, evenly spaced.
             group: Which parameter group.
+            total_samples: Samples that will be trained on, such as ``epochs * scheduler.epoch_size``. The preview then
+                says where in its cycle training ends, and which period would end there.
+
+        Raises:
+            ValueError: batch_size or epoch_size is not known yet, or a number is not whole and above 0.
         """
         self._learn_groups()
         base = self._bases[group]
@@ -441,7 +448,7 @@ class CyclicLRWithRestarts(LRScheduler):
             decay = self._weight_decay(point, base, convention)
             return self._lr(point, base), fixed if decay is None else decay
 
-        return Preview.compute(self.schedule, values, cycles=cycles, points=points)
+        return Preview.compute(self.schedule, values, cycles=cycles, points=points, total_samples=total_samples)
 
     # ---------------------------------------------------------------- state
 

@@ -18,6 +18,14 @@ def test_preview_prints_the_restarts_and_draws_them(tmp_path: Path, capsys: pyte
     assert png.read_bytes().startswith(b"\x89PNG")
 
 
+def test_preview_says_where_training_ends(capsys: pytest.CaptureFixture[str]) -> None:
+    args = ["preview", "--batch_size=32", "--epoch_size=1000", "--restart_period=2.5"]
+    assert main([*args, "--total_samples=20000"]) == 0
+    assert "12.5% into cycle 3, with lr at 96.2% of its base value" in capsys.readouterr().out
+    assert main([*args, "--total_samples=17500"]) == 0
+    assert "at the end of cycle 2" in capsys.readouterr().out
+
+
 def test_batch_solves(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["batch", "--size=256", "--micro_batch_size=8", "--data_parallel_size=4"]) == 0
     assert capsys.readouterr().out == "256 samples = 8 x 8 accumulation steps x 4 ranks\n"

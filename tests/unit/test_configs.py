@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 from pathlib import Path
 
 import pytest
 
+from dist_adamw import RestartSchedule
+from dist_adamw.preview import training_end
 from tests.conftest import ROOT
 
 
@@ -53,3 +56,14 @@ def test_the_default_configuration_is_the_one_in_the_code(tmp_path: Path) -> Non
     from options import Config, parse
 
     assert parse(["--config", str(ROOT / "configs/train/small.yaml")]) == Config()
+
+
+def test_the_recipes_of_the_readme_end_at_a_cycles_end() -> None:
+    text = (ROOT / "README.md").read_text()
+    recipes = re.findall(r'restart_period(?:=|": | )([\d.]+)(?:, "?t_mult(?:=|": )([\d.]+))?', text)
+    assert len(recipes) == 3
+    epochs = [*re.findall(r"in range\((\d+)\):", text), 3, int(*re.findall(r"--total_samples (\d+)", text)) // 50000]
+    assert len(epochs) == 3  # 3: TrainingArguments' own
+    for (period, t_mult), count in zip(recipes, epochs, strict=True):
+        schedule = RestartSchedule(epoch_size=50_000, batch_size=32, restart_period=period, t_mult=t_mult or 2)
+        assert training_end(schedule, int(count) * 50_000).is_at_cycle_end

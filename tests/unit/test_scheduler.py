@@ -313,6 +313,43 @@ def test_preview_shows_the_restarts_and_the_trace(tmp_path: Path) -> None:
     assert png.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize(
+    ("epochs", "options", "said"),
+    [
+        (
+            20,
+            {},
+            "epoch 20), 12.5% into cycle 3, with lr at 96.2% of its base value. Cycles end at epoch 17.5 "
+            "(17,500 samples) and at epoch 37.5 (37,500 samples); with restart_period=1.33 or restart_period=2.86 one",
+        ),
+        (17.5, {}, "(epoch 17.5), at the end of cycle 2"),
+        (17.58, {}, "(epoch 17.58), at the end of cycle 2"),  # the last update began before the restart
+        (17.6, {}, "0.5% into cycle 3, with lr at 100.0% of its base value"),  # one update at the peak
+        (17.4, {}, "(epoch 17.4), at the end of cycle 2"),  # no update is left of it
+        (1, {}, "The first cycle ends at epoch 2.5 (2,500 samples); with restart_period=1 one ends"),
+        (4, {"warmup_samples": 5000}, "before the warm-up is over, with lr at 80.0%"),
+        (20, {"t_mult": 0.5}, "Cycles end at epoch 19.75 (19,750 samples) and at epoch 20.75 (20,750 samples)"),
+        (20, {"t_mult": 1, "restart_period": 0.3}, "restart_period=0.299 or restart_period=0.303 one"),
+    ],
+)
+def test_preview_shows_where_training_ends(epochs: float, options: dict[str, Any], said: str) -> None:
+    scheduler = make(adamw(), **{"restart_period": 2.5, **options})
+    preview = scheduler.preview(total_samples=int(1000 * epochs))
+    assert said in str(preview).splitlines()[-1]
+    assert preview.samples[-1] < 1000 * epochs
+    assert preview.end is not None
+    assert len(preview.rows) == min(preview.end.cycle + 1, 20)
+
+
+@pytest.mark.parametrize("options", [{}, {"t_mult": 1}, {"t_mult": 1.3, "warmup_samples": 777}, {"epoch_size": 98_765}])
+def test_periods_that_fit_end_a_cycle_there(options: dict[str, Any]) -> None:
+    total = 123_456
+    for period in make(adamw(), **options).preview(total_samples=total).end.restart_periods:  # type: ignore[union-attr]
+        end = make(adamw(), **{**options, "restart_period": period}).preview(total_samples=total).end
+        assert end is not None
+        assert end.is_at_cycle_end, period
+
+
 def test_the_hooks_do_not_keep_a_dropped_scheduler_alive() -> None:
     optimizer = adamw()
     make(optimizer, batch_size=None)  # would refuse every update
