@@ -48,9 +48,12 @@ from dist_adamw.index import (
 )
 from dist_adamw.storage import own, unlock
 
-_NAME = re.compile(r"sample-(\d+)")
+_NAME = re.compile(r"sample-([0-9]+)")
 _MANIFEST, _LATEST, _LOCK = "manifest.json", "latest", "lock"
 _PARTIAL, _REPLACED, _ASIDE = ".partial", ".replaced", ".superseded"
+# Names that a save or a deletion that was cut short leaves; any other folder belongs to the user.
+_LEFT_OVER = re.compile(r"sample-[0-9]+(\.deleted)?(\.partial|\.replaced)")
+_MOST_SAMPLES = 1 << 62
 
 
 class CheckpointFolder:
@@ -149,10 +152,14 @@ class CheckpointFolder:
     # ---------------------------------------------------------------- what there is
 
     def all(self) -> list[Path]:
-        """Finished checkpoints, oldest first; whether they are whole is another question."""
+        """Finished checkpoints, oldest first; whether they are whole is another question.
+
+        The order is that of the samples, however many digits a name has. Of two names with the same number (other
+        releases and other tools pad with more zeros, or with none), the one that `save` writes comes last.
+        """
         found = self.root.iterdir() if self.root.is_dir() else ()
         named = [(int(match[1]), path) for path in found if (match := _NAME.fullmatch(path.name)) and path.is_dir()]
-        return [path for _, path in sorted(named)]
+        return [path for _, path in sorted(named, key=lambda pair: (pair[0], pair[1].name == _name(pair[0]), pair[1]))]
 
     def samples_of(self, path: Path) -> int:
         """What a checkpoint of this folder was trained on."""
@@ -253,7 +260,9 @@ class CheckpointFolder:
             raise CheckpointError(f"the CheckpointFolder of {self.root} is closed. Make another one.")
         if type(samples) is not int or samples < 0:
             raise CheckpointError(f"samples must be a whole number >= 0, got {samples!r}.")
-        final = self.root / f"sample-{samples:09d}"
+        if samples > _MOST_SAMPLES:
+            raise CheckpointError(f"samples must be at most 2**62 = {_MOST_SAMPLES}, got {samples}.")
+        final = self.root / _name(samples)
         told = collectives.all_gather_objects(str(final), self._group)
         if len(set(told)) > 1:
             raise CheckpointError(f"ranks save to different folders: {', '.join(sorted(set(told)))}. Pass the same.")
@@ -267,7 +276,7 @@ class CheckpointFolder:
 
     def _left(self, suffix: str) -> list[Path]:
         """Folders of ours of that name; nobody else's."""
-        return [path for path in self.root.glob(f"*{suffix}") if _NAME.match(path.name) and path.is_dir()]
+        return [path for path in self.root.glob(f"*{suffix}") if _LEFT_OVER.fullmatch(path.name) and path.is_dir()]
 
     def _commit(self, final: Path) -> None:
         partial = _partial(final)
@@ -285,15 +294,24 @@ class CheckpointFolder:
         shutil.rmtree(before, ignore_errors=True)
         self._damaged.discard(final.name)
         self.set_aside(self.samples_of(final))  # the job went on from an older one
-        whole = [path for path in self.all() if path.name not in self._damaged]
-        oldest = whole[-self.keep :][0]
-        for old in self.all():
-            if old.name < oldest.name:
-                _away(old)
+        for old in self._no_longer_kept(final):
+            _away(old)
         try:
             write_text(self.root / _LATEST, final.name)
         except OSError as error:  # the checkpoint is there, and found by its name
             warnings.warn(f"{self.root / _LATEST} could not be written: {error}.", stacklevel=2)
+
+    def _no_longer_kept(self, final: Path) -> list[Path]:
+        """Checkpoints beyond the newest ``keep`` that are not known to be damaged; never ``final`` itself. Local."""
+        found = [path for path in self.all() if path != final]
+        # A checkpoint of as many samples under another name has been replaced, as one of the same name would be.
+        replaced = [path for path in found if self.samples_of(path) == self.samples_of(final)]
+        others = [path for path in found if path not in replaced]
+        whole = [path for path in others if path.name not in self._damaged]
+        kept = whole[-(self.keep - 1) :] if self.keep > 1 else []
+        if not kept:
+            return found
+        return replaced + others[: others.index(kept[0])]
 
     def _failed(self, final: Path, error: CheckpointError) -> None:
         if self._is_main:
@@ -323,6 +341,10 @@ class CheckpointFolder:
         if aside and (left := self.all()):
             write_text(self.root / _LATEST, left[-1].name)
         return aside
+
+
+def _name(samples: int) -> str:
+    return f"sample-{samples:09d}"
 
 
 def _me() -> str:

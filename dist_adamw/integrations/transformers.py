@@ -340,7 +340,7 @@ def _keep_state(trainer: Any) -> None:
     load_best, load_random = trainer._load_best_model, trainer._load_rng_state
 
     def ours(checkpoint: str | None) -> Path | None:
-        found = sorted(Path(checkpoint).glob("global_step*")) if checkpoint is not None else []
+        found = _states_in(Path(checkpoint)) if checkpoint is not None else []
         # A folder of DeepSpeed's own has these; what is neither is one of ours that is not whole, and is to be named.
         mine = found[-1] if found and not any(found[-1].glob("*_model_states.pt")) else None
         of_ranks = collectives.all_gather_objects(mine, host_group(trainer.accelerator))
@@ -393,6 +393,12 @@ def _keep_state(trainer: Any) -> None:
             return made
 
         _set(trainer, "create_scheduler", create_scheduler)
+
+
+def _states_in(checkpoint: Path) -> list[Path]:
+    """Folders ``global_step<updates>``, in the order of the number: step 10 comes after step 9. Local."""
+    found = [path for path in checkpoint.glob("global_step*") if path.name.removeprefix("global_step").isdecimal()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("global_step")))
 
 
 def _set(trainer: Any, method: str, function: Callable[..., Any]) -> None:
