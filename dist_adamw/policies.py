@@ -1,14 +1,15 @@
 """Annealing policies: the position in a cycle, tau, to a multiplier, eta.
 
-Floor 0: imports the standard library only. A policy knows nothing of samples,
-cycles or learning rates; ``schedule.py`` supplies tau and uses eta.
+Floor 0: arithmetic only. A policy knows nothing of samples, cycles or learning rates;
+``schedule.py`` supplies tau and uses eta. Each gives the same bits on every processor.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import partial
+
+from dist_adamw.exact_math import arc_cosine, raised_cosine
 
 Policy = Callable[[float], float]
 
@@ -18,12 +19,12 @@ def cosine(tau: float) -> float:
 
     Source: Loshchilov & Hutter, SGDR, arXiv:1608.03983, eq. 5.
     """
-    return 0.5 * (1.0 + math.cos(math.pi * tau))
+    return raised_cosine(float(tau))
 
 
 def arccosine(tau: float) -> float:
     """The inverse of `cosine`: steep at both ends, flat in the middle."""
-    return math.acos(2.0 * tau - 1.0) / math.pi
+    return arc_cosine(float(tau))
 
 
 def triangular(tau: float, peak: float = 0.5) -> float:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 
 from dist_adamw.batch import check_positive_int, shown
+from dist_adamw.exact_math import power
 from dist_adamw.policies import Policy, make_policy
 
 RestartCallback = Callable[[float, float], tuple[float, float]]
@@ -53,7 +54,7 @@ class ExpReduceMaxLROnIteration:
 
     def __call__(self, eta_min: float, eta_max: float, iterations: float) -> tuple[float, float]:
         """Return the range after ``iterations`` global batches."""
-        return eta_min, eta_max * self.gamma**iterations
+        return eta_min, eta_max * power(self.gamma, float(iterations))
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +119,10 @@ class RestartSchedule:
     """Cyclic learning rates with warm restarts, in samples.
 
     Looking a sample count up is exact after any number of cycles: boundaries are rational
-    numbers, and neither logarithms nor accumulated floats are used.
+    numbers, and neither logarithms nor accumulated floats are used. lr and weight decay are the same
+    bits on every processor; ``policy_fn`` and callbacks of your own are, as far as their arithmetic is
+    (``math.cos``, ``math.exp``, ``**`` and torch's functions differ in the last bit between processors;
+    +, -, *, / and ``math.sqrt`` do not).
 
     Args:
         epoch_size: E, samples in an epoch.
@@ -258,7 +262,7 @@ class RestartSchedule:
         if self.policy_fn is None and self.policy == "triangular2":
             eta_max *= math.ldexp(1.0, -min(cycle, 2000))  # 2000: past the smallest float
         elif self.policy_fn is None and self.policy == "exp_range":
-            eta_max *= self.gamma**iterations
+            eta_max *= power(self.gamma, iterations)
         return eta_min + (eta_max - eta_min) * eta
 
     def _fold(self, cycle: int) -> tuple[float, float]:
@@ -283,7 +287,7 @@ class RestartSchedule:
 
         Source: AdamWR, arXiv:1711.05101, appendix on normalised weight decay.
         """
-        return math.pow(_ratio(Fraction(batch_size), point.cycle.length), self.weight_decay_exponent)
+        return power(_ratio(Fraction(batch_size), point.cycle.length), float(self.weight_decay_exponent))
 
 
 def exact(name: str, value: Period) -> Fraction:

@@ -18,6 +18,7 @@ FLOORS = {
     "kernels.adamw_triton": 0,
     "conventions": 0,
     "plain": 0,
+    "exact_math": 0,
     "policies": 0,
     "batch": 0,
     "boxes": 0,
