@@ -1,15 +1,16 @@
 """``prepare_trainer``: DistAdamW and CyclicLRWithRestarts inside transformers' Trainer, alike on every engine.
 
-Floor 4: knows Trainer by its attributes, and imports nothing of transformers. Trainer passes some engines by with
-``optimizers=``: it is refused under FSDP, and dropped without a word under DeepSpeed. What all of them go through is
-``optimizer_cls_and_kwargs`` and ``create_scheduler``, so that is where both are put.
+Floor 4: knows Trainer by its attributes. Trainer passes some engines by with ``optimizers=``: it is refused under FSDP,
+and dropped in silence under DeepSpeed. All of them go through ``create_optimizer``, which asks
+``get_optimizer_cls_and_kwargs``, and through ``create_scheduler``: ours stand there.
 """
 
 from __future__ import annotations
 
+import warnings
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -17,10 +18,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, IterableDataset
 
-from dist_adamw import collectives
-from dist_adamw.checkpoint import everywhere, load, save
 from dist_adamw.conventions import unwrap
-from dist_adamw.index import read_index, write_text
 from dist_adamw.integrations.accelerate import (
     DATA_PARALLEL,
     attach,
@@ -31,24 +29,25 @@ from dist_adamw.integrations.accelerate import (
 )
 from dist_adamw.integrations.data import LoaderFacts, engine_of, loader_facts
 from dist_adamw.integrations.deepspeed import configure, fill, names_our_types, register_deepspeed
-from dist_adamw.integrations.zero import prepare_deepspeed
+from dist_adamw.integrations.trainer_arguments import (
+    check_arguments,
+    check_made_scheduler,
+    check_override_of_scheduler,
+    inner_scheduler,
+    is_overridden,
+    put_optimizer,
+    replace_method,
+)
+from dist_adamw.integrations.trainer_state import keep_state
 from dist_adamw.optimizer import DistAdamW
-from dist_adamw.random_state import restore_random_state
+from dist_adamw.preview import training_end
 from dist_adamw.replicas import CHECK_WEIGHTS_EVERY, ReplicaWatch, check_replicas
-from dist_adamw.scheduler import CyclicLRWithRestarts
+from dist_adamw.scheduler import CyclicLRWithRestarts, OnDifference
 
 if TYPE_CHECKING:
     from transformers import Trainer
 
 T = TypeVar("T", bound="Trainer")
-# Said once, where Trainer, DeepSpeed's "auto" and everybody's logs look for it.
-_IN_ARGUMENTS = {
-    "lr": "learning_rate",
-    "betas": "adam_beta1 and adam_beta2",
-    "eps": "adam_epsilon",
-    "weight_decay": "weight_decay",
-    "max_grad_norm": "max_grad_norm",
-}
 
 
 def prepare_trainer(
@@ -57,6 +56,7 @@ def prepare_trainer(
     optimizer: Mapping[str, Any] | None = None,
     scheduler: Mapping[str, Any] | None = None,
     check_weights_every: int | None = CHECK_WEIGHTS_EVERY,
+    on_difference: OnDifference | None = None,
 ) -> T:
     """Have ``trainer.train()`` use `DistAdamW` and `CyclicLRWithRestarts`, on one process, DDP, FSDP2 and DeepSpeed.
 
@@ -64,7 +64,14 @@ def prepare_trainer(
     Trainer has it. The global batch is ``per_device_train_batch_size`` x accumulation x data-parallel ranks, an epoch
     is ``train_dataset``, and of a short last batch the real samples are counted. Without FSDP and DeepSpeed
     a checkpoint keeps every rank's share of the optimizer, and ``resume_from_checkpoint`` loads it on any number of
-    ranks. A second ``train()`` begins the schedule anew, as Trainer's own do.
+    ranks. A second ``train()`` begins the schedule again, as Trainer's own do.
+
+    A subclass keeps its overrides. What ``create_optimizer`` makes is trained and scheduled, whichever torch optimizer
+    it is, with a warning where it is no `DistAdamW`. Where ``get_optimizer_cls_and_kwargs`` says torch's AdamW, with
+    groups or arguments of the subclass, a `DistAdamW` gets them. A ``create_scheduler`` of the subclass must make a
+    `CyclicLRWithRestarts`.
+
+    Warns (UserWarning) where training ends inside a cycle, with the nearest periods that end with it.
 
     Args:
         trainer: A Trainer, or of a class derived from it, before ``train()``. Objects that it was given
@@ -73,13 +80,17 @@ def prepare_trainer(
         scheduler: Arguments of `CyclicLRWithRestarts`. ``batch_size`` and ``epoch_size`` are needed only
             where the data has no length, or a loader of your own makes other batches.
         check_weights_every: As of `dist_adamw.prepare`. Ranks also compare before each checkpoint, and at the end.
+        on_difference: Which schedule ``resume_from_checkpoint`` goes on with where the checkpoint's is another one: see
+            ``CyclicLRWithRestarts.load_state_dict``. None: as the scheduler has it, which is "strict".
 
     Returns:
         ``trainer``.
 
     Raises:
-        ValueError: an argument is out of its range or said elsewhere; an engine is not supported; the epoch size
-            cannot be had. The message has the value and the cure.
+        ValueError: an argument is out of its range, is one of ``TrainingArguments``, or would be ignored, as
+            ``TrainingArguments``' ``optim``, ``lr_scheduler_type``, ``lr_scheduler_kwargs`` and ``warmup_steps`` would;
+            an engine is not supported; the epoch size is not known. ``train()`` raises it, before it trains, where an
+            override made something else than these arguments ask for.
 
     A DeepSpeed configuration that names both types (`register_deepspeed`) is used instead of new objects: "auto" is
     filled in, and all parameters decay alike, since the engine makes one group of them.
@@ -89,48 +100,66 @@ def prepare_trainer(
 
     Local. ``train()`` is collective; in it ranks compare their schedule and hyper-parameters at every update.
     """
+    if hasattr(trainer, "_prepared_by_dist_adamw"):
+        raise ValueError("prepare_trainer was called for this Trainer before. Call it once, with all arguments.")
     facts = _facts(trainer)
     optimizer, scheduler = dict(optimizer or {}), dict(scheduler or {})
-    _check_arguments(trainer, optimizer)
+    check_arguments(trainer, optimizer, on_difference)
     if _prepare_engine(trainer, facts):
         if optimizer or scheduler:
             raise ValueError(
                 f"the DeepSpeed configuration has the optimizer and the scheduler, and optimizer={optimizer}, "
                 f"scheduler={scheduler} were given here. Choose one."
             )
-        _keep_state(trainer)
-        _watch_ranks(trainer, check_weights_every)
-        return trainer
-    if trainer.optimizer is None and trainer.optimizer_cls_and_kwargs is None:
-        args = trainer.args
-        betas = (args.adam_beta1, args.adam_beta2)
-        optimizer = {"lr": args.learning_rate, "betas": betas, "eps": args.adam_epsilon, **optimizer}
-        trainer.optimizer_cls_and_kwargs = (DistAdamW, optimizer)
-        # Bad arguments fail here and now, not when a job of many ranks has come up.
-        _scheduler(DistAdamW([nn.Parameter(torch.zeros(1))], **optimizer), facts, scheduler)
-    elif optimizer:
-        raise ValueError(f"the Trainer was given an optimizer already, and optimizer={optimizer} here. Choose one.")
-    if trainer.lr_scheduler is not None:
-        _fill(trainer, facts, scheduler)
-    _set(trainer, "create_scheduler", _creator(trainer, scheduler))
-    _keep_state(trainer)
-    _attach_when_wrapped(trainer)
+        for name in ("create_optimizer", "get_optimizer_cls_and_kwargs", "create_scheduler"):
+            if is_overridden(trainer, name):
+                raise ValueError(
+                    f"{type(trainer).__name__} overrides {name}, which Trainer does not call where the DeepSpeed "
+                    "configuration has the optimizer and the scheduler. Leave one of them out."
+                )
+        _when_training_begins(trainer, lambda: _warn_of_mid_cycle(trainer, inner_scheduler(trainer), facts, 5))
+    else:
+        create = check_override_of_scheduler(trainer, scheduler)
+        makes_it = put_optimizer(trainer, optimizer)
+        if trainer.lr_scheduler is not None:
+            _fill(trainer, facts, scheduler)
+            _warn_of_mid_cycle(trainer, check_made_scheduler(trainer), facts, 3)
+        elif create is None:
+            _try_schedule(trainer, facts, scheduler, trainer.args.learning_rate if makes_it else 1.0)
+        replace_method(trainer, "create_scheduler", _creator(trainer, scheduler, create, on_difference))
+        _attach_when_wrapped(trainer)
+    keep_state(trainer, on_difference)
     _watch_ranks(trainer, check_weights_every)
+    vars(trainer)["_prepared_by_dist_adamw"] = True
     return trainer
 
 
-def _check_arguments(trainer: Any, optimizer: Mapping[str, Any]) -> None:
-    """Refuse what is said elsewhere, or would not be heard. Local."""
-    for name in optimizer.keys() & _IN_ARGUMENTS.keys():
-        raise ValueError(
-            f"{name}={optimizer[name]!r} was given to prepare_trainer; Trainer has it from TrainingArguments. Set "
-            f"{_IN_ARGUMENTS[name]} there."
-        )
-    if warmup := trainer.args.warmup_steps:
-        raise ValueError(
-            f"TrainingArguments(warmup_steps={warmup!r}) is for Trainer's own schedulers and would not be heard. "
-            "Pass scheduler={'warmup_samples': ...} to prepare_trainer, in samples."
-        )
+def _try_schedule(trainer: Any, facts: LoaderFacts, told: Mapping[str, Any], lr: float) -> None:
+    """Make the schedule once, so that bad arguments fail before a job of many ranks has come up. Local."""
+    adamw = DistAdamW([nn.Parameter(torch.zeros(1))], lr=lr)
+    _warn_of_mid_cycle(trainer, _scheduler(adamw, facts, told), facts, 4)
+
+
+def _warn_of_mid_cycle(trainer: Any, scheduler: CyclicLRWithRestarts, facts: LoaderFacts, stacklevel: int) -> None:
+    """Warn where training ends inside a cycle, with lr anywhere. Local."""
+    args = trainer.args
+    assert scheduler.batch_size is not None
+    if args.max_steps > 0:
+        total = _samples_of_updates(args.max_steps, scheduler.batch_size, facts.epoch_size)
+    elif facts.epoch_size is not None:
+        total = round(args.num_train_epochs * facts.epoch_size)
+    else:
+        return
+    if total > 0 and not (end := training_end(scheduler.schedule, total)).is_at_cycle_end:
+        warnings.warn(f"{end}", stacklevel=stacklevel)
+
+
+def _samples_of_updates(updates: int, batch_size: int, epoch_size: int | None) -> int:
+    """Real samples of so many updates, of which the last of an epoch is short. Local."""
+    if epoch_size is None:
+        return updates * batch_size
+    epochs, rest = divmod(updates, -(-epoch_size // batch_size))
+    return epochs * epoch_size + min(rest * batch_size, epoch_size)
 
 
 def _facts(trainer: Any) -> LoaderFacts:
@@ -160,18 +189,35 @@ def _known(epoch_size: int | None) -> int:
     return epoch_size
 
 
-def _creator(trainer: Any, told: Mapping[str, Any]) -> Callable[..., CyclicLRWithRestarts]:
-    """What stands for ``Trainer.create_scheduler``, which every engine calls when model and optimizer are wrapped."""
+def _creator(
+    trainer: Any,
+    told: Mapping[str, Any],
+    theirs: Callable[..., Any] | None,
+    on_difference: OnDifference | None,
+) -> Callable[..., CyclicLRWithRestarts]:
+    """What stands for ``Trainer.create_scheduler``, which every engine calls when model and optimizer are wrapped.
+
+    Args:
+        told: Arguments of the scheduler.
+        theirs: A method of a subclass that makes one.
+        on_difference: For loading.
+    """
 
     def create_scheduler(num_training_steps: int, optimizer: Optimizer | None = None) -> CyclicLRWithRestarts:
         if trainer.lr_scheduler is None:
             facts = _facts(trainer)
-            made = _scheduler(unwrap(optimizer or trainer.optimizer), facts, told)
-            if told.get("batch_size") is None and told.get("epoch_size") is None:
-                made.sample_source = _sample_source(trainer, facts)
-            trainer.lr_scheduler = made
+            if theirs is None:
+                made = _scheduler(unwrap(optimizer or trainer.optimizer), facts, told)
+                trainer.lr_scheduler = made
+                if told.get("batch_size") is None and told.get("epoch_size") is None:
+                    made.sample_source = _sample_source(trainer, facts)
+            else:
+                theirs(num_training_steps=num_training_steps, optimizer=optimizer)
+                _fill(trainer, facts, told)
             trainer._created_lr_scheduler = True  # by itself, as far as Trainer knows: the next train() makes another
-        scheduler: CyclicLRWithRestarts = trainer.lr_scheduler
+        scheduler = check_made_scheduler(trainer)
+        if on_difference is not None:
+            scheduler.on_difference = on_difference
         check_schedules(trainer.accelerator, scheduler, host_group(trainer.accelerator))
         return scheduler
 
@@ -206,7 +252,10 @@ def _watch_ranks(trainer: Any, every: int | None) -> None:
         optimizer, group = unwrap(trainer.optimizer), host_group(trainer.accelerator)
         model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
         watch = ReplicaWatch(
-            group, _inner(trainer).agreement_record, lambda: check_replicas(model, optimizer, group=group), every
+            group,
+            inner_scheduler(trainer).agreement_record,
+            lambda: check_replicas(model, optimizer, group=group),
+            every,
         )
         hook = optimizer.register_step_pre_hook(watch.before_update)
 
@@ -220,26 +269,21 @@ def _watch_ranks(trainer: Any, every: int | None) -> None:
         settle()
         return save_checkpoint(*args, **kwargs)
 
-    _set(trainer, "_save_checkpoint", checked)
+    replace_method(trainer, "_save_checkpoint", checked)
     _when_training_begins(trainer, begin, settle)
-
-
-def _inner(trainer: Any) -> CyclicLRWithRestarts:
-    """Trainer's scheduler, without the wrapper that one of a DeepSpeed configuration has."""
-    scheduler: CyclicLRWithRestarts = getattr(trainer.lr_scheduler, "scheduler", trainer.lr_scheduler)
-    return scheduler
 
 
 def _attach_when_wrapped(trainer: Any) -> None:
     """Under DDP have gradients reduced to their owners, from when the model is wrapped on. Local."""
-    attached: nn.Module | None = None
+    attached: tuple[weakref.ref[nn.Module], weakref.ref[DistAdamW]] | None = None
 
     def act() -> None:
         nonlocal attached
         model, optimizer = trainer.model_wrapped, unwrap(trainer.optimizer)
-        # A second train() has the model and the optimizer of the first.
-        if model is not attached and isinstance(optimizer, DistAdamW):
-            attached = model
+        # A second train() has the model and the optimizer of the first, unless an override makes new ones.
+        known = attached is not None and attached[0]() is model and attached[1]() is optimizer
+        if not known and isinstance(optimizer, DistAdamW):
+            attached = weakref.ref(model), weakref.ref(optimizer)
             attach(trainer.accelerator, model, optimizer)
 
     if engine_of(trainer.accelerator) in DATA_PARALLEL:
@@ -247,16 +291,10 @@ def _attach_when_wrapped(trainer: Any) -> None:
 
 
 def _fill(trainer: Any, facts: LoaderFacts, told: Mapping[str, Any]) -> None:
-    """Tell a scheduler that came with ``optimizers=`` what it was not told. Local."""
-    given = trainer.lr_scheduler
-    check_scheduler(given)
+    """Fill in what a scheduler that Trainer was given, or that an override made, does not know. Local."""
+    given = check_made_scheduler(trainer)
     if told:
         raise ValueError(f"the Trainer was given a scheduler already, and scheduler={told} here. Choose one.")
-    if trainer.optimizer is None or given.optimizer is not unwrap(trainer.optimizer):
-        raise ValueError(
-            "the scheduler in optimizers= drives another optimizer than the Trainer's, whose lr would stand still. "
-            "Pass both: optimizers=(optimizer, scheduler)."
-        )
     by_data = given.batch_size in (None, facts.batch.size) and given.epoch_size in (None, facts.epoch_size)
     if given.epoch_size is None:
         given.epoch_size = _known(facts.epoch_size)
@@ -322,86 +360,9 @@ def _count_real_samples(trainer: Any, facts: LoaderFacts) -> None:
     """Tell the scheduler that DeepSpeed is going to make of short last batches. Local."""
 
     def act() -> None:
-        scheduler = _inner(trainer)
+        scheduler = inner_scheduler(trainer)
         check_scheduler(scheduler)
         scheduler.sample_source = _sample_source(trainer, facts)
         check_schedules(trainer.accelerator, scheduler, host_group(trainer.accelerator))
 
     _when_training_begins(trainer, act)
-
-
-def _keep_state(trainer: Any) -> None:
-    """Have checkpoints keep weights, optimizer and schedule our way: they resume on any engine and number of ranks.
-
-    Trainer's own files of those are of one engine. The model file that it writes beside them, for everybody to load,
-    stays. The folder has the name by which Trainer looks for a state under DeepSpeed.
-    """
-    load_weights, load_rest = trainer._load_from_checkpoint, trainer._load_optimizer_and_scheduler
-    load_best, load_random = trainer._load_best_model, trainer._load_rng_state
-
-    def ours(checkpoint: str | None) -> Path | None:
-        found = _states_in(Path(checkpoint)) if checkpoint is not None else []
-        # A folder of DeepSpeed's own has these; what is neither is one of ours that is not whole, and is to be named.
-        mine = found[-1] if found and not any(found[-1].glob("*_model_states.pt")) else None
-        of_ranks = collectives.all_gather_objects(mine, host_group(trainer.accelerator))
-        return next((path for path in of_ranks if path is not None), None)  # one that some do not see is refused
-
-    def save_state(output_dir: str) -> None:
-        folder = Path(output_dir) / f"global_step{trainer.state.global_step}"
-        save(
-            folder, trainer.model_wrapped, trainer.optimizer, _inner(trainer), compare_ranks=False
-        )  # it is done by now
-        is_writer = trainer.args.should_save
-        everywhere(lambda: write_text(Path(output_dir) / "latest", folder.name) if is_writer else None)
-
-    def load_model(checkpoint: str, model: nn.Module | None = None) -> None:
-        if ours(checkpoint) is None:
-            load_weights(checkpoint, model)
-
-    def load_state(checkpoint: str | None) -> None:
-        if (folder := ours(checkpoint)) is None:
-            load_rest(checkpoint)
-        elif engine_of(trainer.accelerator) != "DEEPSPEED":  # there Trainer has the engine load
-            load(folder, trainer.model_wrapped, trainer.optimizer, _inner(trainer), random_state=False)
-
-    def load_best_model() -> None:
-        # Trainer's own way differs by engine: it looks for FSDP's files, which are not written any more, and under
-        # DeepSpeed it takes optimizer, schedule and random state back too.
-        if (folder := ours(trainer.state.best_model_checkpoint)) is None:
-            load_best()  # of save_only_model, or of a job without prepare_trainer
-        else:
-            load(folder, trainer.model_wrapped, random_state=False)
-
-    def load_random_state(checkpoint: str | None) -> None:
-        if (folder := ours(checkpoint)) is None:
-            load_random(checkpoint)
-        else:  # Trainer's own files are of one number of ranks
-            everywhere(lambda: restore_random_state(read_index(folder)), host_group(trainer.accelerator))
-
-    _set(trainer, "_save_optimizer_and_scheduler", save_state)
-    _set(trainer, "_load_rng_state", load_random_state)
-    _set(trainer, "_load_best_model", load_best_model)
-    _set(trainer, "_load_from_checkpoint", load_model)
-    _set(trainer, "_load_optimizer_and_scheduler", load_state)
-    if engine_of(trainer.accelerator) == "DEEPSPEED":
-        create = trainer.create_scheduler
-
-        def create_scheduler(*args: Any, **kwargs: Any) -> Any:
-            made = create(*args, **kwargs)
-            engine = trainer.accelerator.deepspeed_engine_wrapped.engine  # it is there by now, and nothing is loaded
-            prepare_deepspeed(engine, _inner(trainer))
-            return made
-
-        _set(trainer, "create_scheduler", create_scheduler)
-
-
-def _states_in(checkpoint: Path) -> list[Path]:
-    """Folders ``global_step<updates>``, in the order of the number: step 10 comes after step 9. Local."""
-    found = [path for path in checkpoint.glob("global_step*") if path.name.removeprefix("global_step").isdecimal()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("global_step")))
-
-
-def _set(trainer: Any, method: str, function: Callable[..., Any]) -> None:
-    """Put ``function`` in the place of a method of this one Trainer, whatever its class."""
-    assert callable(getattr(trainer, method))
-    setattr(trainer, method, function)

@@ -53,6 +53,8 @@ FLOORS = {
     "integrations.zero": 4,
     "integrations.prepared": 4,
     "integrations.accelerate": 4,
+    "integrations.trainer_arguments": 4,
+    "integrations.trainer_state": 4,
     "integrations.transformers": 4,
     "cli": 5,
     "__init__": 5,
