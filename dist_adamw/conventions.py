@@ -5,6 +5,7 @@ Floor 0: recognises by attributes and names, so no library needs to be there.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -53,3 +54,16 @@ def decay_convention(optimizer: Optimizer, group: Mapping[str, Any]) -> Literal[
     names = {cls.__name__ for cls in type(optimizer).__mro__}
     decoupled = any("adamw" in name.lower() for name in names) or names & {"Lion", "SGDW", "Muon", "Adafactor"}
     return "lr" if decoupled else "l2"
+
+
+def is_being_wrapped() -> bool:
+    """Whether Accelerate's wrapper is asking: it loads what ``state_dict()`` returns into the same optimizer at once.
+
+    ``AcceleratedOptimizer.__init__`` moves state to its device that way, and keeps nothing of it.
+    """
+    frame = sys._getframe(1)
+    while (caller := frame.f_back) is not None:
+        frame = caller
+        if frame.f_code.co_name == "__init__" and frame.f_globals.get("__name__") == "accelerate.optimizer":
+            return True
+    return False

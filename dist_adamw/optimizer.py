@@ -28,13 +28,14 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from dist_adamw import collectives
 from dist_adamw.arriving import ArrivingParameter, can_guard, guard, release
+from dist_adamw.conventions import is_being_wrapped
 from dist_adamw.exchange import UNDER_WAY, Travelling
 from dist_adamw.functional import DecayBy, adamw_update_, can_fuse, check_hyper_parameters, norm_parts, sum_of_squares
 from dist_adamw.gradients import GradientPath
 from dist_adamw.kernels import adamw_triton
 from dist_adamw.kernels.mixed import mixed_adamw_update_
 from dist_adamw.shard import MASTERS, MOMENTS, Shard, local_of, spread_over
-from dist_adamw.share import check_shapes, check_share, describe_share
+from dist_adamw.share import WholeState, check_shapes, check_share, describe_share, gather_state, stamps_of
 
 StateDict = dict[str, Any]
 _OPTIONS = ("decay_by", "max_grad_norm", "shard", "fused", "bucket_numel", "master_dtype", "state_dtype")
@@ -194,6 +195,7 @@ class DistAdamW(Optimizer):
         # Whether somebody else has shared parameters out: then this rank updates what it finds, and sends nothing.
         self._shared_out: Literal["no", "dtensors", "partitions"] = "no"
         self._updates_of: dict[int, int] = {}  # by id of shard, where an engine steps one at a time
+        self._consolidated: WholeState | None = None  # until state changes
 
     # ---------------------------------------------------------------- what happened so far
 
@@ -312,6 +314,7 @@ class DistAdamW(Optimizer):
                 if self._path is not None:
                     self._path.used()
                 return loss  # foreach arithmetic cannot skip by itself
+        self._consolidated = None
         for shard, buckets in zip(shards, grads, strict=True):
             if not shard.any_grad:
                 continue
@@ -728,6 +731,7 @@ class DistAdamW(Optimizer):
             self.shards.append(shard)
         self._placed |= chosen
         self._laid_out = self.state
+        self._consolidated = None
 
     def lay_out(self, params: Iterable[Tensor]) -> None:
         """Forget all state, and lay out zeros for ``params``, which are then filled in. Local.
@@ -816,22 +820,76 @@ class DistAdamW(Optimizer):
     # ---------------------------------------------------------------- state dicts and pickling
 
     def state_dict(self) -> StateDict:
-        """The state as torch's optimizers give it, of what this rank owns. Local.
+        """The state as torch's optimizers give it: all of it, in the parameters' shapes. Local.
 
-        On one rank it loads into ``torch.optim.AdamW`` and the other way round. When sharded,
-        ``exp_avg`` and ``exp_avg_sq`` are this rank's elements, 1-D, and ``"share"`` says which;
-        only the same rank of the same world size can load that. `dist_adamw.prepare` makes
-        ``accelerator.save_state`` write every rank's share.
+        It loads into ``torch.optim.AdamW`` and the other way round, and into a `DistAdamW` on any number of ranks.
+        When the state is sharded, this rank has 1/W of it: call `consolidate_state_dict` before, on every rank.
+
+        Raises:
+            RuntimeError: the state is sharded, and this rank has not consolidated it since it last changed.
         """
+        if not self._has_a_share or is_being_wrapped():
+            return self._share_state_dict()
+        whole = self._whole_state()
+        state_dict = super().state_dict()
+        params = {param: i for i, param in enumerate(self._all_params())}
+        state_dict["state"] = {params[param]: dict(state) for param, state in whole.items() if param in params}
+        return state_dict
+
+    @property
+    def _has_a_share(self) -> bool:
+        return bool(self.shards) and self.shards[0].process_group is not None
+
+    def _share_state_dict(self) -> StateDict:
+        """`state_dict` of what this rank owns; of a share ``"share"`` says which, and ``state`` has it 1-D. Local."""
         state_dict = super().state_dict()
         if (share := describe_share(self.shards, self._all_params())) is not None:
-            warnings.warn(
-                f"this state dict holds the share of rank {share['rank']} of {share['world_size']} only. Save it on "
-                "every rank, or use accelerator.save_state after dist_adamw.prepare, which does.",
-                stacklevel=2,
-            )
             state_dict["share"] = share
         return state_dict
+
+    def consolidate_state_dict(self, to: int | None = 0) -> None:
+        """Copy the whole state to one rank, for its next `state_dict`. Collective when sharded, else nothing.
+
+        As ``torch.distributed.optim.ZeroRedundancyOptimizer`` has it: call it on every rank, then ``state_dict()`` on
+        rank ``to``. The copy is in host memory, 8 bytes for each fp32 parameter (12 with masters), until the next
+        update; `dist_adamw.save` writes the same without it.
+
+        Args:
+            to: The receiving rank, counted among those that share the state. None: every rank.
+
+        Raises:
+            ValueError: there is no such rank.
+        """
+        self.wait()
+        ranks = self._here()[1]
+        if to is not None and not 0 <= to < ranks:
+            raise ValueError(f"to must be a rank from 0 to {ranks - 1}, or None for every rank, got {to!r}.")
+        if self.shards:
+            self._prepare_shards()
+        if self._has_a_share:
+            self._consolidated = gather_state(self.shards, to)
+
+    def _whole_state(self) -> dict[Tensor, StateDict]:
+        """What `consolidate_state_dict` has gathered.
+
+        Raises:
+            RuntimeError: nothing, or state has changed since, or another rank has it.
+        """
+        rank, ranks = self._here()
+        known = self._consolidated
+        if known is not None and known.stamps == stamps_of(self.shards):
+            if known.states is not None:
+                return known.states
+            problem = f"the state was consolidated on rank {known.to}, and this is rank {rank}"
+        else:
+            problem = (
+                f"rank {rank} of {ranks} has its own share of the state, which was not consolidated since it changed"
+            )
+        raise RuntimeError(
+            f"{problem}. Call optimizer.consolidate_state_dict(to=<rank>) on every rank, and then state_dict() on that "
+            "rank; or save with dist_adamw.save on every rank (accelerator.save_state does after dist_adamw.prepare, "
+            "Trainer after prepare_trainer); or make DistAdamW(shard=False), which has whole state on every rank."
+        )
 
     def load_state_dict(self, state_dict: StateDict) -> None:
         """Load what `state_dict`, or ``torch.optim.AdamW``'s, returned. Local.
@@ -870,6 +928,7 @@ class DistAdamW(Optimizer):
         """Set `updates` to what state says, after a load or replays of a CUDA graph. Waits for the device. Local."""
         self._updates = max((int(shard.steps.max()) for shard in self.shards), default=0)
         self._updates_of.clear()
+        self._consolidated = None
 
     def _check_loadable(self, state_dict: StateDict) -> None:
         if (share := state_dict.get("share")) is not None:

@@ -6,14 +6,19 @@ changes anything.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from dist_adamw.partition import FlatLayout
-from dist_adamw.shard import MASTERS, MOMENTS, Shard
+from dist_adamw import collectives
+from dist_adamw.partition import FlatLayout, Piece
+from dist_adamw.shard import MASTERS, MOMENTS, Shard, shaped_like
+
+_MESSAGE_BYTES = 16 << 20  # of all ranks together, while state is gathered
 
 
 def describe_share(shards: Sequence[Shard], params: Sequence[Tensor]) -> dict[str, Any] | None:
@@ -49,8 +54,8 @@ def check_share(
     if (share["rank"], share["world_size"]) != here:
         raise ValueError(
             f"this state is the share of rank {share['rank']} of {share['world_size']}, and this is rank {rank} of "
-            f"{world_size}. Save and load with accelerator.save_state and load_state after dist_adamw.prepare: "
-            "that keeps every rank's share and loads on any number of ranks."
+            f"{world_size}. Save and load with accelerator.save_state and load_state after dist_adamw.prepare, or call "
+            "consolidate_state_dict() on every rank before state_dict(): both load on any number of ranks."
         )
     for members in share["shards"]:
         layout = FlatLayout(tuple(params[i].numel() for i in members), world_size, bucket_numel, lean)
@@ -80,3 +85,81 @@ def check_shapes(state_dict: Mapping[str, Any], params: Sequence[Tensor]) -> Non
                     f"{key} of parameter {i} has shape {tuple(value.shape)}, but {tuple(whole)} is needed here. "
                     "The state is of another model, or its groups are in another order."
                 )
+
+
+@dataclass(frozen=True, slots=True)
+class WholeState:
+    """What `gather_state` has put together, and how to see that it is out of date.
+
+    Attributes:
+        to: The rank of the sharing group that has it; None: all of them.
+        states: By parameter, in the parameter's shape, on the CPU; None on ranks that do not have it.
+        stamps: `stamps_of` the shards it was made of.
+    """
+
+    to: int | None
+    states: dict[Tensor, dict[str, Any]] | None
+    stamps: list[tuple[int, int]]
+
+
+def stamps_of(shards: Sequence[Shard]) -> list[tuple[int, int]]:
+    """Identity and version of all memory that state lies in: in-place writes and replacements change it. Local."""
+    return [(id(tensor), tensor._version) for shard in shards for tensor in (*shard.moments.values(), shard.steps)]
+
+
+@torch.no_grad()
+def gather_state(shards: Sequence[Shard], to: int | None) -> WholeState:
+    """Copy the state of all ranks to one. Collective over the ranks that share it.
+
+    Beside the whole state the receiving rank needs 16 MB; the others 16 MB / ranks.
+
+    Args:
+        shards: All sharded over the same ranks.
+        to: The receiving rank, counted in that group; None: every rank.
+    """
+    receives = to is None or to == shards[0].rank
+    states: dict[Tensor, dict[str, Any]] = {}
+    for shard in shards:
+        assert shard.process_group is not None
+        steps = shard.steps.cpu()
+        for i, param in enumerate(shard.params if receives else []):
+            states[param] = {"step": steps[i].clone()}
+        for name, flat in shard.moments.items():
+            whole = [torch.empty(p.numel(), dtype=flat.dtype) for p in shard.params] if receives else []
+            owned = [_in_order(shard.layout.owned(rank)) for rank in range(shard.layout.world_size)] if receives else []
+            for start, parts in _gathered(flat, to, shard.process_group):
+                for pieces, part in zip(owned, parts, strict=True):
+                    _put(part, start, pieces, whole)
+            for param, values in zip(shard.params, whole, strict=receives):
+                states[param][name] = shaped_like(values, param)
+    return WholeState(to, states if receives else None, stamps_of(shards))
+
+
+def _in_order(buckets: Sequence[Sequence[Piece]]) -> list[Piece]:
+    return [piece for bucket in buckets for piece in bucket]
+
+
+def _gathered(flat: Tensor, to: int | None, group: dist.ProcessGroup) -> Iterator[tuple[int, list[Tensor]]]:
+    """Yield every rank's elements of ``flat``, message by message, and where they begin; no ranks' where it sends."""
+    world_size, rank = collectives.world_size(group), collectives.rank(group)
+    length = max(1, _MESSAGE_BYTES // (world_size * flat.element_size()))
+    for start in range(0, len(flat), length):
+        mine = flat[start : start + length].contiguous()
+        # As bytes: not every backend sends every dtype.
+        sent = mine.view(torch.uint8)
+        parts = [torch.empty_like(sent) for _ in range(world_size)] if to in (None, rank) else []
+        if to is None:
+            dist.all_gather(parts, sent, group=group)
+        else:
+            dist.gather(sent, parts or None, group=group, group_dst=to)
+        yield start, [part.view(flat.dtype).cpu() for part in parts]
+
+
+def _put(part: Tensor, start: int, pieces: Sequence[Piece], whole: Sequence[Tensor]) -> None:
+    """Copy what ``part``, which begins at ``start`` of a rank's shard, has of its pieces to where they belong."""
+    stop = start + len(part)
+    for piece in pieces:
+        first, last = max(piece.offset, start), min(piece.offset + piece.numel, stop)
+        if first < last:
+            place = piece.start + first - piece.offset
+            whole[piece.param][place : place + last - first] = part[first - start : last - start]

@@ -434,12 +434,11 @@ def check_new_storage(way: dict[str, Any]) -> None:
     for p in job.model.parameters():
         p.data = p.data.clone()
     job.train(range(2, 4), 2)
-    job.optimizer.load_state_dict(copy.deepcopy(job.optimizer.state_dict()))
+    job.optimizer.load_state_dict(copy.deepcopy(job.optimizer._share_state_dict()))
     job.train(range(4, 6), 2)
     job.check()
 
 
-@pytest.mark.filterwarnings("ignore:this state dict holds the share")
 @pytest.mark.parametrize("way", WAYS)
 def test_new_storage_and_loaded_state_in_mid_run(way: str) -> None:
     run_ranks(2, check_new_storage, WAYS[way])

@@ -220,7 +220,7 @@ def check_share_round_trip() -> list[Any]:
     again = Network()
     again.load_state_dict(model.state_dict())
     loaded = DistAdamW(again.parameters(), lr=1.0)
-    loaded.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    loaded.load_state_dict(copy.deepcopy(optimizer._share_state_dict()))
     copied_model, copied = copy.deepcopy((model, optimizer))
     for m, o in ((model, optimizer), (again, loaded), (copied_model, copied)):
         torch.manual_seed(9)
@@ -231,22 +231,22 @@ def check_share_round_trip() -> list[Any]:
     for p, q, r in zip(model.parameters(), again.parameters(), copied_model.parameters(), strict=True):
         assert torch.equal(p, q)
         assert torch.equal(p, r)
-    return [optimizer.state_dict()["share"]["rank"], "sharded over" in repr(optimizer)]
+    return [optimizer._share_state_dict()["share"]["rank"], "sharded over" in repr(optimizer)]
 
 
 def check_share_twice() -> None:
     _, optimizer = make_trained()
-    first = copy.deepcopy(optimizer.state_dict())
+    first = copy.deepcopy(optimizer._share_state_dict())
     loaded = DistAdamW(Network().parameters())
     loaded.load_state_dict(first)
     again = DistAdamW(Network().parameters())
-    again.load_state_dict(loaded.state_dict())  # before any update of either
+    again.load_state_dict(loaded._share_state_dict())  # before any update of either
     for i, state in first["state"].items():
-        assert all(torch.equal(v, again.state_dict()["state"][i][k]) for k, v in state.items())
+        assert all(torch.equal(v, again._share_state_dict()["state"][i][k]) for k, v in state.items())
     other = DistAdamW(Network().parameters(), bucket_numel=1)
     with pytest.raises(ValueError, match="of another model, or was made with another bucket_numel"):
         other.load_state_dict(first)
-    with pytest.warns(UserWarning, match=f"the share of rank {dist.get_rank()} of 2 only"):
+    with pytest.raises(RuntimeError, match=f"rank {dist.get_rank()} of 2 has its own share"):
         optimizer.state_dict()
 
 
@@ -270,7 +270,7 @@ def test_a_ranks_share_loads_on_that_rank() -> None:
 
 def check_share_of_another_rank() -> None:
     _, optimizer = make_trained()
-    boxes = [optimizer.state_dict()]
+    boxes = [optimizer._share_state_dict()]
     dist.broadcast_object_list(boxes, src=0)  # what saving on rank 0 alone would give everybody
     if dist.get_rank() == 0:
         raise ValueError("rank 0 has its own")
