@@ -1,0 +1,1 @@
+"""Random sequences of what users do, against a reference; each prints the shortest script that differs."""

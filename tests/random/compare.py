@@ -1,0 +1,156 @@
+"""What differs between the two worlds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dist_adamw.kernels.mixed import join_master
+from tests.random.reference import HYPER, MOMENTS, Reference
+from tests.random.tensors import in_memory_order, near, same_bits
+from tests.random.worlds import Ours, Torchs
+
+
+def differences(ours: Ours, theirs: Torchs, *, gradients: bool = True) -> list[str]:
+    """What of weights, gradients, groups and state is not the same. Collective after an inexact update."""
+    inexact = any(optimizer.inexact for optimizer in theirs.optimizers)
+    same = near if inexact else same_bits
+    found = []
+    named, their_named = list(ours.model.named_parameters()), list(theirs.model.named_parameters())
+    if [name for name, _ in named] != [name for name, _ in their_named]:
+        return ["the models have other parameters"]
+    for (name, p), (_, q) in zip(named, their_named, strict=True):
+        if not same(p, q):
+            found.append(f"weights of {name}")
+        if gradients and not ours.sequence.is_attached and not _same_gradient(p.grad, q.grad, same):
+            found.append(f"gradient of {name}")
+    for which, (a, b) in enumerate(zip(ours.optimizers, theirs.optimizers, strict=True)):
+        found += [f"{what} (optimizer {which})" if which else what for what in _of_optimizers(ours, a, b, same)]
+    if inexact and not found:
+        _take_over(ours, theirs)
+    return found
+
+
+def _same_gradient(a: Tensor | None, b: Tensor | None, same: Any) -> bool:
+    return (a is None and b is None) or (a is not None and b is not None and same(a, b))
+
+
+def _of_optimizers(world: Ours, ours: Any, theirs: Reference, same: Any) -> list[str]:
+    names = {id(param): name for name, param in world.model.named_parameters()}
+    if len(ours.param_groups) != len(theirs.param_groups):
+        return ["number of groups"]
+    found = []
+    for i, (group, other) in enumerate(zip(ours.param_groups, theirs.param_groups, strict=True)):
+        found += [f"{key} of group {i}" for key in HYPER if _plain(group[key]) != _plain(other[key])]
+        if len(group["params"]) != len(other["params"]):
+            found.append(f"number of parameters in group {i}")
+            continue
+        for j, (p, q) in enumerate(zip(group["params"], other["params"], strict=True)):
+            name = names.get(id(p), f"parameter {j} of group {i}")
+            if id(p) not in names and not same(p, q):
+                found.append(f"weights of {name}")
+            found += [f"{what} of {name}" for what in _of_state(ours, theirs, p, q, group["amsgrad"], same)]
+    return found
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.item()
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _of_state(ours: Any, theirs: Reference, p: Tensor, q: Tensor, amsgrad: bool, same: Any) -> list[str]:
+    state, other = ours.state.get(p) or {}, theirs.state.get(q) or {}
+    found = []
+    step, their_step = float(state.get("step", 0.0)), float(other.get("step", 0.0))
+    if step != their_step:
+        found.append(f"step ({step:g}, and {their_step:g} in torch)")
+    for key in MOMENTS[: 2 + amsgrad]:
+        mine, whole = state.get(key), other.get(key)
+        if mine is None or whole is None:  # state of zeros is no state
+            there = mine if mine is not None else whole
+            if there is not None and bool(there.any()):
+                found.append(f"{key} ({'not there' if mine is None else 'there'}, unlike in torch)")
+        elif not _same_share(ours, p, mine, whole, q, same):
+            found.append(key)
+    if theirs.master_dtype is not None and p.dtype.itemsize == 2 and other.get("master") is not None:
+        weight = theirs.effective_weight(q)
+        mine = fp32_weight(ours, p)
+        if mine is None or not _same_share(ours, p, mine, weight, q, same):
+            found.append("fp32 weights")
+    return found
+
+
+def fp32_weight(optimizer: Any, param: Tensor) -> Tensor | None:
+    """What this rank has of the fp32 weight, as the next update will take it."""
+    state = optimizer.state.get(param) or {}
+    exact = state.get("master", state.get("remainder"))
+    if exact is None:
+        return None
+    weight = param.detach()
+    if exact.shape != param.shape:
+        flat = in_memory_order(weight, weight)
+        weight = torch.cat([flat[:0], *(flat[a:b] for a, b in ranges_of(optimizer, param))])
+    if "remainder" in state:
+        return join_master(weight.contiguous(), exact.contiguous())
+    return torch.where(exact.to(weight.dtype) == weight, exact, weight.float())
+
+
+def ranges_of(optimizer: Any, param: Tensor) -> list[list[int]]:
+    """Which elements this rank owns, counted in the order of memory."""
+    for shard in optimizer.shards:
+        for i, other in enumerate(shard.params):
+            if other is param:
+                return shard.ranges_of(i)  # type: ignore[no-any-return]
+    return [[0, param.numel()]]
+
+
+def _same_share(optimizer: Any, p: Tensor, mine: Tensor, whole: Tensor, q: Tensor, same: Any) -> bool:
+    if mine.shape == whole.shape:
+        return bool(same(mine, whole))
+    flat = in_memory_order(whole, q)
+    expected = torch.cat([flat[:0], *(flat[a:b] for a, b in ranges_of(optimizer, p))])
+    return bool(same(mine, expected))
+
+
+def _take_over(ours: Ours, theirs: Torchs) -> None:
+    """Go on from our bits, which are known to be near torch's."""
+    pairs = [
+        (a, b, p, q)
+        for a, b in zip(ours.optimizers, theirs.optimizers, strict=True)
+        for group, other in zip(a.param_groups, b.param_groups, strict=True)
+        for p, q in zip(group["params"], other["params"], strict=True)
+    ]
+    values: list[Any] = []
+    for a, b, p, q in pairs:
+        state = a.state.get(p) or {}
+        held = {key: state[key] for key in MOMENTS if key in state and key in b.state.get(q, {})}
+        if b.state.get(q, {}).get("master") is not None:
+            held["master"] = fp32_weight(a, p)
+        values.append({key: (ranges_of(a, p), value.detach().clone()) for key, value in held.items()})
+    everywhere = [values]
+    if ours.sequence.ranks > 1:
+        everywhere = [None] * ours.sequence.ranks  # type: ignore[list-item]
+        dist.all_gather_object(everywhere, values, group=ours.group)
+    with torch.no_grad():
+        for i, (a, b, p, q) in enumerate(pairs):
+            q.copy_(p)
+            if not ours.sequence.is_attached and p.grad is not None:
+                q.grad = torch.empty_like(q).copy_(p.grad)
+            for key in values[i]:
+                whole = b.state[q][key]
+                for parts in everywhere:
+                    ranges, part = parts[i][key]
+                    if part.shape == whole.shape and a.process_group is None:
+                        whole.copy_(part)
+                        continue
+                    flat, place = in_memory_order(whole, q).clone(), 0
+                    for start, stop in ranges:
+                        flat[start:stop] = part.reshape(-1)[place : place + stop - start]
+                        place += stop - start
+                    torch.as_strided(whole, (whole.numel(),), (1,)).copy_(flat)
+    for optimizer in theirs.optimizers:
+        optimizer.inexact = False
