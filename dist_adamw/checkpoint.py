@@ -28,7 +28,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from dist_adamw import collectives
 from dist_adamw._version import __version__
-from dist_adamw.compare import checked, compare, samples_of
+from dist_adamw.compare import checked, compare, samples_of, with_keys_of, with_text_keys
 from dist_adamw.conventions import unwrap
 from dist_adamw.extra_state import EXTRA, extra_state, restore_extra_state
 from dist_adamw.held import Access, Found, Held, access, only_mine
@@ -270,7 +270,7 @@ def _gather(
             "groups": found.groups(),
             "scalars": held.scalars,
             "scheduler": None if scheduler is None else type(scheduler).__name__,
-            "schedule": None if scheduler is None else scheduler.state_dict(),
+            "schedule": None if scheduler is None else with_text_keys(scheduler.state_dict()),
             "extra": dict(extra or {}),
             "modules": modules,
         }
@@ -367,7 +367,7 @@ def load(
             if isinstance(scheduler, CyclicLRWithRestarts):
                 scheduler.load_state_dict(about["schedule"], choice)
             else:
-                scheduler.load_state_dict(about["schedule"])
+                scheduler.load_state_dict(with_keys_of(scheduler.state_dict(), about["schedule"]))
         state = restore() if random_state else "left alone"
         return Checkpoint(path, samples_of(index), about["engine"], about["world_size"], about["extra"], state)
 

@@ -128,9 +128,26 @@ def compare(
                 scheduler.check_loadable(about["schedule"], choice)
             except ValueError as error:
                 raise CheckpointError(f"{index.folder}: {error}") from error
-        elif not _is_like(about["schedule"], scheduler.state_dict()):
+        elif not _is_like(about["schedule"], with_text_keys(scheduler.state_dict())):
             raise CheckpointError(f"{index.folder} is damaged: it has no state of a {type(scheduler).__name__}.")
     return taken, random_state_of(index)
+
+
+def with_text_keys(state: Any) -> Any:
+    """A scheduler's state whose dicts have text for keys, as JSON needs it: MultiStepLR's milestones are numbers."""
+    if isinstance(state, dict):
+        return {key if isinstance(key, str) else str(key): with_text_keys(value) for key, value in state.items()}
+    return [with_text_keys(value) for value in state] if isinstance(state, list | tuple) else state
+
+
+def with_keys_of(here: Any, saved: Any) -> Any:
+    """The inverse: what was saved, with the keys and the kinds of dicts that a scheduler has here."""
+    if isinstance(here, dict):
+        restored = {key: with_keys_of(value, saved[str(key)]) for key, value in here.items()}
+        return restored if type(here) is dict else type(here)(restored)
+    if isinstance(here, list | tuple):
+        return [with_keys_of(one, other) for one, other in zip(here, saved, strict=True)]
+    return saved
 
 
 def _is_like(saved: Any, here: Any) -> bool:

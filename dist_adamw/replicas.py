@@ -94,7 +94,7 @@ class ReplicaWatch(AgreementWatch):
 
     Args:
         group: As of `check_replicas`.
-        record: What ranks must agree on at an update; its ``"samples"`` tell updates apart.
+        record: What ranks must agree on at an update; its ``"samples"``, or ``"updates"``, tell updates apart.
         compare: Raises on every rank when replicas differ. Collective.
         every: Updates between two comparisons, of which the first is at the first update. None or 0: never.
 
@@ -121,7 +121,7 @@ class ReplicaWatch(AgreementWatch):
         """
         record = {**self._record(), _NEXT: "an update"}
         self.check(record)
-        before, self._samples = self._samples, record["samples"]
+        before, self._samples = self._samples, record["samples" if "samples" in record else "updates"]
         if not self._every or self._begun % self._every:
             self._begun += before != self._samples
             return

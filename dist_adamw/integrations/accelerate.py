@@ -6,12 +6,14 @@ Floor 4: knows Accelerate; nothing below knows it.
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, overload
 
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
 from dist_adamw import collectives
@@ -28,6 +30,7 @@ from dist_adamw.integrations.deepspeed import CLIPPING, configure, fill, names_o
 from dist_adamw.integrations.prepared import Prepared, keep, take_over
 from dist_adamw.integrations.zero import prepare_deepspeed
 from dist_adamw.optimizer import DistAdamW
+from dist_adamw.plain import plain
 from dist_adamw.replicas import CHECK_WEIGHTS_EVERY, ReplicaWatch, check_replicas
 from dist_adamw.scheduler import CyclicLRWithRestarts
 
@@ -38,6 +41,7 @@ DATA_PARALLEL = {"NO", "MULTI_CPU", "MULTI_GPU", "MULTI_NPU", "MULTI_MLU", "MULT
 _ENGINES = {*DATA_PARALLEL, "FSDP", "DEEPSPEED"}
 
 
+@overload
 def prepare(
     accelerator: Accelerator,
     model: nn.Module,
@@ -45,8 +49,31 @@ def prepare(
     dataloader: DataLoader[Any],
     scheduler: CyclicLRWithRestarts,
     *,
+    check_weights_every: int | None = ...,
+) -> tuple[nn.Module, Optimizer, DataLoader[Any], CyclicLRWithRestarts]: ...
+
+
+@overload
+def prepare(
+    accelerator: Accelerator,
+    model: nn.Module,
+    optimizer: Optimizer,
+    dataloader: DataLoader[Any],
+    scheduler: LRScheduler,
+    *,
+    check_weights_every: int | None = ...,
+) -> tuple[nn.Module, Optimizer, DataLoader[Any], Any]: ...
+
+
+def prepare(
+    accelerator: Accelerator,
+    model: nn.Module,
+    optimizer: Optimizer,
+    dataloader: DataLoader[Any],
+    scheduler: LRScheduler,
+    *,
     check_weights_every: int | None = CHECK_WEIGHTS_EVERY,
-) -> tuple[nn.Module, Optimizer, DataLoader[Any], CyclicLRWithRestarts]:
+) -> tuple[nn.Module, Optimizer, DataLoader[Any], Any]:
     """Do ``accelerator.prepare``, and tell the scheduler what the loader and the accelerator know.
 
     Fills in ``batch_size`` and ``epoch_size`` where they are None, has the loader tell the real
@@ -60,7 +87,9 @@ def prepare(
         optimizer: A `DistAdamW`, or any torch optimizer. With a DeepSpeed configuration that names both,
             Accelerate's ``DummyOptim``, and its ``DummyScheduler`` below.
         dataloader: The training loader, not prepared yet.
-        scheduler: Not prepared; it is returned itself, since it needs no wrapper.
+        scheduler: Not prepared. A `CyclicLRWithRestarts` is returned itself, since it needs no wrapper. Any other torch
+            scheduler is returned in Accelerate's wrapper, which steps it as Accelerate does: once per process at each
+            update (unless ``split_batches``). All else here holds for it too.
         check_weights_every: Updates between two comparisons of what must be the same bits on several ranks: see
             `check_replicas`. The first is at the first update; ``accelerator.save_state`` makes one before it writes.
             0 or None: none at all, for ranks that are meant to differ (local SGD).
@@ -105,18 +134,21 @@ def prepare(
     if from_json:
         scheduler = stepped.scheduler
         check_scheduler(scheduler)
-        check_schedules(accelerator, scheduler, group)
-    else:
+    ours = scheduler if isinstance(scheduler, CyclicLRWithRestarts) else None
+    if from_json and ours is not None:
+        check_schedules(accelerator, ours, group)
+    elif not from_json:
         _check_kept(optimizer, inner, groups)
     place = Position(dataloader, facts)
     dataloader.dist_adamw_position = place
-    scheduler.sample_source = sample_source(accelerator, place)
+    if ours is not None:
+        ours.sample_source = sample_source(accelerator, place)
     watch = None
     if accelerator.num_processes > 1:
         whole = accelerator.unwrap_model(model)
         watch = ReplicaWatch(
             group,
-            scheduler.agreement_record,
+            _record_at_update(model, inner) if ours is None else ours.agreement_record,
             lambda: check_replicas(whole, inner, group=group),
             check_weights_every,
         )
@@ -127,13 +159,50 @@ def prepare(
         prepare_deepspeed(model, scheduler)
     clipping = float(config[CLIPPING]) if engine == "DEEPSPEED" else None
     keep(accelerator, Prepared(model, wrapped, stepped, scheduler, place, watch, group, clipping))
-    return model, wrapped, dataloader, scheduler
+    return model, wrapped, dataloader, stepped if ours is None else ours
 
 
 def check_schedules(accelerator: Accelerator, scheduler: CyclicLRWithRestarts, group: dist.ProcessGroup | None) -> None:
     """Raise on every rank when their schedules are not the same. Collective."""
     if accelerator.num_processes > 1:
         collectives.check_agreement({**scheduler.configuration(), **scheduler.agreement_record()}, group)
+
+
+def plain_hyper_parameters(optimizer: Optimizer) -> list[dict[str, Any]]:
+    """What parameter groups have besides parameters, as plain data. Local."""
+    return [
+        {k: plain(v) for k, v in group.items() if k not in ("params", "param_names")}
+        for group in optimizer.param_groups
+    ]
+
+
+def _record_at_update(model: nn.Module, optimizer: Optimizer) -> Callable[[], dict[str, Any]]:
+    """What must be the same on all ranks at an update, where the schedule is not ours. Local."""
+    begun = 0
+
+    def count(*_: Any) -> None:
+        nonlocal begun
+        begun += 1
+
+    optimizer.register_step_pre_hook(count)
+
+    def record() -> dict[str, Any]:
+        # DeepSpeed steps one group after the other, and says itself which update it is in.
+        updates = getattr(model, "global_steps", begun)
+        return {"updates": updates, "parameter groups": plain_hyper_parameters(optimizer)}
+
+    return record
+
+
+def _record_of(scheduler: LRScheduler) -> dict[str, Any]:
+    """What must be the same on all ranks when they begin, as plain data. Local."""
+    if isinstance(scheduler, CyclicLRWithRestarts):
+        return {**scheduler.configuration(), **scheduler.agreement_record()}
+    return {
+        "scheduler": type(scheduler).__name__,
+        "state of the scheduler": scheduler.state_dict(),
+        "parameter groups": plain_hyper_parameters(scheduler.optimizer),
+    }
 
 
 def _hyper_parameters(optimizer: Optimizer) -> list[dict[str, Any]]:
@@ -169,7 +238,7 @@ def _agreed_facts(
     accelerator: Accelerator,
     optimizer: Optimizer,
     dataloader: DataLoader[Any],
-    scheduler: CyclicLRWithRestarts,
+    scheduler: LRScheduler,
     group: dist.ProcessGroup | None,
 ) -> LoaderFacts:
     """Look at what each rank was given, and raise on all what is wrong on any. Collective."""
@@ -179,7 +248,7 @@ def _agreed_facts(
         inner = unwrap(optimizer)
         layout = inner.layout_record() if isinstance(inner, DistAdamW) else {}
         if not _is_dummy(optimizer):
-            record = {**scheduler.configuration(), **scheduler.agreement_record(), **layout}
+            record = {**_record_of(scheduler), **layout}
     except ValueError as error:
         problem = str(error)
     several = accelerator.num_processes > 1
@@ -195,19 +264,25 @@ def _agreed_facts(
 
 
 def _checked_facts(
-    accelerator: Accelerator, optimizer: Optimizer, dataloader: DataLoader[Any], scheduler: CyclicLRWithRestarts
+    accelerator: Accelerator, optimizer: Optimizer, dataloader: DataLoader[Any], scheduler: LRScheduler
 ) -> LoaderFacts:
     """Refuse what does not fit together, and fill the scheduler in. Local."""
     if _is_dummy(optimizer):
         return _checked_json(accelerator, dataloader, scheduler)
-    check_scheduler(scheduler)
-    if scheduler.optimizer is not unwrap(optimizer):
+    if not isinstance(scheduler, LRScheduler):
+        raise ValueError(
+            f"scheduler must be a CyclicLRWithRestarts or another torch scheduler, not prepared yet, got "
+            f"{type(scheduler).__name__}."
+        )
+    if unwrap(scheduler.optimizer) is not unwrap(optimizer):
         raise ValueError(
             f"the scheduler drives another {type(scheduler.optimizer).__name__} than the one given here, "
             "whose lr would stand still. Pass prepare the optimizer that the scheduler was built with."
         )
     check_engine(accelerator, optimizer)
     facts = loader_facts(accelerator, dataloader)
+    if not isinstance(scheduler, CyclicLRWithRestarts):
+        return facts
     if scheduler.epoch_size is None and facts.epoch_size is None:
         raise ValueError(
             "the data set has no length, so the epoch size is unknown. "
@@ -254,8 +329,7 @@ def check_scheduler(scheduler: Any) -> None:
     """Refuse what is no `CyclicLRWithRestarts`, or is wrapped already. Local."""
     if not isinstance(scheduler, CyclicLRWithRestarts):
         raise ValueError(
-            f"scheduler must be a CyclicLRWithRestarts that is not prepared yet, got {type(scheduler).__name__}. "
-            "For other schedulers accelerator.prepare does all there is to do."
+            f"scheduler must be a CyclicLRWithRestarts that is not prepared yet, got {type(scheduler).__name__}."
         )
 
 

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from dist_adamw import collectives
 from dist_adamw.checkpoint import check_alike, everywhere, load, save
@@ -33,7 +34,6 @@ from dist_adamw.integrations.zero import accept_counts
 from dist_adamw.optimizer import DistAdamW
 from dist_adamw.random_state import restore_random_state
 from dist_adamw.replicas import ReplicaWatch
-from dist_adamw.scheduler import CyclicLRWithRestarts
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -65,7 +65,7 @@ class Prepared:
         model: nn.Module,
         optimizer: Optimizer,
         stepped: Any,
-        scheduler: CyclicLRWithRestarts,
+        scheduler: LRScheduler,
         place: Position,
         watch: ReplicaWatch | None,
         group: dist.ProcessGroup | None,
@@ -75,7 +75,7 @@ class Prepared:
         self._optimizer, self._stepped, self._scheduler = map(weakref.ref, (optimizer, stepped, scheduler))
         self._watch = None if watch is None else weakref.ref(watch)
         self.place, self.group, self.clipping = place, group, clipping
-        self.loaded_at: int | None = None  # the clock at the last load
+        self.loaded_at: int | None = None  # the schedule's clock at the last load
 
     def is_of(self, optimizer: Optimizer | None) -> bool:
         """Whether this goes with ``optimizer``; with None: with one that is gone. Local."""
@@ -110,7 +110,7 @@ class Known:
     name: str
     model: nn.Module
     optimizer: Optimizer
-    scheduler: CyclicLRWithRestarts
+    scheduler: LRScheduler
     watch: ReplicaWatch | None
     listed: tuple[Any, ...]
 
@@ -227,7 +227,7 @@ def load_state(
     everywhere(lambda: restore_random_state(read_index(loaded[-1].path)), group)
     for one, found in zip(ours, loaded, strict=True):
         everywhere(partial(one.of.place.load_state_dict, found.extra.get("position")), group)
-        one.of.loaded_at = one.scheduler.samples
+        one.of.loaded_at = _clock_of(one.scheduler)
         if engine_of(accelerator) == "DEEPSPEED":
             accept_counts(one.model, found)
         accelerator.step = found.extra.get("step", 0) // one.of.place.facts.pass_samples
@@ -346,8 +346,13 @@ def _extra_of(accelerator: Accelerator, one: Known, files: dict[str, Any]) -> di
     across = not accelerator.gradient_state.sync_with_dataloader
     count = (accelerator.step - pending) * place.facts.pass_samples if across else 0
     # A job that goes on without rest_of_epoch knows itself where it is.
-    left = place.is_gone or (place.idle and one.of.loaded_at not in (None, one.scheduler.samples))
+    left = place.is_gone or (place.idle and one.of.loaded_at not in (None, _clock_of(one.scheduler)))
     return {"position": None if left else place.state_dict(pending), "step": count, "files": files}
+
+
+def _clock_of(scheduler: LRScheduler) -> int:
+    """How far a schedule has come: samples of ours, steps of others. Local."""
+    return int(getattr(scheduler, "samples", scheduler.last_epoch))
 
 
 def _check_extra(folder: Path, place: Position) -> None:
