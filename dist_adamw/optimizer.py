@@ -34,6 +34,7 @@ from dist_adamw.functional import DecayBy, adamw_update_, can_fuse, check_hyper_
 from dist_adamw.gradients import GradientPath
 from dist_adamw.kernels import adamw_triton
 from dist_adamw.kernels.mixed import mixed_adamw_update_
+from dist_adamw.plain import plain
 from dist_adamw.shard import MASTERS, MOMENTS, Shard, local_of, spread_over
 from dist_adamw.share import WholeState, check_shapes, check_share, describe_share, gather_state, stamps_of
 
@@ -114,7 +115,8 @@ class DistAdamW(Optimizer):
     Raises:
         ValueError: a hyper-parameter is out of range (or nan), or ``params`` is empty.
 
-    ``step`` is collective when sharded: every rank calls it equally often. Gradients are reduced to
+    ``step`` is collective when sharded: every rank calls it equally often. All options must be the same on all ranks;
+    `attach`, ``dist_adamw.prepare`` or the first sharded `step` compares them. Gradients are reduced to
     their owners after `attach`; without it they must be the same on every rank by then, which is
     what DDP's all-reduce leaves behind.
 
@@ -127,6 +129,7 @@ class DistAdamW(Optimizer):
     _mesh: DeviceMesh | None = None
     _path: GradientPath | None = None
     _defer_gather = False
+    _is_agreed = False  # whether ranks have compared their options
     _attached: Sequence[weakref.ref[nn.Module]] = ()
     # Ids: a reference would keep what an engine replaces, and a weak one forbids torch.utils.swap_tensors.
     _given: set[int]
@@ -375,6 +378,8 @@ class DistAdamW(Optimizer):
         """Lay out what is new, and have the averages of what this rank owns. Whether there is any. Collective."""
         if self._path is None:
             self._prepare_shards()
+            if self.process_group is not None and not self._is_agreed:
+                self._check_alike()  # nothing has been sent yet
             return True
         group = self.process_group
         assert group is not None
@@ -429,10 +434,13 @@ class DistAdamW(Optimizer):
 
         Raises:
             ValueError: the module is wrapped so that this cannot be.
-            AgreementError: ranks have other parameters. On every rank.
+            AgreementError: ranks have other parameters or options. On every rank, before anything is sent.
         """
         if any(isinstance(param, DTensor) for param in model.parameters()):
             return  # whoever made them reduces gradients as it shares parameters out
+        options = {"overlap": overlap, "reduce_every_backward": reduce_every_backward, "defer_gather": defer_gather}
+        wrapped = isinstance(model, DistributedDataParallel)
+        self._check_alike({f"attach({name})": value for name, value in options.items()} | {"attach to DDP": wrapped})
         group = self.process_group
         if group is None:
             several = collectives.initialized() and collectives.world_size() > 1
@@ -453,9 +461,6 @@ class DistAdamW(Optimizer):
             self._path = GradientPath(
                 self._all_params, self._shards_by_now, overlap=overlap, into_shard=reduce_every_backward
             )
-            for ranks in (group, self.replica_group):
-                if ranks is not None:
-                    collectives.check_agreement(self.layout_record(), ranks)
             self._tag = max(collectives.all_gather_objects(_next_tag(), group))
             for shard in self.shards:
                 shard.retag(self._tag)
@@ -793,11 +798,29 @@ class DistAdamW(Optimizer):
         self.place(params, are_shares=are_shares)
 
     def layout_record(self) -> dict[str, Any]:
-        """What ranks must agree on, as plain data. Local."""
-        return {
-            f"parameters of group {i}": [[list(p.shape), str(p.dtype), p.requires_grad] for p in group["params"]]
-            for i, group in enumerate(self.param_groups)
-        }
+        """What ranks must have alike: the constructor's options, groups and shapes, as plain data. Local."""
+        record: dict[str, Any] = {name: plain(getattr(self, name)) for name in _OPTIONS}
+        record["mesh"] = None if self._mesh is None else [list(self._mesh.shape), list(self._mesh.mesh_dim_names or ())]
+        for i, group in enumerate(self.param_groups):
+            record[f"hyper-parameters of group {i}"] = {name: plain(group.get(name)) for name in self.defaults}
+            record[f"parameters of group {i}"] = [
+                [list(p.shape), str(p.dtype), p.requires_grad] for p in group["params"]
+            ]
+        return record
+
+    def _check_alike(self, more: Mapping[str, Any] | None = None) -> None:
+        """Raise on every rank where options, groups or shapes are not the same on all. Collective.
+
+        Every rank of the job takes part, whatever it was told to share with; of a mesh of some ranks, those.
+        """
+        self._is_agreed = True
+        mesh = self._mesh
+        groups: list[dist.ProcessGroup | None] = [None]
+        if mesh is not None and mesh.size() < collectives.world_size():
+            groups = [mesh.get_group(axis) for axis in range(mesh.ndim)]
+        record = {**self.layout_record(), **(more or {})}
+        for group in groups:
+            collectives.check_agreement(record, group)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, at any time. Its state is laid out at the next update.

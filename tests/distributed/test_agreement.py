@@ -1,0 +1,208 @@
+"""Options that differ between ranks: one sentence on every rank before anything is laid out or sent."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.nn.parallel import DistributedDataParallel
+
+from dist_adamw import AgreementError, DistAdamW, collectives, prepare
+from tests.distributed.jobs import job, model_of_two_layers
+from tests.ranks import run_ranks
+
+# By option: what rank 0 has, and the last rank.
+OPTIONS: dict[str, tuple[Any, Any]] = {
+    "max_grad_norm": (None, 1.0),
+    "max_grad_norm of another size": (1.0, 2.0),
+    "master_dtype": (None, torch.float32),
+    "state_dtype": (None, torch.float32),
+    "bucket_numel": (64, 128),
+    "fused": (None, False),
+    "decay_by": ("lr", "schedule"),
+    "amsgrad": (False, True),
+    "maximize": (False, True),
+    "betas": ((0.9, 0.999), (0.9, 0.99)),
+    "eps": (1e-8, 1e-6),
+    "lr": (1e-3, 2e-3),
+    "shard": ("auto", False),
+}
+
+
+def is_last() -> bool:
+    return dist.get_rank() == dist.get_world_size() - 1
+
+
+def optimizer_of(model: nn.Module, case: str, **more: Any) -> DistAdamW:
+    name = case.split()[0]
+    options = {name: OPTIONS[case][is_last()]} if case in OPTIONS else {}
+    return DistAdamW(model.parameters(), **options, **more)
+
+
+def by_step(case: str) -> None:
+    model = model_of_two_layers()
+    optimizer = optimizer_of(model, case)
+    before = [param.detach().clone() for param in model.parameters()]
+    for param in model.parameters():
+        param.grad = torch.ones_like(param)
+    try:
+        optimizer.step()
+    finally:
+        assert all(map(torch.equal, before, model.parameters()))
+        assert optimizer.updates == 0
+
+
+def by_attach(case: str) -> None:
+    model = model_of_two_layers()
+    optimizer = optimizer_of(model, case)
+    options = {case: is_last()} if case in ("reduce_every_backward", "defer_gather", "overlap") else {}
+    optimizer.attach(DistributedDataParallel(model) if case == "DDP" and is_last() else model, **options)
+
+
+def by_prepare(case: str) -> None:
+    name = case.split()[0]
+    accelerator, *objects = job(2, 48, optimizer={name: OPTIONS[case][is_last()]}, width=8)
+    prepare(accelerator, *objects)
+
+
+def messages(by: Callable[[str], None], cases: list[str]) -> list[str]:
+    """What each case raises; caught here, so that ranks live on and must still be in step."""
+    found = []
+    for case in cases:
+        with pytest.raises(AgreementError) as raised:
+            by(case)
+        found.append(str(raised.value))
+        dist.barrier()
+    return found
+
+
+ATTACH = ["reduce_every_backward", "defer_gather", "overlap"]
+
+
+@pytest.mark.parametrize(
+    ("by", "cases"),
+    [
+        (by_step, [case for case in OPTIONS if case != "shard"]),  # whole state is stepped without messages
+        (by_attach, [*OPTIONS, *ATTACH]),
+        (by_prepare, list(OPTIONS)),
+    ],
+)
+def test_options_that_differ_are_named_on_every_rank(by: Callable[[str], None], cases: list[str]) -> None:
+    first, *others = run_ranks(3, messages, by, cases)
+    assert others == [first, first]
+    for case, message in zip(cases, first, strict=True):
+        name = case.split()[0]
+        assert message.startswith("rank 2 disagrees with rank 0: "), case
+        assert (f"attach({name})" if case in ATTACH else name) in message, case
+        assert "Build the model, the optimizer and the scheduler alike on every rank" in message
+
+
+def other_mesh() -> str:
+    model = model_of_two_layers()
+    two, one = (init_device_mesh("cpu", shape, mesh_dim_names=names) for shape, names in (((2, 2), "ab"), ((4,), "a")))
+    optimizer = DistAdamW(model.parameters(), mesh=one if is_last() else two)
+    with pytest.raises(AgreementError) as raised:
+        optimizer.attach(model)
+    return str(raised.value)
+
+
+def test_another_mesh_is_named() -> None:
+    for message in run_ranks(4, other_mesh):
+        assert message.startswith(
+            "rank 3 disagrees with rank 0: mesh is [[2, 2], ['a', 'b']] on rank 0 and [[4], ['a']]"
+        )
+
+
+def only_some_ranks_of_a_mesh() -> None:
+    """Ranks outside of the mesh take no part, and the others do not wait for them."""
+    ranks = dist.new_group([0, 1])
+    if dist.get_rank() == 2:
+        return
+    model = model_of_two_layers()
+    optimizer = DistAdamW(model.parameters(), mesh=DeviceMesh.from_group(ranks, "cpu"))
+    optimizer.attach(model)
+    model(torch.ones(2, 6)).sum().backward()
+    optimizer.step()
+    assert optimizer.updates == 1
+
+
+def test_only_the_ranks_of_a_mesh_are_asked() -> None:
+    run_ranks(3, only_some_ranks_of_a_mesh)
+
+
+# ---------------------------------------------------------------- what travels
+
+
+def traffic(count: int) -> tuple[list[str], str]:
+    """Collectives of a comparison of equal records, and of one that finds a difference."""
+    record: dict[str, Any] = {"parameters of group 0": [[[1024, 1024], "torch.float32", True]] * count, "lr": [1e-3]}
+    sent: list[str] = []
+    names = ("all_reduce", "all_gather", "all_gather_object", "broadcast_object_list", "broadcast")
+    kept = {name: getattr(dist, name) for name in names}
+
+    def counted(name: str) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            sent.append(name)
+            return kept[name](*args, **kwargs)
+
+        return call
+
+    for name in names:
+        setattr(dist, name, counted(name))
+    try:
+        collectives.check_agreement(record)
+        if is_last():
+            record["parameters of group 0"][count // 2] = [[1024, 512], "torch.float32", True]
+        with pytest.raises(AgreementError) as raised:
+            collectives.check_agreement(record)
+    finally:
+        for name in names:
+            setattr(dist, name, kept[name])
+    return sent, str(raised.value)
+
+
+def test_records_travel_only_when_they_differ_and_only_two_of_them() -> None:
+    for sent, message in run_ranks(3, traffic, 10_000):
+        assert sent == ["all_reduce", "all_reduce", "all_gather", *["broadcast_object_list"] * 2]
+        assert message.startswith("rank 2 disagrees with rank 0: parameters of group 0[5000] is [[1024, 1024], ")
+
+
+def in_a_subgroup() -> str:
+    group = dist.new_group([1, 2])
+    if dist.get_rank() == 0:
+        return ""
+    with pytest.raises(AgreementError) as raised:
+        collectives.check_agreement({"lr": dist.get_rank()}, group)
+    return str(raised.value)
+
+
+def test_ranks_are_named_as_the_job_numbers_them() -> None:
+    assert run_ranks(3, in_a_subgroup)[1].startswith("rank 2 disagrees with rank 1: lr is 1 on rank 1 and 2 on rank 2.")
+
+
+class Counted:
+    """A value that tells how often it was written out."""
+
+    written = 0
+
+    def __repr__(self) -> str:
+        Counted.written += 1
+        return "counted"
+
+
+def written_once() -> int:
+    watch = collectives.AgreementWatch(None)
+    Counted.written = 0
+    for _ in range(3):
+        watch.check({"value": Counted()})
+    watch.settle()
+    return Counted.written
+
+
+def test_a_record_is_written_out_once() -> None:
+    assert run_ranks(2, written_once) == [3, 3]
