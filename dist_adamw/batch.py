@@ -5,20 +5,35 @@ Floor 0: plain arithmetic; knows nothing of accelerators or data loaders.
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass, fields
 
 
+def check_whole(name: str, value: object, least: int = 0) -> int:
+    """Return ``value`` as an int when it is a whole number: Python's, numpy's, or a tensor of one integer.
+
+    Raises:
+        ValueError: anything else, or below ``least`` (0 or 1), or 2**62 and more; with the value received.
+    """
+    is_bool = isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool")
+    try:
+        number = None if is_bool else operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        number = None
+    if number is None or number < least:
+        raise ValueError(f"{name} must be a whole number {'above 0' if least else '>= 0'}, got {shown(value)}.")
+    if number >= 1 << 62:
+        raise ValueError(f"{name} must be below 2**62, got {shown(value)}.")
+    return number
+
+
 def check_positive_int(name: str, value: object) -> int:
-    """Return ``value`` when it is a whole number above zero.
+    """Return ``value`` as an int when it is a whole number above zero: see `check_whole`.
 
     Raises:
         ValueError: anything else, with the value received.
     """
-    if isinstance(value, bool) or not hasattr(value, "__index__") or int(value) < 1:
-        raise ValueError(f"{name} must be a whole number above 0, got {shown(value)}.")
-    if int(value) >= 1 << 62:
-        raise ValueError(f"{name} must be below 2**62, got {shown(value)}.")
-    return int(value)
+    return check_whole(name, value, least=1)
 
 
 def shown(value: object) -> str:
@@ -49,7 +64,7 @@ class GlobalBatch:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            check_positive_int(field.name, getattr(self, field.name))
+            object.__setattr__(self, field.name, check_positive_int(field.name, getattr(self, field.name)))
 
     @property
     def size(self) -> int:

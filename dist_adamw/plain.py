@@ -6,7 +6,7 @@ Floor 0: knows nothing of what is configured.
 from __future__ import annotations
 
 import re
-from numbers import Number
+from numbers import Integral, Number, Rational, Real
 from typing import Any
 
 from torch import Tensor
@@ -14,8 +14,13 @@ from torch import Tensor
 
 def plain(value: Any) -> Any:
     """``value`` as data that a safe load accepts and that compares by value."""
-    if value is None or isinstance(value, bool | int | float | str):
+    if value is None or isinstance(value, bool | str):
         return value
+    # numpy's numbers too, which a safe load would refuse.
+    if isinstance(value, Integral):
+        return int(value)
+    if isinstance(value, Real) and not isinstance(value, Rational):
+        return float(value)
     if isinstance(value, list | tuple):
         return [plain(item) for item in value]
     if isinstance(value, Tensor):

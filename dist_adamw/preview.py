@@ -173,11 +173,11 @@ class Preview:
         total_samples: int | None = None,
     ) -> Preview:
         """Evaluate ``values`` (lr, weight decay) over the first ``cycles`` cycles, or over ``total_samples``."""
-        check_positive_int("points", points)
+        points = check_positive_int("points", points)
         end = None if total_samples is None else training_end(schedule, total_samples)
         if cycles is None:
             cycles = _CYCLES if end is None else min(end.cycle + 1, _MOST_CYCLES)
-        check_positive_int("cycles", cycles)
+        cycles = check_positive_int("cycles", cycles)
         warmup = schedule.warmup_samples
         starts = [warmup + _ceil(schedule.cycle(i).start) for i in range(cycles + 1)]
         last = starts[-1] if end is None else end.total_samples

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from fractions import Fraction
 
-from dist_adamw.batch import check_positive_int, shown
+from dist_adamw.batch import check_whole, shown
 from dist_adamw.exact_math import power
 from dist_adamw.policies import Policy, make_policy
 
@@ -171,12 +171,8 @@ class RestartSchedule:
     _recent: list[Cycle] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        check_positive_int("epoch_size", self.epoch_size)
-        check_positive_int("batch_size", self.batch_size)
-        if isinstance(self.warmup_samples, bool) or not isinstance(self.warmup_samples, int) or self.warmup_samples < 0:
-            raise ValueError(f"warmup_samples must be a whole number >= 0, got {shown(self.warmup_samples)}.")
-        if self.warmup_samples:
-            check_positive_int("warmup_samples", self.warmup_samples)
+        for name, least in (("epoch_size", 1), ("batch_size", 1), ("warmup_samples", 0)):
+            object.__setattr__(self, name, check_whole(name, getattr(self, name), least))
         if not 0.0 <= self.warmup_start_lr < math.inf:
             raise ValueError(f"warmup_start_lr must be a finite number >= 0, got {self.warmup_start_lr!r}.")
         if not 0.0 <= self.triangular_step <= 1.0:

@@ -6,7 +6,10 @@ of Accelerate, DeepSpeed or files.
 
 from __future__ import annotations
 
+import inspect
 import math
+import sys
+import warnings
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,10 +17,10 @@ from typing import Any, Literal
 
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import ChainedScheduler, LRScheduler, SequentialLR
 
 from dist_adamw import collectives
-from dist_adamw.batch import GlobalBatch, check_positive_int, shown
+from dist_adamw.batch import GlobalBatch, check_positive_int, check_whole, shown
 from dist_adamw.conventions import decay_convention, skip_is_known, unwrap, was_applied
 from dist_adamw.plain import plain
 from dist_adamw.policies import Policy
@@ -26,9 +29,16 @@ from dist_adamw.schedule import IterationCallback, Period, RestartCallback, Rest
 
 OnDifference = Literal["strict", "checkpoint", "new"]
 _STATE_VERSION = 1
+_GROUPS_SHOWN = 4  # values of parameter groups in repr()
 _NOT_KNOWN = (
     "{} is not known, so the schedule cannot be computed. Pass it to CyclicLRWithRestarts, or let "
     "dist_adamw.prepare(accelerator, model, optimizer, dataloader, scheduler) fill it in."
+)
+_CONTAINERS = {cls.__init__.__code__: cls.__name__ for cls in (SequentialLR, ChainedScheduler)}
+_NOT_ONE_OF_SEVERAL = (
+    "{} cannot drive CyclicLRWithRestarts, which writes lr by its count of samples: factors of other schedulers would "
+    "be lost, and updates from before a milestone counted at once. Use it alone: it has a warm-up (warmup_samples, "
+    "warmup_start_lr), decays (eta_on_restart_cb, eta_on_iteration_cb) and takes a curve of yours (policy_fn)."
 )
 
 
@@ -96,11 +106,16 @@ class CyclicLRWithRestarts(LRScheduler):
         stream: Data without epochs: updates run across epoch ends. Otherwise the last update of
             an epoch counts what is left of it.
         verbose: Print one line per restart, on the main rank.
+        on_difference: When the configuration of a loaded state is not this one: "strict" raises, "checkpoint" takes
+            the saved one, "new" keeps this one. An attribute of the same name can be set later.
 
     Raises:
-        ValueError: an argument is out of its range; the message has the value and the cure.
+        ValueError: an argument is out of its range; the message has the value and what to do.
 
     Local: no collectives. Every rank calls `step`.
+
+    It writes lr (and the weight decay) into the groups itself, so it cannot be one of several schedulers: torch's
+    ``SequentialLR`` and ``ChainedScheduler`` are refused, and a change of lr by others is named by a warning.
 
     Source: Loshchilov & Hutter, arXiv:1608.03983 (restarts) and arXiv:1711.05101 (AdamWR, and its
     appendix on normalised weight decay). Departs from the paper in counting samples, not batches.
@@ -129,8 +144,12 @@ class CyclicLRWithRestarts(LRScheduler):
         lr_scaling: Literal["sqrt", "linear"] | None = None,
         stream: bool = False,
         verbose: bool = False,
+        on_difference: OnDifference = "strict",
     ) -> None:
         _check_choices(normalize_weight_decay, lr_scaling, stream)
+        _check_on_difference(on_difference)
+        if epoch_size is not None:
+            epoch_size = check_positive_int("epoch_size", epoch_size)
         self._options: dict[str, Any] = {
             "restart_period": restart_period,
             "t_mult": t_mult,
@@ -139,7 +158,7 @@ class CyclicLRWithRestarts(LRScheduler):
             "gamma": gamma,
             "triangular_step": triangular_step,
             "min_restart_period": min_restart_period,
-            "warmup_samples": warmup_samples,
+            "warmup_samples": check_whole("warmup_samples", warmup_samples),
             "warmup_start_lr": warmup_start_lr,
             "eta_on_restart_cb": eta_on_restart_cb,
             "eta_on_iteration_cb": eta_on_iteration_cb,
@@ -154,7 +173,7 @@ class CyclicLRWithRestarts(LRScheduler):
         self._stream = stream
         self._verbose = verbose
         self.samples = 0
-        self.on_difference: OnDifference = "strict"
+        self.on_difference: OnDifference = on_difference
         # prepare's report of an update's real samples, in place of the rule for a plain loop.
         self.sample_source: Callable[[], int | None] | None = None
         self._applied: list[int | None] = []  # updates since the last step(), as the source counted them
@@ -164,6 +183,8 @@ class CyclicLRWithRestarts(LRScheduler):
         self._counted_last = 0  # samples of the last update that the clock counted
         self._schedule = self._make_schedule()
         self._bases: list[_Base] = []
+        self._written: list[tuple[object, object]] = []  # marks of the lr and weight decay that this has written
+        self._has_warned = False  # of values that others have written
         self.optimizer = unwrap(optimizer)
         self._learn_groups()
         self._listen()
@@ -193,7 +214,25 @@ class CyclicLRWithRestarts(LRScheduler):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        self._written = []  # a copied tensor counts its versions from 0
         self._listen()
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """The torch optimizer whose groups are written, without its wrappers.
+
+        Raises:
+            ValueError: torch's SequentialLR or ChainedScheduler asks, which would call this as one of several.
+        """
+        # Their constructors touch nothing else of a scheduler before they change lr.
+        container = _CONTAINERS.get(sys._getframe(1).f_code)
+        if container is not None:
+            raise ValueError(_NOT_ONE_OF_SEVERAL.format(container))
+        return self._optimizer
+
+    @optimizer.setter
+    def optimizer(self, optimizer: Optimizer) -> None:
+        self._optimizer = optimizer
 
     # ---------------------------------------------------------------- configuration
 
@@ -220,9 +259,10 @@ class CyclicLRWithRestarts(LRScheduler):
 
     @epoch_size.setter
     def epoch_size(self, epoch_size: int) -> None:
+        epoch_size = check_positive_int("epoch_size", epoch_size)
         if self._epoch_size not in (None, epoch_size):
             raise ValueError(f"epoch_size is {self._epoch_size} already, got {epoch_size}: cycles would move.")
-        self._epoch_size = check_positive_int("epoch_size", epoch_size)
+        self._epoch_size = epoch_size
         self._schedule = self._make_schedule()
         self._push()
 
@@ -317,22 +357,31 @@ class CyclicLRWithRestarts(LRScheduler):
             self._step_count -= 1
             self._push()
 
-    def step(self, samples: int | None = None) -> None:
+    def step(self, *positional: Any, samples: int | None = None, **others: Any) -> None:
         """Advance the clock by the updates applied since the last call, and set lr and weight decay.
 
         Args:
-            samples: Real global samples (over all ranks) of those updates. None: the data
+            samples: Real global samples (over all ranks) of those updates; by keyword only. None: the data
                 loader's count under ``prepare``; elsewhere ``batch_size``, but never past the
                 end of an epoch unless ``stream=True``.
 
         Raises:
-            ValueError: ``samples`` is not a whole number >= 0, or the schedule is not known yet.
+            ValueError: ``samples`` is not a whole number >= 0, anything else was passed (torch's old
+                ``step(epoch)``), or the schedule is not known yet.
         """
-        if samples is not None and (isinstance(samples, bool) or not isinstance(samples, int) or samples < 0):
-            raise ValueError(f"samples must be a whole number >= 0 (all ranks together), got {samples!r}.")
+        # Never a TypeError, which DeepSpeed's engine answers by step(train_batch_size).
+        if others or positional not in ((), (None,)):
+            given = ", ".join([*map(repr, positional), *(f"{name}={value!r}" for name, value in others.items())])
+            raise ValueError(
+                f"step({given}) is not understood: this scheduler counts samples, not epochs. Call step() after every "
+                "optimizer.step(), or step(samples=<real samples of these updates, all ranks together>)."
+            )
+        if samples is not None:
+            samples = check_whole("samples", samples)
         applied, self._applied = self._applied, []
         if not applied:
             return
+        self._look_for_other_writers()
         before = self.cycle
         self._step_count += len(applied)
         if samples is not None:
@@ -345,6 +394,30 @@ class CyclicLRWithRestarts(LRScheduler):
         self._push()
         if self._verbose and self.cycle != before and collectives.rank() == 0:
             print(self._restart_line())
+
+    def go_to(self, *, samples: int) -> None:
+        """Set the clock, and write lr and weight decay of that sample into the groups. Local.
+
+        Every rank calls it with the same number, between two updates. Weights, the optimizer's state and the place in
+        the data stay where they are.
+
+        Args:
+            samples: Real global samples of the updates so far, warm-up included.
+
+        Raises:
+            ValueError: ``samples`` is not a whole number >= 0, the schedule is not known yet, or `step` has not been
+                called since the last update.
+        """
+        samples = check_whole("samples", samples)
+        _ = self.schedule
+        self._confirm()
+        if self._applied:
+            raise ValueError(
+                f"go_to(samples={samples}) between optimizer.step() and scheduler.step() would lose the update in "
+                "between, or count it on top. Call it after scheduler.step()."
+            )
+        self.samples, self._unconfirmed, self._counted_last = samples, False, 0
+        self._push()
 
     def _nominal_samples(self) -> int:
         assert self._batch_size is not None
@@ -375,7 +448,35 @@ class CyclicLRWithRestarts(LRScheduler):
                 if decay is not None:
                     group["weight_decay"] = decay
             self.last_epoch = self.samples // self._schedule.epoch_size
+            self._written = self._marks()
         self._last_lr = [_copied(group["lr"]) for group in self.optimizer.param_groups]
+
+    def _marks(self) -> list[tuple[object, object]]:
+        """What tells a change of lr and weight decay in the groups, without waiting for a device."""
+        return [(_mark(group["lr"]), _mark(group.get("weight_decay"))) for group in self.optimizer.param_groups]
+
+    def _look_for_other_writers(self) -> None:
+        """Warn, once, where lr or weight decay is not what this scheduler has written."""
+        if self._has_warned or not self._written:
+            return
+        groups = self.optimizer.param_groups[: len(self._written)]
+        for i, (group, before, now) in enumerate(zip(groups, self._written, self._marks(), strict=False)):
+            for name, wrote, found in zip(("lr", "weight_decay"), before, now, strict=True):
+                if wrote == found or (name == "weight_decay" and self._leaves_decay_alone(group)):
+                    continue
+                self._has_warned = True
+                value = group[name] if isinstance(group[name], float | int) else "another tensor or value"
+                warnings.warn(
+                    f"{name} of parameter group {i} is {value}, which CyclicLRWithRestarts has not written: another "
+                    "scheduler or your own code has. That held for the last update; from here on the schedule's own "
+                    "value is written again. Let one of them write it: shape the curve by policy_fn or callbacks, "
+                    "leave the decay alone by normalize_weight_decay=False, or drop this scheduler.",
+                    stacklevel=3,
+                )
+                return
+
+    def _leaves_decay_alone(self, group: Mapping[str, Any]) -> bool:
+        return self._normalize is False or decay_convention(self.optimizer, group) == "l2"
 
     def _values(self) -> list[tuple[float, float | None]]:
         """lr and weight decay of each group at ``samples``; None where the decay is left alone."""
@@ -450,6 +551,34 @@ class CyclicLRWithRestarts(LRScheduler):
 
         return Preview.compute(self.schedule, values, cycles=cycles, points=points, total_samples=total_samples)
 
+    def __repr__(self) -> str:
+        defaults = inspect.signature(type(self).__init__).parameters
+        chosen = {**self._options, "min_lr": self._min_lr, "normalize_weight_decay": self._normalize}
+        chosen |= {"lr_scaling": self._lr_scaling, "stream": self._stream}
+        kept = ("restart_period", "t_mult", "policy")
+        shown_options = [
+            f"{name}={plain(value)!r}"
+            for name, value in chosen.items()
+            if name in kept or (name in defaults and value != defaults[name].default)
+        ]
+        lines = [f"recipe: {', '.join(shown_options)}"]
+        for name, value in (("epoch_size", self._epoch_size), ("batch_size", self._batch_size)):
+            lines.append(f"{name}: {'not known yet' if value is None else f'{value:,} samples'}")
+        if self._schedule is None:
+            lines.append(f"clock: {self.samples:,} samples")
+        else:
+            point = self._schedule.at(self.samples)
+            where = f"{point.tau:.1%} into cycle {point.cycle.index}"
+            if point.warmup is not None:
+                where = f"{point.warmup:.1%} of the warm-up"
+            epoch = self.samples / self._schedule.epoch_size
+            lines.append(f"clock: {self.samples:,} samples (epoch {epoch:.4g}), {where}")
+        for name, values in (("lr", self.get_last_lr()), ("weight_decay", self.get_last_weight_decay())):
+            groups = ", ".join(f"{float(value):.4g}" for value in values[:_GROUPS_SHOWN])
+            more = f" and {len(values) - _GROUPS_SHOWN} more groups" if len(values) > _GROUPS_SHOWN else ""
+            lines.append(f"{name}: {groups}{more}")
+        return "\n    ".join([f"{type(self).__name__}(", *lines]) + "\n)"
+
     # ---------------------------------------------------------------- state
 
     def state_dict(self) -> dict[str, Any]:
@@ -486,7 +615,7 @@ class CyclicLRWithRestarts(LRScheduler):
         Args:
             on_difference: When the configuration saved is not this one: "strict" raises,
                 "checkpoint" takes the saved one, "new" keeps this one. Default: the attribute
-                ``on_difference``, which is "strict" and can be set for loaders that pass nothing.
+                ``on_difference``, as given to the constructor.
 
         Raises:
             ValueError: not a state of this class, or configurations differ; nothing is changed.
@@ -510,8 +639,7 @@ class CyclicLRWithRestarts(LRScheduler):
             )
         _check_clock(state_dict)
         choice = self.on_difference if on_difference is None else on_difference
-        if choice not in ("strict", "checkpoint", "new"):
-            raise ValueError(f"on_difference must be 'strict', 'checkpoint' or 'new', got {choice!r}.")
+        _check_on_difference(choice)
         saved, ours = state_dict["configuration"], self.configuration()
         if odd := sorted(map(str, saved.keys() ^ ours.keys())):
             raise ValueError(
@@ -525,8 +653,8 @@ class CyclicLRWithRestarts(LRScheduler):
         if differing and choice == "strict":
             lines = "; ".join(f"{k} was {saved[k]!r} and is {ours[k]!r}" for k in differing)
             raise ValueError(
-                f"the schedule of the checkpoint is another one: {lines}. Pass the same arguments, or set "
-                "scheduler.on_difference to 'checkpoint' or 'new' to choose."
+                f"the schedule of the checkpoint is another one: {lines}. Pass the same arguments, or "
+                "choose by CyclicLRWithRestarts(on_difference='checkpoint') or 'new'."
             )
         new = {
             "samples": state_dict["samples"],
@@ -603,6 +731,16 @@ def _check_choices(normalize_weight_decay: object, lr_scaling: object, stream: o
         raise ValueError(f"lr_scaling must be 'sqrt', 'linear' or None, got {lr_scaling!r}.")
     if not isinstance(stream, bool):
         raise ValueError(f"stream must be True or False, got {stream!r}.")
+
+
+def _check_on_difference(choice: object) -> None:
+    if choice not in ("strict", "checkpoint", "new"):
+        raise ValueError(f"on_difference must be 'strict', 'checkpoint' or 'new', got {choice!r}.")
+
+
+def _mark(value: object) -> object:
+    """A number itself; of a tensor which one it is, and how often it was written to."""
+    return (id(value), value._version) if isinstance(value, Tensor) else value
 
 
 def _number(name: str, value: Any) -> float:

@@ -5,11 +5,15 @@ from __future__ import annotations
 import copy
 import csv
 import gc
+import io
 import math
 import pickle
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -139,6 +143,78 @@ def test_step_counts_the_samples_it_is_given() -> None:
     for bad in (-1, 1.5, True, "8"):
         with pytest.raises(ValueError, match="samples must be a whole number >= 0"):
             scheduler.step(samples=bad)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs"), [((3,), {}), ((), {"epoch": 3}), ((0,), {}), ((32, 1), {}), ((), {"metrics": 0.1})]
+)
+def test_the_old_habit_of_passing_an_epoch_is_one_sentence(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """step(0), step(1), step(2) counted samples. Not a TypeError: DeepSpeed answers that by step(train_batch_size)."""
+    optimizer = adamw()
+    scheduler = make(optimizer)
+    update(optimizer)
+    with pytest.raises(ValueError, match=r"step\(.*\) is not understood: .* step\(samples=") as raised:
+        scheduler.step(*args, **kwargs)
+    assert str((args or tuple(kwargs.values()))[0]) in str(raised.value)
+    assert scheduler.samples == 0
+    scheduler.step(None)  # torch's own default
+    assert scheduler.samples == 100
+
+
+INTEGERS: dict[str, Callable[[int], Any]] = {
+    "numpy": np.int64,
+    "small numpy": np.uint16,
+    "0-d array": np.array,
+    "tensor": torch.tensor,
+    "one element": lambda n: torch.tensor([n], dtype=torch.int32),
+}
+
+
+@pytest.mark.parametrize("kind", INTEGERS)
+def test_integers_of_numpy_and_torch_are_integers(kind: str) -> None:
+    whole = INTEGERS[kind]
+    optimizer = adamw()
+    options = {"batch_size": whole(100), "epoch_size": whole(1000), "warmup_samples": whole(50)}
+    scheduler = make(optimizer, **options, t_mult=np.float64(1.5))
+    update(optimizer)
+    scheduler.step(samples=whole(70))
+    twin = adamw()
+    expected = make(twin, warmup_samples=50, t_mult=1.5)
+    update(twin)
+    expected.step(samples=70)
+    assert scheduler.state_dict() == expected.state_dict()
+    buffer = io.BytesIO()
+    torch.save(scheduler.state_dict(), buffer)
+    buffer.seek(0)
+    assert torch.load(buffer, weights_only=True)["samples"] == 70
+    assert type(scheduler.samples) is int
+    assert str(scheduler.preview(cycles=whole(2), points=whole(9), total_samples=whole(5000))) == str(
+        expected.preview(cycles=2, points=9, total_samples=5000)
+    )
+    scheduler.batch_size = whole(200)
+    assert scheduler.batch_size == 200
+    assert GlobalBatch(whole(4), whole(2), whole(3)).size == 24
+    late = make(adamw(), epoch_size=None)
+    late.epoch_size = whole(1000)
+    assert type(late.epoch_size) is int
+
+
+@pytest.mark.parametrize(
+    "value", [True, np.True_, torch.tensor(True), 2.0, np.float64(2), torch.tensor(2.0), torch.ones(2), "2"]
+)
+def test_what_is_no_integer_is_refused_everywhere(value: Any) -> None:
+    optimizer = adamw()
+    scheduler = make(optimizer)
+    for call in (
+        lambda: scheduler.step(samples=value),
+        lambda: scheduler.go_to(samples=value),
+        lambda: make(adamw(), batch_size=value),
+        lambda: make(adamw(), epoch_size=value),
+        lambda: make(adamw(), warmup_samples=value),
+        lambda: GlobalBatch(value),
+    ):
+        with pytest.raises(ValueError, match="must be a whole number"):
+            call()
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -286,7 +362,159 @@ def test_lr_scaling_is_opt_in_and_leaves_the_decay_alone() -> None:
             assert d == pytest.approx(0.05 * math.sqrt(0.4) * 0.5)
 
 
+# ---------------------------------------------------------------- the clock, set by hand
+
+
+def test_go_to_sets_the_clock_lr_and_decay_as_if_trained_there() -> None:
+    trained, moved = adamw(decay_by="schedule"), adamw(decay_by="schedule")
+    reference, scheduler = make(trained, restart_period=0.7), make(moved, restart_period=0.7)
+    train(trained, reference, 23)
+    train(moved, scheduler, 2)
+    scheduler.go_to(samples=2300)
+    assert scheduler.get_last_lr() == [moved.param_groups[0]["lr"]]
+    assert train(moved, scheduler, 20) == train(trained, reference, 20)
+    scheduler.go_to(samples=0)
+    assert moved.param_groups[0]["lr"] == 1e-3
+
+
+def test_go_to_refuses_what_would_be_lost() -> None:
+    optimizer = adamw()
+    scheduler = make(optimizer)
+    update(optimizer)
+    with pytest.raises(ValueError, match=r"go_to\(samples=500\) between optimizer.step\(\) and scheduler.step\(\)"):
+        scheduler.go_to(samples=500)
+    scheduler.step()
+    assert scheduler.samples == 100
+    for bad in (-1, 1.5, 1 << 62):
+        with pytest.raises(ValueError, match="samples must be"):
+            scheduler.go_to(samples=bad)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="batch_size is not known"):
+        make(adamw(), batch_size=None).go_to(samples=5)
+
+
+def test_a_skip_that_is_told_after_go_to_does_not_move_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(DistAdamW, "skip_is_known", False)
+    optimizer = adamw(max_grad_norm=1.0)
+    scheduler = make(optimizer)
+    optimizer.param_groups[0]["params"][0].grad = torch.full((4,), math.nan)
+    optimizer.step()
+    scheduler.step()
+    scheduler.go_to(samples=700)
+    assert scheduler.state_dict()["samples"] == 700
+
+
+def test_on_difference_is_an_argument() -> None:
+    state = make(adamw(), restart_period=3).state_dict()
+    with pytest.raises(ValueError, match=r"restart_period was 3 and is 1.*on_difference='checkpoint'"):
+        make(adamw()).load_state_dict(state)
+    taken = make(adamw(), on_difference="checkpoint")
+    taken.load_state_dict(state)
+    assert taken.schedule.restart_period == 3
+    kept = make(adamw(), on_difference="new")
+    kept.load_state_dict(state)
+    assert kept.schedule.restart_period == 1
+    with pytest.raises(ValueError, match="on_difference must be 'strict', 'checkpoint' or 'new', got 'maybe'"):
+        make(adamw(), on_difference="maybe")
+
+
+# ---------------------------------------------------------------- other schedulers
+
+
+@pytest.mark.parametrize("cls", [DistAdamW, torch.optim.SGD])
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("container", ["SequentialLR", "ChainedScheduler"])
+def test_torchs_containers_are_refused_when_they_are_made(container: str, first: bool, cls: type[Optimizer]) -> None:
+    optimizer = cls([parameter()], lr=1e-3)  # type: ignore[call-arg]
+    other = torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, total_iters=5)
+    scheduler = make(optimizer)
+    lr = optimizer.param_groups[0]["lr"]
+    members = [scheduler, other] if first else [other, scheduler]
+    args = (optimizer, members, [5]) if container == "SequentialLR" else (members, optimizer)
+    with pytest.raises(ValueError, match=rf"{container} cannot drive CyclicLRWithRestarts.*warmup_samples"):
+        getattr(torch.optim.lr_scheduler, container)(*args)
+    assert optimizer.param_groups[0]["lr"] == lr == 1e-3
+    update(optimizer)
+    scheduler.step()
+    assert scheduler.samples == 100
+
+
+@pytest.mark.parametrize("tensor", [False, True])
+def test_another_writer_of_lr_is_named_once(tensor: bool) -> None:
+    optimizer = adamw(lr=torch.tensor(1e-3) if tensor else 1e-3)
+    scheduler = make(optimizer)
+    other = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(4):
+            update(optimizer)
+            scheduler.step()
+            other.step()
+    assert [str(w.message).split(" is ")[0] for w in caught] == ["lr of parameter group 0"]
+    assert "another scheduler or your own code" in str(caught[0].message)
+    assert caught[0].filename == __file__
+
+
+def test_another_writer_of_the_decay_is_named_unless_the_decay_is_left_alone() -> None:
+    for options, count in (({}, 1), ({"normalize_weight_decay": False}, 0)):
+        optimizer = adamw()
+        scheduler = make(optimizer, **options)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for step in range(3):
+                optimizer.param_groups[0]["weight_decay"] = 0.01 * step
+                update(optimizer)
+                scheduler.step()
+        assert [str(w.message).split(" is ")[0] for w in caught] == ["weight_decay of parameter group 0"] * count
+
+
+def test_what_belongs_to_training_is_no_other_writer() -> None:
+    """Loads, copies, groups added later, torch's empty step, and values that the schedule has written."""
+    model = torch.nn.Linear(2, 2)
+    optimizer = DistAdamW(model.parameters(), lr=torch.tensor(1e-3))
+    scheduler = make(optimizer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        get_optimizer_state_dict(model, optimizer)
+        train(optimizer, scheduler, 2)
+        optimizer.load_state_dict(optimizer.state_dict())
+        train(optimizer, scheduler, 2)
+        optimizer.add_param_group({"params": [parameter()], "lr": 1e-2})
+        train(optimizer, scheduler, 2)
+        optimizer2, scheduler2 = copy.deepcopy((optimizer, scheduler))
+        train(optimizer2, scheduler2, 2)
+        scheduler.load_state_dict(scheduler2.state_dict())
+        scheduler.batch_size = 50
+        train(optimizer, scheduler, 2)
+        scheduler.go_to(samples=300)
+        train(optimizer, scheduler, 2)
+
+
 # ---------------------------------------------------------------- looks
+
+
+def test_repr_shows_the_recipe_and_the_clock() -> None:
+    optimizer = adamw()
+    scheduler = make(optimizer, batch_size=None, policy="triangular", warmup_samples=200, gamma=0.9)
+    assert repr(scheduler).splitlines()[1:5] == [
+        "    recipe: restart_period=1, t_mult=2, policy='triangular', gamma=0.9, warmup_samples=200, min_lr=0.0",
+        "    epoch_size: 1,000 samples",
+        "    batch_size: not known yet",
+        "    clock: 0 samples",
+    ]
+    scheduler.batch_size = 100
+    train(optimizer, scheduler, 1)
+    assert "clock: 100 samples (epoch 0.1), 50.0% of the warm-up\n" in repr(scheduler)
+    scheduler.go_to(samples=1700)
+    assert repr(scheduler) == (
+        "CyclicLRWithRestarts(\n"
+        "    recipe: restart_period=1, t_mult=2, policy='triangular', gamma=0.9, warmup_samples=200, min_lr=0.0\n"
+        "    epoch_size: 1,000 samples\n"
+        "    batch_size: 100 samples\n"
+        "    clock: 1,700 samples (epoch 1.7), 25.0% into cycle 1\n"
+        "    lr: 0.0005\n"
+        "    weight_decay: 11.18\n"
+        ")"
+    )
 
 
 def test_verbose_prints_one_line_per_restart(capsys: pytest.CaptureFixture[str]) -> None:
@@ -434,7 +662,8 @@ def test_an_update_at_a_lr_that_the_user_set_to_zero_counts() -> None:
     train(optimizer, scheduler, 1)
     optimizer.param_groups[0]["lr"] = 0.0
     update(optimizer)
-    scheduler.step()
+    with pytest.warns(UserWarning, match=r"lr of parameter group 0 is 0\.0, which Cyclic.* has not written"):
+        scheduler.step()
     assert scheduler.samples == 200
 
 
