@@ -91,6 +91,13 @@ def all_gather_objects(value: Any, group: dist.ProcessGroup | None = None) -> li
     return values
 
 
+def broadcast_object(value: Any, rank_in_group: int, group: dist.ProcessGroup | None = None) -> Any:
+    """``value`` of one rank of ``group``, on all of them. For errors and set-up, never per update."""
+    holder = [value]
+    dist.broadcast_object_list(holder, group=group, group_src=rank_in_group)
+    return holder[0]
+
+
 class AgreementError(RuntimeError):
     """Ranks that must be in the same state are not. Raised on every rank alike."""
 
@@ -143,11 +150,7 @@ def _raise_disagreement(record: Record, digest: int, group: dist.ProcessGroup | 
     dist.all_gather(digests, torch.tensor([digest], dtype=torch.int64, device=device), group=group)
     found = [int(one) for one in digests]
     odd = next(rank for rank, one in enumerate(found) if one != found[0])
-    records = []
-    for rank_in_group in (0, odd):
-        holder: list[Any] = [dict(record)]
-        dist.broadcast_object_list(holder, group=group, group_src=rank_in_group)
-        records.append(holder[0])
+    records = [broadcast_object(dict(record), rank_in_group, group) for rank_in_group in (0, odd)]
     names = range(len(found)) if group is None else dist.get_process_group_ranks(group)
     raise AgreementError(_describe(records[0], names[0], records[1], names[odd]))
 

@@ -43,6 +43,7 @@ _BLOCK = 1 << 17  # words that stay in a core's cache between the two sums
 _PRIME = 2**48 - 59  # sums over as many as 2**15 ranks fit into 64 bits
 _ODD = (-0x61C8864680B583EB, -0x40A7B892E31B1A47)  # of splitmix64
 _SAID = 3  # parameters that an error names
+_SENDERS = 32  # ranks that send all their fingerprints to explain a difference
 _NEXT = "what comes next"  # a field: some loops save on one rank, where others go on to the next update
 
 Ranks = tuple[int, ...]
@@ -72,11 +73,13 @@ def check_replicas(model: nn.Module, optimizer: Any = None, *, group: dist.Proce
     group = collectives.host_group() if group is None else group
     copies: Copies = {}
     found: dict[tuple[Ranks, str], int] = {}
+    digests: dict[Ranks, int] = {}
     problem, share = None, 0
     try:
         copies = copies_on_this_rank(model, inner, collectives.world_size(group))
         found = dict(zip(copies, fingerprints(list(copies.values())), strict=True))
-        share = _shares_of_zero(copies, found)
+        digests = _digests(copies, found)
+        share = _share_of_zero(digests)
     except Exception as error:  # without the others' knowledge they would wait for ever
         problem = error
     total = torch.tensor([share, problem is not None])
@@ -86,7 +89,7 @@ def check_replicas(model: nn.Module, optimizer: Any = None, *, group: dist.Proce
         said = "; ".join(f"{text} (rank {rank})" for rank, text in enumerate(told) if text is not None)
         raise AgreementError(f"the ranks' weights could not be compared: {said}.") from problem
     if int(total[0]) % _PRIME:
-        _explain({key: f"{found[key]:016x} {_kind(tensor)}" for key, tensor in copies.items()}, group)
+        _explain(digests, {key: f"{found[key]:016x} {_kind(tensor)}" for key, tensor in copies.items()}, group)
 
 
 class ReplicaWatch(AgreementWatch):
@@ -281,20 +284,24 @@ def _kind(tensor: Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
 
 
-def _shares_of_zero(copies: Copies, found: Mapping[tuple[Ranks, str], int]) -> int:
-    """What this rank adds to a sum over all ranks that is 0 when replicas agree, whoever is whose replica.
-
-    Of the m ranks that hold the same, each but the last adds its digest d, and the last takes off (m - 1) d. If one
-    digest differs, or there are two different ones, it is not 0; if there are more, it is with a chance of 1 in 2**48.
-    """
+def _digests(copies: Copies, found: Mapping[tuple[Ranks, str], int]) -> dict[Ranks, int]:
+    """By ranks that hold the same, 64 bits of all that they hold."""
     digests: dict[Ranks, Any] = {}
     for (ranks, name), tensor in copies.items():
         if ranks not in digests:
             digests[ranks] = hashlib.blake2b(digest_size=8)
         digests[ranks].update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {found[ranks, name]};".encode())
+    return {ranks: int.from_bytes(digest.digest(), "big") for ranks, digest in digests.items()}
+
+
+def _share_of_zero(digests: Mapping[Ranks, int]) -> int:
+    """What this rank adds to a sum over all ranks that is 0 when replicas agree, whoever is whose replica.
+
+    Of the m ranks that hold the same, each but the last adds its digest d, and the last takes off (m - 1) d. If one
+    digest differs, or there are two different ones, it is not 0; if there are more, it is with a chance of 1 in 2**48.
+    """
     total = 0
-    for ranks, digest in digests.items():
-        value = int.from_bytes(digest.digest(), "big")
+    for ranks, value in digests.items():
         total += value * (1 - len(ranks)) if dist.get_rank() == ranks[-1] else value
     return total % _PRIME
 
@@ -302,23 +309,60 @@ def _shares_of_zero(copies: Copies, found: Mapping[tuple[Ranks, str], int]) -> i
 # ---------------------------------------------------------------- who differs
 
 
-def _explain(found: dict[tuple[Ranks, str], str], group: dist.ProcessGroup | None) -> None:
-    """Exchange fingerprints, and raise. Collective."""
-    of_rank = collectives.all_gather_objects(found, group)
+def _explain(
+    digests: Mapping[Ranks, int], found: Mapping[tuple[Ranks, str], str], group: dist.ProcessGroup | None
+) -> None:
+    """Find out who differs in what, and raise. Collective.
+
+    Ranks exchange a digest for each set of copies. Of sets that differ, one rank with each digest sends what it found.
+    """
+    reports = collectives.all_gather_objects({_key(ranks): (of, len(ranks)) for ranks, of in digests.items()}, group)
+    voters: dict[int, dict[int, list[int]]] = {}  # by set of copies and digest, the ranks that have it
+    sizes: dict[int, int] = {}
+    for rank, report in enumerate(reports):
+        for key, (digest, size) in report.items():
+            voters.setdefault(key, {}).setdefault(digest, []).append(rank)
+            sizes[key] = size
+    suspects = {
+        key: by_digest
+        for key, by_digest in voters.items()
+        if len(by_digest) > 1 or sum(map(len, by_digest.values())) < sizes[key]
+    }
+    all_senders = sorted({ranks[0] for by_digest in suspects.values() for ranks in by_digest.values()})
+    senders = all_senders[:_SENDERS]
+    mine = {(ranks, name): value for (ranks, name), value in found.items() if _key(ranks) in suspects}
+    sent = {sender: collectives.broadcast_object(mine, sender, group) for sender in senders}
+    speaks_for = {
+        (key, rank): ranks[0] for key, by_digest in suspects.items() for ranks in by_digest.values() for rank in ranks
+    }
     differing: dict[tuple[Ranks, Ranks], list[str]] = {}  # by who is wrong, and the ranks that should be the same
-    for ranks, name in dict.fromkeys(key for of in of_rank for key in of):
-        values = [of_rank[rank].get((ranks, name), "missing") for rank in ranks]
-        usual, count = Counter(values).most_common(1)[0]
-        if count == len(ranks):
+    for ranks, name in dict.fromkeys(key for record in sent.values() for key in record):
+        # A rank without this set has no speaker, and is missing it; one whose speaker has not sent is left out.
+        speakers = {rank: speaks_for.get((_key(ranks), rank)) for rank in ranks}
+        values = {
+            rank: "missing" if speaker is None else sent[speaker].get((ranks, name), "missing")
+            for rank, speaker in speakers.items()
+            if speaker is None or speaker in sent
+        }
+        usual, count = Counter(values.values()).most_common(1)[0]
+        if count == len(values):
             continue
-        is_known = count > len(ranks) / 2
-        odd = tuple(rank for rank, value in zip(ranks, values, strict=True) if value != usual or not is_known)
-        differing.setdefault((odd, ranks), []).append(name)
-    raise AgreementError(
-        f"{'; '.join(_sentence(odd, ranks, names) for (odd, ranks), names in differing.items())}. Load a checkpoint "
-        "from before. Look for code that only some ranks run, weights that ranks read or draw differently, or a faulty "
-        "device; where ranks are meant to differ, pass check_weights_every=0."
+        is_known = count > len(values) / 2
+        odd = tuple(rank for rank, value in values.items() if value != usual or not is_known)
+        differing.setdefault((odd, tuple(values)), []).append(name)
+    more = (
+        f"; {len(all_senders) - len(senders)} more ranks have others still" if len(all_senders) > len(senders) else ""
     )
+    raise AgreementError(
+        f"{'; '.join(_sentence(odd, ranks, names) for (odd, ranks), names in differing.items())}{more}. Load a "
+        "checkpoint from before. Look for code that only some ranks run, weights that ranks read or draw differently, "
+        "or a faulty device; where ranks are meant to differ, pass check_weights_every=0."
+    )
+
+
+def _key(ranks: Ranks) -> int:
+    """A short name of a set of ranks, of which there may be thousands."""
+    return int.from_bytes(hashlib.blake2b(repr(ranks).encode(), digest_size=8).digest(), "big")
 
 
 def _sentence(odd: Ranks, ranks: Ranks, names: list[str]) -> str:

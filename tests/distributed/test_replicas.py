@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -18,7 +19,16 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from dist_adamw import AgreementError, CyclicLRWithRestarts, DistAdamW, check_replicas, prepare, prepare_trainer
+from dist_adamw import (
+    AgreementError,
+    CyclicLRWithRestarts,
+    DistAdamW,
+    check_replicas,
+    collectives,
+    prepare,
+    prepare_trainer,
+    replicas,
+)
 from dist_adamw.conventions import unwrap
 from dist_adamw.replicas import ReplicaWatch, fingerprints
 from dist_adamw.shard import local_of, storage_order
@@ -215,6 +225,42 @@ def test_a_difference_is_named_on_every_rank(world_size: int, said: str) -> None
     for messages in run_ranks(world_size, one_differs):
         for message, names in zip(messages, DIFFERENCES.values(), strict=True):
             assert message.startswith(said.format(names))
+
+
+def one_of_four_differs() -> tuple[str, list[int]]:
+    model = model_of_two_layers()
+    if dist.get_rank() == 3:
+        flip(list(model.parameters())[1])
+    sent: list[int] = []
+    broadcast = collectives.broadcast_object
+
+    def counted(value: Any, rank: int, *args: Any) -> Any:
+        sent.append(rank)
+        return broadcast(value, rank, *args)
+
+    with mock.patch.object(collectives, "broadcast_object", counted):
+        return message_of(check_replicas, model), sent
+
+
+def test_one_rank_with_each_value_explains_a_difference() -> None:
+    """A thousand ranks' fingerprints of thousands of tensors would take a quarter of a minute to read."""
+    for message, sent in run_ranks(4, one_of_four_differs):
+        assert message.startswith("rank 3 differs from ranks 0, 1, 2 in '0.bias'.")
+        assert sent == [0, 3]
+
+
+def all_differ() -> str:
+    model = model_of_two_layers()
+    flip(next(model.parameters()), dist.get_rank())
+    with mock.patch.object(replicas, "_SENDERS", 3):
+        return message_of(check_replicas, model)
+
+
+def test_of_very_many_different_ranks_some_are_named() -> None:
+    for message in run_ranks(4, all_differ):
+        assert message.startswith(
+            "ranks 0, 1, 2 differ in '0.weight', and nobody can tell which is right; 1 more ranks"
+        )
 
 
 def several_differ() -> str:
