@@ -25,7 +25,8 @@ def main() -> None:
     """Train as the command line and the JSON say. Collective."""
     parser = argparse.ArgumentParser(description="Train with a DeepSpeed JSON for a recipe.")
     parser.add_argument("config", help="DeepSpeed's JSON")
-    parser.add_argument("--updates", type=int, default=20)
+    parser.add_argument("--cycles", type=int, default=1, help="train to the end of so many cycles")
+    parser.add_argument("--updates", type=int, help="stop after so many, wherever that is in a cycle")
     parser.add_argument("--micro_batch", type=int, default=8)
     parser.add_argument("--max_bytes", type=int, default=300_000)
     parser.add_argument("--local_rank", type=int, help="what the deepspeed launcher passes")
@@ -46,18 +47,23 @@ def main() -> None:
     model, optimizer, loader, scheduler = dist_adamw.prepare(
         accelerator, model, optimizer, loader, DummyScheduler(optimizer)
     )
-    for update, windows in enumerate(loader):
-        if update == options.updates:
-            break
-        samples, lr, decay = scheduler.samples, scheduler.get_last_lr()[0], scheduler.get_last_weight_decay()[0]
-        with accelerator.accumulate(model):
-            loss = next_byte_losses(model, windows).mean()
-            accelerator.backward(loss)
-            optimizer.step()
-            scheduler.step()
-            optimizer.zero_grad()
-        mean = accelerator.reduce(loss.detach(), reduction="mean")
-        accelerator.print(f"samples {samples} lr {lr!r} weight_decay {decay!r} loss {float(mean):.6f}")
+    last = scheduler.preview(cycles=options.cycles).rows[-1]
+    end = last.first_sample + last.samples
+    updates = 0
+    while scheduler.samples < end and updates != options.updates:
+        for windows in loader:
+            samples, lr, decay = scheduler.samples, scheduler.get_last_lr()[0], scheduler.get_last_weight_decay()[0]
+            with accelerator.accumulate(model):
+                loss = next_byte_losses(model, windows).mean()
+                accelerator.backward(loss)
+                optimizer.step()
+                scheduler.step()
+                optimizer.zero_grad()
+            mean = accelerator.reduce(loss.detach(), reduction="mean")
+            accelerator.print(f"samples {samples} lr {lr!r} weight_decay {decay!r} loss {float(mean):.6f}")
+            updates += 1
+            if scheduler.samples >= end or updates == options.updates:
+                break
     accelerator.end_training()
 
 
