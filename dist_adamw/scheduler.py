@@ -13,7 +13,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -40,6 +40,26 @@ _NOT_ONE_OF_SEVERAL = (
     "be lost, and updates from before a milestone counted at once. Use it alone: it has a warm-up (warmup_samples, "
     "warmup_start_lr), decays (eta_on_restart_cb, eta_on_iteration_cb) and takes a curve of yours (policy_fn)."
 )
+
+
+class SampleSource(Protocol):
+    """What counts the real samples of updates in place of the rule for a plain loop.
+
+    A function that returns a number, or None for that rule, serves too.
+    """
+
+    def before_update(self, *, has_closure: bool) -> None:
+        """``optimizer.step`` begins. Ranks may begin to exchange what they counted."""
+
+    def returned_unapplied(self) -> None:
+        """The update was skipped."""
+
+    def __call__(self) -> Callable[[], int | None]:
+        """The update was applied. The function returned is called in `CyclicLRWithRestarts.step`."""
+
+
+# Samples of an update: a number, what will tell it, or None for the rule for a plain loop.
+_Count = int | None | Callable[[], int | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,8 +195,8 @@ class CyclicLRWithRestarts(LRScheduler):
         self.samples = 0
         self.on_difference: OnDifference = on_difference
         # prepare's report of an update's real samples, in place of the rule for a plain loop.
-        self.sample_source: Callable[[], int | None] | None = None
-        self._applied: list[int | None] = []  # updates since the last step(), as the source counted them
+        self.sample_source: SampleSource | Callable[[], int | None] | None = None
+        self._applied: list[_Count] = []  # updates since the last step(), as the source counted them
         self._stepped: set[int] = set()  # first parameters of the groups that the last of them was made of
         self._under_way = False  # whether an update has begun that has not been looked at
         self._unconfirmed = False  # whether the last of them may yet turn out to have been skipped
@@ -193,13 +213,13 @@ class CyclicLRWithRestarts(LRScheduler):
     def _listen(self) -> None:
         """Hear of every update and load of the optimizer."""
 
-        def weakly(method: Callable[[], None]) -> Callable[..., None]:
+        def weakly(method: Callable[..., None]) -> Callable[..., None]:
             # A hook must not keep a scheduler alive that the user has dropped.
             reference = weakref.WeakMethod(method)
 
-            def hook(*_: object) -> None:
+            def hook(_: object, *call: Any) -> None:
                 if (alive := reference()) is not None:
-                    alive()
+                    alive(*call)
 
             return hook
 
@@ -210,6 +230,7 @@ class CyclicLRWithRestarts(LRScheduler):
 
     def __getstate__(self) -> dict[str, Any]:
         # prepare's source belongs to this process; the copy's job prepares anew.
+        self._settle()
         return {**self.__dict__, "sample_source": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -308,15 +329,18 @@ class CyclicLRWithRestarts(LRScheduler):
         self._step_count = 1
         self._push()
 
-    def _before_update(self) -> None:
+    def _before_update(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if len(self.optimizer.param_groups) > len(self._bases):
             self._push()
         _ = self.schedule  # an update at an unknown lr must not happen
         self._confirm()
-        self._under_way = True
+        is_nested, self._under_way = self._under_way, True
         self._began_without_state = not self.optimizer.state
+        begin = getattr(self.sample_source, "before_update", None)
+        if begin is not None and not is_nested and not self._goes_on(self._first_params()):
+            begin(has_closure=any(map(callable, (*args, *kwargs.values()))))
 
-    def _after_update(self) -> None:
+    def _after_update(self, *_: Any) -> None:
         # torch runs the hooks of a class and again of a parent whose step() it calls: one update.
         if not self._under_way:
             return
@@ -329,21 +353,26 @@ class CyclicLRWithRestarts(LRScheduler):
         # To ask a device now would make the host wait for it at every update. So the update counts as applied
         # until the next one begins; by then the device has answered.
         known = skip_is_known(self.optimizer)
-        if (not known or was_applied(self.optimizer)) and self._begins_an_update():
-            self._applied.append(None if self.sample_source is None else self.sample_source())
+        if not known or was_applied(self.optimizer):
+            stepped = self._first_params()
+            if self._goes_on(stepped):
+                self._stepped |= stepped
+            else:
+                self._stepped = stepped
+                self._applied.append(None if self.sample_source is None else self.sample_source())
+        elif (unapplied := getattr(self.sample_source, "returned_unapplied", None)) is not None:
+            unapplied()
         self._unconfirmed = not known
 
-    def _begins_an_update(self) -> bool:
-        """Whether the call that is just returning stepped something a second time since `step`.
+    def _first_params(self) -> set[int]:
+        return {id(group["params"][0]) for group in self.optimizer.param_groups if group["params"]}
+
+    def _goes_on(self, stepped: set[int]) -> bool:
+        """Whether a call that steps these goes on with the update before it, and steps nothing a second time.
 
         ZeRO calls its optimizer once for each group, or part of one, and shows it only those: one update.
         """
-        stepped = {id(group["params"][0]) for group in self.optimizer.param_groups if group["params"]}
-        if self._applied and stepped.isdisjoint(self._stepped):
-            self._stepped |= stepped
-            return False
-        self._stepped = stepped
-        return True
+        return bool(self._applied) and stepped.isdisjoint(self._stepped)
 
     def _confirm(self) -> None:
         """Take the last update back if it turns out that the device skipped it."""
@@ -378,9 +407,11 @@ class CyclicLRWithRestarts(LRScheduler):
             )
         if samples is not None:
             samples = check_whole("samples", samples)
-        applied, self._applied = self._applied, []
-        if not applied:
+        if not self._applied:
             return
+        if samples is None:
+            self._settle()
+        applied, self._applied = self._applied, []
         self._look_for_other_writers()
         before = self.cycle
         self._step_count += len(applied)
@@ -389,7 +420,7 @@ class CyclicLRWithRestarts(LRScheduler):
             self._counted_last = samples // len(applied)
         else:
             for counted in applied:
-                self._counted_last = self._nominal_samples() if counted is None else counted
+                self._counted_last = counted if isinstance(counted, int) else self._nominal_samples()
                 self.samples += self._counted_last
         self._push()
         if self._verbose and self.cycle != before and collectives.rank() == 0:
@@ -418,6 +449,10 @@ class CyclicLRWithRestarts(LRScheduler):
             )
         self.samples, self._unconfirmed, self._counted_last = samples, False, 0
         self._push()
+
+    def _settle(self) -> None:
+        """Have the numbers of what was counted; other ranks may have to send theirs."""
+        self._applied = [counted() if callable(counted) else counted for counted in self._applied]
 
     def _nominal_samples(self) -> int:
         assert self._batch_size is not None

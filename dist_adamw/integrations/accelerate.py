@@ -18,12 +18,12 @@ from torch.utils.data import DataLoader
 
 from dist_adamw import collectives
 from dist_adamw.conventions import unwrap
+from dist_adamw.integrations.counting import SampleCounter
 from dist_adamw.integrations.data import (
     LoaderFacts,
     Position,
     engine_of,
     loader_facts,
-    sample_source,
     shuffle_by_generator,
 )
 from dist_adamw.integrations.deepspeed import CLIPPING, configure, fill, names_our_types, register_deepspeed
@@ -142,7 +142,8 @@ def prepare(
     place = Position(dataloader, facts)
     dataloader.dist_adamw_position = place
     if ours is not None:
-        ours.sample_source = sample_source(accelerator, place)
+        counter = ours.sample_source = SampleCounter(inner, accelerator, group=group)
+        take_over(accelerator, counter=counter)
     watch = None
     if accelerator.num_processes > 1:
         whole = accelerator.unwrap_model(model)

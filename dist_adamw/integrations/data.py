@@ -10,9 +10,8 @@ import copy
 import itertools
 import warnings
 import weakref
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sized
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -154,37 +153,6 @@ def _pass_length(dataloader: DataLoader[Any]) -> int | None:
     return None
 
 
-def sample_source(accelerator: Accelerator, place: Position) -> Callable[[], int | None]:
-    """What tells the real samples of the update being applied, all ranks together; None where the loader cannot say.
-
-    Accelerate pads the last batches of an epoch so that every rank has one; repeated samples are
-    not counted. None for another loader than the prepared one (or its `skip_first_batches`).
-    """
-    state, owner = accelerator.gradient_state, weakref.ref(accelerator)
-
-    def real_samples() -> int | None:
-        facts, active = place.rest, state.active_dataloader
-        if facts.samples is None or active is None or place.is_gone:
-            return None
-        if active.dataset is not place.loader.dataset:
-            return None
-        accumulation = int(state.num_steps)
-        missing = facts.pass_samples - facts.last_pass_samples
-        if not state.sync_with_dataloader:  # updates run across epoch ends: how many last batches are inside?
-            if len(place.given) >= accumulation:
-                return sum([*place.given][-accumulation:])
-            if (accelerator := owner()) is None:
-                return None
-            passes, step = -(-facts.samples // facts.pass_samples), int(accelerator.step)
-            return accumulation * facts.pass_samples - missing * (step // passes - (step - accumulation) // passes)
-        if not state.end_of_dataloader:
-            return accumulation * facts.pass_samples
-        in_window: int = len(active) % accumulation or accumulation
-        return in_window * facts.pass_samples - missing
-
-    return real_samples
-
-
 class Position:
     """Where in the data a job stands: as many samples into which epoch, all ranks together.
 
@@ -195,14 +163,12 @@ class Position:
         epoch: Passes over the loader that are complete.
         samples: Real samples of this epoch that have been handed out.
         start: Of those, the ones that were handed out before this job, or the load.
-        given: Real samples of the last micro-batches that were handed out.
         idle: Whether nothing has been handed out in this job, or since the load.
     """
 
     def __init__(self, loader: DataLoader[Any], facts: LoaderFacts) -> None:
         self._loader, self.facts = weakref.ref(loader), facts
         self.epoch = self.samples = self.start = 0
-        self.given: deque[int] = deque(maxlen=facts.batch.gradient_accumulation_steps)
         self.idle = True
         self._loads = 0  # a loop that was running when the position was loaded ends
         self._order: str | None = None  # state of the generator that shuffles, when it began with this epoch
@@ -235,12 +201,6 @@ class Position:
         if (theirs := memo.get(id(self._loader()))) is not None:
             copied._loader = weakref.ref(theirs)
         return copied
-
-    @property
-    def rest(self) -> LoaderFacts:
-        """What the loader says of an epoch, less what it has handed out before."""
-        samples = self.facts.samples
-        return self.facts if samples is None else replace(self.facts, samples=samples - self.start)
 
     def state_dict(self, pending: int = 0) -> dict[str, Any] | None:
         """As plain data; None where the loop does not go through `rest_of_epoch`. Local.
@@ -297,7 +257,6 @@ class Position:
         # Older checkpoints have the state of before the loader began.
         self._resumed = None if state["order"] is None else _Order(state["order"], state.get("drawn", False))
         self.idle = True
-        self.given.clear()
         self._loads += 1
         if self.is_gone:
             return
@@ -372,10 +331,9 @@ class Position:
                 if self._order is None:  # the main rank alone samples
                     self._begin()
                 self._resumed = None
-                before, self.samples = self.samples, self.samples + size
+                self.samples += size
                 if self.facts.samples is not None:
                     self.samples = min(self.samples, self.facts.samples)
-                self.given.append(self.samples - before)
                 yield batch
                 if self._loads != loads:
                     return

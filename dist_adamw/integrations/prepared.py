@@ -29,6 +29,7 @@ from dist_adamw.checkpoint import check_alike, everywhere, load, save
 from dist_adamw.folder import fingerprint
 from dist_adamw.held import bare
 from dist_adamw.index import INDEX, CheckpointError, read_index
+from dist_adamw.integrations.counting import SampleCounter
 from dist_adamw.integrations.data import Position, engine_of
 from dist_adamw.integrations.zero import accept_counts
 from dist_adamw.optimizer import DistAdamW
@@ -117,10 +118,11 @@ class Known:
 
 @dataclass(eq=False, slots=True)
 class _Owned:
-    """Of an accelerator: records, and the optimizers that have gradients reduced to their owners."""
+    """Of an accelerator: records, optimizers that have gradients reduced to their owners, what counts samples."""
 
     prepared: list[Prepared]
     attached: list[weakref.ref[DistAdamW]]
+    counters: weakref.WeakSet[SampleCounter]
 
 
 _OF: weakref.WeakKeyDictionary[Accelerator, _Owned] = weakref.WeakKeyDictionary()
@@ -133,17 +135,22 @@ def keep(accelerator: Accelerator, prepared: Prepared) -> None:
     owned.prepared = [*(one for one in owned.prepared if not one.is_of(None)), prepared]
 
 
-def take_over(accelerator: Accelerator, attached: DistAdamW | None = None) -> None:
+def take_over(
+    accelerator: Accelerator, attached: DistAdamW | None = None, counter: SampleCounter | None = None
+) -> None:
     """Have an accelerator's methods be the functions below, which go on to its own. Local.
 
     Args:
         accelerator: Any.
         attached: An optimizer whose gradients are now reduced to their owners.
+        counter: What hears of ``accelerator.backward``.
     """
     if accelerator not in _OF:
-        _OF[accelerator] = _Owned([], [])
-        for ours in (save_state, load_state, clip_grad_norm_, clip_grad_value_):
+        _OF[accelerator] = _Owned([], [], weakref.WeakSet())
+        for ours in (save_state, load_state, clip_grad_norm_, clip_grad_value_, backward):
             setattr(accelerator, ours.__name__, _instead(accelerator, ours))
+    if counter is not None:
+        _OF[accelerator].counters.add(counter)
     if attached is not None:
         _OF[accelerator].attached.append(weakref.ref(attached))
 
@@ -264,6 +271,22 @@ def clip_grad_value_(accelerator: Accelerator, clip_value: Callable[..., Any], *
     result = clip_value(*args, **kwargs)
     for optimizer in _attached(accelerator):
         optimizer.accept_gradients()
+    return result
+
+
+def backward(accelerator: Accelerator, run_backward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """As Accelerate's; what counts samples hears of each pass. Local, as far as Accelerate's is."""
+    counters = [*_OF[accelerator].counters]
+    for counter in counters:
+        if counter.follows_engine:  # DeepSpeed updates inside
+            counter.poll()
+            counter.backward_began()
+    result = run_backward(*args, **kwargs)
+    for counter in counters:
+        if counter.follows_engine:
+            counter.engine_backward_is_over()
+        else:
+            counter.poll()
     return result
 
 

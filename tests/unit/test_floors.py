@@ -49,6 +49,8 @@ FLOORS = {
     "convert": 3,
     "integrations": 4,
     "integrations.deepspeed": 4,
+    "integrations.loader": 4,
+    "integrations.counting": 4,
     "integrations.data": 4,
     "integrations.zero": 4,
     "integrations.prepared": 4,

@@ -1,0 +1,145 @@
+"""Samples are counted as the loop trains on them: rows count once, in the update of their first backward pass."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator, skip_first_batches
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+
+from dist_adamw import CyclicLRWithRestarts, DistAdamW, prepare
+
+
+def rows(size: int) -> TensorDataset:
+    return TensorDataset(torch.arange(size).float().view(-1, 1))
+
+
+class Stream(IterableDataset[Tensor]):
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def __iter__(self) -> Iterator[Tensor]:
+        yield from torch.arange(self.size).float().view(-1, 1)
+
+    def __len__(self) -> int:
+        return self.size
+
+
+class Growing(Dataset[Tensor]):
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, i: int) -> Tensor:
+        return torch.tensor([float(i)])
+
+
+class Loop:
+    """A script: what `prepare` gave it, and one micro-batch of training."""
+
+    def __init__(self, data: Any, accumulation: int = 1, batch_size: int = 4, **loader: Any) -> None:
+        self.accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulation)
+        model: Any = nn.Linear(1, 1)
+        optimizer: Any = DistAdamW(model.parameters())
+        scheduler = CyclicLRWithRestarts(optimizer, restart_period=1)
+        source = DataLoader(data, batch_size, **loader)
+        self.model, self.optimizer, self.loader, self.scheduler = prepare(
+            self.accelerator, model, optimizer, source, scheduler
+        )
+
+    def train(self, batch: Any) -> int:
+        """A micro-batch; the clock after it."""
+        x = batch[0] if isinstance(batch, (list, tuple)) else batch
+        with self.accelerator.accumulate(self.model):
+            self.accelerator.backward(self.model(x).mean())
+            self.optimizer.step()
+            self.scheduler.step()
+            self.optimizer.zero_grad()
+        return self.scheduler.samples
+
+    def epoch(self, batches: Any = None) -> list[int]:
+        return [self.train(batch) for batch in (self.loader if batches is None else batches)]
+
+
+def second_loader() -> int:
+    data = rows(64)
+    loop = Loop(data)
+    other = loop.accelerator.prepare(DataLoader(data, 16))
+    return loop.epoch(other)[-1]
+
+
+def left_by_break() -> int:
+    loop = Loop(rows(40), 4)
+    loop.epoch(itertools.islice(loop.loader, 2))
+    return loop.epoch()[-1]
+
+
+def accumulation_changed() -> int:
+    loop = Loop(rows(100), 2)
+    for i, batch in enumerate(loop.loader, 1):
+        loop.train(batch)
+        if i == 2:
+            loop.accelerator.gradient_accumulation_steps = 3
+    return loop.scheduler.samples
+
+
+def growing() -> int:
+    data = Growing(10)
+    loop = Loop(data)
+    loop.epoch()
+    data.size = 12
+    return loop.epoch()[-1]
+
+
+def recreated() -> int:
+    loop = Loop(rows(10))
+    for _ in range(3):
+        loop.epoch(loop.accelerator.prepare(DataLoader(rows(13), 4)))
+    return loop.scheduler.samples
+
+
+def skipped_first_of_a_stream() -> int:
+    loop = Loop(Stream(42), 3)
+    return loop.epoch(skip_first_batches(loop.loader, 1))[-1]
+
+
+def cut_by_hand() -> int:
+    loop = Loop(rows(24), 4, batch_size=8)
+    for (batch,) in loop.loader:
+        for i, piece in enumerate(batch.split(2)):
+            loop.accelerator.gradient_state.plugin_kwargs["sync_with_dataloader"] = False
+            loop.train(piece)
+            assert loop.accelerator.sync_gradients == (i == 3)
+    return loop.scheduler.samples
+
+
+CASES: dict[str, tuple[Callable[[], int], int]] = {
+    "a second prepared loader over the same data set object": (second_loader, 64),
+    "an epoch left by break in mid-accumulation": (left_by_break, 48),
+    "accumulation changed in mid-epoch": (accumulation_changed, 100),
+    "a data set that grows": (growing, 22),
+    "another data set in a loader created anew": (recreated, 39),
+    "skip_first_batches of a sized stream": (skipped_first_of_a_stream, 38),
+    "a batch cut by hand": (cut_by_hand, 24),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_samples_are_those_that_were_trained_on(case: str) -> None:
+    count, expected = CASES[case]
+    assert count() == expected
+
+
+def test_a_micro_batch_that_is_skipped_does_not_count() -> None:
+    loop = Loop(rows(32), 4)
+    for i, batch in enumerate(loop.loader):
+        if i != 2:
+            loop.train(batch)
+    assert loop.scheduler.samples == 28
