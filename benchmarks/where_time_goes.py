@@ -31,14 +31,14 @@ import torch.distributed as dist
 from benchmarks import ranks, records
 from benchmarks.engines import OURS, OURS_WITHOUT_DDP, build
 from benchmarks.workloads import WORKLOADS, Workload
-from dist_adamw import exchange, gradients, optimizer, shard
+from dist_adamw import ddp, exchange, gradients, optimizer, shard
 
 ENGINES = (OURS, OURS_WITHOUT_DDP)
 WHOLE, BARE = "whole", "(a bare model's backward and forward)"
 WAIT = "wait"
 # What is wrapped: label, owner, attribute. Waiting is told apart by who waits.
 PARTS: list[tuple[str, Any, str]] = [
-    ("backward: DDP's hook", gradients._DDPHook, "reduce"),
+    ("backward: DDP's hook", ddp.DDPReducer, "reduce"),
     ("backward: hooks of parameters", gradients.GradientPath, "_look_into_inbox"),
     ("backward: its end", gradients.GradientPath, "_after_backward"),
     ("backward: watch for changes", gradients.GradientPath, "_watch"),

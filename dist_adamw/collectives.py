@@ -82,6 +82,14 @@ def all_reduce_sum(value: Tensor, group: dist.ProcessGroup | None = None) -> Ten
     return value
 
 
+def broadcast_from_first(tensors: list[Tensor], group: dist.ProcessGroup | None = None) -> None:
+    """Give every rank of ``group`` what its first one has, in place, as DDP does when it is built."""
+    if tensors and world_size(group) > 1:
+        group = dist.group.WORLD if group is None else group
+        assert group is not None
+        dist._broadcast_coalesced(group, tensors, 250 << 20, 0)  # type: ignore[attr-defined]
+
+
 def all_gather_objects(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
     """Every rank's ``value`` (small and picklable), in rank order. For set-up, never per update."""
     values: list[Any] = [None] * world_size(group)

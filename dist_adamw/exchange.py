@@ -36,6 +36,12 @@ BLOCK_NUMEL = 1 << 16  # summed at once: small enough to stay in a core's cache 
 UNDER_WAY = 2  # buckets travelling at a time, each with its own staging
 
 
+_GONE = (
+    "A rank that this one exchanges gradients or parameters with has ended, or is somewhere else: it skipped a "
+    "backward pass or a step() that others made, or left the loop before them. Every rank must make the same ones."
+)
+
+
 @dataclass(slots=True)
 class Travelling:
     """A bucket on its way. ``held`` must outlive the transfer."""
@@ -45,6 +51,19 @@ class Travelling:
     staging: Any
     own: list[Tensor | None] = field(default_factory=list)
     held: list[Tensor] = field(default_factory=list)
+    gathered: Flat | None = None  # where slices are received, if not in the parameters
+
+    def wait(self) -> None:
+        """Wait until everything has been sent and received.
+
+        Raises:
+            RuntimeError: a rank has ended, or did not take part within the process group's timeout.
+        """
+        try:
+            for work in self.works:
+                work.wait()
+        except RuntimeError as error:
+            raise RuntimeError(f"{error}\n{_GONE}") from error
 
 
 class Exchange(ABC):
@@ -108,12 +127,20 @@ class Exchange(ABC):
         """
 
     @abstractmethod
-    def start_gather(self, k: int) -> Travelling:
-        """Send this rank's slice of bucket ``k`` of the parameters, and receive the others'."""
+    def start_gather(self, k: int, flat: Flat | None = None) -> Travelling:
+        """Send this rank's slice of bucket ``k``, and receive the others'.
+
+        Args:
+            flat: Of these tensors, None at the same places on every rank; default: of the parameters.
+        """
 
     @abstractmethod
     def finish_gather(self, sent: Travelling) -> None:
-        """Wait until the parameters of a bucket are those that their owners have."""
+        """Wait until what was gathered is what its owners have."""
+
+    def _gathered(self, sent: Travelling, key: Any, pieces: list[Piece]) -> Sequence[Tensor | None]:
+        """The runs that a gather reads or writes."""
+        return self._params_of(key, pieces) if sent.gathered is None else cut(sent.gathered, pieces)
 
 
 def make_exchange(
@@ -216,8 +243,7 @@ class PeerToPeer(Exchange):
 
     def finish_reduce(self, sent: Travelling, into: list[Tensor] | None, *, add: bool = False) -> None:
         """See `Exchange`."""
-        for work in sent.works:
-            work.wait()
+        sent.wait()
         mine = self._slices[sent.bucket][self._rank]
         slots, outbox = sent.staging
         # Where no gradient was, nothing is kept of the average.
@@ -278,12 +304,12 @@ class PeerToPeer(Exchange):
             if total is not block:
                 block.copy_(total)
 
-    def start_gather(self, k: int) -> Travelling:
+    def start_gather(self, k: int, flat: Flat | None = None) -> Travelling:
         """See `Exchange`."""
-        sent = Travelling(k, [], self._take())
+        sent = Travelling(k, [], self._take(), gathered=flat)
         received, outbox = sent.staging
         mine = self._slices[k][self._rank]
-        views = self._params_of((k, self._rank), mine.pieces)
+        views = self._gathered(sent, (k, self._rank), mine.pieces)
         buffer = outbox[self._peers[0][0]]
         if mine.small:
             self._pack(k, self._rank, views, buffer)
@@ -292,26 +318,27 @@ class PeerToPeer(Exchange):
             if theirs.small:
                 self._receive(sent, received[source][: theirs.small_numel], source)
             if theirs.large:
-                places = self._params_of((k, source), theirs.pieces)
+                places = self._gathered(sent, (k, source), theirs.pieces)
                 for i in theirs.large:
-                    self._receive(sent, places[i], source)
+                    if places[i] is not None:
+                        self._receive(sent, places[i], source)
             if mine.small:
                 self._send(sent, buffer[: mine.small_numel], to)
             for i in mine.large:
-                self._send(sent, views[i], to)
+                if views[i] is not None:
+                    self._send(sent, views[i], to)
         return sent
 
     def finish_gather(self, sent: Travelling) -> None:
         """See `Exchange`."""
-        for work in sent.works:
-            work.wait()
+        sent.wait()
         received, _ = sent.staging
         for _, source in self._peers:
             theirs = self._slices[sent.bucket][source]
             if theirs.small:
-                targets = self._params_of((sent.bucket, source), theirs.pieces)
-                places = self._places(received[source], sent.bucket, source)
-                torch._foreach_copy_(theirs.small_of(targets), theirs.small_of(places))
+                targets = theirs.small_of(self._gathered(sent, (sent.bucket, source), theirs.pieces))
+                places = theirs.small_of(self._places(received[source], sent.bucket, source))
+                _copy_present(targets, places)
         self._free.append(sent.staging)
 
     def _places(self, buffer: Tensor, k: int, rank: int) -> list[Tensor]:
@@ -398,8 +425,7 @@ class Native(Exchange):
 
     def finish_reduce(self, sent: Travelling, into: list[Tensor] | None, *, add: bool = False) -> None:
         """See `Exchange`."""
-        for work in sent.works:
-            work.wait()
+        sent.wait()
         _, _, first, last = self._pieces(sent.bucket)
         if self._replicas is not None:
             dist.all_reduce(sent.staging[first:last], group=self._replicas)
@@ -414,16 +440,18 @@ class Native(Exchange):
             (torch._foreach_add_ if add else torch._foreach_copy_)(targets, sources)
         self._free.append(sent.staging)
 
-    def start_gather(self, k: int) -> Travelling:
+    def start_gather(self, k: int, flat: Flat | None = None) -> Travelling:
         """See `Exchange`."""
-        sent = Travelling(k, [], self._take())
+        sent = Travelling(k, [], self._take(), gathered=flat)
         _, numel, first, last = self._pieces(k)
         owned = self._owned(k, first, last)
         buffer = sent.staging[:numel]
-        if owned:
+        mine = self._gathered(sent, (k, "mine"), owned)
+        there = [i for i, view in enumerate(mine) if view is not None]
+        if there:
             torch._foreach_copy_(
-                [buffer[p.offset : p.offset + p.numel] for p in owned],
-                self._params_of((k, "mine"), owned),
+                [buffer[owned[i].offset : owned[i].offset + owned[i].numel] for i in there],
+                [cast(Tensor, mine[i]) for i in there],
             )
         gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
         work = gather(buffer, buffer[first:last], group=self._group, async_op=True)
@@ -432,18 +460,70 @@ class Native(Exchange):
 
     def finish_gather(self, sent: Travelling) -> None:
         """See `Exchange`."""
-        for work in sent.works:
-            work.wait()
+        sent.wait()
         pieces, _, first, last = self._pieces(sent.bucket)
         others = [p for p in pieces if p.offset + p.numel <= first or p.offset >= last]
         # A piece that is partly this rank's is copied onto itself.
         others += [p for p in pieces if p.offset < last and p.offset + p.numel > first and not _inside(p, first, last)]
         if others:
-            torch._foreach_copy_(
-                self._params_of((sent.bucket, "others"), others),
-                [sent.staging[p.offset : p.offset + p.numel] for p in others],
-            )
+            targets = self._gathered(sent, (sent.bucket, "others"), others)
+            _copy_present(targets, [sent.staging[p.offset : p.offset + p.numel] for p in others])
         self._free.append(sent.staging)
+
+
+def _copy_present(targets: Sequence[Tensor | None], sources: Sequence[Tensor]) -> None:
+    """Copy each source to its target, where there is one."""
+    if any(target is None for target in targets):
+        pairs = [(target, source) for target, source in zip(targets, sources, strict=True) if target is not None]
+        targets, sources = [target for target, _ in pairs], [source for _, source in pairs]
+    if targets:
+        torch._foreach_copy_(cast(list[Tensor], list(targets)), list(sources))
+
+
+class Rollcall:
+    """A few whole numbers that every rank tells every other, on the channel that buckets travel on. Collective.
+
+    Messages of one tag arrive in the order in which they were sent. A rank that begins to send gradients where another
+    one updates therefore receives the other's numbers in place of a bucket, and both see that they differ.
+
+    Args:
+        group: Ranks over gloo.
+        tag: Of the buckets.
+        width: Numbers in a message.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, tag: int, width: int) -> None:
+        self.group, self.tag, self._width = group, tag, width
+        self._rank, self._size = collectives.rank(group), collectives.world_size(group)
+        self._under_way: list[tuple[Travelling, Tensor]] = []
+
+    def post(self, numbers: Sequence[int]) -> None:
+        """Send ``numbers``, filled up with zeros, and begin to receive the others'."""
+        table = torch.zeros(self._size, self._width, dtype=torch.int64)
+        table[self._rank, : len(numbers)] = torch.tensor(numbers, dtype=torch.int64)
+        sent = Travelling(0, [], None)
+        for distance in range(1, self._size):
+            to, source = (self._rank + distance) % self._size, (self._rank - distance) % self._size
+            for work in (
+                dist.irecv(table[source], group=self.group, group_src=source, tag=self.tag),
+                dist.isend(table[self._rank], group=self.group, group_dst=to, tag=self.tag),
+            ):
+                assert work is not None
+                sent.works.append(work)
+        self._under_way.append((sent, table))
+
+    @property
+    def is_under_way(self) -> bool:
+        """Whether there is a `post` without an `answer`."""
+        return bool(self._under_way)
+
+    def answer(self) -> list[list[int]]:
+        """The numbers of the oldest `post`, by rank."""
+        sent, table = self._under_way[0]
+        sent.wait()
+        del self._under_way[0]  # not before: the transfer needs the memory
+        numbers: list[list[int]] = table.tolist()
+        return numbers
 
 
 def _inside(piece: Piece, first: int, last: int) -> bool:

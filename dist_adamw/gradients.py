@@ -3,13 +3,16 @@
 Floor 2: knows shards, modules and autograd's hooks; ``optimizer.py`` asks for the result.
 
 Glossary:
-    round    every bucket sent once; in_place there is one to an update, into the shard one to a backward
-    launch   begin to send a bucket
-    open     a bucket whose gradients are local ones, as autograd left them
+    round      every bucket sent once; in_place there is one to an update, into the shard one to a backward
+    launch     begin to send a bucket
+    listened   a parameter whose gradient a hook announces, because its module is attached
+    others     the optimizer's other parameters: of a DDP module that is not attached, say
 
 Buckets are launched in one fixed order, last parameters first, whatever order gradients come in,
 so that every rank sends alike; a bucket is launched during backward when its last gradient is
-there and the bucket before it has gone.
+there and the bucket before it has gone. What others have for a gradient is looked at in ``step`` and not before: until
+then a DDP module that they belong to may not have averaged it. There it is taken as it is where all ranks have
+the same bits, and averaged where they differ.
 """
 
 from __future__ import annotations
@@ -18,47 +21,31 @@ import itertools
 import operator
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils._pytree import tree_leaves
+from torch.utils.hooks import RemovableHandle
 
-from dist_adamw.exchange import UNDER_WAY, Travelling
-from dist_adamw.shard import Shard, storage_order
+from dist_adamw import collectives
+from dist_adamw.ddp import DDPReducer, PackedBucket
+from dist_adamw.exchange import UNDER_WAY, Rollcall, Travelling
+from dist_adamw.fingerprints import fingerprints
+from dist_adamw.hooks import NoSync, WeakHook, remove
+from dist_adamw.plan import Plan
+from dist_adamw.shard import Shard, shaped_like, storage_order
+from dist_adamw.watch import GradientWatch
 
+_UPDATE, _ROUND = 1, 2  # what a rank says that it is about to do
 _LOOK_EVERY = 1 << 18  # elements: as many as make a message worth sending
-_HOOK = "_dist_adamw_hook"  # attribute of a DDP module: one hook serves every optimizer
-# Where DDP's reducer stands aside: it copies every gradient into buckets of its own, which costs as much time as
-# the update. Elsewhere the buckets have been allocated by then, so gradients had better be in them.
-_ASIDE = frozenset({"cpu"})
-
-
-class _Plan:
-    """The buckets of some shards in the order in which they are launched, and who is in them."""
-
-    def __init__(self, shards: Sequence[Shard]) -> None:
-        self.shards = list(shards)
-        self.order = [(shard, k) for shard in reversed(self.shards) for k in reversed(range(shard.layout.num_buckets))]
-        self.members: list[set[int]] = []  # ids of parameters, by bucket
-        self.places: list[list[tuple[int, Tensor, bool]]] = []  # place in the shard, whether 1-D as it is
-        self.buckets_of: dict[int, list[int]] = {}
-        self.place_of: dict[int, tuple[Shard, int]] = {}
-        for shard in self.shards:
-            for i, param in enumerate(shard.params):
-                self.place_of[id(param)] = (shard, i)
-        for n, (shard, k) in enumerate(self.order):
-            places = [
-                (piece.param, shard.params[piece.param]) for piece in shard.layout.pieces(*shard.layout.bucket(k))
-            ]
-            self.places.append([(i, param, param.ndim == 1 and param.is_contiguous()) for i, param in places])
-            self.members.append({id(param) for _, param in places})
-            for _, param in places:
-                self.buckets_of.setdefault(id(param), []).append(n)
+_gradient, _requires_grad = operator.attrgetter("grad"), operator.attrgetter("requires_grad")
 
 
 class GradientPath:
@@ -67,14 +54,20 @@ class GradientPath:
     Args:
         params: The optimizer's method that gives every parameter, in order.
         shards: Its method that gives the shards, and builds them if there are none yet.
+        gather: Its method that makes every gradient whole. Collective.
         overlap: Launch during backward.
         into_shard: Keep averages in flat memory of the shards, and let go of ``param.grad``.
+
+    Attributes:
+        listening: Ids of the parameters that this path listens to; replaced when they change.
+        is_whole: Whether every ``param.grad`` is the average over all ranks, to be taken as it is.
     """
 
     def __init__(
         self,
         params: Callable[[], list[Tensor]],
         shards: Callable[[], list[Shard]],
+        gather: Callable[[], None],
         *,
         overlap: bool,
         into_shard: bool,
@@ -82,17 +75,27 @@ class GradientPath:
         # The optimizer owns the path: a strong reference back would leave both to the garbage collector, and
         # with them the process group, perhaps until the interpreter ends.
         self._params_ref, self._shards_ref = weakref.WeakMethod(params), weakref.WeakMethod(shards)
+        self._gather_ref = weakref.WeakMethod(gather)
         self.overlap, self.into_shard = overlap, into_shard
+        self.listening: Set[int] = frozenset()
+        self.is_whole = False
+        self._hook_of: dict[int, RemovableHandle | None] = {}  # by id of parameter; None where DDP's bucket tells
+        self._module_hooks: list[RemovableHandle] = []
+        weakref.finalize(self, _remove_all, self._hook_of, self._module_hooks).atexit = False
+        self._modules: list[weakref.ref[nn.Module]] = []
+        self._reducers: list[weakref.ref[DDPReducer]] = []
         self._synchronises = True  # False inside no_sync
-        self._aside: list[weakref.ref[DistributedDataParallel]] = []  # modules whose reducer stands aside
-        self._asked: dict[int, bool] = {}  # of their no_sync, by id, while they run forward
         self._heard = False  # whether this backward pass has reached a parameter
         self._listens_to_ddp: bool | None = None
-        self._ddp_only = self._buffers_are_gradients = True
-        self._hooks: list[_DDPHook] = []
-        self._ids: set[int] = set()
+        self._ddp_only = True  # DDP's buckets tell of every gradient
+        self._are_copied = False  # DDP writes some gradients when backward is over, from buffers of its own
+        self._known: list[Tensor] = []  # the optimizer's parameters, when `_follow_params` last looked
+        self._ids: Set[int] = frozenset()
         self._inboxes: list[deque[Tensor]] = []  # by plain module: parameters whose gradient has come
-        self._plan = _Plan([])
+        self._last: list[Tensor] = []  # the parameter at which a hook last looked
+        self._plan = Plan([], self.listening)
+        self._others_of: tuple[Plan, list[Tensor]] | None = None
+        self._others: list[Tensor] = []
         self._flat: dict[int, list[Tensor | None]] = {}  # by id of shard: what it sends
         self._travelling: deque[tuple[Shard, Travelling]] = deque()
         self._queued = False  # whether autograd will call _after_backward
@@ -100,9 +103,14 @@ class GradientPath:
         self._filled: set[int] = set()  # ids of parameters that got zeros for a gradient
         self._reopened = False  # whether averages have become sums again since the last update
         self._seen: set[int] = set()  # ids of parameters with a gradient since the last update
-        self._buffers: list[Tensor] = []  # DDP's, of this round
-        self._watched: list[Tensor] = []  # gradients that nobody else should write to
-        self._expected_version = 0
+        self._watch = GradientWatch()
+        self._was_changed = False  # seen by a forward pass; `complete` tells all ranks
+        self._local: set[int] = set()  # ids of others whose gradients were seen to differ over ranks
+        self._are_sorted = False  # whether others have been looked at since the last backward
+        self._late: set[int] = set()  # ids of others that have been averaged since they were last set to zero
+        self._rollcall: Rollcall | None = None
+        self._number = 0  # updates made, and gradients discarded without one
+        self._has_begun = False  # whether gradients have come since
         self._begin_round()
 
     def _params(self) -> list[Tensor]:
@@ -113,10 +121,15 @@ class GradientPath:
         shards = self._shards_ref()
         return [] if shards is None else shards()
 
+    def open_channel(self, group: dist.ProcessGroup, tag: int) -> None:
+        """Let ranks of ``group`` tell each other what they are about to do, where messages can (gloo). Local."""
+        if dist.get_backend(group) == "gloo":
+            self._rollcall = Rollcall(group, tag, width=8)
+
     # ---------------------------------------------------------------- listening
 
     def listen(self, model: nn.Module) -> None:
-        """Hear of the gradients of ``model``. Local.
+        """Hear of the gradients of ``model``, which no other path does then. Local.
 
         Raises:
             ValueError: ``model`` is wrapped so that this path cannot serve it.
@@ -128,83 +141,98 @@ class GradientPath:
                 "Wrap both or neither, or give each an optimizer."
             )
         self._listens_to_ddp = is_ddp
+        self._follow_params()
+        params = [param for param in _own_parameters(model) if param.requires_grad and id(param) in self._ids]
+        aside = True
+        reducer = None
         if isinstance(model, DistributedDataParallel):
             if self.into_shard:
                 raise ValueError(
                     "reduce_every_backward=True is for a module without DistributedDataParallel, which keeps whole "
                     "gradients whatever is done: it would only send more. Attach the plain module, or leave it False."
                 )
-            if not self._can_put_aside(model):
-                self._listen_to_buckets(model)
-                model.register_forward_pre_hook(_Weak(self, "_before_forward"))
-                return
-            self._put_aside(model)
-        self._ddp_only = self._buffers_are_gradients = False
-        self._listen_to_parameters([p for p in model.parameters() if p.requires_grad and id(p) in self.ids()])
-        model.register_forward_pre_hook(_Weak(self, "_before_forward"))
-        model.register_forward_hook(_Weak(self, "_after_forward"))
-        if not hasattr(model, "no_sync"):  # Accelerate's accumulate() asks for it
-            model.no_sync = _Weak(self, "no_sync")  # type: ignore[assignment]
+            reducer = DDPReducer.of(model)
+            aside = reducer.can_stand_aside(self._ids)
+        take_over(self, params)
+        if reducer is not None:
+            self._reducers.append(weakref.ref(reducer))
+        if aside:
+            self._listen_to_parameters([param for param in params if self._hook_of.get(id(param)) is None])
+        else:
+            self._stop_listening({id(param) for param in params if self._hook_of.get(id(param)) is not None})
+            self._hook_of.update(dict.fromkeys(map(id, params)))
+            self._are_copied = self._are_copied or not model.gradient_as_bucket_view
+        self._ddp_only = is_ddp and all(hook is None for hook in self._hook_of.values())
+        self._listening_changed()
+        if reducer is not None:
+            reducer.add(self, aside=aside)
+        if all(ref() is not model for ref in self._modules):
+            self._listen_to_module(model, aside=aside)
 
-    def _can_put_aside(self, model: DistributedDataParallel) -> bool:
-        """Whether nothing is left to do for DDP's reducer: every gradient is this optimizer's."""
-        params = [param for param in model.parameters() if param.requires_grad]
-        return (
-            not hasattr(model, _HOOK)
-            and not (model.static_graph or model.mixed_precision is not None)
-            # Else a reducer that is woken writes its copies over the averages.
-            and model.gradient_as_bucket_view
-            and all(param.device.type in _ASIDE and id(param) in self.ids() for param in params)
-        )
+    def _listen_to_module(self, model: nn.Module, *, aside: bool) -> None:
+        self._modules.append(weakref.ref(model))
+        self._module_hooks.append(model.register_forward_pre_hook(WeakHook(self, "_before_forward")))
+        if aside:
+            self._module_hooks.append(model.register_forward_hook(WeakHook(self, "_after_forward")))
+        no_sync = getattr(model, "no_sync", None)
+        if no_sync is None:  # Accelerate's accumulate() asks for it
+            no_sync = NoSync()
+            model.no_sync = no_sync  # type: ignore[assignment]
+        if isinstance(no_sync, NoSync):
+            no_sync.add(self)
 
-    def _put_aside(self, model: DistributedDataParallel) -> None:
-        """Let every backward pass of ``model`` be one inside ``no_sync`` to DDP itself."""
-        self._aside.append(weakref.ref(model))
-        model.register_forward_pre_hook(_Weak(self, "_before_ddp"))
-        model.register_forward_hook(_Weak(self, "_after_ddp"), always_call=True)
-        # For who wakes the reducer nevertheless, as accelerator.trigger_sync_in_backward does.
-        model.register_comm_hook(None, lambda state, bucket: _done(bucket.buffer()))
+    def _listen_to_parameters(self, params: list[Tensor]) -> None:
+        """Hear of gradients as they come, without Python having to run for each of thousands of small ones."""
+        if not params:
+            return
+        # Bounded, because the module may outlive the optimizer.
+        inbox: deque[Tensor] = deque(maxlen=len(params))
+        self._inboxes.append(inbox)
+        look, enter = WeakHook(self, "_look_into_inboxes"), inbox.append
+        quiet = _LOOK_EVERY
+        for param in reversed(params):
+            quiet += param.numel()
+            looks = quiet >= _LOOK_EVERY or param is params[0]
+            hook = look if looks else enter
+            self._hook_of[id(param)] = param.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+            if looks:
+                quiet = 0
 
-    def _before_ddp(self, module: DistributedDataParallel, args: Any) -> None:
-        self._asked[id(module)] = module.require_backward_grad_sync
-        module.require_backward_grad_sync = False
+    def release(self, ids: Iterable[int]) -> None:
+        """Stop listening to these parameters: another path begins to. Collective."""
+        if self._next or self._rounds:  # gradients that were not set to zero
+            self.gather_gradients()
+        self.discard()
+        self._stop_listening(set(ids))
 
-    def _after_ddp(self, module: DistributedDataParallel, args: Any, output: Any) -> None:
-        asked = module.require_backward_grad_sync = self._asked.pop(id(module), True)
-        if torch.is_grad_enabled():  # so that the next forward pass broadcasts buffers
-            module.require_forward_param_sync = asked
+    def _stop_listening(self, ids: Set[int]) -> None:
+        remove(hook for key in ids if (hook := self._hook_of.pop(key, None)) is not None)
+        self._listening_changed()
+        for ref in self._reducers:
+            if (reducer := ref()) is not None:
+                reducer.follow()
+
+    def _listening_changed(self) -> None:
+        self.listening = frozenset(self._hook_of)
+        self._checked = False
+
+    def _follow_params(self) -> None:
+        """Notice parameters that have come to the optimizer, or have left it."""
+        params = self._params()
+        if len(params) == len(self._known) and all(map(operator.is_, params, self._known)):
+            return
+        self._known, self._ids = params, frozenset(map(id, params))
+        if gone := self.listening - self._ids:
+            self._stop_listening(gone)
 
     @property
     def synchronises(self) -> bool:
         """Whether a backward pass sends gradients now: not inside ``no_sync``."""
         return self._synchronises and all(
-            model.require_backward_grad_sync for ref in self._aside if (model := ref()) is not None
+            model.require_backward_grad_sync
+            for ref in self._modules
+            if isinstance(model := ref(), DistributedDataParallel)
         )
-
-    def _listen_to_buckets(self, model: DistributedDataParallel) -> None:
-        hook: _DDPHook | None = getattr(model, _HOOK, None)
-        if hook is None:
-            hook = _DDPHook(model)
-            setattr(model, _HOOK, hook)
-            # DDP insists on the name, and refuses an annotation that is text.
-            model.register_comm_hook(hook, lambda state, bucket: state.reduce(bucket))
-        hook.add(self)
-        self._hooks.append(hook)
-        self._buffers_are_gradients = self._buffers_are_gradients and model.gradient_as_bucket_view
-
-    def _listen_to_parameters(self, params: list[Tensor]) -> None:
-        """Hear of gradients as they come, without Python having to run for each of thousands of small ones."""
-        # Bounded, because the module may outlive the optimizer.
-        inbox: deque[Tensor] = deque(maxlen=len(params))
-        self._inboxes.append(inbox)
-        look, enter = _Weak(self, "_look_into_inboxes"), inbox.append
-        quiet = _LOOK_EVERY
-        for param in reversed(params):
-            quiet += param.numel()
-            looks = quiet >= _LOOK_EVERY or param is params[0]
-            param.register_post_accumulate_grad_hook(look if looks else enter)  # type: ignore[no-untyped-call]
-            if looks:
-                quiet = 0
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -216,29 +244,27 @@ class GradientPath:
             self._synchronises = before
             self._empty_inboxes()
 
-    def ids(self) -> set[int]:
-        """Of every parameter of the optimizer."""
-        params = self._params()
-        if len(params) != len(self._ids):  # parameters are only ever added
-            self._ids = {id(param) for param in params}
-        return self._ids
-
     # ---------------------------------------------------------------- during backward
 
     def _look_into_inboxes(self, param: Tensor) -> None:
-        """Launch what has become ready. Hung on some parameters; the others only enter themselves."""
+        """Launch what has become ready. Hung on some parameters; the others only enter themselves.
+
+        ``param`` itself is entered for the next time: hooks that were registered on it later than this one have not
+        run yet, and may change its gradient.
+        """
         if not (self.synchronises or self.into_shard):
             return
         if not self._queued:
             self.begin()
         self._heard = True
-        self._enter(param)
+        self._enter()
         if self.overlap:
             self._launch_ready()
+        self._last.append(param)
 
-    def _enter(self, *params: Tensor) -> None:
-        """Take ``params`` and those in the inboxes off the lists of what is waited for."""
-        arrived = {id(param): param for param in (*params, *itertools.chain(*self._inboxes))}
+    def _enter(self) -> None:
+        """Take the parameters in the inboxes off the lists of what is waited for."""
+        arrived = {id(param): param for param in itertools.chain(self._last, *self._inboxes)}
         self._empty_inboxes()
         for members in self._plan.members[: self._next]:
             if not members.isdisjoint(arrived):
@@ -248,17 +274,21 @@ class GradientPath:
         self._filled.difference_update(arrived)
 
     def _empty_inboxes(self) -> None:
+        self._last.clear()
         for inbox in self._inboxes:
             inbox.clear()
 
     def _forget_arrivals(self) -> None:
-        """Nothing has come, and there is nothing to watch."""
+        """Clear recorded arrivals and the gradients watched for changes."""
         self._empty_inboxes()
-        self._buffers.clear()
-        self._watched, self._expected_version = [], 0
+        self._watch.clear()
 
-    def arrived(self, packed: _Packed) -> None:
+    def bucket_came(self, packed: PackedBucket | None) -> None:
         """The gradients of one of DDP's buckets are there; launch what can be. Collective."""
+        if not self._queued:
+            self.begin()
+        if packed is None:
+            return
         if packed.plan is not self._plan:
             packed.enter(self._plan)
         if packed.buckets and packed.buckets[0] < self._next:
@@ -281,7 +311,7 @@ class GradientPath:
         """
         self._follow_layout()
         self._enter()
-        for param in self._params():
+        for param in self._plan.params:
             if param.grad is None and id(param) in self._plan.buckets_of:
                 param.grad = torch.zeros_like(param)
                 self._filled.add(id(param))
@@ -290,7 +320,8 @@ class GradientPath:
 
     def begin(self) -> None:
         """Once in a backward, before its first gradient: follow the layout, and have autograd call when it is over."""
-        self._queued, self._heard = True, False
+        self._queued, self._heard, self._has_begun = True, False, True
+        self.is_whole = self._are_sorted = False
         torch.autograd.Variable._execution_engine.queue_callback(self._after_backward)
         self._follow_layout()
 
@@ -302,26 +333,30 @@ class GradientPath:
         if self.into_shard:
             self._finish_round()
             return
-        if self.overlap and not self._ddp_only:
+        if self.overlap and not self._ddp_only and not self._are_copied:
             self._launch_rest()
         self._land()
         # DDP may have its own to do now, so this comes last.
-        torch.autograd.Variable._execution_engine.queue_callback(self._watch)
+        torch.autograd.Variable._execution_engine.queue_callback(self._begin_watch)
 
-    def _watch(self) -> None:
-        """Remember the gradients as they are, to see whether somebody changes them."""
-        self._watched = list(self._buffers)
-        if not self._buffers_are_gradients:
-            self._watched += [grad for param in self._params() if (grad := param.grad) is not None]
-        self.accept_changes()
+    @torch.no_grad()
+    def _begin_watch(self) -> None:
+        """Remember the gradients as they are, to see whether they are changed before the update."""
+        if self.overlap and self._are_copied:  # by now
+            if not self._ddp_only:
+                self._launch_rest()
+            elif all(grad is not None for grad in map(_gradient, self._plan.params)):
+                self._start_rest()
+            self._land()
+        self._watch.remember(self._plan.params)
         self._tell_siblings()
 
     def _tell_siblings(self) -> None:
-        """Other optimizers' gradients lie in the same buffers."""
-        for hook in self._hooks:
-            for path in hook.paths():
+        """Let other optimizers know that this one wrote to the buffers that their gradients lie in too."""
+        for ref in self._reducers:
+            for path in [] if (reducer := ref()) is None else reducer.listeners():
                 if path is not self:
-                    path.accept_changes()
+                    path._watch.accept()
 
     # ---------------------------------------------------------------- rounds
 
@@ -329,16 +364,23 @@ class GradientPath:
         self._next = 0
         self._waiting = [set(members) for members in self._plan.members]
         self._checked = False  # whether the plan is known to be that of the shards
+        self._announced = False  # whether other ranks know that this round has begun
 
     def _follow_layout(self) -> None:
-        """At the first gradient of a round: plan anew where shards have changed."""
-        if self._checked:
+        """At the first gradient of a round: plan anew where shards or parameters have changed."""
+        if self._checked or self._next:
             return
-        self._checked = True
+        self._follow_params()
         shards = self._shards()
-        if len(shards) != len(self._plan.shards) or any(map(operator.is_not, shards, self._plan.shards)):
-            self._plan = _Plan(shards)
+        self._checked = True
+        if (
+            self._plan.listened is not self.listening
+            or len(shards) != len(self._plan.shards)
+            or any(map(operator.is_not, shards, self._plan.shards))
+        ):
+            self._plan = Plan(shards, self.listening)
             self._flat = {id(shard): [None] * len(shard.params) for shard in shards}
+            self._local &= self._ids
             self._begin_round()
             self._checked = True
 
@@ -361,11 +403,16 @@ class GradientPath:
         assert shard.exchange is not None
         if len(self._travelling) == UNDER_WAY:
             self._land(1)
+        if self._rollcall is not None and not self._announced:
+            self._announced = True
+            self._rollcall.post([_ROUND, self._number])
         self._travelling.append((shard, shard.exchange.start_reduce(k, self._flat[id(shard)])))
 
     @torch.no_grad()
     def _land(self, count: int | None = None) -> None:
         """Wait for the oldest ``count`` buckets, default all, and average them."""
+        if self._rollcall is not None and self._rollcall.is_under_way:
+            self._hear(self._rollcall)
         while self._travelling and count != 0:
             shard, sent = self._travelling.popleft()
             assert shard.exchange is not None
@@ -379,11 +426,25 @@ class GradientPath:
                 shard.reduced[sent.bucket] = sent.own
             count = None if count is None else count - 1
 
+    def _hear(self, rollcall: Rollcall) -> list[list[int]]:
+        """What every rank has said, which must be of the same kind and number.
+
+        Raises:
+            AgreementError: a rank is somewhere else. On every rank that hears of it.
+        """
+        table = rollcall.answer()
+        here = collectives.rank(rollcall.group)
+        for there, (kind, number, *_) in enumerate(table):
+            if [kind, number] != table[here][:2]:
+                raise _out_of_step(here, table[here], there, table[there])
+        return table
+
     def _let_go(self, shard: Shard, k: int) -> None:
         """Free the gradients that no later bucket needs. The last bucket is sent first."""
         for piece in shard.layout.pieces(*shard.layout.bucket(k)):
-            if piece.start == 0:
-                shard.params[piece.param].grad = None
+            param = shard.params[piece.param]
+            if piece.start == 0 and id(param) in self._plan.buckets_of:
+                param.grad = None
                 self._flat[id(shard)][piece.param] = None
 
     def _finish_round(self) -> None:
@@ -412,12 +473,18 @@ class GradientPath:
             if self._queued:  # the last backward was broken off
                 self._queued = False
                 self._land()
+            # Other ranks may not have changed theirs, and would wait: `complete` tells all of them.
+            self._was_changed = self._was_changed or (self._watch.changed() and self._any_nonzero())
             self._forget_arrivals()
-            if self._next and not self.into_shard:
-                if any(param.grad is not None for param in self._params()):
+            if (self._next or self._late) and not self.into_shard:
+                if any(param.grad is not None for param in self._known):
                     self._reopen()
                 else:
                     self.discard()
+
+    def _any_nonzero(self) -> bool:
+        """Whether some gradient is not all zeros. ``model.zero_grad(set_to_none=False)`` is no change to refuse."""
+        return any(bool(grad.any()) for grad in map(_gradient, self._known) if grad is not None)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -428,7 +495,7 @@ class GradientPath:
         if torch.is_grad_enabled():
             for leaf in tree_leaves(output):
                 if isinstance(leaf, Tensor) and leaf.requires_grad:
-                    leaf.register_hook(_Weak(self, "_backward_begins"))  # type: ignore[no-untyped-call]
+                    leaf.register_hook(WeakHook(self, "_backward_begins"))  # type: ignore[no-untyped-call]
 
     def _backward_begins(self, grad: Tensor) -> None:
         if not self._queued:
@@ -442,38 +509,52 @@ class GradientPath:
         The owner keeps W times the average and the others keep zero, so that one more round adds
         what is new, and nothing is counted twice.
         """
-        for shard, k in self._plan.order[: self._next]:
+        sent: Set[int] = set(self._late)
+        for members in self._plan.members[: self._next]:
+            sent |= members
+        for shard in self._shards():
             assert shard.exchange is not None
-            for r in range(shard.layout.world_size):
-                for piece in shard.layout.pieces(*shard.layout.slice_of(k, r)):
-                    param = shard.params[piece.param]
-                    if param.grad is None:
-                        continue
-                    run = storage_order(param.grad, like=param)[piece.start : piece.stop]
-                    if r == shard.rank:
-                        run.mul_(shard.exchange.count)
-                    else:
-                        run.zero_()
+            for k in range(shard.layout.num_buckets):
+                for r in range(shard.layout.world_size):
+                    for piece in shard.layout.pieces(*shard.layout.slice_of(k, r)):
+                        param = shard.params[piece.param]
+                        if param.grad is None or id(param) not in sent:
+                            continue
+                        run = storage_order(param.grad, like=param)[piece.start : piece.stop]
+                        if r == shard.rank:
+                            run.mul_(shard.exchange.count)
+                        else:
+                            run.zero_()
             shard.reduced.clear()
         self._reopened = True
+        self._late.clear()
         self._begin_round()
 
     def discard(self) -> None:
         """Forget gradients that arrived: they are not wanted. Every rank alike."""
         self._queued = False
         self._land()  # left over from a backward that was broken off
-        self.used()
+        self._number += self._has_begun
+        self._clear_round()
+        self._late.clear()
+        self._are_sorted = self.is_whole = self._was_changed = False
         self._begin_round()
 
     def used(self) -> None:
         """An update has been made of the gradients. Until they are set to zero or None, they are averages."""
+        self._number += 1
+        self._clear_round()
+
+    def _clear_round(self) -> None:
         self._rounds = 0
+        self._has_begun = False
         self._filled.clear()
         self._reopened = False
         self._seen.clear()
         self._forget_arrivals()
         # DDP's buckets stay once it has packed them anew; other gradients must not be kept alive.
-        stay = self._ddp_only and all(hook.forget_unless_settled() for hook in self._hooks)
+        reducers = [reducer for ref in self._reducers if (reducer := ref()) is not None]
+        stay = self._ddp_only and all(list(map(DDPReducer.forget_unless_settled, reducers)))  # every one of them
         for shard in self._plan.shards:
             shard.reduced.clear()
             if not stay:
@@ -485,50 +566,65 @@ class GradientPath:
     def forget_layout(self) -> None:
         """The shards are not what they were. Local."""
         self.discard()
-        self._plan, self._flat = _Plan([]), {}
+        self._plan, self._flat = Plan([], self.listening), {}
         self._begin_round()
 
     # ---------------------------------------------------------------- for the update
-
-    def check_untouched(self) -> None:
-        """Refuse gradients that were changed between backward and update.
-
-        Raises:
-            RuntimeError: says what to do instead.
-        """
-        if self._version() != self._expected_version:
-            raise RuntimeError(
-                "gradients were changed between backward and step(). After attach() each rank has the average of "
-                "its own elements only, so a norm taken there is not the model's, and ranks would clip or unscale "
-                "differently. Pass max_grad_norm to DistAdamW, use its clip_grad_norm_ (after dist_adamw.prepare "
-                "accelerator.clip_grad_norm_ is that), or do without attach(): then DDP's all-reduce leaves whole "
-                "averages. GradScaler needs that too."
-            )
 
     def complete(self, group: dist.ProcessGroup, replicas: dist.ProcessGroup | None) -> bool:
         """Make sure that every rank has every gradient that some rank has. Collective.
 
         Returns:
             Whether there is any.
+
+        Raises:
+            RuntimeError: gradients were changed between backward and update, on some rank; or a module is
+                inside ``no_sync``. On every rank.
         """
-        params = self._params()
-        if self._ddp_only:  # DDP has seen to it
-            return any(param.grad is not None for param in params)
-        if self.overlap and not self.into_shard and not self._next and not self._reopened:
+        if not self.synchronises and (self.into_shard or not self._next):
+            raise RuntimeError(
+                "step() inside no_sync(): this update's gradients have not been averaged, and an optimizer whose state "
+                "is shared over the ranks cannot update each rank by itself. Leave no_sync() before the last backward "
+                "pass of an update. For local SGD (Accelerate's LocalSGD) pass shard=False to DistAdamW, and "
+                "check_weights_every=0 to dist_adamw.prepare."
+            )
+        self._follow_params()
+        if self._ddp_only:
+            pass
+        elif self.overlap and not self.into_shard and not self._next and not self._reopened:
             self._launch_rest()  # nothing arrived here, but other ranks may be waiting in backward
             self._land()
+        else:
+            self._follow_layout()
+        others = self._others_now()
+        subject = others if self._ddp_only else self._known  # DDP has seen to its own
         seen = self._seen if self.into_shard else set()
-        present = [(param.grad is not None and id(param) not in self._filled) or id(param) in seen for param in params]
-        leftover = self.into_shard and any(param.grad is not None for param in params)
-        # Most updates have all gradients on all ranks, and then three numbers say so.
-        missing = any(param.requires_grad for param, there in zip(params, present, strict=True) if not there)
-        numbers = [self._rounds + leftover, missing, self._reopened]
-        self._needed, incomplete, reopened = self._largest(numbers, params, group, replicas)
+        present = [(param.grad is not None and id(param) not in self._filled) or id(param) in seen for param in subject]
+        leftover = self.into_shard and any(param.grad is not None for param in self._plan.params)
+        # Most updates have all gradients on all ranks, and then a few numbers say so.
+        missing = any(param.requires_grad for param, there in zip(subject, present, strict=True) if not there)
+        was_changed = self._was_changed or self._watch.changed()
+        prints = self._prints(others)
+        summary = collectives.fingerprint({"": prints}) if any(prints) else 0
+        numbers = [self._rounds + leftover, missing, self._reopened, was_changed, summary, -summary]
+        if self._rollcall is not None:
+            self._rollcall.post([_UPDATE, self._number, *numbers])
+            numbers = [max(column) for column in zip(*self._hear(self._rollcall), strict=True)][2:]
+            if replicas is not None:
+                numbers = self._largest(numbers, replicas, None)
+        elif not self._ddp_only or any(map(_requires_grad, others)):
+            numbers = self._largest(numbers, group, replicas)
+        self._needed, incomplete, reopened, changed, most, minus_least = numbers
+        if changed:
+            raise _changed(on_this_rank=was_changed)
         if reopened and not self._reopened:  # another rank ran the module forward since backward
             self._reopen()
         if incomplete:
-            present = [bool(n) for n in self._largest(present, params, group, replicas)]
-        for param, is_used in zip(params, present, strict=True):
+            present = [bool(n) for n in self._largest(present, group, replicas)]
+        if most != -minus_least:
+            self._sort(others, prints, group, replicas)
+        self._are_sorted = True
+        for param, is_used in zip(subject, present, strict=True):
             if not is_used:
                 if id(param) in self._filled:
                     param.grad = None
@@ -537,15 +633,43 @@ class GradientPath:
                 self._seen.add(id(param))
             if param.grad is None and (not self.into_shard or id(param) not in self._plan.buckets_of):
                 param.grad = torch.zeros_like(param)
-        return any(present)
+        return any(present) or (self._ddp_only and any(grad is not None for grad in map(_gradient, self._known)))
 
-    @staticmethod
+    def _others_now(self) -> list[Tensor]:
+        """The parameters that have elements, and that no bucket is sent for."""
+        if self._others_of is None or self._others_of[0] is not self._plan or self._others_of[1] is not self._known:
+            self._others_of = (self._plan, self._known)
+            self._others = [p for p in self._known if id(p) not in self._plan.buckets_of and p.numel()]
+        return self._others
+
+    def _prints(self, others: list[Tensor]) -> list[int]:
+        """Fingerprints of gradients that may be the same on all ranks, 0 where there is none or it is known."""
+        if self._are_sorted or not others:
+            return []
+        gather_from_owners(self, others)
+        asked = [i for i, param in enumerate(others) if param.grad is not None and id(param) not in self._local]
+        prints = [0] * len(others)
+        for i, value in zip(asked, fingerprints([others[i].grad for i in asked]), strict=True):  # type: ignore[misc]
+            prints[i] = value >> 2 | 1
+        return prints
+
+    def _sort(
+        self, others: list[Tensor], prints: list[int], group: dist.ProcessGroup, replicas: dist.ProcessGroup | None
+    ) -> None:
+        """Find out whose gradients differ over ranks: those are local ones. Collective."""
+        prints = prints or [0] * len(others)
+        extremes = self._largest([*prints, *(-value for value in prints)], group, replicas)
+        most, minus_least = extremes[: len(others)], extremes[len(others) :]
+        self._local.update(
+            id(param) for param, high, low in zip(others, most, minus_least, strict=True) if high != -low
+        )
+
     def _largest(
-        values: Sequence[int], params: list[Tensor], group: dist.ProcessGroup, replicas: dist.ProcessGroup | None
+        self, values: Sequence[int], group: dist.ProcessGroup, replicas: dist.ProcessGroup | None
     ) -> list[int]:
         """The largest of each value over all ranks. Collective."""
-        device = params[0].device if dist.get_backend(group) != "gloo" else torch.device("cpu")
-        largest = torch.tensor(values, dtype=torch.int32, device=device)
+        device = self._known[0].device if dist.get_backend(group) != "gloo" else torch.device("cpu")
+        largest = torch.tensor(values, dtype=torch.int64, device=device)
         for ranks in (group, replicas):
             if ranks is not None:
                 dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=ranks)
@@ -553,36 +677,246 @@ class GradientPath:
 
     def arrive(self) -> None:
         """Send and receive whatever has not been yet. Collective; after `complete` and the layout."""
-        if self.into_shard:
+        laid_out_again = not {id(shard) for shard in self._plan.shards} <= {id(shard) for shard in self._shards()}
+        if laid_out_again and (self._next or self._rounds):  # other ranks own now what has been averaged
+            self.make_whole(self._plan.shards)
+            self.is_whole = False
+            self._next = len(self._plan.order)
+        elif self.into_shard:
             while self._rounds < self._needed:
                 self._finish_round()
-            for shard in self._plan.shards:
+        else:
+            self._start_rest()
+            self._land()
+        self._take(self._known if laid_out_again else self._others_now())
+        if self.into_shard:
+            for shard in self._shards():
                 shard.has_grad = [id(param) in self._seen for param in shard.params]
             return
-        rest = self._plan.order[self._next :]
-        planned = {id(shard) for shard in self._plan.shards}
-        for shard in self._shards():
-            if id(shard) not in planned:  # laid out just now
-                rest += [(shard, k) for k in range(shard.layout.num_buckets)]
-        for shard in {id(shard): shard for shard, _ in rest}.values():
-            self._flat[id(shard)] = [None if p.grad is None else storage_order(p.grad, like=p) for p in shard.params]
-        for shard, k in rest:
-            if any(param.grad is not None for param in shard.members(k)):
-                self._start(shard, k)
-        self._land()
-        if len(planned) < len(self._shards()):
-            self._plan = _Plan(self._shards())
-        self._next = len(self._plan.order)
-        self.accept_changes()
+        self._watch.remember(self._plan.params)
         self._tell_siblings()
 
-    def accept_changes(self) -> None:
-        """Gradients may be what they are now."""
-        self._expected_version = self._version()
+    def _start_rest(self) -> None:
+        """Send the buckets that no hook has launched, but those without any gradient."""
+        rest = list(zip(self._plan.order, self._plan.places, strict=True))[self._next :]
+        for shard in {id(shard): shard for (shard, _), _ in rest}.values():
+            self._flat[id(shard)] = [
+                None if p.grad is None or id(p) not in self._plan.buckets_of else storage_order(p.grad, like=p)
+                for p in shard.params
+            ]
+        for (shard, k), places in rest:
+            if any(param.grad is not None for _, param, _ in places):
+                self._start(shard, k)
+        self._next = len(self._plan.order)
 
-    def _version(self) -> int:
-        """A number that grows whenever one of the gradients that are watched is written to."""
-        return sum([grad._version for grad in self._watched])
+    def _take(self, params: list[Tensor]) -> None:
+        """Average the gradients of ``params`` where they are local; take this rank's runs of those that are whole."""
+        taken = {id(param) for param in params if param.grad is not None}
+        late = (taken & self._local) - self._late
+        for shard in self._shards() if taken else []:
+            assert shard.exchange is not None
+            flat = [
+                storage_order(p.grad, like=p) if id(p) in taken and p.grad is not None else None for p in shard.params
+            ]
+            sent = [None if id(p) not in late else view for p, view in zip(shard.params, flat, strict=True)]
+            for k in range(shard.layout.num_buckets):
+                members = {id(param) for param in shard.members(k)}
+                if members.isdisjoint(taken):
+                    continue
+                if not members.isdisjoint(late):
+                    shard.exchange.finish_reduce(shard.exchange.start_reduce(k, sent), None)
+                self._enter_runs(shard, k, flat)
+        self._late |= late
+        if self.into_shard:
+            for param in params:
+                if id(param) in late:
+                    param.grad = None
+                    self._late.discard(id(param))
+        if late:
+            self._listen_to_latecomers(late)
+
+    def _enter_runs(self, shard: Shard, k: int, flat: Sequence[Tensor | None]) -> None:
+        """Let the update take this rank's runs of ``flat`` in bucket ``k``."""
+        pieces = shard.owned_pieces(k)
+        into: list[Tensor | None] = list(shard.reduced.get(k) or [None] * len(pieces))
+        memory = shard.flat_grads(k) if self.into_shard else []
+        for j, piece in enumerate(pieces):
+            if (whole := flat[piece.param]) is not None:
+                into[j] = whole[piece.start : piece.stop]
+                if self.into_shard:
+                    into[j] = memory[j].copy_(whole[piece.start : piece.stop])
+        shard.reduced[k] = into
+
+    def _listen_to_latecomers(self, late: Set[int]) -> None:
+        """Hear from now on of parameters of attached modules that had no hook: unfrozen, replaced or added since."""
+        for model in [] if self._ddp_only else [ref() for ref in self._modules]:
+            params = [] if model is None else [param for param in _own_parameters(model) if id(param) in late]
+            if params := [param for param in params if param.requires_grad and id(param) not in self._hook_of]:
+                take_over(self, params)
+                self._listen_to_parameters(params)
+        self.listening = frozenset(self._hook_of)  # for the next plan; this round's is still needed
+
+    def make_whole(self, shards: list[Shard] | None = None) -> None:
+        """Let every ``param.grad`` be the average over all ranks. Collective; after `arrive`.
+
+        Args:
+            shards: Whose owners have the averages; default: the optimizer's.
+        """
+        for shard in self._shards() if shards is None else shards:
+            if self.into_shard:
+                for param, has_grad in zip(shard.params, shard.has_grad, strict=True):
+                    if has_grad:
+                        param.grad = torch.zeros_like(param)
+            flat = [None if p.grad is None else storage_order(p.grad, like=p) for p in shard.params]
+            for k, own in shard.reduced.items():
+                for piece, run in zip(shard.owned_pieces(k), own, strict=True):
+                    if run is None or (whole := flat[piece.param]) is None:
+                        continue
+                    place = whole[piece.start : piece.stop]
+                    if place.data_ptr() != run.data_ptr():
+                        place.copy_(run)
+            self._gather(shard, flat)
+            for param, whole in zip(shard.params, flat, strict=True):
+                if whole is not None and whole.data_ptr() != param.grad.data_ptr():  # type: ignore[union-attr]
+                    param.grad = shaped_like(whole, param)  # had other strides than its parameter
+            shard.reduced.clear()
+        self._rounds = 0
+        self._reopened = False
+        for ids in (self._filled, self._seen, self._late):
+            ids.clear()
+        self._forget_arrivals()
+        self._begin_round()
+        self._tell_siblings()
+        self.is_whole = True
+
+    @staticmethod
+    def _gather(shard: Shard, flat: list[Tensor | None]) -> None:
+        assert shard.exchange is not None
+        travelling: deque[Travelling] = deque()
+        for k in range(shard.layout.num_buckets):
+            if all(param.grad is None for param in shard.members(k)):
+                continue
+            if len(travelling) == UNDER_WAY:
+                shard.exchange.finish_gather(travelling.popleft())
+            travelling.append(shard.exchange.start_gather(k, flat))
+        for sent in travelling:
+            shard.exchange.finish_gather(sent)
+
+    def take_whole(self) -> bool:
+        """Let the update take whole gradients as they are now. Whether there is any. Local."""
+        for shard in self._shards():
+            shard.reduced.clear()
+            shard.has_grad = [param.grad is not None for param in shard.params]
+        return any(grad is not None for grad in map(_gradient, self._params()))
+
+    def accept_changes(self) -> None:
+        """Let gradients be what they are now.
+
+        Raises:
+            RuntimeError: they have not been averaged yet.
+        """
+        if self._next < len(self._plan.order) and (self._was_changed or self._watch.changed()):
+            raise RuntimeError(
+                "accept_gradients() after attach(overlap=False): gradients are local ones until step(), so a change "
+                "that is not linear would not be that of their average. Call gather_gradients() before you change them."
+            )
+        self._was_changed = False
+        if self._watch.replaced():
+            for shard in self._plan.shards:
+                for k, own in shard.reduced.items():
+                    for j, piece in enumerate(shard.owned_pieces(k)):
+                        param = shard.params[piece.param]
+                        if own[j] is not None and param.grad is not None:
+                            own[j] = storage_order(param.grad, like=param)[piece.start : piece.stop]
+        self._watch.accept()
+
+    def gather_gradients(self) -> None:
+        """Have the optimizer make every gradient whole. Collective."""
+        if (gather := self._gather_ref()) is not None and not self.is_whole:
+            gather()
+
+
+# ---------------------------------------------------------------- who else is there
+
+_paths: list[weakref.ref[GradientPath]] = []
+
+
+def _live_paths() -> list[GradientPath]:
+    return [path for ref in _paths if (path := ref()) is not None]
+
+
+def take_over(path: GradientPath, params: Iterable[Tensor]) -> None:
+    """Let ``path`` be the only one that listens to ``params``: the optimizer that was attached last. Local."""
+    if not _paths:
+        register_optimizer_step_pre_hook(_before_any_step)
+    known = _live_paths()
+    ids = {id(param) for param in params}
+    for other in known:
+        if other is not path and not other.listening.isdisjoint(ids):
+            other.release(ids)
+    if all(other is not path for other in known):
+        known.append(path)
+    _paths[:] = [weakref.ref(one) for one in known]
+
+
+def gather_from_owners(reader: GradientPath | None, params: Iterable[Tensor]) -> None:
+    """Make whole what other optimizers than ``reader``'s have reduced to owners of the gradients of ``params``.
+
+    Collective over the ranks of those optimizers.
+    """
+    ids: set[int] | None = None
+    for path in _live_paths():
+        if path is reader:
+            continue
+        ids = {id(param) for param in params} if ids is None else ids
+        if not path.listening.isdisjoint(ids):
+            path.gather_gradients()
+
+
+def _before_any_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    """Give whole gradients to an optimizer that is not attached: torch's, of parameters that a DistAdamW has."""
+    if getattr(optimizer, "gathers_from_owners", False):
+        return
+    ids = {id(param) for group in optimizer.param_groups for param in group["params"]}
+    for path in _live_paths():
+        if path.listening.isdisjoint(ids):
+            continue
+        if any(value is not None for value in (*args[1:], kwargs.get("closure"))):  # args[0] is the optimizer
+            raise RuntimeError(
+                f"{type(optimizer).__name__}.step(closure) reads gradients of parameters that are attached to a "
+                "DistAdamW, which reduces each to the rank that owns it. Call the closure yourself, then "
+                "gather_gradients() of the DistAdamW, then step() without a closure."
+            )
+        path.gather_gradients()
+
+
+def _remove_all(hooks: dict[int, RemovableHandle | None], more: list[RemovableHandle]) -> None:
+    remove(hook for hook in (*hooks.values(), *more) if hook is not None)
+
+
+def _own_parameters(model: nn.Module) -> list[Tensor]:
+    """The parameters of ``model``, but those of DDP modules inside of it, which average them themselves."""
+    bare = model.module if isinstance(model, DistributedDataParallel) else model
+    inside = [module for module in bare.modules() if isinstance(module, DistributedDataParallel)]
+    theirs = {id(param) for module in inside for param in module.parameters()}
+    return [param for param in model.parameters() if id(param) not in theirs]
+
+
+def _out_of_step(here: int, mine: list[int], there: int, theirs: list[int]) -> collectives.AgreementError:
+    does = {
+        _UPDATE: "makes update {}",
+        _ROUND: "sends gradients of a backward pass for update {}",
+    }
+    if mine[0] != theirs[0]:
+        skipped = here if mine[0] == _ROUND else there
+        why = f"Rank {skipped} skipped a step() that others made."
+    else:
+        why = "One of them skipped a step() that others made."
+    said = [f"rank {r} {does[kind].format(number + 1)}" for r, (kind, number, *_) in ((here, mine), (there, theirs))]
+    return collectives.AgreementError(
+        f"{said[0]} where {said[1]}. {why} Ranks must skip an update together: max_grad_norm does, on every rank, "
+        "where the norm is inf or nan; or all-reduce the reason to skip, and then step() or not on all ranks."
+    )
 
 
 def _too_late(param: Tensor) -> RuntimeError:
@@ -593,122 +927,13 @@ def _too_late(param: Tensor) -> RuntimeError:
     )
 
 
-def _done(buffer: Tensor) -> torch.futures.Future[Tensor]:
-    """What DDP wants of a communication hook, where nothing is left to wait for."""
-    done: torch.futures.Future[Tensor] = torch.futures.Future()
-    done.set_result(buffer)
-    return done
-
-
-class _Packed:
-    """What one of DDP's buckets holds for one path; good until DDP packs anew."""
-
-    def __init__(self, params: list[Tensor], flat: list[Tensor]) -> None:
-        self.params, self._flat = params, flat  # 1-D views of the buffer
-        self.keys = {id(param) for param in params}
-        self.plan: _Plan | None = None
-
-    def enter(self, plan: _Plan) -> None:
-        """Find the places of its parameters in ``plan``."""
-        self.plan = plan
-        self.places = [
-            (*plan.place_of[id(param)], flat)
-            for param, flat in zip(self.params, self._flat, strict=True)
-            if id(param) in plan.place_of
-        ]
-        self.buckets = sorted({n for key in self.keys for n in plan.buckets_of.get(key, ())})
-
-
-class _DDPHook:
-    """Leaves DDP's reduction out: hands a bucket's gradients to the paths of their optimizers.
-
-    Gradients that no path is responsible for are averaged here, as DDP would have.
-    """
-
-    def __init__(self, model: DistributedDataParallel) -> None:
-        self._group: dist.ProcessGroup = model.process_group
-        self._is_view: bool = model.gradient_as_bucket_view
-        self._known: dict[int, tuple[int, list[Tensor], dict[int, _Packed], list[Tensor]]] = {}
-        self._seen: dict[int, tuple[int, ...]] = {}  # addresses and parameters of each bucket, when it was last new
-        self._settled: dict[int, bool] = {}  # whether each was the same the time before
-        self._paths: list[weakref.ref[GradientPath]] = []
-
-    def add(self, path: GradientPath) -> None:
-        """Serve ``path`` too."""
-        self._paths.append(weakref.ref(path))
-        self._known.clear()
-
-    def forget_unless_settled(self) -> bool:
-        """Let go of buckets that DDP may be about to replace; whether they are there to stay."""
-        settled = all(self._settled.values())
-        if not settled:
-            self._known.clear()
-        return settled
-
-    def paths(self) -> list[GradientPath]:
-        """Those that still exist."""
-        return [path for ref in self._paths if (path := ref()) is not None]
-
-    def reduce(self, bucket: Any) -> torch.futures.Future[Tensor]:
-        """Serve one ``dist.GradBucket``."""
-        buffer: Tensor = bucket.buffer()
-        paths = {id(path): path for path in self.paths()}
-        packed, foreign = self._look(bucket, buffer, paths)
-        for key, path in paths.items():
-            if not path._queued:
-                path.begin()
-            if self._is_view:  # else DDP copies the buffer to the gradients when backward is over
-                path._buffers.append(buffer)
-                path.arrived(packed[key])
-        if foreign:
-            together = torch.cat(foreign).div_(dist.get_world_size(self._group))
-            dist.all_reduce(together, group=self._group)
-            torch._foreach_copy_(foreign, list(torch.split(together, [grad.numel() for grad in foreign])))
-        return _done(buffer)
-
-    def _look(
-        self, bucket: Any, buffer: Tensor, paths: dict[int, GradientPath]
-    ) -> tuple[dict[int, _Packed], list[Tensor]]:
-        """What each path gets of a bucket, and what nobody takes."""
-        index, params = bucket.index(), bucket.parameters()
-        if (known := self._known.get(index)) is not None:
-            address, last, packed, foreign = known
-            if (
-                address == buffer.data_ptr()
-                and len(last) == len(params)
-                and all(map(operator.is_, last, params))
-                and packed.keys() == paths.keys()
-            ):
-                return packed, foreign
-        seen = (buffer.data_ptr(), *map(id, params))
-        self._settled[index] = self._seen.get(index) == seen
-        self._seen[index] = seen
-        # These are contiguous views, whatever a parameter's strides: elements are in memory order.
-        rest = [(param, grad.view(-1)) for param, grad in zip(params, bucket.gradients(), strict=True)]
-        packed = {}
-        for key, path in paths.items():
-            mine = [(param, grad) for param, grad in rest if id(param) in path.ids()]
-            rest = [(param, grad) for param, grad in rest if id(param) not in path.ids()]
-            packed[key] = _Packed([param for param, _ in mine], [grad for _, grad in mine])
-        self._known[index] = (buffer.data_ptr(), params, packed, [grad for _, grad in rest])
-        return packed, self._known[index][3]
-
-
-class _Weak:
-    """A method to be hung on a model: the model does not keep the optimizer, nor does a copy of it find it."""
-
-    def __init__(self, path: GradientPath | None, method: str) -> None:
-        self._path = weakref.ref(path) if path is not None else None
-        self._method = method
-
-    def __call__(self, *args: Any) -> Any:
-        path = self._path() if self._path is not None else None
-        if path is None:
-            return nullcontext() if self._method == "no_sync" else None
-        return getattr(path, self._method)(*args)
-
-    def __deepcopy__(self, memo: Any) -> _Weak:
-        return _Weak(None, self._method)
-
-    def __reduce__(self) -> Any:
-        return _Weak, (None, self._method)
+def _changed(*, on_this_rank: bool) -> RuntimeError:
+    return RuntimeError(
+        f"gradients were changed between backward and step(){'' if on_this_rank else ' on another rank'}. After "
+        "attach() each rank has the average of its own elements only, so a norm taken there is not the model's, and "
+        "ranks would clip or unscale differently. To clip, pass max_grad_norm to DistAdamW, or use its clip_grad_norm_ "
+        "(after dist_adamw.prepare accelerator.clip_grad_norm_ is that). After a change that treats every element "
+        "alike, call accept_gradients(). To read or change whole averages, call gather_gradients() first. Or do "
+        "without attach() (dist_adamw.prepare(..., whole_gradients=True)): DDP's all-reduce leaves whole averages. "
+        "GradScaler needs that too."
+    )

@@ -24,18 +24,20 @@ from torch._dynamo import OptimizedModule
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parameter import is_lazy
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from dist_adamw import collectives
 from dist_adamw.arriving import ArrivingParameter, can_guard, guard, release
 from dist_adamw.conventions import is_being_wrapped
 from dist_adamw.exchange import UNDER_WAY, Travelling
+from dist_adamw.fingerprints import fingerprints
 from dist_adamw.functional import DecayBy, adamw_update_, can_fuse, check_hyper_parameters, norm_parts, sum_of_squares
-from dist_adamw.gradients import GradientPath
+from dist_adamw.gradients import GradientPath, gather_from_owners
 from dist_adamw.kernels import adamw_triton
 from dist_adamw.kernels.mixed import mixed_adamw_update_
 from dist_adamw.plain import plain
-from dist_adamw.shard import MASTERS, MOMENTS, Shard, local_of, spread_over
+from dist_adamw.shard import MASTERS, MOMENTS, Shard, axes_in_memory, local_of, spread_over
 from dist_adamw.share import WholeState, check_shapes, check_share, describe_share, gather_state, stamps_of
 
 StateDict = dict[str, Any]
@@ -57,6 +59,11 @@ def _check_dtypes(
             "off is less than half of bf16's last bit. Choose betas[1] <= 0.996.",
             stacklevel=3,
         )
+
+
+def _number(value: float | Tensor) -> float:
+    """``value``, out of a tensor of one element."""
+    return float(value) if isinstance(value, Tensor) else value
 
 
 def _clip_factor(norm: Tensor, max_norm: float) -> Tensor:
@@ -128,6 +135,8 @@ class DistAdamW(Optimizer):
     _tag = 0
     _mesh: DeviceMesh | None = None
     _path: GradientPath | None = None
+    _unattached_updates = 0
+    gathers_from_owners = True  # where another optimizer reduces gradients of these parameters to their owners
     _defer_gather = False
     _is_agreed = False  # whether ranks have compared their options
     _attached: Sequence[weakref.ref[nn.Module]] = ()
@@ -172,6 +181,7 @@ class DistAdamW(Optimizer):
             "maximize": maximize,
         }
         check_hyper_parameters(defaults)
+        betas = defaults["betas"] = (_number(betas[0]), _number(betas[1]))
         _check_dtypes(master_dtype, state_dtype, betas)
         self.master_dtype, self.state_dtype = master_dtype, state_dtype
         self.decay_by: DecayBy = decay_by
@@ -288,6 +298,9 @@ class DistAdamW(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self.wait()
+        if self.fused is False:  # a scheduler or the user may have put a tensor there since
+            for group in self.param_groups:
+                self._check_lr(group)
         capturing = _capturing()
         if capturing and not self.skip_is_known:
             raise RuntimeError(
@@ -298,6 +311,7 @@ class DistAdamW(Optimizer):
         self._skipped = True  # until there is something to apply
         if not self._collect_gradients():
             return loss
+        self._warn_of_local_gradients()
         shards = self._present()
         grads = [shard.owned_grads() for shard in shards]
         if not any(shard.any_grad for shard in shards):
@@ -377,18 +391,49 @@ class DistAdamW(Optimizer):
     def _collect_gradients(self) -> bool:
         """Lay out what is new, and have the averages of what this rank owns. Whether there is any. Collective."""
         if self._path is None:
+            gather_from_owners(None, self._all_params())
             self._prepare_shards()
             if self.process_group is not None and not self._is_agreed:
                 self._check_alike()  # nothing has been sent yet
             return True
+        if self._path.is_whole:
+            self._prepare_shards()
+            return self._path.take_whole()
         group = self.process_group
         assert group is not None
-        self._path.check_untouched()
         if not self._path.complete(group, self.replica_group):
             return False
         self._prepare_shards()
         self._path.arrive()
         return True
+
+    def _warn_of_local_gradients(self) -> None:
+        """Compare gradients once, at the second update, where it is not known that something averages them.
+
+        Collective then; costs one pass over the gradients.
+        """
+        group = self.process_group
+        if self._path is not None or group is None or self._unattached_updates > 1 or _capturing():
+            return
+        self._unattached_updates += 1
+        if self._unattached_updates == 1:
+            return
+        grads = [param.grad for param in self._all_params() if param.grad is not None]
+        value = collectives.fingerprint({"": fingerprints([grad for grad in grads if grad.layout == torch.strided])})
+        device = self.shards[0].steps.device if dist.get_backend(group) != "gloo" and self.shards else None
+        extremes = torch.tensor([value, -value], device=device)
+        for ranks in (group, self.replica_group):
+            if ranks is not None:
+                dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=ranks)
+        most, minus_least = extremes.tolist()
+        if most != -minus_least:
+            warnings.warn(
+                f"gradients differ over the {collectives.world_size(group)} ranks before the second update: nothing "
+                "averages them, and each rank updates its share by its own gradients alone. Call "
+                "optimizer.attach(model) before training, use dist_adamw.prepare, or wrap the model in "
+                "DistributedDataParallel. Ranks that train apart on purpose need shard=False.",
+                stacklevel=5,  # the step() of the script
+            )
 
     def _shards_by_now(self) -> list[Shard]:
         """The shards; of every parameter that requires a gradient where there were none."""
@@ -414,10 +459,19 @@ class DistAdamW(Optimizer):
         A ``DistributedDataParallel`` module keeps working as before, with ``no_sync``,
         ``find_unused_parameters`` and several optimizers; on a GPU build it with
         ``gradient_as_bucket_view=True``, or nothing overlaps. Its ``join()`` is not supported. A plain
-        module gets its gradients averaged by this alone; it then has a ``no_sync()`` of its own.
+        module gets its gradients averaged by this alone; it then has a ``no_sync()`` of its own, and
+        every rank has the first one's parameters and buffers from now on, as DDP does it.
 
         After backward ``param.grad`` holds the average in this rank's own elements and local
-        values in the others. Who needs a norm uses ``max_grad_norm`` or `clip_grad_norm_`.
+        values in the others. For a norm use ``max_grad_norm`` or `clip_grad_norm_`; to read or change whole
+        gradients, call `gather_gradients` first; after a change that treats every element alike (a clamp), call
+        `accept_gradients`. Other changes between backward and `step` are refused, as far as they can be seen: by
+        another tensor or address in ``param.grad``, its version counter, and on a CPU a sample of the values.
+
+        Parameters of this optimizer in a DDP module that is not attached belong to that DDP; parameters in no
+        attached module are averaged in `step` where ranks' gradients differ. The optimizer that was attached last
+        has a module's gradients; another one that steps on the same parameters gets whole ones, by one more gather.
+        Every rank makes the same backward passes and updates: over gloo, a rank that skips a `step` alone is an error.
 
         Args:
             model: Its parameters are some of this optimizer's, or all.
@@ -434,7 +488,7 @@ class DistAdamW(Optimizer):
 
         Raises:
             ValueError: the module is wrapped so that this cannot be.
-            AgreementError: ranks have other parameters or options. On every rank, before anything is sent.
+            AgreementError: ranks have other parameters, buffers or options. On every rank, before anything is sent.
         """
         if any(isinstance(param, DTensor) for param in model.parameters()):
             return  # whoever made them reduces gradients as it shares parameters out
@@ -459,11 +513,16 @@ class DistAdamW(Optimizer):
         collectives.end_quietly()
         if self._path is None:
             self._path = GradientPath(
-                self._all_params, self._shards_by_now, overlap=overlap, into_shard=reduce_every_backward
+                self._all_params,
+                self._shards_by_now,
+                self.gather_gradients,
+                overlap=overlap,
+                into_shard=reduce_every_backward,
             )
             self._tag = max(collectives.all_gather_objects(_next_tag(), group))
             for shard in self.shards:
                 shard.retag(self._tag)
+            self._path.open_channel(group, self._tag)
         elif (self._path.overlap, self._path.into_shard, self._defer_gather) != (
             overlap,
             reduce_every_backward,
@@ -471,8 +530,27 @@ class DistAdamW(Optimizer):
         ):
             raise ValueError("attach() was called before with other options. Pass the same for every module.")
         self._defer_gather = defer_gather
+        if not isinstance(model, DistributedDataParallel):
+            self._make_alike(model)
         self._path.listen(model)
-        self._attached = [*self._attached, weakref.ref(model)]
+        self._attached = [*(ref for ref in self._attached if ref() not in (None, model)), weakref.ref(model)]
+
+    def _make_alike(self, model: nn.Module) -> None:
+        """Give every rank the first one's parameters and buffers. Collective.
+
+        Raises:
+            AgreementError: they have other shapes.
+        """
+        tensors = {
+            name: tensor.detach()
+            for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers())
+            if not (tensor.is_meta or is_lazy(tensor))
+        }
+        record = {name: [list(tensor.shape), str(tensor.dtype)] for name, tensor in tensors.items()}
+        for ranks in (self.process_group, self.replica_group):
+            if ranks is not None:
+                collectives.check_agreement(record, ranks)
+                collectives.broadcast_from_first(list(tensors.values()), ranks)
 
     @torch.no_grad()
     def clip_grad_norm_(
@@ -492,7 +570,8 @@ class DistAdamW(Optimizer):
             The norm before clipping, 0-d.
         """
         params = self._all_params() if parameters is None else list(parameters)
-        if self._path is None:
+        gather_from_owners(self._path, params)
+        if self._path is None or self._path.is_whole:
             return torch.nn.utils.clip_grad_norm_(params, max_norm, norm_type)
         ours = {id(param) for param in self._all_params()}
         chosen = {id(param) for param in params}
@@ -521,8 +600,21 @@ class DistAdamW(Optimizer):
         self._path.accept_changes()
         return norm.to(torch.float32)
 
+    @torch.no_grad()
+    def gather_gradients(self) -> None:
+        """Let every ``param.grad`` be the whole gradient, averaged over all ranks. Collective.
+
+        After `attach` a rank has the averages of the elements that it owns, and local values elsewhere. Call this after
+        backward and before whatever reads gradients: SAM's first pass, norms of layers for a log, gradient surgery.
+        What is then written to ``param.grad``, the same on every rank, is what `step` takes. Sends ``f N b_g`` bytes.
+
+        Without `attach` gradients are left as they are: DDP has averaged them.
+        """
+        if self._path is not None and not self._path.is_whole and self._collect_gradients():
+            self._path.make_whole()
+
     def accept_gradients(self) -> None:
-        """Let gradients be what they are now, after a change that treats all elements alike. Local.
+        """Let gradients be what they are now, after a change that treats all elements alike. Local; on every rank.
 
         After `attach`, `step` refuses gradients that were changed since backward, because a norm
         taken of them is not the model's. Clamping each element, say, is right nevertheless.
@@ -826,19 +918,43 @@ class DistAdamW(Optimizer):
         """Add a group, at any time. Its state is laid out at the next update.
 
         Raises:
-            ValueError: a hyper-parameter is out of range, or a parameter is complex or a DTensor.
+            ValueError: a hyper-parameter is out of range, a parameter is complex or has gaps in its memory, or
+                ``lr`` is a tensor where no fused kernel runs. The optimizer is as it was then.
         """
-        group = {**self.defaults, **param_group}
-        check_hyper_parameters(group)
+        check_hyper_parameters({**self.defaults, **param_group})
+        if "betas" in param_group:
+            param_group["betas"] = tuple(map(_number, param_group["betas"]))
         super().add_param_group(param_group)
-        for param in self.param_groups[-1]["params"]:
+        try:
+            self._check_group(self.param_groups[-1])
+        except ValueError:
+            self.param_groups.pop()
+            raise
+        self._given.update(map(id, self.param_groups[-1]["params"]))
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        """Refuse parameters that cannot be updated. Local."""
+        for param in group["params"]:
+            if is_lazy(param):
+                continue
             if param.is_complex():
-                self.param_groups.pop()
                 raise ValueError(
                     f"DistAdamW does not support complex parameters, got {param.dtype}. Register "
                     "torch.view_as_real(parameter) instead."
                 )
-        self._given.update(map(id, self.param_groups[-1]["params"]))
+            if param.layout == torch.strided:
+                axes_in_memory(local_of(param))
+        self._check_lr(group)
+
+    def _check_lr(self, group: dict[str, Any]) -> None:
+        """Refuse what torch refuses of foreach arithmetic. Local."""
+        if isinstance(group["lr"], Tensor) and not (
+            self.fused or (self.fused is None and all(map(can_fuse, group["params"])))
+        ):
+            raise ValueError(
+                f"lr as a Tensor is not supported by foreach arithmetic (fused={self.fused}), got {group['lr']!r}. "
+                "Pass a float, or fused=True."
+            )
 
     # ---------------------------------------------------------------- state dicts and pickling
 

@@ -6,6 +6,7 @@ Floor 4: knows Accelerate; nothing below knows it.
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, overload
 
@@ -15,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
+from torch.utils.hooks import RemovableHandle
 
 from dist_adamw import collectives
 from dist_adamw.conventions import unwrap
@@ -38,6 +40,8 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 DATA_PARALLEL = {"NO", "MULTI_CPU", "MULTI_GPU", "MULTI_NPU", "MULTI_MLU", "MULTI_XPU", "MULTI_HPU"}
+# By optimizer: the hook that compares ranks before its updates.
+_WATCHING: weakref.WeakKeyDictionary[Optimizer, RemovableHandle] = weakref.WeakKeyDictionary()
 _ENGINES = {*DATA_PARALLEL, "FSDP", "DEEPSPEED"}
 
 
@@ -50,6 +54,7 @@ def prepare(
     scheduler: CyclicLRWithRestarts,
     *,
     check_weights_every: int | None = ...,
+    whole_gradients: bool = ...,
 ) -> tuple[nn.Module, Optimizer, DataLoader[Any], CyclicLRWithRestarts]: ...
 
 
@@ -62,6 +67,7 @@ def prepare(
     scheduler: LRScheduler,
     *,
     check_weights_every: int | None = ...,
+    whole_gradients: bool = ...,
 ) -> tuple[nn.Module, Optimizer, DataLoader[Any], Any]: ...
 
 
@@ -73,6 +79,7 @@ def prepare(
     scheduler: LRScheduler,
     *,
     check_weights_every: int | None = CHECK_WEIGHTS_EVERY,
+    whole_gradients: bool = False,
 ) -> tuple[nn.Module, Optimizer, DataLoader[Any], Any]:
     """Do ``accelerator.prepare``, and tell the scheduler what the loader and the accelerator know.
 
@@ -93,6 +100,8 @@ def prepare(
         check_weights_every: Updates between two comparisons of what must be the same bits on several ranks: see
             `check_replicas`. The first is at the first update; ``accelerator.save_state`` makes one before it writes.
             0 or None: none at all, for ranks that are meant to differ (local SGD).
+        whole_gradients: Leave DDP's all-reduce as it is, for scripts that read or change ``param.grad`` between
+            backward and step. A third more is sent.
 
     Returns:
         Model, optimizer, loader and scheduler, to be used instead.
@@ -110,6 +119,14 @@ def prepare(
     A `DistAdamW` under DDP is attached (`DistAdamW.attach`): gradients are reduced to their owners, and
     ``accelerator.clip_grad_norm_`` clips by the global norm of what they own. With a GradScaler
     (fp16) or a communication hook of yours, DDP's all-reduce stays.
+
+    After backward ``param.grad`` then holds the average over ranks in the elements that this rank owns, and local
+    values in the others. ``optimizer.gather_gradients()`` (of the `DistAdamW` itself) makes it whole, as DDP leaves it;
+    with ``whole_gradients=True`` it always is. ``accelerator.clip_grad_norm_`` and ``clip_grad_value_`` are right
+    either way; other changes of gradients are refused in ``step`` unless ``optimizer.accept_gradients()`` is called.
+
+    May be called again, for another phase of training: with the same optimizer or a new one, and the prepared model.
+    Accelerate's ``LocalSGD`` needs ``DistAdamW(shard=False)`` and ``check_weights_every=0``.
 
     DDP keeps a second copy of the gradients unless it is told not to, so ``prepare`` asks for
     ``gradient_as_bucket_view`` where no ``DistributedDataParallelKwargs`` were given.
@@ -138,7 +155,7 @@ def prepare(
     if from_json and ours is not None:
         check_schedules(accelerator, ours, group)
     elif not from_json:
-        _check_kept(optimizer, inner, groups)
+        _check_kept(unwrap(optimizer), inner, groups)
     place = Position(dataloader, facts)
     dataloader.dist_adamw_position = place
     if ours is not None:
@@ -153,8 +170,10 @@ def prepare(
             lambda: check_replicas(whole, inner, group=group),
             check_weights_every,
         )
-        inner.register_step_pre_hook(watch.before_update)
-    if isinstance(inner, DistAdamW) and engine in DATA_PARALLEL:
+        if (before := _WATCHING.pop(inner, None)) is not None:  # of an earlier call
+            before.remove()
+        _WATCHING[inner] = inner.register_step_pre_hook(watch.before_update)
+    if isinstance(inner, DistAdamW) and engine in DATA_PARALLEL and not whole_gradients:
         attach(accelerator, model, inner)
     if engine == "DEEPSPEED":
         prepare_deepspeed(model, scheduler)

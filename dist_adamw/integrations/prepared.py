@@ -132,7 +132,8 @@ def keep(accelerator: Accelerator, prepared: Prepared) -> None:
     """Have ``accelerator.save_state`` and the like know of what it has prepared. Local."""
     take_over(accelerator)
     owned = _OF[accelerator]
-    owned.prepared = [*(one for one in owned.prepared if not one.is_of(None)), prepared]
+    same = prepared._optimizer()
+    owned.prepared = [*(one for one in owned.prepared if not (one.is_of(None) or one.is_of(same))), prepared]
 
 
 def take_over(

@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from dist_adamw import CyclicLRWithRestarts, DistAdamW, exchange, gradients
+from dist_adamw import CyclicLRWithRestarts, DistAdamW, ddp, exchange
 from tests.distributed.test_optimizer import Network
 from tests.ranks import expect_error_on_all, run_ranks
 
@@ -92,12 +92,12 @@ def average_gradients(model: nn.Module) -> None:
 
 def attach(optimizer: DistAdamW, model: nn.Module, *, aside: bool = True, **options: Any) -> None:
     """On a CPU DDP's reducer stands aside where it can; elsewhere, or with ``aside=False``, it does not."""
-    before = gradients._ASIDE
-    gradients._ASIDE = before if aside else frozenset()
+    before = ddp._ASIDE
+    ddp._ASIDE = before if aside else frozenset()
     try:
         optimizer.attach(model, **options)
     finally:
-        gradients._ASIDE = before
+        ddp._ASIDE = before
 
 
 class Job:

@@ -337,11 +337,36 @@ def test_an_empty_parameter_list_and_a_group_out_of_range() -> None:
 def test_parameters_that_cannot_be_laid_out_are_refused() -> None:
     with pytest.raises(ValueError, match=r"complex parameters, got torch\.complex64"):
         DistAdamW([nn.Parameter(torch.ones(2, dtype=torch.complex64))])
-    gaps = nn.Parameter(torch.ones(4, 4)[:, ::2])
-    optimizer = DistAdamW([gaps])
-    gaps.grad = torch.ones_like(gaps)
+    for memory in (torch.ones(4, 4)[:, ::2], torch.ones(3).expand(2, 3)):
+        with pytest.raises(ValueError, match="overlap or leave gaps"):
+            DistAdamW([nn.Parameter(memory)])
+    optimizer = DistAdamW([nn.Parameter(torch.ones(1))])
     with pytest.raises(ValueError, match="overlap or leave gaps"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(4, 4)[:, ::2])]})
+    assert len(optimizer.param_groups) == 1
+    DistAdamW([nn.Parameter(torch.ones(4, 4).t()), *nn.LazyLinear(3).parameters()])  # dense, and not there yet
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_hyper_parameters_that_torch_refuses_are_refused_before_anything_changes(late: bool) -> None:
+    param = nn.Parameter(torch.ones(3))
+    tensors = (torch.tensor(0.9), torch.tensor(0.999))
+    for wrong, message in (
+        ({"betas": (0.9, torch.tensor(0.999))}, "both floats or both Tensors"),
+        ({"betas": (torch.tensor([0.9, 0.8]), torch.tensor(0.999))}, r"Tensor betas\[0\] must be 1-element"),
+        ({"lr": torch.tensor(0.1)}, "lr as a Tensor is not supported by foreach"),
+    ):
+        params, options = ([{"params": [param], **wrong}], {}) if late else ([param], wrong)
+        with pytest.raises(ValueError, match=message):
+            DistAdamW(params, fused=False, **options)
+    optimizer = DistAdamW([param], betas=tensors, fused=False)
+    assert optimizer.param_groups[0]["betas"] == tuple(map(float, tensors))
+    param.grad = torch.ones(3)
+    optimizer.param_groups[0]["lr"] = torch.tensor(0.1)
+    with pytest.raises(ValueError, match="lr as a Tensor"):
         optimizer.step()
+    assert optimizer.updates == 0
+    assert torch.equal(param, torch.ones(3))
 
 
 def test_a_state_of_another_model_is_refused_and_nothing_is_lost() -> None:

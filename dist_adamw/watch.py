@@ -1,0 +1,86 @@
+"""Whether gradients were changed between backward and step.
+
+Floor 2: knows tensors; nothing of ranks.
+
+A change is seen by another tensor or address in ``param.grad``, by a version counter, and, on a CPU, by a sample of the
+values, since ``param.grad.data.mul_(c)`` leaves no other trace. Loops over tensors run in C.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+_SAMPLED_TENSORS, _SAMPLED_ELEMENTS = 8, 32
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_gradient, _version = operator.attrgetter("grad"), operator.attrgetter("_version")
+
+
+class GradientWatch:
+    """Gradients as backward, or the last accepted change, left them."""
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Watch nothing."""
+        self._params: Sequence[Tensor] = []
+        self._grads: list[Tensor | None] = []
+        self._addresses: list[int] = []
+        self._versions = 0
+        self._sample: list[Tensor] = []
+
+    def remember(self, params: Sequence[Tensor]) -> None:
+        """Let the gradients that ``params`` have now be those that `changed` compares with."""
+        self._params = params
+        self._grads = list(map(_gradient, params))
+        present = _present(self._grads)
+        self._addresses = list(map(Tensor.data_ptr, present))
+        self._versions = sum(map(_version, present))
+        self._sample = _sample(present)
+
+    def accept(self) -> None:
+        """Let gradients be what they are now."""
+        if self._params:
+            self.remember(self._params)
+
+    def replaced(self) -> bool:
+        """Whether some ``param.grad`` is another tensor, or has other memory."""
+        now = list(map(_gradient, self._params))
+        if not all(map(operator.is_, now, self._grads)):
+            # A gradient that was set to None is not used, as in torch.
+            if any(new is not None and new is not old for new, old in zip(now, self._grads, strict=True)):
+                return True
+            kept = [old is not None and new is not None for new, old in zip(now, self._grads, strict=True)]
+            were = [old is not None for old in self._grads]
+            there = [keep for keep, was in zip(kept, were, strict=True) if was]
+            addresses = [address for address, keep in zip(self._addresses, there, strict=True) if keep]
+            return list(map(Tensor.data_ptr, _present(now))) != addresses
+        return list(map(Tensor.data_ptr, _present(now))) != self._addresses
+
+    def changed(self) -> bool:
+        """Whether gradients are not what they were."""
+        watched = _present(self._grads)
+        return (
+            self.replaced()
+            or sum(map(_version, watched)) != self._versions
+            or not all(map(torch.equal, _sample(watched), self._sample))
+        )
+
+
+def _present(grads: Sequence[Tensor | None]) -> list[Tensor]:
+    return [grad for grad in grads if grad is not None]
+
+
+def _sample(grads: list[Tensor]) -> list[Tensor]:
+    """The bits of a few elements of a few of the gradients that lie on a CPU."""
+    sampled = []
+    for grad in grads[:: max(1, len(grads) // _SAMPLED_TENSORS)]:
+        if grad.device.type == "cpu" and grad.numel() and grad.is_contiguous():
+            count = min(_SAMPLED_ELEMENTS, grad.numel())
+            elements = torch.as_strided(grad.detach(), (count,), (grad.numel() // count,), grad.storage_offset())
+            sampled.append(elements.clone().view(_BITS[grad.dtype.itemsize]))
+    return sampled
