@@ -9,13 +9,14 @@ from __future__ import annotations
 import contextlib
 import os
 import time
+import traceback
 import warnings
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -28,10 +29,10 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from dist_adamw import collectives
 from dist_adamw._version import __version__
-from dist_adamw.compare import checked, compare, samples_of, with_keys_of, with_text_keys
+from dist_adamw.compare import checked, compare, samples_of, with_keys_of, with_text_keys, wrong_in
 from dist_adamw.conventions import unwrap
 from dist_adamw.extra_state import EXTRA, extra_state, restore_extra_state
-from dist_adamw.held import Access, Found, Held, access, only_mine
+from dist_adamw.held import Access, Found, Held, access, family_of, only_mine
 from dist_adamw.index import CheckpointError, Index
 from dist_adamw.owned import Owned, Values, evaluated
 from dist_adamw.planner import Planner
@@ -39,11 +40,11 @@ from dist_adamw.random_state import RNG, current_random_state
 from dist_adamw.replicas import check_replicas
 from dist_adamw.scheduler import CyclicLRWithRestarts, OnDifference
 from dist_adamw.storage import Lock, Reader, Writer, as_json
+from dist_adamw.together import Ranks, everywhere
 
 Group = dist.ProcessGroup | None
 # Each rank reads for itself, also where there are several: that is how it is meant.
 warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized", UserWarning)
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,9 +100,9 @@ def save(
     group = collectives.host_group() if group is None else group
     if compare_ranks:
         check_replicas(model, optimizer, group=group)
-    path = Path(path)
-    held, about = _gather(path if compare_ranks else None, model, optimizer, scheduler, extra, group)
-    _write(path, held, about, group)
+    path, ranks = Path(path), Ranks.now(group)
+    held, about = _gather(path if compare_ranks else None, model, optimizer, scheduler, extra, ranks)
+    _write(path, held, about, ranks)
 
 
 class Saving:
@@ -126,11 +127,11 @@ class Saving:
         self.told = True
         self._future.result()
 
-    def untold(self, group: Group) -> CheckpointError | None:
+    def untold(self, ranks: Ranks) -> CheckpointError | None:
         """What went wrong, if some rank does not know; when it is over, and all know then. Collective."""
         error = self.join()
         known, self.told = self.told, True
-        told = collectives.all_gather_objects(None if error is None or known else str(error), group)
+        told = ranks.gather(None if error is None or known else str(error))
         return next((CheckpointError(problem) for problem in told if problem is not None), None)
 
     def join(self) -> BaseException | None:
@@ -144,12 +145,15 @@ class AsyncSaver:
     A second save waits for the first. The copy takes what a rank writes: ``(b_p N + 8 N) / W`` bytes for W ranks
     and fp32 moments, which stay allocated for the next save.
 
+    The process group must live until a save is over: `wait`, or `close`, before it is destroyed. A save that finds it
+    gone is an error, and the checkpoints before it stay.
+
     Collective to build: every rank does.
     """
 
     def __init__(self) -> None:
         # On training's group its messages would meet training's in another order on every rank.
-        self._group = dist.new_group(backend="gloo") if collectives.world_size() > 1 else None
+        self._ranks = Ranks.now(dist.new_group(backend="gloo") if collectives.world_size() > 1 else None)
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._memory: dict[Any, Tensor] = {}
         self._last: Saving | None = None
@@ -175,24 +179,28 @@ class AsyncSaver:
             CheckpointError: the save before failed, or this one cannot be begun; on every rank alike.
             AgreementError: as of `save`.
         """
-        last, self._last = self._last, None
-        if last is not None and (error := last.untold(self._group)) is not None:
+        last, self._last, ranks = self._last, None, self._ranks
+        ranks.check()
+        if last is not None and (error := last.untold(ranks)) is not None:
             raise error
-        check_replicas(model, optimizer, group=self._group)
+        check_replicas(model, optimizer, group=ranks.group)
         path = Path(path).absolute()  # the thread may find itself in another folder
-        held, about = _gather(path, model, optimizer, scheduler, extra, self._group)
-        copies = everywhere(lambda: {k: self._copy(k, tensor) for k, tensor in held.tensors.items()}, self._group)
+        held, about = _gather(path, model, optimizer, scheduler, extra, ranks)
+        copies = ranks.everywhere(lambda: {k: self._copy(k, tensor) for k, tensor in held.tensors.items()})
         if torch.cuda.is_available():
             torch.cuda.synchronize()
 
         def work() -> None:
             try:
-                _write(path, Held(copies), about, self._group)
+                _write(path, Held(copies), about, ranks)
                 if then is not None:
-                    everywhere(then, self._group)
-            except CheckpointError:
-                raise
+                    ranks.everywhere(then)
             except Exception as error:
+                if not collectives.initialized():
+                    _forget_frames(error)  # they hold the group: see `Ranks.check`
+                ranks.check()
+                if isinstance(error, CheckpointError):
+                    raise
                 raise CheckpointError(f"could not write {path}: {type(error).__name__}: {error}.") from error
 
         self._last = Saving(path, self._thread.submit(work))
@@ -229,6 +237,13 @@ class AsyncSaver:
         self.wait()
 
 
+def _forget_frames(error: BaseException | None) -> None:
+    """Let go of what the functions had that an error came through, and the errors before it. Local."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
+
+
 def _tell_of_failures(savings: list[Saving]) -> None:
     """At the end: of a save that nobody has waited for."""
 
@@ -246,7 +261,7 @@ def _gather(
     optimizer: Optimizer | None,
     scheduler: LRScheduler | None,
     extra: Mapping[str, Any] | None,
-    group: Group,
+    ranks: Ranks,
 ) -> tuple[Held, dict[str, Any]]:
     """What this rank writes, and what the main one says of it; raises on every rank. Collective.
 
@@ -259,13 +274,15 @@ def _gather(
         held = found.to_save()
         modules, tensors = extra_state(found.model)
         held.tensors |= only_mine(tensors)
-        held.tensors[f"{RNG}.{collectives.rank()}"] = current_random_state()
+        held.tensors[f"{RNG}.{ranks.rank}"] = current_random_state()
         about = {
             "written by": f"dist_adamw {__version__}",
             "time": time.time(),
             "engine": found.engine,
-            "world_size": collectives.world_size(),
-            "optimizer": None if optimizer is None else type(unwrap(optimizer)).__name__,
+            "world_size": ranks.size,
+            # The family, which is what a load compares; the class is for who reads it.
+            "optimizer": None if optimizer is None else family_of(unwrap(optimizer)),
+            "optimizer_class": None if optimizer is None else type(unwrap(optimizer)).__qualname__,
             "decay_by": None if optimizer is None else getattr(unwrap(optimizer), "decay_by", None),
             "groups": found.groups(),
             "scalars": held.scalars,
@@ -274,28 +291,36 @@ def _gather(
             "extra": dict(extra or {}),
             "modules": modules,
         }
-        return held, as_json(about)  # now: what is saved beside training must not change with it
+        about = as_json(about)  # now: what is saved beside training must not change with it
+        if wrong := wrong_in(about):
+            raise CheckpointError(f"{wrong}, which no load would take: nothing is saved.")
+        return held, about
 
-    held, about = everywhere(gather, group)
+    held, about = ranks.everywhere(gather)
     if path is not None:
         alike = {name: about[name] for name in ("engine", "optimizer", "groups", "scheduler", "schedule")}
-        collectives.check_agreement({"folder": str(path), **alike}, group)
+        collectives.check_agreement({"folder": str(path), **alike}, ranks.group)
     return held, about
 
 
-def _write(path: Path, held: Held, about: Mapping[str, Any], group: Group) -> None:
-    several = collectives.world_size() > 1
+def _write(path: Path, held: Held, about: Mapping[str, Any], ranks: Ranks) -> None:
+    several = ranks.size > 1
     planner = Planner(held.tensors)
-    lock = everywhere(lambda: _lock(path) if collectives.rank() == 0 else None, group)
-    writer = Writer(path, about)
+    lock = ranks.everywhere(lambda: _lock(path) if ranks.is_main else None)
+    writer = Writer(path, about, ranks.size)
+    still_there = "What it held before is still there."
     try:
-        dcp_save({}, storage_writer=writer, planner=planner, process_group=group, no_dist=not several)
+        dcp_save({}, storage_writer=writer, planner=planner, process_group=ranks.group, no_dist=not several)
     except CheckpointException as failed:
         writer.discard()
         rank, (error, _) = min(failed.failures.items())
         what = str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
         where = f" (rank {rank})" if several else ""
-        raise CheckpointError(f"could not write {path}: {what}{where}. What it held before is still there.") from error
+        raise CheckpointError(f"could not write {path}: {what}{where}. {still_there}") from error
+    except Exception as error:  # of messages between ranks
+        writer.discard()
+        ranks.check()
+        raise CheckpointError(f"could not write {path}: {type(error).__name__}: {error}. {still_there}") from error
     finally:
         if lock is not None:
             lock.release()
@@ -340,36 +365,92 @@ def load(
             some rank; on every rank alike. Nothing has been changed then; where a disk fails after all was checked,
             the message says that the state is half loaded.
     """
-    path = Path(path)
+    part = Part(Path(path), model, optimizer, scheduler)
+    return load_together([part], on_difference=on_difference, random_state=random_state, group=group)[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A model with what belongs to it, and the folder that has their state."""
+
+    path: Path
+    model: nn.Module
+    optimizer: Optimizer | None
+    scheduler: LRScheduler | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Checked:
+    """A part that fits its checkpoint, which is whole; nothing has been changed yet.
+
+    Attributes:
+        choice: Of what differs.
+        taken: What the parameter groups take.
+        restore: Restores the random state.
+        make_room: Lays the optimizer's state out again, and says where to read to.
+    """
+
+    part: Part
+    index: Index
+    model: nn.Module
+    choice: OnDifference
+    taken: list[dict[str, Any]]
+    restore: Callable[[], str]
+    make_room: Callable[[], Held]
+
+
+def load_together(
+    parts: Sequence[Part],
+    *,
+    on_difference: OnDifference | None = None,
+    random_state: bool = True,
+    group: Group = None,
+) -> list[Checkpoint]:
+    """`load` of several models: each is checked, with its tensors, before the first is changed. Collective.
+
+    Raises:
+        CheckpointError: as of `load`.
+    """
     with contextlib.ExitStack() as until, torch.inference_mode(False):  # what is made here is to be trained on
         group = collectives.host_group() if group is None else group
-        check_alike(path, group)
-        index = everywhere(lambda: checked(path, collectives.rank(), collectives.world_size(), until), group)
-        if len(set(collectives.all_gather_objects(index.digest, group))) > 1:
-            raise CheckpointError(f"{path} is not the same on all ranks. Give all machines the same file system.")
-        choice: OnDifference = on_difference or getattr(scheduler, "on_difference", None) or "strict"
-        # Room is made, and what was there forgotten, when no rank has found anything wrong.
-        ours = everywhere(lambda: access(model, optimizer), group)
-        taken, restore = everywhere(lambda: compare(index, ours, optimizer, scheduler, choice), group)
-        held = everywhere(lambda: _make_room(index, ours), group)
-        try:
-            everywhere(lambda: _fill(index, held), group)
-        except CheckpointError as error:
-            raise CheckpointError(f"{error} Model and optimizer are half loaded: load a checkpoint.") from error
-        with torch.no_grad():
-            held.finish()  # it may be collective, so only when all ranks have read
-        everywhere(lambda: restore_extra_state(index, ours.model), group)
-        about = index.about
-        if optimizer is not None:
-            for members, values in zip(unwrap(optimizer).param_groups, taken, strict=True):
-                _take(members, values)
-        if scheduler is not None:
-            if isinstance(scheduler, CyclicLRWithRestarts):
-                scheduler.load_state_dict(about["schedule"], choice)
-            else:
-                scheduler.load_state_dict(with_keys_of(scheduler.state_dict(), about["schedule"]))
-        state = restore() if random_state else "left alone"
-        return Checkpoint(path, samples_of(index), about["engine"], about["world_size"], about["extra"], state)
+        ready = [_check(part, on_difference, group, until) for part in parts]
+        return [_apply(one, random_state, group) for one in ready]
+
+
+def _check(part: Part, on_difference: OnDifference | None, group: Group, until: contextlib.ExitStack) -> _Checked:
+    path, optimizer, scheduler = part.path, part.optimizer, part.scheduler
+    check_alike(path, group)
+    index = everywhere(lambda: checked(path, collectives.rank(), collectives.world_size(), until), group)
+    if len(set(collectives.all_gather_objects(index.digest, group))) > 1:
+        raise CheckpointError(f"{path} is not the same on all ranks. Give all machines the same file system.")
+    choice: OnDifference = on_difference or getattr(scheduler, "on_difference", None) or "strict"
+    ours = everywhere(lambda: access(part.model, optimizer), group)
+    taken, restore = everywhere(lambda: compare(index, ours, optimizer, scheduler, choice), group)
+    make_room = everywhere(lambda: _make_room(index, ours), group)
+    return _Checked(part, index, ours.model, choice, taken, restore, make_room)
+
+
+def _apply(one: _Checked, random_state: bool, group: Group) -> Checkpoint:
+    index, optimizer, scheduler = one.index, one.part.optimizer, one.part.scheduler
+    # Room is made, and what was there forgotten, when no rank has found anything wrong.
+    held = everywhere(one.make_room, group)
+    try:
+        everywhere(lambda: _fill(index, held), group)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error} Model and optimizer are half loaded: load a checkpoint.") from error
+    with torch.no_grad():
+        held.finish()  # it may be collective, so only when all ranks have read
+    everywhere(lambda: restore_extra_state(index, one.model), group)
+    about = index.about
+    if optimizer is not None:
+        for members, values in zip(unwrap(optimizer).param_groups, one.taken, strict=True):
+            _take(members, values)
+    if isinstance(scheduler, CyclicLRWithRestarts):
+        scheduler.load_state_dict(about["schedule"], one.choice)
+    elif scheduler is not None:
+        scheduler.load_state_dict(with_keys_of(scheduler.state_dict(), about["schedule"]))
+    state = one.restore() if random_state else "left alone"
+    return Checkpoint(one.part.path, samples_of(index), about["engine"], about["world_size"], about["extra"], state)
 
 
 def check_alike(path: Path, group: Group) -> None:
@@ -382,8 +463,8 @@ def check_alike(path: Path, group: Group) -> None:
         )
 
 
-def _make_room(index: Index, ours: Access) -> Held:
-    """What to read, and where to. Local; nothing is changed by an error."""
+def _make_room(index: Index, ours: Access) -> Callable[[], Held]:
+    """Check what there is to read; return what makes room for it. Local; nothing is changed."""
     kinds: dict[str, set[str]] = {}
     for key in index.tensors:
         kind, _, name = key.partition(".")
@@ -423,29 +504,3 @@ def _take(group: dict[str, Any], values: Mapping[str, Any]) -> None:
             group[key].fill_(value)
         else:
             group[key] = tuple(value) if isinstance(value, list) else value
-
-
-# ---------------------------------------------------------------------------------------------- all ranks together
-
-
-def everywhere(action: Callable[[], T], group: Group = None) -> T:
-    """Run ``action`` on every rank; where it fails on one, all raise its sentence. Collective.
-
-    Raises:
-        CheckpointError: ``action`` raised anything on some rank.
-    """
-    problem, result = None, None
-    try:
-        result = action()
-    except CheckpointError as error:
-        problem = str(error)
-    except collectives.AgreementError:
-        raise  # on every rank alike, and no matter of files
-    except Exception as error:  # without the others' knowledge they would wait for ever
-        problem = f"{type(error).__name__}: {error}"
-    reports = collectives.all_gather_objects(problem, group)
-    for rank, failed in enumerate(reports):
-        if failed is not None:
-            alike = all(other == failed for other in reports)
-            raise CheckpointError(failed if alike else f"{failed} (rank {rank})")
-    return result  # type: ignore[return-value]

@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from dist_adamw.conventions import unwrap
 from dist_adamw.extra_state import check_extra_state
 from dist_adamw.functional import check_hyper_parameters
-from dist_adamw.held import SCALARS, Access, buffers, hyper_parameters, is_outside, same_family
+from dist_adamw.held import SCALARS, Access, buffers, fits_family, hyper_parameters, is_outside
 from dist_adamw.index import CheckpointError, Index, check_files, read_index
 from dist_adamw.plain import plain
 from dist_adamw.random_state import random_state_of
@@ -42,10 +42,16 @@ def checked(path: Path, part: int = 0, parts: int = 1, until: contextlib.ExitSta
     if until is not None:
         until.enter_context(index.kept_open())
     check_files(index, part, parts)
-    about = {"modules": {}, **index.about}  # of modules with extra state, which few have
-    if wrong := [name for name, is_right in _ABOUT.items() if not (name in about and is_right(about[name]))]:
-        raise CheckpointError(f"{path} is damaged: it does not say what it should of {', '.join(wrong)}.")
+    if wrong := wrong_in(index.about):
+        raise CheckpointError(f"{path} is damaged: {wrong}.")
     return index
+
+
+def wrong_in(about: Mapping[str, Any]) -> str | None:
+    """What a checkpoint says, or is about to say, that no load takes; None where all is right. Local."""
+    about = {"modules": {}, **about}  # of modules with extra state, which few have
+    wrong = [name for name, is_right in _ABOUT.items() if not (name in about and is_right(about[name]))]
+    return f"it does not say what it should of {', '.join(wrong)}" if wrong else None
 
 
 def _is_text(value: Any) -> bool:
@@ -189,7 +195,7 @@ def _check_optimizer(
     index: Index, ours: Access, optimizer: Optimizer, scheduler: LRScheduler | None, choice: OnDifference
 ) -> None:
     saved_class, our_class = index.about["optimizer"], type(unwrap(optimizer)).__name__
-    if saved_class is None or not same_family(saved_class, our_class):
+    if not fits_family(index.about, unwrap(optimizer)):
         raise CheckpointError(
             f"{index.folder} has the state of {saved_class or 'no optimizer'}, which means nothing to a {our_class}. "
             "Pass the same optimizer, or None to load the weights alone."

@@ -53,7 +53,7 @@ from dist_adamw.foreign import (
     lazy,
     understood,
 )
-from dist_adamw.held import MASTER, MODEL, same_family
+from dist_adamw.held import MASTER, MODEL, same_family, saved_family
 from dist_adamw.index import (
     CODES,
     DTYPES,
@@ -199,7 +199,7 @@ def export_checkpoint(path: str | Path, target: str | Path, kind: Kind, *, maste
     write = {"torch": _to_torch, "dcp": _to_dcp, "universal": _to_universal, "safetensors": _to_safetensors}
     if kind not in write:
         raise CheckpointError(f"kind must be one of {', '.join(write)}, got {kind!r}.")
-    optimizer = ours.about["optimizer"]
+    optimizer = saved_family(ours.about)
     if kind != "safetensors" and optimizer is not None and not same_family(optimizer, "AdamW"):
         raise CheckpointError(f"{path} has the state of {optimizer}, and only AdamW's is exported. Use safetensors.")
     if kind == "universal" and optimizer is None:

@@ -35,7 +35,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from dist_adamw import collectives
-from dist_adamw.checkpoint import AsyncSaver, Saving, check_alike, everywhere
+from dist_adamw.checkpoint import AsyncSaver, Saving, check_alike
 from dist_adamw.index import (
     INDEX,
     CheckpointError,
@@ -47,6 +47,7 @@ from dist_adamw.index import (
     write_text,
 )
 from dist_adamw.storage import own, unlock
+from dist_adamw.together import Ranks
 
 _NAME = re.compile(r"sample-([0-9]+)")
 _MANIFEST, _LATEST, _LOCK = "manifest.json", "latest", "lock"
@@ -87,13 +88,12 @@ class CheckpointFolder:
         if on_error not in ("raise", "warn"):
             raise ValueError(f"on_error must be 'raise' or 'warn', got {on_error!r}.")
         self.root, self.keep, self.on_error = Path(root).absolute(), keep, on_error
-        self._group = group = collectives.host_group() if group is None else group
-        self._is_main = collectives.rank() == 0
+        self._ranks = ranks = Ranks.now(collectives.host_group() if group is None else group)
         self._let_go: Callable[[], object] | None = None
         self._running: Saving | None = None
         self._damaged: set[str] = set()  # names of checkpoints that `newest` has passed by
         self._closed = False
-        everywhere(lambda: self._take(patience) if self._is_main else None, group)
+        ranks.everywhere(lambda: self._take(patience) if ranks.is_main else None)
 
     def _take(self, patience: float) -> None:
         """Be the job that saves here. The system gives the lock back when the process ends, however it does."""
@@ -174,8 +174,8 @@ class CheckpointFolder:
         """
         if self._running is not None:
             self._running.join()  # its end deletes older ones
-        listed = everywhere(lambda: self.all() if self._is_main else [], self._group)
-        found: list[Path] = collectives.all_gather_objects(listed, self._group)[0]
+        listed = self._ranks.everywhere(lambda: self.all() if self._ranks.is_main else [])
+        found: list[Path] = self._ranks.gather(listed)[0]
         others = (path for path in reversed(found) if but is None or path.name != but.name)
         for path in others:
             if self.damage_of(path) is None:
@@ -185,9 +185,10 @@ class CheckpointFolder:
 
     def damage_of(self, path: Path) -> str | None:
         """What is wrong with a checkpoint, as a sentence; None when it is whole. Collective: as `newest`."""
-        check_alike(path, self._group)  # ranks that each see a disk of their own would find nothing, and start afresh
-        rank, several = collectives.rank(), collectives.world_size()
-        problems = collectives.all_gather_objects(damage_of(path, rank, several), self._group)
+        ranks = self._ranks
+        ranks.check()
+        check_alike(path, ranks.group)  # ranks that each see a disk of their own would find nothing, and start afresh
+        problems = ranks.gather(damage_of(path, ranks.rank, ranks.size))
         return next((problem for problem in problems if problem is not None), None)
 
     # ---------------------------------------------------------------- writing
@@ -209,9 +210,9 @@ class CheckpointFolder:
         final = self._begin(samples)
         try:
             self._wait_for_the_last()
-            everywhere(self._sweep, self._group)
-            everywhere(lambda: write(_partial(final)), self._group)
-            everywhere(lambda: self._commit(final) if self._is_main else None, self._group)
+            self._ranks.everywhere(self._sweep)
+            self._ranks.everywhere(lambda: write(_partial(final)))
+            self._ranks.everywhere(lambda: self._commit(final) if self._ranks.is_main else None)
         except CheckpointError as error:
             self._failed(final, error)
             return None
@@ -235,14 +236,14 @@ class CheckpointFolder:
         final = self._begin(samples)
         try:
             self._wait_for_the_last()
-            everywhere(self._sweep, self._group)
+            self._ranks.everywhere(self._sweep)
             self._running = saver.save(
                 _partial(final),
                 model,
                 optimizer,
                 scheduler,
                 extra=extra,
-                then=lambda: self._commit(final) if self._is_main else None,
+                then=lambda: self._commit(final) if self._ranks.is_main else None,
             )
         except CheckpointError as error:
             self._failed(final, error)
@@ -252,7 +253,7 @@ class CheckpointFolder:
     def _wait_for_the_last(self) -> None:
         """For a save beside training that is on its way; what became of it is told once. Collective."""
         running, self._running = self._running, None
-        if running is not None and (error := running.untold(self._group)) is not None:
+        if running is not None and (error := running.untold(self._ranks)) is not None:
             self._failed(_final(running.path), error)
 
     def _begin(self, samples: int) -> Path:
@@ -263,14 +264,14 @@ class CheckpointFolder:
         if samples > _MOST_SAMPLES:
             raise CheckpointError(f"samples must be at most 2**62 = {_MOST_SAMPLES}, got {samples}.")
         final = self.root / _name(samples)
-        told = collectives.all_gather_objects(str(final), self._group)
+        told = self._ranks.gather(str(final))
         if len(set(told)) > 1:
             raise CheckpointError(f"ranks save to different folders: {', '.join(sorted(set(told)))}. Pass the same.")
         return final
 
     def _sweep(self) -> None:
         """Remove what a killed job, or a save that failed, has left."""
-        if self._is_main:
+        if self._ranks.is_main:
             for left in self._left(_PARTIAL):
                 shutil.rmtree(left, ignore_errors=True)
 
@@ -314,11 +315,11 @@ class CheckpointFolder:
         return replaced + others[: others.index(kept[0])]
 
     def _failed(self, final: Path, error: CheckpointError) -> None:
-        if self._is_main:
+        if self._ranks.is_main:
             shutil.rmtree(_partial(final), ignore_errors=True)
         if self.on_error == "raise":
             raise error
-        if self._is_main:
+        if self._ranks.is_main:
             warnings.warn(f"no checkpoint after sample {final.name.partition('-')[2]}: {error}", stacklevel=3)
 
     # ---------------------------------------------------------------- changing one's mind

@@ -32,6 +32,7 @@ from dist_adamw.owned import Owned, Values
 from dist_adamw.plain import plain
 from dist_adamw.shard import MOMENTS
 from dist_adamw.storage import read_exactly
+from dist_adamw.unpickling import load_safely
 
 Kind = Literal["torch", "dcp", "universal", "safetensors"]
 T = TypeVar("T")
@@ -139,17 +140,7 @@ def _load(file: Path) -> Any:
 
 
 def _tensors_and_plain_data(file: Path | io.BytesIO, what: str, **options: Any) -> Any:
-    try:
-        return torch.load(file, map_location="cpu", weights_only=True, **options)
-    except (pickle.UnpicklingError, EOFError) as error:
-        if (asked := re.search(r"GLOBAL (\S+)", str(error))) is None:
-            raise CheckpointError(
-                f"{what} is no file of torch.save with tensors and plain data, or damaged."
-            ) from error
-        raise CheckpointError(
-            f"{what} asks for {asked[1]}, which is neither tensors nor plain data, and nothing is executed. Where you "
-            "trust it, load it with torch, and save it again without that."
-        ) from error
+    return load_safely(file, what, "Where you trust it, load it with torch, and save it again without that.", **options)
 
 
 def _part(content: Any, keys: Sequence[str]) -> Any:

@@ -133,8 +133,11 @@ class Access(Protocol):
     def to_save(self) -> Held:
         """What this process writes."""
 
-    def to_load(self, found: Found) -> Held:
-        """Where it reads to. The optimizer's state is laid out anew."""
+    def to_load(self, found: Found) -> Callable[[], Held]:
+        """Check what a checkpoint has; return what lays the optimizer's state out again, and says where to read to.
+
+        Nothing is changed, and no memory taken, until that is called: several models are checked first.
+        """
 
     def parameters(self) -> dict[str, tuple[int, ...]]:
         """Names and whole shapes of parameters and buffers."""
@@ -212,6 +215,41 @@ def hyper_parameters(groups: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
         for group in groups
         for name in group["names"]
     }
+
+
+def family_of(optimizer: Optimizer) -> str:
+    """The class by whose rules an optimizer keeps its state, as a checkpoint names it. Local.
+
+    A class derived from a known one keeps the state of that one, under whatever name; unless it is an Adam whose state
+    is another, by what is there.
+    """
+    own = type(optimizer).__name__
+    for base in type(optimizer).__mro__:
+        of_torch = base.__module__.startswith("torch.optim.") and base is not Optimizer
+        if base.__name__ in _ADAMW or of_torch:
+            is_adam = base.__name__ in _ADAMW and base.__name__ != own
+            return own if is_adam and not _has_moments(optimizer) else base.__name__
+    return own
+
+
+def _has_moments(optimizer: Optimizer) -> bool:
+    """Whether all the state there is has Adam's moments. Local."""
+    needed = {*MOMENTS[:2]}
+    return isinstance(optimizer, DistAdamW) or all(needed <= state.keys() for state in optimizer.state.values())
+
+
+def saved_family(about: Mapping[str, Any]) -> str | None:
+    """The class by whose rules saved state is kept; None where there is none. Local."""
+    saved: str | None = about["optimizer"]
+    # Older releases wrote the name of a derived class; only DistAdamW and what derives from it has decay_by.
+    return "DistAdamW" if saved is not None and about.get("decay_by") is not None else saved
+
+
+def fits_family(about: Mapping[str, Any], optimizer: Optimizer) -> bool:
+    """Whether saved state means the same to an optimizer. Local."""
+    saved = saved_family(about)
+    known = {base.__name__ for base in type(optimizer).__mro__}
+    return saved is not None and (saved in known or same_family(saved, family_of(optimizer)))
 
 
 def same_family(one: str, other: str) -> bool:
@@ -298,7 +336,7 @@ class Plain:
                     )
                 held.scalars.setdefault(name, {})[kind] = value
 
-    def to_load(self, found: Found) -> Held:
+    def to_load(self, found: Found) -> Callable[[], Held]:
         """See `Access`."""
         held = Held()
         for param, name in self.names.items():
@@ -306,26 +344,37 @@ class Plain:
         for name, buffer in buffers(self.model):
             held.read(MODEL, name, buffer.detach(), found)
         if isinstance(self.optimizer, DistAdamW):
-            self._into_shards(self.optimizer, held, found)
+            self._check_shards(self.optimizer, found)
         elif self.optimizer is not None:
-            self._into_states(self.optimizer, held, found)
-        finish = held.finish
+            self._check_states(self.optimizer, found)
 
         def forget_gradients() -> None:
-            finish()
             self.model.zero_grad()  # of micro-batches before the load
             if isinstance(self.optimizer, DistAdamW):
                 self.optimizer.zero_grad()  # and what has been reduced of them
 
-        held.finish = forget_gradients
-        return held
+        def make_room() -> Held:
+            held.finish = forget_gradients
+            if isinstance(self.optimizer, DistAdamW):
+                self._into_shards(self.optimizer, held, found)
+            elif self.optimizer is not None:
+                self._into_states(self.optimizer, held, found)
+            return held
+
+        return make_room
+
+    def _with_state(self, found: Found) -> list[Tensor]:
+        """Parameters that have state in a checkpoint."""
+        return [p for p, name in self.names.items() if found.kinds.get(name, set()) - {MODEL, MASTER}]
+
+    def _check_shards(self, optimizer: DistAdamW, found: Found) -> None:
+        chosen = {*self._with_state(found)}
+        for group in optimizer.param_groups:
+            for param in {*group["params"]} & chosen:
+                found.need_adam(self.names[param], param.shape, group["amsgrad"])
 
     def _into_shards(self, optimizer: DistAdamW, held: Held, found: Found) -> None:
-        chosen = [p for p, name in self.names.items() if found.kinds.get(name, set()) - {MODEL, MASTER}]
-        for group in optimizer.param_groups:  # before anything is changed
-            for param in {*group["params"]} & {*chosen}:
-                found.need_adam(self.names[param], param.shape, group["amsgrad"])
-        optimizer.lay_out(chosen)
+        optimizer.lay_out(self._with_state(found))
         remainders = []
         for shard in optimizer.shards:
             for i, param in enumerate(shard.params):
@@ -343,24 +392,41 @@ class Plain:
                 one.read(MASTER, name, _like_param(shard, i, weights, torch.float32), found)
                 yield one, lambda shard=shard, i=i, weights=weights: shard.set_master(i, weights)  # type: ignore[misc]
 
+        forget_gradients = held.finish
+
         def finish() -> None:
             for shard in optimizer.shards:
                 shard.remember_weights()
             optimizer.recount()
+            forget_gradients()
 
         held.later, held.finish = later, finish
 
+    def _check_states(self, optimizer: Optimizer, found: Found) -> None:
+        for group in optimizer.param_groups:
+            for param in group["params"]:
+                name = self.names[param]
+                kinds, numbers = self._state_of(name, optimizer, found)
+                if kinds and type(optimizer).__name__ in _ADAMW:
+                    found.need_adam(name, param.shape, group.get("amsgrad", False))
+                if twice := sorted(kinds & numbers.keys()):
+                    raise CheckpointError(f"the checkpoint has {twice[0]} of {name} twice: it is damaged.")
+
+    def _state_of(self, name: str, optimizer: Optimizer, found: Found) -> tuple[set[str], dict[str, Any]]:
+        """Of a parameter's saved state, the tensors and numbers that an optimizer takes."""
+        kinds, numbers = found.kinds.get(name, set()) - {MODEL, MASTER}, dict(found.scalars.get(name, {}))
+        if type(optimizer).__name__ in _ADAMW:  # a derived class may have more, and takes all
+            return kinds & {*MOMENTS}, {kind: value for kind, value in numbers.items() if kind == "step"}
+        return kinds, numbers
+
     def _into_states(self, optimizer: Optimizer, held: Held, found: Found) -> None:
-        of_adam = type(optimizer).__name__ in _ADAMW
+        of_adam = family_of(optimizer) in _ADAMW
         states: dict[Tensor, dict[str, Any]] = {}
         for group in optimizer.param_groups:
             for param in group["params"]:
                 name = self.names[param]
                 state: dict[str, Any] = {}
-                kinds = found.kinds.get(name, set()) - {MODEL, MASTER}
-                if of_adam and kinds:
-                    found.need_adam(name, param.shape, group.get("amsgrad", False))
-                    kinds &= {*MOMENTS}
+                kinds, numbers = self._state_of(name, optimizer, found)
                 for kind in sorted(kinds):
                     key = f"{kind}.{name}"
                     shape, dtype = found.shapes[key], found.dtypes[key]
@@ -372,11 +438,7 @@ class Plain:
                     else:
                         state[kind] = torch.zeros(shape, dtype=dtype, device=param.device)
                     held.read(kind, name, state[kind], found)
-                for kind, value in found.scalars.get(name, {}).items():
-                    if of_adam and kind != "step":
-                        continue
-                    if kind in state:
-                        raise CheckpointError(f"the checkpoint has {kind} of {name} twice: it is damaged.")
+                for kind, value in numbers.items():
                     on_device = group.get("fused") or group.get("capturable")
                     device = local_of(param).device if on_device else "cpu"
                     is_tensor = kind == "step" and (of_adam or type(value) is float)

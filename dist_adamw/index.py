@@ -229,12 +229,21 @@ def _refuse_old(path: Path, found: Any) -> None:
         raise CheckpointError(f"{path} has version 1; this release reads version {VERSION}.")
 
 
-def _checked(folder: Path, found: Mapping[str, Any], digest: str) -> Index:
+def check_index(folder: Path, index: Mapping[str, Any]) -> None:
+    """Raise where an index that is about to be written could not be read. Local.
+
+    Raises:
+        CheckpointError: some element of a tensor is in no file, or in two.
+    """
+    _checked(folder, index, "", "cannot be written")
+
+
+def _checked(folder: Path, found: Mapping[str, Any], digest: str, verdict: str = "is damaged") -> Index:
     path = folder / INDEX
 
     def need(condition: bool, what: str) -> None:
         if not condition:
-            raise CheckpointError(f"{path} is damaged: {what}.")
+            raise CheckpointError(f"{path} {verdict}: {what}.")
 
     files = {}
     for name, facts in found["files"].items():
@@ -277,7 +286,7 @@ def _is_size(value: Any) -> bool:
 
 
 def _are_sizes(value: Any) -> bool:
-    return isinstance(value, list) and all(map(_is_size, value))
+    return isinstance(value, list | tuple) and all(map(_is_size, value))
 
 
 def _digest(index: Mapping[str, Any]) -> str:

@@ -54,6 +54,7 @@ from dist_adamw.index import (
     Index,
     Saved,
     check_files,
+    check_index,
     check_place,
     read_index,
     write_index,
@@ -70,11 +71,13 @@ class Writer(StorageWriter):
     Args:
         folder: Created if it is not there. All ranks see the same.
         about: Plain data, of the main rank, to be saved too.
+        ranks: How many write; None: as many as there are when it is done.
     """
 
-    def __init__(self, folder: str | Path, about: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, folder: str | Path, about: Mapping[str, Any] | None = None, ranks: int | None = None) -> None:
         self.folder = Path(folder)
         self.about = {} if about is None else about
+        self._ranks = ranks
         self._written: Path | None = None
 
     @property
@@ -122,7 +125,13 @@ class Writer(StorageWriter):
         return written
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """Write the index of all files, and let it take the place of the one before."""
+        """Write the index of all files, and let it take the place of the one before, if all of it can be read.
+
+        Raises:
+            CheckpointError: a rank has not written, or the main one does not see all files, whole.
+        """
+        if self._ranks is not None and len(results) != self._ranks:
+            raise CheckpointError(f"{len(results)} of {self._ranks} ranks have written")
         places: dict[str, list[list[Any]]] = {key: [] for key in metadata.state_dict_metadata}
         files: dict[str, Any] = {}
         for result in (result for of_rank in results for result in of_rank):
@@ -144,7 +153,9 @@ class Writer(StorageWriter):
             tensors[key] = {"dtype": dtype, "shape": list(found.size), "chunks": places[key]}
         save = secrets.token_hex(8)
         index = {"format": FORMAT, "version": VERSION, "save": save, "tensors": tensors, "files": files}
-        write_index(self.folder, {**index, "about": self._about})
+        index["about"] = self._about
+        check_index(self.folder, index)  # as whoever reads it does; the index before is still there
+        write_index(self.folder, index)
         for left in self.folder.iterdir():
             if FILE.fullmatch(left.name) and left.name not in files:
                 left.unlink(missing_ok=True)

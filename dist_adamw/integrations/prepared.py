@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import shutil
 import warnings
 import weakref
@@ -25,16 +26,18 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from dist_adamw import collectives
-from dist_adamw.checkpoint import check_alike, everywhere, load, save
+from dist_adamw.checkpoint import Part, check_alike, load_together, save
 from dist_adamw.folder import fingerprint
 from dist_adamw.held import bare
 from dist_adamw.index import INDEX, CheckpointError, read_index
 from dist_adamw.integrations.counting import SampleCounter
 from dist_adamw.integrations.data import Position, engine_of
+from dist_adamw.integrations.state import check_pickles, is_trusted, reading_safely
 from dist_adamw.integrations.zero import accept_counts
 from dist_adamw.optimizer import DistAdamW
 from dist_adamw.random_state import restore_random_state
 from dist_adamw.replicas import ReplicaWatch
+from dist_adamw.together import everywhere
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -192,8 +195,9 @@ def save_state(
     main = accelerator.is_main_process
     everywhere(lambda: _remove_older_objects(accelerator, where) if main else None, group)
     files = everywhere(lambda: _files_of(where) if main else {}, group)
+    token = collectives.all_gather_objects(secrets.token_hex(8), group)[0]  # the same for all models of this save
     for one in ours:
-        extra = everywhere(partial(_extra_of, accelerator, one, files), group)
+        extra = {**everywhere(partial(_extra_of, accelerator, one, files), group), "state": token}
         # Last: when it is whole, all of it is there.
         objects = (one.model, one.optimizer, one.scheduler)
         save(where / one.name, *objects, extra=extra, compare_ranks=False, group=group)
@@ -205,32 +209,55 @@ def save_state(
 
 
 def load_state(
-    accelerator: Accelerator, load_rest: Callable[..., Any], input_dir: str | None = None, *args: Any, **kwargs: Any
+    accelerator: Accelerator,
+    load_rest: Callable[..., Any],
+    input_dir: str | None = None,
+    load_kwargs: dict[str, Any] | None = None,
+    **kwargs: Any,
 ) -> None:
-    """As Accelerate's, of what was saved on any engine and number of ranks. Collective.
+    """As Accelerate's, of what was saved on any engine and number of ranks; nothing in a file is executed. Collective.
 
-    What stands beside the tensors is checked for all models before any is loaded; the tensors of each, before they are.
+    What stands beside the tensors is checked for all models before any is loaded, and so are the tensors of all.
+    ``load_kwargs={"weights_only": False}`` says that the folder is trusted: Accelerate then unpickles what is in its
+    own files, as it would without `prepare`.
+
+    Raises:
+        CheckpointError: the folder is not whole, not of this job, or a file of it asks for code to be run; on every
+            rank, and nothing has been changed.
     """
+    if load_kwargs is not None:
+        kwargs["load_kwargs"] = load_kwargs
     ours = _known(accelerator)
-    where = Path(input_dir).expanduser() if input_dir is not None else _newest_of(accelerator) if ours else Path()
-    ours = [one for one in ours if any(collectives.all_gather_objects(os.path.exists(where / one.name), one.of.group))]
-    if not ours:
-        load_rest(input_dir, *args, **kwargs)
+    where = Path(input_dir).expanduser() if input_dir is not None else _newest_of(accelerator) if ours else None
+    group = ours[0].of.group if ours else collectives.host_group()
+    is_there = [where is not None and any(_gather_exists(where / one.name, group)) for one in ours]
+    if not any(is_there):
+        if where is not None and not is_trusted(load_kwargs):
+            everywhere(partial(check_pickles, accelerator, where), group)
+        with reading_safely("the checkpoint" if where is None else where, load_kwargs):
+            load_rest(input_dir, **kwargs)
         return
-    group = ours[0].of.group
+    assert where is not None
     for one in ours:
         if one.watch is not None:
             one.watch.settle()
-    for one in ours:
-        check_alike(where / one.name, group)
+    _check_all_there(where, ours, is_there, group)
     everywhere(lambda: _check_custom_objects(accelerator, where), group)
     for one in ours:
         everywhere(partial(_check_extra, where / one.name, one.of.place), group)
-    loaded = [
-        load(where / one.name, one.model, one.optimizer, one.scheduler, random_state=False, group=group) for one in ours
-    ]
+    everywhere(partial(_check_one_save, where, ours), group)
+    if not is_trusted(load_kwargs):
+        with _hidden(accelerator, ours):
+            everywhere(partial(check_pickles, accelerator, where), group)
+    parts = [Part(where / one.name, one.model, one.optimizer, one.scheduler) for one in ours]
+    loaded = load_together(parts, random_state=False, group=group)
+
+    def load_theirs() -> None:
+        with reading_safely(where, load_kwargs):
+            load_rest(str(where), **kwargs)
+
     with _hidden(accelerator, ours):
-        everywhere(lambda: load_rest(str(where), *args, **kwargs), group)
+        everywhere(load_theirs, group)
     # Accelerate's has the random state of some ranks.
     everywhere(lambda: restore_random_state(read_index(loaded[-1].path)), group)
     for one, found in zip(ours, loaded, strict=True):
@@ -289,6 +316,34 @@ def backward(accelerator: Accelerator, run_backward: Callable[..., Any], *args: 
         else:
             counter.poll()
     return result
+
+
+def _gather_exists(path: Path, group: dist.ProcessGroup | None) -> list[bool]:
+    return collectives.all_gather_objects(os.path.exists(path), group)
+
+
+def _check_all_there(where: Path, ours: list[Known], is_there: list[bool], group: dist.ProcessGroup | None) -> None:
+    """Raise where some of the models' folders are missing, or some rank does not see one. Collective."""
+    found = [one.name for one, there in zip(ours, is_there, strict=True) if there]
+    for one in ours:
+        if one.name not in found:
+            raise CheckpointError(
+                f"{where} has {', '.join(found)}, and no {one.name}: it is of a job with other models, or was not "
+                "written to the end. Nothing has been loaded; load another checkpoint, or prepare the models that were "
+                "saved."
+            )
+        check_alike(where / one.name, group)
+
+
+def _check_one_save(where: Path, ours: list[Known]) -> None:
+    """Raise where the folders of several models were not written by one ``save_state``. Local."""
+    tokens = [read_index(where / one.name).about["extra"].get("state") for one in ours]
+    for one, token in zip(ours, tokens, strict=True):
+        if token != tokens[0]:
+            raise CheckpointError(
+                f"{where} is not of one save: {one.name} was not written together with {ours[0].name}. Nothing has "
+                "been loaded; load an older checkpoint."
+            )
 
 
 def _known(accelerator: Accelerator) -> list[Known]:

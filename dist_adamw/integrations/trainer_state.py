@@ -5,13 +5,14 @@ Floor 4: knows Trainer by its attributes.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from dist_adamw import collectives
-from dist_adamw.checkpoint import everywhere, load, save
+from dist_adamw.checkpoint import load, save
 from dist_adamw.index import read_index, write_text
 from dist_adamw.integrations.accelerate import host_group
 from dist_adamw.integrations.data import engine_of
@@ -19,6 +20,8 @@ from dist_adamw.integrations.trainer_arguments import inner_scheduler, replace_m
 from dist_adamw.integrations.zero import prepare_deepspeed
 from dist_adamw.random_state import restore_random_state
 from dist_adamw.scheduler import OnDifference
+from dist_adamw.together import everywhere
+from dist_adamw.unpickling import nothing_executed
 
 
 def keep_state(trainer: Any, on_difference: OnDifference | None) -> None:
@@ -27,8 +30,8 @@ def keep_state(trainer: Any, on_difference: OnDifference | None) -> None:
     Trainer's own files of those are of one engine. The model file that it writes beside them, for everybody to load,
     stays. The folder has the name by which Trainer looks for a state under DeepSpeed.
     """
-    load_weights, load_rest = trainer._load_from_checkpoint, trainer._load_optimizer_and_scheduler
-    load_best, load_random = trainer._load_best_model, trainer._load_rng_state
+    load_weights, load_rest = map(_safely, (trainer._load_from_checkpoint, trainer._load_optimizer_and_scheduler))
+    load_best, load_random = map(_safely, (trainer._load_best_model, trainer._load_rng_state))
 
     def ours(checkpoint: str | None) -> Path | None:
         found = _states_in(Path(checkpoint)) if checkpoint is not None else []
@@ -87,6 +90,17 @@ def keep_state(trainer: Any, on_difference: OnDifference | None) -> None:
             return made
 
         replace_method(trainer, "create_scheduler", create_scheduler)
+
+
+def _safely(load_theirs: Callable[..., Any]) -> Callable[..., Any]:
+    """Have Trainer read a folder that is not ours as it does, and execute nothing: those of FSDP are pickles."""
+    how = "If you trust the checkpoint, set TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1."
+
+    def load(*args: Any, **kwargs: Any) -> Any:
+        with nothing_executed("the checkpoint", how):
+            return load_theirs(*args, **kwargs)
+
+    return load
 
 
 def _states_in(checkpoint: Path) -> list[Path]:

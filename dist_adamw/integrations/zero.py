@@ -10,7 +10,7 @@ elements of which parameter lie where in them.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dist_adamw import collectives
-from dist_adamw.checkpoint import Checkpoint, everywhere, load, save
+from dist_adamw.checkpoint import Checkpoint, load, save
 from dist_adamw.conventions import unwrap
 from dist_adamw.foreign import inside
 from dist_adamw.held import (
@@ -39,6 +39,8 @@ from dist_adamw.held import (
 from dist_adamw.index import INDEX, CheckpointError, write_text
 from dist_adamw.optimizer import DistAdamW
 from dist_adamw.owned import Owned
+from dist_adamw.together import everywhere
+from dist_adamw.unpickling import nothing_executed
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,7 +188,7 @@ class Zero:
             else:
                 yield name, param.detach()
 
-    def to_load(self, found: Found) -> Held:
+    def to_load(self, found: Found) -> Callable[[], Held]:
         """See `Access`."""
         held = Held()
         for param, name in self.names.items():
@@ -203,19 +205,23 @@ class Zero:
             held.read(MASTER, part.name, part.of(part.partition), found)
         held.finish = self._finish
         if not self.with_state:
-            return held
+            return lambda: held
         # One that was never used has no state elsewhere; here it has zeros, as all of its partition.
         used = {name for name, of in found.kinds.items() if of - {MODEL, MASTER}}
         for param in (param for _, params in self._groups() for param in params):  # before anything is changed
             for kind in kinds if self.names[param] in used else []:
                 found.need(kind, self.names[param])
                 found.need_shape(f"{kind}.{self.names[param]}", self._shape(param))
-        state = self._room_for(kinds)
-        for part in self.fragments():
-            for kind in kinds if part.name in used else []:
-                held.read(kind, part.name, part.of(state[part.partition][kind]), found)
-        self._set_steps(state, found)
-        return held
+
+        def make_room() -> Held:
+            state = self._room_for(kinds)
+            for part in self.fragments():
+                for kind in kinds if part.name in used else []:
+                    held.read(kind, part.name, part.of(state[part.partition][kind]), found)
+            self._set_steps(state, found)
+            return held
+
+        return make_room
 
     def _room_for(self, kinds: list[str]) -> dict[Tensor, dict[str, Any]]:
         """State of zeros for every partition."""
@@ -286,17 +292,22 @@ class Whole(Plain):
         super().__init__(engine.module, optimizer)
         self.of = engine
 
-    def to_load(self, found: Found) -> Held:
+    def to_load(self, found: Found) -> Callable[[], Held]:
         """See `Access`."""
-        held = super().to_load(found)
-        finish = held.finish
+        make_theirs = super().to_load(found)
 
-        def begin_update() -> None:
-            finish()
-            _begin_update(self.of)
+        def make_room() -> Held:
+            held = make_theirs()
+            finish = held.finish
 
-        held.finish = begin_update
-        return held
+            def begin_update() -> None:
+                finish()
+                _begin_update(self.of)
+
+            held.finish = begin_update
+            return held
+
+        return make_room
 
 
 def _begin_update(engine: Any) -> None:
@@ -321,11 +332,18 @@ def _zero(model: nn.Module, optimizer: Optimizer | None) -> Access | None:
 ENGINES.append(_zero)
 
 
+_HOW_TO_TRUST = (
+    "It is a folder that DeepSpeed wrote, as pickles. If you trust it, pass load_checkpoint(..., weights_only=False), "
+    "or set TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1."
+)
+
+
 def prepare_deepspeed(engine: Any, scheduler: Any = None) -> None:
     """Let ``engine.save_checkpoint`` and ``load_checkpoint`` write and read our checkpoints. Local.
 
     They keep their arguments (but frozen weights are always saved, and names must always match) and their folders:
-    ``<save_dir>/<tag>`` and a file ``latest``. A folder that DeepSpeed wrote itself is still read by DeepSpeed.
+    ``<save_dir>/<tag>`` and a file ``latest``. A folder that DeepSpeed wrote itself is read by DeepSpeed, which
+    executes what its pickles say, and so only with ``load_checkpoint(..., weights_only=False)``.
     `dist_adamw.prepare` and `prepare_trainer` do this themselves.
 
     Args:
@@ -366,21 +384,23 @@ def prepare_deepspeed(engine: Any, scheduler: Any = None) -> None:
         load_optimizer_states: bool = True,
         load_lr_scheduler_states: bool = True,
         load_module_only: bool = False,
+        weights_only: bool = True,
         **theirs: Any,
     ) -> tuple[str | None, dict[str, Any] | None]:
         latest = Path(load_dir) / "latest"
         if tag is None and latest.is_file():
             tag = inside(latest, latest.read_text().strip())
         if tag is None or not (Path(load_dir) / tag / INDEX).exists():
-            found: tuple[str | None, dict[str, Any] | None] = load_theirs(
-                load_dir,
-                tag,
-                load_module_strict=load_module_strict,
-                load_optimizer_states=load_optimizer_states,
-                load_lr_scheduler_states=load_lr_scheduler_states,
-                load_module_only=load_module_only,
-                **theirs,
-            )
+            with nothing_executed(Path(load_dir), _HOW_TO_TRUST, trusted=not weights_only):
+                found: tuple[str | None, dict[str, Any] | None] = load_theirs(
+                    load_dir,
+                    tag,
+                    load_module_strict=load_module_strict,
+                    load_optimizer_states=load_optimizer_states,
+                    load_lr_scheduler_states=load_lr_scheduler_states,
+                    load_module_only=load_module_only,
+                    **theirs,
+                )
             return found
         optimizer = engine.optimizer if load_optimizer_states and not load_module_only else None
         loaded = load(

@@ -1,0 +1,78 @@
+"""A process group that is destroyed while a save beside training is on its way: an error, and no checkpoint is lost."""
+
+from __future__ import annotations
+
+import multiprocessing
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dist_adamw.folder import damage_of
+
+_context = multiprocessing.get_context("forkserver")
+
+
+def rank_of(rank: int, root: str, keep: int, answers: Any) -> None:
+    import torch
+    import torch.distributed as dist
+
+    from dist_adamw import AsyncSaver, CheckpointError, CheckpointFolder, storage
+    from tests.distributed.test_folder import Job
+
+    torch.set_num_threads(1)
+    store = f"file://{root}.rendezvous"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=timedelta(seconds=60))
+    job, saver, folder = Job(), AsyncSaver(), CheckpointFolder(root, keep=keep)
+    job.train()
+    first = folder.async_save(saver, 10, *job.all)
+    assert first is not None
+    saver.wait()
+    write = storage._write_file
+
+    def slowly(*args: Any) -> Any:
+        time.sleep(0.5)
+        return write(*args)
+
+    storage._write_file = slowly
+    job.train()
+    second = folder.async_save(saver, 20, *job.all)
+    assert second is not None
+    if rank == 1:
+        time.sleep(0.2)
+    dist.destroy_process_group()
+    began, said = time.monotonic(), []
+    for end in (second.wait, folder.close, saver.close, lambda: folder.save(30, job.write)):
+        try:
+            end()
+        except CheckpointError as error:
+            said.append(str(error))
+    answers.put((rank, said, time.monotonic() - began))
+    if rank == 0:
+        time.sleep(8)  # it lives on, and the other one must not wait for its end
+
+
+@pytest.mark.parametrize("keep", [1, 3])
+def test_a_group_that_is_destroyed_in_a_save_costs_no_checkpoint(keep: int, tmp_path: Path) -> None:
+    root = tmp_path / "checkpoints"
+    _context.set_forkserver_preload(["torch", "torch.distributed", "accelerate", "deepspeed", "dist_adamw"])
+    answers = _context.Queue()
+    processes = [_context.Process(target=rank_of, args=(rank, str(root), keep, answers)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    try:
+        for _ in processes:
+            _, said, seconds = answers.get(timeout=60)
+            assert seconds < 7, "one rank waited for the other's end"
+            assert len(said) == 2, said  # of the save, and of the folder that is closed
+            assert "was destroyed before the checkpoint was finished" in said[0] or "could not write" in said[0]
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+    whole = [path.name for path in root.glob("sample-*") if path.suffix != ".partial"]
+    assert whole == ["sample-000000010"]
+    assert damage_of(root / "sample-000000010") is None
+    assert (root / "latest").read_text() == "sample-000000010"
