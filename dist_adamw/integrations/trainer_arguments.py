@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Mapping
+import weakref
+from collections.abc import Callable, Mapping, Sized
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
+from torch.utils.data import IterableDataset
 
 from dist_adamw.conventions import unwrap
+from dist_adamw.integrations.data import LoaderFacts
 from dist_adamw.optimizer import DistAdamW
 from dist_adamw.scheduler import CyclicLRWithRestarts, OnDifference
 
@@ -217,3 +220,46 @@ def inner_scheduler(trainer: Any) -> CyclicLRWithRestarts:
     """Return Trainer's scheduler, without the wrapper that one of a DeepSpeed configuration has. Local."""
     scheduler: CyclicLRWithRestarts = getattr(trainer.lr_scheduler, "scheduler", trainer.lr_scheduler)
     return scheduler
+
+
+def given_by(scheduler: Any) -> dict[str, Any]:
+    """The sizes that a scheduler has been given. Local."""
+    return {name: getattr(scheduler, name, None) for name in ("batch_size", "epoch_size")} if scheduler else {}
+
+
+def watch_own_loader(trainer: Any) -> Callable[[], Any]:
+    """Return a function that returns the training loader where a subclass makes it, else None. Local."""
+    made: weakref.ref[Any] | None = None
+    if not is_overridden(trainer, "get_train_dataloader"):
+        return lambda: None
+    theirs = trainer.get_train_dataloader
+
+    def get_train_dataloader(*args: Any, **kwargs: Any) -> Any:
+        nonlocal made
+        loader = theirs(*args, **kwargs)
+        made = weakref.ref(loader)
+        return loader
+
+    replace_method(trainer, "get_train_dataloader", get_train_dataloader)
+    return lambda: None if made is None else made()
+
+
+def check_own_loader(loader: Any, facts: LoaderFacts, told: Mapping[str, Any]) -> int | None:
+    """Return the global batch of a loader that a subclass has made; None where it cannot say. Every rank alike.
+
+    Raises:
+        ValueError: it has other batches or other data than the arguments say, and ``told`` does not say which.
+    """
+    dataset, micro_batch = getattr(loader, "dataset", None), getattr(loader, "total_batch_size", None)
+    if micro_batch is None or isinstance(dataset, IterableDataset):
+        return None
+    size = int(micro_batch) * facts.batch.gradient_accumulation_steps
+    samples = len(dataset) if isinstance(dataset, Sized) else None
+    differs = size != facts.batch.size and told.get("batch_size") is None
+    if differs or (samples not in (None, facts.samples) and told.get("epoch_size") is None):
+        raise ValueError(
+            f"get_train_dataloader is overridden and makes global batches of {size} from a data set of {samples}; "
+            f"TrainingArguments and train_dataset say {facts.batch.size} and {facts.samples}. Pass prepare_trainer "
+            f"scheduler={{'batch_size': {size}, 'epoch_size': {samples}}}, or make them agree."
+        )
+    return size

@@ -27,16 +27,21 @@ from dist_adamw.integrations.accelerate import (
     check_schedules,
     host_group,
 )
+from dist_adamw.integrations.counting import SampleCounter
 from dist_adamw.integrations.data import LoaderFacts, engine_of, loader_facts
 from dist_adamw.integrations.deepspeed import configure, fill, names_our_types, register_deepspeed
+from dist_adamw.integrations.prepared import take_over
 from dist_adamw.integrations.trainer_arguments import (
     check_arguments,
     check_made_scheduler,
     check_override_of_scheduler,
+    check_own_loader,
+    given_by,
     inner_scheduler,
     is_overridden,
     put_optimizer,
     replace_method,
+    watch_own_loader,
 )
 from dist_adamw.integrations.trainer_state import keep_state
 from dist_adamw.optimizer import DistAdamW
@@ -126,7 +131,8 @@ def prepare_trainer(
             _warn_of_mid_cycle(trainer, check_made_scheduler(trainer), facts, 3)
         elif create is None:
             _try_schedule(trainer, facts, scheduler, trainer.args.learning_rate if makes_it else 1.0)
-        replace_method(trainer, "create_scheduler", _creator(trainer, scheduler, create, on_difference))
+        loader = watch_own_loader(trainer)
+        replace_method(trainer, "create_scheduler", _creator(trainer, scheduler, create, on_difference, loader))
         _attach_when_wrapped(trainer)
     keep_state(trainer, on_difference)
     _watch_ranks(trainer, check_weights_every)
@@ -194,6 +200,7 @@ def _creator(
     told: Mapping[str, Any],
     theirs: Callable[..., Any] | None,
     on_difference: OnDifference | None,
+    loader: Callable[[], Any],
 ) -> Callable[..., CyclicLRWithRestarts]:
     """What stands for ``Trainer.create_scheduler``, which every engine calls when model and optimizer are wrapped.
 
@@ -201,21 +208,22 @@ def _creator(
         told: Arguments of the scheduler.
         theirs: A method of a subclass that makes one.
         on_difference: For loading.
+        loader: Returns the loader that a subclass has made, if there is one.
     """
 
     def create_scheduler(num_training_steps: int, optimizer: Optimizer | None = None) -> CyclicLRWithRestarts:
+        facts = _facts(trainer)
+        batch_size = check_own_loader(loader(), facts, {**told, **given_by(trainer.lr_scheduler)})
         if trainer.lr_scheduler is None:
-            facts = _facts(trainer)
             if theirs is None:
-                made = _scheduler(unwrap(optimizer or trainer.optimizer), facts, told)
-                trainer.lr_scheduler = made
-                if told.get("batch_size") is None and told.get("epoch_size") is None:
-                    made.sample_source = _sample_source(trainer, facts)
+                trainer.lr_scheduler = _scheduler(unwrap(optimizer or trainer.optimizer), facts, told)
             else:
                 theirs(num_training_steps=num_training_steps, optimizer=optimizer)
                 _fill(trainer, facts, told)
             trainer._created_lr_scheduler = True  # by itself, as far as Trainer knows: the next train() makes another
         scheduler = check_made_scheduler(trainer)
+        if scheduler.batch_size in (facts.batch.size, batch_size):  # else it counts other units, such as tokens
+            _count_samples(trainer, scheduler)
         if on_difference is not None:
             scheduler.on_difference = on_difference
         check_schedules(trainer.accelerator, scheduler, host_group(trainer.accelerator))
@@ -295,33 +303,21 @@ def _fill(trainer: Any, facts: LoaderFacts, told: Mapping[str, Any]) -> None:
     given = check_made_scheduler(trainer)
     if told:
         raise ValueError(f"the Trainer was given a scheduler already, and scheduler={told} here. Choose one.")
-    by_data = given.batch_size in (None, facts.batch.size) and given.epoch_size in (None, facts.epoch_size)
     if given.epoch_size is None:
         given.epoch_size = _known(facts.epoch_size)
     if given.batch_size is None:
         given.batch_size = facts.batch
-    if by_data:
-        given.sample_source = _sample_source(trainer, facts)
 
 
-def _sample_source(trainer: Any, facts: LoaderFacts) -> Callable[[], int | None]:
-    """The real samples of an update, all ranks together, by its place in the epoch: only the last is short.
+def _count_samples(trainer: Any, scheduler: CyclicLRWithRestarts) -> None:
+    """Have the clock count the rows that Trainer trains on, all ranks together. Local.
 
-    Trainer fetches the batches of an update at once, so what Accelerate's loader knows is ahead of the update.
+    Trainer fetches the batches of an update at once and holds them until it has trained on them. The counter takes the
+    oldest at each backward pass, so what is fetched and left (an epoch that a callback stops) does not count.
     """
-    if (samples := facts.samples) is not None and facts.drop_last:
-        samples = samples // facts.pass_samples * facts.pass_samples
-    size = facts.batch.size
-
-    def real_samples() -> int | None:
-        # With ignore_data_skip a resumed epoch begins at its start, and global_step has no place in it.
-        if samples is None or trainer.args.ignore_data_skip:
-            return None
-        updates = -(-samples // size)
-        is_last = (trainer.state.global_step + 1) % updates == 0
-        return samples - (updates - 1) * size if is_last else size
-
-    return real_samples
+    counter = SampleCounter(unwrap(trainer.optimizer), trainer.accelerator, group=host_group(trainer.accelerator))
+    scheduler.sample_source = counter
+    take_over(trainer.accelerator, counter=counter)
 
 
 def _prepare_engine(trainer: Any, facts: LoaderFacts) -> bool:
@@ -351,18 +347,19 @@ def _prepare_engine(trainer: Any, facts: LoaderFacts) -> bool:
     configure(config, None)
     if from_json:
         register_deepspeed()
-        if fill(config, facts.batch.size, facts.epoch_size):
-            _count_real_samples(trainer, facts)
+        fill(config, facts.batch.size, facts.epoch_size)
+        _watch_scheduler_of_json(trainer, facts)
     return from_json
 
 
-def _count_real_samples(trainer: Any, facts: LoaderFacts) -> None:
-    """Tell the scheduler that DeepSpeed is going to make of short last batches. Local."""
+def _watch_scheduler_of_json(trainer: Any, facts: LoaderFacts) -> None:
+    """Have the scheduler that DeepSpeed is going to make count real samples, and ranks compare it. Local."""
 
     def act() -> None:
         scheduler = inner_scheduler(trainer)
         check_scheduler(scheduler)
-        scheduler.sample_source = _sample_source(trainer, facts)
+        if scheduler.batch_size == facts.batch.size:
+            _count_samples(trainer, scheduler)
         check_schedules(trainer.accelerator, scheduler, host_group(trainer.accelerator))
 
     _when_training_begins(trainer, act)

@@ -204,7 +204,7 @@ def prepare_then_save(folder: str, how: str) -> int:
     elif how == "loaded share":
         other = DistAdamW(model.parameters(), lr=1e-2, weight_decay=0.05)
         other.step()
-        adamw.load_state_dict(other.state_dict())
+        adamw.load_state_dict(other._share_state_dict())
     prepared = prepare(accelerator, model, adamw, loader, scheduler)
     accelerator.save_state(folder)
     adamw.state.clear()

@@ -189,13 +189,6 @@ def test_what_cannot_be_derived_is_an_error_that_says_what_to_do(options: dict[s
         prepare(accelerator, *objects)
 
 
-def test_a_foreign_scheduler_is_refused() -> None:
-    accelerator, model, optimizer, loader, _ = job()
-    other = torch.optim.lr_scheduler.StepLR(optimizer, 3)
-    with pytest.raises(ValueError, match=r"scheduler must be a CyclicLRWithRestarts .* got StepLR"):
-        prepare(accelerator, model, optimizer, loader, other)  # type: ignore[arg-type]
-
-
 def test_an_engine_that_is_not_supported_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     accelerator, *objects = job()
     # Megatron-LM is not installed, so Accelerate's word for the engine is replaced.

@@ -219,21 +219,26 @@ def test_what_is_set_by_hand(tmp_path: Path) -> None:
     run_ranks(1, set_by_hand, str(tmp_path))
 
 
-def searched(folder: str) -> list[float]:
-    """A hyper-parameter search: new models, arguments that change after prepare_trainer."""
+def searched(folder: str, ranks: int) -> list[tuple[float, int | None, int, bool]]:
+    """A hyper-parameter search: new models and accelerators, arguments that change after prepare_trainer."""
     found = []
-    with arguments_on("single", folder) as args:
+    with arguments_on(ENGINES[ranks], folder) as args:
         trainer = Noting(None, args, train_dataset=Samples(), model_init=Network)
         prepare_trainer(trainer, scheduler=FITS)
-        for lr in (LR, LR / 8):
+        for lr, batch in ((LR, 8), (LR / 8, 4)):
             trainer.args.learning_rate = lr
+            trainer.args.per_device_train_batch_size = trainer._train_batch_size = batch // ranks
+            trainer.create_accelerator_and_postprocess()  # as the search does for every trial
             trainer.train()
-            found += [trainer.lr_scheduler._bases[0].lr, trainer.lr_scheduler.samples]
+            scheduler, is_attached = trainer.lr_scheduler, unwrap(trainer.optimizer)._path is not None  # type: ignore[attr-defined]
+            found.append((scheduler._bases[0].lr, scheduler.batch_size, scheduler.samples, is_attached))
     return found
 
 
-def test_a_search_changes_the_arguments(tmp_path: Path) -> None:
-    assert run_ranks(1, searched, str(tmp_path))[0] == [LR, EPOCH * EPOCHS, LR / 8, EPOCH * EPOCHS]
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_search_changes_the_arguments(ranks: int, tmp_path: Path) -> None:
+    expected = [(LR, 8, EPOCH * EPOCHS, ranks == 2), (LR / 8, 4, EPOCH * EPOCHS, ranks == 2)]
+    assert run_ranks(ranks, searched, str(tmp_path), ranks) == [expected] * ranks
 
 
 def resumed(folder: str, engine: str, on_difference: str | None, period: float) -> tuple[float, float] | str:
