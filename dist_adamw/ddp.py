@@ -90,8 +90,8 @@ class DDPReducer:
                 f"the module has a communication hook already, and DDP takes one for ever ({error}). Attach before you "
                 "register_comm_hook, or do without attach(): then DDP and your hook average gradients."
             ) from error
-        model.register_forward_pre_hook(WeakHook(self, "before_forward"))
-        model.register_forward_hook(WeakHook(self, "after_forward"), always_call=True)
+        self._model = weakref.ref(model)
+        self._sees_forward = False
 
     @classmethod
     def of(cls, model: DistributedDataParallel) -> DDPReducer:
@@ -126,6 +126,11 @@ class DDPReducer:
         """
         self._listeners = [one for one in self._listeners if one[0]() not in (None, path)]
         self._listeners.append((weakref.ref(path, self._gone), aside))
+        model = self._model()
+        if aside and not self._sees_forward and model is not None:
+            self._sees_forward = True
+            model.register_forward_pre_hook(WeakHook(self, "before_forward"))
+            model.register_forward_hook(WeakHook(self, "after_forward"), always_call=True)
         self.follow()
 
     def _gone(self, _: Any) -> None:

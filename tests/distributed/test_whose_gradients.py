@@ -426,6 +426,27 @@ def check_all_seconds(way: dict[str, Any]) -> None:
             check_second(way, second, keep=keep)
 
 
+def check_copied(way: dict[str, Any]) -> None:
+    """A copy of a DDP module, an average over time say, is nobody's, and may be trained by DDP itself."""
+    pair = Pair(way)
+    pair.train(range(1))
+    copied, twin = copy.deepcopy(pair.model), copy.deepcopy(pair.twin)
+    optimizers = theirs(copied.parameters()), theirs(twin.parameters())
+    for step in range(3):
+        for model, optimizer in zip((copied, twin), optimizers, strict=True):
+            loss_of(model, step).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    same(copied, twin)
+    pair.train(range(1, 3))
+    pair.check()
+
+
+def test_copies_of_attached_modules_are_free() -> None:
+    for way in ("ddp", "ddp, buckets"):
+        run_ranks(2, check_copied, WAYS[way])
+
+
 def check_no_sync_of_two() -> None:
     """Two optimizers share a plain module, and its no_sync."""
     model, twin = layers(), wrap(layers())
@@ -594,6 +615,24 @@ def check_second_prepare(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["returned", "kept", "deleted"])
 def test_a_second_prepare(kind: str) -> None:
     run_ranks(2, check_second_prepare, kind)
+
+
+def skips_alone_under_accelerate() -> None:
+    accelerator = Accelerator(cpu=True)
+    model, optimizer, loader, scheduler = prepare(accelerator, *objects())
+    for step, (x,) in enumerate(loader):
+        accelerator.backward(model(x).square().mean())
+        if step == 1 and accelerator.process_index == 1:
+            optimizer.zero_grad()
+            continue
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+
+
+def test_a_rank_that_alone_skips_an_update_of_a_prepared_loop() -> None:
+    for error in expect_error_on_all(2, skips_alone_under_accelerate):
+        assert error.startswith("AgreementError: rank "), error
 
 
 def local_sgd(shard: Any, every: int | None) -> list[float]:
