@@ -15,6 +15,7 @@ from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from fractions import Fraction
+from typing import Any
 
 from dist_adamw.batch import check_whole, shown
 from dist_adamw.exact_math import power
@@ -173,6 +174,9 @@ class RestartSchedule:
     def __post_init__(self) -> None:
         for name, least in (("epoch_size", 1), ("batch_size", 1), ("warmup_samples", 0)):
             object.__setattr__(self, name, check_whole(name, getattr(self, name), least))
+        for name in ("warmup_start_lr", "triangular_step", "weight_decay_exponent", "gamma"):
+            # A float32 of numpy's would make all that is computed with it a float32.
+            object.__setattr__(self, name, _check_number(name, getattr(self, name)))
         if not 0.0 <= self.warmup_start_lr < math.inf:
             raise ValueError(f"warmup_start_lr must be a finite number >= 0, got {self.warmup_start_lr!r}.")
         if not 0.0 <= self.triangular_step <= 1.0:
@@ -331,6 +335,15 @@ def _first_power(first: Fraction, ratio: Fraction, floor: Fraction) -> int:
     while not reached(above):
         above *= 2
     return bisect_right(range(above + 1), False, key=reached)
+
+
+def _check_number(name: str, value: Any) -> float:
+    try:
+        if not isinstance(value, str):
+            return float(value)
+    except (TypeError, ValueError, OverflowError):
+        pass
+    raise ValueError(f"{name} must be a number, got {shown(value)}.")
 
 
 def _check_gamma(gamma: float) -> None:

@@ -9,6 +9,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -233,6 +234,25 @@ def test_bad_arguments_fail_at_once_with_the_value(changes: dict[str, Any], name
         make(**changes)
     for name in names:
         assert name in str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["gamma", "triangular_step", "warmup_start_lr", "weight_decay_exponent"])
+def test_a_float32_of_numpys_makes_nothing_less_exact(name: str) -> None:
+    value = np.float32(0.3)
+    options = {"policy": "exp_range", "warmup_samples": 100}
+    ours, twin = make(**options, **{name: value}), make(**options, **{name: float(value)})
+    for samples in (33, 777, 2345):
+        point = ours.at(samples)
+        assert point == twin.at(samples)
+        lr = ours.lr(point, 1e-3, 1e-7)
+        assert type(lr) is float
+        assert (lr, ours.weight_decay_norm(point, 32)) == (
+            twin.lr(point, 1e-3, 1e-7),
+            twin.weight_decay_norm(point, 32),
+        )
+    for bad in ("0.3", None, [0.3]):
+        with pytest.raises(ValueError, match=f"{name} must be a number, got"):
+            make(**{name: bad})
 
 
 def test_a_policy_that_returns_nan_is_named() -> None:
