@@ -112,6 +112,13 @@ class ReplicaWatch(AgreementWatch):
         self._record, self._compare, self._every = record, compare, every
         self._begun = 0  # updates that all ranks are known to have begun
         self._samples: int | None = None  # of the last call
+        self._is_agreed = False  # whether all ranks compare equally often
+
+    def _agree_once(self) -> None:
+        """Raise on every rank where they would not compare at the same updates, and wait for each other. Collective."""
+        if not self._is_agreed:
+            collectives.check_agreement({"check_weights_every": self._every or 0}, self._group)
+            self._is_agreed = True
 
     def before_update(self, *_: Any) -> None:
         """Compare what the coming update is about to apply. A step pre-hook of the optimizer.
@@ -119,6 +126,7 @@ class ReplicaWatch(AgreementWatch):
         Raises:
             AgreementError: on every rank.
         """
+        self._agree_once()
         record = {**self._record(), _NEXT: "an update"}
         self.check(record)
         before, self._samples = self._samples, record["samples" if "samples" in record else "updates"]
@@ -137,6 +145,7 @@ class ReplicaWatch(AgreementWatch):
         Raises:
             AgreementError: on every rank.
         """
+        self._agree_once()
         self.check({**self._record(), _NEXT: "a save"})
         self.settle()
         if self._every:

@@ -36,7 +36,7 @@ from tests.distributed.engines import accelerator_on
 from tests.distributed.jobs import data, model_of_two_layers
 from tests.distributed.test_dtensors import sharded
 from tests.distributed.test_trainer import Network, Noting, Samples, arguments_on
-from tests.ranks import run_ranks
+from tests.ranks import expect_error_on_all, run_ranks
 
 
 def flip(tensor: Tensor, place: int = 0, bit: int = 0) -> None:
@@ -419,6 +419,17 @@ ENGINES = [("DDP", 2), ("DDP", 3), ("HSDP", 4), ("ZeRO-1", 2), ("ZeRO-2", 2)]
 @pytest.mark.parametrize(("engine", "world_size"), [*ENGINES, ("FSDP2", 2), ("ZeRO-3", 2), ("ZeRO-2 offload", 2)])
 def test_a_healthy_job_goes_on(engine: str, world_size: int) -> None:
     assert set(run_ranks(world_size, trained, engine, "", 0, 3)) == {96 // (2 * world_size)}
+
+
+def compares_at_other_updates() -> None:
+    trained("DDP", "", 0, 0 if dist.get_rank() == 1 else 3)
+
+
+def test_ranks_that_compare_at_other_updates_are_told() -> None:
+    for error in expect_error_on_all(2, compares_at_other_updates):
+        assert error.startswith(
+            "AgreementError: rank 1 disagrees with rank 0: check_weights_every is 3 on rank 0 and 0 on"
+        )
 
 
 def _odd(engine: str, world_size: int) -> str:
