@@ -134,7 +134,11 @@ def prepare(
     Collective: every rank calls it.
     """
     group = host_group(accelerator)
-    facts = _agreed_facts(accelerator, optimizer, dataloader, scheduler, group)
+    own_options = {
+        "prepare(check_weights_every)": check_weights_every or 0,
+        "prepare(whole_gradients)": bool(whole_gradients),
+    }
+    facts = _agreed_facts(accelerator, optimizer, dataloader, scheduler, group, own_options)
     if accelerator.ddp_handler is None:
         accelerator.ddp_handler = _ddp_kwargs()
     engine, from_json = engine_of(accelerator), _is_dummy(optimizer)
@@ -260,15 +264,16 @@ def _agreed_facts(
     dataloader: DataLoader[Any],
     scheduler: LRScheduler,
     group: dist.ProcessGroup | None,
+    own_options: dict[str, Any],
 ) -> LoaderFacts:
     """Look at what each rank was given, and raise on all what is wrong on any. Collective."""
-    facts, problem, record = None, None, {}
+    facts, problem, record = None, None, own_options
     try:
         facts = _checked_facts(accelerator, optimizer, dataloader, scheduler)
         inner = unwrap(optimizer)
         layout = inner.layout_record() if isinstance(inner, DistAdamW) else {}
         if not _is_dummy(optimizer):
-            record = {**_record_of(scheduler), **layout}
+            record = {**own_options, **_record_of(scheduler), **layout}
     except ValueError as error:
         problem = str(error)
     several = accelerator.num_processes > 1

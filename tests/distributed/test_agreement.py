@@ -66,8 +66,9 @@ def by_attach(case: str) -> None:
 
 def by_prepare(case: str) -> None:
     name = case.split()[0]
-    accelerator, *objects = job(2, 48, optimizer={name: OPTIONS[case][is_last()]}, width=8)
-    prepare(accelerator, *objects)
+    options = {name: OPTIONS[case][is_last()]} if case in OPTIONS else {}
+    accelerator, *objects = job(2, 48, optimizer=options, width=8)
+    prepare(accelerator, *objects, **({} if options else {name: is_last()}))
 
 
 def messages(by: Callable[[str], None], cases: list[str]) -> list[str]:
@@ -82,6 +83,7 @@ def messages(by: Callable[[str], None], cases: list[str]) -> list[str]:
 
 
 ATTACH = ["reduce_every_backward", "defer_gather", "overlap"]
+PREPARE = ["check_weights_every", "whole_gradients"]
 
 
 @pytest.mark.parametrize(
@@ -89,7 +91,7 @@ ATTACH = ["reduce_every_backward", "defer_gather", "overlap"]
     [
         (by_step, [case for case in OPTIONS if case != "shard"]),  # whole state is stepped without messages
         (by_attach, [*OPTIONS, *ATTACH]),
-        (by_prepare, list(OPTIONS)),
+        (by_prepare, [*OPTIONS, *PREPARE]),
     ],
 )
 def test_options_that_differ_are_named_on_every_rank(by: Callable[[str], None], cases: list[str]) -> None:
@@ -98,7 +100,8 @@ def test_options_that_differ_are_named_on_every_rank(by: Callable[[str], None], 
     for case, message in zip(cases, first, strict=True):
         name = case.split()[0]
         assert message.startswith("rank 2 disagrees with rank 0: "), case
-        assert (f"attach({name})" if case in ATTACH else name) in message, case
+        call = "attach" if case in ATTACH else "prepare"
+        assert (name if case in OPTIONS else f"{call}({name})") in message, case
         assert "Build the model, the optimizer and the scheduler alike on every rank" in message
 
 
