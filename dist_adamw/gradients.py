@@ -29,6 +29,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils._pytree import tree_leaves
@@ -109,6 +110,9 @@ class GradientPath:
         self._are_sorted = False  # whether others have been looked at since the last backward
         self._late: set[int] = set()  # ids of others that have been averaged since they were last set to zero
         self._rollcall: Rollcall | None = None
+        self._params_digest = self._params_changes = 0  # what is compared of the parameters, and how often they changed
+        self._is_news = False  # whether other ranks have not been told of the last change
+        self.has_let_go = False  # whether an update has used gradients that are in no ``param.grad``
         self._number = 0  # updates made, and gradients discarded without one
         self._has_begun = False  # whether gradients have come since
         self._begin_round()
@@ -124,7 +128,7 @@ class GradientPath:
     def open_channel(self, group: dist.ProcessGroup, tag: int) -> None:
         """Let ranks of ``group`` tell each other what they are about to do, where messages can (gloo). Local."""
         if dist.get_backend(group) == "gloo":
-            self._rollcall = Rollcall(group, tag, width=8)
+            self._rollcall = Rollcall(group, tag, width=9)
 
     # ---------------------------------------------------------------- listening
 
@@ -200,7 +204,7 @@ class GradientPath:
 
     def release(self, ids: Iterable[int]) -> None:
         """Stop listening to these parameters: another path begins to. Collective."""
-        if self._next or self._rounds:  # gradients that were not set to zero
+        if self._next or (self._rounds and not self.has_let_go):  # gradients that were not set to zero
             self.gather_gradients()
         self.discard()
         self._stop_listening(set(ids))
@@ -222,6 +226,10 @@ class GradientPath:
         if len(params) == len(self._known) and all(map(operator.is_, params, self._known)):
             return
         self._known, self._ids = params, frozenset(map(id, params))
+        self._params_changes += 1
+        shapes = [[list(param.shape), str(param.dtype)] for param in params if not is_lazy(param)]
+        self._params_digest = collectives.fingerprint({str(self._params_changes): shapes})
+        self._is_news = True
         if gone := self.listening - self._ids:
             self._stop_listening(gone)
 
@@ -321,7 +329,7 @@ class GradientPath:
     def begin(self) -> None:
         """Once in a backward, before its first gradient: follow the layout, and have autograd call when it is over."""
         self._queued, self._heard, self._has_begun = True, False, True
-        self.is_whole = self._are_sorted = False
+        self.is_whole = self._are_sorted = self.has_let_go = False
         torch.autograd.Variable._execution_engine.queue_callback(self._after_backward)
         self._follow_layout()
 
@@ -405,7 +413,9 @@ class GradientPath:
             self._land(1)
         if self._rollcall is not None and not self._announced:
             self._announced = True
-            self._rollcall.post([_ROUND, self._number])
+            self._rollcall.post([_ROUND, self._number, self._params_digest])
+            if self._is_news:  # buckets of other sizes would end the process
+                self._hear(self._rollcall)
         self._travelling.append((shard, shard.exchange.start_reduce(k, self._flat[id(shard)])))
 
     @torch.no_grad()
@@ -433,8 +443,14 @@ class GradientPath:
             AgreementError: a rank is somewhere else. On every rank that hears of it.
         """
         table = rollcall.answer()
+        self._is_news = False
         here = collectives.rank(rollcall.group)
-        for there, (kind, number, *_) in enumerate(table):
+        for there, (kind, number, digest, *_) in enumerate(table):
+            if digest != table[here][2]:
+                raise collectives.AgreementError(
+                    f"rank {there} has other parameters in its groups than rank {here}, or has changed them at another "
+                    "time. Add, replace and remove parameters on every rank, before the same update."
+                )
             if [kind, number] != table[here][:2]:
                 raise _out_of_step(here, table[here], there, table[there])
         return table
@@ -534,6 +550,7 @@ class GradientPath:
         """Forget gradients that arrived: they are not wanted. Every rank alike."""
         self._queued = False
         self._land()  # left over from a backward that was broken off
+        self.has_let_go = False
         self._number += self._has_begun
         self._clear_round()
         self._late.clear()
@@ -543,6 +560,7 @@ class GradientPath:
     def used(self) -> None:
         """An update has been made of the gradients. Until they are set to zero or None, they are averages."""
         self._number += 1
+        self.has_let_go = self.into_shard and not self.is_whole
         self._clear_round()
 
     def _clear_round(self) -> None:
@@ -597,6 +615,8 @@ class GradientPath:
         else:
             self._follow_layout()
         others = self._others_now()
+        if others and not self._are_sorted:
+            gather_from_owners(self, others)
         subject = others if self._ddp_only else self._known  # DDP has seen to its own
         seen = self._seen if self.into_shard else set()
         present = [(param.grad is not None and id(param) not in self._filled) or id(param) in seen for param in subject]
@@ -608,8 +628,8 @@ class GradientPath:
         summary = collectives.fingerprint({"": prints}) if any(prints) else 0
         numbers = [self._rounds + leftover, missing, self._reopened, was_changed, summary, -summary]
         if self._rollcall is not None:
-            self._rollcall.post([_UPDATE, self._number, *numbers])
-            numbers = [max(column) for column in zip(*self._hear(self._rollcall), strict=True)][2:]
+            self._rollcall.post([_UPDATE, self._number, self._params_digest, *numbers])
+            numbers = [max(column) for column in zip(*self._hear(self._rollcall), strict=True)][3:]
             if replicas is not None:
                 numbers = self._largest(numbers, replicas, None)
         elif not self._ddp_only or any(map(_requires_grad, others)):
@@ -646,7 +666,6 @@ class GradientPath:
         """Fingerprints of gradients that may be the same on all ranks, 0 where there is none or it is known."""
         if self._are_sorted or not others:
             return []
-        gather_from_owners(self, others)
         asked = [i for i, param in enumerate(others) if param.grad is not None and id(param) not in self._local]
         prints = [0] * len(others)
         for i, value in zip(asked, fingerprints([others[i].grad for i in asked]), strict=True):  # type: ignore[misc]
@@ -831,7 +850,17 @@ class GradientPath:
         self._watch.accept()
 
     def gather_gradients(self) -> None:
-        """Have the optimizer make every gradient whole. Collective."""
+        """Have the optimizer make every gradient whole. Collective.
+
+        Raises:
+            RuntimeError: it has used them, and kept none.
+        """
+        if self.has_let_go:
+            raise RuntimeError(
+                "another optimizer is attached to some of these parameters with reduce_every_backward=True: its step() "
+                "has used their gradients, and no param.grad has them any more. Call step() of this optimizer before "
+                "that one's, or attach without reduce_every_backward."
+            )
         if (gather := self._gather_ref()) is not None and not self.is_whole:
             gather()
 

@@ -532,8 +532,28 @@ class DistAdamW(Optimizer):
         self._defer_gather = defer_gather
         if not isinstance(model, DistributedDataParallel):
             self._make_alike(model)
+        self._check_gradients_before(model)
         self._path.listen(model)
         self._attached = [*(ref for ref in self._attached if ref() not in (None, model)), weakref.ref(model)]
+
+    def _check_gradients_before(self, model: nn.Module) -> None:
+        """Refuse gradients of before `attach` that are not averages. Collective.
+
+        Raises:
+            ValueError: ranks have different ones. On every rank.
+        """
+        assert self._path is not None
+        ids = set(map(id, self._all_params())) - self._path.listening
+        params = [param for param in model.parameters() if id(param) in ids]
+        if not any(collectives.all_gather_objects(any(p.grad is not None for p in params), self.process_group)):
+            return
+        gather_from_owners(self._path, params)
+        found = fingerprints([p.grad for p in params if p.grad is not None and p.grad.layout == torch.strided])
+        if len(set(map(tuple, collectives.all_gather_objects(found, self.process_group)))) > 1:
+            raise ValueError(
+                "attach() of a module whose gradients differ over ranks: they may be local ones, or averages of which "
+                "another optimizer left a part on each rank. Call zero_grad() before attach()."
+            )
 
     def _make_alike(self, model: nn.Module) -> None:
         """Give every rank the first one's parameters and buffers. Collective.

@@ -617,6 +617,73 @@ def test_a_second_prepare(kind: str) -> None:
     run_ranks(2, check_second_prepare, kind)
 
 
+def check_gradients_left(way: dict[str, Any]) -> list[str]:
+    """The first optimizer is gone, and its gradients, half averages, are still there."""
+    pair = Pair(way)
+    loss_of(pair.model, 0).backward()
+    pair.optimizer.step()
+    del pair.optimizer
+    gc.collect()
+    second = ours(pair.bare.parameters())
+    with pytest.raises(ValueError, match="zero_grad") as raised:
+        attach(second, pair.model, **pair.way)
+    pair.model.zero_grad()
+    attach(second, pair.model, **pair.way)
+    loss_of(pair.model, 1).backward()
+    second.step()
+    return [str(raised.value)]
+
+
+@pytest.mark.parametrize("way", ["ddp", "ddp, buckets", "plain"])
+def test_gradients_that_a_dead_optimizer_left_are_refused(way: str) -> None:
+    run_ranks(2, check_gradients_left, WAYS[way])
+
+
+def check_shared_in_shard() -> None:
+    """Two optimizers on one parameter, and no param.grad."""
+    pair = Pair(WAYS["every backward"])
+    first, second = pair.optimizer, ours(pair.bare[0].parameters())
+    second.attach(pair.model, reduce_every_backward=True)
+    twin = theirs(pair.twin.module[0].parameters())
+    pair.both(lambda model, _: loss_of(model, 0).backward())
+    for o in (first, pair.reference, second, twin):
+        o.step()
+    pair.check("the one that lets go comes last")
+    for o in (first, second, pair.reference):
+        o.zero_grad()
+    loss_of(pair.model, 1).backward()
+    second.step()
+    with pytest.raises(RuntimeError, match="before that one's"):
+        first.step()
+
+
+def test_gradients_that_another_optimizer_has_let_go_of_are_missed() -> None:
+    run_ranks(2, check_shared_in_shard)
+
+
+def changes_alone(what: str, when: str) -> None:
+    pair = Pair({})
+    for step in range(3):
+        if when == "between":
+            loss_of(pair.model, step).backward()
+        if step == 1 and dist.get_rank() == 1:
+            if what == "add":
+                pair.optimizer.add_param_group({"params": [nn.Parameter(torch.ones(300))]})
+            else:
+                pair.optimizer.param_groups[0]["params"][0] = nn.Parameter(pair.bare[0].weight.detach().clone())
+        if when != "between":
+            loss_of(pair.model, step).backward()
+        pair.optimizer.step()
+        pair.optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("when", ["before", "between"])
+@pytest.mark.parametrize("what", ["add", "replace"])
+def test_parameters_changed_on_one_rank_alone(what: str, when: str) -> None:
+    for error in expect_error_on_all(2, changes_alone, what, when):
+        assert "has other parameters in its groups" in error, error
+
+
 def skips_alone_under_accelerate() -> None:
     accelerator = Accelerator(cpu=True)
     model, optimizer, loader, scheduler = prepare(accelerator, *objects())
