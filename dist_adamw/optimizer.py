@@ -123,7 +123,8 @@ class DistAdamW(Optimizer):
         ValueError: a hyper-parameter is out of range (or nan), or ``params`` is empty.
 
     ``step`` is collective when sharded: every rank calls it equally often. All options must be the same on all ranks;
-    `attach`, ``dist_adamw.prepare`` or the first sharded `step` compares them. Gradients are reduced to
+    `attach`, ``dist_adamw.prepare`` or the first sharded `step` compares them (the last cannot see ``shard=False`` of
+    some ranks alone, whose `step` sends nothing). Gradients are reduced to
     their owners after `attach`; without it they must be the same on every rank by then, which is
     what DDP's all-reduce leaves behind.
 
