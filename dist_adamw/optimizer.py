@@ -1027,7 +1027,7 @@ class DistAdamW(Optimizer):
         if self.shards:
             self._prepare_shards()
         if self._has_a_share:
-            self._consolidated = gather_state(self.shards, to)
+            self._consolidated = gather_state(self.shards, to, self.state)
 
     def _whole_state(self) -> dict[Tensor, StateDict]:
         """What `consolidate_state_dict` has gathered.
@@ -1037,7 +1037,7 @@ class DistAdamW(Optimizer):
         """
         rank, ranks = self._here()
         known = self._consolidated
-        if known is not None and known.stamps == stamps_of(self.shards):
+        if known is not None and known.stamps == stamps_of(self.shards, self.state):
             if known.states is not None:
                 return known.states
             problem = f"the state was consolidated on rank {known.to}, and this is rank {rank}"

@@ -94,21 +94,29 @@ class WholeState:
     Attributes:
         to: The rank of the sharing group that has it; None: all of them.
         states: By parameter, in the parameter's shape, on the CPU; None on ranks that do not have it.
-        stamps: `stamps_of` the shards it was made of.
+        stamps: `stamps_of` the shards and the state it was made of.
     """
 
     to: int | None
     states: dict[Tensor, dict[str, Any]] | None
-    stamps: list[tuple[int, int]]
+    stamps: list[tuple[Any, int]]
 
 
-def stamps_of(shards: Sequence[Shard]) -> list[tuple[int, int]]:
-    """Identity and version of all memory that state lies in: in-place writes and replacements change it. Local."""
-    return [(id(tensor), tensor._version) for shard in shards for tensor in (*shard.moments.values(), shard.steps)]
+def stamps_of(shards: Sequence[Shard], state: Mapping[Tensor, Mapping[str, Any]]) -> list[tuple[Any, int]]:
+    """Identities and versions that change with any write to state: in place, or of another tensor or dict. Local.
+
+    Args:
+        shards: Where it lies.
+        state: ``optimizer.state``, which shows it.
+    """
+    memory = [(id(tensor), tensor._version) for shard in shards for tensor in (*shard.moments.values(), shard.steps)]
+    params = (param for shard in shards for param in shard.params)
+    shown = [(name, id(value)) for param in params for name, value in state.get(param, {}).items()]
+    return [*memory, *shown]
 
 
 @torch.no_grad()
-def gather_state(shards: Sequence[Shard], to: int | None) -> WholeState:
+def gather_state(shards: Sequence[Shard], to: int | None, state: Mapping[Tensor, Mapping[str, Any]]) -> WholeState:
     """Copy the state of all ranks to one. Collective over the ranks that share it.
 
     Beside the whole state the receiving rank needs 16 MB; the others 16 MB / ranks.
@@ -116,6 +124,7 @@ def gather_state(shards: Sequence[Shard], to: int | None) -> WholeState:
     Args:
         shards: All sharded over the same ranks.
         to: The receiving rank, counted in that group; None: every rank.
+        state: ``optimizer.state``.
     """
     receives = to is None or to == shards[0].rank
     states: dict[Tensor, dict[str, Any]] = {}
@@ -132,7 +141,7 @@ def gather_state(shards: Sequence[Shard], to: int | None) -> WholeState:
                     _put(part, start, pieces, whole)
             for param, values in zip(shard.params, whole, strict=receives):
                 states[param][name] = shaped_like(values, param)
-    return WholeState(to, states if receives else None, stamps_of(shards))
+    return WholeState(to, states if receives else None, stamps_of(shards, state))
 
 
 def _in_order(buckets: Sequence[Sequence[Piece]]) -> list[Piece]:

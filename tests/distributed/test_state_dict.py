@@ -379,6 +379,8 @@ def write_state(optimizer: DistAdamW, how: str) -> None:
         train(write_state.model, optimizer, 2, 3)  # type: ignore[attr-defined]
     elif how == "in place":
         optimizer.state[first]["exp_avg"].mul_(0.5)
+    elif how == "replaced":
+        optimizer.state[first]["exp_avg"] = optimizer.state[first]["exp_avg"].clone()
     elif how == "load":
         optimizer.load_state_dict(optimizer.state_dict())
     elif how == "recount":
@@ -386,7 +388,7 @@ def write_state(optimizer: DistAdamW, how: str) -> None:
 
 
 def check_old_state() -> None:
-    for how in ("update", "in place", "load", "recount"):
+    for how in ("update", "in place", "replaced", "load", "recount"):
         model, optimizer = trained()
         write_state.model = DistributedDataParallel(model)  # type: ignore[attr-defined]
         optimizer.consolidate_state_dict(None)
