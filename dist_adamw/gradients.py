@@ -308,9 +308,21 @@ class GradientPath:
         if self.overlap:
             self._launch_ready()
 
-    def _launch_ready(self) -> None:
+    def _launch_ready(self, *, may_wait: bool = False) -> None:
+        """Launch buckets whose gradients are there.
+
+        Args:
+            may_wait: Backward is over. Before, gradients of several optimizers may come in another order on another
+                rank, and each would wait in one for what the other sends after the other one.
+        """
         while self._next < len(self._waiting) and not self._waiting[self._next]:
+            if not may_wait and (self._is_news or (len(self._travelling) == UNDER_WAY and self._has_company())):
+                return
             self._launch()
+
+    def _has_company(self) -> bool:
+        """Whether this backward pass has reached parameters of other attached optimizers."""
+        return any(path._queued for path in _live_paths() if path is not self)
 
     def _launch_rest(self) -> None:
         """Send what has not been sent, zeros for gradients that are not there.
@@ -341,7 +353,9 @@ class GradientPath:
         if self.into_shard:
             self._finish_round()
             return
-        if self.overlap and not self._ddp_only and not self._are_copied:
+        if self.overlap and self._ddp_only:
+            self._launch_ready(may_wait=True)
+        elif self.overlap and not self._are_copied:
             self._launch_rest()
         self._land()
         # DDP may have its own to do now, so this comes last.

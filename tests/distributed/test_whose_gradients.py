@@ -458,6 +458,8 @@ def check_no_sync_of_two() -> None:
         with model.no_sync(), twin.no_sync():
             loss_of(model, step).backward()
             loss_of(twin, step).backward()
+        for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+            assert torch.equal(p.grad, q.grad)  # local ones
         loss_of(model, 10 + step).backward()
         loss_of(twin, 10 + step).backward()
         for o in (*optimizers, reference):
@@ -468,6 +470,44 @@ def check_no_sync_of_two() -> None:
 
 def test_optimizers_that_share_a_plain_module_share_no_sync() -> None:
     run_ranks(2, check_no_sync_of_two)
+
+
+class _Order(nn.Module):
+    """Runs its layers in an order of the rank's own, so that gradients of two optimizers come in another one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.parts = nn.ModuleList(nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(8))) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for part in self.parts if dist.get_rank() else reversed(self.parts):
+            x = part(x)
+        return x
+
+
+def check_other_order(way: dict[str, Any]) -> None:
+    model = _Order()
+    twin = copy.deepcopy(model)
+    way = dict(way)
+    wrapped: Any = wrap(model) if way.pop("ddp", False) else model
+    optimizers = [ours(part.parameters(), bucket_numel=64) for part in model.parts]
+    for optimizer in optimizers:
+        attach(optimizer, wrapped, **way)
+    reference = theirs(twin.parameters())
+    for step in range(3):
+        loss_of(wrapped, step).backward()
+        loss_of(twin, step).backward()
+        average_gradients(twin)
+        for o in (*optimizers, reference):
+            o.step()
+            o.zero_grad()
+    same(model, twin)
+
+
+def test_two_optimizers_whose_gradients_come_in_another_order_on_another_rank() -> None:
+    for way in ("ddp", "plain", "every backward"):
+        run_ranks(2, check_other_order, WAYS[way])
 
 
 def check_closure_elsewhere() -> str:
