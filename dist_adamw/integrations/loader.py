@@ -82,6 +82,7 @@ class Run:
         is_exhausted: It has come to the end of the data.
         offset: Samples of the epoch that lie before the first one drawn.
         repeated: Of the samples drawn, so many at the beginning were drawn for padding only.
+        streamed: Samples that an iterable data set has given, all ranks together; None where that is not seen.
         on_begin: Called when the sampler begins.
     """
 
@@ -89,6 +90,7 @@ class Run:
         self.loader = weakref.ref(loader)
         self.has_ended = self.is_exhausted = False
         self.offset = self.repeated = 0
+        self.streamed: int | None = None
         self.on_begin: Callable[[], None] | None = None
         self._has_begun = False
         self._skipped = int(getattr(loader, "skip_batches", 0) or 0)
@@ -204,15 +206,19 @@ class Run:
         if type(shard).__name__ != "IterableDatasetShard":
             return size, size
         ranks, rank = shard.num_processes, shard.process_index
-        if not isinstance(shard.dataset, Sized):
+        given = self.streamed  # at least up to this batch, and all there is at the last one
+        if given is None and isinstance(shard.dataset, Sized):
+            given = len(shard.dataset)
+        if given is None:
             if is_last and not shard.drop_last:
                 warnings.warn(
-                    "the data set has no length, so samples that were repeated to fill the last batch cannot be told "
-                    "from others and are counted. Give it a __len__, or leave dispatch_batches=None.",
+                    "the data set has no length and is read by workers, so samples that were repeated to fill the "
+                    "last batch cannot be told from others and are counted. Give it a __len__, or leave "
+                    "dispatch_batches=None.",
                     stacklevel=4,
                 )
             return size, size * ranks
-        left = max(0, len(shard.dataset) - self._end)
+        left = max(0, given - self._end)
         return min(size, max(0, left - rank * size)), min(left, size * ranks)
 
 
@@ -318,6 +324,22 @@ def _watched(sampler: Any, run: Run) -> Any:
     return twin
 
 
+class _Streamed:
+    """The script's own iterable data set; ``run`` counts what it gives to all ranks."""
+
+    def __init__(self, dataset: Any, run: Run) -> None:
+        self.dataset_itself, self.run = dataset, run
+
+    def __iter__(self) -> Iterator[Any]:
+        self.run.streamed = 0
+        for number, sample in enumerate(self.dataset_itself, 1):
+            self.run.streamed = number
+            yield sample
+
+    def __getattr__(self, name: str) -> Any:  # set_epoch and generator, which Accelerate asks for
+        return getattr(vars(self)["dataset_itself"], name)
+
+
 @contextlib.contextmanager
 def _recorded(loader: Any, run: Run) -> Iterator[None]:
     """Have the iterator that is made in the block draw from a recorder. torch forbids to set these by name."""
@@ -330,10 +352,16 @@ def _recorded(loader: Any, run: Run) -> Iterator[None]:
         swapped["collate_fn"] = functools.partial(_collate, base["collate_fn"], run)
     before = {name: base[name] for name in swapped}
     base.update(swapped)
+    shard = loader.dataset
+    is_counted = type(shard).__name__ == "IterableDatasetShard" and not base.get("num_workers")
+    if is_counted:
+        shard.dataset = _Streamed(shard.dataset, run)
     try:
         yield
     finally:
         base.update(before)
+        if is_counted:
+            shard.dataset = shard.dataset.dataset_itself
 
 
 def _collate(collate: Callable[[Any], Any], run: Run, samples: Any) -> Any:

@@ -109,7 +109,10 @@ def _judge(program: Program, folder: str, logs: list[Log | str]) -> Outcome:
         errors = [f"job {number + 1}, rank {r}: {log}" for r, log in enumerate(logs) if isinstance(log, str)]
         if errors:
             return Outcome(problems + errors, updates, truth.samples)
-        problems += map(str, truth.judge(logs))  # type: ignore[arg-type]
+        try:
+            problems += map(str, truth.judge(logs))  # type: ignore[arg-type]
+        except AssertionError as error:
+            return Outcome([*problems, f"job {number + 1}: no truth: {error}"], updates, truth.samples)
         updates += sum(event[0] == "step" for event in logs[0])
     return Outcome(problems, updates, truth.samples)
 

@@ -18,7 +18,7 @@ from tests.random.clock_data import Spec, dataset_of, draws_of, ids_of, inputs_o
 from tests.random.clock_truth import Key, Log
 from tests.ranks import _forget_accelerate
 
-ALL = 1 << 60  # rows of an epoch on one rank, where none is repeated
+ALL = 1 << 60  # rows of an epoch where none is repeated: on one rank, or with drop_last
 
 
 class Stop(Exception):  # noqa: N818 - the job is stopped
@@ -105,7 +105,7 @@ class Job:
             if second["rows"] is None:
                 self.second_data["rows"] = self.data["rows"]
             self.second = self.accelerator.prepare(loader_of(self.second_data, self.second_set))
-        evaluated = {"kind": "map", "rows": 7, "batch": 3, "drop_last": False, "sampler": "sequential", "form": "row"}
+        evaluated = {"kind": "map", "rows": 7, "batch": 4, "drop_last": False, "sampler": "sequential", "form": "row"}
         if "eval" in str(program["actions"]):
             self.eval_loader = self.accelerator.prepare(loader_of(evaluated, dataset_of(evaluated)))
 
@@ -154,12 +154,13 @@ class Job:
         self.passes += 1
         data = self.data if of == "first" else self.second_data
         once = data["kind"] != "map" or data["sampler"] not in ("replacement", "weighted")
-        self.log.append(("pass", self.passes, rows, start, once))
+        self.log.append(("pass", self.passes, rows, start, once, of))
         return self.passes, batches
 
     def _rows(self, of: str) -> int:
         data, dataset = (self.data, self.dataset) if of == "first" else (self.second_data, self.second_set)
-        return ALL if self.accelerator.num_processes == 1 else draws_of(data, dataset.rows)
+        repeats = self.accelerator.num_processes > 1 and not data["drop_last"]
+        return draws_of(data, dataset.rows) if repeats else ALL
 
     def _pass_rows(self, of: str) -> int:
         """Rows of one micro-batch on all ranks."""
@@ -187,9 +188,8 @@ class Job:
 
     def again(self, rows: int | None, batch: int) -> None:
         """Make the training loader again: over the same data set, or one of so many rows."""
-        self.data["batch"] = batch
+        self.data.update(batch=batch, rows=rows or self.dataset.rows)
         if rows is not None:
-            self.data["rows"] = rows
             self.dataset = dataset_of(self.data)
         self.loader = self.accelerator.prepare_data_loader(loader_of(self.data, self.dataset))
 
@@ -279,6 +279,10 @@ class Job:
             if "grad" in names:
                 inner = self.accelerator.unwrap_model(self.model)
                 torch.autograd.grad(inner(_scaled(batch)).square().mean(), list(inner.parameters()))
+            if "sam" in names and self._syncs(last):  # a first pass, whose gradients only move the weights
+                with self.accelerator.no_sync(self.model):
+                    self._backward(batches)
+                self.zero()
             bad = "inf" in names and names["inf"] in ([None], [self.rank])
             self._backward(batches, bad, *names.get("cut", [1]))
             if "zero" in names and not self._syncs(last):

@@ -3,8 +3,11 @@
 A program is plain data: a configuration, and a list of actions (the methods of `clock_jobs.Job`). ``resume`` actions
 part it into jobs, each of which goes on from what the one before has saved.
 
-What is left out, because no clock could know it: a batch that nobody trains on but that is in hand, handed out with
-gradients on, while another one's gradients are made.
+What is left out, because no clock could know it: a batch that is not trained on but is in hand, handed out with
+gradients on, while another one's gradients are made. So a second loader whose iterator stays open does not meet
+dropped gradients, after which its batch may be tried again. What is left out because it is the place in the data that
+is looked at there, not the clock: what makes the place of a job that goes on with another number of ranks depend on
+more than whole updates, and `rest_of_epoch` where batches have no fixed size.
 """
 
 from __future__ import annotations
@@ -13,6 +16,8 @@ import copy
 import random
 from collections.abc import Callable, Iterator
 from typing import Any
+
+from tests.random.clock_data import draws_of
 
 Program = dict[str, Any]
 
@@ -76,8 +81,11 @@ def _actions(rng: random.Random, program: Program) -> Iterator[list[Any]]:
         fixed = data["kind"] != "map" or program["split"] or program["cross"]
         worlds += [world if fixed or rng.random() < 0.7 else 3 - world]
     several = max(worlds) > 1
-    rest = rng.random() < (0.5 if resumes else 0.15)
     simple = resumes and several  # the place in an epoch must be known to tell what is repeated
+    rest = simple or (rng.random() < (0.5 if resumes else 0.15) and data["sampler"] != "uneven batches")
+    if simple:
+        program["loop"] = "accumulate"
+    program["drops"] = program["second"] is None or rng.random() < 0.5
     for number, ranks in enumerate(worlds):
         if number:
             resume = {"world": ranks, "accumulation": rng.choice([1, 2, 3, 4])}
@@ -101,9 +109,10 @@ def _between(rng: random.Random, program: Program, rest: bool, world: int) -> It
     choices: list[list[Any]] = [
         ["eval", rng.choice(["outside", "inside", "none"]), rng.choice([None, 1, 2])],
         ["accumulate", rng.choice([1, 2, 3, 4, 5])],
-        ["zero"],
         ["probe"],
     ]
+    if program["drops"]:
+        choices.append(["zero"])
     if not rest:
         choices += [["peek"], ["overfit", rng.randint(1, 4)], ["grow", rng.randint(1, 5)]]
         if data["sampler"] not in ("uneven batches", "replacement", "weighted"):
@@ -115,48 +124,48 @@ def _between(rng: random.Random, program: Program, rest: bool, world: int) -> It
 
 def _epoch(rng: random.Random, program: Program, rest: bool, world: int, stops: bool, simple: bool) -> dict[str, Any]:
     data = program["data"]
-    batches = max(1, -(-data["rows"] // (data["batch"] if program["split"] else data["batch"] * world)))
+    rows = draws_of(data, data["rows"])
+    batches = max(1, -(-rows // (data["batch"] if program["split"] else data["batch"] * world)))
     options: dict[str, Any] = {"how": "rest" if rest else "loader", "at": []}
     skippable = not rest and not simple and (world == 1 or not program["dispatch"])
     dispatched = program["dispatch"] or (program["dispatch"] is None and data["kind"] != "map")
-    if skippable and not (world > 1 and dispatched) and rng.random() < 0.1:
-        options["how"] = ["skip", rng.randint(1, max(1, batches - 1))]
-    if rng.random() < 0.3:
+    if skippable and not (world > 1 and dispatched) and batches > 1 and rng.random() < 0.1:
+        options["how"] = ["skip", rng.randint(1, batches - 1)]
+    if rng.random() < 0.3 and not (rest and (data["kind"] != "map" or world > 1)):
         options["stop"] = rng.randint(1, batches)
     for _ in range(rng.choice([0, 0, 1, 1, 2, 3])):
         options["at"].append([rng.randrange(batches), *_event(rng, program, rest or simple, world, simple)])
     if stops:
-        options["at"].append([rng.randrange(batches), "stop", rng.choice(["end", "end", "top"])])
+        options["at"].append([rng.randrange(batches), "stop", "end" if simple else rng.choice(["end", "top"])])
         options.pop("stop", None)
     options["at"].sort(key=lambda event: event[0])
     return options
 
 
 def _event(rng: random.Random, program: Program, fixed: bool, world: int, simple: bool) -> list[Any]:
+    data = program["data"]
     choices: list[list[Any]] = [
         ["cut", rng.randint(2, 4)],
-        ["pieces", rng.randint(2, 4)],
         ["twice"],
         ["eval_top", "outside", rng.choice([None, 1])],
         ["eval_end", rng.choice(["outside", "inside", "none"]), rng.choice([None, 1, 2])],
-        ["accumulate", rng.choice([1, 2, 3, 4])],
         ["probe"],
         ["grad"],
-        ["zero"],
         ["clock"],
     ]
-    if world == 1:
-        choices.append(["zero_model"])
+    if program["drops"] and not simple:
+        choices += [["sam"], ["zero"], ["zero_model"] if world == 1 else ["zero"]]
+        if program["max_norm"] is not None:
+            choices += [["inf", rng.choice([None, *range(world)])]] * 2
     if not simple:
+        choices += [["pieces", rng.randint(2, 4)], ["accumulate", rng.choice([1, 2, 3, 4])]]
         choices += [["continue"], ["continue_in"]] * 2
         if world > 1:
             choices += [["continue_on", rng.randrange(world)]] * 2
-    if not fixed:
+    if not (fixed or data["sampler"] == "shuffle"):  # torch's sampler draws some twice then
         choices.append(["grow", rng.randint(1, 4)])
-    if program["max_norm"] is not None:
-        choices += [["inf", rng.choice([None, *range(world)])]] * 2
-    if program["second"] is not None:
-        choices += [["joint"], ["also"]] * 2
+    if not program["drops"]:
+        choices += [["joint"], ["joint"] if simple else ["also"]] * 2
     return rng.choice(choices)
 
 
@@ -235,7 +244,9 @@ def script(program: Program) -> str:
     data = {k: v for k, v in program["data"].items() if v and v != "none"}
     if data.get("sampler") not in ("replacement", "weighted"):
         data.pop("draws", None)
-    options = {k: v for k, v in program.items() if k not in ("data", "actions", "world") and v not in (None, False)}
+    options = {
+        k: v for k, v in program.items() if k not in ("data", "actions", "world", "drops") and v not in (None, False)
+    }
     lines = [
         f"# {program['world']} rank(s); {', '.join(f'{k}={v}' for k, v in options.items())}",
         f"loader = prepared({', '.join(f'{k}={v}' for k, v in data.items())})",

@@ -91,6 +91,14 @@ TABLE: dict[str, tuple[Program, int]] = {
     "one batch again and again": (program([["overfit", 5]]), 4),
     "a first look at a batch": (program([["peek"], epoch()], rows=10), 10),
     "an update that is skipped": (program([epoch([3, "inf", None])], rows=40, accumulation=2, max_norm=1.0), 32),
+    "a skipped update, and the same batch again": (
+        program([epoch([3, "inf", None], [3, "twice"])], rows=40, accumulation=2, max_norm=1.0),
+        36,
+    ),
+    "two passes over each batch, the first one's gradients dropped": (
+        program([epoch([0, "sam"], [1, "sam"], [2, "sam"])], rows=12),
+        12,
+    ),
     "gradients dropped in mid-accumulation": (program([epoch([1, "zero"])], rows=40, accumulation=4), 32),
     "continue on one rank of two": (program([epoch([2, "continue_on", 1])], world=2, rows=40, accumulation=2), 36),
     "padded by repeated rows, of which one rank leaves a batch out": (
@@ -98,6 +106,10 @@ TABLE: dict[str, tuple[Program, int]] = {
         9,
     ),
     "dispatched and padded": (program([epoch(), epoch()], world=2, rows=13, dispatch=True), 26),
+    "a stream without a length, padded": (
+        program([epoch(), epoch()], world=2, rows=13, kind="stream", dispatch=False, epoch_size=13),
+        26,
+    ),
     "from two ranks to one": (
         program(
             [

@@ -2,8 +2,9 @@
 
 Nothing here knows how the clock counts. A rank's log has, in order:
 
-- ``("pass", number, rows, start, once)``: a loop over a training loader began; of an epoch of ``rows`` rows the first
-  ``start`` are left out, or None: what is left of the epoch before; once: no id is drawn twice;
+- ``("pass", number, rows, start, once, of)``: a loop over a training loader began, "first" or "second"; of an epoch
+  of ``rows`` rows the first ``start`` are left out, or None: what is left of the epoch before; once: no id is drawn
+  twice;
 - ``("out", number, k, ids)``: it handed out its k-th batch; ``("end", number)``: it was exhausted;
 - ``("backward", [(number, k), ...], bad)``: gradients of these batches were added up; bad: they are not finite;
 - ``("zero",)``: gradients were dropped; ``("step",)``: the optimizer was asked for an update;
@@ -47,16 +48,13 @@ class _Rank:
     in_hand: Key | None = None  # the last batch, if it has no gradients yet
 
     def replay(self, log: Log) -> None:
-        known: set[Key] = set()
         bad = False
         for event, *facts in log:
             if event == "out":
                 self.in_hand = (facts[0], facts[1])
             elif event == "backward":
-                new = [tuple(key) for key in facts[0] if tuple(key) not in known]
-                self.pending += new
-                known |= set(new)
-                self.in_hand = None if self.in_hand in known else self.in_hand
+                self.pending += map(tuple, facts[0])
+                self.in_hand = None if self.in_hand in self.pending else self.in_hand
                 bad |= facts[1]
             elif event == "zero":
                 self.pending, bad = [], False
@@ -90,14 +88,17 @@ class Truth:
             raise AssertionError("the ranks made different numbers of updates: this is no legal program")
         real = self._real_rows(logs)
         truth = [self.samples]
+        counted: set[tuple[int, int, int]] = set()
         for parts in zip(*(rank.updates for rank in ranks), strict=True):
-            applied = not (self.skips and any(bad for _, bad in parts))
-            rows = sum(real[number, k, r] for r, (keys, _) in enumerate(parts) for number, k in keys)
-            truth.append(truth[-1] + applied * rows)
+            new = {(*key, r) for r, (keys, _) in enumerate(parts) for key in keys} - counted
+            if self.skips and any(bad for _, bad in parts):
+                new = set()  # what is tried again, and applied then, counts then
+            counted |= new
+            truth.append(truth[-1] + sum(real[batch] for batch in new))
         # What no update has had when a job ends comes again in the next one.
         for r, rank in enumerate(ranks):
-            for key in {*rank.pending, *([rank.in_hand] if rank.in_hand else [])}:
-                self.done -= real[(*key, r)] if key[0] == self._last else 0
+            for key in {(*key, r) for key in (*rank.pending, *([rank.in_hand] if rank.in_hand else []))} - counted:
+                self.done -= real[key] if key[0] == self._last else 0
         self.samples = truth[-1]
         self.jobs += 1
         return [
@@ -119,21 +120,21 @@ class Truth:
                 if event == "out":
                     handed_out[facts[0]][facts[1], rank] = facts[2]
         real: dict[tuple[int, int, int], int] = {}
-        self._last = -1
+        self._last = -1  # of the first loader, whose place in an epoch is kept
         for event, *facts in logs[0]:
             if event == "pass":
-                self._last, rows, start, once = facts
-                seen: list[int] = []
+                number, rows, start, once, of = facts
                 if start is None:
-                    start = 0 if self.over else self.done
-                left, self.done, self.over = rows - start, start, False
-                for (k, rank), ids in sorted(handed_out[self._last].items()):
-                    real[self._last, k, rank] = n = min(len(ids), max(0, left))
+                    start = 0 if self.over or self.done >= rows else self.done
+                left, seen = rows - start, list[int]()
+                for (k, rank), ids in sorted(handed_out[number].items()):
+                    real[number, k, rank] = n = min(len(ids), left)
                     seen += ids[:n]
-                    left -= len(ids)
-                    self.done += n
+                    left -= n
                 if once and len(set(seen)) < len(seen):
                     raise AssertionError(f"rows that were drawn once are taken for real ones twice: {sorted(seen)}")
+                if of == "first":
+                    self._last, self.done, self.over = number, start + len(seen), False
             elif event == "end" and facts[0] == self._last:
                 self.over = True
         return real
