@@ -8,8 +8,8 @@ from dist_adamw.convert import export_checkpoint, import_checkpoint
 from dist_adamw.folder import CheckpointFolder
 from dist_adamw.index import CheckpointError
 from dist_adamw.integrations.accelerate import prepare
-from dist_adamw.integrations.data import position, rest_of_epoch
 from dist_adamw.integrations.deepspeed import register_deepspeed
+from dist_adamw.integrations.position import position, rest_of_epoch
 from dist_adamw.integrations.transformers import prepare_trainer
 from dist_adamw.integrations.zero import prepare_deepspeed
 from dist_adamw.optimizer import DistAdamW

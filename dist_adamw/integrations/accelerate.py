@@ -23,12 +23,12 @@ from dist_adamw.conventions import unwrap
 from dist_adamw.integrations.counting import SampleCounter
 from dist_adamw.integrations.data import (
     LoaderFacts,
-    Position,
     engine_of,
     loader_facts,
     shuffle_by_generator,
 )
 from dist_adamw.integrations.deepspeed import CLIPPING, configure, fill, names_our_types, register_deepspeed
+from dist_adamw.integrations.position import Position
 from dist_adamw.integrations.prepared import Prepared, keep, take_over
 from dist_adamw.integrations.zero import prepare_deepspeed
 from dist_adamw.optimizer import DistAdamW
@@ -160,11 +160,14 @@ def prepare(
         check_schedules(accelerator, ours, group)
     elif not from_json:
         _check_kept(unwrap(optimizer), inner, groups)
-    place = Position(dataloader, facts)
+    counter = SampleCounter(inner, accelerator, group=group)
+    take_over(accelerator, counter=counter)
+    if ours is None:
+        counter.follow_updates()
+    else:
+        ours.sample_source = counter
+    place = Position(dataloader, facts, counter)
     dataloader.dist_adamw_position = place
-    if ours is not None:
-        counter = ours.sample_source = SampleCounter(inner, accelerator, group=group)
-        take_over(accelerator, counter=counter)
     watch = None
     if accelerator.num_processes > 1:
         whole = accelerator.unwrap_model(model)

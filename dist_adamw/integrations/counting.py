@@ -12,7 +12,7 @@ The rule. Rows of a batch count once, in the update that their first backward pa
    ``next(iter(loader))``) stays in hand until any loader hands out a batch.
 4. ``zero_grad()``, or gradients that are gone at the next backward pass: what was accumulated is dropped. Of it, a
    batch that is still the newest of its loader is in hand again (SAM, a second try).
-5. An update takes what is accumulated, summed over the data-parallel ranks. A skipped update is as 4.
+5. An update takes what is accumulated, summed over the data-parallel ranks. A skipped update drops it.
 
 For a loop that is not Accelerate's (Trainer's, an engine's)::
 
@@ -35,7 +35,7 @@ import operator
 import warnings
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -97,6 +97,7 @@ class SampleCounter:
         self._accumulated: list[_Entry] = []
         self._stepping: list[_Entry] = []  # of the update that is being made
         self._count: _Count | None = None  # of that
+        self.tries = 0  # updates that were begun
         self._has_heard = False  # whether a loader has handed out a batch to train on
         self._params: list[Tensor] = []
         self._handles: dict[int, Any] = {}
@@ -118,6 +119,9 @@ class SampleCounter:
 
     def begins(self, run: Run) -> None:
         """Nothing: only a batch counts."""
+
+    def ended(self, run: Run) -> None:
+        """Nothing: a batch may be trained on after its loop."""
 
     def handed_out(self, batch: Batch) -> None:
         """A loader hands out a batch. Local."""
@@ -168,9 +172,17 @@ class SampleCounter:
         if self._accumulated and self._witness is None:
             self._watch_gradients()
 
-    def engine_backward_is_over(self) -> None:
-        """What hooks heard during a backward pass that `backward_began` has told of is no other pass. Local."""
+    def engine_backward_is_over(self, *, updates_inside: bool) -> None:
+        """What hooks heard during a backward pass that `backward_began` has told of is no other pass. Local.
+
+        Args:
+            updates_inside: The engine makes its update in this backward pass. What is accumulated still was skipped.
+        """
         self._backwards.clear()
+        if updates_inside:
+            for entry in self._accumulated:
+                entry.is_done = True
+            self._accumulated.clear()
 
     def _watch_gradients(self) -> None:
         """See later whether gradients are still there, by one parameter that has one."""
@@ -223,14 +235,11 @@ class SampleCounter:
 
     def _drop_accumulated(self) -> None:
         """The gradients are gone; the newest batch of a loader may yet be used."""
-        self._return(self._accumulated)
-        self._accumulated.clear()
-        self._forget_witness()
-
-    def _return(self, entries: Iterable[_Entry]) -> None:
-        for entry in entries:
+        for entry in self._accumulated:
             if not entry.is_passed_over and any(entry is other for other in self._in_hand):
                 entry.is_waiting = True
+        self._accumulated.clear()
+        self._forget_witness()
 
     def before_update(self, *, has_closure: bool = False) -> None:
         """``step`` begins. Posts the count, unless a closure is going to compute gradients. Collective."""
@@ -240,6 +249,7 @@ class SampleCounter:
 
     def _post(self) -> _Count:
         self._stepping, self._accumulated = self._accumulated, []
+        self.tries += 1
         self._forget_witness()
         rows = sum(entry.batch.rows for entry in self._stepping) if self._is_counted else 0
         for entry in self._stepping:
@@ -259,9 +269,26 @@ class SampleCounter:
         self._stepping = []
         return count
 
+    def follow_updates(self) -> None:
+        """Hear of updates from the optimizer itself, where no scheduler asks for their samples. Local."""
+        self._ranks = 1  # nothing is to be exchanged
+        known = weakref.ref(self)
+
+        def before(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if (counter := known()) is not None:
+                counter.before_update(has_closure=any(map(callable, (*args, *kwargs.values()))))
+
+        def after(*_: Any) -> None:
+            if (counter := known()) is not None:
+                counter()
+
+        optimizer = self._optimizer()
+        assert optimizer is not None
+        optimizer.register_step_pre_hook(before)
+        optimizer.register_step_post_hook(after)
+
     def returned_unapplied(self) -> None:
-        """The update was skipped. Local."""
-        self._return(self._stepping)
+        """The update was skipped: its rows do not count. Local."""
         self._stepping, self._count = [], None
 
     # ---------------------------------------------------------------- for checkpoints and loops
@@ -281,12 +308,8 @@ class SampleCounter:
     def pending(self) -> list[Batch]:
         """Batches in hand or accumulated, oldest first, with which no update has been tried. Local."""
         self.poll()
-        entries = {id(entry): entry for entry in (*self._accumulated, *self._in_hand)}
-        return [
-            entry.batch
-            for entry in entries.values()
-            if not entry.is_done and not self._is_let_go(entry) and (entry.is_waiting or entry in self._accumulated)
-        ]
+        in_hand = [entry for entry in self._in_hand if entry.is_waiting and not self._is_let_go(entry)]
+        return [entry.batch for entry in (*self._accumulated, *in_hand) if not entry.is_done]
 
     def _warn_once(self, message: str) -> None:
         if message not in self._told:

@@ -40,6 +40,9 @@ class Listener(Protocol):
     def handed_out(self, batch: Batch) -> None:
         """A loader hands out a batch."""
 
+    def ended(self, run: Run) -> None:
+        """No batch will come from an iteration any more."""
+
 
 _LISTENERS: weakref.WeakSet[Listener] = weakref.WeakSet()
 _FETCHING: list[Run] = []  # iterations that fetch a batch right now, the innermost last
@@ -50,7 +53,8 @@ class _Drawn(NamedTuple):
 
     length: int  # padding included
     rows: int  # without
-    end: int  # samples drawn on all ranks so far
+    begin: int  # samples drawn before, all ranks together
+    end: int  # and with what other ranks fetch at the same time
 
 
 @dataclass(eq=False, slots=True)
@@ -97,6 +101,7 @@ class Run:
         self._drawn: deque[_Drawn] = deque()
         self._collated: deque[int] = deque()
         self._total = 0  # samples drawn, all ranks together
+        self._pass = (0, 0)  # of them, those before and after the lists that ranks fetch at the same time
         self._end = 0  # of the last batch
         self._shard: Any = None
         self._own: deque[tuple[Any, int]] = deque()  # lists of this rank that have not been yielded yet
@@ -125,10 +130,14 @@ class Run:
             self._own.append((indices, size))
         self._number += 1
 
+    def passed(self, _: Any) -> None:
+        """Every rank has a list of indices to fetch, or to leave out."""
+        self._pass = (self._pass[1], self._total)
+
     def dealt(self, indices: Any) -> None:
         """This rank is to fetch a list of indices."""
         length = len(indices) if isinstance(indices, Sized) else 1
-        self._drawn.append(_Drawn(length, self._real(indices, length), self._total))
+        self._drawn.append(_Drawn(length, self._real(indices, length), *self._pass))
 
     def _real(self, indices: Any, length: int) -> int:
         shard = self._shard
@@ -161,15 +170,13 @@ class Run:
             self._end = self._skipped * _pass_size(loader)
         self._skipped = 0
         is_last = bool(getattr(loader, "end_of_dataloader", False))
-        begin = self._in_epoch(self._end)
         if self._by_index(loader) and self._drawn:
-            drawn = self._match(loader, batch)
-            rows, self._end = drawn.rows, drawn.end
+            _, rows, begin, end = self._match(loader, batch)
         else:
             rows, whole = self._measure(loader, batch, is_last)
-            self._end += whole
-        end = self._in_epoch(self._end)
-        return Batch(rows, self, min(begin, end), end, is_last, _holder(batch))
+            begin, end = self._end, self._end + whole
+        self._end = end
+        return Batch(rows, self, self._in_epoch(begin), self._in_epoch(end), is_last, _holder(batch))
 
     def _in_epoch(self, drawn: int) -> int:
         return self.offset + max(0, drawn - self.repeated)
@@ -292,14 +299,14 @@ class _Recorder(BatchSampler):
 
 
 class _Watched:
-    """The script's own sampler; ``run`` hears of every list."""
+    """Another sampler; ``before`` hears of every list before it is yielded."""
 
-    def __init__(self, sampler: Any, run: Run) -> None:
-        self.sampler_itself, self.run = sampler, run
+    def __init__(self, sampler: Any, before: Callable[[Any], None]) -> None:
+        self.sampler_itself, self.before = sampler, before
 
     def __iter__(self) -> Iterator[Any]:
         for indices in self.sampler_itself:
-            self.run.drew(indices)
+            self.before(indices)
             yield indices
 
     def __len__(self) -> int:
@@ -313,15 +320,16 @@ def _watched(sampler: Any, run: Run) -> Any:
     """The same, with copies of the samplers that Accelerate put around the script's own."""
     kind = type(sampler).__name__
     if kind == "SkipBatchSampler":
-        inner = _watched(sampler.batch_sampler, run)
-    elif kind == "BatchSamplerShard":
+        twin = copy.copy(sampler)
+        twin.batch_sampler = _watched(sampler.batch_sampler, run)
+        return twin
+    if kind == "BatchSamplerShard":
         run.draws_from(sampler)
-        inner = _Watched(sampler.batch_sampler, run)
+        twin = copy.copy(sampler)
+        twin.batch_sampler = _Watched(sampler.batch_sampler, run.drew)
     else:
-        return _Watched(sampler, run)
-    twin = copy.copy(sampler)
-    twin.batch_sampler = inner
-    return twin
+        twin = _Watched(sampler, run.drew)
+    return _Watched(twin, run.passed)
 
 
 class _Streamed:
@@ -421,3 +429,5 @@ def _hand_out(loader: Any, batches: Iterator[Any]) -> Iterator[Any]:
             yield batch
     finally:
         run.has_ended = True
+        for listener in list(_LISTENERS):
+            listener.ended(run)

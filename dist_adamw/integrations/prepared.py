@@ -31,7 +31,8 @@ from dist_adamw.folder import fingerprint
 from dist_adamw.held import bare
 from dist_adamw.index import INDEX, CheckpointError, read_index
 from dist_adamw.integrations.counting import SampleCounter
-from dist_adamw.integrations.data import Position, engine_of
+from dist_adamw.integrations.data import engine_of
+from dist_adamw.integrations.position import Position
 from dist_adamw.integrations.state import check_pickles, is_trusted, reading_safely
 from dist_adamw.integrations.zero import accept_counts
 from dist_adamw.optimizer import DistAdamW
@@ -265,7 +266,8 @@ def load_state(
         one.of.loaded_at = _clock_of(one.scheduler)
         if engine_of(accelerator) == "DEEPSPEED":
             accept_counts(one.model, found)
-        accelerator.step = found.extra.get("step", 0) // one.of.place.facts.pass_samples
+        one.of.place.counter.forget()
+        accelerator.step = 0  # what was accumulated is not saved, and comes again
     if where in (numbered := _numbered(where.parent)) and where.parent == _automatic(accelerator):
         # The next is to be the newest, also for Accelerate.
         accelerator.project_configuration.iteration = _number(numbered[-1]) + 1
@@ -312,7 +314,8 @@ def backward(accelerator: Accelerator, run_backward: Callable[..., Any], *args: 
     result = run_backward(*args, **kwargs)
     for counter in counters:
         if counter.follows_engine:
-            counter.engine_backward_is_over()
+            inside = engine_of(accelerator) == "DEEPSPEED" and accelerator.sync_gradients
+            counter.engine_backward_is_over(updates_inside=inside)
         else:
             counter.poll()
     return result
@@ -420,13 +423,9 @@ def _files_of(where: Path) -> dict[str, Any]:
 def _extra_of(accelerator: Accelerator, one: Known, files: dict[str, Any]) -> dict[str, Any]:
     """What is saved beside the tensors: the place in the data, and what Accelerate's files are. Local."""
     place = one.of.place
-    pending = 0 if accelerator.sync_gradients else accelerator.step % accelerator.gradient_accumulation_steps
-    # Accelerate's count of micro-batches is of use only where updates cross epoch ends.
-    across = not accelerator.gradient_state.sync_with_dataloader
-    count = (accelerator.step - pending) * place.facts.pass_samples if across else 0
-    # A job that goes on without rest_of_epoch knows itself where it is.
+    # A job that has trained on another loader knows itself where it is.
     left = place.is_gone or (place.idle and one.of.loaded_at not in (None, _clock_of(one.scheduler)))
-    return {"position": None if left else place.state_dict(pending), "step": count, "files": files}
+    return {"position": None if left else place.state_dict(), "files": files}
 
 
 def _clock_of(scheduler: LRScheduler) -> int:
@@ -441,7 +440,7 @@ def _check_extra(folder: Path, place: Position) -> None:
     """
     where, extra = folder.parent, read_index(folder).about.get("extra", {})
     files = extra.get("files", {}) if isinstance(extra, dict) else None
-    if not isinstance(files, dict) or not isinstance(extra.get("step", 0), int):
+    if not isinstance(files, dict):
         raise CheckpointError(f"{folder} is damaged: what save_state adds is {str(extra)[:200]}.")
     for name, facts in files.items():
         path = where / name

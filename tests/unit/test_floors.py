@@ -59,6 +59,7 @@ FLOORS = {
     "integrations.loader": 4,
     "integrations.counting": 4,
     "integrations.data": 4,
+    "integrations.position": 4,
     "integrations.zero": 4,
     "integrations.state": 4,
     "integrations.prepared": 4,

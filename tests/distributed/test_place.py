@@ -1,0 +1,146 @@
+"""The place that is saved does not depend on the loop that the script has."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator, skip_first_batches
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from dist_adamw import CyclicLRWithRestarts, DistAdamW, position, prepare, rest_of_epoch
+
+
+class Job:
+    """A shuffled epoch of 40 samples in micro-batches of 4."""
+
+    def __init__(self, accumulation: int = 1, folder: Path | None = None) -> None:
+        torch.manual_seed(3 if folder is None else 9)
+        self.accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulation)
+        model: Any = nn.Linear(1, 1)
+        optimizer: Any = DistAdamW(model.parameters())
+        scheduler = CyclicLRWithRestarts(optimizer, restart_period=1)
+        loader: Any = DataLoader(TensorDataset(torch.arange(40).float().view(-1, 1)), 4, shuffle=True)
+        self.model, self.optimizer, self.loader, self.scheduler = prepare(
+            self.accelerator, model, optimizer, loader, scheduler
+        )
+        if folder is not None:
+            self.accelerator.load_state(str(folder))
+
+    def train(self, batch: Any) -> list[int]:
+        with self.accelerator.accumulate(self.model):
+            self.accelerator.backward(self.model(batch[0]).mean())
+            self.optimizer.step()
+            self.scheduler.step()
+            self.optimizer.zero_grad()
+        return ids(batch)
+
+    def epoch(self, batches: Any) -> list[int]:
+        return [i for batch in batches for i in self.train(batch)]
+
+    def save(self, folder: Path) -> None:
+        self.accelerator.save_state(str(folder))
+
+
+def ids(batch: Any) -> list[int]:
+    return [int(x) for x in batch[0].flatten()]
+
+
+def plain(job: Job) -> Iterator[Any]:
+    yield from job.loader
+
+
+def rest(job: Job) -> Iterator[Any]:
+    yield from rest_of_epoch(job.loader)
+
+
+LOOPS = {"for batch in loader": plain, "rest_of_epoch": rest}
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("loop", LOOPS)
+def test_the_batch_in_hand_comes_again(loop: str, accumulation: int, tmp_path: Path) -> None:
+    """A save at the top of the loop's body, in the second epoch."""
+    job = Job(accumulation)
+    job.epoch(LOOPS[loop](job))
+    seen: list[int] = []
+    for i, batch in enumerate(LOOPS[loop](job)):
+        if i == 6 + accumulation // 2:  # of an accumulation of 2, the second half
+            job.save(tmp_path)
+            break
+        seen += job.train(batch)
+    applied = seen[:24]
+    resumed = Job(accumulation, tmp_path)
+    place = position(resumed.loader)
+    assert (place.epoch, place.samples) == (1, 24)
+    left = resumed.epoch(rest_of_epoch(resumed.loader))
+    assert sorted(applied + left) == [*range(40)]
+    assert resumed.scheduler.samples == 80
+
+
+def test_skip_first_batches_of_the_script_repeats_nothing(tmp_path: Path) -> None:
+    job = Job()
+    job.epoch(job.loader)
+    seen = job.epoch(itertools.islice(job.loader, 4))
+    job.save(tmp_path)
+    resumed = Job(folder=tmp_path)
+    again = skip_first_batches(resumed.loader, 4)
+    seen += resumed.epoch(itertools.islice(again, 3))
+    resumed.save(tmp_path / "again")
+    assert (position(resumed.loader).epoch, position(resumed.loader).samples) == (1, 28)
+    third = Job(folder=tmp_path / "again")
+    seen += third.epoch(rest_of_epoch(third.loader))
+    assert sorted(seen) == [*range(40)]
+    assert third.scheduler.samples == 80
+
+
+def test_the_first_batch_after_skip_first_batches_may_be_in_hand(tmp_path: Path) -> None:
+    job = Job()
+    for _ in skip_first_batches(job.loader, 4):
+        job.save(tmp_path)
+        break
+    assert position(Job(folder=tmp_path).loader).samples == 16
+
+
+def test_an_epoch_that_was_left_counts_as_one(tmp_path: Path) -> None:
+    job = Job()
+    next(iter(job.loader))  # a look at the data is none
+    job.epoch(itertools.islice(job.loader, 3))
+    job.epoch(itertools.islice(job.loader, 2))
+    job.save(tmp_path)
+    assert (position(job.loader).epoch, position(job.loader).samples) == (1, 8)
+    resumed = Job(folder=tmp_path)
+    assert (position(resumed.loader).epoch, position(resumed.loader).samples) == (1, 8)
+
+
+def test_an_evaluation_on_the_same_loader_is_no_epoch(tmp_path: Path) -> None:
+    job = Job()
+    seen = []
+    for i, batch in enumerate(job.loader):
+        seen += job.train(batch)
+        if i == 4:
+            with torch.no_grad():
+                assert sum(len(x) for (x,) in job.loader) == 40
+            job.save(tmp_path)
+            break
+    resumed = Job(folder=tmp_path)
+    assert sorted(seen + resumed.epoch(rest_of_epoch(resumed.loader))) == [*range(40)]
+
+
+def test_between_two_epochs_and_at_the_last_batch(tmp_path: Path) -> None:
+    job = Job()
+    for i, batch in enumerate(job.loader):
+        job.train(batch)
+        if i == 9:
+            job.save(tmp_path / "last")
+    job.save(tmp_path / "between")
+    expected = job.epoch(job.loader)
+    for name in ("last", "between"):
+        resumed = Job(folder=tmp_path / name)
+        assert position(resumed.loader).epoch == 1
+        assert resumed.epoch(plain(resumed)) == expected
