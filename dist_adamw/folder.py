@@ -35,6 +35,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from dist_adamw import collectives
+from dist_adamw.batch import check_positive_int
 from dist_adamw.checkpoint import AsyncSaver, Saving, check_alike
 from dist_adamw.index import (
     INDEX,
@@ -63,6 +64,7 @@ class CheckpointFolder:
     Args:
         root: The folder; created, and the same for every rank.
         keep: How many of the newest to keep.
+        every: Samples from one save to the next, for `is_due`.
         on_error: When a checkpoint cannot be written (a full disk, a folder that became read-only): "raise", or
             "warn" and train on. Either way the older ones are still there.
         patience: Seconds to wait for another job that saves here to end, such as the one that this one restarts.
@@ -79,18 +81,23 @@ class CheckpointFolder:
         root: str | Path,
         keep: int = 3,
         *,
+        every: int | None = None,
         on_error: Literal["raise", "warn"] = "raise",
         patience: float = 10.0,
         group: dist.ProcessGroup | None = None,
     ) -> None:
         if keep < 1:
             raise ValueError(f"keep must be 1 or more, got {keep!r}: a run that keeps no checkpoint cannot be resumed.")
+        if every is not None:
+            every = check_positive_int("every", every)
         if on_error not in ("raise", "warn"):
             raise ValueError(f"on_error must be 'raise' or 'warn', got {on_error!r}.")
         self.root, self.keep, self.on_error = Path(root).absolute(), keep, on_error
         self._ranks = ranks = Ranks.now(collectives.host_group() if group is None else group)
         self._let_go: Callable[[], object] | None = None
         self._running: Saving | None = None
+        self.every = every
+        self._saved_at: int | None = None  # samples of the last save, or of the checkpoint that the job goes on from
         self._damaged: set[str] = set()  # names of checkpoints that `newest` has passed by
         self._closed = False
         ranks.everywhere(lambda: self._take(patience) if ranks.is_main else None)
@@ -193,6 +200,33 @@ class CheckpointFolder:
 
     # ---------------------------------------------------------------- writing
 
+    def is_due(self, samples: int) -> bool:
+        """Whether ``samples`` has passed a multiple of ``every`` since the last save. For every micro-batch::
+
+            if folder.is_due(scheduler.samples):
+                folder.save(scheduler.samples, accelerator.save_state)
+
+        One save is due for each multiple, also when it fails. The first call says where the job begins: after a resume
+        none is due at once. Call it first before the first update is applied, or up to ``every`` samples later.
+
+        Args:
+            samples: What the state was trained on, the same on every rank.
+
+        Raises:
+            ValueError: ``every`` was not given.
+
+        Collective in the first call, local in all others.
+        """
+        if self.every is None:
+            raise ValueError("is_due needs CheckpointFolder(..., every=<samples>), and every is None.")
+        if self._saved_at is None:
+            listed = self._ranks.everywhere(lambda: self.all() if self._ranks.is_main else [])
+            known: list[Path] = self._ranks.gather(listed)[0]
+            before = [self.samples_of(path) for path in known if path.name not in self._damaged]
+            # Later ones are of a job that went on from elsewhere.
+            self._saved_at = max((n for n in before if n <= samples), default=0)
+        return samples // self.every > self._saved_at // self.every
+
     def save(self, samples: int, write: Callable[[Path], object]) -> Path | None:
         """Have ``write`` fill a folder, then let it be the newest checkpoint. Collective.
 
@@ -263,6 +297,7 @@ class CheckpointFolder:
             raise CheckpointError(f"samples must be a whole number >= 0, got {samples!r}.")
         if samples > _MOST_SAMPLES:
             raise CheckpointError(f"samples must be at most 2**62 = {_MOST_SAMPLES}, got {samples}.")
+        self._saved_at = samples
         final = self.root / _name(samples)
         told = self._ranks.gather(str(final))
         if len(set(told)) > 1:

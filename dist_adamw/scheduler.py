@@ -105,7 +105,8 @@ class CyclicLRWithRestarts(LRScheduler):
     Args:
         optimizer: Any torch optimizer, also one that a library has wrapped.
         batch_size: Global batch, in samples, or a `GlobalBatch`. None: ``prepare`` fills it in.
-        epoch_size: Samples in an epoch. None: ``prepare`` takes it from the data loader.
+        epoch_size: Samples that one epoch of the loop really trains on: with ``drop_last=True`` that is
+            ``len(dataset) // batch_size * batch_size``. None: ``prepare`` takes it from the data loader.
         restart_period: Length of the first cycle in epochs; may be a fraction.
         t_mult: Each cycle is this many times as long as the one before.
         policy: "cosine", "arccosine", "triangular", "triangular2" or "exp_range".
@@ -200,6 +201,7 @@ class CyclicLRWithRestarts(LRScheduler):
         self._stepped: set[int] = set()  # first parameters of the groups that the last of them was made of
         self._under_way = False  # whether an update has begun that has not been looked at
         self._unconfirmed = False  # whether the last of them may yet turn out to have been skipped
+        self._has_crossed = False  # whether a warning has said that updates run across epoch ends
         self._counted_last = 0  # samples of the last update that the clock counted
         self._schedule = self._make_schedule()
         self._bases: list[_Base] = []
@@ -416,6 +418,8 @@ class CyclicLRWithRestarts(LRScheduler):
         before = self.cycle
         self._step_count += len(applied)
         if samples is not None:
+            if self.sample_source is None:
+                self._warn_of_crossing(samples)
             self.samples += samples
             self._counted_last = samples // len(applied)
         else:
@@ -425,6 +429,21 @@ class CyclicLRWithRestarts(LRScheduler):
         self._push()
         if self._verbose and self.cycle != before and collectives.rank() == 0:
             print(self._restart_line())
+
+    def _warn_of_crossing(self, samples: int) -> None:
+        """Say once that updates run across the ends of what was called an epoch."""
+        size, after = self._epoch_size, self.samples + samples
+        if size is None or self._stream or self._has_crossed:
+            return
+        if after % size == 0 or after // size == self.samples // size:
+            return
+        self._has_crossed = True
+        warnings.warn(
+            f"an update of {samples} samples ends {after % size} samples beyond an epoch of {size}, so restarts and "
+            "epochs of the loop come apart. epoch_size is the samples that one epoch really trains on (with "
+            "drop_last=True whole batches only); for data without epochs pass stream=True.",
+            stacklevel=3,
+        )
 
     def go_to(self, *, samples: int) -> None:
         """Set the clock, and write lr and weight decay of that sample into the groups. Local.

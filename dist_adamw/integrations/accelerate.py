@@ -6,6 +6,7 @@ Floor 4: knows Accelerate; nothing below knows it.
 from __future__ import annotations
 
 import os
+import warnings
 import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, overload
@@ -276,7 +277,8 @@ def _agreed_facts(
         inner = unwrap(optimizer)
         layout = inner.layout_record() if isinstance(inner, DistAdamW) else {}
         if not _is_dummy(optimizer):
-            record = {**own_options, **_record_of(scheduler), **layout}
+            data = {"samples of one pass over the data loader": facts.samples}
+            record = {**own_options, **_record_of(scheduler), **layout, **data}
     except ValueError as error:
         problem = str(error)
     several = accelerator.num_processes > 1
@@ -323,6 +325,12 @@ def _checked_facts(
             f"{b.micro_batch_size} samples x {b.gradient_accumulation_steps} accumulation steps x "
             f"{b.data_parallel_size} ranks = {b.size}. Leave batch_size=None, or correct one of them; who accumulates "
             "by hand tells Accelerator(gradient_accumulation_steps=...)."
+        )
+    if facts.drop_last and scheduler.epoch_size == facts.samples != facts.epoch_size:
+        warnings.warn(
+            f"epoch_size={scheduler.epoch_size} is the length of the data, of which drop_last=True trains on "
+            f"{facts.epoch_size} samples an epoch: restarts would come ever later than epochs end. Leave it None.",
+            stacklevel=4,
         )
     if scheduler.epoch_size is None:
         scheduler.epoch_size = facts.epoch_size  # type: ignore[assignment]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ from accelerate import Accelerator, skip_first_batches
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from dist_adamw import CyclicLRWithRestarts, DistAdamW, position, prepare, rest_of_epoch
+from dist_adamw import CheckpointFolder, CyclicLRWithRestarts, DistAdamW, position, prepare, rest_of_epoch
 
 
 class Job:
@@ -144,3 +145,24 @@ def test_between_two_epochs_and_at_the_last_batch(tmp_path: Path) -> None:
         resumed = Job(folder=tmp_path / name)
         assert position(resumed.loader).epoch == 1
         assert resumed.epoch(plain(resumed)) == expected
+
+
+def test_a_checkpoint_folder_says_when_a_save_is_due(tmp_path: Path) -> None:
+    """Asked at every micro-batch: once for each multiple, and not at once after a resume."""
+    job, saved = Job(2), []
+    with contextlib.closing(CheckpointFolder(tmp_path, keep=9, every=12)) as folder:
+        for batch in job.loader:
+            if folder.is_due(job.scheduler.samples):  # at the top: the batch in hand comes again
+                folder.save(job.scheduler.samples, job.accelerator.save_state)
+                saved.append(job.scheduler.samples)
+            job.train(batch)
+        newest = folder.newest()
+        assert newest is not None
+    assert saved == [16, 24]  # passed 12, 24; 36 would be 40, after the loop
+    resumed = Job(2, newest)
+    with contextlib.closing(CheckpointFolder(tmp_path, keep=9, every=12)) as folder:
+        assert not folder.is_due(resumed.scheduler.samples)
+        assert not folder.is_due(32)
+        assert folder.is_due(40)
+    with contextlib.closing(CheckpointFolder(tmp_path / "other")) as folder, pytest.raises(ValueError, match="every"):
+        folder.is_due(5)

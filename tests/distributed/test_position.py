@@ -144,8 +144,8 @@ def test_a_loop_ends_when_the_position_is_loaded() -> None:
 def half_an_update(folder: str) -> tuple[int, int]:
     accelerator, loader = prepared("workers", 2)
     for i, _ in enumerate(rest_of_epoch(loader), 1):
-        with accelerator.accumulate(*accelerator._models):
-            update(accelerator)
+        with accelerator.accumulate(nn.Linear(1, 1)):
+            pass
         if i == 3:
             accelerator.save_state(folder)
             break

@@ -301,6 +301,7 @@ def disagree_at_prepare(what: str) -> None:
         "period": {"recipe": {"restart_period": 3 if odd else 2}},
         "epoch": {"recipe": {"epoch_size": 90 if odd else 100}},
         "width": {"width": 20},
+        "data": {"length": 99 if odd else 100, "recipe": {"epoch_size": 100}},
     }[what]
     accelerator, *objects = job(**options)
     prepare(accelerator, *objects)
@@ -316,6 +317,7 @@ def disagree_at_prepare(what: str) -> None:
         ("betas", "'betas': [0.8, 0.999]"),
         ("period", "restart_period is 2 on rank 0 and 3 on rank 1"),
         ("epoch", "epoch_size is 100 on rank 0 and 90 on rank 1"),
+        ("data", "samples of one pass over the data loader is 100 on rank 0 and 99 on rank 1"),
     ],
 )
 def test_ranks_that_differ_at_prepare_all_raise(what: str, field: str) -> None:

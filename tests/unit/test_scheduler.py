@@ -701,3 +701,15 @@ def test_a_skip_that_the_device_tells_later_is_taken_back_before_the_next_update
         return lrs, samples, optimizer.updates
 
     assert train(known=False) == train(known=True)
+
+
+def test_updates_across_the_ends_of_epochs_are_told_once() -> None:
+    """drop_last with epoch_size=len(dataset): where the real samples are passed, it can be seen."""
+    scheduler = CyclicLRWithRestarts(optimizer := torch.optim.AdamW([p := torch.nn.Parameter(torch.ones(1))]), 8, 20)
+    p.grad = torch.ones(1)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for _ in range(6):
+            optimizer.step()
+            scheduler.step(samples=8)
+    assert ["ends 4 samples beyond an epoch of 20" in str(one.message) for one in told] == [True]
