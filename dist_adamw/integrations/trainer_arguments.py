@@ -103,6 +103,12 @@ def put_optimizer(trainer: Any, options: Mapping[str, Any]) -> bool:
                 f"the Trainer was given an optimizer already, and optimizer={dict(options)} here. Choose one."
             )
         return False
+    if is_overridden(trainer, "create_optimizer_and_scheduler"):
+        warnings.warn(
+            f"{type(trainer).__name__} overrides create_optimizer_and_scheduler, which Trainer does not call since "
+            "transformers 5. Override create_optimizer, or create_scheduler, in its place.",
+            stacklevel=3,
+        )
     overridden = is_overridden(trainer, "get_optimizer_cls_and_kwargs")
     if not overridden:
         _check_optim(trainer.args)
