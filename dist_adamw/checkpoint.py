@@ -34,6 +34,7 @@ from dist_adamw.conventions import unwrap
 from dist_adamw.extra_state import EXTRA, extra_state, restore_extra_state
 from dist_adamw.held import Access, Found, Held, access, family_of, only_mine
 from dist_adamw.index import CheckpointError, Index
+from dist_adamw.optimizer import DistAdamW
 from dist_adamw.owned import Owned, Values, evaluated
 from dist_adamw.planner import Planner
 from dist_adamw.random_state import RNG, current_random_state
@@ -296,6 +297,9 @@ def _gather(
             raise CheckpointError(f"{wrong}, which no load would take: nothing is saved.")
         return held, about
 
+    inner = None if optimizer is None else unwrap(optimizer)
+    if isinstance(inner, DistAdamW):
+        inner.follow()
     held, about = ranks.everywhere(gather)
     if path is not None:
         alike = {name: about[name] for name in ("engine", "optimizer", "groups", "scheduler", "schedule")}

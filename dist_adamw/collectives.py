@@ -60,11 +60,7 @@ def host_group() -> dist.ProcessGroup | None:
         return None
     default = dist.group.WORLD
     assert default is not None
-    try:
-        default._get_backend(torch.device("cpu"))
-    except RuntimeError:  # NCCL alone
-        pass
-    else:
+    if serves_host(default):
         return None
     for known, group in _hosts:
         if known is default:
@@ -73,6 +69,15 @@ def host_group() -> dist.ProcessGroup | None:
     made: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=getattr(options, "_timeout", None))
     _hosts.append((default, made))
     return made
+
+
+def serves_host(group: dist.ProcessGroup) -> bool:
+    """Whether ``group`` can reduce a tensor of the host. Local."""
+    try:
+        group._get_backend(torch.device("cpu"))
+    except RuntimeError:  # NCCL alone
+        return False
+    return True
 
 
 def all_reduce_sum(value: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:

@@ -5,6 +5,7 @@ Floor 0: recognises by attributes and names, so no library needs to be there.
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -20,6 +21,20 @@ def unwrap(optimizer: Optimizer) -> Optimizer:
         if isinstance(inner, Optimizer):
             optimizer = inner
     return optimizer
+
+
+def engine_that_shards(optimizer: Optimizer) -> Any:
+    """The optimizer of DeepSpeed that steps ``optimizer`` on partitions of its own; None without one. Local.
+
+    DeepSpeed puts its flat fp32 partitions into the groups of the optimizer that it is given, and says so nowhere but
+    by keeping it. So its own objects are looked through, which takes tenths of a second: ask rarely.
+    """
+    module = sys.modules.get("deepspeed.runtime.base_optimizer")
+    base = getattr(module, "DeepSpeedOptimizer", None)
+    if base is None:
+        return None
+    found = (candidate for candidate in gc.get_objects() if issubclass(type(candidate), base))
+    return next((one for one in found if getattr(one, "optimizer", None) is optimizer), None)
 
 
 def was_applied(optimizer: Optimizer) -> bool:

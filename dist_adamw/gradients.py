@@ -62,6 +62,7 @@ class GradientPath:
     Attributes:
         listening: Ids of the parameters that this path listens to; replaced when they change.
         is_whole: Whether every ``param.grad`` is the average over all ranks, to be taken as it is.
+        asks_for_changes: Whether the last `complete` has asked all ranks if there are changes.
     """
 
     def __init__(
@@ -80,6 +81,7 @@ class GradientPath:
         self.overlap, self.into_shard = overlap, into_shard
         self.listening: Set[int] = frozenset()
         self.is_whole = False
+        self.asks_for_changes = False
         self._hook_of: dict[int, RemovableHandle | None] = {}  # by id of parameter; None where DDP's bucket tells
         self._module_hooks: list[RemovableHandle] = []
         weakref.finalize(self, _remove_all, self._hook_of, self._module_hooks).atexit = False
@@ -603,8 +605,19 @@ class GradientPath:
 
     # ---------------------------------------------------------------- for the update
 
-    def complete(self, group: dist.ProcessGroup, replicas: dist.ProcessGroup | None) -> bool:
+    def complete(
+        self,
+        group: dist.ProcessGroup,
+        replicas: dist.ProcessGroup | None,
+        *,
+        has_changes: bool,
+        check_changes: Callable[[], None],
+    ) -> bool:
         """Make sure that every rank has every gradient that some rank has. Collective.
+
+        Args:
+            has_changes: Whether the user has changed the optimizer's groups or state, on this rank.
+            check_changes: Called on every rank if some rank has changes; raises if they are not the same on all.
 
         Returns:
             Whether there is any.
@@ -621,6 +634,7 @@ class GradientPath:
                 "check_weights_every=0 to dist_adamw.prepare."
             )
         self._follow_params()
+        self.asks_for_changes = True
         if self._ddp_only:
             pass
         elif self.overlap and not self.into_shard and not self._next and not self._reopened:
@@ -640,7 +654,7 @@ class GradientPath:
         was_changed = self._was_changed or self._watch.changed()
         prints = self._prints(others)
         summary = collectives.fingerprint({"": prints}) if any(prints) else 0
-        numbers = [self._rounds + leftover, missing, self._reopened, was_changed, summary, -summary]
+        numbers = [self._rounds + leftover, missing, self._reopened, was_changed, summary, -summary, has_changes]
         if self._rollcall is not None:
             self._rollcall.post([_UPDATE, self._number, self._params_digest, *numbers])
             numbers = [max(column) for column in zip(*self._hear(self._rollcall), strict=True)][3:]
@@ -648,7 +662,11 @@ class GradientPath:
                 numbers = self._largest(numbers, replicas, None)
         elif not self._ddp_only or any(map(_requires_grad, others)):
             numbers = self._largest(numbers, group, replicas)
-        self._needed, incomplete, reopened, changed, most, minus_least = numbers
+        else:
+            self.asks_for_changes = False
+        self._needed, incomplete, reopened, changed, most, minus_least, has_changed = numbers
+        if has_changed and self.asks_for_changes:
+            check_changes()
         if changed:
             raise _changed(on_this_rank=was_changed)
         if reopened and not self._reopened:  # another rank ran the module forward since backward

@@ -395,8 +395,6 @@ class Plain:
         forget_gradients = held.finish
 
         def finish() -> None:
-            for shard in optimizer.shards:
-                shard.remember_weights()
             optimizer.recount()
             forget_gradients()
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import operator
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -29,15 +30,29 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from dist_adamw import collectives
 from dist_adamw.arriving import ArrivingParameter, can_guard, guard, release
-from dist_adamw.conventions import is_being_wrapped
+from dist_adamw.conventions import engine_that_shards, is_being_wrapped
 from dist_adamw.exchange import UNDER_WAY, Travelling
 from dist_adamw.fingerprints import fingerprints
 from dist_adamw.functional import DecayBy, adamw_update_, can_fuse, check_hyper_parameters, norm_parts, sum_of_squares
 from dist_adamw.gradients import GradientPath, gather_from_owners
 from dist_adamw.kernels import adamw_triton
 from dist_adamw.kernels.mixed import mixed_adamw_update_
+from dist_adamw.placement import (
+    AMSGRAD_CHANGED,
+    Bell,
+    Changes,
+    Entry,
+    Flag,
+    Snapshot,
+    State,
+    arrange,
+    carry_state,
+    check_changes_alike,
+    check_new_state,
+    find_changes,
+)
 from dist_adamw.plain import plain
-from dist_adamw.shard import MASTERS, MOMENTS, Shard, axes_in_memory, local_of, spread_over
+from dist_adamw.shard import MASTERS, MOMENTS, Shard, axes_in_memory, local_of
 from dist_adamw.share import WholeState, check_shapes, check_share, describe_share, gather_state, stamps_of
 
 StateDict = dict[str, Any]
@@ -141,8 +156,6 @@ class DistAdamW(Optimizer):
     _defer_gather = False
     _is_agreed = False  # whether ranks have compared their options
     _attached: Sequence[weakref.ref[nn.Module]] = ()
-    # Ids: a reference would keep what an engine replaces, and a weak one forbids torch.utils.swap_tensors.
-    _given: set[int]
 
     def __init__(
         self,
@@ -191,15 +204,21 @@ class DistAdamW(Optimizer):
         self.fused = fused
         self.bucket_numel = bucket_numel
         self._mesh = mesh
-        self._given = set()
         self._reset()
         super().__init__(params, defaults)
+        self.state = State.of(self._bell, {})
 
     def _reset(self) -> None:
         """Forget the layout and what happened so far."""
         self.shards: list[Shard] = []
         self._placed: set[int] = set()  # ids: hashing a tensor costs ten times as much
-        self._laid_out: object = None  # the ``self.state`` that the shards stand for
+        self._seen: Snapshot | None = None  # what the shards stand for
+        self._shown: dict[int, dict[str, Tensor]] = {}  # by id of parameter, what its entry in ``self.state`` was given
+        if not hasattr(self, "_bell"):
+            self._bell = Bell()  # rung when the user changes ``self.state``
+        self._moved: list[Shard] = []  # shards whose parameters have other memory, as far as `_differs` has looked
+        self._aside: list[Shard] = []  # of one parameter each that is in no group, but still in ``state``
+        self._flag: Flag | None = None
         self._updates = 0
         self._found_inf: Tensor | None = None
         self._read: tuple[Tensor, torch.cuda.Event] | None = None  # the same on the host, once the event is over
@@ -316,11 +335,13 @@ class DistAdamW(Optimizer):
         shards = self._present()
         grads = [shard.owned_grads() for shard in shards]
         if not any(shard.any_grad for shard in shards):
+            self._settle_flag()
             return loss
         if self._only_initialises(shards, grads):
             return loss
         if self.max_grad_norm is None:
             clip: Tensor | None = None
+            self._settle_flag()
             self._skipped = capturing
             if not capturing:
                 self._count(shards)
@@ -377,6 +398,7 @@ class DistAdamW(Optimizer):
             found = alike.setdefault(shard.spread_over, torch.zeros((), dtype=torch.int32, device=shard.steps.device))
             for grad in (grad for bucket in buckets for grad in bucket if grad is not None):
                 torch.maximum(found, grad.any().to(found), out=found)
+        self._settle_flag()
         for spread, found in alike.items():
             for group in self._ranks_of(spread):
                 dist.all_reduce(found, op=dist.ReduceOp.MAX, group=group)
@@ -390,21 +412,27 @@ class DistAdamW(Optimizer):
         return [mesh.get_group(axis) for axis in axes]
 
     def _collect_gradients(self) -> bool:
-        """Lay out what is new, and have the averages of what this rank owns. Whether there is any. Collective."""
+        """Follow what the user did, and have the averages of what this rank owns. Whether there is any. Collective."""
+        changed = self._shared_out != "partitions" and self._differs()
         if self._path is None:
             gather_from_owners(None, self._all_params())
-            self._prepare_shards()
+            self._follow(changed)
             if self.process_group is not None and not self._is_agreed:
                 self._check_alike()  # nothing has been sent yet
             return True
         if self._path.is_whole:
-            self._prepare_shards()
+            self._follow(changed)
             return self._path.take_whole()
         group = self.process_group
         assert group is not None
-        if not self._path.complete(group, self.replica_group):
+        if not self._path.complete(
+            group,
+            self.replica_group,
+            has_changes=changed,
+            check_changes=lambda: self._check_changes_alike(None),
+        ):
             return False
-        self._prepare_shards()
+        self._follow(changed, is_agreed=self._path.asks_for_changes)
         self._path.arrive()
         return True
 
@@ -437,10 +465,14 @@ class DistAdamW(Optimizer):
             )
 
     def _shards_by_now(self) -> list[Shard]:
-        """The shards; of every parameter that requires a gradient where there were none."""
+        """The shards; of every parameter that requires a gradient where there were none. Local."""
         self.wait()
-        if not self.shards or any(shard.has_moved() for shard in self.shards):
-            self._prepare_shards()
+        if not self.shards:
+            self._place_newcomers()
+        for shard in self.shards:
+            if shard.has_left_device():
+                shard.refresh()
+                self._seen = None  # what is shown is of the old device: the next update looks closer
         return self.shards
 
     def attach(
@@ -674,7 +706,6 @@ class DistAdamW(Optimizer):
                     shard.exchange.finish_gather(travelling.pop(0))
                 travelling.append(shard.exchange.start_gather(k))
         if not travelling:
-            shard.remember_weights()
             return
         self._arriving += [(shard, sent) for sent in travelling]
         if not self._defer_gather or self._reader_is_compiled():
@@ -719,8 +750,6 @@ class DistAdamW(Optimizer):
         shard.exchange.finish_gather(sent)
         coming = {id(param) for other, rest in self._arriving if other is shard for param in shard.members(rest.bucket)}
         release([param for param in shard.members(sent.bucket) if id(param) not in coming])
-        if not coming:
-            shard.remember_weights()
 
     def _update_bucket(self, shard: Shard, k: int, live: list[int], grads: list[Tensor], clip: Tensor | None) -> None:
         """One pass over what this rank owns of bucket ``k``: of its pieces, the ``live`` ones."""
@@ -770,12 +799,16 @@ class DistAdamW(Optimizer):
     ) -> Tensor:
         """Of all elements of all gradients, each counted once, 0-d fp64. Collective."""
         total = torch.zeros((), dtype=torch.float64, device=device)
-        alike: dict[Any, list[Tensor]] = {}  # what is shared out over the same ranks
+        alike: dict[Any, list[Tensor]] = {}  # what is sharded over the same ranks
         for shard, buckets in zip(shards, grads, strict=True):
             owned = [grad for bucket in buckets for grad in bucket if grad is not None]
             alike.setdefault(shard.spread_over, []).extend(owned)
-        for spread, owned in alike.items():
-            squares = sum_of_squares(owned).to(device) if owned else torch.zeros_like(total)
+        parts = {
+            spread: sum_of_squares(owned).to(device) if owned else torch.zeros_like(total)
+            for spread, owned in alike.items()
+        }
+        self._settle_flag()
+        for spread, squares in parts.items():
             for group in self._ranks_of(spread):
                 collectives.all_reduce_sum(squares, group)
             total += squares
@@ -783,30 +816,188 @@ class DistAdamW(Optimizer):
 
     # ---------------------------------------------------------------- layout
 
-    def _prepare_shards(self) -> None:
-        """Check every gradient, follow what has moved, place what is not placed yet."""
-        if self.shards and (self.state is not self._laid_out or self.process_group is not self.shards[0].process_group):
-            self._lay_out_again()
-        for shard in self._present():
-            if shard.refresh():
+    def follow(self) -> None:
+        """Do what the user's changes to ``param_groups``, ``state`` and weights mean, as `step` would. Collective.
+
+        `dist_adamw.save` calls it, so that what is saved is what the model and the optimizer show.
+
+        Raises:
+            ValueError: something in ``state`` is no state of its parameter. Nothing has been changed then.
+            AgreementError: ranks have made other changes. On every rank.
+        """
+        self.wait()
+        if self._shared_out != "partitions":
+            if self.shards:
+                self._apply_changes(self._differs(), newcomers=False)
+                self._settle_flag()
+            else:
+                self._place_newcomers(gradients=False)
+        for shard in self.shards:
+            shard.follow_weights()
+
+    def _follow(self, changed: bool, *, is_agreed: bool = False) -> None:
+        """Follow the user's changes, and give places to parameters that have their first gradient. Collective.
+
+        Args:
+            changed: Whether `_differs` on this rank.
+            is_agreed: Whether the ranks are known to have made the same changes.
+        """
+        if self._shared_out == "partitions":
+            self._follow_partitions()
+        elif self.shards:
+            self._apply_changes(changed, newcomers=True, is_agreed=is_agreed)
+        else:
+            self._place_newcomers()
+
+    def _follow_alone(self) -> None:
+        """Follow the user's changes without the other ranks. Local.
+
+        Raises:
+            RuntimeError: ranks must do it together.
+        """
+        if not self.shards or self._shared_out == "partitions":
+            return
+        for shard in self.shards:
+            shard.follow_weights()
+        if not self._differs():
+            return
+        if self.process_group is None:
+            self._apply_changes(True, newcomers=False)
+            return
+        changes = self._find_changes()
+        if changes.removed or changes.reset or changes.given or self._is_rearranged(changes):
+            raise RuntimeError(
+                "param_groups or state were changed since the last update, and ranks follow that together: at the next "
+                "step(), or in dist_adamw.save. Call one of them before state_dict()."
+            )
+
+    def _differs(self) -> bool:
+        """Whether ``param_groups``, ``state`` or the ranks are not what the shards stand for. Local."""
+        if not self.shards:
+            return False
+        self._moved = self.shards
+        if self._seen is None or self._seen.differs(self.param_groups, self.state):
+            return True
+        group = self.process_group
+        self._moved = [shard for shard in self.shards if shard.has_moved()]
+        return any(shard.process_group is not group for shard in self.shards) or not all(
+            shard.fits() for shard in self._moved
+        )
+
+    def _find_changes(self) -> Changes:
+        return find_changes(self.param_groups, self.state, [*self.shards, *self._aside], self._shown)
+
+    def _apply_changes(self, changed: bool, *, newcomers: bool, is_agreed: bool = False) -> None:
+        """Follow the user's changes; where state is sharded, once all ranks are known to have made the same.
+
+        Args:
+            changed: Whether `_differs` on this rank.
+            newcomers: Give places to parameters with a first gradient, too.
+            is_agreed: Whether the ranks are known to have made the same changes.
+        """
+        if self.process_group is not self.shards[0].process_group and self.shards[0].process_group is not None:
+            raise RuntimeError(
+                "the process group is not the one that the optimizer's state is shared over. Save with "
+                "accelerator.save_state, and load in a job that begins with the new group."
+            )
+        if newcomers and not changed:
+            assert self._seen is not None
+            changed = any(param.grad is not None for param in self._seen.waiting)
+        changes = self._find_changes() if changed else None
+        if not is_agreed:
+            self._raise_flag(changed)
+            if changed:
+                self._settle_flag(changes)
+        if changes is not None:
+            self._take_from_state(changes)
+            self._take_back_zeros(changes)
+            self._placed = set(changes.kept)
+            self._place_newcomers(gradients=newcomers)
+            self._arrange(changes)
+        for shard in self._moved:
+            if shard.has_moved() and any(shard is other for other in self.shards):
+                shard.refresh()
                 self._show(shard)
-        groups = {id(group) for group in self.param_groups}
-        if not all(id(shard.group) in groups for shard in self.shards):  # somebody rebuilt the list of groups
-            group_of = {id(param): group for group in self.param_groups for param in group["params"]}
-            for shard in self.shards:
-                shard.group = group_of.get(id(shard.params[0]), shard.group)
-        newcomers = []
-        # An engine's partitions may be in the groups one after the other: their number says nothing.
-        if len(params := self._all_params()) > len(self._placed) or self._shared_out == "partitions":
-            newcomers = [
-                param
-                for param in params
-                if id(param) not in self._placed
-                and (param.grad is not None or (not self.shards and param.requires_grad))
-            ]
+                changed = True
+        if changed:
+            self._consolidated = None
+            self._remember()
         if any(shard.group["amsgrad"] != ("max_exp_avg_sq" in shard.moments) for shard in self.shards):
-            raise RuntimeError("amsgrad cannot be changed after the first update. Set it when the group is made.")
+            raise RuntimeError(AMSGRAD_CHANGED)
+
+    def _take_from_state(self, changes: Changes) -> None:
+        """Let shards have what the user put into ``state``, or took out of it. Local."""
+        for shard, i in changes.reset:
+            shard.reset(i)
+            self._show_one(shard, i)
+        for (shard, i), given in changes.given:
+            shard.put(i, given)
+            self._show_one(shard, i)
+        if self._seen is None:  # state is on another device since
+            for shard in self.shards:
+                self._show(shard)
+
+    def _take_back_zeros(self, changes: Changes) -> None:
+        """Take out of ``state`` what torch would not have: zeros of parameters that left before an update. Local."""
+        for shard, i in changes.removed:
+            entry, shown = self.state.get(shard.params[i]), self._shown[id(shard.params[i])]
+            if entry and not shard.steps[i] and all(shown.get(key) is value for key, value in entry.items()):
+                del self.state[shard.params[i]]
+
+    # ---------------------------------------------------------------- agreement
+
+    def _raise_flag(self, changed: bool) -> None:
+        """Tell the other ranks whether this one has changes. Nothing waits for the answer yet. Collective."""
+        if groups := self._groups_that_agree():
+            self._flag = Flag(changed, groups)
+
+    def _settle_flag(self, changes: Changes | None = None) -> None:
+        """Before anything is changed or sent: whether ranks have changes, and the same ones. Collective.
+
+        Raises:
+            AgreementError: some rank has other changes. On every rank.
+        """
+        flag, self._flag = self._flag, None
+        if flag is not None and flag.wait():
+            self._check_changes_alike(changes)
+
+    def _check_changes_alike(self, changes: Changes | None) -> None:
+        changes = self._find_changes() if changes is None else changes
+        check_changes_alike(changes, self._groups_that_agree())
+
+    def _groups_that_agree(self) -> list[dist.ProcessGroup]:
+        """The ranks that must make the same changes, in groups that can reduce a tensor of the host. Collective."""
+        group, replicas = self.process_group, self.replica_group
+        if group is None:
+            return []
+        if collectives.serves_host(group):
+            return [group] if replicas is None else [group, replicas]
+        host = collectives.host_group() if self._mesh is None else None
+        return [] if host is None else [host]
+
+    # ---------------------------------------------------------------- placing
+
+    def _place_newcomers(self, *, gradients: bool = True) -> None:
+        """Give places to parameters that have none yet, but state. Local.
+
+        Args:
+            gradients: To those that have a gradient, too; at the first update to all that require one.
+
+        Raises:
+            ValueError: the user put something into ``state`` that is no state of one of them. Nothing has changed then.
+        """
+        first = not self.shards
+        newcomers = [
+            param
+            for param in self._all_params()
+            if id(param) not in self._placed
+            and (
+                bool(self.state.get(param))
+                or (gradients and (param.grad is not None or (first and param.requires_grad)))
+            )
+        ]
         if newcomers:
+            check_new_state(self.param_groups, self.state, self._placed)
             self.place(newcomers)
 
     def place(self, params: Iterable[Tensor], *, are_shares: bool = False) -> None:
@@ -819,37 +1010,87 @@ class DistAdamW(Optimizer):
             are_shares: What ``self.state`` has is this rank's share, not the whole.
         """
         chosen = {id(param) for param in params} - self._placed
-        self._look_who_shares_out(chosen)
+        self._detect_engine_sharding(chosen)
         if chosen and self.shard is True and self.process_group is None and self._shared_out == "no":
             raise RuntimeError(
                 "shard=True, but there is one rank or torch.distributed is not initialised. "
                 "Launch several ranks, or leave shard='auto'."
             )
-        alike: dict[tuple[Any, ...], list[Tensor]] = {}
-        for index, group in enumerate(self.param_groups):
-            for param in group["params"]:
-                if id(param) in chosen:
-                    key = (index, param.dtype, local_of(param).device, spread_over(param))
-                    alike.setdefault(key, []).append(param)
-        for (index, *_), together in alike.items():
-            shard = Shard(
-                together,
-                group=self.param_groups[index],
-                process_group=self.process_group,
-                replicas=self.replica_group,
-                max_bucket_numel=self.bucket_numel,
-                lean=self._is_lean,
-                tag=self._tag,
-                master_dtype=self.master_dtype,
-                state_dtype=self.state_dtype,
-            )
-            for i, param in enumerate(together):
+        made = [self._make_shard(group, together) for group, together in arrange(self.param_groups, chosen)]
+        for shard in made:
+            for i, param in enumerate(shard.params):
                 shard.adopt(i, self.state.get(param, {}), is_share=are_shares)
             self._show(shard)
-            self.shards.append(shard)
-        self._placed |= chosen
-        self._laid_out = self.state
+            self._placed.update(map(id, shard.params))
+        self.shards += made
         self._consolidated = None
+        self._remember()
+
+    def _make_shard(self, group: dict[str, Any], together: list[Tensor]) -> Shard:
+        return Shard(
+            together,
+            group=group,
+            process_group=self.process_group,
+            replicas=self.replica_group,
+            max_bucket_numel=self.bucket_numel,
+            lean=self._is_lean,
+            tag=self._tag,
+            master_dtype=self.master_dtype,
+            state_dtype=self.state_dtype,
+        )
+
+    def _arranged(self, changes: Changes | None = None) -> list[tuple[dict[str, Any], list[Tensor]]]:
+        return arrange(self.param_groups, self._placed if changes is None else changes.kept.keys())
+
+    def _is_rearranged(self, changes: Changes) -> bool:
+        """Whether other parameters than now should share a shard. Local."""
+        wanted = self._arranged(changes)
+        return len(wanted) != len(self.shards) or not all(
+            self._is_right(shard, together) for shard, (_, together) in zip(self.shards, wanted, strict=True)
+        )
+
+    def _is_right(self, shard: Shard, together: list[Tensor]) -> bool:
+        """Whether ``shard`` is what a new one of these parameters would be. Local."""
+        return (
+            shard.process_group is self.process_group
+            and len(shard.params) == len(together)
+            and all(map(operator.is_, shard.params, together))
+            and (not shard.has_moved() or shard.fits())
+        )
+
+    def _arrange(self, changes: Changes) -> None:
+        """Have the shards that a job resumed here would have, with the state that there is. Collective.
+
+        Gradients stay where they are: `GradientPath.arrive` sees that there are other shards.
+        """
+        before = {id(shard.params[0]): shard for shard in self.shards}
+        shards, made = [], []
+        for group, together in self._arranged():
+            shard = before.get(id(together[0]))
+            if shard is None or not self._is_right(shard, together):
+                shard = self._make_shard(group, together)
+                made.append(shard)
+            shard.group = group
+            shards.append(shard)
+        aside = [self._aside_shard(shard, i) for shard, i in changes.removed if self._stays_in_state(shard, i)]
+        old = [shard for shard in (*self.shards, *self._aside) if not any(shard is kept for kept in (*shards, *aside))]
+        carry_state(old, [*made, *aside])
+        for shard, i in changes.removed:
+            self._shown.pop(id(shard.params[i]), None)
+        self.shards, self._aside = shards, aside
+        for shard in (*made, *aside):
+            self._show(shard)
+
+    def _stays_in_state(self, shard: Shard, i: int) -> bool:
+        """Whether the user left the state of a parameter that is in no group: as in torch, it may come back. Local."""
+        param = shard.params[i]
+        return bool(self.state.get(param)) and shard.has_numel_of(i)
+
+    def _aside_shard(self, shard: Shard, i: int) -> Shard:
+        """A shard of a parameter that is in no group. It is neither updated nor sent. Local."""
+        if any(shard is aside for aside in self._aside):
+            return shard
+        return self._make_shard(shard.group, [shard.params[i]])
 
     def lay_out(self, params: Iterable[Tensor]) -> None:
         """Forget all state, and lay out zeros for ``params``, which are then filled in. Local.
@@ -863,11 +1104,24 @@ class DistAdamW(Optimizer):
             self._path.forget_layout()
         self.place(params)
 
-    def _look_who_shares_out(self, chosen: set[int]) -> None:
-        """Tell an engine's own sharding by what it has put into the groups.
+    def _follow_partitions(self) -> None:
+        """DeepSpeed shows its partitions one after the other, so what is in the groups is not all there is. Local."""
+        if self.shards and self._seen is not None and self.state is not self._seen.state:
+            params = [param for shard in self.shards for param in shard.params]
+            self.shards, self._placed = [], set()
+            self._updates_of.clear()
+            self.place(params)
+        for shard in self._present():
+            if shard.has_moved():
+                shard.refresh()
+                self._show(shard)
+        self._place_newcomers()
+
+    def _detect_engine_sharding(self, chosen: set[int]) -> None:
+        """Detect engine-managed sharding: by DTensors, and by asking DeepSpeed. Local.
 
         Raises:
-            RuntimeError: state of other parameters is shared over the ranks already; or clipping would be
+            RuntimeError: state of other parameters is sharded over the ranks already; or clipping would be
                 by the norm of a part.
         """
         before = self._shared_out
@@ -876,9 +1130,9 @@ class DistAdamW(Optimizer):
                 continue
             if isinstance(param, DTensor):
                 self._shared_out = "dtensors"
-            elif self._path is None and id(param) not in self._given:
-                # ZeRO's flat fp32 partitions. What else replaces parameters is a DTensor.
+            elif not isinstance(param, nn.Parameter) and before != "partitions" and engine_that_shards(self):
                 self._shared_out = "partitions"
+                break
         if self._shared_out != before and any(shard.process_group is not None for shard in self.shards):
             self._shared_out = before
             raise RuntimeError(
@@ -894,21 +1148,21 @@ class DistAdamW(Optimizer):
 
     def _show(self, shard: Shard) -> None:
         """Let ``self.state`` show what ``shard`` holds."""
-        for i, param in enumerate(shard.params):
-            self.state[param] = shard.state_of(i)
+        for i in range(len(shard.params)):
+            self._show_one(shard, i)
 
-    def _lay_out_again(self) -> None:
-        """Begin anew from ``self.state``: somebody replaced it, or ranks have appeared since."""
-        if self.shards[0].process_group is not None and self.state is self._laid_out:
-            raise RuntimeError(
-                "the process group is not the one that the optimizer's state is shared over. Save with "
-                "accelerator.save_state, and load in a job that begins with the new group."
-            )
-        are_shares = self.shards[0].process_group is not None
-        params = [param for shard in self.shards for param in shard.params]
-        self.shards, self._placed = [], set()
-        self._updates_of.clear()
-        self.place(params, are_shares=are_shares)
+    def _show_one(self, shard: Shard, i: int) -> None:
+        param = shard.params[i]
+        shown = self._shown[id(param)] = shard.state_of(i)
+        entry = self.state.get(param)
+        if entry is None:
+            self.state[param] = Entry.of(self._bell, shown)
+        else:
+            entry.update(shown)  # the user may have more in it
+
+    def _remember(self) -> None:
+        """The shards agree with ``param_groups`` and ``state``. Local."""
+        self._seen = Snapshot(self.param_groups, self.state, self._placed, self._bell)
 
     def layout_record(self) -> dict[str, Any]:
         """What ranks must have alike: the constructor's options, groups and shapes, as plain data. Local."""
@@ -951,7 +1205,6 @@ class DistAdamW(Optimizer):
         except ValueError:
             self.param_groups.pop()
             raise
-        self._given.update(map(id, self.param_groups[-1]["params"]))
 
     def _check_group(self, group: dict[str, Any]) -> None:
         """Refuse parameters that cannot be updated. Local."""
@@ -1002,7 +1255,9 @@ class DistAdamW(Optimizer):
 
     def _share_state_dict(self) -> StateDict:
         """`state_dict` of what this rank owns; of a share ``"share"`` says which, and ``state`` has it 1-D. Local."""
+        self._follow_alone()
         state_dict = super().state_dict()
+        state_dict["state"] = {key: dict(entry) for key, entry in state_dict["state"].items()}
         if (share := describe_share(self.shards, self._all_params())) is not None:
             state_dict["share"] = share
         return state_dict
@@ -1024,8 +1279,7 @@ class DistAdamW(Optimizer):
         ranks = self._here()[1]
         if to is not None and not 0 <= to < ranks:
             raise ValueError(f"to must be a rank from 0 to {ranks - 1}, or None for every rank, got {to!r}.")
-        if self.shards:
-            self._prepare_shards()
+        self.follow()
         if self._has_a_share:
             self._consolidated = gather_state(self.shards, to, self.state)
 
@@ -1037,7 +1291,7 @@ class DistAdamW(Optimizer):
         """
         rank, ranks = self._here()
         known = self._consolidated
-        if known is not None and known.stamps == stamps_of(self.shards, self.state):
+        if known is not None and known.stamps == stamps_of(self.shards, self.state) and not self._differs():
             if known.states is not None:
                 return known.states
             problem = f"the state was consolidated on rank {known.to}, and this is rank {rank}"
@@ -1076,9 +1330,10 @@ class DistAdamW(Optimizer):
 
     def _adopt(self, share: Mapping[str, Any] | None) -> None:
         """Lay out what is in ``self.state``: whole state, or this rank's share."""
+        self.state = State.of(self._bell, self.state)
         params = self._all_params()
         if share is None:
-            self.place([param for param in params if param in self.state])
+            self.place([param for param in params if self.state.get(param)])
         else:
             for members in share["shards"]:
                 self.place([params[i] for i in members], are_shares=True)
@@ -1109,6 +1364,7 @@ class DistAdamW(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         self.wait()
+        self._follow_alone()
         options = {name: getattr(self, name) for name in _OPTIONS}
         return {**super().__getstate__(), "options": options, "share": describe_share(self.shards, self._all_params())}
 
@@ -1125,7 +1381,6 @@ class DistAdamW(Optimizer):
             group.setdefault("amsgrad", False)
             group.setdefault("maximize", False)
         if unpickled:
-            self._given = set(map(id, self._all_params()))
             if share is not None:
                 check_share(share, self._all_params(), self._here(), self.bucket_numel, self._is_lean)
             self._adopt(share)

@@ -23,7 +23,7 @@ from dist_adamw import collectives
 from dist_adamw.exchange import Exchange, cut, make_exchange
 from dist_adamw.functional import zeros_apart
 from dist_adamw.kernels.adamw_triton import BlockTable
-from dist_adamw.kernels.mixed import join_master, split_master_
+from dist_adamw.kernels.mixed import follow_params_, join_master, split_master_
 from dist_adamw.partition import FlatLayout, Piece
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
@@ -117,7 +117,6 @@ class Shard:
         self.reduced: dict[int, list[Tensor | None]] = {}  # by bucket, what `GradientPath` has made of the gradients
         self._flat_grads: Tensor | None = None
         self._members: dict[int, list[Tensor]] = {}
-        self._versions: list[int] = []  # of the parameters, after the last update
         self._tables: dict[tuple[int, int], tuple[list[int], BlockTable]] = {}
         self._build_views()
         if "master" in self.moments:
@@ -154,31 +153,17 @@ class Shard:
             pieces, Operands(cast(list[Tensor], cut(flat, pieces)), exp_avgs, exp_avg_sqs, maxima, steps_of, masters)
         )
 
-    def refresh(self) -> bool:
-        """Follow parameters whose storage was replaced, or moved to another device, since the last update.
+    def has_moved(self) -> bool:
+        """Whether parameters have other memory than at the last `refresh`. Local."""
+        return list(map(Tensor.data_ptr, self._weights())) != self._addresses
 
-        Returns:
-            Whether `state_of` has changed.
+    def refresh(self) -> None:
+        """Follow parameters that have moved. Local. What `state_of` gives is other tensors then.
 
-        Raises:
-            RuntimeError: parameters went to different places, or changed their memory format.
+        They must be where and what each other is, in their memory format of before: `fits` says so.
         """
         weights = self._weights()
-        if [p.data_ptr() for p in weights] == self._addresses:
-            self._follow_weights()
-            return False
-        if [axes_in_memory(p) for p in weights] != self._orders:
-            raise RuntimeError(
-                "parameters changed their memory format (channels_last, say) after the optimizer had state for them. "
-                "Convert the model before the first update, and before loading a checkpoint."
-            )
-        places = {(p.device, p.dtype) for p in weights}
-        if len(places) > 1:
-            raise RuntimeError(
-                f"parameters of one group went to different places after the first update: {sorted(map(str, places))}. "
-                "Move the whole model, or move it before the first update."
-            )
-        device, dtype = places.pop()
+        device, dtype = weights[0].device, weights[0].dtype
         for place, (name, moment) in enumerate(self.moments.items(), 1):
             kept = moment.dtype if self.is_mixed else dtype
             self.moments[name] = zeros_apart(len(moment), place, dtype=kept, device=device).copy_(moment)
@@ -188,13 +173,34 @@ class Shard:
             self._flat_grads = self._flat_grads.to(device, dtype)
             self._cut_flat_grads()
             self.reduced = {k: list(self._flat_views[k]) for k in self.reduced}
-        self._follow_weights()
-        return True
 
-    def has_moved(self) -> bool:
-        """Whether the first parameter has other memory than at the last `refresh`; a cheap sign of all."""
-        first = local_of(self.params[0])
-        return first.data_ptr() != self._addresses[0] or first.device != self.steps.device
+    def fits(self) -> bool:
+        """Whether `refresh` can follow what became of the parameters; else their state needs other shards. Local."""
+        weights = self._weights()
+        alike = len({(p.device, p.dtype) for p in weights}) == 1 and all(map(self.has_numel_of, range(len(weights))))
+        return alike and [axes_in_memory(p) for p in weights] == self._orders
+
+    def has_numel_of(self, i: int) -> bool:
+        """Whether parameter ``i`` has as many elements as its state. Local."""
+        return local_of(self.params[i]).numel() == self.layout.numels[i]
+
+    def check_numel(self, i: int) -> None:
+        """Refuse a parameter that has another number of elements than its state. Local.
+
+        Raises:
+            ValueError: says how many there are.
+        """
+        if not self.has_numel_of(i):
+            param = local_of(self.params[i])
+            raise ValueError(
+                f"a parameter of shape {tuple(param.shape)} has {param.numel()} elements, and its state has "
+                f"{self.layout.numels[i]}: its data was replaced. Put a new nn.Parameter into the group instead, or "
+                "empty its entry in optimizer.state (optimizer.state[p] = {})."
+            )
+
+    def has_left_device(self) -> bool:
+        """Whether the first parameter is on another device than its state; a cheap sign of all. Local."""
+        return local_of(self.params[0]).device != self.steps.device
 
     def retag(self, tag: int) -> None:
         """Have messages carry ``tag``."""
@@ -202,26 +208,13 @@ class Shard:
         if self.exchange is not None:
             self.exchange.tag = tag
 
-    def _follow_weights(self) -> None:
-        """Take over parameters that somebody wrote to since the last update, a loaded model say.
+    def follow_weights(self) -> None:
+        """Take over what was written to the parameters since the last update, a loaded model say. Local.
 
-        Only where a parameter is not its master rounded: elsewhere the master knows more. A
-        remainder is below the parameter's own rounding, and stays.
+        Only where a parameter is not its master rounded: elsewhere the master knows more. Updates do it themselves.
         """
-        if "master" not in self.moments or not self._versions:
-            return
-        written = {i for i, (p, v) in enumerate(zip(self._weights(), self._versions, strict=True)) if p._version != v}
-        for bucket in self._buckets if written else []:
-            for piece, param, master in zip(
-                bucket.pieces, bucket.operands.params, bucket.operands.masters, strict=True
-            ):
-                if piece.param in written:
-                    torch.where(param == master.to(param.dtype), master, param.float(), out=master)
-
-    def remember_weights(self) -> None:
-        """The parameters are as the masters have it. Call it when an update has reached all of them."""
-        if "master" in self.moments:
-            self._versions = [p._version for p in self._weights()]
+        for bucket in self._buckets:
+            follow_params_(bucket.operands.params, bucket.operands.masters)
 
     @property
     def nbytes(self) -> int:
@@ -282,6 +275,46 @@ class Shard:
         )
         return made
 
+    def order_of(self, i: int) -> list[int]:
+        """The axes of parameter ``i`` from the largest step in memory to the smallest, when it was laid out."""
+        return self._orders[i]
+
+    def fill(self, i: int, name: str, flat: Tensor) -> None:
+        """Copy this rank's share of ``flat``, all elements of a moment of parameter ``i`` in the order of memory."""
+        self._copy_share(i, flat, self.owned_moment(i, name))
+
+    def _copy_share(self, i: int, flat: Tensor, target: Tensor) -> None:
+        place = 0
+        for start, stop in self.ranges_of(i):
+            target[place : place + stop - start].copy_(flat[start:stop])
+            place += stop - start
+
+    def reset(self, i: int) -> None:
+        """Let parameter ``i`` begin with zeros, and its exact weights with the parameter. Local."""
+        self.steps[i] = 0.0
+        for name in self.moments:
+            if name == "master":
+                self._copy_share(i, storage_order(self._weights()[i].detach()), self.owned_moment(i, name))
+            else:
+                self.owned_moment(i, name).zero_()
+
+    def put(self, i: int, values: Mapping[str, Any]) -> None:
+        """Copy what the user put into the state of parameter ``i``, checked by `placement.check_given`. Local.
+
+        Whole tensors, of which this rank takes its share, or shares; None: the master follows the parameter.
+        """
+        for name, value in values.items():
+            if name == "step":
+                self.steps[i] = float(value)
+            elif value is None and name == "remainder":
+                self.owned_moment(i, name).zero_()
+            elif value is None:
+                self._copy_share(i, storage_order(self._weights()[i].detach()), self.owned_moment(i, name))
+            elif value.shape == self.params[i].shape:
+                self.fill(i, name, storage_order(_placed_like(value, self.params[i]), like=self._weights()[i]))
+            else:
+                self.owned_moment(i, name).copy_(value)
+
     def adopt(self, i: int, state: Mapping[str, Any], *, is_share: bool) -> None:
         """Copy a state of parameter ``i``: this rank's share of it, or the whole, of which it takes its share."""
         if "exp_avg" not in state:
@@ -295,10 +328,7 @@ class Shard:
                 target.copy_(state[name])
                 continue
             whole = storage_order(_placed_like(state[name], self.params[i]), like=local_of(self.params[i]))
-            place = 0
-            for start, stop in self.ranges_of(i):
-                target[place : place + stop - start].copy_(whole[start:stop])
-                place += stop - start
+            self._copy_share(i, whole, target)
 
     @property
     def has_master(self) -> bool:

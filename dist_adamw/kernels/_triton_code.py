@@ -1,5 +1,5 @@
 # mypy: ignore-errors
-# ruff: noqa: N803, RET505, SIM108
+# ruff: noqa: N803, RET505, SIM108, SIM300
 """What runs on the GPU: AdamW on one row of a table of blocks per program.
 
 Floor 0: the one module that imports Triton, itself imported by `adamw_triton` at the first launch. It
@@ -39,6 +39,27 @@ def _narrow(x, dtype: tl.constexpr):
 
 
 @triton.jit
+def _followed(weight, param, PARAM: tl.constexpr):
+    """The fp32 ``weight``, or the parameter where that is not the weight rounded, to even or away: it was written."""
+    shown = param.to(tl.float32) == _narrow(weight, PARAM).to(tl.float32)
+    if PARAM == tl.bfloat16:
+        away = ((weight.to(tl.int32, bitcast=True) + 0x8000) >> 16) << 16
+        shown = shown | (param.to(tl.float32) == away.to(tl.float32, bitcast=True))
+    return tl.where(shown, weight, param.to(tl.float32))
+
+
+@triton.jit
+def _joined(upper, remainder):
+    """The fp32 weight of a bf16 parameter's bits, shifted by 16, and a remainder; not NaN if the parameter was written.
+
+    See mixed.follow_params_.
+    """
+    magnitude = upper & 0x7FFFFFFF
+    impossible = ((magnitude == 0) & (remainder < 0)) | ((magnitude == 0x7F800000) & (remainder > 0))
+    return tl.where(impossible, upper, upper + remainder).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _update(
     param_address, grad_address, offset, numel, masters, exp_avgs, exp_avg_sqs, max_exp_avg_sqs,
     scale, decay, step_size, root_correction2, beta1, rest1, beta2, rest2, eps,
@@ -67,9 +88,10 @@ def _update(
         exp_avg_sq = tl.load(exp_avg_sqs + at, mask=mask, other=0.0).to(tl.float32)
         if REMAINDER:
             upper = tl.load(param_at, mask=mask, other=0).to(tl.int32) << 16
-            weight = (upper + tl.load(masters + at, mask=mask, other=0).to(tl.int32)).to(tl.float32, bitcast=True)
+            weight = _joined(upper, tl.load(masters + at, mask=mask, other=0).to(tl.int32))
         elif masters is not None:
-            weight = tl.load(masters + at, mask=mask, other=0.0)
+            param = tl.load(param_at, mask=mask, other=0.0)
+            weight = _followed(tl.load(masters + at, mask=mask, other=0.0), param, PARAM)
         else:
             weight = tl.load(param_at, mask=mask, other=0.0).to(tl.float32)
         weight -= decay * weight  # 1 - decay would lose most digits of a small decay

@@ -97,6 +97,8 @@ def mixed_adamw_update_(
         scale = None
     scratch = _Scratch(_block_numel(params[0].device), params[0].device)
     for block in _blocks(columns, scratch.numel):
+        if block.masters and block.masters[0].dtype == torch.float32:
+            _follow_block(block, scratch)
         weights = _load_weights(block, scratch)
         state = block[3:6]
         exp_avg, exp_avg_sq, max_exp_avg_sq = (scratch.widened(i, column) for i, column in enumerate(state))
@@ -169,6 +171,45 @@ def join_master(param: Tensor, remainder: Tensor) -> Tensor:
     return master
 
 
+def follow_params_(params: list[Tensor], masters: list[Tensor]) -> None:
+    """Let ``masters`` follow parameters that were written to since they were made. Local.
+
+    A parameter that is not its fp32 master rounded (to even, or away from zero as `split_master_` does) was written,
+    and becomes the master. Any bf16 parameter and any 16-bit remainder are a pair, so a written parameter
+    keeps its remainder, which is below its own rounding; but not where the pair would be NaN: at zero and infinity.
+
+    Args:
+        params: bf16 or fp16. The next list matches them; or it is empty.
+        masters: fp32 weights, or int16 remainders; written.
+    """
+    for param, master in zip(params, masters, strict=bool(masters)):
+        if master.dtype == torch.int16:
+            master.masked_fill_(_impossible(param, master), 0)
+            continue
+        shown = param == master.to(param.dtype)
+        if master.device.type == "cpu" and bool(shown.all()):
+            continue
+        if param.dtype == torch.bfloat16:
+            away = (master.view(torch.int32) + _HALF).bitwise_right_shift_(16).to(torch.int16).view(torch.bfloat16)
+            shown |= param == away
+        torch.where(shown, master, param.float(), out=master)
+
+
+def _impossible(param: Tensor, remainder: Tensor) -> Tensor:
+    """Where `split_master_` makes no such pair, and `join_master` would make a NaN of it."""
+    return ((param == 0) & (remainder < 0)) | (param.isinf() & (remainder > 0))
+
+
+def _follow_block(block: _Columns, scratch: _Scratch) -> None:
+    """`follow_params_`, with one comparison where there is nothing to follow. The host asks only where that is free."""
+    if block.params[0].device.type == "cpu":
+        rounded = scratch.narrow("rounded", block.masters, block.params[0].dtype)
+        shown = block.params[0] if len(block.params) == 1 else scratch.narrow("shown", block.params, rounded.dtype)
+        if torch.equal(rounded, shown):
+            return
+    follow_params_(block.params, block.masters)
+
+
 def _split_(masters: list[Tensor], params: list[Tensor], remainders: list[Tensor]) -> None:
     """What `split_master_` does, over lists. Destroys ``masters``, whose NaNs must be tame."""
     bits = [master.view(torch.int32) for master in masters]
@@ -210,6 +251,15 @@ class _Scratch:
         sizes = [t.numel() for t in tensors]
         flat = self._flat[key][: sum(sizes)]
         return flat, [flat] if len(sizes) == 1 else list(torch.split(flat, sizes))
+
+    def narrow(self, key: str, tensors: list[Tensor], dtype: torch.dtype) -> Tensor:
+        """``tensors`` as ``dtype`` of 16 bits, side by side in the memory named ``key``."""
+        if key not in self._flat:
+            self._flat[key] = torch.empty(self.numel, dtype=dtype, device=self._device)
+        sizes = [t.numel() for t in tensors]
+        flat = self._flat[key][: sum(sizes)]
+        torch._foreach_copy_([flat] if len(sizes) == 1 else list(torch.split(flat, sizes)), tensors)
+        return flat
 
     def widened(self, key: int | str, tensors: list[Tensor]) -> list[Tensor]:
         """``tensors`` themselves if they are fp32 (or none), else copies that are."""
@@ -257,8 +307,12 @@ def _load_weights(block: _Columns, scratch: _Scratch) -> list[Tensor]:
         return scratch.widened("weights", block.params)
     if block.masters[0].dtype == torch.float32:
         return block.masters
-    weights = scratch.copy("weights", block.params)[1]
+    flat, weights = scratch.copy("weights", block.params)
     torch._foreach_add_([weight.view(torch.int32) for weight in weights], block.masters)
+    # A sum is not finite if an element is NaN: of a parameter that was written, or of training that has diverged.
+    if flat.device.type != "cpu" or not math.isfinite(flat.sum().item()):
+        for weight, param, remainder in zip(weights, block.params, block.masters, strict=True):
+            torch.where(_impossible(param, remainder), param.float(), weight, out=weight)
     return weights
 
 

@@ -164,7 +164,7 @@ def state_of(numel: int, master: torch.dtype, state: torch.dtype) -> Bucket:
 
 @needs_triton
 @pytest.mark.parametrize(
-    ("master", "state", "bytes_per_element"), [(FP32, FP32, 28), (INT16, FP32, 26), (INT16, BF16, 18)], ids=str
+    ("master", "state", "bytes_per_element"), [(FP32, FP32, 30), (INT16, FP32, 26), (INT16, BF16, 18)], ids=str
 )
 def test_the_kernel_reaches_most_of_the_bandwidth(
     master: torch.dtype, state: torch.dtype, bytes_per_element: int

@@ -441,19 +441,6 @@ def test_state_moves_with_its_parameters() -> None:
     assert not torch.equal(before.double(), after)
 
 
-def test_another_memory_format_after_the_first_update_is_refused() -> None:
-    model = nn.Conv2d(3, 5, 3)
-    optimizer = DistAdamW(model.parameters())
-    for step in range(2):
-        model(torch.randn(2, 3, 8, 8)).sum().backward()
-        if step:
-            model.to(memory_format=torch.channels_last)
-            with pytest.raises(RuntimeError, match="changed their memory format"):
-                optimizer.step()
-        else:
-            optimizer.step()
-
-
 def test_resetting_the_state_resets_it() -> None:
     """What some do at a warm restart."""
     model = network()

@@ -208,6 +208,7 @@ def check_ties(device: str) -> None:
     ours = Bucket(sizes=(512,), device=device)
     assert ours.master is not None
     ours.master.copy_(((torch.arange(512, dtype=torch.int32) << 16) + 0x3F808000).view(FP32))
+    ours.params[0].copy_(ours.master)
     kept = ours.master.clone()
     ours.update(ours.grads(0), lr=0.0)
     assert torch.equal(ours.master, kept)
@@ -307,7 +308,7 @@ def compiled_loads() -> dict[str, list[int]]:
         ptx = compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4}).asm["ptx"]
         size = param.primitive_bitwidth // 8
         state_bytes = {"fp32": 8, "bf16": 4}[state] + {"fp32": 4, "i16": 2, None: 0}[master]
-        read = state_bytes + size + (0 if master == "fp32" else size)  # 8 elements a thread: as many half 16 bytes
+        read = state_bytes + 2 * size  # 8 elements a thread: as many half 16 bytes
         wide = [len(re.findall(rf"{op}\.global[\w.]*\.v4\.b32", ptx)) for op in ("ld", "st")]
         found[f"{param} {master} {state}"] = [*wide, read // 2, (state_bytes + size) // 2]
     return found
