@@ -385,7 +385,7 @@ def check_changes_alike(changes: Changes, groups: Sequence[dist.ProcessGroup]) -
         AgreementError: says which rank differs, and how.
     """
     record = {
-        "what was changed in optimizer.param_groups and state": changes.described,
+        "what was changed in optimizer.param_groups and state": "; ".join(changes.described) or "nothing",
         "fingerprint of all parameters": collectives.fingerprint({"": changes.arrangement}),
     }
     for group in groups:
