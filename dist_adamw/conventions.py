@@ -6,12 +6,21 @@ Floor 0: recognises by attributes and names, so no library needs to be there.
 from __future__ import annotations
 
 import gc
+import re
 import sys
 from collections.abc import Mapping
 from typing import Any, Literal
 
 from torch import Tensor
 from torch.optim import Optimizer
+
+# Whole components of a name: a module of the user's may be called "a_orig_mod".
+_WRAPPERS = re.compile(r"(?<![^.])(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)(?:\.|$)")
+
+
+def without_wrappers(name: str) -> str:
+    """A parameter's or module's name in the model inside what compiles, checkpoints or shards it. Local."""
+    return _WRAPPERS.sub("", name).removesuffix(".")
 
 
 def unwrap(optimizer: Optimizer) -> Optimizer:

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dist_adamw.held import bare, without_wrappers
+from dist_adamw.held import bare, names_without_wrappers
 from dist_adamw.index import CheckpointError, Index
 from dist_adamw.storage import as_json, read_whole
 
@@ -67,6 +67,8 @@ def _saved(index: Index) -> set[str]:
 
 
 def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    for name, module in bare(model).named_modules():
+    inside = bare(model)
+    clean = names_without_wrappers(inside)
+    for name, module in inside.named_modules():
         if type(module).get_extra_state is not nn.Module.get_extra_state:
-            yield without_wrappers(name), module
+            yield clean(name), module

@@ -26,7 +26,8 @@ import torch
 from torch import Tensor
 
 from dist_adamw.boxes import Box, overlap_anywhere
-from dist_adamw.held import MODEL, without_wrappers
+from dist_adamw.conventions import without_wrappers
+from dist_adamw.held import MODEL
 from dist_adamw.index import CODES, DTYPES, INDEX, CheckpointError, open_plainly
 from dist_adamw.owned import Owned, Values
 from dist_adamw.plain import plain

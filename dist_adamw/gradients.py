@@ -728,6 +728,9 @@ class GradientPath:
 
     def arrive(self) -> None:
         """Send and receive whatever has not been yet. Collective; after `complete` and the layout."""
+        if not (self._next or self._rounds):  # nothing has been sent by the places that parameters had
+            self._checked = False
+            self._follow_layout()
         laid_out_again = not {id(shard) for shard in self._plan.shards} <= {id(shard) for shard in self._shards()}
         if laid_out_again and (self._next or self._rounds):  # other ranks own now what has been averaged
             self.make_whole(self._plan.shards)

@@ -24,7 +24,7 @@ from torch.optim import Optimizer
 
 from dist_adamw import collectives
 from dist_adamw.boxes import Box
-from dist_adamw.conventions import unwrap
+from dist_adamw.conventions import unwrap, without_wrappers
 from dist_adamw.index import CheckpointError
 from dist_adamw.optimizer import DistAdamW
 from dist_adamw.owned import Owned, Values, evaluated
@@ -33,7 +33,6 @@ from dist_adamw.shard import MASTERS, MOMENTS, Shard, axes_in_memory, local_of, 
 
 MODEL, MASTER = "model", "master"
 SCALARS = (int, float, bool, type(None))  # what the state of a parameter may have beside tensors
-_WRAPPERS = re.compile(r"(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)(\.|$)")
 # These differ between engines and schedules, or say how to compute and not what.
 _NOT_COMPARED = {
     *("params", "param_names", "lr", "weight_decay", "initial_lr", "initial_weight_decay", "min_lr", "lr_scale"),
@@ -171,11 +170,6 @@ def is_outside(name: str) -> bool:
     return re.fullmatch(r"parameter \d+ of group \d+", name) is not None
 
 
-def without_wrappers(name: str) -> str:
-    """A parameter's or module's name in the model that is inside of what compiles, checkpoints or shards it. Local."""
-    return _WRAPPERS.sub("", name).removesuffix(".")
-
-
 def bare(model: nn.Module) -> nn.Module:
     """The module inside wrappers. Local."""
     while True:
@@ -185,17 +179,54 @@ def bare(model: nn.Module) -> nn.Module:
             return model
 
 
+def names_without_wrappers(model: nn.Module) -> Callable[[str], str]:
+    """How names in ``model`` are without wrappers, of modules inside it too: compiled, checkpointed, in DDP. Local."""
+    # "module" may be the user's own name, so only where DDP put it. The longest first: they are inside the others.
+    found = [
+        f"{name}." if name else ""
+        for name, module in model.named_modules()
+        if isinstance(module, (DistributedDataParallel, nn.DataParallel))
+    ]
+    prefixes = sorted(found, key=len, reverse=True)
+
+    def clean(name: str) -> str:
+        name += "."  # so that the wrapped module itself is found
+        for prefix in prefixes:
+            if name.startswith(f"{prefix}module."):
+                name = prefix + name.removeprefix(f"{prefix}module.")
+        return without_wrappers(name.removesuffix("."))
+
+    return clean
+
+
 def parameter_names(model: nn.Module) -> dict[Tensor, str]:
-    """Parameters and their names; tied ones have their first name. Local."""
-    return {param: without_wrappers(name) for name, param in bare(model).named_parameters()}
+    """Parameters and their names; tied ones have their first name. Local.
+
+    Raises:
+        CheckpointError: two have the same name without wrappers.
+    """
+    inside = bare(model)
+    clean = names_without_wrappers(inside)
+    names: dict[Tensor, str] = {}
+    known: dict[str, str] = {}  # by name, the name with wrappers
+    for name, param in inside.named_parameters():
+        if (other := known.setdefault(clean(name), name)) != name:
+            raise CheckpointError(
+                f"the parameters {other!r} and {name!r} are both {clean(name)!r} without the wrappers around them, and "
+                "one would be lost. Rename a module."
+            )
+        names[param] = clean(name)
+    return names
 
 
 def buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Name and tensor of the buffers that a state dict has. Local."""
-    for prefix, module in bare(model).named_modules():
+    inside = bare(model)
+    clean = names_without_wrappers(inside)
+    for prefix, module in inside.named_modules():
         for name, buffer in module.named_buffers(recurse=False):
             if name not in module._non_persistent_buffers_set:
-                yield without_wrappers(f"{prefix}.{name}" if prefix else name), buffer
+                yield clean(f"{prefix}.{name}" if prefix else name), buffer
 
 
 def plain_groups(

@@ -29,7 +29,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from dist_adamw import collectives
 from dist_adamw.collectives import AgreementError, AgreementWatch, Record
-from dist_adamw.conventions import unwrap
+from dist_adamw.conventions import unwrap, without_wrappers
 from dist_adamw.fingerprints import fingerprints
 from dist_adamw.optimizer import DistAdamW
 from dist_adamw.shard import local_of
@@ -161,7 +161,10 @@ def copies_on_this_rank(model: nn.Module, optimizer: Optimizer | None, world_siz
         model = model.module
     everyone = tuple(range(world_size))
     apart = getattr(model, "_ddp_params_and_buffers_to_ignore", ())
-    params = {name.replace("_orig_mod.", ""): param for name, param in model.named_parameters() if name not in apart}
+    params = {name: param for name, param in model.named_parameters() if name not in apart}
+    bare = {without_wrappers(name): param for name, param in params.items()}
+    if len(bare) == len(params):
+        params = bare
     shared_out = any(isinstance(param, DTensor) for param in params.values())
     copies = {}
     for name, param in params.items():

@@ -33,8 +33,8 @@ from dist_adamw.held import (
     Plain,
     buffers,
     only_mine,
+    parameter_names,
     plain_groups,
-    without_wrappers,
 )
 from dist_adamw.index import INDEX, CheckpointError, write_text
 from dist_adamw.optimizer import DistAdamW
@@ -82,7 +82,7 @@ class Zero:
     def __init__(self, engine: Any, with_state: bool) -> None:
         self.of, self.zero, self.with_state = engine, engine.optimizer, with_state
         self.model: nn.Module = engine.module
-        self.names = {param: without_wrappers(name) for name, param in self.model.named_parameters()}
+        self.names: dict[Any, str] = parameter_names(self.model)
         self.is_stage_3 = hasattr(self.zero, "fp16_partitioned_groups_flat")
         self.optimizer: Optimizer = unwrap(self.zero)
         self.engine = f"ZeRO-{engine.zero_optimization_stage()}"
