@@ -130,7 +130,7 @@ class GradientPath:
     def open_channel(self, group: dist.ProcessGroup, tag: int) -> None:
         """Let ranks of ``group`` tell each other what they are about to do, where messages can (gloo). Local."""
         if dist.get_backend(group) == "gloo":
-            self._rollcall = Rollcall(group, tag, width=9)
+            self._rollcall = Rollcall(group, tag, width=10)
 
     # ---------------------------------------------------------------- listening
 

@@ -447,6 +447,7 @@ class DistAdamW(Optimizer):
         self._unattached_updates += 1
         if self._unattached_updates == 1:
             return
+        self._settle_flag()
         grads = [param.grad for param in self._all_params() if param.grad is not None]
         value = collectives.fingerprint({"": fingerprints([grad for grad in grads if grad.layout == torch.strided])})
         device = self.shards[0].steps.device if dist.get_backend(group) != "gloo" and self.shards else None
