@@ -736,6 +736,8 @@ class GradientPath:
             self.make_whole(self._plan.shards)
             self.is_whole = False
             self._next = len(self._plan.order)
+            if self.into_shard:
+                self._seen.update(id(param) for param in self._known if param.grad is not None)
         elif self.into_shard:
             while self._rounds < self._needed:
                 self._finish_round()
@@ -744,6 +746,8 @@ class GradientPath:
             self._land()
         self._take(self._known if laid_out_again else self._others_now())
         if self.into_shard:
+            for param in self._known if laid_out_again else ():
+                param.grad = None
             for shard in self._shards():
                 shard.has_grad = [id(param) in self._seen for param in shard.params]
             return
