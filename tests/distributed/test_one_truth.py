@@ -199,7 +199,7 @@ def test_a_rank_that_does_it_alone_is_an_error_on_all(way: str, what: str) -> No
     if (way, what) == ("ddp", "replace"):
         pytest.skip("DDP waits for the gradient of the parameter that it knows")
     for error in expect_error_on_all(2, check_one_rank_alone, way, what):
-        if "rank 1 has other parameters in its groups than rank 0" in error:
+        if "AgreementError" in error and "has other parameters in its groups than rank" in error:
             continue  # seen before, in the message that goes with gradients
         assert "AgreementError: rank 1 disagrees with rank 0" in error
         assert "what was changed in optimizer.param_groups and state is 'nothing' on rank 0" in error
