@@ -12,7 +12,7 @@ The rule. Rows of a batch count once, in the update that their first backward pa
    ``next(iter(loader))``) stays in hand until any loader hands out a batch.
 4. ``zero_grad()``, or gradients that are gone at the next backward pass: what was accumulated is dropped. Of it, a
    batch that is still the newest of its loader is in hand again (SAM, a second try).
-5. An update takes what is accumulated, summed over the data-parallel ranks. A skipped update drops it.
+5. An update takes what is accumulated, summed over the data-parallel ranks. A skipped update is as 4.
 
 For a loop that is not Accelerate's (Trainer's, an engine's)::
 
@@ -182,7 +182,7 @@ class SampleCounter:
         if updates_inside:
             for entry in self._accumulated:
                 entry.is_done = True
-            self._accumulated.clear()
+            self._drop_accumulated()
 
     def _watch_gradients(self) -> None:
         """See later whether gradients are still there, by one parameter that has one."""
@@ -234,12 +234,16 @@ class SampleCounter:
         self._drop_accumulated()
 
     def _drop_accumulated(self) -> None:
-        """The gradients are gone; the newest batch of a loader may yet be used."""
-        for entry in self._accumulated:
-            if not entry.is_passed_over and any(entry is other for other in self._in_hand):
-                entry.is_waiting = True
+        """The gradients are gone."""
+        self._take_back(self._accumulated)
         self._accumulated.clear()
         self._forget_witness()
+
+    def _take_back(self, entries: list[_Entry]) -> None:
+        """The newest batch of a loader may yet be used."""
+        for entry in entries:
+            if not entry.is_passed_over and any(entry is other for other in self._in_hand):
+                entry.is_waiting = True
 
     def before_update(self, *, has_closure: bool = False) -> None:
         """``step`` begins. Posts the count, unless a closure is going to compute gradients. Collective."""
@@ -288,7 +292,8 @@ class SampleCounter:
         optimizer.register_step_post_hook(after)
 
     def returned_unapplied(self) -> None:
-        """The update was skipped: its rows do not count. Local."""
+        """The update was skipped: its rows do not count, unless their batch is trained on again. Local."""
+        self._take_back(self._stepping)
         self._stepping, self._count = [], None
 
     # ---------------------------------------------------------------- for checkpoints and loops
