@@ -272,6 +272,7 @@ class Job:
                 return
             own = not self.accelerator.sync_gradients and self.program["loop"] == "accumulate"
             if own and names.get("continue_on") == [self.rank]:
+                self._loss(batch)  # DDP may rebuild its buckets in a forward pass, on all ranks together
                 return
             batches = [(batch, key)]
             if "joint" in names and self.second is not None:

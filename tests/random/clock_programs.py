@@ -131,7 +131,7 @@ def _epoch(rng: random.Random, program: Program, rest: bool, world: int, stops: 
     dispatched = program["dispatch"] or (program["dispatch"] is None and data["kind"] != "map")
     if skippable and not (world > 1 and dispatched) and batches > 1 and rng.random() < 0.1:
         options["how"] = ["skip", rng.randint(1, batches - 1)]
-    if rng.random() < 0.3 and not (rest and (data["kind"] != "map" or world > 1)):
+    if rng.random() < 0.3 and not (rest and (dispatched or world > 1)):
         options["stop"] = rng.randint(1, batches)
     for _ in range(rng.choice([0, 0, 1, 1, 2, 3])):
         options["at"].append([rng.randrange(batches), *_event(rng, program, rest or simple, world, simple)])
