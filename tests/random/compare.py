@@ -74,7 +74,7 @@ def _of_state(ours: Any, theirs: Reference, p: Tensor, q: Tensor, amsgrad: bool,
             there = mine if mine is not None else whole
             if there is not None and bool(there.any()):
                 found.append(f"{key} ({'not there' if mine is None else 'there'}, unlike in torch)")
-        elif not _same_share(ours, p, mine, whole, q, same):
+        elif not _same_share(ours, p, mine, whole, whole, same):  # whose strides are the parameter's at the last update
             found.append(key)
     if theirs.master_dtype is not None and p.dtype.itemsize == 2 and other.get("master") is not None:
         weight = theirs.effective_weight(q)
@@ -108,10 +108,10 @@ def ranges_of(optimizer: Any, param: Tensor) -> list[list[int]]:
     return [[0, param.numel()]]
 
 
-def _same_share(optimizer: Any, p: Tensor, mine: Tensor, whole: Tensor, q: Tensor, same: Any) -> bool:
+def _same_share(optimizer: Any, p: Tensor, mine: Tensor, whole: Tensor, like: Tensor, same: Any) -> bool:
     if mine.shape == whole.shape:
         return bool(same(mine, whole))
-    flat = in_memory_order(whole, q)
+    flat = in_memory_order(whole, like)
     expected = torch.cat([flat[:0], *(flat[a:b] for a, b in ranges_of(optimizer, p))])
     return bool(same(mine, expected))
 

@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from tests.random.actions import BETWEEN, GRADIENTS, draw
-from tests.random.play import Failure, InvalidScriptError, Outcome, play, play_on_ranks
+from tests.random.play import Failure, Outcome, play, play_on_ranks
 from tests.random.script import Sequence
 from tests.random.shrink import shrink
 from tests.ranks import RankError, run_ranks
@@ -33,6 +33,7 @@ class Tally:
 
     sequences: int = 0
     updates: int = 0
+    invalid: int = 0
     sentences: Counter[str] = field(default_factory=Counter)
     failures: list[tuple[Sequence, Failure]] = field(default_factory=list)
 
@@ -40,6 +41,7 @@ class Tally:
         self.sequences += 1
         self.updates += outcome.updates
         self.sentences += outcome.sentences
+        self.invalid += bool(outcome.invalid)
 
 
 def outcome_of(sequence: Sequence, folder: Path) -> Outcome:
@@ -68,10 +70,9 @@ def _failure_of(error: RankError) -> tuple[int | None, Failure]:
     for text in error.errors.values():
         if text.startswith("SequenceFailedError: "):
             n, kind, act, what = json.loads(text.partition(": ")[2])
-            if kind == "invalid":
-                raise InvalidScriptError(what)
             return n, Failure(kind, act, what)
-    return None, Failure("hang", 0, " | ".join(text[:300] for text in error.errors.values()))
+    kind = "hang" if any(text.startswith("Timeout") for text in error.errors.values()) else "error"
+    return None, Failure(kind, 0, " | ".join(text[:300] for text in error.errors.values()))
 
 
 def judge(sequences: list[Sequence], folder: Path, progress: object = None) -> Tally:
@@ -96,10 +97,7 @@ def shortest(sequence: Sequence, failure: Failure, folder: Path, seconds: float 
     last = [failure]
 
     def fails(candidate: Sequence) -> bool:
-        try:
-            found = outcome_of(candidate, folder).failure
-        except InvalidScriptError:
-            return False
+        found = outcome_of(candidate, folder).failure
         if failure.alike(found):
             assert found is not None
             last[0] = found
@@ -140,6 +138,7 @@ def report(tally: Tally, folder: Path, shrunk: int, seconds: float) -> None:
     kinds = Counter(failure.kind for _, failure in tally.failures)
     print(f"{tally.sequences:,} sequences, {tally.updates:,} updates compared, {len(tally.failures):,} differ", end="")
     print(f": {dict(kinds)}" if kinds else "")
+    print(f"  {tally.invalid:,} ended early, at a line that fails with any optimizer")
     for sentence, count in tally.sentences.most_common():
         print(f"  refused {count:6,} times: {sentence}")
     seen: Counter[str] = Counter()
@@ -194,6 +193,7 @@ def main() -> int:
             found = judge(part, folder, bar.update)
             tally.sequences += found.sequences
             tally.updates += found.updates
+            tally.invalid += found.invalid
             tally.sentences += found.sentences
             tally.failures += found.failures
             bar.set_postfix(differ=len(tally.failures))

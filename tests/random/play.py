@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from collections import Counter
 from dataclasses import dataclass, field
@@ -19,10 +20,6 @@ from tests.random.worlds import Ours, Torchs, World
 
 SECONDS = 20.0  # that a rank waits for another one before it calls it a hang
 OURS = ("RuntimeError", "ValueError", "TypeError", "CheckpointError", "AgreementError")
-
-
-class InvalidScriptError(Exception):
-    """The script itself is wrong: it would fail with any optimizer."""
 
 
 @dataclass(frozen=True)
@@ -50,9 +47,18 @@ class Failure:
 
 @dataclass
 class Outcome:
+    """What came of a sequence.
+
+    Attributes:
+        sentences: The beginning of each sentence that was an answer.
+        updates: How many were compared.
+        invalid: The line where it ended because that fails with any optimizer, and why.
+    """
+
     failure: Failure | None = None
     sentences: Counter[str] = field(default_factory=Counter)
     updates: int = 0
+    invalid: str = ""
 
 
 @dataclass(frozen=True)
@@ -87,6 +93,11 @@ class Raised:
     def is_of_script(self) -> bool:
         return self.where == "<script>" or "tests/random" in self.where
 
+    @property
+    def beginning(self) -> str:
+        """The text without numbers, to count alike ones."""
+        return re.sub(r"\d+", "#", self.text[:70])
+
     def __str__(self) -> str:
         return f"{self.kind}: {self.text[:300]} [{self.where.rpartition('/')[2]}]"
 
@@ -100,11 +111,7 @@ def attempt(world: World, text: str) -> Raised | None:
 
 
 def play(sequence: Sequence, folder: Path, group: Any = None) -> Outcome:
-    """Run ``sequence`` up to its first failure. Collective on several ranks.
-
-    Raises:
-        InvalidScriptError: a line fails with any optimizer.
-    """
+    """Run ``sequence`` up to its first failure. Collective on several ranks."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return _Play(sequence, folder, group).outcome
@@ -118,7 +125,7 @@ class _Play:
         self.risks: list[Act] = []  # since the last update
         for i, act in enumerate(sequence.acts):
             self.outcome.failure = self.run_alone(i) if act.alone else self.do(i, act)
-            if self.outcome.failure is not None or act.alone:
+            if self.outcome.failure is not None or self.outcome.invalid or act.alone:
                 return
 
     def exchange(self, mine: Any) -> list[Any]:
@@ -176,10 +183,11 @@ class _Play:
         theirs_too = theirs is not None and theirs.kind == error.kind
         if error.is_of_script:
             if theirs_too:
-                raise InvalidScriptError(f"{act.text}: {theirs}")
+                self.outcome.invalid = f"{act.text}: {theirs}"
+                return None
             return Failure("unclear", i, str(error))
         if theirs_too and (error.is_sentence or (theirs is not None and error.where == theirs.where)):
-            self.outcome.sentences[error.text[:70]] += 1
+            self.outcome.sentences[error.beginning] += 1
             return self.look(i, "changed", f"{error} ")
         return Failure("refused" if error.is_sentence else "unclear", i, str(error))
 
@@ -190,7 +198,7 @@ class _Play:
         # A closure has been called by then, and a backward pass has been refused half-way.
         if (failure := self.look(i, "changed", f"{error} ", gradients=False)) is not None:
             return failure
-        self.outcome.sentences[error.text[:70]] += 1
+        self.outcome.sentences[error.beginning] += 1
         risks, self.risks = self.risks, []
         lines = [risk.undo for risk in reversed(risks) if risk.undo]
         lines += ["optimizer.zero_grad()", "if second is not None: second.zero_grad()", "model.zero_grad()"]
@@ -216,7 +224,7 @@ class _Play:
             return Failure("silent", i, acts[0].text)
         if len(raised) < len(errors):
             return Failure("one rank", i, text)
-        self.outcome.sentences.update(e.text[:70] for e in raised[:1])
+        self.outcome.sentences.update(e.beginning for e in raised[:1])
         return None if all(e.is_sentence for e in raised) else Failure("unclear", i, text)
 
 
@@ -241,8 +249,6 @@ def play_on_ranks(sequences: list[Sequence], folder: Path) -> list[Outcome]:
     for n, sequence in enumerate(sequences):
         try:
             outcome = play(sequence, folder, _groups[0])
-        except InvalidScriptError as error:
-            raise SequenceFailedError(json.dumps([n, "invalid", 0, str(error)])) from error
         except TimeoutError as error:
             raise SequenceFailedError(json.dumps([n, "hang", 0, str(error)])) from error
         if (failure := outcome.failure) is not None:
