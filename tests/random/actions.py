@@ -97,7 +97,7 @@ class _Drawer(Values, Groups):
                 self.act("step", "optimizer.step()")
                 if self.has_second:
                     self.act("step second", "second.step()")
-                if rng.random() < 0.05:
+                if rng.random() < 0.05 and not self.every:  # where no gradient is left
                     self.act("step", "optimizer.step()")
             self.zero_grad()
         self.between = True

@@ -50,6 +50,8 @@ class Reference(torch.optim.AdamW):
     """
 
     inexact = False
+    rough = False  # whether gradients have been clipped by a norm that is rounded otherwise
+    is_attached = False
     updates = 0
 
     def __init__(self, params: Any, **options: Any) -> None:
@@ -60,7 +62,7 @@ class Reference(torch.optim.AdamW):
         super().__init__(params, fused=True, **options)
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("max_grad_norm", "master_dtype", "state_dtype", "inexact", "updates")
+        kept = ("max_grad_norm", "master_dtype", "state_dtype", "inexact", "rough", "is_attached", "updates")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in kept}}
 
     def all_params(self) -> list[Tensor]:
@@ -87,7 +89,7 @@ class Reference(torch.optim.AdamW):
 
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
         norm = nn.utils.clip_grad_norm_(self.all_params(), max_norm)
-        self.inexact |= bool(norm > max_norm)
+        self.rough |= self.is_attached and bool(norm > max_norm)
         return norm
 
     # ------------------------------------------------------------ the update
@@ -120,6 +122,7 @@ class Reference(torch.optim.AdamW):
         factor = self._clip_factor(params)
         if factor is None:
             return loss
+        self.inexact |= self.rough
         grads = [cast(Tensor, param.grad) for param in params]
         # A clipped gradient of 16 bits is not rounded to them again.
         wide = [p for p in params if self.is_wide(p) or (factor < 1 and p.dtype.itemsize == 2)]

@@ -95,7 +95,7 @@ class Values(Draft):
         accepts = self.attached and "= p.grad" not in text and self.rng.random() < 0.3
         if accepts:
             text += "\noptimizer.accept_gradients()" + ("\nsecond.accept_gradients()" if self.has_second else "")
-        self.act("write all gradients", text, may_refuse=self.attached and not accepts)
+        self.act("write all gradients", text, may_refuse=self.attached)
 
     def clip(self) -> None:
         if self.has_second or set(self.grouped()) != set(self.specs):

@@ -129,6 +129,8 @@ class World:
         """Refuse scripts that DDP's users must not write, and sums that are rounded in an order of their own."""
         if not any(param.grad is not None and bool(param.grad.any()) for param in self.model.parameters()):
             self.averaged = False
+            for optimizer in self.optimizers:
+                optimizer.rough = False
         if self.averaged and not self.sequence.exact and self.sequence.ranks > 1:
             raise WrongScriptError("averages are added to")
         self.averaged = self.averaged or sync
@@ -183,7 +185,9 @@ class Torchs(World):
     """The reference."""
 
     def make(self, params: Any) -> Any:
-        return Reference(params, **self.sequence.options)
+        optimizer = Reference(params, **self.sequence.options)
+        optimizer.is_attached = self.sequence.is_attached
+        return optimizer
 
     def backward(self, seed: int, unused: tuple[str, ...] = (), sync: bool = True) -> None:
         self.check_order(sync)
