@@ -20,7 +20,7 @@ class Draft:
     # Set when the first lines are drawn.
     mode: str
     max_grad_norm: float | None
-    amsgrad: list[bool]
+    amsgrad: list[bool | None]  # by group; None where it may have been changed back
 
     def __init__(self, rng: random.Random, number: str, ranks: int, way: dict[str, Any]) -> None:
         self.rng, self.number, self.ranks = rng, number, ranks
@@ -101,6 +101,12 @@ class Draft:
 
     def one_of(self, *texts: str) -> str:
         return self.rng.choice(texts)
+
+    def at_once(self) -> None:
+        """An update, which shows what is thought of the act before it."""
+        self.act("backward", f"backward({self.seed()})", look=False)
+        self.act("step", "optimizer.step()", look=True)
+        self.act("zero_grad", "optimizer.zero_grad()")
 
     def structure(self, label: str, text: str, *, must_wrap: bool = False, **more: Any) -> None:
         """An act after which the model or the groups have other parameters.

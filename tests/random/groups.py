@@ -34,11 +34,12 @@ class Groups(Draft):
 
     def flip_amsgrad(self) -> None:
         g = self.group()
-        group = f"optimizer.param_groups[{g}]"
-        to = not self.amsgrad[g]
-        self.act("flip amsgrad", f'{group}["amsgrad"] = {to}', may_refuse=True, undo=f'{group}["amsgrad"] = {not to}')
-        if not to:
-            self.amsgrad[g] = to
+        if not self.between or self.amsgrad[g] is None:
+            return
+        line, to = f'optimizer.param_groups[{g}]["amsgrad"] = ', not self.amsgrad[g]
+        self.act("flip amsgrad", f"{line}{to}", may_refuse=True, undo=f"{line}{not to}")
+        self.amsgrad[g] = None  # who knows
+        self.at_once()
 
     def reorder_groups(self) -> None:
         if len(self.groups) < 2:
@@ -155,7 +156,7 @@ class Groups(Draft):
         name = self.name(self.grouped())
         g = self.group()
         source = next(i for i, names in enumerate(self.groups) if name in names)
-        if self.amsgrad[source] != self.amsgrad[g]:
+        if None in self.amsgrad or self.amsgrad[source] != self.amsgrad[g]:
             return
         self.groups[source].remove(name)
         self.groups[g].append(name)
@@ -261,7 +262,7 @@ class Groups(Draft):
     def through_torch(self) -> None:
         if self.ranks > 1 or self.mode != "native" or self.max_grad_norm is not None or self.has_second:
             return
-        if self.names_match() and not any(self.amsgrad):
+        if self.names_match() and all(amsgrad is False for amsgrad in self.amsgrad):
             self.act("through torch", f"through_torch({self.seed()})")
 
     def second_optimizer(self) -> None:

@@ -88,9 +88,15 @@ class Reference(torch.optim.AdamW):
         """Nothing is under way."""
 
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
-        norm = nn.utils.clip_grad_norm_(self.all_params(), max_norm)
-        self.rough |= self.is_attached and bool(norm > max_norm)
-        return norm
+        if not self.is_attached:
+            return nn.utils.clip_grad_norm_(self.all_params(), max_norm)
+        grads = [param.grad for param in self.all_params() if param.grad is not None]
+        norm = torch.stack([grad.double().square().sum() for grad in grads]).sum().sqrt() if grads else torch.zeros(())
+        if norm > max_norm:
+            self.rough = True
+            for grad in grads:
+                grad.mul_((max_norm / (norm + 1e-6)).float())
+        return norm.float()
 
     # ------------------------------------------------------------ the update
 

@@ -53,12 +53,13 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a.detach().contiguous().view(integers), b.detach().contiguous().view(integers))
 
 
-def near(a: Tensor, b: Tensor) -> bool:
+def near(a: Tensor, b: Tensor, unit: float = 1e-5) -> bool:
     """Equal but for a few roundings of ``a``'s dtype, or of bf16's where that is coarser than its terms."""
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
     if not a.numel():
         return True
-    unit = 2**-6 if a.dtype.itemsize == 2 else 1e-5
+    if a.dtype.itemsize == 2:
+        unit = 2**-6
     scale = float(torch.maximum(a.detach().abs().max(), b.detach().abs().max()))
     return torch.allclose(a.double(), b.double(), rtol=unit, atol=unit * scale + 1e-12)

@@ -167,7 +167,7 @@ class Values(Draft):
             texts.append(f'{got}state["exp_avg"] = noise(model.{name}, {seed})')
         self.act("write state", self.rng.choice(texts))
 
-    def amsgrad_of(self, name: str) -> bool:
+    def amsgrad_of(self, name: str) -> bool | None:
         return next(amsgrad for names, amsgrad in zip(self.groups, self.amsgrad, strict=True) if name in names)
 
     def keep_state(self) -> None:
@@ -185,7 +185,7 @@ class Values(Draft):
 
     def half_a_state(self) -> None:
         """What torch refuses with a KeyError, or worse."""
-        if self.mode != "native" or not self.grouped():
+        if self.mode != "native" or not self.grouped() or not self.between:
             return
         name = self.name(self.grouped())
         of = f"optimizer.state[model.{name}]"
@@ -194,3 +194,4 @@ class Values(Draft):
             f'{of} = {{"step": torch.ones(()), "exp_avg": torch.zeros(3, 3, 3), "exp_avg_sq": torch.zeros(3, 3, 3)}}',
         )
         self.act("half a state", wrong, may_refuse=True, undo=f"{of} = {{}}")
+        self.at_once()
