@@ -145,7 +145,6 @@ class Values(Draft):
             f'{got}state["exp_avg"] = state["exp_avg"] * 0.5',
             f'{got}state["exp_avg"].zero_()',
             f'{got}state["exp_avg_sq"].mul_(0.5)',
-            f'{got}state["exp_avg_sq"].data = state["exp_avg_sq"] * 0.5',
             f'{got}state["step"] = torch.zeros(())',
             f'{got}state["step"].fill_(7.0)',
             f'{got}state["step"] = state["step"] + 1',
@@ -169,6 +168,10 @@ class Values(Draft):
 
     def amsgrad_of(self, name: str) -> bool | None:
         return next(amsgrad for names, amsgrad in zip(self.groups, self.amsgrad, strict=True) if name in names)
+
+    def replace_state_memory(self) -> None:
+        state = f"state = optimizer.state.get(model.{self.name()}, {{}})\nif 'exp_avg' in state: "
+        self.act("replace state memory", f'{state}state["exp_avg_sq"].data = state["exp_avg_sq"] * 0.5')
 
     def keep_state(self) -> None:
         if "state" not in self.kept:
