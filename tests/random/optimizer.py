@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import tempfile
 import time
 from collections import Counter
@@ -42,6 +43,17 @@ class Tally:
         self.updates += outcome.updates
         self.sentences += outcome.sentences
         self.invalid += bool(outcome.invalid)
+
+    def join(self, other: Tally) -> None:
+        self.sequences += other.sequences
+        self.updates += other.updates
+        self.invalid += other.invalid
+        self.sentences += other.sentences
+        self.failures += other.failures
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 def outcome_of(sequence: Sequence, folder: Path) -> Outcome:
@@ -183,20 +195,20 @@ def main() -> int:
     if unknown := without - {name for _, name in [*BETWEEN, *GRADIENTS]} - {"alone"}:
         parser.error(f"--without: no such acts: {', '.join(sorted(unknown))}")
     torch.set_num_threads(1)
+    signal.signal(signal.SIGTERM, _interrupt)  # what has been found by then is shown
     begin = time.monotonic()
     numbers = range(options.first, options.first + options.sequences)
     with tempfile.TemporaryDirectory() as name, tqdm(total=len(numbers), unit=" sequences", mininterval=5) as bar:
         folder = Path(name)
         tally = Tally()
-        for start in range(numbers.start, numbers.stop, 500):
-            part = [draw(options.seed, i, options.ranks, without) for i in range(start, min(start + 500, numbers.stop))]
-            found = judge(part, folder, bar.update)
-            tally.sequences += found.sequences
-            tally.updates += found.updates
-            tally.invalid += found.invalid
-            tally.sentences += found.sentences
-            tally.failures += found.failures
-            bar.set_postfix(differ=len(tally.failures))
+        size = 100 if options.ranks == 1 else TOGETHER
+        try:
+            for start in range(numbers.start, numbers.stop, size):
+                some = range(start, min(start + size, numbers.stop))
+                tally.join(judge([draw(options.seed, i, options.ranks, without) for i in some], folder, bar.update))
+                bar.set_postfix(differ=len(tally.failures))
+        except KeyboardInterrupt:
+            print("interrupted")
         bar.close()
         report(tally, folder, options.shrink, options.seconds)
     print(f"{time.monotonic() - begin:.0f} s")
