@@ -98,26 +98,30 @@ def fp32_weight(optimizer: Any, param: Tensor) -> Tensor | None:
     weight = param.detach()
     if exact.shape != param.shape:
         flat = in_memory_order(weight, weight)
-        weight = torch.cat([flat[:0], *(flat[a:b] for a, b in ranges_of(optimizer, param))])
+        if (ranges := ranges_of(optimizer, param)) is None:
+            return exact
+        weight = torch.cat([flat[:0], *(flat[a:b] for a, b in ranges)])
     if "remainder" in state:
         return join_master(weight.contiguous(), exact.contiguous())
     return torch.where(exact.to(weight.dtype) == weight, exact, weight.float())
 
 
-def ranges_of(optimizer: Any, param: Tensor) -> list[list[int]]:
-    """Which elements this rank owns, counted in the order of memory."""
+def ranges_of(optimizer: Any, param: Tensor) -> list[list[int]] | None:
+    """Which elements this rank owns, counted in the order of memory; None of a parameter that has no place yet."""
     for shard in optimizer.shards:
         for i, other in enumerate(shard.params):
             if other is param:
                 return shard.ranges_of(i)  # type: ignore[no-any-return]
-    return [[0, param.numel()]]
+    return None
 
 
 def _same_share(optimizer: Any, p: Tensor, mine: Tensor, whole: Tensor, like: Tensor, same: Any) -> bool:
     if mine.shape == whole.shape:
         return bool(same(mine, whole))
+    if (ranges := ranges_of(optimizer, p)) is None:
+        return True  # a share of another parameter that the user has moved: the next update shows whether it is right
     flat = in_memory_order(whole, like)
-    expected = torch.cat([flat[:0], *(flat[a:b] for a, b in ranges_of(optimizer, p))])
+    expected = torch.cat([flat[:0], *(flat[a:b] for a, b in ranges)])
     return bool(same(mine, expected))
 
 
@@ -153,7 +157,7 @@ def _take_over(ours: Ours, theirs: Torchs) -> None:
                         whole.copy_(part)
                         continue
                     flat, place = in_memory_order(whole, q).clone(), 0
-                    for start, stop in ranges:
+                    for start, stop in ranges or []:
                         flat[start:stop] = part.reshape(-1)[place : place + stop - start]
                         place += stop - start
                     torch.as_strided(whole, (whole.numel(),), (1,)).copy_(flat)

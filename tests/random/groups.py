@@ -226,7 +226,8 @@ class Groups(Draft):
             f"{names} = copy.deepcopy(({names}))\nwrap()", f"{names} = pickle.loads(pickle.dumps(({names})))\nwrap()"
         )
         self.kept.clear()
-        self.act("copy", text)
+        # What ranks must do together cannot be done by copying.
+        self.act("copy", text, may_refuse=self.ranks > 1)
 
     def copy_aside(self) -> None:
         self.act(

@@ -200,8 +200,8 @@ class _Play:
             return failure
         self.outcome.sentences[error.beginning] += 1
         risks, self.risks = self.risks, []
-        lines = [risk.undo for risk in reversed(risks) if risk.undo]
-        lines += ["optimizer.zero_grad()", "if second is not None: second.zero_grad()", "model.zero_grad()"]
+        lines = ["optimizer.zero_grad()", "if second is not None: second.zero_grad()", "model.zero_grad()"]
+        lines += [risk.undo for risk in reversed(risks) if risk.undo]
         for line in lines:
             problems = self.exchange([attempt(world, line) for world in (self.ours, self.theirs)])
             if any(problem is not None for pair in problems for problem in pair):
