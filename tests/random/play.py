@@ -186,7 +186,7 @@ class _Play:
                 self.outcome.invalid = f"{act.text}: {theirs}"
                 return None
             return Failure("unclear", i, str(error))
-        if theirs_too and (error.is_sentence or (theirs is not None and error.where == theirs.where)):
+        if theirs is not None and (error.is_sentence or (theirs_too and error.where == theirs.where)):
             self.outcome.sentences[error.beginning] += 1
             return self.look(i, "changed", f"{error} ")
         return Failure("refused" if error.is_sentence else "unclear", i, str(error))
