@@ -257,7 +257,8 @@ class Groups(Draft):
         self.act(
             "go back to state dict",
             "if [len(g['params']) for g in saved_before['param_groups']] == "
-            "[len(g['params']) for g in optimizer.param_groups]:\n    optimizer.load_state_dict(copy.deepcopy(saved_before))",
+            "[len(g['params']) for g in optimizer.param_groups]:\n"
+            "    optimizer.load_state_dict(copy.deepcopy(saved_before))",
         )
 
     def through_torch(self) -> None:

@@ -183,7 +183,8 @@ class Values(Draft):
             return
         self.act(
             "put state back",
-            "for p, s in kept.items():\n    if p in optimizer.state: optimizer.state[p] = {k: v.clone() for k, v in s.items()}",
+            "for p, s in kept.items():\n"
+            "    if p in optimizer.state: optimizer.state[p] = {k: v.clone() for k, v in s.items()}",
         )
 
     def half_a_state(self) -> None:
