@@ -309,7 +309,7 @@ def _gather(
 
 def _write(path: Path, held: Held, about: Mapping[str, Any], ranks: Ranks) -> None:
     several = ranks.size > 1
-    planner = Planner(held.tensors)
+    planner = Planner(held.tensors, about)
     lock = ranks.everywhere(lambda: _lock(path) if ranks.is_main else None)
     writer = Writer(path, about, ranks.size)
     still_there = "What it held before is still there."

@@ -41,6 +41,7 @@ from dist_adamw.index import (
     INDEX,
     CheckpointError,
     damage,
+    is_ours,
     open_plainly,
     read_bounded,
     read_index,
@@ -420,6 +421,8 @@ def _files_of(folder: Path) -> set[str]:
     try:
         return {INDEX, *read_index(folder).files}
     except CheckpointError:
+        if is_ours(folder):  # damaged: what it should name would be taken for whole
+            raise
         return set()
 
 

@@ -12,7 +12,7 @@ import math
 import os
 import re
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -26,7 +26,8 @@ INDEX = "index.json"
 FORMAT, VERSION = "dist_adamw checkpoint", 2
 FILE = re.compile(r"[0-9a-f]{16}-[0-9]{5,}\.safetensors")
 BLOCK = 1 << 22  # bytes read, written and summed at a time; also what a save or a load takes beside the tensors
-_LARGEST = 1 << 30  # bytes of an index
+_LARGEST = 1 << 30  # bytes of an index, to write and to read
+_FILE_NAME = len('"0123456789abcdef-00000.safetensors"')
 _MOST_OPEN = 256  # files that a process keeps open; many systems let it have 1,024
 CODES = {
     torch.float64: "F64",
@@ -139,8 +140,36 @@ def write_index(folder: Path, index: Mapping[str, Any]) -> None:
     write_text(folder / INDEX, json.dumps(index))
 
 
+def check_tensors(tensors: Iterable[tuple[str, torch.dtype, Sequence[int], int]], about: Mapping[str, Any]) -> None:
+    """Raise where no index of these tensors could be read; before anything is written. Local.
+
+    Args:
+        tensors: Key, dtype, shape, and into how many boxes it is cut.
+        about: What else the index says.
+
+    Raises:
+        CheckpointError: names the tensor, or the size.
+    """
+    size = len(json.dumps(about))
+    for key, dtype, shape, boxes in tensors:
+        if dtype not in CODES:
+            raise CheckpointError(f"{key!r} is {dtype}, which safetensors files here do not hold. Convert it")
+        if not _is_shape(shape):
+            raise CheckpointError(f"{key!r} has shape {list(shape)[:64]}, and no load would take it")
+        # Each box has at least a digit for each edge, with a comma and a space, and the name of a file.
+        size += len(json.dumps(key)) + boxes * (6 * len(shape) + _FILE_NAME)
+    if size > _LARGEST:
+        raise CheckpointError(f"its index would have more than {size:,} bytes, and {_LARGEST:,} can be read")
+
+
 def write_text(path: Path, text: str) -> None:
-    """Let a file hold ``text``, or what it held; and the disk, all that was written to the folder before. Local."""
+    """Let a file hold ``text``, or what it held; and the disk, all that was written to the folder before. Local.
+
+    Raises:
+        CheckpointError: it is longer than `read_bounded` reads. Nothing is written then.
+    """
+    if (size := len(text.encode())) > _LARGEST:
+        raise CheckpointError(f"{path} would have {size:,} bytes, and {_LARGEST:,} can be read.")
     partial = path.with_name(f"{path.name}.partial")
     partial.unlink(missing_ok=True)
     with partial.open("x") as file:  # nothing that is there, such as a link to elsewhere, is written to
@@ -254,9 +283,8 @@ def _checked(folder: Path, found: Mapping[str, Any], digest: str, verdict: str =
     taken: dict[str, list[tuple[int, int]]] = {name: [] for name in files}
     for key, facts in found["tensors"].items():
         shape, dtype = tuple(facts["shape"]), DTYPES.get(facts["dtype"])
-        fits = _are_sizes(facts["shape"]) and len(shape) <= 64
-        # Also of a tensor without elements: torch counts its strides in 64 bits.
-        need(fits and _is_size(math.prod(max(n, 1) for n in shape)), f"{key!r} has shape {list(shape)[:64]}")
+        fits = _are_sizes(facts["shape"]) and _is_shape(shape)
+        need(fits, f"{key!r} has shape {list(shape)[:64]}")
         need(dtype is not None, f"{key!r} is of dtype {facts['dtype']!r}")
         assert dtype is not None
         chunks = []
@@ -287,6 +315,11 @@ def _is_size(value: Any) -> bool:
 
 def _are_sizes(value: Any) -> bool:
     return isinstance(value, list | tuple) and all(map(_is_size, value))
+
+
+def _is_shape(shape: Sequence[int]) -> bool:
+    """Whether torch can have a tensor of that shape; also one without elements, whose strides have 64 bits."""
+    return len(shape) <= 64 and _is_size(math.prod(max(n, 1) for n in shape))
 
 
 def _digest(index: Mapping[str, Any]) -> str:
@@ -321,6 +354,15 @@ def check_files(index: Index, part: int = 0, parts: int = 1) -> None:
 
 def _unreadable(path: Path, error: OSError) -> CheckpointError:
     return CheckpointError(f"{path} cannot be read: {error}. Resume from an older checkpoint.")
+
+
+def is_ours(folder: Path) -> bool:
+    """Whether a folder's index says that it is one of ours, whole or not. Local."""
+    try:
+        found = json.loads(read_bounded(folder / INDEX))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(found, dict) and found.get("format") == FORMAT
 
 
 def damage(folder: str | Path, part: int = 0, parts: int = 1) -> str | None:

@@ -9,14 +9,22 @@ and each tensor asked whether it is stateful, with two lines for a log that nobo
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
+
+from dist_adamw.index import check_tensors
 
 
 class Planner(DefaultSavePlanner):
@@ -24,11 +32,12 @@ class Planner(DefaultSavePlanner):
 
     Args:
         tensors: By key: plain ones, DTensors, `Owned`.
+        about: What else the index will say; the main rank's.
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+    def __init__(self, tensors: Mapping[str, Tensor], about: Mapping[str, Any] | None = None) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-        self._tensors = dict(tensors)
+        self._tensors, self._about = dict(tensors), about or {}
         self._items: list[WriteItem] = []
 
     def set_up_planner(self, state_dict: Any, storage_meta: Any = None, is_coordinator: bool = False) -> None:
@@ -44,6 +53,7 @@ class Planner(DefaultSavePlanner):
         """Which of its items each rank writes, as their places."""
         given = [[_item(*numbers) for numbers in plan.planner_data] for plan in all_plans]
         chosen, metadata = super().create_global_plan([SavePlan(items) for items in given])
+        check_tensors(_described(metadata), self._about)
         plans = []
         for items, plan in zip(given, chosen, strict=True):
             kept = {item.index for item in plan.items}
@@ -55,6 +65,12 @@ class Planner(DefaultSavePlanner):
         """This rank's items again."""
         items = [self._items[i] for i in new_plan.planner_data]
         return super().finish_plan(dataclasses.replace(new_plan, items=items, planner_data=None))
+
+
+def _described(metadata: Metadata) -> Iterator[tuple[str, torch.dtype, tuple[int, ...], int]]:
+    for key, found in metadata.state_dict_metadata.items():
+        assert isinstance(found, TensorStorageMetadata)
+        yield key, found.properties.dtype, tuple(found.size), len(found.chunks)
 
 
 def _numbers(item: WriteItem) -> tuple[Any, ...]:
