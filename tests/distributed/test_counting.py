@@ -151,3 +151,22 @@ def test_the_length_of_the_data_is_no_epoch_size_with_drop_last() -> None:
     loader = DataLoader(rows(10), 4, drop_last=True)
     with pytest.warns(UserWarning, match="epoch_size=10 is the length .* trains on 8 samples"):
         prepare(Accelerator(cpu=True), model, optimizer, loader, scheduler)
+
+
+def test_batches_that_are_not_trained_on_do_not_count() -> None:
+    """Of an evaluation, and of a loop that was left without a backward pass."""
+    loop = Loop(rows(8))
+    other = loop.accelerator.prepare(DataLoader(rows(9), 3))
+    batches = iter(loop.loader)
+    batch = next(batches)
+    with torch.no_grad():
+        next(iter(other))
+    assert loop.train(batch) == 4
+    next(iter(other))  # with gradients, and dropped when the next batch comes
+    assert loop.train(next(batches)) == 8
+
+
+def test_batches_that_are_fetched_ahead_count_one_by_one() -> None:
+    loop = Loop(rows(10))
+    ahead = list(loop.loader)
+    assert [loop.train(batch) for batch in ahead] == [4, 8, 10]
