@@ -336,7 +336,10 @@ def _whole(shard: Shard, moved: Sequence[Move], values: Sequence[Tensor]) -> Ite
             if not runs:
                 continue
             sent = torch.cat([values[n] for n in members]) if rank == shard.rank else torch.cat(runs)
-            dist.broadcast(sent, src=dist.get_global_rank(shard.process_group, rank), group=shard.process_group)
+            # As bytes: gloo has no int16, which remainders are.
+            dist.broadcast(
+                sent.view(torch.uint8), src=dist.get_global_rank(shard.process_group, rank), group=shard.process_group
+            )
             torch._foreach_copy_(runs, list(torch.split(sent, [run.numel() for run in runs])))
         yield from zip([moved[n] for n in members], wholes, strict=True)
 

@@ -171,6 +171,24 @@ def test_a_share_is_taken_as_the_share() -> None:
     run_ranks(2, check_share)
 
 
+def check_masters_move(master_dtype: torch.dtype) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    params = [nn.Parameter(torch.randn(n, generator=generator).bfloat16()) for n in (70, 33, 129)]
+    optimizer = DistAdamW(params, lr=1e-2, master_dtype=master_dtype, bucket_numel=64)
+    for update in range(8):
+        if update == 4:  # the others now lie elsewhere
+            del optimizer.param_groups[0]["params"][0]
+        for param in params:
+            param.grad = torch.randn(param.shape, generator=generator).bfloat16()
+        optimizer.step()
+    return [param.detach() for param in params]
+
+
+def test_remainders_move_as_masters_do() -> None:
+    masters, remainders = (run_ranks(2, check_masters_move, dtype)[0] for dtype in (torch.float32, torch.int16))
+    assert all(map(torch.equal, masters, remainders))
+
+
 def check_one_rank_alone(way: str, what: str) -> None:
     model = Network()
     optimizer = Pair._groups(DistAdamW, model, bucket_numel=300, max_grad_norm=1.0 if what == "moment" else None)
