@@ -186,11 +186,14 @@ class Position:
         if not run.is_exhausted or self._passes.get(run) is not self._pass or self._pass is None:
             return
         self._pass.is_over = True
-        self._pass = self._resumed = None
-        self.epoch, self.samples = self.epoch + 1, 0
+        self._finish_pass()
         loader = self._loader()
         if loader is not None and run.loader() is not loader:  # Accelerate's count of epochs is the other loader's
             loader.iteration = self.epoch
+
+    def _finish_pass(self) -> None:
+        self._pass = self._resumed = None
+        self.epoch, self.samples = self.epoch + 1, 0
 
     # ---------------------------------------------------------------- state
 
@@ -275,6 +278,8 @@ class Position:
         return self._batches(self.loader)  # which it keeps from now on
 
     def _batches(self, loader: Any) -> Iterator[Any]:
+        if self._pass is not None and self._pass.is_over:  # a loop was left at the last batch
+            self._finish_pass()
         loads = self._loads
         loader.iteration = self.epoch
         with _from(loader, self.samples, self.facts) as self._rest:

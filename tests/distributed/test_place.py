@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import Accelerator, skip_first_batches
-from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from accelerate import Accelerator, DataLoaderConfiguration, skip_first_batches
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from dist_adamw import CheckpointFolder, CyclicLRWithRestarts, DistAdamW, position, prepare, rest_of_epoch
 
@@ -166,3 +166,36 @@ def test_a_checkpoint_folder_says_when_a_save_is_due(tmp_path: Path) -> None:
         assert folder.is_due(40)
     with contextlib.closing(CheckpointFolder(tmp_path / "other")) as folder, pytest.raises(ValueError, match="every"):
         folder.is_due(5)
+
+
+class Stream(IterableDataset):  # type: ignore[type-arg]
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(torch.arange(9.0).view(-1, 1))
+
+    def __len__(self) -> int:
+        return 9
+
+
+@pytest.mark.parametrize("kind", ["indices", "stream", "dispatched"])
+def test_the_next_epoch_follows_a_loop_that_was_left_at_its_last_batch(kind: str) -> None:
+    config = DataLoaderConfiguration(dispatch_batches=kind == "dispatched")
+    accelerator = Accelerator(cpu=True, dataloader_config=config)
+    model: Any = nn.Linear(1, 1)
+    optimizer: Any = DistAdamW(model.parameters())
+    scheduler = CyclicLRWithRestarts(optimizer, restart_period=1)
+    data: Any = Stream() if kind != "indices" else torch.arange(9.0).view(-1, 1)
+    model, optimizer, loader, scheduler = prepare(accelerator, model, optimizer, DataLoader(data, 4), scheduler)
+    sizes: list[list[int]] = []
+    for _ in range(3):
+        sizes.append([])
+        for batch in rest_of_epoch(loader):
+            accelerator.backward(model(batch).mean())
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+            sizes[-1].append(len(batch))
+            if len(sizes[-1]) == 3:
+                break
+    assert sizes == [[4, 4, 1]] * 3
+    assert scheduler.samples == 27
+    assert (position(loader).epoch, position(loader).samples) == (2, 9)
