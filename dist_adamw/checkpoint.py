@@ -240,9 +240,17 @@ class AsyncSaver:
 
 def _forget_frames(error: BaseException | None) -> None:
     """Let go of what the functions had that an error came through, and the errors before it. Local."""
-    while error is not None:
-        traceback.clear_frames(error.__traceback__)
-        error = error.__cause__ or error.__context__
+    errors, seen = [error], set[int]()
+    while errors:
+        found = errors.pop()
+        if found is None or id(found) in seen:
+            continue
+        seen.add(id(found))
+        traceback.clear_frames(found.__traceback__)
+        found.__traceback__ = None  # frames keep their functions, and those what is in their closures
+        errors += [found.__cause__, found.__context__]
+        if isinstance(found, CheckpointException):
+            errors += [failure for failure, _ in found.failures.values()]
 
 
 def _tell_of_failures(savings: list[Saving]) -> None:

@@ -140,9 +140,19 @@ def compare(
 
 
 def with_text_keys(state: Any) -> Any:
-    """A scheduler's state whose dicts have text for keys, as JSON needs it: MultiStepLR's milestones are numbers."""
+    """A scheduler's state whose dicts have text for keys, as JSON needs it: MultiStepLR's milestones are numbers.
+
+    Raises:
+        CheckpointError: two keys of a dict have the same text.
+    """
     if isinstance(state, dict):
-        return {key if isinstance(key, str) else str(key): with_text_keys(value) for key, value in state.items()}
+        texts = {str(key): with_text_keys(value) for key, value in state.items()}
+        if len(texts) < len(state):
+            raise CheckpointError(
+                f"the scheduler's state has keys with the same text among {list(state)!r:.200}, and one of them would "
+                "be lost. Use keys of one type."
+            )
+        return texts
     return [with_text_keys(value) for value in state] if isinstance(state, list | tuple) else state
 
 

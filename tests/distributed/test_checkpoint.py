@@ -489,7 +489,7 @@ def says_beside(folder: str, extra: Any) -> str:
     [
         ([], r"is damaged: what save_state adds is \[\]"),
         ({"files": []}, r"is damaged: what save_state adds is \{'files': \[\]\}"),
-        ({"step": "4"}, r"is damaged: what save_state adds is \{'step': '4'\}"),
+        ({"files": 4}, r"is damaged: what save_state adds is \{'files': 4\}"),
         ({"position": "here"}, "this is no position in the data"),
         ({"files": {"../other": [1, ""]}}, r"not of one save: \.\./other is not what was saved"),
     ],

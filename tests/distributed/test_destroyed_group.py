@@ -43,15 +43,15 @@ def rank_of(rank: int, root: str, keep: int, answers: Any) -> None:
     if rank == 1:
         time.sleep(0.2)
     dist.destroy_process_group()
-    began, said = time.monotonic(), []
+    said = []
     for end in (second.wait, folder.close, saver.close, lambda: folder.save(30, job.write)):
         try:
             end()
         except CheckpointError as error:
             said.append(str(error))
-    answers.put((rank, said, time.monotonic() - began))
+    answers.put((rank, said))
     if rank == 0:
-        time.sleep(8)  # it lives on, and the other one must not wait for its end
+        time.sleep(600)  # until it is killed; the other rank must not wait for its end
 
 
 @pytest.mark.parametrize("keep", [1, 3])
@@ -64,8 +64,7 @@ def test_a_group_that_is_destroyed_in_a_save_costs_no_checkpoint(keep: int, tmp_
         process.start()
     try:
         for _ in processes:
-            _, said, seconds = answers.get(timeout=60)
-            assert seconds < 7, "one rank waited for the other's end"
+            _, said = answers.get(timeout=45)  # less than a rank would wait for the other one
             assert len(said) == 2, said  # of the save, and of the folder that is closed
             assert "was destroyed before the checkpoint was finished" in said[0] or "could not write" in said[0]
     finally:

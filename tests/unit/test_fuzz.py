@@ -75,10 +75,15 @@ def of(make: Any) -> Any:
     return model, optimizer, make(optimizer)
 
 
-def test_a_schedule_whose_state_json_would_change_is_not_saved(tmp_path: Path) -> None:
-    """MultiStepLR's milestones have numbers for keys: a resumed job never came to one."""
-    with pytest.raises(CheckpointError, match="a dict has keys that are not text"):
-        save(tmp_path, *of(lambda optimizer: torch.optim.lr_scheduler.MultiStepLR(optimizer, [2, 4])))
+def test_a_schedule_whose_keys_would_become_one_is_not_saved(tmp_path: Path) -> None:
+    """Keys are text in a checkpoint, and numbers again when they are loaded: MultiStepLR's milestones are."""
+
+    class Milestones(torch.optim.lr_scheduler.StepLR):
+        def state_dict(self) -> dict[str, Any]:
+            return {**super().state_dict(), "seen": {1: 3, "1": 4}}
+
+    with pytest.raises(CheckpointError, match="keys with the same text"):
+        save(tmp_path, *of(lambda optimizer: Milestones(optimizer, 2)))
 
 
 def test_a_parameter_may_be_called_as_a_rank_is(tmp_path: Path) -> None:
@@ -155,13 +160,15 @@ def test_no_module_executes_what_it_reads(path: Path) -> None:
             names = [alias.name for alias in node.names] + [getattr(node, "module", None) or ""]
             if path.stem == "foreign" and names == ["pickle", ""]:
                 continue  # its unpickler has a find_class of its own, and is the only one
+            if path.stem == "unpickling" and names == ["pickle", ""]:
+                continue  # it keeps pickle from finding classes while other libraries read; test_planted.py
             assert not UNSAFE & {name.partition(".")[0] for name in names}, ast.unparse(node)
         if isinstance(node, ast.ClassDef) and "pickle.Unpickler" in map(ast.unparse, node.bases):
             assert "find_class" in [part.name for part in node.body if isinstance(part, ast.FunctionDef)]
         if isinstance(node, ast.Call):
             called, told = ast.unparse(node.func), {k.arg: ast.unparse(k.value) for k in node.keywords}
             assert called not in EXECUTES, ast.unparse(node)
-            assert not called.startswith("pickle."), ast.unparse(node)
+            assert not called.startswith("pickle.") or called == "pickle.UnpicklingError", ast.unparse(node)
             assert called not in ("torch.load", "torch.jit.load") or told.get("weights_only") == "True", called
             assert called not in ("yaml.load", "yaml.unsafe_load", "yaml.full_load"), called
             assert called not in ("np.load", "numpy.load") or told.get("allow_pickle", "False") == "False", called
