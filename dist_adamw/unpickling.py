@@ -180,13 +180,14 @@ def load_safely(file: Any, what: str | Path, how_to_trust: str, **options: Any) 
         file: A path, or an open file.
         what: It, for the error.
         how_to_trust: What to do where the file holds anything else.
-        options: Of ``torch.load``.
+        options: Of ``torch.load``; ``weights_only`` is True whatever they say.
 
     Raises:
         CheckpointError: it holds something else, or is no such file.
     """
+    others = {name: value for name, value in options.items() if name != "weights_only"}
     try:
-        return torch.load(file, **{"map_location": "cpu", **options, "weights_only": True})
+        return torch.load(file, weights_only=True, **{"map_location": "cpu", **others})
     except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "TorchScript" not in str(error):
             raise
