@@ -7,6 +7,7 @@ is not fp32 passes through scratch memory block by block, so that each tensor is
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
@@ -21,6 +22,8 @@ from dist_adamw.functional import DecayBy, adamw_update_, can_fuse, zeros_apart
 # multiples of this, a block ends in that loop exactly where the whole piece would have.
 _CUT_AT = 32
 _HALF = 1 << 15
+_memcmp = ctypes.CDLL(None).memcmp
+_memcmp.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
 _PLACES: dict[int | str, int] = {0: 1, 1: 2, 2: 3, "weights": 4, "grads": 5}  # in a page; see `zeros_apart`
 
 
@@ -211,12 +214,9 @@ def _follow_block(block: _Columns, scratch: _Scratch) -> None:
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors of 16 bits an element, 1-D and on a CPU, are alike to the bit."""
-    # torch.equal takes element by element, so four at a time are six times as fast.
-    fours = a.numel() // 4 * 4 if a.storage_offset() % 4 == b.storage_offset() % 4 == 0 else 0
-    return torch.equal(a[:fours].view(torch.int64), b[:fours].view(torch.int64)) and torch.equal(
-        a[fours:].view(torch.int16), b[fours:].view(torch.int16)
-    )
+    """Whether two tensors of one dtype, contiguous and on a CPU, are alike to the bit."""
+    # torch.equal takes element by element, and six times as long.
+    return a.numel() == b.numel() and not _memcmp(a.data_ptr(), b.data_ptr(), a.nbytes)
 
 
 def _split_(masters: list[Tensor], params: list[Tensor], remainders: list[Tensor]) -> None:
