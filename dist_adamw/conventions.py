@@ -33,7 +33,7 @@ def unwrap(optimizer: Optimizer) -> Optimizer:
 
 
 def engine_that_shards(optimizer: Optimizer) -> Any:
-    """The optimizer of DeepSpeed that steps ``optimizer`` on partitions of its own; None without one. Local.
+    """The optimizer of DeepSpeed that steps ``optimizer`` on its own partitions; None without one. Local.
 
     DeepSpeed puts its flat fp32 partitions into the groups of the optimizer that it is given, and says so nowhere but
     by keeping it. So its own objects are looked through, which takes tenths of a second: ask rarely.

@@ -23,7 +23,7 @@ from dist_adamw.plan import Plan
 from dist_adamw.shard import Shard
 
 _HOOK = "_dist_adamw_hook"  # attribute of a DDP module
-# Where DDP's reducer stands aside: it copies every gradient into buckets of its own, which costs as much time as
+# Where DDP's reducer stands aside: it copies every gradient into its own buckets, which costs as much time as
 # the update. Elsewhere the buckets have been allocated by then, so gradients had better be in them.
 _ASIDE = frozenset({"cpu"})
 
@@ -40,7 +40,7 @@ class Listener(Protocol):
 
 
 class PackedBucket:
-    """What one of DDP's buckets holds for one listener; good until DDP packs anew."""
+    """What one of DDP's buckets holds for one listener; good until DDP packs again."""
 
     def __init__(self, params: list[Tensor], flat: list[Tensor]) -> None:
         self.params, self._flat = params, flat  # 1-D views of the buffer
@@ -138,7 +138,7 @@ class DDPReducer:
         self.follow()
 
     def follow(self) -> None:
-        """Decide anew who gets what: a listener has come, has gone, or listens to other parameters."""
+        """Decide again who gets what: a listener has come, has gone, or listens to other parameters."""
         self._known.clear()
         self._stands_aside = bool(self._paths(aside=True)) and self.can_stand_aside(frozenset())
 

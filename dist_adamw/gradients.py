@@ -91,7 +91,7 @@ class GradientPath:
         self._heard = False  # whether this backward pass has reached a parameter
         self._listens_to_ddp: bool | None = None
         self._ddp_only = True  # DDP's buckets tell of every gradient
-        self._are_copied = False  # DDP writes some gradients when backward is over, from buffers of its own
+        self._are_copied = False  # DDP writes some gradients when backward is over, from its own buffers
         self._known: list[Tensor] = []  # the optimizer's parameters, when `_follow_params` last looked
         self._ids: Set[int] = frozenset()
         self._inboxes: list[deque[Tensor]] = []  # by plain module: parameters whose gradient has come
@@ -391,7 +391,7 @@ class GradientPath:
         self._announced = False  # whether other ranks know that this round has begun
 
     def _follow_layout(self) -> None:
-        """At the first gradient of a round: plan anew where shards or parameters have changed."""
+        """At the first gradient of a round: plan again where shards or parameters have changed."""
         if self._checked or self._next:
             return
         self._follow_params()

@@ -534,6 +534,13 @@ class CyclicLRWithRestarts(LRScheduler):
 
     def _values(self) -> list[tuple[float, float | None]]:
         """lr and weight decay of each group at ``samples``; None where the decay is left alone."""
+        groups = len(self.optimizer.param_groups)
+        if groups < len(self._bases):
+            raise ValueError(
+                f"the optimizer has {groups} parameter groups, and the schedule was made for {len(self._bases)}; which "
+                "were deleted is not known. Make a new CyclicLRWithRestarts and call its "
+                f"go_to(samples={self.samples})."
+            )
         point = self.schedule.at(self.samples)
         return [
             (self._lr(point, base), self._weight_decay(point, base, decay_convention(self.optimizer, group)))

@@ -713,3 +713,16 @@ def test_updates_across_the_ends_of_epochs_are_told_once() -> None:
             optimizer.step()
             scheduler.step(samples=8)
     assert ["ends 4 samples beyond an epoch of 20" in str(one.message) for one in told] == [True]
+
+
+def test_a_group_that_was_deleted_is_a_sentence() -> None:
+    params = [torch.nn.Parameter(torch.ones(2)) for _ in range(2)]
+    optimizer = DistAdamW([{"params": [param]} for param in params])
+    scheduler = CyclicLRWithRestarts(optimizer, 4, 40)
+    del optimizer.param_groups[1]
+    params[0].grad = torch.ones(2)
+    optimizer.step()
+    with pytest.raises(
+        ValueError, match=r"has 1 parameter groups, and the schedule was made for 2.*go_to\(samples=4\)"
+    ):
+        scheduler.step()
