@@ -12,7 +12,7 @@ import sys
 import warnings
 import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
 from torch import Tensor
@@ -90,6 +90,18 @@ class _Base:
         return [self.lr, self.min_lr, self.weight_decay, *scale]
 
 
+@dataclass(slots=True)
+class _Known:
+    """A parameter group of the optimizer and its base values.
+
+    It refers to the group, so that no other dict can have the group's ``id`` meanwhile.
+    """
+
+    group: dict[str, Any]
+    base: _Base
+    marks: tuple[object, object] | None = None  # of the lr and weight decay that the schedule wrote last
+
+
 class CyclicLRWithRestarts(LRScheduler):
     """Cyclic learning rates with warm restarts and normalised weight decay, in samples (AdamWR).
 
@@ -98,7 +110,8 @@ class CyclicLRWithRestarts(LRScheduler):
     process, and users one per micro-batch) change nothing, and neither does a skipped update.
 
     A parameter group's own ``lr``, ``weight_decay`` and ``min_lr`` are its base values; where another
-    scheduler has been before, ``initial_lr`` is. A group's ``lr_scale`` (timm's layer-wise decay)
+    scheduler has been before, ``initial_lr`` is. They follow the group, which may be added, deleted, moved, or replaced
+    by a copy (``dict(group, params=[...])``) between updates. A group's ``lr_scale`` (timm's layer-wise decay)
     multiplies the scheduled lr, ``min_lr`` and warm-up included, as under timm's schedulers; a
     normalised weight decay does not follow it, as it follows no base lr.
 
@@ -204,11 +217,10 @@ class CyclicLRWithRestarts(LRScheduler):
         self._has_crossed = False  # whether a warning has said that updates run across epoch ends
         self._counted_last = 0  # samples of the last update that the clock counted
         self._schedule = self._make_schedule()
-        self._bases: list[_Base] = []
-        self._written: list[tuple[object, object]] = []  # marks of the lr and weight decay that this has written
+        self._known: list[_Known] = []  # in the order of the optimizer's groups, when last looked at
         self._has_warned = False  # of values that others have written
         self.optimizer = unwrap(optimizer)
-        self._learn_groups()
+        self._follow_groups()
         self._listen()
         super().__init__(self.optimizer)
 
@@ -227,17 +239,18 @@ class CyclicLRWithRestarts(LRScheduler):
 
         self.optimizer.register_step_pre_hook(weakly(self._before_update))
         self.optimizer.register_step_post_hook(weakly(self._after_update))
-        # A loaded optimizer brings the lr and weight decay of the job that saved it.
-        self.optimizer.register_load_state_dict_post_hook(weakly(self._push))
+        # A loaded optimizer brings the lr and weight decay of the job that saved it, in new groups.
+        self.optimizer.register_load_state_dict_pre_hook(weakly(self._before_load))
+        self.optimizer.register_load_state_dict_post_hook(weakly(self._after_load))
 
     def __getstate__(self) -> dict[str, Any]:
         # prepare's source belongs to this process; the copy's job prepares anew.
         self._settle()
-        return {**self.__dict__, "sample_source": None}
+        # The groups keep the base values, and a copied tensor counts its versions from 0.
+        return {**self.__dict__, "sample_source": None, "_known": []}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._written = []  # a copied tensor counts its versions from 0
         self._listen()
 
     @property
@@ -306,23 +319,69 @@ class CyclicLRWithRestarts(LRScheduler):
         """The current cycle, from 0; also how often lr has restarted."""
         return self.schedule.at(self.samples).cycle.index
 
-    def _learn_groups(self) -> None:
-        """Take down the base values of groups not seen before."""
-        optimizer = self.optimizer
-        for group in optimizer.param_groups[len(self._bases) :]:
-            # torch's own convention for lr: what a scheduler has annealed is never taken for a base.
-            base_lr = _number("lr", group.setdefault("initial_lr", _copied(group["lr"])))
-            decay = _number("weight_decay", group.setdefault("initial_weight_decay", group.get("weight_decay", 0.0)))
-            min_lr = _number("min_lr", group.get("min_lr", self._min_lr))
-            lr_scale = _number("lr_scale", group.get("lr_scale", 1.0))
-            base = _Base(base_lr, min_lr, decay, lr_scale)
-            if self._normalize is True and decay > 0 and decay_convention(optimizer, group) == "l2":
+    @property
+    def _bases(self) -> list[_Base]:
+        """The base values of the optimizer's groups as they are now."""
+        self._follow_groups()
+        return [known.base for known in self._known]
+
+    def _follow_groups(self) -> None:
+        """Bring ``_known`` in line with the optimizer's groups, which users add, delete, reorder and replace."""
+        known = {id(one.group): one for one in self._known}
+        groups = self.optimizer.param_groups
+        self._known = [known.get(id(group)) or self._learn(i, group) for i, group in enumerate(groups)]
+
+    def _learn(self, index: int, group: dict[str, Any]) -> _Known:
+        """Take down the base values of a group, in the group as well, where copies of it find them."""
+        # torch's own convention for lr: what a scheduler has annealed is never taken for a base.
+        for name in ("lr", "weight_decay"):
+            if f"initial_{name}" not in group:
+                self._check_not_annealed(index, name, _number(name, group.get(name, 0.0)))
+                group[f"initial_{name}"] = _copied(group.get(name, 0.0))
+        base = _Base(
+            lr=_number("lr", group["initial_lr"]),
+            min_lr=_number("min_lr", group.get("min_lr", self._min_lr)),
+            weight_decay=_number("weight_decay", group["initial_weight_decay"]),
+            lr_scale=_number("lr_scale", group.get("lr_scale", 1.0)),
+        )
+        if self._normalize is True and base.weight_decay > 0 and decay_convention(self.optimizer, group) == "l2":
+            raise ValueError(
+                f"normalize_weight_decay=True, but {type(self.optimizer).__name__} adds weight_decay="
+                f"{base.weight_decay!r} to the gradient (L2), where the norm means nothing. Use an optimizer with "
+                "decoupled decay, such as DistAdamW or torch.optim.AdamW, or leave normalize_weight_decay='auto'."
+            )
+        return _Known(group, base)
+
+    def _check_not_annealed(self, index: int, name: str, value: float) -> None:
+        """Raise where a new group has what the schedule wrote into another one: no base value can be told from that."""
+        for one in self._known:
+            base = getattr(one.base, name)
+            current = _number(name, one.group.get(name, 0.0))
+            # A decay of 0 is what groups of biases have.
+            if current == value != base and (value or name == "lr"):
                 raise ValueError(
-                    f"normalize_weight_decay=True, but {type(optimizer).__name__} adds weight_decay={decay!r} to the "
-                    "gradient (L2), where the norm means nothing. Use an optimizer with decoupled decay, such as "
-                    "DistAdamW or torch.optim.AdamW, or leave normalize_weight_decay='auto'."
+                    f"parameter group {index} has no 'initial_{name}', and its {name} {value!r} is the current {name} "
+                    f"of a group whose base {name} is {base!r}. To replace a group, copy it whole: "
+                    f"dict(group, params=[...]). Otherwise set group['initial_{name}'] to its base {name}."
                 )
-            self._bases.append(base)
+
+    def _before_load(self, *_: object) -> None:
+        self._follow_groups()
+
+    def _after_load(self) -> None:
+        # torch has put new dicts in the places of the groups, with the base values of the job that saved them.
+        for known, group in zip(self._known, self.optimizer.param_groups, strict=True):
+            known.group = group
+        self._put_bases()
+        self._push()
+
+    def _put_bases(self) -> None:
+        """Write the base values into the groups."""
+        for one in self._known:
+            one.group["initial_lr"], one.group["initial_weight_decay"] = one.base.lr, one.base.weight_decay
+            for name, default in (("min_lr", self._min_lr), ("lr_scale", 1.0)):
+                if one.group.get(name, default) != getattr(one.base, name):
+                    one.group[name] = getattr(one.base, name)
 
     # ---------------------------------------------------------------- the clock
 
@@ -332,7 +391,8 @@ class CyclicLRWithRestarts(LRScheduler):
         self._push()
 
     def _before_update(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if len(self.optimizer.param_groups) > len(self._bases):
+        known = {id(one.group) for one in self._known}
+        if any(id(group) not in known for group in self.optimizer.param_groups):
             self._push()
         _ = self.schedule  # an update at an unknown lr must not happen
         self._confirm()
@@ -492,30 +552,30 @@ class CyclicLRWithRestarts(LRScheduler):
 
     def _push(self) -> None:
         """Write what the schedule says of ``samples`` into the groups."""
-        self._learn_groups()
+        self._follow_groups()
         if self._schedule is not None:
-            for group, (lr, decay) in zip(self.optimizer.param_groups, self._values(), strict=True):
+            for known, (lr, decay) in zip(self._known, self._values(), strict=True):
+                group = known.group
                 if isinstance(group["lr"], Tensor):
                     group["lr"].fill_(lr)
                 else:
                     group["lr"] = lr
                 if decay is not None:
                     group["weight_decay"] = decay
+                known.marks = _marks(group)
             self.last_epoch = self.samples // self._schedule.epoch_size
-            self._written = self._marks()
         self._last_lr = [_copied(group["lr"]) for group in self.optimizer.param_groups]
-
-    def _marks(self) -> list[tuple[object, object]]:
-        """What tells a change of lr and weight decay in the groups, without waiting for a device."""
-        return [(_mark(group["lr"]), _mark(group.get("weight_decay"))) for group in self.optimizer.param_groups]
 
     def _look_for_other_writers(self) -> None:
         """Warn, once, where lr or weight decay is not what this scheduler has written."""
-        if self._has_warned or not self._written:
+        if self._has_warned:
             return
-        groups = self.optimizer.param_groups[: len(self._written)]
-        for i, (group, before, now) in enumerate(zip(groups, self._written, self._marks(), strict=False)):
-            for name, wrote, found in zip(("lr", "weight_decay"), before, now, strict=True):
+        self._follow_groups()
+        for i, known in enumerate(self._known):
+            if known.marks is None:
+                continue
+            group = known.group
+            for name, wrote, found in zip(("lr", "weight_decay"), known.marks, _marks(group), strict=True):
                 if wrote == found or (name == "weight_decay" and self._leaves_decay_alone(group)):
                     continue
                 self._has_warned = True
@@ -534,18 +594,12 @@ class CyclicLRWithRestarts(LRScheduler):
 
     def _values(self) -> list[tuple[float, float | None]]:
         """lr and weight decay of each group at ``samples``; None where the decay is left alone."""
-        groups = len(self.optimizer.param_groups)
-        if groups < len(self._bases):
-            raise ValueError(
-                f"the optimizer has {groups} parameter groups, and the schedule was made for {len(self._bases)}; which "
-                "were deleted is not known. Make a new CyclicLRWithRestarts and call its "
-                f"go_to(samples={self.samples})."
-            )
         point = self.schedule.at(self.samples)
-        return [
-            (self._lr(point, base), self._weight_decay(point, base, decay_convention(self.optimizer, group)))
-            for group, base in zip(self.optimizer.param_groups, self._bases, strict=True)
-        ]
+        values = []
+        for one in self._known:
+            convention = decay_convention(self.optimizer, one.group)
+            values.append((self._lr(point, one.base), self._weight_decay(point, one.base, convention)))
+        return values
 
     def _lr(self, point: SchedulePoint, base: _Base) -> float:
         return self.schedule.lr(point, base.lr, base.min_lr) * base.lr_scale * self._batch_scale()
@@ -578,7 +632,6 @@ class CyclicLRWithRestarts(LRScheduler):
 
     def get_lr(self) -> list[float | Tensor]:
         """The learning rate of each group at ``samples``."""
-        self._learn_groups()
         point = self.schedule.at(self.samples)
         return [self._lr(point, base) for base in self._bases]
 
@@ -601,7 +654,6 @@ class CyclicLRWithRestarts(LRScheduler):
         Raises:
             ValueError: batch_size or epoch_size is not known yet, or a number is not whole and above 0.
         """
-        self._learn_groups()
         base = self._bases[group]
         convention = decay_convention(self.optimizer, self.optimizer.param_groups[group])
         fixed = float(self.optimizer.param_groups[group].get("weight_decay", 0.0))
@@ -655,7 +707,6 @@ class CyclicLRWithRestarts(LRScheduler):
 
     def configuration(self) -> dict[str, Any]:
         """Everything that shapes the curve but the clock and the global batch, as plain data."""
-        self._learn_groups()
         options = {name: plain(value) for name, value in self._options.items()}
         groups = [base.plain() for base in self._bases]
         return {
@@ -683,6 +734,7 @@ class CyclicLRWithRestarts(LRScheduler):
         """
         self.__dict__.update(self.check_loadable(state_dict, on_difference))
         self._applied, self._unconfirmed = [], False
+        self._put_bases()
         self._push()
 
     def check_loadable(
@@ -746,8 +798,8 @@ class CyclicLRWithRestarts(LRScheduler):
                 "checkpoint. Pass it to CyclicLRWithRestarts."
             )
         groups = saved["groups (lr, min_lr, weight_decay)"]
-        if len(groups) != len(self._bases):
-            raise ValueError(f"the checkpoint has {len(groups)} parameter groups, this optimizer {len(self._bases)}.")
+        if len(groups) != len(self._known):
+            raise ValueError(f"the checkpoint has {len(groups)} parameter groups, this optimizer {len(self._known)}.")
         _check_choices(saved["normalize_weight_decay"], saved["lr_scaling"], saved["stream"])
         return {
             "_options": {k: saved[k] if k in differing else v for k, v in self._options.items()},
@@ -755,7 +807,7 @@ class CyclicLRWithRestarts(LRScheduler):
             "_normalize": saved["normalize_weight_decay"],
             "_lr_scaling": saved["lr_scaling"],
             "_stream": saved["stream"],
-            "_bases": [_Base(*group) for group in groups],
+            "_known": [replace(one, base=_Base(*group)) for one, group in zip(self._known, groups, strict=True)],
         }
 
     def agreement_record(self) -> dict[str, Any]:
@@ -797,6 +849,11 @@ def _check_choices(normalize_weight_decay: object, lr_scaling: object, stream: o
 def _check_on_difference(choice: object) -> None:
     if choice not in ("strict", "checkpoint", "new"):
         raise ValueError(f"on_difference must be 'strict', 'checkpoint' or 'new', got {choice!r}.")
+
+
+def _marks(group: Mapping[str, Any]) -> tuple[object, object]:
+    """What tells a change of lr and weight decay of a group, without waiting for a device."""
+    return _mark(group["lr"]), _mark(group.get("weight_decay"))
 
 
 def _mark(value: object) -> object:

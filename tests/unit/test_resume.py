@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import io
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from dist_adamw import CyclicLRWithRestarts, DistAdamW, ReduceMaxLROnRestart
+from dist_adamw import CheckpointError, CyclicLRWithRestarts, DistAdamW, ReduceMaxLROnRestart, load, save
 from dist_adamw.scheduler import OnDifference
 from tests.unit.test_scheduler import adamw, make, parameter, train
 
@@ -150,3 +151,33 @@ def test_an_epoch_size_that_was_not_known_yet_is_no_difference(choice: OnDiffere
     waiting = make(adamw(), epoch_size=None)
     waiting.load_state_dict(saved(scheduler.state_dict()), on_difference=choice)
     assert waiting.epoch_size == 1000
+
+
+def test_resume_after_a_group_was_deleted(tmp_path: Path) -> None:
+    """As in an unfreezing script that drops the old head: the groups that remain go on by their own base values."""
+
+    def job(delete: bool = True) -> tuple[torch.nn.Module, DistAdamW, CyclicLRWithRestarts]:
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3))
+        lrs_and_decays = ((1e-2, 0.0), (1e-3, 0.05))
+        optimizer = DistAdamW(
+            {"params": layer.parameters(), "lr": lr, "weight_decay": decay}
+            for layer, (lr, decay) in zip(model, lrs_and_decays, strict=True)
+        )
+        scheduler = make(optimizer)
+        if delete:
+            del optimizer.param_groups[0]
+        return model, optimizer, scheduler
+
+    model, optimizer, scheduler = job()
+    train(optimizer, scheduler, 3)
+    save(tmp_path / "c", model, optimizer, scheduler)
+    again = job()
+    load(tmp_path / "c", *again)
+    assert (
+        again[2].get_last_lr() == scheduler.get_last_lr() == [pytest.approx(1e-3 * (1 + math.cos(0.3 * math.pi)) / 2)]
+    )
+    assert train(*again[1:], 4) == train(optimizer, scheduler, 4)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), again[0].parameters(), strict=True))
+    with pytest.raises(CheckpointError, match=r"groups .* was \[\[0\.001, 0\.0, 0\.05\]\] and is \[\[0\.01, "):
+        load(tmp_path / "c", *job(delete=False))

@@ -9,6 +9,7 @@ import io
 import math
 import pickle
 import warnings
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -715,14 +716,188 @@ def test_updates_across_the_ends_of_epochs_are_told_once() -> None:
     assert ["ends 4 samples beyond an epoch of 20" in str(one.message) for one in told] == [True]
 
 
-def test_a_group_that_was_deleted_is_a_sentence() -> None:
-    params = [torch.nn.Parameter(torch.ones(2)) for _ in range(2)]
-    optimizer = DistAdamW([{"params": [param]} for param in params])
-    scheduler = CyclicLRWithRestarts(optimizer, 4, 40)
-    del optimizer.param_groups[1]
-    params[0].grad = torch.ones(2)
-    optimizer.step()
-    with pytest.raises(
-        ValueError, match=r"has 1 parameter groups, and the schedule was made for 2.*go_to\(samples=4\)"
-    ):
+# ---------------------------------------------------------------- parameter groups that users change
+
+NAMED = {"a": (1e-2, 0.05), "b": (1e-3, 0.1), "c": (1e-4, 0.0)}  # lr and weight decay
+
+
+def three_groups(cls: Any) -> Optimizer:
+    groups = [
+        {"params": [parameter()], "name": name, "lr": lr, "weight_decay": decay} for name, (lr, decay) in NAMED.items()
+    ]
+    return cls(groups)
+
+
+def written(optimizer: Optimizer) -> dict[str, tuple[float, float]]:
+    return {g["name"]: (float(g["lr"]), g["weight_decay"]) for g in optimizer.param_groups}
+
+
+def replace(optimizer: Optimizer) -> None:
+    """As Gaussian splatting and resized embeddings do it."""
+    old = optimizer.param_groups[1]
+    optimizer.param_groups[1] = {**old, "params": [parameter()]}
+
+
+def add_in_front(optimizer: Optimizer) -> None:
+    optimizer.add_param_group({"params": [parameter()], "name": "d", "lr": 3e-3, "weight_decay": 0.01})
+    optimizer.param_groups.insert(0, optimizer.param_groups.pop())
+
+
+def delete_and_add(optimizer: Optimizer) -> None:
+    del optimizer.param_groups[0]
+    optimizer.add_param_group({"params": [parameter()], "name": "d", "lr": 3e-3, "weight_decay": 0.01})
+
+
+def delete_and_load(optimizer: Optimizer) -> None:
+    """Each load makes new dicts, in the order of the groups."""
+    for param in optimizer.param_groups.pop(0)["params"]:
+        del optimizer.state[param]  # torch's state_dict() asks for that
+    optimizer.load_state_dict(optimizer.state_dict())
+
+
+def take_out_and_back(optimizer: Optimizer) -> None:
+    group = optimizer.param_groups.pop(0)
+    update(optimizer)
+    optimizer.param_groups.append(group)
+
+
+CHANGES: dict[str, Callable[[Optimizer], None]] = {
+    "delete the first": lambda o: o.param_groups.__delitem__(0),
+    "delete the last": lambda o: o.param_groups.__delitem__(2),
+    "reorder": lambda o: o.param_groups.reverse(),
+    "replace by a copy": replace,
+    "add in front": add_in_front,
+    "delete and add": delete_and_add,
+    "delete and load": delete_and_load,
+    "take out and put back": take_out_and_back,
+}
+
+
+@pytest.mark.parametrize("cls", [DistAdamW, torch.optim.AdamW])
+@pytest.mark.parametrize("change", CHANGES)
+def test_base_values_follow_the_group(change: str, cls: Any) -> None:
+    optimizer = three_groups(cls)
+    scheduler = make(optimizer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(optimizer, scheduler, 2)
+        CHANGES[change](optimizer)
+        train(optimizer, scheduler, 1)  # an update at the values written before the change, or as it is added
+        train(optimizer, scheduler, 2)
+        optimizer, scheduler = pickle.loads(pickle.dumps((optimizer, scheduler)))
+        train(optimizer, scheduler, 1)
+    all_groups = three_groups(cls)
+    all_groups.add_param_group({"params": [parameter()], "name": "d", "lr": 3e-3, "weight_decay": 0.01})
+    make(all_groups).go_to(samples=scheduler.samples)
+    expected = {name: values for name, values in written(all_groups).items() if name in written(optimizer)}
+    assert written(optimizer) == expected
+    assert scheduler.get_last_lr() == scheduler.get_lr() == [group["lr"] for group in optimizer.param_groups]
+
+
+def test_an_update_never_runs_at_the_lr_that_a_returning_group_was_taken_out_with() -> None:
+    optimizer = three_groups(torch.optim.AdamW)
+    scheduler = make(optimizer)
+    group = optimizer.param_groups.pop()
+    train(optimizer, scheduler, 5)
+    optimizer.param_groups.append(group)
+    seen: list[float] = []
+    optimizer.register_step_pre_hook(lambda opt, *_: seen.append(opt.param_groups[2]["lr"]))
+    update(optimizer)
+    assert seen == [pytest.approx(5e-5)]
+
+
+def test_groups_that_an_engine_hides_during_its_step_keep_their_base_values() -> None:
+    """ZeRO steps one group after the other, and shows the optimizer only that one."""
+    optimizer = three_groups(torch.optim.AdamW)
+    scheduler = make(optimizer)
+    for _ in range(5):
+        groups = optimizer.param_groups
+        for group in groups:
+            optimizer.param_groups = [group]
+            update(optimizer)
+        optimizer.param_groups = groups
         scheduler.step()
+    assert scheduler.samples == 500
+    assert scheduler.get_last_lr() == [pytest.approx(lr / 2) for lr, _ in NAMED.values()]
+
+
+@pytest.mark.parametrize("key", ["lr", "weight_decay"])
+@pytest.mark.parametrize("tensor", [False, True])
+def test_a_rebuilt_group_with_annealed_values_is_a_sentence(key: str, tensor: bool) -> None:
+    """Its base values are lost; torch's schedulers that keep them by index would go on by them."""
+    optimizer = adamw(lr=torch.tensor(1e-3) if tensor else 1e-3)
+    scheduler = make(optimizer)
+    train(optimizer, scheduler, 5)
+    old = optimizer.param_groups[0]
+    optimizer.param_groups[0] = {k: v for k, v in old.items() if k != f"initial_{key}"} | {"params": [parameter()]}
+    param = optimizer.param_groups[0]["params"][0]
+    with pytest.raises(ValueError, match=rf"^parameter group 0 has no 'initial_{key}', and its {key} .* copy it whole"):
+        update(optimizer)
+    assert torch.equal(param, torch.ones(4))
+    optimizer.param_groups[0][f"initial_{key}"] = old[f"initial_{key}"]
+    train(optimizer, scheduler, 2)
+    assert scheduler.configuration()["groups (lr, min_lr, weight_decay)"] == [[pytest.approx(1e-3), 0.0, 0.05]]
+
+
+def test_a_rebuilt_group_begins_from_its_own_values() -> None:
+    """``add_param_group`` after ``clear``: lr is the optimizer's default, not what was annealed."""
+    optimizer = adamw()
+    scheduler = make(optimizer)
+    train(optimizer, scheduler, 5)
+    before = written_first(optimizer)
+    optimizer.param_groups.clear()
+    optimizer.add_param_group({"params": [parameter()]})
+    optimizer.add_param_group({"params": [parameter()], "weight_decay": 0.0})
+    scheduler.go_to(samples=scheduler.samples)
+    assert written_first(optimizer) == before
+    assert scheduler.get_last_weight_decay()[1] == 0.0
+
+
+def written_first(optimizer: Optimizer) -> tuple[float, float]:
+    return optimizer.param_groups[0]["lr"], optimizer.param_groups[0]["weight_decay"]
+
+
+@pytest.mark.parametrize("cls", [DistAdamW, torch.optim.AdamW])
+def test_base_values_of_a_loaded_optimizer_never_replace_this_jobs(cls: Any) -> None:
+    """Nor later, when a group is replaced by a copy of what was loaded."""
+    saved = cls([{"params": [parameter()], "lr": 5e-3, "weight_decay": 0.2, "min_lr": 1e-3, "lr_scale": 0.5}])
+    make(saved)
+    optimizer = cls([parameter()], lr=1e-3, weight_decay=0.05)
+    scheduler = make(optimizer)
+    optimizer.load_state_dict(saved.state_dict())
+    optimizer.param_groups[0] = dict(optimizer.param_groups[0])
+    scheduler.go_to(samples=500)
+    assert scheduler.configuration()["groups (lr, min_lr, weight_decay)"] == [[1e-3, 0.0, 0.05]]
+    assert scheduler.get_last_lr() == [pytest.approx(5e-4)]
+
+
+def test_base_values_of_a_checkpoint_follow_the_group() -> None:
+    saved = make(three_groups(torch.optim.AdamW)).state_dict()
+    optimizer = torch.optim.AdamW([{"params": [parameter()], "lr_scale": 0.5} for _ in range(3)], lr=7e-3)
+    scheduler = make(optimizer, min_lr=1e-6)
+    scheduler.load_state_dict(saved, on_difference="checkpoint")
+    optimizer.param_groups[:] = [dict(group) for group in reversed(optimizer.param_groups)]
+    scheduler.go_to(samples=500)
+    assert scheduler.get_last_lr() == [pytest.approx(lr / 2) for lr, _ in reversed(NAMED.values())]
+
+
+def test_another_writer_is_named_by_where_the_group_is_now() -> None:
+    optimizer = three_groups(torch.optim.AdamW)
+    scheduler = make(optimizer)
+    train(optimizer, scheduler, 1)
+    optimizer.param_groups.reverse()
+    optimizer.param_groups[0]["lr"] = 0.5
+    with pytest.warns(UserWarning, match=r"lr of parameter group 0 is 0\.5"):
+        train(optimizer, scheduler, 1)
+
+
+def test_a_deleted_group_is_let_go_of() -> None:
+    optimizer = three_groups(torch.optim.AdamW)
+    scheduler = make(optimizer)
+    train(optimizer, scheduler, 1)
+    param = weakref.ref(optimizer.param_groups[0]["params"][0])
+    optimizer.state.clear()
+    del optimizer.param_groups[0]
+    train(optimizer, scheduler, 1)
+    gc.collect()
+    assert param() is None
