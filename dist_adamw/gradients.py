@@ -130,7 +130,7 @@ class GradientPath:
     def open_channel(self, group: dist.ProcessGroup, tag: int) -> None:
         """Let ranks of ``group`` tell each other what they are about to do, where messages can (gloo). Local."""
         if dist.get_backend(group) == "gloo":
-            self._rollcall = Rollcall(group, tag, width=10)
+            self._rollcall = Rollcall(group, tag, width=12)
 
     # ---------------------------------------------------------------- listening
 
@@ -611,13 +611,16 @@ class GradientPath:
         replicas: dist.ProcessGroup | None,
         *,
         has_changes: bool,
-        check_changes: Callable[[], None],
+        options: int,
+        check_changes: Callable[[], object],
     ) -> bool:
         """Make sure that every rank has every gradient that some rank has. Collective.
 
         Args:
             has_changes: Whether the user has changed the optimizer's groups or state, on this rank.
-            check_changes: Called on every rank if some rank has changes; raises if they are not the same on all.
+            options: Digest of the hyper-parameters of all groups.
+            check_changes: Called on every rank if some rank has changes or other hyper-parameters; raises if ranks
+                are not alike.
 
         Returns:
             Whether there is any.
@@ -655,6 +658,7 @@ class GradientPath:
         prints = self._prints(others)
         summary = collectives.fingerprint({"": prints}) if any(prints) else 0
         numbers = [self._rounds + leftover, missing, self._reopened, was_changed, summary, -summary, has_changes]
+        numbers += [options, -options]
         if self._rollcall is not None:
             self._rollcall.post([_UPDATE, self._number, self._params_digest, *numbers])
             numbers = [max(column) for column in zip(*self._hear(self._rollcall), strict=True)][3:]
@@ -664,8 +668,8 @@ class GradientPath:
             numbers = self._largest(numbers, group, replicas)
         else:
             self.asks_for_changes = False
-        self._needed, incomplete, reopened, changed, most, minus_least, has_changed = numbers
-        if has_changed and self.asks_for_changes:
+        self._needed, incomplete, reopened, changed, most, minus_least, has_changed, highest, minus_lowest = numbers
+        if (has_changed or highest != -minus_lowest) and self.asks_for_changes:
             check_changes()
         if changed:
             raise _changed(on_this_rank=was_changed)

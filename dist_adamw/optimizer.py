@@ -37,6 +37,7 @@ from dist_adamw.functional import DecayBy, adamw_update_, can_fuse, check_hyper_
 from dist_adamw.gradients import GradientPath, gather_from_owners
 from dist_adamw.kernels import adamw_triton
 from dist_adamw.kernels.mixed import mixed_adamw_update_
+from dist_adamw.options import OptionsDigest, describe_options
 from dist_adamw.placement import (
     AMSGRAD_CHANGED,
     Bell,
@@ -219,6 +220,7 @@ class DistAdamW(Optimizer):
         self._moved: list[Shard] = []  # shards whose parameters have other memory, as far as `_differs` has looked
         self._aside: list[Shard] = []  # of one parameter each that is in no group, but still in ``state``
         self._flag: Flag | None = None
+        self._options = OptionsDigest()
         self._updates = 0
         self._found_inf: Tensor | None = None
         self._read: tuple[Tensor, torch.cuda.Event] | None = None  # the same on the host, once the event is over
@@ -416,9 +418,9 @@ class DistAdamW(Optimizer):
         changed = self._shared_out != "partitions" and self._differs()
         if self._path is None:
             gather_from_owners(None, self._all_params())
-            self._follow(changed)
             if self.process_group is not None and not self._is_agreed:
-                self._check_alike()  # nothing has been sent yet
+                self._check_alike()  # nothing has been changed or sent yet
+            self._follow(changed)
             return True
         if self._path.is_whole:
             self._follow(changed)
@@ -429,7 +431,8 @@ class DistAdamW(Optimizer):
             group,
             self.replica_group,
             has_changes=changed,
-            check_changes=lambda: self._check_changes_alike(None),
+            options=self._digest_options(),
+            check_changes=self._check_changes_alike,
         ):
             return False
         self._follow(changed, is_agreed=self._path.asks_for_changes)
@@ -848,6 +851,9 @@ class DistAdamW(Optimizer):
         elif self.shards:
             self._apply_changes(changed, newcomers=True, is_agreed=is_agreed)
         else:
+            if not is_agreed:
+                self._raise_flag(bool(self.state))
+                self._settle_flag()  # the user may have put something into ``state`` that is none, on one rank
             self._place_newcomers()
 
     def _follow_alone(self) -> None:
@@ -904,11 +910,9 @@ class DistAdamW(Optimizer):
         if newcomers and not changed:
             assert self._seen is not None
             changed = any(param.grad is not None for param in self._seen.waiting)
-        changes = self._find_changes() if changed else None
         if not is_agreed:
             self._raise_flag(changed)
-            if changed:
-                self._settle_flag(changes)
+        changes = (self._settle_flag() or self._find_changes()) if changed else None
         if changes is not None:
             self._take_from_state(changes)
             self._take_back_zeros(changes)
@@ -948,23 +952,37 @@ class DistAdamW(Optimizer):
     # ---------------------------------------------------------------- agreement
 
     def _raise_flag(self, changed: bool) -> None:
-        """Tell the other ranks whether this one has changes. Nothing waits for the answer yet. Collective."""
+        """Tell the other ranks of changes, and of hyper-parameters. Nothing waits for the answer yet. Collective."""
         if groups := self._groups_that_agree():
-            self._flag = Flag(changed, groups)
+            self._flag = Flag(changed, self._digest_options(), groups)
 
-    def _settle_flag(self, changes: Changes | None = None) -> None:
-        """Before anything is changed or sent: whether ranks have changes, and the same ones. Collective.
+    def _settle_flag(self) -> Changes | None:
+        """Before anything is changed or sent: whether ranks are alike. Collective.
+
+        Returns:
+            This rank's changes, if some rank has any.
 
         Raises:
-            AgreementError: some rank has other changes. On every rank.
+            AgreementError: some rank has other changes, or other hyper-parameters. On every rank.
         """
         flag, self._flag = self._flag, None
-        if flag is not None and flag.wait():
-            self._check_changes_alike(changes)
+        return self._check_changes_alike() if flag is not None and flag.wait() else None
 
-    def _check_changes_alike(self, changes: Changes | None) -> None:
-        changes = self._find_changes() if changes is None else changes
-        check_changes_alike(changes, self._groups_that_agree())
+    def _check_changes_alike(self) -> Changes:
+        changes: Changes | Exception
+        try:
+            changes = self._find_changes()
+        except (ValueError, RuntimeError) as error:  # perhaps on this rank alone
+            changes = error
+        options = {name: plain(getattr(self, name)) for name in _OPTIONS} | describe_options(self.param_groups)
+        check_changes_alike(changes, options, self._groups_that_agree())
+        if isinstance(changes, Exception):
+            raise changes
+        return changes
+
+    def _digest_options(self) -> int:
+        limit = -1.0 if self.max_grad_norm is None else self.max_grad_norm
+        return self._options.of(self.param_groups, (limit, self.decay_by == "lr", self.fused is None, bool(self.fused)))
 
     def _groups_that_agree(self) -> list[dist.ProcessGroup]:
         """The ranks that must make the same changes, in groups that can reduce a tensor of the host. Collective."""

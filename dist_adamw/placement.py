@@ -359,16 +359,16 @@ def _chunks(layout: FlatLayout, indices: Sequence[int]) -> Iterator[list[int]]:
 
 
 class Flag:
-    """Whether some rank has changes, asked while this rank computes. Collective to build.
+    """Whether some rank has changes or other hyper-parameters, asked while this rank computes. Collective to build.
 
     Args:
-        raised: Whether this rank has.
+        raised: Whether this rank has changes.
+        options: Digest of its hyper-parameters.
         groups: Over which ranks, one group after the other.
     """
 
-    def __init__(self, raised: bool, groups: Sequence[dist.ProcessGroup]) -> None:
-        self.is_raised_here = raised
-        self._value = torch.tensor([int(raised)], dtype=torch.int32)
+    def __init__(self, raised: bool, options: int, groups: Sequence[dist.ProcessGroup]) -> None:
+        self._value = torch.tensor([raised, options, -options], dtype=torch.int64)
         self._rest = groups[1:]
         self._work = dist.all_reduce(self._value, op=dist.ReduceOp.MAX, group=groups[0], async_op=True)
 
@@ -378,18 +378,30 @@ class Flag:
         self._work.wait()
         for group in self._rest:
             dist.all_reduce(self._value, op=dist.ReduceOp.MAX, group=group)
-        return bool(self._value)
+        raised, highest, minus_lowest = self._value.tolist()
+        return bool(raised or highest != -minus_lowest)
 
 
-def check_changes_alike(changes: Changes, groups: Sequence[dist.ProcessGroup]) -> None:
-    """Raise on every rank unless all have made the same changes. Collective.
+def check_changes_alike(
+    changes: Changes | Exception, options: Mapping[str, Any], groups: Sequence[dist.ProcessGroup]
+) -> None:
+    """Raise on every rank unless all have made the same changes and have the same hyper-parameters. Collective.
+
+    Args:
+        changes: Of this rank; or why it cannot follow them.
+        options: Hyper-parameters by name.
 
     Raises:
         AgreementError: says which rank differs, and how.
     """
-    record = {
-        "what was changed in optimizer.param_groups and state": "; ".join(changes.described) or "nothing",
-        "fingerprint of all parameters": collectives.fingerprint({"": changes.arrangement}),
-    }
+    what = "what was changed in optimizer.param_groups and state"
+    if isinstance(changes, Exception):
+        record = {**options, what: str(changes)}
+    else:
+        record = {
+            **options,
+            what: "; ".join(changes.described) or "nothing",
+            "fingerprint of all parameters": collectives.fingerprint({"": changes.arrangement}),
+        }
     for group in groups:
         collectives.check_agreement(record, group)

@@ -138,6 +138,109 @@ def test_only_the_ranks_of_a_mesh_are_asked() -> None:
     run_ranks(3, only_some_ranks_of_a_mesh)
 
 
+# ---------------------------------------------------------------- changed later, by one rank alone
+
+CHANGES: dict[str, Callable[[DistAdamW], Any]] = {
+    "lr of group 1": lambda optimizer: optimizer.param_groups[1].update(lr=0.5),
+    "betas of group 0": lambda optimizer: optimizer.param_groups[0].update(betas=[0.5, 0.9]),
+    "weight_decay of group 0": lambda optimizer: optimizer.param_groups[0].update(weight_decay=0.5),
+    "eps of group 1": lambda optimizer: optimizer.param_groups[1].update(eps=0.5),
+    "maximize of group 0": lambda optimizer: optimizer.param_groups[0].update(maximize=True),
+    "lr of group 0": lambda optimizer: optimizer.param_groups[0]["lr"].mul_(0.5),
+    "max_grad_norm": lambda optimizer: setattr(optimizer, "max_grad_norm", 1.0),
+}
+WAYS: list[dict[str, Any]] = [
+    {},
+    {"overlap": False},
+    {"reduce_every_backward": True},
+    {"ddp": True},
+    {"ddp": True, "whole": True},
+    {"ddp": True, "attached": False},
+    {"attached": False},
+]
+
+
+def job_of(way: dict[str, Any]) -> tuple[nn.Module, DistAdamW]:
+    way = dict(way)
+    model: nn.Module = model_of_two_layers()
+    first, last = [*model[0].parameters()], [*model[2].parameters()]
+    optimizer = DistAdamW([{"params": first, "lr": torch.tensor(0.1)}, {"params": last}])
+    if way.pop("ddp", False):
+        model = DistributedDataParallel(model)
+    way.pop("whole", None)
+    if way.pop("attached", True):
+        optimizer.attach(model, **way)
+    return model, optimizer
+
+
+def changed_alone(way: dict[str, Any], change: str) -> str:
+    model, optimizer = job_of(way)
+    for n in range(3):
+        model(torch.ones(2, 6)).sum().backward()
+        if n == 1 and is_last():
+            CHANGES[change](optimizer)
+        if way.get("whole"):
+            optimizer.gather_gradients() if n != 1 else None
+        before = [param.detach().clone() for param in model.parameters()]
+        try:
+            optimizer.step()
+        except AgreementError as error:
+            assert n == 1
+            assert optimizer.updates == 1
+            assert all(map(torch.equal, before, model.parameters()))
+            return str(error)
+        optimizer.zero_grad()
+    return "nothing"
+
+
+def changed_alone_in_every_way(ways: list[dict[str, Any]]) -> list[str]:
+    found = []
+    for n, way in enumerate(ways):
+        for change in list(CHANGES)[n % 2 :: 2]:
+            found.append(f"{way} {change}: {changed_alone(way, change)}")
+            dist.barrier()
+    return found
+
+
+def test_a_hyper_parameter_that_one_rank_alone_changed_is_named_before_the_update() -> None:
+    first, other = run_ranks(2, changed_alone_in_every_way, WAYS)
+    assert first == other
+    for line in first:
+        about, _, said = line.partition(": rank 1 disagrees with rank 0: ")
+        assert any(about.endswith(name) and said.startswith(f"{name} is ") for name in CHANGES), line
+
+
+def wrong_state_on_one_rank(way: dict[str, Any]) -> list[str]:
+    said = []
+    for first in (False, True):
+        model, optimizer = job_of(way)
+        for n in range(2):
+            model(torch.ones(2, 6)).sum().backward()
+            if n == 1 and is_last():
+                optimizer.state[optimizer.param_groups[1]["params"][0]] = {"step": 1.0, "exp_avg": torch.zeros(3)}
+            if n == 1 or not first:
+                said.append(attempt(optimizer))
+            optimizer.zero_grad()
+        dist.barrier()
+    return said
+
+
+def attempt(optimizer: DistAdamW) -> str:
+    try:
+        optimizer.step()
+    except AgreementError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("way", [{}, {"attached": False}])
+def test_state_that_one_rank_alone_cannot_follow_is_an_error_on_all(way: dict[str, Any]) -> None:
+    for said in run_ranks(2, wrong_state_on_one_rank, way):
+        assert said[0] == ""
+        for text in said[1:]:
+            assert "optimizer.state has 'exp_avg' of parameter 0 of group 1" in text
+
+
 # ---------------------------------------------------------------- what travels
 
 

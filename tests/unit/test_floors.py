@@ -43,6 +43,7 @@ FLOORS = {
     "ddp": 2,
     "gradients": 2,
     "share": 2,
+    "options": 1,
     "placement": 2,
     "optimizer": 2,
     "replicas": 2,
