@@ -100,6 +100,7 @@ def save(
     """
     group = collectives.host_group() if group is None else group
     if compare_ranks:
+        announce_save(optimizer)
         check_replicas(model, optimizer, group=group)
     path, ranks = Path(path), Ranks.now(group)
     held, about = _gather(path if compare_ranks else None, model, optimizer, scheduler, extra, ranks)
@@ -182,6 +183,7 @@ class AsyncSaver:
         """
         last, self._last, ranks = self._last, None, self._ranks
         ranks.check()
+        announce_save(optimizer)
         if last is not None and (error := last.untold(ranks)) is not None:
             raise error
         check_replicas(model, optimizer, group=ranks.group)
@@ -236,6 +238,16 @@ class AsyncSaver:
         self._thread.shutdown()
         self._memory.clear()
         self.wait()
+
+
+def announce_save(optimizer: Optimizer | None) -> None:
+    """Raise where a rank goes on with training and does not save, as far as that can be seen. Collective.
+
+    Raises:
+        AgreementError: as `DistAdamW.announce_save`.
+    """
+    if optimizer is not None and isinstance(inner := unwrap(optimizer), DistAdamW):
+        inner.announce_save()
 
 
 def _forget_frames(error: BaseException | None) -> None:

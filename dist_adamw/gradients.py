@@ -44,7 +44,7 @@ from dist_adamw.plan import Plan
 from dist_adamw.shard import Shard, shaped_like, storage_order
 from dist_adamw.watch import GradientWatch
 
-_UPDATE, _ROUND = 1, 2  # what a rank says that it is about to do
+_UPDATE, _ROUND, _SAVE = 1, 2, 3  # what a rank says that it is about to do
 _LOOK_EVERY = 1 << 18  # elements: as many as make a message worth sending
 _gradient, _requires_grad = operator.attrgetter("grad"), operator.attrgetter("requires_grad")
 
@@ -470,6 +470,19 @@ class GradientPath:
             if [kind, number] != table[here][:2]:
                 raise _out_of_step(here, table[here], there, table[there])
         return table
+
+    def announce_save(self) -> None:
+        """Raise where a rank does not save with this one. Collective.
+
+        Raises:
+            AgreementError: it goes on with training. On every rank.
+        """
+        if self._rollcall is None:
+            return
+        while self._rollcall.is_under_way:
+            self._hear(self._rollcall)
+        self._rollcall.post([_SAVE, self._number, self._params_digest])
+        self._hear(self._rollcall)
 
     def _let_go(self, shard: Shard, k: int) -> None:
         """Free the gradients that no later bucket needs. The last bucket is sent first."""
@@ -978,13 +991,19 @@ def _out_of_step(here: int, mine: list[int], there: int, theirs: list[int]) -> c
     does = {
         _UPDATE: "makes update {}",
         _ROUND: "sends gradients of a backward pass for update {}",
+        _SAVE: "saves or consolidates state before update {}",
     }
+    said = [f"rank {r} {does[kind].format(number + 1)}" for r, (kind, number, *_) in ((here, mine), (there, theirs))]
+    if _SAVE in (mine[0], theirs[0]):
+        return collectives.AgreementError(
+            f"{said[0]} where {said[1]}. Each rank has a share of the state: save_state, dist_adamw.save and "
+            "consolidate_state_dict must be called on every rank, not inside `if accelerator.is_main_process`."
+        )
     if mine[0] != theirs[0]:
         skipped = here if mine[0] == _ROUND else there
         why = f"Rank {skipped} skipped a step() that others made."
     else:
         why = "One of them skipped a step() that others made."
-    said = [f"rank {r} {does[kind].format(number + 1)}" for r, (kind, number, *_) in ((here, mine), (there, theirs))]
     return collectives.AgreementError(
         f"{said[0]} where {said[1]}. {why} Ranks must skip an update together: max_grad_norm does, on every rank, "
         "where the norm is inf or nan; or all-reduce the reason to skip, and then step() or not on all ranks."

@@ -820,6 +820,15 @@ class DistAdamW(Optimizer):
 
     # ---------------------------------------------------------------- layout
 
+    def announce_save(self) -> None:
+        """Raise where, after `attach`, a rank goes on with training and does not save (gloo). Collective.
+
+        Raises:
+            AgreementError: names the rank and what it does. On every rank.
+        """
+        if self._path is not None:
+            self._path.announce_save()
+
     def follow(self) -> None:
         """Do what the user's changes to ``param_groups``, ``state`` and weights mean, as `step` would. Collective.
 
@@ -1212,8 +1221,8 @@ class DistAdamW(Optimizer):
         """Add a group, at any time. Its state is laid out at the next update.
 
         Raises:
-            ValueError: a hyper-parameter is out of range, a parameter is complex or has gaps in its memory, or
-                ``lr`` is a tensor where no fused kernel runs. The optimizer is as it was then.
+            ValueError: a hyper-parameter is out of range, a parameter is there twice, is complex or has gaps in its
+                memory, or ``lr`` is a tensor where no fused kernel runs. The optimizer is as it was then.
         """
         check_hyper_parameters({**self.defaults, **param_group})
         if "betas" in param_group:
@@ -1227,7 +1236,13 @@ class DistAdamW(Optimizer):
 
     def _check_group(self, group: dict[str, Any]) -> None:
         """Refuse parameters that cannot be updated. Local."""
-        for param in group["params"]:
+        places: dict[int, int] = {}
+        for i, param in enumerate(group["params"]):
+            if (first := places.setdefault(id(param), i)) != i:
+                raise ValueError(
+                    f"parameters {first} and {i} of the group are the same tensor, of shape {tuple(param.shape)}, and "
+                    "would be updated twice. Leave one out: model.parameters() names a shared parameter once."
+                )
             if is_lazy(param):
                 continue
             if param.is_complex():
@@ -1295,6 +1310,7 @@ class DistAdamW(Optimizer):
             ValueError: there is no such rank.
         """
         self.wait()
+        self.announce_save()
         ranks = self._here()[1]
         if to is not None and not 0 <= to < ranks:
             raise ValueError(f"to must be a rank from 0 to {ranks - 1}, or None for every rank, got {to!r}.")

@@ -26,7 +26,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from dist_adamw import collectives
-from dist_adamw.checkpoint import Part, check_alike, load_together, save
+from dist_adamw.checkpoint import Part, announce_save, check_alike, load_together, save
 from dist_adamw.folder import fingerprint
 from dist_adamw.held import bare
 from dist_adamw.index import INDEX, CheckpointError, read_index
@@ -182,6 +182,7 @@ def save_state(
     if not (ours := _known(accelerator)):
         return save_rest(output_dir, *args, **kwargs)
     for one in ours:
+        announce_save(one.optimizer)
         if one.watch is not None:
             one.watch.before_save()
     group = ours[0].of.group

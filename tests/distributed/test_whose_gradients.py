@@ -8,6 +8,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
 
-from dist_adamw import CyclicLRWithRestarts, DistAdamW, prepare
+from dist_adamw import CyclicLRWithRestarts, DistAdamW, prepare, save
 from tests.distributed.test_attach import WAYS, attach, average_gradients
 from tests.ranks import expect_error_on_all, run_ranks
 
@@ -547,6 +548,30 @@ def test_a_rank_that_alone_skips_an_update_is_an_error_on_all(way: str) -> None:
     assert time.monotonic() - began < 30
 
 
+def check_saves_alone(way: dict[str, Any], call: str, folder: str) -> None:
+    """The main rank alone saves after update 2, as scripts do that have a `torch.save` there."""
+    pair = Pair(way)
+    for step in range(4):
+        loss_of(pair.model, step).backward()
+        pair.optimizer.step()
+        pair.optimizer.zero_grad()
+        if step == 1 and dist.get_rank() == 0:
+            if call == "save":
+                save(folder, pair.model, pair.optimizer)
+            else:
+                pair.optimizer.consolidate_state_dict()
+
+
+@pytest.mark.parametrize("call", ["save", "consolidate_state_dict"])
+@pytest.mark.parametrize("way", ["ddp", "ddp, buckets", "plain", "every backward"])
+def test_a_rank_that_alone_saves_is_an_error_on_all(way: str, call: str, tmp_path: Path) -> None:
+    began = time.monotonic()
+    for error in expect_error_on_all(3, check_saves_alone, WAYS[way], call, str(tmp_path)):
+        assert error.startswith("AgreementError: rank "), error
+        assert "must be called on every rank" in error, error
+    assert time.monotonic() - began < 30
+
+
 # ---------------------------------------------------------------- neither attach nor DDP
 
 
@@ -740,6 +765,23 @@ def skips_alone_under_accelerate() -> None:
 def test_a_rank_that_alone_skips_an_update_of_a_prepared_loop() -> None:
     for error in expect_error_on_all(2, skips_alone_under_accelerate):
         assert error.startswith("AgreementError: rank "), error
+
+
+def saves_alone_under_accelerate(folder: str) -> None:
+    accelerator = Accelerator(cpu=True)
+    model, optimizer, loader, scheduler = prepare(accelerator, *objects())
+    for step, (x,) in enumerate(loader):
+        accelerator.backward(model(x).square().mean())
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        if step == 1 and accelerator.is_main_process:
+            accelerator.save_state(folder)
+
+
+def test_save_state_on_the_main_rank_alone(tmp_path: Path) -> None:
+    for error in expect_error_on_all(2, saves_alone_under_accelerate, str(tmp_path)):
+        assert "must be called on every rank" in error, error
 
 
 def local_sgd(shard: Any, every: int | None) -> list[float]:

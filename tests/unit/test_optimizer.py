@@ -337,6 +337,16 @@ def test_an_empty_parameter_list_and_a_group_out_of_range() -> None:
 def test_parameters_that_cannot_be_laid_out_are_refused() -> None:
     with pytest.raises(ValueError, match=r"complex parameters, got torch\.complex64"):
         DistAdamW([nn.Parameter(torch.ones(2, dtype=torch.complex64))])
+
+
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate")
+def test_a_parameter_that_is_twice_in_a_group_is_refused() -> None:
+    tied, other = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(3))
+    optimizer = DistAdamW([other])
+    with pytest.raises(ValueError, match="parameters 0 and 2 of the group are the same"):
+        optimizer.add_param_group({"params": [tied, nn.Parameter(torch.ones(1)), tied]})
+    assert len(optimizer.param_groups) == 1
+
     for memory in (torch.ones(4, 4)[:, ::2], torch.ones(3).expand(2, 3)):
         with pytest.raises(ValueError, match="overlap or leave gaps"):
             DistAdamW([nn.Parameter(memory)])
