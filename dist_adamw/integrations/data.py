@@ -81,13 +81,17 @@ def loader_facts(accelerator: Accelerator, dataloader: DataLoader[Any]) -> Loade
     batch = GlobalBatch(size, accumulation, ranks)
     samples = _pass_length(dataloader)
     drop_last = bool(getattr(sampler, "drop_last", False) or dataloader.drop_last)
-    uneven = samples is not None and -(-samples // size) % ranks
-    if uneven and not (accelerator.even_batches or drop_last or accelerator.split_batches):
-        raise ValueError(
-            f"even_batches=False gives {ranks} ranks different numbers of batches ({-(-samples // size)} of {size} "  # type: ignore[operator]
-            "samples), and an update needs every rank. Leave even_batches=True (repeated samples are not counted), "
-            "or set drop_last=True."
-        )
+    # Accelerate fills up what it reads from iterable data, or on rank 0 for all ranks, whatever even_batches says.
+    deals_indices = not (accelerator.dispatch_batches or isinstance(dataloader.dataset, IterableDataset))
+    if deals_indices and samples is not None and not (accelerator.even_batches or drop_last):
+        is_counted = isinstance(sampler, Sized) and not accelerator.split_batches
+        count = len(sampler) if is_counted else -(-samples // size)  # of a rank's batches, of all ranks together
+        if count % ranks:
+            raise ValueError(
+                f"even_batches=False gives {ranks} ranks different numbers of batches ({count} of {size} samples), and "
+                "an update needs every rank. Leave even_batches=True (repeated samples are not counted), or set "
+                "drop_last=True."
+            )
     facts = LoaderFacts(batch, samples, drop_last)
     if facts.epoch_size == 0:
         raise ValueError(

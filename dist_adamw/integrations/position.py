@@ -376,6 +376,22 @@ def _remove_rest(loader: Any) -> None:
         loader.skip_batches = 0
 
 
+def _check_even(loader: Any, start: int, facts: LoaderFacts) -> None:
+    """Raise where the ranks would wait for each other, because some have more of the batches that are left. Local."""
+    sampler = _outer(loader)
+    samples = batch_sampler_of(loader).sampler
+    if facts.drop_last or getattr(sampler, "even_batches", True) or not isinstance(samples, Sized):
+        return
+    ranks, size = facts.batch.data_parallel_size, facts.batch.micro_batch_size
+    left = max(0, len(samples) - start)
+    if (batches := -(-left // size)) % ranks:
+        raise CheckpointError(
+            f"the job stands {start} samples into an epoch of which {left} are left, and even_batches=False gives "
+            f"{ranks} ranks different numbers of batches ({batches} of {size} samples). Leave even_batches=True "
+            "(repeated samples are not counted)."
+        )
+
+
 @contextlib.contextmanager
 def _from(loader: Any, start: int, facts: LoaderFacts) -> Iterator[tuple[int, int]]:
     """Have ``loader`` begin at sample ``start``. Gives that, and how many samples before it are drawn for padding.
@@ -397,6 +413,7 @@ def _from(loader: Any, start: int, facts: LoaderFacts) -> Iterator[tuple[int, in
         return
     _remove_rest(loader)
     whole = batches.sampler
+    _check_even(loader, start, facts)
     is_padded = (
         facts.batch.data_parallel_size > 1 and not facts.drop_last and isinstance(whole, Sized) and len(whole) % size
     )

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import Accelerator, skip_first_batches
+from accelerate import Accelerator, DataLoaderConfiguration, skip_first_batches
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from dist_adamw import CyclicLRWithRestarts, DistAdamW, prepare
+from tests.ranks import run_ranks
 
 
 def rows(size: int) -> TensorDataset:
@@ -44,8 +45,10 @@ class Growing(Dataset[Tensor]):
 class Loop:
     """A script: what `prepare` gave it, and one micro-batch of training."""
 
-    def __init__(self, data: Any, accumulation: int = 1, batch_size: int = 4, **loader: Any) -> None:
-        self.accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulation)
+    def __init__(
+        self, data: Any, accumulation: int = 1, batch_size: int = 4, config: Any = None, **loader: Any
+    ) -> None:
+        self.accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulation, dataloader_config=config)
         model: Any = nn.Linear(1, 1)
         optimizer: Any = DistAdamW(model.parameters())
         scheduler = CyclicLRWithRestarts(optimizer, restart_period=1)
@@ -170,3 +173,33 @@ def test_batches_that_are_fetched_ahead_count_one_by_one() -> None:
     loop = Loop(rows(10))
     ahead = list(loop.loader)
     assert [loop.train(batch) for batch in ahead] == [4, 8, 10]
+
+
+# Loaders with even_batches=False on two ranks, and the clock after an epoch; None: the ranks have different numbers of
+# batches. Accelerate fills up iterable data, and what rank 0 reads for all ranks.
+UNEVEN: list[tuple[dict[str, Any], int, int, bool, int | None]] = [
+    ({}, 12, 4, False, None),
+    ({}, 13, 4, False, 13),
+    ({"split_batches": True}, 9, 8, False, None),
+    ({"split_batches": True}, 13, 8, False, 13),
+    ({"dispatch_batches": True}, 12, 4, False, 12),
+    ({"dispatch_batches": False}, 12, 4, True, 12),
+]
+
+
+def uneven() -> list[int | None]:
+    found: list[int | None] = []
+    for options, size, batch_size, is_stream, _ in UNEVEN:
+        config = DataLoaderConfiguration(even_batches=False, **options)
+        try:
+            loop = Loop(Stream(size) if is_stream else rows(size), 1, batch_size, config=config)
+        except ValueError as error:
+            assert "even_batches=False gives 2 ranks different numbers of batches" in str(error)  # noqa: PT017
+            found.append(None)
+        else:
+            found.append(loop.epoch()[-1])
+    return found
+
+
+def test_batches_that_are_not_evened_out() -> None:
+    assert run_ranks(2, uneven) == [[expected for *_, expected in UNEVEN]] * 2

@@ -171,6 +171,25 @@ def test_what_cannot_be_reached_is_said() -> None:
         assert "the job stands 6 samples into data of which only batches can be left out, and batches of 4" in text
 
 
+def uneven_rest(samples: int) -> str | int:
+    """Batches of the rest of an epoch of 24 batches that are not evened out, or why there are none."""
+    config = DataLoaderConfiguration(even_batches=False)
+    _, loader = prepared("batch sampler", 1, dataloader_config=config)
+    position(loader).load_state_dict({"epoch": 0, "samples": samples, "seed": None, "order": ""})
+    try:
+        return sum(1 for _ in rest_of_epoch(loader))
+    except CheckpointError as error:
+        return str(error)
+
+
+def test_ranks_never_have_different_numbers_of_batches() -> None:
+    assert run_ranks(2, uneven_rest, 4) == [11, 11]
+    for text in run_ranks(2, uneven_rest, 2):
+        assert "the job stands 2 samples into an epoch of which 46 are left, and even_batches=False gives 2" in str(
+            text
+        )
+
+
 def refusals() -> None:
     accelerator, loader = prepared("workers", 1)
     place = position(loader)

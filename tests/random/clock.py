@@ -24,8 +24,8 @@ os.environ.setdefault("ACCELERATE_USE_CPU", "true")
 import torch
 from tqdm import tqdm
 
-from tests.random.clock_jobs import jobs_of, run_job, world_of
-from tests.random.clock_programs import Program, make, script, shrink
+from tests.random.clock_jobs import run_job
+from tests.random.clock_programs import Program, jobs_of, make, script, shrink, world_of
 from tests.random.clock_truth import Log, Truth
 from tests.ranks import RankError, run_ranks
 
@@ -159,7 +159,9 @@ def _kind_of(problems: list[str]) -> str:
     """An error stays an error of its type while it is shrunk, and a difference a difference."""
     if not problems:
         return ""
-    return "difference" if "the clock says" in problems[0] else problems[0].split(": ")[1]
+    if "the clock says" in problems[0]:
+        return "difference"
+    return "".join(c for c in problems[0].split(": ", 1)[1] if not c.isdigit())[:60]
 
 
 def main() -> int:

@@ -12,13 +12,14 @@ from accelerate import Accelerator, DataLoaderConfiguration, skip_first_batches
 from accelerate.utils import GradientAccumulationPlugin
 from torch import Tensor, nn
 
-from dist_adamw import CyclicLRWithRestarts, DistAdamW, prepare, rest_of_epoch
+from dist_adamw import CheckpointError, CyclicLRWithRestarts, DistAdamW, prepare, rest_of_epoch
 from dist_adamw.conventions import unwrap
 from tests.random.clock_data import Spec, dataset_of, draws_of, ids_of, inputs_of, loader_of
-from tests.random.clock_truth import Key, Log
+from tests.random.clock_programs import dispatches, jobs_of
+from tests.random.clock_truth import Facts, Key, Log
 from tests.ranks import _forget_accelerate
 
-ALL = 1 << 60  # rows of an epoch where none is repeated: on one rank, or with drop_last
+CANNOT_REACH = ("of which only batches can be left out", "and even_batches=False gives")
 
 
 class Stop(Exception):  # noqa: N818 - the job is stopped
@@ -34,21 +35,6 @@ def run_job(program: dict[str, Any], number: int, folder: str) -> Log:
     return job.log
 
 
-def jobs_of(program: dict[str, Any]) -> list[list[Any]]:
-    """The actions of each job."""
-    jobs: list[list[Any]] = [[]]
-    for action in program["actions"]:
-        if action[0] == "resume":
-            jobs.append([])
-        jobs[-1].append(action)
-    return jobs
-
-
-def world_of(program: dict[str, Any], number: int) -> int:
-    """Ranks of a job."""
-    return jobs_of(program)[number][0][1]["world"] if number else program["world"]
-
-
 class Job:
     """The objects of a training script, and a log of what it does with them."""
 
@@ -59,6 +45,7 @@ class Job:
         self.saved = False
         self.log: Log = []
         self.passes = 0
+        self.sources: dict[int, Any] = {}  # what each pass is a loop over
         self.data: Spec = dict(program["data"])
         self.accumulation = program["accumulation"]
         if number:
@@ -129,38 +116,54 @@ class Job:
         at: dict[int, list[Any]] = {}
         for k, name, *arguments in options.get("at", []):
             at.setdefault(k, []).append((name, *arguments))
-        for k, batch in enumerate(batches):
-            key = self._out(number, k, batch)
-            last = self.accelerator.gradient_state.end_of_dataloader
-            self._micro_batch(batch, key, last, at.get(k, []))
-            if k + 1 == options.get("stop"):
-                break
-        else:
-            self.log.append(("end", number))
+        with self._refusals():
+            for k, batch in enumerate(batches):
+                key = self._out(number, k, batch)
+                last = self.accelerator.gradient_state.end_of_dataloader
+                self._micro_batch(batch, key, last, at.get(k, []))
+                if k + 1 == options.get("stop"):
+                    break
+            else:
+                self.log.append(("end", number))
         del batches, loader
         if self.program["steps"] == "epoch":
             self.clock()
 
+    @contextlib.contextmanager
+    def _refusals(self) -> Iterator[None]:
+        """End the job where the rest of the epoch cannot be had on these ranks, and a sentence says so."""
+        try:
+            yield
+        except CheckpointError as error:
+            if not any(sentence in str(error) for sentence in CANNOT_REACH):
+                raise
+            self.log.append(("refused",))
+            raise Stop from error
+
     def _pass(self, of: str, how: Any) -> tuple[int, Any]:
         """Begin a loop: its number, and what to loop over."""
         loader = self.loader if of == "first" else self.second
-        rows, start = self._rows(of), 0 if how != "rest" else None
-        batches = loader
+        data, dataset = (self.data, self.dataset) if of == "first" else (self.second_data, self.second_set)
+        whole = self._pass_rows(of)
+        batches, start = loader, 0 if how != "rest" else None
         if how == "rest":
             batches = rest_of_epoch(loader)
         elif how != "loader":
             batches = skip_first_batches(loader, how[1])
-            start = how[1] * self._pass_rows(of)
+            # Where rank 0 draws for all, it leaves out lists of indices: one rank's batches.
+            start = how[1] * (data["batch"] if dispatches(self.program) and data["kind"] == "map" else whole)
         self.passes += 1
-        data = self.data if of == "first" else self.second_data
-        once = data["kind"] != "map" or data["sampler"] not in ("replacement", "weighted")
-        self.log.append(("pass", self.passes, rows, start, once, of))
-        return self.passes, batches
-
-    def _rows(self, of: str) -> int:
-        data, dataset = (self.data, self.dataset) if of == "first" else (self.second_data, self.second_set)
+        self.sources[self.passes] = loader if how == "rest" else batches
+        is_map = data["kind"] == "map"
+        once = not is_map or data["sampler"] not in ("replacement", "weighted")
         repeats = self.accelerator.num_processes > 1 and not data["drop_last"]
-        return draws_of(data, dataset.rows) if repeats else ALL
+        is_uneven = is_map and not dispatches(self.program) and not self.program.get("even", True)
+        part = whole // self.accelerator.num_processes if is_uneven and not data["drop_last"] else 0
+        facts = Facts(
+            draws_of(data, dataset.rows), repeats and not is_uneven, start, once, of, 0 if is_map else whole, part
+        )
+        self.log.append(("pass", self.passes, facts))
+        return self.passes, batches
 
     def _pass_rows(self, of: str) -> int:
         """Rows of one micro-batch on all ranks."""
@@ -234,7 +237,8 @@ class Job:
     # ---------------------------------------------------------------- one micro-batch
 
     def _out(self, number: int, k: int, batch: Any) -> Key:
-        self.log.append(("out", number, k, ids_of(batch)))
+        is_last = bool(self.sources[number].end_of_dataloader)
+        self.log.append(("out", number, k, ids_of(batch), is_last))
         return number, k
 
     def _next_of_second(self) -> tuple[Any, Key]:
@@ -256,6 +260,7 @@ class Job:
             if name in ("grow", "accumulate", "probe", "eval_top"):
                 getattr(self, name.removesuffix("_top"))(*arguments)
             if name == "stop" and arguments == ["top"]:
+                self.log.append(("top",))
                 self.save()
                 raise Stop
         if "continue" in names:

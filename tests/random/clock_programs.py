@@ -3,11 +3,10 @@
 A program is plain data: a configuration, and a list of actions (the methods of `clock_jobs.Job`). ``resume`` actions
 part it into jobs, each of which goes on from what the one before has saved.
 
-What is left out, because no clock could know it: a batch that is not trained on but is in hand, handed out with
-gradients on, while another one's gradients are made. So a second loader whose iterator stays open does not meet
-dropped gradients, after which its batch may be tried again. What is left out because it is the place in the data that
-is looked at there, not the clock: what makes the place of a job that goes on with another number of ranks depend on
-more than whole updates, and `rest_of_epoch` where batches have no fixed size.
+What is left out because Accelerate alone does not run it is in `is_legal`. What is left out because no clock could know
+it: a batch that is not trained on but is in hand, handed out with gradients on, while another one's gradients are made.
+So a second loader whose iterator stays open does not meet dropped gradients, after which its batch may be tried again.
+And `rest_of_epoch` where batches have no fixed size, or rows are drawn that nobody can tell apart.
 """
 
 from __future__ import annotations
@@ -25,9 +24,84 @@ SAMPLERS = ["sequential", "shuffle", "shuffle", "shuffle", "replacement", "weigh
 FORMS = ["row", "tuple", "dict", "list", "packed"]
 
 
+def jobs_of(program: Program) -> list[list[Any]]:
+    """The actions of each job."""
+    jobs: list[list[Any]] = [[]]
+    for action in program["actions"]:
+        if action[0] == "resume":
+            jobs.append([])
+        jobs[-1].append(action)
+    return jobs
+
+
+def world_of(program: Program, number: int) -> int:
+    """Ranks of a job."""
+    return jobs_of(program)[number][0][1]["world"] if number else program["world"]
+
+
+def dispatches(program: Program) -> bool:
+    """Whether rank 0 reads for all ranks."""
+    return bool(program["data"]["kind"] != "map" if program["dispatch"] is None else program["dispatch"])
+
+
 def make(seed: int, world: int) -> Program:
     """A program that a user could have written, and that no rank waits in for ever."""
     rng = random.Random(f"{seed}/{world}")
+    while not is_legal(program := _draft(rng, world)):
+        pass
+    return program
+
+
+def is_legal(program: Program) -> bool:
+    """Whether Accelerate alone runs a program.
+
+    It raises ValueError where rank 0 reads for all ranks and has no batch, and with ``even_batches=False`` ranks that
+    have different numbers of batches wait for each other, as do ranks of which one leaves out what others do together.
+    `rest_of_epoch` needs the loader that `prepare` returned.
+    """
+    for number, actions in enumerate(jobs_of(program)):
+        data, world = dict(program["data"]), world_of(program, number)
+        is_prepared = True
+        for name, *arguments in actions:
+            if name == "resume":
+                data.update(batch=arguments[0].get("batch", data["batch"]))
+            elif name == "grow":
+                data["rows"] += arguments[0]
+            elif name == "again":
+                data.update(rows=arguments[0] or data["rows"], batch=arguments[1])
+                is_prepared = False
+            if name in ("epoch", "peek", "overfit"):
+                options = arguments[0] if name == "epoch" else {}
+                if options.get("of") != "second" and not _is_legal_loop(program, data, options, world):
+                    return False
+                if program["second"] is not None:
+                    second = {**data, **program["second"]}
+                    second["rows"] = second["rows"] or data["rows"]
+                    if not _is_legal_loop(program, second, {}, world):
+                        return False
+                if options.get("how") == "rest" and not is_prepared:
+                    return False
+                at = [(k, name) for k, name, *_ in options.get("at", [])]
+                if any(name == "continue_on" and sum(k == other for other, _ in at) > 1 for k, name in at):
+                    return False
+                data["rows"] += sum(event[2] for event in options.get("at", []) if event[1] == "grow")
+    return True
+
+
+def _is_legal_loop(program: Program, data: dict[str, Any], options: dict[str, Any], world: int) -> bool:
+    if data["kind"] != "map":
+        return True
+    rows, size = draws_of(data, data["rows"]), data["batch"]
+    batches = rows // size if data["drop_last"] else -(-rows // size)
+    if dispatches(program):
+        how = options.get("how", "loader")
+        return batches > (how[1] if isinstance(how, list) else 0)
+    part = size // world if program["split"] else size
+    is_uneven = not data["drop_last"] and -(-rows // part) % world
+    return program.get("even", True) or not is_uneven
+
+
+def _draft(rng: random.Random, world: int) -> Program:
     rows, batch = rng.randint(5, 40), rng.randint(1, 8)
     kind = rng.choices(["map", "sized", "stream"], [6, 2, 1])[0]
     dispatch = rng.choices([None, True, False], [6, 2, 2])[0]
@@ -50,6 +124,7 @@ def make(seed: int, world: int) -> Program:
         "data": data,
         "split": rng.random() < 0.15,
         "dispatch": dispatch,
+        "even": rng.random() < 0.85,
         "accumulation": rng.choice([1, 1, 2, 2, 3, 4, 5]),
         "cross": rng.random() < 0.1,
         "loop": rng.choices(["accumulate", "hand"], [4, 1])[0],
@@ -71,36 +146,31 @@ def make(seed: int, world: int) -> Program:
 
 def _actions(rng: random.Random, program: Program) -> Iterator[list[Any]]:
     data, world = program["data"], program["world"]
-    resumes = rng.random() < 0.15 and data["sampler"] != "uneven batches" and "lie" not in data
+    resumes = rng.random() < 0.2 and data["sampler"] != "uneven batches" and "lie" not in data
     resumes = resumes and data["sampler"] not in ("replacement", "weighted")
-    if resumes:
-        program["epoch_size"] = data["rows"]
-        program["cross"] = program["cross"] and world == 1
     worlds = [world]
     if resumes:
-        fixed = data["kind"] != "map" or program["split"] or program["cross"]
-        worlds += [world if fixed or rng.random() < 0.7 else 3 - world]
-    several = max(worlds) > 1
-    simple = resumes and several  # the place in an epoch must be known to tell what is repeated
-    rest = simple or (rng.random() < (0.5 if resumes else 0.15) and data["sampler"] != "uneven batches")
-    if simple:
-        program["loop"] = "accumulate"
+        program["epoch_size"] = data["rows"]
+        worlds += [world if rng.random() < 0.7 else 3 - world]
+        if program["split"] and max(worlds) > world:
+            data["batch"] *= max(worlds)
+    rest = rng.random() < (0.5 if resumes else 0.15) and data["sampler"] != "uneven batches"
     program["drops"] = program["second"] is None or rng.random() < 0.5
     for number, ranks in enumerate(worlds):
         if number:
             resume = {"world": ranks, "accumulation": rng.choice([1, 2, 3, 4])}
+            if not data["drop_last"] and rng.random() < 0.3:
+                resume["batch"] = rng.randint(1, 8) * (max(worlds) if program["split"] else 1)
             yield ["resume", resume]
             rest = True
-        for i in range(rng.randint(1, 3)):
-            stops = resumes and not number and not i
-            if not (stops or simple):
-                yield from _between(rng, program, rest, ranks)
-            yield ["epoch", _epoch(rng, program, rest, ranks, stops, simple)]
-            if stops:
-                break
+        epochs = rng.randint(1, 3)
+        for i in range(epochs):
+            stops = resumes and not number and i == epochs - 1
+            yield from _between(rng, program, rest, ranks, resumes)
+            yield ["epoch", _epoch(rng, program, rest, ranks, stops, resumes)]
 
 
-def _between(rng: random.Random, program: Program, rest: bool, world: int) -> Iterator[list[Any]]:
+def _between(rng: random.Random, program: Program, rest: bool, world: int, resumes: bool) -> Iterator[list[Any]]:
     """Actions between two epochs."""
     if rng.random() < 0.6:
         return
@@ -114,7 +184,9 @@ def _between(rng: random.Random, program: Program, rest: bool, world: int) -> It
     if program["drops"]:
         choices.append(["zero"])
     if not rest:
-        choices += [["peek"], ["overfit", rng.randint(1, 4)], ["grow", rng.randint(1, 5)]]
+        choices += [["peek"], ["overfit", rng.randint(1, 4)]]
+    if not (rest or resumes):
+        choices.append(["grow", rng.randint(1, 5)])
         if data["sampler"] not in ("uneven batches", "replacement", "weighted"):
             choices.append(["again", rng.choice([None, rng.randint(5, 40)]), rng.randint(1, 8) * unit])
     if program["second"] is not None:
@@ -122,27 +194,25 @@ def _between(rng: random.Random, program: Program, rest: bool, world: int) -> It
     yield rng.choice(choices)
 
 
-def _epoch(rng: random.Random, program: Program, rest: bool, world: int, stops: bool, simple: bool) -> dict[str, Any]:
+def _epoch(rng: random.Random, program: Program, rest: bool, world: int, stops: bool, resumes: bool) -> dict[str, Any]:
     data = program["data"]
     rows = draws_of(data, data["rows"])
     batches = max(1, -(-rows // (data["batch"] if program["split"] else data["batch"] * world)))
     options: dict[str, Any] = {"how": "rest" if rest else "loader", "at": []}
-    skippable = not rest and not simple and (world == 1 or not program["dispatch"])
-    dispatched = program["dispatch"] or (program["dispatch"] is None and data["kind"] != "map")
-    if skippable and not (world > 1 and dispatched) and batches > 1 and rng.random() < 0.1:
+    if not rest and batches > 1 and rng.random() < 0.1:
         options["how"] = ["skip", rng.randint(1, batches - 1)]
-    if rng.random() < 0.3 and not (rest and (dispatched or world > 1)):
+    if rng.random() < 0.3:
         options["stop"] = rng.randint(1, batches)
     for _ in range(rng.choice([0, 0, 1, 1, 2, 3])):
-        options["at"].append([rng.randrange(batches), *_event(rng, program, rest or simple, world, simple)])
+        options["at"].append([rng.randrange(batches), *_event(rng, program, rest or resumes, world)])
     if stops:
-        options["at"].append([rng.randrange(batches), "stop", "end" if simple else rng.choice(["end", "top"])])
+        options["at"].append([rng.randrange(batches), "stop", rng.choice(["end", "top"])])
         options.pop("stop", None)
     options["at"].sort(key=lambda event: event[0])
     return options
 
 
-def _event(rng: random.Random, program: Program, fixed: bool, world: int, simple: bool) -> list[Any]:
+def _event(rng: random.Random, program: Program, fixed: bool, world: int) -> list[Any]:
     data = program["data"]
     choices: list[list[Any]] = [
         ["cut", rng.randint(2, 4)],
@@ -153,19 +223,18 @@ def _event(rng: random.Random, program: Program, fixed: bool, world: int, simple
         ["grad"],
         ["clock"],
     ]
-    if program["drops"] and not simple:
+    if program["drops"]:
         choices += [["sam"], ["zero"], ["zero_model"] if world == 1 else ["zero"]]
         if program["max_norm"] is not None:
             choices += [["inf", rng.choice([None, *range(world)])]] * 2
-    if not simple:
-        choices += [["pieces", rng.randint(2, 4)], ["accumulate", rng.choice([1, 2, 3, 4])]]
-        choices += [["continue"], ["continue_in"]] * 2
-        if world > 1:
-            choices += [["continue_on", rng.randrange(world)]] * 2
+    choices += [["pieces", rng.randint(2, 4)], ["accumulate", rng.choice([1, 2, 3, 4])]]
+    choices += [["continue"], ["continue_in"]] * 2
+    if world > 1:
+        choices += [["continue_on", rng.randrange(world)]] * 2
     if not (fixed or data["sampler"] == "shuffle"):  # torch's sampler draws some twice then
         choices.append(["grow", rng.randint(1, 4)])
     if not program["drops"]:
-        choices += [["joint"], ["joint"] if simple else ["also"]] * 2
+        choices += [["joint"], ["also"]] * 2
     return rng.choice(choices)
 
 
@@ -181,7 +250,7 @@ def shrink(program: Program, fails: Callable[[Program], bool], tries: int = 300)
             tries -= 1
             if tries < 0:
                 break
-            if fails(candidate):
+            if is_legal(candidate) and fails(candidate):
                 program, smaller = candidate, True
                 break
     return program
@@ -202,6 +271,7 @@ def _smaller(program: Program) -> Iterator[Program]:
         "second": None,
         "dispatch": None,
         "split": False,
+        "even": True,
         "cross": False,
         "loop": "accumulate",
         "optimizer": "DistAdamW",
@@ -211,7 +281,7 @@ def _smaller(program: Program) -> Iterator[Program]:
         "accumulation": 1,
     }
     for name, value in plain_values.items():
-        if program[name] != value:
+        if program.get(name, value) != value:
             yield _changed(program, lambda p, n=name, v=value: p.update({n: v}))
     data = program["data"]
     for name, value in (("sampler", "sequential"), ("form", "row"), ("workers", 0), ("kind", "map"), ("lie", 0)):

@@ -1,13 +1,13 @@
 """The truth about a random program: which rows reached an applied update, by what each rank wrote down.
 
-Nothing here knows how the clock counts. A rank's log has, in order:
+Nothing here knows how the clock counts, or where the place in the data is kept. A rank's log has, in order:
 
-- ``("pass", number, rows, start, once, of)``: a loop over a training loader began, "first" or "second"; of an epoch
-  of ``rows`` rows the first ``start`` are left out, or None: what is left of the epoch before; once: no id is drawn
-  twice;
-- ``("out", number, k, ids)``: it handed out its k-th batch; ``("end", number)``: it was exhausted;
+- ``("pass", number, facts)``: a loop over a training loader began;
+- ``("out", number, k, ids, last)``: it handed out its k-th batch, and says whether the epoch ends with it;
+- ``("end", number)``: it was exhausted; ``("refused",)``: it did not begin, with a sentence about the place;
 - ``("backward", [(number, k), ...], bad)``: gradients of these batches were added up; bad: they are not finite;
 - ``("zero",)``: gradients were dropped; ``("step",)``: the optimizer was asked for an update;
+- ``("top",)``: the job was saved before its newest batch was trained on;
 - ``("clock", samples)``: what the scheduler said.
 """
 
@@ -15,10 +15,32 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 Log = list[tuple[Any, ...]]
 Key = tuple[int, int]  # number of the pass, and of the batch in it
+
+
+class Facts(NamedTuple):
+    """What a script knows of a loop.
+
+    Attributes:
+        rows: Rows of the whole epoch.
+        repeats: Whether Accelerate fills the last batches with rows that it repeats.
+        start: So many rows are left out at the beginning; None: those that were trained on before.
+        once: No row is drawn twice in an epoch.
+        of: The loader: "first" or "second".
+        whole: Only batches of so many rows can be left out, over all ranks; 0: any number of rows can be.
+        part: Batches are not evened: those of so many rows that are left must be shared out evenly; 0: they are.
+    """
+
+    rows: int
+    repeats: bool
+    start: int | None
+    once: bool
+    of: str
+    whole: int
+    part: int
 
 
 @dataclass(frozen=True)
@@ -38,6 +60,17 @@ class Difference:
         )
 
 
+@dataclass(eq=False)
+class _Epoch:
+    """One time through the first loader, by one loop or several."""
+
+    ids: list[int | None] = field(default_factory=list)  # real rows in their order; None: left out by the script
+    is_over: bool = False
+
+
+Place = tuple[_Epoch, int]  # an epoch, and so many rows in it
+
+
 @dataclass
 class _Rank:
     """One rank's gradients: of which batches they are."""
@@ -45,16 +78,16 @@ class _Rank:
     updates: list[tuple[list[Key], bool]] = field(default_factory=list)  # batches of each, and whether one was bad
     clocks: list[tuple[int, int]] = field(default_factory=list)  # after so many updates, the clock
     pending: list[Key] = field(default_factory=list)  # batches whose gradients no update has had
-    in_hand: Key | None = None  # the last batch, if it has no gradients yet
+    newest: dict[int, Key] = field(default_factory=dict)  # of each pass, the batch that was handed out last
+    is_top: bool = False
 
     def replay(self, log: Log) -> None:
         bad = False
         for event, *facts in log:
             if event == "out":
-                self.in_hand = (facts[0], facts[1])
+                self.newest[facts[0]] = (facts[0], facts[1])
             elif event == "backward":
                 self.pending += map(tuple, facts[0])
-                self.in_hand = None if self.in_hand in self.pending else self.in_hand
                 bad |= facts[1]
             elif event == "zero":
                 self.pending, bad = [], False
@@ -63,6 +96,8 @@ class _Rank:
                 self.pending = []
             elif event == "clock":
                 self.clocks.append((len(self.updates), facts[0]))
+            elif event == "top":
+                self.is_top = True
 
 
 @dataclass
@@ -75,9 +110,9 @@ class Truth:
 
     skips: bool
     samples: int = 0
-    done: int = 0  # real rows of the last epoch that were handed out
-    over: bool = True
     jobs: int = 0
+    epoch: _Epoch = field(default_factory=lambda: _Epoch(is_over=True))  # the last one of the first loader
+    places: list[Place] = field(default_factory=list)  # where the next job may go on
 
     def judge(self, logs: list[Log]) -> list[Difference]:
         """All wrong numbers of one job, with a log of each rank."""
@@ -95,10 +130,7 @@ class Truth:
                 new = set()  # what is tried again, and applied then, counts then
             counted |= new
             truth.append(truth[-1] + sum(real[batch] for batch in new))
-        # What no update has had when a job ends comes again in the next one.
-        for r, rank in enumerate(ranks):
-            for key in {(*key, r) for key in (*rank.pending, *([rank.in_hand] if rank.in_hand else []))} - counted:
-                self.done -= real[key] if key[0] == self._last else 0
+        self._find_places(ranks, counted)
         self.samples = truth[-1]
         self.jobs += 1
         return [
@@ -108,6 +140,33 @@ class Truth:
             if clock != truth[updates]
         ]
 
+    def _find_places(self, ranks: list[_Rank], counted: set[tuple[int, int, int]]) -> None:
+        """What no update has had when a job ends comes again in the next one.
+
+        A batch that has no gradients, or whose gradients were dropped, may come again if it is the newest.
+        """
+        tried = {key for rank in ranks for keys, _ in rank.updates for key in keys}
+        pending = {key for r, rank in enumerate(ranks) for key in rank.pending if (*key, r) not in counted}
+        newest = {rank.newest[number] for rank in ranks for number in sorted(rank.newest) if number == self._last}
+        newest -= tried
+        if any(rank.is_top for rank in ranks):
+            pending |= newest
+        self.places = []
+        for keys in (pending, pending | newest):
+            begins = [self._of_batch[key] for key in sorted(keys) if key in self._of_batch]
+            self.places.append(begins[0] if begins else (self.epoch, len(self.epoch.ids)))
+
+    def _go_on(self, first: int | None, once: bool) -> Place:
+        """Where a loop over the rest of an epoch began, by its first row. None: it had none."""
+        places, self.places = self.places, []
+        for epoch, begin in places or [(self.epoch, len(self.epoch.ids))]:
+            is_left = begin < len(epoch.ids)
+            if not is_left and epoch.is_over:
+                return _Epoch(), 0
+            if first is None or not once or (epoch.ids[begin] == first if is_left else first not in epoch.ids):
+                return _Epoch(epoch.ids[:begin]), begin
+        raise AssertionError(f"the loop goes on with row {first} of {places or self.epoch}")
+
     def _real_rows(self, logs: list[Log]) -> dict[tuple[int, int, int], int]:
         """Real rows of each batch that each rank (last of the key) was handed out: the first ones of the epoch.
 
@@ -115,26 +174,53 @@ class Truth:
         as the sampler draws has been repeated.
         """
         handed_out: dict[int, dict[tuple[int, int], list[int]]] = defaultdict(dict)
+        ends: set[int] = set()
         for rank, log in enumerate(logs):
             for event, *facts in log:
                 if event == "out":
                     handed_out[facts[0]][facts[1], rank] = facts[2]
+                if event == "end" or (event == "out" and facts[3]):
+                    ends.add(facts[0])
         real: dict[tuple[int, int, int], int] = {}
-        self._last = -1  # of the first loader, whose place in an epoch is kept
+        self._of_batch: dict[Key, Place] = {}  # where each batch of the first loader begins
+        self._last = -1
         for event, *facts in logs[0]:
             if event == "pass":
-                number, rows, start, once, of = facts
-                if start is None:
-                    start = 0 if self.over or self.done >= rows else self.done
-                left, seen = rows - start, list[int]()
-                for (k, rank), ids in sorted(handed_out[number].items()):
-                    real[number, k, rank] = n = min(len(ids), left)
-                    seen += ids[:n]
-                    left -= n
-                if once and len(set(seen)) < len(seen):
-                    raise AssertionError(f"rows that were drawn once are taken for real ones twice: {sorted(seen)}")
-                if of == "first":
-                    self._last, self.done, self.over = number, start + len(seen), False
-            elif event == "end" and facts[0] == self._last:
-                self.over = True
+                self._pass(*facts, handed_out[facts[0]], facts[0] in ends, real)
+            elif event == "refused":
+                self._refused(len(logs))
         return real
+
+    def _pass(
+        self,
+        number: int,
+        facts: Facts,
+        batches: dict[tuple[int, int], list[int]],
+        ends: bool,
+        real: dict[tuple[int, int, int], int],
+    ) -> None:
+        """Take one loop in."""
+        first = batches[0, 0][0] if batches else None
+        if facts.start is None:
+            epoch, start = self._go_on(first, facts.once)
+        else:
+            epoch, start = _Epoch([None] * facts.start), facts.start
+        left = facts.rows - start
+        for (k, rank), ids in sorted(batches.items()):
+            if facts.of == "first" and rank == 0:
+                self._of_batch[number, k] = epoch, len(epoch.ids)
+            real[number, k, rank] = n = min(len(ids), left) if facts.repeats else len(ids)
+            epoch.ids += ids[:n]
+            left -= n
+        seen = [i for i in epoch.ids if i is not None]
+        if facts.once and len(set(seen)) < len(seen):
+            raise AssertionError(f"rows that were drawn once are taken for real ones twice: {sorted(seen)}")
+        if facts.of == "first":
+            epoch.is_over = ends
+            self.epoch, self._last = epoch, number
+            self._facts, self._start = facts, start
+
+    def _refused(self, ranks: int) -> None:
+        rows, whole, part = self._facts.rows - self._start, self._facts.whole, self._facts.part
+        if not ((whole and self._start % whole) or (part and -(-rows // part) % ranks)):
+            raise AssertionError(f"a place was refused that lies {self._start} rows into the epoch: {self._facts}")
