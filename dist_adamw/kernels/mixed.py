@@ -11,7 +11,8 @@ import ctypes
 import math
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from itertools import zip_longest
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,7 +25,9 @@ _CUT_AT = 32
 _HALF = 1 << 15
 _memcmp = ctypes.CDLL(None).memcmp
 _memcmp.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
-_PLACES: dict[int | str, int] = {0: 1, 1: 2, 2: 3, "weights": 4, "grads": 5}  # in a page; see `zeros_apart`
+# Places in a page; see `zeros_apart`.
+_PLACES: dict[int | str, int] = {0: 1, 1: 2, 2: 3, "weights": 4, "grads": 5, "rounded": 1}
+_SHORT = 4096  # elements; see `_Scratch.are_short`
 
 
 class _Columns(NamedTuple):
@@ -98,32 +101,43 @@ def mixed_adamw_update_(
         found_inf = None
     if scale is not None and on_cpu and scale.item() == 1:
         scale = None
-    scratch = _Scratch(_block_numel(params[0].device), params[0].device)
-    for block in _blocks(columns, scratch.numel):
-        if block.masters and block.masters[0].dtype == torch.float32:
-            _follow_block(block, scratch)
-        weights = _load_weights(block, scratch)
+    numels = tuple([p.numel() for p in params])
+    limit = _block_numel(params[0].device)
+    scratch = _Scratch(min(limit, sum(numels)), params[0].device)
+    hyper: dict[str, Any] = {
+        "lr": lr,
+        "betas": betas,
+        "eps": eps,
+        "weight_decay": weight_decay,
+        "decay_by": decay_by,
+        "maximize": maximize,
+        "fused": fused,
+        "found_inf": found_inf,
+    }
+    # Asked once: after a block's data, none of Python's own is in a cache, and every question takes microseconds.
+    has_masters = bool(masters) and masters[0].dtype == torch.float32
+    state_is_narrow = exp_avgs[0].dtype != torch.float32
+    for block, sizes in _blocks(columns, numels, limit):
+        if has_masters:
+            _follow_block(block, sizes, scratch)
+        weights = _load_weights(block, sizes, scratch)
         state = block[3:6]
-        exp_avg, exp_avg_sq, max_exp_avg_sq = (scratch.widened(i, column) for i, column in enumerate(state))
+        exp_avg, exp_avg_sq, max_exp_avg_sq = state
+        if state_is_narrow:
+            exp_avg, exp_avg_sq, max_exp_avg_sq = [scratch.widened(i, kept, sizes) for i, kept in enumerate(state)]
         adamw_update_(
             weights,
             exp_avg,
             exp_avg_sq,
             max_exp_avg_sq,
             block.steps,
-            grads=_load_grads(block.grads, scale, scratch),
-            lr=lr,
-            betas=betas,
-            eps=eps,
-            weight_decay=weight_decay,
-            decay_by=decay_by,
-            maximize=maximize,
-            fused=fused,
-            found_inf=found_inf,
+            grads=_load_grads(block.grads, sizes, scale, scratch),
+            **hyper,
         )
-        for kept, updated in zip(state, (exp_avg, exp_avg_sq, max_exp_avg_sq), strict=True):
-            if updated is not kept:
-                torch._foreach_copy_(kept, updated)
+        if state_is_narrow:
+            for kept, updated in zip(state, (exp_avg, exp_avg_sq, max_exp_avg_sq), strict=True):
+                if kept:
+                    torch._foreach_copy_(kept, updated)
         _store_weights(block, weights)
 
 
@@ -203,14 +217,23 @@ def _impossible(param: Tensor, remainder: Tensor) -> Tensor:
     return ((param == 0) & (remainder < 0)) | (param.isinf() & (remainder > 0))
 
 
-def _follow_block(block: _Columns, scratch: _Scratch) -> None:
+def _follow_block(block: _Columns, sizes: tuple[int, ...], scratch: _Scratch) -> None:
     """`follow_params_`, with one comparison where there is nothing to follow. The host asks only where that is free."""
-    if block.params[0].device.type == "cpu":
-        rounded = scratch.narrow("rounded", block.masters, block.params[0].dtype)
-        shown = block.params[0] if len(block.params) == 1 else scratch.narrow("shown", block.params, rounded.dtype)
-        if _same_bits(rounded, shown):
-            return
-    follow_params_(block.params, block.masters)
+    if not (scratch.on_cpu and _show(block, sizes, scratch)):
+        follow_params_(block.params, block.masters)
+
+
+def _show(block: _Columns, sizes: tuple[int, ...], scratch: _Scratch) -> bool:
+    """Whether every parameter is its master rounded to even, to the bit. For a CPU."""
+    params, masters = block.params, block.masters
+    if scratch.are_short(sizes):
+        # The gradients' memory is free until they are loaded.
+        params, masters = [torch.cat(params)], [torch.cat(masters, out=scratch.flat("grads", sum(sizes)))]
+        sizes = (sum(sizes),)
+    for param, master, numel in zip(params, masters, sizes, strict=True):
+        if not _same_bits(scratch.flat("rounded", numel, param.dtype).copy_(master), param):
+            return False
+    return True
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:
@@ -244,56 +267,70 @@ class _Scratch:
 
     def __init__(self, numel: int, device: torch.device) -> None:
         self.numel = numel
+        self.on_cpu = device.type == "cpu"
         self._device = device
-        self._flat: dict[int | str, Tensor] = {}
+        self._memory: dict[int | str, Tensor] = {}
+        self._cut: dict[int | str, tuple[tuple[int, ...], Tensor, list[Tensor]]] = {}
 
-    def copy(self, key: int | str, tensors: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    def flat(self, key: int | str, numel: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """``numel`` elements of the memory named ``key``, of one ``dtype`` always, with anything in them."""
+        memory = self._memory.get(key)
+        if memory is None:
+            memory = zeros_apart(self.numel, _PLACES[key], dtype=dtype, device=self._device)
+            self._memory[key] = memory
+        return memory if numel == self.numel else memory[:numel]
+
+    def room(self, key: int | str, sizes: tuple[int, ...]) -> tuple[Tensor, list[Tensor]]:
+        """Memory for fp32 tensors of ``sizes``, with anything in it: all of it in one, and each apart."""
+        cut = self._cut.get(key)
+        if cut is None or cut[0] != sizes:
+            flat = self.flat(key, sum(sizes))
+            cut = self._cut[key] = (sizes, flat, [flat] if len(sizes) == 1 else list(torch.split(flat, list(sizes))))
+        return cut[1:]
+
+    def copy(self, key: int | str, tensors: list[Tensor], sizes: tuple[int, ...]) -> tuple[Tensor, list[Tensor]]:
         """``tensors`` as fp32 in the memory named ``key``: all of it in one, and each apart."""
-        flat, views = self.room(key, tensors)
-        torch._foreach_copy_(views, tensors)
+        flat, views = self.room(key, sizes)
+        if not self.are_short(sizes):
+            torch._foreach_copy_(views, tensors)
+        elif tensors[0].dtype == torch.float32:
+            torch.cat(tensors, out=flat)
+        else:
+            flat.copy_(torch.cat(tensors))  # without ``out``, so that one fp32 tensor among them makes it fp32
         return flat, views
 
-    def room(self, key: int | str, tensors: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """Memory for what `copy` returns, with anything in it."""
-        if key not in self._flat:
-            self._flat[key] = zeros_apart(self.numel, _PLACES[key], dtype=torch.float32, device=self._device)
-        sizes = [t.numel() for t in tensors]
-        flat = self._flat[key][: sum(sizes)]
-        return flat, [flat] if len(sizes) == 1 else list(torch.split(flat, sizes))
+    def are_short(self, sizes: tuple[int, ...]) -> bool:
+        """Whether tensors of ``sizes`` are best put side by side first."""
+        # On a CPU an operation takes a microsecond for every tensor, however short; `torch.cat` takes a fifth of it.
+        return self.on_cpu and sum(sizes) < _SHORT * len(sizes)
 
-    def narrow(self, key: str, tensors: list[Tensor], dtype: torch.dtype) -> Tensor:
-        """``tensors`` as ``dtype`` of 16 bits, side by side in the memory named ``key``."""
-        if key not in self._flat:
-            self._flat[key] = torch.empty(self.numel, dtype=dtype, device=self._device)
-        sizes = [t.numel() for t in tensors]
-        flat = self._flat[key][: sum(sizes)]
-        torch._foreach_copy_([flat] if len(sizes) == 1 else list(torch.split(flat, sizes)), tensors)
-        return flat
-
-    def widened(self, key: int | str, tensors: list[Tensor]) -> list[Tensor]:
+    def widened(self, key: int | str, tensors: list[Tensor], sizes: tuple[int, ...]) -> list[Tensor]:
         """``tensors`` themselves if they are fp32 (or none), else copies that are."""
         if not tensors or tensors[0].dtype == torch.float32:
             return tensors
-        return self.copy(key, tensors)[1]
+        return self.copy(key, tensors, sizes)[1]
 
 
 def _block_numel(device: torch.device) -> int:
-    # CPU: a scratch of 1 MiB. Measured on 2 ** 24 elements: with 1/4 of it an update takes 1.3 times as long, though
-    # all of that stays nearer to the core, because every block begins with cold streams. Elsewhere a block costs
-    # launches, and bounds memory.
-    return 1 << 18 if device.type == "cpu" else 1 << 23
+    # CPU: a scratch of 512 KiB. Measured on 2 ** 22 elements: with 1/4 of it an update takes 1.3 times as long, though
+    # all of that stays nearer to the core, because every block begins with cold streams and cold code; with twice as
+    # much, 1.05 times. Elsewhere a block costs launches, and bounds memory.
+    return 1 << 17 if device.type == "cpu" else 1 << 23
 
 
-def _blocks(columns: _Columns, limit: int) -> Iterator[_Columns]:
-    """Cut a long piece into blocks of ``limit`` elements; gather short ones into blocks of as many or fewer."""
-    for first, stop in _groups(tuple([p.numel() for p in columns.params]), limit):
-        group = _Columns(*(column[first:stop] for column in columns))
-        if group.params[0].numel() <= limit:
-            yield group
+def _blocks(columns: _Columns, numels: tuple[int, ...], limit: int) -> Iterator[tuple[_Columns, tuple[int, ...]]]:
+    """Cut a long piece into blocks of ``limit`` elements; gather short ones into blocks of as many or fewer.
+
+    With each block come the lengths of its pieces.
+    """
+    for first, stop in _groups(numels, limit):
+        group = _Columns(*[column[first:stop] for column in columns])
+        if numels[first] <= limit:
+            yield group, numels[first:stop]
             continue
-        cut = [torch.split(column[0], limit) if column else () for column in group[:6]]
-        for i in range(len(cut[0])):
-            yield _Columns._make([*([views[i]] if views else [] for views in cut), group.steps])
+        cut = [[[view] for view in torch.split(column[0], limit)] if column else [] for column in group[:6]]
+        for views in zip_longest(*cut, fillvalue=[]):
+            yield _Columns._make([*views, group.steps]), (len(views[0][0]),)
 
 
 @lru_cache(maxsize=256)
@@ -310,13 +347,13 @@ def _groups(numels: tuple[int, ...], limit: int) -> list[tuple[int, int]]:
     return [*runs, (first, len(numels))]
 
 
-def _load_weights(block: _Columns, scratch: _Scratch) -> list[Tensor]:
+def _load_weights(block: _Columns, sizes: tuple[int, ...], scratch: _Scratch) -> list[Tensor]:
     """The fp32 weights of a block: where they are, or in scratch memory."""
     if not block.masters:
-        return scratch.widened("weights", block.params)
+        return scratch.widened("weights", block.params, sizes)
     if block.masters[0].dtype == torch.float32:
         return block.masters
-    flat, weights = scratch.copy("weights", block.params)
+    flat, weights = scratch.copy("weights", block.params, sizes)
     torch._foreach_add_([weight.view(torch.int32) for weight in weights], block.masters)
     # A sum is not finite if an element is NaN: of a parameter that was written, or of training that has diverged.
     if flat.device.type != "cpu" or not math.isfinite(flat.sum().item()):
@@ -325,14 +362,14 @@ def _load_weights(block: _Columns, scratch: _Scratch) -> list[Tensor]:
     return weights
 
 
-def _load_grads(grads: list[Tensor], scale: Tensor | None, scratch: _Scratch) -> list[Tensor]:
+def _load_grads(grads: list[Tensor], sizes: tuple[int, ...], scale: Tensor | None, scratch: _Scratch) -> list[Tensor]:
     if scale is None:
-        return scratch.widened("grads", grads)
+        return scratch.widened("grads", grads, sizes)
     if len(grads) == 1 and grads[0].dtype == torch.float32:
-        flat, views = scratch.room("grads", grads)
+        flat, views = scratch.room("grads", sizes)
         torch.mul(grads[0], scale, out=flat)
         return views
-    flat, views = scratch.copy("grads", grads)
+    flat, views = scratch.copy("grads", grads, sizes)
     flat.mul_(scale)
     return views
 

@@ -178,6 +178,30 @@ def test_an_overflow_leaves_everything_as_it_is(
     assert all(changed)
 
 
+@pytest.mark.parametrize("sizes", [(5, 70, 33, 1), (5, 9000, 3), (20_000,)], ids=str)
+def test_a_write_to_any_piece_is_followed_to_the_bit(sizes: tuple[int, ...]) -> None:
+    for i, numel in enumerate(sizes):
+        for place in {0, numel // 2, numel - 1}:
+            written, expected = Weights(sizes=sizes), Weights(sizes=sizes)
+            bits = written.params[i].view(INT16)
+            bits[place] += 1
+            expected.params[i].view(INT16)[place] += 1
+            expected.masters[i][place] = written.params[i][place].float()
+            for weights in (written, expected):
+                weights.update(gradients(1, BF16, sizes))
+            assert_same_bits(written.masters, expected.masters)
+
+
+@pytest.mark.parametrize("scale", [None, 0.37])
+def test_a_gradient_in_fp32_keeps_its_bits_beside_one_in_bf16(scale: float | None) -> None:
+    grads = [*gradients(1, BF16, (40,)), *gradients(2, FP32, (50,))]
+    mixture, wide = Weights(sizes=(40, 50)), Weights(sizes=(40, 50))
+    factor = None if scale is None else torch.tensor(scale)
+    mixture.update(grads, scale=factor)
+    wide.update([g.float() for g in grads], scale=factor)
+    assert_same_bits(mixture.masters, wide.masters)
+
+
 def test_without_a_master_bf16_is_torchs_bf16() -> None:
     sizes = (64, 4096, 4096 + 64)  # torch's bf16 vectors are longer than fp32's, so tails would differ
     ours = Weights(BF16, None, BF16, sizes=sizes)
