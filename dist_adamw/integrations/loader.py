@@ -96,7 +96,7 @@ class Run:
         self.offset = self.repeated = 0
         self.streamed: int | None = None
         self.on_begin: Callable[[], None] | None = None
-        self._has_begun = False
+        self._has_begun = self._has_handed_out = False
         self._skipped = int(getattr(loader, "skip_batches", 0) or 0)
         self._drawn: deque[_Drawn] = deque()
         self._collated: deque[int] = deque()
@@ -166,9 +166,9 @@ class Run:
             for noted in (self._drawn, self._collated):
                 if noted:
                     noted.popleft()
-        if self._skipped and not self._by_index(loader):
-            self._end = self._skipped * _pass_size(loader)
-        self._skipped = 0
+        if not (self._has_handed_out or self._by_index(loader)):
+            self._end = self._skipped * _pass_size(loader) + _left_out(loader)
+        self._skipped, self._has_handed_out = 0, True
         is_last = bool(getattr(loader, "end_of_dataloader", False))
         if self._by_index(loader) and self._drawn:
             _, rows, begin, end = self._match(loader, batch)
@@ -243,6 +243,14 @@ def _pass_size(loader: Any) -> int:
     if _is_dispatched(loader):
         return size if loader.split_batches else size * int(loader.state.num_processes)
     return size * int(shard.num_processes) if type(shard).__name__ == "IterableDatasetShard" else size
+
+
+def _left_out(loader: Any) -> int:
+    """Samples that ``skip_first_batches`` has a batch sampler leave out before this process, or rank 0, draws any."""
+    sampler, lists = loader.batch_sampler, 0
+    while type(sampler).__name__ == "SkipBatchSampler":
+        sampler, lists = sampler.batch_sampler, lists + int(sampler.skip_batches)
+    return lists * int(loader.batch_size or getattr(sampler, "batch_size", None) or 1) if lists else 0
 
 
 def batch_size_of(batch: Any) -> int | None:

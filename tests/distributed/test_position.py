@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import Accelerator, DataLoaderConfiguration
+from accelerate import Accelerator, DataLoaderConfiguration, skip_first_batches
 from accelerate.utils import GradientAccumulationPlugin
 from torch import Tensor, nn
 from torch.utils.data import (
@@ -188,6 +188,21 @@ def test_ranks_never_have_different_numbers_of_batches() -> None:
         assert "the job stands 2 samples into an epoch of which 46 are left, and even_batches=False gives 2" in str(
             text
         )
+
+
+def skipped() -> int:
+    """The place after one batch, where rank 0 reads for all ranks and two lists of indices were left out."""
+    config = DataLoaderConfiguration(dispatch_batches=True)
+    accelerator, loader = prepared("batch sampler", 1, dataloader_config=config)
+    next(batches := iter(skip_first_batches(loader, 2)))
+    update(accelerator)
+    del batches
+    return position(loader).samples
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_batches_that_are_left_out_of_dispatched_data_are_behind(ranks: int) -> None:
+    assert run_ranks(ranks, skipped) == [4 + 2 * ranks] * ranks
 
 
 def refusals() -> None:

@@ -69,6 +69,8 @@ def job_or_error(program: Program, number: int, folder: str) -> Log | str:
             warnings.simplefilter("ignore")
             return run_job(program, number, folder)
     except Exception as error:  # whatever it is, it is reported
+        if "gloo" in str(error) or "pair closure" in str(error):
+            raise  # nothing can be sent any more: the pool of ranks is replaced
         where = traceback.extract_tb(error.__traceback__)[-1]
         return f"{type(error).__name__}: {error} ({where.name}, line {where.lineno})"
 

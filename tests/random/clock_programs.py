@@ -75,6 +75,8 @@ def is_legal(program: Program) -> bool:
                 if options.get("of") != "second" and not _is_legal_loop(program, data, options, world):
                     return False
                 if program["second"] is not None:
+                    if program["split"] and program["second"]["batch"] % world:
+                        return False
                     second = {**data, **program["second"]}
                     second["rows"] = second["rows"] or data["rows"]
                     if not _is_legal_loop(program, second, {}, world):

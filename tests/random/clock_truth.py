@@ -156,16 +156,18 @@ class Truth:
             begins = [self._of_batch[key] for key in sorted(keys) if key in self._of_batch]
             self.places.append(begins[0] if begins else (self.epoch, len(self.epoch.ids)))
 
-    def _go_on(self, first: int | None, once: bool) -> Place:
-        """Where a loop over the rest of an epoch began, by its first row. None: it had none."""
+    def _go_on(self, drawn: list[int], facts: Facts) -> Place:
+        """Where a loop over the rest of an epoch began, by the rows that it drew."""
         places, self.places = self.places, []
-        for epoch, begin in places or [(self.epoch, len(self.epoch.ids))]:
-            is_left = begin < len(epoch.ids)
-            if not is_left and epoch.is_over:
+        places = places or [(self.epoch, len(self.epoch.ids))]
+        for epoch, begin in reversed(places):  # a batch that nobody trained on comes again, or does not
+            before, after = epoch.ids[:begin], epoch.ids[begin:]
+            if not after and epoch.is_over:
                 return _Epoch(), 0
-            if first is None or not once or (epoch.ids[begin] == first if is_left else first not in epoch.ids):
-                return _Epoch(epoch.ids[:begin]), begin
-        raise AssertionError(f"the loop goes on with row {first} of {places or self.epoch}")
+            rest = drawn[: facts.rows - begin]
+            if not (drawn and facts.once) or (rest[: len(after)] == after[: len(rest)] and not {*rest} & {*before}):
+                return _Epoch(before), begin
+        raise AssertionError(f"the loop goes on with rows {drawn[:8]} of {places}")
 
     def _real_rows(self, logs: list[Log]) -> dict[tuple[int, int, int], int]:
         """Real rows of each batch that each rank (last of the key) was handed out: the first ones of the epoch.
@@ -200,9 +202,8 @@ class Truth:
         real: dict[tuple[int, int, int], int],
     ) -> None:
         """Take one loop in."""
-        first = batches[0, 0][0] if batches else None
         if facts.start is None:
-            epoch, start = self._go_on(first, facts.once)
+            epoch, start = self._go_on([i for _, ids in sorted(batches.items()) for i in ids], facts)
         else:
             epoch, start = _Epoch([None] * facts.start), facts.start
         left = facts.rows - start
