@@ -20,12 +20,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dist_adamw.hooks import WeakHook
 from dist_adamw.plan import Plan
-from dist_adamw.shard import Shard
+from dist_adamw.shard import Shard, shaped_like, storage_order
 
 _HOOK = "_dist_adamw_hook"  # attribute of a DDP module
 # Where DDP's reducer stands aside: it copies every gradient into its own buckets, which costs as much time as
 # the update. Elsewhere the buckets have been allocated by then, so gradients had better be in them.
 _ASIDE = frozenset({"cpu"})
+_gradient_of = operator.itemgetter(1)
 
 
 class Listener(Protocol):
@@ -81,6 +82,9 @@ class DDPReducer:
         self._known: dict[int, tuple[int, list[Tensor], dict[int, PackedBucket], list[Tensor]]] = {}
         self._seen: dict[int, tuple[int, ...]] = {}  # addresses and parameters of each bucket, when it was last new
         self._settled: dict[int, bool] = {}  # whether each was the same the time before
+        self._flats: dict[int, list[tuple[Tensor, Tensor]]] = {}  # of each bucket: parameters and their places in it
+        self._views: list[tuple[Tensor, Tensor, Tensor]] = []  # parameters, their gradients in buckets, and the places
+        self._addresses: list[int] = []
         self._listeners: list[tuple[weakref.ref[Any], bool]] = []  # and whether each hears of its parameters itself
         try:
             # DDP insists on the name, and refuses an annotation that is text.
@@ -139,7 +143,7 @@ class DDPReducer:
 
     def follow(self) -> None:
         """Decide again who gets what: a listener has come, has gone, or listens to other parameters."""
-        self._known.clear()
+        self._forget_buckets()
         self._stands_aside = bool(self._paths(aside=True)) and self.can_stand_aside(frozenset())
 
     def _paths(self, *, aside: bool) -> list[Any]:
@@ -176,6 +180,41 @@ class DDPReducer:
             self._known.clear()
         return settled
 
+    def _forget_buckets(self) -> None:
+        for known in (self._known, self._flats, self._views, self._addresses):
+            known.clear()
+
+    # ---------------------------------------------------------------- gradients that are views of buckets
+
+    def note_views(self) -> None:
+        """Remember the gradients that are views of buckets by now. After each backward pass."""
+        if not self._is_view:
+            return
+        for index, pairs in list(self._flats.items()):
+            there = [
+                (param, param.grad, flat)
+                for param, flat in pairs
+                if param.grad is not None and param.grad.data_ptr() == flat.data_ptr()
+            ]
+            if there:
+                found = {id(param) for param, *_ in there}
+                self._flats[index] = [pair for pair in pairs if id(pair[0]) not in found]
+                self._views += there
+                self._addresses += [flat.data_ptr() for *_, flat in there]
+
+    def restore_views(self) -> None:
+        """Put gradients back into their buckets after ``param.grad.data = x``. Before each forward pass.
+
+        DDP takes the gradient for its view of the bucket, which it is, and would send what the bucket has.
+        """
+        if list(map(Tensor.data_ptr, map(_gradient_of, self._views))) != self._addresses:
+            for param, grad, flat in self._views:
+                if grad.data_ptr() != flat.data_ptr():
+                    flat.copy_(storage_order(grad, like=param))
+                    grad.data = shaped_like(flat, param)
+        if not all(self._settled.values()):  # DDP may be about to replace its buckets: their memory must not be kept
+            self._forget_buckets()
+
     def reduce(self, bucket: Any) -> torch.futures.Future[Tensor]:
         """Serve one ``dist.GradBucket``."""
         buffer: Tensor = bucket.buffer()
@@ -204,11 +243,14 @@ class DDPReducer:
                 and packed.keys() == paths.keys()
             ):
                 return packed, foreign
+        if self._known.pop(index, None) is not None:  # DDP has packed anew
+            self._forget_buckets()
         seen = (buffer.data_ptr(), *map(id, params))
         self._settled[index] = self._seen.get(index) == seen
         self._seen[index] = seen
         # These are contiguous views, whatever a parameter's strides: elements are in memory order.
         rest = [(param, grad.view(-1)) for param, grad in zip(params, bucket.gradients(), strict=True)]
+        self._flats[index] = rest
         packed = {}
         for key, path in paths.items():
             mine = [(param, grad) for param, grad in rest if id(param) in path.listening]

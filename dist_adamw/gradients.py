@@ -372,6 +372,9 @@ class GradientPath:
             elif all(grad is not None for grad in map(_gradient, self._plan.params)):
                 self._start_rest()
             self._land()
+        for ref in self._reducers:
+            if (reducer := ref()) is not None:
+                reducer.note_views()
         self._watch.remember(self._plan.params)
         self._tell_siblings()
 
@@ -521,6 +524,9 @@ class GradientPath:
             # Other ranks may not have changed theirs, and would wait: `complete` tells all of them.
             self._was_changed = self._was_changed or (self._watch.changed() and self._any_nonzero())
             self._forget_arrivals()
+            for ref in self._reducers:
+                if (reducer := ref()) is not None:
+                    reducer.restore_views()
             if (self._next or self._late) and not self.into_shard:
                 if any(param.grad is not None for param in self._known):
                     self._reopen()
@@ -581,6 +587,9 @@ class GradientPath:
         self._land()  # left over from a backward that was broken off
         self.has_let_go = False
         self._number += self._has_begun
+        for param in self._plan.params if self._filled else ():
+            if id(param) in self._filled:  # zeros of ours: without a backward pass that reaches it, it has no gradient
+                param.grad = None
         self._clear_round()
         self._late.clear()
         self._are_sorted = self.is_whole = self._was_changed = False
@@ -750,6 +759,8 @@ class GradientPath:
             self._follow_layout()
         laid_out_again = not {id(shard) for shard in self._plan.shards} <= {id(shard) for shard in self._shards()}
         if laid_out_again and (self._next or self._rounds):  # other ranks own now what has been averaged
+            for shard in self._plan.shards if self.into_shard else ():
+                shard.has_grad = [id(param) in self._seen for param in shard.params]
             self.make_whole(self._plan.shards)
             self.is_whole = False
             self._next = len(self._plan.order)
@@ -837,7 +848,8 @@ class GradientPath:
         Args:
             shards: Whose owners have the averages; default: the optimizer's.
         """
-        for shard in self._shards() if shards is None else shards:
+        shards = self._shards() if shards is None else shards
+        for shard in shards:
             if self.into_shard:
                 for param, has_grad in zip(shard.params, shard.has_grad, strict=True):
                     if has_grad:
@@ -857,8 +869,9 @@ class GradientPath:
             shard.reduced.clear()
         self._rounds = 0
         self._reopened = False
-        for ids in (self._filled, self._seen, self._late):
-            ids.clear()
+        self._filled.clear()
+        self._seen.clear()
+        self._late.difference_update(id(param) for shard in shards for param in shard.params)
         self._forget_arrivals()
         self._begin_round()
         self._tell_siblings()

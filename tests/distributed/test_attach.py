@@ -235,6 +235,26 @@ class _Normed(nn.Module):
         return self.out(self.norm(x))  # type: ignore[no-any-return]
 
 
+def check_gradients_in_other_memory(way: dict[str, Any]) -> None:
+    job = Job(way, {"eps": 0.1})
+    job.train(range(3))
+    for step in range(3, 7):
+        job.accumulate(step, 1)
+        for param in job.model.parameters():
+            if param.grad is not None:
+                param.grad.data = torch.full_like(param.grad, 3.0)
+        job.optimizer.zero_grad(set_to_none=step % 2 == 0)
+        job.reference.zero_grad(set_to_none=step % 2 == 0)
+        job.train(range(10 + step, 11 + step))
+    job.check()
+
+
+@pytest.mark.parametrize("way", ["ddp", "ddp, buckets", "ddp, buckets, no overlap", "ddp, buckets, own buffers"])
+def test_memory_of_a_gradient_that_was_replaced_and_set_to_zero(way: str) -> None:
+    """DDP's reducer would go on to send its bucket, which backward no longer writes to."""
+    run_ranks(2, check_gradients_in_other_memory, WAYS[way])
+
+
 def check_reducer_aside() -> None:
     torch.manual_seed(0)
     model = _Normed()

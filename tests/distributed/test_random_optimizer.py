@@ -1,0 +1,83 @@
+"""What users do between updates, on two ranks: scripts that went wrong once.
+
+``python -m tests.random.optimizer --ranks 2`` draws others.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.random.optimizer import outcomes_of
+from tests.random.script import Act, Sequence, Spec
+
+PLAIN: dict[str, Any] = {"attached": True}
+EVERY: dict[str, Any] = {"attached": True, "reduce_every_backward": True}
+BUCKETS: dict[str, Any] = {"ddp": True, "attached": True, "aside": False}
+TWO = {"a": Spec((5, 8)), "b": Spec((48,))}
+
+SCRIPTS: dict[str, tuple[dict[str, Any], str]] = {
+    "memory of a gradient, set to zero": (
+        BUCKETS,
+        """
+        backward(1)
+        model.b.grad.data = noise(model.b, 7)
+        optimizer.zero_grad(set_to_none=False)
+        backward(2)
+        optimizer.step()
+        """,
+    ),
+    "zeros for a parameter without a gradient, set to zero": (
+        PLAIN,
+        """
+        backward(1)
+        optimizer.step()
+        optimizer.zero_grad()
+        backward(2, unused=('b',))
+        optimizer.zero_grad(set_to_none=False)
+        backward(3, unused=('b',))
+        optimizer.step()
+        """,
+    ),
+    "two updates by the gradient of a new parameter": (
+        PLAIN,
+        """
+        backward(1)
+        optimizer.step()
+        optimizer.zero_grad()
+        model.a = optimizer.param_groups[0]['params'][0] = parameter(Spec((7, 5)), 5)
+        wrap()
+        backward(2)
+        optimizer.step()
+        optimizer.step()
+        """,
+    ),
+    "a parameter that comes between two backward passes of the first update": (
+        EVERY,
+        """
+        backward(1)
+        model.c = parameter(Spec((31,)), 4)
+        optimizer.param_groups[0]['params'].append(model.c)
+        backward(2)
+        optimizer.step()
+        """,
+    ),
+}
+
+
+def sequence_of(case: str) -> Sequence:
+    way, text = SCRIPTS[case]
+    lines = [line.strip() for line in text.strip().splitlines()]
+    acts = [Act("step" if line == "optimizer.step()" else "line", line) for line in lines]
+    groups = [(["a"], {"lr": 0.01, "eps": 0.1}), (["b"], {"lr": 0.01, "eps": 0.1})]
+    return Sequence(case, TWO, groups, {}, acts, ranks=2, way=way)
+
+
+@pytest.mark.parametrize("case", SCRIPTS)
+def test_scripts_that_went_wrong_once(case: str, tmp_path: Path) -> None:
+    (outcome,) = outcomes_of([sequence_of(case)], tmp_path)
+    assert outcome.failure is None, outcome.failure
+    assert not outcome.invalid
+    assert outcome.updates == SCRIPTS[case][1].count("optimizer.step()")
