@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 
+from dist_adamw import CheckpointError
 from dist_adamw.folder import damage_of
+from dist_adamw.together import Ranks
 
 _context = multiprocessing.get_context("forkserver")
 
@@ -75,3 +77,14 @@ def test_a_group_that_is_destroyed_in_a_save_costs_no_checkpoint(keep: int, tmp_
     assert whole == ["sample-000000010"]
     assert damage_of(root / "sample-000000010") is None
     assert (root / "latest").read_text() == "sample-000000010"
+
+
+def test_a_rank_stays_what_it_was() -> None:
+    """``torch.distributed`` calls every rank the main one once its group has been destroyed."""
+    ranks = Ranks(rank=1, size=2, group=None)
+    assert not ranks.is_main
+    done: list[int] = []
+    for ask in (ranks.check, lambda: ranks.gather(0), lambda: ranks.everywhere(lambda: done.append(1))):
+        with pytest.raises(CheckpointError, match="the process group of 2 ranks was destroyed"):
+            ask()
+    assert not done

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import os
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +63,32 @@ def refused(root: str) -> None:
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_what_could_not_be_read_is_not_written(world_size: int, tmp_path: Path) -> None:
     run_ranks(world_size, refused, str(tmp_path / "checkpoint"))
+
+
+def test_what_is_just_small_enough_to_write_can_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(index, "_LARGEST", 100)
+    index.write_text(tmp_path / "text", "x" * 100)
+    assert index.read_bounded(tmp_path / "text") == b"x" * 100
+    with pytest.raises(CheckpointError, match="would have 101 bytes, and 100 can be read"):
+        index.write_text(tmp_path / "text", "x" * 101)
+    monkeypatch.setattr(index, "_LARGEST", 99)
+    with pytest.raises(CheckpointError, match="it has 100 bytes, and cannot have that many"):
+        index.read_bounded(tmp_path / "text")
+
+
+def test_an_index_that_is_too_large_takes_no_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "index.json"
+    path.touch()
+    os.truncate(path, index._LARGEST + 1)  # a hole in the file, so no disk either
+
+    class Unread(io.FileIO):
+        def read(self, size: int | None = -1, /) -> bytes:
+            raise AssertionError(f"{size} bytes were asked for")
+
+        readall = read
+
+    monkeypatch.setattr(os, "fdopen", lambda handle, *_, **__: Unread(handle))
+    assert "cannot have that many" in str(damage(tmp_path))
 
 
 def test_a_damaged_index_is_no_file_like_any(tmp_path: Path) -> None:
