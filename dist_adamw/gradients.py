@@ -775,7 +775,8 @@ class GradientPath:
         self._take(self._known if laid_out_again else self._others_now())
         if self.into_shard:
             for param in self._known if laid_out_again else ():
-                param.grad = None
+                if param.numel():  # no shard has memory for a gradient without elements
+                    param.grad = None
             for shard in self._shards():
                 shard.has_grad = [id(param) in self._seen for param in shard.params]
             return

@@ -64,6 +64,19 @@ SCRIPTS: dict[str, tuple[dict[str, Any], str]] = {
         optimizer.step()
         """,
     ),
+    "a gradient without elements when the layout changes": (
+        EVERY,
+        """
+        model.c = parameter(Spec((0,)), 4)
+        optimizer.param_groups[0]['params'].append(model.c)
+        wrap()
+        backward(1)
+        model.a = optimizer.param_groups[0]['params'][0] = parameter(Spec((7, 5)), 5)
+        model.b = optimizer.param_groups[1]['params'][0] = parameter(Spec((7, 5)), 6)
+        wrap()
+        optimizer.step()
+        """,
+    ),
 }
 
 
