@@ -270,42 +270,51 @@ def check_index(folder: Path, index: Mapping[str, Any]) -> None:
 def _checked(folder: Path, found: Mapping[str, Any], digest: str, verdict: str = "is damaged") -> Index:
     path = folder / INDEX
 
-    def need(condition: bool, what: str) -> None:
-        if not condition:
-            raise CheckpointError(f"{path} {verdict}: {what}.")
+    def wrong(what: str) -> CheckpointError:
+        return CheckpointError(f"{path} {verdict}: {what}.")
 
     files = {}
     for name, facts in found["files"].items():
-        need(FILE.fullmatch(name) is not None, f"it names a file that no save makes: {name!r}")
-        need(_is_size(facts["bytes"]) and isinstance(facts["sha256"], str), f"file {name!r} is described as {facts}")
+        if FILE.fullmatch(name) is None:
+            raise wrong(f"it names a file that no save makes: {name!r}")
+        if not (_is_size(facts["bytes"]) and isinstance(facts["sha256"], str)):
+            raise wrong(f"file {name!r} is described as {facts}")
         files[name] = (facts["bytes"], facts["sha256"])
     tensors = {}
     taken: dict[str, list[tuple[int, int]]] = {name: [] for name in files}
     for key, facts in found["tensors"].items():
         shape, dtype = tuple(facts["shape"]), DTYPES.get(facts["dtype"])
         fits = _are_sizes(facts["shape"]) and _is_shape(shape)
-        need(fits, f"{key!r} has shape {list(shape)[:64]}")
-        need(dtype is not None, f"{key!r} is of dtype {facts['dtype']!r}")
-        assert dtype is not None
+        if not fits:
+            raise wrong(f"{key!r} has shape {list(shape)[:64]}")
+        if dtype is None:
+            raise wrong(f"{key!r} is of dtype {facts['dtype']!r}")
         chunks = []
         for offsets, sizes, file, offset in facts["chunks"]:
             box = Box(tuple(offsets), tuple(sizes))
             fits = _are_sizes(offsets) and _are_sizes(sizes) and len(offsets) == len(sizes) == len(shape)
             fits = fits and _is_size(offset)
-            need(fits and all(a + n <= m for a, n, m in zip(*box, shape, strict=True)), f"{key!r} has a chunk {box}")
-            need(file in files, f"{key!r} lies in {file!r}, which is none of its files")
+            if not (fits and all(a + n <= m for a, n, m in zip(*box, shape, strict=True))):
+                raise wrong(f"{key!r} has a chunk {box}")
+            if file not in files:
+                raise wrong(f"{key!r} lies in {file!r}, which is none of its files")
             end = offset + box.numel * dtype.itemsize
-            need(end <= files[file][0], f"{key!r} reaches beyond the end of {file}")
+            if end > files[file][0]:
+                raise wrong(f"{key!r} reaches beyond the end of {file}")
             chunks.append(Chunk(box, file, offset))
             if end > offset:
                 taken[file].append((offset, end))
         missing = math.prod(shape) - sum(chunk.box.numel for chunk in chunks)
-        need(not missing and not overlap_anywhere([c.box for c in chunks], len(shape)), f"{key!r} has gaps or overlaps")
+        overlaps = len(chunks) > 1 and overlap_anywhere([c.box for c in chunks], len(shape))
+        if missing or overlaps:
+            raise wrong(f"{key!r} has gaps or overlaps")
         tensors[key] = Saved(dtype, shape, tuple(chunks))
     for name, spans in taken.items():  # so what is loaded is never more than the files are large
         spans.sort()
-        need(all(a[1] <= b[0] for a, b in pairwise(spans)), f"two of its tensors lie in the same bytes of {name}")
-    need(isinstance(found["about"], dict) and isinstance(found["save"], str), "it says nothing of what was saved")
+        if not all(a[1] <= b[0] for a, b in pairwise(spans)):
+            raise wrong(f"two of its tensors lie in the same bytes of {name}")
+    if not (isinstance(found["about"], dict) and isinstance(found["save"], str)):
+        raise wrong("it says nothing of what was saved")
     return Index(folder, found["save"], tensors, files, found["about"], digest)
 
 
