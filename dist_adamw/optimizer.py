@@ -44,6 +44,7 @@ from dist_adamw.placement import (
     Changes,
     Entry,
     Flag,
+    Shown,
     Snapshot,
     State,
     arrange,
@@ -54,7 +55,7 @@ from dist_adamw.placement import (
 )
 from dist_adamw.plain import plain
 from dist_adamw.shard import MASTERS, MOMENTS, Shard, axes_in_memory, local_of
-from dist_adamw.share import WholeState, check_shapes, check_share, describe_share, gather_state, stamps_of
+from dist_adamw.share import WholeState, check_entries, check_share, describe_share, gather_state, stamps_of
 
 StateDict = dict[str, Any]
 _OPTIONS = ("decay_by", "max_grad_norm", "shard", "fused", "bucket_numel", "master_dtype", "state_dtype")
@@ -90,6 +91,16 @@ def _clip_factor(norm: Tensor, max_norm: float) -> Tensor:
 def _capturing() -> bool:
     """Whether a CUDA graph is being captured. A torch without CUDA raises when it is asked."""
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def _pointed_at(tensor: Any, view: Tensor) -> Tensor:
+    """What shows ``view`` in ``state``: ``tensor`` where it can, since the user may hold it and write to it later."""
+    if type(tensor) is not Tensor or type(view) is not Tensor or tensor.requires_grad or tensor.is_inference():
+        return view
+    if (tensor.shape, tensor.dtype, tensor.device) != (view.shape, view.dtype, view.device):
+        return view
+    tensor.data = view
+    return tensor
 
 
 _tags = itertools.count(1)
@@ -214,7 +225,7 @@ class DistAdamW(Optimizer):
         self.shards: list[Shard] = []
         self._placed: set[int] = set()  # ids: hashing a tensor costs ten times as much
         self._seen: Snapshot | None = None  # what the shards stand for
-        self._shown: dict[int, dict[str, Tensor]] = {}  # by id of parameter, what its entry in ``self.state`` was given
+        self._shown: dict[int, Shown] = {}  # by id of parameter, what its entry in ``self.state`` was given
         if not hasattr(self, "_bell"):
             self._bell = Bell()  # rung when the user changes ``self.state``
         self._moved: list[Shard] = []  # shards whose parameters have other memory, as far as `_differs` has looked
@@ -870,12 +881,17 @@ class DistAdamW(Optimizer):
 
         Raises:
             RuntimeError: ranks must do it together.
+            ValueError: the user put something into ``state`` that is no state of its parameter.
         """
-        if not self.shards or self._shared_out == "partitions":
+        if self._shared_out == "partitions":
+            return
+        if not self.shards:
+            check_new_state(self.param_groups, self.state, ())
             return
         for shard in self.shards:
             shard.follow_weights()
         if not self._differs():
+            self._check_amsgrad()
             return
         if self.process_group is None:
             self._apply_changes(True, newcomers=False)
@@ -936,25 +952,34 @@ class DistAdamW(Optimizer):
         if changed:
             self._consolidated = None
             self._remember()
-        if any(shard.group["amsgrad"] != ("max_exp_avg_sq" in shard.moments) for shard in self.shards):
+        self._check_amsgrad()
+
+    def _check_amsgrad(self) -> None:
+        """Refuse a change that leaves state without maxima, or maxima without a use. Local.
+
+        Raises:
+            RuntimeError: says when it can be set.
+        """
+        if any(shard.group["amsgrad"] != shard.has_maxima for shard in self.shards):
             raise RuntimeError(AMSGRAD_CHANGED)
 
     def _take_from_state(self, changes: Changes) -> None:
         """Let shards have what the user put into ``state``, or took out of it. Local."""
+        written = {id(shard): shard for shard, _ in (*changes.reset, *(home for home, _ in changes.given))}
+        for shard in written.values():
+            shard.renew()
         for shard, i in changes.reset:
             shard.reset(i)
-            self._show_one(shard, i)
         for (shard, i), given in changes.given:
             shard.put(i, given)
-            self._show_one(shard, i)
-        if self._seen is None:  # state is on another device since
-            for shard in self.shards:
-                self._show(shard)
+        # Without a snapshot, state is on another device since.
+        for shard in written.values() if self._seen is not None else self.shards:
+            self._show(shard)
 
     def _take_back_zeros(self, changes: Changes) -> None:
         """Take out of ``state`` what torch would not have: zeros of parameters that left before an update. Local."""
         for shard, i in changes.removed:
-            entry, shown = self.state.get(shard.params[i]), self._shown[id(shard.params[i])]
+            entry, shown = self.state.get(shard.params[i]), self._shown[id(shard.params[i])].values
             if entry and not shard.steps[i] and all(shown.get(key) is value for key, value in entry.items()):
                 del self.state[shard.params[i]]
 
@@ -1009,19 +1034,20 @@ class DistAdamW(Optimizer):
         """Give places to parameters that have none yet, but state. Local.
 
         Args:
-            gradients: To those that have a gradient, too; at the first update to all that require one.
+            gradients: To those that have a gradient, too; where state is sharded, at the first update to all that
+                require one.
 
         Raises:
             ValueError: the user put something into ``state`` that is no state of one of them. Nothing has changed then.
         """
-        first = not self.shards
+        everyone = not self.shards and self.process_group is not None
         newcomers = [
             param
             for param in self._all_params()
             if id(param) not in self._placed
             and (
                 bool(self.state.get(param))
-                or (gradients and (param.grad is not None or (first and param.requires_grad)))
+                or (gradients and (param.grad is not None or (everyone and param.requires_grad)))
             )
         ]
         if newcomers:
@@ -1074,15 +1100,16 @@ class DistAdamW(Optimizer):
         """Whether other parameters than now should share a shard. Local."""
         wanted = self._arranged(changes)
         return len(wanted) != len(self.shards) or not all(
-            self._is_right(shard, together) for shard, (_, together) in zip(self.shards, wanted, strict=True)
+            self._is_right(shard, *together) for shard, together in zip(self.shards, wanted, strict=True)
         )
 
-    def _is_right(self, shard: Shard, together: list[Tensor]) -> bool:
+    def _is_right(self, shard: Shard, group: dict[str, Any], together: list[Tensor]) -> bool:
         """Whether ``shard`` is what a new one of these parameters would be. Local."""
         return (
             shard.process_group is self.process_group
             and len(shard.params) == len(together)
             and all(map(operator.is_, shard.params, together))
+            and shard.has_maxima == group["amsgrad"]
             and (not shard.has_moved() or shard.fits())
         )
 
@@ -1095,7 +1122,7 @@ class DistAdamW(Optimizer):
         shards, made = [], []
         for group, together in self._arranged():
             shard = before.get(id(together[0]))
-            if shard is None or not self._is_right(shard, together):
+            if shard is None or not self._is_right(shard, group, together):
                 shard = self._make_shard(group, together)
                 made.append(shard)
             shard.group = group
@@ -1181,16 +1208,17 @@ class DistAdamW(Optimizer):
 
     def _show_one(self, shard: Shard, i: int) -> None:
         param = shard.params[i]
-        shown = self._shown[id(param)] = shard.state_of(i)
+        views = shard.state_of(i)
         entry = self.state.get(param)
         if entry is None:
-            self.state[param] = Entry.of(self._bell, shown)
-        else:
-            entry.update(shown)  # the user may have more in it
+            entry = self.state[param] = Entry.of(self._bell, {})
+        values = {key: _pointed_at(entry.get(key), view) for key, view in views.items()}
+        entry.update(values)  # the user may have more in it
+        self._shown[id(param)] = Shown.of(values)
 
     def _remember(self) -> None:
         """The shards agree with ``param_groups`` and ``state``. Local."""
-        self._seen = Snapshot(self.param_groups, self.state, self._placed, self._bell)
+        self._seen = Snapshot(self.param_groups, self.state, self._placed, self._shown.values(), self._bell)
 
     def layout_record(self) -> dict[str, Any]:
         """What ranks must have alike: the constructor's options, groups and shapes, as plain data. Local."""
@@ -1365,7 +1393,12 @@ class DistAdamW(Optimizer):
 
     def _adopt(self, share: Mapping[str, Any] | None) -> None:
         """Lay out what is in ``self.state``: whole state, or this rank's share."""
-        self.state = State.of(self._bell, self.state)
+        # The caller's tensors stay the caller's: `_show_one` points those that it finds at the shards.
+        ours = {
+            param: {key: value.detach() if isinstance(value, Tensor) else value for key, value in entry.items()}
+            for param, entry in self.state.items()
+        }
+        self.state = State.of(self._bell, ours)
         params = self._all_params()
         if share is None:
             self.place([param for param in params if self.state.get(param)])
@@ -1383,7 +1416,7 @@ class DistAdamW(Optimizer):
     def _check_loadable(self, state_dict: StateDict) -> None:
         if (share := state_dict.get("share")) is not None:
             check_share(share, self._all_params(), self._here(), self.bucket_numel, self._is_lean)
-        check_shapes(state_dict, self._all_params())
+        check_entries(state_dict, self._all_params())
 
     @property
     def _is_lean(self) -> bool:

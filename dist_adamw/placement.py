@@ -4,7 +4,7 @@ Floor 2: knows shards, parameter groups and optimizer state; ``optimizer.py`` as
 
 In torch, ``param_groups`` and ``state`` are the optimizer. Shards keep the state elsewhere and show it there, so they
 compare what they have shown with what is there. ``state`` and its entries tell when they are changed; lists of
-parameters, and dicts that the user put there, are compared by identity, which runs in C.
+parameters, and dicts that the user put there, are compared by identity, and addresses of state as numbers: in C.
 """
 
 from __future__ import annotations
@@ -25,7 +25,10 @@ from dist_adamw import collectives
 from dist_adamw.partition import FlatLayout
 from dist_adamw.shard import MASTERS, MOMENTS, Shard, local_of, spread_over
 
-AMSGRAD_CHANGED = "amsgrad cannot be changed after the first update. Set it when the group is made."
+AMSGRAD_CHANGED = (
+    "amsgrad cannot be changed after the first update. Set it when the group is made, or empty the entries of its "
+    "parameters in optimizer.state (optimizer.state[p] = {}), which then begin with zeros."
+)
 CHUNK_NUMEL = 1 << 23  # elements of whole parameters that are put together at a time
 Home = tuple[Shard, int]  # a parameter's shard, and its place in it
 
@@ -85,11 +88,30 @@ for _kind in (Entry, State):
         setattr(_kind, _name, _telling(_name))
 
 
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """What a parameter's entry in ``state`` was given, and where that lay in memory: ``.data = x`` rings no bell."""
+
+    values: dict[str, Tensor]
+    addresses: list[int]
+
+    @classmethod
+    def of(cls, values: dict[str, Tensor]) -> Shown:
+        """``values``, where they lie now."""
+        return cls(values, [local_of(value).data_ptr() for value in values.values()])
+
+    def is_replaced(self, key: str, value: Any) -> bool:
+        """Whether ``value`` is another tensor than was shown, or has other memory."""
+        place = list(self.values).index(key)
+        return value is not self.values[key] or local_of(value).data_ptr() != self.addresses[place]
+
+
 class Snapshot:
     """``param_groups`` and ``state`` as they were when the shards last agreed with them.
 
     Args:
         placed: Ids of the parameters that have a place in a shard.
+        shown: What the shards have shown in ``state``.
         bell: Rung by what `State` and `Entry` are told; other dicts, which the user put there, are compared.
     """
 
@@ -98,6 +120,7 @@ class Snapshot:
         groups: Sequence[dict[str, Any]],
         state: Mapping[Tensor, dict[str, Any]],
         placed: Collection[int],
+        shown: Collection[Shown],
         bell: Bell,
     ) -> None:
         self._groups = list(groups)
@@ -110,6 +133,8 @@ class Snapshot:
         self._all = [] if self._is_telling else list(state.values())
         self._entries = [entry for entry in state.values() if type(entry) is not Entry or entry.bell is not bell]
         self._values = _values(self._entries)
+        self._tensors = [local_of(value) for one in shown for value in one.values.values()]
+        self._addresses = [address for one in shown for address in one.addresses]
         # Parameters without a place; the first gradient gives them one.
         self.waiting = [param for params in self._params for param in params if id(param) not in placed]
 
@@ -123,7 +148,9 @@ class Snapshot:
             return True
         if sum(map(len, self._entries)) != len(self._values):
             return True
-        return not all(map(operator.is_, _iterate(self._entries), self._values))
+        if not all(map(operator.is_, _iterate(self._entries), self._values)):
+            return True
+        return list(map(Tensor.data_ptr, self._tensors)) != self._addresses
 
 
 _PARAMS = operator.itemgetter("params")
@@ -169,7 +196,7 @@ def find_changes(
     groups: Sequence[dict[str, Any]],
     state: Mapping[Tensor, dict[str, Any]],
     shards: Sequence[Shard],
-    shown: Mapping[int, Mapping[str, Tensor]],
+    shown: Mapping[int, Shown],
 ) -> Changes:
     """Compare ``groups`` and ``state`` with what ``shards`` have shown there. Local; changes nothing.
 
@@ -177,7 +204,7 @@ def find_changes(
         shown: By id of the parameter, what its entry in ``state`` was given.
 
     Raises:
-        ValueError: the user put something into ``state`` that is no state of the parameter.
+        ValueError: the user put something into ``state`` that is no state of the parameter, or that is another's.
     """
     found = Changes()
     homes = {id(param): (shard, i) for shard in shards for i, param in enumerate(shard.params)}
@@ -192,7 +219,9 @@ def find_changes(
                 if param.grad is not None or entry:
                     found.described.append(f"{name} is new: {list(param.shape)} {param.dtype}")
                 continue
-            _check_home(home, group)
+            home[0].check_numel(home[1])
+            if entry and group["amsgrad"] != home[0].has_maxima:
+                raise RuntimeError(AMSGRAD_CHANGED)
             found.kept[id(param)] = home
             found.arrangement.append(f"{name} is number {numbers[id(param)]} {param.dtype}")
             if home[0].group is not group and any(home[0].group is other for other in groups):
@@ -208,14 +237,29 @@ def find_changes(
         kept = ", its state stays" if state.get(shard.params[i]) else ""
         found.described.append(f"number {numbers[id(shard.params[i])]} is in no group{kept}")
     check_new_state(groups, state, found.kept)
+    _check_apart(groups, state)
     return found
 
 
-def _check_home(home: Home, group: Mapping[str, Any]) -> None:
-    shard, i = home
-    shard.check_numel(i)
-    if group["amsgrad"] != ("max_exp_avg_sq" in shard.moments):
-        raise RuntimeError(AMSGRAD_CHANGED)
+def _check_apart(groups: Sequence[dict[str, Any]], state: Mapping[Tensor, dict[str, Any]]) -> None:
+    """Refuse one tensor as the state of two parameters. Local.
+
+    torch would update it once for each of them; shards copy it.
+    """
+    users: dict[int, str] = {}
+    for g, group in enumerate(groups):
+        for j, param in enumerate(group["params"]):
+            entry = state.get(param) or {}
+            for key in ("step", *MOMENTS, *MASTERS):
+                value = entry.get(key)
+                if not isinstance(value, Tensor) or not local_of(value).numel():
+                    continue
+                where = f"{key!r} of parameter {j} of group {g}"
+                other = users.setdefault(local_of(value).data_ptr(), where)
+                if other is not where:
+                    raise ValueError(
+                        f"optimizer.state has one tensor as {other} and as {where}. Pass a clone() to each."
+                    )
 
 
 def check_new_state(
@@ -235,10 +279,10 @@ def check_new_state(
                     check_given(f"parameter {j} of group {g}", key, entry.get(key), param.shape, None)
 
 
-def _given(name: str, home: Home, entry: Mapping[str, Any], shown: Mapping[str, Tensor]) -> dict[str, Any]:
+def _given(name: str, home: Home, entry: Mapping[str, Any], shown: Shown) -> dict[str, Any]:
     """What in ``entry`` the user has replaced. A master that is missing follows the parameter: None."""
     shard, i = home
-    given = {key: entry.get(key) for key, value in shown.items() if entry.get(key) is not value}
+    given = {key: entry.get(key) for key in shown.values if shown.is_replaced(key, entry.get(key))}
     share = torch.Size([sum(stop - start for start, stop in shard.ranges_of(i))])
     for key, value in given.items():
         if key not in MASTERS or value is not None:

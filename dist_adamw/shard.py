@@ -135,23 +135,25 @@ class Shard:
         self._addresses = [p.data_ptr() for p in weights]
         self._orders = [axes_in_memory(p) for p in weights]
         flat = [storage_order(p.detach()) for p in weights]
-        self._step_of = list(self.steps.unbind())
-        self._none_of = {name: moment[:0] for name, moment in self.moments.items()}
-        self._buckets = [self._bucket_views(pieces, flat) for pieces in self._owned]
+        self._cut_state([cast(list[Tensor], cut(flat, pieces)) for pieces in self._owned])
         self.exchange: Exchange | None = None
         if self.process_group is not None:
             self.exchange = make_exchange(
                 self.layout, flat, group=self.process_group, replicas=self._replicas, tag=self._tag
             )
 
-    def _bucket_views(self, pieces: list[Piece], flat: list[Tensor]) -> _Bucket:
+    def _cut_state(self, params: list[list[Tensor]]) -> None:
+        """Make the views of state that go with ``params``: of each bucket, what this rank owns."""
+        self._step_of = list(self.steps.unbind())
+        self._none_of = {name: moment[:0] for name, moment in self.moments.items()}
+        self._buckets = [self._bucket_views(*both) for both in zip(self._owned, params, strict=True)]
+
+    def _bucket_views(self, pieces: list[Piece], params: list[Tensor]) -> _Bucket:
         state = {name: [moment[p.offset : p.offset + p.numel] for p in pieces] for name, moment in self.moments.items()}
         masters = state.get("master") or state.get("remainder") or []
         steps_of = [self._step_of[p.param] for p in pieces]
         exp_avgs, exp_avg_sqs, maxima = (state.get(name, []) for name in MOMENTS)
-        return _Bucket(
-            pieces, Operands(cast(list[Tensor], cut(flat, pieces)), exp_avgs, exp_avg_sqs, maxima, steps_of, masters)
-        )
+        return _Bucket(pieces, Operands(params, exp_avgs, exp_avg_sqs, maxima, steps_of, masters))
 
     def has_moved(self) -> bool:
         """Whether parameters have other memory than at the last `refresh`. Local."""
@@ -173,6 +175,16 @@ class Shard:
             self._flat_grads = self._flat_grads.to(device, dtype)
             self._cut_flat_grads()
             self.reduced = {k: list(self._flat_views[k]) for k in self.reduced}
+
+    def renew(self) -> None:
+        """Move the state to other memory. Local. What `state_of` gives is other tensors then.
+
+        Before the state of a parameter is overwritten: the user may hold, or have put elsewhere, what was shown.
+        """
+        for place, (name, moment) in enumerate(self.moments.items(), 1):
+            self.moments[name] = zeros_apart(len(moment), place, dtype=moment.dtype, device=moment.device).copy_(moment)
+        self.steps = self.steps.clone()
+        self._cut_state([bucket.operands.params for bucket in self._buckets])
 
     def fits(self) -> bool:
         """Whether `refresh` can follow what became of the parameters; else their state needs other shards. Local."""
@@ -331,6 +343,11 @@ class Shard:
             self._copy_share(i, whole, target)
 
     @property
+    def has_maxima(self) -> bool:
+        """Whether state has the running maxima of amsgrad."""
+        return "max_exp_avg_sq" in self.moments
+
+    @property
     def has_master(self) -> bool:
         """Whether weights are kept more exactly than the parameters have them."""
         return not self.moments.keys().isdisjoint(MASTERS)
@@ -403,10 +420,7 @@ class Shard:
             None if grad is None else storage_order(grad, like=p)
             for p, grad in zip(self._weights(), grads, strict=True)
         ]
-        return [
-            [None if (g := flat[p.param]) is None else g[p.start : p.stop] for p in bucket.pieces]
-            for bucket in self._buckets
-        ]
+        return [cut(flat, bucket.pieces) for bucket in self._buckets]
 
     @property
     def any_grad(self) -> bool:
@@ -496,7 +510,9 @@ def storage_order(tensor: Tensor, like: Tensor | None = None) -> Tensor:
 
 
 def shaped_like(flat: Tensor, like: Tensor) -> Tensor:
-    """The inverse of `storage_order`: a view of ``flat`` with the shape and strides of ``like``."""
+    """The inverse of `storage_order`: ``flat`` with the shape and strides of ``like``, a view where it has others."""
+    if flat.shape == like.shape:
+        return flat
     if like.is_contiguous():
         return flat.view(like.shape)
     order = axes_in_memory(like)

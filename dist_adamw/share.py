@@ -67,19 +67,28 @@ def check_share(
                 )
 
 
-def check_shapes(state_dict: Mapping[str, Any], params: Sequence[Tensor]) -> None:
-    """Refuse moments that are not of the parameters' shapes, or of the share's sizes.
+def check_entries(state_dict: Mapping[str, Any], params: Sequence[Tensor]) -> None:
+    """Refuse half of a parameter's state, and moments that are not of its shape, or of the share's size.
 
     Raises:
-        ValueError: names the moment, the parameter and both shapes.
+        ValueError: names the parameter and what is wrong.
     """
     share = state_dict.get("share")
+    amsgrad = [group.get("amsgrad", False) for group in state_dict["param_groups"] for _ in group["params"]]
     for i, param in enumerate(params):
         whole = param.shape
         if share is not None:
             whole = torch.Size([sum(stop - start for start, stop in share["ranges"].get(i, []))])
+        entry = state_dict["state"].get(i, {})
+        needed = MOMENTS if any(amsgrad[i : i + 1]) else MOMENTS[:2]
+        missing = [key for key in ("step", *needed) if key not in entry]
+        if entry and missing:
+            raise ValueError(
+                f"the state of parameter {i} has no {' and no '.join(missing)}. Pass all of it, or an empty entry "
+                "to begin with zeros."
+            )
         for key in (*MOMENTS, *MASTERS):
-            value = state_dict["state"].get(i, {}).get(key)
+            value = entry.get(key)
             if value is not None and value.shape != whole:
                 raise ValueError(
                     f"{key} of parameter {i} has shape {tuple(value.shape)}, but {tuple(whole)} is needed here. "
@@ -99,10 +108,10 @@ class WholeState:
 
     to: int | None
     states: dict[Tensor, dict[str, Any]] | None
-    stamps: list[tuple[Any, int]]
+    stamps: list[tuple[Any, ...]]
 
 
-def stamps_of(shards: Sequence[Shard], state: Mapping[Tensor, Mapping[str, Any]]) -> list[tuple[Any, int]]:
+def stamps_of(shards: Sequence[Shard], state: Mapping[Tensor, Mapping[str, Any]]) -> list[tuple[Any, ...]]:
     """Identities and versions that change with any write to state: in place, or of another tensor or dict. Local.
 
     Args:
@@ -111,7 +120,11 @@ def stamps_of(shards: Sequence[Shard], state: Mapping[Tensor, Mapping[str, Any]]
     """
     memory = [(id(tensor), tensor._version) for shard in shards for tensor in (*shard.moments.values(), shard.steps)]
     params = (param for shard in shards for param in shard.params)
-    shown = [(name, id(value)) for param in params for name, value in state.get(param, {}).items()]
+    shown = [
+        (name, id(value), getattr(value, "_version", 0))
+        for param in params
+        for name, value in state.get(param, {}).items()
+    ]
     return [*memory, *shown]
 
 
@@ -141,7 +154,14 @@ def gather_state(shards: Sequence[Shard], to: int | None, state: Mapping[Tensor,
                     _put(part, start, pieces, whole)
             for param, values in zip(shard.params, whole, strict=receives):
                 states[param][name] = shaped_like(values, param)
+    # Ranks lay out parameters that have had no gradient yet, and torch has no state of them.
+    states = {param: entry for param, entry in states.items() if entry["step"] or any(_moments_of(entry))}
     return WholeState(to, states if receives else None, stamps_of(shards, state))
+
+
+def _moments_of(entry: Mapping[str, Any]) -> Iterator[bool]:
+    """Of each moment, whether it has anything but zeros."""
+    return (bool(entry[name].any()) for name in MOMENTS if name in entry)
 
 
 def _in_order(buckets: Sequence[Sequence[Piece]]) -> list[Piece]:

@@ -110,6 +110,12 @@ def whole_moment(optimizer: Any, model: Network) -> None:
     optimizer.state[model.first.weight]["step"] = torch.tensor(5.0)
 
 
+def memory_of_moment(optimizer: Any, model: Network) -> None:
+    state = optimizer.state[model.first.weight]
+    state["exp_avg"].data = torch.zeros_like(state["exp_avg"])
+    state["exp_avg_sq"].data = state["exp_avg_sq"] * 0.5
+
+
 def take_out(optimizer: Any, model: Network) -> None:
     """Its state stays in ``state``, as in torch, and goes on when the parameter comes back."""
     for group in optimizer.param_groups:
@@ -120,7 +126,7 @@ def bring_back(optimizer: Any, model: Network) -> None:
     optimizer.param_groups[1]["params"].append(model.first.weight)
 
 
-ACTS = [resize, move, whole_moment, take_out, clear, bring_back, rebuild, remove]
+ACTS = [resize, move, whole_moment, memory_of_moment, take_out, clear, bring_back, rebuild, remove]
 
 
 def check_acts(way: str) -> None:

@@ -170,7 +170,7 @@ class _Drawer(Values, Groups):
 
 BETWEEN = [
     (5, "write_weights"), (2, "exchange_weights"), (1, "change_layout"), (6, "write_state"), (2, "keep_state"),
-    (0.5, "replace_state_memory"),
+    (0.5, "replace_state_memory"), (1, "hold_state"),
     (1, "half_a_state"), (4, "change_options"), (1, "flip_amsgrad"), (1, "reorder_groups"), (1, "reorder_in_group"),
     (2, "add_group"), (2, "add_to_group"), (4, "replace_parameter"), (3, "remove_parameter"), (2, "move_parameter"),
     (2, "delete_group"), (1, "rebuild_groups"), (3, "freeze"), (1, "bad_group"), (2, "save_and_load"),

@@ -21,6 +21,7 @@ class Draft:
     mode: str
     max_grad_norm: float | None
     amsgrad: list[bool | None]  # by group; None where it may have been changed back
+    had_amsgrad = False  # whether a group had it that is gone
 
     def __init__(self, rng: random.Random, number: str, ranks: int, way: dict[str, Any]) -> None:
         self.rng, self.number, self.ranks = rng, number, ranks

@@ -73,7 +73,7 @@ class Groups(Draft):
         self.groups.append([name])
         self.amsgrad.append(amsgrad)
         line = f'optimizer.add_param_group({{"params": [model.{name}]{options}}})'
-        self.structure("add group", f"{text}\n{line}".strip())
+        self.structure("add group", f"{text}\n{line}".strip(), **self.may_change_amsgrad(name, text))
 
     def add_to_group(self) -> None:
         outside = [name for name in self.specs if name not in self.grouped()]
@@ -87,7 +87,13 @@ class Groups(Draft):
         line = self.one_of(
             f"{params}.append(model.{name})", f"{params} = [*{params}, model.{name}]", f"{params} += [model.{name}]"
         )
-        self.structure("add to group", f"{text}\n{line}".strip())
+        self.structure("add to group", f"{text}\n{line}".strip(), **self.may_change_amsgrad(name, text))
+
+    def may_change_amsgrad(self, name: str, text: str) -> dict[str, Any]:
+        """Of a parameter that comes back, maybe with state, to a group that may be of the other kind."""
+        if text or (all(amsgrad is False for amsgrad in self.amsgrad) and not self.had_amsgrad):
+            return {}
+        return {"may_refuse": True, "undo": f"optimizer.state[model.{name}] = {{}}"}
 
     def replace_parameter(self) -> None:
         names = self.grouped()
@@ -169,6 +175,7 @@ class Groups(Draft):
         g = self.group()
         if not any(names for i, names in enumerate(self.groups) if i != g):
             return
+        self.had_amsgrad |= self.amsgrad[g] is not False
         del self.groups[g], self.amsgrad[g]
         self.structure(
             "delete group", self.one_of(f"del optimizer.param_groups[{g}]", f"optimizer.param_groups.pop({g})")

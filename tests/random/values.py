@@ -170,10 +170,40 @@ class Values(Draft):
         return next(amsgrad for names, amsgrad in zip(self.groups, self.amsgrad, strict=True) if name in names)
 
     def replace_state_memory(self) -> None:
-        state = f"state = optimizer.state.get(model.{self.name()}, {{}})\nif 'exp_avg' in state: "
-        self.act("replace state memory", f'{state}state["exp_avg_sq"].data = state["exp_avg_sq"] * 0.5')
+        state = f"state = optimizer.state.get(model.{self.name()}, {{}})\nif 'exp_avg' in state:"
+        texts = [
+            f'{state} state["exp_avg_sq"].data = state["exp_avg_sq"] * 0.5',
+            f'{state} state["exp_avg"].data = torch.zeros_like(state["exp_avg"])',
+            f'{state} state["exp_avg"].set_(state["exp_avg"] * 0.5)',
+        ]
+        if self.mode == "native":
+            texts.append(f'{state} state["step"].data = torch.full((), 5.0)')
+        self.act("replace state memory", self.rng.choice(texts))
+
+    def hold_state(self) -> None:
+        """A moment that the user holds is the state as long as it is in ``state``, and keeps its values afterwards."""
+        if self.ranks > 1:  # a share, of a layout that may be another by then
+            return
+        name = self.name()
+        state = f"state = optimizer.state.get(model.{name}, {{}})\n"
+        held = f"held_{name}"
+        if held not in self.kept:
+            self.kept.add(held)
+            self.act("hold state", f"{held} = None\n{state}if 'exp_avg' in state: {held} = state['exp_avg']")
+            return
+        text = self.one_of(
+            f"if {held} is not None: {held}.mul_(0.5)",
+            f"{state}if {held} is not None and 'exp_avg' in state and {held}.shape == state['exp_avg'].shape: "
+            f"state['exp_avg'] = {held}",
+            f"{state}if {held} is not None and 'exp_avg' in state and {held}.shape == state['exp_avg'].shape:\n"
+            f"    state['exp_avg'].data, {held} = {held}.clone(), state['exp_avg'].data",
+            f"{state}if 'exp_avg' in state: state['exp_avg'] = torch.zeros_like(state['exp_avg'])",
+        )
+        self.act("write held state", text)
 
     def keep_state(self) -> None:
+        if self.mode == "int16":
+            return  # as in `write_weights`: a remainder goes with the parameter of its time
         if "state" not in self.kept:
             self.kept.add("state")
             self.act(

@@ -209,6 +209,68 @@ def take_out_and_bring_back(job: Job) -> None:
     job.optimizer.param_groups[1]["params"].insert(0, param)
 
 
+def moment_in_other_memory(job: Job) -> None:
+    """No dict is changed by that."""
+    for name in ("first", "bias"):
+        state = job.optimizer.state[getattr(job.model, name)]
+        state["exp_avg"].data = torch.full_like(state["exp_avg"], 0.01)
+        state["step"].data = torch.tensor(7.0)
+
+
+def exchange_memory(job: Job) -> None:
+    """A moment that takes another's place for two updates."""
+    state = job.optimizer.state[job.model.first]
+    kept = torch.full_like(job.model.first, 0.03)
+    for turn in range(2):
+        state["exp_avg"].data, kept = kept, state["exp_avg"].data
+        job.train(range(70 + turn, 71 + turn))
+
+
+def put_back_what_was_held(job: Job) -> None:
+    state = job.optimizer.state[job.model.first]
+    held = state["exp_avg"]
+    state["exp_avg"] = torch.zeros_like(held)
+    job.train(range(70, 71))
+    state["exp_avg"] = held
+    everything = {param: dict(entry) for param, entry in job.optimizer.state.items()}
+    job.optimizer.state.clear()
+    job.train(range(71, 72))
+    job.optimizer.state.update(everything)
+
+
+def write_to_what_was_put_there(job: Job) -> None:
+    held = torch.full_like(job.model.first, 0.01)
+    job.optimizer.state[job.model.first]["exp_avg"] = held
+    job.train(range(70, 71))
+    held.mul_(0.5)
+
+
+def exchange_two(job: Job) -> None:
+    job.model.other = nn.Parameter(torch.ones(7, 5))
+    job.optimizer.param_groups[0]["params"].append(job.model.other)
+    job.train(range(70, 71))
+    one, two = (job.optimizer.state[param] for param in (job.model.table, job.model.other))
+    one["exp_avg"], two["exp_avg"] = two["exp_avg"], one["exp_avg"]
+
+
+def clear_and_set_amsgrad(job: Job) -> None:
+    job.optimizer.state.clear()
+    job.optimizer.param_groups[0]["amsgrad"] = True
+
+
+def use_state_before_there_is_any(job: Job) -> None:
+    """A parameter without a gradient has no entry."""
+    job.model.idle = nn.Parameter(torch.ones(3))
+    kind = type(job.optimizer)
+    job.optimizer = kind([job.model.first, job.model.idle], lr=1e-2, **FUSED[kind])
+    job.model.first.grad = torch.ones_like(job.model.first)
+    job.optimizer.step()
+    assert list(job.optimizer.state) == [job.model.first]
+
+
+FUSED: dict[type, dict[str, Any]] = {DistAdamW: {}, torch.optim.AdamW: {"fused": True}}
+
+
 def some_in_double(job: Job) -> None:
     for name in ("first", "bias"):
         param = getattr(job.model, name)
@@ -222,6 +284,8 @@ ACTS: list[Act] = [
     *(remove, delete_group, reorder, move, rebuild, unfreeze, take_out_and_bring_back, new_list_of_groups),
     *(clear, clear_one, pop_one, new_state, set_state, new_moment, moment_in_a_dict_of_the_users),
     *(reset_moments_in_place, state_to_another_place_and_back, write_data, some_in_double),
+    *(moment_in_other_memory, exchange_memory, put_back_what_was_held, write_to_what_was_put_there, exchange_two),
+    *(clear_and_set_amsgrad, use_state_before_there_is_any),
 ]
 AGAIN: list[Act] = [
     *(densify, move, new_moment, resize_table, reorder, unfreeze, reset_moments_in_place, rebuild, write_data),
@@ -322,6 +386,60 @@ def test_what_is_no_state_is_refused_before_anything_changes(entry: Any, message
     with pytest.raises(ValueError, match=message):
         job.train(range(2, 3))
     assert all(torch.equal(value, before[key]) for key, value in job.model.state_dict().items())
+
+
+def test_memory_of_another_shape_is_refused() -> None:
+    job = Job(DistAdamW)
+    job.train(range(2))
+    job.optimizer.state[job.model.first]["exp_avg"].data = torch.zeros(3)
+    with pytest.raises(ValueError, match=r"'exp_avg' of parameter 1 of group 0, of shape \(3,\): a tensor of shape"):
+        job.train(range(2, 3))
+
+
+def test_one_tensor_for_two_parameters_is_refused() -> None:
+    job = Job(DistAdamW)
+    job.train(range(2))
+    step = torch.tensor(3.0)
+    for name in ("first", "bias"):
+        job.optimizer.state[getattr(job.model, name)]["step"] = step
+    with pytest.raises(
+        ValueError, match="one tensor as 'step' of parameter 1 of group 0 and as 'step' of parameter 0 of"
+    ):
+        job.train(range(2, 3))
+
+
+def test_a_state_dict_stays_the_callers() -> None:
+    job = Job(DistAdamW)
+    job.train(range(2))
+    saved = copy.deepcopy(job.optimizer.state_dict())
+    before = copy.deepcopy(saved)
+    job.optimizer.load_state_dict(saved)
+    job.train(range(2, 4))
+    for i, entry in before["state"].items():
+        assert all(torch.equal(value, saved["state"][i][key]) for key, value in entry.items())
+
+
+@pytest.mark.parametrize("way", [copy.deepcopy, DistAdamW.state_dict], ids=["copy", "state dict"])
+def test_state_without_maxima_is_not_copied(way: Any) -> None:
+    job = Job(DistAdamW)
+    job.train(range(2))
+    job.optimizer.param_groups[0]["amsgrad"] = True
+    with pytest.raises(RuntimeError, match="amsgrad cannot be changed"):
+        way(job.optimizer)
+    job.optimizer.param_groups[0]["amsgrad"] = False
+    saved = job.optimizer.state_dict()
+    saved["param_groups"][0]["amsgrad"] = True
+    with pytest.raises(ValueError, match="the state of parameter 0 has no max_exp_avg_sq"):
+        job.optimizer.load_state_dict(saved)
+
+
+@pytest.mark.parametrize("updates", [0, 2])
+def test_half_a_state_is_not_copied(updates: int) -> None:
+    job = Job(DistAdamW)
+    job.train(range(updates))
+    job.optimizer.state[job.model.first] = {"step": torch.tensor(1.0)}
+    with pytest.raises(ValueError, match="has 'exp_avg' of parameter 1 of group 0, which is None"):
+        copy.deepcopy(job.optimizer)
 
 
 def test_data_of_another_size_is_refused() -> None:
