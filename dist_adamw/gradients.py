@@ -106,6 +106,7 @@ class GradientPath:
         self._filled: set[int] = set()  # ids of parameters that got zeros for a gradient
         self._reopened = False  # whether averages have become sums again since the last update
         self._seen: set[int] = set()  # ids of parameters with a gradient since the last update
+        self._used: set[int] = set()  # into the shard: ids of those whose gradient that update let go of
         self._watch = GradientWatch()
         self._was_changed = False  # seen by a forward pass; `complete` tells all ranks
         self._local: set[int] = set()  # ids of others whose gradients were seen to differ over ranks
@@ -581,8 +582,12 @@ class GradientPath:
         self._late.clear()
         self._begin_round()
 
-    def discard(self) -> None:
-        """Forget gradients that arrived: they are not wanted. Every rank alike."""
+    def discard(self, *, leave_zeros: bool = False) -> None:
+        """Forget gradients that arrived: they are not wanted. Every rank alike.
+
+        Args:
+            leave_zeros: Put zeros in place of gradients that were let go of: torch counts zeros as a gradient.
+        """
         self._queued = False
         self._land()  # left over from a backward that was broken off
         self.has_let_go = False
@@ -590,6 +595,11 @@ class GradientPath:
         for param in self._plan.params if self._filled else ():
             if id(param) in self._filled:  # zeros of ours: without a backward pass that reaches it, it has no gradient
                 param.grad = None
+        let_go = self._used | self._seen if self.into_shard and leave_zeros else ()
+        for param in self._params() if let_go else ():
+            if param.grad is None and id(param) in let_go:
+                param.grad = torch.zeros_like(param)
+        self._used.clear()
         self._clear_round()
         self._late.clear()
         self._are_sorted = self.is_whole = self._was_changed = False
@@ -599,6 +609,8 @@ class GradientPath:
         """An update has been made of the gradients. Until they are set to zero or None, they are averages."""
         self._number += 1
         self.has_let_go = self.into_shard and not self.is_whole
+        if self.has_let_go:
+            self._used = set(self._seen)
         self._clear_round()
 
     def _clear_round(self) -> None:

@@ -529,7 +529,8 @@ class DistAdamW(Optimizer):
                 ``b_g N / W`` bytes and what is on its way, instead of ``b_g N``; with A
                 micro-batches an update sends ``f N (A b_g + b_p)``. Plain modules only.
                 Every rank's backward passes must reach the module equally often, and what is not wanted is
-                forgotten by this optimizer's ``zero_grad``, not by the module's.
+                forgotten by this optimizer's ``zero_grad``, not by the module's; ``zero_grad(set_to_none=False)``
+                leaves zeros in ``param.grad``, as in torch.
             defer_gather: Let `step` return while the last buckets of parameters travel. Whoever reads
                 one of them, by any reference and in any torch function, waits for it then. Not for
                 compiled modules, whose parameters are waited for as ever.
@@ -704,7 +705,7 @@ class DistAdamW(Optimizer):
         """As torch's; what `attach` has reduced is forgotten too. Every rank alike."""
         super().zero_grad(set_to_none)
         if self._path is not None:
-            self._path.discard()
+            self._path.discard(leave_zeros=not set_to_none)
 
     def _is_fused(self, shard: Shard) -> bool:
         return can_fuse(shard.params[0]) if self.fused is None else self.fused

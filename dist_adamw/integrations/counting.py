@@ -16,8 +16,8 @@ The rule. Rows of a batch count once, in the update that their first backward pa
 
 No observation tells a batch that a loop evaluates with gradients enabled, between a training batch and its backward
 pass, from one of a second loader that is trained on jointly: such an evaluation adds its last batch. Write
-``torch.no_grad()`` around it. Nor can it be seen whether a second loader's batch, of an iteration that is still open, is
-tried again after an update that was skipped; rule 4 says yes.
+``torch.no_grad()`` around it. Nor can it be seen whether a second loader's batch, of an iteration that is still open,
+is tried again after an update that was skipped; rule 4 says yes.
 
 For a loop that is not Accelerate's (Trainer's, an engine's)::
 

@@ -77,6 +77,23 @@ SCRIPTS: dict[str, tuple[dict[str, Any], str]] = {
         optimizer.step()
         """,
     ),
+    "zeros in place of gradients that were let go of": (
+        EVERY,
+        """
+        backward(1)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=False)
+        backward(2, unused=('b',))
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=False)
+        optimizer.step()
+        optimizer.zero_grad()
+        backward(3)
+        optimizer.zero_grad(set_to_none=False)
+        backward(4, unused=('b',) if rank else ('a',))
+        optimizer.step()
+        """,
+    ),
 }
 
 
