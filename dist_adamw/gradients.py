@@ -28,6 +28,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.graph import Node, get_gradient_edge
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
@@ -351,7 +352,7 @@ class GradientPath:
     @torch.no_grad()
     def _after_backward(self) -> None:
         self._queued = False
-        if not (self._heard or self._ddp_only or any(self._inboxes)):
+        if not (self._heard or self._ddp_only or any(self._inboxes) or self._accumulates()):
             return  # torch.autograd.grad, of an input say: no gradient is to be sent yet
         if self.into_shard:
             self._finish_round()
@@ -363,6 +364,17 @@ class GradientPath:
         self._land()
         # DDP may have its own to do now, so this comes last.
         torch.autograd.Variable._execution_engine.queue_callback(self._begin_watch)
+
+    def _accumulates(self) -> bool:
+        """Whether the pass that autograd is running adds to ``param.grad`` of some parameter of the attached modules.
+
+        It may reach this optimizer's parameters on another rank alone, which then sends gradients and waits for them.
+        """
+        for model in filter(None, (ref() for ref in self._modules)):
+            for param in model.parameters():
+                if param.requires_grad and _will_run(get_gradient_edge(param).node):
+                    return True
+        return False
 
     @torch.no_grad()
     def _begin_watch(self) -> None:
@@ -1003,6 +1015,14 @@ def _before_any_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
 
 def _remove_all(hooks: dict[int, RemovableHandle | None], more: list[RemovableHandle]) -> None:
     remove(hook for hook in (*hooks.values(), *more) if hook is not None)
+
+
+def _will_run(accumulation: Node) -> bool:
+    """Whether the pass that autograd is running, or has just run, has ``accumulation`` add to a parameter's gradient."""
+    try:
+        return bool(torch._C._will_engine_execute_node(accumulation))
+    except RuntimeError:  # torch.autograd.grad of that parameter: its gradient is handed back
+        return False
 
 
 def _own_parameters(model: nn.Module) -> list[Tensor]:

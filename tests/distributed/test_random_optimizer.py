@@ -94,6 +94,32 @@ SCRIPTS: dict[str, tuple[dict[str, Any], str]] = {
         optimizer.step()
         """,
     ),
+    "a backward pass that reaches the optimizer's parameters on one rank alone": (
+        PLAIN,
+        """
+        del optimizer.param_groups[1]
+        wrap()
+        backward(1, unused=('a',) if rank else ())
+        optimizer.step()
+        optimizer.zero_grad()
+        backward(2)
+        backward(3, unused=('a',) if rank else ())
+        optimizer.step()
+        """,
+    ),
+    "the same, into the shard": (
+        EVERY,
+        """
+        del optimizer.param_groups[1]
+        wrap()
+        backward(1, unused=('a',) if rank else ())
+        optimizer.step()
+        optimizer.zero_grad()
+        backward(2)
+        backward(3, unused=('a',) if rank else ())
+        optimizer.step()
+        """,
+    ),
 }
 
 
