@@ -59,6 +59,9 @@ def is_legal(program: Program) -> bool:
     have different numbers of batches wait for each other, as do ranks of which one leaves out what others do together.
     `rest_of_epoch` needs the loader that `prepare` returned.
     """
+    # After a forward pass without a backward pass, DDP averages in the next backward pass even inside no_sync. A rank
+    # that leaves that one out alone then pairs other passes, also without anything of ours.
+    alone = unfinished = False
     for number, actions in enumerate(jobs_of(program)):
         data, world = dict(program["data"]), world_of(program, number)
         is_prepared = True
@@ -85,6 +88,10 @@ def is_legal(program: Program) -> bool:
                     return False
                 at = [(k, name) for k, name, *_ in options.get("at", [])]
                 if any(name == "continue_on" and sum(k == other for other, _ in at) > 1 for k, name in at):
+                    return False
+                alone = alone or any(name == "continue_on" for _, name in at)
+                unfinished = unfinished or any(name == "continue_in" for _, name in at)
+                if alone and unfinished:
                     return False
                 data["rows"] += sum(event[2] for event in options.get("at", []) if event[1] == "grow")
     return True
