@@ -975,7 +975,9 @@ class DistAdamW(Optimizer):
             shard.put(i, given)
         # Without a snapshot, state is on another device since.
         for shard in written.values() if self._seen is not None else self.shards:
-            self._show(shard)
+            for i, param in enumerate(shard.params):
+                if id(param) in changes.kept or self.state.get(param):  # others have left, and their entry with them
+                    self._show_one(shard, i)
 
     def _take_back_zeros(self, changes: Changes) -> None:
         """Take out of ``state`` what torch would not have: zeros of parameters that left before an update. Local."""

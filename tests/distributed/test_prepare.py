@@ -357,7 +357,12 @@ def diverge(what: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("what", "field"), [("lr", "lr is ["), ("eps", "'eps': 1e-06"), ("samples", "samples is 12 on")]
+    ("what", "field"),
+    [
+        ("lr", "lr of group 0 is 0.003 on rank 0 and 0.006 on"),
+        ("eps", "eps of group 0 is 1e-08 on"),
+        ("samples", "lr of group 0 is 0.004 on"),  # which follows from the samples
+    ],
 )
 def test_ranks_that_diverge_later_all_raise(what: str, field: str) -> None:
     for error in expect_error_on_all(3, diverge, what):

@@ -138,7 +138,8 @@ def _take_over(ours: Ours, theirs: Torchs) -> None:
         state = a.state.get(p) or {}
         held = {key: state[key] for key in MOMENTS if key in state and key in b.state.get(q, {})}
         if b.state.get(q, {}).get("master") is not None:
-            held["master"] = fp32_weight(a, p)
+            # Not what follows from the parameter, which may be what it was by the time it is looked at again.
+            held["master"] = state["master"] if "master" in state else fp32_weight(a, p)
         values.append({key: (ranges_of(a, p), value.detach().clone()) for key, value in held.items()})
     everywhere = [values]
     if ours.sequence.ranks > 1:

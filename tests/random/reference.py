@@ -127,6 +127,7 @@ class Reference(torch.optim.AdamW):
             return loss
         factor = self._clip_factor(params)
         if factor is None:
+            self._begin_state(params)
             return loss
         self.inexact |= self.rough
         grads = [cast(Tensor, param.grad) for param in params]
@@ -146,6 +147,21 @@ class Reference(torch.optim.AdamW):
                 param.grad = grad
         self.updates += 1
         return loss
+
+    def _begin_state(self, params: list[Tensor]) -> None:
+        """What torch's fused update leaves where a GradScaler has found that gradients are infinite: zeros."""
+        amsgrad = {id(param): group["amsgrad"] for group in self.param_groups for param in group["params"]}
+        for param in params:
+            if self.state.get(param):
+                continue
+            has_master = param.dtype.itemsize == 2 and self.master_dtype is not None
+            dtype = self.state_dtype or (torch.float32 if has_master else param.dtype)
+            state = self.state[param]
+            state["step"] = torch.zeros(())
+            for key in MOMENTS[: 2 + amsgrad[id(param)]]:
+                state[key] = torch.zeros_like(param, dtype=dtype)
+            if has_master:
+                state["master"] = param.detach().float()
 
     def _clip_factor(self, params: list[Tensor]) -> float | None:
         """What gradients are multiplied by; None where the norm is not finite, and the update is skipped."""

@@ -118,6 +118,11 @@ def remove(job: Job) -> None:
     job.optimizer.state.pop(group["params"].pop(i))
 
 
+def remove_and_clear_another(job: Job) -> None:
+    job.optimizer.state[job.model.table] = {}
+    remove(job)
+
+
 def delete_group(job: Job) -> None:
     del job.optimizer.param_groups[1]
 
@@ -285,7 +290,7 @@ ACTS: list[Act] = [
     *(clear, clear_one, pop_one, new_state, set_state, new_moment, moment_in_a_dict_of_the_users),
     *(reset_moments_in_place, state_to_another_place_and_back, write_data, some_in_double),
     *(moment_in_other_memory, exchange_memory, put_back_what_was_held, write_to_what_was_put_there, exchange_two),
-    *(clear_and_set_amsgrad, use_state_before_there_is_any),
+    *(clear_and_set_amsgrad, use_state_before_there_is_any, remove_and_clear_another),
 ]
 AGAIN: list[Act] = [
     *(densify, move, new_moment, resize_table, reorder, unfreeze, reset_moments_in_place, rebuild, write_data),
@@ -298,6 +303,7 @@ def assert_alike(ours: Job, theirs: Job) -> None:
         assert torch.equal(p, q), name
         for key, value in theirs.optimizer.state.get(q, {}).items():
             assert torch.equal(ours.optimizer.state[p][key], value), (name, key)
+    assert sum(map(bool, ours.optimizer.state.values())) == sum(map(bool, theirs.optimizer.state.values()))
 
 
 @pytest.mark.parametrize("max_grad_norm", [None, 1e9], ids=["", "norm"])
