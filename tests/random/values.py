@@ -135,8 +135,10 @@ class Values(Draft):
         if name not in self.grouped():
             return
         of = f"optimizer.state[model.{name}]"
-        got = f"state = optimizer.state.get(model.{name}, {{}})\nif 'exp_avg' in state: "
-        each = "for state in optimizer.state.values():\n    if 'exp_avg' in state: "
+        # Several ranks lay out zeros for a parameter that has had no gradient, of which torch has no entry.
+        has_state = "'exp_avg' in state" if self.ranks == 1 else "state.get('step')"
+        got = f"state = optimizer.state.get(model.{name}, {{}})\nif {has_state}: "
+        each = f"for state in optimizer.state.values():\n    if {has_state}: "
         texts = [
             "optimizer.state.clear()",
             f"{of} = {{}}",
@@ -170,7 +172,8 @@ class Values(Draft):
         return next(amsgrad for names, amsgrad in zip(self.groups, self.amsgrad, strict=True) if name in names)
 
     def replace_state_memory(self) -> None:
-        state = f"state = optimizer.state.get(model.{self.name()}, {{}})\nif 'exp_avg' in state:"
+        has_state = "'exp_avg' in state" if self.ranks == 1 else "state.get('step')"  # as in `write_state`
+        state = f"state = optimizer.state.get(model.{self.name()}, {{}})\nif {has_state}:"
         texts = [
             f'{state} state["exp_avg_sq"].data = state["exp_avg_sq"] * 0.5',
             f'{state} state["exp_avg"].data = torch.zeros_like(state["exp_avg"])',
