@@ -1018,7 +1018,7 @@ def _remove_all(hooks: dict[int, RemovableHandle | None], more: list[RemovableHa
 
 
 def _will_run(accumulation: Node) -> bool:
-    """Whether the pass that autograd is running, or has just run, has ``accumulation`` add to a parameter's gradient."""
+    """Whether the backward pass that runs, or has just run, has ``accumulation`` add to a parameter's gradient."""
     try:
         return bool(torch._C._will_engine_execute_node(accumulation))
     except RuntimeError:  # torch.autograd.grad of that parameter: its gradient is handed back

@@ -153,8 +153,8 @@ class DistAdamW(Optimizer):
     `attach`, ``dist_adamw.prepare`` or the first sharded `step` compares them (the last cannot see ``shard=False`` of
     some ranks alone, whose `step` sends nothing). Gradients are reduced to
     their owners after `attach`; without it they must be the same on every rank by then, which is
-    what DDP's all-reduce leaves behind. A rank finds its share in ``state``, 1-D, and zeros of a parameter that has had no
-    gradient yet, where torch has no entry.
+    what DDP's all-reduce leaves behind. A rank finds its share in ``state``, 1-D, and zeros of a
+    parameter that has had no gradient yet, where torch has no entry.
 
     Source: Loshchilov & Hutter, arXiv:1711.05101, Algorithm 2; sharding as in ZeRO-1,
     Rajbhandari et al., arXiv:1910.02054.

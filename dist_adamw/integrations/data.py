@@ -84,8 +84,9 @@ def loader_facts(accelerator: Accelerator, dataloader: DataLoader[Any]) -> Loade
     # Accelerate fills up what it reads from iterable data, or on rank 0 for all ranks, whatever even_batches says.
     deals_indices = not (accelerator.dispatch_batches or isinstance(dataloader.dataset, IterableDataset))
     if deals_indices and samples is not None and not (accelerator.even_batches or drop_last):
-        is_counted = isinstance(sampler, Sized) and not accelerator.split_batches
-        count = len(sampler) if is_counted else -(-samples // size)  # of a rank's batches, of all ranks together
+        count = -(-samples // size)  # of a rank's batches, of all ranks together
+        if isinstance(sampler, Sized) and not accelerator.split_batches:
+            count = len(sampler)
         if count % ranks:
             raise ValueError(
                 f"even_batches=False gives {ranks} ranks different numbers of batches ({count} of {size} samples), and "
