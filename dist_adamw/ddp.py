@@ -39,6 +39,9 @@ class Listener(Protocol):
     def bucket_came(self, packed: PackedBucket | None) -> None:
         """Take the gradients of one of DDP's buckets; None where DDP copies them to ``param.grad`` later."""
 
+    def follow_params(self) -> None:
+        """Notice parameters that have come to the optimizer, or have left it."""
+
 
 class PackedBucket:
     """What one of DDP's buckets holds for one listener; good until DDP packs again."""
@@ -78,6 +81,7 @@ class DDPReducer:
         # Else a reducer that is woken writes its copies over the averages.
         self._may_stand_aside = self._is_view and not (model.static_graph or model.mixed_precision is not None)
         self._stands_aside = False
+        self._stood_aside = False  # in the last forward pass
         self._asked: list[tuple[bool, bool]] = []  # require_backward_grad_sync, and whether it is ours, in a forward
         self._known: dict[int, tuple[int, list[Tensor], dict[int, PackedBucket], list[Tensor]]] = {}
         self._seen: dict[int, tuple[int, ...]] = {}  # addresses and parameters of each bucket, when it was last new
@@ -131,7 +135,7 @@ class DDPReducer:
         self._listeners = [one for one in self._listeners if one[0]() not in (None, path)]
         self._listeners.append((weakref.ref(path, self._gone), aside))
         model = self._model()
-        if aside and not self._sees_forward and model is not None:
+        if not self._sees_forward and model is not None:
             self._sees_forward = True
             model.register_forward_pre_hook(WeakHook(self, "before_forward"))
             model.register_forward_hook(WeakHook(self, "after_forward"), always_call=True)
@@ -156,7 +160,15 @@ class DDPReducer:
     # ---------------------------------------------------------------- standing aside
 
     def before_forward(self, module: DistributedDataParallel, args: Any) -> None:
-        """Let this pass be one inside ``no_sync`` to DDP itself."""
+        """Decide who averages the gradients of this pass. Where none are left to DDP, it is one inside ``no_sync``."""
+        if torch.is_grad_enabled():
+            for ref, _ in self._listeners:
+                if (path := ref()) is not None:
+                    path.follow_params()
+            if self._stood_aside and not self._stands_aside:
+                # DDP has counted as used, since it last averaged, whatever had a gradient.
+                module.reducer._reset_state()
+            self._stood_aside = self._stands_aside
         self._asked.append((module.require_backward_grad_sync, self._stands_aside))
         if self._stands_aside:
             module.require_backward_grad_sync = False

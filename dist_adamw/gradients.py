@@ -93,7 +93,7 @@ class GradientPath:
         self._listens_to_ddp: bool | None = None
         self._ddp_only = True  # DDP's buckets tell of every gradient
         self._are_copied = False  # DDP writes some gradients when backward is over, from its own buffers
-        self._known: list[Tensor] = []  # the optimizer's parameters, when `_follow_params` last looked
+        self._known: list[Tensor] = []  # the optimizer's parameters, when `follow_params` last looked
         self._ids: Set[int] = frozenset()
         self._inboxes: list[deque[Tensor]] = []  # by plain module: parameters whose gradient has come
         self._last: list[Tensor] = []  # the parameter at which a hook last looked
@@ -149,7 +149,7 @@ class GradientPath:
                 "Wrap both or neither, or give each an optimizer."
             )
         self._listens_to_ddp = is_ddp
-        self._follow_params()
+        self.follow_params()
         params = [param for param in _own_parameters(model) if param.requires_grad and id(param) in self._ids]
         aside = True
         reducer = None
@@ -224,7 +224,7 @@ class GradientPath:
         self.listening = frozenset(self._hook_of)
         self._checked = False
 
-    def _follow_params(self) -> None:
+    def follow_params(self) -> None:
         """Notice parameters that have come to the optimizer, or have left it."""
         params = self._params()
         if len(params) == len(self._known) and all(map(operator.is_, params, self._known)):
@@ -410,7 +410,7 @@ class GradientPath:
         """At the first gradient of a round: plan again where shards or parameters have changed."""
         if self._checked or self._next:
             return
-        self._follow_params()
+        self.follow_params()
         shards = self._shards()
         self._checked = True
         if (
@@ -682,7 +682,7 @@ class GradientPath:
                 "pass of an update. For local SGD (Accelerate's LocalSGD) pass shard=False to DistAdamW, and "
                 "check_weights_every=0 to dist_adamw.prepare."
             )
-        self._follow_params()
+        self.follow_params()
         self.asks_for_changes = True
         if self._ddp_only:
             pass
@@ -796,7 +796,10 @@ class GradientPath:
         else:
             self._start_rest()
             self._land()
-        self._take(self._known if laid_out_again else self._others_now())
+        others = self._others_now()
+        # Another update by the averages of the last one, which are in ``param.grad`` alone by now.
+        is_repeated = bool(others) and not self.into_shard and not any(shard.reduced for shard in self._plan.shards)
+        self._take(self._known if laid_out_again or is_repeated else others)
         if self.into_shard:
             for param in self._known if laid_out_again else ():
                 if param.numel():  # no shard has memory for a gradient without elements
@@ -823,7 +826,7 @@ class GradientPath:
     def _take(self, params: list[Tensor]) -> None:
         """Average the gradients of ``params`` where they are local; take this rank's runs of those that are whole."""
         taken = {id(param) for param in params if param.grad is not None}
-        late = (taken & self._local) - self._late
+        late = (taken & self._local) - self._late - self._plan.buckets_of.keys()
         for shard in self._shards() if taken else []:
             assert shard.exchange is not None
             flat = [

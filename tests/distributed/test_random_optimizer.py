@@ -15,6 +15,7 @@ from tests.random.script import Act, Sequence, Spec
 
 PLAIN: dict[str, Any] = {"attached": True}
 EVERY: dict[str, Any] = {"attached": True, "reduce_every_backward": True}
+ASIDE: dict[str, Any] = {"ddp": True, "attached": True}
 BUCKETS: dict[str, Any] = {"ddp": True, "attached": True, "aside": False}
 TWO = {"a": Spec((5, 8)), "b": Spec((48,))}
 
@@ -117,6 +118,40 @@ SCRIPTS: dict[str, tuple[dict[str, Any], str]] = {
         optimizer.zero_grad()
         backward(2)
         backward(3, unused=('a',) if rank else ())
+        optimizer.step()
+        """,
+    ),
+    "two updates by the same averages, one bucket of two optimizers": (
+        PLAIN,
+        """
+        optimizer.param_groups[0]['params'].append(optimizer.param_groups.pop()['params'][0])
+        second = make([{'params': [model.b], 'lr': 0.01}])
+        wrap()
+        backward(1)
+        optimizer.step()
+        optimizer.step()
+        """,
+    ),
+    "a parameter that leaves the optimizer: DDP averages it in the next backward pass": (
+        ASIDE,
+        """
+        drop(optimizer, model.a)
+        backward(1)
+        optimizer.step()
+        optimizer.param_groups[0]['params'].append(model.a)
+        wrap()
+        optimizer.step()
+        """,
+    ),
+    "DDP woken: what was used while it stood aside": (
+        ASIDE,
+        """
+        backward(1)
+        optimizer.step()
+        optimizer.zero_grad()
+        model.a = optimizer.param_groups[0]['params'][0] = parameter(Spec((7, 5)), 5)
+        backward(2)
+        backward(3)
         optimizer.step()
         """,
     ),
