@@ -21,7 +21,7 @@ import itertools
 import operator
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from typing import Any
 
@@ -388,8 +388,14 @@ class GradientPath:
         for ref in self._reducers:
             if (reducer := ref()) is not None:
                 reducer.note_views()
-        self._watch.remember(self._plan.params)
+        self._watch.remember(self._watched())
         self._tell_siblings()
+
+    def _watched(self) -> list[Tensor]:
+        """The parameters that are listened to; those that came since the last update have no shard yet."""
+        if self._ddp_only or len(self._plan.params) == len(self.listening):
+            return self._plan.params
+        return [param for param in self._known if id(param) in self.listening]
 
     def _tell_siblings(self) -> None:
         """Let other optimizers know that this one wrote to the buffers that their gradients lie in too."""
@@ -782,10 +788,11 @@ class GradientPath:
             self._checked = False
             self._follow_layout()
         laid_out_again = not {id(shard) for shard in self._plan.shards} <= {id(shard) for shard in self._shards()}
+        sent = self._plan.buckets_of  # others may have whole gradients that another optimizer still needs
         if laid_out_again and (self._next or self._rounds):  # other ranks own now what has been averaged
             for shard in self._plan.shards if self.into_shard else ():
-                shard.has_grad = [id(param) in self._seen for param in shard.params]
-            self.make_whole(self._plan.shards)
+                shard.has_grad = [id(param) in self._seen and id(param) in sent for param in shard.params]
+            self.make_whole(self._plan.shards, sent)
             self.is_whole = False
             self._next = len(self._plan.order)
             if self.into_shard:
@@ -802,12 +809,12 @@ class GradientPath:
         self._take(self._known if laid_out_again or is_repeated else others)
         if self.into_shard:
             for param in self._known if laid_out_again else ():
-                if param.numel():  # no shard has memory for a gradient without elements
+                if id(param) in sent:
                     param.grad = None
             for shard in self._shards():
                 shard.has_grad = [id(param) in self._seen for param in shard.params]
             return
-        self._watch.remember(self._plan.params)
+        self._watch.remember(self._watched())
         self._tell_siblings()
 
     def _start_rest(self) -> None:
@@ -870,11 +877,12 @@ class GradientPath:
                 self._listen_to_parameters(params)
         self.listening = frozenset(self._hook_of)  # for the next plan; this round's is still needed
 
-    def make_whole(self, shards: list[Shard] | None = None) -> None:
+    def make_whole(self, shards: list[Shard] | None = None, only: Container[int] | None = None) -> None:
         """Let every ``param.grad`` be the average over all ranks. Collective; after `arrive`.
 
         Args:
             shards: Whose owners have the averages; default: the optimizer's.
+            only: Ids of the parameters that have been averaged; default: all. The gradients of others are left alone.
         """
         shards = self._shards() if shards is None else shards
         for shard in shards:
@@ -882,7 +890,10 @@ class GradientPath:
                 for param, has_grad in zip(shard.params, shard.has_grad, strict=True):
                     if has_grad:
                         param.grad = torch.zeros_like(param)
-            flat = [None if p.grad is None else storage_order(p.grad, like=p) for p in shard.params]
+            flat = [
+                None if p.grad is None or (only is not None and id(p) not in only) else storage_order(p.grad, like=p)
+                for p in shard.params
+            ]
             for k, own in shard.reduced.items():
                 for piece, run in zip(shard.owned_pieces(k), own, strict=True):
                     if run is None or (whole := flat[piece.param]) is None:
@@ -910,7 +921,7 @@ class GradientPath:
         assert shard.exchange is not None
         travelling: deque[Travelling] = deque()
         for k in range(shard.layout.num_buckets):
-            if all(param.grad is None for param in shard.members(k)):
+            if all(flat[piece.param] is None for piece in shard.layout.pieces(*shard.layout.bucket(k))):
                 continue
             if len(travelling) == UNDER_WAY:
                 shard.exchange.finish_gather(travelling.popleft())
@@ -931,10 +942,12 @@ class GradientPath:
         Raises:
             RuntimeError: they have not been averaged yet.
         """
-        if self._next < len(self._plan.order) and (self._was_changed or self._watch.changed()):
+        are_local = self._next < len(self._plan.order) or len(self._watched()) > len(self._plan.params)
+        if are_local and (self._was_changed or self._watch.changed()):
             raise RuntimeError(
-                "accept_gradients() after attach(overlap=False): gradients are local ones until step(), so a change "
-                "that is not linear would not be that of their average. Call gather_gradients() before you change them."
+                "accept_gradients() after attach(overlap=False), or after parameters were added: gradients are local "
+                "ones until step(), so a change that is not linear would not be that of their average. Call "
+                "gather_gradients() before you change them."
             )
         self._was_changed = False
         if self._watch.replaced():

@@ -108,6 +108,54 @@ SCRIPTS: dict[str, tuple[dict[str, Any], str]] = {
         optimizer.step()
         """,
     ),
+    "a gradient of another optimizer, whose parameter leaves when the layout changes": (
+        PLAIN,
+        """
+        second = make([{"params": [model.a], "lr": 0.01}])
+        wrap()
+        backward(1)
+        optimizer.step()
+        second.step()
+        optimizer.zero_grad()
+        second.zero_grad()
+        optimizer.param_groups.pop(0)
+        wrap()
+        backward(2)
+        optimizer.step()
+        second.step()
+        """,
+    ),
+    "a gradient of another optimizer when the layout changes, into the shard": (
+        EVERY,
+        """
+        second = make([{"params": [model.b], "lr": 0.01}])
+        wrap()
+        backward(1)
+        optimizer.step()
+        second.step()
+        optimizer.zero_grad()
+        second.zero_grad()
+        model.c = parameter(Spec((31,)), 4)
+        optimizer.param_groups[0]['params'].append(model.c)
+        wrap()
+        backward(2)
+        optimizer.step()
+        second.step()
+        """,
+    ),
+    "a local gradient of a new parameter is changed": (
+        {"attached": True, "overlap": False},
+        """
+        backward(1)
+        optimizer.step()
+        optimizer.zero_grad()
+        model.b = optimizer.param_groups[1]['params'][0] = parameter(Spec((31,)), 4)
+        wrap()
+        backward(2)
+        nn.utils.clip_grad_norm_([model.b], 0.25)
+        optimizer.step()
+        """,
+    ),
     "the same, into the shard": (
         EVERY,
         """
@@ -161,7 +209,10 @@ SCRIPTS: dict[str, tuple[dict[str, Any], str]] = {
 def sequence_of(case: str) -> Sequence:
     way, text = SCRIPTS[case]
     lines = [line.strip() for line in text.strip().splitlines()]
-    acts = [Act("step" if line == "optimizer.step()" else "line", line) for line in lines]
+    acts = [
+        Act("step" if line == "optimizer.step()" else "line", line, may_refuse=line.startswith("nn.utils.clip"))
+        for line in lines
+    ]
     groups = [(["a"], {"lr": 0.01, "eps": 0.1}), (["b"], {"lr": 0.01, "eps": 0.1})]
     return Sequence(case, TWO, groups, {}, acts, ranks=2, way=way)
 
@@ -171,4 +222,4 @@ def test_scripts_that_went_wrong_once(case: str, tmp_path: Path) -> None:
     (outcome,) = outcomes_of([sequence_of(case)], tmp_path)
     assert outcome.failure is None, outcome.failure
     assert not outcome.invalid
-    assert outcome.updates == SCRIPTS[case][1].count("optimizer.step()")
+    assert outcome.updates + outcome.sentences.total() == SCRIPTS[case][1].count("optimizer.step()")
