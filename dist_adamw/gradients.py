@@ -113,6 +113,7 @@ class GradientPath:
         self._local: set[int] = set()  # ids of others whose gradients were seen to differ over ranks
         self._are_sorted = False  # whether others have been looked at since the last backward
         self._late: set[int] = set()  # ids of others that have been averaged since they were last set to zero
+        self._kept: set[int] = set()  # into the shard: ids of others whose average is there, and in no ``param.grad``
         self._rollcall: Rollcall | None = None
         self._params_digest = self._params_changes = 0  # what is compared of the parameters, and how often they changed
         self._is_news = False  # whether other ranks have not been told of the last change
@@ -637,6 +638,7 @@ class GradientPath:
         self._filled.clear()
         self._reopened = False
         self._seen.clear()
+        self._kept.clear()
         self._forget_arrivals()
         # DDP's buckets stay once it has packed them anew; other gradients must not be kept alive.
         reducers = [reducer for ref in self._reducers if (reducer := ref()) is not None]
@@ -739,7 +741,8 @@ class GradientPath:
                 continue
             if self.into_shard:
                 self._seen.add(id(param))
-            if param.grad is None and (not self.into_shard or id(param) not in self._plan.buckets_of):
+            is_in_shard = self.into_shard and (id(param) in self._plan.buckets_of or id(param) in self._kept)
+            if param.grad is None and not is_in_shard:
                 param.grad = torch.zeros_like(param)
         return any(present) or (self._ddp_only and any(grad is not None for grad in map(_gradient, self._known)))
 
@@ -846,25 +849,26 @@ class GradientPath:
                     continue
                 if not members.isdisjoint(late):
                     shard.exchange.finish_reduce(shard.exchange.start_reduce(k, sent), None)
-                self._enter_runs(shard, k, flat)
+                self._enter_runs(shard, k, flat, late)
         self._late |= late
         if self.into_shard:
             for param in params:
                 if id(param) in late:
                     param.grad = None
                     self._late.discard(id(param))
+                    self._kept.add(id(param))
         if late:
             self._listen_to_latecomers(late)
 
-    def _enter_runs(self, shard: Shard, k: int, flat: Sequence[Tensor | None]) -> None:
-        """Let the update take this rank's runs of ``flat`` in bucket ``k``."""
+    def _enter_runs(self, shard: Shard, k: int, flat: Sequence[Tensor | None], late: Set[int]) -> None:
+        """Let the update take this rank's runs of ``flat`` in bucket ``k``; ``late`` may be let go of afterwards."""
         pieces = shard.owned_pieces(k)
         into: list[Tensor | None] = list(shard.reduced.get(k) or [None] * len(pieces))
         memory = shard.flat_grads(k) if self.into_shard else []
         for j, piece in enumerate(pieces):
             if (whole := flat[piece.param]) is not None:
                 into[j] = whole[piece.start : piece.stop]
-                if self.into_shard:
+                if self.into_shard and id(shard.params[piece.param]) in late:
                     into[j] = memory[j].copy_(whole[piece.start : piece.stop])
         shard.reduced[k] = into
 
@@ -910,6 +914,7 @@ class GradientPath:
         self._reopened = False
         self._filled.clear()
         self._seen.clear()
+        self._kept.clear()
         self._late.difference_update(id(param) for shard in shards for param in shard.params)
         self._forget_arrivals()
         self._begin_round()

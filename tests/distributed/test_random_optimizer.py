@@ -143,6 +143,22 @@ SCRIPTS: dict[str, tuple[dict[str, Any], str]] = {
         second.step()
         """,
     ),
+    "gradients of a new parameter are clipped, into the shard": (
+        EVERY,
+        """
+        backward(1)
+        optimizer.step()
+        optimizer.zero_grad()
+        model.c = parameter(Spec((31,)), 4)
+        optimizer.add_param_group({'params': [model.c], 'lr': 0.01})
+        backward(2)
+        optimizer.clip_grad_norm_(1e6)
+        optimizer.step()
+        optimizer.zero_grad()
+        backward(3)
+        optimizer.step()
+        """,
+    ),
     "a local gradient of a new parameter is changed": (
         {"attached": True, "overlap": False},
         """

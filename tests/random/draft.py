@@ -89,7 +89,13 @@ class Draft:
 
     def act(self, label: str, text: str, **more: Any) -> None:
         look = more.pop("look", self.rng.random() < self.looks)
-        self.acts.append(Act(label, text, look=look, **more))
+        before, wraps, after = text.rpartition("\nwrap()")
+        if not wraps or after:
+            self.acts.append(Act(label, text, look=look, **more))
+            return
+        # By itself: where `attach` refuses gradients that are there, what precedes it has been done in both worlds.
+        self.acts.append(Act(label, before, look=False, **more))
+        self.acts.append(Act("wrap", "wrap()", may_refuse=self.attached, undo="wrap()", look=look))
 
     def name(self, among: list[str] | None = None) -> str:
         return self.rng.choice(list(self.specs) if among is None else among)
