@@ -791,6 +791,12 @@ class GradientPath:
             self._checked = False
             self._follow_layout()
         laid_out_again = not {id(shard) for shard in self._plan.shards} <= {id(shard) for shard in self._shards()}
+        if not self.into_shard:
+            self._start_rest()
+            self._land()
+        elif not laid_out_again:
+            while self._rounds < self._needed:
+                self._finish_round()
         sent = self._plan.buckets_of  # others may have whole gradients that another optimizer still needs
         if laid_out_again and (self._next or self._rounds):  # other ranks own now what has been averaged
             for shard in self._plan.shards if self.into_shard else ():
@@ -800,12 +806,6 @@ class GradientPath:
             self._next = len(self._plan.order)
             if self.into_shard:
                 self._seen.update(id(param) for param in self._known if param.grad is not None)
-        elif self.into_shard:
-            while self._rounds < self._needed:
-                self._finish_round()
-        else:
-            self._start_rest()
-            self._land()
         others = self._others_now()
         # Another update by the averages of the last one, which are in ``param.grad`` alone by now.
         is_repeated = bool(others) and not self.into_shard and not any(shard.reduced for shard in self._plan.shards)

@@ -219,6 +219,23 @@ SCRIPTS: dict[str, tuple[dict[str, Any], str]] = {
         optimizer.step()
         """,
     ),
+    "buckets that are not sent yet when the layout changes": (
+        BUCKETS,
+        """
+        model.c, model.d = parameter(Spec((31,)), 4), parameter(Spec((33,)), 5)
+        optimizer.param_groups[0]['params'].append(model.c)
+        optimizer.add_param_group({'params': [model.d]})
+        wrap()
+        backward(1)
+        optimizer.step()
+        optimizer.zero_grad()
+        model.a.requires_grad_(False)
+        wrap()
+        drop(optimizer, model.b)
+        backward(2)
+        optimizer.step()
+        """,
+    ),
 }
 
 
