@@ -37,6 +37,7 @@ class Draft:
         self.has_second = False
         self.kept: set[str] = set()  # what the script has put aside
         self.looks = 0.5 if self.way.get("defer_gather") else 0.8
+        self.is_new = False  # an optimizer that is not attached yet: nothing averages what DDP does not know
         self.between = True  # whether the last thing was an update, not a backward pass
 
     # ------------------------------------------------------------ what there is
@@ -123,7 +124,8 @@ class Draft:
         wraps = self.way.get("ddp") or self.attached
         if self.ranks > 1:  # shares may be others now
             self.kept.discard("state")
-        if wraps and (must_wrap or not self.attached or self.rng.random() < 0.7):
+        if wraps and (must_wrap or not self.attached or self.rng.random() < 0.7 or self.is_new):
+            self.is_new = False
             self.act(label, f"{text}\nwrap()", **more)
         else:
             undo = "\n".join(filter(None, ["wrap()" if wraps else "", more.pop("undo", "")]))

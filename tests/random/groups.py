@@ -237,10 +237,9 @@ class Groups(Draft):
         self.act("copy", text, may_refuse=self.ranks > 1)
 
     def copy_aside(self) -> None:
-        self.act(
-            "copy aside",
-            self.one_of("aside = copy.deepcopy(optimizer)", "aside = pickle.dumps(optimizer)", "repr(optimizer)"),
-        )
+        text = self.one_of("aside = copy.deepcopy(optimizer)", "aside = pickle.dumps(optimizer)", "repr(optimizer)")
+        # A copy has whole groups and state, for which ranks follow changes together.
+        self.act("copy aside", text, may_refuse=self.ranks > 1 and "aside" in text)
 
     def state_dicts(self) -> None:
         if not self.names_match():
@@ -296,6 +295,7 @@ class Groups(Draft):
         self.groups, self.amsgrad = [names], [False]
         text = 'optimizer = make([{"params": list(model.parameters()), "lr": 0.01}])'
         self.structure("new optimizer", text, must_wrap=not self.way.get("ddp"))
+        self.is_new = self.attached and "wrap()" not in self.acts[-1].text
 
     def attach_in_one_process(self) -> None:
         if self.ranks == 1:
