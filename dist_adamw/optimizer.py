@@ -982,7 +982,10 @@ class DistAdamW(Optimizer):
 
     def _take_back_zeros(self, changes: Changes) -> None:
         """Take out of ``state`` what torch would not have: zeros of parameters that left before an update. Local."""
+        given = {(id(shard), i) for (shard, i), _ in changes.given}
         for shard, i in changes.removed:
+            if (id(shard), i) in given:
+                continue
             entry, shown = self.state.get(shard.params[i]), self._shown[id(shard.params[i])].values
             if entry and not shard.steps[i] and all(shown.get(key) is value for key, value in entry.items()):
                 del self.state[shard.params[i]]

@@ -234,8 +234,14 @@ def find_changes(
                 found.described.append(f"{name} has another {', another '.join(sorted(given))}")
     found.removed = [home for key, home in homes.items() if key not in found.kept]
     for shard, i in found.removed:
-        kept = ", its state stays" if state.get(shard.params[i]) else ""
-        found.described.append(f"number {numbers[id(shard.params[i])]} is in no group{kept}")
+        name = f"number {numbers[id(shard.params[i])]}"
+        entry = state.get(shard.params[i])
+        found.described.append(f"{name} is in no group{', its state stays' if entry else ''}")
+        if entry and (
+            given := _given(f"a parameter in no group, {name},", (shard, i), entry, shown[id(shard.params[i])])
+        ):
+            found.given.append(((shard, i), given))
+            found.described.append(f"{name} has another {', another '.join(sorted(given))}")
     check_new_state(groups, state, found.kept)
     _check_apart(groups, state)
     return found

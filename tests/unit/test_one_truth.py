@@ -40,7 +40,8 @@ class Job:
             for i, param in enumerate(self.model.parameters()):
                 if param.requires_grad:
                     generator = torch.Generator().manual_seed(100 * update + i)
-                    param.grad = torch.randn(param.shape, generator=generator).to(param.dtype)
+                    # In the parameter's order of memory, as autograd does it: torch's kernel goes by that.
+                    param.grad = torch.empty_like(param).copy_(torch.randn(param.shape, generator=generator))
             self.optimizer.step()
             self.optimizer.zero_grad()
 
@@ -116,6 +117,21 @@ def reset_opacity(job: Job) -> None:
 def remove(job: Job) -> None:
     group, i = job.find("first")
     job.optimizer.state.pop(group["params"].pop(i))
+
+
+def write_state_of_a_deleted_group(job: Job) -> None:
+    group = job.optimizer.param_groups.pop(1)
+    for state in job.optimizer.state.values():
+        state["exp_avg"] = torch.zeros_like(state["exp_avg"])
+    job.train(range(70, 71))
+    job.optimizer.param_groups.append(group)
+
+
+def set_state_in_another_memory_format(job: Job) -> None:
+    table = job.model.table
+    table.data = table.data.t().contiguous().t()
+    moments = {key: torch.arange(35.0).view(7, 5).t().contiguous().t() / 100 for key in ("exp_avg", "exp_avg_sq")}
+    job.optimizer.state[table] = {"step": torch.tensor(3.0), **moments}
 
 
 def remove_and_clear_another(job: Job) -> None:
@@ -291,6 +307,7 @@ ACTS: list[Act] = [
     *(reset_moments_in_place, state_to_another_place_and_back, write_data, some_in_double),
     *(moment_in_other_memory, exchange_memory, put_back_what_was_held, write_to_what_was_put_there, exchange_two),
     *(clear_and_set_amsgrad, use_state_before_there_is_any, remove_and_clear_another),
+    *(write_state_of_a_deleted_group, set_state_in_another_memory_format),
 ]
 AGAIN: list[Act] = [
     *(densify, move, new_moment, resize_table, reorder, unfreeze, reset_moments_in_place, rebuild, write_data),
