@@ -98,12 +98,17 @@ class Shown:
     @classmethod
     def of(cls, values: dict[str, Tensor]) -> Shown:
         """``values``, where they lie now."""
-        return cls(values, [local_of(value).data_ptr() for value in values.values()])
+        return cls(values, [_address(local_of(value)) for value in values.values()])
 
     def is_replaced(self, key: str, value: Any) -> bool:
         """Whether ``value`` is another tensor than was shown, or has other memory."""
         place = list(self.values).index(key)
-        return value is not self.values[key] or local_of(value).data_ptr() != self.addresses[place]
+        return value is not self.values[key] or _address(local_of(value)) != self.addresses[place]
+
+
+def _address(tensor: Tensor) -> int:
+    """Where ``tensor`` lies; of an empty share the storage's identity, so that every rank sees what was replaced."""
+    return tensor.data_ptr() or tensor.untyped_storage()._cdata
 
 
 class Snapshot:
@@ -133,8 +138,14 @@ class Snapshot:
         self._all = [] if self._is_telling else list(state.values())
         self._entries = [entry for entry in state.values() if type(entry) is not Entry or entry.bell is not bell]
         self._values = _values(self._entries)
-        self._tensors = [local_of(value) for one in shown for value in one.values.values()]
-        self._addresses = [address for one in shown for address in one.addresses]
+        tensors = [local_of(value) for one in shown for value in one.values.values()]
+        addresses = [address for one in shown for address in one.addresses]
+        is_empty = [tensor.numel() == 0 for tensor in tensors]
+        self._empty = list(itertools.compress(tensors, is_empty))
+        self._empty_addresses = list(itertools.compress(addresses, is_empty))
+        has_elements = list(map(operator.not_, is_empty))
+        self._tensors = list(itertools.compress(tensors, has_elements))
+        self._addresses = list(itertools.compress(addresses, has_elements))
         # Parameters without a place; the first gradient gives them one.
         self.waiting = [param for params in self._params for param in params if id(param) not in placed]
 
@@ -150,7 +161,9 @@ class Snapshot:
             return True
         if not all(map(operator.is_, _iterate(self._entries), self._values)):
             return True
-        return list(map(Tensor.data_ptr, self._tensors)) != self._addresses
+        if list(map(Tensor.data_ptr, self._tensors)) != self._addresses:
+            return True
+        return list(map(_address, self._empty)) != self._empty_addresses
 
 
 _PARAMS = operator.itemgetter("params")

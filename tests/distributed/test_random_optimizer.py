@@ -159,6 +159,21 @@ SCRIPTS: dict[str, tuple[dict[str, Any], str]] = {
         optimizer.step()
         """,
     ),
+    "memory of state of which one rank's share is empty": (
+        PLAIN,
+        """
+        model.c = parameter(Spec((1,)), 4)
+        optimizer.add_param_group({'params': [model.c], 'lr': 0.01})
+        wrap()
+        backward(1)
+        optimizer.step()
+        optimizer.zero_grad()
+        optimizer.state[model.c]['exp_avg'].data = optimizer.state[model.c]['exp_avg'] * 0.5
+        optimizer.state[model.c]['exp_avg_sq'].set_(optimizer.state[model.c]['exp_avg_sq'] * 0.5)
+        backward(2)
+        optimizer.step()
+        """,
+    ),
     "a local gradient of a new parameter is changed": (
         {"attached": True, "overlap": False},
         """
