@@ -111,6 +111,7 @@ class GradientPath:
         self._watch = GradientWatch()
         self._was_changed = False  # seen by a forward pass; `complete` tells all ranks
         self._local: set[int] = set()  # ids of others whose gradients were seen to differ over ranks
+        self._accepted = False  # whether a change was accepted before others were looked at
         self._are_sorted = False  # whether others have been looked at since the last backward
         self._late: set[int] = set()  # ids of others that have been averaged since they were last set to zero
         self._kept: set[int] = set()  # into the shard: ids of others whose average is there, and in no ``param.grad``
@@ -634,7 +635,7 @@ class GradientPath:
 
     def _clear_round(self) -> None:
         self._rounds = 0
-        self._has_begun = False
+        self._has_begun = self._accepted = False
         self._filled.clear()
         self._reopened = False
         self._seen.clear()
@@ -711,7 +712,8 @@ class GradientPath:
         was_changed = self._was_changed or self._watch.changed()
         prints = self._prints(others)
         summary = collectives.fingerprint({"": prints}) if any(prints) else 0
-        numbers = [self._rounds + leftover, missing, self._reopened, was_changed, summary, -summary, has_changes]
+        change = 2 if was_changed else int(self._accepted)
+        numbers = [self._rounds + leftover, missing, self._reopened, change, summary, -summary, has_changes]
         numbers += [options, -options]
         if self._rollcall is not None:
             self._rollcall.post([_UPDATE, self._number, self._params_digest, *numbers])
@@ -725,7 +727,7 @@ class GradientPath:
         self._needed, incomplete, reopened, changed, most, minus_least, has_changed, highest, minus_lowest = numbers
         if (has_changed or highest != -minus_lowest) and self.asks_for_changes:
             check_changes()
-        if changed:
+        if changed == 2:
             raise _changed(on_this_rank=was_changed)
         if reopened and not self._reopened:  # another rank ran the module forward since backward
             self._reopen()
@@ -733,6 +735,11 @@ class GradientPath:
             present = [bool(n) for n in self._largest(present, group, replicas)]
         if most != -minus_least:
             self._sort(others, prints, group, replicas)
+        if changed and any(
+            is_used and id(param) in self._local and id(param) not in self._plan.buckets_of
+            for param, is_used in zip(subject, present, strict=True)
+        ):
+            raise _accepted_local()
         self._are_sorted = True
         for param, is_used in zip(subject, present, strict=True):
             if not is_used:
@@ -955,6 +962,8 @@ class GradientPath:
                 "gather_gradients() before you change them."
             )
         self._was_changed = False
+        others = () if self._are_sorted else self._others_now()
+        self._accepted = self._accepted or any(grad is not None for grad in map(_gradient, others))
         if self._watch.replaced():
             for shard in self._plan.shards:
                 for k, own in shard.reduced.items():
@@ -1082,6 +1091,14 @@ def _too_late(param: Tensor) -> RuntimeError:
         f"a gradient of shape {tuple(param.shape)} arrived after it had been sent to its owner: two backward passes "
         "without a forward pass of the attached module between them, or a parameter used in several checkpointed "
         "segments (use_reentrant=True). Accumulate inside no_sync(), or pass overlap=False to attach()."
+    )
+
+
+def _accepted_local() -> RuntimeError:
+    return RuntimeError(
+        "accept_gradients() of gradients that are local ones until step(), of parameters in no attached module. A "
+        "change that is not linear would not be that of their average. Call gather_gradients() before you change them, "
+        "or attach() the module after it has got parameters."
     )
 
 

@@ -271,3 +271,19 @@ def test_scripts_that_went_wrong_once(case: str, tmp_path: Path) -> None:
     assert outcome.failure is None, outcome.failure
     assert not outcome.invalid
     assert outcome.updates + outcome.sentences.total() == SCRIPTS[case][1].count("optimizer.step()")
+
+
+def test_gradients_that_are_local_cannot_be_accepted(tmp_path: Path) -> None:
+    acts = [
+        Act("line", "backward(1)\noptimizer.step()\noptimizer.zero_grad()"),
+        Act("line", "model.c = parameter(Spec((31,)), 4)\noptimizer.param_groups[0]['params'].append(model.c)"),
+        Act("line", "backward(2)"),
+        Act(
+            "line", "nn.utils.clip_grad_value_(model.parameters(), 0.5)\noptimizer.accept_gradients()", may_refuse=True
+        ),
+        Act("step", "optimizer.step()"),
+    ]
+    groups = [(["a"], {"lr": 0.01, "eps": 0.1}), (["b"], {"lr": 0.01, "eps": 0.1})]
+    (outcome,) = outcomes_of([Sequence("accept", TWO, groups, {}, acts, ranks=2, way=ASIDE)], tmp_path)
+    assert outcome.failure is None, outcome.failure
+    assert any(text.startswith("accept_gradients() of gradients") for text in outcome.sentences)
