@@ -7,7 +7,6 @@ import os
 import random
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 
 import mpmath
@@ -92,22 +91,6 @@ def test_exact_values_are_exact() -> None:
 def test_what_has_no_value_is_refused(function: Callable[..., float], args: tuple[float, ...]) -> None:
     with pytest.raises(ValueError, match="got"):
         function(*args)
-
-
-def test_a_lookup_takes_microseconds() -> None:
-    """Once per update; 6 to 13 are usual."""
-    for function, args in (
-        (raised_cosine, [(k / 1009,) for k in range(1000)]),
-        (arc_cosine, [(k / 1009,) for k in range(1000)]),
-        (power, [(0.999, k / 7) for k in range(1, 1000)]),
-    ):
-        best = math.inf
-        for _ in range(3):
-            began = time.perf_counter()
-            for arguments in args:
-                function.__wrapped__(*arguments)  # type: ignore[attr-defined]
-            best = min(best, (time.perf_counter() - began) / len(args))
-        assert best < 100e-6  # a loaded machine
 
 
 SCRIPT = """
