@@ -42,6 +42,9 @@ class Listener(Protocol):
     def follow_params(self) -> None:
         """Notice parameters that have come to the optimizer, or have left it."""
 
+    def announce_change(self) -> None:
+        """Raise where another rank has other parameters. Collective."""
+
 
 class PackedBucket:
     """What one of DDP's buckets holds for one listener; good until DDP packs again."""
@@ -162,9 +165,13 @@ class DDPReducer:
     def before_forward(self, module: DistributedDataParallel, args: Any) -> None:
         """Decide who averages the gradients of this pass. Where none are left to DDP, it is one inside ``no_sync``."""
         if torch.is_grad_enabled():
-            for ref, _ in self._listeners:
-                if (path := ref()) is not None:
-                    path.follow_params()
+            stood_aside, paths = self._stands_aside, [path for ref, _ in self._listeners if (path := ref()) is not None]
+            for path in paths:
+                path.follow_params()
+            if self._stands_aside != stood_aside:
+                # DDP on this rank would average with nobody where the others have not changed their parameters.
+                for path in paths:
+                    path.announce_change()
             if self._stood_aside and not self._stands_aside:
                 # DDP has counted as used, since it last averaged, whatever had a gradient.
                 module.reducer._reset_state()

@@ -45,7 +45,7 @@ from dist_adamw.plan import Plan
 from dist_adamw.shard import Shard, shaped_like, storage_order
 from dist_adamw.watch import GradientWatch
 
-_UPDATE, _ROUND, _SAVE = 1, 2, 3  # what a rank says that it is about to do
+_UPDATE, _ROUND, _SAVE, _CHANGE = 1, 2, 3, 4  # what a rank says that it is about to do
 _LOOK_EVERY = 1 << 18  # elements: as many as make a message worth sending
 _gradient, _requires_grad = operator.attrgetter("grad"), operator.attrgetter("requires_grad")
 
@@ -501,11 +501,22 @@ class GradientPath:
         Raises:
             AgreementError: it goes on with training. On every rank.
         """
+        self._meet(_SAVE)
+
+    def announce_change(self) -> None:
+        """Raise where another rank has other parameters. Collective.
+
+        Raises:
+            AgreementError: names the rank. On every rank.
+        """
+        self._meet(_CHANGE)
+
+    def _meet(self, kind: int) -> None:
         if self._rollcall is None:
             return
         while self._rollcall.is_under_way:
             self._hear(self._rollcall)
-        self._rollcall.post([_SAVE, self._number, self._params_digest])
+        self._rollcall.post([kind, self._number, self._params_digest])
         self._hear(self._rollcall)
 
     def _let_go(self, shard: Shard, k: int) -> None:
@@ -1067,6 +1078,7 @@ def _out_of_step(here: int, mine: list[int], there: int, theirs: list[int]) -> c
     does = {
         _UPDATE: "makes update {}",
         _ROUND: "sends gradients of a backward pass for update {}",
+        _CHANGE: "has changed the optimizer's parameters before update {}",
         _SAVE: "saves or consolidates state before update {}",
     }
     said = [f"rank {r} {does[kind].format(number + 1)}" for r, (kind, number, *_) in ((here, mine), (there, theirs))]

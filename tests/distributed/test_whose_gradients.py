@@ -726,14 +726,16 @@ def test_gradients_that_another_optimizer_has_let_go_of_are_missed() -> None:
     run_ranks(2, check_shared_in_shard)
 
 
-def changes_alone(what: str, when: str) -> None:
-    pair = Pair({})
+def changes_alone(what: str, when: str, way: dict[str, Any]) -> None:
+    pair = Pair(way)
     for step in range(3):
         if when == "between":
             loss_of(pair.model, step).backward()
         if step == 1 and dist.get_rank() == 1:
             if what == "add":
                 pair.optimizer.add_param_group({"params": [nn.Parameter(torch.ones(300))]})
+            elif what == "remove":
+                del pair.optimizer.param_groups[0]["params"][0]
             else:
                 pair.optimizer.param_groups[0]["params"][0] = nn.Parameter(pair.bare[0].weight.detach().clone())
         if when != "between":
@@ -742,10 +744,15 @@ def changes_alone(what: str, when: str) -> None:
         pair.optimizer.zero_grad()
 
 
-@pytest.mark.parametrize("when", ["before", "between"])
-@pytest.mark.parametrize("what", ["add", "replace"])
-def test_parameters_changed_on_one_rank_alone(what: str, when: str) -> None:
-    for error in expect_error_on_all(2, changes_alone, what, when):
+@pytest.mark.parametrize(
+    ("what", "when", "way"),
+    [
+        *((what, when, {}) for what in ("add", "replace") for when in ("before", "between")),
+        ("remove", "before", {"ddp": True, "overlap": False}),  # DDP averages what is left to it, in backward
+    ],
+)
+def test_parameters_changed_on_one_rank_alone(what: str, when: str, way: dict[str, Any]) -> None:
+    for error in expect_error_on_all(2, changes_alone, what, when, way):
         assert "has other parameters in its groups" in error, error
 
 
