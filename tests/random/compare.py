@@ -79,12 +79,12 @@ def _of_state(ours: Any, theirs: Reference, p: Tensor, q: Tensor, amsgrad: bool,
             there = mine if mine is not None else whole
             if there is not None and bool(there.any()):
                 found.append(f"{key} ({'not there' if mine is None else 'there'}, unlike in torch)")
-        elif not _same_share(ours, p, mine, whole, whole, same):  # whose strides are the parameter's at the last update
+        elif not _same_share(ours, p, mine, whole, same):
             found.append(key)
     if theirs.master_dtype is not None and p.dtype.itemsize == 2 and other.get("master") is not None:
         weight = theirs.effective_weight(q)
         mine = fp32_weight(ours, p)
-        if mine is None or not _same_share(ours, p, mine, weight, q, same):
+        if mine is None or not _same_share(ours, p, mine, weight, same):
             found.append("fp32 weights")
     return found
 
@@ -97,9 +97,9 @@ def fp32_weight(optimizer: Any, param: Tensor) -> Tensor | None:
         return None
     weight = param.detach()
     if exact.shape != param.shape:
-        flat = in_memory_order(weight, weight)
         if (ranges := ranges_of(optimizer, param)) is None:
             return exact
+        flat = _as_laid_out(optimizer, param, weight)
         weight = torch.cat([flat[:0], *(flat[a:b] for a, b in ranges)])
     if "remainder" in state:
         return join_master(weight.contiguous(), exact.contiguous())
@@ -115,12 +115,20 @@ def ranges_of(optimizer: Any, param: Tensor) -> list[list[int]] | None:
     return None
 
 
-def _same_share(optimizer: Any, p: Tensor, mine: Tensor, whole: Tensor, like: Tensor, same: Any) -> bool:
+def _as_laid_out(optimizer: Any, param: Tensor, whole: Tensor) -> Tensor:
+    """``whole``, of the parameter's shape, in the order of memory that the parameter had when it got its place."""
+    (order,) = (
+        shard.order_of(i) for shard in optimizer.shards for i, other in enumerate(shard.params) if other is param
+    )
+    return whole.permute(order).reshape(-1)
+
+
+def _same_share(optimizer: Any, p: Tensor, mine: Tensor, whole: Tensor, same: Any) -> bool:
     if mine.shape == whole.shape:
         return bool(same(mine, whole))
     if (ranges := ranges_of(optimizer, p)) is None:
         return True  # a share of another parameter that the user has moved: the next update shows whether it is right
-    flat = in_memory_order(whole, like)
+    flat = _as_laid_out(optimizer, p, whole)
     expected = torch.cat([flat[:0], *(flat[a:b] for a, b in ranges)])
     return bool(same(mine, expected))
 
