@@ -71,7 +71,7 @@ def rehearsal(tmp_path_factory: pytest.TempPathFactory) -> Rehearsal:
         back = "the second machine does not come back"
         wait_until(lambda: stays.text.count("closing signal SIGTERM") > closed, back, agents)
         stays.signal_ranks(signal.SIGCONT)
-        assert [agent.wait(60) for agent in agents] == [0, 0], stays.text
+        assert [agent.wait(120) for agent in agents] == [0, 0], stays.text
         return Rehearsal(out, stays.text, paces, slowed)
     finally:
         for agent in agents:
