@@ -169,7 +169,7 @@ class DDPReducer:
             for path in paths:
                 path.follow_params()
             if self._stands_aside != stood_aside:
-                # DDP on this rank would average with nobody where the others have not changed their parameters.
+                # Where the others have not changed their parameters, DDP on this rank alone would wait for them.
                 for path in paths:
                     path.announce_change()
             if self._stood_aside and not self._stands_aside:
@@ -262,7 +262,7 @@ class DDPReducer:
                 and packed.keys() == paths.keys()
             ):
                 return packed, foreign
-        if self._known.pop(index, None) is not None:  # DDP has packed anew
+        if self._known.pop(index, None) is not None:  # DDP has packed its buckets again
             self._forget_buckets()
         seen = (buffer.data_ptr(), *map(id, params))
         self._settled[index] = self._seen.get(index) == seen

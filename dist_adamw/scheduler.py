@@ -353,7 +353,7 @@ class CyclicLRWithRestarts(LRScheduler):
         return _Known(group, base)
 
     def _check_not_annealed(self, index: int, name: str, value: float) -> None:
-        """Raise where a new group has what the schedule wrote into another one: no base value can be told from that."""
+        """Raise where a new group has a value that the schedule wrote into another group: its base value is unknown."""
         for one in self._known:
             base = getattr(one.base, name)
             current = _number(name, one.group.get(name, 0.0))

@@ -514,7 +514,7 @@ def storage_order(tensor: Tensor, like: Tensor | None = None) -> Tensor:
 
 
 def shaped_like(flat: Tensor, like: Tensor) -> Tensor:
-    """The inverse of `storage_order`: ``flat`` with the shape and strides of ``like``, a view where it has others."""
+    """The inverse of `storage_order`: ``flat`` itself if it has the shape of ``like``, else a view that has."""
     if flat.shape == like.shape:
         return flat
     if like.is_contiguous():

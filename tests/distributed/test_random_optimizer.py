@@ -19,6 +19,17 @@ ASIDE: dict[str, Any] = {"ddp": True, "attached": True}
 BUCKETS: dict[str, Any] = {"ddp": True, "attached": True, "aside": False}
 TWO = {"a": Spec((5, 8)), "b": Spec((48,))}
 
+ON_ONE_RANK_ALONE = """
+del optimizer.param_groups[1]
+wrap()
+backward(1, unused=('a',) if rank else ())
+optimizer.step()
+optimizer.zero_grad()
+backward(2)
+backward(3, unused=('a',) if rank else ())
+optimizer.step()
+"""
+
 SCRIPTS: dict[str, tuple[dict[str, Any], str]] = {
     "memory of a gradient, set to zero": (
         BUCKETS,
@@ -95,19 +106,7 @@ SCRIPTS: dict[str, tuple[dict[str, Any], str]] = {
         optimizer.step()
         """,
     ),
-    "a backward pass that reaches the optimizer's parameters on one rank alone": (
-        PLAIN,
-        """
-        del optimizer.param_groups[1]
-        wrap()
-        backward(1, unused=('a',) if rank else ())
-        optimizer.step()
-        optimizer.zero_grad()
-        backward(2)
-        backward(3, unused=('a',) if rank else ())
-        optimizer.step()
-        """,
-    ),
+    "a backward pass that reaches the optimizer's parameters on one rank alone": (PLAIN, ON_ONE_RANK_ALONE),
     "a gradient of another optimizer, whose parameter leaves when the layout changes": (
         PLAIN,
         """
@@ -187,18 +186,9 @@ SCRIPTS: dict[str, tuple[dict[str, Any], str]] = {
         optimizer.step()
         """,
     ),
-    "the same, into the shard": (
+    "the same on one rank alone, into the shard": (
         EVERY,
-        """
-        del optimizer.param_groups[1]
-        wrap()
-        backward(1, unused=('a',) if rank else ())
-        optimizer.step()
-        optimizer.zero_grad()
-        backward(2)
-        backward(3, unused=('a',) if rank else ())
-        optimizer.step()
-        """,
+        ON_ONE_RANK_ALONE,
     ),
     "two updates by the same averages, one bucket of two optimizers": (
         PLAIN,

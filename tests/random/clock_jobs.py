@@ -131,7 +131,7 @@ class Job:
 
     @contextlib.contextmanager
     def _refusals(self) -> Iterator[None]:
-        """End the job where the rest of the epoch cannot be had on these ranks, and a sentence says so."""
+        """End the job where the rest of the epoch is refused on these ranks."""
         try:
             yield
         except CheckpointError as error:
