@@ -30,12 +30,14 @@ class _Pass:
     """One time through the data, by one loop or several.
 
     Attributes:
+        number: Passes before it since the load. One that was left without an update has the next one's epoch.
         epoch: Its number.
         tries: Updates that had been tried when it began.
         order: State of the generator that shuffles, when the sampler began; None: it has not.
         is_over: The last batch has been handed out.
     """
 
+    number: int
     epoch: int
     tries: int
     order: str | None = None
@@ -75,6 +77,7 @@ class Position:
         self.idle = True
         self._loads = 0  # a loop that was running when the position was loaded ends
         self._pass: _Pass | None = None
+        self._begun = 0  # passes since the load
         self._passes: weakref.WeakKeyDictionary[Run, _Pass] = weakref.WeakKeyDictionary()  # since the load
         self._resumed: _Order | None = None  # for the next pass
         self._rest: tuple[int, int] | None = None  # where the iteration that is about to begin starts; see _from
@@ -123,7 +126,8 @@ class Position:
             run.offset, run.repeated = rest
         resumed = self._resumed
         if self._pass is None:
-            self._pass = _Pass(self.epoch, self.counter.tries)
+            self._pass = _Pass(self._begun, self.epoch, self.counter.tries)
+            self._begun += 1
         elif rest is not None and self._pass.order is not None:  # a loop was left, and goes on
             resumed = _Order(self._pass.order, drawn=True)
         current = self._passes[run] = self._pass
@@ -202,7 +206,7 @@ class Position:
         if self._resumed is not None:  # as it was loaded
             return self._described(self.epoch, self.samples, self._resumed)
         pending = [(self._passes[batch.run], batch) for batch in self.counter.pending() if batch.run in self._passes]
-        first = min(pending, key=lambda both: (both[0].epoch, both[1].begin), default=None)
+        first = min(pending, key=lambda both: (both[0].number, both[1].begin), default=None)
         if first is not None and first[0].order is not None:
             current, batch = first
             return self._described(current.epoch, batch.begin, _Order(first[0].order, drawn=True))
@@ -230,6 +234,7 @@ class Position:
         self.epoch, self.samples = state["epoch"], state["samples"]
         self._pass = self._rest = self._random_state = None
         self._passes.clear()
+        self._begun = 0
         # Older checkpoints have the state of before the loader began.
         self._resumed = None if state["order"] is None else _Order(state["order"], state.get("drawn", False))
         self.idle = True

@@ -119,6 +119,19 @@ def test_an_epoch_that_was_left_counts_as_one(tmp_path: Path) -> None:
     assert (position(resumed.loader).epoch, position(resumed.loader).samples) == (1, 8)
 
 
+def test_an_epoch_begun_again_before_an_update_goes_on_with_the_first_loop(tmp_path: Path) -> None:
+    """Both loops are of epoch 0. The first batch whose gradients no update has had is one of the first loop."""
+    job = Job(accumulation=4)
+    first = [ids(batch) if i == 0 else job.train(batch) for i, batch in enumerate(itertools.islice(job.loader, 3))]
+    job.epoch(itertools.islice(job.loader, 1))
+    job.save(tmp_path)
+    resumed = Job(folder=tmp_path)
+    assert (position(resumed.loader).epoch, position(resumed.loader).samples) == (0, 4)
+    left = resumed.epoch(rest_of_epoch(resumed.loader))
+    assert left[:8] == first[1] + first[2]
+    assert sorted(first[0] + left) == [*range(40)]
+
+
 def test_an_evaluation_on_the_same_loader_is_no_epoch(tmp_path: Path) -> None:
     job = Job()
     seen = []
