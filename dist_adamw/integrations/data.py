@@ -88,11 +88,7 @@ def loader_facts(accelerator: Accelerator, dataloader: DataLoader[Any]) -> Loade
         if isinstance(sampler, Sized) and not accelerator.split_batches:
             count = len(sampler)
         if count % ranks:
-            raise ValueError(
-                f"even_batches=False gives {ranks} ranks different numbers of batches ({count} of {size} samples), and "
-                "an update needs every rank. Leave even_batches=True (repeated samples are not counted), or set "
-                "drop_last=True."
-            )
+            raise ValueError(uneven_batches(ranks, count, size))
     facts = LoaderFacts(batch, samples, drop_last)
     if facts.epoch_size == 0:
         raise ValueError(
@@ -109,6 +105,15 @@ def loader_facts(accelerator: Accelerator, dataloader: DataLoader[Any]) -> Loade
             stacklevel=3,
         )
     return facts
+
+
+def uneven_batches(ranks: int, count: int, size: int) -> str:
+    """Why ``count`` batches of all ranks together cannot be trained on."""
+    return (
+        f"even_batches=False gives {ranks} ranks different numbers of batches ({count} of {size} samples), and "
+        "an update needs every rank. Leave even_batches=True (repeated samples are not counted), or set "
+        "drop_last=True."
+    )
 
 
 def shuffle_by_generator(dataloader: DataLoader[Any]) -> None:

@@ -21,7 +21,7 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Sampler
 
 from dist_adamw.index import CheckpointError
 from dist_adamw.integrations.counting import SampleCounter
-from dist_adamw.integrations.data import LoaderFacts, batch_sampler_of, sampler_of
+from dist_adamw.integrations.data import LoaderFacts, batch_sampler_of, sampler_of, uneven_batches
 from dist_adamw.integrations.loader import Batch, Run, listen
 
 
@@ -121,6 +121,7 @@ class Position:
             return
         rest, self._rest = self._rest, None
         if rest is None:
+            _check_even(self.loader, 0, self.facts)  # data may have grown since prepare
             self._begin_plain_pass()
         else:
             run.offset, run.repeated = rest
@@ -383,18 +384,29 @@ def _remove_rest(loader: Any) -> None:
 
 def _check_even(loader: Any, start: int, facts: LoaderFacts) -> None:
     """Raise where the ranks would wait for each other, because some have more of the batches that are left. Local."""
-    sampler = _outer(loader)
-    samples = batch_sampler_of(loader).sampler
-    if facts.drop_last or getattr(sampler, "even_batches", True) or not isinstance(samples, Sized):
+    sampler, batches = _outer(loader), batch_sampler_of(loader)
+    if batches is None or facts.drop_last or getattr(sampler, "even_batches", True):
         return
     ranks, size = facts.batch.data_parallel_size, facts.batch.micro_batch_size
-    left = max(0, len(samples) - start)
-    if (batches := -(-left // size)) % ranks:
-        raise CheckpointError(
-            f"the job stands {start} samples into an epoch of which {left} are left, and even_batches=False gives "
-            f"{ranks} ranks different numbers of batches ({batches} of {size} samples). Leave even_batches=True "
-            "(repeated samples are not counted)."
-        )
+    samples = getattr(batches, "sampler", None)
+    while isinstance(samples, _Rest):  # of a loop that has not ended
+        samples = samples.sampler
+    if isinstance(samples, Sized):
+        left = max(0, len(samples) - start)
+        count = -(-left // size)
+    elif isinstance(batches, Sized) and not start:  # batches of the user's own making
+        left, count = 0, len(batches)
+    else:
+        return
+    if not count % ranks:
+        return
+    if not start:
+        raise ValueError(uneven_batches(ranks, count, size))
+    raise CheckpointError(
+        f"the job stands {start} samples into an epoch of which {left} are left, and even_batches=False gives "
+        f"{ranks} ranks different numbers of batches ({count} of {size} samples). Leave even_batches=True "
+        "(repeated samples are not counted)."
+    )
 
 
 @contextlib.contextmanager

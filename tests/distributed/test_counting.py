@@ -203,3 +203,21 @@ def uneven() -> list[int | None]:
 
 def test_batches_that_are_not_evened_out() -> None:
     assert run_ranks(2, uneven) == [[expected for *_, expected in UNEVEN]] * 2
+
+
+def grown_unevenly() -> None:
+    data = Growing(16)
+    loop = Loop(data, config=DataLoaderConfiguration(even_batches=False))
+    assert loop.epoch()[-1] == 16
+    data.size = 17
+    for batches in (loop.loader, skip_first_batches(loop.loader, 1)):
+        with torch.no_grad():
+            list(batches)  # no update is made in it
+        with pytest.raises(ValueError, match=r"2 ranks different numbers of batches \(5 of 4 samples"):
+            loop.epoch(batches)
+    data.size = 24
+    assert loop.epoch()[-1] == 40
+
+
+def test_data_that_grows_so_that_batches_are_uneven_is_refused_when_the_loop_begins() -> None:
+    run_ranks(2, grown_unevenly, timeout=30)

@@ -57,7 +57,8 @@ def is_legal(program: Program) -> bool:
 
     It raises ValueError where rank 0 reads for all ranks and has no batch, and with ``even_batches=False`` ranks that
     have different numbers of batches wait for each other, as do ranks of which one leaves out what others do together.
-    `rest_of_epoch` needs the loader that `prepare` returned.
+    `prepare` refuses the latter at once, by what the loader has then, and `rest_of_epoch` needs the loader that it
+    returned.
     """
     # After a forward pass without a backward pass, DDP averages in the next backward pass even inside no_sync. A rank
     # that leaves that one out alone then pairs other passes, also without anything of ours.
@@ -65,10 +66,12 @@ def is_legal(program: Program) -> bool:
     for number, actions in enumerate(jobs_of(program)):
         data, world = dict(program["data"]), world_of(program, number)
         is_prepared = True
+        if number:
+            data.update(batch=actions[0][1].get("batch", data["batch"]))
+        if not _is_even(program, data, world):
+            return False
         for name, *arguments in actions:
-            if name == "resume":
-                data.update(batch=arguments[0].get("batch", data["batch"]))
-            elif name == "grow":
+            if name == "grow":
                 data["rows"] += arguments[0]
             elif name == "again":
                 data.update(rows=arguments[0] or data["rows"], batch=arguments[1])
@@ -105,9 +108,15 @@ def _is_legal_loop(program: Program, data: dict[str, Any], options: dict[str, An
     if dispatches(program):
         how = options.get("how", "loader")
         return batches > (how[1] if isinstance(how, list) else 0)
-    part = size // world if program["split"] else size
-    is_uneven = not data["drop_last"] and -(-rows // part) % world
-    return program.get("even", True) or not is_uneven
+    return _is_even(program, data, world)
+
+
+def _is_even(program: Program, data: dict[str, Any], world: int) -> bool:
+    """Whether each rank has as many batches as the others."""
+    if program.get("even", True) or data["kind"] != "map" or data["drop_last"] or dispatches(program):
+        return True
+    part = data["batch"] // world if program["split"] else data["batch"]
+    return -(-draws_of(data, data["rows"]) // part) % world == 0
 
 
 def _draft(rng: random.Random, world: int) -> Program:
