@@ -316,9 +316,14 @@ class SampleCounter:
         self._forget_witness()
 
     def pending(self) -> list[Batch]:
-        """Batches in hand or accumulated, oldest first, with which no update has been tried. Local."""
+        """Batches in hand or accumulated, oldest first, with which no update has been tried. Local.
+
+        The last batch of a loader that is exhausted is among them only while the script still has it.
+        """
         self.poll()
         in_hand = [entry for entry in self._in_hand if entry.is_waiting and not self._is_let_go(entry)]
+        if not self._fetches_ahead:
+            in_hand = [entry for entry in in_hand if not entry.batch.run.is_exhausted or entry.batch.is_held()]
         return [entry.batch for entry in (*self._accumulated, *in_hand) if not entry.is_done]
 
     def _warn_once(self, message: str) -> None:

@@ -3,7 +3,8 @@
 Floor 4: knows Accelerate's loaders.
 
 The place that is saved lies before the first batch that is in hand or accumulated: its gradients are not saved, so it
-comes again. Everything before it has been through an update, or was skipped by the script.
+comes again. Everything before it has been through an update, or was skipped by the script. The last batch of a loader
+that is exhausted is in hand while the script holds it: it may have been fetched ahead.
 """
 
 from __future__ import annotations

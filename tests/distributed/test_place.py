@@ -160,6 +160,38 @@ def test_between_two_epochs_and_at_the_last_batch(tmp_path: Path) -> None:
         assert resumed.epoch(plain(resumed)) == expected
 
 
+def epoch_without_the_last(job: Job) -> None:
+    for i, batch in enumerate(job.loader):
+        if i == 9:
+            continue
+        job.train(batch)
+
+
+def test_a_last_batch_that_was_left_out_does_not_come_again(tmp_path: Path) -> None:
+    job = Job()
+    epoch_without_the_last(job)
+    job.save(tmp_path)
+    assert (position(job.loader).epoch, job.scheduler.samples) == (1, 36)
+    expected = job.epoch(job.loader)
+    resumed = Job(folder=tmp_path)
+    assert (position(resumed.loader).epoch, position(resumed.loader).samples) == (1, 0)
+    assert resumed.epoch(rest_of_epoch(resumed.loader)) == expected
+
+
+def test_a_last_batch_that_was_fetched_ahead_comes_again(tmp_path: Path) -> None:
+    """The loader is exhausted before its last batch is trained on."""
+    job = Job()
+    batches = iter(job.loader)
+    ahead, seen = next(batches), []
+    while ahead is not None:
+        batch, ahead = ahead, next(batches, None)
+        job.save(tmp_path)
+        seen = job.train(batch)
+    resumed = Job(folder=tmp_path)
+    assert (position(resumed.loader).epoch, position(resumed.loader).samples) == (0, 36)
+    assert resumed.epoch(rest_of_epoch(resumed.loader)) == seen
+
+
 def test_a_checkpoint_folder_says_when_a_save_is_due(tmp_path: Path) -> None:
     """Asked at every micro-batch: once for each multiple, and not at once after a resume."""
     job, saved = Job(2), []

@@ -223,7 +223,10 @@ def _epoch(rng: random.Random, program: Program, rest: bool, world: int, stops: 
         options["stop"] = rng.randint(1, batches)
     for _ in range(rng.choice([0, 0, 1, 1, 2, 3])):
         options["at"].append([rng.randrange(batches), *_event(rng, program, rest or resumes, world)])
-    if stops:
+    if stops and rng.random() < 0.3:  # after the loop
+        if rng.random() < 0.5:
+            options["at"].append([batches - 1, "continue"])
+    elif stops:
         options["at"].append([rng.randrange(batches), "stop", rng.choice(["end", "top"])])
         options.pop("stop", None)
     options["at"].sort(key=lambda event: event[0])

@@ -79,6 +79,7 @@ class _Rank:
     clocks: list[tuple[int, int]] = field(default_factory=list)  # after so many updates, the clock
     pending: list[Key] = field(default_factory=list)  # batches whose gradients no update has had
     newest: dict[int, Key] = field(default_factory=dict)  # of each pass, the batch that was handed out last
+    exhausted: set[int] = field(default_factory=set)  # passes
     is_top: bool = False
 
     def replay(self, log: Log) -> None:
@@ -86,6 +87,8 @@ class _Rank:
         for event, *facts in log:
             if event == "out":
                 self.newest[facts[0]] = (facts[0], facts[1])
+            elif event == "end":
+                self.exhausted.add(facts[0])
             elif event == "backward":
                 self.pending += map(tuple, facts[0])
                 bad |= facts[1]
@@ -143,11 +146,12 @@ class Truth:
     def _find_places(self, ranks: list[_Rank], counted: set[tuple[int, int, int]]) -> None:
         """What no update has had when a job ends comes again in the next one.
 
-        A batch that has no gradients, or whose gradients were dropped, may come again if it is the newest.
+        A batch that has no gradients, or whose gradients were dropped, may come again if it is the newest, until the
+        loader is exhausted and the function with the loop has returned.
         """
         tried = {key for rank in ranks for keys, _ in rank.updates for key in keys}
         pending = {key for r, rank in enumerate(ranks) for key in rank.pending if (*key, r) not in counted}
-        newest = {rank.newest[number] for rank in ranks for number in sorted(rank.newest) if number == self._last}
+        newest = {r.newest[self._last] for r in ranks if self._last in r.newest and self._last not in r.exhausted}
         newest -= tried
         if any(rank.is_top for rank in ranks):
             pending |= newest
