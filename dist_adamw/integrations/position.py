@@ -204,23 +204,32 @@ class Position:
     # ---------------------------------------------------------------- state
 
     def state_dict(self) -> dict[str, Any] | None:
-        """As plain data; None where no loop has gone through the loader. Local."""
+        """As plain data; None where no loop has gone through the loader. Local.
+
+        Where ranks leave different batches out, their places differ. ``save_state`` saves the earliest; see `ordered`.
+        """
+        return self.ordered()[1]
+
+    def ordered(self) -> tuple[tuple[int, int], dict[str, Any] | None]:
+        """What orders the places of the ranks of a job, earliest first, and the place as plain data. Local."""
         if self._resumed is not None:  # as it was loaded
-            return self._described(self.epoch, self.samples, self._resumed)
+            return (-1, 0), self._described(self.epoch, self.samples, self._resumed)
         pending = [(self._passes[batch.run], batch) for batch in self.counter.pending() if batch.run in self._passes]
         first = min(pending, key=lambda both: (both[0].number, both[1].begin), default=None)
         if first is not None and first[0].order is not None:
             current, batch = first
-            return self._described(current.epoch, batch.begin, _Order(first[0].order, drawn=True))
+            state = self._described(current.epoch, batch.begin, _Order(first[0].order, drawn=True))
+            return (current.number, batch.begin), state
         current_pass = self._pass
         if current_pass is not None and current_pass.order is not None and not current_pass.is_over:
-            return self._described(self.epoch, self.samples, _Order(current_pass.order, drawn=True))
+            state = self._described(self.epoch, self.samples, _Order(current_pass.order, drawn=True))
+            return (current_pass.number, self.samples), state
         if self.idle:
-            return None
+            return (self._begun, 0), None
         # Between two epochs, or in the loop at the last batch.
         drawn = getattr(self._base(), "_iterator", None) is not None  # of workers that persist
         epoch = self.epoch + (current_pass is not None)
-        return self._described(epoch, 0, _Order(_state_of(self._generator()), drawn))
+        return (self._begun, 0), self._described(epoch, 0, _Order(_state_of(self._generator()), drawn))
 
     def _described(self, epoch: int, samples: int, order: _Order) -> dict[str, Any]:
         return {"epoch": epoch, "samples": samples, "seed": self._seed(), "order": order.state, "drawn": order.drawn}

@@ -12,6 +12,7 @@ import contextlib
 import os
 import secrets
 import shutil
+import sys
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -199,7 +200,8 @@ def save_state(
     files = everywhere(lambda: _files_of(where) if main else {}, group)
     token = collectives.all_gather_objects(secrets.token_hex(8), group)[0]  # the same for all models of this save
     for one in ours:
-        extra = {**everywhere(partial(_extra_of, accelerator, one, files), group), "state": token}
+        place = _earliest(*everywhere(partial(_place_of, one), group), group)
+        extra = {"position": place, "files": files, "state": token}
         # Last: when it is whole, all of it is there.
         objects = (one.model, one.optimizer, one.scheduler)
         save(where / one.name, *objects, extra=extra, compare_ranks=False, group=group)
@@ -421,12 +423,21 @@ def _files_of(where: Path) -> dict[str, Any]:
     return {path.name: fingerprint(path) for pattern in _THEIRS for path in where.glob(pattern) if path.is_file()}
 
 
-def _extra_of(accelerator: Accelerator, one: Known, files: dict[str, Any]) -> dict[str, Any]:
-    """What is saved beside the tensors: the place in the data, and what Accelerate's files are. Local."""
+def _place_of(one: Known) -> tuple[tuple[int, int], dict[str, Any] | None]:
+    """Where this rank stands in the data, after what orders the ranks' places. Local."""
     place = one.of.place
     # A job that has trained on another loader knows itself where it is.
     left = place.is_gone or (place.idle and one.of.loaded_at not in (None, _clock_of(one.scheduler)))
-    return {"position": None if left else place.state_dict(), "files": files}
+    return ((sys.maxsize, 0), None) if left else place.ordered()
+
+
+def _earliest(
+    order: tuple[int, int], place: dict[str, Any] | None, group: dist.ProcessGroup | None
+) -> dict[str, Any] | None:
+    """The first one of the ranks' places: what any rank has not been through an update with comes again. Collective."""
+    orders = collectives.all_gather_objects(order, group)
+    first = min(range(len(orders)), key=orders.__getitem__)
+    return place if orders[first] == orders[0] else collectives.broadcast_object(place, first, group)
 
 
 def _clock_of(scheduler: LRScheduler) -> int:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from dist_adamw import CheckpointFolder, CyclicLRWithRestarts, DistAdamW, position, prepare, rest_of_epoch
+from tests.ranks import run_ranks
 
 
 class Job:
@@ -158,6 +159,24 @@ def test_between_two_epochs_and_at_the_last_batch(tmp_path: Path) -> None:
         resumed = Job(folder=tmp_path / name)
         assert position(resumed.loader).epoch == 1
         assert resumed.epoch(plain(resumed)) == expected
+
+
+def left_out_on_one_rank(rank: int, folder: Path) -> int:
+    """Where a job goes on whose rank leaves out the first of the two batches that it has accumulated."""
+    job = Job(4)
+    for i, batch in enumerate(itertools.islice(job.loader, 2)):
+        if i == 0 and job.accelerator.process_index == rank:
+            with job.accelerator.accumulate(job.model):
+                job.model(batch[0])
+        else:
+            job.train(batch)
+    job.save(folder)
+    return position(Job(folder=folder).loader).samples
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_what_any_rank_has_accumulated_comes_again(rank: int, tmp_path: Path) -> None:
+    assert run_ranks(2, left_out_on_one_rank, rank, tmp_path) == [0, 0]
 
 
 def epoch_without_the_last(job: Job) -> None:
