@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import operator
 import weakref
-from collections.abc import Set
+from collections.abc import Mapping, Set
 from typing import Any, Protocol
 
 import torch
@@ -45,16 +45,26 @@ class Listener(Protocol):
     def announce_change(self) -> None:
         """Raise where another rank has other parameters. Collective."""
 
+    def announce_news(self) -> None:
+        """The same, if this rank's parameters have changed since ranks were last told. Collective."""
+
 
 class PackedBucket:
-    """What one of DDP's buckets holds for one listener; good until DDP packs again."""
+    """What one of DDP's buckets holds for one listener; good until DDP packs again.
 
-    def __init__(self, params: list[Tensor], flat: list[Tensor]) -> None:
-        self.params, self._flat = params, flat  # 1-D views of the buffer
+    Args:
+        params: The parameters.
+        flat: Their places in the buffer, 1-D.
+        strides: By id of parameter, the strides that it had when DDP was built.
+    """
+
+    def __init__(self, params: list[Tensor], flat: list[Tensor], strides: Mapping[int, tuple[int, ...]]) -> None:
+        self.params, self._flat, self._strides = params, flat, strides
         self.keys = {id(param) for param in params}
         self.plan: Plan | None = None
         self.places: list[tuple[Shard, int, Tensor]] = []
         self.buckets: list[int] = []
+        self._odd: list[tuple[Tensor, Tensor]] = []  # parameters and places whose order in memory may differ
 
     def enter(self, plan: Plan) -> None:
         """Find the places of its parameters in ``plan``."""
@@ -65,6 +75,26 @@ class PackedBucket:
             if id(param) in plan.place_of
         ]
         self.buckets = sorted({n for key in self.keys for n in plan.buckets_of.get(key, ())})
+        self._odd = [
+            (param, flat)
+            for param, flat in zip(self.params, self._flat, strict=True)
+            if self._strides.get(id(param)) != param.stride()
+        ]
+
+    def reorder(self) -> None:
+        """Bring gradients into the order that their parameters have in memory: DDP keeps that of its first forward."""
+        for param, flat in self._odd:
+            if (grad := param.grad) is not None and grad.data_ptr() == flat.data_ptr():
+                ordered = storage_order(grad, like=param)
+                if ordered.data_ptr() != flat.data_ptr():
+                    flat.copy_(ordered)
+                    param.grad = shaped_like(flat, param)
+
+    def settle(self) -> None:
+        """The same of gradients that DDP has shown by now, of parameters that this rank did not use."""
+        for param, flat in self._odd:
+            if (grad := param.grad) is not None and grad.data_ptr() == flat.data_ptr():
+                param.grad = shaped_like(flat, param)
 
 
 class DDPReducer:
@@ -80,11 +110,12 @@ class DDPReducer:
     def __init__(self, model: DistributedDataParallel) -> None:
         self._group: dist.ProcessGroup = model.process_group
         self._is_view: bool = model.gradient_as_bucket_view
+        self._strides = {id(param): param.stride() for param in model.parameters()}
         self._trained = [param for param in model.parameters() if param.requires_grad]
         # Else a reducer that is woken writes its copies over the averages.
         self._may_stand_aside = self._is_view and not (model.static_graph or model.mixed_precision is not None)
         self._stands_aside = False
-        self._stood_aside = False  # in the last forward pass
+        self.stood_aside = False  # in the last forward pass
         self._asked: list[tuple[bool, bool]] = []  # require_backward_grad_sync, and whether it is ours, in a forward
         self._known: dict[int, tuple[int, list[Tensor], dict[int, PackedBucket], list[Tensor]]] = {}
         self._seen: dict[int, tuple[int, ...]] = {}  # addresses and parameters of each bucket, when it was last new
@@ -165,17 +196,18 @@ class DDPReducer:
     def before_forward(self, module: DistributedDataParallel, args: Any) -> None:
         """Decide who averages the gradients of this pass. Where none are left to DDP, it is one inside ``no_sync``."""
         if torch.is_grad_enabled():
-            stood_aside, paths = self._stands_aside, [path for ref, _ in self._listeners if (path := ref()) is not None]
+            paths = [path for ref, _ in self._listeners if (path := ref()) is not None]
+            stands_aside = self._stands_aside
             for path in paths:
                 path.follow_params()
-            if self._stands_aside != stood_aside:
+            if self._stands_aside != stands_aside:
                 # Where the others have not changed their parameters, DDP on this rank alone would wait for them.
                 for path in paths:
                     path.announce_change()
-            if self._stood_aside and not self._stands_aside:
+            if self.stood_aside and not self._stands_aside:
                 # DDP has counted as used, since it last averaged, whatever had a gradient.
                 module.reducer._reset_state()
-            self._stood_aside = self._stands_aside
+            self.stood_aside = self._stands_aside
         self._asked.append((module.require_backward_grad_sync, self._stands_aside))
         if self._stands_aside:
             module.require_backward_grad_sync = False
@@ -209,6 +241,9 @@ class DDPReducer:
         """Remember the gradients that are views of buckets by now. After each backward pass."""
         if not self._is_view:
             return
+        for _, _, packed, _ in self._known.values():
+            for bucket in packed.values():
+                bucket.settle()
         for index, pairs in list(self._flats.items()):
             there = [
                 (param, param.grad, flat)
@@ -238,6 +273,8 @@ class DDPReducer:
         """Serve one ``dist.GradBucket``."""
         buffer: Tensor = bucket.buffer()
         paths = {id(path): path for path in self.listeners()}
+        for path in paths.values():  # DDP may have more to average than before, and would wait for the others
+            path.announce_news()
         packed, foreign = self._look(bucket, buffer, paths)
         for key, path in paths.items():
             # Without views DDP copies the buffer to the gradients when backward is over.
@@ -274,7 +311,7 @@ class DDPReducer:
         for key, path in paths.items():
             mine = [(param, grad) for param, grad in rest if id(param) in path.listening]
             rest = [(param, grad) for param, grad in rest if id(param) not in path.listening]
-            packed[key] = PackedBucket([param for param, _ in mine], [grad for _, grad in mine])
+            packed[key] = PackedBucket([param for param, _ in mine], [grad for _, grad in mine], self._strides)
         heard = set[int]().union(*(path.listening for path in self._paths(aside=True)))
         foreign = [grad for param, grad in rest if id(param) not in heard]
         self._known[index] = (buffer.data_ptr(), params, packed, foreign)

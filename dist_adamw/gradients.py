@@ -98,6 +98,7 @@ class GradientPath:
         self._inboxes: list[deque[Tensor]] = []  # by plain module: parameters whose gradient has come
         self._last: list[Tensor] = []  # the parameter at which a hook last looked
         self._plan = Plan([], self.listening)
+        self._owners: list[Shard] = []  # by which averages are shared out: the plan's, or those of the last `arrive`
         self._others_of: tuple[Plan, list[Tensor]] | None = None
         self._others: list[Tensor] = []
         self._flat: dict[int, list[Tensor | None]] = {}  # by id of shard: what it sends
@@ -307,6 +308,7 @@ class GradientPath:
             packed.enter(self._plan)
         if packed.buckets and packed.buckets[0] < self._next:
             raise _too_late(packed.params[0])
+        packed.reorder()
         for shard, i, flat in packed.places:
             self._flat[id(shard)][i] = flat
         for n in packed.buckets:
@@ -349,7 +351,14 @@ class GradientPath:
         self._queued, self._heard, self._has_begun = True, False, True
         self.is_whole = self._are_sorted = self.has_let_go = False
         torch.autograd.Variable._execution_engine.queue_callback(self._after_backward)
+        listened = self.listening
         self._follow_layout()
+        if self._listens_to_ddp and not listened <= self._ids and self._has_ddp_aside():
+            raise _left_before_backward()
+
+    def _has_ddp_aside(self) -> bool:
+        """Whether DDP does not average the gradients of this pass."""
+        return any(reducer.stood_aside for ref in self._reducers if (reducer := ref()) is not None)
 
     @torch.no_grad()
     def _after_backward(self) -> None:
@@ -427,6 +436,7 @@ class GradientPath:
             or any(map(operator.is_not, shards, self._plan.shards))
         ):
             self._plan = Plan(shards, self.listening)
+            self._owners = self._plan.shards
             self._flat = {id(shard): [None] * len(shard.params) for shard in shards}
             self._local &= self._ids
             self._begin_round()
@@ -510,6 +520,11 @@ class GradientPath:
             AgreementError: names the rank. On every rank.
         """
         self._meet(_CHANGE)
+
+    def announce_news(self) -> None:
+        """The same, if parameters have changed since ranks were last told. Collective."""
+        if self._is_news:
+            self._meet(_CHANGE)
 
     def _meet(self, kind: int) -> None:
         if self._rollcall is None:
@@ -603,7 +618,7 @@ class GradientPath:
                         param = shard.params[piece.param]
                         if param.grad is None or id(param) not in sent:
                             continue
-                        run = storage_order(param.grad, like=param)[piece.start : piece.stop]
+                        run = _in_order(param)[piece.start : piece.stop]
                         if r == shard.rank:
                             run.mul_(shard.exchange.count)
                         else:
@@ -655,10 +670,10 @@ class GradientPath:
         # DDP's buckets stay once it has packed them anew; other gradients must not be kept alive.
         reducers = [reducer for ref in self._reducers if (reducer := ref()) is not None]
         stay = self._ddp_only and all(list(map(DDPReducer.forget_unless_settled, reducers)))  # every one of them
-        for shard in self._plan.shards:
+        for shard in self._owners:
             shard.reduced.clear()
-            if not stay:
-                self._flat[id(shard)] = [None] * len(shard.params)
+        for shard in [] if stay else self._plan.shards:
+            self._flat[id(shard)] = [None] * len(shard.params)
         if self.into_shard:
             self._begin_round()
         self._tell_siblings()
@@ -666,7 +681,7 @@ class GradientPath:
     def forget_layout(self) -> None:
         """The shards are not what they were. Local."""
         self.discard()
-        self._plan, self._flat = Plan([], self.listening), {}
+        self._plan, self._owners, self._flat = Plan([], self.listening), [], {}
         self._begin_round()
 
     # ---------------------------------------------------------------- for the update
@@ -805,29 +820,33 @@ class GradientPath:
 
     def arrive(self) -> None:
         """Send and receive whatever has not been yet. Collective; after `complete` and the layout."""
-        if not (self._next or self._rounds):  # nothing has been sent by the places that parameters had
+        is_averaged = bool(self._next or self._rounds or self._late or self._kept)
+        if not is_averaged:  # nothing has been sent by the places that parameters had
             self._checked = False
             self._follow_layout()
-        laid_out_again = not {id(shard) for shard in self._plan.shards} <= {id(shard) for shard in self._shards()}
+        shards = self._shards()
+        laid_out_again = not {id(shard) for shard in self._owners} <= {id(shard) for shard in shards}
         if not self.into_shard:
             self._start_rest()
             self._land()
         elif not laid_out_again:
             while self._rounds < self._needed:
                 self._finish_round()
-        sent = self._plan.buckets_of  # others may have whole gradients that another optimizer still needs
-        if laid_out_again and (self._next or self._rounds):  # other ranks own now what has been averaged
-            for shard in self._plan.shards if self.into_shard else ():
+        # What has been averaged. Others may have whole gradients that another optimizer still needs.
+        sent = self._plan.buckets_of.keys() | self._late | self._kept
+        if laid_out_again and is_averaged:  # other ranks own it now
+            for shard in self._owners if self.into_shard else ():
                 shard.has_grad = [id(param) in self._seen and id(param) in sent for param in shard.params]
-            self.make_whole(self._plan.shards, sent)
+            self.make_whole(self._owners, sent)
             self.is_whole = False
             self._next = len(self._plan.order)
             if self.into_shard:
                 self._seen.update(id(param) for param in self._known if param.grad is not None)
         others = self._others_now()
         # Another update by the averages of the last one, which are in ``param.grad`` alone by now.
-        is_repeated = bool(others) and not self.into_shard and not any(shard.reduced for shard in self._plan.shards)
+        is_repeated = bool(others) and not self.into_shard and not any(shard.reduced for shard in self._owners)
         self._take(self._known if laid_out_again or is_repeated else others)
+        self._owners = list(shards)
         if self.into_shard:
             for param in self._known if laid_out_again else ():
                 if id(param) in sent:
@@ -933,7 +952,8 @@ class GradientPath:
         self._filled.clear()
         self._seen.clear()
         self._kept.clear()
-        self._late.difference_update(id(param) for shard in shards for param in shard.params)
+        if only is None:
+            self._late.difference_update(id(param) for shard in shards for param in shard.params)
         self._forget_arrivals()
         self._begin_round()
         self._tell_siblings()
@@ -965,7 +985,10 @@ class GradientPath:
         Raises:
             RuntimeError: they have not been averaged yet.
         """
-        are_local = self._next < len(self._plan.order) or len(self._watched()) > len(self._plan.params)
+        are_local = not self._are_sorted and (
+            self._next < len(self._plan.order)
+            or any(p.grad is not None and id(p) not in self._plan.buckets_of for p in self._watched())
+        )
         if are_local and (self._was_changed or self._watch.changed()):
             raise RuntimeError(
                 "accept_gradients() after attach(overlap=False), or after parameters were added: gradients are local "
@@ -976,7 +999,7 @@ class GradientPath:
         others = () if self._are_sorted else self._others_now()
         self._accepted = self._accepted or any(grad is not None for grad in map(_gradient, others))
         if self._watch.replaced():
-            for shard in self._plan.shards:
+            for shard in self._owners:
                 for k, own in shard.reduced.items():
                     for j, piece in enumerate(shard.owned_pieces(k)):
                         param = shard.params[piece.param]
@@ -1098,11 +1121,28 @@ def _out_of_step(here: int, mine: list[int], there: int, theirs: list[int]) -> c
     )
 
 
+def _in_order(param: Tensor) -> Tensor:
+    """The gradient of ``param`` as a 1-D view, in the order of the parameter's memory, which it is given if need be."""
+    assert param.grad is not None
+    flat = storage_order(param.grad, like=param)
+    if flat.data_ptr() != param.grad.data_ptr():
+        param.grad = shaped_like(flat, param)
+    return flat
+
+
 def _too_late(param: Tensor) -> RuntimeError:
     return RuntimeError(
         f"a gradient of shape {tuple(param.shape)} arrived after it had been sent to its owner: two backward passes "
         "without a forward pass of the attached module between them, or a parameter used in several checkpointed "
         "segments (use_reentrant=True). Accumulate inside no_sync(), or pass overlap=False to attach()."
+    )
+
+
+def _left_before_backward() -> RuntimeError:
+    return RuntimeError(
+        "a parameter left the optimizer between the forward and the backward pass of its DistributedDataParallel "
+        "module: nobody would average its gradient in this pass. Take parameters out before the forward pass, or after "
+        "step()."
     )
 
 

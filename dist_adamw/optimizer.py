@@ -103,6 +103,36 @@ def _pointed_at(tensor: Any, view: Tensor) -> Tensor:
     return tensor
 
 
+class _Arriving:
+    """Buckets of updated parameters on their way.
+
+    The parameters hold it until they are there, and not the optimizer: one that the user has replaced must end at once,
+    or its hooks would still take the next gradients.
+    """
+
+    def __init__(self) -> None:
+        self.buckets: list[tuple[Shard, Travelling]] = []
+
+    @torch.no_grad()
+    def wait(self) -> None:
+        """Wait until all are there."""
+        while self.buckets:
+            self._receive()
+
+    @torch.no_grad()
+    def wait_for(self, param: Tensor) -> None:
+        """Somebody reads ``param``."""
+        while self.buckets and type(param) is ArrivingParameter:
+            self._receive()
+
+    def _receive(self) -> None:
+        shard, sent = self.buckets.pop(0)
+        assert shard.exchange is not None
+        shard.exchange.finish_gather(sent)
+        coming = {id(param) for other, rest in self.buckets if other is shard for param in shard.members(rest.bucket)}
+        release([param for param in shard.members(sent.bucket) if id(param) not in coming])
+
+
 _tags = itertools.count(1)
 
 
@@ -238,7 +268,7 @@ class DistAdamW(Optimizer):
         self._read: tuple[Tensor, torch.cuda.Event] | None = None  # the same on the host, once the event is over
         self._grad_norm: Tensor | None = None
         self._skipped = False
-        self._arriving: list[tuple[Shard, Travelling]] = []  # buckets of parameters on their way
+        self._arriving = _Arriving()
         # Whether somebody else has shared parameters out: then this rank updates what it finds, and sends nothing.
         self._shared_out: Literal["no", "dtensors", "partitions"] = "no"
         self._updates_of: dict[int, int] = {}  # by id of shard, where an engine steps one at a time
@@ -724,7 +754,7 @@ class DistAdamW(Optimizer):
                 travelling.append(shard.exchange.start_gather(k))
         if not travelling:
             return
-        self._arriving += [(shard, sent) for sent in travelling]
+        self._arriving.buckets += [(shard, sent) for sent in travelling]
         if not self._defer_gather or self._reader_is_compiled():
             self.wait()
             return
@@ -733,7 +763,7 @@ class DistAdamW(Optimizer):
             if not all(map(can_guard, params)):
                 self.wait()
                 return
-            guard(params, self._wait_for)
+            guard(params, self._arriving.wait_for)
 
     def _reader_is_compiled(self) -> bool:
         """Whether a compiled module reads the parameters: it would be compiled anew for another class of them."""
@@ -752,21 +782,7 @@ class DistAdamW(Optimizer):
         passes by Python: an address taken before `step`, a ``torch.jit.ScriptModule``, a collective
         that is given the parameter itself.
         """
-        while self._arriving:
-            self._receive()
-
-    @torch.no_grad()
-    def _wait_for(self, param: Tensor) -> None:
-        """Somebody reads ``param``."""
-        while self._arriving and type(param) is ArrivingParameter:
-            self._receive()
-
-    def _receive(self) -> None:
-        shard, sent = self._arriving.pop(0)
-        assert shard.exchange is not None
-        shard.exchange.finish_gather(sent)
-        coming = {id(param) for other, rest in self._arriving if other is shard for param in shard.members(rest.bucket)}
-        release([param for param in shard.members(sent.bucket) if id(param) not in coming])
+        self._arriving.wait()
 
     def _update_bucket(self, shard: Shard, k: int, live: list[int], grads: list[Tensor], clip: Tensor | None) -> None:
         """One pass over what this rank owns of bucket ``k``: of its pieces, the ``live`` ones."""
@@ -919,7 +935,9 @@ class DistAdamW(Optimizer):
         )
 
     def _find_changes(self) -> Changes:
-        return find_changes(self.param_groups, self.state, [*self.shards, *self._aside], self._shown)
+        are_local = self._path is not None and not self._path.is_whole
+        shards = [*self.shards, *self._aside]
+        return find_changes(self.param_groups, self.state, shards, self._shown, are_local=are_local)
 
     def _apply_changes(self, changed: bool, *, newcomers: bool, is_agreed: bool = False) -> None:
         """Follow the user's changes; where state is sharded, once all ranks are known to have made the same.

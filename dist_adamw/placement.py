@@ -210,11 +210,14 @@ def find_changes(
     state: Mapping[Tensor, dict[str, Any]],
     shards: Sequence[Shard],
     shown: Mapping[int, Shown],
+    *,
+    are_local: bool = False,
 ) -> Changes:
     """Compare ``groups`` and ``state`` with what ``shards`` have shown there. Local; changes nothing.
 
     Args:
         shown: By id of the parameter, what its entry in ``state`` was given.
+        are_local: A gradient that one rank has will be averaged over all: it is nothing in which ranks differ.
 
     Raises:
         ValueError: the user put something into ``state`` that is no state of the parameter, or that is another's.
@@ -229,7 +232,7 @@ def find_changes(
             entry = state.get(param)
             if home is None:
                 found.arrangement.append(f"{name} is {list(param.shape)} {param.dtype}")
-                if param.grad is not None or entry:
+                if are_local or param.grad is not None or entry:
                     found.described.append(f"{name} is new: {list(param.shape)} {param.dtype}")
                 continue
             home[0].check_numel(home[1])

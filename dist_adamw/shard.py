@@ -254,7 +254,7 @@ class Shard:
 
     def owned_moment(self, i: int, name: str) -> Tensor:
         """This rank's elements of a moment of parameter ``i``, 1-D, in the order of `ranges_of`."""
-        # Thousands of small parameters: a view of nothing, or one more of the same, takes half a kilobyte.
+        # Thousands of small parameters: one more view takes half a kilobyte.
         if not self._where[i]:
             return self._none_of[name]
         if len(self._where[i]) == 1:
@@ -273,7 +273,10 @@ class Shard:
         state: dict[str, Any] = {"step": self._step_of[i]}
         for name in self.moments:
             owned = self.owned_moment(i, name)
-            state[name] = owned if self.process_group is not None else self.shaped(owned, self.params[i])
+            if self.process_group is None:
+                state[name] = self.shaped(owned, self.params[i])
+            else:  # one of its own where it is empty: what the user does to it concerns this parameter alone
+                state[name] = owned if self._where[i] else owned.detach()
         return state
 
     @staticmethod

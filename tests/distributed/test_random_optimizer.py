@@ -16,6 +16,7 @@ from tests.random.script import Act, Sequence, Spec
 PLAIN: dict[str, Any] = {"attached": True}
 EVERY: dict[str, Any] = {"attached": True, "reduce_every_backward": True}
 ASIDE: dict[str, Any] = {"ddp": True, "attached": True}
+DEFERRED: dict[str, Any] = {"ddp": True, "attached": True, "defer_gather": True}
 BUCKETS: dict[str, Any] = {"ddp": True, "attached": True, "aside": False}
 TWO = {"a": Spec((5, 8)), "b": Spec((48,))}
 
@@ -224,6 +225,82 @@ SCRIPTS: dict[str, tuple[dict[str, Any], str]] = {
         optimizer.step()
         """,
     ),
+    "a parameter that comes back after the backward pass, and clipping": (
+        PLAIN,
+        """
+        model.c = parameter(Spec((70,)), 4)
+        optimizer.param_groups[0]['params'].append(model.c)
+        wrap()
+        backward(1)
+        optimizer.zero_grad()
+        optimizer.param_groups[0]['params'] = [model.a]
+        backward(2)
+        optimizer.param_groups[1]['params'].append(model.c)
+        optimizer.clip_grad_norm_(1e6)
+        optimizer.step()
+        """,
+    ),
+    "a gradient of a new parameter that DDP does not know, on one rank alone": (
+        ASIDE,
+        """
+        optimizer.step()
+        model.c = parameter(Spec((8, 11)), 4)
+        optimizer.param_groups[1]['params'].append(model.c)
+        backward(1, unused=('c',) if rank else ())
+        optimizer.step()
+        """,
+    ),
+    "empty shares are each parameter's own": (
+        BUCKETS,
+        """
+        model.c, model.d = parameter(Spec((1,)), 4), parameter(Spec((90,)), 5)
+        optimizer.param_groups[0]['params'] += [model.c, model.d]
+        wrap()
+        backward(1)
+        optimizer.step()
+        optimizer.zero_grad()
+        drop(optimizer, model.c)
+        backward(2)
+        optimizer.step()
+        optimizer.zero_grad()
+        backward(3)
+        optimizer.step()
+        """,
+    ),
+    "a frozen parameter, and gradients that are clipped": (
+        ASIDE,
+        """
+        model.b.requires_grad_(False)
+        model.b.grad = None
+        backward(1)
+        optimizer.clip_grad_norm_(1e6)
+        optimizer.step()
+        """,
+    ),
+    "another memory format than DDP's buckets have": (
+        BUCKETS,
+        """
+        model.a.data = model.a.data.t().contiguous().t()
+        backward(1, unused=('a',) if rank else ())
+        optimizer.step()
+        backward(2)
+        optimizer.step()
+        optimizer.zero_grad()
+        backward(3)
+        optimizer.step()
+        """,
+    ),
+    "an optimizer replaced while its last update travels": (
+        DEFERRED,
+        """
+        backward(1)
+        optimizer.step()  # not looked at
+        optimizer.zero_grad()  # not looked at
+        optimizer = make([{'params': list(model.parameters()), 'lr': 0.01}])  # not looked at
+        backward(2)
+        optimizer.step()
+        """,
+    ),
     "buckets that are not sent yet when the layout changes": (
         BUCKETS,
         """
@@ -248,7 +325,12 @@ def sequence_of(case: str) -> Sequence:
     way, text = SCRIPTS[case]
     lines = [line.strip() for line in text.strip().splitlines()]
     acts = [
-        Act("step" if line == "optimizer.step()" else "line", line, may_refuse=line.startswith("nn.utils.clip"))
+        Act(
+            "step" if line.startswith("optimizer.step()") else "line",
+            line,
+            may_refuse=line.startswith("nn.utils.clip"),
+            look=not line.endswith("# not looked at"),
+        )
         for line in lines
     ]
     groups = [(["a"], {"lr": 0.01, "eps": 0.1}), (["b"], {"lr": 0.01, "eps": 0.1})]

@@ -572,6 +572,23 @@ def test_a_rank_that_alone_saves_is_an_error_on_all(way: str, call: str, tmp_pat
     assert time.monotonic() - began < 30
 
 
+def check_leaves_before_backward(way: dict[str, Any]) -> None:
+    pair = Pair(way)
+    for _ in range(2):
+        loss = loss_of(pair.model, 0)
+        loss.backward()
+        pair.optimizer.step()
+        pair.optimizer.zero_grad()
+    loss = loss_of(pair.model, 1)
+    del pair.optimizer.param_groups[0]["params"][0]
+    loss.backward()
+
+
+def test_a_parameter_that_leaves_between_forward_and_backward_of_ddp_is_an_error() -> None:
+    for error in expect_error_on_all(2, check_leaves_before_backward, WAYS["ddp"]):
+        assert error.startswith("RuntimeError: a parameter left the optimizer between the forward and the"), error
+
+
 # ---------------------------------------------------------------- neither attach nor DDP
 
 
@@ -749,6 +766,7 @@ def changes_alone(what: str, when: str, way: dict[str, Any]) -> None:
     [
         *((what, when, {}) for what in ("add", "replace") for when in ("before", "between")),
         ("remove", "before", {"ddp": True, "overlap": False}),  # DDP averages what is left to it, in backward
+        ("remove", "before", {"ddp": True, "aside": False}),
     ],
 )
 def test_parameters_changed_on_one_rank_alone(what: str, when: str, way: dict[str, Any]) -> None:

@@ -145,7 +145,10 @@ class _Drawer(Values, Groups):
     # ------------------------------------------------------------ one rank alone
 
     def alone(self) -> None:
-        kind = self.rng.choice(("lr", "betas", "add", "replace", "remove", "skip"))
+        # Without attach() a rank that skips is not seen: the others' step() meets a collective of DDP's, or of the
+        # script's. Both end with an error of gloo's.
+        kinds = ("lr", "betas", "add", "replace", "remove", *(("skip",) if self.attached else ()))
+        kind = self.rng.choice(kinds)
         name = self.name(self.grouped() or None)
         of, group = f"model.{name}", "optimizer.param_groups[0]"
         texts = {

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dist_adamw.kernels.mixed import join_master
 from tests.random.reference import HYPER, MOMENTS, Reference
-from tests.random.tensors import in_memory_order, near, same_bits
+from tests.random.tensors import near, same_bits
 from tests.random.worlds import Ours, Torchs
 
 
@@ -117,10 +117,14 @@ def ranges_of(optimizer: Any, param: Tensor) -> list[list[int]] | None:
 
 def _as_laid_out(optimizer: Any, param: Tensor, whole: Tensor) -> Tensor:
     """``whole``, of the parameter's shape, in the order of memory that the parameter had when it got its place."""
+    return whole.permute(_order_of(optimizer, param)).reshape(-1)
+
+
+def _order_of(optimizer: Any, param: Tensor) -> list[int]:
     (order,) = (
         shard.order_of(i) for shard in optimizer.shards for i, other in enumerate(shard.params) if other is param
     )
-    return whole.permute(order).reshape(-1)
+    return order  # type: ignore[no-any-return]
 
 
 def _same_share(optimizer: Any, p: Tensor, mine: Tensor, whole: Tensor, same: Any) -> bool:
@@ -131,6 +135,16 @@ def _same_share(optimizer: Any, p: Tensor, mine: Tensor, whole: Tensor, same: An
     flat = _as_laid_out(optimizer, p, whole)
     expected = torch.cat([flat[:0], *(flat[a:b] for a, b in ranges)])
     return bool(same(mine, expected))
+
+
+def _put_share(whole: Tensor, share: Tensor, ranges: list[list[int]], order: list[int]) -> None:
+    """Write ``share``, the elements in ``ranges`` counted by the axes in ``order``, to ``whole``."""
+    permuted = whole.permute(order)
+    flat, place = permuted.reshape(-1).clone(), 0
+    for start, stop in ranges:
+        flat[start:stop] = share[place : place + stop - start]
+        place += stop - start
+    permuted.copy_(flat.view(permuted.shape))
 
 
 def _take_over(ours: Ours, theirs: Torchs) -> None:
@@ -164,11 +178,7 @@ def _take_over(ours: Ours, theirs: Torchs) -> None:
                     ranges, part = parts[i][key]
                     if part.shape == whole.shape and a.process_group is None:
                         whole.copy_(part)
-                        continue
-                    flat, place = in_memory_order(whole, q).clone(), 0
-                    for start, stop in ranges or []:
-                        flat[start:stop] = part.reshape(-1)[place : place + stop - start]
-                        place += stop - start
-                    torch.as_strided(whole, (whole.numel(),), (1,)).copy_(flat)
+                    elif ranges:
+                        _put_share(whole, part.reshape(-1), ranges, _order_of(a, p))
     for optimizer in theirs.optimizers:
         optimizer.inexact = False
