@@ -932,8 +932,8 @@ class GradientPath:
                     if has_grad:
                         param.grad = torch.zeros_like(param)
             flat = [
-                None if p.grad is None or (only is not None and id(p) not in only) else storage_order(p.grad, like=p)
-                for p in shard.params
+                None if p.grad is None or (only is not None and id(p) not in only) else shard.as_laid_out(i, p.grad)
+                for i, p in enumerate(shard.params)
             ]
             for k, own in shard.reduced.items():
                 for piece, run in zip(shard.owned_pieces(k), own, strict=True):
@@ -943,9 +943,9 @@ class GradientPath:
                     if place.data_ptr() != run.data_ptr():
                         place.copy_(run)
             self._gather(shard, flat)
-            for param, whole in zip(shard.params, flat, strict=True):
+            for i, (param, whole) in enumerate(zip(shard.params, flat, strict=True)):
                 if whole is not None and whole.data_ptr() != param.grad.data_ptr():  # type: ignore[union-attr]
-                    param.grad = shaped_like(whole, param)  # had other strides than its parameter
+                    param.grad = shard.from_laid_out(i, whole)  # had other strides than its parameter had
             shard.reduced.clear()
         self._rounds = 0
         self._reopened = False

@@ -373,13 +373,9 @@ def carry_state(old: Sequence[Shard], new: Sequence[Shard]) -> None:
 
 def reorder(flat: Tensor, shard: Shard, i: int, target: Shard, j: int) -> Tensor:
     """A parameter's elements in the order of its memory in ``shard``, brought to that in ``target``. Local."""
-    before, after = shard.order_of(i), target.order_of(j)
-    if before == after:
+    if shard.order_of(i) == target.order_of(j):
         return flat
-    shape = local_of(target.params[j]).shape
-    inverse = [before.index(axis) for axis in range(len(before))]
-    logical = flat.view([shape[axis] for axis in before]).permute(inverse)
-    return logical.permute(after).reshape(-1)
+    return target.as_laid_out(j, shard.from_laid_out(i, flat))
 
 
 Move = tuple[int, Shard, int]

@@ -298,9 +298,14 @@ class Shard:
         """Copy this rank's share of ``flat``, all elements of a moment of parameter ``i`` in the order of memory."""
         self._copy_share(i, flat, self.owned_moment(i, name))
 
-    def _as_laid_out(self, i: int, tensor: Tensor) -> Tensor:
+    def as_laid_out(self, i: int, tensor: Tensor) -> Tensor:
         """``tensor``, of the shape of parameter ``i``, as 1-D in the order that the parameter's memory had then."""
         return tensor.permute(self._orders[i]).reshape(-1)
+
+    def from_laid_out(self, i: int, flat: Tensor) -> Tensor:
+        """The inverse of `as_laid_out`: a view of ``flat``."""
+        order, shape = self._orders[i], local_of(self.params[i]).shape
+        return flat.view([shape[axis] for axis in order]).permute([order.index(axis) for axis in range(len(order))])
 
     def _copy_share(self, i: int, flat: Tensor, target: Tensor) -> None:
         place = 0
@@ -313,7 +318,7 @@ class Shard:
         self.steps[i] = 0.0
         for name in self.moments:
             if name == "master":
-                self.fill(i, name, self._as_laid_out(i, self._weights()[i].detach()))
+                self.fill(i, name, self.as_laid_out(i, self._weights()[i].detach()))
             else:
                 self.owned_moment(i, name).zero_()
 
@@ -328,9 +333,9 @@ class Shard:
             elif value is None and name == "remainder":
                 self.owned_moment(i, name).zero_()
             elif value is None:
-                self.fill(i, name, self._as_laid_out(i, self._weights()[i].detach()))
+                self.fill(i, name, self.as_laid_out(i, self._weights()[i].detach()))
             elif value.shape == self.params[i].shape:
-                self.fill(i, name, self._as_laid_out(i, _placed_like(value, self.params[i])))
+                self.fill(i, name, self.as_laid_out(i, _placed_like(value, self.params[i])))
             else:
                 self.owned_moment(i, name).copy_(value)
 

@@ -290,6 +290,16 @@ SCRIPTS: dict[str, tuple[dict[str, Any], str]] = {
         optimizer.step()
         """,
     ),
+    "another memory format after the backward pass": (
+        BUCKETS,
+        """
+        model.a.data = model.a.data.t().contiguous().t()
+        wrap()
+        backward(1)
+        model.a.data = model.a.data.contiguous()
+        optimizer.step()
+        """,
+    ),
     "an optimizer replaced while its last update travels": (
         DEFERRED,
         """

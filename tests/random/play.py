@@ -122,8 +122,9 @@ class _Play:
         self.sequence, self.group = sequence, group
         self.outcome = Outcome()
         self.ours, self.theirs = Ours(sequence, folder, group), Torchs(sequence, folder, group)
-        self.risks: list[Act] = []  # since the last update
+        self.risks: list[Act] = []  # since the last update, of both optimizers where there are two
         for i, act in enumerate(sequence.acts):
+            self.at = i
             self.outcome.failure = self.run_alone(i) if act.alone else self.do(i, act)
             if self.outcome.failure is not None or self.outcome.invalid or act.alone:
                 return
@@ -136,7 +137,7 @@ class _Play:
         try:
             dist.all_gather_object(everyone, mine, group=self.group)
         except RuntimeError as error:
-            raise TimeoutError(f"the other rank hangs, and this one has: {mine}") from error
+            raise TimeoutError(f"act {self.at}: the other rank hangs, and this one has: {mine}") from error
         return everyone
 
     def do(self, i: int, act: Act) -> Failure | None:
@@ -163,8 +164,9 @@ class _Play:
             if theirs.is_of_script and act.may_refuse:
                 return None
             return Failure("torch refuses", i, str(theirs))
-        if act.label == "step":
+        if act.label == "step second" or (act.label == "step" and self.ours.names["second"] is None):
             self.risks = []
+        if act.label == "step":
             self.outcome.updates += 1
             ours, torchs = (now - then for now, then in zip(self.updates(), before, strict=True))
             if ours != torchs:

@@ -95,6 +95,7 @@ class World:
     def wrap(self) -> None:
         """Let gradients be averaged as the sequence has it. Again after the model has got other parameters."""
         self.names["net"] = self.model
+        self.wrapped = {id(param) for param in self.model.parameters()}
 
     def make_alike(self, model: nn.Module | None = None) -> Any:
         """A fresh optimizer with the groups of the present one, over the parameters of ``model``."""
@@ -125,8 +126,14 @@ class World:
     def backward(self, seed: int, unused: tuple[str, ...] = (), sync: bool = True) -> None:
         raise NotImplementedError
 
-    def check_order(self, sync: bool) -> None:
+    def check_order(self, sync: bool, unused: tuple[str, ...]) -> None:
         """Refuse scripts that DDP's users must not write, and sums that are rounded in an order of their own."""
+        if sync and self.sequence.way.get("ddp"):
+            used = [name for name, p in self.model.named_parameters() if p.requires_grad and id(p) in self.wrapped]
+            said = torch.tensor([not set(used) <= set(unused), bool(set(used) <= set(unused))], dtype=torch.int32)
+            dist.all_reduce(said, op=dist.ReduceOp.MAX, group=self.group)
+            if bool(said.all()):
+                raise WrongScriptError("on one rank alone the backward pass reaches parameters that DDP knows")
         if not any(param.grad is not None and bool(param.grad.any()) for param in self.model.parameters()):
             self.averaged = False
             for optimizer in self.optimizers:
@@ -190,7 +197,7 @@ class Torchs(World):
         return optimizer
 
     def backward(self, seed: int, unused: tuple[str, ...] = (), sync: bool = True) -> None:
-        self.check_order(sync)
+        self.check_order(sync, unused)
         loss = self.model(seed, unused)
         if not loss.requires_grad:
             return
@@ -234,6 +241,7 @@ class Ours(World):
         ddp: in DistributedDataParallel; attached: `attach`; aside: whether DDP's reducer may stand aside; else the
         options of `attach`. Neither ddp nor attached: the user averages gradients by hand.
         """
+        super().wrap()
         way = dict(self.sequence.way)
         net = self.model
         if way.pop("ddp", False) and any(param.requires_grad for param in net.parameters()):
@@ -251,7 +259,7 @@ class Ours(World):
             _HOLDS_ASIDE._ASIDE = before
 
     def backward(self, seed: int, unused: tuple[str, ...] = (), sync: bool = True) -> None:
-        self.check_order(sync)
+        self.check_order(sync, unused)
         net = self.names["net"]
         if not any(p.requires_grad and name not in unused for name, p in self.model.named_parameters()):
             return
