@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dist_adamw.hooks import WeakHook
 from dist_adamw.plan import Plan
-from dist_adamw.shard import Shard, shaped_like, storage_order
+from dist_adamw.shard import Shard, axes_in_memory, shaped_like, storage_order
 
 _HOOK = "_dist_adamw_hook"  # attribute of a DDP module
 # Where DDP's reducer stands aside: it copies every gradient into its own buckets, which costs as much time as
@@ -45,8 +45,8 @@ class Listener(Protocol):
     def announce_change(self) -> None:
         """Raise where another rank has other parameters. Collective."""
 
-    def announce_news(self) -> None:
-        """The same, if this rank's parameters have changed since ranks were last told. Collective."""
+    def announce_round(self) -> None:
+        """Raise where another rank is not in a backward pass of the same update. Collective."""
 
 
 class PackedBucket:
@@ -64,7 +64,7 @@ class PackedBucket:
         self.plan: Plan | None = None
         self.places: list[tuple[Shard, int, Tensor]] = []
         self.buckets: list[int] = []
-        self._odd: list[tuple[Tensor, Tensor]] = []  # parameters and places whose order in memory may differ
+        self._odd: list[tuple[Shard, int, Tensor, Tensor]] = []  # those that may have another order than their shard
 
     def enter(self, plan: Plan) -> None:
         """Find the places of its parameters in ``plan``."""
@@ -76,25 +76,29 @@ class PackedBucket:
         ]
         self.buckets = sorted({n for key in self.keys for n in plan.buckets_of.get(key, ())})
         self._odd = [
-            (param, flat)
+            (shard, i, param, flat)
             for param, flat in zip(self.params, self._flat, strict=True)
+            if (place := plan.place_of.get(id(param))) is not None
+            for shard, i in (place,)
             if self._strides.get(id(param)) != param.stride()
+            or shard.order_of(i) != axes_in_memory(param)
+            or (param.grad is not None and param.grad.stride() != param.stride())
         ]
 
     def reorder(self) -> None:
-        """Bring gradients into the order that their parameters have in memory: DDP keeps that of its first forward."""
-        for param, flat in self._odd:
+        """Bring gradients into the order in which their shards have them: DDP keeps that of its first forward pass."""
+        for shard, i, param, flat in self._odd:
             if (grad := param.grad) is not None and grad.data_ptr() == flat.data_ptr():
-                ordered = storage_order(grad, like=param)
+                ordered = shard.as_laid_out(i, grad)
                 if ordered.data_ptr() != flat.data_ptr():
                     flat.copy_(ordered)
-                    param.grad = shaped_like(flat, param)
+                    param.grad = shard.from_laid_out(i, flat)
 
     def settle(self) -> None:
         """The same of gradients that DDP has shown by now, of parameters that this rank did not use."""
-        for param, flat in self._odd:
+        for shard, i, param, flat in self._odd:
             if (grad := param.grad) is not None and grad.data_ptr() == flat.data_ptr():
-                param.grad = shaped_like(flat, param)
+                param.grad = shard.from_laid_out(i, flat)
 
 
 class DDPReducer:
@@ -273,13 +277,14 @@ class DDPReducer:
         """Serve one ``dist.GradBucket``."""
         buffer: Tensor = bucket.buffer()
         paths = {id(path): path for path in self.listeners()}
-        for path in paths.values():  # DDP may have more to average than before, and would wait for the others
-            path.announce_news()
         packed, foreign = self._look(bucket, buffer, paths)
         for key, path in paths.items():
             # Without views DDP copies the buffer to the gradients when backward is over.
             path.bucket_came(packed[key] if self._is_view else None)
         if foreign:
+            # Where another rank does something else, it would not take part.
+            for path in [path for ref, _ in self._listeners if (path := ref()) is not None]:
+                path.announce_round()
             together = torch.cat(foreign).div_(dist.get_world_size(self._group))
             dist.all_reduce(together, group=self._group)
             torch._foreach_copy_(foreign, list(torch.split(together, [grad.numel() for grad in foreign])))

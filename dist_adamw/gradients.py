@@ -42,7 +42,7 @@ from dist_adamw.exchange import UNDER_WAY, Rollcall, Travelling
 from dist_adamw.fingerprints import fingerprints
 from dist_adamw.hooks import NoSync, WeakHook, remove
 from dist_adamw.plan import Plan
-from dist_adamw.shard import Shard, shaped_like, storage_order
+from dist_adamw.shard import Shard
 from dist_adamw.watch import GradientWatch
 
 _UPDATE, _ROUND, _SAVE, _CHANGE = 1, 2, 3, 4  # what a rank says that it is about to do
@@ -408,6 +408,13 @@ class GradientPath:
             return self._plan.params
         return [param for param in self._known if id(param) in self.listening]
 
+    def _look_at_siblings(self) -> None:
+        """Note changes of other optimizers' gradients, before this one writes to the buffers that they lie in too."""
+        for ref in self._reducers:
+            for path in [] if (reducer := ref()) is None else reducer.listeners():
+                if path is not self:
+                    path._was_changed = path._was_changed or path._watch.changed()
+
     def _tell_siblings(self) -> None:
         """Let other optimizers know that this one wrote to the buffers that their gradients lie in too."""
         for ref in self._reducers:
@@ -450,7 +457,7 @@ class GradientPath:
             places = self._plan.places[self._next]
             for i, param, is_flat in places:  # autograd gives a gradient the strides of its parameter
                 grad = param.grad
-                flat[i] = grad if is_flat or grad is None else storage_order(grad, like=param)
+                flat[i] = grad if is_flat or grad is None else _laid_out(shard, i)
             if self.into_shard:
                 self._seen.update(id(param) for i, param, _ in places if flat[i] is not None)
         self._next += 1
@@ -521,10 +528,19 @@ class GradientPath:
         """
         self._meet(_CHANGE)
 
-    def announce_news(self) -> None:
-        """The same, if parameters have changed since ranks were last told. Collective."""
-        if self._is_news:
-            self._meet(_CHANGE)
+    def announce_round(self) -> None:
+        """Raise where another rank is not in a backward pass of the same update. Collective.
+
+        Raises:
+            AgreementError: names the rank and what it does. On every rank.
+        """
+        if self._rollcall is None or not self._queued:
+            return
+        if not self._announced:
+            self._announced = True
+            self._rollcall.post([_ROUND, self._number, self._params_digest])
+        while self._rollcall.is_under_way:
+            self._hear(self._rollcall)
 
     def _meet(self, kind: int) -> None:
         if self._rollcall is None:
@@ -618,7 +634,7 @@ class GradientPath:
                         param = shard.params[piece.param]
                         if param.grad is None or id(param) not in sent:
                             continue
-                        run = _in_order(param)[piece.start : piece.stop]
+                        run = _laid_out(shard, piece.param)[piece.start : piece.stop]
                         if r == shard.rank:
                             run.mul_(shard.exchange.count)
                         else:
@@ -718,6 +734,7 @@ class GradientPath:
                 "check_weights_every=0 to dist_adamw.prepare."
             )
         self.follow_params()
+        self._look_at_siblings()
         self.asks_for_changes = True
         if self._ddp_only:
             pass
@@ -862,8 +879,8 @@ class GradientPath:
         rest = list(zip(self._plan.order, self._plan.places, strict=True))[self._next :]
         for shard in {id(shard): shard for (shard, _), _ in rest}.values():
             self._flat[id(shard)] = [
-                None if p.grad is None or id(p) not in self._plan.buckets_of else storage_order(p.grad, like=p)
-                for p in shard.params
+                None if p.grad is None or id(p) not in self._plan.buckets_of else _laid_out(shard, i)
+                for i, p in enumerate(shard.params)
             ]
         for (shard, k), places in rest:
             if any(param.grad is not None for _, param, _ in places):
@@ -877,7 +894,8 @@ class GradientPath:
         for shard in self._shards() if taken else []:
             assert shard.exchange is not None
             flat = [
-                storage_order(p.grad, like=p) if id(p) in taken and p.grad is not None else None for p in shard.params
+                _laid_out(shard, i) if id(p) in taken and p.grad is not None else None
+                for i, p in enumerate(shard.params)
             ]
             sent = [None if id(p) not in late else view for p, view in zip(shard.params, flat, strict=True)]
             for k in range(shard.layout.num_buckets):
@@ -925,6 +943,7 @@ class GradientPath:
             shards: Whose owners have the averages; default: the optimizer's.
             only: Ids of the parameters that have been averaged; default: all. The gradients of others are left alone.
         """
+        self._look_at_siblings()
         shards = self._shards() if shards is None else shards
         for shard in shards:
             if self.into_shard:
@@ -1002,9 +1021,9 @@ class GradientPath:
             for shard in self._owners:
                 for k, own in shard.reduced.items():
                     for j, piece in enumerate(shard.owned_pieces(k)):
-                        param = shard.params[piece.param]
-                        if own[j] is not None and param.grad is not None:
-                            own[j] = storage_order(param.grad, like=param)[piece.start : piece.stop]
+                        grad = shard.params[piece.param].grad
+                        if own[j] is not None and grad is not None:
+                            own[j] = shard.as_laid_out(piece.param, grad)[piece.start : piece.stop]
         self._watch.accept()
 
     def gather_gradients(self) -> None:
@@ -1121,12 +1140,13 @@ def _out_of_step(here: int, mine: list[int], there: int, theirs: list[int]) -> c
     )
 
 
-def _in_order(param: Tensor) -> Tensor:
-    """The gradient of ``param`` as a 1-D view, in the order of the parameter's memory, which it is given if need be."""
+def _laid_out(shard: Shard, i: int) -> Tensor:
+    """The gradient of parameter ``i`` as a 1-D view, in the order of the shard, which it is given if need be."""
+    param = shard.params[i]
     assert param.grad is not None
-    flat = storage_order(param.grad, like=param)
+    flat = shard.as_laid_out(i, param.grad)
     if flat.data_ptr() != param.grad.data_ptr():
-        param.grad = shaped_like(flat, param)
+        param.grad = shard.from_laid_out(i, flat)
     return flat
 
 

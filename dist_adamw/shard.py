@@ -134,6 +134,7 @@ class Shard:
         weights = self._weights()
         self._addresses = [p.data_ptr() for p in weights]
         self._orders = [axes_in_memory(p) for p in weights]
+        self._is_straight = [order == sorted(order) for order in self._orders]
         flat = [storage_order(p.detach()) for p in weights]
         self._cut_state([cast(list[Tensor], cut(flat, pieces)) for pieces in self._owned])
         self.exchange: Exchange | None = None
@@ -299,7 +300,11 @@ class Shard:
         self._copy_share(i, flat, self.owned_moment(i, name))
 
     def as_laid_out(self, i: int, tensor: Tensor) -> Tensor:
-        """``tensor``, of the shape of parameter ``i``, as 1-D in the order that the parameter's memory had then."""
+        """``tensor``, of the shape of parameter ``i``, as 1-D in the order of `order_of`. A view, or a copy."""
+        if tensor.ndim == 1:
+            return tensor if tensor.is_contiguous() else tensor.reshape(-1)
+        if self._is_straight[i]:
+            return tensor.reshape(-1)
         return tensor.permute(self._orders[i]).reshape(-1)
 
     def from_laid_out(self, i: int, flat: Tensor) -> Tensor:

@@ -300,6 +300,17 @@ SCRIPTS: dict[str, tuple[dict[str, Any], str]] = {
         optimizer.step()
         """,
     ),
+    "another memory format, and two updates by the same gradients": (
+        {"attached": True, "overlap": False},
+        """
+        model.a.data = model.a.data.t().contiguous().t()
+        wrap()
+        backward(1)
+        model.a.data = model.a.data.contiguous()
+        optimizer.step()
+        optimizer.step()
+        """,
+    ),
     "an optimizer replaced while its last update travels": (
         DEFERRED,
         """

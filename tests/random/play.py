@@ -221,6 +221,7 @@ class _Play:
         Ranks do not wait for each other here, as they would not in a training script.
         """
         acts = self.sequence.acts[i:]
+        self.ours.is_alone = True
         error = attempt(self.ours, acts[0].text) if self.ours.rank == 1 else None
         for act in acts[1:]:
             error = error or attempt(self.ours, act.text)

@@ -92,10 +92,10 @@ class Reference(torch.optim.AdamW):
             return nn.utils.clip_grad_norm_(self.all_params(), max_norm)
         grads = [param.grad for param in self.all_params() if param.grad is not None]
         norm = torch.stack([grad.double().square().sum() for grad in grads]).sum().sqrt() if grads else torch.zeros(())
-        if norm > max_norm:
+        if (factor := (max_norm / (norm + 1e-6)).float()) < 1:  # also where the norm is max_norm
             self.rough = True
             for grad in grads:
-                grad.mul_((max_norm / (norm + 1e-6)).float())
+                grad.mul_(factor)
         return norm.float()
 
     # ------------------------------------------------------------ the update

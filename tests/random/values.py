@@ -67,10 +67,12 @@ class Values(Draft):
         name, seed = self.name(), self.seed()
         of = f"model.{name}"
         there = f"if {of}.grad is not None: "
+        # DDP itself sends what its bucket holds, and not what such a gradient is.
+        memory = [] if self.way.get("ddp") and not self.attached else [f"{there}{of}.grad.data = noise({of}, {seed})"]
         text = self.one_of(
+            *memory,
             f"{there}{of}.grad.mul_(0.5)",
             f"{there}{of}.grad = {of}.grad * 0.5",
-            f"{there}{of}.grad.data = noise({of}, {seed})",
             f"{there}{of}.grad.data.mul_(0.5)",
             f"{there}{of}.grad.data.copy_(noise({of}, {seed}))",
             f"{there}{of}.grad.zero_()",

@@ -58,6 +58,7 @@ class World:
         self.sequence, self.folder, self.group = sequence, folder, group
         self.rank = 0 if sequence.ranks == 1 else dist.get_rank()
         self.saved = 0
+        self.is_alone = False  # whether one rank has done what others have not
         self.averaged = self.local = False  # gradients of this round
         model = Model(sequence.exact, self.rank)
         for name, spec in sequence.params.items():
@@ -128,7 +129,7 @@ class World:
 
     def check_order(self, sync: bool, unused: tuple[str, ...]) -> None:
         """Refuse scripts that DDP's users must not write, and sums that are rounded in an order of their own."""
-        if sync and self.sequence.way.get("ddp"):
+        if sync and self.sequence.way.get("ddp") and not self.is_alone:
             used = [name for name, p in self.model.named_parameters() if p.requires_grad and id(p) in self.wrapped]
             said = torch.tensor([not set(used) <= set(unused), bool(set(used) <= set(unused))], dtype=torch.int32)
             dist.all_reduce(said, op=dist.ReduceOp.MAX, group=self.group)
