@@ -164,7 +164,8 @@ class _Play:
             if theirs.is_of_script and act.may_refuse:
                 return None
             return Failure("torch refuses", i, str(theirs))
-        if act.label == "step second" or (act.label == "step" and self.ours.names["second"] is None):
+        is_update = act.label == "step" and self.updates() != before  # without a gradient nothing is looked at
+        if act.label == "step second" or (is_update and self.ours.names["second"] is None):
             self.risks = []
         if act.label == "step":
             self.outcome.updates += 1
