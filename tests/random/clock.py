@@ -85,7 +85,10 @@ def on_ranks(world: int, programs: list[Program], folders: list[str], number: in
     if world == 1:
         return [[job_or_error(p, number, f)] for p, f in zip(programs, folders, strict=True)]
     if number == 0:
-        answers = run_ranks(world, first_jobs, programs, folders, timeout=60 + len(programs))
+        # Each loop starts its workers, which import torch.
+        with_workers = sum(bool(p["data"].get("workers")) for p in programs)
+        limit = 60 + len(programs) + 120 * with_workers
+        answers = run_ranks(world, first_jobs, programs, folders, timeout=limit)
         return [list(logs) for logs in zip(*answers, strict=True)]
     return [run_ranks(world, job_or_error, p, number, f) for p, f in zip(programs, folders, strict=True)]
 
