@@ -16,6 +16,7 @@ from dist_adamw import collectives
 
 _NAMES = ("lr", "eps", "weight_decay", "amsgrad", "maximize", "betas")
 _options = operator.itemgetter(*_NAMES)
+_chain = itertools.chain.from_iterable
 # Types whose hash is the same in every process: not str, whose hash is salted, nor None, whose hash was an address.
 _HASHED_ALIKE = frozenset({float, int, bool})
 
@@ -24,26 +25,27 @@ class OptionsDigest:
     """62 bits of the hyper-parameters of parameter groups, and of some more numbers.
 
     A tensor counts by its value where it lies on a CPU, and by its device elsewhere: reading it would make the host
-    wait. Plain numbers are compared with those of the last time, and hashed only where they differ. Both run in C.
+    wait. Plain numbers are hashed only where they are other objects than the last time. Both run in C.
     """
 
-    _last: tuple[Any, ...] | None = None  # plain numbers: a tensor may change in place
+    _last: tuple[tuple[Any, ...], ...] = ()  # plain numbers: a tensor, or a list of betas, may change in place
     _digest = 0
 
     def of(self, groups: Sequence[Mapping[str, Any]], more: tuple[float, ...]) -> int:
         """The digest of ``groups`` as they are now. Local."""
         try:
             values = (more, *map(_options, groups))
-            if values == self._last:
+            if len(values) == len(self._last) and all(map(operator.is_, *map(_chain, (values, self._last)))):
                 return self._digest
-            flat = [*more, *itertools.chain.from_iterable(map(_scalars_and_betas, values[1:]))]
+            flat = [*more, *_chain(map(_scalars_and_betas, values[1:]))]
             is_plain = _HASHED_ALIKE.issuperset(map(type, flat))
         except (KeyError, TypeError):  # a group without an option, or betas that are no pair: the update will say so
             is_plain = False
         if is_plain:
-            self._last, self._digest = values, hash(tuple(flat)) & (1 << 62) - 1
+            is_lasting = all(type(options[-1]) is tuple for options in values[1:])
+            self._last, self._digest = values if is_lasting else (), hash(tuple(flat)) & (1 << 62) - 1
         else:
-            self._last = None
+            self._last = ()
             self._digest = collectives.fingerprint({**describe_options(groups), "": list(more)})
         return self._digest
 

@@ -140,13 +140,18 @@ def test_only_the_ranks_of_a_mesh_are_asked() -> None:
 
 # ---------------------------------------------------------------- changed later, by one rank alone
 
+
+def halve_lr(optimizer: DistAdamW) -> None:
+    optimizer.param_groups[0]["lr"] *= 0.5  # a tensor in place
+
+
 CHANGES: dict[str, Callable[[DistAdamW], Any]] = {
     "lr of group 1": lambda optimizer: optimizer.param_groups[1].update(lr=0.5),
     "betas of group 0": lambda optimizer: optimizer.param_groups[0].update(betas=[0.5, 0.9]),
     "weight_decay of group 0": lambda optimizer: optimizer.param_groups[0].update(weight_decay=0.5),
     "eps of group 1": lambda optimizer: optimizer.param_groups[1].update(eps=0.5),
     "maximize of group 0": lambda optimizer: optimizer.param_groups[0].update(maximize=True),
-    "lr of group 0": lambda optimizer: optimizer.param_groups[0]["lr"].mul_(0.5),
+    "lr of group 0": halve_lr,
     "max_grad_norm": lambda optimizer: setattr(optimizer, "max_grad_norm", 1.0),
 }
 WAYS: list[dict[str, Any]] = [
@@ -157,6 +162,9 @@ WAYS: list[dict[str, Any]] = [
     {"ddp": True, "whole": True},
     {"ddp": True, "attached": False},
     {"attached": False},
+    {"numbers": True},
+    {"numbers": True, "attached": False},
+    {"numbers": True, "reduce_every_backward": True},
 ]
 
 
@@ -164,7 +172,8 @@ def job_of(way: dict[str, Any]) -> tuple[nn.Module, DistAdamW]:
     way = dict(way)
     model: nn.Module = model_of_two_layers()
     first, last = [*model[0].parameters()], [*model[2].parameters()]
-    optimizer = DistAdamW([{"params": first, "lr": torch.tensor(0.1)}, {"params": last}])
+    lr = 0.1 if way.pop("numbers", False) else torch.tensor(0.1)  # digests of numbers alone are made in another way
+    optimizer = DistAdamW([{"params": first, "lr": lr}, {"params": last}])
     if way.pop("ddp", False):
         model = DistributedDataParallel(model)
     way.pop("whole", None)
