@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 from pathlib import Path
 
 import pytest
+from torch import nn
 
-from dist_adamw import RestartSchedule
+from dist_adamw import CyclicLRWithRestarts, DistAdamW, RestartSchedule
 from dist_adamw.preview import training_end
 from tests.conftest import ROOT
 
@@ -56,6 +58,33 @@ def test_the_default_configuration_is_the_one_in_the_code(tmp_path: Path) -> Non
     from options import Config, parse
 
     assert parse(["--config", str(ROOT / "configs/train/small.yaml")]) == Config()
+
+
+@pytest.mark.parametrize("epoch_size", [1000, 1001, 1_281_167])
+@pytest.mark.parametrize("path", sorted((ROOT / "configs/train").glob("*.yaml")), ids=lambda p: p.stem)
+def test_training_by_a_configuration_ends_at_a_cycles_end(path: Path, epoch_size: int) -> None:
+    from options import parse
+
+    recipe = parse(["--config", str(path)]).recipe
+    scheduler = recipe.make_scheduler(recipe.make_optimizer(nn.Linear(2, 2)))
+    scheduler.batch_size, scheduler.epoch_size = recipe.global_batch, epoch_size
+    last = scheduler.preview(cycles=recipe.cycles).rows[-1]
+    end = last.first_sample + last.samples  # train.py goes on until then
+    samples = -(-end // recipe.global_batch) * recipe.global_batch
+    reached = training_end(scheduler.schedule, samples)
+    assert reached.is_at_cycle_end
+    assert reached.cycle == recipe.cycles - 1
+
+
+def test_the_recipe_of_the_json_ends_at_a_cycles_end() -> None:
+    """train_json.py trains to the end of so many cycles, as train.py does."""
+    told = json.loads((ROOT / "configs/deepspeed/adamwr_zero2.json").read_text())["scheduler"]["params"]
+    optimizer = DistAdamW(nn.Linear(2, 2).parameters())
+    scheduler = CyclicLRWithRestarts(optimizer, **{**told, "batch_size": 16, "epoch_size": 2000})
+    for cycles in (1, 2, 3):
+        last = scheduler.preview(cycles=cycles).rows[-1]
+        samples = -(-(last.first_sample + last.samples) // 16) * 16
+        assert training_end(scheduler.schedule, samples).is_at_cycle_end
 
 
 def test_the_recipes_of_the_readme_end_at_a_cycles_end() -> None:

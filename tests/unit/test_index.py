@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
-from dist_adamw.index import INDEX, CheckpointError, damage, read_index
+from dist_adamw.index import INDEX, CheckpointError, check_tensors, damage, read_index
 from dist_adamw.storage import Writer
 from tests.fuzz.mutations import reseal_index
 from tests.unit.test_storage import save
@@ -110,6 +110,14 @@ def test_an_index_that_could_not_be_read_is_not_written(folder: Path, monkeypatc
     with pytest.raises(CheckpointException, match=f"cannot be written: {GAPS}"):
         save(folder, {"x": torch.arange(24.0).view(4, 6)})
     assert (folder / INDEX).read_bytes() == before
+
+
+def test_what_no_file_holds_is_refused_before_any_rank_writes() -> None:
+    check_tensors([("x", torch.float32, (2,), 1)], {})
+    with pytest.raises(CheckpointError, match=r"'x' is torch\.complex64, which safetensors files here do not hold"):
+        check_tensors([("x", torch.complex64, (2,), 1)], {})
+    with pytest.raises(CheckpointError, match=r"'x' has shape \[2305843009213693952, 8\], and no load would take it"):
+        check_tensors([("x", torch.float32, (1 << 61, 8), 1)], {})
 
 
 @pytest.mark.parametrize("key", ["about", "save", "files"])
