@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dist_adamw import DistAdamW, load, save
+from dist_adamw import AgreementError, DistAdamW, load, save
 from tests.distributed.test_attach import averaged
 from tests.ranks import expect_error_on_all, run_ranks
 
@@ -227,6 +227,33 @@ def test_a_rank_that_does_it_alone_is_an_error_on_all(way: str, what: str) -> No
             continue  # seen before, in the message that goes with gradients
         assert "AgreementError: rank 1 disagrees with rank 0" in error
         assert "what was changed in optimizer.param_groups and state is 'nothing' on rank 0" in error
+
+
+def check_empty_share_replaced() -> list[str]:
+    """Rank 0 has nothing of ``scale``, and replaces what it has of its state; then rank 1 does."""
+    said = []
+    for alone in (0, 1):
+        pair = Pair("none")
+        pair.train(range(2))
+        state = pair.optimizer.state[pair.model.scale]
+        assert state["exp_avg"].numel() == dist.get_rank()
+        if dist.get_rank() == alone:
+            state["exp_avg"].data = torch.zeros_like(state["exp_avg"])
+        for param in pair.model.parameters():
+            param.grad = torch.ones_like(param)
+        with pytest.raises(AgreementError) as raised:
+            pair.optimizer.step()
+        said.append(str(raised.value))
+        dist.barrier()
+    return said
+
+
+def test_memory_of_an_empty_share_that_one_rank_alone_replaced_is_an_error_on_all() -> None:
+    first, other = run_ranks(2, check_empty_share_replaced)
+    assert first == other
+    for text, other_rank in zip(first, (1, 0), strict=True):
+        assert "parameter 2 of group 1 has another exp_avg'" in text, text
+        assert f"'nothing' on rank {other_rank}" in text, text
 
 
 def check_state_dict() -> None:
