@@ -9,7 +9,7 @@ The rule. Rows of a batch count once, in the update that their first backward pa
 2. A backward pass reaches a parameter of this optimizer: of every loader, the oldest batch in hand is *accumulated*.
 3. A loader hands out the next batch: the one before is dropped if no backward pass has taken it, unless the script
    still has it (a loop that fetches several batches ahead). A batch of an iteration that has ended (``break``,
-   ``next(iter(loader))``) stays in hand until any loader hands out a batch.
+   ``next(iter(loader))``) stays in hand until any loader hands out a batch where gradients are enabled.
 4. ``zero_grad()``, or gradients that are gone at the next backward pass: what was accumulated is dropped. Of it, a
    batch that is still the newest of its loader is in hand again (SAM, a second try).
 5. An update takes what is accumulated, summed over the data-parallel ranks. A skipped update is as 4.

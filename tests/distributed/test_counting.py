@@ -169,6 +169,16 @@ def test_batches_that_are_not_trained_on_do_not_count() -> None:
     assert loop.train(next(batches)) == 8
 
 
+def test_an_evaluation_without_gradients_drops_no_batch() -> None:
+    """Also where the iteration that the batch came from has ended."""
+    loop = Loop(rows(8))
+    other = loop.accelerator.prepare(DataLoader(rows(9), 3))
+    batch = next(iter(loop.loader))
+    with torch.no_grad():
+        list(other)
+    assert loop.train(batch) == 4
+
+
 def test_batches_that_are_fetched_ahead_count_one_by_one() -> None:
     loop = Loop(rows(10))
     ahead = list(loop.loader)
