@@ -1,4 +1,4 @@
-"""What users do between updates, on two ranks: scripts that went wrong once.
+"""What users do between updates, on two ranks: scripts that went wrong once, and a few random ones.
 
 ``python -m tests.random.optimizer --ranks 2`` draws others.
 """
@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from tests.random.optimizer import outcomes_of
+from tests.random.actions import draw
+from tests.random.optimizer import judge, outcomes_of
 from tests.random.script import Act, Sequence, Spec
 
 PLAIN: dict[str, Any] = {"attached": True}
@@ -380,3 +381,19 @@ def test_gradients_that_are_local_cannot_be_accepted(tmp_path: Path) -> None:
     (outcome,) = outcomes_of([Sequence("accept", TWO, groups, {}, acts, ranks=2, way=ASIDE)], tmp_path)
     assert outcome.failure is None, outcome.failure
     assert any(text.startswith("accept_gradients() of gradients") for text in outcome.sentences)
+
+
+SEED, SEQUENCES = 3, 12
+
+
+def test_random_sequences(tmp_path: Path) -> None:
+    tally = judge([draw(SEED, number, 2) for number in range(SEQUENCES)], tmp_path)
+    again = f"python -m tests.random.optimizer --seed {SEED} --sequences {SEQUENCES} --ranks 2"
+    print(again)
+    for sequence, failure in tally.failures[:1]:
+        text = f"{sequence.readable()}\n=> {failure.kind} at act {failure.act}: {failure.what}"
+        raise AssertionError(f"{len(tally.failures)} of `{again}` differ, one of them:\n{text}")
+    assert tally.sequences == SEQUENCES
+    assert tally.updates > 3 * SEQUENCES
+    assert sum(tally.sentences.values()) > 5
+    assert not tally.invalid
