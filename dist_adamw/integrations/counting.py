@@ -12,7 +12,8 @@ The rule. Rows of a batch count once, in the update that their first backward pa
    ``next(iter(loader))``) stays in hand until any loader hands out a batch where gradients are enabled.
 4. ``zero_grad()``, or gradients that are gone at the next backward pass: what was accumulated is dropped. Of it, a
    batch that is still the newest of its loader is in hand again (SAM, a second try).
-5. An update takes what is accumulated, summed over the data-parallel ranks. A skipped update is as 4.
+5. An update takes what is accumulated, summed over the data-parallel ranks. A skipped update is as 4. After a
+   ``step()`` that raised, what was accumulated still is.
 
 No observation tells a batch that a loop evaluates with gradients enabled, between a training batch and its backward
 pass, from one of a second loader that is trained on jointly: such an evaluation adds its last batch. Write
@@ -156,7 +157,7 @@ class SampleCounter:
     def poll(self) -> None:
         """See whether a backward pass has reached a parameter since the last call. Local."""
         if self._stepping:
-            self.returned_unapplied()
+            self._step_has_raised()
         is_reached = bool(self._backwards)
         if self._are_gone or (self._accumulated and self._gradients_are_gone()):
             self._drop_accumulated()
@@ -300,6 +301,14 @@ class SampleCounter:
         """The update was skipped: its rows do not count, unless their batch is trained on again. Local."""
         self._take_back(self._stepping)
         self._stepping, self._count = [], None
+
+    def _step_has_raised(self) -> None:
+        """``step`` neither applied nor skipped the update: its gradients are still there."""
+        for entry in self._stepping:
+            entry.is_done = False
+        self._accumulated = [*self._stepping, *self._accumulated]
+        self._stepping, self._count = [], None
+        self._watch_gradients()
 
     # ---------------------------------------------------------------- for checkpoints and loops
 

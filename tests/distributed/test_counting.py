@@ -185,6 +185,40 @@ def test_batches_that_are_fetched_ahead_count_one_by_one() -> None:
     assert [loop.train(batch) for batch in ahead] == [4, 8, 10]
 
 
+def raising(loop: Loop, batch: Any, optimizer: Any) -> None:
+    """A micro-batch whose ``step`` raises; the script mends what was wrong, and goes on."""
+    loop.accelerator.backward(loop.model(batch[0]).mean())
+    param = optimizer.param_groups[0]["params"][0]
+    entry = optimizer.state.pop(param)
+    optimizer.state[param] = {"step": 1.0, "exp_avg": torch.zeros(3)}
+    with pytest.raises(ValueError, match="has 'exp_avg' of parameter 0"):
+        optimizer.step()
+    optimizer.state[param] = entry
+
+
+@pytest.mark.parametrize(
+    ("then", "samples"),
+    [("step", 8), ("zero_grad, next", 8), ("zero_grad, same", 8), ("next", 12), ("same", 8)],
+)
+def test_a_step_that_raised_and_what_the_script_does_then(then: str, samples: int) -> None:
+    """Rows count once, with the update that their gradients went into."""
+    loop = Loop(rows(24))
+    batches = iter(loop.loader)
+    loop.train(next(batches))
+    raising(loop, batch := next(batches), loop.optimizer)
+    if then.startswith("zero_grad"):
+        loop.optimizer.zero_grad()
+    if then.endswith("next"):
+        batch = next(batches)
+    if then != "step":
+        loop.accelerator.backward(loop.model(batch[0]).mean())
+    loop.optimizer.step()
+    loop.scheduler.step()
+    loop.optimizer.zero_grad()
+    assert loop.scheduler.samples == samples
+    assert loop.train(next(batches)) == samples + 4
+
+
 # Loaders with even_batches=False on two ranks, and the clock after an epoch; None: the ranks have different numbers of
 # batches. Accelerate fills up iterable data, and what rank 0 reads for all ranks.
 UNEVEN: list[tuple[dict[str, Any], int, int, bool, int | None]] = [

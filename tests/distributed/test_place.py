@@ -85,6 +85,23 @@ def test_the_batch_in_hand_comes_again(loop: str, accumulation: int, tmp_path: P
     assert resumed.scheduler.samples == 80
 
 
+def test_a_batch_whose_step_raised_comes_again(tmp_path: Path) -> None:
+    """A script that saves when an error ends it."""
+    job = Job()
+    batches = iter(job.loader)
+    seen = job.train(next(batches))
+    batch = next(batches)
+    job.accelerator.backward(job.model(batch[0]).mean())
+    entries, job.optimizer.state = job.optimizer.state, {job.model.weight: {"step": 1.0}}
+    with pytest.raises(ValueError, match="has 'exp_avg' of parameter 0"):
+        job.optimizer.step()
+    job.optimizer.state = entries
+    job.save(tmp_path)
+    again = Job(folder=tmp_path)
+    assert again.scheduler.samples == 4
+    assert sorted(seen + again.epoch(rest_of_epoch(again.loader))) == list(range(40))
+
+
 def test_skip_first_batches_of_the_script_repeats_nothing(tmp_path: Path) -> None:
     job = Job()
     job.epoch(job.loader)
