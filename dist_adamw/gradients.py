@@ -584,6 +584,8 @@ class GradientPath:
             if self._queued:  # the last backward was broken off
                 self._queued = False
                 self._land()
+            if not self._plan.shards:
+                self._shards()  # state that is none is refused here: an error in the middle of backward breaks DDP
             # Other ranks may not have changed theirs, and would wait: `complete` tells all of them.
             self._was_changed = self._was_changed or (self._watch.changed() and self._any_nonzero())
             self._forget_arrivals()

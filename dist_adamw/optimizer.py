@@ -937,7 +937,8 @@ class DistAdamW(Optimizer):
     def _find_changes(self) -> Changes:
         are_local = self._path is not None and not self._path.is_whole
         shards = [*self.shards, *self._aside]
-        return find_changes(self.param_groups, self.state, shards, self._shown, are_local=are_local)
+        may_wait = self.process_group is None
+        return find_changes(self.param_groups, self.state, shards, self._shown, are_local=are_local, may_wait=may_wait)
 
     def _apply_changes(self, changed: bool, *, newcomers: bool, is_agreed: bool = False) -> None:
         """Follow the user's changes; where state is sharded, once all ranks are known to have made the same.

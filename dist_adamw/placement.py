@@ -212,12 +212,14 @@ def find_changes(
     shown: Mapping[int, Shown],
     *,
     are_local: bool = False,
+    may_wait: bool = False,
 ) -> Changes:
     """Compare ``groups`` and ``state`` with what ``shards`` have shown there. Local; changes nothing.
 
     Args:
         shown: By id of the parameter, what its entry in ``state`` was given.
         are_local: A gradient that one rank has will be averaged over all: it is nothing in which ranks differ.
+        may_wait: A parameter whose state was taken away has none until its next gradient, as in torch.
 
     Raises:
         ValueError: the user put something into ``state`` that is no state of the parameter, or that is another's.
@@ -234,6 +236,9 @@ def find_changes(
                 found.arrangement.append(f"{name} is {list(param.shape)} {param.dtype}")
                 if are_local or param.grad is not None or entry:
                     found.described.append(f"{name} is new: {list(param.shape)} {param.dtype}")
+                continue
+            if may_wait and not entry and param.grad is None:
+                found.described.append(f"{name} has no state")
                 continue
             home[0].check_numel(home[1])
             if entry and group["amsgrad"] != home[0].has_maxima:

@@ -37,6 +37,7 @@ class Draft:
         self.has_second = False
         self.kept: set[str] = set()  # what the script has put aside
         self.looks = 0.5 if self.way.get("defer_gather") else 0.8
+        self.hooked: set[str] = set()  # parameters with a hook that runs after backward passes which reach them
         self.is_new = False  # an optimizer that is not attached yet: nothing averages what DDP does not know
         self.between = True  # whether the last thing was an update, not a backward pass
 

@@ -258,13 +258,22 @@ class Groups(Draft):
             return
         if "state_dict" not in self.kept:
             self.kept.add("state_dict")
-            self.act("keep state dict", "saved_before = copy.deepcopy(optimizer.state_dict())")
+            # Remainders are worth something beside the weights that they are the rest of.
+            weights = "\nsaved_weights = {n: p.detach().clone() for n, p in model.named_parameters()}"
+            self.act(
+                "keep state dict",
+                f"saved_before = copy.deepcopy(optimizer.state_dict()){weights if self.mode == 'int16' else ''}",
+            )
             return
+        weights = (
+            "\n    for n, p in model.named_parameters():\n"
+            "        if n in saved_weights and p.shape == saved_weights[n].shape: p.data.copy_(saved_weights[n])"
+        )
         self.act(
             "go back to state dict",
             "if [len(g['params']) for g in saved_before['param_groups']] == "
             "[len(g['params']) for g in optimizer.param_groups]:\n"
-            "    optimizer.load_state_dict(copy.deepcopy(saved_before))",
+            f"    optimizer.load_state_dict(copy.deepcopy(saved_before)){weights if self.mode == 'int16' else ''}",
             may_refuse=True,  # of a parameter that has another shape since; torch's next update would read beyond it
         )
 

@@ -22,7 +22,7 @@ from tests.random.actions import BETWEEN, GRADIENTS, draw
 from tests.random.play import Failure, Outcome, play, play_on_ranks
 from tests.random.script import Sequence
 from tests.random.shrink import shrink
-from tests.ranks import RankError, run_ranks
+from tests.ranks import RankError, end_pool, run_ranks
 
 TOGETHER = 20  # sequences in a job of several ranks
 TIMEOUT = 120.0  # of such a job
@@ -95,7 +95,10 @@ def judge(sequences: list[Sequence], folder: Path, progress: object = None) -> T
     size = 1 if sequences[0].ranks == 1 else TOGETHER
     batches = [others[i : i + size] for i in range(0, len(others), size)] + [[s] for s in alone]
     for batch in batches:
-        for sequence, outcome in zip(batch, outcomes_of(batch, folder), strict=True):
+        outcomes = outcomes_of(batch, folder)
+        if batch[0] in alone:
+            end_pool(batch[0].ranks)
+        for sequence, outcome in zip(batch, outcomes, strict=True):
             tally.add(outcome)
             if outcome.failure is not None:
                 tally.failures.append((sequence, outcome.failure))

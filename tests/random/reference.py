@@ -148,6 +148,13 @@ class Reference(torch.optim.AdamW):
         self.updates += 1
         return loss
 
+    def state_dict(self) -> Any:
+        """torch's, which fails while ``state`` has parameters that are in no group."""
+        here = {id(param) for param in self.all_params()}
+        for param in [param for param, state in self.state.items() if id(param) not in here and state.get("step") == 0]:
+            del self.state[param]  # zeros of a skipped update, which ours takes back when the parameter leaves
+        return super().state_dict()
+
     def _begin_state(self, params: list[Tensor]) -> None:
         """What torch's fused update leaves where a GradScaler has found that gradients are infinite: zeros."""
         amsgrad = {id(param): group["amsgrad"] for group in self.param_groups for param in group["params"]}

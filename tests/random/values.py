@@ -117,12 +117,14 @@ class Values(Draft):
         self.act("inf gradient", f"if {of}.grad is not None: {of}.grad.fill_(float('inf'))")
 
     def hook(self) -> None:
-        of = f"model.{self.name()}"
+        name = self.name()
+        of = f"model.{name}"
         hooked = f"if {of}.requires_grad: {of}."
         if self.rng.random() < 0.5:
             self.act("gradient hook", f"{hooked}register_hook(lambda grad: grad * 0.5)")
         elif not self.every:
             handle = f"handle_{self.seed()}"
+            self.hooked.add(name)
             self.act(
                 "gradient hook",
                 f"if {of}.requires_grad: {handle} = {of}.register_post_accumulate_grad_hook(halve)",
