@@ -102,6 +102,26 @@ def test_a_batch_whose_step_raised_comes_again(tmp_path: Path) -> None:
     assert sorted(seen + again.epoch(rest_of_epoch(again.loader))) == list(range(40))
 
 
+@pytest.mark.parametrize("drops", [True, False], ids=["zero_grad", "no zero_grad"])
+def test_the_batch_of_an_update_that_was_skipped_does_not_come_again(drops: bool, tmp_path: Path) -> None:
+    """Its update was tried: it counts no samples, and need not be tried again."""
+    job = Job()
+    job.optimizer.optimizer.max_grad_norm = 1.0  # an update by a norm that is not finite is skipped
+    batches = iter(job.loader)
+    seen = job.train(next(batches))
+    batch = next(batches)
+    job.accelerator.backward(job.model(batch[0]).mean() * float("nan"))
+    job.optimizer.step()
+    job.scheduler.step()
+    assert job.optimizer.optimizer.step_was_skipped
+    if drops:
+        job.optimizer.zero_grad()
+    job.save(tmp_path)
+    again = Job(folder=tmp_path)
+    assert again.scheduler.samples == 4
+    assert sorted(seen + ids(batch) + again.epoch(rest_of_epoch(again.loader))) == list(range(40))
+
+
 def test_skip_first_batches_of_the_script_repeats_nothing(tmp_path: Path) -> None:
     job = Job()
     job.epoch(job.loader)
