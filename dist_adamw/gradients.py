@@ -370,11 +370,16 @@ class GradientPath:
             return
         if self.overlap and self._ddp_only:
             self._launch_ready(may_wait=True)
-        elif self.overlap and not self._are_copied:
+        elif self.overlap and not self._waits_for_ddp():
             self._launch_rest()
         self._land()
         # DDP may have its own to do now, so this comes last.
         torch.autograd.Variable._execution_engine.queue_callback(self._begin_watch)
+
+    def _waits_for_ddp(self) -> bool:
+        """Whether DDP sets gradients when backward is over, which must be those that it expects to find."""
+        reducers = filter(None, (ref() for ref in self._reducers))
+        return self._are_copied or (not self._ddp_only and any(not reducer.stood_aside for reducer in reducers))
 
     def _accumulates(self) -> bool:
         """Whether the pass that autograd is running adds to ``param.grad`` of some parameter of the attached modules.
@@ -390,7 +395,7 @@ class GradientPath:
     @torch.no_grad()
     def _begin_watch(self) -> None:
         """Remember the gradients as they are, to see whether they are changed before the update."""
-        if self.overlap and self._are_copied:  # by now
+        if self.overlap and self._waits_for_ddp():  # it has done its part by now
             if not self._ddp_only:
                 self._launch_rest()
             elif all(grad is not None for grad in map(_gradient, self._plan.params)):
@@ -625,12 +630,14 @@ class GradientPath:
         The owner keeps W times the average and the others keep zero, so that one more round adds
         what is new, and nothing is counted twice.
         """
-        sent: Set[int] = set(self._late)
-        for members in self._plan.members[: self._next]:
-            sent |= members
+        # A parameter that lies in several buckets may have been sent in part.
+        launched = {(id(shard), k) for shard, k in self._plan.order[: self._next]}
+        is_laid_out_again = set(map(id, self._owners)) != set(map(id, self._plan.shards))  # and all has been sent
         for shard in self._shards():
             assert shard.exchange is not None
             for k in range(shard.layout.num_buckets):
+                was_sent = is_laid_out_again or (id(shard), k) in launched
+                sent = self._late | self._plan.buckets_of.keys() if was_sent else self._late
                 for r in range(shard.layout.world_size):
                     for piece in shard.layout.pieces(*shard.layout.slice_of(k, r)):
                         param = shard.params[piece.param]
@@ -1008,7 +1015,7 @@ class GradientPath:
         """
         are_local = not self._are_sorted and (
             self._next < len(self._plan.order)
-            or any(p.grad is not None and id(p) not in self._plan.buckets_of for p in self._watched())
+            or any(p.grad is not None and p.numel() and id(p) not in self._plan.buckets_of for p in self._watched())
         )
         if are_local and (self._was_changed or self._watch.changed()):
             raise RuntimeError(

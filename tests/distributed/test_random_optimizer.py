@@ -312,6 +312,50 @@ SCRIPTS: dict[str, tuple[dict[str, Any], str]] = {
         optimizer.step()
         """,
     ),
+    "zeros for a parameter that DDP has in its buckets": (
+        ASIDE,
+        """
+        model.c = parameter(Spec((31,)), 4)
+        optimizer.param_groups[0]['params'].append(model.c)
+        wrap()
+        model.a.requires_grad_(False)
+        backward(4)
+        del optimizer.param_groups[1]
+        wrap()
+        optimizer.zero_grad()
+        backward(5, unused=('c',) if rank else ())
+        optimizer.step()
+        """,
+    ),
+    "a parameter of several buckets, of which some have been sent": (
+        BUCKETS,
+        """
+        optimizer = make([{'params': [model.b, model.a], 'lr': 0.01}])
+        optimizer.bucket_numel = 64
+        wrap()
+        backward(1)
+        optimizer.step()
+        optimizer.zero_grad()
+        model.b.requires_grad_(False)
+        model.b.grad = None
+        wrap()
+        backward(2)
+        backward(3)
+        optimizer.step()
+        """,
+    ),
+    "a gradient without elements on one rank alone, and gradients that are changed": (
+        ASIDE,
+        """
+        model.c = parameter(Spec((0,)), 4)
+        optimizer.param_groups[0]['params'].append(model.c)
+        wrap()
+        backward(1, unused=('c',) if rank else ())
+        for p in model.parameters(): p.grad = p.grad if p.grad is None else p.grad.mul_(0.5)
+        optimizer.accept_gradients()
+        optimizer.step()
+        """,
+    ),
     "an optimizer replaced while its last update travels": (
         DEFERRED,
         """

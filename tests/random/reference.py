@@ -62,6 +62,9 @@ class Reference(torch.optim.AdamW):
         super().__init__(params, fused=True, **options)
 
     def __getstate__(self) -> dict[str, Any]:
+        for param, state in self.state.items():  # what was written to the weights is in the masters of a pickle
+            if state.get("master") is not None:
+                state["master"] = self.effective_weight(param).clone()
         kept = ("max_grad_norm", "master_dtype", "state_dtype", "inexact", "rough", "is_attached", "updates")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in kept}}
 
@@ -219,9 +222,18 @@ class Reference(torch.optim.AdamW):
                 dtype = self.state_dtype or (torch.float32 if kept else param.dtype)
                 state["step"] = inner.state[weight]["step"]
                 for key in MOMENTS[: 2 + group["amsgrad"]]:
-                    state[key] = inner.state[weight][key].to(dtype)
+                    _write(state, key, inner.state[weight][key].to(dtype))
                 if kept:
-                    state["master"] = weight.detach()
+                    _write(state, "master", weight.detach())
                     param.copy_(self.rounded(weight.detach(), param))
                 else:
                     param.copy_(weight)
+
+
+def _write(state: dict[str, Any], key: str, value: Tensor) -> None:
+    """As torch's update does: into the tensor that is there, which a script may hold."""
+    there = state.get(key)
+    if there is not None and (there.shape, there.dtype, there.stride()) == (value.shape, value.dtype, value.stride()):
+        there.copy_(value)
+    else:
+        state[key] = value

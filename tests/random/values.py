@@ -215,7 +215,7 @@ class Values(Draft):
             self.kept.add("state")
             self.act(
                 "keep state",
-                "kept = {p: {k: v.clone() for k, v in s.items()} for p, s in optimizer.state.items() if s}",
+                "kept = {p: {k: v.clone() for k, v in s.items()} for p, s in optimizer.state.items() if s.get('step')}",
             )
             return
         self.act(
