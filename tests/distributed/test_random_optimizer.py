@@ -330,7 +330,8 @@ SCRIPTS: dict[str, tuple[dict[str, Any], str]] = {
     "a parameter of several buckets, of which some have been sent": (
         BUCKETS,
         """
-        optimizer = make([{'params': [model.b, model.a], 'lr': 0.01}])
+        model.a = parameter(Spec((129,)), 4)
+        optimizer = make([{'params': [model.b, model.a], 'lr': 0.01, 'eps': 0.1}])
         optimizer.bucket_numel = 64
         wrap()
         backward(1)
