@@ -302,6 +302,7 @@ class GradientPath:
         """The gradients of one of DDP's buckets are there; launch what can be. Collective."""
         if not self._queued:
             self.begin()
+        self._announce()  # also where nothing is launched: DDP waits for its ranks when backward is over
         if packed is None:
             return
         if packed.plan is not self._plan:
@@ -473,11 +474,9 @@ class GradientPath:
         assert shard.exchange is not None
         if len(self._travelling) == UNDER_WAY:
             self._land(1)
-        if self._rollcall is not None and not self._announced:
-            self._announced = True
-            self._rollcall.post([_ROUND, self._number, self._params_digest])
-            if self._is_news:  # buckets of other sizes would end the process
-                self._hear(self._rollcall)
+        self._announce()
+        if self._is_news and self._rollcall is not None and self._rollcall.is_under_way:
+            self._hear(self._rollcall)  # buckets of other sizes would end the process
         self._travelling.append((shard, shard.exchange.start_reduce(k, self._flat[id(shard)])))
 
     @torch.no_grad()
@@ -541,11 +540,15 @@ class GradientPath:
         """
         if self._rollcall is None or not self._queued:
             return
-        if not self._announced:
-            self._announced = True
-            self._rollcall.post([_ROUND, self._number, self._params_digest])
+        self._announce()
         while self._rollcall.is_under_way:
             self._hear(self._rollcall)
+
+    def _announce(self) -> None:
+        """Tell other ranks of this round, once. Nothing waits for what they say yet. Collective."""
+        if self._rollcall is not None and not self._announced:
+            self._announced = True
+            self._rollcall.post([_ROUND, self._number, self._params_digest])
 
     def _meet(self, kind: int) -> None:
         if self._rollcall is None:
