@@ -108,7 +108,6 @@ class GradientPath:
         self._filled: set[int] = set()  # ids of parameters that got zeros for a gradient
         self._reopened = False  # whether averages have become sums again since the last update
         self._seen: set[int] = set()  # ids of parameters with a gradient since the last update
-        self._used: set[int] = set()  # into the shard: ids of those whose gradient that update let go of
         self._watch = GradientWatch()
         self._was_changed = False  # seen by a forward pass; `complete` tells all ranks
         self._local: set[int] = set()  # ids of others whose gradients were seen to differ over ranks
@@ -120,6 +119,7 @@ class GradientPath:
         self._params_digest = self._params_changes = 0  # what is compared of the parameters, and how often they changed
         self._is_news = False  # whether other ranks have not been told of the last change
         self.has_let_go = False  # whether an update has used gradients that are in no ``param.grad``
+        self.used_ids: set[int] = set()  # into the shard: of parameters whose gradient that update let go of
         self._number = 0  # updates made, and gradients discarded without one
         self._has_begun = False  # whether gradients have come since
         self._begin_round()
@@ -669,11 +669,11 @@ class GradientPath:
         for param in self._plan.params if self._filled else ():
             if id(param) in self._filled:  # zeros of ours: without a backward pass that reaches it, it has no gradient
                 param.grad = None
-        let_go = self._used | self._seen if self.into_shard and leave_zeros else ()
+        let_go = self.used_ids | self._seen if self.into_shard and leave_zeros else ()
         for param in self._params() if let_go else ():
             if param.grad is None and id(param) in let_go:
                 param.grad = torch.zeros_like(param)
-        self._used.clear()
+        self.used_ids.clear()
         self._clear_round()
         self._late.clear()
         self._are_sorted = self.is_whole = self._was_changed = False
@@ -684,7 +684,7 @@ class GradientPath:
         self._number += 1
         self.has_let_go = self.into_shard and not self.is_whole
         if self.has_let_go:
-            self._used = set(self._seen)
+            self.used_ids = set(self._seen)
         self._clear_round()
 
     def _clear_round(self) -> None:
@@ -1087,6 +1087,8 @@ def gather_from_owners(reader: GradientPath | None, params: Iterable[Tensor]) ->
         if path is reader:
             continue
         ids = {id(param) for param in params} if ids is None else ids
+        if path.has_let_go and path.used_ids.isdisjoint(ids):
+            continue  # it has taken other gradients
         if not path.listening.isdisjoint(ids):
             path.gather_gradients()
 

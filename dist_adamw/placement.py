@@ -233,7 +233,8 @@ def find_changes(
             home = homes.get(id(param))
             entry = state.get(param)
             if home is None:
-                found.arrangement.append(f"{name} is {list(param.shape)} {param.dtype}")
+                trained = "" if param.requires_grad else ", frozen"
+                found.arrangement.append(f"{name} is {list(param.shape)} {param.dtype}{trained}")
                 if are_local or param.grad is not None or entry:
                     found.described.append(f"{name} is new: {list(param.shape)} {param.dtype}")
                 continue

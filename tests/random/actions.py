@@ -118,7 +118,9 @@ class _Drawer(Values, Groups):
             others = any(spec.requires_grad for other, spec in self.specs.items() if other != name)
             if others and rng.random() < 0.2:
                 unused = f", unused=({name!r},)"
-                if self.ranks > 1 and rng.random() < 0.5:
+                # On ranks that a pass does not reach, the hook does not change the averages of the passes before. With
+                # DDP each rank has all of those, after attach() its own.
+                if self.ranks > 1 and rng.random() < 0.5 and name not in self.hooked:
                     unused = f", unused=({name!r},) if rank else ()"
             self.act("backward", f"backward({self.seed()}{unused}{'' if sync else ', sync=False'})")
 
