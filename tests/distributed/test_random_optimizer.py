@@ -357,6 +357,19 @@ SCRIPTS: dict[str, tuple[dict[str, Any], str]] = {
         optimizer.step()
         """,
     ),
+    "another optimizer of a parameter that is frozen": (
+        EVERY,
+        """
+        model.b.requires_grad_(False)
+        model.b.grad = None
+        second = make([{'params': [model.b], 'lr': 0.01}])
+        wrap()
+        backward(1)
+        optimizer.step()
+        second.step()
+        optimizer.zero_grad()
+        """,
+    ),
     "an optimizer replaced while its last update travels": (
         DEFERRED,
         """

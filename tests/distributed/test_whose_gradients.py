@@ -557,6 +557,29 @@ def test_a_rank_that_alone_skips_an_update_is_an_error_on_all(way: str, leaves_s
     assert time.monotonic() - began < 30
 
 
+def check_skips_alone_after_freezing() -> None:
+    """A bucket waits for a frozen parameter, so that nothing is sent in backward, and DDP asks who used what."""
+    bare = layers()
+    optimizer = ours(bare.parameters())
+    for frozen in (False, True):
+        if frozen:
+            bare[4].bias.requires_grad_(False)
+        model = wrap(bare, find_unused_parameters=True)
+        attach(optimizer, model, aside=False)
+        for step in range(3):
+            loss_of(model, step).backward()
+            if frozen and step == 1 and dist.get_rank() == 1:
+                optimizer.zero_grad()
+                continue
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def test_a_rank_that_alone_skips_an_update_after_a_parameter_was_frozen() -> None:
+    for error in expect_error_on_all(2, check_skips_alone_after_freezing):
+        assert "skipped a step() that others made" in error, error
+
+
 def check_saves_alone(way: dict[str, Any], call: str, folder: str) -> None:
     """The main rank alone saves after update 2, as scripts do that have a `torch.save` there."""
     pair = Pair(way)
