@@ -68,7 +68,8 @@ class Values(Draft):
         of = f"model.{name}"
         there = f"if {of}.grad is not None: "
         # DDP itself sends what its bucket holds, and not what such a gradient is.
-        memory = [] if self.way.get("ddp") and not self.attached else [f"{there}{of}.grad.data = noise({of}, {seed})"]
+        by_ddp = self.way.get("ddp") and (self.is_new or not self.attached)
+        memory = [] if by_ddp else [f"{there}{of}.grad.data = noise({of}, {seed})"]
         text = self.one_of(
             *memory,
             f"{there}{of}.grad.mul_(0.5)",
