@@ -592,7 +592,7 @@ class GradientPath:
             if self._queued:  # the last backward was broken off
                 self._queued = False
                 self._land()
-            if not self._plan.shards:
+            if not (self._plan.shards or any(map(is_lazy, self._known))):
                 self._shards()  # state that is none is refused here: an error in the middle of backward breaks DDP
             # Other ranks may not have changed theirs, and would wait: `complete` tells all of them.
             self._was_changed = self._was_changed or (self._watch.changed() and self._any_nonzero())
@@ -636,11 +636,11 @@ class GradientPath:
         # A parameter that lies in several buckets may have been sent in part.
         launched = {(id(shard), k) for shard, k in self._plan.order[: self._next]}
         is_laid_out_again = set(map(id, self._owners)) != set(map(id, self._plan.shards))  # and all has been sent
+        averaged = self._late | self._plan.buckets_of.keys()
         for shard in self._shards():
             assert shard.exchange is not None
             for k in range(shard.layout.num_buckets):
-                was_sent = is_laid_out_again or (id(shard), k) in launched
-                sent = self._late | self._plan.buckets_of.keys() if was_sent else self._late
+                sent = averaged if is_laid_out_again or (id(shard), k) in launched else self._late
                 for r in range(shard.layout.world_size):
                     for piece in shard.layout.pieces(*shard.layout.slice_of(k, r)):
                         param = shard.params[piece.param]
