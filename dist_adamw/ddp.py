@@ -191,6 +191,9 @@ class DDPReducer:
     def _paths(self, *, aside: bool) -> list[Any]:
         return [path for ref, is_aside in self._listeners if is_aside == aside and (path := ref()) is not None]
 
+    def _all_paths(self) -> list[Any]:
+        return [path for ref, _ in self._listeners if (path := ref()) is not None]
+
     def listeners(self) -> list[Any]:
         """Those that get their gradients from DDP's buckets."""
         return self._paths(aside=False)
@@ -200,7 +203,7 @@ class DDPReducer:
     def before_forward(self, module: DistributedDataParallel, args: Any) -> None:
         """Decide who averages the gradients of this pass. Where none are left to DDP, it is one inside ``no_sync``."""
         if torch.is_grad_enabled():
-            paths = [path for ref, _ in self._listeners if (path := ref()) is not None]
+            paths = self._all_paths()
             stands_aside = self._stands_aside
             for path in paths:
                 path.follow_params()
@@ -283,7 +286,7 @@ class DDPReducer:
             path.bucket_came(packed[key] if self._is_view else None)
         if foreign:
             # Where another rank does something else, it would not take part.
-            for path in [path for ref, _ in self._listeners if (path := ref()) is not None]:
+            for path in self._all_paths():
                 path.announce_round()
             together = torch.cat(foreign).div_(dist.get_world_size(self._group))
             dist.all_reduce(together, group=self._group)

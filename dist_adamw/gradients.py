@@ -219,9 +219,8 @@ class GradientPath:
     def _stop_listening(self, ids: Set[int]) -> None:
         remove(hook for key in ids if (hook := self._hook_of.pop(key, None)) is not None)
         self._listening_changed()
-        for ref in self._reducers:
-            if (reducer := ref()) is not None:
-                reducer.follow()
+        for reducer in self._live_reducers():
+            reducer.follow()
 
     def _listening_changed(self) -> None:
         self.listening = frozenset(self._hook_of)
@@ -359,7 +358,7 @@ class GradientPath:
 
     def _has_ddp_aside(self) -> bool:
         """Whether DDP does not average the gradients of this pass."""
-        return any(reducer.stood_aside for ref in self._reducers if (reducer := ref()) is not None)
+        return any(reducer.stood_aside for reducer in self._live_reducers())
 
     @torch.no_grad()
     def _after_backward(self) -> None:
@@ -379,8 +378,9 @@ class GradientPath:
 
     def _waits_for_ddp(self) -> bool:
         """Whether DDP sets gradients when backward is over, which must be those that it expects to find."""
-        reducers = filter(None, (ref() for ref in self._reducers))
-        return self._are_copied or (not self._ddp_only and any(not reducer.stood_aside for reducer in reducers))
+        if self._are_copied or self._ddp_only:
+            return self._are_copied
+        return any(not reducer.stood_aside for reducer in self._live_reducers())
 
     def _accumulates(self) -> bool:
         """Whether the pass that autograd is running adds to ``param.grad`` of some parameter of the attached modules.
@@ -402,9 +402,8 @@ class GradientPath:
             elif all(grad is not None for grad in map(_gradient, self._plan.params)):
                 self._start_rest()
             self._land()
-        for ref in self._reducers:
-            if (reducer := ref()) is not None:
-                reducer.note_views()
+        for reducer in self._live_reducers():
+            reducer.note_views()
         self._watch.remember(self._watched())
         self._tell_siblings()
 
@@ -414,19 +413,22 @@ class GradientPath:
             return self._plan.params
         return [param for param in self._known if id(param) in self.listening]
 
+    def _live_reducers(self) -> list[DDPReducer]:
+        return [reducer for ref in self._reducers if (reducer := ref()) is not None]
+
+    def _siblings(self) -> list[GradientPath]:
+        """Other optimizers' paths whose gradients lie in the same buffers as this one's."""
+        return [path for reducer in self._live_reducers() for path in reducer.listeners() if path is not self]
+
     def _look_at_siblings(self) -> None:
         """Note changes of other optimizers' gradients, before this one writes to the buffers that they lie in too."""
-        for ref in self._reducers:
-            for path in [] if (reducer := ref()) is None else reducer.listeners():
-                if path is not self:
-                    path._was_changed = path._was_changed or path._watch.changed()
+        for path in self._siblings():
+            path._was_changed = path._was_changed or path._watch.changed()
 
     def _tell_siblings(self) -> None:
         """Let other optimizers know that this one wrote to the buffers that their gradients lie in too."""
-        for ref in self._reducers:
-            for path in [] if (reducer := ref()) is None else reducer.listeners():
-                if path is not self:
-                    path._watch.accept()
+        for path in self._siblings():
+            path._watch.accept()
 
     # ---------------------------------------------------------------- rounds
 
@@ -597,9 +599,8 @@ class GradientPath:
             # Other ranks may not have changed theirs, and would wait: `complete` tells all of them.
             self._was_changed = self._was_changed or (self._watch.changed() and self._any_nonzero())
             self._forget_arrivals()
-            for ref in self._reducers:
-                if (reducer := ref()) is not None:
-                    reducer.restore_views()
+            for reducer in self._live_reducers():
+                reducer.restore_views()
             if (self._next or self._late) and not self.into_shard:
                 if any(param.grad is not None for param in self._known):
                     self._reopen()
@@ -696,7 +697,7 @@ class GradientPath:
         self._kept.clear()
         self._forget_arrivals()
         # DDP's buckets stay once it has packed them anew; other gradients must not be kept alive.
-        reducers = [reducer for ref in self._reducers if (reducer := ref()) is not None]
+        reducers = self._live_reducers()
         stay = self._ddp_only and all(list(map(DDPReducer.forget_unless_settled, reducers)))  # every one of them
         for shard in self._owners:
             shard.reduced.clear()
@@ -1175,8 +1176,8 @@ def _too_late(param: Tensor) -> RuntimeError:
 def _left_before_backward() -> RuntimeError:
     return RuntimeError(
         "a parameter left the optimizer between the forward and the backward pass of its DistributedDataParallel "
-        "module: nobody would average its gradient in this pass. Take parameters out before the forward pass, or after "
-        "step()."
+        "module, and its gradient would stay a local one in this pass. Remove parameters before the forward pass, or "
+        "after step()."
     )
 
 

@@ -121,7 +121,7 @@ class _Arriving:
 
     @torch.no_grad()
     def wait_for(self, param: Tensor) -> None:
-        """Somebody reads ``param``."""
+        """Wait until ``param`` is there: it is about to be read."""
         while self.buckets and type(param) is ArrivingParameter:
             self._receive()
 

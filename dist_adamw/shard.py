@@ -276,7 +276,7 @@ class Shard:
             owned = self.owned_moment(i, name)
             if self.process_group is None:
                 state[name] = self.shaped(owned, self.params[i])
-            else:  # one of its own where it is empty: what the user does to it concerns this parameter alone
+            else:  # an empty share is a tensor of its own: the user may replace it
                 state[name] = owned if self._where[i] else owned.detach()
         return state
 

@@ -29,14 +29,6 @@ def make_parameter(spec: Spec, seed: int | str) -> nn.Parameter:
     return nn.Parameter(random_like(like, seed), requires_grad=spec.requires_grad)
 
 
-def in_memory_order(tensor: Tensor, like: Tensor) -> Tensor:
-    """The elements, 1-D, in the order in which ``like`` has them in memory."""
-    order = sorted(range(like.ndim), key=lambda axis: (-like.stride(axis), axis))
-    if like.is_contiguous():
-        order = list(range(like.ndim))
-    return tensor.permute(order).reshape(-1)
-
-
 def restrided(tensor: Tensor, like: Tensor) -> Tensor:
     """``tensor`` with the strides of ``like``, which torch's fused kernel takes for granted."""
     if tensor.shape != like.shape or tensor.stride() == like.stride():
