@@ -353,7 +353,12 @@ class GradientPath:
         torch.autograd.Variable._execution_engine.queue_callback(self._after_backward)
         listened = self.listening
         self._follow_layout()
-        if self._listens_to_ddp and not listened <= self._ids and self._has_ddp_aside():
+        if (
+            self._listens_to_ddp
+            and self.listening is not listened
+            and not listened <= self._ids
+            and self._has_ddp_aside()
+        ):
             raise _left_before_backward()
 
     def _has_ddp_aside(self) -> bool:
@@ -761,10 +766,17 @@ class GradientPath:
             gather_from_owners(self, others)
         subject = others if self._ddp_only else self._known  # DDP has seen to its own
         seen = self._seen if self.into_shard else set()
-        present = [(param.grad is not None and id(param) not in self._filled) or id(param) in seen for param in subject]
+        present = [grad is not None for grad in map(_gradient, subject)]
+        if seen or self._filled:
+            present = [
+                (there and id(param) not in self._filled) or id(param) in seen
+                for param, there in zip(subject, present, strict=True)
+            ]
         leftover = self.into_shard and any(param.grad is not None for param in self._plan.params)
         # Most updates have all gradients on all ranks, and then a few numbers say so.
-        missing = any(param.requires_grad for param, there in zip(subject, present, strict=True) if not there)
+        missing = not all(present) and any(
+            param.requires_grad for param, there in zip(subject, present, strict=True) if not there
+        )
         was_changed = self._was_changed or self._watch.changed()
         prints = self._prints(others)
         summary = collectives.fingerprint({"": prints}) if any(prints) else 0
@@ -797,7 +809,9 @@ class GradientPath:
         ):
             raise _accepted_local()
         self._are_sorted = True
-        for param, is_used in zip(subject, present, strict=True):
+        # Without anything filled, shared out or missing, every gradient is there.
+        as_they_are = not (self.into_shard or incomplete or self._filled)
+        for param, is_used in () if as_they_are else zip(subject, present, strict=True):
             if not is_used:
                 if id(param) in self._filled:
                     param.grad = None

@@ -54,7 +54,7 @@ from dist_adamw.placement import (
     find_changes,
 )
 from dist_adamw.plain import plain
-from dist_adamw.shard import MASTERS, MOMENTS, Shard, axes_in_memory, local_of
+from dist_adamw.shard import MASTERS, MOMENTS, Shard, axes_in_memory, local_of, peek
 from dist_adamw.share import WholeState, check_entries, check_share, describe_share, gather_state, stamps_of
 
 StateDict = dict[str, Any]
@@ -996,7 +996,7 @@ class DistAdamW(Optimizer):
         # Without a snapshot, state is on another device since.
         for shard in written.values() if self._seen is not None else self.shards:
             for i, param in enumerate(shard.params):
-                if id(param) in changes.kept or self.state.get(param):  # others have left, and their entry with them
+                if id(param) in changes.kept or peek(self.state, param):  # others have left, and their entry with them
                     self._show_one(shard, i)
 
     def _take_back_zeros(self, changes: Changes) -> None:
@@ -1005,7 +1005,7 @@ class DistAdamW(Optimizer):
         for shard, i in changes.removed:
             if (id(shard), i) in given:
                 continue
-            entry, shown = self.state.get(shard.params[i]), self._shown[id(shard.params[i])].values
+            entry, shown = peek(self.state, shard.params[i]), self._shown[id(shard.params[i])].values
             if entry and not shard.steps[i] and all(shown.get(key) is value for key, value in entry.items()):
                 del self.state[shard.params[i]]
 
@@ -1072,7 +1072,7 @@ class DistAdamW(Optimizer):
             for param in self._all_params()
             if id(param) not in self._placed
             and (
-                bool(self.state.get(param))
+                bool(peek(self.state, param))
                 or (gradients and (param.grad is not None or (everyone and param.requires_grad)))
             )
         ]
@@ -1099,7 +1099,7 @@ class DistAdamW(Optimizer):
         made = [self._make_shard(group, together) for group, together in arrange(self.param_groups, chosen)]
         for shard in made:
             for i, param in enumerate(shard.params):
-                shard.adopt(i, self.state.get(param, {}), is_share=are_shares)
+                shard.adopt(i, peek(self.state, param) or {}, is_share=are_shares)
             self._show(shard)
             self._placed.update(map(id, shard.params))
         self.shards += made
@@ -1165,7 +1165,7 @@ class DistAdamW(Optimizer):
     def _stays_in_state(self, shard: Shard, i: int) -> bool:
         """Whether the user left the state of a parameter that is in no group: as in torch, it may come back. Local."""
         param = shard.params[i]
-        return bool(self.state.get(param)) and shard.has_numel_of(i)
+        return bool(peek(self.state, param)) and shard.has_numel_of(i)
 
     def _aside_shard(self, shard: Shard, i: int) -> Shard:
         """A shard of a parameter that is in no group. It is neither updated nor sent. Local."""
@@ -1235,9 +1235,10 @@ class DistAdamW(Optimizer):
     def _show_one(self, shard: Shard, i: int) -> None:
         param = shard.params[i]
         views = shard.state_of(i)
-        entry = self.state.get(param)
+        entry = peek(self.state, param)
         if entry is None:
-            entry = self.state[param] = Entry.of(self._bell, {})
+            entry = Entry.of(self._bell, {})
+            dict.__setitem__(self.state, param, entry)  # not as a user puts it there: see `Bell`
         values = {key: _pointed_at(entry.get(key), view) for key, view in views.items()}
         entry.update(values)  # the user may have more in it
         self._shown[id(param)] = Shown.of(values)
@@ -1427,7 +1428,7 @@ class DistAdamW(Optimizer):
         self.state = State.of(self._bell, ours)
         params = self._all_params()
         if share is None:
-            self.place([param for param in params if self.state.get(param)])
+            self.place([param for param in params if peek(self.state, param)])
         else:
             for members in share["shards"]:
                 self.place([params[i] for i in members], are_shares=True)

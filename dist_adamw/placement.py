@@ -4,7 +4,8 @@ Floor 2: knows shards, parameter groups and optimizer state; ``optimizer.py`` as
 
 In torch, ``param_groups`` and ``state`` are the optimizer. Shards keep the state elsewhere and show it there, so they
 compare what they have shown with what is there. ``state`` and its entries tell when they are changed; lists of
-parameters, and dicts that the user put there, are compared by identity, and addresses of state as numbers: in C.
+parameters, and dicts that the user put there, are compared by identity. ``state[p]["exp_avg"].data = x`` tells nothing:
+once the user has had a tensor of ``state`` in hand, addresses are compared, too. Loops over tensors run in C.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from dist_adamw import collectives
 from dist_adamw.partition import FlatLayout
-from dist_adamw.shard import MASTERS, MOMENTS, Shard, local_of, spread_over
+from dist_adamw.shard import MASTERS, MOMENTS, Shard, local_of, peek, spread_over
 
 AMSGRAD_CHANGED = (
     "amsgrad cannot be changed after the first update. Set it when the group is made, or empty the entries of its "
@@ -34,21 +35,29 @@ Home = tuple[Shard, int]  # a parameter's shard, and its place in it
 
 
 class Bell:
-    """Rung by `State` and `Entry` when the user changes them."""
+    """Rung by `State` and `Entry` when the user changes them.
+
+    Attributes:
+        rung: Whether that has happened.
+        was_read: Whether the user has had an entry of ``state`` in hand, ever. What reads by dict's own methods
+            (``dict.get(state, param)``) is not the user.
+    """
 
     rung = False
+    was_read = False
 
 
-def _telling(name: str) -> Any:
+def _telling(name: str, *, changes: bool, reads: bool) -> Any:
     method = getattr(dict, name)
 
     @functools.wraps(method)
-    def change(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def tell(self: Any, *args: Any, **kwargs: Any) -> Any:
         if self.bell is not None:
-            self.bell.rung = True
+            self.bell.rung = self.bell.rung or changes
+            self.bell.was_read = self.bell.was_read or reads
         return method(self, *args, **kwargs)
 
-    return change
+    return tell
 
 
 class Entry(dict[str, Any]):
@@ -83,9 +92,16 @@ class State(defaultdict[Tensor, dict[str, Any]]):
         return defaultdict, (dict, dict(self))
 
 
-for _kind in (Entry, State):
-    for _name in ("__setitem__", "__delitem__", "__ior__", "pop", "popitem", "clear", "update", "setdefault"):
-        setattr(_kind, _name, _telling(_name))
+# What is put into ``state`` stays in the user's hands, too.
+for _name in ("__setitem__", "__ior__", "pop", "popitem", "update", "setdefault"):
+    setattr(State, _name, _telling(_name, changes=True, reads=True))
+for _name in ("__delitem__", "clear"):
+    setattr(State, _name, _telling(_name, changes=True, reads=False))
+for _name in ("__setitem__", "__delitem__", "__ior__", "pop", "popitem", "clear", "update", "setdefault"):
+    setattr(Entry, _name, _telling(_name, changes=True, reads=False))
+# With another __iter__ than dict's, dict(state), {**state} and state.copy() read by __getitem__.
+for _name in ("__getitem__", "__iter__", "get", "items", "values"):
+    setattr(State, _name, _telling(_name, changes=False, reads=True))
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +124,7 @@ class Shown:
 
 def _address(tensor: Tensor) -> int:
     """Where ``tensor`` lies; of an empty share the storage's identity, so that every rank sees what was replaced."""
-    return tensor.data_ptr() or tensor.untyped_storage()._cdata
+    return tensor.data_ptr() or _identity(tensor.untyped_storage())
 
 
 class Snapshot:
@@ -135,8 +151,9 @@ class Snapshot:
         self.state = state
         self._is_telling = isinstance(state, State) and state.bell is bell
         self._keys = [] if self._is_telling else list(state)
-        self._all = [] if self._is_telling else list(state.values())
-        self._entries = [entry for entry in state.values() if type(entry) is not Entry or entry.bell is not bell]
+        entries = list(dict.values(state) if isinstance(state, dict) else state.values())
+        self._all = [] if self._is_telling else entries
+        self._entries = [entry for entry in entries if type(entry) is not Entry or entry.bell is not bell]
         self._values = _values(self._entries)
         tensors = [local_of(value) for one in shown for value in one.values.values()]
         addresses = [address for one in shown for address in one.addresses]
@@ -161,12 +178,15 @@ class Snapshot:
             return True
         if not all(map(operator.is_, _iterate(self._entries), self._values)):
             return True
+        if self._is_telling and not self._bell.was_read:
+            return False
         if list(map(Tensor.data_ptr, self._tensors)) != self._addresses:
             return True
-        return list(map(_address, self._empty)) != self._empty_addresses
+        return list(map(_identity, map(Tensor.untyped_storage, self._empty))) != self._empty_addresses
 
 
 _PARAMS = operator.itemgetter("params")
+_identity = operator.attrgetter("_cdata")
 
 
 def _same(these: Collection[Any], those: Collection[Any]) -> bool:
@@ -231,7 +251,7 @@ def find_changes(
         for j, param in enumerate(group["params"]):
             name = f"parameter {j} of group {g}"
             home = homes.get(id(param))
-            entry = state.get(param)
+            entry = peek(state, param)
             if home is None:
                 trained = "" if param.requires_grad else ", frozen"
                 found.arrangement.append(f"{name} is {list(param.shape)} {param.dtype}{trained}")
@@ -257,7 +277,7 @@ def find_changes(
     found.removed = [home for key, home in homes.items() if key not in found.kept]
     for shard, i in found.removed:
         name = f"number {numbers[id(shard.params[i])]}"
-        entry = state.get(shard.params[i])
+        entry = peek(state, shard.params[i])
         found.described.append(f"{name} is in no group{', its state stays' if entry else ''}")
         if entry and (
             given := _given(f"a parameter in no group, {name},", (shard, i), entry, shown[id(shard.params[i])])
@@ -277,7 +297,7 @@ def _check_apart(groups: Sequence[dict[str, Any]], state: Mapping[Tensor, dict[s
     users: dict[int, str] = {}
     for g, group in enumerate(groups):
         for j, param in enumerate(group["params"]):
-            entry = state.get(param) or {}
+            entry = peek(state, param) or {}
             for key in ("step", *MOMENTS, *MASTERS):
                 value = entry.get(key)
                 if not isinstance(value, Tensor) or not local_of(value).numel():
@@ -302,7 +322,7 @@ def check_new_state(
         return
     for g, group in enumerate(groups):
         for j, param in enumerate(group["params"]):
-            if id(param) not in placed and (entry := state.get(param)):
+            if id(param) not in placed and (entry := peek(state, param)):
                 for key in ("step", *(MOMENTS if group["amsgrad"] else MOMENTS[:2])):
                     check_given(f"parameter {j} of group {g}", key, entry.get(key), param.shape, None)
 

@@ -471,6 +471,11 @@ class Shard:
         return table[1]
 
 
+def peek(state: Mapping[Tensor, Any], param: Tensor) -> Any:
+    """The entry of ``param`` in ``optimizer.state``, or None. It does not count as read by the user. Local."""
+    return dict.get(state, param) if isinstance(state, dict) else state.get(param)
+
+
 def local_of(tensor: Tensor) -> Tensor:
     """What of ``tensor`` lies in this process: a DTensor's local tensor, else itself. Local."""
     return tensor._local_tensor if isinstance(tensor, DTensor) else tensor

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dist_adamw import collectives
 from dist_adamw.partition import FlatLayout, Piece
-from dist_adamw.shard import MASTERS, MOMENTS, Shard, shaped_like
+from dist_adamw.shard import MASTERS, MOMENTS, Shard, peek, shaped_like
 
 _MESSAGE_BYTES = 16 << 20  # of all ranks together, while state is gathered
 
@@ -123,7 +123,7 @@ def stamps_of(shards: Sequence[Shard], state: Mapping[Tensor, Mapping[str, Any]]
     shown = [
         (name, id(value), getattr(value, "_version", 0))
         for param in params
-        for name, value in state.get(param, {}).items()
+        for name, value in (peek(state, param) or {}).items()
     ]
     return [*memory, *shown]
 

@@ -29,6 +29,7 @@ class GradientWatch:
         """Watch nothing."""
         self._params: Sequence[Tensor] = []
         self._grads: list[Tensor | None] = []
+        self._present: list[Tensor] = []
         self._addresses: list[int] = []
         self._versions = 0
         self._sample: list[Tensor] = []
@@ -37,10 +38,10 @@ class GradientWatch:
         """Let the gradients that ``params`` have now be those that `changed` compares with."""
         self._params = params
         self._grads = list(map(_gradient, params))
-        present = _present(self._grads)
-        self._addresses = list(map(Tensor.data_ptr, present))
-        self._versions = sum(map(_version, present))
-        self._sample = _sample(present)
+        self._present = _present(self._grads)
+        self._addresses = list(map(Tensor.data_ptr, self._present))
+        self._versions = sum(map(_version, self._present))
+        self._sample = _sample(self._present)
 
     def accept(self) -> None:
         """Let gradients be what they are now."""
@@ -59,15 +60,14 @@ class GradientWatch:
             there = [keep for keep, was in zip(kept, were, strict=True) if was]
             addresses = [address for address, keep in zip(self._addresses, there, strict=True) if keep]
             return list(map(Tensor.data_ptr, _present(now))) != addresses
-        return list(map(Tensor.data_ptr, _present(now))) != self._addresses
+        return list(map(Tensor.data_ptr, self._present)) != self._addresses
 
     def changed(self) -> bool:
         """Whether gradients are not what they were."""
-        watched = _present(self._grads)
         return (
             self.replaced()
-            or sum(map(_version, watched)) != self._versions
-            or not all(map(torch.equal, _sample(watched), self._sample))
+            or sum(map(_version, self._present)) != self._versions
+            or not all(map(torch.equal, _sample(self._present), self._sample))
         )
 
 

@@ -411,6 +411,79 @@ def test_what_is_no_state_is_refused_before_anything_changes(entry: Any, message
     assert all(torch.equal(value, before[key]) for key, value in job.model.state_dict().items())
 
 
+READINGS: dict[str, Callable[[Any, Tensor], Any]] = {
+    "[]": lambda state, param: state[param],
+    "get": lambda state, param: state.get(param),
+    "values": lambda state, param: list(state.values())[1],
+    "items": lambda state, param: next(entry for other, entry in state.items() if other is param),
+    "dict": lambda state, param: dict.__getitem__(dict(state), param),
+    "unpacked": lambda state, param: dict.__getitem__({**state}, param),
+    "copy": lambda state, param: dict.__getitem__(state.copy(), param),
+    "copy.copy": lambda state, param: dict.__getitem__(copy.copy(state), param),
+    "|": lambda state, param: dict.__getitem__(state | {}, param),
+    "pop": lambda state, param: state.pop(param),
+    "setdefault": lambda state, param: state.setdefault(param, {}),
+}
+
+
+@pytest.mark.parametrize("reading", READINGS)
+def test_memory_is_seen_to_change_long_after_it_was_read(reading: str) -> None:
+    ours, theirs = Job(DistAdamW), Job(torch.optim.AdamW, fused=True)
+    for job in (ours, theirs):
+        job.train(range(2))
+        entry = READINGS[reading](job.optimizer.state, job.model.first)
+        if reading == "pop":
+            job.optimizer.state[job.model.first] = entry
+        job.train(range(2, 4))
+        entry["exp_avg"].data = torch.full_like(entry["exp_avg"], 0.01)
+        job.train(range(4, 6))
+    assert_alike(ours, theirs)
+
+
+def test_memory_of_what_was_put_into_state_is_seen_to_change() -> None:
+    ours, theirs = Job(DistAdamW), Job(torch.optim.AdamW, fused=True)
+    for job in (ours, theirs):
+        first = job.model.first
+        entry = {key: torch.zeros_like(first) for key in ("exp_avg", "exp_avg_sq")} | {"step": torch.tensor(3.0)}
+        job.optimizer.state[first] = entry
+        job.train(range(2))
+        entry["exp_avg"].data = torch.full_like(first, 0.01)
+        job.train(range(2, 4))
+    assert_alike(ours, theirs)
+
+
+def test_memory_in_a_dict_for_state_is_seen_to_change() -> None:
+    ours, theirs = Job(DistAdamW), Job(torch.optim.AdamW, fused=True)
+    for job in (ours, theirs):
+        job.optimizer.state = defaultdict(dict)
+        job.train(range(4))
+        moment = job.optimizer.state[job.model.first]["exp_avg"]
+        moment.data = torch.full_like(moment, 0.01)
+        job.train(range(4, 6))
+    assert_alike(ours, theirs)
+
+
+def test_a_state_dict_hands_out_state() -> None:
+    ours, theirs = Job(DistAdamW), Job(torch.optim.AdamW, fused=True)
+    for job in (ours, theirs):
+        job.train(range(2))
+        entry = job.optimizer.state_dict()["state"][1]
+        job.train(range(2, 4))
+        entry["exp_avg"].data = torch.full_like(entry["exp_avg"], 0.01)
+        job.train(range(4, 6))
+    assert_alike(ours, theirs)
+
+
+def test_training_and_saving_do_not_read_state(tmp_path: Any) -> None:
+    """Once it was read, every update compares thousands of addresses."""
+    job = Job(DistAdamW, max_grad_norm=1.0)
+    job.train(range(3))
+    save(tmp_path / "saved", job.model, job.optimizer)
+    load(tmp_path / "saved", job.model, job.optimizer)
+    job.train(range(3, 5))
+    assert not job.optimizer._bell.was_read
+
+
 def test_memory_of_another_shape_is_refused() -> None:
     job = Job(DistAdamW)
     job.train(range(2))
