@@ -898,7 +898,7 @@ class GradientPath:
             for shard in self._shards():
                 shard.has_grad = [id(param) in self._seen for param in shard.params]
             return
-        self._watch.remember(self._watched())
+        self._watch.remember_written(self._watched())
         self._tell_siblings()
 
     def _start_rest(self) -> None:

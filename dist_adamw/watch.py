@@ -43,6 +43,14 @@ class GradientWatch:
         self._versions = sum(map(_version, self._present))
         self._sample = _sample(self._present)
 
+    def remember_written(self, params: Sequence[Tensor]) -> None:
+        """As `remember`, where this package alone has written to gradients since: their memory is what it was."""
+        if params is not self._params or not all(map(operator.is_, map(_gradient, params), self._grads)):
+            self.remember(params)
+            return
+        self._versions = sum(map(_version, self._present))
+        self._sample = _sample(self._present)
+
     def accept(self) -> None:
         """Let gradients be what they are now."""
         if self._params:
