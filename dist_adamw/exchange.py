@@ -531,8 +531,17 @@ def _inside(piece: Piece, first: int, last: int) -> bool:
 
 
 def cut(flat: Flat, pieces: list[Piece]) -> list[Tensor | None]:
-    """The ``pieces`` of ``flat``; a tensor itself where a piece is all of it, since a view costs a microsecond."""
-    return [
-        base if (base := flat[p.param]) is None or p.stop - p.start == base.numel() else base[p.start : p.stop]
-        for p in pieces
-    ]
+    """The ``pieces`` of ``flat``, which lie side by side there, so that only the first and the last can be parts.
+
+    A tensor itself where a piece is all of it, since a view costs a microsecond.
+    """
+    if not pieces:
+        return []
+    runs = list(flat[pieces[0].param : pieces[-1].param + 1])
+    if len(runs) != len(pieces):  # tensors without elements between them
+        runs = [flat[piece.param] for piece in pieces]
+    for i in (0, -1):
+        piece, base = pieces[i], flat[pieces[i].param]
+        if base is not None and piece.numel != base.numel():
+            runs[i] = base[piece.start : piece.stop]
+    return runs

@@ -278,11 +278,12 @@ class GradientPath:
 
     def _enter(self) -> None:
         """Take the parameters in the inboxes off the lists of what is waited for."""
-        arrived = {id(param): param for param in itertools.chain(self._last, *self._inboxes)}
+        params = list(itertools.chain(self._last, *self._inboxes))
+        arrived = set(map(id, params))
         self._empty_inboxes()
         for members in self._plan.members[: self._next]:
             if not members.isdisjoint(arrived):
-                raise _too_late(arrived[members.intersection(arrived).pop()])
+                raise _too_late(next(param for param in params if id(param) in members))
         for waiting in self._waiting[self._next :]:
             waiting.difference_update(arrived)
         self._filled.difference_update(arrived)
