@@ -330,7 +330,7 @@ SCRIPTS: dict[str, tuple[dict[str, Any], str]] = {
     "a parameter of several buckets, of which some have been sent": (
         BUCKETS,
         """
-        model.a = parameter(Spec((129,)), 4)
+        model.a, model.b = parameter(Spec((129,)), 4), parameter(Spec((31,)), 5)
         optimizer = make([{'params': [model.b, model.a], 'lr': 0.01, 'eps': 0.1}])
         optimizer.bucket_numel = 64
         wrap()
@@ -338,7 +338,6 @@ SCRIPTS: dict[str, tuple[dict[str, Any], str]] = {
         optimizer.step()
         optimizer.zero_grad()
         model.b.requires_grad_(False)
-        model.b.grad = None
         wrap()
         backward(2)
         backward(3)
