@@ -171,7 +171,7 @@ class DDPReducer:
             aside: It hears of its parameters itself, and DDP's reducer has nothing to do for them.
         """
         self._listeners = [one for one in self._listeners if one[0]() not in (None, path)]
-        self._listeners.append((weakref.ref(path, self._gone), aside))
+        self._listeners.append((weakref.ref(path, WeakHook(self, "_gone")), aside))
         model = self._model()
         if not self._sees_forward and model is not None:
             self._sees_forward = True

@@ -122,6 +122,7 @@ class GradientPath:
         self.used_ids: set[int] = set()  # into the shard: of parameters whose gradient that update let go of
         self._number = 0  # updates made, and gradients discarded without one
         self._has_begun = False  # whether gradients have come since
+        self._before_pass = (False, False, False, False)  # what a pass that brings no gradient leaves as it was
         self._begin_round()
 
     def _params(self) -> list[Tensor]:
@@ -135,7 +136,7 @@ class GradientPath:
     def open_channel(self, group: dist.ProcessGroup, tag: int) -> None:
         """Let ranks of ``group`` tell each other what they are about to do, where messages can (gloo). Local."""
         if dist.get_backend(group) == "gloo":
-            self._rollcall = Rollcall(group, tag, width=12)
+            self._rollcall = Rollcall(group, tag, width=14)
 
     # ---------------------------------------------------------------- listening
 
@@ -211,6 +212,7 @@ class GradientPath:
 
     def release(self, ids: Iterable[int]) -> None:
         """Stop listening to these parameters: another path begins to. Collective."""
+        self.look_at_siblings()
         if self._next or (self._rounds and not self.has_let_go):  # gradients that were not set to zero
             self.gather_gradients()
         self.discard()
@@ -267,6 +269,7 @@ class GradientPath:
         run yet, and may change its gradient.
         """
         if not (self.synchronises or self.into_shard):
+            self._filled.discard(id(param))
             return
         if not self._queued:
             self.begin()
@@ -286,9 +289,10 @@ class GradientPath:
                 raise _too_late(next(param for param in params if id(param) in members))
         for waiting in self._waiting[self._next :]:
             waiting.difference_update(arrived)
-        self._filled.difference_update(arrived)
 
     def _empty_inboxes(self) -> None:
+        if self._filled:  # zeros of ours that backward has added to since are the user's gradients
+            self._filled.difference_update(map(id, itertools.chain(self._last, *self._inboxes)))
         self._last.clear()
         for inbox in self._inboxes:
             inbox.clear()
@@ -349,6 +353,7 @@ class GradientPath:
 
     def begin(self) -> None:
         """Once in a backward, before its first gradient: follow the layout, and have autograd call when it is over."""
+        self._before_pass = (self._has_begun, self.is_whole, self._are_sorted, self.has_let_go)
         self._queued, self._heard, self._has_begun = True, False, True
         self.is_whole = self._are_sorted = self.has_let_go = False
         torch.autograd.Variable._execution_engine.queue_callback(self._after_backward)
@@ -370,7 +375,9 @@ class GradientPath:
     def _after_backward(self) -> None:
         self._queued = False
         if not (self._heard or self._ddp_only or any(self._inboxes) or self._accumulates()):
-            return  # torch.autograd.grad, of an input say: no gradient is to be sent yet
+            # torch.autograd.grad, of an input say: no gradient is to be sent yet
+            self._has_begun, self.is_whole, self._are_sorted, self.has_let_go = self._before_pass
+            return
         if self.into_shard:
             self._finish_round()
             return
@@ -381,6 +388,16 @@ class GradientPath:
         self._land()
         # DDP may have its own to do now, so this comes last.
         torch.autograd.Variable._execution_engine.queue_callback(self._begin_watch)
+
+    def _finish_broken_pass(self) -> None:
+        """Send what a backward pass that raised has left, with the gradients that came before: torch keeps them."""
+        self._queued = False
+        if self.into_shard:
+            self._finish_round()
+            return
+        if self.overlap and not self._ddp_only:
+            self._launch_rest()
+        self._land()
 
     def _waits_for_ddp(self) -> bool:
         """Whether DDP sets gradients when backward is over, which must be those that it expects to find."""
@@ -426,10 +443,13 @@ class GradientPath:
         """Other optimizers' paths whose gradients lie in the same buffers as this one's."""
         return [path for reducer in self._live_reducers() for path in reducer.listeners() if path is not self]
 
-    def _look_at_siblings(self) -> None:
+    def look_at_siblings(self) -> None:
         """Note changes of other optimizers' gradients, before this one writes to the buffers that they lie in too."""
         for path in self._siblings():
-            path._was_changed = path._was_changed or path._watch.changed()
+            path._look_for_changes()
+
+    def _look_for_changes(self) -> None:
+        self._was_changed = self._was_changed or (self._watch.changed() and self._any_nonzero())
 
     def _tell_siblings(self) -> None:
         """Let other optimizers know that this one wrote to the buffers that their gradients lie in too."""
@@ -603,7 +623,7 @@ class GradientPath:
             if not (self._plan.shards or any(map(is_lazy, self._known))):
                 self._shards()  # state that is none is refused here: an error in the middle of backward breaks DDP
             # Other ranks may not have changed theirs, and would wait: `complete` tells all of them.
-            self._was_changed = self._was_changed or (self._watch.changed() and self._any_nonzero())
+            self._look_for_changes()
             self._forget_arrivals()
             for reducer in self._live_reducers():
                 reducer.restore_views()
@@ -664,13 +684,14 @@ class GradientPath:
         self._begin_round()
 
     def discard(self, *, leave_zeros: bool = False) -> None:
-        """Forget gradients that arrived: they are not wanted. Every rank alike.
+        """Forget gradients that arrived: they are not wanted. Every rank alike; after `look_at_siblings`.
 
         Args:
             leave_zeros: Put zeros in place of gradients that were let go of: torch counts zeros as a gradient.
         """
         self._queued = False
         self._land()  # left over from a backward that was broken off
+        self._empty_inboxes()
         self.has_let_go = False
         self._number += self._has_begun
         for param in self._plan.params if self._filled else ():
@@ -715,6 +736,7 @@ class GradientPath:
 
     def forget_layout(self) -> None:
         """The shards are not what they were. Local."""
+        self.look_at_siblings()
         self.discard()
         self._plan, self._owners, self._flat = Plan([], self.listening), [], {}
         self._begin_round()
@@ -752,8 +774,10 @@ class GradientPath:
                 "pass of an update. For local SGD (Accelerate's LocalSGD) pass shard=False to DistAdamW, and "
                 "check_weights_every=0 to dist_adamw.prepare."
             )
+        if self._queued:  # the last backward pass raised: other ranks have sent all buckets of theirs
+            self._finish_broken_pass()
         self.follow_params()
-        self._look_at_siblings()
+        self.look_at_siblings()
         self.asks_for_changes = True
         if self._ddp_only:
             pass
@@ -782,8 +806,10 @@ class GradientPath:
         prints = self._prints(others)
         summary = collectives.fingerprint({"": prints}) if any(prints) else 0
         change = 2 if was_changed else int(self._accepted)
+        # Of a frozen parameter nothing is missing, but ranks may differ in whether it has one.
+        pattern = 0 if all(present) else collectives.fingerprint({"": present})
         numbers = [self._rounds + leftover, missing, self._reopened, change, summary, -summary, has_changes]
-        numbers += [options, -options]
+        numbers += [options, -options, pattern, -pattern]
         if self._rollcall is not None:
             self._rollcall.post([_UPDATE, self._number, self._params_digest, *numbers])
             numbers = [max(column) for column in zip(*self._hear(self._rollcall), strict=True)][3:]
@@ -793,13 +819,15 @@ class GradientPath:
             numbers = self._largest(numbers, group, replicas)
         else:
             self.asks_for_changes = False
-        self._needed, incomplete, reopened, changed, most, minus_least, has_changed, highest, minus_lowest = numbers
+        self._needed, incomplete, reopened, changed, most, minus_least, has_changed = numbers[:7]
+        highest, minus_lowest, top_pattern, minus_low_pattern = numbers[7:]
         if (has_changed or highest != -minus_lowest) and self.asks_for_changes:
             check_changes()
         if changed == 2:
             raise _changed(on_this_rank=was_changed)
         if reopened and not self._reopened:  # another rank ran the module forward since backward
             self._reopen()
+        incomplete = incomplete or top_pattern != -minus_low_pattern
         if incomplete:
             present = [bool(n) for n in self._largest(present, group, replicas)]
         if most != -minus_least:
@@ -971,7 +999,7 @@ class GradientPath:
             shards: Whose owners have the averages; default: the optimizer's.
             only: Ids of the parameters that have been averaged; default: all. The gradients of others are left alone.
         """
-        self._look_at_siblings()
+        self.look_at_siblings()
         shards = self._shards() if shards is None else shards
         for shard in shards:
             if self.into_shard:
@@ -1021,6 +1049,7 @@ class GradientPath:
 
     def take_whole(self) -> bool:
         """Let the update take whole gradients as they are now. Whether there is any. Local."""
+        self.look_at_siblings()
         for shard in self._shards():
             shard.reduced.clear()
             shard.has_grad = [param.grad is not None for param in shard.params]

@@ -678,6 +678,7 @@ class DistAdamW(Optimizer):
         # Those of other optimizers are whole on every rank.
         foreign = [p.grad for p in params if id(p) not in ours and p.grad is not None]
         self._collect_gradients()
+        self._settle_flag()
         owned = [
             grad
             for shard in self.shards
@@ -710,7 +711,11 @@ class DistAdamW(Optimizer):
 
         Without `attach` gradients are left as they are: DDP has averaged them.
         """
-        if self._path is not None and not self._path.is_whole and self._collect_gradients():
+        if self._path is None or self._path.is_whole:
+            return
+        has_gradients = self._collect_gradients()
+        self._settle_flag()
+        if has_gradients:
             self._path.make_whole()
 
     def accept_gradients(self) -> None:
@@ -734,6 +739,8 @@ class DistAdamW(Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As torch's; what `attach` has reduced is forgotten too. Every rank alike."""
+        if self._path is not None:
+            self._path.look_at_siblings()
         super().zero_grad(set_to_none)
         if self._path is not None:
             self._path.discard(leave_zeros=not set_to_none)
@@ -976,12 +983,13 @@ class DistAdamW(Optimizer):
         self._check_amsgrad()
 
     def _check_amsgrad(self) -> None:
-        """Refuse a change that leaves state without maxima, or maxima without a use. Local.
+        """Refuse a change that leaves state without maxima, or maxima without a use. Local, or after `_raise_flag`.
 
         Raises:
             RuntimeError: says when it can be set.
         """
         if any(shard.group["amsgrad"] != shard.has_maxima for shard in self.shards):
+            self._settle_flag()  # on one rank alone, it is a disagreement
             raise RuntimeError(AMSGRAD_CHANGED)
 
     def _take_from_state(self, changes: Changes) -> None:

@@ -20,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import threading
 import warnings
 import weakref
 from collections import deque
@@ -45,7 +46,16 @@ class Listener(Protocol):
 
 
 _LISTENERS: weakref.WeakSet[Listener] = weakref.WeakSet()
-_FETCHING: list[Run] = []  # iterations that fetch a batch right now, the innermost last
+
+
+class _Fetching(threading.local):
+    """Iterations of this thread that fetch a batch right now, the innermost last."""
+
+    def __init__(self) -> None:
+        self.runs: list[Run] = []
+
+
+_FETCHING = _Fetching()
 
 
 class _Drawn(NamedTuple):
@@ -290,10 +300,10 @@ class _Recorder(BatchSampler):
 
     def __iter__(self) -> Iterator[Any]:
         # The body runs while a batch is being fetched. Workers that persist keep the first recorder.
-        if not _FETCHING:
+        if not _FETCHING.runs:
             yield from self.recorded
             return
-        run = _FETCHING[-1]
+        run = _FETCHING.runs[-1]
         run.begin()
         for indices in _watched(self.recorded, run):
             run.dealt(indices)
@@ -420,7 +430,7 @@ def _hand_out(loader: Any, batches: Iterator[Any]) -> Iterator[Any]:
     watching = contextlib.nullcontext() if is_stateful else _recorded(loader, run)
     try:
         while True:
-            _FETCHING.append(run)
+            _FETCHING.runs.append(run)
             try:
                 with watching:
                     batch = next(batches)
@@ -428,7 +438,7 @@ def _hand_out(loader: Any, batches: Iterator[Any]) -> Iterator[Any]:
                 run.is_exhausted = True
                 return
             finally:
-                _FETCHING.pop()
+                _FETCHING.runs.pop()
             watching = contextlib.nullcontext()  # torch has made its iterator
             run.begin()
             handed_out = run.hand_out(loader, batch)

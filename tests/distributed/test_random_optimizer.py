@@ -344,6 +344,18 @@ SCRIPTS: dict[str, tuple[dict[str, Any], str]] = {
         optimizer.step()
         """,
     ),
+    "a gradient that comes inside no_sync only, after zeros were sent for it": (
+        PLAIN,
+        """
+        backward(1)
+        optimizer.step()
+        optimizer.zero_grad()
+        backward(2, unused=('b',))
+        backward(3, sync=False)
+        backward(4, unused=('b',))
+        optimizer.step()
+        """,
+    ),
     "a gradient without elements on one rank alone, and gradients that are changed": (
         ASIDE,
         """

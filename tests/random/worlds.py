@@ -142,7 +142,6 @@ class World:
         if self.averaged and not self.sequence.exact and self.sequence.ranks > 1:
             raise WrongScriptError("averages are added to")
         self.averaged = self.averaged or sync
-        self.local = not sync
 
     def check_step(self) -> None:
         if self.local and self.sequence.ranks > 1:
@@ -202,6 +201,7 @@ class Torchs(World):
         loss = self.model(seed, unused)
         if not loss.requires_grad:
             return
+        self.local = not sync
         loss.backward()
         if self.sequence.ranks > 1 and sync:
             self.average()

@@ -1,0 +1,284 @@
+"""What one rank does alone, or leaves half done: torch's result on the averages, or one sentence on every rank."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import threading
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from accelerate.data_loader import DataLoaderShard
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+from dist_adamw import gradients
+from dist_adamw.integrations import loader as loaders
+from tests.distributed.test_attach import WAYS, attach, average_gradients
+from tests.distributed.test_whose_gradients import layers, loss_of, ours, same, theirs, wrap
+from tests.ranks import expect_error_on_all, run_ranks
+
+
+@contextmanager
+def changed(owner: Any, name: str, value: Any) -> Iterator[None]:
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+def check_clipped_beside_another(setting_zeros: bool) -> None:
+    """A GAN's discriminator is set to zero, while the generator's gradients wait, clipped by a local norm."""
+    model = wrap(layers(), gradient_as_bucket_view=False)
+    first, last = ours(model.module[0].parameters()), ours(model.module[4].parameters())
+    attach(first, model, aside=False)
+    attach(last, model, aside=False)
+    for step in range(2):
+        loss_of(model, step).backward()
+        nn.utils.clip_grad_norm_(model.module[0].parameters(), 1e-3)
+        last.zero_grad(set_to_none=not setting_zeros)
+        first.step()
+
+
+@pytest.mark.parametrize("setting_zeros", [False, True])
+def test_zero_grad_of_another_optimizer_hides_no_change(setting_zeros: bool) -> None:
+    for error in expect_error_on_all(2, check_clipped_beside_another, setting_zeros):
+        assert error.startswith("RuntimeError: gradients were changed between backward and step()"), error
+
+
+def check_zeros_beside_another() -> None:
+    """``model.zero_grad(set_to_none=False)`` and then one optimizer's: nothing of the other's was changed."""
+    model = wrap(layers(), gradient_as_bucket_view=False)
+    optimizers = [ours(model.module[0].parameters()), ours(model.module[4].parameters())]
+    for optimizer in optimizers:
+        attach(optimizer, model, aside=False)
+    for step in range(3):
+        loss_of(model, step).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+        model.zero_grad(set_to_none=False)
+        optimizers[1].zero_grad(set_to_none=False)
+
+
+def test_zeros_are_no_change_of_another_optimizers_gradients() -> None:
+    run_ranks(2, check_zeros_beside_another)
+
+
+def check_amsgrad(way: dict[str, Any] | None) -> None:
+    model = layers()
+    optimizer = ours(model.parameters())
+    if way is not None:
+        attach(optimizer, model, **way)
+    for step in range(3):
+        if step == 1 and dist.get_rank() == 0:
+            optimizer.param_groups[0]["amsgrad"] = True
+        loss_of(model, step).backward()
+        if way is None:
+            average_gradients(model)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("way", [None, WAYS["plain"]], ids=["averaged by hand", "attached"])
+def test_amsgrad_set_on_one_rank_alone(way: dict[str, Any] | None) -> None:
+    for error in expect_error_on_all(2, check_amsgrad, way):
+        assert "amsgrad of group 0 is True on rank 0 and False on rank 1" in error, error
+
+
+def check_state_before(call: str) -> None:
+    """Without messages of its own, as over NCCL."""
+    model = wrap(layers(), gradient_as_bucket_view=False)
+    optimizer = ours(model.parameters())
+    with changed(gradients.GradientPath, "open_channel", lambda self, group, tag: None):
+        attach(optimizer, model, aside=False)
+    for step in range(3):
+        loss_of(model, step).backward()
+        if step == 1 and dist.get_rank() == 0:
+            optimizer.state[model.module[0].weight] = {}
+        optimizer.clip_grad_norm_(1.0) if call == "clip" else optimizer.gather_gradients()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("call", ["clip", "gather"])
+def test_state_changed_on_one_rank_alone_before_gradients_are_read(call: str) -> None:
+    for error in expect_error_on_all(2, check_state_before, call):
+        assert error.startswith("AgreementError: rank 1 disagrees with rank 0"), error
+
+
+class Branches(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk, self.branch = layers(), layers(1)
+
+    def forward(self, x: Tensor, *, both: bool) -> Tensor:
+        x = self.trunk(x)
+        return self.branch(x) if both else x
+
+
+def check_frozen(attached: str) -> None:
+    """Rank 0 alone uses the branch, which is frozen between backward and the update."""
+    model = Branches()
+    twin = copy.deepcopy(model)
+    optimizer, reference = ours(model.parameters()), theirs(twin.parameters())
+    attach(optimizer, model if attached == "all" else model.trunk)
+    for step in range(4):
+        x = torch.randn(4, 8, generator=torch.Generator().manual_seed(10 * step + dist.get_rank()))
+        for one in (model, twin):
+            one(x, both=dist.get_rank() == 0).square().mean().backward()
+            one.branch.requires_grad_(step != 1)
+        for param in twin.parameters():
+            param.grad = torch.zeros_like(param) if param.grad is None else param.grad
+        average_gradients(twin)
+        optimizer.step()
+        reference.step()
+        same(model, twin, f"update {step}")
+        for one in (model, twin):
+            one.branch.requires_grad_(True)
+            one.zero_grad()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("attached", ["all", "trunk"])
+def test_a_gradient_of_a_frozen_parameter_on_one_rank_alone(attached: str) -> None:
+    run_ranks(2, check_frozen, attached)
+
+
+def check_saliency(way: dict[str, Any]) -> None:
+    model = layers()
+    twin = copy.deepcopy(model)
+    optimizer, reference = ours(model.parameters()), theirs(twin.parameters())
+    attach(optimizer, model, **way)
+    for step in range(4):
+        for one, by in ((model, optimizer), (twin, reference)):
+            by.zero_grad()
+            loss_of(one, step).backward()
+            if one is twin:
+                average_gradients(twin)
+            by.step()
+        if dist.get_rank() == 0:  # the gradients of the update are still there
+            x = torch.ones(2, 8, requires_grad=True)
+            torch.autograd.grad(model(x).sum(), x)
+        same(model, twin, f"update {step}")
+
+
+@pytest.mark.parametrize("way", ["plain", "plain, no overlap", "every backward"])
+def test_gradients_of_an_input_on_one_rank_alone(way: str) -> None:
+    run_ranks(2, check_saliency, WAYS[way])
+
+
+class Breaks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, breaks: bool) -> Tensor:
+        ctx.breaks = breaks
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        if ctx.breaks:
+            raise ValueError("out of memory")
+        return grad, None
+
+
+def check_broken_off(way: dict[str, Any]) -> None:
+    """Rank 0 catches what its backward pass raised, when buckets have gone, and updates by the gradients it has."""
+    model = layers()
+    twin = copy.deepcopy(model)
+    optimizer, reference = ours(model.parameters(), bucket_numel=64), theirs(twin.parameters())
+    with changed(gradients, "_LOOK_EVERY", 1):
+        attach(optimizer, model, **way)
+    for step in range(4):
+        breaks = step == 1 and dist.get_rank() == 0
+        for one, by in ((model, optimizer), (twin, reference)):
+            x = torch.randn(4, 8, generator=torch.Generator().manual_seed(10 * step + dist.get_rank()))
+            by.zero_grad()
+            try:
+                one[3:](Breaks.apply(one[:3](x), breaks)).square().mean().backward()
+            except ValueError:
+                assert breaks
+            if one is twin:
+                for param in twin.parameters():
+                    param.grad = torch.zeros_like(param) if param.grad is None else param.grad
+                average_gradients(twin)
+            by.step()
+        same(model, twin, f"update {step}")
+
+
+@pytest.mark.parametrize("way", ["plain", "plain, no overlap", "every backward"])
+def test_a_backward_pass_that_raised_on_one_rank_alone(way: str) -> None:
+    run_ranks(2, check_broken_off, WAYS[way])
+
+
+def check_let_go() -> None:
+    model = wrap(layers(), gradient_as_bucket_view=False)
+    optimizer = ours(model.parameters())
+    attach(optimizer, model, aside=False)
+    loss_of(model, 0).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    gone = weakref.ref(model)
+    gc.collect()
+    gc.disable()
+    try:
+        optimizer.param_groups[0]["params"] = [nn.Parameter(torch.zeros(3))]
+        reducers = [ref for ref in optimizer._path._reducers if ref() is not None]
+        assert reducers
+        del model
+        assert gone() is None
+        assert all(ref() is None for ref in reducers)
+    finally:
+        gc.enable()
+
+
+def test_a_module_is_let_go_of_while_its_optimizer_lives() -> None:
+    run_ranks(2, check_let_go)
+
+
+class Meeting(TensorDataset):
+    """Meets the other thread's data when both loaders have begun to fetch a batch, and neither has drawn anything."""
+
+    def __init__(self, count: int, barrier: threading.Barrier) -> None:
+        super().__init__(torch.arange(count))
+        self.barrier = barrier
+
+    def set_epoch(self, epoch: int) -> None:
+        self.barrier.wait(10)
+
+
+class Counter:
+    """Where in its epoch each batch of each loader ends, by the length of its data."""
+
+    def __init__(self) -> None:
+        self.ends: dict[int, list[int]] = {}
+
+    def begins(self, run: loaders.Run) -> None: ...
+
+    def handed_out(self, batch: loaders.Batch) -> None:
+        loader = batch.run.loader()
+        assert loader is not None
+        self.ends.setdefault(len(loader.dataset), []).append(batch.end)
+
+    def ended(self, run: loaders.Run) -> None: ...
+
+
+def test_loaders_in_two_threads() -> None:
+    barrier, counter = threading.Barrier(2), Counter()
+    loaders.listen(counter)
+
+    def read(count: int) -> None:
+        for _ in DataLoaderShard(Meeting(count, barrier), batch_size=3):
+            pass
+
+    threads = [threading.Thread(target=read, args=(count,)) for count in (7, 11)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert counter.ends == {7: [3, 6, 7], 11: [3, 6, 9, 11]}
