@@ -264,6 +264,7 @@ class Ours(World):
         net = self.names["net"]
         if not any(p.requires_grad and name not in unused for name, p in self.model.named_parameters()):
             return
+        self.local = not sync
         without = contextlib.nullcontext if sync else getattr(net, "no_sync", contextlib.nullcontext)
         with without():
             net(seed, unused).backward()
