@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dist_adamw.hooks import WeakHook
 from dist_adamw.plan import Plan
-from dist_adamw.shard import Shard, axes_in_memory, shaped_like, storage_order
+from dist_adamw.shard import Shard, axes_in_memory, check_dense, shaped_like, storage_order
 
 _HOOK = "_dist_adamw_hook"  # attribute of a DDP module
 # Where DDP's reducer stands aside: it copies every gradient into its own buckets, which costs as much time as
@@ -279,6 +279,7 @@ class DDPReducer:
     def reduce(self, bucket: Any) -> torch.futures.Future[Tensor]:
         """Serve one ``dist.GradBucket``."""
         buffer: Tensor = bucket.buffer()
+        check_dense(buffer)
         paths = {id(path): path for path in self.listeners()}
         packed, foreign = self._look(bucket, buffer, paths)
         for key, path in paths.items():

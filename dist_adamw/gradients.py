@@ -136,7 +136,7 @@ class GradientPath:
     def open_channel(self, group: dist.ProcessGroup, tag: int) -> None:
         """Let ranks of ``group`` tell each other what they are about to do, where messages can (gloo). Local."""
         if dist.get_backend(group) == "gloo":
-            self._rollcall = Rollcall(group, tag, width=14)
+            self._rollcall = Rollcall(group, tag, width=16)
 
     # ---------------------------------------------------------------- listening
 
@@ -660,6 +660,7 @@ class GradientPath:
         The owner keeps W times the average and the others keep zero, so that one more round adds
         what is new, and nothing is counted twice.
         """
+        self.look_at_siblings()
         # A parameter that lies in several buckets may have been sent in part.
         launched = {(id(shard), k) for shard, k in self._plan.order[: self._next]}
         is_laid_out_again = set(map(id, self._owners)) != set(map(id, self._plan.shards))  # and all has been sent
@@ -682,6 +683,7 @@ class GradientPath:
         self._reopened = True
         self._late.clear()
         self._begin_round()
+        self._tell_siblings()
 
     def discard(self, *, leave_zeros: bool = False) -> None:
         """Forget gradients that arrived: they are not wanted. Every rank alike; after `look_at_siblings`.
@@ -809,7 +811,9 @@ class GradientPath:
         # Of a frozen parameter nothing is missing, but ranks may differ in whether it has one.
         pattern = 0 if all(present) else collectives.fingerprint({"": present})
         numbers = [self._rounds + leftover, missing, self._reopened, change, summary, -summary, has_changes]
-        numbers += [options, -options, pattern, -pattern]
+        dropped = self._watch.dropped()
+        drops = collectives.fingerprint({"": dropped}) if dropped else 0
+        numbers += [options, -options, pattern, -pattern, drops, -drops]
         if self._rollcall is not None:
             self._rollcall.post([_UPDATE, self._number, self._params_digest, *numbers])
             numbers = [max(column) for column in zip(*self._hear(self._rollcall), strict=True)][3:]
@@ -820,14 +824,16 @@ class GradientPath:
         else:
             self.asks_for_changes = False
         self._needed, incomplete, reopened, changed, most, minus_least, has_changed = numbers[:7]
-        highest, minus_lowest, top_pattern, minus_low_pattern = numbers[7:]
+        highest, minus_lowest, most_pattern, minus_least_pattern, most_drops, minus_least_drops = numbers[7:]
         if (has_changed or highest != -minus_lowest) and self.asks_for_changes:
             check_changes()
         if changed == 2:
             raise _changed(on_this_rank=was_changed)
+        if most_drops != -minus_least_drops:
+            raise _dropped_alone(len(dropped))
         if reopened and not self._reopened:  # another rank ran the module forward since backward
             self._reopen()
-        incomplete = incomplete or top_pattern != -minus_low_pattern
+        incomplete = incomplete or most_pattern != -minus_least_pattern
         if incomplete:
             present = [bool(n) for n in self._largest(present, group, replicas)]
         if most != -minus_least:
@@ -1230,6 +1236,14 @@ def _accepted_local() -> RuntimeError:
         "accept_gradients() of gradients that are local ones until step(), of parameters in no attached module. A "
         "change that is not linear would not be that of their average. Call gather_gradients() before you change them, "
         "or attach() the module after it has got parameters."
+    )
+
+
+def _dropped_alone(count: int) -> collectives.AgreementError:
+    return collectives.AgreementError(
+        f"gradients were set to None between backward and step() on some ranks alone, {count} of them on this rank. "
+        "Each rank updates its own elements of every parameter, so ranks must set the same gradients to None. To skip "
+        "an update, all-reduce the reason, and then call the optimizer's zero_grad() instead of step() on all ranks."
     )
 
 

@@ -262,6 +262,7 @@ class DistAdamW(Optimizer):
         self._moved: list[Shard] = []  # shards whose parameters have other memory, as far as `_differs` has looked
         self._aside: list[Shard] = []  # of one parameter each that is in no group, but still in ``state``
         self._flag: Flag | None = None
+        self._lacking: list[int] | None = None  # numbers of parameters without a gradient, where ranks compare them
         self._options = OptionsDigest()
         self._updates = 0
         self._found_inf: Tensor | None = None
@@ -545,7 +546,11 @@ class DistAdamW(Optimizer):
         values in the others. For a norm use ``max_grad_norm`` or `clip_grad_norm_`; to read or change whole
         gradients, call `gather_gradients` first; after a change that treats every element alike (a clamp), call
         `accept_gradients`. Other changes between backward and `step` are refused, as far as they can be seen: by
-        another tensor or address in ``param.grad``, its version counter, and on a CPU a sample of the values.
+        another tensor or address in ``param.grad``, its version counter, and on a CPU a sample of the values. A
+        gradient set to None is not used, as in torch; ranks must set the same ones.
+
+        Of a plain module only this optimizer's parameters are averaged: those of another optimizer, torch's say, are
+        that one's user's to average.
 
         Parameters of this optimizer in a DDP module that is not attached belong to that DDP; parameters in no
         attached module are averaged in `step` where ranks' gradients differ. The optimizer that was attached last
@@ -897,7 +902,7 @@ class DistAdamW(Optimizer):
             self._apply_changes(changed, newcomers=True, is_agreed=is_agreed)
         else:
             if not is_agreed:
-                self._raise_flag(bool(self.state))
+                self._raise_flag(bool(self.state), gradients=True)
                 self._settle_flag()  # the user may have put something into ``state`` that is none, on one rank
             self._place_newcomers()
 
@@ -964,7 +969,7 @@ class DistAdamW(Optimizer):
             assert self._seen is not None
             changed = any(param.grad is not None for param in self._seen.waiting)
         if not is_agreed:
-            self._raise_flag(changed)
+            self._raise_flag(changed, gradients=newcomers)
         changes = (self._settle_flag() or self._find_changes()) if changed else None
         if changes is not None:
             self._take_from_state(changes)
@@ -1019,10 +1024,19 @@ class DistAdamW(Optimizer):
 
     # ---------------------------------------------------------------- agreement
 
-    def _raise_flag(self, changed: bool) -> None:
-        """Tell the other ranks of changes, and of hyper-parameters. Nothing waits for the answer yet. Collective."""
+    def _raise_flag(self, changed: bool, *, gradients: bool) -> None:
+        """Tell the other ranks of changes, and of hyper-parameters. Nothing waits for the answer yet. Collective.
+
+        Args:
+            changed: Whether there are changes on this rank.
+            gradients: Tell them also which parameters have a gradient: whole ones are averages, on every rank alike.
+        """
         if groups := self._groups_that_agree():
-            self._flag = Flag(changed, self._digest_options(), groups)
+            digest = self._digest_options()
+            self._lacking = [i for i, p in enumerate(self._all_params()) if p.grad is None] if gradients else None
+            if self._lacking:
+                digest = collectives.fingerprint({"": [digest, *self._lacking]})
+            self._flag = Flag(changed, digest, groups)
 
     def _settle_flag(self) -> Changes | None:
         """Before anything is changed or sent: whether ranks are alike. Collective.
@@ -1034,7 +1048,9 @@ class DistAdamW(Optimizer):
             AgreementError: some rank has other changes, or other hyper-parameters. On every rank.
         """
         flag, self._flag = self._flag, None
-        return self._check_changes_alike() if flag is not None and flag.wait() else None
+        found = self._check_changes_alike() if flag is not None and flag.wait() else None
+        self._lacking = None
+        return found
 
     def _check_changes_alike(self) -> Changes:
         changes: Changes | Exception
@@ -1043,6 +1059,8 @@ class DistAdamW(Optimizer):
         except (ValueError, RuntimeError) as error:  # perhaps on this rank alone
             changes = error
         options = {name: plain(getattr(self, name)) for name in _OPTIONS} | describe_options(self.param_groups)
+        if self._lacking is not None:
+            options["parameters without a gradient"] = ", ".join(map(str, self._lacking)) or "none"
         check_changes_alike(changes, options, self._groups_that_agree())
         if isinstance(changes, Exception):
             raise changes

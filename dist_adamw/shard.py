@@ -303,6 +303,7 @@ class Shard:
         """``tensor``, of the shape of parameter ``i``, as 1-D in the order of `order_of`. A view, or a copy."""
         if tensor.ndim == 1:
             return tensor if tensor.is_contiguous() else tensor.reshape(-1)
+        check_dense(tensor)
         if self._is_straight[i]:
             return tensor.reshape(-1)
         return tensor.permute(self._orders[i]).reshape(-1)
@@ -428,11 +429,8 @@ class Shard:
             ]
         grads = [p.grad if p.grad is None else local_gradient(p.grad, p) for p in self.params]
         for grad in grads:
-            if grad is not None and grad.layout != torch.strided:
-                raise RuntimeError(
-                    f"DistAdamW does not support sparse gradients, got one of layout {grad.layout}. "
-                    "Build the embedding with sparse=False."
-                )
+            if grad is not None:
+                check_dense(grad)
         flat = [
             None if grad is None else storage_order(grad, like=p)
             for p, grad in zip(self._weights(), grads, strict=True)
@@ -469,6 +467,19 @@ class Shard:
             table = self._tables[k, len(live)] = (live, made)
         table[1].follow(params, grads)
         return table[1]
+
+
+def check_dense(grad: Tensor) -> None:
+    """Refuse a sparse gradient.
+
+    Raises:
+        RuntimeError: says what to do.
+    """
+    if grad.layout != torch.strided:
+        raise RuntimeError(
+            f"DistAdamW does not support sparse gradients, got one of layout {grad.layout}. "
+            "Build the embedding with sparse=False."
+        )
 
 
 def peek(state: Mapping[Tensor, Any], param: Tensor) -> Any:

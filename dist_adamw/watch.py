@@ -3,7 +3,8 @@
 Floor 2: knows tensors; nothing of ranks.
 
 A change is seen by another tensor or address in ``param.grad``, by a version counter, and, on a CPU, by a sample of the
-values, since ``param.grad.data.mul_(c)`` leaves no other trace. Loops over tensors run in C.
+values, since ``param.grad.data.mul_(c)`` leaves no other trace. A gradient that was set to None is not used, as in
+torch; ranks must do that alike. Loops over tensors run in C.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from dist_adamw.shard import check_dense
 
 _SAMPLED_TENSORS, _SAMPLED_ELEMENTS = 8, 32
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -32,6 +35,7 @@ class GradientWatch:
         self._present: list[Tensor] = []
         self._addresses: list[int] = []
         self._versions = 0
+        self._places: list[Tensor] = []
         self._sample: list[Tensor] = []
 
     def remember(self, params: Sequence[Tensor]) -> None:
@@ -39,17 +43,25 @@ class GradientWatch:
         self._params = params
         self._grads = list(map(_gradient, params))
         self._present = _present(self._grads)
-        self._addresses = list(map(Tensor.data_ptr, self._present))
-        self._versions = sum(map(_version, self._present))
-        self._sample = _sample(self._present)
+        try:
+            self._addresses = list(map(Tensor.data_ptr, self._present))
+        except RuntimeError:
+            for grad in self._present:
+                check_dense(grad)
+            raise
+        self._note_values()
 
     def remember_written(self, params: Sequence[Tensor]) -> None:
         """As `remember`, where this package alone has written to gradients since: their memory is what it was."""
         if params is not self._params or not all(map(operator.is_, map(_gradient, params), self._grads)):
             self.remember(params)
             return
+        self._note_values()
+
+    def _note_values(self) -> None:
         self._versions = sum(map(_version, self._present))
-        self._sample = _sample(self._present)
+        self._places = _places(self._present)
+        self._sample = [place.clone() for place in self._places]
 
     def accept(self) -> None:
         """Let gradients be what they are now."""
@@ -60,7 +72,6 @@ class GradientWatch:
         """Whether some ``param.grad`` is another tensor, or has other memory."""
         now = list(map(_gradient, self._params))
         if not all(map(operator.is_, now, self._grads)):
-            # A gradient that was set to None is not used, as in torch.
             if any(new is not None and new is not old for new, old in zip(now, self._grads, strict=True)):
                 return True
             kept = [old is not None and new is not None for new, old in zip(now, self._grads, strict=True)]
@@ -75,20 +86,37 @@ class GradientWatch:
         return (
             self.replaced()
             or sum(map(_version, self._present)) != self._versions
-            or not all(map(torch.equal, _sample(self._present), self._sample))
+            or not all(map(torch.equal, self._places, self._sample))
         )
+
+    def dropped(self) -> list[int]:
+        """Numbers of the parameters whose gradients were set to None."""
+        now = list(map(_gradient, self._params))
+        if all(map(operator.is_, now, self._grads)):
+            return []
+        return [i for i, (new, old) in enumerate(zip(now, self._grads, strict=True)) if new is None and old is not None]
 
 
 def _present(grads: Sequence[Tensor | None]) -> list[Tensor]:
     return [grad for grad in grads if grad is not None]
 
 
-def _sample(grads: list[Tensor]) -> list[Tensor]:
-    """The bits of a few elements of a few of the gradients that lie on a CPU."""
-    sampled = []
-    for grad in grads[:: max(1, len(grads) // _SAMPLED_TENSORS)]:
-        if grad.device.type == "cpu" and grad.numel() and grad.is_contiguous():
-            count = min(_SAMPLED_ELEMENTS, grad.numel())
-            elements = torch.as_strided(grad.detach(), (count,), (grad.numel() // count,), grad.storage_offset())
-            sampled.append(elements.clone().view(_BITS[grad.dtype.itemsize]))
-    return sampled
+def _places(grads: list[Tensor]) -> list[Tensor]:
+    """The bits of a few elements of a few of the gradients that lie on a CPU, as views."""
+    places = []
+    sampled = [grad for grad in grads[:: max(1, len(grads) // _SAMPLED_TENSORS)] if _can_be_sampled(grad)]
+    for grad in sampled:
+        count = min(_SAMPLED_ELEMENTS, grad.numel())
+        elements = torch.as_strided(grad.detach(), (count,), (grad.numel() // count,), grad.storage_offset())
+        places.append(elements.view(_BITS[grad.dtype.itemsize]))
+    if not any(map(torch.any, places)):  # zeros stay what they are under any factor: of an embedding, most are
+        for grad in filter(_can_be_sampled, grads):
+            flat = grad.detach().view(-1)
+            largest = flat.abs().argmax()
+            if flat[largest]:
+                return [*places, flat[largest : largest + 1].view(_BITS[grad.dtype.itemsize])]
+    return places
+
+
+def _can_be_sampled(grad: Tensor) -> bool:
+    return grad.device.type == "cpu" and grad.numel() > 0 and grad.is_contiguous()

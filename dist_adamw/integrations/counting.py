@@ -7,9 +7,10 @@ The rule. Rows of a batch count once, in the update that their first backward pa
 1. A loader hands out a batch: its real rows on this rank are *in hand*. (`loader.py` tells how many are real.) A batch
    that is handed out where gradients are disabled never counts.
 2. A backward pass reaches a parameter of this optimizer: of every loader, the oldest batch in hand is *accumulated*.
-3. A loader hands out the next batch: the one before is dropped if no backward pass has taken it, unless the script
-   still has it (a loop that fetches several batches ahead). A batch of an iteration that has ended (``break``,
-   ``next(iter(loader))``) stays in hand until any loader hands out a batch where gradients are enabled.
+3. A loader hands out the next batch, of the same epoch or of the next: the one before is dropped if no backward pass
+   has taken it, unless the script still has it (a loop that fetches several batches ahead). A batch of an iteration
+   that has ended early (``break``, ``next(iter(loader))``), or of another loader's that has ended, stays in hand until
+   any loader hands out a batch where gradients are enabled.
 4. ``zero_grad()``, or gradients that are gone at the next backward pass: what was accumulated is dropped. Of it, a
    batch that is still the newest of its loader is in hand again (SAM, a second try).
 5. An update takes what is accumulated, summed over the data-parallel ranks. A skipped update is as 4. After a
@@ -136,9 +137,10 @@ class SampleCounter:
         kept = []
         for entry in self._in_hand:
             before = entry.batch.run
-            if before is batch.run:
+            goes_on = before.is_exhausted and before.loader() is batch.run.loader()  # with another epoch
+            if before is batch.run or goes_on:
                 entry.is_passed_over = True
-            is_orphan = counts and before.has_ended and not self._fetches_ahead
+            is_orphan = counts and before.has_ended and not (goes_on or self._fetches_ahead)
             if not (is_orphan or self._is_let_go(entry)):
                 kept.append(entry)
         if counts:
@@ -170,9 +172,12 @@ class SampleCounter:
         self._in_hand = [entry for entry in self._in_hand if not self._is_let_go(entry)]
         taken: set[int] = set()
         for entry in self._in_hand:
-            run = id(entry.batch.run)
-            if entry.is_waiting and run not in taken:
-                taken.add(run)
+            run = entry.batch.run
+            loader = run.loader()
+            if entry.is_waiting and taken.isdisjoint((id(run), id(loader))):
+                taken.add(id(run))
+                if run.is_exhausted and loader is not None:  # batches of its next epoch come after this one
+                    taken.add(id(loader))
                 entry.is_waiting = False
                 self._accumulated.append(entry)
         if self._accumulated and self._witness is None:

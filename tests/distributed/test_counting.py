@@ -185,6 +185,26 @@ def test_batches_that_are_fetched_ahead_count_one_by_one() -> None:
     assert [loop.train(batch) for batch in ahead] == [4, 8, 10]
 
 
+def test_batches_that_are_fetched_ahead_over_the_end_of_an_epoch_count_one_by_one() -> None:
+    loop = Loop(rows(10))
+    batches = itertools.chain(loop.loader, loop.loader, loop.loader)
+    counted = []
+    while ahead := list(itertools.islice(batches, 2)):
+        counted += [loop.train(batch) for batch in ahead]
+        del ahead
+    assert counted == [4, 8, 10, 14, 18, 20, 24, 28, 30]
+
+
+def test_a_last_batch_of_an_evaluation_with_gradients_does_not_count() -> None:
+    loop = Loop(rows(10))
+    other = loop.accelerator.prepare(DataLoader(rows(9), 4))
+    for _ in range(2):
+        for held in other:
+            loop.model(held[0])
+        loop.epoch()
+    assert loop.scheduler.samples == 20
+
+
 def raising(loop: Loop, batch: Any, optimizer: Any) -> None:
     """A micro-batch whose ``step`` raises; the script mends what was wrong, and goes on."""
     loop.accelerator.backward(loop.model(batch[0]).mean())

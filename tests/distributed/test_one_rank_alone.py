@@ -113,6 +113,85 @@ def test_state_changed_on_one_rank_alone_before_gradients_are_read(call: str) ->
         assert error.startswith("AgreementError: rank 1 disagrees with rank 0"), error
 
 
+def check_dropped(way: dict[str, Any] | None, how: str) -> None:
+    """Before update 2 rank 1 alone sets gradients to None, one of them or all."""
+    bare = layers()
+    model = wrap(bare) if way is None or way.get("ddp") else bare
+    optimizer = ours(bare.parameters())
+    if way is not None:
+        attach(optimizer, model, **{key: value for key, value in way.items() if key not in ("ddp", "view")})
+    for step in range(3):
+        loss_of(model, step).backward()
+        if step == 1 and dist.get_rank() == 1:
+            for param in list(bare.parameters())[: 1 if how == "one" else None]:
+                param.grad = None
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("how", ["one", "all"])
+@pytest.mark.parametrize("way", ["ddp", "ddp, buckets", "plain", "plain, no overlap", ""])
+def test_gradients_set_to_none_on_one_rank_alone(way: str, how: str) -> None:
+    for error in expect_error_on_all(2, check_dropped, WAYS[way] if way else None, how):
+        assert error.startswith("AgreementError"), error
+        assert "set to None" in error or "parameters without a gradient is" in error, error
+
+
+def check_dropped_by_all(way: dict[str, Any]) -> None:
+    bare = layers()
+    twin = wrap(copy.deepcopy(bare))
+    model = wrap(bare) if way.get("ddp") else bare
+    optimizer, reference = ours(bare.parameters()), theirs(twin.parameters())
+    attach(optimizer, model, **{key: value for key, value in way.items() if key not in ("ddp", "view")})
+    for step in range(4):
+        for one, net, by in ((model, bare, optimizer), (twin, twin.module, reference)):
+            by.zero_grad()
+            loss_of(one, step).backward()
+            if step == 1:
+                net[2].weight.grad = None
+            by.step()
+        same(bare, twin.module, f"update {step}")
+
+
+@pytest.mark.parametrize("way", ["ddp", "ddp, buckets", "plain"])
+def test_gradients_set_to_none_on_all_ranks(way: str) -> None:
+    run_ranks(2, check_dropped_by_all, WAYS[way])
+
+
+def check_sparse(way: dict[str, Any] | None) -> None:
+    torch.manual_seed(0)
+    bare = nn.Embedding(50, 8, sparse=True)
+    optimizer = ours(bare.parameters())
+    model = wrap(bare, gradient_as_bucket_view=False) if way is None or way.get("ddp") else bare
+    if way is not None:
+        attach(optimizer, model)
+    model(torch.tensor([1, 2])).sum().backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("way", ["ddp", "plain", ""])
+def test_sparse_gradients_are_refused(way: str) -> None:
+    for error in expect_error_on_all(2, check_sparse, WAYS[way] if way else None):
+        assert "DistAdamW does not support sparse gradients" in error, error
+
+
+def check_scaled_zeros() -> None:
+    """Clipped by a local norm, behind autograd's back: of an embedding's gradient nearly everything is zero."""
+    torch.manual_seed(0)
+    model = nn.Embedding(2000, 16)
+    optimizer = ours(model.parameters())
+    attach(optimizer, model)
+    model(torch.tensor([7, 8 + dist.get_rank()])).square().sum().backward()
+    assert model.weight.grad is not None
+    model.weight.grad.data.mul_(0.5)
+    optimizer.step()
+
+
+def test_a_factor_on_gradients_that_are_mostly_zero_is_seen() -> None:
+    for error in expect_error_on_all(2, check_scaled_zeros):
+        assert "gradients were changed between backward and step()" in error, error
+
+
 class Branches(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -248,6 +248,20 @@ def test_a_last_batch_that_was_fetched_ahead_comes_again(tmp_path: Path) -> None
     assert resumed.epoch(rest_of_epoch(resumed.loader)) == seen
 
 
+def test_a_last_batch_comes_again_when_the_next_epoch_has_been_fetched(tmp_path: Path) -> None:
+    job = Job()
+    batches = itertools.chain(job.loader, job.loader)
+    ahead = next(batches)
+    for _ in range(10):
+        batch, ahead = ahead, next(batches)
+        job.save(tmp_path)
+        seen = job.train(batch)
+    resumed = Job(folder=tmp_path)
+    assert (position(resumed.loader).epoch, position(resumed.loader).samples) == (0, 36)
+    assert resumed.epoch(rest_of_epoch(resumed.loader)) == seen
+    assert job.scheduler.samples == 40
+
+
 def test_a_checkpoint_folder_says_when_a_save_is_due(tmp_path: Path) -> None:
     """Asked at every micro-batch: once for each multiple, and not at once after a resume."""
     job, saved = Job(2), []

@@ -344,6 +344,17 @@ SCRIPTS: dict[str, tuple[dict[str, Any], str]] = {
         optimizer.step()
         """,
     ),
+    "two backward passes for two optimizers that share a bucket": (
+        BUCKETS,
+        """
+        second = make([{'params': [model.b], 'lr': 0.01, 'eps': 0.1}])
+        wrap()
+        backward(1)
+        backward(2)
+        optimizer.step()
+        second.step()
+        """,
+    ),
     "a gradient that comes inside no_sync only, after zeros were sent for it": (
         PLAIN,
         """
