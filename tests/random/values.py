@@ -164,7 +164,7 @@ class Values(Draft):
         ]
         if self.mode != "native":  # a step without moments, or moments without their master, are half a state
             texts = [text for text in texts if "step" not in text]
-        if self.ranks == 1 and self.mode == "native":
+        if self.ranks == 1 and self.mode == "native" and self.amsgrad_of(name) is not None:
             more = f', "max_exp_avg_sq": noise(model.{name}, {seed}).abs()' if self.amsgrad_of(name) else ""
             texts.append(
                 f'{of} = {{"step": torch.tensor(3.0), "exp_avg": noise(model.{name}, {seed}), '
