@@ -219,7 +219,7 @@ class PeerToPeer(Exchange):
         sent = Travelling(k, [], self._take())
         received, outbox = sent.staging
         mine = self._slices[k][self._rank]
-        sent.own = cut(flat, mine.pieces)
+        sent.own = cut_slice(flat, mine.pieces)
         for to, source in self._peers:
             slot = received[source]
             if mine.small:
@@ -229,7 +229,7 @@ class PeerToPeer(Exchange):
                 for i in mine.large:
                     self._receive(sent, places[i], source)
             theirs = self._slices[k][to]
-            views = cut(flat, theirs.pieces)
+            views = cut_slice(flat, theirs.pieces)
             if theirs.small:
                 self._pack(k, to, views, outbox[to])
                 self._send(sent, outbox[to][: theirs.small_numel], to)
@@ -399,7 +399,7 @@ class Native(Exchange):
         sent = Travelling(k, [], self._take())
         pieces, numel, first, last = self._pieces(k)
         targets, sources = [], []
-        for piece, view in zip(pieces, cut(flat, pieces), strict=True):
+        for piece, view in zip(pieces, cut_slice(flat, pieces), strict=True):
             target = sent.staging[piece.offset : piece.offset + piece.numel]
             if view is None:
                 target.zero_()
@@ -409,7 +409,7 @@ class Native(Exchange):
         if targets:
             torch._foreach_copy_(targets, sources)
         owned = self._owned(k, first, last)
-        sent.own = cut(flat, owned)
+        sent.own = cut_slice(flat, owned)
         # torch 2.13 renames reduce_scatter_tensor and warns of the old name.
         scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
         average = dist.ReduceOp.AVG if self._replicas is None else dist.ReduceOp.SUM
@@ -531,17 +531,18 @@ def _inside(piece: Piece, first: int, last: int) -> bool:
 
 
 def cut(flat: Flat, pieces: list[Piece]) -> list[Tensor | None]:
-    """The ``pieces`` of ``flat``, which lie side by side there, so that only the first and the last can be parts.
+    """The ``pieces`` of ``flat``; a tensor itself where a piece is all of it, since a view costs a microsecond."""
+    return [
+        base if (base := flat[p.param]) is None or p.numel == base.numel() else base[p.start : p.stop] for p in pieces
+    ]
 
-    A tensor itself where a piece is all of it, since a view costs a microsecond.
-    """
+
+def cut_slice(flat: Flat, pieces: list[Piece]) -> list[Tensor | None]:
+    """`cut` of pieces that lie side by side, as a bucket's and a slice's: only the first and the last can be parts."""
     if not pieces:
         return []
     runs = list(flat[pieces[0].param : pieces[-1].param + 1])
     if len(runs) != len(pieces):  # tensors without elements between them
         runs = [flat[piece.param] for piece in pieces]
-    for i in (0, -1):
-        piece, base = pieces[i], flat[pieces[i].param]
-        if base is not None and piece.numel != base.numel():
-            runs[i] = base[piece.start : piece.stop]
+    runs[0], runs[-1] = cut(flat, pieces[:1])[0], cut(flat, pieces[-1:])[0]
     return runs

@@ -20,7 +20,7 @@ from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from dist_adamw import collectives
-from dist_adamw.exchange import Exchange, cut, make_exchange
+from dist_adamw.exchange import Exchange, cut, cut_slice, make_exchange
 from dist_adamw.functional import zeros_apart
 from dist_adamw.kernels.adamw_triton import BlockTable
 from dist_adamw.kernels.mixed import follow_params_, join_master, split_master_
@@ -435,7 +435,7 @@ class Shard:
             None if grad is None else storage_order(grad, like=p)
             for p, grad in zip(self._weights(), grads, strict=True)
         ]
-        return [cut(flat, bucket.pieces) for bucket in self._buckets]
+        return [cut_slice(flat, bucket.pieces) for bucket in self._buckets]
 
     @property
     def any_grad(self) -> bool:
