@@ -514,7 +514,7 @@ class DistAdamW(Optimizer):
     def _shards_by_now(self) -> list[Shard]:
         """The shards; of every parameter that requires a gradient where there were none. Local."""
         self.wait()
-        if not self.shards:
+        if not self._is_laid_out:
             self._place_newcomers()
         for shard in self.shards:
             if shard.has_left_device():
@@ -881,7 +881,7 @@ class DistAdamW(Optimizer):
         """
         self.wait()
         if self._shared_out != "partitions":
-            if self.shards:
+            if self._is_laid_out:
                 self._apply_changes(self._differs(), newcomers=False)
                 self._settle_flag()
             else:
@@ -898,7 +898,7 @@ class DistAdamW(Optimizer):
         """
         if self._shared_out == "partitions":
             self._follow_partitions()
-        elif self.shards:
+        elif self._is_laid_out:
             self._apply_changes(changed, newcomers=True, is_agreed=is_agreed)
         else:
             if not is_agreed:
@@ -915,7 +915,7 @@ class DistAdamW(Optimizer):
         """
         if self._shared_out == "partitions":
             return
-        if not self.shards:
+        if not self._is_laid_out:
             check_new_state(self.param_groups, self.state, ())
             return
         for shard in self.shards:
@@ -933,9 +933,14 @@ class DistAdamW(Optimizer):
                 "step(), or in dist_adamw.save. Call one of them before state_dict()."
             )
 
+    @property
+    def _is_laid_out(self) -> bool:
+        """Whether there is state: also of parameters that are all in no group now."""
+        return bool(self.shards or self._aside)
+
     def _differs(self) -> bool:
         """Whether ``param_groups``, ``state`` or the ranks are not what the shards stand for. Local."""
-        if not self.shards:
+        if not self._is_laid_out:
             return False
         self._moved = self.shards
         if self._seen is None or self._seen.differs(self.param_groups, self.state):
@@ -960,7 +965,8 @@ class DistAdamW(Optimizer):
             newcomers: Give places to parameters with a first gradient, too.
             is_agreed: Whether the ranks are known to have made the same changes.
         """
-        if self.process_group is not self.shards[0].process_group and self.shards[0].process_group is not None:
+        before = [shard.process_group for shard in (*self.shards, *self._aside)]
+        if self.process_group is not before[0] and before[0] is not None:
             raise RuntimeError(
                 "the process group is not the one that the optimizer's state is shared over. Save with "
                 "accelerator.save_state, and load in a job that begins with the new group."

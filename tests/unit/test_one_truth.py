@@ -411,6 +411,34 @@ def test_what_is_no_state_is_refused_before_anything_changes(entry: Any, message
     assert all(torch.equal(value, before[key]) for key, value in job.model.state_dict().items())
 
 
+def leave_and_come_back(kind: type[torch.optim.Optimizer], **options: Any) -> tuple[Any, list[Tensor]]:
+    """The only parameter with state is in no group for an update."""
+    torch.manual_seed(0)
+    frozen, comes, new = nn.Parameter(torch.randn(31), False), nn.Parameter(torch.randn(9, 8)), torch.randn(129)
+    optimizer: Any = kind([{"params": [frozen]}, {"params": [comes]}], lr=0.01, **options)
+    comes.grad = torch.randn(9, 8)
+    optimizer.step()
+    optimizer.param_groups.pop(1)
+    optimizer.step()
+    optimizer.add_param_group({"params": [comes], "lr": 0.03})
+    optimizer.step()
+    later = nn.Parameter(new)
+    optimizer.param_groups[1]["params"] += [later]
+    later.grad = torch.randn(129)
+    optimizer.step()
+    return optimizer, [comes, later]
+
+
+def test_all_state_belongs_to_a_parameter_in_no_group_for_a_while() -> None:
+    (ours, our_params), (theirs, their_params) = (
+        leave_and_come_back(DistAdamW),
+        leave_and_come_back(torch.optim.AdamW, fused=True),
+    )
+    for p, q in zip(our_params, their_params, strict=True):
+        assert torch.equal(p, q)
+        assert all(torch.equal(ours.state[p][key], value) for key, value in theirs.state[q].items())
+
+
 READINGS: dict[str, Callable[[Any, Tensor], Any]] = {
     "[]": lambda state, param: state[param],
     "get": lambda state, param: state.get(param),
