@@ -276,7 +276,7 @@ class Shard:
             owned = self.owned_moment(i, name)
             if self.process_group is None:
                 state[name] = self.shaped(owned, self.params[i])
-            else:  # an empty share is a tensor of its own: the user may replace it
+            else:  # never one empty tensor for two parameters: the user may replace its data
                 state[name] = owned if self._where[i] else owned.detach()
         return state
 

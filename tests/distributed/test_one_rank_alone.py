@@ -6,8 +6,6 @@ import copy
 import gc
 import threading
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -22,16 +20,6 @@ from dist_adamw.integrations import loader as loaders
 from tests.distributed.test_attach import WAYS, attach, average_gradients
 from tests.distributed.test_whose_gradients import layers, loss_of, ours, same, theirs, wrap
 from tests.ranks import expect_error_on_all, run_ranks
-
-
-@contextmanager
-def changed(owner: Any, name: str, value: Any) -> Iterator[None]:
-    before = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, before)
 
 
 def check_clipped_beside_another(setting_zeros: bool) -> None:
@@ -93,10 +81,11 @@ def test_amsgrad_set_on_one_rank_alone(way: dict[str, Any] | None) -> None:
 
 
 def check_state_before(call: str) -> None:
-    """Without messages of its own, as over NCCL."""
+    """Ranks cannot tell each other what they are about to do, as over NCCL."""
     model = wrap(layers(), gradient_as_bucket_view=False)
     optimizer = ours(model.parameters())
-    with changed(gradients.GradientPath, "open_channel", lambda self, group, tag: None):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gradients.GradientPath, "open_channel", lambda self, group, tag: None)
         attach(optimizer, model, aside=False)
     for step in range(3):
         loss_of(model, step).backward()
@@ -271,7 +260,8 @@ def check_broken_off(way: dict[str, Any]) -> None:
     model = layers()
     twin = copy.deepcopy(model)
     optimizer, reference = ours(model.parameters(), bucket_numel=64), theirs(twin.parameters())
-    with changed(gradients, "_LOOK_EVERY", 1):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gradients, "_LOOK_EVERY", 1)
         attach(optimizer, model, **way)
     for step in range(4):
         breaks = step == 1 and dist.get_rank() == 0
