@@ -62,6 +62,7 @@ class Reference(torch.optim.AdamW):
         super().__init__(params, fused=True, **options)
 
     def __getstate__(self) -> dict[str, Any]:
+        self._forget_zeros()
         for param, state in self.state.items():  # what was written to the weights is in the masters of a pickle
             if state.get("master") is not None:
                 state["master"] = self.effective_weight(param).clone()
@@ -114,6 +115,7 @@ class Reference(torch.optim.AdamW):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._forget_zeros()
         params = [param for param in self.all_params() if param.grad is not None]
         for param in params:
             assert param.grad is not None
@@ -153,10 +155,14 @@ class Reference(torch.optim.AdamW):
 
     def state_dict(self) -> Any:
         """torch's, which fails while ``state`` has parameters that are in no group."""
+        self._forget_zeros()
+        return super().state_dict()
+
+    def _forget_zeros(self) -> None:
+        """Drop the zeros of a skipped update where the parameter has left its group, as DistAdamW does."""
         here = {id(param) for param in self.all_params()}
         for param in [param for param, state in self.state.items() if id(param) not in here and state.get("step") == 0]:
-            del self.state[param]  # zeros of a skipped update, which ours takes back when the parameter leaves
-        return super().state_dict()
+            del self.state[param]
 
     def _begin_state(self, params: list[Tensor]) -> None:
         """What torch's fused update leaves where a GradScaler has found that gradients are infinite: zeros."""
