@@ -180,7 +180,11 @@ class DDPReducer:
         self.follow()
 
     def _gone(self, _: Any) -> None:
-        self._listeners = [one for one in self._listeners if one[0]() is not None]
+        self.drop(None)
+
+    def drop(self, path: Listener | None) -> None:
+        """Serve ``path`` no more, nor those that are gone."""
+        self._listeners = [one for one in self._listeners if one[0]() not in (None, path)]
         self.follow()
 
     def follow(self) -> None:

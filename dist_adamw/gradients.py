@@ -64,6 +64,7 @@ class GradientPath:
         listening: Ids of the parameters that this path listens to; replaced when they change.
         is_whole: Whether every ``param.grad`` is the average over all ranks, to be taken as it is.
         asks_for_changes: Whether the last `complete` has asked all ranks if there are changes.
+        tag: Of its messages: the same on all ranks, and that of no other path. None before `open_channel`.
     """
 
     def __init__(
@@ -115,6 +116,7 @@ class GradientPath:
         self._are_sorted = False  # whether others have been looked at since the last backward
         self._late: set[int] = set()  # ids of others that have been averaged since they were last set to zero
         self._kept: set[int] = set()  # into the shard: ids of others whose average is there, and in no ``param.grad``
+        self.tag: int | None = None
         self._rollcall: Rollcall | None = None
         self._params_digest = self._params_changes = 0  # what is compared of the parameters, and how often they changed
         self._is_news = False  # whether other ranks have not been told of the last change
@@ -135,6 +137,7 @@ class GradientPath:
 
     def open_channel(self, group: dist.ProcessGroup, tag: int) -> None:
         """Let ranks of ``group`` tell each other what they are about to do, where messages can (gloo). Local."""
+        self.tag = tag
         if dist.get_backend(group) == "gloo":
             self._rollcall = Rollcall(group, tag, width=16)
 
@@ -223,6 +226,15 @@ class GradientPath:
         self._listening_changed()
         for reducer in self._live_reducers():
             reducer.follow()
+
+    def end(self) -> None:
+        """Neither listen nor send any more. Local."""
+        _remove_all(self._hook_of, self._module_hooks)
+        self._hook_of.clear()
+        self._module_hooks.clear()
+        self._listening_changed()
+        for reducer in self._live_reducers():
+            reducer.drop(self)
 
     def _listening_changed(self) -> None:
         self.listening = frozenset(self._hook_of)
@@ -325,8 +337,8 @@ class GradientPath:
         """Launch buckets whose gradients are there.
 
         Args:
-            may_wait: Backward is over. Before, gradients of several optimizers may come in another order on another
-                rank, and each would wait in one for what the other sends after the other one.
+            may_wait: Backward is over. Before, gradients of several optimizers, or of DDP's own buckets, may come in
+                another order on another rank, and each would wait in one for what the other sends after the other one.
         """
         while self._next < len(self._waiting) and not self._waiting[self._next]:
             if not may_wait and (self._is_news or (len(self._travelling) == UNDER_WAY and self._has_company())):
@@ -334,7 +346,9 @@ class GradientPath:
             self._launch()
 
     def _has_company(self) -> bool:
-        """Whether this backward pass has reached parameters of other attached optimizers."""
+        """Whether others send in this backward pass: attached optimizers, or DDP, whose buckets fill on their own."""
+        if not self._ddp_only and any(not reducer.stood_aside for reducer in self._live_reducers()):
+            return True
         return any(path._queued for path in _live_paths() if path is not self)
 
     def _launch_rest(self) -> None:
@@ -1126,6 +1140,20 @@ def take_over(path: GradientPath, params: Iterable[Tensor]) -> None:
     if all(other is not path for other in known):
         known.append(path)
     _paths[:] = [weakref.ref(one) for one in known]
+
+
+def end_unless_everywhere(model: nn.Module, group: dist.ProcessGroup) -> None:
+    """End paths to ``model`` that are there on some ranks alone. Collective.
+
+    Their optimizer is gone on the other ranks. Here a logger of the main rank may still hold it, or the garbage
+    collector has not found it yet.
+    """
+    ids = {id(param) for param in model.parameters()}
+    paths = [path for path in _live_paths() if not path.listening.isdisjoint(ids)]
+    everywhere = set.intersection(*map(set, collectives.all_gather_objects([path.tag for path in paths], group)))
+    for path in paths:
+        if path.tag not in everywhere:
+            path.end()
 
 
 def gather_from_owners(reader: GradientPath | None, params: Iterable[Tensor]) -> None:

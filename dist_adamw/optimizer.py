@@ -34,7 +34,7 @@ from dist_adamw.conventions import engine_that_shards, is_being_wrapped
 from dist_adamw.exchange import UNDER_WAY, Travelling
 from dist_adamw.fingerprints import fingerprints
 from dist_adamw.functional import DecayBy, adamw_update_, can_fuse, check_hyper_parameters, norm_parts, sum_of_squares
-from dist_adamw.gradients import GradientPath, gather_from_owners
+from dist_adamw.gradients import GradientPath, end_unless_everywhere, gather_from_owners
 from dist_adamw.kernels import adamw_triton
 from dist_adamw.kernels.mixed import mixed_adamw_update_
 from dist_adamw.options import OptionsDigest, describe_options
@@ -617,6 +617,7 @@ class DistAdamW(Optimizer):
         self._defer_gather = defer_gather
         if not isinstance(model, DistributedDataParallel):
             self._make_alike(model)
+        end_unless_everywhere(model, group)
         self._check_gradients_before(model)
         self._path.listen(model)
         self._attached = [*(ref for ref in self._attached if ref() not in (None, model)), weakref.ref(model)]
@@ -1059,17 +1060,17 @@ class DistAdamW(Optimizer):
         return found
 
     def _check_changes_alike(self) -> Changes:
-        changes: Changes | Exception
-        try:
-            changes = self._find_changes()
-        except (ValueError, RuntimeError) as error:  # perhaps on this rank alone
-            changes = error
         options = {name: plain(getattr(self, name)) for name in _OPTIONS} | describe_options(self.param_groups)
         if self._lacking is not None:
             options["parameters without a gradient"] = ", ".join(map(str, self._lacking)) or "none"
-        check_changes_alike(changes, options, self._groups_that_agree())
-        if isinstance(changes, Exception):
-            raise changes
+        groups = self._groups_that_agree()
+        try:
+            changes = self._find_changes()
+        except (ValueError, RuntimeError) as error:  # perhaps on this rank alone
+            # Not kept in a variable: with its traceback it would hold this optimizer until garbage is collected.
+            check_changes_alike(str(error), options, groups)
+            raise
+        check_changes_alike(changes, options, groups)
         return changes
 
     def _digest_options(self) -> int:

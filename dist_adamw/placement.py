@@ -471,7 +471,7 @@ class Flag:
 
 
 def check_changes_alike(
-    changes: Changes | Exception, options: Mapping[str, Any], groups: Sequence[dist.ProcessGroup]
+    changes: Changes | str, options: Mapping[str, Any], groups: Sequence[dist.ProcessGroup]
 ) -> None:
     """Raise on every rank unless all have made the same changes and have the same hyper-parameters. Collective.
 
@@ -483,8 +483,8 @@ def check_changes_alike(
         AgreementError: says which rank differs, and how.
     """
     what = "what was changed in optimizer.param_groups and state"
-    if isinstance(changes, Exception):
-        record = {**options, what: str(changes)}
+    if isinstance(changes, str):
+        record = {**options, what: changes}
     else:
         record = {
             **options,

@@ -15,7 +15,7 @@ from accelerate.data_loader import DataLoaderShard
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from dist_adamw import gradients
+from dist_adamw import AgreementError, gradients
 from dist_adamw.integrations import loader as loaders
 from tests.distributed.test_attach import WAYS, attach, average_gradients
 from tests.distributed.test_whose_gradients import layers, loss_of, ours, same, theirs, wrap
@@ -308,6 +308,62 @@ def check_let_go() -> None:
 
 def test_a_module_is_let_go_of_while_its_optimizer_lives() -> None:
     run_ranks(2, check_let_go)
+
+
+def check_the_last_optimizer_is_there_on_one_rank_alone(way: dict[str, Any]) -> None:
+    model, twin = layers(), layers()
+    way = dict(way)
+    net = wrap(model) if way.pop("ddp", False) else model
+    first = ours(model.parameters())
+    attach(first, net, **way)
+    loss_of(net, 0).backward()
+    first.step()
+    first.zero_grad(set_to_none=False)
+    held = [first] if dist.get_rank() == 1 else []  # by a logger, say
+    del first
+    assert len(held) == dist.get_rank()
+    optimizer = ours(model.parameters())
+    attach(optimizer, net, **way)
+    reference = theirs(twin.parameters())
+    twin.load_state_dict(model.state_dict())
+    for step in range(1, 3):
+        for module, by in ((net, optimizer), (twin, reference)):
+            by.zero_grad()
+            loss_of(module, step).backward()
+        average_gradients(twin)
+        optimizer.step()
+        reference.step()
+        same(model, twin, f"update {step}")
+
+
+@pytest.mark.parametrize("way", [{}, {"ddp": True}, {"ddp": True, "aside": False}], ids=str)
+def test_the_last_optimizer_is_there_on_one_rank_alone(way: dict[str, Any]) -> None:
+    run_ranks(2, check_the_last_optimizer_is_there_on_one_rank_alone, way)
+
+
+def check_changes_that_raised_hold_nothing() -> None:
+    model = layers()
+    optimizer = ours(model.parameters())
+    attach(optimizer, model)
+    loss_of(model, 0).backward()
+    optimizer.step()
+    if dist.get_rank() == 1:
+        optimizer.state[next(model.parameters())]["exp_avg"] = torch.zeros(0, 3)
+    loss_of(model, 1).backward()
+    gc.collect()
+    gc.disable()
+    try:
+        with pytest.raises(AgreementError):
+            optimizer.step()
+        gone = weakref.ref(optimizer)
+        del optimizer
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+def test_changes_that_raised_hold_nothing() -> None:
+    run_ranks(2, check_changes_that_raised_hold_nothing)
 
 
 class Meeting(TensorDataset):

@@ -403,6 +403,20 @@ SCRIPTS: dict[str, tuple[dict[str, Any], str]] = {
         optimizer.step()
         """,
     ),
+    "buckets of DDP's own that fill at another time on each rank": (
+        ASIDE,
+        """
+        model.c, model.d, model.e = (parameter(Spec((size,)), size) for size in (33, 34, 129))
+        for param in (model.c, model.d, model.e): optimizer.add_param_group({'params': [param]})
+        wrap()
+        del optimizer.param_groups[4]
+        backward(1)
+        optimizer.step()
+        optimizer.zero_grad()
+        backward(2, unused=('d',) if rank else ())
+        optimizer.step()
+        """,
+    ),
     "buckets that are not sent yet when the layout changes": (
         BUCKETS,
         """

@@ -149,7 +149,7 @@ class _Drawer(Values, Groups):
     def alone(self) -> None:
         # Without attach() a rank that skips is not seen: the others' step() meets a collective of DDP's, or of the
         # script's. Both end with an error of gloo's.
-        kinds = ("lr", "betas", "add", "replace", "remove", *(("skip",) if self.attached else ()))
+        kinds = ("lr", "betas", "add", "replace", "remove", *(("skip",) if self.attached and not self.is_new else ()))
         kind = self.rng.choice(kinds)
         name = self.name(self.grouped() or None)
         of, group = f"model.{name}", "optimizer.param_groups[0]"
