@@ -39,6 +39,7 @@ class Draft:
         self.looks = 0.5 if self.way.get("defer_gather") else 0.8
         self.hooked: set[str] = set()  # parameters with a hook that runs after backward passes which reach them
         self.is_new = False  # an optimizer that is not attached yet: nothing averages what DDP does not know
+        self.is_wrapped = True  # whether DDP and `attach` know all parameters
         self.between = True  # whether the last thing was an update, not a backward pass
 
     # ------------------------------------------------------------ what there is
@@ -126,8 +127,9 @@ class Draft:
         if self.ranks > 1:  # shares may be others now
             self.kept.discard("state")
         if wraps and (must_wrap or not self.attached or self.rng.random() < 0.7 or self.is_new):
-            self.is_new = False
+            self.is_new, self.is_wrapped = False, True
             self.act(label, f"{text}\nwrap()", **more)
         else:
+            self.is_wrapped = False
             undo = "\n".join(filter(None, ["wrap()" if wraps else "", more.pop("undo", "")]))
             self.act(label, text, may_refuse=more.pop("may_refuse", False) or bool(wraps), undo=undo)

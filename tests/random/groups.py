@@ -303,7 +303,8 @@ class Groups(Draft):
         names = list(self.specs)
         self.groups, self.amsgrad = [names], [False]
         text = 'optimizer = make([{"params": list(model.parameters()), "lr": 0.01}])'
-        self.structure("new optimizer", text, must_wrap=not self.way.get("ddp"))
+        # Nothing would average the gradients of a parameter that DDP does not know.
+        self.structure("new optimizer", text, must_wrap=not self.way.get("ddp") or not self.is_wrapped)
         self.is_new = self.attached and "wrap()" not in self.acts[-1].text
 
     def attach_in_one_process(self) -> None:

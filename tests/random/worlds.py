@@ -59,7 +59,8 @@ class World:
         self.rank = 0 if sequence.ranks == 1 else dist.get_rank()
         self.saved = 0
         self.is_alone = False  # whether one rank has done what others have not
-        self.averaged = self.local = False  # gradients of this round
+        self.averaged: set[int] = set()  # ids of parameters whose gradient is an average, or was
+        self.local = False  # whether the last backward pass was inside no_sync
         model = Model(sequence.exact, self.rank)
         for name, spec in sequence.params.items():
             setattr(model, name, make_parameter(spec, f"first {name}"))
@@ -79,7 +80,7 @@ class World:
         if ".step(" in text:
             self.check_step()
         if "zero_grad" in text:
-            self.averaged = self.local = False
+            self.local = False
         exec(compile(text, "<script>", "exec"), self.names)
 
     @property
@@ -135,13 +136,20 @@ class World:
             dist.all_reduce(said, op=dist.ReduceOp.MAX, group=self.group)
             if bool(said.all()):
                 raise WrongScriptError("on one rank alone the backward pass reaches parameters that DDP knows")
-        if not any(param.grad is not None and bool(param.grad.any()) for param in self.model.parameters()):
-            self.averaged = False
+        params = list(self.model.parameters())
+        has = torch.tensor([p.grad is not None and bool(p.grad.any()) for p in params], dtype=torch.int32)
+        if self.sequence.ranks > 1 and not self.is_alone:
+            dist.all_reduce(has, op=dist.ReduceOp.MAX, group=self.group)
+        nonzero = {id(p) for p, it_has in zip(params, has.tolist(), strict=True) if it_has}
+        if not nonzero:
             for optimizer in self.optimizers:
                 optimizer.rough = False
-        if self.averaged and not self.sequence.exact and self.sequence.ranks > 1:
+        self.averaged &= nonzero
+        taken = {id(p) for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]}
+        if self.averaged & taken and not self.sequence.exact and self.sequence.ranks > 1:
             raise WrongScriptError("averages are added to")
-        self.averaged = self.averaged or sync
+        if sync:
+            self.averaged = set(map(id, self.model.parameters()))
 
     def check_step(self) -> None:
         if self.local and self.sequence.ranks > 1:
