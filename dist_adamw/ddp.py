@@ -119,6 +119,7 @@ class DDPReducer:
         # Else a reducer that is woken writes its copies over the averages.
         self._may_stand_aside = self._is_view and not (model.static_graph or model.mixed_precision is not None)
         self._stands_aside = False
+        self.has_own = False  # whether some parameters are left to DDP
         self.stood_aside = False  # in the last forward pass
         self._asked: list[tuple[bool, bool]] = []  # require_backward_grad_sync, and whether it is ours, in a forward
         self._known: dict[int, tuple[int, list[Tensor], dict[int, PackedBucket], list[Tensor]]] = {}
@@ -183,7 +184,7 @@ class DDPReducer:
         self.drop(None)
 
     def drop(self, path: Listener | None) -> None:
-        """Serve ``path`` no more, nor those that are gone."""
+        """Stop serving ``path``, and listeners that are gone."""
         self._listeners = [one for one in self._listeners if one[0]() not in (None, path)]
         self.follow()
 
@@ -191,6 +192,8 @@ class DDPReducer:
         """Decide again who gets what: a listener has come, has gone, or listens to other parameters."""
         self._forget_buckets()
         self._stands_aside = bool(self._paths(aside=True)) and self.can_stand_aside(frozenset())
+        heard = set[int]().union(*(path.listening for path in self._all_paths()))
+        self.has_own = any(id(param) not in heard for param in self._trained)
 
     def _paths(self, *, aside: bool) -> list[Any]:
         return [path for ref, is_aside in self._listeners if is_aside == aside and (path := ref()) is not None]

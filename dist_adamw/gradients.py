@@ -64,7 +64,8 @@ class GradientPath:
         listening: Ids of the parameters that this path listens to; replaced when they change.
         is_whole: Whether every ``param.grad`` is the average over all ranks, to be taken as it is.
         asks_for_changes: Whether the last `complete` has asked all ranks if there are changes.
-        tag: Of its messages: the same on all ranks, and that of no other path. None before `open_channel`.
+        tag: Of its messages: the same on all its ranks, and that of no other path. None before `open_channel`.
+        groups: The groups of those ranks.
     """
 
     def __init__(
@@ -117,6 +118,8 @@ class GradientPath:
         self._late: set[int] = set()  # ids of others that have been averaged since they were last set to zero
         self._kept: set[int] = set()  # into the shard: ids of others whose average is there, and in no ``param.grad``
         self.tag: int | None = None
+        self.groups: Sequence[dist.ProcessGroup] = ()
+        self._has_ended = False
         self._rollcall: Rollcall | None = None
         self._params_digest = self._params_changes = 0  # what is compared of the parameters, and how often they changed
         self._is_news = False  # whether other ranks have not been told of the last change
@@ -135,11 +138,16 @@ class GradientPath:
         shards = self._shards_ref()
         return [] if shards is None else shards()
 
-    def open_channel(self, group: dist.ProcessGroup, tag: int) -> None:
-        """Let ranks of ``group`` tell each other what they are about to do, where messages can (gloo). Local."""
-        self.tag = tag
-        if dist.get_backend(group) == "gloo":
-            self._rollcall = Rollcall(group, tag, width=16)
+    def open_channel(self, groups: Sequence[dist.ProcessGroup], tag: int) -> None:
+        """Let ranks tell each other what they are about to do, where messages can (gloo). Local.
+
+        Args:
+            groups: The ranks that share state, and perhaps the replicas.
+            tag: A new one, the same on all ranks of ``groups``.
+        """
+        self.groups, self.tag = groups, tag
+        if dist.get_backend(groups[0]) == "gloo":
+            self._rollcall = Rollcall(groups[0], tag, width=16)
 
     # ---------------------------------------------------------------- listening
 
@@ -228,13 +236,16 @@ class GradientPath:
             reducer.follow()
 
     def end(self) -> None:
-        """Neither listen nor send any more. Local."""
+        """Stop listening and sending: other ranks have let go of the optimizer. Local."""
         _remove_all(self._hook_of, self._module_hooks)
         self._hook_of.clear()
         self._module_hooks.clear()
         self._listening_changed()
         for reducer in self._live_reducers():
             reducer.drop(self)
+        self._reducers, self._modules = [], []
+        self._travelling.clear()
+        self._rollcall, self._queued, self._has_ended = None, False, True
 
     def _listening_changed(self) -> None:
         self.listening = frozenset(self._hook_of)
@@ -346,8 +357,10 @@ class GradientPath:
             self._launch()
 
     def _has_company(self) -> bool:
-        """Whether others send in this backward pass: attached optimizers, or DDP, whose buckets fill on their own."""
-        if not self._ddp_only and any(not reducer.stood_aside for reducer in self._live_reducers()):
+        """Whether others send in this backward pass: attached optimizers, or DDP itself."""
+        # The buckets of one DDP module fill in the same order on every rank.
+        in_order = self._ddp_only and len(self._reducers) == 1
+        if not in_order and any(reducer.has_own for reducer in self._live_reducers()):
             return True
         return any(path._queued for path in _live_paths() if path is not self)
 
@@ -783,6 +796,11 @@ class GradientPath:
             RuntimeError: gradients were changed between backward and update, on some rank; or a module is
                 inside ``no_sync``. On every rank.
         """
+        if self._has_ended:
+            raise RuntimeError(
+                "step() of an optimizer that other ranks have let go of: another one has been attached to its module "
+                "since. Keep both on every rank, or neither."
+            )
         if not self.synchronises and (self.into_shard or not self._next):
             raise RuntimeError(
                 "step() inside no_sync(): this update's gradients have not been averaged, and an optimizer whose state "
@@ -1142,18 +1160,29 @@ def take_over(path: GradientPath, params: Iterable[Tensor]) -> None:
     _paths[:] = [weakref.ref(one) for one in known]
 
 
-def end_unless_everywhere(model: nn.Module, group: dist.ProcessGroup) -> None:
-    """End paths to ``model`` that are there on some ranks alone. Collective.
+def end_unless_everywhere(reader: GradientPath, model: nn.Module) -> list[Any]:
+    """End other paths to ``model`` that are there on some ranks of ``reader`` alone. Collective over these.
 
     Their optimizer is gone on the other ranks. Here a logger of the main rank may still hold it, or the garbage
-    collector has not found it yet.
+    collector has not found it yet. Paths between other ranks are left alone.
+
+    Returns:
+        What keeps the rest, and their optimizers.
     """
+    paths = [path for path in _live_paths() if path is not reader and _same_ranks(path.groups, reader.groups)]
+    kept = [(path, path._gather_ref()) for path in paths]
+    everywhere = {path.tag for path in paths}
+    for group in reader.groups:
+        everywhere.intersection_update(*collectives.all_gather_objects(everywhere, group))
     ids = {id(param) for param in model.parameters()}
-    paths = [path for path in _live_paths() if not path.listening.isdisjoint(ids)]
-    everywhere = set.intersection(*map(set, collectives.all_gather_objects([path.tag for path in paths], group)))
     for path in paths:
-        if path.tag not in everywhere:
+        if path.tag not in everywhere and not path.listening.isdisjoint(ids):
             path.end()
+    return kept
+
+
+def _same_ranks(groups: Sequence[dist.ProcessGroup], others: Sequence[dist.ProcessGroup]) -> bool:
+    return [*map(dist.get_process_group_ranks, groups)] == [*map(dist.get_process_group_ranks, others)]
 
 
 def gather_from_owners(reader: GradientPath | None, params: Iterable[Tensor]) -> None:

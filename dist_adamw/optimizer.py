@@ -133,11 +133,17 @@ class _Arriving:
         release([param for param in shard.members(sent.bucket) if id(param) not in coming])
 
 
-_tags = itertools.count(1)
+_last_tag = 0
 
 
-def _next_tag() -> int:
-    return next(_tags)
+def _new_tag(groups: Iterable[dist.ProcessGroup]) -> int:
+    """A number that no path of these ranks has had, the same on all of them. Collective."""
+    global _last_tag
+    tag = _last_tag + 1
+    for group in groups:
+        tag = max(collectives.all_gather_objects(tag, group))
+    _last_tag = tag
+    return tag
 
 
 class DistAdamW(Optimizer):
@@ -596,6 +602,7 @@ class DistAdamW(Optimizer):
                 "DistAdamW a mesh of all these ranks (two axes to replicate state), or do without attach()."
             )
         collectives.end_quietly()
+        groups = [group] if self.replica_group is None else [group, self.replica_group]
         if self._path is None:
             self._path = GradientPath(
                 self._all_params,
@@ -604,10 +611,10 @@ class DistAdamW(Optimizer):
                 overlap=overlap,
                 into_shard=reduce_every_backward,
             )
-            self._tag = max(collectives.all_gather_objects(_next_tag(), group))
+            self._tag = _new_tag(groups)
             for shard in self.shards:
                 shard.retag(self._tag)
-            self._path.open_channel(group, self._tag)
+            self._path.open_channel(groups, self._tag)
         elif (self._path.overlap, self._path.into_shard, self._defer_gather) != (
             overlap,
             reduce_every_backward,
@@ -617,9 +624,10 @@ class DistAdamW(Optimizer):
         self._defer_gather = defer_gather
         if not isinstance(model, DistributedDataParallel):
             self._make_alike(model)
-        end_unless_everywhere(model, group)
+        others = end_unless_everywhere(self._path, model)  # held: none may go on one rank alone before `listen`
         self._check_gradients_before(model)
         self._path.listen(model)
+        del others
         self._attached = [*(ref for ref in self._attached if ref() not in (None, model)), weakref.ref(model)]
 
     def _check_gradients_before(self, model: nn.Module) -> None:
@@ -1020,13 +1028,27 @@ class DistAdamW(Optimizer):
                     self._show_one(shard, i)
 
     def _take_back_zeros(self, changes: Changes) -> None:
-        """Take out of ``state`` what torch would not have: zeros of parameters that left before an update. Local."""
+        """Take out of ``state`` what torch would not have: zeros of parameters that left before an update.
+
+        Collective where state is shared and such a parameter has left.
+        """
         given = {(id(shard), i) for (shard, i), _ in changes.given}
-        for shard, i in changes.removed:
-            if (id(shard), i) in given:
-                continue
-            entry, shown = peek(self.state, shard.params[i]), self._shown[id(shard.params[i])].values
-            if entry and not shard.steps[i] and all(shown.get(key) is value for key, value in entry.items()):
+        left = [(shard, i) for shard, i in changes.removed if (id(shard), i) not in given and not shard.steps[i]]
+        if not left:
+            return
+        entries = [peek(self.state, shard.params[i]) or {} for shard, i in left]
+        # Whoever sets ``step`` to zero keeps the moments, and another rank's may be zeros.
+        stays = torch.tensor(
+            [any(bool(entry[key].any()) for key in MOMENTS if key in entry) for entry in entries], dtype=torch.int32
+        )
+        groups = self._groups_that_agree()
+        if self.process_group is not None and not groups:  # ranks that cannot ask each other all drop it
+            stays.zero_()
+        for group in groups:
+            dist.all_reduce(stays, op=dist.ReduceOp.MAX, group=group)
+        for (shard, i), entry, it_stays in zip(left, entries, stays.tolist(), strict=True):
+            shown = self._shown[id(shard.params[i])].values
+            if entry and not it_stays and all(shown.get(key) is value for key, value in entry.items()):
                 del self.state[shard.params[i]]
 
     # ---------------------------------------------------------------- agreement
@@ -1067,7 +1089,7 @@ class DistAdamW(Optimizer):
         try:
             changes = self._find_changes()
         except (ValueError, RuntimeError) as error:  # perhaps on this rank alone
-            # Not kept in a variable: with its traceback it would hold this optimizer until garbage is collected.
+            # Not stored beyond this block: its traceback would hold this optimizer until garbage is collected.
             check_changes_alike(str(error), options, groups)
             raise
         check_changes_alike(changes, options, groups)

@@ -319,9 +319,9 @@ def check_the_last_optimizer_is_there_on_one_rank_alone(way: dict[str, Any]) -> 
     loss_of(net, 0).backward()
     first.step()
     first.zero_grad(set_to_none=False)
-    held = [first] if dist.get_rank() == 1 else []  # by a logger, say
+    gone, held = weakref.ref(first), [first] * dist.get_rank()  # by a logger of one rank, say
     del first
-    assert len(held) == dist.get_rank()
+    assert (gone() is None) == (not held)
     optimizer = ours(model.parameters())
     attach(optimizer, net, **way)
     reference = theirs(twin.parameters())
@@ -334,6 +334,9 @@ def check_the_last_optimizer_is_there_on_one_rank_alone(way: dict[str, Any]) -> 
         optimizer.step()
         reference.step()
         same(model, twin, f"update {step}")
+    for other in held:
+        with pytest.raises(RuntimeError, match="other ranks have let go of"):
+            other.step()
 
 
 @pytest.mark.parametrize("way", [{}, {"ddp": True}, {"ddp": True, "aside": False}], ids=str)

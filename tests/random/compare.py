@@ -140,11 +140,15 @@ def _same_share(optimizer: Any, p: Tensor, mine: Tensor, whole: Tensor, same: An
         return bool(same(mine, whole))
     if (ranges := ranges_of(optimizer, p)) is None:
         return True  # a share of another parameter that the user has moved: the next update shows whether it is right
-    if mine.numel() != sum(stop - start for start, stop in ranges):
+    if mine.shape != (sum(stop - start for start, stop in ranges),):
         return False
-    ours = whole.to(mine.dtype, copy=True)  # of another dtype it is not the same
-    _put_share(ours, mine.reshape(-1), ranges, _order_of(optimizer, p))
-    return bool(same(ours, whole))  # of all elements, so that a share of one is not measured by its own size
+    flat = _as_laid_out(optimizer, p, whole)
+    expected = torch.cat([flat[:0], *(flat[start:stop] for start, stop in ranges)])
+    if bool(mine.any()) != bool(expected.any()):
+        return False
+    ours = whole.to(mine.dtype, copy=True)  # `same` refuses another dtype
+    _put_share(ours, mine, ranges, _order_of(optimizer, p))
+    return bool(same(ours, whole))  # the tolerance is that of the whole tensor, not of a share of one element
 
 
 def _put_share(whole: Tensor, share: Tensor, ranges: list[list[int]], order: list[int]) -> None:

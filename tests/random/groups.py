@@ -296,7 +296,7 @@ class Groups(Draft):
         params = ", ".join(f"model.{name}" for name in names)
         text = f'second = make([{{"params": [{params}], "lr": 0.01}}])'
         # Of a plain module that it is not attached to, gradients are local ones, as in torch.
-        self.structure("second optimizer", text, must_wrap=not self.way.get("ddp"))
+        self.structure("second optimizer", text, must_wrap=not self.way.get("ddp") or not self.is_wrapped)
 
     def new_optimizer(self) -> None:
         """Phase 2 of a fine-tune."""

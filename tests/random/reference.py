@@ -161,8 +161,11 @@ class Reference(torch.optim.AdamW):
     def _forget_zeros(self) -> None:
         """Drop the zeros of a skipped update where the parameter has left its group, as DistAdamW does."""
         here = {id(param) for param in self.all_params()}
-        for param in [param for param, state in self.state.items() if id(param) not in here and state.get("step") == 0]:
-            del self.state[param]
+        for param, state in list(self.state.items()):
+            if id(param) in here or state.get("step") != 0:
+                continue
+            if not any(bool(state[key].any()) for key in MOMENTS if key in state):
+                del self.state[param]
 
     def _begin_state(self, params: list[Tensor]) -> None:
         """What torch's fused update leaves where a GradScaler has found that gradients are infinite: zeros."""

@@ -144,11 +144,11 @@ class World:
         if self.sequence.ranks > 1 and not self.is_alone:
             dist.all_reduce(has, op=dist.ReduceOp.MAX, group=self.group)
         nonzero = {id(p) for p, it_has in zip(params, has.tolist(), strict=True) if it_has}
-        if not nonzero:
+        taken = {id(p) for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]}
+        if not nonzero & taken:
             for optimizer in self.optimizers:
                 optimizer.rough = False
         self.averaged &= nonzero
-        taken = {id(p) for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]}
         if self.averaged & taken and not self.sequence.exact and self.sequence.ranks > 1:
             raise WrongScriptError("averages are added to")
         if sync:
@@ -230,6 +230,7 @@ class Torchs(World):
                     optimizer.state[p]["master"] = old.effective_weight(q).clone()
         optimizer.updates = max((int(s["step"]) for s in optimizer.state.values()), default=0)
         self.names.update(model=model, optimizer=optimizer, second=None)
+        self.wrap()
 
     def through_torch(self, seed: int) -> None:
         optimizer = self.names["optimizer"]

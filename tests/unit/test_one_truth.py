@@ -247,6 +247,16 @@ def exchange_memory(job: Job) -> None:
         job.train(range(70 + turn, 71 + turn))
 
 
+def restart_and_bring_back(job: Job) -> None:
+    """The moments of a parameter whose ``step`` was set to zero outlive its time outside."""
+    job.optimizer.state[job.model.bias]["step"].zero_()
+    group = job.optimizer.param_groups[1]
+    group["params"] = [p for p in group["params"] if p is not job.model.bias]
+    job.train(range(50, 51))
+    job.model.bias.grad = None
+    group["params"].append(job.model.bias)
+
+
 def put_back_what_was_held(job: Job) -> None:
     state = job.optimizer.state[job.model.first]
     held = state["exp_avg"]
@@ -303,6 +313,7 @@ def some_in_double(job: Job) -> None:
 ACTS: list[Act] = [
     *(resize_table, resize_and_leave_state, densify, prune, reset_opacity),
     *(remove, delete_group, reorder, move, rebuild, unfreeze, take_out_and_bring_back, new_list_of_groups),
+    restart_and_bring_back,
     *(clear, clear_one, pop_one, new_state, set_state, new_moment, moment_in_a_dict_of_the_users),
     *(reset_moments_in_place, state_to_another_place_and_back, write_data, some_in_double),
     *(moment_in_other_memory, exchange_memory, put_back_what_was_held, write_to_what_was_put_there, exchange_two),
