@@ -51,6 +51,7 @@ from dist_adamw.placement import (
     carry_state,
     check_changes_alike,
     check_new_state,
+    check_once,
     find_changes,
 )
 from dist_adamw.plain import plain
@@ -1119,7 +1120,8 @@ class DistAdamW(Optimizer):
                 require one.
 
         Raises:
-            ValueError: the user put something into ``state`` that is no state of one of them. Nothing has changed then.
+            ValueError: a parameter is in the groups twice, or the user put something into ``state`` that is no state of
+                one of them. Nothing has changed then.
         """
         everyone = not self.shards and self.process_group is not None
         newcomers = [
@@ -1132,6 +1134,7 @@ class DistAdamW(Optimizer):
             )
         ]
         if newcomers:
+            check_once(self.param_groups)
             check_new_state(self.param_groups, self.state, self._placed)
             self.place(newcomers)
 
@@ -1339,6 +1342,7 @@ class DistAdamW(Optimizer):
             param_group["betas"] = tuple(map(_number, param_group["betas"]))
         super().add_param_group(param_group)
         try:
+            check_once(self.param_groups)
             self._check_group(self.param_groups[-1])
         except ValueError:
             self.param_groups.pop()
@@ -1346,13 +1350,7 @@ class DistAdamW(Optimizer):
 
     def _check_group(self, group: dict[str, Any]) -> None:
         """Refuse parameters that cannot be updated. Local."""
-        places: dict[int, int] = {}
-        for i, param in enumerate(group["params"]):
-            if (first := places.setdefault(id(param), i)) != i:
-                raise ValueError(
-                    f"parameters {first} and {i} of the group are the same tensor, of shape {tuple(param.shape)}, and "
-                    "would be updated twice. Leave one out: model.parameters() names a shared parameter once."
-                )
+        for param in group["params"]:
             if is_lazy(param):
                 continue
             if param.is_complex():

@@ -242,8 +242,10 @@ def find_changes(
         may_wait: A parameter whose state was taken away has none until its next gradient, as in torch.
 
     Raises:
-        ValueError: the user put something into ``state`` that is no state of the parameter, or that is another's.
+        ValueError: a parameter is there twice, or the user put something into ``state`` that is no state of the
+            parameter, or that is another's.
     """
+    check_once(groups)
     found = Changes()
     homes = {id(param): (shard, i) for shard in shards for i, param in enumerate(shard.params)}
     numbers = {key: n for n, key in enumerate(homes)}
@@ -287,6 +289,23 @@ def find_changes(
     check_new_state(groups, state, found.kept)
     _check_apart(groups, state)
     return found
+
+
+def check_once(groups: Sequence[dict[str, Any]]) -> None:
+    """Refuse a parameter that is in the groups twice. Local.
+
+    Raises:
+        ValueError: names both places.
+    """
+    places: dict[int, str] = {}
+    for g, group in enumerate(groups):
+        for j, param in enumerate(group["params"]):
+            where = f"parameter {j} of group {g}"
+            if (first := places.setdefault(id(param), where)) is not where:
+                raise ValueError(
+                    f"{first} and {where} are the same tensor, of shape {tuple(param.shape)}, and would be updated "
+                    "twice. Leave one out: model.parameters() names a shared parameter once."
+                )
 
 
 def _check_apart(groups: Sequence[dict[str, Any]], state: Mapping[Tensor, dict[str, Any]]) -> None:

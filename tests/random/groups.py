@@ -311,7 +311,7 @@ class Groups(Draft):
         if self.ranks == 1:
             self.act("attach", "optimizer.attach(model)")
         elif self.attached or self.way.get("ddp"):
-            self.act("wrap again", "wrap()")
+            self.act("wrap again", "wrap()", may_refuse=self.attached, undo="wrap()")
 
     def read(self) -> None:
         self.act(

@@ -95,6 +95,10 @@ class Values(Draft):
             "for p in model.parameters():\n    if p.grad is not None: p.grad.data.mul_(0.5)",
             "torch._foreach_mul_([p.grad for p in model.parameters() if p.grad is not None], 0.5)",
         )
+        if self.attached and set(self.grouped()) != set(self.specs):  # of a parameter in no group, local ones
+            text = text.replace(
+                "model.parameters()", "[p for group in optimizer.param_groups for p in group['params']]"
+            )
         accepts = self.attached and "= p.grad" not in text and self.rng.random() < 0.3
         if accepts:
             text += "\noptimizer.accept_gradients()" + ("\nsecond.accept_gradients()" if self.has_second else "")

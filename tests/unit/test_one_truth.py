@@ -716,3 +716,17 @@ def test_another_memory_format_is_followed() -> None:
     for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(p, q)
         torch.testing.assert_close(optimizer.state[p]["exp_avg"], reference.state[q]["exp_avg"])
+
+
+@pytest.mark.parametrize("updates", [0, 2])
+@pytest.mark.parametrize("group", [0, 1])
+def test_a_parameter_that_was_put_into_groups_twice_is_refused(group: int, updates: int) -> None:
+    job = Job(DistAdamW)
+    job.train(range(updates))
+    before = copy.deepcopy(job.model.state_dict())
+    job.optimizer.param_groups[group]["params"].append(job.model.table)
+    with pytest.raises(ValueError, match=rf"parameter 0 of group 0 and parameter \d of group {group} .* twice"):
+        job.train(range(2, 3))
+    assert all(torch.equal(value, before[name]) for name, value in job.model.state_dict().items())
+    job.optimizer.param_groups[group]["params"].pop()
+    job.train(range(2, 3))

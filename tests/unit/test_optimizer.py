@@ -343,7 +343,7 @@ def test_parameters_that_cannot_be_laid_out_are_refused() -> None:
 def test_a_parameter_that_is_twice_in_a_group_is_refused() -> None:
     tied, other = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(3))
     optimizer = DistAdamW([other])
-    with pytest.raises(ValueError, match="parameters 0 and 2 of the group are the same"):
+    with pytest.raises(ValueError, match="parameter 0 of group 1 and parameter 2 of group 1 are the same"):
         optimizer.add_param_group({"params": [tied, nn.Parameter(torch.ones(1)), tied]})
     assert len(optimizer.param_groups) == 1
 
