@@ -127,7 +127,8 @@ class Values(Draft):
         hooked = f"if {of}.requires_grad: {of}."
         if self.rng.random() < 0.5:
             self.act("gradient hook", f"{hooked}register_hook(lambda grad: grad * 0.5)")
-        elif not self.every:
+        elif not self.every and not (self.ranks > 1 and self.specs[name].dtype == "bfloat16"):
+            # Halved at every pass, a sum would lose bits of bf16, and ranks' sums others than the average does.
             handle = f"handle_{self.seed()}"
             self.hooked.add(name)
             self.act(

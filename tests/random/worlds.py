@@ -149,7 +149,7 @@ class World:
             for optimizer in self.optimizers:
                 optimizer.rough = False
         self.averaged &= nonzero
-        if self.averaged & taken and not self.sequence.exact and self.sequence.ranks > 1:
+        if self.averaged & taken and not (self.sequence.exact or self.is_alone) and self.sequence.ranks > 1:
             raise WrongScriptError("averages are added to")
         if sync:
             self.averaged = set(map(id, self.model.parameters()))
