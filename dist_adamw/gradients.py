@@ -17,6 +17,7 @@ the same bits, and averaged where they differ.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import operator
 import weakref
@@ -100,6 +101,7 @@ class GradientPath:
         self._inboxes: list[deque[Tensor]] = []  # by plain module: parameters whose gradient has come
         self._last: list[Tensor] = []  # the parameter at which a hook last looked
         self._plan = Plan([], self.listening)
+        self._next = 0  # the next bucket of the plan to be sent
         self._owners: list[Shard] = []  # by which averages are shared out: the plan's, or those of the last `arrive`
         self._others_of: tuple[Plan, list[Tensor]] | None = None
         self._others: list[Tensor] = []
@@ -129,6 +131,15 @@ class GradientPath:
         self._has_begun = False  # whether gradients have come since
         self._before_pass = (False, False, False, False)  # what a pass that brings no gradient leaves as it was
         self._begin_round()
+
+    def __del__(self) -> None:
+        self._leave_parts()
+
+    def _leave_parts(self) -> None:
+        """Remember the averages that are in ``param.grad`` by parts: nobody will make them whole. Local."""
+        if self._next and not (self.is_whole or self.into_shard):
+            mark_parts(grad for param in self._plan.params if (grad := param.grad) is not None)
+        self._next = 0
 
     def _params(self) -> list[Tensor]:
         params = self._params_ref()
@@ -237,6 +248,7 @@ class GradientPath:
 
     def end(self) -> None:
         """Stop listening and sending: other ranks have let go of the optimizer. Local."""
+        self._leave_parts()
         _remove_all(self._hook_of, self._module_hooks)
         self._hook_of.clear()
         self._module_hooks.clear()
@@ -1146,6 +1158,37 @@ def _live_paths() -> list[GradientPath]:
     return [path for ref in _paths if (path := ref()) is not None]
 
 
+# Gradients of which each rank has a part, and whose path is gone, by id.
+_parts: dict[int, weakref.ref[Tensor]] = {}
+
+
+def mark_parts(grads: Iterable[Tensor]) -> None:
+    """Remember gradients of which nobody knows the whole any more. Local."""
+    for grad in grads:
+        _parts[id(grad)] = weakref.ref(grad, functools.partial(_forget_part, id(grad)))
+
+
+def _forget_part(key: int, ref: Any) -> None:
+    if _parts.get(key) is ref:
+        del _parts[key]
+
+
+def forget_parts(params: Iterable[Tensor]) -> None:
+    """The gradients of ``params`` have been set to zero. Local."""
+    for grad in map(_gradient, params) if _parts else ():
+        _parts.pop(id(grad), None)
+
+
+def _refuse_parts(params: Iterable[Tensor]) -> None:
+    for param in params if _parts else ():
+        if (grad := param.grad) is not None and (ref := _parts.get(id(grad))) is not None and ref() is grad:
+            raise RuntimeError(
+                f"a gradient of shape {tuple(grad.shape)} was reduced to its owners for an attached DistAdamW that is "
+                "gone, so each rank has a part of the average. Set gradients to None (zero_grad()) before that "
+                "optimizer is let go of, or before the next backward pass."
+            )
+
+
 def take_over(path: GradientPath, params: Iterable[Tensor]) -> None:
     """Let ``path`` be the only one that listens to ``params``: the optimizer that was attached last. Local."""
     if not _paths:
@@ -1189,7 +1232,13 @@ def gather_from_owners(reader: GradientPath | None, params: Iterable[Tensor]) ->
     """Make whole what other optimizers than ``reader``'s have reduced to owners of the gradients of ``params``.
 
     Collective over the ranks of those optimizers.
+
+    Raises:
+        RuntimeError: such an optimizer is gone. On every rank.
     """
+    if _parts:
+        params = list(params)
+        _refuse_parts(params)
     ids: set[int] | None = None
     for path in _live_paths():
         if path is reader:
@@ -1205,7 +1254,9 @@ def _before_any_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     """Give whole gradients to an optimizer that is not attached: torch's, of parameters that a DistAdamW has."""
     if getattr(optimizer, "gathers_from_owners", False):
         return
-    ids = {id(param) for group in optimizer.param_groups for param in group["params"]}
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    _refuse_parts(params)
+    ids = set(map(id, params))
     for path in _live_paths():
         if path.listening.isdisjoint(ids):
             continue

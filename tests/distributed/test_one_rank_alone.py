@@ -344,6 +344,33 @@ def test_the_last_optimizer_is_there_on_one_rank_alone(way: dict[str, Any]) -> N
     run_ranks(2, check_the_last_optimizer_is_there_on_one_rank_alone, way)
 
 
+def check_parts_of_averages(way: dict[str, Any], kind: str) -> None:
+    """Gradients are left in ``param.grad`` when the optimizer that reduced them to their owners goes."""
+    model, way = layers(), dict(way)
+    net = wrap(model) if way.pop("ddp", False) else model
+    first = ours(model.parameters())
+    attach(first, net, **way)
+    loss_of(net, 0).backward()
+    first.step()
+    del first
+    last: Any = (ours if kind == "ours" else theirs)(model.parameters())
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(RuntimeError, match="each rank has a part of the average"):
+        last.step()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    last.zero_grad(set_to_none=kind == "theirs")
+    if kind == "ours":
+        attach(last, net, **way)
+    loss_of(net, 1).backward()
+    last.step()
+
+
+@pytest.mark.parametrize("kind", ["ours", "theirs"])
+@pytest.mark.parametrize("way", [{}, {"ddp": True}, {"ddp": True, "aside": False}], ids=str)
+def test_parts_of_averages_that_an_optimizer_leaves_are_refused(way: dict[str, Any], kind: str) -> None:
+    run_ranks(2, check_parts_of_averages, way, kind)
+
+
 def check_changes_that_raised_hold_nothing() -> None:
     model = layers()
     optimizer = ours(model.parameters())
