@@ -753,6 +753,20 @@ def test_gradients_that_a_dead_optimizer_left_are_refused(way: str) -> None:
     run_ranks(2, check_gradients_left, WAYS[way])
 
 
+def check_local_gradients_before_attach() -> None:
+    model = layers()
+    loss_of(model, 0).backward()
+    optimizer = ours(model.parameters())
+    with pytest.raises(ValueError, match=r"may be local ones.* Call zero_grad\(\)"):
+        attach(optimizer, model)
+    average_gradients(model)
+    attach(optimizer, model)
+
+
+def test_local_gradients_before_attach_are_refused() -> None:
+    run_ranks(2, check_local_gradients_before_attach)
+
+
 def check_shared_in_shard() -> None:
     """Two optimizers on one parameter, and no param.grad."""
     pair = Pair(WAYS["every backward"])

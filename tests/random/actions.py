@@ -148,8 +148,10 @@ class _Drawer(Values, Groups):
 
     def alone(self) -> None:
         # Without attach() a rank that skips is not seen: the others' step() meets a collective of DDP's, or of the
-        # script's. Both end with an error of gloo's.
-        kinds = ("lr", "betas", "add", "replace", "remove", *(("skip",) if self.attached and not self.is_new else ()))
+        # script's. Both end with an error of gloo's. With two optimizers the rank that skipped may wait for the other
+        # one's gradients until the rank that has raised ends.
+        skips = self.attached and not self.is_new and not self.has_second
+        kinds = ("lr", "betas", "add", "replace", "remove", *(("skip",) if skips else ()))
         kind = self.rng.choice(kinds)
         name = self.name(self.grouped() or None)
         of, group = f"model.{name}", "optimizer.param_groups[0]"
