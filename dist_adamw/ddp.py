@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from dist_adamw.hooks import WeakHook
 from dist_adamw.plan import Plan
 from dist_adamw.shard import Shard, axes_in_memory, check_dense, shaped_like, storage_order
+from dist_adamw.watch import refuse_parts
 
 _HOOK = "_dist_adamw_hook"  # attribute of a DDP module
 # Where DDP's reducer stands aside: it copies every gradient into its own buckets, which costs as much time as
@@ -210,6 +211,7 @@ class DDPReducer:
     def before_forward(self, module: DistributedDataParallel, args: Any) -> None:
         """Decide who averages the gradients of this pass. Where none are left to DDP, it is one inside ``no_sync``."""
         if torch.is_grad_enabled():
+            refuse_parts(self._trained)  # before DDP adds to them
             paths = self._all_paths()
             stands_aside = self._stands_aside
             for path in paths:

@@ -17,7 +17,6 @@ the same bits, and averaged where they differ.
 
 from __future__ import annotations
 
-import functools
 import itertools
 import operator
 import weakref
@@ -44,7 +43,7 @@ from dist_adamw.fingerprints import fingerprints
 from dist_adamw.hooks import NoSync, WeakHook, remove
 from dist_adamw.plan import Plan
 from dist_adamw.shard import Shard
-from dist_adamw.watch import GradientWatch
+from dist_adamw.watch import GradientWatch, mark_parts, refuse_parts
 
 _UPDATE, _ROUND, _SAVE, _CHANGE = 1, 2, 3, 4  # what a rank says that it is about to do
 _LOOK_EVERY = 1 << 18  # elements: as many as make a message worth sending
@@ -1158,37 +1157,6 @@ def _live_paths() -> list[GradientPath]:
     return [path for ref in _paths if (path := ref()) is not None]
 
 
-# Gradients of which each rank has a part, and whose path is gone, by id.
-_parts: dict[int, weakref.ref[Tensor]] = {}
-
-
-def mark_parts(grads: Iterable[Tensor]) -> None:
-    """Remember gradients of which nobody knows the whole any more. Local."""
-    for grad in grads:
-        _parts[id(grad)] = weakref.ref(grad, functools.partial(_forget_part, id(grad)))
-
-
-def _forget_part(key: int, ref: Any) -> None:
-    if _parts.get(key) is ref:
-        del _parts[key]
-
-
-def forget_parts(params: Iterable[Tensor]) -> None:
-    """The gradients of ``params`` have been set to zero. Local."""
-    for grad in map(_gradient, params) if _parts else ():
-        _parts.pop(id(grad), None)
-
-
-def _refuse_parts(params: Iterable[Tensor]) -> None:
-    for param in params if _parts else ():
-        if (grad := param.grad) is not None and (ref := _parts.get(id(grad))) is not None and ref() is grad:
-            raise RuntimeError(
-                f"a gradient of shape {tuple(grad.shape)} was reduced to its owners for an attached DistAdamW that is "
-                "gone, so each rank has a part of the average. Set gradients to None (zero_grad()) before that "
-                "optimizer is let go of, or before the next backward pass."
-            )
-
-
 def take_over(path: GradientPath, params: Iterable[Tensor]) -> None:
     """Let ``path`` be the only one that listens to ``params``: the optimizer that was attached last. Local."""
     if not _paths:
@@ -1236,9 +1204,8 @@ def gather_from_owners(reader: GradientPath | None, params: Iterable[Tensor]) ->
     Raises:
         RuntimeError: such an optimizer is gone. On every rank.
     """
-    if _parts:
-        params = list(params)
-        _refuse_parts(params)
+    params = list(params)
+    refuse_parts(params)
     ids: set[int] | None = None
     for path in _live_paths():
         if path is reader:
@@ -1255,7 +1222,7 @@ def _before_any_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     if getattr(optimizer, "gathers_from_owners", False):
         return
     params = [param for group in optimizer.param_groups for param in group["params"]]
-    _refuse_parts(params)
+    refuse_parts(params)
     ids = set(map(id, params))
     for path in _live_paths():
         if path.listening.isdisjoint(ids):

@@ -34,7 +34,7 @@ from dist_adamw.conventions import engine_that_shards, is_being_wrapped
 from dist_adamw.exchange import UNDER_WAY, Travelling
 from dist_adamw.fingerprints import fingerprints
 from dist_adamw.functional import DecayBy, adamw_update_, can_fuse, check_hyper_parameters, norm_parts, sum_of_squares
-from dist_adamw.gradients import GradientPath, end_unless_everywhere, forget_parts, gather_from_owners
+from dist_adamw.gradients import GradientPath, end_unless_everywhere, gather_from_owners
 from dist_adamw.kernels import adamw_triton
 from dist_adamw.kernels.mixed import mixed_adamw_update_
 from dist_adamw.options import OptionsDigest, describe_options
@@ -758,7 +758,6 @@ class DistAdamW(Optimizer):
         if self._path is not None:
             self._path.look_at_siblings()
         super().zero_grad(set_to_none)
-        forget_parts(self._all_params())
         if self._path is not None:
             self._path.discard(leave_zeros=not set_to_none)
 

@@ -1,4 +1,4 @@
-"""Whether gradients were changed between backward and step.
+"""Whether gradients are what they seem: changed between backward and step, or left in parts.
 
 Floor 2: knows tensors; nothing of ranks.
 
@@ -9,8 +9,11 @@ torch; ranks must do that alike. Loops over tensors run in C.
 
 from __future__ import annotations
 
+import functools
 import operator
-from collections.abc import Sequence
+import weakref
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -120,3 +123,38 @@ def _places(grads: list[Tensor]) -> list[Tensor]:
 
 def _can_be_sampled(grad: Tensor) -> bool:
     return grad.device.type == "cpu" and grad.numel() > 0 and grad.is_contiguous()
+
+
+# Gradients of which each rank has a part, and whose optimizer is gone, by id.
+_parts: dict[int, weakref.ref[Tensor]] = {}
+
+
+def mark_parts(grads: Iterable[Tensor]) -> None:
+    """Remember gradients that were reduced to owners which nobody knows any more. Local."""
+    for grad in grads:
+        _parts[id(grad)] = weakref.ref(grad, functools.partial(_forget, id(grad)))
+
+
+def _forget(key: int, ref: Any) -> None:
+    if _parts.get(key) is ref:
+        del _parts[key]
+
+
+def refuse_parts(params: Iterable[Tensor]) -> None:
+    """Refuse gradients of ``params`` that are parts of averages. Local; costs nothing where there are none.
+
+    Raises:
+        RuntimeError: says how to be rid of them.
+    """
+    if not _parts:
+        return
+    grads = _present(list(map(_gradient, params)))
+    parts = [grad for grad in grads if (ref := _parts.get(id(grad))) is not None and ref() is grad]
+    if any(bool(grad.any()) for grad in parts):
+        raise RuntimeError(
+            f"{len(parts)} gradients, the first of shape {tuple(parts[0].shape)}, were reduced to their owners for an "
+            "attached DistAdamW that is gone, so each rank has a part of the average. Call zero_grad() before you let "
+            "go of an optimizer, or at least before the next forward pass."
+        )
+    for grad in parts:  # set to zero since
+        del _parts[id(grad)]

@@ -358,6 +358,9 @@ def check_parts_of_averages(way: dict[str, Any], kind: str) -> None:
     with pytest.raises(RuntimeError, match="each rank has a part of the average"):
         last.step()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    if net is not model:  # DDP would put the sums into its buckets
+        with pytest.raises(RuntimeError, match="each rank has a part of the average"):
+            loss_of(net, 1)
     last.zero_grad(set_to_none=kind == "theirs")
     if kind == "ours":
         attach(last, net, **way)
