@@ -135,7 +135,7 @@ class GradientPath:
         self._leave_parts()
 
     def _leave_parts(self) -> None:
-        """Remember the averages that are in ``param.grad`` by parts: nobody will make them whole. Local."""
+        """Mark gradients of which this rank has only its part: no path will gather them. Local."""
         if self._next and not (self.is_whole or self.into_shard):
             mark_parts(grad for param in self._plan.params if (grad := param.grad) is not None)
         self._next = 0

@@ -1039,7 +1039,7 @@ class DistAdamW(Optimizer):
         if not left:
             return
         entries = [peek(self.state, shard.params[i]) or {} for shard, i in left]
-        # Whoever sets ``step`` to zero keeps the moments, and another rank's may be zeros.
+        # A user may have set ``step`` alone to zero. Ranks must decide alike: one rank's moments may all be zero.
         stays = torch.tensor(
             [any(bool(entry[key].any()) for key in MOMENTS if key in entry) for entry in entries], dtype=torch.int32
         )

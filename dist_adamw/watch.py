@@ -130,7 +130,7 @@ _parts: dict[int, weakref.ref[Tensor]] = {}
 
 
 def mark_parts(grads: Iterable[Tensor]) -> None:
-    """Remember gradients that were reduced to owners which nobody knows any more. Local."""
+    """Mark gradients of which each rank has a part, and whose optimizer is gone. Local."""
     for grad in grads:
         _parts[id(grad)] = weakref.ref(grad, functools.partial(_forget, id(grad)))
 
