@@ -55,8 +55,8 @@ from benchmarks.isolated import forget_peak, status
 from benchmarks.report import table
 from benchmarks.workloads import Workload
 from dist_adamw import DistAdamW
-from dist_adamw.checkpoint import AsyncSaver
-from dist_adamw.shard import local_of
+from dist_adamw.checkpoint.save_load import AsyncSaver
+from dist_adamw.optimizer.sharding.shard import local_of
 from launch.gpt import GPT, ModelConfig, next_byte_losses
 
 WARM, COUNTED = 3, 3  # updates

@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from dist_adamw.storage import Reader, Writer
+from dist_adamw.checkpoint.storage.files import Reader, Writer
 
 ROUNDS, TENSORS, NUMEL = 5, 300, 1 << 18
 LAYERS: dict[str, tuple[Callable[[str], Any], Callable[[str], Any]]] = {

@@ -18,7 +18,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from dist_adamw import exchange, gradients, optimizer
+from dist_adamw.optimizer import adamw as optimizer
+from dist_adamw.optimizer.gradients import reducer as gradients
+from dist_adamw.optimizer.transport import exchange
 
 COLOURS = {
     "forward": "#d8dee2",

@@ -26,8 +26,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from benchmarks import ranks, records
-from dist_adamw.exchange import BLOCK_NUMEL, UNDER_WAY, PeerToPeer, Travelling
-from dist_adamw.partition import FlatLayout
+from dist_adamw.optimizer.transport.exchange import BLOCK_NUMEL, UNDER_WAY, PeerToPeer, Travelling
+from dist_adamw.optimizer.transport.layout import FlatLayout
 
 CHUNKS = (1 << 16, 1 << 18, 1 << 20, 1 << 22, 1 << 23)
 MESSAGE_CHUNKS = tuple(1 << n for n in range(18, 24))

@@ -31,7 +31,11 @@ import torch.distributed as dist
 from benchmarks import ranks, records
 from benchmarks.engines import OURS, OURS_WITHOUT_DDP, build
 from benchmarks.workloads import WORKLOADS, Workload
-from dist_adamw import ddp, exchange, gradients, optimizer, shard
+from dist_adamw.optimizer import adamw as optimizer
+from dist_adamw.optimizer.gradients import ddp
+from dist_adamw.optimizer.gradients import reducer as gradients
+from dist_adamw.optimizer.sharding import shard
+from dist_adamw.optimizer.transport import exchange
 
 ENGINES = (OURS, OURS_WITHOUT_DDP)
 WHOLE, BARE = "whole", "(a bare model's backward and forward)"

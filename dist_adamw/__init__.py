@@ -1,22 +1,21 @@
 """AdamWR, written once in samples, on any engine and any number of ranks."""
 
 from dist_adamw._version import __version__
-from dist_adamw.batch import GlobalBatch
-from dist_adamw.checkpoint import AsyncSaver, Checkpoint, load, save
-from dist_adamw.collectives import AgreementError
-from dist_adamw.convert import export_checkpoint, import_checkpoint
-from dist_adamw.folder import CheckpointFolder
-from dist_adamw.index import CheckpointError
-from dist_adamw.integrations.accelerate import prepare
-from dist_adamw.integrations.deepspeed import register_deepspeed
-from dist_adamw.integrations.position import position, rest_of_epoch
-from dist_adamw.integrations.transformers import prepare_trainer
-from dist_adamw.integrations.zero import prepare_deepspeed
-from dist_adamw.optimizer import DistAdamW
-from dist_adamw.preview import Preview
-from dist_adamw.replicas import check_replicas
-from dist_adamw.schedule import ExpReduceMaxLROnIteration, ReduceMaxLROnRestart, RestartSchedule
-from dist_adamw.scheduler import CyclicLRWithRestarts
+from dist_adamw.checkpoint.folder import CheckpointFolder
+from dist_adamw.checkpoint.formats.convert import export_checkpoint, import_checkpoint
+from dist_adamw.checkpoint.save_load import AsyncSaver, Checkpoint, load, save
+from dist_adamw.errors import AgreementError, CheckpointError
+from dist_adamw.integrations.accelerate.position import position, rest_of_epoch
+from dist_adamw.integrations.accelerate.prepare import prepare
+from dist_adamw.integrations.deepspeed.register import register_deepspeed
+from dist_adamw.integrations.deepspeed.zero import prepare_deepspeed
+from dist_adamw.integrations.transformers.trainer import prepare_trainer
+from dist_adamw.optimizer.adamw import DistAdamW
+from dist_adamw.optimizer.replicas import check_replicas
+from dist_adamw.schedule.batch import GlobalBatch
+from dist_adamw.schedule.preview import Preview
+from dist_adamw.schedule.restarts import ExpReduceMaxLROnIteration, ReduceMaxLROnRestart, RestartSchedule
+from dist_adamw.schedule.scheduler import CyclicLRWithRestarts
 
 __all__ = [
     "AgreementError",

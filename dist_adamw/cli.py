@@ -1,6 +1,6 @@
 """The ``dist-adamw`` command: look at a recipe before training; look into checkpoints, and convert them.
 
-Floor 5: arguments in, text and pictures out; the arithmetic is on the floors below.
+Arguments in, text and pictures out; the arithmetic is elsewhere.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from typing import Any, Literal
 
 import torch
 
-from dist_adamw.batch import GlobalBatch
-from dist_adamw.convert import describe, export_checkpoint, import_checkpoint
-from dist_adamw.foreign import Kind
-from dist_adamw.index import CheckpointError
-from dist_adamw.optimizer import DistAdamW
-from dist_adamw.scheduler import CyclicLRWithRestarts
+from dist_adamw.checkpoint.formats.convert import describe, export_checkpoint, import_checkpoint
+from dist_adamw.checkpoint.formats.foreign import Kind
+from dist_adamw.errors import CheckpointError
+from dist_adamw.optimizer.adamw import DistAdamW
+from dist_adamw.schedule.batch import GlobalBatch
+from dist_adamw.schedule.scheduler import CyclicLRWithRestarts
 
 
 def preview(

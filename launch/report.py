@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 
-from dist_adamw.plot import plot_curves
+from dist_adamw.schedule.plot import plot_curves
 
 
 @dataclass(frozen=True, slots=True)

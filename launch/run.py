@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 
-from dist_adamw.folder import CheckpointFolder
+from dist_adamw.checkpoint.folder import CheckpointFolder
 
 T = TypeVar("T")
 NEWEST = "newest"

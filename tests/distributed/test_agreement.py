@@ -12,7 +12,8 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
-from dist_adamw import AgreementError, DistAdamW, collectives, prepare
+from dist_adamw import AgreementError, DistAdamW, prepare
+from dist_adamw.ranks import agreement
 from tests.distributed.jobs import job, model_of_two_layers
 from tests.ranks import run_ranks
 
@@ -270,11 +271,11 @@ def traffic(count: int) -> tuple[list[str], str]:
     for name in names:
         setattr(dist, name, counted(name))
     try:
-        collectives.check_agreement(record)
+        agreement.check_agreement(record)
         if is_last():
             record["parameters of group 0"][count // 2] = [[1024, 512], "torch.float32", True]
         with pytest.raises(AgreementError) as raised:
-            collectives.check_agreement(record)
+            agreement.check_agreement(record)
     finally:
         for name in names:
             setattr(dist, name, kept[name])
@@ -292,7 +293,7 @@ def in_a_subgroup() -> str:
     if dist.get_rank() == 0:
         return ""
     with pytest.raises(AgreementError) as raised:
-        collectives.check_agreement({"lr": dist.get_rank()}, group)
+        agreement.check_agreement({"lr": dist.get_rank()}, group)
     return str(raised.value)
 
 
@@ -311,7 +312,7 @@ class Counted:
 
 
 def written_once() -> int:
-    watch = collectives.AgreementWatch(None)
+    watch = agreement.AgreementWatch(None)
     Counted.written = 0
     for _ in range(3):
         watch.check({"value": Counted()})

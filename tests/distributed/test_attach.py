@@ -18,7 +18,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from dist_adamw import CyclicLRWithRestarts, DistAdamW, ddp, exchange
+from dist_adamw import CyclicLRWithRestarts, DistAdamW
+from dist_adamw.optimizer.gradients import ddp
+from dist_adamw.optimizer.transport import exchange
 from tests.distributed.test_optimizer import Network
 from tests.ranks import expect_error_on_all, run_ranks
 

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from dist_adamw import CheckpointError, CyclicLRWithRestarts, DistAdamW, prepare
-from dist_adamw.conventions import unwrap
-from dist_adamw.index import damage, read_index, write_index
+from dist_adamw.checkpoint.storage.index import damage, read_index, write_index
+from dist_adamw.schedule.third_party import unwrap
 from tests.distributed.jobs import RECIPE, Row, epochs, job
 from tests.ranks import expect_error_on_all, run_ranks
 

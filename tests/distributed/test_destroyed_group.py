@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from dist_adamw import CheckpointError
-from dist_adamw.folder import damage_of
-from dist_adamw.together import Ranks
+from dist_adamw.checkpoint.folder import damage_of
+from dist_adamw.ranks.together import Ranks
 
 _context = multiprocessing.get_context("forkserver")
 
@@ -21,7 +21,8 @@ def rank_of(rank: int, root: str, keep: int, answers: Any) -> None:
     import torch
     import torch.distributed as dist
 
-    from dist_adamw import AsyncSaver, CheckpointError, CheckpointFolder, storage
+    from dist_adamw import AsyncSaver, CheckpointError, CheckpointFolder
+    from dist_adamw.checkpoint.storage import files as storage
     from tests.distributed.test_folder import Job
 
     torch.set_num_threads(1)

@@ -28,15 +28,15 @@ from dist_adamw import (
     CheckpointFolder,
     CyclicLRWithRestarts,
     DistAdamW,
-    checkpoint,
     load,
-    replicas,
     save,
-    storage,
 )
-from dist_adamw.folder import damage_of
-from dist_adamw.index import damage, read_index
-from dist_adamw.storage import Lock, read_whole
+from dist_adamw.checkpoint import save_load as checkpoint
+from dist_adamw.checkpoint.folder import damage_of
+from dist_adamw.checkpoint.storage import files as storage
+from dist_adamw.checkpoint.storage.files import Lock, read_whole
+from dist_adamw.checkpoint.storage.index import damage, read_index
+from dist_adamw.optimizer import replicas
 from tests.kills import kill_often
 from tests.ranks import expect_error_on_all, run_ranks
 

@@ -8,8 +8,8 @@ import pytest
 from torch import nn
 
 from dist_adamw import CheckpointError, CheckpointFolder, load, save
-from dist_adamw.folder import damage_of
-from dist_adamw.integrations.trainer_state import _states_in
+from dist_adamw.checkpoint.folder import damage_of
+from dist_adamw.integrations.transformers.trainer_state import _states_in
 
 MODEL = nn.Linear(2, 2)
 

@@ -12,9 +12,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from dist_adamw import CheckpointError, CheckpointFolder, index, load, save
-from dist_adamw.folder import damage_of
-from dist_adamw.index import damage
+from dist_adamw import CheckpointError, CheckpointFolder, load, save
+from dist_adamw.checkpoint.folder import damage_of
+from dist_adamw.checkpoint.storage import index
+from dist_adamw.checkpoint.storage.index import damage
 from tests.ranks import run_ranks
 
 

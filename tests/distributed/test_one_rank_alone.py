@@ -15,8 +15,9 @@ from accelerate.data_loader import DataLoaderShard
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from dist_adamw import AgreementError, gradients
-from dist_adamw.integrations import loader as loaders
+from dist_adamw import AgreementError
+from dist_adamw.integrations.accelerate import loader as loaders
+from dist_adamw.optimizer.gradients import reducer as gradients
 from tests.distributed.test_attach import WAYS, attach, average_gradients
 from tests.distributed.test_whose_gradients import layers, loss_of, ours, same, theirs, wrap
 from tests.ranks import expect_error_on_all, run_ranks

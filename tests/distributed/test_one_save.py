@@ -13,8 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dist_adamw import CheckpointError, prepare
-from dist_adamw.conventions import unwrap
-from dist_adamw.index import write_index
+from dist_adamw.checkpoint.storage.index import write_index
+from dist_adamw.schedule.third_party import unwrap
 from tests.distributed.jobs import epochs, job
 from tests.ranks import run_ranks
 

@@ -20,9 +20,9 @@ from torch import nn
 from torch.distributed.checkpoint import FileSystemReader
 
 from dist_adamw import CheckpointError, prepare
-from dist_adamw.index import write_index
-from dist_adamw.integrations.prepared import _files_of
-from dist_adamw.unpickling import nothing_executed
+from dist_adamw.checkpoint.formats.unpickling import nothing_executed
+from dist_adamw.checkpoint.storage.index import write_index
+from dist_adamw.integrations.accelerate.prepared import _files_of
 from tests.distributed.engines import environment
 from tests.distributed.jobs import job
 from tests.distributed.test_saved_state import engine_of, train_engine

@@ -25,8 +25,8 @@ from torch.utils.data import (
 )
 
 from dist_adamw import CheckpointError, CyclicLRWithRestarts, DistAdamW, position, prepare, rest_of_epoch
-from dist_adamw.conventions import unwrap
-from dist_adamw.index import read_index
+from dist_adamw.checkpoint.storage.index import read_index
+from dist_adamw.schedule.third_party import unwrap
 from tests.distributed.engines import accelerator_on, environment
 from tests.ranks import run_ranks
 

@@ -24,9 +24,9 @@ from dist_adamw import (
     register_deepspeed,
     save,
 )
-from dist_adamw.conventions import unwrap
-from dist_adamw.index import read_index
-from dist_adamw.storage import read_whole
+from dist_adamw.checkpoint.storage.files import read_whole
+from dist_adamw.checkpoint.storage.index import read_index
+from dist_adamw.schedule.third_party import unwrap
 from tests.ranks import expect_error_on_all, run_ranks
 
 

@@ -22,7 +22,7 @@ from torch.utils.data import TensorDataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from dist_adamw import DistAdamW
-from dist_adamw.conventions import unwrap
+from dist_adamw.schedule.third_party import unwrap
 from tests.distributed.test_mixed_precision import Pair
 from tests.distributed.test_optimizer import Network, backward
 from tests.ranks import expect_error_on_all, run_ranks
@@ -290,7 +290,7 @@ def test_the_bits_of_whole_state(world_size: int) -> None:
 
 def check_messages() -> None:
     """State of several messages."""
-    from dist_adamw import share
+    from dist_adamw.optimizer import state_dict as share
 
     before, share._MESSAGE_BYTES = share._MESSAGE_BYTES, 1000
     try:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from dist_adamw import CyclicLRWithRestarts, DistAdamW, ReduceMaxLROnRestart, prepare, rest_of_epoch, save
-from dist_adamw.policies import arccosine
+from dist_adamw.schedule.policies import arccosine
 from tests.distributed.engines import accelerator_on
 from tests.ranks import run_ranks
 

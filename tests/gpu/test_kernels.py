@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dist_adamw.kernels.adamw_triton import available
+from dist_adamw.optimizer.kernels.triton import available
 from tests.unit.test_mixed import Weights, assert_same_bits, gradients, torch_adamw
 from tests.unit.test_triton_kernel import BF16, FP32, INT16, Bucket, assert_near, everywhere
 

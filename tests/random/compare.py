@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dist_adamw.kernels.mixed import join_master
+from dist_adamw.optimizer.kernels.mixed import join_master
 from tests.random.reference import HYPER, MOMENTS, Reference
 from tests.random.tensors import near, same_bits
 from tests.random.worlds import Ours, Torchs

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import importlib
 import io
 import pickle
 from pathlib import Path
@@ -19,12 +18,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import dist_adamw
-from dist_adamw import DistAdamW, gradients
+from dist_adamw import DistAdamW
+from dist_adamw.optimizer.gradients import ddp
 from tests.random.reference import HYPER, Reference, average
 from tests.random.script import Sequence, Spec
 from tests.random.tensors import make_parameter, random_like
-
-_HOLDS_ASIDE: Any = gradients if hasattr(gradients, "_ASIDE") else importlib.import_module("dist_adamw.ddp")
 
 
 class Model(nn.Module):
@@ -263,13 +261,13 @@ class Ours(World):
         aside = way.pop("aside", True)
         if not way.pop("attached", False):
             return
-        before = _HOLDS_ASIDE._ASIDE
-        _HOLDS_ASIDE._ASIDE = before if aside else frozenset()
+        before = ddp._ASIDE
+        ddp._ASIDE = before if aside else frozenset()
         try:
             for optimizer in self.optimizers:
                 optimizer.attach(net, **way)
         finally:
-            _HOLDS_ASIDE._ASIDE = before
+            ddp._ASIDE = before
 
     def backward(self, seed: int, unused: tuple[str, ...] = (), sync: bool = True) -> None:
         self.check_order(sync, unused)

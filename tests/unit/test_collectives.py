@@ -7,12 +7,13 @@ import sys
 
 SCRIPT = """
 import atexit, time
+from dist_adamw.ranks import agreement
 from dist_adamw import collectives
 began = time.perf_counter()
 atexit.register(lambda: print("lingered", time.perf_counter() - began > 0.02))
 before = atexit._ncallbacks()
-collectives.AgreementWatch(None)
-collectives.AgreementWatch(None)
+agreement.AgreementWatch(None)
+agreement.AgreementWatch(None)
 print("registered", atexit._ncallbacks() - before)
 began = time.perf_counter()
 """

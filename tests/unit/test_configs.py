@@ -11,7 +11,7 @@ import pytest
 from torch import nn
 
 from dist_adamw import CyclicLRWithRestarts, DistAdamW, RestartSchedule
-from dist_adamw.preview import training_end
+from dist_adamw.schedule.preview import training_end
 from tests.conftest import ROOT
 
 

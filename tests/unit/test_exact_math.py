@@ -12,8 +12,8 @@ from collections.abc import Callable
 import mpmath
 import pytest
 
-from dist_adamw import exact_math
-from dist_adamw.exact_math import arc_cosine, power, raised_cosine
+from dist_adamw.schedule import exact_math
+from dist_adamw.schedule.exact_math import arc_cosine, power, raised_cosine
 from tests.conftest import ROOT
 
 BOUND = 0.5001  # units in the last place
@@ -95,10 +95,10 @@ def test_what_has_no_value_is_refused(function: Callable[..., float], args: tupl
 
 SCRIPT = """
 import hashlib, random, struct, sys, types
-package = types.ModuleType("dist_adamw")  # the schedule alone: its floor needs no torch
+package = types.ModuleType("dist_adamw")  # the schedule alone, which needs no torch
 package.__path__ = [sys.argv[1]]
 sys.modules["dist_adamw"] = package
-from dist_adamw.policies import POLICIES
+from dist_adamw.schedule.policies import POLICIES
 from dist_adamw.schedule import ExpReduceMaxLROnIteration, RestartSchedule
 
 def show(name, values):

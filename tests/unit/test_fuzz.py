@@ -18,9 +18,9 @@ from hypothesis import HealthCheck, given, settings
 from torch import nn
 
 from dist_adamw import CheckpointError, CheckpointFolder, CyclicLRWithRestarts, DistAdamW, load, save
-from dist_adamw.folder import damage_of
-from dist_adamw.index import damage, read_index
-from dist_adamw.storage import read_whole
+from dist_adamw.checkpoint.folder import damage_of
+from dist_adamw.checkpoint.storage.files import read_whole
+from dist_adamw.checkpoint.storage.index import damage, read_index
 from tests.conftest import ROOT
 from tests.fuzz import recipes
 from tests.fuzz.checkpoints import Checkpoints, Job, differences, write
@@ -365,7 +365,7 @@ def test_a_bomb_of_aliases_is_refused_at_once(tmp_path: Path) -> None:
 
 def test_the_judge_sees_what_it_is_there_for(checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the check of an index's own sum, a changed number is loaded in silence."""
-    from dist_adamw import index as indices
+    from dist_adamw.checkpoint.storage import index as indices
 
     monkeypatch.setattr(indices, "_digest", lambda index: storage_sum(index))
     tally = checkpoints.judge(iter(range(150)))

@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
-from dist_adamw.index import INDEX, CheckpointError, check_tensors, damage, read_index
-from dist_adamw.storage import Writer
+from dist_adamw.checkpoint.storage.files import Writer
+from dist_adamw.checkpoint.storage.index import INDEX, check_tensors, damage, read_index
+from dist_adamw.errors import CheckpointError
 from tests.fuzz.mutations import reseal_index
 from tests.unit.test_storage import save
 

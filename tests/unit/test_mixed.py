@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dist_adamw.kernels import mixed
-from dist_adamw.kernels.mixed import join_master, mixed_adamw_update_, split_master_
+from dist_adamw.optimizer.kernels import mixed
+from dist_adamw.optimizer.kernels.mixed import join_master, mixed_adamw_update_, split_master_
 
 SIZES = (1, 31, 33, 4099, 200_001)
 BF16, FP16, FP32, INT16 = torch.bfloat16, torch.float16, torch.float32, torch.int16

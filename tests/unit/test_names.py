@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from dist_adamw import DistAdamW, load, save
-from dist_adamw.held import parameter_names
-from dist_adamw.index import CheckpointError
+from dist_adamw.checkpoint.state import parameter_names
+from dist_adamw.errors import CheckpointError
 
 
 class Net(nn.Module):

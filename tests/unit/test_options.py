@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from dist_adamw.options import OptionsDigest
+from dist_adamw.optimizer.options import OptionsDigest
 from tests.conftest import ROOT
 
 Groups = list[dict[str, Any]]

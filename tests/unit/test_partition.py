@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dist_adamw.partition import ALIGNMENT, BUCKET_NUMEL, FlatLayout, footprint, suitable_bucket_numel
+from dist_adamw.optimizer.transport.layout import ALIGNMENT, BUCKET_NUMEL, FlatLayout, footprint, suitable_bucket_numel
 
 
 @settings(max_examples=200, deadline=None)

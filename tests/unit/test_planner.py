@@ -10,8 +10,8 @@ from torch.distributed.checkpoint import DefaultSavePlanner, SavePlanner
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan
 
-from dist_adamw.owned import Owned
-from dist_adamw.planner import Planner
+from dist_adamw.checkpoint.storage.partial_tensor import Owned
+from dist_adamw.checkpoint.storage.planner import Planner
 
 
 def held(rank: int) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dist_adamw import ExpReduceMaxLROnIteration, ReduceMaxLROnRestart, RestartSchedule
-from dist_adamw.policies import POLICIES
+from dist_adamw.schedule.policies import POLICIES
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 E1024 = {"epoch_size": 1024, "batch_size": 32}

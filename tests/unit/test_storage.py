@@ -16,11 +16,12 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
-from dist_adamw import storage
-from dist_adamw.boxes import Box, boxes, overlap_anywhere
-from dist_adamw.index import CheckpointError, damage, read_index
-from dist_adamw.owned import Owned
-from dist_adamw.storage import Reader, Writer, read_whole
+from dist_adamw.checkpoint.storage import files as storage
+from dist_adamw.checkpoint.storage.files import Reader, Writer, read_whole
+from dist_adamw.checkpoint.storage.index import damage, read_index
+from dist_adamw.checkpoint.storage.partial_tensor import Owned
+from dist_adamw.checkpoint.storage.regions import Box, boxes, overlap_anywhere
+from dist_adamw.errors import CheckpointError
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 SHAPES = [(), (5,), (3, 4), (2, 3, 4), (2, 1, 3, 2), (1, 4), (4, 1), (1, 1, 1)]

@@ -21,8 +21,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dist_adamw.kernels.adamw_triton import ROW_NUMEL, BlockTable, available, flat_adamw_update_
-from dist_adamw.kernels.mixed import join_master, mixed_adamw_update_, split_master_
+from dist_adamw.optimizer.kernels.mixed import join_master, mixed_adamw_update_, split_master_
+from dist_adamw.optimizer.kernels.triton import ROW_NUMEL, BlockTable, available, flat_adamw_update_
 
 BF16, FP16, FP32, INT16 = torch.bfloat16, torch.float16, torch.float32, torch.int16
 SIZES = (1, 31, 0, ROW_NUMEL + 40, 5000)  # part of a tile, more than a row, rows that fit 16 bytes and that do not
@@ -282,7 +282,7 @@ def compiled_loads() -> dict[str, list[int]]:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
-    from dist_adamw.kernels import _triton_code as code
+    from dist_adamw.optimizer.kernels import _triton_code as code
 
     names = code.update.arg_names
     found = {}
@@ -366,7 +366,7 @@ def test_everything_imports_without_triton() -> None:
     program = (
         "import sys; sys.modules['triton'] = None\n"
         "import torch\n"
-        "from dist_adamw.kernels import adamw_triton as k, mixed\n"
+        "from dist_adamw.optimizer.kernels import mixed, triton as k\n"
         "assert not k.available(torch.device('cpu')) and not k.available(torch.device('cuda'))\n"
         "p, g = [torch.zeros(3)], [torch.zeros(3)]\n"
         "t = k.BlockTable(p, g, offsets=[0], step_indices=[0])\n"

@@ -1,0 +1,1 @@
+"""Save and load a training state, whatever the engine and the number of ranks."""

@@ -1,0 +1,282 @@
+"""Whether a checkpoint fits the job that loads it, and what parameter groups take over from it.
+
+Knows what processes hold (`state`) and what an index says; reads no tensors and changes nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from dist_adamw.checkpoint.extra_state import check_extra_state
+from dist_adamw.checkpoint.random_state import random_state_of
+from dist_adamw.checkpoint.state import SCALARS, Access, buffers, fits_family, hyper_parameters, is_outside
+from dist_adamw.checkpoint.storage.index import Index, check_files, read_index
+from dist_adamw.errors import CheckpointError
+from dist_adamw.optimizer.kernels.foreach import check_hyper_parameters
+from dist_adamw.plain_data import plain
+from dist_adamw.schedule.scheduler import CyclicLRWithRestarts, OnDifference
+from dist_adamw.schedule.third_party import unwrap
+
+
+def checked(path: Path, part: int = 0, parts: int = 1, until: contextlib.ExitStack | None = None) -> Index:
+    """A checkpoint's index, of which this part of the files is whole, and what it says makes sense. Local.
+
+    Args:
+        path: Its folder.
+        part: Which of the files to read, ``parts`` ranks sharing them.
+        parts: How many share them.
+        until: Closes the files, which are kept open for who reads them: those that were checked.
+
+    Raises:
+        CheckpointError: names what is wrong.
+    """
+    index = read_index(path)
+    if until is not None:
+        until.enter_context(index.kept_open())
+    check_files(index, part, parts)
+    if wrong := wrong_in(index.about):
+        raise CheckpointError(f"{path} is damaged: {wrong}.")
+    return index
+
+
+def wrong_in(about: Mapping[str, Any]) -> str | None:
+    """What a checkpoint says, or is about to say, that no load takes; None where all is right. Local."""
+    about = {"modules": {}, **about}  # of modules with extra state, which few have
+    wrong = [name for name, is_right in _ABOUT.items() if not (name in about and is_right(about[name]))]
+    return f"it does not say what it should of {', '.join(wrong)}" if wrong else None
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_mapping(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
+def _are_groups(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(group, dict) and isinstance(group.get("names"), list) and all(map(_is_text, group["names"]))
+        for group in value
+    )
+
+
+def _are_scalars(value: Any) -> bool:
+    """By parameter name, numbers or None; of which the updates so far make sense."""
+    return _is_mapping(value) and all(
+        _is_mapping(numbers)
+        and all(type(v) in SCALARS for v in numbers.values())
+        and ("step" not in numbers or (type(numbers["step"]) in (int, float) and 0 <= numbers["step"] < 1 << 53))
+        for numbers in value.values()
+    )
+
+
+_ABOUT: dict[str, Callable[[Any], bool]] = {
+    "engine": _is_text,
+    "world_size": lambda value: type(value) is int and 1 <= value < 1 << 24,
+    "optimizer": lambda value: value is None or _is_text(value),
+    "scheduler": lambda value: value is None or _is_text(value),
+    "schedule": lambda value: value is None or _is_mapping(value),
+    "groups": _are_groups,
+    "scalars": _are_scalars,
+    "extra": _is_mapping,
+    "modules": _is_mapping,
+}
+
+
+def samples_of(index: Index) -> int | None:
+    """The clock of the schedule that was saved. Local."""
+    schedule = index.about.get("schedule")
+    samples = schedule.get("samples") if isinstance(schedule, dict) else None
+    return samples if type(samples) is int else None
+
+
+def compare(
+    index: Index, ours: Access, optimizer: Optimizer | None, scheduler: LRScheduler | None, choice: OnDifference
+) -> tuple[list[dict[str, Any]], Callable[[], str]]:
+    """Check what was saved against what is here. Local.
+
+    Returns:
+        What the parameter groups take, and what restores the random state.
+    """
+    about = index.about
+    taken: list[dict[str, Any]] = []
+    _check_same_model(index, ours.parameters(), with_optimizer=optimizer is not None)
+    check_extra_state(index, ours.model)
+    if meta := ours.without_memory():
+        raise CheckpointError(f"{meta[0]} is on the meta device: there is nothing to load into. Use model.to_empty().")
+    for name, buffer in buffers(ours.model):
+        strides = buffer.stride() if buffer.layout == torch.strided else buffer.shape
+        if any(size > 1 and not stride for size, stride in zip(buffer.shape, strides, strict=True)):
+            raise CheckpointError(
+                f"elements of the buffer {name} share memory (expand), so nothing can be read into it. Make it "
+                "contiguous()."
+            )
+    if optimizer is not None:
+        _check_optimizer(index, ours, optimizer, scheduler, choice)
+        taken = _to_take(index, ours.groups(), unwrap(optimizer), scheduler, choice)
+    if scheduler is not None:
+        if about["scheduler"] != type(scheduler).__name__ or about["schedule"] is None:
+            raise CheckpointError(
+                f"{index.folder} has the state of {about['scheduler'] or 'no scheduler'}, and this job a "
+                f"{type(scheduler).__name__}. Pass the same, or scheduler=None."
+            )
+        if isinstance(scheduler, CyclicLRWithRestarts):
+            try:
+                scheduler.check_loadable(about["schedule"], choice)
+            except ValueError as error:
+                raise CheckpointError(f"{index.folder}: {error}") from error
+        elif not _is_like(about["schedule"], with_text_keys(scheduler.state_dict())):
+            raise CheckpointError(f"{index.folder} is damaged: it has no state of a {type(scheduler).__name__}.")
+    return taken, random_state_of(index)
+
+
+def with_text_keys(state: Any) -> Any:
+    """A scheduler's state whose dicts have text for keys, as JSON needs it: MultiStepLR's milestones are numbers.
+
+    Raises:
+        CheckpointError: two keys of a dict have the same text.
+    """
+    if isinstance(state, dict):
+        texts = {str(key): with_text_keys(value) for key, value in state.items()}
+        if len(texts) < len(state):
+            raise CheckpointError(
+                f"the scheduler's state has keys with the same text among {list(state)!r:.200}, and one of them would "
+                "be lost. Use keys of one type."
+            )
+        return texts
+    return [with_text_keys(value) for value in state] if isinstance(state, list | tuple) else state
+
+
+def with_keys_of(here: Any, saved: Any) -> Any:
+    """The inverse: what was saved, with the keys and the kinds of dicts that a scheduler has here."""
+    if isinstance(here, dict):
+        restored = {key: with_keys_of(value, saved[str(key)]) for key, value in here.items()}
+        return restored if type(here) is dict else type(here)(restored)
+    if isinstance(here, list | tuple):
+        return [with_keys_of(one, other) for one, other in zip(here, saved, strict=True)]
+    return saved
+
+
+def _is_like(saved: Any, here: Any) -> bool:
+    """Whether plain data can take the place of what is here."""
+    if isinstance(here, dict):
+        return (
+            isinstance(saved, dict) and saved.keys() == here.keys() and all(_is_like(saved[k], here[k]) for k in here)
+        )
+    if isinstance(here, list | tuple):
+        return isinstance(saved, list) and len(saved) == len(here) and all(map(_is_like, saved, here))
+    if here is None:
+        return saved is None or isinstance(saved, int | float | str)
+    if isinstance(here, bool | str):
+        return type(saved) is type(here)
+    if isinstance(here, int | float | Tensor):
+        return (type(saved) is float and not math.isnan(saved)) or (type(saved) is int and abs(saved) < 1 << 63)
+    return False
+
+
+def _check_same_model(index: Index, ours: Mapping[str, tuple[int, ...]], *, with_optimizer: bool) -> None:
+    saved = {
+        key.removeprefix("model."): tensor.shape for key, tensor in index.tensors.items() if key.startswith("model.")
+    }
+    if not with_optimizer:
+        saved = {name: shape for name, shape in saved.items() if name in ours or not is_outside(name)}
+    differences = [f"{n} is missing in the checkpoint" for n in ours if n not in saved]
+    differences += [f"{n} is not in this model" for n in saved if n not in ours]
+    differences += [
+        f"{n} has shape {list(saved[n])} there and {list(ours[n])} here"
+        for n in ours
+        if n in saved and tuple(ours[n]) != saved[n]
+    ]
+    if differences:
+        more = f", and {len(differences) - 3} more" if len(differences) > 3 else ""
+        raise CheckpointError(f"{index.folder} is a checkpoint of another model: {'; '.join(differences[:3])}{more}.")
+
+
+def _check_optimizer(
+    index: Index, ours: Access, optimizer: Optimizer, scheduler: LRScheduler | None, choice: OnDifference
+) -> None:
+    saved_class, our_class = index.about["optimizer"], type(unwrap(optimizer)).__name__
+    if not fits_family(index.about, unwrap(optimizer)):
+        raise CheckpointError(
+            f"{index.folder} has the state of {saved_class or 'no optimizer'}, which means nothing to a {our_class}. "
+            "Pass the same optimizer, or None to load the weights alone."
+        )
+    saved, here = hyper_parameters(index.about["groups"]), hyper_parameters(ours.groups())
+    lines: dict[str, None] = {}
+    for name in here.keys() & saved.keys():
+        for key in sorted((here[name].keys() & saved[name].keys()) - _cycled(scheduler)):
+            if here[name][key] != saved[name][key]:
+                lines[f"{key} of {name} was {saved[name][key]} and is {here[name][key]}"] = None
+    if lines and choice == "strict":
+        more = f", and {len(lines) - 3} more" if len(lines) > 3 else ""
+        raise CheckpointError(
+            f"{index.folder} was made with other hyper-parameters: {'; '.join(list(lines)[:3])}{more}. Pass the same, "
+            "or choose by on_difference='checkpoint' or 'new'."
+        )
+
+
+def _cycled(scheduler: LRScheduler | None) -> set[str]:
+    """What a scheduler of torch's (OneCycleLR, CyclicLR) writes into the groups beside lr."""
+    return {"betas", "momentum"} if getattr(scheduler, "cycle_momentum", False) else set()
+
+
+def _to_take(
+    index: Index,
+    ours: list[dict[str, Any]],
+    optimizer: Optimizer,
+    scheduler: LRScheduler | None,
+    choice: OnDifference,
+) -> list[dict[str, Any]]:
+    """What parameter groups are to have as they had. lr and weight decay come from the schedule, where it is ours."""
+    of = {name: group for group in index.about["groups"] for name in group["names"]}
+    taken = []
+    for group, here in zip(optimizer.param_groups, ours, strict=True):
+        of_names = [_in_convention_of(optimizer, of[n], index.about.get("decay_by")) for n in here["names"] if n in of]
+        before: dict[str, Any] = of_names[0] if of_names else {}
+        by_schedule = isinstance(scheduler, CyclicLRWithRestarts) or choice == "new"
+        keys = [] if by_schedule else ["lr", "weight_decay", "initial_lr", *_cycled(scheduler)]
+        if choice == "checkpoint":
+            keys += hyper_parameters([here])[here["names"][0]] if here["names"] else []
+        values = {key: before[key] for key in keys if key in before and (key in group or key == "initial_lr")}
+        for key, value in values.items():
+            if differing := [other[key] for other in of_names if other.get(key, value) != value]:
+                raise CheckpointError(
+                    f"{index.folder} has parameters of one group here in several groups, with {key} {value!r} and "
+                    f"{differing[0]!r}. Make the same groups, or pass on_difference='new'."
+                )
+            fits = _is_like(value, plain(group.get(key, group["lr"])))
+            if not fits or (key in ("lr", "weight_decay", "initial_lr") and not 0 <= value < math.inf):
+                raise CheckpointError(
+                    f"{index.folder} is damaged: {key} of a parameter group is {value!r}, and {group.get(key)!r} here."
+                )
+        if values.get("amsgrad", group.get("amsgrad")) != group.get("amsgrad"):
+            raise CheckpointError(
+                f"{index.folder} was made with amsgrad={values['amsgrad']}, which cannot be taken over: the state has "
+                "another layout. Pass the same."
+            )
+        if {"lr", "betas", "eps", "weight_decay"} <= group.keys():
+            try:
+                check_hyper_parameters({**group, **values})
+            except ValueError as error:
+                raise CheckpointError(f"{index.folder} is damaged: {error}.") from error
+        taken.append(values)
+    return taken
+
+
+def _in_convention_of(optimizer: Optimizer, group: dict[str, Any], saved: Any) -> dict[str, Any]:
+    """A saved group, its weight decay as this optimizer takes it: see docs/schedule.md."""
+    ours = getattr(optimizer, "decay_by", "lr")
+    if not group.get("lr") or "weight_decay" not in group or saved not in ("lr", "schedule") or saved == ours:
+        return group
+    factor = group["lr"] if ours == "schedule" else 1 / group["lr"]
+    return {**group, "weight_decay": group["weight_decay"] * factor}

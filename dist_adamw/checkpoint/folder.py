@@ -1,0 +1,465 @@
+"""The checkpoints of one run: the newest few, whole, and one job at a time.
+
+Knows folders, and what a whole checkpoint is.
+
+    checkpoints/
+        sample-000001234/      a checkpoint, and whatever else was written with it
+            manifest.json      sizes and checksums of what else; written last
+        sample-000002468/
+        latest                 the name of the newest; moves last
+        lock                   held by the job that saves here
+
+A checkpoint has another name until all of it is written, so a reader sees a whole one or none.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import itertools
+import json
+import os
+import re
+import shutil
+import socket
+import time
+import warnings
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch.distributed as dist
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from dist_adamw.checkpoint.save_load import AsyncSaver, Saving, check_alike
+from dist_adamw.checkpoint.storage.files import own, unlock
+from dist_adamw.checkpoint.storage.index import (
+    INDEX,
+    damage,
+    is_ours,
+    open_plainly,
+    read_bounded,
+    read_index,
+    sync_folder,
+    write_text,
+)
+from dist_adamw.errors import CheckpointError
+from dist_adamw.ranks import collectives
+from dist_adamw.ranks.together import Ranks
+from dist_adamw.schedule.batch import check_positive_int
+
+_NAME = re.compile(r"sample-([0-9]+)")
+_MANIFEST, _LATEST, _LOCK = "manifest.json", "latest", "lock"
+_PARTIAL, _REPLACED, _ASIDE = ".partial", ".replaced", ".superseded"
+# Names that a save or a deletion that was cut short leaves; any other folder belongs to the user.
+_LEFT_OVER = re.compile(r"sample-[0-9]+(\.deleted)?(\.partial|\.replaced)")
+_MOST_SAMPLES = 1 << 62
+
+
+class CheckpointFolder:
+    """Where a run keeps its checkpoints, each named by the samples it was trained on.
+
+    Args:
+        root: The folder; created, and the same for every rank.
+        keep: How many of the newest to keep.
+        every: Samples from one save to the next, for `is_due`.
+        on_error: When a checkpoint cannot be written (a full disk, a folder that became read-only): "raise", or
+            "warn" and train on. Either way the older ones are still there.
+        patience: Seconds to wait for another job that saves here to end, such as the one that this one restarts.
+        group: Of gloo, for messages between ranks; default: the default one, or one beside it where that is NCCL.
+
+    Raises:
+        CheckpointError: another job saves to it, or it cannot be made; on every rank alike.
+
+    Collective to build, as `newest`, `damage_of`, `save` and `async_save` are; the other methods are local.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        keep: int = 3,
+        *,
+        every: int | None = None,
+        on_error: Literal["raise", "warn"] = "raise",
+        patience: float = 10.0,
+        group: dist.ProcessGroup | None = None,
+    ) -> None:
+        if keep < 1:
+            raise ValueError(f"keep must be 1 or more, got {keep!r}: a run that keeps no checkpoint cannot be resumed.")
+        if every is not None:
+            every = check_positive_int("every", every)
+        if on_error not in ("raise", "warn"):
+            raise ValueError(f"on_error must be 'raise' or 'warn', got {on_error!r}.")
+        self.root, self.keep, self.on_error = Path(root).absolute(), keep, on_error
+        self._ranks = ranks = Ranks.now(collectives.host_group() if group is None else group)
+        self._let_go: Callable[[], object] | None = None
+        self._running: Saving | None = None
+        self.every = every
+        self._saved_at: int | None = None  # samples of the last save, or of the checkpoint that the job goes on from
+        self._damaged: set[str] = set()  # names of checkpoints that `newest` has passed by
+        self._closed = False
+        ranks.everywhere(lambda: self._take(patience) if ranks.is_main else None)
+
+    def _take(self, patience: float) -> None:
+        """Be the job that saves here. The system gives the lock back when the process ends, however it does."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        # No link: what it leads to would be overwritten.
+        handle = os.open(self.root / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+        owned = own(handle)
+        until = time.monotonic() + patience
+        while True:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > until:
+                    holder = os.read(handle, 200).decode(errors="replace").strip()
+                    unlock(owned)
+                    if holder == _me():
+                        raise CheckpointError(
+                            f"this process has a CheckpointFolder of {self.root} already. Use that, or close() it."
+                        ) from None
+                    raise CheckpointError(
+                        f"another job saves to {self.root} ({holder or 'it does not say which'}). Wait for its end, or "
+                        "choose another folder."
+                    ) from None
+                time.sleep(0.1)
+            except OSError as error:
+                warnings.warn(f"{self.root} cannot be locked ({error}): see that one job saves there.", stacklevel=4)
+                break
+        os.ftruncate(handle, 0)
+        os.write(handle, _me().encode())
+        self._let_go = weakref.finalize(self, unlock, owned)
+        for before in self._left(_REPLACED):  # of a job that was killed between two renames
+            final = before.with_name(before.name.removesuffix(_REPLACED))
+            if final.exists():
+                shutil.rmtree(before, ignore_errors=True)
+            else:
+                before.rename(final)
+
+    def close(self) -> None:
+        """Wait for a save beside training, then let another job save here, as the end of the process does.
+
+        Raises:
+            CheckpointError: that save failed, which nobody has been told, and ``on_error="raise"``.
+        """
+        self._closed = True
+        running, self._running = self._running, None
+        try:
+            if running is not None and not running.told:
+                running.wait()
+        except CheckpointError as error:
+            self._failed(_final(running.path), error)  # type: ignore[union-attr]
+        finally:
+            if self._let_go is not None:
+                self._let_go()
+
+    # ---------------------------------------------------------------- what there is
+
+    def all(self) -> list[Path]:
+        """Finished checkpoints, oldest first; whether they are whole is another question.
+
+        The order is that of the samples, however many digits a name has. Of two names with the same number (other
+        releases and other tools pad with more zeros, or with none), the one that `save` writes comes last.
+        """
+        found = self.root.iterdir() if self.root.is_dir() else ()
+        named = [(int(match[1]), path) for path in found if (match := _NAME.fullmatch(path.name)) and path.is_dir()]
+        return [path for _, path in sorted(named, key=lambda pair: (pair[0], pair[1].name == _name(pair[0]), pair[1]))]
+
+    def samples_of(self, path: Path) -> int:
+        """What a checkpoint of this folder was trained on."""
+        match = _NAME.fullmatch(path.name)
+        assert match is not None
+        return int(match[1])
+
+    def newest(self, but: Path | None = None) -> Path | None:
+        """The newest checkpoint that is whole to the last bit, leaving out ``but``; None where there is none.
+
+        Collective: each rank reads its part of the files, when an asynchronous save that is under way is over.
+        """
+        if self._running is not None:
+            self._running.join()  # its end deletes older ones
+        listed = self._ranks.everywhere(lambda: self.all() if self._ranks.is_main else [])
+        found: list[Path] = self._ranks.gather(listed)[0]
+        others = (path for path in reversed(found) if but is None or path.name != but.name)
+        for path in others:
+            if self.damage_of(path) is None:
+                return path
+            self._damaged.add(path.name)
+        return None
+
+    def damage_of(self, path: Path) -> str | None:
+        """What is wrong with a checkpoint, as a sentence; None when it is whole. Collective: as `newest`."""
+        ranks = self._ranks
+        ranks.check()
+        check_alike(path, ranks.group)  # ranks that each see a disk of their own would find nothing, and start afresh
+        problems = ranks.gather(damage_of(path, ranks.rank, ranks.size))
+        return next((problem for problem in problems if problem is not None), None)
+
+    # ---------------------------------------------------------------- writing
+
+    def is_due(self, samples: int) -> bool:
+        """Whether ``samples`` has passed a multiple of ``every`` since the last save. For every micro-batch::
+
+            if folder.is_due(scheduler.samples):
+                folder.save(scheduler.samples, accelerator.save_state)
+
+        One save is due for each multiple, also when it fails. The first call says where the job begins: after a resume
+        none is due at once. Call it first before the first update is applied, or up to ``every`` samples later.
+
+        Args:
+            samples: What the state was trained on, the same on every rank.
+
+        Raises:
+            ValueError: ``every`` was not given.
+
+        Collective in the first call, local in all others.
+        """
+        if self.every is None:
+            raise ValueError("is_due needs CheckpointFolder(..., every=<samples>), and every is None.")
+        if self._saved_at is None:
+            listed = self._ranks.everywhere(lambda: self.all() if self._ranks.is_main else [])
+            known: list[Path] = self._ranks.gather(listed)[0]
+            before = [self.samples_of(path) for path in known if path.name not in self._damaged]
+            # Later ones are of a job that went on from elsewhere.
+            self._saved_at = max((n for n in before if n <= samples), default=0)
+        return samples // self.every > self._saved_at // self.every
+
+    def save(self, samples: int, write: Callable[[Path], object]) -> Path | None:
+        """Have ``write`` fill a folder, then let it be the newest checkpoint. Collective.
+
+        Args:
+            samples: What the state was trained on. A checkpoint of as many is replaced.
+            write: Called on every rank with the folder: `dist_adamw.save`, ``accelerator.save_state``, and what else
+                belongs to it. It may be collective.
+
+        Returns:
+            The checkpoint; None when it could not be written and ``on_error="warn"``.
+
+        Raises:
+            CheckpointError: it could not be written; on every rank alike.
+        """
+        final = self._begin(samples)
+        try:
+            self._wait_for_the_last()
+            self._ranks.everywhere(self._sweep)
+            self._ranks.everywhere(lambda: write(_partial(final)))
+            self._ranks.everywhere(lambda: self._commit(final) if self._ranks.is_main else None)
+        except CheckpointError as error:
+            self._failed(final, error)
+            return None
+        return final
+
+    def async_save(
+        self,
+        saver: AsyncSaver,
+        samples: int,
+        model: nn.Module,
+        optimizer: Optimizer | None = None,
+        scheduler: LRScheduler | None = None,
+        *,
+        extra: Mapping[str, Any] | None = None,
+    ) -> Saving | None:
+        """As `save`, from a copy in host memory, while training goes on. Collective.
+
+        Returns:
+            What is on its way; None when this or the save before could not be written and ``on_error="warn"``.
+        """
+        final = self._begin(samples)
+        try:
+            self._wait_for_the_last()
+            self._ranks.everywhere(self._sweep)
+            self._running = saver.save(
+                _partial(final),
+                model,
+                optimizer,
+                scheduler,
+                extra=extra,
+                then=lambda: self._commit(final) if self._ranks.is_main else None,
+            )
+        except CheckpointError as error:
+            self._failed(final, error)
+            return None
+        return self._running
+
+    def _wait_for_the_last(self) -> None:
+        """For a save beside training that is on its way; what became of it is told once. Collective."""
+        running, self._running = self._running, None
+        if running is not None and (error := running.untold(self._ranks)) is not None:
+            self._failed(_final(running.path), error)
+
+    def _begin(self, samples: int) -> Path:
+        if self._closed:
+            raise CheckpointError(f"the CheckpointFolder of {self.root} is closed. Make another one.")
+        if type(samples) is not int or samples < 0:
+            raise CheckpointError(f"samples must be a whole number >= 0, got {samples!r}.")
+        if samples > _MOST_SAMPLES:
+            raise CheckpointError(f"samples must be at most 2**62 = {_MOST_SAMPLES}, got {samples}.")
+        self._saved_at = samples
+        final = self.root / _name(samples)
+        told = self._ranks.gather(str(final))
+        if len(set(told)) > 1:
+            raise CheckpointError(f"ranks save to different folders: {', '.join(sorted(set(told)))}. Pass the same.")
+        return final
+
+    def _sweep(self) -> None:
+        """Remove what a killed job, or a save that failed, has left."""
+        if self._ranks.is_main:
+            for left in self._left(_PARTIAL):
+                shutil.rmtree(left, ignore_errors=True)
+
+    def _left(self, suffix: str) -> list[Path]:
+        """Folders of ours of that name; nobody else's."""
+        return [path for path in self.root.glob(f"*{suffix}") if _LEFT_OVER.fullmatch(path.name) and path.is_dir()]
+
+    def _commit(self, final: Path) -> None:
+        partial = _partial(final)
+        write_text(partial / _MANIFEST, json.dumps(dict(_facts(partial)), indent=1))
+        before = final.with_name(final.name + _REPLACED)
+        if final.exists():
+            final.rename(before)
+        try:
+            partial.rename(final)
+        except OSError:
+            if before.exists():
+                before.rename(final)
+            raise
+        sync_folder(self.root)
+        shutil.rmtree(before, ignore_errors=True)
+        self._damaged.discard(final.name)
+        self.set_aside(self.samples_of(final))  # the job went on from an older one
+        for old in self._no_longer_kept(final):
+            _away(old)
+        try:
+            write_text(self.root / _LATEST, final.name)
+        except OSError as error:  # the checkpoint is there, and found by its name
+            warnings.warn(f"{self.root / _LATEST} could not be written: {error}.", stacklevel=2)
+
+    def _no_longer_kept(self, final: Path) -> list[Path]:
+        """Checkpoints beyond the newest ``keep`` that are not known to be damaged; never ``final`` itself. Local."""
+        found = [path for path in self.all() if path != final]
+        # A checkpoint of as many samples under another name has been replaced, as one of the same name would be.
+        replaced = [path for path in found if self.samples_of(path) == self.samples_of(final)]
+        others = [path for path in found if path not in replaced]
+        whole = [path for path in others if path.name not in self._damaged]
+        kept = whole[-(self.keep - 1) :] if self.keep > 1 else []
+        if not kept:
+            return found
+        return replaced + others[: others.index(kept[0])]
+
+    def _failed(self, final: Path, error: CheckpointError) -> None:
+        if self._ranks.is_main:
+            shutil.rmtree(_partial(final), ignore_errors=True)
+        if self.on_error == "raise":
+            raise error
+        if self._ranks.is_main:
+            warnings.warn(f"no checkpoint after sample {final.name.partition('-')[2]}: {error}", stacklevel=3)
+
+    # ---------------------------------------------------------------- changing one's mind
+
+    def discard(self) -> None:
+        """Delete every checkpoint."""
+        (self.root / _LATEST).unlink(missing_ok=True)
+        for path in self.all():
+            _away(path)
+
+    def set_aside(self, after: int) -> list[Path]:
+        """Rename checkpoints of more than ``after`` samples: a job that goes on from there will write its own."""
+        aside = []
+        for path in self.all():
+            if self.samples_of(path) > after:
+                again = itertools.chain([""], (f"-{n}" for n in itertools.count(2)))
+                names = (path.with_name(path.name + _ASIDE + ending) for ending in again)
+                aside.append(next(name for name in names if not name.exists()))
+                path.rename(aside[-1])
+        if aside and (left := self.all()):
+            write_text(self.root / _LATEST, left[-1].name)
+        return aside
+
+
+def _name(samples: int) -> str:
+    return f"sample-{samples:09d}"
+
+
+def _me() -> str:
+    return f"process {os.getpid()} on {socket.gethostname()}"
+
+
+def _partial(final: Path) -> Path:
+    return final.with_name(final.name + _PARTIAL)
+
+
+def _final(partial: Path) -> Path:
+    return partial.with_name(partial.name.removesuffix(_PARTIAL))
+
+
+def _away(path: Path) -> None:
+    """Delete a checkpoint, which nobody takes for one while it is being deleted."""
+    gone = path.with_name(f"{path.name}.deleted{_PARTIAL}")
+    shutil.rmtree(gone, ignore_errors=True)
+    path.rename(gone)
+    shutil.rmtree(gone, ignore_errors=True)
+
+
+def _facts(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Size and checksum of the files that no index of ours knows, by name; the disk holds them then."""
+    indexed = {path.parent: files for path in folder.rglob(INDEX) if (files := _files_of(path.parent))}
+    known = {where / name for where, names in indexed.items() for name in names}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path not in known and path != folder / _MANIFEST:
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+            yield path.relative_to(folder).as_posix(), fingerprint(path)
+    yield from ((f"{path.relative_to(folder).as_posix()}/", {}) for path in sorted(indexed))
+
+
+def _files_of(folder: Path) -> set[str]:
+    """A checkpoint's files, its index among them; none where the index is somebody else's, a file like any."""
+    try:
+        return {INDEX, *read_index(folder).files}
+    except CheckpointError:
+        if is_ours(folder):  # damaged: what it should name would be taken for whole
+            raise
+        return set()
+
+
+def fingerprint(path: Path) -> dict[str, Any]:
+    """Size and checksum of a plain file. Local."""
+    digest = hashlib.sha256()
+    with open_plainly(path) as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+
+
+def damage_of(path: Path, part: int = 0, parts: int = 1) -> str | None:
+    """What is wrong with a checkpoint of a `CheckpointFolder`, as a sentence; None when it is whole. Local.
+
+    Args:
+        path: The checkpoint.
+        part: Which of the files to read, ``parts`` ranks sharing them.
+        parts: How many share them.
+    """
+    try:
+        manifest = json.loads(read_bounded(path / _MANIFEST))
+        for i, (name, expected) in enumerate(manifest.items()):
+            inside = path / name
+            if not inside.resolve().is_relative_to(path.resolve()):  # also by a link on the way
+                return f"the checkpoint {path} is damaged: its manifest names {name!r}, outside of it."
+            if name.endswith("/"):
+                if problem := damage(inside, part, parts):
+                    return problem
+            elif i % parts == part and (found := fingerprint(inside)) != expected:
+                what = "its checksum is another one" if found["bytes"] == expected["bytes"] else "it is torn"
+                return (
+                    f"the checkpoint {path} is damaged: {name} has {found['bytes']:,} bytes where "
+                    f"{expected['bytes']:,} were written, and {what}."
+                )
+    except FileNotFoundError as error:
+        return f"the checkpoint {path} is not whole: {Path(error.filename).name} is missing."
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, MemoryError) as error:
+        return f"the checkpoint {path} cannot be read: {type(error).__name__}: {error}."
+    return None

@@ -1,0 +1,1 @@
+"""Training states of other libraries: import and export."""

@@ -1,0 +1,531 @@
+"""``save`` and ``load``: a training state on disk, whatever engine it comes from or goes to.
+
+Puts together what a process holds (`state`) and where it is kept (`storage.files`), and has all ranks succeed or
+fail together.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+import traceback
+import warnings
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from dist_adamw._version import __version__
+from dist_adamw.checkpoint.compatibility import checked, compare, samples_of, with_keys_of, with_text_keys, wrong_in
+from dist_adamw.checkpoint.extra_state import EXTRA, extra_state, restore_extra_state
+from dist_adamw.checkpoint.random_state import RNG, current_random_state
+from dist_adamw.checkpoint.state import Access, Found, Held, access, family_of, only_mine
+from dist_adamw.checkpoint.storage.files import Lock, Reader, Writer, as_json
+from dist_adamw.checkpoint.storage.index import Index
+from dist_adamw.checkpoint.storage.partial_tensor import Owned, Values, evaluated
+from dist_adamw.checkpoint.storage.planner import Planner
+from dist_adamw.errors import CheckpointError
+from dist_adamw.optimizer.adamw import DistAdamW
+from dist_adamw.optimizer.replicas import check_replicas
+from dist_adamw.ranks import agreement, collectives
+from dist_adamw.ranks.together import Ranks, everywhere
+from dist_adamw.schedule.scheduler import CyclicLRWithRestarts, OnDifference
+from dist_adamw.schedule.third_party import unwrap
+
+Group = dist.ProcessGroup | None
+# Each rank reads for itself, also where there are several: that is how it is meant.
+warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized", UserWarning)
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """What a checkpoint says beside its tensors.
+
+    Attributes:
+        path: Its folder.
+        samples: The clock of the schedule; None without one.
+        engine: Which engine wrote it.
+        world_size: How many ranks wrote it.
+        extra: What was passed to `save` as ``extra``.
+        random: What became of the random state: "restored", "restored, and new ranks seeded", or "left alone".
+    """
+
+    path: Path
+    samples: int | None
+    engine: str
+    world_size: int
+    extra: dict[str, Any]
+    random: str
+
+
+def save(
+    path: str | Path,
+    model: nn.Module,
+    optimizer: Optimizer | None = None,
+    scheduler: LRScheduler | None = None,
+    *,
+    extra: Mapping[str, Any] | None = None,
+    compare_ranks: bool = True,
+    group: Group = None,
+) -> None:
+    """Write weights, optimizer state, schedule and random state to a folder, of any engine. Collective.
+
+    Each rank writes what it owns, and nothing is gathered. A folder that holds a checkpoint has that one until the
+    new one is whole, whenever the job is killed. It loads on any engine and number of ranks.
+
+    Args:
+        path: The folder; the same for every rank, on a file system that all of them see.
+        model: As it is trained: plain, in DistributedDataParallel, sharded by ``fully_shard``, or a DeepSpeed engine.
+        optimizer: `DistAdamW`, or any whose state is tensors and numbers by parameter.
+        scheduler: Any whose ``state_dict`` is plain data.
+        extra: Plain data of yours, such as the place in the data; the main rank's is kept.
+        compare_ranks: Whether to look first if all ranks have the same weights where they should: `check_replicas`.
+        group: Of gloo, for messages between ranks; default: the default one, or one beside it where that is NCCL.
+
+    Raises:
+        CheckpointError: some rank could not write, or data is not plain; on every rank alike. The folder has the
+            checkpoint that it had.
+        AgreementError: ranks have other weights, hyper-parameters or schedules; on every rank. Nothing is written.
+    """
+    group = collectives.host_group() if group is None else group
+    if compare_ranks:
+        announce_save(optimizer)
+        check_replicas(model, optimizer, group=group)
+    path, ranks = Path(path), Ranks.now(group)
+    held, about = _gather(path if compare_ranks else None, model, optimizer, scheduler, extra, ranks)
+    _write(path, held, about, ranks)
+
+
+class Saving:
+    """An asynchronous save on its way."""
+
+    def __init__(self, path: Path, future: Future[None]) -> None:
+        self.path = path
+        self.told = False  # whether somebody has waited, and knows what became of it
+        self._future = future
+
+    @property
+    def done(self) -> bool:
+        """Whether it is over, or has failed. Local."""
+        return self._future.done()
+
+    def wait(self) -> None:
+        """Wait until the checkpoint is there. Local.
+
+        Raises:
+            CheckpointError: some rank could not write; on every rank alike.
+        """
+        self.told = True
+        self._future.result()
+
+    def untold(self, ranks: Ranks) -> CheckpointError | None:
+        """What went wrong, if some rank does not know; when it is over, and all know then. Collective."""
+        error = self.join()
+        known, self.told = self.told, True
+        told = ranks.gather(None if error is None or known else str(error))
+        return next((CheckpointError(problem) for problem in told if problem is not None), None)
+
+    def join(self) -> BaseException | None:
+        """Wait until it is over, and leave what became of it to be told. Local."""
+        return self._future.exception()
+
+
+class AsyncSaver:
+    """Saves while training goes on: from a copy in host memory, in a thread, over a process group of its own.
+
+    A second save waits for the first. The copy takes what a rank writes: ``(b_p N + 8 N) / W`` bytes for W ranks
+    and fp32 moments, which stay allocated for the next save.
+
+    The process group must live until a save is over: `wait`, or `close`, before it is destroyed. A save that finds it
+    gone is an error, and the checkpoints before it stay.
+
+    Collective to build: every rank does.
+    """
+
+    def __init__(self) -> None:
+        # On training's group its messages would meet training's in another order on every rank.
+        self._ranks = Ranks.now(dist.new_group(backend="gloo") if collectives.world_size() > 1 else None)
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._memory: dict[Any, Tensor] = {}
+        self._last: Saving | None = None
+        self._savings: list[Saving] = []
+        weakref.finalize(self, _tell_of_failures, self._savings)
+
+    def save(
+        self,
+        path: str | Path,
+        model: nn.Module,
+        optimizer: Optimizer | None = None,
+        scheduler: LRScheduler | None = None,
+        *,
+        extra: Mapping[str, Any] | None = None,
+        then: Callable[[], None] | None = None,
+    ) -> Saving:
+        """As `dist_adamw.save`, and returns when the copy is made. Collective.
+
+        Args:
+            then: What to do, in the thread of each rank, when all of it is written.
+
+        Raises:
+            CheckpointError: the save before failed, or this one cannot be begun; on every rank alike.
+            AgreementError: as of `save`.
+        """
+        last, self._last, ranks = self._last, None, self._ranks
+        ranks.check()
+        announce_save(optimizer)
+        if last is not None and (error := last.untold(ranks)) is not None:
+            raise error
+        check_replicas(model, optimizer, group=ranks.group)
+        path = Path(path).absolute()  # the thread may find itself in another folder
+        held, about = _gather(path, model, optimizer, scheduler, extra, ranks)
+        copies = ranks.everywhere(lambda: {k: self._copy(k, tensor) for k, tensor in held.tensors.items()})
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+        def work() -> None:
+            try:
+                _write(path, Held(copies), about, ranks)
+                if then is not None:
+                    ranks.everywhere(then)
+            except Exception as error:
+                if not collectives.initialized():
+                    _forget_frames(error)  # they hold the group: see `Ranks.check`
+                ranks.check()
+                if isinstance(error, CheckpointError):
+                    raise
+                raise CheckpointError(f"could not write {path}: {type(error).__name__}: {error}.") from error
+
+        self._last = Saving(path, self._thread.submit(work))
+        self._savings[:] = [self._last]
+        return self._last
+
+    def wait(self) -> None:
+        """Wait for what is on its way. Local.
+
+        Raises:
+            CheckpointError: it could not be written; on every rank alike, and once.
+        """
+        last, self._last = self._last, None
+        if last is not None and not last.told:
+            last.wait()
+
+    def _copy(self, key: str, tensor: Tensor) -> Tensor:
+        owned = Owned.of(tensor)
+        return Owned(owned.shape, owned.dtype, {b: self._keep((key, b), v) for b, v in owned.parts.items()})
+
+    def _keep(self, where: Any, of: Values) -> Tensor:
+        values = evaluated(of)
+        if where[0].startswith((f"{RNG}.", f"{EXTRA}.")):
+            return values.clone()  # a few bytes, of another length each time
+        if (memory := self._memory.get(where)) is None or memory.dtype != values.dtype:
+            memory = torch.empty(values.shape, dtype=values.dtype, pin_memory=values.is_cuda)
+            self._memory[where] = memory
+        return memory.copy_(values, non_blocking=True)
+
+    def close(self) -> None:
+        """`wait`, and let go of the memory. Local."""
+        self._thread.shutdown()
+        self._memory.clear()
+        self.wait()
+
+
+def announce_save(optimizer: Optimizer | None) -> None:
+    """Raise where a rank goes on with training and does not save, as far as that can be seen. Collective.
+
+    Raises:
+        AgreementError: as `DistAdamW.announce_save`.
+    """
+    if optimizer is not None and isinstance(inner := unwrap(optimizer), DistAdamW):
+        inner.announce_save()
+
+
+def _forget_frames(error: BaseException | None) -> None:
+    """Let go of what the functions had that an error came through, and the errors before it. Local."""
+    errors, seen = [error], set[int]()
+    while errors:
+        found = errors.pop()
+        if found is None or id(found) in seen:
+            continue
+        seen.add(id(found))
+        traceback.clear_frames(found.__traceback__)
+        found.__traceback__ = None  # frames keep their functions, and those what is in their closures
+        errors += [found.__cause__, found.__context__]
+        if isinstance(found, CheckpointException):
+            errors += [failure for failure, _ in found.failures.values()]
+
+
+def _tell_of_failures(savings: list[Saving]) -> None:
+    """At the end: of a save that nobody has waited for."""
+
+    def tell(saving: Saving) -> None:
+        if not saving.told and (error := saving._future.exception()) is not None:
+            warnings.warn(f"a checkpoint was lost: {error}", stacklevel=2)
+
+    for saving in savings:
+        saving._future.add_done_callback(lambda _, saving=saving: tell(saving))  # type: ignore[misc]
+
+
+def _gather(
+    path: Path | None,
+    model: nn.Module,
+    optimizer: Optimizer | None,
+    scheduler: LRScheduler | None,
+    extra: Mapping[str, Any] | None,
+    ranks: Ranks,
+) -> tuple[Held, dict[str, Any]]:
+    """What this rank writes, and what the main one says of it; raises on every rank. Collective.
+
+    Args:
+        path: Where to; None: ranks are known to agree.
+    """
+
+    def gather() -> tuple[Held, dict[str, Any]]:
+        found = access(model, optimizer)
+        held = found.to_save()
+        modules, tensors = extra_state(found.model)
+        held.tensors |= only_mine(tensors)
+        held.tensors[f"{RNG}.{ranks.rank}"] = current_random_state()
+        about = {
+            "written by": f"dist_adamw {__version__}",
+            "time": time.time(),
+            "engine": found.engine,
+            "world_size": ranks.size,
+            # The family, which is what a load compares; the class is for who reads it.
+            "optimizer": None if optimizer is None else family_of(unwrap(optimizer)),
+            "optimizer_class": None if optimizer is None else type(unwrap(optimizer)).__qualname__,
+            "decay_by": None if optimizer is None else getattr(unwrap(optimizer), "decay_by", None),
+            "groups": found.groups(),
+            "scalars": held.scalars,
+            "scheduler": None if scheduler is None else type(scheduler).__name__,
+            "schedule": None if scheduler is None else with_text_keys(scheduler.state_dict()),
+            "extra": dict(extra or {}),
+            "modules": modules,
+        }
+        about = as_json(about)  # now: what is saved beside training must not change with it
+        if wrong := wrong_in(about):
+            raise CheckpointError(f"{wrong}, which no load would take: nothing is saved.")
+        return held, about
+
+    inner = None if optimizer is None else unwrap(optimizer)
+    if isinstance(inner, DistAdamW):
+        inner.follow()
+    held, about = ranks.everywhere(gather)
+    if path is not None:
+        alike = {name: about[name] for name in ("engine", "optimizer", "groups", "scheduler", "schedule")}
+        agreement.check_agreement({"folder": str(path), **alike}, ranks.group)
+    return held, about
+
+
+def _write(path: Path, held: Held, about: Mapping[str, Any], ranks: Ranks) -> None:
+    several = ranks.size > 1
+    planner = Planner(held.tensors, about)
+    lock = ranks.everywhere(lambda: _lock(path) if ranks.is_main else None)
+    writer = Writer(path, about, ranks.size)
+    still_there = "What it held before is still there."
+    try:
+        dcp_save({}, storage_writer=writer, planner=planner, process_group=ranks.group, no_dist=not several)
+    except CheckpointException as failed:
+        writer.discard()
+        rank, (error, _) = min(failed.failures.items())
+        what = str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
+        where = f" (rank {rank})" if several else ""
+        raise CheckpointError(f"could not write {path}: {what}{where}. {still_there}") from error
+    except Exception as error:  # of messages between ranks
+        writer.discard()
+        ranks.check()
+        raise CheckpointError(f"could not write {path}: {type(error).__name__}: {error}. {still_there}") from error
+    finally:
+        if lock is not None:
+            lock.release()
+
+
+def _lock(path: Path) -> Lock:
+    try:
+        return Lock(path)
+    except OSError as error:
+        raise CheckpointError(f"could not write {path}: {type(error).__name__}: {error}.") from error
+
+
+def load(
+    path: str | Path,
+    model: nn.Module,
+    optimizer: Optimizer | None = None,
+    scheduler: LRScheduler | None = None,
+    *,
+    on_difference: OnDifference | None = None,
+    random_state: bool = True,
+    group: Group = None,
+) -> Checkpoint:
+    """Put a training state where `save` left it, on any engine and number of ranks. Collective.
+
+    Everything is checked, to the last bit, before anything is changed. Each rank reads the elements that it holds.
+
+    Args:
+        path: The folder.
+        model: Built and wrapped as for training; also one that another engine has.
+        optimizer: Of the same family (any Adam, say) as the one saved; None: weights alone.
+        scheduler: Of the same class. The clock goes on where it was, and lr and weight decay are in the groups at once.
+        on_difference: When hyper-parameters or the schedule's configuration are others: "strict" raises with the
+            difference, "checkpoint" takes the saved ones, "new" keeps those of this job. Default: the scheduler's
+            ``on_difference``. lr and weight decay are the schedule's; without a `CyclicLRWithRestarts` they are taken
+            over, as by torch's ``load_state_dict``, but by "new".
+        random_state: Whether to restore it. A rank has its own back; ranks that there were not go on from the state
+            that all ranks had, or are seeded anew from theirs if each had another.
+        group: As for `save`.
+
+    Raises:
+        CheckpointError: the checkpoint is torn, damaged, of another model, optimizer or schedule, or was not there on
+            some rank; on every rank alike. Nothing has been changed then; where a disk fails after all was checked,
+            the message says that the state is half loaded.
+    """
+    part = Part(Path(path), model, optimizer, scheduler)
+    return load_together([part], on_difference=on_difference, random_state=random_state, group=group)[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A model with what belongs to it, and the folder that has their state."""
+
+    path: Path
+    model: nn.Module
+    optimizer: Optimizer | None
+    scheduler: LRScheduler | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Checked:
+    """A part that fits its checkpoint, which is whole; nothing has been changed yet.
+
+    Attributes:
+        choice: Of what differs.
+        taken: What the parameter groups take.
+        restore: Restores the random state.
+        make_room: Lays the optimizer's state out again, and says where to read to.
+    """
+
+    part: Part
+    index: Index
+    model: nn.Module
+    choice: OnDifference
+    taken: list[dict[str, Any]]
+    restore: Callable[[], str]
+    make_room: Callable[[], Held]
+
+
+def load_together(
+    parts: Sequence[Part],
+    *,
+    on_difference: OnDifference | None = None,
+    random_state: bool = True,
+    group: Group = None,
+) -> list[Checkpoint]:
+    """`load` of several models: each is checked, with its tensors, before the first is changed. Collective.
+
+    Raises:
+        CheckpointError: as of `load`.
+    """
+    with contextlib.ExitStack() as until, torch.inference_mode(False):  # what is made here is to be trained on
+        group = collectives.host_group() if group is None else group
+        ready = [_check(part, on_difference, group, until) for part in parts]
+        return [_apply(one, random_state, group) for one in ready]
+
+
+def _check(part: Part, on_difference: OnDifference | None, group: Group, until: contextlib.ExitStack) -> _Checked:
+    path, optimizer, scheduler = part.path, part.optimizer, part.scheduler
+    check_alike(path, group)
+    index = everywhere(lambda: checked(path, collectives.rank(), collectives.world_size(), until), group)
+    if len(set(collectives.all_gather_objects(index.digest, group))) > 1:
+        raise CheckpointError(f"{path} is not the same on all ranks. Give all machines the same file system.")
+    choice: OnDifference = on_difference or getattr(scheduler, "on_difference", None) or "strict"
+    ours = everywhere(lambda: access(part.model, optimizer), group)
+    taken, restore = everywhere(lambda: compare(index, ours, optimizer, scheduler, choice), group)
+    make_room = everywhere(lambda: _make_room(index, ours), group)
+    return _Checked(part, index, ours.model, choice, taken, restore, make_room)
+
+
+def _apply(one: _Checked, random_state: bool, group: Group) -> Checkpoint:
+    index, optimizer, scheduler = one.index, one.part.optimizer, one.part.scheduler
+    # Room is made, and what was there forgotten, when no rank has found anything wrong.
+    held = everywhere(one.make_room, group)
+    try:
+        everywhere(lambda: _fill(index, held), group)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error} Model and optimizer are half loaded: load a checkpoint.") from error
+    with torch.no_grad():
+        held.finish()  # it may be collective, so only when all ranks have read
+    everywhere(lambda: restore_extra_state(index, one.model), group)
+    about = index.about
+    if optimizer is not None:
+        for members, values in zip(unwrap(optimizer).param_groups, one.taken, strict=True):
+            _take(members, values)
+    if isinstance(scheduler, CyclicLRWithRestarts):
+        scheduler.load_state_dict(about["schedule"], one.choice)
+    elif scheduler is not None:
+        scheduler.load_state_dict(with_keys_of(scheduler.state_dict(), about["schedule"]))
+    state = one.restore() if random_state else "left alone"
+    return Checkpoint(one.part.path, samples_of(index), about["engine"], about["world_size"], about["extra"], state)
+
+
+def check_alike(path: Path, group: Group) -> None:
+    """Raise on every rank when only some of them have the folder. Collective."""
+    there = collectives.all_gather_objects(os.path.isdir(path), group)  # False also where a rank may not look
+    if any(there) and not all(there):
+        raise CheckpointError(
+            f"{path} is there on some ranks and missing on rank {there.index(False)}. Save to a folder that every "
+            "machine sees."
+        )
+
+
+def _make_room(index: Index, ours: Access) -> Callable[[], Held]:
+    """Check what there is to read; return what makes room for it. Local; nothing is changed."""
+    kinds: dict[str, set[str]] = {}
+    for key in index.tensors:
+        kind, _, name = key.partition(".")
+        if kind != RNG:  # a parameter may be called "0"
+            kinds.setdefault(name, set()).add(kind)
+    found = Found(
+        kinds,
+        {key: saved.dtype for key, saved in index.tensors.items()},
+        {key: saved.shape for key, saved in index.tensors.items()},
+        index.about["scalars"],
+    )
+    try:
+        return ours.to_load(found)
+    except CheckpointError as error:
+        raise CheckpointError(f"{index.folder}: {error}") from error
+
+
+def _fill(index: Index, held: Held) -> None:
+    with torch.no_grad():
+        _read(index, held)
+        for one, then in held.later():
+            _read(index, one)
+            then()
+
+
+def _read(index: Index, held: Held) -> None:
+    # Every rank for itself, since what it needs to know is in the index; as dcp.load does where there is one rank.
+    planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    reader = Reader(index, held.sources)
+    planner.set_up_planner(dict(held.tensors), reader.read_metadata(), True)
+    reader.read_data(reader.prepare_local_plan(planner.create_local_plan()), planner)
+
+
+def _take(group: dict[str, Any], values: Mapping[str, Any]) -> None:
+    for key, value in values.items():
+        if isinstance(group.get(key), Tensor) and key != "initial_lr":
+            group[key].fill_(value)
+        else:
+            group[key] = tuple(value) if isinstance(value, list) else value

@@ -1,0 +1,517 @@
+"""What a process holds of a training state, by the parameters' names: the same keys on every engine.
+
+Knows models, DistAdamW and other torch optimizers; nothing of files. What an engine keeps its own way is
+told by that engine's integration (`ENGINES`).
+
+    model.<name>         a parameter, or a buffer that the model's state dict has
+    master.<name>        its fp32 weights, where the parameter is less exact
+    exp_avg.<name> ...   its state, by the optimizer's own names
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from dist_adamw.checkpoint.storage.partial_tensor import Owned, Values, evaluated
+from dist_adamw.checkpoint.storage.regions import Box
+from dist_adamw.errors import CheckpointError
+from dist_adamw.optimizer.adamw import DistAdamW
+from dist_adamw.optimizer.sharding.shard import MASTERS, MOMENTS, Shard, axes_in_memory, local_of, storage_order
+from dist_adamw.plain_data import plain
+from dist_adamw.ranks import collectives
+from dist_adamw.schedule.third_party import unwrap, without_wrappers
+
+MODEL, MASTER = "model", "master"
+SCALARS = (int, float, bool, type(None))  # what the state of a parameter may have beside tensors
+# These differ between engines and schedules, or say how to compute and not what.
+_NOT_COMPARED = {
+    *("params", "param_names", "lr", "weight_decay", "initial_lr", "initial_weight_decay", "min_lr", "lr_scale"),
+    *("foreach", "fused", "capturable", "differentiable", "decoupled_weight_decay"),
+}
+_ADAMW = {"DistAdamW", "AdamW", "Adam", "FusedAdam", "DeepSpeedCPUAdam"}
+
+
+@dataclass
+class Held:
+    """What lies in this process, to be saved or to be filled by a load.
+
+    Attributes:
+        tensors: By key: `Owned`, DTensor, or whole. Of whole ones that several ranks have, one rank's is saved.
+        scalars: By parameter name, the numbers in its state, such as ``step``; or None, which some have for "not yet".
+        sources: For a load, where a key has another name in the checkpoint.
+        later: For a load, what is read after that, one after the other, and what to do then with each.
+        finish: After a load: let what follows from tensors and scalars follow.
+    """
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    scalars: dict[str, dict[str, Any]] = field(default_factory=dict)
+    sources: dict[str, str] = field(default_factory=dict)
+    later: Callable[[], Iterable[tuple[Held, Callable[[], None]]]] = tuple
+    finish: Callable[[], None] = lambda: None
+
+    def read(self, kind: str, name: str, target: Tensor, found: Found) -> None:
+        """Have ``target`` filled with what a checkpoint has under this kind and name, or knows more exactly.
+
+        Raises:
+            CheckpointError: it has nothing of the kind.
+        """
+        key = source = f"{kind}.{name}"
+        kinds = found.kinds.get(name, set())
+        if kind == MODEL and MASTER in kinds and target.dtype.itemsize > found.dtypes[key].itemsize:
+            source = f"{MASTER}.{name}"
+        elif kind == MASTER and MASTER not in kinds:
+            source = f"{MODEL}.{name}"
+        else:
+            found.need(kind, name)
+        found.need_shape(source, target.shape)
+        self.tensors[key] = target
+        if source != key:
+            self.sources[key] = source
+
+
+@dataclass
+class Found:
+    """What a checkpoint has, as far as a process must know to make room for it.
+
+    Attributes:
+        kinds: By parameter name, the keys' first parts: "model", "exp_avg".
+        dtypes: By key.
+        shapes: By key.
+        scalars: As in `Held`.
+    """
+
+    kinds: Mapping[str, set[str]]
+    dtypes: Mapping[str, torch.dtype]
+    shapes: Mapping[str, tuple[int, ...]]
+    scalars: Mapping[str, Mapping[str, float]]
+
+    def need(self, kind: str, name: str) -> None:
+        """Raise where the checkpoint has no such tensor. Local."""
+        kinds = self.kinds.get(name, set())
+        if kind not in kinds:
+            raise CheckpointError(
+                f"the checkpoint has no {kind} of {name}, only {', '.join(sorted(kinds)) or 'nothing'}. "
+                "Pass an optimizer with the options that it was saved with."
+            )
+
+    def need_shape(self, key: str, shape: Sequence[int]) -> None:
+        """Raise where the checkpoint's tensor has another one. Local."""
+        if self.shapes[key] != tuple(shape):
+            raise CheckpointError(
+                f"the checkpoint's {key} has shape {self.shapes[key]}, and {tuple(shape)} is needed here: it is of "
+                "another model."
+            )
+
+    def need_adam(self, name: str, shape: Sequence[int], amsgrad: bool) -> None:
+        """Raise where the checkpoint has not all of the state of a parameter that has some. Local."""
+        for kind in MOMENTS if amsgrad else MOMENTS[:2]:
+            self.need(kind, name)
+            self.need_shape(f"{kind}.{name}", shape)
+        if MASTER in self.kinds[name]:
+            self.need_shape(f"{MASTER}.{name}", shape)
+        if "step" not in self.scalars.get(name, {}):
+            raise CheckpointError(f"the checkpoint does not say how many updates {name} has had: it is damaged.")
+
+
+class Access(Protocol):
+    """How the state of one model and its optimizer is reached. Local."""
+
+    engine: str
+    model: nn.Module
+
+    def to_save(self) -> Held:
+        """What this process writes."""
+
+    def to_load(self, found: Found) -> Callable[[], Held]:
+        """Check what a checkpoint has; return what lays the optimizer's state out again, and says where to read to.
+
+        Nothing is changed, and no memory taken, until that is called: several models are checked first.
+        """
+
+    def parameters(self) -> dict[str, tuple[int, ...]]:
+        """Names and whole shapes of parameters and buffers."""
+
+    def without_memory(self) -> list[str]:
+        """Names of parameters and buffers on the meta device."""
+
+    def groups(self) -> list[dict[str, Any]]:
+        """Parameter groups as plain data, with "names" instead of "params"."""
+
+
+# Each returns None where the model is not its engine's.
+ENGINES: list[Callable[[nn.Module, Optimizer | None], Access | None]] = []
+
+
+def access(model: nn.Module, optimizer: Optimizer | None) -> Access:
+    """How to reach a model's state, whatever engine has it. Local."""
+    for engine in ENGINES:
+        if (found := engine(model, optimizer)) is not None:
+            return found
+    return Plain(model, optimizer)
+
+
+def outside(number: int, group: int) -> str:
+    """The name of a parameter that the optimizer has and the model does not, such as a loss's temperature. Local."""
+    return f"parameter {number} of group {group}"
+
+
+def is_outside(name: str) -> bool:
+    """Whether that is such a name. Local."""
+    return re.fullmatch(r"parameter \d+ of group \d+", name) is not None
+
+
+def bare(model: nn.Module) -> nn.Module:
+    """The module inside wrappers. Local."""
+    while True:
+        if isinstance(model, DistributedDataParallel) or hasattr(model, "_orig_mod"):
+            model = model.module if isinstance(model, DistributedDataParallel) else model._orig_mod  # type: ignore[assignment]
+        else:
+            return model
+
+
+def names_without_wrappers(model: nn.Module) -> Callable[[str], str]:
+    """How names in ``model`` are without wrappers, of modules inside it too: compiled, checkpointed, in DDP. Local."""
+    # "module" may be the user's own name, so only where DDP put it. The longest first: they are inside the others.
+    found = [
+        f"{name}." if name else ""
+        for name, module in model.named_modules()
+        if isinstance(module, (DistributedDataParallel, nn.DataParallel))
+    ]
+    prefixes = sorted(found, key=len, reverse=True)
+
+    def clean(name: str) -> str:
+        name += "."  # so that the wrapped module itself is found
+        for prefix in prefixes:
+            if name.startswith(f"{prefix}module."):
+                name = prefix + name.removeprefix(f"{prefix}module.")
+        return without_wrappers(name.removesuffix("."))
+
+    return clean
+
+
+def parameter_names(model: nn.Module) -> dict[Tensor, str]:
+    """Parameters and their names; tied ones have their first name. Local.
+
+    Raises:
+        CheckpointError: two have the same name without wrappers.
+    """
+    inside = bare(model)
+    clean = names_without_wrappers(inside)
+    names: dict[Tensor, str] = {}
+    known: dict[str, str] = {}  # by name, the name with wrappers
+    for name, param in inside.named_parameters():
+        if (other := known.setdefault(clean(name), name)) != name:
+            raise CheckpointError(
+                f"the parameters {other!r} and {name!r} are both {clean(name)!r} without the wrappers around them, and "
+                "one would be lost. Rename a module."
+            )
+        names[param] = clean(name)
+    return names
+
+
+def buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Name and tensor of the buffers that a state dict has. Local."""
+    inside = bare(model)
+    clean = names_without_wrappers(inside)
+    for prefix, module in inside.named_modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set:
+                yield clean(f"{prefix}.{name}" if prefix else name), buffer
+
+
+def plain_groups(
+    optimizer: Optimizer | None, names: Callable[[int, dict[str, Any]], list[str]]
+) -> list[dict[str, Any]]:
+    """Parameter groups as plain data. Local."""
+    return [
+        {"names": names(g, group), **{k: plain(v) for k, v in group.items() if k not in ("params", "param_names")}}
+        for g, group in enumerate([] if optimizer is None else optimizer.param_groups)
+    ]
+
+
+def hyper_parameters(groups: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """By parameter name, what two jobs must have alike to go on from one another. Local."""
+    return {
+        name: {k: v for k, v in group.items() if k not in _NOT_COMPARED and k != "names"}
+        for group in groups
+        for name in group["names"]
+    }
+
+
+def family_of(optimizer: Optimizer) -> str:
+    """The class by whose rules an optimizer keeps its state, as a checkpoint names it. Local.
+
+    A class derived from a known one keeps the state of that one, under whatever name; unless it is an Adam whose state
+    is another, by what is there.
+    """
+    own = type(optimizer).__name__
+    for base in type(optimizer).__mro__:
+        of_torch = base.__module__.startswith("torch.optim.") and base is not Optimizer
+        if base.__name__ in _ADAMW or of_torch:
+            is_adam = base.__name__ in _ADAMW and base.__name__ != own
+            return own if is_adam and not _has_moments(optimizer) else base.__name__
+    return own
+
+
+def _has_moments(optimizer: Optimizer) -> bool:
+    """Whether all the state there is has Adam's moments. Local."""
+    needed = {*MOMENTS[:2]}
+    return isinstance(optimizer, DistAdamW) or all(needed <= state.keys() for state in optimizer.state.values())
+
+
+def saved_family(about: Mapping[str, Any]) -> str | None:
+    """The class by whose rules saved state is kept; None where there is none. Local."""
+    saved: str | None = about["optimizer"]
+    # Older releases wrote the name of a derived class; only DistAdamW and what derives from it has decay_by.
+    return "DistAdamW" if saved is not None and about.get("decay_by") is not None else saved
+
+
+def fits_family(about: Mapping[str, Any], optimizer: Optimizer) -> bool:
+    """Whether saved state means the same to an optimizer. Local."""
+    saved = saved_family(about)
+    known = {base.__name__ for base in type(optimizer).__mro__}
+    return saved is not None and (saved in known or same_family(saved, family_of(optimizer)))
+
+
+def same_family(one: str, other: str) -> bool:
+    """Whether the state of one class of optimizer means the same to the other."""
+    return one == other or {one, other} <= _ADAMW
+
+
+def only_mine(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What this rank writes. Of what ranks have whole the first one does, since theirs may differ. Local.
+
+    Batch norm's statistics do, and weights of ranks that are not kept alike: pieces of several would be no model.
+    """
+    is_first = collectives.rank() == 0
+    return {k: t for k, t in tensors.items() if is_first or isinstance(t, DTensor) or (type(t) is Owned and t.shared)}
+
+
+class Plain:
+    """Whole parameters on every rank, or DTensors: one process, DDP, FSDP2, tensor parallelism."""
+
+    def __init__(self, model: nn.Module, optimizer: Optimizer | None) -> None:
+        self.model = bare(model)
+        self.optimizer = None if optimizer is None else unwrap(optimizer)
+        self.names = parameter_names(model)
+        for g, group in enumerate([] if self.optimizer is None else self.optimizer.param_groups):
+            for i, param in enumerate(group["params"]):
+                self.names.setdefault(param, outside(i, g))
+        if any(isinstance(param, DTensor) for param in self.names):
+            self.engine = "FSDP2"
+        else:
+            self.engine = "single" if collectives.world_size() == 1 else "DDP"
+
+    def parameters(self) -> dict[str, tuple[int, ...]]:
+        """See `Access`."""
+        found = {name: tuple(param.shape) for param, name in self.names.items()}
+        return {**found, **{name: tuple(buffer.shape) for name, buffer in buffers(self.model)}}
+
+    def without_memory(self) -> list[str]:
+        """See `Access`."""
+        everything = (*((name, param) for param, name in self.names.items()), *buffers(self.model))
+        return [name for name, tensor in everything if tensor.is_meta]
+
+    def groups(self) -> list[dict[str, Any]]:
+        """See `Access`."""
+        return plain_groups(self.optimizer, lambda _, group: [self.names[param] for param in group["params"]])
+
+    def to_save(self) -> Held:
+        """See `Access`."""
+        held = Held()
+        if isinstance(self.optimizer, DistAdamW):
+            self.optimizer.wait()
+            self._of_shards(self.optimizer, held)
+        elif self.optimizer is not None:
+            self._of_states(self.optimizer, held)
+        for param, name in self.names.items():
+            held.tensors.setdefault(f"{MODEL}.{name}", param.detach())
+        held.tensors |= {f"{MODEL}.{name}": buffer.detach() for name, buffer in buffers(self.model)}
+        held.tensors = only_mine(held.tensors)
+        return held
+
+    def _of_shards(self, optimizer: DistAdamW, held: Held) -> None:
+        for shard in optimizer.shards:
+            for i, param in enumerate(shard.params):
+                name = self.names[param]
+                held.scalars[name] = {"step": float(shard.steps[i])}
+                for kind in shard.moments.keys() - MASTERS:
+                    held.tensors[f"{kind}.{name}"] = _moment(shard, i, kind)
+                if shard.has_master:
+                    held.tensors[f"{MASTER}.{name}"] = _master(shard, i)
+                if shard.process_group is not None:
+                    held.tensors[f"{MODEL}.{name}"] = _runs(param.detach(), shard.ranges_of(i))
+
+    def _of_states(self, optimizer: Optimizer, held: Held) -> None:
+        for param, state in optimizer.state.items():
+            name = self.names[param]
+            for kind, value in state.items():
+                if kind != "step" and isinstance(value, Tensor):
+                    held.tensors[f"{kind}.{name}"] = value
+                    continue
+                value = float(value) if isinstance(value, Tensor) else value
+                if type(value) not in SCALARS:
+                    raise CheckpointError(
+                        f"{type(optimizer).__name__} has {kind} of {name}, a {type(value).__name__}: only tensors and "
+                        "numbers can be saved. Use another optimizer, or pass None and save its state yourself."
+                    )
+                held.scalars.setdefault(name, {})[kind] = value
+
+    def to_load(self, found: Found) -> Callable[[], Held]:
+        """See `Access`."""
+        held = Held()
+        for param, name in self.names.items():
+            held.read(MODEL, name, param.detach(), found)
+        for name, buffer in buffers(self.model):
+            held.read(MODEL, name, buffer.detach(), found)
+        if isinstance(self.optimizer, DistAdamW):
+            self._check_shards(self.optimizer, found)
+        elif self.optimizer is not None:
+            self._check_states(self.optimizer, found)
+
+        def forget_gradients() -> None:
+            self.model.zero_grad()  # of micro-batches before the load
+            if isinstance(self.optimizer, DistAdamW):
+                self.optimizer.zero_grad()  # and what has been reduced of them
+
+        def make_room() -> Held:
+            held.finish = forget_gradients
+            if isinstance(self.optimizer, DistAdamW):
+                self._into_shards(self.optimizer, held, found)
+            elif self.optimizer is not None:
+                self._into_states(self.optimizer, held, found)
+            return held
+
+        return make_room
+
+    def _with_state(self, found: Found) -> list[Tensor]:
+        """Parameters that have state in a checkpoint."""
+        return [p for p, name in self.names.items() if found.kinds.get(name, set()) - {MODEL, MASTER}]
+
+    def _check_shards(self, optimizer: DistAdamW, found: Found) -> None:
+        chosen = {*self._with_state(found)}
+        for group in optimizer.param_groups:
+            for param in {*group["params"]} & chosen:
+                found.need_adam(self.names[param], param.shape, group["amsgrad"])
+
+    def _into_shards(self, optimizer: DistAdamW, held: Held, found: Found) -> None:
+        optimizer.lay_out(self._with_state(found))
+        remainders = []
+        for shard in optimizer.shards:
+            for i, param in enumerate(shard.params):
+                name = self.names[param]
+                shard.steps[i] = found.scalars.get(name, {}).get("step", 0.0)
+                for kind in shard.moments.keys() - {"remainder"}:
+                    held.read(kind, name, _moment(shard, i, kind), found)
+                if "remainder" in shard.moments:
+                    remainders.append((shard, i, name))
+
+        def later() -> Iterator[tuple[Held, Callable[[], None]]]:
+            for shard, i, name in remainders:  # their fp32 weights take memory, so one after the other
+                weights = shard.master_of(i)
+                one = Held()
+                one.read(MASTER, name, _like_param(shard, i, weights, torch.float32), found)
+                yield one, lambda shard=shard, i=i, weights=weights: shard.set_master(i, weights)  # type: ignore[misc]
+
+        forget_gradients = held.finish
+
+        def finish() -> None:
+            optimizer.recount()
+            forget_gradients()
+
+        held.later, held.finish = later, finish
+
+    def _check_states(self, optimizer: Optimizer, found: Found) -> None:
+        for group in optimizer.param_groups:
+            for param in group["params"]:
+                name = self.names[param]
+                kinds, numbers = self._state_of(name, optimizer, found)
+                if kinds and type(optimizer).__name__ in _ADAMW:
+                    found.need_adam(name, param.shape, group.get("amsgrad", False))
+                if twice := sorted(kinds & numbers.keys()):
+                    raise CheckpointError(f"the checkpoint has {twice[0]} of {name} twice: it is damaged.")
+
+    def _state_of(self, name: str, optimizer: Optimizer, found: Found) -> tuple[set[str], dict[str, Any]]:
+        """Of a parameter's saved state, the tensors and numbers that an optimizer takes."""
+        kinds, numbers = found.kinds.get(name, set()) - {MODEL, MASTER}, dict(found.scalars.get(name, {}))
+        if type(optimizer).__name__ in _ADAMW:  # a derived class may have more, and takes all
+            return kinds & {*MOMENTS}, {kind: value for kind, value in numbers.items() if kind == "step"}
+        return kinds, numbers
+
+    def _into_states(self, optimizer: Optimizer, held: Held, found: Found) -> None:
+        of_adam = family_of(optimizer) in _ADAMW
+        states: dict[Tensor, dict[str, Any]] = {}
+        for group in optimizer.param_groups:
+            for param in group["params"]:
+                name = self.names[param]
+                state: dict[str, Any] = {}
+                kinds, numbers = self._state_of(name, optimizer, found)
+                for kind in sorted(kinds):
+                    key = f"{kind}.{name}"
+                    shape, dtype = found.shapes[key], found.dtypes[key]
+                    before = optimizer.state.get(param, {}).get(kind)
+                    if isinstance(before, Tensor) and (tuple(before.shape), before.dtype) == (shape, dtype):
+                        state[kind] = before  # to have both would be as much memory again
+                    elif shape == tuple(param.shape):
+                        state[kind] = torch.zeros_like(param, dtype=dtype, requires_grad=False)
+                    else:
+                        state[kind] = torch.zeros(shape, dtype=dtype, device=param.device)
+                    held.read(kind, name, state[kind], found)
+                for kind, value in numbers.items():
+                    on_device = group.get("fused") or group.get("capturable")
+                    device = local_of(param).device if on_device else "cpu"
+                    is_tensor = kind == "step" and (of_adam or type(value) is float)
+                    state[kind] = torch.tensor(float(value), device=device) if is_tensor else value
+                if state:
+                    states[param] = state
+        optimizer.state.clear()
+        optimizer.state.update(states)
+
+
+def _like_param(shard: Shard, i: int, values: Values, dtype: torch.dtype) -> Tensor:
+    """``values`` are this rank's elements of parameter ``i`` of ``shard``, 1-D in the order of memory, or make them."""
+    param = shard.params[i]
+    if not isinstance(param, DTensor):
+        made = Owned.of_ranges(param.shape, values, shard.ranges_of(i), dtype=dtype, order=axes_in_memory(param))
+        made.shared = shard.process_group is not None
+        return made
+    if isinstance(values, Tensor):
+        return Owned.of(shard.shaped(values, param))
+    like = Owned.of(param.detach())
+    return Owned(param.shape, dtype, {box: partial(_part, shard, param, values, box) for box in like.parts})
+
+
+def _part(shard: Shard, param: DTensor, values: Callable[[], Tensor], box: Box) -> Tensor:
+    return evaluated(Owned.of(shard.shaped(values(), param)).parts[box])
+
+
+def _moment(shard: Shard, i: int, kind: str) -> Tensor:
+    values = shard.owned_moment(i, kind)
+    return _like_param(shard, i, values, values.dtype)
+
+
+def _master(shard: Shard, i: int) -> Tensor:
+    if "master" in shard.moments:
+        return _moment(shard, i, "master")
+    return _like_param(shard, i, partial(shard.master_of, i), torch.float32)
+
+
+def _runs(tensor: Tensor, ranges: Iterable[Sequence[int]]) -> Owned:
+    """Of a whole tensor the elements in ``ranges``, counted in the order of its memory."""
+    flat, order = storage_order(tensor), axes_in_memory(tensor)
+    parts: dict[Box, Values] = {}
+    for start, stop in ranges:
+        parts |= Owned.of_ranges(tensor.shape, flat[start:stop], [(start, stop)], dtype=tensor.dtype, order=order).parts
+    if not tensor.numel():
+        return Owned.of(tensor)
+    return Owned(tensor.shape, tensor.dtype, parts)

@@ -1,0 +1,467 @@
+"""Folders of tensors for torch.distributed.checkpoint, in which nothing is executed when they are read.
+
+Knows files and that library's storage interface; nothing of optimizers.
+
+Each rank writes one safetensors file, and the main one then an index:
+
+    5f0c81d2e9a3b764-00000.safetensors   of one save, by one rank: boxes of tensors, such as "exp_avg.0.weight[0:3,0:8]"
+    5f0c81d2e9a3b764-00001.safetensors
+    index.json                           which box of which tensor lies where, plain data, checksums
+
+The index is written last, under another name, and takes its place in one step: a reader has all of one save, however
+often a folder is saved to and whenever a save is killed. Files that no index names are what such a save has left.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import itertools
+import json
+import math
+import os
+import secrets
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem, SavePlan, SavePlanner, WriteItem
+from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
+from torch.futures import Future
+
+from dist_adamw.checkpoint.storage.index import (
+    BLOCK,
+    CODES,
+    FILE,
+    FORMAT,
+    VERSION,
+    Chunk,
+    Index,
+    Saved,
+    check_files,
+    check_index,
+    check_place,
+    read_index,
+    write_index,
+)
+from dist_adamw.checkpoint.storage.regions import Box
+from dist_adamw.errors import CheckpointError
+from dist_adamw.ranks import collectives
+
+# ---------------------------------------------------------------------------------------------- writing
+
+
+class Writer(StorageWriter):
+    """Writes to a folder, also one that holds a checkpoint: that one is whole until this one is.
+
+    For ``torch.distributed.checkpoint.save(state_dict, storage_writer=...)``, whose state dict has tensors only.
+
+    Args:
+        folder: Created if it is not there. All ranks see the same.
+        about: Plain data, of the main rank, to be saved too.
+        ranks: How many write; None: as many as there are when it is done.
+    """
+
+    def __init__(self, folder: str | Path, about: Mapping[str, Any] | None = None, ranks: int | None = None) -> None:
+        self.folder = Path(folder)
+        self.about = {} if about is None else about
+        self._ranks = ranks
+        self._written: Path | None = None
+
+    @property
+    def checkpoint_id(self) -> str:
+        """The folder, under the name by which the library logs it."""
+        return str(self.folder)
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        """Take another folder."""
+        if checkpoint_id is not None:
+            self.folder = Path(checkpoint_id)
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        """Whether it can be a folder."""
+        return "://" not in str(checkpoint_id)
+
+    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        """Make the folder, and see that the plain data is plain."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if is_coordinator:
+            check_place(self.folder)
+            self._about = as_json(self.about)
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        """Nothing to prepare."""
+        return plan
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        """Give every rank the name of its file."""
+        token = secrets.token_hex(8)
+        return [
+            dataclasses.replace(plan, storage_data=f"{token}-{rank:05d}.safetensors") for rank, plan in enumerate(plans)
+        ]
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """Write this rank's file, and have the disk hold it."""
+        path = self._written = self.folder / plan.storage_data
+        written: Future[list[WriteResult]] = Future()
+        try:
+            written.set_result(_write_file(path, plan.items, planner) if plan.items else [])
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
+        return written
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """Write the index of all files, and let it take the place of the one before, if all of it can be read.
+
+        Raises:
+            CheckpointError: a rank has not written, or the main one does not see all files, whole.
+        """
+        if self._ranks is not None and len(results) != self._ranks:
+            raise CheckpointError(f"{len(results)} of {self._ranks} ranks have written")
+        places: dict[str, list[list[Any]]] = {key: [] for key in metadata.state_dict_metadata}
+        files: dict[str, Any] = {}
+        for result in (result for of_rank in results for result in of_rank):
+            file = result.index.fqn
+            files[file], chunks = result.storage_data
+            for key, offsets, sizes, offset in chunks:
+                places[key].append([offsets, sizes, file, offset])
+        for name, facts in files.items():
+            there = self.folder / name
+            if not there.is_file() or there.stat().st_size != facts["bytes"]:
+                raise CheckpointError(
+                    f"{there}, which another rank has written, is not to be seen on the main one. Give all machines "
+                    "the same file system, and all ranks the same folder."
+                )
+        tensors = {}
+        for key, found in metadata.state_dict_metadata.items():
+            assert isinstance(found, TensorStorageMetadata)
+            dtype = str(found.properties.dtype).removeprefix("torch.")
+            tensors[key] = {"dtype": dtype, "shape": list(found.size), "chunks": places[key]}
+        save = secrets.token_hex(8)
+        index = {"format": FORMAT, "version": VERSION, "save": save, "tensors": tensors, "files": files}
+        index["about"] = self._about
+        check_index(self.folder, index)  # as whoever reads it does; the index before is still there
+        write_index(self.folder, index)
+        for left in self.folder.iterdir():
+            if FILE.fullmatch(left.name) and left.name not in files:
+                left.unlink(missing_ok=True)
+
+    def discard(self) -> None:
+        """After a failure: remove what this rank has written, if no index names it. Local."""
+        if self._written is not None and not _names(self.folder, self._written.name):
+            with contextlib.suppress(OSError):  # of a folder that can no more be written to
+                self._written.unlink(missing_ok=True)
+
+
+def _names(folder: Path, file: str) -> bool:
+    try:
+        return file in read_index(folder).files
+    except CheckpointError:
+        return False
+
+
+class Lock:
+    """Keeps other jobs from saving to a folder, until it is released or forgotten, or the process ends. Local.
+
+    Raises:
+        CheckpointError: another job saves there.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        self.release = weakref.finalize(self, unlock, own(handle))
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise CheckpointError(f"another job is saving to {folder}. Choose another folder.") from None
+        except OSError:
+            pass  # some file systems of networks cannot; `CheckpointFolder` says so, once
+
+
+_own: dict[int, int] = {}  # handles, by numbers that are never used again
+_numbers = itertools.count()
+
+
+def own(handle: int) -> int:
+    """Keep a file to be locked from processes that are forked off; return what `unlock` takes. Local.
+
+    A data loader's worker, say, would give the lock back at its end, or have it beyond the end of this process.
+    """
+    _own[number := next(_numbers)] = handle
+    return number
+
+
+def unlock(number: int) -> None:
+    """Close a file, and give its lock back, in the process that has it. Local."""
+    if (handle := _own.pop(number, None)) is not None:
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_UN)
+        os.close(handle)
+
+
+def _leave_locks_to_the_parent() -> None:
+    while _own:
+        os.close(_own.popitem()[1])
+
+
+os.register_at_fork(after_in_child=_leave_locks_to_the_parent)
+
+
+def as_json(about: Mapping[str, Any]) -> Any:
+    """Plain data as JSON gives it back. Local.
+
+    Raises:
+        CheckpointError: it is not plain, or has keys that would come back as others.
+    """
+    try:
+        if not _has_text_for_keys(about):
+            raise TypeError("a dict has keys that are not text, and would come back with text for keys")
+        return json.loads(json.dumps(about))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"only plain data (numbers, text, lists, dicts) can be saved beside tensors: {error}."
+        ) from error
+
+
+def _has_text_for_keys(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return all(isinstance(key, str) and _has_text_for_keys(inner) for key, inner in value.items())
+    return not isinstance(value, list | tuple) or all(map(_has_text_for_keys, value))
+
+
+def _write_file(path: Path, items: Sequence[WriteItem], planner: SavePlanner) -> list[WriteResult]:
+    """A safetensors file of ``items``, which are in memory one block at a time where they lie elsewhere."""
+    header: dict[str, Any] = {}
+    ends = 0
+    order = []
+    # Wide elements first, so that all of them are aligned.
+    for item in sorted(items, key=lambda item: -_itemsize(item)):
+        box = _box_of(item)
+        nbytes = box.numel * _itemsize(item)
+        if nbytes == 0:
+            continue  # of a rank that has nothing of this tensor
+        data = {"shape": list(box.sizes), "data_offsets": [ends, ends + nbytes]}
+        header[_name(item, box)] = {"dtype": CODES[_dtype(item)], **data}
+        order.append((item, box, ends, nbytes))
+        ends += nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    digest = hashlib.sha256()
+    with path.open("xb", buffering=0) as file:
+
+        def write(data: Any) -> None:
+            digest.update(data)
+            rest = memoryview(data)
+            while rest:  # a disk that fills up takes a part, and says why with the next
+                rest = rest[file.write(rest) :]
+
+        write(len(text).to_bytes(8, "little"))
+        write(text)
+        for item, _, _, nbytes in order:
+            resolved = planner.resolve_data(item)
+            assert isinstance(resolved, Tensor)
+            assert resolved.nbytes == nbytes
+            for block in _blocks(resolved.detach()):
+                write(block)
+        os.fsync(file.fileno())
+    fingerprint = {"bytes": 8 + len(text) + ends, "sha256": digest.hexdigest()}
+    begin = 8 + len(text)
+    # One result a file: of objects for each of thousands of tensors, most of a save's time would be spent on pickles.
+    chunks = [(item.index.fqn, box.offsets, box.sizes, begin + start) for item, box, start, _ in order]
+    return [WriteResult(MetadataIndex(path.name), ends, (fingerprint, chunks))]
+
+
+def _blocks(tensor: Tensor) -> Iterator[memoryview]:
+    """The bytes of a tensor in C order."""
+    if not tensor.is_contiguous():
+        tensor = tensor.contiguous()
+    for part in torch.split(tensor.view(-1), BLOCK // tensor.itemsize):
+        yield memoryview(part.cpu().view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+
+def _dtype(item: WriteItem) -> torch.dtype:
+    if item.tensor_data is None:
+        raise CheckpointError(f"{item.index.fqn!r} is not a tensor. Save plain data as such, not in the state dict.")
+    dtype: torch.dtype = item.tensor_data.properties.dtype
+    if dtype not in CODES:
+        raise CheckpointError(f"{item.index.fqn!r} is {dtype}, which safetensors files here do not hold. Convert it.")
+    return dtype
+
+
+def _itemsize(item: WriteItem) -> int:
+    return _dtype(item).itemsize
+
+
+def _box_of(item: WriteItem) -> Box:
+    assert item.tensor_data is not None
+    chunk = item.tensor_data.chunk
+    return Box(tuple(chunk.offsets), tuple(chunk.sizes))
+
+
+def _name(item: WriteItem, box: Box) -> str:
+    assert item.tensor_data is not None
+    if box.sizes == tuple(item.tensor_data.size):
+        return item.index.fqn
+    return f"{item.index.fqn}[{','.join(f'{a}:{a + n}' for a, n in zip(*box, strict=True))}]"
+
+
+# ---------------------------------------------------------------------------------------------- reading
+
+
+class Reader(StorageReader):
+    """Reads what `Writer` wrote, the elements that are asked for and a block at a time.
+
+    For ``torch.distributed.checkpoint.load(state_dict, storage_reader=...)``, also into other models' state dicts.
+
+    Args:
+        folder: Of the checkpoint, or its index.
+        aliases: Other keys under which its tensors are to be found.
+    """
+
+    def __init__(self, folder: str | Path | Index, aliases: Mapping[str, str] | None = None) -> None:
+        self._index = folder if isinstance(folder, Index) else None
+        self.folder = folder.folder if isinstance(folder, Index) else Path(folder)
+        self._aliases = {} if aliases is None else aliases
+
+    @property
+    def checkpoint_id(self) -> str:
+        """The folder, under the name by which the library logs it."""
+        return str(self.folder)
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        """Take another folder."""
+        if checkpoint_id is not None and Path(checkpoint_id) != self.folder:
+            self._index, self.folder = None, Path(checkpoint_id)
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        """Whether it can be a folder."""
+        return Writer.validate_checkpoint_id(checkpoint_id)
+
+    @property
+    def index(self) -> Index:
+        """What the folder holds."""
+        if self._index is None:
+            self._index = read_index(self.folder)
+        return self._index
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """What can be asked for."""
+        chosen = {**self.index.tensors, **{key: self.index.tensors[name] for key, name in self._aliases.items()}}
+        return Metadata(
+            {
+                key: TensorStorageMetadata(
+                    TensorProperties(dtype=saved.dtype),
+                    torch.Size(saved.shape),
+                    [ChunkStorageMetadata(*map(torch.Size, chunk.box)) for chunk in saved.chunks],
+                )
+                for key, saved in chosen.items()
+            }
+        )
+
+    def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        """Compare files with their checksums, each rank its part."""
+        check_files(self.index, collectives.rank(), collectives.world_size())
+
+    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
+        """Read in the order of the files."""
+        return dataclasses.replace(plan, items=sorted(plan.items, key=lambda item: self._place(item)[0]))
+
+    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
+        """Nothing to prepare."""
+        return plans
+
+    def _place(self, item: ReadItem) -> tuple[tuple[str, int], Saved, Chunk]:
+        fqn, hint = item.storage_index.fqn, item.storage_index.index
+        saved = self.index.tensors[self._aliases.get(fqn, fqn)]
+        assert hint is not None
+        chunk = saved.chunks[hint]
+        return (chunk.file, chunk.offset), saved, chunk
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """Copy what the plan asks for into the planner's tensors, in their dtype."""
+        with contextlib.ExitStack() as opened:
+            files: dict[str, BinaryIO] = {}
+            for item in plan.items:
+                _, saved, chunk = self._place(item)
+                if chunk.file not in files:
+                    files[chunk.file] = opened.enter_context(self.index.file(chunk.file))
+                wanted = Box(tuple(item.storage_offsets), tuple(item.lengths))
+                target = planner.resolve_tensor(item).detach()
+                _read_box(files[chunk.file], chunk.offset, chunk.box.sizes, saved.dtype, wanted, target)
+                planner.commit_tensor(item, target)
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+
+def read_whole(index: Index, key: str) -> Tensor:
+    """A tensor of a checkpoint in new memory on the CPU. Local.
+
+    Raises:
+        CheckpointError: there is none of that key.
+    """
+    if key not in index.tensors:
+        raise CheckpointError(f"{index.folder} has no tensor {key!r}.")
+    saved = index.tensors[key]
+    whole = torch.empty(saved.shape, dtype=saved.dtype)
+    for chunk in saved.chunks:
+        with index.file(chunk.file) as file:
+            part = whole[tuple(slice(a, a + n) for a, n in zip(*chunk.box, strict=True))]
+            everything = Box((0,) * len(saved.shape), chunk.box.sizes)
+            _read_box(file, chunk.offset, chunk.box.sizes, saved.dtype, everything, part)
+    return whole
+
+
+def _read_box(
+    file: BinaryIO, base: int, shape: tuple[int, ...], dtype: torch.dtype, wanted: Box, target: Tensor
+) -> None:
+    """Copy a box of a chunk, which is ``shape`` in C order from byte ``base`` on, into ``target``."""
+    if not wanted.numel:
+        return
+    if not shape:
+        shape, wanted, target = (1,), Box((0,), (1,)), target.view(1)
+    row = math.prod(shape[1:]) * dtype.itemsize
+    rest = Box(wanted.offsets[1:], wanted.sizes[1:])
+    if row > BLOCK:
+        for i in range(wanted.sizes[0]):
+            _read_box(file, base + (wanted.offsets[0] + i) * row, shape[1:], dtype, rest, target[i])
+        return
+    rows = BLOCK // row
+    for i in range(0, wanted.sizes[0], rows):
+        n = min(rows, wanted.sizes[0] - i)
+        block = read_exactly(file, base + (wanted.offsets[0] + i) * row, n * row).view(dtype).view(n, *shape[1:])
+        for dim, (start, length) in enumerate(zip(*rest, strict=True), 1):
+            block = block.narrow(dim, start, length)
+        target[i : i + n].copy_(block)
+
+
+def read_exactly(file: BinaryIO, offset: int, nbytes: int) -> Tensor:
+    """That many bytes of a file. Local.
+
+    Raises:
+        CheckpointError: there are fewer.
+    """
+    data = torch.empty(nbytes, dtype=torch.uint8)
+    view = memoryview(data.numpy())  # type: ignore[arg-type]
+    file.seek(offset)
+    while view:
+        if not (read := file.readinto(view)):  # type: ignore[attr-defined]
+            raise CheckpointError(f"{file.name} ended while it was read: somebody is writing to it.")
+        view = view[read:]
+    return data

@@ -1,0 +1,398 @@
+"""A checkpoint's folder on disk: its index, checked, and its files, whole to the last bit. Nothing is executed.
+
+Knows files; nothing of optimizers, and nothing of torch but its dtypes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import re
+import stat
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from dist_adamw.checkpoint.storage.regions import Box, overlap_anywhere
+from dist_adamw.errors import CheckpointError
+
+INDEX = "index.json"
+FORMAT, VERSION = "dist_adamw checkpoint", 2
+FILE = re.compile(r"[0-9a-f]{16}-[0-9]{5,}\.safetensors")
+BLOCK = 1 << 22  # bytes read, written and summed at a time; also what a save or a load takes beside the tensors
+_LARGEST = 1 << 30  # bytes of an index, to write and to read
+_FILE_NAME = len('"0123456789abcdef-00000.safetensors"')
+_MOST_OPEN = 256  # files that a process keeps open; many systems let it have 1,024
+CODES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in CODES}
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Where a box of a tensor lies: ``offset`` in bytes from the beginning of ``file``."""
+
+    box: Box
+    file: str
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """A tensor of a checkpoint."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    chunks: tuple[Chunk, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Index:
+    """What a checkpoint's index says, checked: every element of every tensor lies in exactly one place of a file.
+
+    Attributes:
+        folder: Of the checkpoint.
+        save: Names this one save.
+        tensors: By key.
+        files: Size in bytes and SHA-256, by name.
+        about: Plain data that was saved with the tensors.
+        digest: Of all of that.
+        opened: Files that are kept open; see `kept_open`.
+    """
+
+    folder: Path
+    save: str
+    tensors: Mapping[str, Saved]
+    files: Mapping[str, tuple[int, str]]
+    about: Mapping[str, Any]
+    digest: str
+    opened: dict[str, BinaryIO] = field(default_factory=dict, compare=False, repr=False)
+
+    @contextlib.contextmanager
+    def kept_open(self) -> Iterator[None]:
+        """Have what is checked now be what is read later, also if somebody removes or replaces the files. Local.
+
+        Files of very many ranks are opened by name again when they are read.
+
+        Raises:
+            CheckpointError: a file cannot be opened.
+        """
+        with contextlib.ExitStack() as stack:
+            try:
+                for name in self.files if len(self.files) <= _MOST_OPEN else ():
+                    self.opened[name] = stack.enter_context(open_plainly(self.folder / name))
+            except OSError as error:
+                raise _unreadable(self.folder / name, error) from error
+            finally:
+                stack.callback(self.opened.clear)
+            yield
+
+    @contextlib.contextmanager
+    def file(self, name: str) -> Iterator[BinaryIO]:
+        """One of the checkpoint's files, for reading, wherever it was read last. Local.
+
+        Raises:
+            OSError: as `open_plainly`.
+        """
+        if name in self.opened:
+            yield self.opened[name]
+            return
+        with open_plainly(self.folder / name) as file:
+            yield file
+
+
+# ---------------------------------------------------------------------------------------------- writing
+
+
+def write_index(folder: Path, index: Mapping[str, Any]) -> None:
+    """Let ``index`` be the folder's, in one step. Local."""
+    index = {**index, "sha256": _digest(index)}
+    write_text(folder / INDEX, json.dumps(index))
+
+
+def check_tensors(tensors: Iterable[tuple[str, torch.dtype, Sequence[int], int]], about: Mapping[str, Any]) -> None:
+    """Raise where no index of these tensors could be read; before anything is written. Local.
+
+    Args:
+        tensors: Key, dtype, shape, and into how many boxes it is cut.
+        about: What else the index says.
+
+    Raises:
+        CheckpointError: names the tensor, or the size.
+    """
+    size = len(json.dumps(about))
+    for key, dtype, shape, boxes in tensors:
+        if dtype not in CODES:
+            raise CheckpointError(f"{key!r} is {dtype}, which safetensors files here do not hold. Convert it")
+        if not _is_shape(shape):
+            raise CheckpointError(f"{key!r} has shape {list(shape)[:64]}, and no load would take it")
+        # Each box has at least a digit for each edge, with a comma and a space, and the name of a file.
+        size += len(json.dumps(key)) + boxes * (6 * len(shape) + _FILE_NAME)
+    if size > _LARGEST:
+        raise CheckpointError(f"its index would have more than {size:,} bytes, and {_LARGEST:,} can be read")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Let a file hold ``text``, or what it held; and the disk, all that was written to the folder before. Local.
+
+    Raises:
+        CheckpointError: it is longer than `read_bounded` reads. Nothing is written then.
+    """
+    if (size := len(text.encode())) > _LARGEST:
+        raise CheckpointError(f"{path} would have {size:,} bytes, and {_LARGEST:,} can be read.")
+    partial = path.with_name(f"{path.name}.partial")
+    partial.unlink(missing_ok=True)
+    with partial.open("x") as file:  # nothing that is there, such as a link to elsewhere, is written to
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    sync_folder(path.parent)
+    partial.replace(path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Have the disk hold the names in a folder. Local."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+# ---------------------------------------------------------------------------------------------- reading
+
+
+def read_index(folder: str | Path) -> Index:
+    """Read and check a checkpoint's index; its files only by name and size. Local.
+
+    Raises:
+        CheckpointError: there is none, it is damaged, of another format or version, or says what cannot be.
+    """
+    folder = Path(folder)
+    path = folder / INDEX
+    try:
+        found = json.loads(read_bounded(path))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{_not_whole(folder)}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{path} is damaged: {type(error).__name__}: {error}.") from error
+    if not isinstance(found, dict) or found.get("format", found.get("version")) != FORMAT:
+        _refuse_old(path, found)
+        raise CheckpointError(f"{path} is not an index of a dist_adamw checkpoint, but of something else.")
+    if found.get("version") != VERSION:
+        raise CheckpointError(f"{path} has version {found.get('version')!r}; this release reads version {VERSION}.")
+    digest = found.pop("sha256", None)
+    try:
+        if digest != _digest(found):
+            raise CheckpointError(f"{path} is damaged: its checksum differs. Resume from an older checkpoint.")
+        return _checked(folder, found, digest)
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{path} is damaged: {type(error).__name__}: {error}.") from error
+
+
+def _not_whole(folder: Path) -> str:
+    if not folder.is_dir():
+        return f"there is no checkpoint {folder}: no such folder."
+    if (folder / ".metadata").exists():
+        return (
+            f"{folder} is a folder of torch.distributed.checkpoint, whose .metadata is a pickle. Convert it with "
+            "`dist-adamw import`, which executes nothing."
+        )
+    return f"{folder} is not a whole checkpoint: {INDEX} is missing (it is written last)."
+
+
+def check_place(folder: Path) -> None:
+    """Raise where a save would take the place of something else than a checkpoint of ours. Local.
+
+    Raises:
+        CheckpointError: there is somebody else's file of the index's name.
+    """
+    path = folder / INDEX
+    try:
+        found = json.loads(read_bounded(path))
+    except (OSError, ValueError, RecursionError):
+        return  # there is none, or it is damaged
+    if not isinstance(found, dict) or FORMAT not in (found.get("format"), found.get("version")):
+        if isinstance(found, dict) and "shares" in found:
+            return  # of an older release
+        raise CheckpointError(f"{path} is somebody else's. Choose another folder.")
+
+
+def _refuse_old(path: Path, found: Any) -> None:
+    if isinstance(found, dict) and found.get("version") == 1 and "shares" in found:
+        raise CheckpointError(f"{path} has version 1; this release reads version {VERSION}.")
+
+
+def check_index(folder: Path, index: Mapping[str, Any]) -> None:
+    """Raise where an index that is about to be written could not be read. Local.
+
+    Raises:
+        CheckpointError: some element of a tensor is in no file, or in two.
+    """
+    _checked(folder, index, "", "cannot be written")
+
+
+def _checked(folder: Path, found: Mapping[str, Any], digest: str, verdict: str = "is damaged") -> Index:
+    path = folder / INDEX
+
+    def wrong(what: str) -> CheckpointError:
+        return CheckpointError(f"{path} {verdict}: {what}.")
+
+    files = {}
+    for name, facts in found["files"].items():
+        if FILE.fullmatch(name) is None:
+            raise wrong(f"it names a file that no save makes: {name!r}")
+        if not (_is_size(facts["bytes"]) and isinstance(facts["sha256"], str)):
+            raise wrong(f"file {name!r} is described as {facts}")
+        files[name] = (facts["bytes"], facts["sha256"])
+    tensors = {}
+    taken: dict[str, list[tuple[int, int]]] = {name: [] for name in files}
+    for key, facts in found["tensors"].items():
+        shape, dtype = tuple(facts["shape"]), DTYPES.get(facts["dtype"])
+        fits = _are_sizes(facts["shape"]) and _is_shape(shape)
+        if not fits:
+            raise wrong(f"{key!r} has shape {list(shape)[:64]}")
+        if dtype is None:
+            raise wrong(f"{key!r} is of dtype {facts['dtype']!r}")
+        chunks = []
+        for offsets, sizes, file, offset in facts["chunks"]:
+            box = Box(tuple(offsets), tuple(sizes))
+            fits = _are_sizes(offsets) and _are_sizes(sizes) and len(offsets) == len(sizes) == len(shape)
+            fits = fits and _is_size(offset)
+            if not (fits and all(a + n <= m for a, n, m in zip(*box, shape, strict=True))):
+                raise wrong(f"{key!r} has a chunk {box}")
+            if file not in files:
+                raise wrong(f"{key!r} lies in {file!r}, which is none of its files")
+            end = offset + box.numel * dtype.itemsize
+            if end > files[file][0]:
+                raise wrong(f"{key!r} reaches beyond the end of {file}")
+            chunks.append(Chunk(box, file, offset))
+            if end > offset:
+                taken[file].append((offset, end))
+        missing = math.prod(shape) - sum(chunk.box.numel for chunk in chunks)
+        overlaps = len(chunks) > 1 and overlap_anywhere([c.box for c in chunks], len(shape))
+        if missing or overlaps:
+            raise wrong(f"{key!r} has gaps or overlaps")
+        tensors[key] = Saved(dtype, shape, tuple(chunks))
+    for name, spans in taken.items():  # so what is loaded is never more than the files are large
+        spans.sort()
+        if not all(a[1] <= b[0] for a, b in pairwise(spans)):
+            raise wrong(f"two of its tensors lie in the same bytes of {name}")
+    if not (isinstance(found["about"], dict) and isinstance(found["save"], str)):
+        raise wrong("it says nothing of what was saved")
+    return Index(folder, found["save"], tensors, files, found["about"], digest)
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 1 << 62
+
+
+def _are_sizes(value: Any) -> bool:
+    return isinstance(value, list | tuple) and all(map(_is_size, value))
+
+
+def _is_shape(shape: Sequence[int]) -> bool:
+    """Whether torch can have a tensor of that shape; also one without elements, whose strides have 64 bits."""
+    return len(shape) <= 64 and _is_size(math.prod(max(n, 1) for n in shape))
+
+
+def _digest(index: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(index, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def check_files(index: Index, part: int = 0, parts: int = 1) -> None:
+    """Compare the ``part``-th of ``parts`` of a checkpoint's files with their checksums, to the last bit. Local.
+
+    Raises:
+        CheckpointError: names the file.
+    """
+    for name in sorted(index.files)[part::parts]:
+        nbytes, expected = index.files[name]
+        path = index.folder / name
+        try:
+            with index.file(name) as file:
+                file.seek(0)
+                found = os.fstat(file.fileno()).st_size
+                digest = hashlib.sha256()
+                while found == nbytes and (block := file.read(BLOCK)):
+                    digest.update(block)
+        except OSError as error:
+            raise _unreadable(path, error) from error
+        if found != nbytes:
+            raise CheckpointError(
+                f"{path} is damaged: it has {found:,} bytes, {nbytes:,} were written. Resume from an older checkpoint."
+            )
+        if digest.hexdigest() != expected:
+            raise CheckpointError(f"{path} is damaged: its checksum differs. Resume from an older checkpoint.")
+
+
+def _unreadable(path: Path, error: OSError) -> CheckpointError:
+    return CheckpointError(f"{path} cannot be read: {error}. Resume from an older checkpoint.")
+
+
+def is_ours(folder: Path) -> bool:
+    """Whether a folder's index says that it is one of ours, whole or not. Local."""
+    try:
+        found = json.loads(read_bounded(folder / INDEX))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(found, dict) and found.get("format") == FORMAT
+
+
+def damage(folder: str | Path, part: int = 0, parts: int = 1) -> str | None:
+    """What is wrong with a checkpoint, as a sentence; None when it, or that part, is whole to the last bit. Local."""
+    try:
+        check_files(read_index(folder), part, parts)
+    except CheckpointError as error:
+        return str(error)
+    return None
+
+
+def read_bounded(path: Path) -> bytes:
+    """All of a plain file of text, which is not so large that it cannot be one of ours. Local.
+
+    Raises:
+        CheckpointError: it is too large.
+        OSError: it cannot be read.
+    """
+    with open_plainly(path) as file:
+        if (size := os.fstat(file.fileno()).st_size) > _LARGEST:
+            raise CheckpointError(f"{path} is damaged: it has {size:,} bytes, and cannot have that many.")
+        return file.read()
+
+
+@contextlib.contextmanager
+def open_plainly(path: Path) -> Iterator[BinaryIO]:
+    """Open a file for reading that is a plain one: no link out of its folder, no pipe that never ends. Local.
+
+    Raises:
+        OSError: it is something else, or cannot be read.
+    """
+    handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise OSError(f"{path} is not a plain file")
+    with os.fdopen(handle, "rb", buffering=0) as file:
+        yield file

@@ -1,0 +1,95 @@
+"""Plans of a save for torch.distributed.checkpoint, of which ranks tell one another numbers instead of objects.
+
+Knows tensors and that library's plans; nothing of files or optimizers.
+
+With thousands of tensors most of a save is spent on plans: pickled a dozen objects a tensor, to the main rank and back,
+and each tensor asked whether it is stateful, with two lines for a log that nobody reads.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
+
+from dist_adamw.checkpoint.storage.index import check_tensors
+
+
+class Planner(DefaultSavePlanner):
+    """Saves tensors as ``DefaultSavePlanner`` does. Give ``dcp.save`` an empty state dict beside it.
+
+    Args:
+        tensors: By key: plain ones, DTensors, `Owned`.
+        about: What else the index will say; the main rank's.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], about: Mapping[str, Any] | None = None) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self._tensors, self._about = dict(tensors), about or {}
+        self._items: list[WriteItem] = []
+
+    def set_up_planner(self, state_dict: Any, storage_meta: Any = None, is_coordinator: bool = False) -> None:
+        """Take the tensors of this object."""
+        super().set_up_planner(self._tensors, storage_meta, is_coordinator)
+
+    def create_local_plan(self) -> SavePlan:
+        """What this rank has, as numbers."""
+        self._items = super().create_local_plan().items
+        return SavePlan([], planner_data=list(map(_numbers, self._items)))
+
+    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
+        """Which of its items each rank writes, as their places."""
+        given = [[_item(*numbers) for numbers in plan.planner_data] for plan in all_plans]
+        chosen, metadata = super().create_global_plan([SavePlan(items) for items in given])
+        check_tensors(_described(metadata), self._about)
+        plans = []
+        for items, plan in zip(given, chosen, strict=True):
+            kept = {item.index for item in plan.items}
+            places = [i for i, item in enumerate(items) if item.index in kept]
+            plans.append(SavePlan([], planner_data=places))
+        return plans, metadata
+
+    def finish_plan(self, new_plan: SavePlan) -> SavePlan:
+        """This rank's items again."""
+        items = [self._items[i] for i in new_plan.planner_data]
+        return super().finish_plan(dataclasses.replace(new_plan, items=items, planner_data=None))
+
+
+def _described(metadata: Metadata) -> Iterator[tuple[str, torch.dtype, tuple[int, ...], int]]:
+    for key, found in metadata.state_dict_metadata.items():
+        assert isinstance(found, TensorStorageMetadata)
+        yield key, found.properties.dtype, tuple(found.size), len(found.chunks)
+
+
+def _numbers(item: WriteItem) -> tuple[Any, ...]:
+    data = item.tensor_data
+    assert data is not None
+    is_shard = item.type == WriteItemType.SHARD
+    chunk = data.chunk
+    return item.index.fqn, is_shard, data.properties.dtype, tuple(data.size), tuple(chunk.offsets), tuple(chunk.sizes)
+
+
+def _item(
+    fqn: str,
+    is_shard: bool,
+    dtype: torch.dtype,
+    size: tuple[int, ...],
+    offsets: tuple[int, ...],
+    sizes: tuple[int, ...],
+) -> WriteItem:
+    chunk = ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
+    data = TensorWriteData(chunk, TensorProperties(dtype=dtype), torch.Size(size))
+    kind = WriteItemType.SHARD if is_shard else WriteItemType.TENSOR
+    return WriteItem(MetadataIndex(fqn, chunk.offsets), kind, tensor_data=data)

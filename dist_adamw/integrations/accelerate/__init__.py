@@ -1,0 +1,1 @@
+"""Accelerate: prepare(), sample counting, and save_state()."""

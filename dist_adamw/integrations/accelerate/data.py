@@ -1,0 +1,167 @@
+"""What a data loader and an accelerator say of batches, for any number of ranks.
+
+Knows Accelerate's loaders.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sized
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset
+
+from dist_adamw.integrations.deepspeed.register import accumulation_of
+from dist_adamw.schedule.batch import GlobalBatch
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+@dataclass(frozen=True, slots=True)
+class LoaderFacts:
+    """What a data loader and an accelerator say about batches.
+
+    Attributes:
+        batch: How the global batch is made up.
+        samples: Real samples of one pass over the loader; None where it has no length.
+        drop_last: Whether a last partial batch is left out.
+    """
+
+    batch: GlobalBatch
+    samples: int | None
+    drop_last: bool
+
+    @property
+    def pass_samples(self) -> int:
+        """Samples of one micro-batch on all ranks."""
+        return self.batch.micro_batch_size * self.batch.data_parallel_size
+
+    @property
+    def epoch_size(self) -> int | None:
+        """E: with drop_last whole global batches, so that it is the same for every number of ranks."""
+        if self.samples is None or not self.drop_last:
+            return self.samples
+        return self.samples // self.batch.size * self.batch.size
+
+
+def engine_of(accelerator: Accelerator) -> str:
+    """Accelerate's name of the engine, such as "MULTI_GPU", "FSDP" or "DEEPSPEED". Local."""
+    return str(accelerator.distributed_type.value)
+
+
+def loader_facts(accelerator: Accelerator, dataloader: DataLoader[Any]) -> LoaderFacts:
+    """Derive the global batch and the epoch size, as they are now. Local.
+
+    Raises:
+        ValueError: the loader has no batch size, or a batch that the ranks cannot split, or
+            would give the ranks different numbers of batches.
+    """
+    ranks = data_parallel_size(accelerator)
+    sampler = dataloader.sampler if isinstance(dataloader.sampler, BatchSampler) else dataloader.batch_sampler
+    size = dataloader.batch_size or getattr(sampler, "batch_size", None)
+    if not size:
+        raise ValueError(
+            "the data loader has no batch size, so the samples of an update are unknown. Give the DataLoader a "
+            "batch_size or a batch sampler that has one."
+        )
+    if accelerator.split_batches:
+        if size % ranks:
+            below, above = size // ranks * ranks, (size // ranks + 1) * ranks
+            raise ValueError(
+                f"split_batches=True cannot split a batch of {size} over {ranks} ranks. "
+                f"The nearest sizes that work: {' and '.join(str(n) for n in (below, above) if n)}."
+            )
+        size //= ranks
+    accumulation = accelerator.gradient_accumulation_steps
+    if engine_of(accelerator) == "DEEPSPEED":
+        accumulation = accumulation_of(accelerator.deepspeed_plugin.deepspeed_config, accumulation)
+    batch = GlobalBatch(size, accumulation, ranks)
+    samples = _pass_length(dataloader)
+    drop_last = bool(getattr(sampler, "drop_last", False) or dataloader.drop_last)
+    # Accelerate fills up what it reads from iterable data, or on rank 0 for all ranks, whatever even_batches says.
+    deals_indices = not (accelerator.dispatch_batches or isinstance(dataloader.dataset, IterableDataset))
+    if deals_indices and samples is not None and not (accelerator.even_batches or drop_last):
+        count = -(-samples // size)  # of a rank's batches, of all ranks together
+        if isinstance(sampler, Sized) and not accelerator.split_batches:
+            count = len(sampler)
+        if count % ranks:
+            raise ValueError(uneven_batches(ranks, count, size))
+    facts = LoaderFacts(batch, samples, drop_last)
+    if facts.epoch_size == 0:
+        raise ValueError(
+            f"the data loader has {samples} samples, fewer than one global batch of {batch.size}, and drop_last=True "
+            "leaves nothing to train on. Lower the batch size or set drop_last=False."
+        )
+    whole = samples // facts.pass_samples if drop_last and samples is not None else 0
+    if (short := whole % batch.gradient_accumulation_steps) and accelerator.gradient_state.sync_with_dataloader:
+        warnings.warn(
+            f"with drop_last=True an epoch has {whole} micro-batches, and the last {short} of them make a short "
+            f"accumulation of {short * facts.pass_samples} samples beyond the epoch size of {facts.epoch_size} (whole "
+            f"global batches of {batch.size}). They are counted, so cycles end a little before their epochs. Cut the "
+            f"data set to a multiple of {batch.size} samples to have the same updates on every number of ranks.",
+            stacklevel=3,
+        )
+    return facts
+
+
+def uneven_batches(ranks: int, count: int, size: int) -> str:
+    """Why ``count`` batches of all ranks together cannot be trained on."""
+    return (
+        f"even_batches=False gives {ranks} ranks different numbers of batches ({count} of {size} samples), and "
+        "an update needs every rank. Leave even_batches=True (repeated samples are not counted), or set "
+        "drop_last=True."
+    )
+
+
+def shuffle_by_generator(dataloader: DataLoader[Any]) -> None:
+    """Give a sampler that shuffles by the global random state a generator of its own, seeded from that. Local.
+
+    Accelerate does so for several ranks. With one too, the order is the same, and can be gone on with.
+    """
+    sampler = sampler_of(dataloader)
+    if hasattr(sampler, "generator") and sampler.generator is None:
+        sampler.generator = torch.Generator()
+        sampler.generator.manual_seed(int(torch.empty((), dtype=torch.int64).random_().item()))
+
+
+def data_parallel_size(accelerator: Accelerator) -> int:
+    """Ranks that see different samples: all but those of tensor, context and sequence parallelism."""
+    config = getattr(accelerator, "parallelism_config", None)
+    same = 1
+    for axis in ("tp_size", "cp_size", "sp_size"):
+        same *= getattr(config, axis, 1) or 1
+    return int(accelerator.num_processes // same)
+
+
+def _pass_length(dataloader: DataLoader[Any]) -> int | None:
+    """Samples of one pass over the loader, before it is sharded."""
+    dataset = dataloader.dataset
+    if isinstance(dataset, IterableDataset):
+        return len(dataset) if isinstance(dataset, Sized) else None
+    sampler: Any = dataloader.sampler
+    if isinstance(sampler, BatchSampler):
+        sampler = sampler.sampler
+    elif dataloader.batch_size is None:  # a batch sampler of the user's own
+        sampler = getattr(dataloader.batch_sampler, "sampler", dataset)
+    for sized in (sampler, dataset):
+        if isinstance(sized, Sized):
+            return len(sized)
+    return None
+
+
+def batch_sampler_of(loader: Any) -> Any:
+    """The innermost batch sampler: the one that knows nothing of ranks. None where samples are not sampled. Local."""
+    if isinstance(loader.dataset, IterableDataset):
+        return None
+    found = loader.sampler if isinstance(loader.sampler, BatchSampler) else loader.batch_sampler
+    while hasattr(found, "batch_sampler"):
+        found = found.batch_sampler
+    return found
+
+
+def sampler_of(loader: Any) -> Any:
+    """What gives one index after the other; None where there is none. Local."""
+    return getattr(batch_sampler_of(loader), "sampler", None)

@@ -1,0 +1,454 @@
+"""Where in the data a job stands, whatever loop goes through the loader.
+
+Knows Accelerate's loaders.
+
+The place that is saved lies before the first batch that is in hand or accumulated: its gradients are not saved, so it
+comes again. Everything before it has been through an update, or was skipped by the script. The last batch of a loader
+that is exhausted is in hand while the script holds it: it may have been fetched ahead.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import itertools
+import weakref
+from collections.abc import Iterator, Mapping, Sized
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Sampler
+
+from dist_adamw.errors import CheckpointError
+from dist_adamw.integrations.accelerate.counting import SampleCounter
+from dist_adamw.integrations.accelerate.data import LoaderFacts, batch_sampler_of, sampler_of, uneven_batches
+from dist_adamw.integrations.accelerate.loader import Batch, Run, listen
+
+
+@dataclass(eq=False, slots=True)
+class _Pass:
+    """One time through the data, by one loop or several.
+
+    Attributes:
+        number: Passes before it since the load. One that was left without an update has the next one's epoch.
+        epoch: Its number.
+        tries: Updates that had been tried when it began.
+        order: State of the generator that shuffles, when the sampler began; None: it has not.
+        is_over: The last batch has been handed out.
+    """
+
+    number: int
+    epoch: int
+    tries: int
+    order: str | None = None
+    is_over: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Order:
+    """What a checkpoint says of the order of samples.
+
+    Attributes:
+        state: Of the generator that shuffles; empty where there is none.
+        drawn: Whether the loader had drawn what it draws when it begins. Then the state is the sampler's own; else the
+            loader draws from the same generator first.
+    """
+
+    state: str
+    drawn: bool
+
+
+class Position:
+    """Where in the data a job stands: as many samples into which epoch, all ranks together.
+
+    The samples of an epoch come in one order on any number of ranks, so their number says which are left. The loader
+    has it, and it has the loader weakly: a loader without other references ends its workers at once. It follows loops
+    over the loader and over its ``skip_first_batches``, except under ``torch.no_grad()``.
+
+    Attributes:
+        epoch: Passes over the loader that are complete, or were left after an update for another one.
+        samples: Real samples of this epoch that have been handed out.
+        idle: Whether nothing has been handed out in this job, or since the load.
+    """
+
+    def __init__(self, loader: DataLoader[Any], facts: LoaderFacts, counter: SampleCounter) -> None:
+        self._loader, self.facts, self.counter = weakref.ref(loader), facts, counter
+        self.epoch = self.samples = 0
+        self.idle = True
+        self._loads = 0  # a loop that was running when the position was loaded ends
+        self._pass: _Pass | None = None
+        self._begun = 0  # passes since the load
+        self._passes: weakref.WeakKeyDictionary[Run, _Pass] = weakref.WeakKeyDictionary()  # since the load
+        self._resumed: _Order | None = None  # for the next pass
+        self._rest: tuple[int, int] | None = None  # where the iteration that is about to begin starts; see _from
+        self._random_state: tuple[Run, torch.Tensor] | None = None  # to be restored when its first batch comes
+        listen(self)
+
+    @property
+    def loader(self) -> Any:
+        """As `prepare` returned it.
+
+        Raises:
+            ValueError: it is gone.
+        """
+        if (loader := self._loader()) is None:
+            raise ValueError("the loader of this position is gone. Keep what prepare returned.")
+        return loader
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether the loader is gone. Local."""
+        return self._loader() is None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Position:
+        """In a copy of the loader: that one's."""
+        copied = copy.copy(self)
+        memo[id(self)] = copied
+        copied._passes = weakref.WeakKeyDictionary()
+        copied._pass = copy.copy(self._pass)
+        copied._rest = copied._random_state = None
+        if (theirs := memo.get(id(self._loader()))) is not None:
+            copied._loader = weakref.ref(theirs)
+        listen(copied)
+        return copied
+
+    # ---------------------------------------------------------------- following the loops
+
+    def begins(self, run: Run) -> None:
+        """An iteration over some loader begins."""
+        loader = run.loader()
+        if self.is_gone or loader is None or not torch.is_grad_enabled() or not self._serves(loader):
+            return
+        rest, self._rest = self._rest, None
+        if rest is None:
+            _check_even(self.loader, 0, self.facts)  # data may have grown since prepare
+            self._begin_plain_pass()
+        else:
+            run.offset, run.repeated = rest
+        resumed = self._resumed
+        if self._pass is None:
+            self._pass = _Pass(self._begun, self.epoch, self.counter.tries)
+            self._begun += 1
+        elif rest is not None and self._pass.order is not None:  # a loop was left, and goes on
+            resumed = _Order(self._pass.order, drawn=True)
+        current = self._passes[run] = self._pass
+        # A loader draws a seed for its workers when it begins. One that was interrupted had done so.
+        if resumed is not None and resumed.drawn:
+            self._random_state = (run, torch.get_rng_state())
+        place = weakref.ref(self)
+
+        def begin() -> None:
+            if (alive := place()) is not None:
+                alive._sampler_begins(current, resumed)
+
+        run.on_begin = begin
+
+    def _begin_plain_pass(self) -> None:
+        """A loop begins at the first sample."""
+        if self._pass is not None:  # it leaves another one
+            self.epoch += self.counter.tries > self._pass.tries
+            self._pass = None
+            _remove_rest(self.loader)
+        self.samples = 0
+
+    def _serves(self, loader: Any) -> bool:
+        """Whether ``loader`` is this one, or what ``skip_first_batches`` made of it."""
+        ours = self.loader
+        if loader is ours:
+            return True
+        if isinstance(ours.dataset, IterableDataset):
+            return loader.dataset is ours.dataset and bool(getattr(loader, "skip_batches", 0))
+        sampler = _outer(loader)
+        while type(sampler).__name__ == "SkipBatchSampler":
+            sampler = sampler.batch_sampler
+            if sampler is _outer(ours):
+                return True
+        return False
+
+    def _sampler_begins(self, current: _Pass, resumed: _Order | None) -> None:
+        """Note, or restore, the state of what shuffles."""
+        generator = self._generator()
+        if resumed is not None and resumed.state and generator is not None:
+            generator.set_state(torch.frombuffer(bytearray.fromhex(resumed.state), dtype=torch.uint8))
+            if not resumed.drawn and self._base().generator is generator:
+                # As the loader did that went on here, for the seed of its workers.
+                torch.empty((), dtype=torch.int64).random_(generator=generator)
+        current.order = _state_of(generator)
+
+    def handed_out(self, batch: Batch) -> None:
+        """A loader hands out a batch."""
+        if self._random_state is not None and self._random_state[0] is batch.run:
+            torch.set_rng_state(self._random_state[1])
+            self._random_state = None
+        current = self._passes.get(batch.run)
+        if current is None or current is not self._pass:
+            return
+        self.samples, self.idle, self._resumed = batch.end, False, None
+        current.is_over = batch.is_last
+
+    def ended(self, run: Run) -> None:
+        """No batch will come from an iteration any more."""
+        if not run.is_exhausted or self._passes.get(run) is not self._pass or self._pass is None:
+            return
+        self._pass.is_over = True
+        self._finish_pass()
+        loader = self._loader()
+        if loader is not None and run.loader() is not loader:  # Accelerate's count of epochs is the other loader's
+            loader.iteration = self.epoch
+
+    def _finish_pass(self) -> None:
+        self._pass = self._resumed = None
+        self.epoch, self.samples = self.epoch + 1, 0
+
+    # ---------------------------------------------------------------- state
+
+    def state_dict(self) -> dict[str, Any] | None:
+        """As plain data; None where no loop has gone through the loader. Local.
+
+        Where ranks leave different batches out, their places differ. ``save_state`` saves the earliest; see `ordered`.
+        """
+        return self.ordered()[1]
+
+    def ordered(self) -> tuple[tuple[int, int], dict[str, Any] | None]:
+        """What orders the places of the ranks of a job, earliest first, and the place as plain data. Local."""
+        if self._resumed is not None:  # as it was loaded
+            return (-1, 0), self._described(self.epoch, self.samples, self._resumed)
+        pending = [(self._passes[batch.run], batch) for batch in self.counter.pending() if batch.run in self._passes]
+        first = min(pending, key=lambda both: (both[0].number, both[1].begin), default=None)
+        if first is not None and first[0].order is not None:
+            current, batch = first
+            state = self._described(current.epoch, batch.begin, _Order(first[0].order, drawn=True))
+            return (current.number, batch.begin), state
+        current_pass = self._pass
+        if current_pass is not None and current_pass.order is not None and not current_pass.is_over:
+            state = self._described(self.epoch, self.samples, _Order(current_pass.order, drawn=True))
+            return (current_pass.number, self.samples), state
+        if self.idle:
+            return (self._begun, 0), None
+        # Between two epochs, or in the loop at the last batch.
+        drawn = getattr(self._base(), "_iterator", None) is not None  # of workers that persist
+        epoch = self.epoch + (current_pass is not None)
+        return (self._begun, 0), self._described(epoch, 0, _Order(_state_of(self._generator()), drawn))
+
+    def _described(self, epoch: int, samples: int, order: _Order) -> dict[str, Any]:
+        return {"epoch": epoch, "samples": samples, "seed": self._seed(), "order": order.state, "drawn": order.drawn}
+
+    def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
+        """Go to where a job, of any number of ranks, stood. Local.
+
+        Raises:
+            CheckpointError: this is no position. Nothing has been changed then.
+        """
+        self.check(state)
+        state = state or {"epoch": 0, "samples": 0, "seed": None, "order": None}
+        self.epoch, self.samples = state["epoch"], state["samples"]
+        self._pass = self._rest = self._random_state = None
+        self._passes.clear()
+        self._begun = 0
+        # Older checkpoints have the state of before the loader began.
+        self._resumed = None if state["order"] is None else _Order(state["order"], state.get("drawn", False))
+        self.idle = True
+        self._loads += 1
+        if self.is_gone:
+            return
+        if self._resumed is not None:
+            self.loader.iteration = self.epoch  # Accelerate's loader sets the epoch of the samplers by it
+        if state["seed"] is not None and (sampler := sampler_of(self.loader)) is not None:
+            sampler.initial_seed = state["seed"]
+
+    def check(self, state: Mapping[str, Any] | None) -> None:
+        """Raise where this is no position. Local.
+
+        Raises:
+            CheckpointError: with what is wrong.
+        """
+        if state is None:
+            return
+        try:
+            order = None if state["order"] is None else bytes.fromhex(state["order"])
+            if not (_is_count(state["epoch"]) and _is_count(state["samples"]) and "seed" in state):
+                raise ValueError("no whole numbers")
+            if order:
+                torch.Generator().set_state(torch.frombuffer(bytearray(order), dtype=torch.uint8))
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise CheckpointError(f"this is no position in the data: {error}, got {str(state)[:200]}.") from error
+
+    def _seed(self) -> int | None:
+        return getattr(sampler_of(self.loader), "initial_seed", None)
+
+    def _generator(self) -> torch.Generator | None:
+        """What shuffles, as Accelerate keeps it alike on all ranks."""
+        found = getattr(self.loader, "synchronized_generator", None) or getattr(
+            sampler_of(self.loader), "generator", None
+        )
+        return found if isinstance(found, torch.Generator) else None
+
+    def _base(self) -> Any:
+        """torch's loader in Accelerate's."""
+        return getattr(self.loader, "base_dataloader", self.loader)
+
+    # ---------------------------------------------------------------- the rest of an epoch
+
+    def __iter__(self) -> Iterator[Any]:
+        return self._batches(self.loader)  # which it keeps from now on
+
+    def _batches(self, loader: Any) -> Iterator[Any]:
+        if self._pass is not None and self._pass.is_over:  # a loop was left at the last batch
+            self._finish_pass()
+        loads = self._loads
+        loader.iteration = self.epoch
+        with _from(loader, self.samples, self.facts) as self._rest:
+            for batch in loader:
+                yield batch
+                if self._loads != loads:
+                    return
+
+
+def rest_of_epoch(loader: DataLoader[Any]) -> Iterator[Any]:
+    """The batches of this epoch that are left: all of them, or after ``load_state`` those that no rank has seen.
+
+    For loops that are to be stopped and resumed anywhere, on any number of ranks, with any global batch::
+
+        for epoch in range(position(loader).epoch, epochs):
+            for batch in rest_of_epoch(loader):
+
+    Args:
+        loader: As `prepare` returned it.
+
+    Raises:
+        ValueError: it did not come from `prepare`.
+
+    Collective, as iterating over the loader is.
+    """
+    return iter(position(loader))
+
+
+def position(loader: DataLoader[Any]) -> Position:
+    """Where in the data a job stands. Local.
+
+    Raises:
+        ValueError: the loader did not come from `prepare`.
+    """
+    if getattr(loader, "use_stateful_dataloader", False):
+        raise ValueError(
+            "use_stateful_dataloader=True keeps a place in the data of its own, for the same number of ranks only. "
+            "Leave it out, or iterate over the loader as it is."
+        )
+    found = getattr(loader, "dist_adamw_position", None)
+    if not isinstance(found, Position):
+        raise ValueError(
+            f"the position in a {type(loader).__name__} is not known. Pass the loader that prepare returned."
+        )
+    return found
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _state_of(generator: torch.Generator | None) -> str:
+    return "" if generator is None else bytes(generator.get_state().tolist()).hex()
+
+
+class _Rest(Sampler[Any]):
+    """The samples of another sampler after the first ``start``.
+
+    Args:
+        sampler: The other one.
+        start: How many are left out.
+        head: The first so many are given nevertheless, and then not again: Accelerate pads an epoch's last batch with
+            them, and leaves them out itself.
+    """
+
+    def __init__(self, sampler: Any, start: int, head: int) -> None:
+        self.sampler, self.start, self.head = sampler, start, head
+
+    def __iter__(self) -> Iterator[Any]:
+        indices = iter(self.sampler)
+        yield from itertools.islice(indices, self.head)
+        for _ in range(self.start - self.head):
+            next(indices, None)
+        yield from indices
+
+    def __len__(self) -> int:
+        return max(0, len(self.sampler) - self.start)
+
+    def __getattr__(self, name: str) -> Any:  # set_epoch, and what else Accelerate asks its samplers
+        return getattr(vars(self).get("sampler"), name)  # none yet while it is being copied
+
+
+def _outer(loader: Any) -> Any:
+    """The batch sampler that a loader draws from."""
+    return loader.sampler if isinstance(loader.sampler, BatchSampler) else loader.batch_sampler
+
+
+def _remove_rest(loader: Any) -> None:
+    """Undo `_from` of a loop that has not ended."""
+    batches = batch_sampler_of(loader)
+    if isinstance(getattr(batches, "sampler", None), _Rest):
+        while isinstance(batches.sampler, _Rest):
+            batches.sampler = batches.sampler.sampler
+        loader.skip_batches = 0
+
+
+def _check_even(loader: Any, start: int, facts: LoaderFacts) -> None:
+    """Raise where the ranks would wait for each other, because some have more of the batches that are left. Local."""
+    sampler, batches = _outer(loader), batch_sampler_of(loader)
+    if batches is None or facts.drop_last or getattr(sampler, "even_batches", True):
+        return
+    ranks, size = facts.batch.data_parallel_size, facts.batch.micro_batch_size
+    samples = getattr(batches, "sampler", None)
+    while isinstance(samples, _Rest):  # of a loop that has not ended
+        samples = samples.sampler
+    if isinstance(samples, Sized):
+        left = max(0, len(samples) - start)
+        count = -(-left // size)
+    elif isinstance(batches, Sized) and not start:  # batches of the user's own making
+        left, count = 0, len(batches)
+    else:
+        return
+    if not count % ranks:
+        return
+    if not start:
+        raise ValueError(uneven_batches(ranks, count, size))
+    raise CheckpointError(
+        f"the job stands {start} samples into an epoch of which {left} are left, and even_batches=False gives "
+        f"{ranks} ranks different numbers of batches ({count} of {size} samples). Leave even_batches=True "
+        "(repeated samples are not counted)."
+    )
+
+
+@contextlib.contextmanager
+def _from(loader: Any, start: int, facts: LoaderFacts) -> Iterator[tuple[int, int]]:
+    """Have ``loader`` begin at sample ``start``. Gives that, and how many samples before it are drawn for padding.
+
+    Where batches are skipped whole, they lie before the first sample drawn for padding: (0, 0).
+    """
+    batches, size = batch_sampler_of(loader), facts.pass_samples
+    if getattr(batches, "sampler", None) is None:  # an iterable data set, or batches of the user's own making
+        if start % size:
+            raise CheckpointError(
+                f"the job stands {start} samples into data of which only batches can be left out, and batches of "
+                f"{size} over all ranks do not reach that. Use a global batch that divides it."
+            )
+        loader.skip_batches = start // size
+        try:
+            yield 0, 0
+        finally:
+            loader.skip_batches = 0
+        return
+    _remove_rest(loader)
+    whole = batches.sampler
+    _check_even(loader, start, facts)
+    is_padded = (
+        facts.batch.data_parallel_size > 1 and not facts.drop_last and isinstance(whole, Sized) and len(whole) % size
+    )
+    head = size if start and is_padded and start % size == 0 else 0
+    rest = batches.sampler = _Rest(whole, start, head)
+    loader.skip_batches = head // size
+    try:
+        yield start, head
+    finally:
+        if batches.sampler is rest:
+            batches.sampler, loader.skip_batches = whole, 0

@@ -1,0 +1,422 @@
+"""``prepare``: the five objects of an Accelerate training script, made to work together.
+
+Knows Accelerate; nothing below knows it.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+import weakref
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, overload
+
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import DataLoader
+from torch.utils.hooks import RemovableHandle
+
+from dist_adamw.integrations.accelerate.counting import SampleCounter
+from dist_adamw.integrations.accelerate.data import LoaderFacts, engine_of, loader_facts, shuffle_by_generator
+from dist_adamw.integrations.accelerate.position import Position
+from dist_adamw.integrations.accelerate.prepared import Prepared, keep, take_over
+from dist_adamw.integrations.deepspeed.register import CLIPPING, configure, fill, names_our_types, register_deepspeed
+from dist_adamw.integrations.deepspeed.zero import prepare_deepspeed
+from dist_adamw.optimizer.adamw import DistAdamW
+from dist_adamw.optimizer.replicas import CHECK_WEIGHTS_EVERY, ReplicaWatch, check_replicas
+from dist_adamw.plain_data import plain
+from dist_adamw.ranks import agreement, collectives
+from dist_adamw.schedule.scheduler import CyclicLRWithRestarts
+from dist_adamw.schedule.third_party import unwrap
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+DATA_PARALLEL = {"NO", "MULTI_CPU", "MULTI_GPU", "MULTI_NPU", "MULTI_MLU", "MULTI_XPU", "MULTI_HPU"}
+# By optimizer: the hook that compares ranks before its updates.
+_WATCHING: weakref.WeakKeyDictionary[Optimizer, RemovableHandle] = weakref.WeakKeyDictionary()
+_ENGINES = {*DATA_PARALLEL, "FSDP", "DEEPSPEED"}
+
+
+@overload
+def prepare(
+    accelerator: Accelerator,
+    model: nn.Module,
+    optimizer: Optimizer,
+    dataloader: DataLoader[Any],
+    scheduler: CyclicLRWithRestarts,
+    *,
+    check_weights_every: int | None = ...,
+    whole_gradients: bool = ...,
+) -> tuple[nn.Module, Optimizer, DataLoader[Any], CyclicLRWithRestarts]: ...
+
+
+@overload
+def prepare(
+    accelerator: Accelerator,
+    model: nn.Module,
+    optimizer: Optimizer,
+    dataloader: DataLoader[Any],
+    scheduler: LRScheduler,
+    *,
+    check_weights_every: int | None = ...,
+    whole_gradients: bool = ...,
+) -> tuple[nn.Module, Optimizer, DataLoader[Any], Any]: ...
+
+
+def prepare(
+    accelerator: Accelerator,
+    model: nn.Module,
+    optimizer: Optimizer,
+    dataloader: DataLoader[Any],
+    scheduler: LRScheduler,
+    *,
+    check_weights_every: int | None = CHECK_WEIGHTS_EVERY,
+    whole_gradients: bool = False,
+) -> tuple[nn.Module, Optimizer, DataLoader[Any], Any]:
+    """Do ``accelerator.prepare``, and tell the scheduler what the loader and the accelerator know.
+
+    Fills in ``batch_size`` and ``epoch_size`` where they are None, has the loader tell the real
+    samples of every update, makes ``accelerator.save_state`` and ``load_state`` keep every rank's
+    share of the optimizer, and has all ranks compare their schedule and hyper-parameters, now and
+    at every update, and now and then their weights. The training loop stays as it is.
+
+    Args:
+        accelerator: Its ``gradient_accumulation_steps`` counts.
+        model: As for ``accelerator.prepare``.
+        optimizer: A `DistAdamW`, or any torch optimizer. With a DeepSpeed configuration that names both,
+            Accelerate's ``DummyOptim``, and its ``DummyScheduler`` below.
+        dataloader: The training loader, not prepared yet.
+        scheduler: Not prepared. A `CyclicLRWithRestarts` is returned itself, since it needs no wrapper. Any other torch
+            scheduler is returned in Accelerate's wrapper, which steps it as Accelerate does: once per process at each
+            update (unless ``split_batches``). All else here holds for it too.
+        check_weights_every: Updates between two comparisons of what must be the same bits on several ranks: see
+            `check_replicas`. The first is at the first update; ``accelerator.save_state`` makes one before it writes.
+            0 or None: none at all, for ranks that are meant to differ (local SGD).
+        whole_gradients: Leave DDP's all-reduce as it is, for scripts that read or change ``param.grad`` between
+            backward and step. A third more is sent.
+
+    Returns:
+        Model, optimizer, loader and scheduler, to be used instead.
+
+    Raises:
+        ValueError: the global batch or the epoch size cannot be had, or the batch is not the one
+            the scheduler was given; on every rank alike, and nothing is prepared then.
+        AgreementError: ranks were given different things; on every rank. Later, the optimizer's ``step`` and
+            ``accelerator.save_state`` raise it.
+
+    Under FSDP2 and DeepSpeed the engine shares gradients and state out; `DistAdamW` updates what it finds.
+    With DeepSpeed ``prepare`` hands ``max_grad_norm`` over to the engine, which clips to 1.0 if nobody says, and
+    keeps the optimizer where DeepSpeed would put its own (optimizer offload).
+
+    A `DistAdamW` under DDP is attached (`DistAdamW.attach`): gradients are reduced to their owners, and
+    ``accelerator.clip_grad_norm_`` clips by the global norm of what they own. With a GradScaler
+    (fp16) or a communication hook of yours, DDP's all-reduce stays.
+
+    After backward ``param.grad`` then holds the average over ranks in the elements that this rank owns, and local
+    values in the others. ``optimizer.gather_gradients()`` (of the `DistAdamW` itself) makes it whole, as DDP leaves it;
+    with ``whole_gradients=True`` it always is. ``accelerator.clip_grad_norm_`` and ``clip_grad_value_`` are right
+    either way; other changes of gradients are refused in ``step`` unless ``optimizer.accept_gradients()`` is called.
+
+    May be called again, for another phase of training: with the same optimizer or a new one, and the prepared model.
+    Accelerate's ``LocalSGD`` needs ``DistAdamW(shard=False)`` and ``check_weights_every=0``.
+
+    DDP keeps a second copy of the gradients unless it is told not to, so ``prepare`` asks for
+    ``gradient_as_bucket_view`` where no ``DistributedDataParallelKwargs`` were given.
+
+    Collective: every rank calls it.
+    """
+    group = host_group(accelerator)
+    own_options = {
+        "prepare(check_weights_every)": check_weights_every or 0,
+        "prepare(whole_gradients)": bool(whole_gradients),
+    }
+    facts = _agreed_facts(accelerator, optimizer, dataloader, scheduler, group, own_options)
+    if accelerator.ddp_handler is None:
+        accelerator.ddp_handler = _ddp_kwargs()
+    engine, from_json = engine_of(accelerator), _is_dummy(optimizer)
+    if engine == "DEEPSPEED":
+        config = accelerator.deepspeed_plugin.deepspeed_config
+        configure(config, optimizer)
+        if from_json:
+            register_deepspeed()
+            fill(config, facts.batch.size, facts.epoch_size)
+    groups = [] if from_json else _hyper_parameters(optimizer)
+    shuffle_by_generator(dataloader)
+    model, wrapped, dataloader, stepped = accelerator.prepare(model, optimizer, dataloader, scheduler)
+    inner = unwrap(wrapped)
+    if from_json:
+        scheduler = stepped.scheduler
+        check_scheduler(scheduler)
+    ours = scheduler if isinstance(scheduler, CyclicLRWithRestarts) else None
+    if from_json and ours is not None:
+        check_schedules(accelerator, ours, group)
+    elif not from_json:
+        _check_kept(unwrap(optimizer), inner, groups)
+    counter = SampleCounter(inner, accelerator, group=group)
+    take_over(accelerator, counter=counter)
+    if ours is None:
+        counter.follow_updates()
+    else:
+        ours.sample_source = counter
+    place = Position(dataloader, facts, counter)
+    dataloader.dist_adamw_position = place
+    watch = None
+    if accelerator.num_processes > 1:
+        whole = accelerator.unwrap_model(model)
+        watch = ReplicaWatch(
+            group,
+            _record_at_update(model, inner) if ours is None else ours.agreement_record,
+            lambda: check_replicas(whole, inner, group=group),
+            check_weights_every,
+        )
+        if (before := _WATCHING.pop(inner, None)) is not None:  # of an earlier call
+            before.remove()
+        _WATCHING[inner] = inner.register_step_pre_hook(watch.before_update)
+    if isinstance(inner, DistAdamW) and engine in DATA_PARALLEL and not whole_gradients:
+        attach(accelerator, model, inner)
+    if engine == "DEEPSPEED":
+        prepare_deepspeed(model, scheduler)
+    clipping = float(config[CLIPPING]) if engine == "DEEPSPEED" else None
+    keep(accelerator, Prepared(model, wrapped, stepped, scheduler, place, watch, group, clipping))
+    return model, wrapped, dataloader, stepped if ours is None else ours
+
+
+def check_schedules(accelerator: Accelerator, scheduler: CyclicLRWithRestarts, group: dist.ProcessGroup | None) -> None:
+    """Raise on every rank when their schedules are not the same. Collective."""
+    if accelerator.num_processes > 1:
+        agreement.check_agreement({**scheduler.configuration(), **scheduler.agreement_record()}, group)
+
+
+def plain_hyper_parameters(optimizer: Optimizer) -> list[dict[str, Any]]:
+    """What parameter groups have besides parameters, as plain data. Local."""
+    return [
+        {k: plain(v) for k, v in group.items() if k not in ("params", "param_names")}
+        for group in optimizer.param_groups
+    ]
+
+
+def _record_at_update(model: nn.Module, optimizer: Optimizer) -> Callable[[], dict[str, Any]]:
+    """What must be the same on all ranks at an update, where the schedule is not ours. Local."""
+    begun = 0
+
+    def count(*_: Any) -> None:
+        nonlocal begun
+        begun += 1
+
+    optimizer.register_step_pre_hook(count)
+
+    def record() -> dict[str, Any]:
+        # DeepSpeed steps one group after the other, and says itself which update it is in.
+        updates = getattr(model, "global_steps", begun)
+        return {"updates": updates, "parameter groups": plain_hyper_parameters(optimizer)}
+
+    return record
+
+
+def _record_of(scheduler: LRScheduler) -> dict[str, Any]:
+    """What must be the same on all ranks when they begin, as plain data. Local."""
+    if isinstance(scheduler, CyclicLRWithRestarts):
+        return {**scheduler.configuration(), **scheduler.agreement_record()}
+    return {
+        "scheduler": type(scheduler).__name__,
+        "state of the scheduler": scheduler.state_dict(),
+        "parameter groups": plain_hyper_parameters(scheduler.optimizer),
+    }
+
+
+def _hyper_parameters(optimizer: Optimizer) -> list[dict[str, Any]]:
+    return [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+
+
+def _check_kept(given: Optimizer, kept: Optimizer, groups: list[dict[str, Any]]) -> None:
+    """Refuse what Accelerate and DeepSpeed do in silence: another optimizer, other groups. Every rank alike."""
+    if kept is not given:
+        raise ValueError(
+            f"the engine put {type(kept).__name__} in place of {type(given).__name__}, with other arithmetic, and the "
+            'scheduler drives nothing. With DeepSpeed\'s optimizer offload set "zero_force_ds_cpu_optimizer": false.'
+        )
+    if _hyper_parameters(kept) != groups:
+        raise ValueError(
+            f"the engine changed the parameter groups from {groups} to {_hyper_parameters(kept)}. Set nothing in its "
+            "configuration that the optimizer's groups say."
+        )
+
+
+def host_group(accelerator: Accelerator) -> dist.ProcessGroup | None:
+    """Accelerate's ranks, in a group for messages on the host. Collective the first time."""
+    return None if accelerator.num_processes == 1 else collectives.host_group()
+
+
+def _ddp_kwargs() -> Any:
+    from accelerate import DistributedDataParallelKwargs
+
+    return DistributedDataParallelKwargs(gradient_as_bucket_view=True)
+
+
+def _agreed_facts(
+    accelerator: Accelerator,
+    optimizer: Optimizer,
+    dataloader: DataLoader[Any],
+    scheduler: LRScheduler,
+    group: dist.ProcessGroup | None,
+    own_options: dict[str, Any],
+) -> LoaderFacts:
+    """Look at what each rank was given, and raise on all what is wrong on any. Collective."""
+    facts, problem, record = None, None, own_options
+    try:
+        facts = _checked_facts(accelerator, optimizer, dataloader, scheduler)
+        inner = unwrap(optimizer)
+        layout = inner.layout_record() if isinstance(inner, DistAdamW) else {}
+        if not _is_dummy(optimizer):
+            data = {"samples of one pass over the data loader": facts.samples}
+            record = {**own_options, **_record_of(scheduler), **layout, **data}
+    except ValueError as error:
+        problem = str(error)
+    several = accelerator.num_processes > 1
+    reports = collectives.all_gather_objects(problem, group) if several else [problem]
+    for rank, failed in enumerate(reports):
+        if failed is not None:
+            everywhere = all(other == failed for other in reports)
+            raise ValueError(failed if everywhere else f"{failed} (rank {rank})")
+    if several:
+        agreement.check_agreement(record, group)
+    assert facts is not None
+    return facts
+
+
+def _checked_facts(
+    accelerator: Accelerator, optimizer: Optimizer, dataloader: DataLoader[Any], scheduler: LRScheduler
+) -> LoaderFacts:
+    """Refuse what does not fit together, and fill the scheduler in. Local."""
+    if _is_dummy(optimizer):
+        return _checked_json(accelerator, dataloader, scheduler)
+    if not isinstance(scheduler, LRScheduler):
+        raise ValueError(
+            f"scheduler must be a CyclicLRWithRestarts or another torch scheduler, not prepared yet, got "
+            f"{type(scheduler).__name__}."
+        )
+    if unwrap(scheduler.optimizer) is not unwrap(optimizer):
+        raise ValueError(
+            f"the scheduler drives another {type(scheduler.optimizer).__name__} than the one given here, "
+            "whose lr would stand still. Pass prepare the optimizer that the scheduler was built with."
+        )
+    check_engine(accelerator, optimizer)
+    facts = loader_facts(accelerator, dataloader)
+    if not isinstance(scheduler, CyclicLRWithRestarts):
+        return facts
+    if scheduler.epoch_size is None and facts.epoch_size is None:
+        raise ValueError(
+            "the data set has no length, so the epoch size is unknown. "
+            "Pass epoch_size=<samples per epoch> to CyclicLRWithRestarts."
+        )
+    if scheduler.batch_size not in (None, facts.batch.size):
+        b = facts.batch
+        raise ValueError(
+            f"batch_size={scheduler.batch_size} was given, but the loader and the accelerator make a global batch of "
+            f"{b.micro_batch_size} samples x {b.gradient_accumulation_steps} accumulation steps x "
+            f"{b.data_parallel_size} ranks = {b.size}. Leave batch_size=None, or correct one of them; who accumulates "
+            "by hand tells Accelerator(gradient_accumulation_steps=...)."
+        )
+    if facts.drop_last and scheduler.epoch_size == facts.samples != facts.epoch_size:
+        warnings.warn(
+            f"epoch_size={scheduler.epoch_size} is the length of the data, of which drop_last=True trains on "
+            f"{facts.epoch_size} samples an epoch: restarts would come ever later than epochs end. Leave it None.",
+            stacklevel=4,
+        )
+    if scheduler.epoch_size is None:
+        scheduler.epoch_size = facts.epoch_size  # type: ignore[assignment]
+    if scheduler.batch_size is None:
+        scheduler.batch_size = facts.batch
+    return facts
+
+
+def _is_dummy(optimizer: Any) -> bool:
+    """Whether DeepSpeed's configuration has the optimizer, and this stands for it."""
+    return type(optimizer).__name__ == "DummyOptim"
+
+
+def _checked_json(accelerator: Accelerator, dataloader: DataLoader[Any], scheduler: Any) -> LoaderFacts:
+    """For an optimizer and a scheduler that DeepSpeed will make of its configuration. Local."""
+    engine = engine_of(accelerator)
+    if engine != "DEEPSPEED":
+        raise ValueError(
+            f"DummyOptim stands for an optimizer in a DeepSpeed configuration, and the engine is {engine}."
+        )
+    if not names_our_types(accelerator.deepspeed_plugin.deepspeed_config):
+        raise ValueError(
+            'the DeepSpeed configuration names no "type": "CyclicLRWithRestarts". Write it under "scheduler", or use '
+            "accelerator.prepare."
+        )
+    if type(scheduler).__name__ != "DummyScheduler":
+        raise ValueError(f"with DummyOptim pass accelerate.utils.DummyScheduler too, got {type(scheduler).__name__}.")
+    return loader_facts(accelerator, dataloader)
+
+
+def check_scheduler(scheduler: Any) -> None:
+    """Refuse what is no `CyclicLRWithRestarts`, or is wrapped already. Local."""
+    if not isinstance(scheduler, CyclicLRWithRestarts):
+        raise ValueError(
+            f"scheduler must be a CyclicLRWithRestarts that is not prepared yet, got {type(scheduler).__name__}."
+        )
+
+
+def check_engine(accelerator: Accelerator, optimizer: Optimizer) -> None:
+    """Refuse an engine that is not served, or that is not the one that was asked for. Local."""
+    engine = engine_of(accelerator)
+    if engine not in _ENGINES:
+        raise ValueError(
+            f"the engine {engine} is not supported. Use one process, DDP, FSDP2 or DeepSpeed, or drive "
+            f"{type(optimizer).__name__} with accelerator.prepare alone, after passing batch_size (global) and "
+            "epoch_size to the scheduler."
+        )
+    if engine == "FSDP" and getattr(accelerator.state.fsdp_plugin, "fsdp_version", 1) != 2:
+        raise ValueError(
+            "FSDP1 keeps flat parameters without names, got fsdp_version: 1. Set fsdp_version: 2 in the Accelerate "
+            "configuration (FSDP_VERSION=2)."
+        )
+    for name, wanted in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DEEPSPEED")):
+        if os.environ.get(name, "false").lower() == "true" and engine != wanted:
+            raise ValueError(
+                f"{wanted} was asked for ({name}=true), but Accelerate trains with the engine {engine} and would not "
+                "say so: it uses FSDP on accelerators only, and needs a launcher that starts ranks. On CPU choose DDP "
+                f"or DeepSpeed, or unset {name}."
+            )
+    here, asked = accelerator.num_processes, int(os.environ.get("WORLD_SIZE", "1"))
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ and "RANK" not in os.environ
+    if asked > here:
+        raise ValueError(
+            f"{asked} ranks run (WORLD_SIZE), but Accelerate counts {here}: every rank would see all the data. With "
+            'DeepSpeed on CPU pass kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] to Accelerator; with '
+            'Trainer make PartialState(backend="gloo") and pass accelerator_config={"use_configured_state": True}. '
+            "Elsewhere make no Accelerator before the process group."
+        )
+    if here == 1 and launched:
+        raise ValueError(
+            "accelerate launch was asked for several processes and started one (on CPU it does not start ranks with "
+            "--cpu or MULTI_CPU). Use ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N, or "
+            "ACCELERATE_USE_CPU=true torchrun --nproc_per_node N. If one was asked for, unset MASTER_ADDR."
+        )
+    if callable(hook := getattr(accelerator.ddp_handler, "comm_hook", None)):
+        raise ValueError(
+            f"Accelerate ignores comm_hook={hook!r} in silence. Give DistributedDataParallelKwargs a member of "
+            "DDPCommunicationHookType, or do accelerator.prepare and register_comm_hook yourself."
+        )
+
+
+def attach(accelerator: Accelerator, model: nn.Module, optimizer: DistAdamW) -> None:
+    """Have gradients reduced to their owners, where nothing needs them whole. Collective.
+
+    A GradScaler looks at whole gradients on every rank, and DDP takes one communication hook.
+    """
+    chosen = getattr(accelerator.ddp_handler, "comm_hook", None)
+    hooked = chosen is not None and chosen.value != "no"
+    if not isinstance(model, DistributedDataParallel) or accelerator.scaler is not None or hooked:
+        return
+    if optimizer.process_group is not None and not optimizer.shares_with(model.process_group):
+        return  # state is shared among some of the ranks; DDP averages over all
+    optimizer.attach(model)
+    take_over(accelerator, optimizer)

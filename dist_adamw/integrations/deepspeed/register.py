@@ -1,0 +1,196 @@
+"""DeepSpeed: what its configuration has to say, what it must not, and the types that it may name.
+
+Knows DeepSpeed's configuration and registries; nothing below knows it. Imports it lazily.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from types import NoneType, UnionType
+from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from dist_adamw.optimizer.adamw import DistAdamW
+from dist_adamw.schedule.scheduler import CyclicLRWithRestarts
+
+Config = MutableMapping[str, Any]
+T = TypeVar("T")
+CLIPPING = "gradient_clipping"
+_SCHEDULER = "CyclicLRWithRestarts"
+# What JSON cannot say, or the engine says.
+_NOT_FOR_JSON = {
+    "params": "DeepSpeed passes the parameters",
+    "optimizer": "DeepSpeed passes the optimizer",
+    "mesh": "DeepSpeed shares state out itself",
+    "master_dtype": "DeepSpeed keeps fp32 weights itself, so leave it out",
+    "state_dtype": "DeepSpeed keeps state in fp32, so leave it out",
+    "max_grad_norm": 'write "gradient_clipping" beside "optimizer"',
+    "policy_fn": "a function is built in code: pass the scheduler to deepspeed.initialize or to prepare",
+    "eta_on_restart_cb": "a function is built in code: pass the scheduler to deepspeed.initialize or to prepare",
+    "eta_on_iteration_cb": "a function is built in code: pass the scheduler to deepspeed.initialize or to prepare",
+}
+_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", NoneType: "null"}
+_FILLED_BY_PREPARE = ("batch_size", "epoch_size")
+
+
+def accumulation_of(config: Config, accumulation: int) -> int:
+    """The micro-batches of an update: the configuration's, where it says. Local."""
+    told = config.get("gradient_accumulation_steps", "auto")
+    return accumulation if told == "auto" else int(told)
+
+
+def configure(config: Config, optimizer: Optimizer | None) -> None:
+    """Have the engine clip as ``optimizer`` was told to, and keep ``optimizer``. Local, before the engine is built.
+
+    Args:
+        config: DeepSpeed's; changed in place.
+        optimizer: Its ``max_grad_norm`` is handed over. None: it is made later, and has none.
+
+    Raises:
+        ValueError: both name a norm, and not the same; or DeepSpeed was told to put another optimizer there.
+    """
+    told = config.get(CLIPPING, "auto")
+    norm = optimizer.max_grad_norm if isinstance(optimizer, DistAdamW) else None
+    if norm is not None and told not in ("auto", norm):
+        raise ValueError(
+            f"max_grad_norm={norm} was given to DistAdamW and gradient_clipping={told} to DeepSpeed, which clips. "
+            "Name one of them, or the same norm."
+        )
+    if told == "auto":
+        # DeepSpeed 0.19 clips to 1.0 where nothing is said, and Accelerate fills "auto" with 1.0.
+        config[CLIPPING] = norm or 0.0
+    if isinstance(optimizer, DistAdamW):
+        optimizer.max_grad_norm = None
+    offload = config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none")
+    # Where nothing is said, Accelerate swaps a client optimizer for DeepSpeedCPUAdam, with L2 decay.
+    if offload != "none" and config.setdefault("zero_force_ds_cpu_optimizer", False):
+        raise ValueError(
+            f'"zero_force_ds_cpu_optimizer": true asks for DeepSpeedCPUAdam in place of {type(optimizer).__name__}, '
+            "with other arithmetic. Leave it out."
+        )
+
+
+def register_deepspeed() -> None:
+    """Let a DeepSpeed JSON name ``"type": "DistAdamW"`` and ``"type": "CyclicLRWithRestarts"``. Local; call it once.
+
+    Before ``deepspeed.initialize`` or ``accelerator.prepare``; `dist_adamw.prepare` calls it itself. The
+    "params" of both are the arguments of the classes by name. ``"auto"`` for ``batch_size`` and ``epoch_size``
+    is what `dist_adamw.prepare` knows; for ``lr`` and ``weight_decay`` what Accelerate or transformers fill in.
+
+    On a machine without an accelerator it also has gloo do what DeepSpeed's shared-memory collectives would:
+    those are compiled when the process group is made, and a build that was killed leaves a lock on which every later
+    start waits for ever. So call it before ``Accelerator()`` there.
+
+    Raises:
+        ImportError: DeepSpeed is not installed.
+    """
+    try:
+        import deepspeed
+        from deepspeed.runtime import lr_schedules
+        from deepspeed.runtime.zero import utils as zero
+    except ImportError as error:
+        raise ImportError("register_deepspeed() needs DeepSpeed: pip install 'dist_adamw[deepspeed]'.") from error
+    if deepspeed.accelerator.get_accelerator().device_name() == "cpu":
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # DeepSpeed looks for names there; it has no registry.
+    torch.optim.DistAdamW = _optimizer_from_json  # type: ignore[attr-defined]
+    lr_schedules.CyclicLRWithRestarts = _scheduler_from_json
+    if DistAdamW not in zero.ZERO_SUPPORTED_OPTIMIZERS:
+        zero.ZERO_SUPPORTED_OPTIMIZERS.append(DistAdamW)
+    if _SCHEDULER not in lr_schedules.VALID_LR_SCHEDULES:
+        lr_schedules.VALID_LR_SCHEDULES.append(_SCHEDULER)
+
+
+def names_our_types(config: Mapping[str, Any]) -> bool:
+    """Whether a DeepSpeed configuration asks for an optimizer or scheduler of this package. Local."""
+    return any(config.get(part, {}).get("type") in ("DistAdamW", _SCHEDULER) for part in ("optimizer", "scheduler"))
+
+
+def fill(config: Config, batch_size: int, epoch_size: int | None) -> bool:
+    """Put what the loader and the accelerator know in place of ``"auto"``; whether both numbers are theirs. Local."""
+    section = config.get("scheduler", {})
+    if section.get("type") != _SCHEDULER:
+        return False
+    told = section.setdefault("params", {})
+    known = dict(zip(_FILLED_BY_PREPARE, (batch_size, epoch_size), strict=True))
+    for name, value in known.items():
+        if told.get(name, "auto") == "auto" and value is not None:
+            told[name] = value
+    return all(told.get(name) == value for name, value in known.items())
+
+
+def _optimizer_from_json(params: Iterable[Tensor], /, **told: Any) -> DistAdamW:
+    return _made(DistAdamW, "optimizer", params, told)
+
+
+def _scheduler_from_json(optimizer: Any, /, **told: Any) -> CyclicLRWithRestarts:
+    told = {k: v for k, v in told.items() if not (k in _FILLED_BY_PREPARE and v == "auto")}
+    return _made(CyclicLRWithRestarts, "scheduler", optimizer, told)
+
+
+def _made(kind: Callable[..., T], section: str, first: Any, told: Mapping[str, Any]) -> T:
+    """``kind(first, **told)``, where ``told`` is plain data that somebody wrote. Nothing that it names is imported.
+
+    Raises:
+        ValueError: names the section and the key, and says what is wrong with it.
+    """
+    types = get_type_hints(kind.__init__)
+    known = [name for name in types if name not in _NOT_FOR_JSON and name != "return"]
+    values = {}
+    for name, value in told.items():
+        if name in _NOT_FOR_JSON:
+            _refuse(section, name, value, _NOT_FOR_JSON[name])
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            cure = f"did you mean {near[0]!r}?" if near else f"the keys are {', '.join(known)}."
+            raise ValueError(f"DeepSpeed configuration, {section}.params: there is no {name!r}; {cure}")
+        if value == "auto" and name not in ("shard", "normalize_weight_decay"):
+            _refuse(section, name, value, "nobody has filled it in; write a value")
+        kinds = _kinds(types[name])
+        read = [found for one in kinds for found in _read(value, one)]
+        if not read:
+            _refuse(section, name, value, f"it must be {' or '.join(filter(None, map(_in_words, kinds)))}")
+        values[name] = read[0]
+    try:
+        return kind(first, **values)
+    except (ValueError, ArithmeticError) as error:
+        raise ValueError(f"DeepSpeed configuration, {section}.params = {dict(told)}: {error}") from error
+
+
+def _refuse(section: str, name: str, value: object, why: str) -> NoReturn:
+    raise ValueError(f"DeepSpeed configuration, {section}.params: {name}={value!r} cannot be: {why}.")
+
+
+def _kinds(annotation: Any) -> tuple[Any, ...]:
+    """The members of a union; the annotation itself where it is none."""
+    return get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+
+
+def _read(value: Any, kind: Any) -> Iterator[Any]:
+    """``value``, which is plain data, as ``kind``; nothing where it is none."""
+    members = get_args(kind)
+    if get_origin(kind) is Literal:
+        yield from (member for member in members if member == value)
+    elif get_origin(kind) is tuple:
+        if isinstance(value, (list, tuple)) and len(value) == len(members):
+            read = [list(_read(one, member)) for one, member in zip(value, members, strict=True)]
+            if all(read):
+                yield tuple(one for (one,) in read)
+    elif kind in (int, float) and (isinstance(value, str) or (kind is float and type(value) is int)):
+        with contextlib.suppress(ValueError, OverflowError):
+            yield kind(value)  # who comes from YAML has 1e-3 as text
+    elif type(value) is kind and kind in _WORDS:
+        yield value
+
+
+def _in_words(kind: Any) -> str:
+    if get_origin(kind) is Literal:
+        return " or ".join(map(repr, get_args(kind)))
+    if get_origin(kind) is tuple:
+        return f"a list of {len(get_args(kind))} numbers"
+    return _WORDS.get(kind, "")

@@ -1,0 +1,427 @@
+"""ZeRO: where DeepSpeed's engines keep weights and optimizer state, by the parameters' names.
+
+Knows the inside of DeepSpeed 0.19's ZeRO optimizers; imports nothing of it.
+
+Stages 1 and 2 lay the parameters of a group end to end and give each rank an interval; stage 3 cuts each parameter
+into equal parts. Either way a rank has fp32 weights and state in a few flat partitions, and this module says which
+elements of which parameter lie where in them.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from dist_adamw.checkpoint.formats.foreign import inside
+from dist_adamw.checkpoint.formats.unpickling import nothing_executed
+from dist_adamw.checkpoint.save_load import Checkpoint, load, save
+from dist_adamw.checkpoint.state import (
+    ENGINES,
+    MASTER,
+    MODEL,
+    Access,
+    Found,
+    Held,
+    Plain,
+    buffers,
+    only_mine,
+    parameter_names,
+    plain_groups,
+)
+from dist_adamw.checkpoint.storage.index import INDEX, write_text
+from dist_adamw.checkpoint.storage.partial_tensor import Owned
+from dist_adamw.errors import CheckpointError
+from dist_adamw.optimizer.adamw import DistAdamW
+from dist_adamw.ranks import collectives
+from dist_adamw.ranks.together import everywhere
+from dist_adamw.schedule.third_party import unwrap
+
+
+@dataclass(frozen=True, slots=True)
+class Fragment:
+    """Elements ``start`` to ``stop`` of a parameter, which lie from ``offset`` on in a flat fp32 ``partition``.
+
+    Attributes:
+        name: Of the parameter.
+        shape: Of the whole parameter.
+        weights: The same elements as the model has them, 1-D, where they lie here.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+    partition: Tensor
+    offset: int
+    weights: Tensor
+
+    def of(self, flat: Tensor) -> Owned:
+        """These elements of a tensor that is laid out as the partition."""
+        values = flat.detach()[self.offset : self.offset + self.stop - self.start]
+        return Owned.of_ranges(self.shape, values, [(self.start, self.stop)], dtype=flat.dtype)
+
+    @property
+    def model(self) -> Owned:
+        """These elements of the model's weights."""
+        return Owned.of_ranges(self.shape, self.weights, [(self.start, self.stop)], dtype=self.weights.dtype)
+
+
+class Zero:
+    """Access to the state of a DeepSpeed engine with ZeRO-1, 2 or 3.
+
+    Raises:
+        CheckpointError: it keeps its state where this does not find it.
+    """
+
+    def __init__(self, engine: Any, with_state: bool) -> None:
+        self.of, self.zero, self.with_state = engine, engine.optimizer, with_state
+        self.model: nn.Module = engine.module
+        self.names: dict[Any, str] = parameter_names(self.model)
+        self.is_stage_3 = hasattr(self.zero, "fp16_partitioned_groups_flat")
+        self.optimizer: Optimizer = unwrap(self.zero)
+        self.engine = f"ZeRO-{engine.zero_optimization_stage()}"
+        swaps = getattr(self.zero, "swap_optimizer", False) or getattr(self.zero, "params_in_nvme_and_cpu", False)
+        if swaps or getattr(engine, "has_moe_layers", False):
+            raise CheckpointError(
+                f"{self.engine} with {'state on NVMe' if swaps else 'experts'} keeps parts of the state where no other "
+                "engine could read them. Save with DeepSpeed's own engine.save_checkpoint."
+            )
+
+    def _shape(self, param: Any) -> tuple[int, ...]:
+        return tuple(param.ds_shape if self.is_stage_3 else param.shape)
+
+    def parameters(self) -> dict[str, tuple[int, ...]]:
+        """See `Access`."""
+        found = {name: self._shape(param) for param, name in self.names.items()}
+        return {**found, **{name: tuple(buffer.shape) for name, buffer in buffers(self.model)}}
+
+    def without_memory(self) -> list[str]:
+        """See `Access`."""
+        return [name for name, buffer in buffers(self.model) if buffer.is_meta]
+
+    def groups(self) -> list[dict[str, Any]]:
+        """See `Access`."""
+        members: list[list[str]] = [[] for _ in self.optimizer.param_groups]
+        for group, params in self._groups():
+            members[group] += [self.names[param] for param in params]
+        return plain_groups(self.optimizer, lambda g, _: members[g])
+
+    def _groups(self) -> Iterator[tuple[int, list[Any]]]:
+        """Parameters that share a partition, and their group."""
+        if self.is_stage_3:
+            for i, params in enumerate(self.zero.fp16_groups):
+                yield self.zero.sub_group_to_group_id[i], params
+        else:
+            yield from enumerate(self.zero.bit16_groups)
+
+    def _partitions(self) -> list[tuple[int, Tensor]]:
+        if self.is_stage_3:
+            flat = self.zero.fp32_partitioned_groups_flat
+            return [(self.zero.sub_group_to_group_id[i], partition) for i, partition in enumerate(flat)]
+        return list(enumerate(self.zero.single_partition_of_fp32_groups))
+
+    def fragments(self) -> Iterator[Fragment]:
+        """What of the trained parameters lies here."""
+        partitions = self._partitions()
+        for i, (_, params) in enumerate(self._groups()):
+            for param in params:
+                name, shape = self.names[param], self._shape(param)
+                if self.is_stage_3:
+                    _, offset, _ = self.zero.grad_position[self.zero.get_param_id(param)]
+                    start, stop, weights = self._part(param)
+                elif (mapping := param._hp_mapping) is not None:
+                    start = mapping.lp_fragment_address.start
+                    stop = start + mapping.lp_fragment_address.numel
+                    offset = mapping.hp_fragment_address.start
+                    weights = param.detach().view(-1)[start:stop]
+                else:
+                    continue
+                yield Fragment(name, shape, start, stop, partitions[i][1], offset, weights)
+
+    def _part(self, param: Any) -> tuple[int, int, Tensor]:
+        """Stage 3's part of any parameter, also a frozen one: where it begins and ends, and its elements."""
+        rank, numel = self.zero._get_param_partition_rank(param), param.ds_tensor.ds_numel
+        start, stop = (min(edge, param.ds_numel) for edge in (rank * numel, (rank + 1) * numel))
+        return start, stop, param.ds_tensor.detach()[: stop - start]
+
+    def to_save(self) -> Held:
+        """See `Access`."""
+        held = Held()
+        for part in self.fragments():
+            exact = part.weights.dtype == part.partition.dtype
+            held.tensors[f"{MODEL}.{part.name}"] = part.of(part.partition) if exact else part.model
+            if not exact:
+                held.tensors[f"{MASTER}.{part.name}"] = part.of(part.partition)
+            for kind, value in self.optimizer.state.get(part.partition, {}).items() if self.with_state else ():
+                if kind == "step":
+                    held.scalars[part.name] = {"step": float(value)}
+                else:
+                    held.tensors[f"{kind}.{part.name}"] = part.of(value)
+        if self.with_state:
+            self._let_all_know_steps(held)
+        held.tensors |= {f"{MODEL}.{name}": weights for name, weights in self._rest()}
+        held.tensors |= {f"{MODEL}.{name}": buffer.detach() for name, buffer in buffers(self.model)}
+        held.tensors = only_mine(held.tensors)
+        return held
+
+    def _let_all_know_steps(self, held: Held) -> None:
+        """The main rank, which writes the steps, may have nothing of some parameter."""
+        for (_, params), (_, partition) in zip(self._groups(), self._partitions(), strict=True):
+            if "step" in (state := self.optimizer.state.get(partition, {})):
+                held.scalars |= {self.names[param]: {"step": float(state["step"])} for param in params}
+
+    def _rest(self) -> Iterator[tuple[str, Tensor]]:
+        """Parameters that are not trained."""
+        trained = {param for _, params in self._groups() for param in params}
+        for param, name in self.names.items():
+            if param in trained:
+                continue
+            if self.is_stage_3:
+                start, stop, part = self._part(param)
+                yield name, Owned.of_ranges(self._shape(param), part, [(start, stop)], dtype=part.dtype)
+            else:
+                yield name, param.detach()
+
+    def to_load(self, found: Found) -> Callable[[], Held]:
+        """See `Access`."""
+        held = Held()
+        for param, name in self.names.items():
+            if not self.is_stage_3:
+                held.read(MODEL, name, param.detach(), found)  # every rank has all of it
+        for name, weights in self._rest():
+            held.read(MODEL, name, weights, found)
+        for name, buffer in buffers(self.model):
+            held.read(MODEL, name, buffer.detach(), found)
+        kinds = sorted(set().union(*(k for n, k in found.kinds.items() if n in found.scalars)) - {MODEL, MASTER})
+        for part in self.fragments():
+            if self.is_stage_3:
+                held.read(MODEL, part.name, part.model, found)
+            held.read(MASTER, part.name, part.of(part.partition), found)
+        held.finish = self._finish
+        if not self.with_state:
+            return lambda: held
+        # One that was never used has no state elsewhere; here it has zeros, as all of its partition.
+        used = {name for name, of in found.kinds.items() if of - {MODEL, MASTER}}
+        for param in (param for _, params in self._groups() for param in params):  # before anything is changed
+            for kind in kinds if self.names[param] in used else []:
+                found.need(kind, self.names[param])
+                found.need_shape(f"{kind}.{self.names[param]}", self._shape(param))
+
+        def make_room() -> Held:
+            state = self._room_for(kinds)
+            for part in self.fragments():
+                for kind in kinds if part.name in used else []:
+                    held.read(kind, part.name, part.of(state[part.partition][kind]), found)
+            self._set_steps(state, found)
+            return held
+
+        return make_room
+
+    def _room_for(self, kinds: list[str]) -> dict[Tensor, dict[str, Any]]:
+        """State of zeros for every partition."""
+        partitions, state = self._partitions(), self.optimizer.state
+        if not kinds:
+            state.clear()
+            return {}
+        if isinstance(self.optimizer, DistAdamW):
+            # Stage 3 shows its partitions to the optimizer only while it steps.
+            shown = [group["params"] for group in self.optimizer.param_groups]
+            for g, group in enumerate(self.optimizer.param_groups):
+                group["params"] = [partition for of, partition in partitions if of == g]
+            try:
+                self.optimizer.lay_out([partition for _, partition in partitions])
+            finally:
+                for group, params in zip(self.optimizer.param_groups, shown, strict=True):
+                    group["params"] = params
+        else:
+            state.clear()
+            for _, partition in partitions:
+                state[partition] = {"step": torch.zeros(()), **{kind: torch.zeros_like(partition) for kind in kinds}}
+        return {partition: state[partition] for _, partition in partitions}
+
+    def _set_steps(self, state: dict[Tensor, dict[str, Any]], found: Found) -> None:
+        for (_, params), (_, partition) in zip(self._groups(), self._partitions(), strict=True):
+            told = (found.scalars.get(self.names[param], {}) for param in params)
+            steps = {float(numbers["step"]) for numbers in told if "step" in numbers}
+            if len(steps) > 1:
+                warnings.warn(
+                    f"parameters of one group have had {sorted(steps)} updates, and {self.engine} counts one number "
+                    f"for all of them: they go on with {max(steps):g}.",
+                    stacklevel=2,
+                )
+            if partition in state and steps:
+                state[partition]["step"].fill_(max(steps))
+
+    def _finish(self) -> None:
+        self._forget_gradients()
+        if isinstance(self.optimizer, DistAdamW):
+            self.optimizer.recount()
+        # DeepSpeed keeps views of the state that it had.
+        if hasattr(self.zero, "_hp_optimizer_states_linked"):
+            self.zero._hp_optimizer_states_linked = False
+        if self.is_stage_3:  # what is whole on every rank, always or since the last forward pass, has the old values
+            self.zero.checkpoint_event_prologue()
+            self.zero.checkpoint_event_epilogue()
+
+    def _forget_gradients(self) -> None:
+        """Of micro-batches before the load, much as DeepSpeed itself does when an update overflows."""
+        zero = self.zero
+        zero.zero_grad()  # of the model, where stage 1 accumulates
+        if self.is_stage_3:
+            zero.grad_partitions_flat_buffer.zero_()  # also of what the next micro-batch does not use
+        else:
+            zero.all_grad_tensors.clear()  # stage 2 accumulates in these
+            zero.averaged_gradients.clear()  # or here, where gradients are more exact than weights
+            if zero.cpu_offload:
+                zero.reset_cpu_buffers()
+                zero.accumulated_grads_in_cpu.clear()
+                zero._offload_accumulated_param_ids.clear()
+        _begin_update(self.of)
+
+
+class Whole(Plain):
+    """A DeepSpeed engine without ZeRO, or with a plain optimizer."""
+
+    def __init__(self, engine: Any, optimizer: Optimizer | None) -> None:
+        super().__init__(engine.module, optimizer)
+        self.of = engine
+
+    def to_load(self, found: Found) -> Callable[[], Held]:
+        """See `Access`."""
+        make_theirs = super().to_load(found)
+
+        def make_room() -> Held:
+            held = make_theirs()
+            finish = held.finish
+
+            def begin_update() -> None:
+                finish()
+                _begin_update(self.of)
+
+            held.finish = begin_update
+            return held
+
+        return make_room
+
+
+def _begin_update(engine: Any) -> None:
+    """Let the next micro-batch be the first of an update. Local."""
+    engine.micro_steps -= engine.micro_steps % engine.gradient_accumulation_steps()
+
+
+def _zero(model: nn.Module, optimizer: Optimizer | None) -> Access | None:
+    inner: Any = getattr(model, "optimizer", None)
+    if not hasattr(model, "zero_optimization_stage"):
+        return None
+    if hasattr(inner, "single_partition_of_fp32_groups") or hasattr(inner, "fp16_partitioned_groups_flat"):
+        return Zero(model, with_state=optimizer is not None)
+    if inner is None or isinstance(inner, Optimizer):
+        return Whole(model, inner)
+    raise CheckpointError(
+        f"{type(inner).__name__} keeps its weights its own way. Use ZeRO stage 1 or 2, without grad_accum_dtype: "
+        "it does the same in less memory."
+    )
+
+
+ENGINES.append(_zero)
+
+
+_HOW_TO_TRUST = (
+    "It is a folder that DeepSpeed wrote, as pickles. If you trust it, pass load_checkpoint(..., weights_only=False), "
+    "or set TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1."
+)
+
+
+def prepare_deepspeed(engine: Any, scheduler: Any = None) -> None:
+    """Let ``engine.save_checkpoint`` and ``load_checkpoint`` write and read our checkpoints. Local.
+
+    They keep their arguments (but frozen weights are always saved, and names must always match) and their folders:
+    ``<save_dir>/<tag>`` and a file ``latest``. A folder that DeepSpeed wrote itself is read by DeepSpeed, which
+    executes what its pickles say, and so only with ``load_checkpoint(..., weights_only=False)``.
+    `dist_adamw.prepare` and `prepare_trainer` do this themselves.
+
+    Args:
+        engine: What ``deepspeed.initialize`` returned.
+        scheduler: Default: the engine's.
+    """
+    load_theirs = engine.load_checkpoint
+
+    def ours() -> Any:
+        found = engine.lr_scheduler if scheduler is None else scheduler
+        return getattr(found, "scheduler", found)
+
+    def save_checkpoint(
+        save_dir: str,
+        tag: str | None = None,
+        client_state: dict[str, Any] | None = None,
+        save_latest: bool = True,
+        exclude_frozen_parameters: bool = False,
+    ) -> bool:
+        if exclude_frozen_parameters:
+            warnings.warn(
+                "exclude_frozen_parameters=True: frozen weights are saved all the same, so that the checkpoint loads "
+                "on every engine.",
+                stacklevel=2,
+            )
+        tag = f"global_step{engine.global_steps}" if tag is None else str(tag)
+        counts = {name: getattr(engine, name) for name in ("global_steps", "global_samples", "skipped_steps")}
+        extra = {"client_state": dict(client_state or {}), "engine": counts}
+        save(Path(save_dir) / tag, engine, engine.optimizer, ours(), extra=extra)
+        if save_latest:
+            everywhere(lambda: write_text(Path(save_dir) / "latest", tag) if collectives.rank() == 0 else None)
+        return True
+
+    def load_checkpoint(
+        load_dir: str,
+        tag: str | None = None,
+        load_module_strict: bool = True,
+        load_optimizer_states: bool = True,
+        load_lr_scheduler_states: bool = True,
+        load_module_only: bool = False,
+        weights_only: bool = True,
+        **theirs: Any,
+    ) -> tuple[str | None, dict[str, Any] | None]:
+        latest = Path(load_dir) / "latest"
+        if tag is None and latest.is_file():
+            tag = inside(latest, latest.read_text().strip())
+        if tag is None or not (Path(load_dir) / tag / INDEX).exists():
+            with nothing_executed(Path(load_dir), _HOW_TO_TRUST, trusted=not weights_only):
+                found: tuple[str | None, dict[str, Any] | None] = load_theirs(
+                    load_dir,
+                    tag,
+                    load_module_strict=load_module_strict,
+                    load_optimizer_states=load_optimizer_states,
+                    load_lr_scheduler_states=load_lr_scheduler_states,
+                    load_module_only=load_module_only,
+                    **theirs,
+                )
+            return found
+        optimizer = engine.optimizer if load_optimizer_states and not load_module_only else None
+        loaded = load(
+            Path(load_dir) / tag,
+            engine,
+            optimizer,
+            ours() if load_lr_scheduler_states and not load_module_only else None,
+        )
+        accept_counts(engine, loaded)
+        return str(loaded.path), loaded.extra.get("client_state", {})
+
+    engine.save_checkpoint, engine.load_checkpoint = save_checkpoint, load_checkpoint
+
+
+def accept_counts(engine: Any, loaded: Checkpoint) -> None:
+    """Let an engine count on from a checkpoint, whichever engine wrote it. Local."""
+    inner = unwrap(engine.optimizer)
+    known = {"global_steps": getattr(inner, "updates", 0), "global_samples": loaded.samples or 0, "skipped_steps": 0}
+    told = loaded.extra.get("engine", {})
+    for name, value in known.items():
+        count = told.get(name, value) if isinstance(told, dict) else value
+        setattr(engine, name, count if type(count) is int and count >= 0 else value)
+    engine.micro_steps = engine.global_steps * engine.gradient_accumulation_steps()

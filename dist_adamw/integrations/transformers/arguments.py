@@ -1,0 +1,271 @@
+"""Who makes a Trainer's optimizer and schedule: its arguments, its overrides, or what was set by hand.
+
+Knows Trainer by its attributes. `prepare_trainer` asks here what it may put in the place of Trainer's own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+import weakref
+from collections.abc import Callable, Mapping, Sized
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.utils.data import IterableDataset
+
+from dist_adamw.integrations.accelerate.data import LoaderFacts
+from dist_adamw.optimizer.adamw import DistAdamW
+from dist_adamw.schedule.scheduler import CyclicLRWithRestarts, OnDifference
+from dist_adamw.schedule.third_party import unwrap
+
+# Arguments of DistAdamW that TrainingArguments has, where Trainer, DeepSpeed's "auto" and loggers read them.
+_IN_ARGUMENTS = {
+    "lr": "learning_rate",
+    "betas": "adam_beta1 and adam_beta2",
+    "eps": "adam_epsilon",
+    "weight_decay": "weight_decay",
+    "max_grad_norm": "max_grad_norm",
+}
+_ADAMW = {"adamw_torch", "adamw_torch_fused"}
+# Arguments of torch.optim.AdamW that choose an implementation; DistAdamW has its own.
+_IMPLEMENTATION = ("foreach", "capturable", "differentiable")
+
+
+def replace_method(trainer: Any, name: str, function: Callable[..., Any]) -> None:
+    """Put ``function`` in the place of a method of this one Trainer, whatever its class. Local."""
+    assert callable(getattr(trainer, name))
+    setattr(trainer, name, function)
+
+
+def is_overridden(trainer: Any, name: str) -> bool:
+    """Whether a subclass of Trainer, or this instance, has a method of this name in place of Trainer's. Local."""
+    from transformers import Trainer
+
+    return name in vars(trainer) or getattr(type(trainer), name) is not getattr(Trainer, name)
+
+
+def check_arguments(trainer: Any, optimizer: Mapping[str, Any], on_difference: OnDifference | None) -> None:
+    """Refuse arguments that TrainingArguments has, and TrainingArguments that would be ignored. Local.
+
+    Raises:
+        ValueError: names the argument, its value and what to do.
+    """
+    if on_difference not in (None, "strict", "checkpoint", "new"):
+        raise ValueError(f"on_difference must be 'strict', 'checkpoint', 'new' or None, got {on_difference!r}.")
+    for name in optimizer.keys() & _IN_ARGUMENTS.keys():
+        raise ValueError(
+            f"{name}={optimizer[name]!r} was given to prepare_trainer; Trainer has it from TrainingArguments. Set "
+            f"{_IN_ARGUMENTS[name]} there."
+        )
+    args = trainer.args
+    if warmup := args.warmup_steps:
+        raise ValueError(
+            f"TrainingArguments(warmup_steps={warmup!r}) is for Trainer's own schedulers and would be ignored. "
+            "Pass scheduler={'warmup_samples': ...} to prepare_trainer, in samples."
+        )
+    for name in ("lr_scheduler_type", "lr_scheduler_kwargs"):
+        if _was_set(args, name):
+            raise ValueError(
+                f"TrainingArguments({name}={_text(getattr(args, name))}) is for Trainer's own schedulers and would be "
+                "ignored. Leave it out, and pass the curve to prepare_trainer, such as scheduler={'policy': 'cosine', "
+                "'restart_period': <epochs>}."
+            )
+
+
+def _was_set(args: Any, name: str) -> bool:
+    """Whether an argument differs from the default of its class; an empty one says nothing."""
+    default = next(field.default for field in dataclasses.fields(args) if field.name == name)
+    value = getattr(args, name)
+    return bool(value) and value != default
+
+
+def _text(value: Any) -> str:
+    return repr(getattr(value, "value", value))
+
+
+def put_optimizer(trainer: Any, options: Mapping[str, Any]) -> bool:
+    """Have Trainer make a `DistAdamW` where it would make torch's AdamW, and check what it made. Local.
+
+    The arguments are read when the optimizer is made: a hyper-parameter search changes them.
+
+    Returns:
+        Whether the optimizer will have the lr of ``TrainingArguments``, as far as is known now.
+
+    Raises:
+        ValueError: ``optim`` or one of its arguments names another optimizer, or ``options`` would be ignored.
+    """
+    if trainer.optimizer is not None or trainer.optimizer_cls_and_kwargs is not None:
+        if options:
+            raise ValueError(
+                f"the Trainer was given an optimizer already, and optimizer={dict(options)} here. Choose one."
+            )
+        return False
+    if is_overridden(trainer, "create_optimizer_and_scheduler"):
+        warnings.warn(
+            f"{type(trainer).__name__} overrides create_optimizer_and_scheduler, which Trainer does not call since "
+            "transformers 5. Override create_optimizer, or create_scheduler, in its place.",
+            stacklevel=3,
+        )
+    overridden = is_overridden(trainer, "get_optimizer_cls_and_kwargs")
+    if not overridden:
+        _check_optim(trainer.args)
+        # Bad arguments fail here and now, not when a job of many ranks has come up.
+        DistAdamW([nn.Parameter(torch.zeros(1))], **_of_arguments(trainer.args), **options)
+    get_theirs = trainer.get_optimizer_cls_and_kwargs if overridden else None
+
+    def get_optimizer_cls_and_kwargs(args: Any, model: nn.Module | None = None) -> tuple[Any, dict[str, Any]]:
+        if get_theirs is None:
+            return DistAdamW, {**_of_arguments(args), **options}
+        made, kwargs = get_theirs(args, model)
+        if made is not torch.optim.AdamW:
+            return made, kwargs
+        return DistAdamW, {**{k: v for k, v in kwargs.items() if k not in _IMPLEMENTATION}, **options}
+
+    replace_method(trainer, "get_optimizer_cls_and_kwargs", get_optimizer_cls_and_kwargs)
+    create = trainer.create_optimizer
+
+    def create_optimizer(*args: Any, **kwargs: Any) -> Any:
+        by_hand = trainer.optimizer is not None
+        made = create(*args, **kwargs)
+        _check_made(trainer, options, by_hand)
+        return made
+
+    only_ours = not overridden and not is_overridden(trainer, "create_optimizer")
+    replace_method(trainer, "create_optimizer", create_optimizer)
+    return only_ours
+
+
+def _of_arguments(args: Any) -> dict[str, Any]:
+    return {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+
+
+def _check_optim(args: Any) -> None:
+    if args.optim not in _ADAMW:
+        raise ValueError(
+            f"TrainingArguments(optim={_text(args.optim)}) names another optimizer than the DistAdamW that "
+            "prepare_trainer makes. Leave it out, or have the schedule drive it: "
+            "Trainer(optimizer_cls_and_kwargs=(<class>, {...}))."
+        )
+    for name in ("optim_args", "optim_target_modules"):
+        if value := getattr(args, name, None):
+            raise ValueError(
+                f"TrainingArguments({name}={value!r}) would be ignored. Leave it out, and pass arguments of DistAdamW "
+                "as prepare_trainer(optimizer={...})."
+            )
+
+
+def _check_made(trainer: Any, options: Mapping[str, Any], by_hand: bool) -> None:
+    """Raise where ``options`` did not reach the optimizer; warn where it is not a `DistAdamW`. Every rank alike."""
+    made = unwrap(trainer.optimizer)
+    source = "trainer.optimizer was set, and it is" if by_hand else f"{type(trainer).__name__}'s override made"
+    if options and not (isinstance(made, DistAdamW) and _has(made, options)):
+        raise ValueError(
+            f"{source} a {type(made).__name__} that does not have optimizer={dict(options)}, as it was given to "
+            "prepare_trainer. Pass these arguments where the optimizer is made, and leave them out of prepare_trainer."
+        )
+    if not (by_hand or isinstance(made, DistAdamW)):
+        warnings.warn(
+            f"{source} a {type(made).__name__}: the schedule drives it, and its state is whole on every rank. For "
+            "DistAdamW make the optimizer of what self.get_optimizer_cls_and_kwargs(self.args) returns.",
+            stacklevel=3,
+        )
+
+
+def _has(optimizer: DistAdamW, options: Mapping[str, Any]) -> bool:
+    """Whether an optimizer has the options, as arguments or in its groups' defaults."""
+    missing = object()
+    return all(
+        optimizer.defaults.get(name, getattr(optimizer, "_mesh" if name == "mesh" else name, missing)) == value
+        for name, value in options.items()
+    )
+
+
+def check_override_of_scheduler(trainer: Any, options: Mapping[str, Any]) -> Callable[..., Any] | None:
+    """Return the ``create_scheduler`` that stands in place of Trainer's, if there is one. Local.
+
+    Raises:
+        ValueError: it would ignore ``options``.
+    """
+    if not is_overridden(trainer, "create_scheduler"):
+        return None
+    if options:
+        raise ValueError(
+            f"{type(trainer).__name__} overrides create_scheduler, which would ignore scheduler={dict(options)}. "
+            "Remove the override, or have it return a CyclicLRWithRestarts with these arguments."
+        )
+    theirs: Callable[..., Any] = trainer.create_scheduler
+    return theirs
+
+
+def check_made_scheduler(trainer: Any) -> CyclicLRWithRestarts:
+    """Return Trainer's scheduler. Every rank alike.
+
+    Raises:
+        ValueError: it is no `CyclicLRWithRestarts`, or drives another optimizer.
+    """
+    made = trainer.lr_scheduler
+    if not isinstance(made, CyclicLRWithRestarts):
+        raise ValueError(
+            f"the Trainer has a {type(made).__name__} (from an override of create_scheduler, optimizers= or "
+            "trainer.lr_scheduler), and prepare_trainer serves CyclicLRWithRestarts. Make one there, or leave it out "
+            "and let prepare_trainer make it."
+        )
+    optimizer: Optimizer | None = trainer.optimizer
+    if optimizer is None or made.optimizer is not unwrap(optimizer):
+        raise ValueError(
+            "the Trainer's scheduler drives another optimizer than the Trainer's, whose lr would stand still. "
+            "Pass both: optimizers=(optimizer, scheduler)."
+        )
+    return made
+
+
+def inner_scheduler(trainer: Any) -> CyclicLRWithRestarts:
+    """Return Trainer's scheduler, without the wrapper that one of a DeepSpeed configuration has. Local."""
+    scheduler: CyclicLRWithRestarts = getattr(trainer.lr_scheduler, "scheduler", trainer.lr_scheduler)
+    return scheduler
+
+
+def given_by(scheduler: Any) -> dict[str, Any]:
+    """The sizes that a scheduler has been given. Local."""
+    return {name: getattr(scheduler, name, None) for name in ("batch_size", "epoch_size")} if scheduler else {}
+
+
+def watch_own_loader(trainer: Any) -> Callable[[], Any]:
+    """Return a function that returns the training loader where a subclass makes it, else None. Local."""
+    made: weakref.ref[Any] | None = None
+    if not is_overridden(trainer, "get_train_dataloader"):
+        return lambda: None
+    theirs = trainer.get_train_dataloader
+
+    def get_train_dataloader(*args: Any, **kwargs: Any) -> Any:
+        nonlocal made
+        loader = theirs(*args, **kwargs)
+        made = weakref.ref(loader)
+        return loader
+
+    replace_method(trainer, "get_train_dataloader", get_train_dataloader)
+    return lambda: None if made is None else made()
+
+
+def check_own_loader(loader: Any, facts: LoaderFacts, told: Mapping[str, Any]) -> int | None:
+    """Return the global batch of a loader that a subclass has made; None where it cannot say. Every rank alike.
+
+    Raises:
+        ValueError: it has other batches or other data than the arguments say, and ``told`` does not say which.
+    """
+    dataset, micro_batch = getattr(loader, "dataset", None), getattr(loader, "total_batch_size", None)
+    if micro_batch is None or isinstance(dataset, IterableDataset):
+        return None
+    size = int(micro_batch) * facts.batch.gradient_accumulation_steps
+    samples = len(dataset) if isinstance(dataset, Sized) else None
+    differs = size != facts.batch.size and told.get("batch_size") is None
+    if differs or (samples not in (None, facts.samples) and told.get("epoch_size") is None):
+        raise ValueError(
+            f"get_train_dataloader is overridden and makes global batches of {size} from a data set of {samples}; "
+            f"TrainingArguments and train_dataset say {facts.batch.size} and {facts.samples}. Pass prepare_trainer "
+            f"scheduler={{'batch_size': {size}, 'epoch_size': {samples}}}, or make them agree."
+        )
+    return size

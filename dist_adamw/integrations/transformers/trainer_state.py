@@ -1,0 +1,109 @@
+"""Trainer's checkpoints in our format: they resume on any engine and number of ranks.
+
+Knows Trainer by its attributes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from dist_adamw.checkpoint.formats.unpickling import nothing_executed
+from dist_adamw.checkpoint.random_state import restore_random_state
+from dist_adamw.checkpoint.save_load import load, save
+from dist_adamw.checkpoint.storage.index import read_index, write_text
+from dist_adamw.integrations.accelerate.data import engine_of
+from dist_adamw.integrations.accelerate.prepare import host_group
+from dist_adamw.integrations.deepspeed.zero import prepare_deepspeed
+from dist_adamw.integrations.transformers.arguments import inner_scheduler, replace_method
+from dist_adamw.ranks import collectives
+from dist_adamw.ranks.together import everywhere
+from dist_adamw.schedule.scheduler import OnDifference
+
+
+def keep_state(trainer: Any, on_difference: OnDifference | None) -> None:
+    """Have checkpoints keep weights, optimizer and schedule our way: they resume on any engine and number of ranks.
+
+    Trainer's own files of those are of one engine. The model file that it writes beside them, for everybody to load,
+    stays. The folder has the name by which Trainer looks for a state under DeepSpeed.
+    """
+    load_weights, load_rest = map(_safely, (trainer._load_from_checkpoint, trainer._load_optimizer_and_scheduler))
+    load_best, load_random = map(_safely, (trainer._load_best_model, trainer._load_rng_state))
+
+    def ours(checkpoint: str | None) -> Path | None:
+        found = _states_in(Path(checkpoint)) if checkpoint is not None else []
+        # A folder of DeepSpeed's own has these; what is neither is one of ours that is not whole, and is to be named.
+        mine = found[-1] if found and not any(found[-1].glob("*_model_states.pt")) else None
+        of_ranks = collectives.all_gather_objects(mine, host_group(trainer.accelerator))
+        return next((path for path in of_ranks if path is not None), None)  # one that some do not see is refused
+
+    def save_state(output_dir: str) -> None:
+        folder = Path(output_dir) / f"global_step{trainer.state.global_step}"
+        save(
+            folder, trainer.model_wrapped, trainer.optimizer, inner_scheduler(trainer), compare_ranks=False
+        )  # it is done by now
+        is_writer = trainer.args.should_save
+        everywhere(lambda: write_text(Path(output_dir) / "latest", folder.name) if is_writer else None)
+
+    def load_model(checkpoint: str, model: nn.Module | None = None) -> None:
+        if ours(checkpoint) is None:
+            load_weights(checkpoint, model)
+
+    def load_state(checkpoint: str | None) -> None:
+        if (folder := ours(checkpoint)) is None:
+            load_rest(checkpoint)
+        elif engine_of(trainer.accelerator) != "DEEPSPEED":  # there Trainer has the engine load
+            load(folder, trainer.model_wrapped, trainer.optimizer, inner_scheduler(trainer), random_state=False)
+
+    def load_best_model() -> None:
+        # Trainer's own way differs by engine: it looks for FSDP's files, which are not written any more, and under
+        # DeepSpeed it takes optimizer, schedule and random state back too.
+        if (folder := ours(trainer.state.best_model_checkpoint)) is None:
+            load_best()  # of save_only_model, or of a job without prepare_trainer
+        else:
+            load(folder, trainer.model_wrapped, random_state=False)
+
+    def load_random_state(checkpoint: str | None) -> None:
+        if (folder := ours(checkpoint)) is None:
+            load_random(checkpoint)
+        else:  # Trainer's own files are of one number of ranks
+            everywhere(lambda: restore_random_state(read_index(folder)), host_group(trainer.accelerator))
+
+    replace_method(trainer, "_save_optimizer_and_scheduler", save_state)
+    replace_method(trainer, "_load_rng_state", load_random_state)
+    replace_method(trainer, "_load_best_model", load_best_model)
+    replace_method(trainer, "_load_from_checkpoint", load_model)
+    replace_method(trainer, "_load_optimizer_and_scheduler", load_state)
+    if engine_of(trainer.accelerator) == "DEEPSPEED":
+        create = trainer.create_scheduler
+
+        def create_scheduler(*args: Any, **kwargs: Any) -> Any:
+            made = create(*args, **kwargs)
+            engine = trainer.accelerator.deepspeed_engine_wrapped.engine  # it is there by now, and nothing is loaded
+            scheduler = inner_scheduler(trainer)
+            if on_difference is not None:
+                scheduler.on_difference = on_difference
+            prepare_deepspeed(engine, scheduler)
+            return made
+
+        replace_method(trainer, "create_scheduler", create_scheduler)
+
+
+def _safely(load_theirs: Callable[..., Any]) -> Callable[..., Any]:
+    """Have Trainer read a folder that is not ours as it does, and execute nothing: those of FSDP are pickles."""
+    how = "If you trust the checkpoint, set TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1."
+
+    def load(*args: Any, **kwargs: Any) -> Any:
+        with nothing_executed("the checkpoint", how):
+            return load_theirs(*args, **kwargs)
+
+    return load
+
+
+def _states_in(checkpoint: Path) -> list[Path]:
+    """Folders ``global_step<updates>``, in the order of the number: step 10 comes after step 9. Local."""
+    found = [path for path in checkpoint.glob("global_step*") if path.name.removeprefix("global_step").isdecimal()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("global_step")))

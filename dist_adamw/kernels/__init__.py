@@ -1,6 +1,0 @@
-"""One-pass AdamW updates where weights, gradients and state differ in dtype.
-
-Floor 0: imports torch only, and Triton when a kernel is first launched. `mixed` is the arithmetic
-in plain torch, for any device; `adamw_triton` is one launch per bucket on a GPU. Nothing here
-knows of ranks, parameter groups or checkpoints.
-"""

@@ -1,0 +1,5 @@
+"""AdamW with its state sharded over the ranks."""
+
+from dist_adamw.optimizer.adamw import DistAdamW
+
+__all__ = ["DistAdamW"]

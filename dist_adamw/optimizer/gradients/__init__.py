@@ -1,0 +1,1 @@
+"""Local gradients on their way to the ranks that own them."""

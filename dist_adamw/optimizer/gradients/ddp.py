@@ -1,0 +1,336 @@
+"""DDP's reducer beside attached optimizers.
+
+Knows DistributedDataParallel and plans; ``reducer.py`` sends what comes.
+
+DDP takes one communication hook for ever, so one object per DDP module serves every optimizer that is attached to it,
+one after the other or at a time. Gradients that none of them listens to are averaged as DDP would have averaged them.
+"""
+
+from __future__ import annotations
+
+import operator
+import weakref
+from collections.abc import Mapping, Set
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from dist_adamw.optimizer.gradients.hooks import WeakHook
+from dist_adamw.optimizer.gradients.plan import Plan
+from dist_adamw.optimizer.gradients.watch import refuse_parts
+from dist_adamw.optimizer.sharding.shard import Shard, axes_in_memory, check_dense, shaped_like, storage_order
+
+_HOOK = "_dist_adamw_hook"  # attribute of a DDP module
+# Where DDP's reducer stands aside: it copies every gradient into its own buckets, which costs as much time as
+# the update. Elsewhere the buckets have been allocated by then, so gradients had better be in them.
+_ASIDE = frozenset({"cpu"})
+_gradient_of = operator.itemgetter(1)
+
+
+class Listener(Protocol):
+    """What `GradientPath` is to a DDP module."""
+
+    @property
+    def listening(self) -> Set[int]:
+        """Ids of the parameters whose gradients it takes."""
+
+    def bucket_came(self, packed: PackedBucket | None) -> None:
+        """Take the gradients of one of DDP's buckets; None where DDP copies them to ``param.grad`` later."""
+
+    def follow_params(self) -> None:
+        """Notice parameters that have come to the optimizer, or have left it."""
+
+    def announce_change(self) -> None:
+        """Raise where another rank has other parameters. Collective."""
+
+    def announce_round(self) -> None:
+        """Raise where another rank is not in a backward pass of the same update. Collective."""
+
+
+class PackedBucket:
+    """What one of DDP's buckets holds for one listener; good until DDP packs again.
+
+    Args:
+        params: The parameters.
+        flat: Their places in the buffer, 1-D.
+        strides: By id of parameter, the strides that it had when DDP was built.
+    """
+
+    def __init__(self, params: list[Tensor], flat: list[Tensor], strides: Mapping[int, tuple[int, ...]]) -> None:
+        self.params, self._flat, self._strides = params, flat, strides
+        self.keys = {id(param) for param in params}
+        self.plan: Plan | None = None
+        self.places: list[tuple[Shard, int, Tensor]] = []
+        self.buckets: list[int] = []
+        self._odd: list[tuple[Shard, int, Tensor, Tensor]] = []  # those that may have another order than their shard
+
+    def enter(self, plan: Plan) -> None:
+        """Find the places of its parameters in ``plan``."""
+        self.plan = plan
+        self.places = [
+            (*plan.place_of[id(param)], flat)
+            for param, flat in zip(self.params, self._flat, strict=True)
+            if id(param) in plan.place_of
+        ]
+        self.buckets = sorted({n for key in self.keys for n in plan.buckets_of.get(key, ())})
+        self._odd = [
+            (shard, i, param, flat)
+            for param, flat in zip(self.params, self._flat, strict=True)
+            if (place := plan.place_of.get(id(param))) is not None
+            for shard, i in (place,)
+            if self._strides.get(id(param)) != param.stride()
+            or shard.order_of(i) != axes_in_memory(param)
+            or (param.grad is not None and param.grad.stride() != param.stride())
+        ]
+
+    def reorder(self) -> None:
+        """Bring gradients into the order in which their shards have them: DDP keeps that of its first forward pass."""
+        for shard, i, param, flat in self._odd:
+            if (grad := param.grad) is not None and grad.data_ptr() == flat.data_ptr():
+                ordered = shard.as_laid_out(i, grad)
+                if ordered.data_ptr() != flat.data_ptr():
+                    flat.copy_(ordered)
+                    param.grad = shard.from_laid_out(i, flat)
+
+    def settle(self) -> None:
+        """The same of gradients that DDP has shown by now, of parameters that this rank did not use."""
+        for shard, i, param, flat in self._odd:
+            if (grad := param.grad) is not None and grad.data_ptr() == flat.data_ptr():
+                param.grad = shard.from_laid_out(i, flat)
+
+
+class DDPReducer:
+    """A DDP module's reducer, as attached optimizers see it. Local to build.
+
+    Args:
+        model: The module.
+
+    Raises:
+        ValueError: the module has a communication hook already.
+    """
+
+    def __init__(self, model: DistributedDataParallel) -> None:
+        self._group: dist.ProcessGroup = model.process_group
+        self._is_view: bool = model.gradient_as_bucket_view
+        self._strides = {id(param): param.stride() for param in model.parameters()}
+        self._trained = [param for param in model.parameters() if param.requires_grad]
+        # Else a reducer that is woken writes its copies over the averages.
+        self._may_stand_aside = self._is_view and not (model.static_graph or model.mixed_precision is not None)
+        self._stands_aside = False
+        self.has_own = False  # whether some parameters are left to DDP
+        self.stood_aside = False  # in the last forward pass
+        self._asked: list[tuple[bool, bool]] = []  # require_backward_grad_sync, and whether it is ours, in a forward
+        self._known: dict[int, tuple[int, list[Tensor], dict[int, PackedBucket], list[Tensor]]] = {}
+        self._seen: dict[int, tuple[int, ...]] = {}  # addresses and parameters of each bucket, when it was last new
+        self._settled: dict[int, bool] = {}  # whether each was the same the time before
+        self._flats: dict[int, list[tuple[Tensor, Tensor]]] = {}  # of each bucket: parameters and their places in it
+        self._views: list[tuple[Tensor, Tensor, Tensor]] = []  # parameters, their gradients in buckets, and the places
+        self._addresses: list[int] = []
+        self._listeners: list[tuple[weakref.ref[Any], bool]] = []  # and whether each hears of its parameters itself
+        try:
+            # DDP insists on the name, and refuses an annotation that is text.
+            model.register_comm_hook(self, lambda state, bucket: state.reduce(bucket))
+        except RuntimeError as error:
+            raise ValueError(
+                f"the module has a communication hook already, and DDP takes one for ever ({error}). Attach before you "
+                "register_comm_hook, or do without attach(): then DDP and your hook average gradients."
+            ) from error
+        self._model = weakref.ref(model)
+        self._sees_forward = False
+
+    @classmethod
+    def of(cls, model: DistributedDataParallel) -> DDPReducer:
+        """The one of ``model``, which a copy of it does not share."""
+        found: DDPReducer | None = getattr(model, _HOOK, None)
+        if found is None:
+            found = cls(model)
+            setattr(model, _HOOK, found)
+        return found
+
+    def __deepcopy__(self, memo: Any) -> None:
+        return None
+
+    def __reduce__(self) -> Any:
+        return type(None), ()
+
+    # ---------------------------------------------------------------- who listens
+
+    def can_stand_aside(self, ids: Set[int]) -> bool:
+        """Whether nothing would be left to do for DDP's reducer if gradients of ``ids`` were taken from it."""
+        taken = set(ids).union(*(path.listening for path in self._paths(aside=True)))
+        return self._may_stand_aside and all(
+            param.device.type in _ASIDE and id(param) in taken for param in self._trained if param.requires_grad
+        )
+
+    def add(self, path: Listener, *, aside: bool) -> None:
+        """Serve ``path`` too.
+
+        Args:
+            path: Held weakly.
+            aside: It hears of its parameters itself, and DDP's reducer has nothing to do for them.
+        """
+        self._listeners = [one for one in self._listeners if one[0]() not in (None, path)]
+        self._listeners.append((weakref.ref(path, WeakHook(self, "_gone")), aside))
+        model = self._model()
+        if not self._sees_forward and model is not None:
+            self._sees_forward = True
+            model.register_forward_pre_hook(WeakHook(self, "before_forward"))
+            model.register_forward_hook(WeakHook(self, "after_forward"), always_call=True)
+        self.follow()
+
+    def _gone(self, _: Any) -> None:
+        self.drop(None)
+
+    def drop(self, path: Listener | None) -> None:
+        """Stop serving ``path``, and listeners that are gone."""
+        self._listeners = [one for one in self._listeners if one[0]() not in (None, path)]
+        self.follow()
+
+    def follow(self) -> None:
+        """Decide again who gets what: a listener has come, has gone, or listens to other parameters."""
+        self._forget_buckets()
+        self._stands_aside = bool(self._paths(aside=True)) and self.can_stand_aside(frozenset())
+        heard = set[int]().union(*(path.listening for path in self._all_paths()))
+        self.has_own = any(id(param) not in heard for param in self._trained)
+
+    def _paths(self, *, aside: bool) -> list[Any]:
+        return [path for ref, is_aside in self._listeners if is_aside == aside and (path := ref()) is not None]
+
+    def _all_paths(self) -> list[Any]:
+        return [path for ref, _ in self._listeners if (path := ref()) is not None]
+
+    def listeners(self) -> list[Any]:
+        """Those that get their gradients from DDP's buckets."""
+        return self._paths(aside=False)
+
+    # ---------------------------------------------------------------- standing aside
+
+    def before_forward(self, module: DistributedDataParallel, args: Any) -> None:
+        """Decide who averages the gradients of this pass. Where none are left to DDP, it is one inside ``no_sync``."""
+        if torch.is_grad_enabled():
+            refuse_parts(self._trained)  # before DDP adds to them
+            paths = self._all_paths()
+            stands_aside = self._stands_aside
+            for path in paths:
+                path.follow_params()
+            if self._stands_aside != stands_aside:
+                # Where the others have not changed their parameters, DDP on this rank alone would wait for them.
+                for path in paths:
+                    path.announce_change()
+            if self.stood_aside and not self._stands_aside:
+                # DDP has counted as used, since it last averaged, whatever had a gradient.
+                module.reducer._reset_state()
+            self.stood_aside = self._stands_aside
+        self._asked.append((module.require_backward_grad_sync, self._stands_aside))
+        if self._stands_aside:
+            module.require_backward_grad_sync = False
+
+    def after_forward(self, module: DistributedDataParallel, args: Any, output: Any) -> None:
+        """Let the module say again what the user asked for."""
+        if not self._asked:
+            return
+        asked, stood_aside = self._asked.pop()
+        if stood_aside:
+            module.require_backward_grad_sync = asked
+            if torch.is_grad_enabled():  # so that the next forward pass broadcasts buffers
+                module.require_forward_param_sync = asked
+
+    # ---------------------------------------------------------------- the communication hook
+
+    def forget_unless_settled(self) -> bool:
+        """Let go of buckets that DDP may be about to replace; whether they are there to stay."""
+        settled = all(self._settled.values())
+        if not settled:
+            self._known.clear()
+        return settled
+
+    def _forget_buckets(self) -> None:
+        for known in (self._known, self._flats, self._views, self._addresses):
+            known.clear()
+
+    # ---------------------------------------------------------------- gradients that are views of buckets
+
+    def note_views(self) -> None:
+        """Remember the gradients that are views of buckets by now. After each backward pass."""
+        if not self._is_view:
+            return
+        for _, _, packed, _ in self._known.values():
+            for bucket in packed.values():
+                bucket.settle()
+        for index, pairs in list(self._flats.items()):
+            there = [
+                (param, param.grad, flat)
+                for param, flat in pairs
+                if param.grad is not None and param.grad.data_ptr() == flat.data_ptr()
+            ]
+            if there:
+                found = {id(param) for param, *_ in there}
+                self._flats[index] = [pair for pair in pairs if id(pair[0]) not in found]
+                self._views += there
+                self._addresses += [flat.data_ptr() for *_, flat in there]
+
+    def restore_views(self) -> None:
+        """Put gradients back into their buckets after ``param.grad.data = x``. Before each forward pass.
+
+        DDP takes the gradient for its view of the bucket, which it is, and would send what the bucket has.
+        """
+        if list(map(Tensor.data_ptr, map(_gradient_of, self._views))) != self._addresses:
+            for param, grad, flat in self._views:
+                if grad.data_ptr() != flat.data_ptr():
+                    flat.copy_(storage_order(grad, like=param))
+                    grad.data = shaped_like(flat, param)
+        if not all(self._settled.values()):  # DDP may be about to replace its buckets: their memory must not be kept
+            self._forget_buckets()
+
+    def reduce(self, bucket: Any) -> torch.futures.Future[Tensor]:
+        """Serve one ``dist.GradBucket``."""
+        buffer: Tensor = bucket.buffer()
+        check_dense(buffer)
+        paths = {id(path): path for path in self.listeners()}
+        packed, foreign = self._look(bucket, buffer, paths)
+        for key, path in paths.items():
+            # Without views DDP copies the buffer to the gradients when backward is over.
+            path.bucket_came(packed[key] if self._is_view else None)
+        if foreign:
+            # Where another rank does something else, it would not take part.
+            for path in self._all_paths():
+                path.announce_round()
+            together = torch.cat(foreign).div_(dist.get_world_size(self._group))
+            dist.all_reduce(together, group=self._group)
+            torch._foreach_copy_(foreign, list(torch.split(together, [grad.numel() for grad in foreign])))
+        done: torch.futures.Future[Tensor] = torch.futures.Future()
+        done.set_result(buffer)
+        return done
+
+    def _look(self, bucket: Any, buffer: Tensor, paths: dict[int, Any]) -> tuple[dict[int, PackedBucket], list[Tensor]]:
+        """What each path gets of a bucket, and what none takes."""
+        index, params = bucket.index(), bucket.parameters()
+        if (known := self._known.get(index)) is not None:
+            address, last, packed, foreign = known
+            if (
+                address == buffer.data_ptr()
+                and len(last) == len(params)
+                and all(map(operator.is_, last, params))
+                and packed.keys() == paths.keys()
+            ):
+                return packed, foreign
+        if self._known.pop(index, None) is not None:  # DDP has packed its buckets again
+            self._forget_buckets()
+        seen = (buffer.data_ptr(), *map(id, params))
+        self._settled[index] = self._seen.get(index) == seen
+        self._seen[index] = seen
+        # These are contiguous views, whatever a parameter's strides: elements are in memory order.
+        rest = [(param, grad.view(-1)) for param, grad in zip(params, bucket.gradients(), strict=True)]
+        self._flats[index] = rest
+        packed = {}
+        for key, path in paths.items():
+            mine = [(param, grad) for param, grad in rest if id(param) in path.listening]
+            rest = [(param, grad) for param, grad in rest if id(param) not in path.listening]
+            packed[key] = PackedBucket([param for param, _ in mine], [grad for _, grad in mine], self._strides)
+        heard = set[int]().union(*(path.listening for path in self._paths(aside=True)))
+        foreign = [grad for param, grad in rest if id(param) not in heard]
+        self._known[index] = (buffer.data_ptr(), params, packed, foreign)
+        return packed, foreign

@@ -1,0 +1,69 @@
+"""Hooks on modules and parameters that do not keep what they call.
+
+Knows modules and context managers; nothing of gradients.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any, Protocol
+
+from torch.utils.hooks import RemovableHandle
+
+
+class WeakHook:
+    """A method to be hung on a module: the module does not keep the object, nor does a copy of it find it."""
+
+    def __init__(self, owner: Any, method: str) -> None:
+        self._owner = weakref.ref(owner) if owner is not None else None
+        self._method = method
+
+    def __call__(self, *args: Any) -> Any:
+        """Call the method, if there is the object."""
+        owner = self._owner() if self._owner is not None else None
+        return None if owner is None else getattr(owner, self._method)(*args)
+
+    def __deepcopy__(self, memo: Any) -> WeakHook:
+        return WeakHook(None, self._method)
+
+    def __reduce__(self) -> Any:
+        return WeakHook, (None, self._method)
+
+
+class _Pausable(Protocol):
+    def no_sync(self) -> AbstractContextManager[None]: ...
+
+
+class NoSync:
+    """``module.no_sync`` of a plain module, for every optimizer attached to it. A copy of the module pauses none."""
+
+    def __init__(self) -> None:
+        self._paths: list[Callable[[], _Pausable | None]] = []
+
+    def add(self, path: _Pausable) -> None:
+        """Pause ``path`` too."""
+        self._paths = [ref for ref in self._paths if ref() not in (None, path)]
+        self._paths.append(weakref.ref(path))
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        """Accumulate only, in every optimizer."""
+        with ExitStack() as stack:
+            for ref in self._paths:
+                if (path := ref()) is not None:
+                    stack.enter_context(path.no_sync())
+            yield
+
+    def __deepcopy__(self, memo: Any) -> NoSync:
+        return NoSync()
+
+    def __reduce__(self) -> Any:
+        return NoSync, ()
+
+
+def remove(handles: Iterable[RemovableHandle]) -> None:
+    """Take hooks off what they hang on."""
+    for handle in list(handles):
+        handle.remove()

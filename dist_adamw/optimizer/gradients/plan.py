@@ -1,0 +1,56 @@
+"""Which buckets are sent, in which order, and with which parameters.
+
+Knows shards and where parameters lie in them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence, Set
+
+from torch import Tensor
+
+from dist_adamw.optimizer.sharding.shard import Shard
+
+
+class Plan:
+    """The buckets of some shards in the order in which they are launched, and who is in them.
+
+    Args:
+        shards: All of an optimizer.
+        listened: Ids of the parameters whose gradients are heard of. Others are in no bucket here.
+
+    Attributes:
+        params: Those that are listened to and have a shard.
+        order: Shard and number of each bucket.
+        members: Ids of the parameters in each bucket.
+        places: Of each bucket: place in the shard, parameter, whether it is 1-D as it is.
+    """
+
+    def __init__(self, shards: Sequence[Shard], listened: Set[int]) -> None:
+        self.shards, self.listened = list(shards), listened
+        self.order: list[tuple[Shard, int]] = []
+        self.members: list[set[int]] = []
+        self.places: list[list[tuple[int, Tensor, bool]]] = []
+        self.buckets_of: dict[int, list[int]] = {}
+        self.place_of: dict[int, tuple[Shard, int]] = {}
+        self.params: list[Tensor] = []
+        for shard in self.shards:
+            for i, param in enumerate(shard.params):
+                if id(param) in listened:
+                    self.place_of[id(param)] = (shard, i)
+                    self.params.append(param)
+        for shard in reversed(self.shards):
+            for k in reversed(range(shard.layout.num_buckets)):
+                self._add(shard, k)
+
+    def _add(self, shard: Shard, k: int) -> None:
+        pieces = shard.layout.pieces(*shard.layout.bucket(k))
+        places = [(piece.param, shard.params[piece.param]) for piece in pieces]
+        places = [(i, param) for i, param in places if id(param) in self.listened]
+        if not places:
+            return
+        for _, param in places:
+            self.buckets_of.setdefault(id(param), []).append(len(self.order))
+        self.order.append((shard, k))
+        self.places.append([(i, param, param.ndim == 1 and param.is_contiguous()) for i, param in places])
+        self.members.append({id(param) for _, param in places})

@@ -1,0 +1,160 @@
+"""Whether gradients are what they seem: changed between backward and step, or left in parts.
+
+Knows tensors; nothing of ranks.
+
+A change is seen by another tensor or address in ``param.grad``, by a version counter, and, on a CPU, by a sample of the
+values, since ``param.grad.data.mul_(c)`` leaves no other trace. A gradient that was set to None is not used, as in
+torch; ranks must do that alike. Loops over tensors run in C.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+import weakref
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dist_adamw.optimizer.sharding.shard import check_dense
+
+_SAMPLED_TENSORS, _SAMPLED_ELEMENTS = 8, 32
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_gradient, _version = operator.attrgetter("grad"), operator.attrgetter("_version")
+
+
+class GradientWatch:
+    """Gradients as backward, or the last accepted change, left them."""
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Watch nothing."""
+        self._params: Sequence[Tensor] = []
+        self._grads: list[Tensor | None] = []
+        self._present: list[Tensor] = []
+        self._addresses: list[int] = []
+        self._versions = 0
+        self._places: list[Tensor] = []
+        self._sample: list[Tensor] = []
+
+    def remember(self, params: Sequence[Tensor]) -> None:
+        """Let the gradients that ``params`` have now be those that `changed` compares with."""
+        self._params = params
+        self._grads = list(map(_gradient, params))
+        self._present = _present(self._grads)
+        try:
+            self._addresses = list(map(Tensor.data_ptr, self._present))
+        except RuntimeError:
+            for grad in self._present:
+                check_dense(grad)
+            raise
+        self._note_values()
+
+    def remember_written(self, params: Sequence[Tensor]) -> None:
+        """As `remember`, where this package alone has written to gradients since: their memory is what it was."""
+        if params is not self._params or not all(map(operator.is_, map(_gradient, params), self._grads)):
+            self.remember(params)
+            return
+        self._note_values()
+
+    def _note_values(self) -> None:
+        self._versions = sum(map(_version, self._present))
+        self._places = _places(self._present)
+        self._sample = [place.clone() for place in self._places]
+
+    def accept(self) -> None:
+        """Let gradients be what they are now."""
+        if self._params:
+            self.remember(self._params)
+
+    def replaced(self) -> bool:
+        """Whether some ``param.grad`` is another tensor, or has other memory."""
+        now = list(map(_gradient, self._params))
+        if not all(map(operator.is_, now, self._grads)):
+            if any(new is not None and new is not old for new, old in zip(now, self._grads, strict=True)):
+                return True
+            kept = [old is not None and new is not None for new, old in zip(now, self._grads, strict=True)]
+            were = [old is not None for old in self._grads]
+            there = [keep for keep, was in zip(kept, were, strict=True) if was]
+            addresses = [address for address, keep in zip(self._addresses, there, strict=True) if keep]
+            return list(map(Tensor.data_ptr, _present(now))) != addresses
+        return list(map(Tensor.data_ptr, self._present)) != self._addresses
+
+    def changed(self) -> bool:
+        """Whether gradients are not what they were."""
+        return (
+            self.replaced()
+            or sum(map(_version, self._present)) != self._versions
+            or not all(map(torch.equal, self._places, self._sample))
+        )
+
+    def dropped(self) -> list[int]:
+        """Numbers of the parameters whose gradients were set to None."""
+        now = list(map(_gradient, self._params))
+        if all(map(operator.is_, now, self._grads)):
+            return []
+        return [i for i, (new, old) in enumerate(zip(now, self._grads, strict=True)) if new is None and old is not None]
+
+
+def _present(grads: Sequence[Tensor | None]) -> list[Tensor]:
+    return [grad for grad in grads if grad is not None]
+
+
+def _places(grads: list[Tensor]) -> list[Tensor]:
+    """The bits of a few elements of a few of the gradients that lie on a CPU, as views."""
+    places = []
+    sampled = [grad for grad in grads[:: max(1, len(grads) // _SAMPLED_TENSORS)] if _can_be_sampled(grad)]
+    for grad in sampled:
+        count = min(_SAMPLED_ELEMENTS, grad.numel())
+        elements = torch.as_strided(grad.detach(), (count,), (grad.numel() // count,), grad.storage_offset())
+        places.append(elements.view(_BITS[grad.dtype.itemsize]))
+    if not any(map(torch.any, places)):  # zeros stay what they are under any factor: of an embedding, most are
+        for grad in filter(_can_be_sampled, grads):
+            flat = grad.detach().view(-1)
+            largest = flat.abs().argmax()
+            if flat[largest]:
+                return [*places, flat[largest : largest + 1].view(_BITS[grad.dtype.itemsize])]
+    return places
+
+
+def _can_be_sampled(grad: Tensor) -> bool:
+    return grad.device.type == "cpu" and grad.numel() > 0 and grad.is_contiguous()
+
+
+# Gradients of which each rank has a part, and whose optimizer is gone, by id.
+_parts: dict[int, weakref.ref[Tensor]] = {}
+
+
+def mark_parts(grads: Iterable[Tensor]) -> None:
+    """Mark gradients of which each rank has a part, and whose optimizer is gone. Local."""
+    for grad in grads:
+        _parts[id(grad)] = weakref.ref(grad, functools.partial(_forget, id(grad)))
+
+
+def _forget(key: int, ref: Any) -> None:
+    if _parts.get(key) is ref:
+        del _parts[key]
+
+
+def refuse_parts(params: Iterable[Tensor]) -> None:
+    """Refuse gradients of ``params`` that are parts of averages. Local; costs nothing where there are none.
+
+    Raises:
+        RuntimeError: says how to be rid of them.
+    """
+    if not _parts:
+        return
+    grads = _present(list(map(_gradient, params)))
+    parts = [grad for grad in grads if (ref := _parts.get(id(grad))) is not None and ref() is grad]
+    if any(bool(grad.any()) for grad in parts):
+        raise RuntimeError(
+            f"{len(parts)} gradients, the first of shape {tuple(parts[0].shape)}, were reduced to their owners for an "
+            "attached DistAdamW that is gone, so each rank has a part of the average. Call zero_grad() before you let "
+            "go of an optimizer, or at least before the next forward pass."
+        )
+    for grad in parts:  # set to zero since
+        del _parts[id(grad)]

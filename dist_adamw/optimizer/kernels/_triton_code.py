@@ -1,0 +1,162 @@
+# mypy: ignore-errors
+# ruff: noqa: N803, RET505, SIM108, SIM300
+"""What runs on the GPU: AdamW on one row of a table of blocks per program.
+
+The one module that imports Triton, itself imported by `triton` at the first launch. It
+knows addresses and dtypes; what they belong to, `triton` knows. Triton's language has no types for mypy,
+and writes its compile-time arguments in capitals.
+"""
+
+import triton
+import triton.language as tl
+
+# The columns of a row, all int64. Of a constexpr, because a kernel may read no other global.
+ROW = tl.constexpr(6)
+
+
+@triton.jit
+def _one_minus_power(log_base, exponent):
+    """1 - base ** exponent in fp32, to 2e-7 of itself.
+
+    The difference of 1 and 0.999 ** 1 in fp32 would have 4 digits, and fp64 is slow on many GPUs. So for a
+    small result the Taylor series of -expm1, which cancels nothing; its ninth term is below 1e-8 of the first.
+    """
+    x = log_base * exponent
+    tail = 1.0 + x / 6.0 * (1.0 + x / 7.0 * (1.0 + x / 8.0))
+    series = x * (1.0 + x / 2.0 * (1.0 + x / 3.0 * (1.0 + x / 4.0 * (1.0 + x / 5.0 * tail))))
+    return tl.where(x > -0.5, -series, 1.0 - tl.exp(x))
+
+
+@triton.jit
+def _narrow(x, dtype: tl.constexpr):
+    """fp32 ``x`` in ``dtype``, to nearest even. To bf16 by its bits, because Triton's interpreter would truncate."""
+    if dtype == tl.bfloat16:
+        bits = x.to(tl.int32, bitcast=True)
+        upper = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        return tl.where(x == x, upper, 0x7FC0).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    else:
+        return x.to(dtype)
+
+
+@triton.jit
+def _followed(weight, param, PARAM: tl.constexpr):
+    """The fp32 ``weight``, or the parameter where that is not the weight rounded, to even or away: it was written."""
+    shown = param.to(tl.float32) == _narrow(weight, PARAM).to(tl.float32)
+    if PARAM == tl.bfloat16:
+        away = ((weight.to(tl.int32, bitcast=True) + 0x8000) >> 16) << 16
+        shown = shown | (param.to(tl.float32) == away.to(tl.float32, bitcast=True))
+    return tl.where(shown, weight, param.to(tl.float32))
+
+
+@triton.jit
+def _joined(upper, remainder):
+    """The fp32 weight of a bf16 parameter's bits, shifted by 16, and a remainder; not NaN if the parameter was written.
+
+    See mixed.follow_params_.
+    """
+    magnitude = upper & 0x7FFFFFFF
+    impossible = ((magnitude == 0) & (remainder < 0)) | ((magnitude == 0x7F800000) & (remainder > 0))
+    return tl.where(impossible, upper, upper + remainder).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _update(
+    param_address, grad_address, offset, numel, masters, exp_avgs, exp_avg_sqs, max_exp_avg_sqs,
+    scale, decay, step_size, root_correction2, beta1, rest1, beta2, rest2, eps,
+    PARAM: tl.constexpr, GRAD: tl.constexpr, REMAINDER: tl.constexpr, MAXIMIZE: tl.constexpr,
+    ALIGNED: tl.constexpr, ROW_NUMEL: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """One row: ``numel`` elements, in tiles. ``decay`` is the part of a weight that it loses."""
+    # Bits are loaded where there are remainders. No other thread reads or writes what this one does.
+    stored: tl.constexpr = tl.int16 if REMAINDER else PARAM
+    if ALIGNED:  # a product's factor is seen by the compiler, an int64's from a table is not
+        numel = numel // 8 * 8
+        offset = offset // 8 * 8
+    params = param_address.to(tl.pointer_type(stored))
+    grads = grad_address.to(tl.pointer_type(GRAD))
+    for start in range(0, ROW_NUMEL, TILE):  # a constant: numpy 2.4 ends older interpreters at one from memory
+        i = start + tl.arange(0, TILE)
+        mask = i < numel
+        param_at, grad_at, at = params + i, grads + i, offset + i
+        if ALIGNED:
+            param_at = tl.multiple_of(param_at, 16)
+            grad_at = tl.multiple_of(grad_at, 16)
+        grad = tl.load(grad_at, mask=mask, other=0.0).to(tl.float32) * scale
+        if MAXIMIZE:
+            grad = -grad
+        exp_avg = tl.load(exp_avgs + at, mask=mask, other=0.0).to(tl.float32)
+        exp_avg_sq = tl.load(exp_avg_sqs + at, mask=mask, other=0.0).to(tl.float32)
+        if REMAINDER:
+            upper = tl.load(param_at, mask=mask, other=0).to(tl.int32) << 16
+            weight = _joined(upper, tl.load(masters + at, mask=mask, other=0).to(tl.int32))
+        elif masters is not None:
+            param = tl.load(param_at, mask=mask, other=0.0)
+            weight = _followed(tl.load(masters + at, mask=mask, other=0.0), param, PARAM)
+        else:
+            weight = tl.load(param_at, mask=mask, other=0.0).to(tl.float32)
+        weight -= decay * weight  # 1 - decay would lose most digits of a small decay
+        exp_avg = beta1 * exp_avg + rest1 * grad
+        exp_avg_sq = beta2 * exp_avg_sq + rest2 * grad * grad
+        largest = exp_avg_sq
+        if max_exp_avg_sqs is not None:
+            before = tl.load(max_exp_avg_sqs + at, mask=mask, other=0.0).to(tl.float32)
+            largest = tl.maximum(before, exp_avg_sq, propagate_nan=tl.PropagateNan.ALL)
+            tl.store(max_exp_avg_sqs + at, _narrow(largest, max_exp_avg_sqs.dtype.element_ty), mask=mask)
+        denominator = tl.div_rn(tl.sqrt_rn(largest), root_correction2) + eps
+        weight -= tl.div_rn(step_size * exp_avg, denominator)
+        tl.store(exp_avgs + at, _narrow(exp_avg, exp_avgs.dtype.element_ty), mask=mask)
+        tl.store(exp_avg_sqs + at, _narrow(exp_avg_sq, exp_avg_sqs.dtype.element_ty), mask=mask)
+        if REMAINDER:  # mixed.split_master_ says why so; CUDA's own NaN would carry into the sign
+            bits = tl.where(weight == weight, weight.to(tl.int32, bitcast=True), 0x7FC00000)
+            tl.store(param_at, ((bits + 0x8000) >> 16).to(tl.int16), mask=mask)
+            tl.store(masters + at, bits.to(tl.int16), mask=mask)
+        else:
+            if masters is not None:
+                tl.store(masters + at, weight, mask=mask)
+            tl.store(param_at, _narrow(weight, PARAM), mask=mask)
+
+
+@triton.jit
+def update(
+    table, masters, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, scale, found_inf, lr, weight_decay,
+    log_beta1, beta1, rest1, log_beta2, beta2, rest2, eps,
+    PARAM: tl.constexpr, GRAD: tl.constexpr, REMAINDER: tl.constexpr, MAXIMIZE: tl.constexpr,
+    DECAY_BESIDE_LR: tl.constexpr, LR_IN_MEMORY: tl.constexpr, DECAY_IN_MEMORY: tl.constexpr,
+    ROW_NUMEL: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Apply AdamW to the row of ``table`` that this program is for.
+
+    ``masters``, ``max_exp_avg_sqs``, ``scale`` and ``found_inf`` may be None; ``lr`` and ``weight_decay``
+    are values or addresses. ``rest1`` is 1 - beta1, rounded once.
+    """
+    applied = True
+    if found_inf is not None:
+        applied = tl.load(found_inf) == 0
+    if applied:
+        row = table + tl.program_id(0).to(tl.int64) * ROW
+        param_address, grad_address = tl.load(row), tl.load(row + 1)
+        offset, numel = tl.load(row + 2), tl.load(row + 3).to(tl.int32)
+        step = tl.load(steps + tl.load(row + 4))
+        rate = tl.load(lr).to(tl.float32) if LR_IN_MEMORY else lr
+        decay = tl.load(weight_decay).to(tl.float32) if DECAY_IN_MEMORY else weight_decay
+        factor = 1.0
+        if scale is not None:
+            factor = tl.load(scale).to(tl.float32)
+        if DECAY_BESIDE_LR:
+            decay = tl.where(rate != 0, decay, 0.0)
+        else:
+            decay = rate * decay
+        step_size = rate / _one_minus_power(log_beta1, step)
+        root_correction2 = tl.sqrt_rn(_one_minus_power(log_beta2, step))
+        if tl.load(row + 5) != 0:
+            _update(
+                param_address, grad_address, offset, numel, masters, exp_avgs, exp_avg_sqs, max_exp_avg_sqs,
+                factor, decay, step_size, root_correction2, beta1, rest1, beta2, rest2, eps,
+                PARAM, GRAD, REMAINDER, MAXIMIZE, True, ROW_NUMEL, TILE,
+            )  # fmt: skip
+        else:
+            _update(
+                param_address, grad_address, offset, numel, masters, exp_avgs, exp_avg_sqs, max_exp_avg_sqs,
+                factor, decay, step_size, root_correction2, beta1, rest1, beta2, rest2, eps,
+                PARAM, GRAD, REMAINDER, MAXIMIZE, False, ROW_NUMEL, TILE,
+            )  # fmt: skip

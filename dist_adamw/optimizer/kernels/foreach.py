@@ -1,0 +1,191 @@
+"""AdamW arithmetic on lists of tensors.
+
+Imports torch only. Nothing here knows of ranks, buckets or checkpoints;
+``adamw.py`` chooses which run of each weight to pass.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+DecayBy = Literal["lr", "schedule"]
+
+_PAGE, _APART = 4096, 640  # bytes
+
+# Where torch has a fused kernel. A device that is missing here takes the foreach path.
+_FUSED_DEVICES = frozenset({"cpu", "cuda", "mps", "xpu", "hpu", "mtia"})
+
+
+def can_fuse(param: Tensor) -> bool:
+    """Whether torch's fused AdamW kernel can update ``param``."""
+    return param.device.type in _FUSED_DEVICES and param.is_floating_point()
+
+
+def adamw_update_(
+    params: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    max_exp_avg_sqs: list[Tensor],
+    steps: list[Tensor],
+    *,
+    grads: list[Tensor],
+    lr: float | Tensor,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    decay_by: DecayBy,
+    maximize: bool,
+    fused: bool,
+    found_inf: Tensor | None = None,
+) -> None:
+    """Apply one AdamW update in place.
+
+    Elementwise, so updating a slice equals slicing the updated whole.
+    Local: no collectives, ranks may call it in any order.
+
+    Args:
+        params: Weights, of any shapes; the next lists match them tensor by tensor.
+        max_exp_avg_sqs: Running maxima of ``exp_avg_sqs`` (amsgrad), or empty.
+        steps: Updates so far, this one included, as 0-d fp32 tensors. Not changed.
+        grads: Gradients averaged over the global batch. Not changed.
+        lr: Step size after scheduling (the paper's eta_t * alpha).
+        weight_decay: Multiplied by ``lr``, as in torch, when ``decay_by`` is "lr"; the whole
+            decay of this update, as in the paper, when it is "schedule". In both an update
+            with lr == 0 leaves the weights alone.
+        fused: torch's fused kernel, or its foreach arithmetic.
+        found_inf: 0-d; 1 makes the fused kernel leave everything as it is, without the host
+            having to know. None with ``fused=False``.
+
+    Source: Loshchilov & Hutter, arXiv:1711.05101, Algorithm 2.
+    """
+    if not params:
+        return
+    if decay_by == "schedule":
+        weight_decay = _decay_beside_lr(params, lr, weight_decay, found_inf)
+    amsgrad = bool(max_exp_avg_sqs)
+    if fused:
+        torch._fused_adamw_(
+            params,
+            grads,
+            exp_avgs,
+            exp_avg_sqs,
+            max_exp_avg_sqs,
+            steps,
+            lr=cast(float, lr),  # torch's stub has an overload for either, none for both
+            beta1=betas[0],
+            beta2=betas[1],
+            weight_decay=weight_decay,
+            eps=eps,
+            amsgrad=amsgrad,
+            maximize=maximize,
+            found_inf=found_inf,
+        )
+        return
+    adamw(
+        params,
+        grads,
+        exp_avgs,
+        exp_avg_sqs,
+        max_exp_avg_sqs,
+        [step - 1 for step in steps],  # torch's function counts the update itself
+        foreach=True,
+        amsgrad=amsgrad,
+        beta1=betas[0],
+        beta2=betas[1],
+        lr=lr,
+        weight_decay=weight_decay,
+        eps=eps,
+        maximize=maximize,
+    )
+
+
+def _decay_beside_lr(params: list[Tensor], lr: float | Tensor, decay: float, found_inf: Tensor | None) -> float:
+    """Return the weight decay to pass to a kernel that multiplies it by ``lr``.
+
+    A tensor ``lr`` cannot be divided by without asking the device, so ``params`` decay here then.
+    """
+    if isinstance(lr, Tensor):
+        factor = 1 - decay * (lr != 0) * (1 if found_inf is None else 1 - found_inf)
+        torch._foreach_mul_(params, factor.to(params[0].device, params[0].dtype))
+        return 0.0
+    beside = decay / lr if lr else 0.0
+    return beside if math.isfinite(beside) else 0.0  # lr below 1e-308: as good as 0
+
+
+def zeros_apart(numel: int, place: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """``numel`` zeros, 1-D, for state that one pass reads and writes beside other state.
+
+    On a CPU they begin at a place in their memory page that ``place``, 0 to 5, chooses. Large tensors
+    otherwise mostly begin at the same one (0 here, so not for state), and a pass over several
+    takes up to twice as long: a processor tells a load from an earlier store by the low 12 bits of the
+    address first, and waits where those agree.
+    """
+    if device.type != "cpu":
+        return torch.zeros(numel, dtype=dtype, device=device)
+    spare = _PAGE // dtype.itemsize
+    memory = torch.zeros(numel + spare, dtype=dtype)
+    wanted = 64 + _APART * place  # torch aligns to 64
+    shift = (wanted - memory.data_ptr()) % _PAGE // dtype.itemsize
+    return memory[shift : shift + numel]
+
+
+def sum_of_squares(tensors: list[Tensor]) -> Tensor:
+    """Sum of squares of all elements, as a 0-d fp64 tensor on the first tensor's device. Local."""
+    device = tensors[0].device
+    wide = torch.float64 if device.type != "mps" else torch.float32
+    total = torch.zeros((), dtype=wide, device=device)
+    for doubles, dtype in ((True, torch.float64), (False, torch.float32)):
+        alike = [t for t in tensors if (t.dtype == torch.float64) == doubles]
+        if alike:
+            norms = torch._foreach_norm(alike, 2, dtype=dtype)
+            total += torch.stack([norm.to(device) for norm in norms]).to(wide).square().sum()
+    return total
+
+
+def norm_parts(tensors: list[Tensor], norm_type: float) -> Tensor:
+    """What ranks add up for the norm of all their elements: the sum of |x| ** p; for p = inf the largest |x|.
+
+    A 0-d fp64 tensor on the first tensor's device. Local.
+    """
+    if norm_type == 2.0:
+        return sum_of_squares(tensors)
+    norms = torch.stack([norm.to(tensors[0].device) for norm in torch._foreach_norm(tensors, norm_type)])
+    wide = norms.to(torch.float64 if norms.device.type != "mps" else torch.float32)
+    return wide.max() if norm_type == math.inf else wide.pow(norm_type).sum()
+
+
+def check_hyper_parameters(group: Mapping[str, Any]) -> None:
+    """Refuse what torch.optim.AdamW refuses, in its words; also inf.
+
+    Args:
+        group: A parameter group; ``lr``, ``betas``, ``eps`` and ``weight_decay`` are looked at.
+
+    Raises:
+        ValueError: a value is out of its range, or nan.
+    """
+    lr = group["lr"]
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError("Tensor lr must be 1-element")
+    for name, value in (
+        ("learning rate", lr),
+        ("epsilon value", group["eps"]),
+        ("weight_decay value", group["weight_decay"]),
+    ):
+        if not 0.0 <= value < math.inf:
+            raise ValueError(f"Invalid {name}: {value}")
+    betas = group["betas"]
+    if not isinstance(betas, Sequence) or isinstance(betas, str) or len(betas) != 2:
+        raise ValueError(f"betas must be two numbers, got {betas!r}.")
+    if isinstance(betas[0], Tensor) != isinstance(betas[1], Tensor):
+        raise ValueError(f"betas must be either both floats or both Tensors, got {betas!r}.")
+    for i, beta in enumerate(betas):
+        if isinstance(beta, Tensor) and beta.numel() != 1:
+            raise ValueError(f"Tensor betas[{i}] must be 1-element")
+        if not 0.0 <= beta < 1.0:
+            raise ValueError(f"Invalid beta parameter at index {i}: {beta}")

@@ -1,0 +1,1 @@
+"""One rank's share of the optimizer state."""

@@ -1,0 +1,571 @@
+"""One rank's share of the AdamW state of a list of parameters.
+
+Tensors, a layout and a process group. ``adamw.py`` decides what is in a shard and
+when it is updated; this module knows where every element lies.
+
+Elements of a parameter are counted in the order of its memory, which is C order for a
+contiguous one. A DTensor's elements are those of its local tensor: whoever made it has shared it out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from dist_adamw.optimizer.kernels.foreach import zeros_apart
+from dist_adamw.optimizer.kernels.mixed import follow_params_, join_master, split_master_
+from dist_adamw.optimizer.kernels.triton import BlockTable
+from dist_adamw.optimizer.transport.exchange import Exchange, cut, cut_slice, make_exchange
+from dist_adamw.optimizer.transport.layout import FlatLayout, Piece
+from dist_adamw.ranks import collectives
+
+MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+# Weights in fp32, or what fp32 weights have beyond the bits of the bf16 parameters.
+MASTERS = ("master", "remainder")
+
+
+class Operands(NamedTuple):
+    """What one bucket's update reads and writes; equally long lists of 1-D tensors (steps: 0-d)."""
+
+    params: list[Tensor]
+    exp_avgs: list[Tensor]
+    exp_avg_sqs: list[Tensor]
+    max_exp_avg_sqs: list[Tensor]
+    steps: list[Tensor]
+    masters: list[Tensor]
+
+    def named(self, name: str) -> list[Tensor]:
+        """The column of a moment or master, by its name in ``optimizer.state``."""
+        return self.masters if name in MASTERS else cast(list[Tensor], getattr(self, f"{name}s"))
+
+
+@dataclass(slots=True)
+class _Bucket:
+    """Views that stay valid while the parameters stay where they are."""
+
+    pieces: list[Piece]
+    operands: Operands
+
+
+class Shard:
+    """The state of ``params``, of which this rank holds its share.
+
+    Args:
+        params: Parameters of one group, dtype and device; DTensors of one mesh, sharded along the same axes, or none.
+        group: Their parameter group.
+        process_group: The ranks that share the state; None keeps it whole.
+        replicas: The ranks that own the same elements, in other copies of the state.
+        max_bucket_numel: Elements that travel together; None: what suits.
+        lean: See `partition.suitable_bucket_numel`.
+        tag: Tells the messages of several optimizers apart.
+        master_dtype: Of weights kept beside bf16 or fp16 parameters: fp32, or int16 for remainders.
+        state_dtype: Of the moments; None: fp32 with masters, else the parameters'.
+
+    Local to build; the methods of ``exchange`` are collective.
+    """
+
+    def __init__(
+        self,
+        params: list[Tensor],
+        *,
+        group: dict[str, Any],
+        process_group: dist.ProcessGroup | None,
+        replicas: dist.ProcessGroup | None = None,
+        max_bucket_numel: int | None,
+        lean: bool = False,
+        tag: int = 0,
+        master_dtype: torch.dtype | None = None,
+        state_dtype: torch.dtype | None = None,
+    ) -> None:
+        self.params = params
+        self.spread_over = spread_over(params[0])
+        self.group = group
+        self.process_group, self._replicas, self._tag = process_group, replicas, tag
+        world_size = 1 if process_group is None else collectives.world_size(process_group)
+        self.rank = 0 if process_group is None else collectives.rank(process_group)
+        self.layout = FlatLayout(tuple(p.numel() for p in self._weights()), world_size, max_bucket_numel, lean)
+        self._owned = self.layout.owned(self.rank)
+        self._owned_of: list[list[Piece]] = [[] for _ in params]
+        self._where: list[list[tuple[int, int]]] = [[] for _ in params]  # bucket and place in it
+        for k, bucket in enumerate(self._owned):
+            for j, piece in enumerate(bucket):
+                self._owned_of[piece.param].append(piece)
+                self._where[piece.param].append((k, j))
+        like = self._weights()[0]
+        dtypes = dict.fromkeys(MOMENTS if group["amsgrad"] else MOMENTS[:2], like.dtype)
+        if like.dtype.itemsize == 2 and master_dtype is not None:
+            dtypes = dict.fromkeys(dtypes, torch.float32)
+            if state_dtype is not None:
+                dtypes = dict.fromkeys(dtypes, state_dtype)
+            dtypes["master" if master_dtype == torch.float32 else "remainder"] = master_dtype
+        elif state_dtype is not None:
+            dtypes = dict.fromkeys(dtypes, state_dtype)
+        self.moments = {
+            name: zeros_apart(self.layout.shard_numel, place, dtype=dtype, device=like.device)
+            for place, (name, dtype) in enumerate(dtypes.items(), 1)
+        }
+        self.is_mixed = any(dtype != like.dtype for dtype in dtypes.values())
+        self.steps = torch.zeros(len(params), dtype=torch.float32, device=like.device)
+        self.has_grad = [False] * len(params)
+        self.reduced: dict[int, list[Tensor | None]] = {}  # by bucket, what `GradientPath` has made of the gradients
+        self._flat_grads: Tensor | None = None
+        self._members: dict[int, list[Tensor]] = {}
+        self._tables: dict[tuple[int, int], tuple[list[int], BlockTable]] = {}
+        self._build_views()
+        if "master" in self.moments:
+            for views in self._buckets:
+                if views.pieces:
+                    torch._foreach_copy_(views.operands.masters, views.operands.params)
+
+    # ---------------------------------------------------------------- where things lie
+
+    def _weights(self) -> list[Tensor]:
+        """What of the parameters lies in this process."""
+        return self.params if self.spread_over is None else [local_of(p) for p in self.params]
+
+    def _build_views(self) -> None:
+        weights = self._weights()
+        self._addresses = [p.data_ptr() for p in weights]
+        self._orders = [axes_in_memory(p) for p in weights]
+        self._is_straight = [order == sorted(order) for order in self._orders]
+        flat = [storage_order(p.detach()) for p in weights]
+        self._cut_state([cast(list[Tensor], cut(flat, pieces)) for pieces in self._owned])
+        self.exchange: Exchange | None = None
+        if self.process_group is not None:
+            self.exchange = make_exchange(
+                self.layout, flat, group=self.process_group, replicas=self._replicas, tag=self._tag
+            )
+
+    def _cut_state(self, params: list[list[Tensor]]) -> None:
+        """Make the views of state that go with ``params``: of each bucket, what this rank owns."""
+        self._step_of = list(self.steps.unbind())
+        self._none_of = {name: moment[:0] for name, moment in self.moments.items()}
+        self._buckets = [self._bucket_views(*both) for both in zip(self._owned, params, strict=True)]
+
+    def _bucket_views(self, pieces: list[Piece], params: list[Tensor]) -> _Bucket:
+        state = {name: [moment[p.offset : p.offset + p.numel] for p in pieces] for name, moment in self.moments.items()}
+        masters = state.get("master") or state.get("remainder") or []
+        steps_of = [self._step_of[p.param] for p in pieces]
+        exp_avgs, exp_avg_sqs, maxima = (state.get(name, []) for name in MOMENTS)
+        return _Bucket(pieces, Operands(params, exp_avgs, exp_avg_sqs, maxima, steps_of, masters))
+
+    def has_moved(self) -> bool:
+        """Whether parameters have other memory than at the last `refresh`. Local."""
+        return list(map(Tensor.data_ptr, self._weights())) != self._addresses
+
+    def refresh(self) -> None:
+        """Follow parameters that have moved. Local. What `state_of` gives is other tensors then.
+
+        They must be where and what each other is, in their memory format of before: `fits` says so.
+        """
+        weights = self._weights()
+        device, dtype = weights[0].device, weights[0].dtype
+        for place, (name, moment) in enumerate(self.moments.items(), 1):
+            kept = moment.dtype if self.is_mixed else dtype
+            self.moments[name] = zeros_apart(len(moment), place, dtype=kept, device=device).copy_(moment)
+        self.steps = self.steps.to(device)
+        self._build_views()
+        if self._flat_grads is not None:
+            self._flat_grads = self._flat_grads.to(device, dtype)
+            self._cut_flat_grads()
+            self.reduced = {k: list(self._flat_views[k]) for k in self.reduced}
+
+    def renew(self) -> None:
+        """Move the state to other memory. Local. What `state_of` gives is other tensors then.
+
+        Before the state of a parameter is overwritten: the user may hold, or have put elsewhere, what was shown.
+        """
+        for place, (name, moment) in enumerate(self.moments.items(), 1):
+            self.moments[name] = zeros_apart(len(moment), place, dtype=moment.dtype, device=moment.device).copy_(moment)
+        self.steps = self.steps.clone()
+        self._cut_state([bucket.operands.params for bucket in self._buckets])
+
+    def fits(self) -> bool:
+        """Whether `refresh` can follow what became of the parameters; else their state needs other shards. Local."""
+        weights = self._weights()
+        alike = len({(p.device, p.dtype) for p in weights}) == 1 and all(map(self.has_numel_of, range(len(weights))))
+        return alike and [axes_in_memory(p) for p in weights] == self._orders
+
+    def has_numel_of(self, i: int) -> bool:
+        """Whether parameter ``i`` has as many elements as its state. Local."""
+        return local_of(self.params[i]).numel() == self.layout.numels[i]
+
+    def check_numel(self, i: int) -> None:
+        """Refuse a parameter that has another number of elements than its state. Local.
+
+        Raises:
+            ValueError: says how many there are.
+        """
+        if not self.has_numel_of(i):
+            param = local_of(self.params[i])
+            raise ValueError(
+                f"a parameter of shape {tuple(param.shape)} has {param.numel()} elements, and its state has "
+                f"{self.layout.numels[i]}: its data was replaced. Put a new nn.Parameter into the group instead, or "
+                "empty its entry in optimizer.state (optimizer.state[p] = {})."
+            )
+
+    def has_left_device(self) -> bool:
+        """Whether the first parameter is on another device than its state; a cheap sign of all. Local."""
+        return local_of(self.params[0]).device != self.steps.device
+
+    def retag(self, tag: int) -> None:
+        """Have messages carry ``tag``."""
+        self._tag = tag
+        if self.exchange is not None:
+            self.exchange.tag = tag
+
+    def follow_weights(self) -> None:
+        """Take over what was written to the parameters since the last update, a loaded model say. Local.
+
+        Only where a parameter is not its master rounded: elsewhere the master knows more. Updates do it themselves.
+        """
+        for bucket in self._buckets:
+            follow_params_(bucket.operands.params, bucket.operands.masters)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of state on this rank."""
+        return sum(t.nbytes for t in (*self.moments.values(), self.steps))
+
+    def owned_pieces(self, k: int) -> list[Piece]:
+        """What this rank owns of bucket ``k``; offsets are places in the flat moments."""
+        return self._owned[k]
+
+    def members(self, k: int) -> list[Tensor]:
+        """The parameters that have elements in bucket ``k``."""
+        if k not in self._members:
+            found = self.layout.pieces(*self.layout.bucket(k))
+            self._members[k] = [self.params[piece.param] for piece in found]
+        return self._members[k]
+
+    def ranges_of(self, i: int) -> list[list[int]]:
+        """The ``[start, stop)`` of parameter ``i`` that this rank owns, in ascending order."""
+        return [[p.start, p.stop] for p in self._owned_of[i]]
+
+    def offset_of(self, i: int) -> int:
+        """Where this rank's elements of parameter ``i`` begin in the flat moments."""
+        return self._owned_of[i][0].offset if self._owned_of[i] else 0
+
+    def owned_moment(self, i: int, name: str) -> Tensor:
+        """This rank's elements of a moment of parameter ``i``, 1-D, in the order of `ranges_of`."""
+        # Thousands of small parameters: one more view takes half a kilobyte.
+        if not self._where[i]:
+            return self._none_of[name]
+        if len(self._where[i]) == 1:
+            k, j = self._where[i][0]
+            return self._buckets[k].operands.named(name)[j]
+        # A parameter that goes on in the next bucket fills this one to the end, so its pieces
+        # lie side by side in the flat shard.
+        start = self.offset_of(i)
+        return self.moments[name][start : start + sum(piece.numel for piece in self._owned_of[i])]
+
+    def state_of(self, i: int) -> dict[str, Any]:
+        """Parameter ``i``'s entry in ``optimizer.state``: views into the shard.
+
+        Whole state has the parameter's own shape, and is a DTensor as the parameter is; a share is 1-D.
+        """
+        state: dict[str, Any] = {"step": self._step_of[i]}
+        for name in self.moments:
+            owned = self.owned_moment(i, name)
+            if self.process_group is None:
+                state[name] = self.shaped(owned, self.params[i])
+            else:  # never one empty tensor for two parameters: the user may replace its data
+                state[name] = owned if self._where[i] else owned.detach()
+        return state
+
+    @staticmethod
+    def shaped(flat: Tensor, param: Tensor) -> Tensor:
+        """All elements that lie here, 1-D, as a view of the shape of ``param``, and a DTensor as that is."""
+        if not isinstance(param, DTensor):
+            return shaped_like(flat, param)
+        local = shaped_like(flat, local_of(param))
+        made: Tensor = DTensor.from_local(
+            local, param.device_mesh, param.placements, run_check=False, shape=param.shape, stride=param.stride()
+        )
+        return made
+
+    def order_of(self, i: int) -> list[int]:
+        """The axes of parameter ``i`` from the largest step in memory to the smallest, when it was laid out."""
+        return self._orders[i]
+
+    def fill(self, i: int, name: str, flat: Tensor) -> None:
+        """Copy this rank's share of ``flat``, all elements of a moment of parameter ``i`` in the order of memory."""
+        self._copy_share(i, flat, self.owned_moment(i, name))
+
+    def as_laid_out(self, i: int, tensor: Tensor) -> Tensor:
+        """``tensor``, of the shape of parameter ``i``, as 1-D in the order of `order_of`. A view, or a copy."""
+        if tensor.ndim == 1:
+            return tensor if tensor.is_contiguous() else tensor.reshape(-1)
+        check_dense(tensor)
+        if self._is_straight[i]:
+            return tensor.reshape(-1)
+        return tensor.permute(self._orders[i]).reshape(-1)
+
+    def from_laid_out(self, i: int, flat: Tensor) -> Tensor:
+        """The inverse of `as_laid_out`: a view of ``flat``."""
+        order, shape = self._orders[i], local_of(self.params[i]).shape
+        return flat.view([shape[axis] for axis in order]).permute([order.index(axis) for axis in range(len(order))])
+
+    def _copy_share(self, i: int, flat: Tensor, target: Tensor) -> None:
+        place = 0
+        for start, stop in self.ranges_of(i):
+            target[place : place + stop - start].copy_(flat[start:stop])
+            place += stop - start
+
+    def reset(self, i: int) -> None:
+        """Let parameter ``i`` begin with zeros, and its exact weights with the parameter. Local."""
+        self.steps[i] = 0.0
+        for name in self.moments:
+            if name == "master":
+                self.fill(i, name, self.as_laid_out(i, self._weights()[i].detach()))
+            else:
+                self.owned_moment(i, name).zero_()
+
+    def put(self, i: int, values: Mapping[str, Any]) -> None:
+        """Copy what the user put into the state of parameter ``i``, checked by `placement.check_given`. Local.
+
+        Whole tensors, of which this rank takes its share, or shares; None: the master follows the parameter.
+        """
+        for name, value in values.items():
+            if name == "step":
+                self.steps[i] = float(value)
+            elif value is None and name == "remainder":
+                self.owned_moment(i, name).zero_()
+            elif value is None:
+                self.fill(i, name, self.as_laid_out(i, self._weights()[i].detach()))
+            elif value.shape == self.params[i].shape:
+                self.fill(i, name, self.as_laid_out(i, _placed_like(value, self.params[i])))
+            else:
+                self.owned_moment(i, name).copy_(value)
+
+    def adopt(self, i: int, state: Mapping[str, Any], *, is_share: bool) -> None:
+        """Copy a state of parameter ``i``: this rank's share of it, or the whole, of which it takes its share."""
+        if "exp_avg" not in state:
+            return
+        self.steps[i] = float(state["step"])
+        for name in self.moments:
+            if name not in state:
+                continue
+            target = self.owned_moment(i, name)
+            if is_share:
+                target.copy_(state[name])
+                continue
+            whole = storage_order(_placed_like(state[name], self.params[i]), like=local_of(self.params[i]))
+            self._copy_share(i, whole, target)
+
+    @property
+    def has_maxima(self) -> bool:
+        """Whether state has the running maxima of amsgrad."""
+        return "max_exp_avg_sq" in self.moments
+
+    @property
+    def has_master(self) -> bool:
+        """Whether weights are kept more exactly than the parameters have them."""
+        return not self.moments.keys().isdisjoint(MASTERS)
+
+    def master_of(self, i: int) -> Tensor:
+        """This rank's fp32 weights of parameter ``i``, 1-D, in the order of `ranges_of`; new memory."""
+        parts = [torch.empty(0, device=self.steps.device)]
+        for k, j in self._where[i]:
+            operands = self._buckets[k].operands
+            exact = operands.masters[j]
+            parts.append(join_master(operands.params[j], exact) if "remainder" in self.moments else exact)
+        return torch.cat(parts)
+
+    def set_master(self, i: int, values: Tensor) -> None:
+        """Let the weights of parameter ``i`` be ``values``, as `master_of` gives them."""
+        numels = [self._buckets[k].pieces[j].numel for k, j in self._where[i]]
+        for (k, j), part in zip(self._where[i], torch.split(values, numels), strict=True):
+            operands = self._buckets[k].operands
+            if "remainder" in self.moments:
+                split_master_(part, operands.params[j], operands.masters[j])
+            else:
+                operands.masters[j].copy_(part)
+
+    def flat_master(self) -> Tensor:
+        """All of this rank's fp32 weights, placed like the moments; new memory where there are only remainders."""
+        if "master" in self.moments:
+            return self.moments["master"]
+        flat = torch.zeros(self.layout.shard_numel, device=self.steps.device)
+        for i in range(len(self.params)):
+            values = self.master_of(i)
+            flat[self.offset_of(i) : self.offset_of(i) + values.numel()] = values
+        return flat
+
+    # ---------------------------------------------------------------- one update
+
+    def flat_grads(self, k: int) -> list[Tensor]:
+        """Memory for averaged gradients of the owned pieces of bucket ``k``, side by side."""
+        if self._flat_grads is None:
+            like = self.params[0]
+            self._flat_grads = torch.zeros(self.layout.shard_numel, dtype=like.dtype, device=like.device)
+            self._cut_flat_grads()
+        return self._flat_views[k]
+
+    def _cut_flat_grads(self) -> None:
+        assert self._flat_grads is not None
+        self._flat_views = [
+            [self._flat_grads[p.offset : p.offset + p.numel] for p in bucket.pieces] for bucket in self._buckets
+        ]
+
+    def owned_grads(self) -> list[list[Tensor | None]]:
+        """Averaged gradients of the owned pieces, bucket by bucket; None where a parameter has none."""
+        if self._flat_grads is None:
+            self.has_grad = [p.grad is not None for p in self.params]
+        if self.reduced:
+            return [
+                [
+                    grad if self.has_grad[p.param] else None
+                    for p, grad in zip(bucket.pieces, self.reduced.get(k) or [None] * len(bucket.pieces), strict=True)
+                ]
+                for k, bucket in enumerate(self._buckets)
+            ]
+        grads = [p.grad if p.grad is None else local_gradient(p.grad, p) for p in self.params]
+        for grad in grads:
+            if grad is not None:
+                check_dense(grad)
+        flat = [
+            None if grad is None else storage_order(grad, like=p)
+            for p, grad in zip(self._weights(), grads, strict=True)
+        ]
+        return [cut_slice(flat, bucket.pieces) for bucket in self._buckets]
+
+    @property
+    def any_grad(self) -> bool:
+        """Whether any parameter had a gradient when `owned_grads` last looked."""
+        return any(self.has_grad)
+
+    def count_update(self, found_inf: Tensor | None) -> None:
+        """Advance ``step`` of the parameters that have a gradient, by 0 where ``found_inf`` is 1."""
+        one = 1.0 if found_inf is None else 1.0 - found_inf
+        if all(self.has_grad):
+            self.steps.add_(one)
+        else:
+            self.steps.add_(torch.tensor(self.has_grad, dtype=torch.float32, device=self.steps.device) * one)
+
+    def operands(self, k: int, live: list[int]) -> Operands:
+        """What the update of bucket ``k`` needs, of its pieces ``live``."""
+        operands = self._buckets[k].operands
+        if len(live) == len(operands.params):
+            return operands
+        return Operands(*([column[i] for i in live] if column else [] for column in operands))
+
+    def table(self, k: int, live: list[int], grads: list[Tensor]) -> BlockTable:
+        """Where the pieces ``live`` of bucket ``k`` lie, for the Triton kernel."""
+        params = self.operands(k, live).params
+        table = self._tables.get((k, len(live)))
+        pieces = [self._buckets[k].pieces[i] for i in live]
+        if table is None or table[0] != live:
+            made = BlockTable(params, grads, offsets=[p.offset for p in pieces], step_indices=[p.param for p in pieces])
+            table = self._tables[k, len(live)] = (live, made)
+        table[1].follow(params, grads)
+        return table[1]
+
+
+def check_dense(grad: Tensor) -> None:
+    """Refuse a sparse gradient.
+
+    Raises:
+        RuntimeError: says what to do.
+    """
+    if grad.layout != torch.strided:
+        raise RuntimeError(
+            f"DistAdamW does not support sparse gradients, got one of layout {grad.layout}. "
+            "Build the embedding with sparse=False."
+        )
+
+
+def peek(state: Mapping[Tensor, Any], param: Tensor) -> Any:
+    """The entry of ``param`` in ``optimizer.state``, or None. It does not count as read by the user. Local."""
+    return dict.get(state, param) if isinstance(state, dict) else state.get(param)
+
+
+def local_of(tensor: Tensor) -> Tensor:
+    """What of ``tensor`` lies in this process: a DTensor's local tensor, else itself. Local."""
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+
+
+def local_gradient(grad: Tensor, param: Tensor) -> Tensor:
+    """The elements of ``grad`` that go with `local_of` of ``param``. Collective where it is placed otherwise."""
+    if not isinstance(param, DTensor):
+        return grad
+    if not isinstance(grad, DTensor):
+        raise RuntimeError(
+            f"a gradient of shape {tuple(grad.shape)} is a plain tensor, and its parameter a DTensor placed "
+            f"{param.placements}. Leave gradients as backward makes them."
+        )
+    if grad.placements != param.placements:
+        grad = grad.redistribute(placements=param.placements)
+    local = grad._local_tensor
+    return local.wait() if isinstance(local, AsyncCollectiveTensor) else local
+
+
+def _placed_like(tensor: Tensor, param: Tensor) -> Tensor:
+    """The elements of a whole state, or of a DTensor placed anyhow, that go with `local_of` of ``param``."""
+    if not isinstance(param, DTensor):
+        return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    if not isinstance(tensor, DTensor):
+        # No rank asks another: each has the whole.
+        tensor = distribute_tensor(tensor, param.device_mesh, param.placements, src_data_rank=None)
+    elif tensor.placements != param.placements:
+        tensor = tensor.redistribute(param.device_mesh, param.placements)
+    return local_of(tensor)
+
+
+def spread_over(param: Tensor) -> tuple[Any, ...] | None:
+    """The mesh of a DTensor and the axes along which its elements are shared out; None for other tensors. Local."""
+    if not isinstance(param, DTensor):
+        return None
+    axes = tuple(axis for axis, placement in enumerate(param.placements) if not placement.is_replicate())
+    return (param.device_mesh, axes)
+
+
+def storage_order(tensor: Tensor, like: Tensor | None = None) -> Tensor:
+    """``tensor`` as 1-D, its elements in the order in which ``like`` (default: itself) has them in memory.
+
+    A view where the two agree, else a copy.
+
+    Raises:
+        ValueError: elements of ``like`` overlap or leave gaps, so there is no such order.
+    """
+    like = tensor if like is None else like
+    if like.is_contiguous():
+        return tensor if tensor.ndim == 1 and tensor.is_contiguous() else tensor.reshape(-1)
+    order = axes_in_memory(like)
+    return tensor.permute(order).reshape(-1)
+
+
+def shaped_like(flat: Tensor, like: Tensor) -> Tensor:
+    """The inverse of `storage_order`: ``flat`` itself if it has the shape of ``like``, else a view that has."""
+    if flat.shape == like.shape:
+        return flat
+    if like.is_contiguous():
+        return flat.view(like.shape)
+    order = axes_in_memory(like)
+    inverse = [order.index(axis) for axis in range(like.ndim)]
+    return flat.view([like.shape[axis] for axis in order]).permute(inverse)
+
+
+def axes_in_memory(tensor: Tensor) -> list[int]:
+    """The axes of ``tensor``, from the one with the largest step in memory to the one with the smallest.
+
+    Raises:
+        ValueError: elements overlap or leave gaps.
+    """
+    if tensor.is_contiguous():
+        return list(range(tensor.ndim))
+    strides = tensor.stride()
+    order = sorted(range(tensor.ndim), key=lambda axis: -strides[axis])
+    if not tensor.permute(order).is_contiguous():
+        raise ValueError(
+            f"a parameter of shape {tuple(tensor.shape)} has strides {tensor.stride()}: its elements overlap or "
+            "leave gaps. Make it contiguous before the optimizer sees it."
+        )
+    return order

@@ -1,0 +1,194 @@
+"""What a state dict says of the share it holds, and whether it fits an optimizer.
+
+Knows shards and the format of DistAdamW's state dicts; ``adamw.py`` asks before it
+changes anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dist_adamw.optimizer.sharding.shard import MASTERS, MOMENTS, Shard, peek, shaped_like
+from dist_adamw.optimizer.transport.layout import FlatLayout, Piece
+from dist_adamw.ranks import collectives
+
+_MESSAGE_BYTES = 16 << 20  # of all ranks together, while state is gathered
+
+
+def describe_share(shards: Sequence[Shard], params: Sequence[Tensor]) -> dict[str, Any] | None:
+    """Which elements of the state ``shards`` hold, as plain data; None for all of them.
+
+    Args:
+        params: Every parameter of the optimizer; the description has their places in it.
+    """
+    if not shards or shards[0].process_group is None:
+        return None
+    index = {id(param): i for i, param in enumerate(params)}
+    return {
+        "rank": shards[0].rank,
+        "world_size": shards[0].layout.world_size,
+        "shards": [[index[id(param)] for param in shard.params] for shard in shards],
+        "ranges": {index[id(param)]: shard.ranges_of(i) for shard in shards for i, param in enumerate(shard.params)},
+    }
+
+
+def check_share(
+    share: Mapping[str, Any], params: Sequence[Tensor], here: tuple[int, int], bucket_numel: int | None, lean: bool
+) -> None:
+    """Refuse a share of another rank, or one that was cut otherwise.
+
+    Args:
+        here: This rank and the world size that the state is shared over.
+        bucket_numel: Of the optimizer's layout, as ``lean`` is.
+
+    Raises:
+        ValueError: it does not fit; says what it is of, and what would fit.
+    """
+    rank, world_size = here
+    if (share["rank"], share["world_size"]) != here:
+        raise ValueError(
+            f"this state is the share of rank {share['rank']} of {share['world_size']}, and this is rank {rank} of "
+            f"{world_size}. Save and load with accelerator.save_state and load_state after dist_adamw.prepare, or call "
+            "consolidate_state_dict() on every rank before state_dict(): both load on any number of ranks."
+        )
+    for members in share["shards"]:
+        layout = FlatLayout(tuple(params[i].numel() for i in members), world_size, bucket_numel, lean)
+        for i, ranges in zip(members, layout.ranges(rank), strict=True):
+            if ranges != share["ranges"][i]:
+                raise ValueError(
+                    f"this share has elements {share['ranges'][i]} of parameter {i}, and this rank owns {ranges}: "
+                    "it is of another model, or was made with another bucket_numel."
+                )
+
+
+def check_entries(state_dict: Mapping[str, Any], params: Sequence[Tensor]) -> None:
+    """Refuse half of a parameter's state, and moments that are not of its shape, or of the share's size.
+
+    Raises:
+        ValueError: names the parameter and what is wrong.
+    """
+    share = state_dict.get("share")
+    amsgrad = [group.get("amsgrad", False) for group in state_dict["param_groups"] for _ in group["params"]]
+    for i, param in enumerate(params):
+        whole = param.shape
+        if share is not None:
+            whole = torch.Size([sum(stop - start for start, stop in share["ranges"].get(i, []))])
+        entry = state_dict["state"].get(i, {})
+        needed = MOMENTS if any(amsgrad[i : i + 1]) else MOMENTS[:2]
+        missing = [key for key in ("step", *needed) if key not in entry]
+        if entry and missing:
+            raise ValueError(
+                f"the state of parameter {i} has no {' and no '.join(missing)}. Pass all of it, or an empty entry "
+                "to begin with zeros."
+            )
+        for key in (*MOMENTS, *MASTERS):
+            value = entry.get(key)
+            if value is not None and value.shape != whole:
+                raise ValueError(
+                    f"{key} of parameter {i} has shape {tuple(value.shape)}, but {tuple(whole)} is needed here. "
+                    "The state is of another model, or its groups are in another order."
+                )
+
+
+@dataclass(frozen=True, slots=True)
+class WholeState:
+    """What `gather_state` has put together, and how to see that it is out of date.
+
+    Attributes:
+        to: The rank of the sharing group that has it; None: all of them.
+        states: By parameter, in the parameter's shape, on the CPU; None on ranks that do not have it.
+        stamps: `stamps_of` the shards and the state it was made of.
+    """
+
+    to: int | None
+    states: dict[Tensor, dict[str, Any]] | None
+    stamps: list[tuple[Any, ...]]
+
+
+def stamps_of(shards: Sequence[Shard], state: Mapping[Tensor, Mapping[str, Any]]) -> list[tuple[Any, ...]]:
+    """Identities and versions that change with any write to state: in place, or of another tensor or dict. Local.
+
+    Args:
+        shards: Where it lies.
+        state: ``optimizer.state``, which shows it.
+    """
+    memory = [(id(tensor), tensor._version) for shard in shards for tensor in (*shard.moments.values(), shard.steps)]
+    params = (param for shard in shards for param in shard.params)
+    shown = [
+        (name, id(value), getattr(value, "_version", 0))
+        for param in params
+        for name, value in (peek(state, param) or {}).items()
+    ]
+    return [*memory, *shown]
+
+
+@torch.no_grad()
+def gather_state(shards: Sequence[Shard], to: int | None, state: Mapping[Tensor, Mapping[str, Any]]) -> WholeState:
+    """Copy the state of all ranks to one. Collective over the ranks that share it.
+
+    Beside the whole state the receiving rank needs 16 MB; the others 16 MB / ranks.
+
+    Args:
+        shards: All sharded over the same ranks.
+        to: The receiving rank, counted in that group; None: every rank.
+        state: ``optimizer.state``.
+    """
+    receives = to is None or to == shards[0].rank
+    states: dict[Tensor, dict[str, Any]] = {}
+    for shard in shards:
+        assert shard.process_group is not None
+        steps = shard.steps.cpu()
+        for i, param in enumerate(shard.params if receives else []):
+            states[param] = {"step": steps[i].clone()}
+        for name, flat in shard.moments.items():
+            whole = [torch.empty(p.numel(), dtype=flat.dtype) for p in shard.params] if receives else []
+            owned = [_in_order(shard.layout.owned(rank)) for rank in range(shard.layout.world_size)] if receives else []
+            for start, parts in _gathered(flat, to, shard.process_group):
+                for pieces, part in zip(owned, parts, strict=True):
+                    _put(part, start, pieces, whole)
+            for param, values in zip(shard.params, whole, strict=receives):
+                states[param][name] = shaped_like(values, param)
+    # Ranks lay out parameters that have had no gradient yet, and torch has no state of them.
+    states = {param: entry for param, entry in states.items() if entry["step"] or any(_moments_of(entry))}
+    return WholeState(to, states if receives else None, stamps_of(shards, state))
+
+
+def _moments_of(entry: Mapping[str, Any]) -> Iterator[bool]:
+    """Of each moment, whether it has anything but zeros."""
+    return (bool(entry[name].any()) for name in MOMENTS if name in entry)
+
+
+def _in_order(buckets: Sequence[Sequence[Piece]]) -> list[Piece]:
+    return [piece for bucket in buckets for piece in bucket]
+
+
+def _gathered(flat: Tensor, to: int | None, group: dist.ProcessGroup) -> Iterator[tuple[int, list[Tensor]]]:
+    """Yield every rank's elements of ``flat``, message by message, and where they begin; no ranks' where it sends."""
+    world_size, rank = collectives.world_size(group), collectives.rank(group)
+    length = max(1, _MESSAGE_BYTES // (world_size * flat.element_size()))
+    for start in range(0, len(flat), length):
+        mine = flat[start : start + length].contiguous()
+        # As bytes: not every backend sends every dtype.
+        sent = mine.view(torch.uint8)
+        parts = [torch.empty_like(sent) for _ in range(world_size)] if to in (None, rank) else []
+        if to is None:
+            dist.all_gather(parts, sent, group=group)
+        else:
+            dist.gather(sent, parts or None, group=group, group_dst=to)
+        yield start, [part.view(flat.dtype).cpu() for part in parts]
+
+
+def _put(part: Tensor, start: int, pieces: Sequence[Piece], whole: Sequence[Tensor]) -> None:
+    """Copy what ``part``, which begins at ``start`` of a rank's shard, has of its pieces to where they belong."""
+    stop = start + len(part)
+    for piece in pieces:
+        first, last = max(piece.offset, start), min(piece.offset + piece.numel, stop)
+        if first < last:
+            place = piece.start + first - piece.offset
+            whole[piece.param][place : place + last - first] = part[first - start : last - start]

@@ -1,0 +1,1 @@
+"""Slices of flat tensors between ranks: gradients to their owners, parameters to all."""

@@ -1,0 +1,39 @@
+"""Configuration as plain data, which a safe load accepts and which compares by value.
+
+Knows nothing of what is configured.
+"""
+
+from __future__ import annotations
+
+import re
+from numbers import Integral, Number, Rational, Real
+from typing import Any
+
+from torch import Tensor
+
+# Checkpoints name functions by the module that 0.1.0 kept them in, and are compared by that text.
+_MODULE_IN_CHECKPOINTS = {
+    "dist_adamw.schedule.policies": "dist_adamw.policies",
+    "dist_adamw.schedule.restarts": "dist_adamw.schedule",
+}
+
+
+def plain(value: Any) -> Any:
+    """``value`` as data that a safe load accepts and that compares by value."""
+    if value is None or isinstance(value, bool | str):
+        return value
+    # numpy's numbers too, which a safe load would refuse.
+    if isinstance(value, Integral):
+        return int(value)
+    if isinstance(value, Real) and not isinstance(value, Rational):
+        return float(value)
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, Tensor):
+        return value.tolist()
+    if isinstance(value, Number):
+        return str(value)
+    if hasattr(value, "__qualname__"):
+        module = _MODULE_IN_CHECKPOINTS.get(value.__module__, value.__module__)
+        return f"{module}.{value.__qualname__}"
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))

@@ -1,0 +1,1 @@
+"""Processes, what they exchange, and whether they agree."""

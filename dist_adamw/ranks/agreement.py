@@ -1,0 +1,155 @@
+"""Check that all ranks agree: fingerprints first, records only where they differ.
+
+Knows process groups and plain records; nothing of what they describe.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dist_adamw.errors import AgreementError
+from dist_adamw.ranks.collectives import broadcast_object, end_quietly, world_size
+
+Record = Mapping[str, Any]
+_SHOWN = 200  # characters of a value in a sentence
+
+
+def check_agreement(record: Record, group: dist.ProcessGroup | None = None) -> None:
+    """Raise on every rank when ``record`` is not the same on all of them. Collective.
+
+    Ranks exchange 16 bytes; records travel only when they differ, and then those of two ranks.
+
+    Args:
+        record: Plain, JSON-like values by field name.
+
+    Raises:
+        AgreementError: names the first rank that differs from rank 0, its fields and both values.
+    """
+    if world_size(group) == 1:
+        return
+    digest = fingerprint(record)
+    lowest = _lowest_and_highest(digest).to(_message_device(group))
+    dist.all_reduce(lowest, op=dist.ReduceOp.MIN, group=group)
+    if _differ(lowest):
+        _raise_disagreement(record, digest, group)
+
+
+def _lowest_and_highest(digest: int) -> Tensor:
+    """What a minimum over the ranks turns into the lowest digest and minus the highest."""
+    return torch.tensor([digest, -digest], dtype=torch.int64)
+
+
+def _differ(lowest: Tensor) -> bool:
+    low, minus_high = lowest.tolist()
+    return bool(low != -minus_high)
+
+
+def _message_device(group: dist.ProcessGroup | None) -> torch.device:
+    """Where a tensor must lie for ``group`` to send it: on the host, unless the backend serves devices alone."""
+    group = dist.group.WORLD if group is None else group
+    assert group is not None
+    try:
+        group._get_backend(torch.device("cpu"))
+    except RuntimeError:  # NCCL alone
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def _raise_disagreement(record: Record, digest: int, group: dist.ProcessGroup | None) -> None:
+    """Name the first rank that differs from the first one, and how. Every rank knows that some do. Collective."""
+    device = _message_device(group)
+    digests = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(world_size(group))]
+    dist.all_gather(digests, torch.tensor([digest], dtype=torch.int64, device=device), group=group)
+    found = [int(one) for one in digests]
+    odd = next(rank for rank, one in enumerate(found) if one != found[0])
+    records = [broadcast_object(dict(record), rank_in_group, group) for rank_in_group in (0, odd)]
+    names = range(len(found)) if group is None else dist.get_process_group_ranks(group)
+    raise AgreementError(_describe(records[0], names[0], records[1], names[odd]))
+
+
+def fingerprint(record: Record) -> int:
+    """A 62-bit digest of ``record``. Local."""
+    return int.from_bytes(hashlib.blake2b(canonical(record).encode(), digest_size=8).digest(), "big") >> 2
+
+
+def canonical(record: Record) -> str:
+    """``record`` as text that is equal for equal values; floats keep every bit. Local."""
+    return json.dumps(record, sort_keys=True, default=repr)
+
+
+def _describe(ours: Record, first: int, theirs: Record, other: int) -> str:
+    fields = []
+    for name in sorted({*ours, *theirs}):
+        found = _first_difference(name, ours.get(name), theirs.get(name))
+        if found is not None:
+            where, one, two = found
+            fields.append(f"{where} is {_show(one)} on rank {first} and {_show(two)} on rank {other}")
+    return (
+        f"rank {other} disagrees with rank {first}: {'; '.join(fields)}. "
+        "Build the model, the optimizer and the scheduler alike on every rank, and pass "
+        "the same values to step() everywhere."
+    )
+
+
+def _first_difference(name: str, ours: Any, theirs: Any) -> tuple[str, Any, Any] | None:
+    """Where two values differ: all of them when they can be shown, else their first item that does."""
+    if canonical({"": ours}) == canonical({"": theirs}):
+        return None
+    if isinstance(ours, list) and isinstance(theirs, list) and max(len(repr(ours)), len(repr(theirs))) > _SHOWN:
+        for i, (one, two) in enumerate(zip(ours, theirs, strict=False)):
+            if (found := _first_difference(f"{name}[{i}]", one, two)) is not None:
+                return found
+        return f"the length of {name}", len(ours), len(theirs)
+    return name, ours, theirs
+
+
+def _show(value: object) -> str:
+    text = "missing" if value is None else repr(value)
+    return text if len(text) <= _SHOWN else text[:_SHOWN] + "..."
+
+
+class AgreementWatch:
+    """Compares a record over the ranks at every update, one update behind.
+
+    `check` posts this update's fingerprint and looks at the previous update's answer, so the
+    message travels while the ranks compute, and every rank learns of a difference at the same
+    call. Collective: every rank calls `check` equally often.
+
+    Args:
+        group: A group that can reduce CPU tensors (gloo).
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None) -> None:
+        end_quietly()
+        self._group = group
+        self._posted: tuple[dist.Work, Tensor, Record, int] | None = None
+
+    def check(self, record: Record) -> None:
+        """Look at the last record's answer, then post ``record``.
+
+        Raises:
+            AgreementError: the last record was not the same on all ranks.
+        """
+        self.settle()
+        digest = fingerprint(record)
+        lowest = _lowest_and_highest(digest)
+        work = dist.all_reduce(lowest, op=dist.ReduceOp.MIN, group=self._group, async_op=True)
+        assert work is not None
+        self._posted = (work, lowest, dict(record), digest)
+
+    def settle(self) -> None:
+        """Wait for the last answer. Call it before anything that must not keep a wrong state."""
+        if self._posted is None:
+            return
+        work, lowest, record, digest = self._posted
+        self._posted = None
+        work.wait()
+        if _differ(lowest):
+            _raise_disagreement(record, digest, self._group)

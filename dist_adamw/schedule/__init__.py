@@ -1,0 +1,12 @@
+"""From the number of samples to learning rate and weight decay."""
+
+from dist_adamw.schedule.restarts import (
+    Cycle,
+    ExpReduceMaxLROnIteration,
+    ReduceMaxLROnRestart,
+    RestartSchedule,
+    SchedulePoint,
+    _Run,  # noqa: F401  pickles of 0.1.0 name it here
+)
+
+__all__ = ["Cycle", "ExpReduceMaxLROnIteration", "ReduceMaxLROnRestart", "RestartSchedule", "SchedulePoint"]

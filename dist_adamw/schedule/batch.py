@@ -1,0 +1,93 @@
+"""The global batch and how it is made up.
+
+Plain arithmetic; knows nothing of accelerators or data loaders.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass, fields
+
+
+def check_whole(name: str, value: object, least: int = 0) -> int:
+    """Return ``value`` as an int when it is a whole number: Python's, numpy's, or a tensor of one integer.
+
+    Raises:
+        ValueError: anything else, or below ``least`` (0 or 1), or 2**62 and more; with the value received.
+    """
+    is_bool = isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool")
+    try:
+        number = None if is_bool else operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        number = None
+    if number is None or number < least:
+        raise ValueError(f"{name} must be a whole number {'above 0' if least else '>= 0'}, got {shown(value)}.")
+    if number >= 1 << 62:
+        raise ValueError(f"{name} must be below 2**62, got {shown(value)}.")
+    return number
+
+
+def check_positive_int(name: str, value: object) -> int:
+    """Return ``value`` as an int when it is a whole number above zero: see `check_whole`.
+
+    Raises:
+        ValueError: anything else, with the value received.
+    """
+    return check_whole(name, value, least=1)
+
+
+def shown(value: object) -> str:
+    """``value`` as it is written, if that is of bearable length."""
+    try:
+        text = repr(value)
+    except ValueError:  # a number of more digits than Python writes
+        return "a number of thousands of digits"
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+@dataclass(frozen=True, slots=True)
+class GlobalBatch:
+    """The samples that one update averages over.
+
+    Args:
+        micro_batch_size: Samples that one data-parallel rank sees in one forward pass.
+        gradient_accumulation_steps: Forward passes between two updates.
+        data_parallel_size: Ranks that see different samples.
+
+    Raises:
+        ValueError: a factor is not a whole number above 0.
+    """
+
+    micro_batch_size: int
+    gradient_accumulation_steps: int = 1
+    data_parallel_size: int = 1
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            object.__setattr__(self, field.name, check_positive_int(field.name, getattr(self, field.name)))
+
+    @property
+    def size(self) -> int:
+        """The global batch, in samples."""
+        return self.micro_batch_size * self.gradient_accumulation_steps * self.data_parallel_size
+
+    @classmethod
+    def solve(cls, *, size: int, micro_batch_size: int, data_parallel_size: int = 1) -> GlobalBatch:
+        """Find the gradient accumulation that gives a global batch of ``size`` samples.
+
+        Raises:
+            ValueError: no whole number of accumulation steps gives ``size``; the
+                message names the nearest sizes that work.
+        """
+        size = check_positive_int("size", size)
+        one_pass = cls(micro_batch_size, 1, data_parallel_size).size
+        steps, rest = divmod(size, one_pass)
+        if rest:
+            nearest = [str(n * one_pass) for n in (steps, steps + 1) if n]
+            raise ValueError(
+                f"global batch size {size} is not a multiple of micro_batch_size x data_parallel_size = "
+                f"{micro_batch_size} x {data_parallel_size} = {one_pass}. "
+                f"The nearest size{'s' if len(nearest) > 1 else ''} that work{'' if len(nearest) > 1 else 's'}: "
+                f"{' and '.join(nearest)}."
+            )
+        return cls(micro_batch_size, steps, data_parallel_size)

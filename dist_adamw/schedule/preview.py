@@ -1,0 +1,226 @@
+"""A look at a schedule before training: the table of restarts, lr and weight decay as curves, where training ends.
+
+Knows schedules; nothing of optimizers. Draws with matplotlib when asked to.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from dist_adamw.schedule.batch import check_positive_int
+from dist_adamw.schedule.restarts import RestartSchedule, SchedulePoint
+
+GroupValues = Callable[[SchedulePoint], tuple[float, float]]
+
+_CYCLES = 4  # rows of the table where no number is given
+_MOST_CYCLES = 20  # rows of the table where total_samples decides
+_NEARLY_DONE = 0.98  # of a cycle: a cosine is then at 0.1% of its peak
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingEnd:
+    """Where training of ``total_samples`` ends in a schedule; ``print`` it.
+
+    Attributes:
+        total_samples: Real global samples, warm-up included.
+        epochs: The same in epochs.
+        cycle: The cycle that training ends in, from 0.
+        done: How much of that cycle is trained, in (0, 1]; 0 when training ends during warm-up.
+        lr_fraction: Where lr lies at the end, between min_lr (0) and the base lr (1).
+        is_at_cycle_end: Whether that is a cycle's end: less than one global batch beside it, or the cycle 98% done.
+        cycle_ends: The nearest ends of cycles before and after, in samples; the first is 0 when there is none before.
+        restart_periods: The nearest periods, in epochs, with which training ends at a cycle's end: the next shorter
+            than the schedule's and the next longer, as texts that `CyclicLRWithRestarts` reads exactly ("2.857").
+            May be empty where ``min_restart_period`` holds some cycles.
+    """
+
+    total_samples: int
+    epochs: float
+    cycle: int
+    done: float
+    lr_fraction: float
+    is_at_cycle_end: bool
+    cycle_ends: tuple[int, int]
+    restart_periods: tuple[str, ...]
+    _epoch_size: int
+
+    def __str__(self) -> str:
+        where = f"training ends at sample {self.total_samples:,} (epoch {self.epochs:.6g})"
+        if self.is_at_cycle_end:
+            return f"{where}, at the end of cycle {self.cycle}"
+        inside = f"{self.done:.1%} into cycle {self.cycle}" if self.done else "before the warm-up is over"
+        before, after = (f"epoch {end / self._epoch_size:.6g} ({end:,} samples)" for end in self.cycle_ends)
+        nearest = f"Cycles end at {before} and at {after}" if self.cycle_ends[0] else f"The first cycle ends at {after}"
+        fitting = " or ".join(f"restart_period={_as_argument(period)}" for period in self.restart_periods)
+        return f"{where}, {inside}, with lr at {self.lr_fraction:.1%} of its base value. {nearest}" + (
+            f"; with {fitting} one ends where training does." if fitting else "."
+        )
+
+
+def _as_argument(period: str) -> str:
+    return repr(period) if "/" in period else period
+
+
+def training_end(schedule: RestartSchedule, total_samples: int) -> TrainingEnd:
+    """Find where training of ``total_samples`` ends, and what would make it end at a cycle's end. Local.
+
+    Args:
+        schedule: ``CyclicLRWithRestarts.schedule``.
+        total_samples: Real global samples of all updates, warm-up included: ``epochs * epoch_size``.
+
+    Raises:
+        ValueError: ``total_samples`` is not a whole number above 0.
+    """
+    total = check_positive_int("total_samples", total_samples)
+    warmup = schedule.warmup_samples
+    cycle = schedule.at(total - 1).cycle  # of the last sample
+    begin, end = (warmup + _ceil(edge) for edge in (cycle.start, cycle.start + cycle.length))
+    done = max(0.0, float((total - warmup - cycle.start) / cycle.length))
+    if cycle.index and total - begin < schedule.batch_size:
+        # The update that reached into this cycle began in the one before, with that one's lr.
+        cycle, done = schedule.cycle(cycle.index - 1), 1.0
+        begin, end = warmup + _ceil(cycle.start), begin
+    is_at_end = done >= _NEARLY_DONE or (total > warmup and abs(end - total) < schedule.batch_size)
+    return TrainingEnd(
+        total_samples=total,
+        epochs=total / schedule.epoch_size,
+        cycle=cycle.index,
+        done=min(done, 1.0),
+        lr_fraction=_lr_fraction(schedule, total),
+        is_at_cycle_end=is_at_end,
+        cycle_ends=(begin if cycle.index else 0, end),
+        restart_periods=() if is_at_end else _fitting_periods(schedule, total - warmup, cycle.index + 1),
+        _epoch_size=schedule.epoch_size,
+    )
+
+
+def _lr_fraction(schedule: RestartSchedule, samples: int) -> float:
+    point = schedule.at(samples)
+    return point.multiplier if point.warmup is None else point.warmup
+
+
+def _fitting_periods(schedule: RestartSchedule, samples: int, cycles: int) -> tuple[str, ...]:
+    """The nearest periods below and above ``schedule``'s with which a cycle ends ``samples`` after the warm-up.
+
+    ``samples`` lies in cycle number ``cycles``, counted from 1: that one ends there with a shorter period, or the one
+    before it with a longer one.
+    """
+    periods = []
+    for count in (cycles, cycles - 1):
+        if samples <= 0 or count < 1:
+            continue
+        # All ends move in proportion to the first period, unless a minimum holds some of them.
+        period = schedule.cycle(0).length * samples / schedule.cycle(count).start / schedule.epoch_size
+        decimals = [f"{float(period):.{digits}g}" for digits in range(1, 10)]
+        for text in (*(one for one in decimals if "e" not in one), str(period)):
+            if _ends_at(schedule, text, count, samples):
+                periods.append(text)
+                break
+    return tuple(periods)
+
+
+def _ends_at(schedule: RestartSchedule, period: str, count: int, samples: int) -> bool:
+    """Whether ``count`` cycles of ``schedule`` with another period end at ``samples``, to less than an update."""
+    try:
+        changed = replace(schedule, restart_period=period)
+    except ValueError:  # such as cycles too many to count
+        return False
+    return abs(changed.cycle(count).start - samples) < schedule.batch_size
+
+
+@dataclass(frozen=True, slots=True)
+class CycleRow:
+    """One line of the table of restarts."""
+
+    cycle: int
+    first_sample: int
+    samples: int
+    epochs: float
+    updates: int
+    peak_lr: float
+    peak_weight_decay: float
+
+
+@dataclass(frozen=True, slots=True)
+class Preview:
+    """What `CyclicLRWithRestarts.preview` returns; ``print`` it, or `plot` it.
+
+    Attributes:
+        rows: One per cycle.
+        samples: Where lr and weight_decay were evaluated; the next two match it.
+        warmup_samples: Samples before the first cycle.
+        end: Where training ends, when ``total_samples`` was given.
+    """
+
+    rows: tuple[CycleRow, ...]
+    samples: tuple[int, ...]
+    lr: tuple[float, ...]
+    weight_decay: tuple[float, ...]
+    warmup_samples: int
+    end: TrainingEnd | None = None
+
+    @classmethod
+    def compute(
+        cls,
+        schedule: RestartSchedule,
+        values: GroupValues,
+        *,
+        cycles: int | None,
+        points: int,
+        total_samples: int | None = None,
+    ) -> Preview:
+        """Evaluate ``values`` (lr, weight decay) over the first ``cycles`` cycles, or over ``total_samples``."""
+        points = check_positive_int("points", points)
+        end = None if total_samples is None else training_end(schedule, total_samples)
+        if cycles is None:
+            cycles = _CYCLES if end is None else min(end.cycle + 1, _MOST_CYCLES)
+        cycles = check_positive_int("cycles", cycles)
+        warmup = schedule.warmup_samples
+        starts = [warmup + _ceil(schedule.cycle(i).start) for i in range(cycles + 1)]
+        last = starts[-1] if end is None else end.total_samples
+        samples = tuple(last * k // points for k in range(points))
+        trace = [values(schedule.at(s)) for s in samples]
+        rows = []
+        for i, (first, after) in enumerate(itertools.pairwise(starts)):
+            inside = {first + (after - first) * k // 64 for k in range(64)}
+            inside.add(min(first + int((after - first) * schedule.triangular_step), after - 1))
+            peak = max(values(schedule.at(s))[0] for s in inside)
+            rows.append(
+                CycleRow(
+                    cycle=i,
+                    first_sample=first,
+                    samples=after - first,
+                    epochs=float(schedule.cycle(i).length / schedule.epoch_size),
+                    updates=-(-(after - first) // schedule.batch_size),
+                    peak_lr=peak,
+                    peak_weight_decay=max(values(schedule.at(s))[1] for s in inside),
+                )
+            )
+        return cls(tuple(rows), samples, tuple(v[0] for v in trace), tuple(v[1] for v in trace), warmup, end)
+
+    def __str__(self) -> str:
+        titles = ("cycle", "first sample", "samples", "epochs", "updates", "peak lr", "peak decay")
+        head = "{:>5}  {:>14}  {:>14}  {:>9}  {:>9}  {:>10}  {:>12}".format(*titles)
+        lines = [
+            f"{r.cycle:>5}  {r.first_sample:>14,}  {r.samples:>14,}  {r.epochs:>9.4g}  {r.updates:>9,}  "
+            f"{r.peak_lr:>10.4g}  {r.peak_weight_decay:>12.4g}"
+            for r in self.rows
+        ]
+        warmup = [f"warm-up over the first {self.warmup_samples:,} samples"] if self.warmup_samples else []
+        end = [] if self.end is None else [str(self.end)]
+        return "\n".join([*warmup, head, *lines, *end])
+
+    def plot(self, path: str | Path) -> Path:
+        """Draw lr and weight decay over samples, restarts marked, into a PNG."""
+        from dist_adamw.schedule.plot import plot_curves
+
+        restarts = [row.first_sample for row in self.rows[1:]]
+        curves = {"lr": self.lr, "weight decay": self.weight_decay}
+        return plot_curves(path, self.samples, curves, restarts)
+
+
+def _ceil(value: object) -> int:
+    return -int(-value // 1)  # type: ignore[operator]

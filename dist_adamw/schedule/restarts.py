@@ -1,0 +1,351 @@
+"""The AdamWR schedule as a pure function of samples.
+
+Knows nothing of optimizers, ranks or steps. ``scheduler.py`` holds the
+clock and writes what this module computes into the parameter groups.
+
+Notation (docs/schedule.md): E epoch size, b global batch, W warm-up, all in samples;
+T_i the length of cycle i in epochs; S_i its first sample; tau the position in it.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from bisect import bisect_right
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Any
+
+from dist_adamw.schedule.batch import check_whole, shown
+from dist_adamw.schedule.exact_math import power
+from dist_adamw.schedule.policies import Policy, make_policy
+
+RestartCallback = Callable[[float, float], tuple[float, float]]
+IterationCallback = Callable[[float, float, float], tuple[float, float]]
+Period = int | float | str | Fraction
+
+_SHORTEST = Fraction(1, 1_000_000)  # samples in a cycle
+_BELOW_ONE = math.nextafter(1.0, 0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class ReduceMaxLROnRestart:
+    """Restart callback: multiply the peak by ``ratio`` at every restart."""
+
+    ratio: float = 0.75
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.ratio < math.inf:
+            raise ValueError(f"ratio must be a finite number >= 0, got {self.ratio!r}.")
+
+    def __call__(self, eta_min: float, eta_max: float) -> tuple[float, float]:
+        """Return the range of the next cycle."""
+        return eta_min, eta_max * self.ratio
+
+
+@dataclass(frozen=True, slots=True)
+class ExpReduceMaxLROnIteration:
+    """Iteration callback: multiply the peak by ``gamma`` ** (samples after warm-up / b)."""
+
+    gamma: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_gamma(self.gamma)
+
+    def __call__(self, eta_min: float, eta_max: float, iterations: float) -> tuple[float, float]:
+        """Return the range after ``iterations`` global batches."""
+        return eta_min, eta_max * power(self.gamma, float(iterations))
+
+
+@dataclass(frozen=True, slots=True)
+class Cycle:
+    """One cycle of the schedule; ``start`` and ``length`` are exact, in samples after warm-up."""
+
+    index: int
+    start: Fraction
+    length: Fraction
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulePoint:
+    """What the schedule says of one sample count.
+
+    Attributes:
+        cycle: The cycle and its exact boundaries.
+        tau: Position in the cycle, in [0, 1).
+        multiplier: Where lr lies between min_lr (0) and base_lr (1).
+        warmup: Fraction of the warm-up done, in [0, 1); None once it is over.
+    """
+
+    cycle: Cycle
+    tau: float
+    multiplier: float
+    warmup: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """Consecutive cycles whose lengths are a geometric sequence (constant when ratio is 1)."""
+
+    index: int
+    start: Fraction
+    length: Fraction
+    ratio: Fraction
+
+    def cycle(self, index: int) -> Cycle:
+        return Cycle(index, self.start_of(index), self.length * self.ratio ** (index - self.index))
+
+    def start_of(self, index: int) -> Fraction:
+        n = index - self.index
+        total = Fraction(n) if self.ratio == 1 else (self.ratio**n - 1) / (self.ratio - 1)
+        return self.start + self.length * total
+
+    def find(self, u: int) -> int:
+        """Index of the last cycle with start <= u; u is at or after the run's own start."""
+        if self.ratio == 1:
+            return self.index + (u - self.start) // self.length
+        # Logarithms say where to look, and exact numbers what is there.
+        guess = _log_of_one_plus((u - self.start) * (self.ratio - 1) / self.length) / _log_of_one_plus(self.ratio - 1)
+        found = self.index + max(0, int(guess))
+        while self.start_of(found) > u:
+            found -= 1
+        while self.start_of(found + 1) <= u:
+            found += 1
+        return found
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RestartSchedule:
+    """Cyclic learning rates with warm restarts, in samples.
+
+    Looking a sample count up is exact after any number of cycles: boundaries are rational
+    numbers, and neither logarithms nor accumulated floats are used. lr and weight decay are the same
+    bits on every processor; ``policy_fn`` and callbacks of your own are, as far as their arithmetic is
+    (``math.cos``, ``math.exp``, ``**`` and torch's functions differ in the last bit between processors;
+    +, -, *, / and ``math.sqrt`` do not).
+
+    Args:
+        epoch_size: E, samples in an epoch.
+        batch_size: b_ref, the global batch that iteration counts are measured in.
+        restart_period: T_0, epochs in the first cycle; may be a fraction.
+        t_mult: Each cycle is this many times as long as the one before.
+        policy: One of ``policies.POLICIES``; ignored when ``policy_fn`` is given.
+        policy_fn: Your own function of tau.
+        gamma: Base of exp_range's amplitude, gamma ** (u / b_ref), in (0, 1].
+        triangular_step: Where the triangular policies peak, in [0, 1].
+        min_restart_period: T_min, epochs below which no cycle shrinks. Default: one epoch
+            (T_0 if that is shorter) when t_mult < 1, none otherwise.
+        warmup_samples: W; lr rises linearly from warmup_start_lr to the base lr, once.
+        warmup_start_lr: lr at sample 0 when W > 0.
+        eta_on_restart_cb: (eta_min, eta_max) -> (eta_min, eta_max), folded once per restart,
+            starting from (0, 1). Must be pure: its results are recomputed on resume.
+        eta_on_iteration_cb: (eta_min, eta_max, iterations) -> (eta_min, eta_max), applied
+            once to the folded range; iterations = u / b_ref.
+        weight_decay_exponent: p_wd; 1/2 is AdamWR's.
+
+    Raises:
+        ValueError: an argument is out of its range.
+
+    Source: SGDR arXiv:1608.03983; AdamWR arXiv:1711.05101, appendix B; CLR arXiv:1506.01186.
+    """
+
+    epoch_size: int
+    batch_size: int
+    restart_period: Period = 100
+    t_mult: Period = 2
+    policy: str = "cosine"
+    policy_fn: Policy | None = None
+    gamma: float = 1.0
+    triangular_step: float = 0.5
+    min_restart_period: Period | None = None
+    warmup_samples: int = 0
+    warmup_start_lr: float = 0.0
+    eta_on_restart_cb: RestartCallback | None = None
+    eta_on_iteration_cb: IterationCallback | None = None
+    weight_decay_exponent: float = 0.5
+    _eta: Policy = field(init=False, repr=False, compare=False)
+    _runs: tuple[_Run, ...] = field(init=False, repr=False, compare=False)
+    # Caches, not state: (cycle, eta_min, eta_max) that the restart callback was last folded to, and
+    # the cycle last looked up.
+    _folded: list[tuple[int, float, float]] = field(init=False, repr=False, compare=False)
+    _recent: list[Cycle] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        for name, least in (("epoch_size", 1), ("batch_size", 1), ("warmup_samples", 0)):
+            object.__setattr__(self, name, check_whole(name, getattr(self, name), least))
+        for name in ("warmup_start_lr", "triangular_step", "weight_decay_exponent", "gamma"):
+            # A float32 of numpy's would make all that is computed with it a float32.
+            object.__setattr__(self, name, _check_number(name, getattr(self, name)))
+        if not 0.0 <= self.warmup_start_lr < math.inf:
+            raise ValueError(f"warmup_start_lr must be a finite number >= 0, got {self.warmup_start_lr!r}.")
+        if not 0.0 <= self.triangular_step <= 1.0:
+            raise ValueError(f"triangular_step must lie in [0, 1], got {self.triangular_step!r}.")
+        if not 0.0 <= self.weight_decay_exponent <= 10.0:
+            raise ValueError(f"weight_decay_exponent must lie in [0, 10], got {self.weight_decay_exponent!r}.")
+        _check_gamma(self.gamma)
+        if self.policy_fn is not None and not callable(self.policy_fn):
+            raise ValueError(f"policy_fn must be a function of tau, got {self.policy_fn!r}.")
+        object.__setattr__(self, "_eta", self.policy_fn or make_policy(self.policy, self.triangular_step))
+        object.__setattr__(self, "_runs", self._make_runs())
+        object.__setattr__(self, "_folded", [(0, 0.0, 1.0)])
+        object.__setattr__(self, "_recent", [self.cycle(0)])
+
+    def _make_runs(self) -> tuple[_Run, ...]:
+        first = exact("restart_period", self.restart_period) * self.epoch_size
+        ratio = exact("t_mult", self.t_mult)
+        if self.min_restart_period is not None:
+            floor = exact("min_restart_period", self.min_restart_period) * self.epoch_size
+        else:
+            floor = min(first, Fraction(self.epoch_size)) if ratio < 1 else Fraction(0)
+        if max(floor, first if ratio >= 1 else 0) < _SHORTEST:
+            raise ValueError(
+                f"restart_period={shown(self.restart_period)} and min_restart_period={shown(self.min_restart_period)} "
+                f"make cycles of less than a millionth of a sample, in epochs of {self.epoch_size:,}. Raise them."
+            )
+        self._check_countable(first, ratio, floor)
+        if ratio == 1 or (ratio < 1 and first <= floor):
+            return (_Run(0, Fraction(0), max(first, floor), Fraction(1)),)
+        # The cycles before the floor takes over (shrinking) or lets go (growing).
+        turn = _first_power(first, ratio, floor)
+        at_floor = Fraction(1)
+        before = _Run(0, Fraction(0), first, ratio) if ratio < 1 else _Run(0, Fraction(0), floor, at_floor)
+        start = before.start_of(turn)
+        after = _Run(turn, start, floor, at_floor) if ratio < 1 else _Run(turn, start, first * ratio**turn, ratio)
+        return (before, after) if turn else (after,)
+
+    def _check_countable(self, first: Fraction, ratio: Fraction, floor: Fraction) -> None:
+        """Raise where looking a sample up would take long: its cycle is found by exact powers of ``t_mult``."""
+        if ratio == 1 or (ratio < 1 and first <= floor):
+            return
+        growth = _log_of_one_plus(ratio - 1)
+        turns = (
+            {f"before the floor of {shown(self.min_restart_period)} epochs": abs(_log(floor / first) / growth)}
+            if floor
+            else {}
+        )
+        if ratio > 1:
+            length = max(first, floor)
+            turns["in a thousand epochs"] = _log_of_one_plus(1000 * self.epoch_size * (ratio - 1) / length) / growth
+        for when, count in turns.items():
+            largest = _LARGEST_POWER if when.startswith("before") else _LARGEST_POWER >> 3
+            if count * ratio.denominator.bit_length() > largest:
+                raise ValueError(
+                    f"t_mult={shown(self.t_mult)} is so close to 1 that {count:,.0f} cycles pass {when}, which cannot "
+                    "be counted exactly. Round it, or pass 1."
+                )
+
+    def cycle(self, index: int) -> Cycle:
+        """Cycle number ``index``, from 0."""
+        run = self._runs[-1] if index >= self._runs[-1].index else self._runs[0]
+        return run.cycle(index)
+
+    def at(self, samples: int) -> SchedulePoint:
+        """Look up ``samples``, the real global samples consumed before an update."""
+        u = max(0, samples - self.warmup_samples)
+        cycle = self._recent[0]
+        if not cycle.start <= u < cycle.start + cycle.length:
+            run = self._runs[-1] if u >= self._runs[-1].start else self._runs[0]
+            cycle = self._recent[0] = run.cycle(run.find(u))
+        tau = min(_ratio(u - cycle.start, cycle.length), _BELOW_ONE)
+        warmup = samples / self.warmup_samples if samples < self.warmup_samples else None
+        return SchedulePoint(cycle, tau, self._multiplier(cycle.index, tau, u), warmup)
+
+    def _multiplier(self, cycle: int, tau: float, u: int) -> float:
+        eta = self._eta(tau)
+        if not -math.inf < eta < math.inf:
+            raise ValueError(f"the policy returned {eta!r} at tau={tau!r}; it must return a finite number.")
+        eta_min, eta_max = self._fold(cycle)
+        iterations = u / self.batch_size
+        if self.eta_on_iteration_cb is not None:
+            eta_min, eta_max = self.eta_on_iteration_cb(eta_min, eta_max, iterations)
+        if self.policy_fn is None and self.policy == "triangular2":
+            eta_max *= math.ldexp(1.0, -min(cycle, 2000))  # 2000: past the smallest float
+        elif self.policy_fn is None and self.policy == "exp_range":
+            eta_max *= power(self.gamma, iterations)
+        return eta_min + (eta_max - eta_min) * eta
+
+    def _fold(self, cycle: int) -> tuple[float, float]:
+        if self.eta_on_restart_cb is None:
+            return 0.0, 1.0
+        done, eta_min, eta_max = self._folded[0] if self._folded[0][0] <= cycle else (0, 0.0, 1.0)
+        while done < cycle:
+            before = (eta_min, eta_max)
+            eta_min, eta_max = self.eta_on_restart_cb(eta_min, eta_max)
+            done = cycle if (eta_min, eta_max) == before else done + 1  # nothing moves from a fixed point
+        self._folded[0] = (done, eta_min, eta_max)
+        return eta_min, eta_max
+
+    def lr(self, point: SchedulePoint, base_lr: float, min_lr: float) -> float:
+        """The learning rate of a group at ``point``."""
+        if point.warmup is not None:
+            return self.warmup_start_lr + (base_lr - self.warmup_start_lr) * point.warmup
+        return min_lr + (base_lr - min_lr) * point.multiplier
+
+    def weight_decay_norm(self, point: SchedulePoint, batch_size: int) -> float:
+        """(b / (E T_i)) ** p_wd, the factor that turns lambda_norm into lambda_i.
+
+        Source: AdamWR, arXiv:1711.05101, appendix on normalised weight decay.
+        """
+        return power(_ratio(Fraction(batch_size), point.cycle.length), float(self.weight_decay_exponent))
+
+
+def exact(name: str, value: Period) -> Fraction:
+    """Read ``value`` as it is printed, so that 0.1 means 1/10.
+
+    Raises:
+        ValueError: not a finite number above 0.
+    """
+    try:
+        text = str(value).replace("_", "")
+        # A power of ten beyond all floats would fill the memory.
+        fraction = Fraction(0 if len(text) > 1000 or re.search(r"[eE][+-]?\d{4}", text) else text)
+    except (ValueError, ZeroDivisionError):
+        fraction = Fraction(0)
+    if fraction <= 0:
+        raise ValueError(f"{name} must be a finite number above 0, got {shown(value)}.")
+    return fraction
+
+
+def _log_of_one_plus(value: Fraction) -> float:
+    return math.log1p(value) if -0.5 < value < 1 else _log(1 + value)
+
+
+def _log(value: Fraction) -> float:
+    return math.log(value.numerator) - math.log(value.denominator)  # also where no float is as large
+
+
+def _ratio(a: Fraction, b: Fraction) -> float:
+    # Integer division rounds correctly and, unlike Fraction's, takes no greatest common divisor.
+    return (a.numerator * b.denominator) / (a.denominator * b.numerator)
+
+
+# Bits of an exact power of t_mult that still take well under a second.
+_LARGEST_POWER = 1 << 20
+
+
+def _first_power(first: Fraction, ratio: Fraction, floor: Fraction) -> int:
+    """The first n at which first * ratio ** n has reached ``floor``, from either side."""
+
+    def reached(n: int) -> bool:
+        length = first * ratio**n
+        return length <= floor if ratio < 1 else length >= floor
+
+    above = 1
+    while not reached(above):
+        above *= 2
+    return bisect_right(range(above + 1), False, key=reached)
+
+
+def _check_number(name: str, value: Any) -> float:
+    try:
+        if not isinstance(value, str):
+            return float(value)
+    except (TypeError, ValueError, OverflowError):
+        pass
+    raise ValueError(f"{name} must be a number, got {shown(value)}.")
+
+
+def _check_gamma(gamma: float) -> None:
+    if not 0.0 < gamma <= 1.0:
+        raise ValueError(f"gamma must lie in (0, 1], got {gamma!r}.")
