@@ -20,7 +20,7 @@ import torch
 
 from dist_adamw.optimizer import adamw as optimizer
 from dist_adamw.optimizer.gradients import reducer as gradients
-from dist_adamw.optimizer.transport import exchange
+from dist_adamw.optimizer.transport import gloo
 
 COLOURS = {
     "forward": "#d8dee2",
@@ -66,7 +66,7 @@ class Recorder:
     def __init__(self, delay: float) -> None:
         self.spans: list[Span] = []
         self._delay = delay
-        kind = exchange.PeerToPeer
+        kind = gloo.GlooTransport
         self._travel(kind, "gradients under way", "start_reduce", "finish_reduce")
         self._travel(kind, "parameters under way", "start_gather", "finish_gather")
         self._part(kind, "averaging", "_average")

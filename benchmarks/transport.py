@@ -26,7 +26,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from benchmarks import ranks, records
-from dist_adamw.optimizer.transport.exchange import BLOCK_NUMEL, UNDER_WAY, PeerToPeer, Travelling
+from dist_adamw.optimizer.transport.base import MAX_IN_FLIGHT, InFlightBucket
+from dist_adamw.optimizer.transport.gloo import BLOCK_NUMEL, GlooTransport
 from dist_adamw.optimizer.transport.layout import FlatLayout
 
 CHUNKS = (1 << 16, 1 << 18, 1 << 20, 1 << 22, 1 << 23)
@@ -122,12 +123,12 @@ def engine_itself(flat: Tensor, chunk: int) -> dict[str, Case]:
     """DistAdamW's own code for the two, on one parameter as long as the buffer: what it adds to the messages."""
     assert dist.group.WORLD is not None
     layout = FlatLayout((flat.numel(),), dist.get_world_size(), chunk)
-    exchange = PeerToPeer(layout, [flat], group=dist.group.WORLD, replicas=None, tag=1)
+    transport = GlooTransport(layout, [flat], group=dist.group.WORLD, replicas=None, tag=1)
 
-    def all_buckets(start: Callable[[int], Travelling], finish: Callable[[Travelling], None]) -> None:
-        under_way: list[Travelling] = []
+    def all_buckets(start: Callable[[int], InFlightBucket], finish: Callable[[InFlightBucket], None]) -> None:
+        under_way: list[InFlightBucket] = []
         for k in range(layout.num_buckets):
-            if len(under_way) == UNDER_WAY:
+            if len(under_way) == MAX_IN_FLIGHT:
                 finish(under_way.pop(0))
             under_way.append(start(k))
         for sent in under_way:
@@ -135,9 +136,9 @@ def engine_itself(flat: Tensor, chunk: int) -> dict[str, Case]:
 
     return {
         f"DistAdamW's reduce, buckets of {chunk:,}": lambda: all_buckets(
-            lambda k: exchange.start_reduce(k, [flat]), lambda sent: exchange.finish_reduce(sent, None)
+            lambda k: transport.start_reduce(k, [flat]), lambda sent: transport.finish_reduce(sent, None)
         ),
-        f"DistAdamW's gather, buckets of {chunk:,}": lambda: all_buckets(exchange.start_gather, exchange.finish_gather),
+        f"DistAdamW's gather, buckets of {chunk:,}": lambda: all_buckets(transport.start_gather, transport.finish_gather),
     }
 
 

@@ -35,7 +35,7 @@ from dist_adamw.optimizer import adamw as optimizer
 from dist_adamw.optimizer.gradients import ddp
 from dist_adamw.optimizer.gradients import reducer as gradients
 from dist_adamw.optimizer.sharding import shard
-from dist_adamw.optimizer.transport import exchange
+from dist_adamw.optimizer.transport import gloo
 
 ENGINES = (OURS, OURS_WITHOUT_DDP)
 WHOLE, BARE = "whole", "(a bare model's backward and forward)"
@@ -46,16 +46,16 @@ PARTS: list[tuple[str, Any, str]] = [
     ("backward: hooks of parameters", gradients.GradientPath, "_look_into_inbox"),
     ("backward: its end", gradients.GradientPath, "_after_backward"),
     ("backward: watch for changes", gradients.GradientPath, "_watch"),
-    ("reduce: start", exchange.PeerToPeer, "start_reduce"),
-    ("reduce: finish", exchange.PeerToPeer, "finish_reduce"),
-    ("reduce: averaging", exchange.PeerToPeer, "_average"),
+    ("reduce: start", gloo.GlooTransport, "start_reduce"),
+    ("reduce: finish", gloo.GlooTransport, "finish_reduce"),
+    ("reduce: averaging", gloo.GlooTransport, "_average"),
     ("step: complete", gradients.GradientPath, "complete"),
     ("step: arrive", gradients.GradientPath, "arrive"),
     ("step: prepare_shards", optimizer.DistAdamW, "_prepare_shards"),
     ("step: owned_grads", shard.Shard, "owned_grads"),
     ("step: AdamW", optimizer, "adamw_update_"),
-    ("gather: start", exchange.PeerToPeer, "start_gather"),
-    ("gather: finish", exchange.PeerToPeer, "finish_gather"),
+    ("gather: start", gloo.GlooTransport, "start_gather"),
+    ("gather: finish", gloo.GlooTransport, "finish_gather"),
     ("discard", gradients.GradientPath, "discard"),
     (WAIT, dist.Work, "wait"),
     ("step: rest", optimizer.DistAdamW, "step"),

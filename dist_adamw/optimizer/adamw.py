@@ -67,7 +67,7 @@ from dist_adamw.optimizer.state_dict import (
     gather_state,
     stamps_of,
 )
-from dist_adamw.optimizer.transport.exchange import UNDER_WAY, Travelling
+from dist_adamw.optimizer.transport.base import MAX_IN_FLIGHT, InFlightBucket
 from dist_adamw.plain_data import plain
 from dist_adamw.ranks import agreement, collectives
 from dist_adamw.schedule.third_party import engine_that_shards, is_being_wrapped
@@ -126,7 +126,7 @@ class _Arriving:
     """
 
     def __init__(self) -> None:
-        self.buckets: list[tuple[Shard, Travelling]] = []
+        self.buckets: list[tuple[Shard, InFlightBucket]] = []
 
     @torch.no_grad()
     def wait(self) -> None:
@@ -142,8 +142,8 @@ class _Arriving:
 
     def _receive(self) -> None:
         shard, sent = self.buckets.pop(0)
-        assert shard.exchange is not None
-        shard.exchange.finish_gather(sent)
+        assert shard.transport is not None
+        shard.transport.finish_gather(sent)
         coming = {id(param) for other, rest in self.buckets if other is shard for param in shard.members(rest.bucket)}
         release([param for param in shard.members(sent.bucket) if id(param) not in coming])
 
@@ -779,16 +779,16 @@ class DistAdamW(Optimizer):
         return can_fuse(shard.params[0]) if self.fused is None else self.fused
 
     def _update(self, shard: Shard, grads: list[list[Tensor | None]], clip: Tensor | None) -> None:
-        travelling: list[Travelling] = []  # while the next bucket is computed
+        travelling: list[InFlightBucket] = []  # while the next bucket is computed
         for k, bucket in enumerate(grads):
             live = [i for i, grad in enumerate(bucket) if grad is not None]
             chosen = [cast(Tensor, bucket[i]) for i in live]
             if chosen:
                 self._update_bucket(shard, k, live, chosen, clip)
-            if shard.exchange is not None:
-                if len(travelling) == UNDER_WAY:
-                    shard.exchange.finish_gather(travelling.pop(0))
-                travelling.append(shard.exchange.start_gather(k))
+            if shard.transport is not None:
+                if len(travelling) == MAX_IN_FLIGHT:
+                    shard.transport.finish_gather(travelling.pop(0))
+                travelling.append(shard.transport.start_gather(k))
         if not travelling:
             return
         self._arriving.buckets += [(shard, sent) for sent in travelling]

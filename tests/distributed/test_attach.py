@@ -19,8 +19,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from dist_adamw import CyclicLRWithRestarts, DistAdamW
+from dist_adamw.optimizer import transport
 from dist_adamw.optimizer.gradients import ddp
-from dist_adamw.optimizer.transport import exchange
+from dist_adamw.optimizer.transport import gloo
+from dist_adamw.optimizer.transport.collective import CollectiveTransport
 from tests.distributed.test_optimizer import Network
 from tests.ranks import expect_error_on_all, run_ranks
 
@@ -172,20 +174,20 @@ class Job:
 
 
 @contextlib.contextmanager
-def constants(**values: Any) -> Iterator[None]:
+def constants(module: Any, **values: Any) -> Iterator[None]:
     """Other sizes than the ones that pay, so that a small model takes every path."""
-    before = {name: getattr(exchange, name) for name in values}
+    before = {name: getattr(module, name) for name in values}
     for name, value in values.items():
-        setattr(exchange, name, value)
+        setattr(module, name, value)
     try:
         yield
     finally:
         for name, value in before.items():
-            setattr(exchange, name, value)
+            setattr(module, name, value)
 
 
 def check_same_bits(way: dict[str, Any], accumulation: int, options: dict[str, Any], sizes: dict[str, Any]) -> None:
-    with constants(**sizes):
+    with constants(gloo, **sizes):
         job = Job(way, options)
         job.train(range(50), accumulation)
         job.check()
@@ -212,7 +214,7 @@ def test_the_backends_own_collectives(world_size: int, way: str) -> None:
 
 
 def check_native(way: dict[str, Any]) -> None:
-    with constants(PeerToPeer=exchange.Native):
+    with constants(transport, GlooTransport=CollectiveTransport):
         job = Job(way, {"eps": 0.1})
         job.train(range(20), 2)
     if dist.get_world_size() == 2:
@@ -489,13 +491,13 @@ def test_discarded_gradients_are_forgotten(way: str) -> None:
 def check_sent_during_backward(way: dict[str, Any]) -> tuple[int, int]:
     """Buckets sent until backward was over, and by the update."""
     sent: list[int] = []
-    start = exchange.PeerToPeer.start_reduce
+    start = gloo.GlooTransport.start_reduce
 
     def counted(self: Any, k: int, flat: Any) -> Any:
         sent.append(k)
         return start(self, k, flat)
 
-    exchange.PeerToPeer.start_reduce = counted  # type: ignore[method-assign]
+    gloo.GlooTransport.start_reduce = counted  # type: ignore[method-assign]
     try:
         torch.manual_seed(0)
         model = nn.Sequential(*[nn.Linear(300, 300) for _ in range(8)])
@@ -515,7 +517,7 @@ def check_sent_during_backward(way: dict[str, Any]) -> tuple[int, int]:
             optimizer.step()
             optimizer.zero_grad()
     finally:
-        exchange.PeerToPeer.start_reduce = start  # type: ignore[method-assign]
+        gloo.GlooTransport.start_reduce = start  # type: ignore[method-assign]
     return inside, len(sent)
 
 

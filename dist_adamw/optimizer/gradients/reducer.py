@@ -43,7 +43,8 @@ from dist_adamw.optimizer.gradients.plan import Plan
 from dist_adamw.optimizer.gradients.watch import GradientWatch, mark_parts, refuse_parts
 from dist_adamw.optimizer.sharding.fingerprints import fingerprints
 from dist_adamw.optimizer.sharding.shard import Shard
-from dist_adamw.optimizer.transport.exchange import UNDER_WAY, Rollcall, Travelling
+from dist_adamw.optimizer.transport.base import MAX_IN_FLIGHT, InFlightBucket
+from dist_adamw.optimizer.transport.gloo import Rollcall
 from dist_adamw.ranks import agreement, collectives
 
 _UPDATE, _ROUND, _SAVE, _CHANGE = 1, 2, 3, 4  # what a rank says that it is about to do
@@ -106,7 +107,7 @@ class GradientPath:
         self._others_of: tuple[Plan, list[Tensor]] | None = None
         self._others: list[Tensor] = []
         self._flat: dict[int, list[Tensor | None]] = {}  # by id of shard: what it sends
-        self._travelling: deque[tuple[Shard, Travelling]] = deque()
+        self._in_flight: deque[tuple[Shard, InFlightBucket]] = deque()
         self._queued = False  # whether autograd will call _after_backward
         self._rounds = 0  # into the shard: since the last update
         self._filled: set[int] = set()  # ids of parameters that got zeros for a gradient
@@ -256,7 +257,7 @@ class GradientPath:
         for reducer in self._live_reducers():
             reducer.drop(self)
         self._reducers, self._modules = [], []
-        self._travelling.clear()
+        self._in_flight.clear()
         self._rollcall, self._queued, self._has_ended = None, False, True
 
     def _listening_changed(self) -> None:
@@ -364,7 +365,7 @@ class GradientPath:
                 another order on another rank, and each would wait in one for what the other sends after the other one.
         """
         while self._next < len(self._waiting) and not self._waiting[self._next]:
-            if not may_wait and (self._is_news or (len(self._travelling) == UNDER_WAY and self._has_company())):
+            if not may_wait and (self._is_news or (len(self._in_flight) == MAX_IN_FLIGHT and self._has_company())):
                 return
             self._launch()
 
@@ -538,29 +539,29 @@ class GradientPath:
 
     @torch.no_grad()
     def _start(self, shard: Shard, k: int) -> None:
-        assert shard.exchange is not None
-        if len(self._travelling) == UNDER_WAY:
+        assert shard.transport is not None
+        if len(self._in_flight) == MAX_IN_FLIGHT:
             self._land(1)
         self._announce()
         if self._is_news and self._rollcall is not None and self._rollcall.is_under_way:
             self._hear(self._rollcall)  # buckets of other sizes would end the process
-        self._travelling.append((shard, shard.exchange.start_reduce(k, self._flat[id(shard)])))
+        self._in_flight.append((shard, shard.transport.start_reduce(k, self._flat[id(shard)])))
 
     @torch.no_grad()
     def _land(self, count: int | None = None) -> None:
         """Wait for the oldest ``count`` buckets, default all, and average them."""
         if self._rollcall is not None and self._rollcall.is_under_way:
             self._hear(self._rollcall)
-        while self._travelling and count != 0:
-            shard, sent = self._travelling.popleft()
-            assert shard.exchange is not None
+        while self._in_flight and count != 0:
+            shard, sent = self._in_flight.popleft()
+            assert shard.transport is not None
             if self.into_shard:
                 into = shard.flat_grads(sent.bucket)
-                shard.exchange.finish_reduce(sent, into, add=self._rounds > 0)
+                shard.transport.finish_reduce(sent, into, add=self._rounds > 0)
                 shard.reduced[sent.bucket] = list(into)
                 self._let_go(shard, sent.bucket)
             else:
-                shard.exchange.finish_reduce(sent, None)
+                shard.transport.finish_reduce(sent, None)
                 shard.reduced[sent.bucket] = sent.own
             count = None if count is None else count - 1
 
@@ -705,7 +706,7 @@ class GradientPath:
         is_laid_out_again = set(map(id, self._owners)) != set(map(id, self._plan.shards))  # and all has been sent
         averaged = self._late | self._plan.buckets_of.keys()
         for shard in self._shards():
-            assert shard.exchange is not None
+            assert shard.transport is not None
             for k in range(shard.layout.num_buckets):
                 sent = averaged if is_laid_out_again or (id(shard), k) in launched else self._late
                 for r in range(shard.layout.world_size):
@@ -715,7 +716,7 @@ class GradientPath:
                             continue
                         run = _laid_out(shard, piece.param)[piece.start : piece.stop]
                         if r == shard.rank:
-                            run.mul_(shard.exchange.count)
+                            run.mul_(shard.transport.count)
                         else:
                             run.zero_()
             shard.reduced.clear()
@@ -998,7 +999,7 @@ class GradientPath:
         taken = {id(param) for param in params if param.grad is not None}
         late = (taken & self._local) - self._late - self._plan.buckets_of.keys()
         for shard in self._shards() if taken else []:
-            assert shard.exchange is not None
+            assert shard.transport is not None
             flat = [
                 _laid_out(shard, i) if id(p) in taken and p.grad is not None else None
                 for i, p in enumerate(shard.params)
@@ -1009,7 +1010,7 @@ class GradientPath:
                 if members.isdisjoint(taken):
                     continue
                 if not members.isdisjoint(late):
-                    shard.exchange.finish_reduce(shard.exchange.start_reduce(k, sent), None)
+                    shard.transport.finish_reduce(shard.transport.start_reduce(k, sent), None)
                 self._enter_runs(shard, k, flat, late)
         self._late |= late
         if self.into_shard:
@@ -1086,16 +1087,16 @@ class GradientPath:
 
     @staticmethod
     def _gather(shard: Shard, flat: list[Tensor | None]) -> None:
-        assert shard.exchange is not None
-        travelling: deque[Travelling] = deque()
+        assert shard.transport is not None
+        travelling: deque[InFlightBucket] = deque()
         for k in range(shard.layout.num_buckets):
             if all(flat[piece.param] is None for piece in shard.layout.pieces(*shard.layout.bucket(k))):
                 continue
-            if len(travelling) == UNDER_WAY:
-                shard.exchange.finish_gather(travelling.popleft())
-            travelling.append(shard.exchange.start_gather(k, flat))
+            if len(travelling) == MAX_IN_FLIGHT:
+                shard.transport.finish_gather(travelling.popleft())
+            travelling.append(shard.transport.start_gather(k, flat))
         for sent in travelling:
-            shard.exchange.finish_gather(sent)
+            shard.transport.finish_gather(sent)
 
     def take_whole(self) -> bool:
         """Let the update take whole gradients as they are now. Whether there is any. Local."""

@@ -22,7 +22,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from dist_adamw.optimizer.kernels.foreach import zeros_apart
 from dist_adamw.optimizer.kernels.mixed import follow_params_, join_master, split_master_
 from dist_adamw.optimizer.kernels.triton import BlockTable
-from dist_adamw.optimizer.transport.exchange import Exchange, cut, cut_slice, make_exchange
+from dist_adamw.optimizer.transport import make_transport
+from dist_adamw.optimizer.transport.base import Transport, cut, cut_slice
 from dist_adamw.optimizer.transport.layout import FlatLayout, Piece
 from dist_adamw.ranks import collectives
 
@@ -68,7 +69,7 @@ class Shard:
         master_dtype: Of weights kept beside bf16 or fp16 parameters: fp32, or int16 for remainders.
         state_dtype: Of the moments; None: fp32 with masters, else the parameters'.
 
-    Local to build; the methods of ``exchange`` are collective.
+    Local to build; the methods of ``transport`` are collective.
     """
 
     def __init__(
@@ -137,9 +138,9 @@ class Shard:
         self._is_straight = [order == sorted(order) for order in self._orders]
         flat = [storage_order(p.detach()) for p in weights]
         self._cut_state([cast(list[Tensor], cut(flat, pieces)) for pieces in self._owned])
-        self.exchange: Exchange | None = None
+        self.transport: Transport | None = None
         if self.process_group is not None:
-            self.exchange = make_exchange(
+            self.transport = make_transport(
                 self.layout, flat, group=self.process_group, replicas=self._replicas, tag=self._tag
             )
 
@@ -218,8 +219,8 @@ class Shard:
     def retag(self, tag: int) -> None:
         """Have messages carry ``tag``."""
         self._tag = tag
-        if self.exchange is not None:
-            self.exchange.tag = tag
+        if self.transport is not None:
+            self.transport.tag = tag
 
     def follow_weights(self) -> None:
         """Take over what was written to the parameters since the last update, a loaded model say. Local.

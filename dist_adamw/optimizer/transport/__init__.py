@@ -1,1 +1,35 @@
-"""Slices of flat tensors between ranks: gradients to their owners, parameters to all."""
+"""How the slices of a bucket travel between ranks: gradients to their owners, parameters to all.
+
+The result is the same on every backend, up to the order of sums.
+"""
+
+from __future__ import annotations
+
+import torch.distributed as dist
+from torch import Tensor
+
+from dist_adamw.optimizer.transport.base import Transport
+from dist_adamw.optimizer.transport.collective import CollectiveTransport
+from dist_adamw.optimizer.transport.gloo import GlooTransport
+from dist_adamw.optimizer.transport.layout import FlatLayout
+
+
+def make_transport(
+    layout: FlatLayout,
+    params: list[Tensor],
+    *,
+    group: dist.ProcessGroup,
+    replicas: dist.ProcessGroup | None = None,
+    tag: int = 0,
+) -> Transport:
+    """The way that suits ``group``'s backend. Local.
+
+    Args:
+        layout: Whose buckets travel.
+        params: The parameters, as 1-D views.
+        group: The ranks that share the layout.
+        replicas: The ranks that own the same slices as this one, over which gradients are averaged too.
+        tag: Tells messages of several optimizers apart; the same on all ranks.
+    """
+    kind = GlooTransport if dist.get_backend(group) == "gloo" else CollectiveTransport
+    return kind(layout, params, group=group, replicas=replicas, tag=tag)

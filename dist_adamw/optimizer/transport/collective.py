@@ -1,0 +1,111 @@
+"""Transport by the backend's own reduce-scatter and all-gather: a bucket is packed into one buffer."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dist_adamw.optimizer.transport.base import Flat, InFlightBucket, Transport, _copy_present, cut_slice
+from dist_adamw.optimizer.transport.layout import Piece
+
+
+class CollectiveTransport(Transport):
+    """The backend's reduce-scatter and all-gather; see `Transport`."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._known: dict[int, tuple[list[Piece], int, int, int]] = {}
+
+    def _staging(self) -> Tensor:
+        return self._empty(self._layout.bucket_numel).zero_()  # padding travels too
+
+    def _pieces(self, k: int) -> tuple[list[Piece], int, int, int]:
+        """All pieces of a bucket, placed in it; the bucket's length; where this rank's slice is."""
+        if k not in self._known:
+            start, stop = self._layout.bucket(k)
+            mine = self._layout.slice_of(k, self._rank)
+            self._known[k] = self._layout.pieces(start, stop), stop - start, mine[0] - start, mine[1] - start
+        return self._known[k]
+
+    def start_reduce(self, k: int, flat: Flat) -> InFlightBucket:
+        """See `Transport`."""
+        sent = InFlightBucket(k, [], self._take())
+        pieces, numel, first, last = self._pieces(k)
+        targets, sources = [], []
+        for piece, view in zip(pieces, cut_slice(flat, pieces), strict=True):
+            target = sent.staging[piece.offset : piece.offset + piece.numel]
+            if view is None:
+                target.zero_()
+            else:
+                targets.append(target)
+                sources.append(view)
+        if targets:
+            torch._foreach_copy_(targets, sources)
+        owned = self._owned(k, first, last)
+        sent.own = cut_slice(flat, owned)
+        # torch 2.13 renames reduce_scatter_tensor and warns of the old name.
+        scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+        average = dist.ReduceOp.AVG if self._replicas is None else dist.ReduceOp.SUM
+        buffer = sent.staging[:numel]
+        work = scatter(buffer[first:last], buffer, op=average, group=self._group, async_op=True)
+        sent.works = [] if work is None else [work]
+        return sent
+
+    def _owned(self, k: int, first: int, last: int) -> list[Piece]:
+        """This rank's pieces, placed in the bucket."""
+        start, _ = self._layout.bucket(k)
+        return self._layout.pieces(start + first, start + last, first)
+
+    def finish_reduce(self, sent: InFlightBucket, into: list[Tensor] | None, *, add: bool = False) -> None:
+        """See `Transport`."""
+        sent.wait()
+        _, _, first, last = self._pieces(sent.bucket)
+        if self._replicas is not None:
+            dist.all_reduce(sent.staging[first:last], group=self._replicas)
+            sent.staging[first:last].div_(self.count)
+        targets, sources = [], []
+        for i, piece in enumerate(self._owned(sent.bucket, first, last)):
+            target = sent.own[i] if into is None else into[i]
+            if target is not None:
+                targets.append(target)
+                sources.append(sent.staging[piece.offset : piece.offset + piece.numel])
+        if targets:
+            (torch._foreach_add_ if add else torch._foreach_copy_)(targets, sources)
+        self._free.append(sent.staging)
+
+    def start_gather(self, k: int, flat: Flat | None = None) -> InFlightBucket:
+        """See `Transport`."""
+        sent = InFlightBucket(k, [], self._take(), gathered=flat)
+        _, numel, first, last = self._pieces(k)
+        owned = self._owned(k, first, last)
+        buffer = sent.staging[:numel]
+        mine = self._gathered(sent, (k, "mine"), owned)
+        there = [i for i, view in enumerate(mine) if view is not None]
+        if there:
+            torch._foreach_copy_(
+                [buffer[owned[i].offset : owned[i].offset + owned[i].numel] for i in there],
+                [cast(Tensor, mine[i]) for i in there],
+            )
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        work = gather(buffer, buffer[first:last], group=self._group, async_op=True)
+        sent.works = [] if work is None else [work]
+        return sent
+
+    def finish_gather(self, sent: InFlightBucket) -> None:
+        """See `Transport`."""
+        sent.wait()
+        pieces, _, first, last = self._pieces(sent.bucket)
+        others = [p for p in pieces if p.offset + p.numel <= first or p.offset >= last]
+        # A piece that is partly this rank's is copied onto itself.
+        others += [p for p in pieces if p.offset < last and p.offset + p.numel > first and not _inside(p, first, last)]
+        if others:
+            targets = self._gathered(sent, (sent.bucket, "others"), others)
+            _copy_present(targets, [sent.staging[p.offset : p.offset + p.numel] for p in others])
+        self._free.append(sent.staging)
+
+
+def _inside(piece: Piece, first: int, last: int) -> bool:
+    return first <= piece.offset and piece.offset + piece.numel <= last
