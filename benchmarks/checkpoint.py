@@ -55,7 +55,7 @@ from benchmarks.isolated import forget_peak, status
 from benchmarks.report import table
 from benchmarks.workloads import Workload
 from dist_adamw import DistAdamW
-from dist_adamw.checkpoint.save_load import AsyncSaver
+from dist_adamw.checkpoint.async_saver import AsyncSaver
 from dist_adamw.optimizer.sharding.shard import local_of
 from launch.gpt import GPT, ModelConfig, next_byte_losses
 

@@ -138,7 +138,9 @@ def engine_itself(flat: Tensor, chunk: int) -> dict[str, Case]:
         f"DistAdamW's reduce, buckets of {chunk:,}": lambda: all_buckets(
             lambda k: transport.start_reduce(k, [flat]), lambda sent: transport.finish_reduce(sent, None)
         ),
-        f"DistAdamW's gather, buckets of {chunk:,}": lambda: all_buckets(transport.start_gather, transport.finish_gather),
+        f"DistAdamW's gather, buckets of {chunk:,}": lambda: all_buckets(
+            transport.start_gather, transport.finish_gather
+        ),
     }
 
 

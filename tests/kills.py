@@ -26,7 +26,7 @@ from typing import Any
 
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from dist_adamw.checkpoint.folder import damage_of
+from dist_adamw.checkpoint.manifest import damage_of
 from tests.distributed.test_resume import BATCH
 
 _context = multiprocessing.get_context("forkserver")

@@ -15,7 +15,6 @@ A checkpoint has another name until all of it is written, so a reader sees a who
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import itertools
 import json
 import os
@@ -25,7 +24,7 @@ import socket
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,25 +33,21 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from dist_adamw.checkpoint.save_load import AsyncSaver, Saving, check_alike
-from dist_adamw.checkpoint.storage.files import own, unlock
+from dist_adamw.checkpoint.async_saver import AsyncSaver, Saving
+from dist_adamw.checkpoint.manifest import MANIFEST, _facts, damage_of
+from dist_adamw.checkpoint.save_load import check_alike
 from dist_adamw.checkpoint.storage.index import (
-    INDEX,
-    damage,
-    is_ours,
-    open_plainly,
-    read_bounded,
-    read_index,
     sync_folder,
     write_text,
 )
+from dist_adamw.checkpoint.storage.locks import own, unlock
 from dist_adamw.errors import CheckpointError
 from dist_adamw.ranks import collectives
 from dist_adamw.ranks.together import Ranks
 from dist_adamw.schedule.batch import check_positive_int
 
 _NAME = re.compile(r"sample-([0-9]+)")
-_MANIFEST, _LATEST, _LOCK = "manifest.json", "latest", "lock"
+_LATEST, _LOCK = "latest", "lock"
 _PARTIAL, _REPLACED, _ASIDE = ".partial", ".replaced", ".superseded"
 # Names that a save or a deletion that was cut short leaves; any other folder belongs to the user.
 _LEFT_OVER = re.compile(r"sample-[0-9]+(\.deleted)?(\.partial|\.replaced)")
@@ -149,7 +144,7 @@ class CheckpointFolder:
         self._closed = True
         running, self._running = self._running, None
         try:
-            if running is not None and not running.told:
+            if running is not None and not running.reported:
                 running.wait()
         except CheckpointError as error:
             self._failed(_final(running.path), error)  # type: ignore[union-attr]
@@ -288,7 +283,7 @@ class CheckpointFolder:
     def _wait_for_the_last(self) -> None:
         """For a save beside training that is on its way; what became of it is told once. Collective."""
         running, self._running = self._running, None
-        if running is not None and (error := running.untold(self._ranks)) is not None:
+        if running is not None and (error := running.pending_error(self._ranks)) is not None:
             self._failed(_final(running.path), error)
 
     def _begin(self, samples: int) -> Path:
@@ -317,7 +312,7 @@ class CheckpointFolder:
 
     def _commit(self, final: Path) -> None:
         partial = _partial(final)
-        write_text(partial / _MANIFEST, json.dumps(dict(_facts(partial)), indent=1))
+        write_text(partial / MANIFEST, json.dumps(dict(_facts(partial)), indent=1))
         before = final.with_name(final.name + _REPLACED)
         if final.exists():
             final.rename(before)
@@ -402,64 +397,3 @@ def _away(path: Path) -> None:
     shutil.rmtree(gone, ignore_errors=True)
     path.rename(gone)
     shutil.rmtree(gone, ignore_errors=True)
-
-
-def _facts(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Size and checksum of the files that no index of ours knows, by name; the disk holds them then."""
-    indexed = {path.parent: files for path in folder.rglob(INDEX) if (files := _files_of(path.parent))}
-    known = {where / name for where, names in indexed.items() for name in names}
-    for path in sorted(folder.rglob("*")):
-        if path.is_file() and path not in known and path != folder / _MANIFEST:
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-            yield path.relative_to(folder).as_posix(), fingerprint(path)
-    yield from ((f"{path.relative_to(folder).as_posix()}/", {}) for path in sorted(indexed))
-
-
-def _files_of(folder: Path) -> set[str]:
-    """A checkpoint's files, its index among them; none where the index is somebody else's, a file like any."""
-    try:
-        return {INDEX, *read_index(folder).files}
-    except CheckpointError:
-        if is_ours(folder):  # damaged: what it should name would be taken for whole
-            raise
-        return set()
-
-
-def fingerprint(path: Path) -> dict[str, Any]:
-    """Size and checksum of a plain file. Local."""
-    digest = hashlib.sha256()
-    with open_plainly(path) as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
-
-
-def damage_of(path: Path, part: int = 0, parts: int = 1) -> str | None:
-    """What is wrong with a checkpoint of a `CheckpointFolder`, as a sentence; None when it is whole. Local.
-
-    Args:
-        path: The checkpoint.
-        part: Which of the files to read, ``parts`` ranks sharing them.
-        parts: How many share them.
-    """
-    try:
-        manifest = json.loads(read_bounded(path / _MANIFEST))
-        for i, (name, expected) in enumerate(manifest.items()):
-            inside = path / name
-            if not inside.resolve().is_relative_to(path.resolve()):  # also by a link on the way
-                return f"the checkpoint {path} is damaged: its manifest names {name!r}, outside of it."
-            if name.endswith("/"):
-                if problem := damage(inside, part, parts):
-                    return problem
-            elif i % parts == part and (found := fingerprint(inside)) != expected:
-                what = "its checksum is another one" if found["bytes"] == expected["bytes"] else "it is torn"
-                return (
-                    f"the checkpoint {path} is damaged: {name} has {found['bytes']:,} bytes where "
-                    f"{expected['bytes']:,} were written, and {what}."
-                )
-    except FileNotFoundError as error:
-        return f"the checkpoint {path} is not whole: {Path(error.filename).name} is missing."
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, MemoryError) as error:
-        return f"the checkpoint {path} cannot be read: {type(error).__name__}: {error}."
-    return None

@@ -9,11 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-import traceback
-import warnings
-import weakref
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,13 +25,14 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from dist_adamw._version import __version__
 from dist_adamw.checkpoint.compatibility import checked, compare, samples_of, with_keys_of, with_text_keys, wrong_in
-from dist_adamw.checkpoint.extra_state import EXTRA, extra_state, restore_extra_state
+from dist_adamw.checkpoint.engines import access
+from dist_adamw.checkpoint.extra_state import extra_state, restore_extra_state
 from dist_adamw.checkpoint.random_state import RNG, current_random_state
-from dist_adamw.checkpoint.state import Access, Found, Held, access, family_of, only_mine
-from dist_adamw.checkpoint.storage.files import Lock, Reader, Writer, as_json
+from dist_adamw.checkpoint.state import Access, CheckpointContents, LocalState, family_of, only_mine
+from dist_adamw.checkpoint.storage.files import Reader, Writer, as_json
 from dist_adamw.checkpoint.storage.index import Index
-from dist_adamw.checkpoint.storage.partial_tensor import Owned, Values, evaluated
-from dist_adamw.checkpoint.storage.planner import Planner
+from dist_adamw.checkpoint.storage.locks import Lock
+from dist_adamw.checkpoint.storage.planner import Planner, save_alone
 from dist_adamw.errors import CheckpointError
 from dist_adamw.optimizer.adamw import DistAdamW
 from dist_adamw.optimizer.replicas import check_replicas
@@ -45,8 +42,6 @@ from dist_adamw.schedule.scheduler import CyclicLRWithRestarts, OnDifference
 from dist_adamw.schedule.third_party import unwrap
 
 Group = dist.ProcessGroup | None
-# Each rank reads for itself, also where there are several: that is how it is meant.
-warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized", UserWarning)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,139 +103,6 @@ def save(
     _write(path, held, about, ranks)
 
 
-class Saving:
-    """An asynchronous save on its way."""
-
-    def __init__(self, path: Path, future: Future[None]) -> None:
-        self.path = path
-        self.told = False  # whether somebody has waited, and knows what became of it
-        self._future = future
-
-    @property
-    def done(self) -> bool:
-        """Whether it is over, or has failed. Local."""
-        return self._future.done()
-
-    def wait(self) -> None:
-        """Wait until the checkpoint is there. Local.
-
-        Raises:
-            CheckpointError: some rank could not write; on every rank alike.
-        """
-        self.told = True
-        self._future.result()
-
-    def untold(self, ranks: Ranks) -> CheckpointError | None:
-        """What went wrong, if some rank does not know; when it is over, and all know then. Collective."""
-        error = self.join()
-        known, self.told = self.told, True
-        told = ranks.gather(None if error is None or known else str(error))
-        return next((CheckpointError(problem) for problem in told if problem is not None), None)
-
-    def join(self) -> BaseException | None:
-        """Wait until it is over, and leave what became of it to be told. Local."""
-        return self._future.exception()
-
-
-class AsyncSaver:
-    """Saves while training goes on: from a copy in host memory, in a thread, over a process group of its own.
-
-    A second save waits for the first. The copy takes what a rank writes: ``(b_p N + 8 N) / W`` bytes for W ranks
-    and fp32 moments, which stay allocated for the next save.
-
-    The process group must live until a save is over: `wait`, or `close`, before it is destroyed. A save that finds it
-    gone is an error, and the checkpoints before it stay.
-
-    Collective to build: every rank does.
-    """
-
-    def __init__(self) -> None:
-        # On training's group its messages would meet training's in another order on every rank.
-        self._ranks = Ranks.now(dist.new_group(backend="gloo") if collectives.world_size() > 1 else None)
-        self._thread = ThreadPoolExecutor(1, "checkpoint")
-        self._memory: dict[Any, Tensor] = {}
-        self._last: Saving | None = None
-        self._savings: list[Saving] = []
-        weakref.finalize(self, _tell_of_failures, self._savings)
-
-    def save(
-        self,
-        path: str | Path,
-        model: nn.Module,
-        optimizer: Optimizer | None = None,
-        scheduler: LRScheduler | None = None,
-        *,
-        extra: Mapping[str, Any] | None = None,
-        then: Callable[[], None] | None = None,
-    ) -> Saving:
-        """As `dist_adamw.save`, and returns when the copy is made. Collective.
-
-        Args:
-            then: What to do, in the thread of each rank, when all of it is written.
-
-        Raises:
-            CheckpointError: the save before failed, or this one cannot be begun; on every rank alike.
-            AgreementError: as of `save`.
-        """
-        last, self._last, ranks = self._last, None, self._ranks
-        ranks.check()
-        announce_save(optimizer)
-        if last is not None and (error := last.untold(ranks)) is not None:
-            raise error
-        check_replicas(model, optimizer, group=ranks.group)
-        path = Path(path).absolute()  # the thread may find itself in another folder
-        held, about = _gather(path, model, optimizer, scheduler, extra, ranks)
-        copies = ranks.everywhere(lambda: {k: self._copy(k, tensor) for k, tensor in held.tensors.items()})
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-
-        def work() -> None:
-            try:
-                _write(path, Held(copies), about, ranks)
-                if then is not None:
-                    ranks.everywhere(then)
-            except Exception as error:
-                if not collectives.initialized():
-                    _forget_frames(error)  # they hold the group: see `Ranks.check`
-                ranks.check()
-                if isinstance(error, CheckpointError):
-                    raise
-                raise CheckpointError(f"could not write {path}: {type(error).__name__}: {error}.") from error
-
-        self._last = Saving(path, self._thread.submit(work))
-        self._savings[:] = [self._last]
-        return self._last
-
-    def wait(self) -> None:
-        """Wait for what is on its way. Local.
-
-        Raises:
-            CheckpointError: it could not be written; on every rank alike, and once.
-        """
-        last, self._last = self._last, None
-        if last is not None and not last.told:
-            last.wait()
-
-    def _copy(self, key: str, tensor: Tensor) -> Tensor:
-        owned = Owned.of(tensor)
-        return Owned(owned.shape, owned.dtype, {b: self._keep((key, b), v) for b, v in owned.parts.items()})
-
-    def _keep(self, where: Any, of: Values) -> Tensor:
-        values = evaluated(of)
-        if where[0].startswith((f"{RNG}.", f"{EXTRA}.")):
-            return values.clone()  # a few bytes, of another length each time
-        if (memory := self._memory.get(where)) is None or memory.dtype != values.dtype:
-            memory = torch.empty(values.shape, dtype=values.dtype, pin_memory=values.is_cuda)
-            self._memory[where] = memory
-        return memory.copy_(values, non_blocking=True)
-
-    def close(self) -> None:
-        """`wait`, and let go of the memory. Local."""
-        self._thread.shutdown()
-        self._memory.clear()
-        self.wait()
-
-
 def announce_save(optimizer: Optimizer | None) -> None:
     """Raise where a rank goes on with training and does not save, as far as that can be seen. Collective.
 
@@ -251,32 +113,6 @@ def announce_save(optimizer: Optimizer | None) -> None:
         inner.announce_save()
 
 
-def _forget_frames(error: BaseException | None) -> None:
-    """Let go of what the functions had that an error came through, and the errors before it. Local."""
-    errors, seen = [error], set[int]()
-    while errors:
-        found = errors.pop()
-        if found is None or id(found) in seen:
-            continue
-        seen.add(id(found))
-        traceback.clear_frames(found.__traceback__)
-        found.__traceback__ = None  # frames keep their functions, and those what is in their closures
-        errors += [found.__cause__, found.__context__]
-        if isinstance(found, CheckpointException):
-            errors += [failure for failure, _ in found.failures.values()]
-
-
-def _tell_of_failures(savings: list[Saving]) -> None:
-    """At the end: of a save that nobody has waited for."""
-
-    def tell(saving: Saving) -> None:
-        if not saving.told and (error := saving._future.exception()) is not None:
-            warnings.warn(f"a checkpoint was lost: {error}", stacklevel=2)
-
-    for saving in savings:
-        saving._future.add_done_callback(lambda _, saving=saving: tell(saving))  # type: ignore[misc]
-
-
 def _gather(
     path: Path | None,
     model: nn.Module,
@@ -284,14 +120,14 @@ def _gather(
     scheduler: LRScheduler | None,
     extra: Mapping[str, Any] | None,
     ranks: Ranks,
-) -> tuple[Held, dict[str, Any]]:
+) -> tuple[LocalState, dict[str, Any]]:
     """What this rank writes, and what the main one says of it; raises on every rank. Collective.
 
     Args:
         path: Where to; None: ranks are known to agree.
     """
 
-    def gather() -> tuple[Held, dict[str, Any]]:
+    def gather() -> tuple[LocalState, dict[str, Any]]:
         found = access(model, optimizer)
         held = found.to_save()
         modules, tensors = extra_state(found.model)
@@ -328,24 +164,28 @@ def _gather(
     return held, about
 
 
-def _write(path: Path, held: Held, about: Mapping[str, Any], ranks: Ranks) -> None:
+def _write(path: Path, held: LocalState, about: Mapping[str, Any], ranks: Ranks) -> None:
     several = ranks.size > 1
     planner = Planner(held.tensors, about)
     lock = ranks.everywhere(lambda: _lock(path) if ranks.is_main else None)
     writer = Writer(path, about, ranks.size)
     still_there = "What it held before is still there."
     try:
-        dcp_save({}, storage_writer=writer, planner=planner, process_group=ranks.group, no_dist=not several)
+        if several:
+            dcp_save({}, storage_writer=writer, planner=planner, process_group=ranks.group)
+        else:
+            save_alone(planner, writer)
     except CheckpointException as failed:
         writer.discard()
         rank, (error, _) = min(failed.failures.items())
         what = str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
         where = f" (rank {rank})" if several else ""
         raise CheckpointError(f"could not write {path}: {what}{where}. {still_there}") from error
-    except Exception as error:  # of messages between ranks
+    except Exception as error:  # of one process, or of messages between ranks
         writer.discard()
         ranks.check()
-        raise CheckpointError(f"could not write {path}: {type(error).__name__}: {error}. {still_there}") from error
+        what = str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
+        raise CheckpointError(f"could not write {path}: {what}. {still_there}") from error
     finally:
         if lock is not None:
             lock.release()
@@ -421,7 +261,7 @@ class _Checked:
     choice: OnDifference
     taken: list[dict[str, Any]]
     restore: Callable[[], str]
-    make_room: Callable[[], Held]
+    make_room: Callable[[], LocalState]
 
 
 def load_together(
@@ -488,14 +328,14 @@ def check_alike(path: Path, group: Group) -> None:
         )
 
 
-def _make_room(index: Index, ours: Access) -> Callable[[], Held]:
+def _make_room(index: Index, ours: Access) -> Callable[[], LocalState]:
     """Check what there is to read; return what makes room for it. Local; nothing is changed."""
     kinds: dict[str, set[str]] = {}
     for key in index.tensors:
         kind, _, name = key.partition(".")
         if kind != RNG:  # a parameter may be called "0"
             kinds.setdefault(name, set()).add(kind)
-    found = Found(
+    found = CheckpointContents(
         kinds,
         {key: saved.dtype for key, saved in index.tensors.items()},
         {key: saved.shape for key, saved in index.tensors.items()},
@@ -507,7 +347,7 @@ def _make_room(index: Index, ours: Access) -> Callable[[], Held]:
         raise CheckpointError(f"{index.folder}: {error}") from error
 
 
-def _fill(index: Index, held: Held) -> None:
+def _fill(index: Index, held: LocalState) -> None:
     with torch.no_grad():
         _read(index, held)
         for one, then in held.later():
@@ -515,7 +355,7 @@ def _fill(index: Index, held: Held) -> None:
             then()
 
 
-def _read(index: Index, held: Held) -> None:
+def _read(index: Index, held: LocalState) -> None:
     # Every rank for itself, since what it needs to know is in the index; as dcp.load does where there is one rank.
     planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     reader = Reader(index, held.sources)

@@ -1,7 +1,7 @@
 """What a process holds of a training state, by the parameters' names: the same keys on every engine.
 
 Knows models, DistAdamW and other torch optimizers; nothing of files. What an engine keeps its own way is
-told by that engine's integration (`ENGINES`).
+told by that engine's integration (`checkpoint.engines`).
 
     model.<name>         a parameter, or a buffer that the model's state dict has
     master.<name>        its fp32 weights, where the parameter is less exact
@@ -13,7 +13,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -22,14 +21,13 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from dist_adamw.checkpoint.storage.partial_tensor import Owned, Values, evaluated
-from dist_adamw.checkpoint.storage.regions import Box
+from dist_adamw.checkpoint.storage.partial_tensor import PartialTensor
 from dist_adamw.errors import CheckpointError
 from dist_adamw.optimizer.adamw import DistAdamW
-from dist_adamw.optimizer.sharding.shard import MASTERS, MOMENTS, Shard, axes_in_memory, local_of, storage_order
+from dist_adamw.optimizer.sharding.shard import MOMENTS
 from dist_adamw.plain_data import plain
 from dist_adamw.ranks import collectives
-from dist_adamw.schedule.third_party import unwrap, without_wrappers
+from dist_adamw.schedule.third_party import without_wrappers
 
 MODEL, MASTER = "model", "master"
 SCALARS = (int, float, bool, type(None))  # what the state of a parameter may have beside tensors
@@ -42,11 +40,11 @@ _ADAMW = {"DistAdamW", "AdamW", "Adam", "FusedAdam", "DeepSpeedCPUAdam"}
 
 
 @dataclass
-class Held:
+class LocalState:
     """What lies in this process, to be saved or to be filled by a load.
 
     Attributes:
-        tensors: By key: `Owned`, DTensor, or whole. Of whole ones that several ranks have, one rank's is saved.
+        tensors: By key: `PartialTensor`, DTensor, or whole. Of whole ones that several ranks have, one rank's is saved.
         scalars: By parameter name, the numbers in its state, such as ``step``; or None, which some have for "not yet".
         sources: For a load, where a key has another name in the checkpoint.
         later: For a load, what is read after that, one after the other, and what to do then with each.
@@ -56,10 +54,10 @@ class Held:
     tensors: dict[str, Tensor] = field(default_factory=dict)
     scalars: dict[str, dict[str, Any]] = field(default_factory=dict)
     sources: dict[str, str] = field(default_factory=dict)
-    later: Callable[[], Iterable[tuple[Held, Callable[[], None]]]] = tuple
+    later: Callable[[], Iterable[tuple[LocalState, Callable[[], None]]]] = tuple
     finish: Callable[[], None] = lambda: None
 
-    def read(self, kind: str, name: str, target: Tensor, found: Found) -> None:
+    def read(self, kind: str, name: str, target: Tensor, found: CheckpointContents) -> None:
         """Have ``target`` filled with what a checkpoint has under this kind and name, or knows more exactly.
 
         Raises:
@@ -80,14 +78,14 @@ class Held:
 
 
 @dataclass
-class Found:
+class CheckpointContents:
     """What a checkpoint has, as far as a process must know to make room for it.
 
     Attributes:
         kinds: By parameter name, the keys' first parts: "model", "exp_avg".
         dtypes: By key.
         shapes: By key.
-        scalars: As in `Held`.
+        scalars: As in `LocalState`.
     """
 
     kinds: Mapping[str, set[str]]
@@ -129,10 +127,10 @@ class Access(Protocol):
     engine: str
     model: nn.Module
 
-    def to_save(self) -> Held:
+    def to_save(self) -> LocalState:
         """What this process writes."""
 
-    def to_load(self, found: Found) -> Callable[[], Held]:
+    def to_load(self, found: CheckpointContents) -> Callable[[], LocalState]:
         """Check what a checkpoint has; return what lays the optimizer's state out again, and says where to read to.
 
         Nothing is changed, and no memory taken, until that is called: several models are checked first.
@@ -146,18 +144,6 @@ class Access(Protocol):
 
     def groups(self) -> list[dict[str, Any]]:
         """Parameter groups as plain data, with "names" instead of "params"."""
-
-
-# Each returns None where the model is not its engine's.
-ENGINES: list[Callable[[nn.Module, Optimizer | None], Access | None]] = []
-
-
-def access(model: nn.Module, optimizer: Optimizer | None) -> Access:
-    """How to reach a model's state, whatever engine has it. Local."""
-    for engine in ENGINES:
-        if (found := engine(model, optimizer)) is not None:
-            return found
-    return Plain(model, optimizer)
 
 
 def outside(number: int, group: int) -> str:
@@ -294,224 +280,8 @@ def only_mine(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Batch norm's statistics do, and weights of ranks that are not kept alike: pieces of several would be no model.
     """
     is_first = collectives.rank() == 0
-    return {k: t for k, t in tensors.items() if is_first or isinstance(t, DTensor) or (type(t) is Owned and t.shared)}
-
-
-class Plain:
-    """Whole parameters on every rank, or DTensors: one process, DDP, FSDP2, tensor parallelism."""
-
-    def __init__(self, model: nn.Module, optimizer: Optimizer | None) -> None:
-        self.model = bare(model)
-        self.optimizer = None if optimizer is None else unwrap(optimizer)
-        self.names = parameter_names(model)
-        for g, group in enumerate([] if self.optimizer is None else self.optimizer.param_groups):
-            for i, param in enumerate(group["params"]):
-                self.names.setdefault(param, outside(i, g))
-        if any(isinstance(param, DTensor) for param in self.names):
-            self.engine = "FSDP2"
-        else:
-            self.engine = "single" if collectives.world_size() == 1 else "DDP"
-
-    def parameters(self) -> dict[str, tuple[int, ...]]:
-        """See `Access`."""
-        found = {name: tuple(param.shape) for param, name in self.names.items()}
-        return {**found, **{name: tuple(buffer.shape) for name, buffer in buffers(self.model)}}
-
-    def without_memory(self) -> list[str]:
-        """See `Access`."""
-        everything = (*((name, param) for param, name in self.names.items()), *buffers(self.model))
-        return [name for name, tensor in everything if tensor.is_meta]
-
-    def groups(self) -> list[dict[str, Any]]:
-        """See `Access`."""
-        return plain_groups(self.optimizer, lambda _, group: [self.names[param] for param in group["params"]])
-
-    def to_save(self) -> Held:
-        """See `Access`."""
-        held = Held()
-        if isinstance(self.optimizer, DistAdamW):
-            self.optimizer.wait()
-            self._of_shards(self.optimizer, held)
-        elif self.optimizer is not None:
-            self._of_states(self.optimizer, held)
-        for param, name in self.names.items():
-            held.tensors.setdefault(f"{MODEL}.{name}", param.detach())
-        held.tensors |= {f"{MODEL}.{name}": buffer.detach() for name, buffer in buffers(self.model)}
-        held.tensors = only_mine(held.tensors)
-        return held
-
-    def _of_shards(self, optimizer: DistAdamW, held: Held) -> None:
-        for shard in optimizer.shards:
-            for i, param in enumerate(shard.params):
-                name = self.names[param]
-                held.scalars[name] = {"step": float(shard.steps[i])}
-                for kind in shard.moments.keys() - MASTERS:
-                    held.tensors[f"{kind}.{name}"] = _moment(shard, i, kind)
-                if shard.has_master:
-                    held.tensors[f"{MASTER}.{name}"] = _master(shard, i)
-                if shard.process_group is not None:
-                    held.tensors[f"{MODEL}.{name}"] = _runs(param.detach(), shard.ranges_of(i))
-
-    def _of_states(self, optimizer: Optimizer, held: Held) -> None:
-        for param, state in optimizer.state.items():
-            name = self.names[param]
-            for kind, value in state.items():
-                if kind != "step" and isinstance(value, Tensor):
-                    held.tensors[f"{kind}.{name}"] = value
-                    continue
-                value = float(value) if isinstance(value, Tensor) else value
-                if type(value) not in SCALARS:
-                    raise CheckpointError(
-                        f"{type(optimizer).__name__} has {kind} of {name}, a {type(value).__name__}: only tensors and "
-                        "numbers can be saved. Use another optimizer, or pass None and save its state yourself."
-                    )
-                held.scalars.setdefault(name, {})[kind] = value
-
-    def to_load(self, found: Found) -> Callable[[], Held]:
-        """See `Access`."""
-        held = Held()
-        for param, name in self.names.items():
-            held.read(MODEL, name, param.detach(), found)
-        for name, buffer in buffers(self.model):
-            held.read(MODEL, name, buffer.detach(), found)
-        if isinstance(self.optimizer, DistAdamW):
-            self._check_shards(self.optimizer, found)
-        elif self.optimizer is not None:
-            self._check_states(self.optimizer, found)
-
-        def forget_gradients() -> None:
-            self.model.zero_grad()  # of micro-batches before the load
-            if isinstance(self.optimizer, DistAdamW):
-                self.optimizer.zero_grad()  # and what has been reduced of them
-
-        def make_room() -> Held:
-            held.finish = forget_gradients
-            if isinstance(self.optimizer, DistAdamW):
-                self._into_shards(self.optimizer, held, found)
-            elif self.optimizer is not None:
-                self._into_states(self.optimizer, held, found)
-            return held
-
-        return make_room
-
-    def _with_state(self, found: Found) -> list[Tensor]:
-        """Parameters that have state in a checkpoint."""
-        return [p for p, name in self.names.items() if found.kinds.get(name, set()) - {MODEL, MASTER}]
-
-    def _check_shards(self, optimizer: DistAdamW, found: Found) -> None:
-        chosen = {*self._with_state(found)}
-        for group in optimizer.param_groups:
-            for param in {*group["params"]} & chosen:
-                found.need_adam(self.names[param], param.shape, group["amsgrad"])
-
-    def _into_shards(self, optimizer: DistAdamW, held: Held, found: Found) -> None:
-        optimizer.lay_out(self._with_state(found))
-        remainders = []
-        for shard in optimizer.shards:
-            for i, param in enumerate(shard.params):
-                name = self.names[param]
-                shard.steps[i] = found.scalars.get(name, {}).get("step", 0.0)
-                for kind in shard.moments.keys() - {"remainder"}:
-                    held.read(kind, name, _moment(shard, i, kind), found)
-                if "remainder" in shard.moments:
-                    remainders.append((shard, i, name))
-
-        def later() -> Iterator[tuple[Held, Callable[[], None]]]:
-            for shard, i, name in remainders:  # their fp32 weights take memory, so one after the other
-                weights = shard.master_of(i)
-                one = Held()
-                one.read(MASTER, name, _like_param(shard, i, weights, torch.float32), found)
-                yield one, lambda shard=shard, i=i, weights=weights: shard.set_master(i, weights)  # type: ignore[misc]
-
-        forget_gradients = held.finish
-
-        def finish() -> None:
-            optimizer.recount()
-            forget_gradients()
-
-        held.later, held.finish = later, finish
-
-    def _check_states(self, optimizer: Optimizer, found: Found) -> None:
-        for group in optimizer.param_groups:
-            for param in group["params"]:
-                name = self.names[param]
-                kinds, numbers = self._state_of(name, optimizer, found)
-                if kinds and type(optimizer).__name__ in _ADAMW:
-                    found.need_adam(name, param.shape, group.get("amsgrad", False))
-                if twice := sorted(kinds & numbers.keys()):
-                    raise CheckpointError(f"the checkpoint has {twice[0]} of {name} twice: it is damaged.")
-
-    def _state_of(self, name: str, optimizer: Optimizer, found: Found) -> tuple[set[str], dict[str, Any]]:
-        """Of a parameter's saved state, the tensors and numbers that an optimizer takes."""
-        kinds, numbers = found.kinds.get(name, set()) - {MODEL, MASTER}, dict(found.scalars.get(name, {}))
-        if type(optimizer).__name__ in _ADAMW:  # a derived class may have more, and takes all
-            return kinds & {*MOMENTS}, {kind: value for kind, value in numbers.items() if kind == "step"}
-        return kinds, numbers
-
-    def _into_states(self, optimizer: Optimizer, held: Held, found: Found) -> None:
-        of_adam = family_of(optimizer) in _ADAMW
-        states: dict[Tensor, dict[str, Any]] = {}
-        for group in optimizer.param_groups:
-            for param in group["params"]:
-                name = self.names[param]
-                state: dict[str, Any] = {}
-                kinds, numbers = self._state_of(name, optimizer, found)
-                for kind in sorted(kinds):
-                    key = f"{kind}.{name}"
-                    shape, dtype = found.shapes[key], found.dtypes[key]
-                    before = optimizer.state.get(param, {}).get(kind)
-                    if isinstance(before, Tensor) and (tuple(before.shape), before.dtype) == (shape, dtype):
-                        state[kind] = before  # to have both would be as much memory again
-                    elif shape == tuple(param.shape):
-                        state[kind] = torch.zeros_like(param, dtype=dtype, requires_grad=False)
-                    else:
-                        state[kind] = torch.zeros(shape, dtype=dtype, device=param.device)
-                    held.read(kind, name, state[kind], found)
-                for kind, value in numbers.items():
-                    on_device = group.get("fused") or group.get("capturable")
-                    device = local_of(param).device if on_device else "cpu"
-                    is_tensor = kind == "step" and (of_adam or type(value) is float)
-                    state[kind] = torch.tensor(float(value), device=device) if is_tensor else value
-                if state:
-                    states[param] = state
-        optimizer.state.clear()
-        optimizer.state.update(states)
-
-
-def _like_param(shard: Shard, i: int, values: Values, dtype: torch.dtype) -> Tensor:
-    """``values`` are this rank's elements of parameter ``i`` of ``shard``, 1-D in the order of memory, or make them."""
-    param = shard.params[i]
-    if not isinstance(param, DTensor):
-        made = Owned.of_ranges(param.shape, values, shard.ranges_of(i), dtype=dtype, order=axes_in_memory(param))
-        made.shared = shard.process_group is not None
-        return made
-    if isinstance(values, Tensor):
-        return Owned.of(shard.shaped(values, param))
-    like = Owned.of(param.detach())
-    return Owned(param.shape, dtype, {box: partial(_part, shard, param, values, box) for box in like.parts})
-
-
-def _part(shard: Shard, param: DTensor, values: Callable[[], Tensor], box: Box) -> Tensor:
-    return evaluated(Owned.of(shard.shaped(values(), param)).parts[box])
-
-
-def _moment(shard: Shard, i: int, kind: str) -> Tensor:
-    values = shard.owned_moment(i, kind)
-    return _like_param(shard, i, values, values.dtype)
-
-
-def _master(shard: Shard, i: int) -> Tensor:
-    if "master" in shard.moments:
-        return _moment(shard, i, "master")
-    return _like_param(shard, i, partial(shard.master_of, i), torch.float32)
-
-
-def _runs(tensor: Tensor, ranges: Iterable[Sequence[int]]) -> Owned:
-    """Of a whole tensor the elements in ``ranges``, counted in the order of its memory."""
-    flat, order = storage_order(tensor), axes_in_memory(tensor)
-    parts: dict[Box, Values] = {}
-    for start, stop in ranges:
-        parts |= Owned.of_ranges(tensor.shape, flat[start:stop], [(start, stop)], dtype=tensor.dtype, order=order).parts
-    if not tensor.numel():
-        return Owned.of(tensor)
-    return Owned(tensor.shape, tensor.dtype, parts)
+    return {
+        k: t
+        for k, t in tensors.items()
+        if is_first or isinstance(t, DTensor) or (type(t) is PartialTensor and t.shared)
+    }

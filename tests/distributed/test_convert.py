@@ -32,8 +32,9 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
 from dist_adamw import CyclicLRWithRestarts, DistAdamW, export_checkpoint, import_checkpoint, load, save
-from dist_adamw.checkpoint.storage.files import Lock, read_whole
+from dist_adamw.checkpoint.storage.files import read_whole
 from dist_adamw.checkpoint.storage.index import read_index, write_index
+from dist_adamw.checkpoint.storage.locks import Lock
 from dist_adamw.cli import main
 from dist_adamw.errors import CheckpointError
 from tests.distributed.engines import ZERO, accelerator_on

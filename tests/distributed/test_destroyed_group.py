@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from dist_adamw import CheckpointError
-from dist_adamw.checkpoint.folder import damage_of
+from dist_adamw.checkpoint.manifest import damage_of
 from dist_adamw.ranks.together import Ranks
 
 _context = multiprocessing.get_context("forkserver")

@@ -32,10 +32,11 @@ from dist_adamw import (
     save,
 )
 from dist_adamw.checkpoint import save_load as checkpoint
-from dist_adamw.checkpoint.folder import damage_of
+from dist_adamw.checkpoint.manifest import damage_of
 from dist_adamw.checkpoint.storage import files as storage
-from dist_adamw.checkpoint.storage.files import Lock, read_whole
+from dist_adamw.checkpoint.storage.files import read_whole
 from dist_adamw.checkpoint.storage.index import damage, read_index
+from dist_adamw.checkpoint.storage.locks import Lock
 from dist_adamw.optimizer import replicas
 from tests.kills import kill_often
 from tests.ranks import expect_error_on_all, run_ranks

@@ -8,7 +8,7 @@ import pytest
 from torch import nn
 
 from dist_adamw import CheckpointError, CheckpointFolder, load, save
-from dist_adamw.checkpoint.folder import damage_of
+from dist_adamw.checkpoint.manifest import damage_of
 from dist_adamw.integrations.transformers.trainer_state import _states_in
 
 MODEL = nn.Linear(2, 2)

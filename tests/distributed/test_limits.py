@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import nn
 
 from dist_adamw import CheckpointError, CheckpointFolder, load, save
-from dist_adamw.checkpoint.folder import damage_of
+from dist_adamw.checkpoint.manifest import damage_of
 from dist_adamw.checkpoint.storage import index
 from dist_adamw.checkpoint.storage.index import damage
 from tests.ranks import run_ranks

@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from torch import nn
 
 from dist_adamw import CheckpointError, CheckpointFolder, CyclicLRWithRestarts, DistAdamW, load, save
-from dist_adamw.checkpoint.folder import damage_of
+from dist_adamw.checkpoint.manifest import damage_of
 from dist_adamw.checkpoint.storage.files import read_whole
 from dist_adamw.checkpoint.storage.index import damage, read_index
 from tests.conftest import ROOT

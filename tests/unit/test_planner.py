@@ -10,14 +10,14 @@ from torch.distributed.checkpoint import DefaultSavePlanner, SavePlanner
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan
 
-from dist_adamw.checkpoint.storage.partial_tensor import Owned
+from dist_adamw.checkpoint.storage.partial_tensor import PartialTensor
 from dist_adamw.checkpoint.storage.planner import Planner
 
 
 def held(rank: int) -> dict[str, Tensor]:
     edges = [(0, 7), (7, 12)][rank]  # of a tensor of 3 x 4: boxes of a row, and of a part of one
     return {
-        "weight": Owned.of_ranges((3, 4), torch.zeros(edges[1] - edges[0]), [edges], dtype=torch.float32),
+        "weight": PartialTensor.of_ranges((3, 4), torch.zeros(edges[1] - edges[0]), [edges], dtype=torch.float32),
         "on all ranks": torch.zeros(5, dtype=torch.int64),
         "scalar": torch.tensor(1.0),
         f"rng.{rank}": torch.zeros(8, dtype=torch.uint8),

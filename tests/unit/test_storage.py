@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from dist_adamw.checkpoint.storage import files as storage
 from dist_adamw.checkpoint.storage.files import Reader, Writer, read_whole
 from dist_adamw.checkpoint.storage.index import damage, read_index
-from dist_adamw.checkpoint.storage.partial_tensor import Owned
+from dist_adamw.checkpoint.storage.partial_tensor import PartialTensor
 from dist_adamw.checkpoint.storage.regions import Box, boxes, overlap_anywhere
 from dist_adamw.errors import CheckpointError
 
@@ -88,11 +88,11 @@ def test_any_runs_load_from_any_other(shape: tuple[int, ...], block: int, tmp_pa
         edges = sorted({0, *(c for c in cuts if 0 < c < numel), numel})
         ranges = list(itertools.pairwise(edges))[::-1]
         flat = torch.cat([tensor.reshape(-1)[a:b] for a, b in ranges])
-        save(tmp_path, {"x": Owned.of_ranges(shape, flat, ranges, dtype=flat.dtype)})
+        save(tmp_path, {"x": PartialTensor.of_ranges(shape, flat, ranges, dtype=flat.dtype)})
         assert damage(tmp_path) is None
         for start, stop in itertools.combinations(range(numel + 1), 2):
             part = torch.zeros(stop - start, dtype=torch.float64)
-            load(tmp_path, {"x": Owned.of_ranges(shape, part, [(start, stop)], dtype=part.dtype)})
+            load(tmp_path, {"x": PartialTensor.of_ranges(shape, part, [(start, stop)], dtype=part.dtype)})
             assert torch.equal(part.float(), tensor.reshape(-1)[start:stop])
 
 
@@ -100,10 +100,10 @@ def test_the_order_of_memory_does_not_matter(tmp_path: Path) -> None:
     tensor = torch.randn(4, 3, 2, 2).to(memory_format=torch.channels_last)
     flat = tensor.permute(0, 2, 3, 1).reshape(-1)
     owned = [
-        Owned.of_ranges(tensor.shape, flat[a:b], [(a, b)], dtype=flat.dtype, order=[0, 2, 3, 1])
+        PartialTensor.of_ranges(tensor.shape, flat[a:b], [(a, b)], dtype=flat.dtype, order=[0, 2, 3, 1])
         for a, b in [(0, 19), (19, 48)]
     ]
-    both = Owned(tensor.shape, flat.dtype, {**owned[0].parts, **owned[1].parts})
+    both = PartialTensor(tensor.shape, flat.dtype, {**owned[0].parts, **owned[1].parts})
     save(tmp_path, {"x": both})
     plain = torch.zeros(4, 3, 2, 2)
     load(tmp_path, {"y": plain}, {"y": "x"})

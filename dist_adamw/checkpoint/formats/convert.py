@@ -54,8 +54,9 @@ from dist_adamw.checkpoint.formats.foreign import (
     understood,
 )
 from dist_adamw.checkpoint.state import MASTER, MODEL, same_family, saved_family
-from dist_adamw.checkpoint.storage.files import Lock, Writer, read_whole
+from dist_adamw.checkpoint.storage.files import Writer, read_whole
 from dist_adamw.checkpoint.storage.index import CODES, DTYPES, INDEX, Index, damage, read_index, sync_folder, write_text
+from dist_adamw.checkpoint.storage.locks import Lock
 from dist_adamw.errors import CheckpointError, printable
 from dist_adamw.optimizer.sharding.shard import MOMENTS
 

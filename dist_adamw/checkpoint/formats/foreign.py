@@ -29,7 +29,7 @@ from dist_adamw.checkpoint.formats.unpickling import load_safely
 from dist_adamw.checkpoint.state import MODEL
 from dist_adamw.checkpoint.storage.files import read_exactly
 from dist_adamw.checkpoint.storage.index import CODES, DTYPES, INDEX, open_plainly
-from dist_adamw.checkpoint.storage.partial_tensor import Owned, Values
+from dist_adamw.checkpoint.storage.partial_tensor import PartialTensor, Values
 from dist_adamw.checkpoint.storage.regions import Box, overlap_anywhere
 from dist_adamw.errors import CheckpointError
 from dist_adamw.optimizer.sharding.shard import MOMENTS
@@ -320,7 +320,7 @@ class _Dcp:
             raise CheckpointError(f"{self.folder} is damaged: {key} has gaps or overlaps.")
         if not boxes:
             return torch.empty(shape, dtype=dtype)
-        return Owned(shape, dtype, {box: partial(self._chunk, key, box, dtype) for box in boxes})
+        return PartialTensor(shape, dtype, {box: partial(self._chunk, key, box, dtype) for box in boxes})
 
     def _chunk(self, key: str, box: Box, dtype: torch.dtype) -> Tensor:
         found = self._read(key, box.offsets)
@@ -485,9 +485,9 @@ def _rest_of_universal(source: Path, model: Mapping[str, Any]) -> Iterator[tuple
         yield name, tensor
 
 
-def lazy(shape: Sequence[int], dtype: torch.dtype, make: Values) -> Owned:
+def lazy(shape: Sequence[int], dtype: torch.dtype, make: Values) -> PartialTensor:
     """A tensor that is read when it is saved, so that one is in memory at a time. Local."""
-    return Owned(shape, dtype, {Box((0,) * len(shape), tuple(shape)): make})
+    return PartialTensor(shape, dtype, {Box((0,) * len(shape), tuple(shape)): make})
 
 
 # ---------------------------------------------------------------------------------------------- safetensors

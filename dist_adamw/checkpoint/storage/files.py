@@ -16,14 +16,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
-import itertools
 import json
 import math
 import os
 import secrets
-import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -172,54 +169,6 @@ def _names(folder: Path, file: str) -> bool:
         return file in read_index(folder).files
     except CheckpointError:
         return False
-
-
-class Lock:
-    """Keeps other jobs from saving to a folder, until it is released or forgotten, or the process ends. Local.
-
-    Raises:
-        CheckpointError: another job saves there.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        self.release = weakref.finalize(self, unlock, own(handle))
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise CheckpointError(f"another job is saving to {folder}. Choose another folder.") from None
-        except OSError:
-            pass  # some file systems of networks cannot; `CheckpointFolder` says so, once
-
-
-_own: dict[int, int] = {}  # handles, by numbers that are never used again
-_numbers = itertools.count()
-
-
-def own(handle: int) -> int:
-    """Keep a file to be locked from processes that are forked off; return what `unlock` takes. Local.
-
-    A data loader's worker, say, would give the lock back at its end, or have it beyond the end of this process.
-    """
-    _own[number := next(_numbers)] = handle
-    return number
-
-
-def unlock(number: int) -> None:
-    """Close a file, and give its lock back, in the process that has it. Local."""
-    if (handle := _own.pop(number, None)) is not None:
-        with contextlib.suppress(OSError):
-            fcntl.flock(handle, fcntl.LOCK_UN)
-        os.close(handle)
-
-
-def _leave_locks_to_the_parent() -> None:
-    while _own:
-        os.close(_own.popitem()[1])
-
-
-os.register_at_fork(after_in_child=_leave_locks_to_the_parent)
 
 
 def as_json(about: Mapping[str, Any]) -> Any:

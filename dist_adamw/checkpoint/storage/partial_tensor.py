@@ -19,7 +19,7 @@ from dist_adamw.checkpoint.storage.regions import Box, boxes
 Values = Tensor | Callable[[], Tensor]
 
 
-class Owned(Tensor):
+class PartialTensor(Tensor):
     """A tensor of ``shape`` of which this process holds ``parts``, and nobody asks for the rest. Local.
 
     ``torch.distributed.checkpoint`` saves it from, and loads it into, the memory of the parts. It has no elements of
@@ -36,9 +36,9 @@ class Owned(Tensor):
     shared = True  # whether other ranks hold the other boxes; False where each has all of them
 
     @staticmethod
-    def __new__(cls, shape: Sequence[int], dtype: torch.dtype, parts: Mapping[Box, Values]) -> Owned:
+    def __new__(cls, shape: Sequence[int], dtype: torch.dtype, parts: Mapping[Box, Values]) -> PartialTensor:
         """A tensor without memory."""
-        made: Owned = torch.Tensor._make_wrapper_subclass(
+        made: PartialTensor = torch.Tensor._make_wrapper_subclass(
             cls, torch.Size(shape), dtype=dtype, device=torch.device("cpu")
         )
         return made
@@ -56,7 +56,7 @@ class Owned(Tensor):
         *,
         dtype: torch.dtype,
         order: Sequence[int] | None = None,
-    ) -> Owned:
+    ) -> PartialTensor:
         """Elements in ``ranges``, each ``[start, stop)``, which ``flat`` has end to end, 1-D.
 
         Args:
@@ -81,9 +81,9 @@ class Owned(Tensor):
         return cls(shape, dtype, parts)
 
     @classmethod
-    def of(cls, tensor: Tensor) -> Owned:
+    def of(cls, tensor: Tensor) -> PartialTensor:
         """What a DTensor, or a whole tensor, has here."""
-        if isinstance(tensor, Owned):
+        if isinstance(tensor, PartialTensor):
             return tensor
         if not isinstance(tensor, DTensor):
             return cls(tensor.shape, tensor.dtype, {Box((0,) * tensor.ndim, tuple(tensor.shape)): tensor})
@@ -119,7 +119,7 @@ class Owned(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        raise NotImplementedError(f"{func} of an Owned tensor: this process does not have all of it.")
+        raise NotImplementedError(f"{func} of an PartialTensor tensor: this process does not have all of it.")
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"Owned(shape={tuple(self.shape)}, dtype={self.dtype}, parts={list(self.parts)})"

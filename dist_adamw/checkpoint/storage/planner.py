@@ -22,7 +22,8 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.storage import StorageWriter
 
 from dist_adamw.checkpoint.storage.index import check_tensors
 
@@ -31,7 +32,7 @@ class Planner(DefaultSavePlanner):
     """Saves tensors as ``DefaultSavePlanner`` does. Give ``dcp.save`` an empty state dict beside it.
 
     Args:
-        tensors: By key: plain ones, DTensors, `Owned`.
+        tensors: By key: plain ones, DTensors, `PartialTensor`.
         about: What else the index will say; the main rank's.
     """
 
@@ -65,6 +66,17 @@ class Planner(DefaultSavePlanner):
         """This rank's items again."""
         items = [self._items[i] for i in new_plan.planner_data]
         return super().finish_plan(dataclasses.replace(new_plan, items=items, planner_data=None))
+
+
+def save_alone(planner: SavePlanner, writer: StorageWriter) -> None:
+    """Save from one process: ``torch.distributed.checkpoint.save(no_dist=True)`` without its warning. Local."""
+    planner.set_up_planner({}, writer.storage_meta(), True)
+    writer.set_up_storage_writer(True)
+    local_plan = writer.prepare_local_plan(planner.create_local_plan())
+    global_plans, metadata = planner.create_global_plan([local_plan])
+    (plan,) = writer.prepare_global_plan(global_plans)
+    results = writer.write_data(planner.finish_plan(plan), planner).wait()
+    writer.finish(metadata, [results])
 
 
 def _described(metadata: Metadata) -> Iterator[tuple[str, torch.dtype, tuple[int, ...], int]]:

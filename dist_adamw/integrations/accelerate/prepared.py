@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from dist_adamw.checkpoint.folder import fingerprint
+from dist_adamw.checkpoint.manifest import fingerprint
 from dist_adamw.checkpoint.random_state import restore_random_state
 from dist_adamw.checkpoint.save_load import Part, announce_save, check_alike, load_together, save
 from dist_adamw.checkpoint.state import bare

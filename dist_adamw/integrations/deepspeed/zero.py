@@ -23,20 +23,19 @@ from dist_adamw.checkpoint.formats.foreign import inside
 from dist_adamw.checkpoint.formats.unpickling import nothing_executed
 from dist_adamw.checkpoint.save_load import Checkpoint, load, save
 from dist_adamw.checkpoint.state import (
-    ENGINES,
     MASTER,
     MODEL,
     Access,
-    Found,
-    Held,
-    Plain,
+    CheckpointContents,
+    LocalState,
     buffers,
     only_mine,
     parameter_names,
     plain_groups,
 )
 from dist_adamw.checkpoint.storage.index import INDEX, write_text
-from dist_adamw.checkpoint.storage.partial_tensor import Owned
+from dist_adamw.checkpoint.storage.partial_tensor import PartialTensor
+from dist_adamw.checkpoint.torch_state import TorchAccess
 from dist_adamw.errors import CheckpointError
 from dist_adamw.optimizer.adamw import DistAdamW
 from dist_adamw.ranks import collectives
@@ -62,18 +61,18 @@ class Fragment:
     offset: int
     weights: Tensor
 
-    def of(self, flat: Tensor) -> Owned:
+    def of(self, flat: Tensor) -> PartialTensor:
         """These elements of a tensor that is laid out as the partition."""
         values = flat.detach()[self.offset : self.offset + self.stop - self.start]
-        return Owned.of_ranges(self.shape, values, [(self.start, self.stop)], dtype=flat.dtype)
+        return PartialTensor.of_ranges(self.shape, values, [(self.start, self.stop)], dtype=flat.dtype)
 
     @property
-    def model(self) -> Owned:
+    def model(self) -> PartialTensor:
         """These elements of the model's weights."""
-        return Owned.of_ranges(self.shape, self.weights, [(self.start, self.stop)], dtype=self.weights.dtype)
+        return PartialTensor.of_ranges(self.shape, self.weights, [(self.start, self.stop)], dtype=self.weights.dtype)
 
 
-class Zero:
+class ZeroAccess:
     """Access to the state of a DeepSpeed engine with ZeRO-1, 2 or 3.
 
     Raises:
@@ -151,9 +150,9 @@ class Zero:
         start, stop = (min(edge, param.ds_numel) for edge in (rank * numel, (rank + 1) * numel))
         return start, stop, param.ds_tensor.detach()[: stop - start]
 
-    def to_save(self) -> Held:
+    def to_save(self) -> LocalState:
         """See `Access`."""
-        held = Held()
+        held = LocalState()
         for part in self.fragments():
             exact = part.weights.dtype == part.partition.dtype
             held.tensors[f"{MODEL}.{part.name}"] = part.of(part.partition) if exact else part.model
@@ -171,7 +170,7 @@ class Zero:
         held.tensors = only_mine(held.tensors)
         return held
 
-    def _let_all_know_steps(self, held: Held) -> None:
+    def _let_all_know_steps(self, held: LocalState) -> None:
         """The main rank, which writes the steps, may have nothing of some parameter."""
         for (_, params), (_, partition) in zip(self._groups(), self._partitions(), strict=True):
             if "step" in (state := self.optimizer.state.get(partition, {})):
@@ -185,13 +184,13 @@ class Zero:
                 continue
             if self.is_stage_3:
                 start, stop, part = self._part(param)
-                yield name, Owned.of_ranges(self._shape(param), part, [(start, stop)], dtype=part.dtype)
+                yield name, PartialTensor.of_ranges(self._shape(param), part, [(start, stop)], dtype=part.dtype)
             else:
                 yield name, param.detach()
 
-    def to_load(self, found: Found) -> Callable[[], Held]:
+    def to_load(self, found: CheckpointContents) -> Callable[[], LocalState]:
         """See `Access`."""
-        held = Held()
+        held = LocalState()
         for param, name in self.names.items():
             if not self.is_stage_3:
                 held.read(MODEL, name, param.detach(), found)  # every rank has all of it
@@ -214,7 +213,7 @@ class Zero:
                 found.need(kind, self.names[param])
                 found.need_shape(f"{kind}.{self.names[param]}", self._shape(param))
 
-        def make_room() -> Held:
+        def make_room() -> LocalState:
             state = self._room_for(kinds)
             for part in self.fragments():
                 for kind in kinds if part.name in used else []:
@@ -246,7 +245,7 @@ class Zero:
                 state[partition] = {"step": torch.zeros(()), **{kind: torch.zeros_like(partition) for kind in kinds}}
         return {partition: state[partition] for _, partition in partitions}
 
-    def _set_steps(self, state: dict[Tensor, dict[str, Any]], found: Found) -> None:
+    def _set_steps(self, state: dict[Tensor, dict[str, Any]], found: CheckpointContents) -> None:
         for (_, params), (_, partition) in zip(self._groups(), self._partitions(), strict=True):
             told = (found.scalars.get(self.names[param], {}) for param in params)
             steps = {float(numbers["step"]) for numbers in told if "step" in numbers}
@@ -286,18 +285,18 @@ class Zero:
         _begin_update(self.of)
 
 
-class Whole(Plain):
+class WholeAccess(TorchAccess):
     """A DeepSpeed engine without ZeRO, or with a plain optimizer."""
 
     def __init__(self, engine: Any, optimizer: Optimizer | None) -> None:
         super().__init__(engine.module, optimizer)
         self.of = engine
 
-    def to_load(self, found: Found) -> Callable[[], Held]:
+    def to_load(self, found: CheckpointContents) -> Callable[[], LocalState]:
         """See `Access`."""
         make_theirs = super().to_load(found)
 
-        def make_room() -> Held:
+        def make_room() -> LocalState:
             held = make_theirs()
             finish = held.finish
 
@@ -316,21 +315,23 @@ def _begin_update(engine: Any) -> None:
     engine.micro_steps -= engine.micro_steps % engine.gradient_accumulation_steps()
 
 
-def _zero(model: nn.Module, optimizer: Optimizer | None) -> Access | None:
+def find_access(model: nn.Module, optimizer: Optimizer | None) -> Access | None:
+    """Return how to reach the state of a DeepSpeed engine; None where ``model`` is none. Local.
+
+    Raises:
+        CheckpointError: DeepSpeed keeps its weights in a way that is not known here.
+    """
     inner: Any = getattr(model, "optimizer", None)
     if not hasattr(model, "zero_optimization_stage"):
         return None
     if hasattr(inner, "single_partition_of_fp32_groups") or hasattr(inner, "fp16_partitioned_groups_flat"):
-        return Zero(model, with_state=optimizer is not None)
+        return ZeroAccess(model, with_state=optimizer is not None)
     if inner is None or isinstance(inner, Optimizer):
-        return Whole(model, inner)
+        return WholeAccess(model, inner)
     raise CheckpointError(
         f"{type(inner).__name__} keeps its weights its own way. Use ZeRO stage 1 or 2, without grad_accum_dtype: "
         "it does the same in less memory."
     )
-
-
-ENGINES.append(_zero)
 
 
 _HOW_TO_TRUST = (

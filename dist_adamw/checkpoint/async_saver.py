@@ -1,0 +1,187 @@
+"""Save while training goes on. The copy is in host memory, the writing in a thread."""
+
+from __future__ import annotations
+
+import traceback
+import warnings
+import weakref
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from dist_adamw.checkpoint.extra_state import EXTRA
+from dist_adamw.checkpoint.random_state import RNG
+from dist_adamw.checkpoint.save_load import _gather, _write, announce_save
+from dist_adamw.checkpoint.state import LocalState
+from dist_adamw.checkpoint.storage.partial_tensor import PartialTensor, Values, evaluated
+from dist_adamw.errors import CheckpointError
+from dist_adamw.optimizer.replicas import check_replicas
+from dist_adamw.ranks import collectives
+from dist_adamw.ranks.together import Ranks
+
+
+class Saving:
+    """An asynchronous save."""
+
+    def __init__(self, path: Path, future: Future[None]) -> None:
+        self.path = path
+        self.reported = False  # whether the result has been returned to, or raised for, the caller
+        self._future = future
+
+    @property
+    def done(self) -> bool:
+        """Whether it is over, or has failed. Local."""
+        return self._future.done()
+
+    def wait(self) -> None:
+        """Wait until the checkpoint is there. Local.
+
+        Raises:
+            CheckpointError: some rank could not write; on every rank alike.
+        """
+        self.reported = True
+        self._future.result()
+
+    def pending_error(self, ranks: Ranks) -> CheckpointError | None:
+        """Wait for the save; return its error unless every rank has already reported it. Collective."""
+        error = self.join()
+        reported_here, self.reported = self.reported, True
+        problems = ranks.gather(None if error is None or reported_here else str(error))
+        return next((CheckpointError(problem) for problem in problems if problem is not None), None)
+
+    def join(self) -> BaseException | None:
+        """Wait for the save; return its error without reporting it. Local."""
+        return self._future.exception()
+
+
+class AsyncSaver:
+    """Saves while training goes on: from a copy in host memory, in a thread, over a process group of its own.
+
+    A second save waits for the first. The copy takes what a rank writes: ``(b_p N + 8 N) / W`` bytes for W ranks
+    and fp32 moments, which stay allocated for the next save.
+
+    The process group must live until a save is over: `wait`, or `close`, before it is destroyed. A save that finds it
+    gone is an error, and the checkpoints before it stay.
+
+    Collective to build: every rank does.
+    """
+
+    def __init__(self) -> None:
+        # On training's group its messages would meet training's in another order on every rank.
+        self._ranks = Ranks.now(dist.new_group(backend="gloo") if collectives.world_size() > 1 else None)
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._memory: dict[Any, Tensor] = {}
+        self._last: Saving | None = None
+        self._savings: list[Saving] = []
+        weakref.finalize(self, _warn_of_failures, self._savings)
+
+    def save(
+        self,
+        path: str | Path,
+        model: nn.Module,
+        optimizer: Optimizer | None = None,
+        scheduler: LRScheduler | None = None,
+        *,
+        extra: Mapping[str, Any] | None = None,
+        then: Callable[[], None] | None = None,
+    ) -> Saving:
+        """As `dist_adamw.save`, and returns when the copy is made. Collective.
+
+        Args:
+            then: What to do, in the thread of each rank, when all of it is written.
+
+        Raises:
+            CheckpointError: the save before failed, or this one cannot be begun; on every rank alike.
+            AgreementError: as of `save`.
+        """
+        last, self._last, ranks = self._last, None, self._ranks
+        ranks.check()
+        announce_save(optimizer)
+        if last is not None and (error := last.pending_error(ranks)) is not None:
+            raise error
+        check_replicas(model, optimizer, group=ranks.group)
+        path = Path(path).absolute()  # the thread may find itself in another folder
+        held, about = _gather(path, model, optimizer, scheduler, extra, ranks)
+        copies = ranks.everywhere(lambda: {k: self._copy(k, tensor) for k, tensor in held.tensors.items()})
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+        def work() -> None:
+            try:
+                _write(path, LocalState(copies), about, ranks)
+                if then is not None:
+                    ranks.everywhere(then)
+            except Exception as error:
+                if not collectives.initialized():
+                    _forget_frames(error)  # they hold the group: see `Ranks.check`
+                ranks.check()
+                if isinstance(error, CheckpointError):
+                    raise
+                raise CheckpointError(f"could not write {path}: {type(error).__name__}: {error}.") from error
+
+        self._last = Saving(path, self._thread.submit(work))
+        self._savings[:] = [self._last]
+        return self._last
+
+    def wait(self) -> None:
+        """Wait for what is on its way. Local.
+
+        Raises:
+            CheckpointError: it could not be written; on every rank alike, and once.
+        """
+        last, self._last = self._last, None
+        if last is not None and not last.reported:
+            last.wait()
+
+    def _copy(self, key: str, tensor: Tensor) -> Tensor:
+        owned = PartialTensor.of(tensor)
+        return PartialTensor(owned.shape, owned.dtype, {b: self._keep((key, b), v) for b, v in owned.parts.items()})
+
+    def _keep(self, where: Any, of: Values) -> Tensor:
+        values = evaluated(of)
+        if where[0].startswith((f"{RNG}.", f"{EXTRA}.")):
+            return values.clone()  # a few bytes, of another length each time
+        if (memory := self._memory.get(where)) is None or memory.dtype != values.dtype:
+            memory = torch.empty(values.shape, dtype=values.dtype, pin_memory=values.is_cuda)
+            self._memory[where] = memory
+        return memory.copy_(values, non_blocking=True)
+
+    def close(self) -> None:
+        """`wait`, and let go of the memory. Local."""
+        self._thread.shutdown()
+        self._memory.clear()
+        self.wait()
+
+
+def _forget_frames(error: BaseException | None) -> None:
+    """Let go of what the functions had that an error came through, and the errors before it. Local."""
+    errors, seen = [error], set[int]()
+    while errors:
+        found = errors.pop()
+        if found is None or id(found) in seen:
+            continue
+        seen.add(id(found))
+        traceback.clear_frames(found.__traceback__)
+        found.__traceback__ = None  # frames keep their functions, and those what is in their closures
+        errors += [found.__cause__, found.__context__]
+        if isinstance(found, CheckpointException):
+            errors += [failure for failure, _ in found.failures.values()]
+
+
+def _warn_of_failures(savings: list[Saving]) -> None:
+    """Warn of failed saves that nobody waited for, when the saver is collected."""
+
+    def warn(saving: Saving) -> None:
+        if not saving.reported and (error := saving._future.exception()) is not None:
+            warnings.warn(f"a checkpoint was lost: {error}", stacklevel=2)
+
+    for saving in savings:
+        saving._future.add_done_callback(lambda _, saving=saving: warn(saving))  # type: ignore[misc]

@@ -1,0 +1,83 @@
+"""Sizes and checksums of all files of a saved folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from dist_adamw.checkpoint.storage.index import (
+    INDEX,
+    damage,
+    is_ours,
+    open_plainly,
+    read_bounded,
+    read_index,
+)
+from dist_adamw.errors import CheckpointError
+
+MANIFEST = "manifest.json"
+
+
+def _facts(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Size and checksum of the files that no index of ours knows, by name; the disk holds them then."""
+    indexed = {path.parent: files for path in folder.rglob(INDEX) if (files := _files_of(path.parent))}
+    known = {where / name for where, names in indexed.items() for name in names}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path not in known and path != folder / MANIFEST:
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+            yield path.relative_to(folder).as_posix(), fingerprint(path)
+    yield from ((f"{path.relative_to(folder).as_posix()}/", {}) for path in sorted(indexed))
+
+
+def _files_of(folder: Path) -> set[str]:
+    """A checkpoint's files, its index among them; none where the index is somebody else's, a file like any."""
+    try:
+        return {INDEX, *read_index(folder).files}
+    except CheckpointError:
+        if is_ours(folder):  # damaged: what it should name would be taken for whole
+            raise
+        return set()
+
+
+def fingerprint(path: Path) -> dict[str, Any]:
+    """Size and checksum of a plain file. Local."""
+    digest = hashlib.sha256()
+    with open_plainly(path) as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+
+
+def damage_of(path: Path, part: int = 0, parts: int = 1) -> str | None:
+    """What is wrong with a checkpoint of a `CheckpointFolder`, as a sentence; None when it is whole. Local.
+
+    Args:
+        path: The checkpoint.
+        part: Which of the files to read, ``parts`` ranks sharing them.
+        parts: How many share them.
+    """
+    try:
+        manifest = json.loads(read_bounded(path / MANIFEST))
+        for i, (name, expected) in enumerate(manifest.items()):
+            inside = path / name
+            if not inside.resolve().is_relative_to(path.resolve()):  # also by a link on the way
+                return f"the checkpoint {path} is damaged: its manifest names {name!r}, outside of it."
+            if name.endswith("/"):
+                if problem := damage(inside, part, parts):
+                    return problem
+            elif i % parts == part and (found := fingerprint(inside)) != expected:
+                what = "its checksum is another one" if found["bytes"] == expected["bytes"] else "it is torn"
+                return (
+                    f"the checkpoint {path} is damaged: {name} has {found['bytes']:,} bytes where "
+                    f"{expected['bytes']:,} were written, and {what}."
+                )
+    except FileNotFoundError as error:
+        return f"the checkpoint {path} is not whole: {Path(error.filename).name} is missing."
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, MemoryError) as error:
+        return f"the checkpoint {path} cannot be read: {type(error).__name__}: {error}."
+    return None

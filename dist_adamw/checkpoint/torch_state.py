@@ -1,0 +1,259 @@
+"""The training state of a model in plain torch, in DDP or sharded by FSDP2, by the names of its parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from dist_adamw.checkpoint.state import (
+    _ADAMW,
+    MASTER,
+    MODEL,
+    SCALARS,
+    CheckpointContents,
+    LocalState,
+    bare,
+    buffers,
+    family_of,
+    only_mine,
+    outside,
+    parameter_names,
+    plain_groups,
+)
+from dist_adamw.checkpoint.storage.partial_tensor import PartialTensor, Values, evaluated
+from dist_adamw.checkpoint.storage.regions import Box
+from dist_adamw.errors import CheckpointError
+from dist_adamw.optimizer.adamw import DistAdamW
+from dist_adamw.optimizer.sharding.shard import MASTERS, MOMENTS, Shard, axes_in_memory, local_of, storage_order
+from dist_adamw.ranks import collectives
+from dist_adamw.schedule.third_party import unwrap
+
+
+class TorchAccess:
+    """Whole parameters on every rank, or DTensors: one process, DDP, FSDP2, tensor parallelism."""
+
+    def __init__(self, model: nn.Module, optimizer: Optimizer | None) -> None:
+        self.model = bare(model)
+        self.optimizer = None if optimizer is None else unwrap(optimizer)
+        self.names = parameter_names(model)
+        for g, group in enumerate([] if self.optimizer is None else self.optimizer.param_groups):
+            for i, param in enumerate(group["params"]):
+                self.names.setdefault(param, outside(i, g))
+        if any(isinstance(param, DTensor) for param in self.names):
+            self.engine = "FSDP2"
+        else:
+            self.engine = "single" if collectives.world_size() == 1 else "DDP"
+
+    def parameters(self) -> dict[str, tuple[int, ...]]:
+        """See `Access`."""
+        found = {name: tuple(param.shape) for param, name in self.names.items()}
+        return {**found, **{name: tuple(buffer.shape) for name, buffer in buffers(self.model)}}
+
+    def without_memory(self) -> list[str]:
+        """See `Access`."""
+        everything = (*((name, param) for param, name in self.names.items()), *buffers(self.model))
+        return [name for name, tensor in everything if tensor.is_meta]
+
+    def groups(self) -> list[dict[str, Any]]:
+        """See `Access`."""
+        return plain_groups(self.optimizer, lambda _, group: [self.names[param] for param in group["params"]])
+
+    def to_save(self) -> LocalState:
+        """See `Access`."""
+        held = LocalState()
+        if isinstance(self.optimizer, DistAdamW):
+            self.optimizer.wait()
+            self._of_shards(self.optimizer, held)
+        elif self.optimizer is not None:
+            self._of_states(self.optimizer, held)
+        for param, name in self.names.items():
+            held.tensors.setdefault(f"{MODEL}.{name}", param.detach())
+        held.tensors |= {f"{MODEL}.{name}": buffer.detach() for name, buffer in buffers(self.model)}
+        held.tensors = only_mine(held.tensors)
+        return held
+
+    def _of_shards(self, optimizer: DistAdamW, held: LocalState) -> None:
+        for shard in optimizer.shards:
+            for i, param in enumerate(shard.params):
+                name = self.names[param]
+                held.scalars[name] = {"step": float(shard.steps[i])}
+                for kind in shard.moments.keys() - MASTERS:
+                    held.tensors[f"{kind}.{name}"] = _moment(shard, i, kind)
+                if shard.has_master:
+                    held.tensors[f"{MASTER}.{name}"] = _master(shard, i)
+                if shard.process_group is not None:
+                    held.tensors[f"{MODEL}.{name}"] = _runs(param.detach(), shard.ranges_of(i))
+
+    def _of_states(self, optimizer: Optimizer, held: LocalState) -> None:
+        for param, state in optimizer.state.items():
+            name = self.names[param]
+            for kind, value in state.items():
+                if kind != "step" and isinstance(value, Tensor):
+                    held.tensors[f"{kind}.{name}"] = value
+                    continue
+                value = float(value) if isinstance(value, Tensor) else value
+                if type(value) not in SCALARS:
+                    raise CheckpointError(
+                        f"{type(optimizer).__name__} has {kind} of {name}, a {type(value).__name__}: only tensors and "
+                        "numbers can be saved. Use another optimizer, or pass None and save its state yourself."
+                    )
+                held.scalars.setdefault(name, {})[kind] = value
+
+    def to_load(self, found: CheckpointContents) -> Callable[[], LocalState]:
+        """See `Access`."""
+        held = LocalState()
+        for param, name in self.names.items():
+            held.read(MODEL, name, param.detach(), found)
+        for name, buffer in buffers(self.model):
+            held.read(MODEL, name, buffer.detach(), found)
+        if isinstance(self.optimizer, DistAdamW):
+            self._check_shards(self.optimizer, found)
+        elif self.optimizer is not None:
+            self._check_states(self.optimizer, found)
+
+        def forget_gradients() -> None:
+            self.model.zero_grad()  # of micro-batches before the load
+            if isinstance(self.optimizer, DistAdamW):
+                self.optimizer.zero_grad()  # and what has been reduced of them
+
+        def make_room() -> LocalState:
+            held.finish = forget_gradients
+            if isinstance(self.optimizer, DistAdamW):
+                self._into_shards(self.optimizer, held, found)
+            elif self.optimizer is not None:
+                self._into_states(self.optimizer, held, found)
+            return held
+
+        return make_room
+
+    def _with_state(self, found: CheckpointContents) -> list[Tensor]:
+        """Parameters that have state in a checkpoint."""
+        return [p for p, name in self.names.items() if found.kinds.get(name, set()) - {MODEL, MASTER}]
+
+    def _check_shards(self, optimizer: DistAdamW, found: CheckpointContents) -> None:
+        chosen = {*self._with_state(found)}
+        for group in optimizer.param_groups:
+            for param in {*group["params"]} & chosen:
+                found.need_adam(self.names[param], param.shape, group["amsgrad"])
+
+    def _into_shards(self, optimizer: DistAdamW, held: LocalState, found: CheckpointContents) -> None:
+        optimizer.lay_out(self._with_state(found))
+        remainders = []
+        for shard in optimizer.shards:
+            for i, param in enumerate(shard.params):
+                name = self.names[param]
+                shard.steps[i] = found.scalars.get(name, {}).get("step", 0.0)
+                for kind in shard.moments.keys() - {"remainder"}:
+                    held.read(kind, name, _moment(shard, i, kind), found)
+                if "remainder" in shard.moments:
+                    remainders.append((shard, i, name))
+
+        def later() -> Iterator[tuple[LocalState, Callable[[], None]]]:
+            for shard, i, name in remainders:  # their fp32 weights take memory, so one after the other
+                weights = shard.master_of(i)
+                one = LocalState()
+                one.read(MASTER, name, _like_param(shard, i, weights, torch.float32), found)
+                yield one, lambda shard=shard, i=i, weights=weights: shard.set_master(i, weights)  # type: ignore[misc]
+
+        forget_gradients = held.finish
+
+        def finish() -> None:
+            optimizer.recount()
+            forget_gradients()
+
+        held.later, held.finish = later, finish
+
+    def _check_states(self, optimizer: Optimizer, found: CheckpointContents) -> None:
+        for group in optimizer.param_groups:
+            for param in group["params"]:
+                name = self.names[param]
+                kinds, numbers = self._state_of(name, optimizer, found)
+                if kinds and type(optimizer).__name__ in _ADAMW:
+                    found.need_adam(name, param.shape, group.get("amsgrad", False))
+                if twice := sorted(kinds & numbers.keys()):
+                    raise CheckpointError(f"the checkpoint has {twice[0]} of {name} twice: it is damaged.")
+
+    def _state_of(self, name: str, optimizer: Optimizer, found: CheckpointContents) -> tuple[set[str], dict[str, Any]]:
+        """Of a parameter's saved state, the tensors and numbers that an optimizer takes."""
+        kinds, numbers = found.kinds.get(name, set()) - {MODEL, MASTER}, dict(found.scalars.get(name, {}))
+        if type(optimizer).__name__ in _ADAMW:  # a derived class may have more, and takes all
+            return kinds & {*MOMENTS}, {kind: value for kind, value in numbers.items() if kind == "step"}
+        return kinds, numbers
+
+    def _into_states(self, optimizer: Optimizer, held: LocalState, found: CheckpointContents) -> None:
+        of_adam = family_of(optimizer) in _ADAMW
+        states: dict[Tensor, dict[str, Any]] = {}
+        for group in optimizer.param_groups:
+            for param in group["params"]:
+                name = self.names[param]
+                state: dict[str, Any] = {}
+                kinds, numbers = self._state_of(name, optimizer, found)
+                for kind in sorted(kinds):
+                    key = f"{kind}.{name}"
+                    shape, dtype = found.shapes[key], found.dtypes[key]
+                    before = optimizer.state.get(param, {}).get(kind)
+                    if isinstance(before, Tensor) and (tuple(before.shape), before.dtype) == (shape, dtype):
+                        state[kind] = before  # to have both would be as much memory again
+                    elif shape == tuple(param.shape):
+                        state[kind] = torch.zeros_like(param, dtype=dtype, requires_grad=False)
+                    else:
+                        state[kind] = torch.zeros(shape, dtype=dtype, device=param.device)
+                    held.read(kind, name, state[kind], found)
+                for kind, value in numbers.items():
+                    on_device = group.get("fused") or group.get("capturable")
+                    device = local_of(param).device if on_device else "cpu"
+                    is_tensor = kind == "step" and (of_adam or type(value) is float)
+                    state[kind] = torch.tensor(float(value), device=device) if is_tensor else value
+                if state:
+                    states[param] = state
+        optimizer.state.clear()
+        optimizer.state.update(states)
+
+
+def _like_param(shard: Shard, i: int, values: Values, dtype: torch.dtype) -> Tensor:
+    """``values`` are this rank's elements of parameter ``i`` of ``shard``, 1-D in the order of memory, or make them."""
+    param = shard.params[i]
+    if not isinstance(param, DTensor):
+        made = PartialTensor.of_ranges(
+            param.shape, values, shard.ranges_of(i), dtype=dtype, order=axes_in_memory(param)
+        )
+        made.shared = shard.process_group is not None
+        return made
+    if isinstance(values, Tensor):
+        return PartialTensor.of(shard.shaped(values, param))
+    like = PartialTensor.of(param.detach())
+    return PartialTensor(param.shape, dtype, {box: partial(_part, shard, param, values, box) for box in like.parts})
+
+
+def _part(shard: Shard, param: DTensor, values: Callable[[], Tensor], box: Box) -> Tensor:
+    return evaluated(PartialTensor.of(shard.shaped(values(), param)).parts[box])
+
+
+def _moment(shard: Shard, i: int, kind: str) -> Tensor:
+    values = shard.owned_moment(i, kind)
+    return _like_param(shard, i, values, values.dtype)
+
+
+def _master(shard: Shard, i: int) -> Tensor:
+    if "master" in shard.moments:
+        return _moment(shard, i, "master")
+    return _like_param(shard, i, partial(shard.master_of, i), torch.float32)
+
+
+def _runs(tensor: Tensor, ranges: Iterable[Sequence[int]]) -> PartialTensor:
+    """Of a whole tensor the elements in ``ranges``, counted in the order of its memory."""
+    flat, order = storage_order(tensor), axes_in_memory(tensor)
+    parts: dict[Box, Values] = {}
+    for start, stop in ranges:
+        parts |= PartialTensor.of_ranges(
+            tensor.shape, flat[start:stop], [(start, stop)], dtype=tensor.dtype, order=order
+        ).parts
+    if not tensor.numel():
+        return PartialTensor.of(tensor)
+    return PartialTensor(tensor.shape, tensor.dtype, parts)
