@@ -3,7 +3,8 @@
 from dist_adamw._version import __version__
 from dist_adamw.checkpoint.async_saver import AsyncSaver
 from dist_adamw.checkpoint.folder import CheckpointFolder
-from dist_adamw.checkpoint.formats.convert import export_checkpoint, import_checkpoint
+from dist_adamw.checkpoint.formats.exporting import export_checkpoint
+from dist_adamw.checkpoint.formats.importing import import_checkpoint
 from dist_adamw.checkpoint.save_load import Checkpoint, load, save
 from dist_adamw.errors import AgreementError, CheckpointError
 from dist_adamw.integrations.accelerate.position import position, rest_of_epoch

@@ -10,8 +10,10 @@ from typing import Any, Literal
 
 import torch
 
-from dist_adamw.checkpoint.formats.convert import describe, export_checkpoint, import_checkpoint
-from dist_adamw.checkpoint.formats.foreign import Kind
+from dist_adamw.checkpoint.formats.content import Kind
+from dist_adamw.checkpoint.formats.describe import describe
+from dist_adamw.checkpoint.formats.exporting import export_checkpoint
+from dist_adamw.checkpoint.formats.importing import import_checkpoint
 from dist_adamw.errors import CheckpointError
 from dist_adamw.optimizer.adamw import DistAdamW
 from dist_adamw.schedule.batch import GlobalBatch

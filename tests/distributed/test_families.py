@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dist_adamw import CheckpointError, DistAdamW, load, save
-from dist_adamw.checkpoint.formats.convert import export_checkpoint
+from dist_adamw.checkpoint.formats.exporting import export_checkpoint
 from dist_adamw.checkpoint.storage.index import read_index, write_index
 
 

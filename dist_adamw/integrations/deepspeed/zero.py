@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dist_adamw.checkpoint.formats.foreign import inside
+from dist_adamw.checkpoint.formats.content import inside
 from dist_adamw.checkpoint.formats.unpickling import nothing_executed
 from dist_adamw.checkpoint.save_load import Checkpoint, load, save
 from dist_adamw.checkpoint.state import (

@@ -1,16 +1,6 @@
-"""Training states of other libraries, to our checkpoints and from them, in which nothing is executed.
+"""Write a checkpoint as another library has it. Local, in one process.
 
-Knows the files of others, and imports no library of theirs but torch. Local, in one process.
-
-    kind         what it is
-    torch        ``torch.save({"model": ..., "optimizer": ...})``, with the state dict of ``torch.optim.AdamW`` or the
-                 consolidated one of ``ZeroRedundancyOptimizer``; the two also in files of their own
-    dcp          a folder of ``torch.distributed.checkpoint``, of FSDP2 and ``get_state_dict``
-    universal    a folder of DeepSpeed's ``ds_to_universal``, of any ZeRO stage
-    safetensors  weights alone, in one file
-
-A few tensors are in memory at a time. Only an export to torch has all of them there at once, since ``torch.save``
-takes them so; its files are mapped when they are read.
+A few tensors are in memory at a time, but for ``torch.save``, which takes all of them.
 """
 
 from __future__ import annotations
@@ -21,155 +11,25 @@ import math
 import os
 import secrets
 import shutil
-import time
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
-from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
-from torch.distributed.checkpoint.storage import StorageWriter
 
-from dist_adamw._version import __version__
 from dist_adamw.checkpoint.compatibility import checked, samples_of
-from dist_adamw.checkpoint.extra_state import EXTRA
-from dist_adamw.checkpoint.formats.foreign import (
-    FP32,
-    Content,
-    Kind,
-    from_dcp,
-    from_safetensors,
-    from_torch,
-    from_universal,
-    inside,
-    kind_of,
-    lazy,
-    understood,
-)
+from dist_adamw.checkpoint.formats.content import FP32, Kind, inside, lazy
+from dist_adamw.checkpoint.formats.importing import _save
 from dist_adamw.checkpoint.state import MASTER, MODEL, same_family, saved_family
-from dist_adamw.checkpoint.storage.files import Writer, read_whole
-from dist_adamw.checkpoint.storage.index import CODES, DTYPES, INDEX, Index, damage, read_index, sync_folder, write_text
-from dist_adamw.checkpoint.storage.locks import Lock
-from dist_adamw.errors import CheckpointError, printable
+from dist_adamw.checkpoint.storage.files import read_whole
+from dist_adamw.checkpoint.storage.index import CODES, Index, sync_folder, write_text
+from dist_adamw.errors import CheckpointError
 from dist_adamw.optimizer.sharding.shard import MOMENTS
-
-
-def import_checkpoint(
-    source: str | Path,
-    path: str | Path,
-    kind: Kind | Literal["auto"] = "auto",
-    *,
-    optimizer: str | Path | None = None,
-    names: Sequence[str] | None = None,
-    without: Sequence[str] = (),
-) -> None:
-    """Make a checkpoint that `dist_adamw.load` loads on any engine, with ``scheduler=None``. Local.
-
-    There is no random state in it, so loading leaves that alone.
-
-    Args:
-        source: A file or folder of another library.
-        path: The checkpoint's folder.
-        kind: Of ``source``; "auto" looks.
-        optimizer: Of torch: the file with the optimizer's state dict, where ``source`` has only the model's.
-        names: Of torch: the parameters' names in the optimizer's order, where its groups have no ``param_names``
-            and the order is not that of all the weights.
-        without: Names of weights that are not taken, such as the second name of a tied one.
-
-    Raises:
-        CheckpointError: ``source`` is not of this kind, is damaged, or asks for anything to be executed; or ``path``
-            holds a checkpoint.
-    """
-    source, path = Path(source), Path(path)
-    if (path / INDEX).exists():
-        raise CheckpointError(f"{path} holds a checkpoint already. Choose another folder, or remove it first.")
-    if kind == "auto":
-        kind = kind_of(source)
-    read = {
-        "torch": lambda: from_torch(source, optimizer, names),
-        "dcp": lambda: from_dcp(source),
-        "universal": lambda: from_universal(source),
-        "safetensors": lambda: from_safetensors(source),
-    }
-    if kind not in read:
-        raise CheckpointError(f"kind must be one of {', '.join(read)} or auto, got {kind!r}.")
-    if kind != "torch" and (optimizer is not None or names is not None):
-        raise CheckpointError(f"optimizer and names are for files of torch, and {source} is of kind {kind!r}.")
-    content = understood(source, read[kind])
-    for name in without:
-        if content.tensors.pop(f"{MODEL}.{name}", None) is None:
-            raise CheckpointError(f"without names {name!r}, and {source} has no such weights.")
-    understood(source, partial(_check, source, content))
-    of_adam = content.groups and content.groups[0].get("decoupled_weight_decay") is False
-    about = {
-        "written by": f"dist_adamw {__version__}",
-        "time": time.time(),
-        "engine": content.engine,
-        "world_size": 1,
-        "optimizer": ("Adam" if of_adam else "AdamW") if content.groups else None,
-        "decay_by": None,
-        "groups": content.groups,
-        "scalars": content.scalars,
-        "scheduler": None,
-        "schedule": None,
-        "extra": {},
-    }
-    tensors = dict(content.tensors)
-    if content.modules is not None:
-        about["modules"] = {name: value for name, value in content.modules.items() if not isinstance(value, Tensor)}
-        tensors |= {f"{EXTRA}.{n}": value for n, value in content.modules.items() if isinstance(value, Tensor)}
-    lock = Lock(path)
-    try:
-        if (path / INDEX).exists():
-            raise CheckpointError(f"{path} holds a checkpoint by now. Choose another folder.")
-        _save(tensors, Writer(path, about), flatten=False)
-    finally:
-        lock.release()
-
-
-def _check(source: Path, content: Content) -> None:
-    shapes = {key: tuple(tensor.shape) for key, tensor in content.tensors.items()}
-    for key, tensor in content.tensors.items():
-        if tensor.dtype not in DTYPES.values():
-            raise CheckpointError(f"{source} has {key} in {tensor.dtype}, which checkpoints do not hold. Convert it.")
-        kind, _, name = key.partition(".")
-        weights = shapes.get(f"{MODEL}.{name}")
-        if weights != shapes[key]:
-            what = "none" if weights is None else f"of shape {list(weights)}"
-            raise CheckpointError(
-                f"{source} has {kind} of shape {list(shapes[key])} for {name}, and weights {what}. Pass the names of "
-                "the parameters in the optimizer's order."
-            )
-    trained = [name for group in content.groups for name in group["names"]]
-    if missing := [name for name in trained if f"{MODEL}.{name}" not in shapes]:
-        raise CheckpointError(f"{source} has an optimizer of {missing[0]!r}, and no weights of that name.")
-    if len(set(trained)) < len(trained):
-        raise CheckpointError(f"{source} has the same parameter twice in its groups.")
-
-
-def _save(tensors: dict[str, Any], writer: StorageWriter, *, flatten: bool) -> None:
-    planner = DefaultSavePlanner(flatten_state_dict=flatten, flatten_sharded_tensors=False)
-    try:
-        with warnings.catch_warnings():  # one process writes all of it, also where there are several: so it is meant
-            warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
-            dcp_save(tensors, storage_writer=writer, planner=planner, no_dist=True)
-    except CheckpointException as failed:
-        if isinstance(writer, Writer):
-            writer.discard()
-        error = next(iter(failed.failures.values()))[0]
-        if isinstance(error, CheckpointError):
-            raise error from failed
-        raise CheckpointError(f"could not write: {type(error).__name__}: {error}.") from error
-
-
-# ---------------------------------------------------------------------------------------------- export
 
 
 def export_checkpoint(path: str | Path, target: str | Path, kind: Kind, *, master: bool = False) -> None:
@@ -378,34 +238,3 @@ def _to_safetensors(ours: _Ours, target: Path) -> None:
             file.write(ours.weights(name).view(-1).view(torch.uint8).numpy().data)
         file.flush()
         os.fsync(file.fileno())
-
-
-# ---------------------------------------------------------------------------------------------- a look
-
-
-def describe(path: str | Path) -> tuple[str, bool]:
-    """What a checkpoint holds, as a short table; and whether it is whole, for which all of it is read. Local.
-
-    Raises:
-        CheckpointError: there is no index that says.
-    """
-    return understood(Path(path), partial(_table, read_index(path)))
-
-
-def _table(index: Index) -> tuple[str, bool]:
-    about, samples = index.about, samples_of(index)
-    weights = [saved for key, saved in index.tensors.items() if key.startswith(f"{MODEL}.")]
-    kinds = sorted({key.partition(".")[0] for key in index.tensors} - {MODEL})
-    steps = {values["step"] for values in about.get("scalars", {}).values() if "step" in values}
-    rows = {
-        "written by": f"{about.get('written by')}, {time.ctime(about.get('time'))}",
-        "engine": f"{about.get('engine')}, {about.get('world_size')} rank(s)",
-        "optimizer": f"{about.get('optimizer') or 'none'}, {max(steps, default=0):,.0f} update(s)",
-        "schedule": "none" if samples is None else f"{about.get('scheduler')} at {samples:,} samples",
-        "weights": f"{sum(math.prod(saved.shape) for saved in weights):,} in {len(weights)} tensors",
-        "beside them": ", ".join(kinds) or "nothing",
-        "files": f"{sum(size for size, _ in index.files.values()):,} bytes in {len(index.files)}",
-        "whole": "yes, to the last bit" if (wrong := damage(index.folder)) is None else f"NO: {wrong}",
-    }
-    width = max(map(len, rows))
-    return "\n".join(f"{name:{width}}  {printable(value)}" for name, value in rows.items()), wrong is None

@@ -1,0 +1,122 @@
+"""What there is to be imported from a file of another library, whatever its kind.
+
+Knows our keys; reads nothing of a pickle. Local.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor
+
+from dist_adamw.checkpoint.storage.index import INDEX
+from dist_adamw.checkpoint.storage.partial_tensor import PartialTensor, Values
+from dist_adamw.checkpoint.storage.regions import Box
+from dist_adamw.errors import CheckpointError
+from dist_adamw.optimizer.sharding.shard import MOMENTS
+from dist_adamw.plain_data import plain
+
+Kind = Literal["torch", "dcp", "universal", "safetensors"]
+T = TypeVar("T")
+MODEL_KEYS = ("model", "model_state_dict", "state_dict", "module")
+STATE_NAMES = ("step", *MOMENTS)
+FP32 = "fp32"
+
+
+@dataclass
+class Content:
+    """What there is to be imported, under our keys; see `checkpoint.state`."""
+
+    engine: str
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    scalars: dict[str, dict[str, float]] = field(default_factory=dict)
+    groups: list[dict[str, Any]] = field(default_factory=list)
+    modules: dict[str, Any] | None = None  # extra state by name; None: not known
+
+    def add_state(self, name: str, kind: str, value: Any) -> None:
+        """Take one thing of the state that AdamW has of a parameter."""
+        if kind not in STATE_NAMES:
+            raise CheckpointError(
+                f"the optimizer's state has {kind!r} of {name}, which AdamW does not have, only "
+                f"{', '.join(STATE_NAMES)}. Import the weights alone."
+            )
+        if kind == "step":
+            self.scalars[name] = {"step": float(value)}
+        else:
+            self.tensors[f"{kind}.{name}"] = value
+
+
+def kind_of(source: Path) -> Kind:
+    """What a file or folder is, by its name and what is there. Local."""
+    if source.is_file():
+        return "safetensors" if source.suffix == ".safetensors" else "torch"
+    if not source.is_dir():
+        raise CheckpointError(f"there is no {source}: no such file or folder.")
+    if (source / ".metadata").exists():
+        return "dcp"
+    if (source / "zero").is_dir() or (source / "latest_universal").exists():
+        return "universal"
+    if any(file for pattern in ("", "*/") for file in source.glob(f"{pattern}*_optim_states.pt")):
+        raise CheckpointError(
+            f"{source} is a checkpoint of DeepSpeed that only as many ranks could load. Convert it with `python -m "
+            "deepspeed.checkpoint.ds_to_universal --inject_missing_state --input_folder ... --output_folder ...`, "
+            "which executes what the files say, and import what that writes."
+        )
+    if (source / INDEX).exists():
+        raise CheckpointError(f"{source} is a checkpoint of dist_adamw already. Pass it to dist_adamw.load.")
+    raise CheckpointError(
+        f"{source} is a folder of no known kind: it has no .metadata of torch.distributed.checkpoint and no zero/ of "
+        "DeepSpeed's universal format."
+    )
+
+
+def understood(source: Path, read: Callable[[], T]) -> T:
+    """What ``read`` returns. Local.
+
+    Raises:
+        CheckpointError: whatever ``read`` raised, in a sentence.
+    """
+    try:
+        return read()
+    except CheckpointError:
+        raise
+    except OSError as error:
+        raise CheckpointError(f"{source} cannot be read: {error}.") from error
+    except Exception as error:  # what damaged files make of the libraries that read them has no end
+        first = (str(error).splitlines() or [""])[0]
+        raise CheckpointError(f"{source} is damaged or of another kind: {type(error).__name__}: {first}.") from error
+
+
+def plain_group(group: Mapping[str, Any], names: list[str]) -> dict[str, Any]:
+    """Return a parameter group as plain data, with ``names`` in place of parameters. Local.
+
+    Raises:
+        CheckpointError: a hyper-parameter is a tensor of several elements.
+    """
+    for key, value in group.items():
+        if isinstance(value, Tensor) and value.numel() > 1:
+            raise CheckpointError(
+                f"{key} of a parameter group is a tensor of shape {list(value.shape)}, and no number."
+            )
+    # "step" is what DeepSpeed's FusedAdam counts there; ours are by parameter.
+    return {"names": names, **{k: plain(v) for k, v in group.items() if k not in ("params", "param_names", "step")}}
+
+
+def inside(folder: Path, name: str) -> str:
+    """``name``, which a checkpoint gives to something in ``folder``. Local.
+
+    Raises:
+        CheckpointError: it leads out of there.
+    """
+    if Path(name).name != name or name in ("", ".."):
+        raise CheckpointError(f"{folder} names {name!r}, which lies outside of it.")
+    return name
+
+
+def lazy(shape: Sequence[int], dtype: torch.dtype, make: Values) -> PartialTensor:
+    """A tensor that is read when it is saved, so that one is in memory at a time. Local."""
+    return PartialTensor(shape, dtype, {Box((0,) * len(shape), tuple(shape)): make})

@@ -1,0 +1,193 @@
+"""Folders of ``torch.distributed.checkpoint``, whose index is a pickle of which nothing is executed. Local."""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import pickle
+import pickletools
+import re
+from collections import OrderedDict
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dist_adamw.checkpoint.formats.content import MODEL_KEYS, STATE_NAMES, Content, inside, plain_group
+from dist_adamw.checkpoint.formats.torch_file import _MEMBERS, _Record, _tensors_and_plain_data
+from dist_adamw.checkpoint.state import MODEL
+from dist_adamw.checkpoint.storage.files import read_exactly
+from dist_adamw.checkpoint.storage.index import DTYPES, open_plainly
+from dist_adamw.checkpoint.storage.partial_tensor import PartialTensor
+from dist_adamw.checkpoint.storage.regions import Box, overlap_anywhere
+from dist_adamw.errors import CheckpointError
+
+_DCP = "torch.distributed.checkpoint"
+_NEEDED = {
+    ("torch", "Size"),
+    ("torch.serialization", "_get_layout"),
+    ("pathlib", "PosixPath"),
+    ("pathlib", "WindowsPath"),
+    ("pathlib._local", "PosixPath"),
+    ("pathlib._local", "WindowsPath"),
+    ("collections", "OrderedDict"),
+    (f"{_DCP}.filesystem", "_StorageInfo"),
+    *((f"{_DCP}.metadata", name) for name in ("Metadata", "MetadataIndex", "StorageMeta", "TensorProperties")),
+    *((f"{_DCP}.metadata", f"{name}StorageMetadata") for name in ("Tensor", "Bytes", "Chunk")),
+    (f"{_DCP}.metadata", "_MEM_FORMAT_ENCODING"),
+}
+
+
+class _Unpickler(pickle.Unpickler):
+    """Reads a ``.metadata`` into records; what it does not need, it refuses."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Something inert in the place of a class or function."""
+        if module == "torch" and name in DTYPES:
+            return DTYPES[name]
+        if f"{module}.{name}" in _MEMBERS:
+            return type(name, (_Record,), {})
+        if (module, name) not in _NEEDED:
+            raise CheckpointError(
+                f"its .metadata asks for {module}.{name}, which describes no tensors, and nothing is executed. Do not "
+                "load this folder with anything else, unless you know why it does."
+            )
+        if name == "OrderedDict":
+            return OrderedDict
+        return tuple if name == "Size" else type(name, (_Record,), {})
+
+
+def _check_memo(data: bytes) -> None:
+    """Raise where a pickle would number more objects than it can have: Python makes room for the largest number."""
+    for opcode, number, _ in pickletools.genops(data):
+        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and (number or 0) > len(data):
+            raise CheckpointError(f"its .metadata is damaged: it numbers {number:,} objects in {len(data):,} bytes.")
+
+
+class _Dcp:
+    """A folder of torch.distributed.checkpoint."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        with open_plainly(folder / ".metadata") as file:
+            try:
+                data = file.read()
+                _check_memo(data)
+                found = _Unpickler(io.BytesIO(data)).load()
+            except CheckpointError as error:
+                raise CheckpointError(f"{folder}: {error}") from error
+            except (pickle.UnpicklingError, EOFError, ValueError) as error:
+                raise CheckpointError(f"{folder}/.metadata is damaged: {error}.") from error
+        self.items: Mapping[str, Any] = found.state_dict_metadata
+        self.paths: Mapping[str, tuple[Any, ...]] = getattr(found, "planner_data", None) or {}
+        self._places = {
+            (where.fqn, tuple(getattr(where, "offset", None) or ())): place
+            for where, place in found.storage_data.items()
+        }
+
+    def is_tensor(self, key: str) -> bool:
+        return type(self.items[key]).__name__ == "TensorStorageMetadata"
+
+    def tensor(self, key: str) -> Tensor:
+        """One that is read when it is needed, chunk by chunk."""
+        item = self.items[key]
+        dtype, shape = item.properties.state[0], tuple(item.size)
+        boxes = [Box(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in item.chunks]
+        fits = all(
+            len(box.offsets) == len(box.sizes) == len(shape)
+            and all(a >= 0 and n >= 0 and a + n <= m for a, n, m in zip(*box, shape, strict=True))
+            for box in boxes
+        )
+        boxes = [box for box in boxes if box.numel]
+        if not fits or math.prod(shape) != sum(b.numel for b in boxes) or overlap_anywhere(boxes, len(shape)):
+            raise CheckpointError(f"{self.folder} is damaged: {key} has gaps or overlaps.")
+        if not boxes:
+            return torch.empty(shape, dtype=dtype)
+        return PartialTensor(shape, dtype, {box: partial(self._chunk, key, box, dtype) for box in boxes})
+
+    def _chunk(self, key: str, box: Box, dtype: torch.dtype) -> Tensor:
+        found = self._read(key, box.offsets)
+        if not isinstance(found, Tensor) or tuple(found.shape) != box.sizes or found.dtype != dtype:
+            raise CheckpointError(f"{self.folder} is damaged: {key} is not what its .metadata says.")
+        return found
+
+    def value(self, key: str) -> Any:
+        """A number, or other plain data."""
+        if self.is_tensor(key):
+            item = self.items[key]
+            return self._read(key, (0,) * len(item.size))
+        return self._read(key, ())
+
+    def _read(self, key: str, offsets: tuple[int, ...]) -> Any:
+        place = self._places[key, offsets]
+        if getattr(place, "transform_descriptors", None):
+            raise CheckpointError(f"{self.folder} has {key} compressed. Save it without extensions.")
+        with open_plainly(self.folder / inside(self.folder, place.relative_path)) as file:
+            if not 0 <= place.offset <= place.offset + place.length <= os.fstat(file.fileno()).st_size:
+                raise CheckpointError(f"{self.folder} is damaged: {key} reaches beyond {place.relative_path}.")
+            data = io.BytesIO(read_exactly(file, place.offset, place.length).numpy().data)
+        return _tensors_and_plain_data(data, f"{key} in {self.folder}")
+
+
+def from_dcp(source: Path) -> Content:
+    """A folder of ``torch.distributed.checkpoint``, with ``get_state_dict``'s two somewhere in it. Local."""
+    folder = _Dcp(source)
+    weights: dict[tuple[Any, ...], dict[str, str]] = {}
+    states: dict[tuple[Any, ...], list[tuple[str, str, str]]] = {}
+    of_groups: dict[Any, dict[str, Any]] = {}
+    for key in folder.items:
+        path = tuple(folder.paths.get(key, (key,)))
+        if (of_state := _place(path, "state")) is not None:
+            states.setdefault(of_state[0], []).append((*of_state[1:], key))
+        elif (of_group := _place(path, "param_groups")) is not None:
+            of_groups.setdefault(of_group[1], {})[of_group[2]] = folder.value(key)
+        elif folder.is_tensor(key):
+            weights.setdefault(path[:-1], {})[str(path[-1])] = key
+    if len(states) > 1:
+        raise CheckpointError(f"{source} has {len(states)} optimizers, {sorted(states)}. Save one.")
+    found = Content("torch.distributed.checkpoint")
+    for name, kind, key in next(iter(states.values()), []):
+        found.add_state(name, kind, folder.value(key) if kind == "step" else folder.tensor(key))
+    found.groups = _dcp_groups(of_groups)
+    trained = {name for group in found.groups for name in group["names"]}
+    for name, key in _model_of(source, weights, trained).items():
+        found.tensors[f"{MODEL}.{name}"] = folder.tensor(key)
+    return found
+
+
+def _place(path: tuple[Any, ...], part: str) -> tuple[tuple[Any, ...], Any, str] | None:
+    """Of ``(..., part, name, what)``, or ``(..., "part.name.what")`` as flattened optimizer states have it."""
+    if len(path) > 2 and path[-3] == part and str(path[-1]).isidentifier():
+        return path[:-3], path[-2], path[-1]
+    flat = re.fullmatch(rf"{part}\.(.+)\.(\w+)", str(path[-1]))
+    if flat and (part == "param_groups" or flat[2] in STATE_NAMES):
+        return path[:-1], flat[1], flat[2]
+    return None
+
+
+def _dcp_groups(of_groups: Mapping[Any, dict[str, Any]]) -> list[dict[str, Any]]:
+    if all(isinstance(number, int) for number in of_groups):
+        return [plain_group(of_groups[number], of_groups[number]["params"]) for number in sorted(of_groups)]
+    groups: list[dict[str, Any]] = []  # flattened ones are by parameter
+    for name, values in of_groups.items():
+        group = plain_group(values, [name])
+        alike = next((other for other in groups if {**other, "names": 0} == {**group, "names": 0}), None)
+        if alike is None:
+            groups.append(group)
+        else:
+            alike["names"].append(name)
+    return groups
+
+
+def _model_of(source: Path, weights: Mapping[tuple[Any, ...], dict[str, str]], trained: set[str]) -> dict[str, str]:
+    chosen = [where for where, names in weights.items() if trained <= names.keys()]
+    if len(chosen) > 1:
+        chosen = [where for where in chosen if where and where[-1] in MODEL_KEYS]
+    if len(chosen) != 1:
+        places = ", ".join(".".join(map(str, where)) or "the top" for where in weights)
+        raise CheckpointError(f"{source} has tensors at {places}: which are the model's? Save it as 'model'.")
+    return weights[chosen[0]]

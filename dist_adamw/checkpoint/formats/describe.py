@@ -1,0 +1,42 @@
+"""Describe a checkpoint, for people. Local."""
+
+from __future__ import annotations
+
+import math
+import time
+from functools import partial
+from pathlib import Path
+
+from dist_adamw.checkpoint.compatibility import samples_of
+from dist_adamw.checkpoint.formats.content import understood
+from dist_adamw.checkpoint.state import MODEL
+from dist_adamw.checkpoint.storage.index import Index, damage, read_index
+from dist_adamw.errors import printable
+
+
+def describe(path: str | Path) -> tuple[str, bool]:
+    """What a checkpoint holds, as a short table; and whether it is whole, for which all of it is read. Local.
+
+    Raises:
+        CheckpointError: there is no index that says.
+    """
+    return understood(Path(path), partial(_table, read_index(path)))
+
+
+def _table(index: Index) -> tuple[str, bool]:
+    about, samples = index.about, samples_of(index)
+    weights = [saved for key, saved in index.tensors.items() if key.startswith(f"{MODEL}.")]
+    kinds = sorted({key.partition(".")[0] for key in index.tensors} - {MODEL})
+    steps = {values["step"] for values in about.get("scalars", {}).values() if "step" in values}
+    rows = {
+        "written by": f"{about.get('written by')}, {time.ctime(about.get('time'))}",
+        "engine": f"{about.get('engine')}, {about.get('world_size')} rank(s)",
+        "optimizer": f"{about.get('optimizer') or 'none'}, {max(steps, default=0):,.0f} update(s)",
+        "schedule": "none" if samples is None else f"{about.get('scheduler')} at {samples:,} samples",
+        "weights": f"{sum(math.prod(saved.shape) for saved in weights):,} in {len(weights)} tensors",
+        "beside them": ", ".join(kinds) or "nothing",
+        "files": f"{sum(size for size, _ in index.files.values()):,} bytes in {len(index.files)}",
+        "whole": "yes, to the last bit" if (wrong := damage(index.folder)) is None else f"NO: {wrong}",
+    }
+    width = max(map(len, rows))
+    return "\n".join(f"{name:{width}}  {printable(value)}" for name, value in rows.items()), wrong is None

@@ -1,0 +1,137 @@
+"""Make a checkpoint of ours from one of another library. Local, in one process."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
+from torch.distributed.checkpoint.storage import StorageWriter
+
+from dist_adamw._version import __version__
+from dist_adamw.checkpoint.extra_state import EXTRA
+from dist_adamw.checkpoint.formats.content import Content, Kind, kind_of, understood
+from dist_adamw.checkpoint.formats.dcp import from_dcp
+from dist_adamw.checkpoint.formats.safetensors import from_safetensors
+from dist_adamw.checkpoint.formats.torch_file import from_torch
+from dist_adamw.checkpoint.formats.universal import from_universal
+from dist_adamw.checkpoint.state import MODEL
+from dist_adamw.checkpoint.storage.files import Writer
+from dist_adamw.checkpoint.storage.index import DTYPES, INDEX
+from dist_adamw.checkpoint.storage.locks import Lock
+from dist_adamw.errors import CheckpointError
+
+
+def import_checkpoint(
+    source: str | Path,
+    path: str | Path,
+    kind: Kind | Literal["auto"] = "auto",
+    *,
+    optimizer: str | Path | None = None,
+    names: Sequence[str] | None = None,
+    without: Sequence[str] = (),
+) -> None:
+    """Make a checkpoint that `dist_adamw.load` loads on any engine, with ``scheduler=None``. Local.
+
+    There is no random state in it, so loading leaves that alone.
+
+    Args:
+        source: A file or folder of another library.
+        path: The checkpoint's folder.
+        kind: Of ``source``; "auto" looks.
+        optimizer: Of torch: the file with the optimizer's state dict, where ``source`` has only the model's.
+        names: Of torch: the parameters' names in the optimizer's order, where its groups have no ``param_names``
+            and the order is not that of all the weights.
+        without: Names of weights that are not taken, such as the second name of a tied one.
+
+    Raises:
+        CheckpointError: ``source`` is not of this kind, is damaged, or asks for anything to be executed; or ``path``
+            holds a checkpoint.
+    """
+    source, path = Path(source), Path(path)
+    if (path / INDEX).exists():
+        raise CheckpointError(f"{path} holds a checkpoint already. Choose another folder, or remove it first.")
+    if kind == "auto":
+        kind = kind_of(source)
+    read = {
+        "torch": lambda: from_torch(source, optimizer, names),
+        "dcp": lambda: from_dcp(source),
+        "universal": lambda: from_universal(source),
+        "safetensors": lambda: from_safetensors(source),
+    }
+    if kind not in read:
+        raise CheckpointError(f"kind must be one of {', '.join(read)} or auto, got {kind!r}.")
+    if kind != "torch" and (optimizer is not None or names is not None):
+        raise CheckpointError(f"optimizer and names are for files of torch, and {source} is of kind {kind!r}.")
+    content = understood(source, read[kind])
+    for name in without:
+        if content.tensors.pop(f"{MODEL}.{name}", None) is None:
+            raise CheckpointError(f"without names {name!r}, and {source} has no such weights.")
+    understood(source, partial(_check, source, content))
+    of_adam = content.groups and content.groups[0].get("decoupled_weight_decay") is False
+    about = {
+        "written by": f"dist_adamw {__version__}",
+        "time": time.time(),
+        "engine": content.engine,
+        "world_size": 1,
+        "optimizer": ("Adam" if of_adam else "AdamW") if content.groups else None,
+        "decay_by": None,
+        "groups": content.groups,
+        "scalars": content.scalars,
+        "scheduler": None,
+        "schedule": None,
+        "extra": {},
+    }
+    tensors = dict(content.tensors)
+    if content.modules is not None:
+        about["modules"] = {name: value for name, value in content.modules.items() if not isinstance(value, Tensor)}
+        tensors |= {f"{EXTRA}.{n}": value for n, value in content.modules.items() if isinstance(value, Tensor)}
+    lock = Lock(path)
+    try:
+        if (path / INDEX).exists():
+            raise CheckpointError(f"{path} holds a checkpoint by now. Choose another folder.")
+        _save(tensors, Writer(path, about), flatten=False)
+    finally:
+        lock.release()
+
+
+def _check(source: Path, content: Content) -> None:
+    shapes = {key: tuple(tensor.shape) for key, tensor in content.tensors.items()}
+    for key, tensor in content.tensors.items():
+        if tensor.dtype not in DTYPES.values():
+            raise CheckpointError(f"{source} has {key} in {tensor.dtype}, which checkpoints do not hold. Convert it.")
+        kind, _, name = key.partition(".")
+        weights = shapes.get(f"{MODEL}.{name}")
+        if weights != shapes[key]:
+            what = "none" if weights is None else f"of shape {list(weights)}"
+            raise CheckpointError(
+                f"{source} has {kind} of shape {list(shapes[key])} for {name}, and weights {what}. Pass the names of "
+                "the parameters in the optimizer's order."
+            )
+    trained = [name for group in content.groups for name in group["names"]]
+    if missing := [name for name in trained if f"{MODEL}.{name}" not in shapes]:
+        raise CheckpointError(f"{source} has an optimizer of {missing[0]!r}, and no weights of that name.")
+    if len(set(trained)) < len(trained):
+        raise CheckpointError(f"{source} has the same parameter twice in its groups.")
+
+
+def _save(tensors: dict[str, Any], writer: StorageWriter, *, flatten: bool) -> None:
+    planner = DefaultSavePlanner(flatten_state_dict=flatten, flatten_sharded_tensors=False)
+    try:
+        with warnings.catch_warnings():  # one process writes all of it, also where there are several: so it is meant
+            warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
+            dcp_save(tensors, storage_writer=writer, planner=planner, no_dist=True)
+    except CheckpointException as failed:
+        if isinstance(writer, Writer):
+            writer.discard()
+        error = next(iter(failed.failures.values()))[0]
+        if isinstance(error, CheckpointError):
+            raise error from failed
+        raise CheckpointError(f"could not write: {type(error).__name__}: {error}.") from error

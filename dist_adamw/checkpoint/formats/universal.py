@@ -1,0 +1,83 @@
+"""Folders of DeepSpeed's universal format (``ds_to_universal``), of any ZeRO stage. Local."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dist_adamw.checkpoint.formats.content import FP32, Content, inside, lazy, plain_group, understood
+from dist_adamw.checkpoint.formats.torch_file import load_pickle
+from dist_adamw.checkpoint.state import MODEL
+from dist_adamw.errors import CheckpointError
+from dist_adamw.optimizer.sharding.shard import MOMENTS
+
+
+def from_universal(source: Path) -> Content:
+    """A folder of DeepSpeed's universal format, or the one with ``latest_universal``. Local."""
+    if not (source / "zero").is_dir() and (latest := source / "latest_universal").is_file():
+        source = source / inside(source, latest.read_text().strip())
+    if any(source.glob("*mp_rank_01_model_states.pt")):
+        raise CheckpointError(f"{source} is of a model in parallel parts, which have other names on every rank.")
+    model = load_pickle(_model_file(source))
+    optim = load_pickle(source / "zero" / "optimizer_state.pt")
+    trained: list[dict[str, Any]] = model["param_shapes"]
+    groups = optim["param_groups"]
+    if len(groups) == 1:
+        trained = [{name: shape for part in trained for name, shape in part.items()}]
+    if len(trained) != len(groups):
+        raise CheckpointError(f"{source} has {len(groups)} groups in {len(trained)} parts: which is whose is not said.")
+    found = Content("DeepSpeed")
+    order = {name: i for i, name in enumerate(model["module"])}  # ZeRO-1 and 2 shuffle parameters
+    for shapes, group in zip(trained, groups, strict=True):
+        found.groups.append(plain_group(group, sorted(shapes, key=lambda name: order.get(name, len(order)))))
+        for name in found.groups[-1]["names"]:
+            _add_universal(source, name, tuple(shapes[name]), optim, found)
+    for name, tensor in _rest_of_universal(source, model):
+        found.tensors.setdefault(f"{MODEL}.{name}", tensor)
+    return found
+
+
+def _model_file(source: Path) -> Path:
+    whole = source / "mp_rank_00_model_states.pt"
+    return whole if whole.exists() else source / "zero_pp_rank_0_mp_rank_00_model_states.pt"
+
+
+def _add_universal(source: Path, name: str, shape: tuple[int, ...], optim: Any, found: Content) -> None:
+    folder = source / "zero" / inside(source, name)
+
+    def read(kind: str) -> Tensor:
+        content = load_pickle(folder / f"{kind}.pt")
+        whole: Tensor = content["param"] if isinstance(content, dict) else content
+        return whole.view(shape).float()
+
+    for kind in (FP32, *MOMENTS):
+        if kind == FP32 or (folder / f"{kind}.pt").exists():
+            key = f"{MODEL if kind == FP32 else kind}.{name}"
+            found.tensors[key] = lazy(shape, torch.float32, partial(understood, folder, partial(read, kind)))
+    if (folder / "step.pt").exists():
+        step = load_pickle(folder / "step.pt")
+    else:  # of stage 3
+        step = next(iter(optim["optimizer_state_dict"]["state"].values()))["step"]
+    found.add_state(name, "step", step)
+
+
+def _rest_of_universal(source: Path, model: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """Buffers and frozen parameters; of the latter, stage 3 leaves every rank's part in a file of its own."""
+    frozen = model.get("frozen_param_shapes") or {}
+    trained = {name for shapes in model["param_shapes"] for name in shapes}
+    ranks = sorted(source.glob("zero_pp_rank_*_mp_rank_00_model_states.pt"), key=lambda f: int(f.name.split("_")[3]))
+    parts = [load_pickle(file)["frozen_param_fragments"] for file in ranks] if frozen and len(ranks) > 1 else []
+    for name, tensor in model["module"].items():
+        if name in trained or name in (model.get("shared_params") or {}):
+            continue
+        if name in frozen and tuple(tensor.shape) != tuple(frozen[name]):
+            shape = frozen[name]
+            fragments = [part[name].flatten() for part in parts] or [model["frozen_param_fragments"][name].flatten()]
+            tensor = torch.cat(fragments)[: math.prod(shape)].view(tuple(shape))
+        yield name, tensor
