@@ -5,10 +5,16 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 ARGS ?=
 
-.PHONY: train test setup format clean
+.PHONY: train test check setup format clean
 
 train: $(READY)  ## Train the small language model on two ranks; ARGS="--recipe.lr 2e-3" overrides.
 	PATH="$(abspath $(BIN)):$$PATH" launch/accelerate.sh --config configs/train/small.yaml $(ARGS)
+
+check: $(READY)  ## The inner loop: lint, format, strict types and quick unit tests.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit -m "not slow"
 
 test: $(READY)  ## Lint, format, strict types, and every test.
 	$(BIN)/ruff check .

@@ -23,7 +23,8 @@ from dist_adamw.checkpoint.storage.index import Index, check_files, read_index
 from dist_adamw.errors import CheckpointError
 from dist_adamw.optimizer.kernels.foreach import check_hyper_parameters
 from dist_adamw.plain_data import plain
-from dist_adamw.schedule.scheduler import CyclicLRWithRestarts, OnDifference
+from dist_adamw.schedule.saved import OnDifference
+from dist_adamw.schedule.scheduler import CyclicLRWithRestarts
 from dist_adamw.schedule.third_party import unwrap
 
 

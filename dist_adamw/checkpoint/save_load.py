@@ -38,7 +38,8 @@ from dist_adamw.optimizer.adamw import DistAdamW
 from dist_adamw.optimizer.replicas import check_replicas
 from dist_adamw.ranks import agreement, collectives
 from dist_adamw.ranks.together import Ranks, everywhere
-from dist_adamw.schedule.scheduler import CyclicLRWithRestarts, OnDifference
+from dist_adamw.schedule.saved import OnDifference
+from dist_adamw.schedule.scheduler import CyclicLRWithRestarts
 from dist_adamw.schedule.third_party import unwrap
 
 Group = dist.ProcessGroup | None

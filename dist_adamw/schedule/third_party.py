@@ -1,4 +1,4 @@
-"""What optimizers that are not ours do: wrappers, skipped updates, and the meaning of weight_decay.
+"""What optimizers that are not ours do: wrappers, and skipped updates.
 
 Recognises by attributes and names, so no library needs to be there.
 """
@@ -8,8 +8,7 @@ from __future__ import annotations
 import gc
 import re
 import sys
-from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -63,21 +62,6 @@ def was_applied(optimizer: Optimizer) -> bool:
 def skip_is_known(optimizer: Optimizer) -> bool:
     """Whether `was_applied` answers at once; else it waits for the device."""
     return bool(getattr(optimizer, "skip_is_known", True))
-
-
-def decay_convention(optimizer: Optimizer, group: Mapping[str, Any]) -> Literal["schedule", "lr", "l2"]:
-    """What ``optimizer`` does with ``group["weight_decay"]``: the table of docs/schedule.md."""
-    if (decay_by := getattr(optimizer, "decay_by", None)) in ("schedule", "lr"):
-        return "schedule" if decay_by == "schedule" else "lr"
-    # apex and DeepSpeed say by a flag, torch's Adam family in the group.
-    for flag in (getattr(optimizer, "adam_w_mode", None), getattr(optimizer, "adamw_mode", None)):
-        if flag is not None:
-            return "lr" if flag else "l2"
-    if group.get("decoupled_weight_decay"):
-        return "lr"
-    names = {cls.__name__ for cls in type(optimizer).__mro__}
-    decoupled = any("adamw" in name.lower() for name in names) or names & {"Lion", "SGDW", "Muon", "Adafactor"}
-    return "lr" if decoupled else "l2"
 
 
 def is_being_wrapped() -> bool:

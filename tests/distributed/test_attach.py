@@ -189,15 +189,14 @@ def constants(module: Any, **values: Any) -> Iterator[None]:
 def check_same_bits(way: dict[str, Any], accumulation: int, options: dict[str, Any], sizes: dict[str, Any]) -> None:
     with constants(gloo, **sizes):
         job = Job(way, options)
-        job.train(range(50), accumulation)
+        job.train(range(20), accumulation)
         job.check()
 
 
-@pytest.mark.parametrize("options", [{}, {"eps": 0.1}], ids=["eps 1e-8", "eps 0.1"])
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("world_size", WORLDS)
-def test_same_bits_as_unsharded_adamw_fed_the_averages(world_size: int, way: str, options: dict[str, Any]) -> None:
-    run_ranks(world_size, check_same_bits, WAYS[way], 2, options, {})
+@pytest.mark.parametrize(("world_size", "eps"), [(1, 0.1), (2, 0.1), (2, 1e-8), (3, 0.1), (4, 0.1)])
+def test_same_bits_as_unsharded_adamw_fed_the_averages(world_size: int, eps: float, way: str) -> None:
+    run_ranks(world_size, check_same_bits, WAYS[way], 2, {"eps": eps}, {})
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -118,8 +118,8 @@ CELLS = [
 ]
 
 
-@pytest.mark.parametrize("eps", [1e-8, 0.1])
-@pytest.mark.parametrize("decay_by", ["lr", "schedule"])
+# The command prints all four. With eps=0.1 a wrong scale of gradients shows; each way of decay needs one run.
+@pytest.mark.parametrize(("decay_by", "eps"), [("lr", 0.1), ("schedule", 1e-8)])
 @pytest.mark.parametrize(("engine", "world_size", "accumulation"), CELLS)
 def test_one_curve(engine: str, world_size: int, accumulation: int, decay_by: str, eps: float) -> None:
     expected = reference(decay_by, eps)

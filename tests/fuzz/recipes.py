@@ -151,8 +151,7 @@ def look_up(scheduler: CyclicLRWithRestarts, recipe: Arguments) -> str:
         if samples >= 1 << 62:
             continue
         begin = time.process_time()
-        scheduler.samples = samples
-        scheduler._push()
+        scheduler.go_to(samples=samples)
         took = time.process_time() - begin
         group = scheduler.optimizer.param_groups[0]
         lr, decay = group["lr"], group["weight_decay"]
@@ -174,7 +173,7 @@ def deepspeed(section: str, told: Arguments) -> str:
             _optimizer_from_json([torch.nn.Parameter(torch.ones(3))], **told)
         else:
             scheduler = _scheduler_from_json(optimizer, **{"batch_size": 10, "epoch_size": 100, **told})
-            if scheduler._schedule is not None:
+            if scheduler._recipe.is_known:
                 look_up(scheduler, {k: v for k, v in told.items() if k == "warmup_samples"})
     except ValueError as error:
         return check_sentence(error, f"DeepSpeed configuration, {section}.params")

@@ -11,7 +11,7 @@ import pytest
 from tests.conftest import ROOT
 from tests.integration.test_train import environment
 
-SHORT = ["--config", str(ROOT / "configs/train/small.yaml"), "--text.max_bytes", "150000", "--recipe.cycles", "1"]
+TINY = ["--config", str(ROOT / "configs/train/tiny.yaml")]
 JSON_JOB = [str(ROOT / "launch/train_json.py"), str(ROOT / "configs/deepspeed/adamwr_zero2.json"), "--updates", "6"]
 ACCELERATE = [
     *["accelerate", "launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"],
@@ -37,7 +37,7 @@ def history(out: Path) -> list[Row]:
 @pytest.fixture(scope="module")
 def ddp(tmp_path_factory: pytest.TempPathFactory) -> list[Row]:
     out = tmp_path_factory.mktemp("ddp")
-    launch([str(ROOT / "launch/accelerate.sh"), *SHORT, "--out", str(out)], CONFIG="cpu_2")
+    launch([str(ROOT / "launch/accelerate.sh"), *TINY, "--out", str(out)], CONFIG="cpu_2")
     return history(out)
 
 
@@ -50,7 +50,7 @@ def ddp(tmp_path_factory: pytest.TempPathFactory) -> list[Row]:
     ],
 )
 def test_the_main_job_runs_unchanged(launcher: str, variables: dict[str, str], ddp: list[Row], tmp_path: Path) -> None:
-    launch([str(ROOT / "launch" / launcher), *SHORT, "--out", str(tmp_path)], **variables)
+    launch([str(ROOT / "launch" / launcher), *TINY, "--out", str(tmp_path)], **variables)
     rows = history(tmp_path)
     assert [row[:3] for row in rows] == [row[:3] for row in ddp]
     assert max(abs(a[3] - b[3]) / b[3] for a, b in zip(rows, ddp, strict=True)) < 1e-5

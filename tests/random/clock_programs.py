@@ -90,6 +90,9 @@ def is_legal(program: Program) -> bool:
                 if options.get("how") == "rest" and not is_prepared:
                     return False
                 at = [(k, name) for k, name, *_ in options.get("at", [])]
+                # A batch of fewer rows on one rank is cut into fewer backward passes, and DDP pairs other ones.
+                if world > 1 and not program["even"] and any(name == "pieces" for _, name in at):
+                    return False
                 if any(name == "continue_on" and sum(k == other for other, _ in at) > 1 for k, name in at):
                     return False
                 alone = alone or any(name == "continue_on" for _, name in at)

@@ -158,7 +158,7 @@ def test_no_module_executes_what_it_reads(path: Path) -> None:
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import | ast.ImportFrom):
             names = [alias.name for alias in node.names] + [getattr(node, "module", None) or ""]
-            if path.stem == "foreign" and names == ["pickle", ""]:
+            if path.stem == "dcp" and names == ["pickle", ""]:
                 continue  # its unpickler has a find_class of its own, and is the only one
             if path.stem == "unpickling" and names == ["pickle", ""]:
                 continue  # it keeps pickle from finding classes while other libraries read; test_planted.py

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from dist_adamw import CheckpointError, CyclicLRWithRestarts, DistAdamW, ReduceMaxLROnRestart, load, save
-from dist_adamw.schedule.scheduler import OnDifference
+from dist_adamw.schedule.saved import OnDifference
 from tests.unit.test_scheduler import adamw, make, parameter, train
 
 

@@ -18,7 +18,8 @@ from torch.utils.data import IterableDataset
 
 from dist_adamw.integrations.accelerate.data import LoaderFacts
 from dist_adamw.optimizer.adamw import DistAdamW
-from dist_adamw.schedule.scheduler import CyclicLRWithRestarts, OnDifference
+from dist_adamw.schedule.saved import OnDifference
+from dist_adamw.schedule.scheduler import CyclicLRWithRestarts
 from dist_adamw.schedule.third_party import unwrap
 
 # Arguments of DistAdamW that TrainingArguments has, where Trainer, DeepSpeed's "auto" and loggers read them.

@@ -46,7 +46,8 @@ from dist_adamw.integrations.transformers.trainer_state import keep_state
 from dist_adamw.optimizer.adamw import DistAdamW
 from dist_adamw.optimizer.replicas import CHECK_WEIGHTS_EVERY, ReplicaWatch, check_replicas
 from dist_adamw.schedule.preview import training_end
-from dist_adamw.schedule.scheduler import CyclicLRWithRestarts, OnDifference
+from dist_adamw.schedule.saved import OnDifference
+from dist_adamw.schedule.scheduler import CyclicLRWithRestarts
 from dist_adamw.schedule.third_party import unwrap
 
 if TYPE_CHECKING:

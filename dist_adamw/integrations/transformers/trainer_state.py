@@ -21,7 +21,7 @@ from dist_adamw.integrations.deepspeed.zero import prepare_deepspeed
 from dist_adamw.integrations.transformers.arguments import inner_scheduler, replace_method
 from dist_adamw.ranks import collectives
 from dist_adamw.ranks.together import everywhere
-from dist_adamw.schedule.scheduler import OnDifference
+from dist_adamw.schedule.saved import OnDifference
 
 
 def keep_state(trainer: Any, on_difference: OnDifference | None) -> None:

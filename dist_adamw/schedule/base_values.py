@@ -1,0 +1,203 @@
+"""The values that a parameter group had before any schedule touched it, and which group they belong to."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from dist_adamw.schedule.batch import shown
+
+
+@dataclass(frozen=True, slots=True)
+class BaseValues:
+    """What a parameter group had before any schedule touched it."""
+
+    lr: float
+    min_lr: float
+    weight_decay: float
+    lr_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.lr < math.inf:
+            raise ValueError(f"lr must be a finite number >= 0, got {self.lr!r}.")
+        if not 0.0 <= self.weight_decay < math.inf:
+            raise ValueError(f"weight_decay must be a finite number >= 0, got {self.weight_decay!r}.")
+        if not 0.0 <= self.min_lr <= self.lr:
+            raise ValueError(
+                f"min_lr must lie between 0 and the group's lr {self.lr!r}, got {self.min_lr!r}. "
+                "Set min_lr in the parameter group, or pass a smaller one."
+            )
+        if not 0.0 <= self.lr_scale < math.inf:
+            raise ValueError(f"lr_scale must be a finite number >= 0, got {self.lr_scale!r}.")
+
+    def plain(self) -> list[float]:
+        """Return the numbers as plain data; a scale only where there is one."""
+        scale = [] if self.lr_scale == 1.0 else [self.lr_scale]
+        return [self.lr, self.min_lr, self.weight_decay, *scale]
+
+
+GroupCheck = Callable[[Optimizer, Mapping[str, Any], BaseValues], None]
+
+
+@dataclass(slots=True)
+class ScheduledGroup:
+    """A parameter group and its base values.
+
+    It refers to the group, so that no other dict can have the group's ``id`` meanwhile.
+
+    Attributes:
+        marks: Of the lr and weight decay that the schedule wrote last.
+    """
+
+    group: dict[str, Any]
+    base: BaseValues
+    marks: tuple[object, object] | None = None
+
+
+class ScheduledGroups:
+    """The parameter groups of an optimizer as the schedule knows them, in the optimizer's order. Local.
+
+    Users add, delete, reorder and replace groups. Base values follow the group by identity, and stand in it
+    (``initial_lr``, ``initial_weight_decay``), so that copies keep them.
+
+    Args:
+        optimizer: The torch optimizer.
+        min_lr: Of groups without their own.
+        check: Called with each new group and its base values; raises where they cannot be scheduled.
+    """
+
+    def __init__(self, optimizer: Optimizer, min_lr: float, check: GroupCheck | None = None) -> None:
+        self._optimizer, self._min_lr, self._check = optimizer, min_lr, check
+        self._known: list[ScheduledGroup] = []
+        self._has_warned = False
+
+    def __iter__(self) -> Iterator[ScheduledGroup]:
+        return iter(self._known)
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def with_bases(self, bases: Sequence[BaseValues], check: GroupCheck | None) -> ScheduledGroups:
+        """Return the same groups with other base values and another check of new ones; writes nothing."""
+        changed = ScheduledGroups(self._optimizer, self._min_lr, check)
+        changed._known = [replace(one, base=base) for one, base in zip(self._known, bases, strict=True)]
+        changed._has_warned = self._has_warned
+        return changed
+
+    def follow(self) -> None:
+        """Follow the optimizer's groups as they are now.
+
+        Raises:
+            ValueError: a new group has no base values that could be scheduled.
+        """
+        known = {id(one.group): one for one in self._known}
+        groups = self._optimizer.param_groups
+        self._known = [known.get(id(group)) or self._learn(i, group) for i, group in enumerate(groups)]
+
+    def are_known(self) -> bool:
+        """Return whether the optimizer has no group that has not been seen."""
+        known = {id(one.group) for one in self._known}
+        return all(id(group) in known for group in self._optimizer.param_groups)
+
+    def take_loaded(self) -> None:
+        """Follow the new dicts that ``Optimizer.load_state_dict`` has put in place of the groups."""
+        for known, group in zip(self._known, self._optimizer.param_groups, strict=True):
+            known.group = group
+
+    def restore(self) -> None:
+        """Write the base values into the groups."""
+        for one in self._known:
+            one.group["initial_lr"], one.group["initial_weight_decay"] = one.base.lr, one.base.weight_decay
+            for name, default in (("min_lr", self._min_lr), ("lr_scale", 1.0)):
+                if one.group.get(name, default) != getattr(one.base, name):
+                    one.group[name] = getattr(one.base, name)
+
+    def write(self, values: Sequence[tuple[float, float | None]]) -> None:
+        """Write lr, and weight decay but where it is None, into the groups."""
+        for one, (lr, decay) in zip(self._known, values, strict=True):
+            if isinstance(one.group["lr"], Tensor):
+                one.group["lr"].fill_(lr)
+            else:
+                one.group["lr"] = lr
+            if decay is not None:
+                one.group["weight_decay"] = decay
+            one.marks = _marks(one.group)
+
+    def find_other_writer(self, leaves_decay_alone: Callable[[Mapping[str, Any]], bool]) -> str | None:
+        """Return a warning where lr or weight decay is not what `write` has written; once."""
+        if self._has_warned:
+            return None
+        self.follow()
+        for i, known in enumerate(self._known):
+            if known.marks is None:
+                continue
+            group = known.group
+            for name, wrote, found in zip(("lr", "weight_decay"), known.marks, _marks(group), strict=True):
+                if wrote == found or (name == "weight_decay" and leaves_decay_alone(group)):
+                    continue
+                self._has_warned = True
+                value = group[name] if isinstance(group[name], float | int) else "another tensor or value"
+                return (
+                    f"{name} of parameter group {i} is {value}, which CyclicLRWithRestarts has not written: another "
+                    "scheduler or your own code has. That held for the last update; from here on the schedule's own "
+                    "value is written again. Let one of them write it: shape the curve by policy_fn or callbacks, "
+                    "leave the decay alone by normalize_weight_decay=False, or drop this scheduler."
+                )
+        return None
+
+    def _learn(self, index: int, group: dict[str, Any]) -> ScheduledGroup:
+        """Take down the base values of a group, in the group as well, where copies of it find them."""
+        # torch's own convention for lr: what a scheduler has annealed is never taken for a base.
+        for name in ("lr", "weight_decay"):
+            if f"initial_{name}" not in group:
+                self._check_not_annealed(index, name, _number(name, group.get(name, 0.0)))
+                group[f"initial_{name}"] = copy_value(group.get(name, 0.0))
+        base = BaseValues(
+            lr=_number("lr", group["initial_lr"]),
+            min_lr=_number("min_lr", group.get("min_lr", self._min_lr)),
+            weight_decay=_number("weight_decay", group["initial_weight_decay"]),
+            lr_scale=_number("lr_scale", group.get("lr_scale", 1.0)),
+        )
+        if self._check is not None:
+            self._check(self._optimizer, group, base)
+        return ScheduledGroup(group, base)
+
+    def _check_not_annealed(self, index: int, name: str, value: float) -> None:
+        """Raise where a new group has a value that the schedule wrote into another group: its base value is unknown."""
+        for one in self._known:
+            base = getattr(one.base, name)
+            current = _number(name, one.group.get(name, 0.0))
+            # A decay of 0 is what groups of biases have.
+            if current == value != base and (value or name == "lr"):
+                raise ValueError(
+                    f"parameter group {index} has no 'initial_{name}', and its {name} {value!r} is the current {name} "
+                    f"of a group whose base {name} is {base!r}. To replace a group, copy it whole: "
+                    f"dict(group, params=[...]). Otherwise set group['initial_{name}'] to its base {name}."
+                )
+
+
+def copy_value(value: float | Tensor) -> float | Tensor:
+    """Return a hyper-parameter that does not change with the group's own."""
+    return value.detach().clone() if isinstance(value, Tensor) else value
+
+
+def _marks(group: Mapping[str, Any]) -> tuple[object, object]:
+    """What tells a change of lr and weight decay of a group, without waiting for a device."""
+    return _mark(group["lr"]), _mark(group.get("weight_decay"))
+
+
+def _mark(value: object) -> object:
+    """A number itself; of a tensor which one it is, and how often it was written to."""
+    return (id(value), value._version) if isinstance(value, Tensor) else value
+
+
+def _number(name: str, value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"{name} must be a number, got {shown(value)}.") from error

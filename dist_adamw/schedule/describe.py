@@ -1,0 +1,52 @@
+"""A schedule in words, for ``repr``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from dist_adamw.plain_data import plain
+from dist_adamw.schedule.recipe import Recipe
+
+_GROUPS_SHOWN = 4
+_ALWAYS_SHOWN = ("restart_period", "t_mult", "policy")
+
+
+def describe_recipe(recipe: Recipe, min_lr: float, defaults: Mapping[str, Any]) -> list[str]:
+    """Return lines that say what is not a default, and which epoch and batch it holds for."""
+    chosen = {
+        **recipe.options,
+        "min_lr": min_lr,
+        "normalize_weight_decay": recipe.normalize,
+        "lr_scaling": recipe.lr_scaling,
+        "stream": recipe.stream,
+    }
+    options = [
+        f"{name}={plain(value)!r}"
+        for name, value in chosen.items()
+        if name in _ALWAYS_SHOWN or (name in defaults and value != defaults[name])
+    ]
+    lines = [f"recipe: {', '.join(options)}"]
+    for name, size in (("epoch_size", recipe.epoch_size), ("batch_size", recipe.batch_size)):
+        lines.append(f"{name}: {'not known yet' if size is None else f'{size:,} samples'}")
+    return lines
+
+
+def describe_clock(recipe: Recipe, samples: int) -> str:
+    """Return a line that says where in its cycle a job is."""
+    if not recipe.is_known:
+        return f"clock: {samples:,} samples"
+    point = recipe.schedule.at(samples)
+    where = f"{point.tau:.1%} into cycle {point.cycle.index}"
+    if point.warmup is not None:
+        where = f"{point.warmup:.1%} of the warm-up"
+    return f"clock: {samples:,} samples (epoch {samples / recipe.schedule.epoch_size:.4g}), {where}"
+
+
+def describe_values(name: str, values: Sequence[float | Tensor]) -> str:
+    """Return a line with a value of the first few groups."""
+    groups = ", ".join(f"{float(value):.4g}" for value in values[:_GROUPS_SHOWN])
+    more = f" and {len(values) - _GROUPS_SHOWN} more groups" if len(values) > _GROUPS_SHOWN else ""
+    return f"{name}: {groups}{more}"

@@ -1,0 +1,151 @@
+"""The recipe of a schedule: its options, what they give for a parameter group, and how they are saved.
+
+Knows no clock and writes nothing; see ``scheduler.py``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from torch.optim import Optimizer
+
+from dist_adamw.plain_data import plain
+from dist_adamw.schedule.base_values import BaseValues
+from dist_adamw.schedule.restarts import RestartSchedule, SchedulePoint
+from dist_adamw.schedule.weight_decay import decay_convention, weight_decay_to_write
+
+_NOT_KNOWN = (
+    "{} is not known, so the schedule cannot be computed. Pass it to CyclicLRWithRestarts, or let "
+    "dist_adamw.prepare(accelerator, model, optimizer, dataloader, scheduler) fill it in."
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What shapes lr and weight decay, but the clock and the base values of groups.
+
+    Attributes:
+        options: Of `RestartSchedule`, but ``epoch_size`` and ``batch_size``.
+        epoch_size: Samples in an epoch; None: not known yet.
+        batch_size: The global batch of this job, in samples; None: not known yet.
+        reference_batch_size: The global batch that the run began with.
+        normalize: Whether weight decay is normalised; "auto": where the optimizer decouples it.
+        lr_scaling: How lr follows another global batch.
+        stream: Whether updates run across epoch ends.
+    """
+
+    options: Mapping[str, Any]
+    epoch_size: int | None
+    batch_size: int | None
+    reference_batch_size: int | None
+    normalize: bool | Literal["auto"]
+    lr_scaling: Literal["sqrt", "linear"] | None
+    stream: bool
+    _schedule: RestartSchedule | None = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.normalize, bool) and self.normalize != "auto":
+            raise ValueError(f"normalize_weight_decay must be True, False or 'auto', got {self.normalize!r}.")
+        if self.lr_scaling not in (None, "sqrt", "linear"):
+            raise ValueError(f"lr_scaling must be 'sqrt', 'linear' or None, got {self.lr_scaling!r}.")
+        if not isinstance(self.stream, bool):
+            raise ValueError(f"stream must be True or False, got {self.stream!r}.")
+        # Bad options fail here and now, also when prepare is to fill in the rest.
+        schedule = RestartSchedule(
+            epoch_size=1 << 40 if self.epoch_size is None else self.epoch_size,
+            batch_size=1 if self.reference_batch_size is None else self.reference_batch_size,
+            **self.options,
+        )
+        is_known = self.epoch_size is not None and self.reference_batch_size is not None
+        object.__setattr__(self, "_schedule", schedule if is_known else None)
+
+    @property
+    def is_known(self) -> bool:
+        """Whether there is a schedule: epoch size and global batch are known."""
+        return self._schedule is not None
+
+    @property
+    def schedule(self) -> RestartSchedule:
+        """The schedule as a function of samples.
+
+        Raises:
+            ValueError: the epoch size or the global batch is not known yet.
+        """
+        if self._schedule is None:
+            raise ValueError(_NOT_KNOWN.format("batch_size" if self.reference_batch_size is None else "epoch_size"))
+        return self._schedule
+
+    def with_batch_size(self, batch_size: int) -> Recipe:
+        """Return the recipe with another global batch, which is the reference if there was none."""
+        return replace(self, batch_size=batch_size, reference_batch_size=self.reference_batch_size or batch_size)
+
+    def samples_of_update(self, samples: int) -> int:
+        """Return the samples of the update that begins at ``samples``, in a loop that nothing else counts."""
+        assert self.batch_size is not None
+        assert self.epoch_size is not None
+        if self.stream:
+            return self.batch_size
+        return min(self.batch_size, self.epoch_size - samples % self.epoch_size)
+
+    # ---------------------------------------------------------------- lr and weight decay
+
+    def lr(self, point: SchedulePoint, base: BaseValues) -> float:
+        """Return the lr of a group."""
+        return self.schedule.lr(point, base.lr, base.min_lr) * base.lr_scale * self._batch_scale()
+
+    def weight_decay(
+        self, point: SchedulePoint, base: BaseValues, optimizer: Optimizer, group: Mapping[str, Any]
+    ) -> float | None:
+        """Return what ``group["weight_decay"]`` is to be; None where it is left alone."""
+        if self.leaves_decay_alone(optimizer, group):
+            return None
+        assert self.batch_size is not None
+        return weight_decay_to_write(
+            base,
+            decay_convention(optimizer, group),
+            norm=self.schedule.weight_decay_norm(point, self.batch_size),
+            lr=self.schedule.lr(point, base.lr, base.min_lr),
+            batch_scale=self._batch_scale(),
+        )
+
+    def leaves_decay_alone(self, optimizer: Optimizer, group: Mapping[str, Any]) -> bool:
+        """Return whether the weight decay of ``group`` is not written."""
+        return self.normalize is False or decay_convention(optimizer, group) == "l2"
+
+    def _batch_scale(self) -> float:
+        if self.lr_scaling is None or self.batch_size == self.reference_batch_size:
+            return 1.0
+        assert self.batch_size is not None
+        assert self.reference_batch_size is not None
+        growth = self.batch_size / self.reference_batch_size
+        return growth if self.lr_scaling == "linear" else math.sqrt(growth)
+
+    # ---------------------------------------------------------------- as plain data
+
+    def configuration(self) -> dict[str, Any]:
+        """Return all of it but the global batch, as plain data; `with_configuration` takes it."""
+        return {
+            **{name: plain(value) for name, value in self.options.items()},
+            "epoch_size": self.epoch_size,
+            "normalize_weight_decay": self.normalize,
+            "lr_scaling": self.lr_scaling,
+            "stream": self.stream,
+        }
+
+    def with_configuration(self, saved: Mapping[str, Any], differing: list[str]) -> Recipe:
+        """Return the recipe with the values of ``saved``; the options that do not differ stay as they are.
+
+        Raises:
+            ValueError: the values make no recipe.
+        """
+        return replace(
+            self,
+            options={key: saved[key] if key in differing else value for key, value in self.options.items()},
+            epoch_size=saved["epoch_size"],
+            normalize=saved["normalize_weight_decay"],
+            lr_scaling=saved["lr_scaling"],
+            stream=saved["stream"],
+        )

@@ -1,0 +1,89 @@
+"""The state of a schedule on disk: is it one, and does it fit the schedule that loads it?
+
+Knows plain data alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from dist_adamw.schedule.batch import check_positive_int, shown
+
+OnDifference = Literal["strict", "checkpoint", "new"]
+STATE_VERSION = 1
+GROUPS = "groups (lr, min_lr, weight_decay)"  # the key of the base values in a configuration
+_FUNCTIONS = ("policy_fn", "eta_on_restart_cb", "eta_on_iteration_cb")
+
+
+def check_on_difference(choice: object) -> None:
+    """Raise ValueError where ``choice`` is no `OnDifference`."""
+    if choice not in ("strict", "checkpoint", "new"):
+        raise ValueError(f"on_difference must be 'strict', 'checkpoint' or 'new', got {choice!r}.")
+
+
+def check_state(state_dict: Mapping[str, Any]) -> None:
+    """Raise ValueError where ``state_dict``, which may come from anywhere, is no state of a schedule."""
+    needed = {"samples", "batch_size", "reference_batch_size", "configuration"}
+    if state_dict.get("version") != STATE_VERSION or not needed <= state_dict.keys():
+        raise ValueError(
+            f"not a state of CyclicLRWithRestarts version {STATE_VERSION}: its keys are {sorted(state_dict)}."
+        )
+    samples = state_dict["samples"]
+    if type(samples) is not int or not 0 <= samples < 1 << 62:
+        raise ValueError(f"samples of a saved schedule must be a whole number from 0 to 2**62, got {samples!r}.")
+    for name in ("batch_size", "reference_batch_size"):
+        if state_dict[name] is not None:
+            check_positive_int(f"{name} of a saved schedule", state_dict[name])
+    configuration = state_dict["configuration"]
+    if not isinstance(configuration, Mapping):
+        raise ValueError(f"configuration of a saved schedule must be a dict, got {configuration!r}.")
+    if configuration.get("epoch_size") is not None:
+        check_positive_int("epoch_size of a saved schedule", configuration["epoch_size"])
+
+
+def compare_configurations(
+    saved: Mapping[str, Any], ours: Mapping[str, Any], choice: OnDifference
+) -> tuple[dict[str, Any], list[str]]:
+    """Compare a saved configuration with ``ours``.
+
+    Returns:
+        The saved one with the epoch size that is known on either side, and the keys that differ.
+
+    Raises:
+        ValueError: it has other keys, or it differs and ``choice`` is "strict".
+    """
+    if odd := sorted(map(str, saved.keys() ^ ours.keys())):
+        raise ValueError(
+            f"the configuration of a saved schedule must have the keys {', '.join(sorted(ours))}; missing or "
+            f"unknown: {shown(odd)}. The state was changed, or is of another version of dist_adamw."
+        )
+    # An epoch size that is not known yet is no difference, on either side.
+    saved = {**saved, "epoch_size": saved["epoch_size"] or ours["epoch_size"]}
+    ours = {**ours, "epoch_size": ours["epoch_size"] or saved["epoch_size"]}
+    differing = [key for key in sorted(ours) if saved[key] != ours[key]]
+    if differing and choice == "strict":
+        lines = "; ".join(f"{key} was {saved[key]!r} and is {ours[key]!r}" for key in differing)
+        raise ValueError(
+            f"the schedule of the checkpoint is another one: {lines}. Pass the same arguments, or "
+            "choose by CyclicLRWithRestarts(on_difference='checkpoint') or 'new'."
+        )
+    return saved, differing
+
+
+def check_takeable(saved: Mapping[str, Any], differing: list[str], group_count: int) -> None:
+    """Raise ValueError where a saved configuration cannot replace this job's.
+
+    Args:
+        saved: The configuration.
+        differing: Its keys that differ.
+        group_count: Parameter groups of the optimizer.
+    """
+    functions = [key for key in differing if key in _FUNCTIONS and saved[key] is not None]
+    if functions:
+        raise ValueError(
+            f"the checkpoint used {functions[0]}={saved[functions[0]]!r}; a function cannot be loaded from a "
+            "checkpoint. Pass it to CyclicLRWithRestarts."
+        )
+    if len(saved[GROUPS]) != group_count:
+        raise ValueError(f"the checkpoint has {len(saved[GROUPS])} parameter groups, this optimizer {group_count}.")

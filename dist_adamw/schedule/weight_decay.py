@@ -1,0 +1,69 @@
+"""What optimizers do with ``group["weight_decay"]``, and what the schedule writes there for it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from torch.optim import Optimizer
+
+from dist_adamw.schedule.base_values import BaseValues
+
+DecayConvention = Literal["schedule", "lr", "l2"]
+
+
+def decay_convention(optimizer: Optimizer, group: Mapping[str, Any]) -> DecayConvention:
+    """Return what ``optimizer`` does with ``group["weight_decay"]``: the table of docs/schedule.md."""
+    if (decay_by := getattr(optimizer, "decay_by", None)) in ("schedule", "lr"):
+        return "schedule" if decay_by == "schedule" else "lr"
+    # apex and DeepSpeed say by a flag, torch's Adam family in the group.
+    for flag in (getattr(optimizer, "adam_w_mode", None), getattr(optimizer, "adamw_mode", None)):
+        if flag is not None:
+            return "lr" if flag else "l2"
+    if group.get("decoupled_weight_decay"):
+        return "lr"
+    names = {cls.__name__ for cls in type(optimizer).__mro__}
+    decoupled = any("adamw" in name.lower() for name in names) or names & {"Lion", "SGDW", "Muon", "Adafactor"}
+    return "lr" if decoupled else "l2"
+
+
+def check_decoupled(optimizer: Optimizer, group: Mapping[str, Any], base: BaseValues) -> None:
+    """Raise ValueError where ``optimizer`` adds the group's decay to the gradient: there is nothing to normalise."""
+    if base.weight_decay > 0 and decay_convention(optimizer, group) == "l2":
+        raise ValueError(
+            f"normalize_weight_decay=True, but {type(optimizer).__name__} adds weight_decay="
+            f"{base.weight_decay!r} to the gradient (L2), where the norm means nothing. Use an optimizer with "
+            "decoupled decay, such as DistAdamW or torch.optim.AdamW, or leave normalize_weight_decay='auto'."
+        )
+
+
+def weight_decay_to_write(
+    base: BaseValues, convention: DecayConvention, *, norm: float, lr: float, batch_scale: float
+) -> float:
+    """Return the value for ``group["weight_decay"]`` of an optimizer that decouples the decay.
+
+    Args:
+        base: The group's base values; ``base.weight_decay`` is the paper's normalised lambda.
+        convention: What the optimizer multiplies it by.
+        norm: The paper's sqrt(b / (B T)), of the cycle.
+        lr: The scheduled lr, before the group's ``lr_scale``.
+        batch_scale: By what lr is scaled for another global batch.
+
+    Raises:
+        ValueError: lambda over lr is not finite.
+
+    Source: Loshchilov & Hutter, arXiv:1711.05101, appendix B.1.
+    """
+    if base.lr * base.lr_scale == 0:
+        return 0.0  # the decay follows lr, and this group's never leaves 0
+    lambda_i = base.weight_decay * norm
+    if convention == "schedule":
+        return lambda_i * lr / base.lr
+    decay = lambda_i / (base.lr * base.lr_scale * batch_scale)
+    if not decay < math.inf:
+        raise ValueError(
+            f"weight_decay={base.weight_decay!r} over lr={base.lr * base.lr_scale!r} is no finite number. "
+            "Raise lr, or pass decay_by='schedule' to DistAdamW."
+        )
+    return decay
