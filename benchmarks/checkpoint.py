@@ -56,7 +56,7 @@ from benchmarks.report import table
 from benchmarks.workloads import Workload
 from dist_adamw import DistAdamW
 from dist_adamw.checkpoint.async_saver import AsyncSaver
-from dist_adamw.optimizer.sharding.shard import local_of
+from dist_adamw.optimizer.sharding.dtensors import local_of
 from launch.gpt import GPT, ModelConfig, next_byte_losses
 
 WARM, COUNTED = 3, 3  # updates

@@ -1,23 +1,58 @@
 """AdamWR, written once in samples, on any engine and any number of ranks."""
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from dist_adamw._version import __version__
-from dist_adamw.checkpoint.async_saver import AsyncSaver
-from dist_adamw.checkpoint.folder import CheckpointFolder
-from dist_adamw.checkpoint.formats.exporting import export_checkpoint
-from dist_adamw.checkpoint.formats.importing import import_checkpoint
-from dist_adamw.checkpoint.save_load import Checkpoint, load, save
-from dist_adamw.errors import AgreementError, CheckpointError
-from dist_adamw.integrations.accelerate.position import position, rest_of_epoch
-from dist_adamw.integrations.accelerate.prepare import prepare
-from dist_adamw.integrations.deepspeed.register import register_deepspeed
-from dist_adamw.integrations.deepspeed.zero import prepare_deepspeed
-from dist_adamw.integrations.transformers.trainer import prepare_trainer
-from dist_adamw.optimizer.adamw import DistAdamW
-from dist_adamw.optimizer.replicas import check_replicas
-from dist_adamw.schedule.batch import GlobalBatch
-from dist_adamw.schedule.preview import Preview
-from dist_adamw.schedule.restarts import ExpReduceMaxLROnIteration, ReduceMaxLROnRestart, RestartSchedule
-from dist_adamw.schedule.scheduler import CyclicLRWithRestarts
+
+if TYPE_CHECKING:
+    from dist_adamw.checkpoint.async_saver import AsyncSaver
+    from dist_adamw.checkpoint.folder import CheckpointFolder
+    from dist_adamw.checkpoint.formats.exporting import export_checkpoint
+    from dist_adamw.checkpoint.formats.importing import import_checkpoint
+    from dist_adamw.checkpoint.save_load import Checkpoint, load, save
+    from dist_adamw.errors import AgreementError, CheckpointError
+    from dist_adamw.integrations.accelerate.position import position, rest_of_epoch
+    from dist_adamw.integrations.accelerate.prepare import prepare
+    from dist_adamw.integrations.deepspeed.register import register_deepspeed
+    from dist_adamw.integrations.deepspeed.zero import prepare_deepspeed
+    from dist_adamw.integrations.transformers.trainer import prepare_trainer
+    from dist_adamw.optimizer.adamw import DistAdamW
+    from dist_adamw.optimizer.replicas import check_replicas
+    from dist_adamw.schedule.batch import GlobalBatch
+    from dist_adamw.schedule.preview import Preview
+    from dist_adamw.schedule.restarts import ExpReduceMaxLROnIteration, ReduceMaxLROnRestart, RestartSchedule
+    from dist_adamw.schedule.scheduler import CyclicLRWithRestarts
+
+# Nothing is imported before it is used: torch.distributed.checkpoint alone takes most of a second.
+_MODULE_OF = {
+    "AgreementError": "errors",
+    "AsyncSaver": "checkpoint.async_saver",
+    "Checkpoint": "checkpoint.save_load",
+    "CheckpointError": "errors",
+    "CheckpointFolder": "checkpoint.folder",
+    "CyclicLRWithRestarts": "schedule.scheduler",
+    "DistAdamW": "optimizer.adamw",
+    "ExpReduceMaxLROnIteration": "schedule.restarts",
+    "GlobalBatch": "schedule.batch",
+    "Preview": "schedule.preview",
+    "ReduceMaxLROnRestart": "schedule.restarts",
+    "RestartSchedule": "schedule.restarts",
+    "check_replicas": "optimizer.replicas",
+    "export_checkpoint": "checkpoint.formats.exporting",
+    "import_checkpoint": "checkpoint.formats.importing",
+    "load": "checkpoint.save_load",
+    "position": "integrations.accelerate.position",
+    "prepare": "integrations.accelerate.prepare",
+    "prepare_deepspeed": "integrations.deepspeed.zero",
+    "prepare_trainer": "integrations.transformers.trainer",
+    "register_deepspeed": "integrations.deepspeed.register",
+    "rest_of_epoch": "integrations.accelerate.position",
+    "save": "checkpoint.save_load",
+}
+_PACKAGES = ("checkpoint", "integrations", "optimizer", "ranks", "schedule")
 
 __all__ = [
     "AgreementError",
@@ -45,3 +80,15 @@ __all__ = [
     "rest_of_epoch",
     "save",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULE_OF:
+        return getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+    if name in _PACKAGES:
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, *_PACKAGES]

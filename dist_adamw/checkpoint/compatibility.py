@@ -25,7 +25,7 @@ from dist_adamw.optimizer.kernels.foreach import check_hyper_parameters
 from dist_adamw.plain_data import plain
 from dist_adamw.schedule.saved import OnDifference
 from dist_adamw.schedule.scheduler import CyclicLRWithRestarts
-from dist_adamw.schedule.third_party import unwrap
+from dist_adamw.wrappers import unwrap
 
 
 def checked(path: Path, part: int = 0, parts: int = 1, until: contextlib.ExitStack | None = None) -> Index:

@@ -11,10 +11,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dist_adamw.checkpoint.state import bare, names_without_wrappers
 from dist_adamw.checkpoint.storage.files import as_json, read_whole
 from dist_adamw.checkpoint.storage.index import Index
 from dist_adamw.errors import CheckpointError
+from dist_adamw.wrappers import bare, names_without_wrappers
 
 EXTRA = "extra_state"
 

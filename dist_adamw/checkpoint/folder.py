@@ -35,8 +35,8 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from dist_adamw.checkpoint.async_saver import AsyncSaver, Saving
 from dist_adamw.checkpoint.manifest import MANIFEST, _facts, damage_of
-from dist_adamw.checkpoint.save_load import check_alike
 from dist_adamw.checkpoint.storage.index import (
+    check_alike,
     sync_folder,
     write_text,
 )

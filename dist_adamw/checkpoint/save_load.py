@@ -7,7 +7,6 @@ fail together.
 from __future__ import annotations
 
 import contextlib
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,7 +29,7 @@ from dist_adamw.checkpoint.extra_state import extra_state, restore_extra_state
 from dist_adamw.checkpoint.random_state import RNG, current_random_state
 from dist_adamw.checkpoint.state import Access, CheckpointContents, LocalState, family_of, only_mine
 from dist_adamw.checkpoint.storage.files import Reader, Writer, as_json
-from dist_adamw.checkpoint.storage.index import Index
+from dist_adamw.checkpoint.storage.index import Index, check_alike
 from dist_adamw.checkpoint.storage.locks import Lock
 from dist_adamw.checkpoint.storage.planner import Planner, save_alone
 from dist_adamw.errors import CheckpointError
@@ -40,7 +39,7 @@ from dist_adamw.ranks import agreement, collectives
 from dist_adamw.ranks.together import Ranks, everywhere
 from dist_adamw.schedule.saved import OnDifference
 from dist_adamw.schedule.scheduler import CyclicLRWithRestarts
-from dist_adamw.schedule.third_party import unwrap
+from dist_adamw.wrappers import unwrap
 
 Group = dist.ProcessGroup | None
 
@@ -317,16 +316,6 @@ def _apply(one: _Checked, random_state: bool, group: Group) -> Checkpoint:
         scheduler.load_state_dict(with_keys_of(scheduler.state_dict(), about["schedule"]))
     state = one.restore() if random_state else "left alone"
     return Checkpoint(one.part.path, samples_of(index), about["engine"], about["world_size"], about["extra"], state)
-
-
-def check_alike(path: Path, group: Group) -> None:
-    """Raise on every rank when only some of them have the folder. Collective."""
-    there = collectives.all_gather_objects(os.path.isdir(path), group)  # False also where a rank may not look
-    if any(there) and not all(there):
-        raise CheckpointError(
-            f"{path} is there on some ranks and missing on rank {there.index(False)}. Save to a folder that every "
-            "machine sees."
-        )
 
 
 def _make_room(index: Index, ours: Access) -> Callable[[], LocalState]:

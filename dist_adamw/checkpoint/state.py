@@ -18,7 +18,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from dist_adamw.checkpoint.storage.partial_tensor import PartialTensor
@@ -27,7 +26,7 @@ from dist_adamw.optimizer.adamw import DistAdamW
 from dist_adamw.optimizer.sharding.shard import MOMENTS
 from dist_adamw.plain_data import plain
 from dist_adamw.ranks import collectives
-from dist_adamw.schedule.third_party import without_wrappers
+from dist_adamw.wrappers import bare, names_without_wrappers
 
 MODEL, MASTER = "model", "master"
 SCALARS = (int, float, bool, type(None))  # what the state of a parameter may have beside tensors
@@ -154,35 +153,6 @@ def outside(number: int, group: int) -> str:
 def is_outside(name: str) -> bool:
     """Whether that is such a name. Local."""
     return re.fullmatch(r"parameter \d+ of group \d+", name) is not None
-
-
-def bare(model: nn.Module) -> nn.Module:
-    """The module inside wrappers. Local."""
-    while True:
-        if isinstance(model, DistributedDataParallel) or hasattr(model, "_orig_mod"):
-            model = model.module if isinstance(model, DistributedDataParallel) else model._orig_mod  # type: ignore[assignment]
-        else:
-            return model
-
-
-def names_without_wrappers(model: nn.Module) -> Callable[[str], str]:
-    """How names in ``model`` are without wrappers, of modules inside it too: compiled, checkpointed, in DDP. Local."""
-    # "module" may be the user's own name, so only where DDP put it. The longest first: they are inside the others.
-    found = [
-        f"{name}." if name else ""
-        for name, module in model.named_modules()
-        if isinstance(module, (DistributedDataParallel, nn.DataParallel))
-    ]
-    prefixes = sorted(found, key=len, reverse=True)
-
-    def clean(name: str) -> str:
-        name += "."  # so that the wrapped module itself is found
-        for prefix in prefixes:
-            if name.startswith(f"{prefix}module."):
-                name = prefix + name.removeprefix(f"{prefix}module.")
-        return without_wrappers(name.removesuffix("."))
-
-    return clean
 
 
 def parameter_names(model: nn.Module) -> dict[Tensor, str]:

@@ -18,7 +18,6 @@ from dist_adamw.checkpoint.state import (
     SCALARS,
     CheckpointContents,
     LocalState,
-    bare,
     buffers,
     family_of,
     only_mine,
@@ -30,9 +29,11 @@ from dist_adamw.checkpoint.storage.partial_tensor import PartialTensor, Values, 
 from dist_adamw.checkpoint.storage.regions import Box
 from dist_adamw.errors import CheckpointError
 from dist_adamw.optimizer.adamw import DistAdamW
-from dist_adamw.optimizer.sharding.shard import MASTERS, MOMENTS, Shard, axes_in_memory, local_of, storage_order
+from dist_adamw.optimizer.sharding.dtensors import local_of
+from dist_adamw.optimizer.sharding.memory_order import axes_in_memory, storage_order
+from dist_adamw.optimizer.sharding.shard import MASTERS, MOMENTS, Shard
 from dist_adamw.ranks import collectives
-from dist_adamw.schedule.third_party import unwrap
+from dist_adamw.wrappers import bare, unwrap
 
 
 class TorchAccess:

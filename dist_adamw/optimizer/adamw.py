@@ -21,9 +21,7 @@ from typing import Any, Literal, cast, overload
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch._dynamo import OptimizedModule
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 from torch.optim.optimizer import Optimizer, ParamsT
@@ -57,20 +55,23 @@ from dist_adamw.optimizer.placement import (
     check_once,
     find_changes,
 )
+from dist_adamw.optimizer.sharding.dtensors import is_dtensor, local_of
+from dist_adamw.optimizer.sharding.engines import engine_that_shards
 from dist_adamw.optimizer.sharding.fingerprints import fingerprints
-from dist_adamw.optimizer.sharding.shard import MASTERS, MOMENTS, Shard, axes_in_memory, local_of, peek
+from dist_adamw.optimizer.sharding.memory_order import axes_in_memory
+from dist_adamw.optimizer.sharding.shard import MASTERS, MOMENTS, Shard, peek
 from dist_adamw.optimizer.state_dict import (
     WholeState,
     check_entries,
     check_share,
     describe_share,
     gather_state,
+    is_being_wrapped,
     stamps_of,
 )
 from dist_adamw.optimizer.transport.base import MAX_IN_FLIGHT, InFlightBucket
 from dist_adamw.plain_data import plain
 from dist_adamw.ranks import agreement, collectives
-from dist_adamw.schedule.third_party import engine_that_shards, is_being_wrapped
 
 StateDict = dict[str, Any]
 _OPTIONS = ("decay_by", "max_grad_norm", "shard", "fused", "bucket_numel", "master_dtype", "state_dtype")
@@ -461,7 +462,7 @@ class DistAdamW(Optimizer):
             return False
         alike: dict[Any, Tensor] = {}
         for shard, buckets in zip(shards, grads, strict=True):
-            found = alike.setdefault(shard.spread_over, torch.zeros((), dtype=torch.int32, device=shard.steps.device))
+            found = alike.setdefault(shard.shard_axes, torch.zeros((), dtype=torch.int32, device=shard.steps.device))
             for grad in (grad for bucket in buckets for grad in bucket if grad is not None):
                 torch.maximum(found, grad.any().to(found), out=found)
         self._settle_flag()
@@ -596,7 +597,7 @@ class DistAdamW(Optimizer):
             ValueError: the module is wrapped so that this cannot be.
             AgreementError: ranks have other parameters, buffers or options. On every rank, before anything is sent.
         """
-        if any(isinstance(param, DTensor) for param in model.parameters()):
+        if any(is_dtensor(param) for param in model.parameters()):
             return  # whoever made them reduces gradients as it shares parameters out
         options = {"overlap": overlap, "reduce_every_backward": reduce_every_backward, "defer_gather": defer_gather}
         wrapped = isinstance(model, DistributedDataParallel)
@@ -805,7 +806,7 @@ class DistAdamW(Optimizer):
     def _reader_is_compiled(self) -> bool:
         """Whether a compiled module reads the parameters: it would be compiled anew for another class of them."""
         return any(
-            isinstance(module, OptimizedModule) or module._compiled_call_impl is not None
+            hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
             for ref in self._attached
             if (model := ref()) is not None
             for module in model.modules()
@@ -872,7 +873,7 @@ class DistAdamW(Optimizer):
         alike: dict[Any, list[Tensor]] = {}  # what is sharded over the same ranks
         for shard, buckets in zip(shards, grads, strict=True):
             owned = [grad for bucket in buckets for grad in bucket if grad is not None]
-            alike.setdefault(shard.spread_over, []).extend(owned)
+            alike.setdefault(shard.shard_axes, []).extend(owned)
         parts = {
             spread: sum_of_squares(owned).to(device) if owned else torch.zeros_like(total)
             for spread, owned in alike.items()
@@ -1282,7 +1283,7 @@ class DistAdamW(Optimizer):
         for param in self._all_params():
             if id(param) not in chosen:
                 continue
-            if isinstance(param, DTensor):
+            if is_dtensor(param):
                 self._shared_out = "dtensors"
             elif not isinstance(param, nn.Parameter) and before != "partitions" and engine_that_shards(self):
                 self._shared_out = "partitions"

@@ -22,7 +22,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dist_adamw.optimizer.sharding.shard import MASTERS, MOMENTS, Shard, local_of, peek, spread_over
+from dist_adamw.optimizer.sharding.dtensors import local_of, shard_axes
+from dist_adamw.optimizer.sharding.shard import MASTERS, MOMENTS, Shard, peek
 from dist_adamw.optimizer.transport.layout import FlatLayout
 from dist_adamw.ranks import agreement
 
@@ -395,7 +396,7 @@ def arrange(groups: Sequence[dict[str, Any]], chosen: Collection[int]) -> list[t
     for g, group in enumerate(groups):
         for param in group["params"]:
             if id(param) in chosen:
-                key = (g, param.dtype, local_of(param).device, spread_over(param))
+                key = (g, param.dtype, local_of(param).device, shard_axes(param))
                 alike.setdefault(key, []).append(param)
     return [(groups[g], together) for (g, *_), together in alike.items()]
 

@@ -17,23 +17,22 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from dist_adamw.errors import AgreementError
 from dist_adamw.optimizer.adamw import DistAdamW
+from dist_adamw.optimizer.sharding.dtensors import is_dtensor, local_of
 from dist_adamw.optimizer.sharding.fingerprints import fingerprints
-from dist_adamw.optimizer.sharding.shard import local_of
 from dist_adamw.ranks import agreement, collectives
 from dist_adamw.ranks.agreement import AgreementWatch, Record
-from dist_adamw.schedule.third_party import unwrap, without_wrappers
+from dist_adamw.wrappers import unwrap, without_wrappers
 
 # On two CPU ranks a comparison takes 2 % of an update of the default GPT, 15 % of one that is nothing but AdamW and
 # traffic (140 % with thousands of small tensors), and it waits for the device. A hundredth of that is not felt.
@@ -43,6 +42,9 @@ _PRIME = 2**48 - 59  # sums over as many as 2**15 ranks fit into 64 bits
 _SAID = 3  # parameters that an error names
 _SENDERS = 32  # ranks that send all their fingerprints to explain a difference
 _NEXT = "what comes next"  # a field: some loops save on one rank, where others go on to the next update
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 Ranks = tuple[int, ...]
 Copies = dict[tuple[Ranks, str], Tensor]  # by the ranks that hold the same, and its name
@@ -166,10 +168,10 @@ def copies_on_this_rank(model: nn.Module, optimizer: Optimizer | None, world_siz
     bare = {without_wrappers(name): param for name, param in params.items()}
     if len(bare) == len(params):
         params = bare
-    shared_out = any(isinstance(param, DTensor) for param in params.values())
+    shared_out = any(is_dtensor(param) for param in params.values())
     copies = {}
     for name, param in params.items():
-        if isinstance(param, DTensor):
+        if is_dtensor(param):
             copies[_ranks_with(param), name] = local_of(param)
         elif not _is_ranks_own(param, shared_out):
             copies[everyone, name] = param
@@ -213,7 +215,7 @@ def _copies_of_state(optimizer: DistAdamW, names: Mapping[Tensor, str], everyone
         if first is None or last is None:
             continue  # another model's, or the partitions that ZeRO puts in their place
         ranks: Ranks = ()
-        if isinstance(shard.params[0], DTensor):
+        if is_dtensor(shard.params[0]):
             ranks = _ranks_with(shard.params[0])
         elif shard.process_group is None:
             ranks = everyone

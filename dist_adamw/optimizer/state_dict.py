@@ -6,6 +6,7 @@ changes anything.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dist_adamw.optimizer.sharding.shard import MASTERS, MOMENTS, Shard, peek, shaped_like
+from dist_adamw.optimizer.sharding.memory_order import shaped_like
+from dist_adamw.optimizer.sharding.shard import MASTERS, MOMENTS, Shard, peek
 from dist_adamw.optimizer.transport.layout import FlatLayout, Piece
 from dist_adamw.ranks import collectives
 
@@ -192,3 +194,16 @@ def _put(part: Tensor, start: int, pieces: Sequence[Piece], whole: Sequence[Tens
         if first < last:
             place = piece.start + first - piece.offset
             whole[piece.param][place : place + last - first] = part[first - start : last - start]
+
+
+def is_being_wrapped() -> bool:
+    """Whether Accelerate's wrapper is asking: it loads what ``state_dict()`` returns into the same optimizer at once.
+
+    ``AcceleratedOptimizer.__init__`` moves state to its device that way, and keeps nothing of it.
+    """
+    frame = sys._getframe(1)
+    while (caller := frame.f_back) is not None:
+        frame = caller
+        if frame.f_code.co_name == "__init__" and frame.f_globals.get("__name__") == "accelerate.optimizer":
+            return True
+    return False

@@ -8,9 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
+from torch import Tensor
 from torch.optim import Optimizer
-
-from dist_adamw.schedule.third_party import skip_is_known, was_applied
 
 
 class SampleSource(Protocol):
@@ -154,3 +153,22 @@ def crosses_epoch(before: int, samples: int, epoch_size: int) -> bool:
 
 def _first_params(optimizer: Optimizer) -> set[int]:
     return {id(group["params"][0]) for group in optimizer.param_groups if group["params"]}
+
+
+def was_applied(optimizer: Optimizer) -> bool:
+    """Whether the step that is just returning changed the weights. Gradients are still there."""
+    if isinstance(skipped := getattr(optimizer, "step_was_skipped", None), bool):
+        if skipped:
+            return False
+        if isinstance(getattr(optimizer, "updates", None), int):
+            return True  # DistAdamW: it may have let go of the gradients by now
+    # A fused torch optimizer skips inside the kernel; GradScaler leaves it the flag during step().
+    found_inf = getattr(optimizer, "found_inf", None)
+    if isinstance(found_inf, Tensor) and found_inf.item():
+        return False
+    return any(param.grad is not None for group in optimizer.param_groups for param in group["params"])
+
+
+def skip_is_known(optimizer: Optimizer) -> bool:
+    """Whether `was_applied` answers at once; else it waits for the device."""
+    return bool(getattr(optimizer, "skip_is_known", True))

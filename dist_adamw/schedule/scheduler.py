@@ -36,8 +36,8 @@ from dist_adamw.schedule.saved import (
     check_takeable,
     compare_configurations,
 )
-from dist_adamw.schedule.third_party import unwrap
 from dist_adamw.schedule.weight_decay import check_decoupled
+from dist_adamw.wrappers import unwrap
 
 _CONTAINERS = {cls.__init__.__code__: cls.__name__ for cls in (SequentialLR, ChainedScheduler)}
 _NOT_ONE_OF_SEVERAL = (

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from dist_adamw import CheckpointError, CyclicLRWithRestarts, DistAdamW, prepare
 from dist_adamw.checkpoint.storage.index import damage, read_index, write_index
-from dist_adamw.schedule.third_party import unwrap
+from dist_adamw.wrappers import unwrap
 from tests.distributed.jobs import RECIPE, Row, epochs, job
 from tests.ranks import expect_error_on_all, run_ranks
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dist_adamw import CheckpointError, prepare
 from dist_adamw.checkpoint.storage.index import write_index
-from dist_adamw.schedule.third_party import unwrap
+from dist_adamw.wrappers import unwrap
 from tests.distributed.jobs import epochs, job
 from tests.ranks import run_ranks
 

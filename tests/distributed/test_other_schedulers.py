@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
 from dist_adamw import DistAdamW, load, prepare, save
-from dist_adamw.schedule.third_party import unwrap
+from dist_adamw.wrappers import unwrap
 from tests.distributed.engines import ZERO, accelerator_on
 from tests.distributed.jobs import data, model_of_two_layers
 from tests.ranks import expect_error_on_all, run_ranks

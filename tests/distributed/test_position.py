@@ -26,7 +26,7 @@ from torch.utils.data import (
 
 from dist_adamw import CheckpointError, CyclicLRWithRestarts, DistAdamW, position, prepare, rest_of_epoch
 from dist_adamw.checkpoint.storage.index import read_index
-from dist_adamw.schedule.third_party import unwrap
+from dist_adamw.wrappers import unwrap
 from tests.distributed.engines import accelerator_on, environment
 from tests.ranks import run_ranks
 

@@ -22,9 +22,10 @@ from torch.utils.data import DataLoader
 from dist_adamw import AgreementError, CyclicLRWithRestarts, DistAdamW, check_replicas, prepare, prepare_trainer
 from dist_adamw.optimizer import replicas
 from dist_adamw.optimizer.replicas import ReplicaWatch, fingerprints
-from dist_adamw.optimizer.sharding.shard import local_of, storage_order
+from dist_adamw.optimizer.sharding.dtensors import local_of
+from dist_adamw.optimizer.sharding.memory_order import storage_order
 from dist_adamw.ranks import collectives
-from dist_adamw.schedule.third_party import unwrap
+from dist_adamw.wrappers import unwrap
 from tests.distributed.engines import accelerator_on
 from tests.distributed.jobs import data, model_of_two_layers
 from tests.distributed.test_dtensors import sharded

@@ -26,7 +26,7 @@ from dist_adamw import (
 )
 from dist_adamw.checkpoint.storage.files import read_whole
 from dist_adamw.checkpoint.storage.index import read_index
-from dist_adamw.schedule.third_party import unwrap
+from dist_adamw.wrappers import unwrap
 from tests.ranks import expect_error_on_all, run_ranks
 
 

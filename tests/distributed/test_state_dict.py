@@ -22,7 +22,7 @@ from torch.utils.data import TensorDataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from dist_adamw import DistAdamW
-from dist_adamw.schedule.third_party import unwrap
+from dist_adamw.wrappers import unwrap
 from tests.distributed.test_mixed_precision import Pair
 from tests.distributed.test_optimizer import Network, backward
 from tests.ranks import expect_error_on_all, run_ranks

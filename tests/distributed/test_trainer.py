@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from dist_adamw import CyclicLRWithRestarts, DistAdamW, prepare_trainer
-from dist_adamw.schedule.third_party import unwrap
+from dist_adamw.wrappers import unwrap
 from tests.distributed.engines import ZERO, environment
 from tests.ranks import run_ranks
 

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from transformers import Trainer
 
 from dist_adamw import CyclicLRWithRestarts, DistAdamW, prepare_trainer
-from dist_adamw.schedule.third_party import unwrap
+from dist_adamw.wrappers import unwrap
 from tests.distributed.test_trainer import BATCH, DECAY, EPOCH, EPOCHS, EPS, LR, Network, Noting, Samples, arguments_on
 from tests.ranks import run_ranks
 

@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from dist_adamw import CyclicLRWithRestarts, DistAdamW, prepare
-from dist_adamw.schedule.third_party import unwrap
+from dist_adamw.wrappers import unwrap
 from tests.distributed.engines import ZERO, accelerator_on, environment
 from tests.distributed.jobs import job
 from tests.distributed.test_deepspeed import initialize

@@ -13,7 +13,7 @@ from accelerate.utils import GradientAccumulationPlugin
 from torch import Tensor, nn
 
 from dist_adamw import CheckpointError, CyclicLRWithRestarts, DistAdamW, prepare, rest_of_epoch
-from dist_adamw.schedule.third_party import unwrap
+from dist_adamw.wrappers import unwrap
 from tests.random.clock_data import Spec, dataset_of, draws_of, ids_of, inputs_of, loader_of
 from tests.random.clock_programs import dispatches, jobs_of
 from tests.random.clock_truth import Facts, Key, Log

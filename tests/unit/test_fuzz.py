@@ -27,6 +27,7 @@ from tests.fuzz.checkpoints import Checkpoints, Job, differences, write
 from tests.fuzz.judge import RIGHT, Tally, bounds, check_sentence
 from tests.fuzz.mutations import BYTES, INDEX, seal
 
+pytestmark = pytest.mark.slow
 # Python's and numpy's generators belong to the checkpoints here: hypothesis has its own.
 QUICK = settings(max_examples=150, deadline=2000, suppress_health_check=[*HealthCheck])
 

@@ -16,6 +16,7 @@ ORDER = [
     "plain_data",
     "_version",
     "_moved",
+    "wrappers",
     "ranks",
     "schedule",
     "optimizer.kernels",

@@ -24,6 +24,8 @@ from torch import Tensor
 from dist_adamw.optimizer.kernels.mixed import join_master, mixed_adamw_update_, split_master_
 from dist_adamw.optimizer.kernels.triton import ROW_NUMEL, BlockTable, available, flat_adamw_update_
 
+pytestmark = pytest.mark.slow
+
 BF16, FP16, FP32, INT16 = torch.bfloat16, torch.float16, torch.float32, torch.int16
 SIZES = (1, 31, 0, ROW_NUMEL + 40, 5000)  # part of a tile, more than a row, rows that fit 16 bytes and that do not
 DEFAULTS: dict[str, Any] = {

@@ -19,7 +19,7 @@ from dist_adamw.checkpoint.formats.content import MODEL_KEYS, Content, plain_gro
 from dist_adamw.checkpoint.formats.unpickling import load_safely
 from dist_adamw.checkpoint.state import MODEL
 from dist_adamw.errors import CheckpointError
-from dist_adamw.schedule.third_party import without_wrappers
+from dist_adamw.wrappers import without_wrappers
 
 _OPTIMIZER_KEYS = ("optimizer", "optimizer_state_dict", "optim", "optim_state_dict")
 # By this some versions of Python (3.11.2) pickle a member of an enum, from its class and name.

@@ -19,9 +19,11 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+import torch.distributed as dist
 
 from dist_adamw.checkpoint.storage.regions import Box, overlap_anywhere
 from dist_adamw.errors import CheckpointError
+from dist_adamw.ranks import collectives
 
 INDEX = "index.json"
 FORMAT, VERSION = "dist_adamw checkpoint", 2
@@ -396,3 +398,13 @@ def open_plainly(path: Path) -> Iterator[BinaryIO]:
         raise OSError(f"{path} is not a plain file")
     with os.fdopen(handle, "rb", buffering=0) as file:
         yield file
+
+
+def check_alike(path: Path, group: dist.ProcessGroup | None) -> None:
+    """Raise on every rank when only some of them have the folder. Collective."""
+    there = collectives.all_gather_objects(os.path.isdir(path), group)  # False also where a rank may not look
+    if any(there) and not all(there):
+        raise CheckpointError(
+            f"{path} is there on some ranks and missing on rank {there.index(False)}. Save to a folder that every "
+            "machine sees."
+        )

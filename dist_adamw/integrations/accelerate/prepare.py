@@ -24,13 +24,12 @@ from dist_adamw.integrations.accelerate.data import LoaderFacts, engine_of, load
 from dist_adamw.integrations.accelerate.position import Position
 from dist_adamw.integrations.accelerate.prepared import Prepared, keep, take_over
 from dist_adamw.integrations.deepspeed.register import CLIPPING, configure, fill, names_our_types, register_deepspeed
-from dist_adamw.integrations.deepspeed.zero import prepare_deepspeed
 from dist_adamw.optimizer.adamw import DistAdamW
 from dist_adamw.optimizer.replicas import CHECK_WEIGHTS_EVERY, ReplicaWatch, check_replicas
 from dist_adamw.plain_data import plain
 from dist_adamw.ranks import agreement, collectives
 from dist_adamw.schedule.scheduler import CyclicLRWithRestarts
-from dist_adamw.schedule.third_party import unwrap
+from dist_adamw.wrappers import unwrap
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -179,6 +178,8 @@ def prepare(
     if isinstance(inner, DistAdamW) and engine in DATA_PARALLEL and not whole_gradients:
         attach(accelerator, model, inner)
     if engine == "DEEPSPEED":
+        from dist_adamw.integrations.deepspeed.zero import prepare_deepspeed
+
         prepare_deepspeed(model, scheduler)
     clipping = float(config[CLIPPING]) if engine == "DEEPSPEED" else None
     keep(accelerator, Prepared(model, wrapped, stepped, scheduler, place, watch, group, clipping))

@@ -27,20 +27,17 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from dist_adamw.checkpoint.manifest import fingerprint
-from dist_adamw.checkpoint.random_state import restore_random_state
-from dist_adamw.checkpoint.save_load import Part, announce_save, check_alike, load_together, save
-from dist_adamw.checkpoint.state import bare
-from dist_adamw.checkpoint.storage.index import INDEX, read_index
+from dist_adamw.checkpoint.storage.index import INDEX, check_alike, read_index
 from dist_adamw.errors import CheckpointError
 from dist_adamw.integrations.accelerate.counting import SampleCounter
 from dist_adamw.integrations.accelerate.data import engine_of
 from dist_adamw.integrations.accelerate.position import Position
 from dist_adamw.integrations.accelerate.state import check_pickles, is_trusted, reading_safely
-from dist_adamw.integrations.deepspeed.zero import accept_counts
 from dist_adamw.optimizer.adamw import DistAdamW
 from dist_adamw.optimizer.replicas import ReplicaWatch
 from dist_adamw.ranks import collectives
 from dist_adamw.ranks.together import everywhere
+from dist_adamw.wrappers import bare
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -183,6 +180,8 @@ def save_state(
     """As Accelerate's; what `prepare` returned is saved for any engine and number of ranks to load. Collective."""
     if not (ours := _known(accelerator)):
         return save_rest(output_dir, *args, **kwargs)
+    from dist_adamw.checkpoint.save_load import announce_save, save  # takes most of a second
+
     for one in ours:
         announce_save(one.optimizer)
         if one.watch is not None:
@@ -243,6 +242,9 @@ def load_state(
             load_rest(input_dir, **kwargs)
         return
     assert where is not None
+    from dist_adamw.checkpoint.random_state import restore_random_state  # these take most of a second
+    from dist_adamw.checkpoint.save_load import Part, load_together
+
     for one in ours:
         if one.watch is not None:
             one.watch.settle()
@@ -269,6 +271,8 @@ def load_state(
         everywhere(partial(one.of.place.load_state_dict, found.extra.get("position")), group)
         one.of.loaded_at = _clock_of(one.scheduler)
         if engine_of(accelerator) == "DEEPSPEED":
+            from dist_adamw.integrations.deepspeed.zero import accept_counts
+
             accept_counts(one.model, found)
         one.of.place.counter.forget()
         accelerator.step = 0  # what was accumulated is not saved, and comes again

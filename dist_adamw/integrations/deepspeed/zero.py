@@ -40,7 +40,7 @@ from dist_adamw.errors import CheckpointError
 from dist_adamw.optimizer.adamw import DistAdamW
 from dist_adamw.ranks import collectives
 from dist_adamw.ranks.together import everywhere
-from dist_adamw.schedule.third_party import unwrap
+from dist_adamw.wrappers import unwrap
 
 
 @dataclass(frozen=True, slots=True)

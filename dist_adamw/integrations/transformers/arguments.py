@@ -20,7 +20,7 @@ from dist_adamw.integrations.accelerate.data import LoaderFacts
 from dist_adamw.optimizer.adamw import DistAdamW
 from dist_adamw.schedule.saved import OnDifference
 from dist_adamw.schedule.scheduler import CyclicLRWithRestarts
-from dist_adamw.schedule.third_party import unwrap
+from dist_adamw.wrappers import unwrap
 
 # Arguments of DistAdamW that TrainingArguments has, where Trainer, DeepSpeed's "auto" and loggers read them.
 _IN_ARGUMENTS = {

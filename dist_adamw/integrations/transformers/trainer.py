@@ -48,7 +48,7 @@ from dist_adamw.optimizer.replicas import CHECK_WEIGHTS_EVERY, ReplicaWatch, che
 from dist_adamw.schedule.preview import training_end
 from dist_adamw.schedule.saved import OnDifference
 from dist_adamw.schedule.scheduler import CyclicLRWithRestarts
-from dist_adamw.schedule.third_party import unwrap
+from dist_adamw.wrappers import unwrap
 
 if TYPE_CHECKING:
     from transformers import Trainer

@@ -21,7 +21,8 @@ from torch.nn.parallel import DistributedDataParallel
 from dist_adamw.optimizer.gradients.hooks import WeakHook
 from dist_adamw.optimizer.gradients.plan import Plan
 from dist_adamw.optimizer.gradients.watch import refuse_parts
-from dist_adamw.optimizer.sharding.shard import Shard, axes_in_memory, check_dense, shaped_like, storage_order
+from dist_adamw.optimizer.sharding.memory_order import axes_in_memory, check_dense, shaped_like, storage_order
+from dist_adamw.optimizer.sharding.shard import Shard
 
 _HOOK = "_dist_adamw_hook"  # attribute of a DDP module
 # Where DDP's reducer stands aside: it copies every gradient into its own buckets, which costs as much time as

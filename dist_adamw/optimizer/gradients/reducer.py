@@ -17,6 +17,7 @@ the same bits, and averaged where they differ.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import operator
 import weakref
@@ -79,6 +80,7 @@ class GradientPath:
         overlap: bool,
         into_shard: bool,
     ) -> None:
+        _exclude_from_compilation()
         # The optimizer owns the path: a strong reference back would leave both to the garbage collector, and
         # with them the process group, perhaps until the interpreter ends.
         self._params_ref, self._shards_ref = weakref.WeakMethod(params), weakref.WeakMethod(shards)
@@ -645,7 +647,6 @@ class GradientPath:
 
     # ---------------------------------------------------------------- around backward
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _before_forward(self, module: nn.Module, args: Any) -> None:
         """A forward pass that will have a backward begins."""
         if not torch.is_grad_enabled():
@@ -677,7 +678,6 @@ class GradientPath:
         """Whether some gradient is not all zeros. ``model.zero_grad(set_to_none=False)`` is no change to refuse."""
         return any(bool(grad.any()) for grad in map(_gradient, self._known) if grad is not None)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
         """Hear of the beginning of the backward pass, in the graph task that ends with it.
 
@@ -1148,6 +1148,13 @@ class GradientPath:
             )
         if (gather := self._gather_ref()) is not None and not self.is_whole:
             gather()
+
+
+@functools.cache
+def _exclude_from_compilation() -> None:
+    """Keep torch.compile out of the module hooks. When the first path is made, since it imports torch._dynamo."""
+    for name in ("_before_forward", "_after_forward"):
+        setattr(GradientPath, name, torch.compiler.disable(getattr(GradientPath, name)))  # type: ignore[no-untyped-call]
 
 
 # ---------------------------------------------------------------- who else is there

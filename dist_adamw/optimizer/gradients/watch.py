@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dist_adamw.optimizer.sharding.shard import check_dense
+from dist_adamw.optimizer.sharding.memory_order import check_dense
 
 _SAMPLED_TENSORS, _SAMPLED_ELEMENTS = 8, 32
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dist_adamw.optimizer.sharding.shard import storage_order
+from dist_adamw.optimizer.sharding.memory_order import storage_order
 
 _ROW = 128  # words of 8 bytes that are summed
 _SMALL = 1 << 10  # words of a tensor that is not worth summing

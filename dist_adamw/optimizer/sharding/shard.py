@@ -16,12 +16,19 @@ from typing import Any, NamedTuple, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed._functional_collectives import AsyncCollectiveTensor
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from dist_adamw.optimizer.kernels.foreach import zeros_apart
 from dist_adamw.optimizer.kernels.mixed import follow_params_, join_master, split_master_
 from dist_adamw.optimizer.kernels.triton import BlockTable
+from dist_adamw.optimizer.sharding.dtensors import (
+    as_dtensor,
+    is_dtensor,
+    local_gradient,
+    local_of,
+    placed_like,
+    shard_axes,
+)
+from dist_adamw.optimizer.sharding.memory_order import axes_in_memory, check_dense, shaped_like, storage_order
 from dist_adamw.optimizer.transport import make_transport
 from dist_adamw.optimizer.transport.base import Transport, cut, cut_slice
 from dist_adamw.optimizer.transport.layout import FlatLayout, Piece
@@ -86,7 +93,7 @@ class Shard:
         state_dtype: torch.dtype | None = None,
     ) -> None:
         self.params = params
-        self.spread_over = spread_over(params[0])
+        self.shard_axes = shard_axes(params[0])
         self.group = group
         self.process_group, self._replicas, self._tag = process_group, replicas, tag
         world_size = 1 if process_group is None else collectives.world_size(process_group)
@@ -129,7 +136,7 @@ class Shard:
 
     def _weights(self) -> list[Tensor]:
         """What of the parameters lies in this process."""
-        return self.params if self.spread_over is None else [local_of(p) for p in self.params]
+        return self.params if self.shard_axes is None else [local_of(p) for p in self.params]
 
     def _build_views(self) -> None:
         weights = self._weights()
@@ -284,13 +291,9 @@ class Shard:
     @staticmethod
     def shaped(flat: Tensor, param: Tensor) -> Tensor:
         """All elements that lie here, 1-D, as a view of the shape of ``param``, and a DTensor as that is."""
-        if not isinstance(param, DTensor):
+        if not is_dtensor(param):
             return shaped_like(flat, param)
-        local = shaped_like(flat, local_of(param))
-        made: Tensor = DTensor.from_local(
-            local, param.device_mesh, param.placements, run_check=False, shape=param.shape, stride=param.stride()
-        )
-        return made
+        return as_dtensor(shaped_like(flat, local_of(param)), param)
 
     def order_of(self, i: int) -> list[int]:
         """The axes of parameter ``i`` from the largest step in memory to the smallest, when it was laid out."""
@@ -342,7 +345,7 @@ class Shard:
             elif value is None:
                 self.fill(i, name, self.as_laid_out(i, self._weights()[i].detach()))
             elif value.shape == self.params[i].shape:
-                self.fill(i, name, self.as_laid_out(i, _placed_like(value, self.params[i])))
+                self.fill(i, name, self.as_laid_out(i, placed_like(value, self.params[i])))
             else:
                 self.owned_moment(i, name).copy_(value)
 
@@ -358,7 +361,7 @@ class Shard:
             if is_share:
                 target.copy_(state[name])
                 continue
-            whole = storage_order(_placed_like(state[name], self.params[i]), like=local_of(self.params[i]))
+            whole = storage_order(placed_like(state[name], self.params[i]), like=local_of(self.params[i]))
             self._copy_share(i, whole, target)
 
     @property
@@ -470,103 +473,6 @@ class Shard:
         return table[1]
 
 
-def check_dense(grad: Tensor) -> None:
-    """Refuse a sparse gradient.
-
-    Raises:
-        RuntimeError: says what to do.
-    """
-    if grad.layout != torch.strided:
-        raise RuntimeError(
-            f"DistAdamW does not support sparse gradients, got one of layout {grad.layout}. "
-            "Build the embedding with sparse=False."
-        )
-
-
 def peek(state: Mapping[Tensor, Any], param: Tensor) -> Any:
     """The entry of ``param`` in ``optimizer.state``, or None. It does not count as read by the user. Local."""
     return dict.get(state, param) if isinstance(state, dict) else state.get(param)
-
-
-def local_of(tensor: Tensor) -> Tensor:
-    """What of ``tensor`` lies in this process: a DTensor's local tensor, else itself. Local."""
-    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
-
-
-def local_gradient(grad: Tensor, param: Tensor) -> Tensor:
-    """The elements of ``grad`` that go with `local_of` of ``param``. Collective where it is placed otherwise."""
-    if not isinstance(param, DTensor):
-        return grad
-    if not isinstance(grad, DTensor):
-        raise RuntimeError(
-            f"a gradient of shape {tuple(grad.shape)} is a plain tensor, and its parameter a DTensor placed "
-            f"{param.placements}. Leave gradients as backward makes them."
-        )
-    if grad.placements != param.placements:
-        grad = grad.redistribute(placements=param.placements)
-    local = grad._local_tensor
-    return local.wait() if isinstance(local, AsyncCollectiveTensor) else local
-
-
-def _placed_like(tensor: Tensor, param: Tensor) -> Tensor:
-    """The elements of a whole state, or of a DTensor placed anyhow, that go with `local_of` of ``param``."""
-    if not isinstance(param, DTensor):
-        return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-    if not isinstance(tensor, DTensor):
-        # No rank asks another: each has the whole.
-        tensor = distribute_tensor(tensor, param.device_mesh, param.placements, src_data_rank=None)
-    elif tensor.placements != param.placements:
-        tensor = tensor.redistribute(param.device_mesh, param.placements)
-    return local_of(tensor)
-
-
-def spread_over(param: Tensor) -> tuple[Any, ...] | None:
-    """The mesh of a DTensor and the axes along which its elements are shared out; None for other tensors. Local."""
-    if not isinstance(param, DTensor):
-        return None
-    axes = tuple(axis for axis, placement in enumerate(param.placements) if not placement.is_replicate())
-    return (param.device_mesh, axes)
-
-
-def storage_order(tensor: Tensor, like: Tensor | None = None) -> Tensor:
-    """``tensor`` as 1-D, its elements in the order in which ``like`` (default: itself) has them in memory.
-
-    A view where the two agree, else a copy.
-
-    Raises:
-        ValueError: elements of ``like`` overlap or leave gaps, so there is no such order.
-    """
-    like = tensor if like is None else like
-    if like.is_contiguous():
-        return tensor if tensor.ndim == 1 and tensor.is_contiguous() else tensor.reshape(-1)
-    order = axes_in_memory(like)
-    return tensor.permute(order).reshape(-1)
-
-
-def shaped_like(flat: Tensor, like: Tensor) -> Tensor:
-    """The inverse of `storage_order`: ``flat`` itself if it has the shape of ``like``, else a view that has."""
-    if flat.shape == like.shape:
-        return flat
-    if like.is_contiguous():
-        return flat.view(like.shape)
-    order = axes_in_memory(like)
-    inverse = [order.index(axis) for axis in range(like.ndim)]
-    return flat.view([like.shape[axis] for axis in order]).permute(inverse)
-
-
-def axes_in_memory(tensor: Tensor) -> list[int]:
-    """The axes of ``tensor``, from the one with the largest step in memory to the one with the smallest.
-
-    Raises:
-        ValueError: elements overlap or leave gaps.
-    """
-    if tensor.is_contiguous():
-        return list(range(tensor.ndim))
-    strides = tensor.stride()
-    order = sorted(range(tensor.ndim), key=lambda axis: -strides[axis])
-    if not tensor.permute(order).is_contiguous():
-        raise ValueError(
-            f"a parameter of shape {tuple(tensor.shape)} has strides {tensor.stride()}: its elements overlap or "
-            "leave gaps. Make it contiguous before the optimizer sees it."
-        )
-    return order

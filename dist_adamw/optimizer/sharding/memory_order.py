@@ -1,0 +1,63 @@
+"""The order in which a tensor's elements lie in memory: C order for a contiguous one. Local."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def check_dense(grad: Tensor) -> None:
+    """Refuse a sparse gradient.
+
+    Raises:
+        RuntimeError: says what to do.
+    """
+    if grad.layout != torch.strided:
+        raise RuntimeError(
+            f"DistAdamW does not support sparse gradients, got one of layout {grad.layout}. "
+            "Build the embedding with sparse=False."
+        )
+
+
+def storage_order(tensor: Tensor, like: Tensor | None = None) -> Tensor:
+    """``tensor`` as 1-D, its elements in the order in which ``like`` (default: itself) has them in memory.
+
+    A view where the two agree, else a copy.
+
+    Raises:
+        ValueError: elements of ``like`` overlap or leave gaps, so there is no such order.
+    """
+    like = tensor if like is None else like
+    if like.is_contiguous():
+        return tensor if tensor.ndim == 1 and tensor.is_contiguous() else tensor.reshape(-1)
+    order = axes_in_memory(like)
+    return tensor.permute(order).reshape(-1)
+
+
+def shaped_like(flat: Tensor, like: Tensor) -> Tensor:
+    """The inverse of `storage_order`: ``flat`` itself if it has the shape of ``like``, else a view that has."""
+    if flat.shape == like.shape:
+        return flat
+    if like.is_contiguous():
+        return flat.view(like.shape)
+    order = axes_in_memory(like)
+    inverse = [order.index(axis) for axis in range(like.ndim)]
+    return flat.view([like.shape[axis] for axis in order]).permute(inverse)
+
+
+def axes_in_memory(tensor: Tensor) -> list[int]:
+    """The axes of ``tensor``, from the one with the largest step in memory to the one with the smallest.
+
+    Raises:
+        ValueError: elements overlap or leave gaps.
+    """
+    if tensor.is_contiguous():
+        return list(range(tensor.ndim))
+    strides = tensor.stride()
+    order = sorted(range(tensor.ndim), key=lambda axis: -strides[axis])
+    if not tensor.permute(order).is_contiguous():
+        raise ValueError(
+            f"a parameter of shape {tuple(tensor.shape)} has strides {tensor.stride()}: its elements overlap or "
+            "leave gaps. Make it contiguous before the optimizer sees it."
+        )
+    return order
