@@ -8,7 +8,7 @@ import sys
 SCRIPT = """
 import atexit, time
 from dist_adamw.ranks import agreement
-from dist_adamw import collectives
+from dist_adamw.ranks import collectives
 began = time.perf_counter()
 atexit.register(lambda: print("lingered", time.perf_counter() - began > 0.02))
 before = atexit._ncallbacks()
