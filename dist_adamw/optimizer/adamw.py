@@ -26,7 +26,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from dist_adamw.optimizer.gradients.reducer import GradientPath, end_unless_everywhere, gather_from_owners
+from dist_adamw.optimizer.gradients.paths import end_unless_everywhere, gather_from_owners
+from dist_adamw.optimizer.gradients.reducer import GradientPath
 from dist_adamw.optimizer.kernels import triton as adamw_triton
 from dist_adamw.optimizer.kernels.foreach import (
     DecayBy,
@@ -630,7 +631,7 @@ class DistAdamW(Optimizer):
             self._tag = _new_tag(groups)
             for shard in self.shards:
                 shard.retag(self._tag)
-            self._path.open_channel(groups, self._tag)
+            self._path.messages.open(groups, self._tag)
         elif (self._path.overlap, self._path.into_shard, self._defer_gather) != (
             overlap,
             reduce_every_backward,

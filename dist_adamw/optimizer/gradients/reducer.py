@@ -32,23 +32,27 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node, get_gradient_edge
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
-from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
-from dist_adamw.errors import AgreementError
 from dist_adamw.optimizer.gradients.ddp import DDPReducer, PackedBucket
 from dist_adamw.optimizer.gradients.hooks import NoSync, WeakHook, remove
+from dist_adamw.optimizer.gradients.messages import ACCEPTED, CHANGED, NOT_CHANGED, Agreed, RankMessages, UpdateReport
+from dist_adamw.optimizer.gradients.paths import gather_from_owners, live_paths, take_over
 from dist_adamw.optimizer.gradients.plan import Plan
-from dist_adamw.optimizer.gradients.watch import GradientWatch, mark_parts, refuse_parts
+from dist_adamw.optimizer.gradients.refusals import (
+    accepted_local,
+    changed,
+    dropped_alone,
+    left_before_backward,
+    too_late,
+)
+from dist_adamw.optimizer.gradients.watch import GradientWatch, mark_parts
 from dist_adamw.optimizer.sharding.fingerprints import fingerprints
 from dist_adamw.optimizer.sharding.shard import Shard
 from dist_adamw.optimizer.transport.base import MAX_IN_FLIGHT, InFlightBucket
-from dist_adamw.optimizer.transport.gloo import Rollcall
-from dist_adamw.ranks import agreement, collectives
+from dist_adamw.ranks import agreement
 
-_UPDATE, _ROUND, _SAVE, _CHANGE = 1, 2, 3, 4  # what a rank says that it is about to do
 _LOOK_EVERY = 1 << 18  # elements: as many as make a message worth sending
 _gradient, _requires_grad = operator.attrgetter("grad"), operator.attrgetter("requires_grad")
 
@@ -67,8 +71,7 @@ class GradientPath:
         listening: Ids of the parameters that this path listens to; replaced when they change.
         is_whole: Whether every ``param.grad`` is the average over all ranks, to be taken as it is.
         asks_for_changes: Whether the last `complete` has asked all ranks if there are changes.
-        tag: Of its messages: the same on all its ranks, and that of no other path. None before `open_channel`.
-        groups: The groups of those ranks.
+        messages: Tells other ranks what this one is about to do.
     """
 
     def __init__(
@@ -122,15 +125,11 @@ class GradientPath:
         self._are_sorted = False  # whether others have been looked at since the last backward
         self._late: set[int] = set()  # ids of others that have been averaged since they were last set to zero
         self._kept: set[int] = set()  # into the shard: ids of others whose average is there, and in no ``param.grad``
-        self.tag: int | None = None
-        self.groups: Sequence[dist.ProcessGroup] = ()
+        self.messages = RankMessages()
         self._has_ended = False
-        self._rollcall: Rollcall | None = None
-        self._params_digest = self._params_changes = 0  # what is compared of the parameters, and how often they changed
-        self._is_news = False  # whether other ranks have not been told of the last change
+        self._params_changes = 0
         self.has_let_go = False  # whether an update has used gradients that are in no ``param.grad``
         self.used_ids: set[int] = set()  # into the shard: of parameters whose gradient that update let go of
-        self._number = 0  # updates made, and gradients discarded without one
         self._has_begun = False  # whether gradients have come since
         self._before_pass = (False, False, False, False)  # what a pass that brings no gradient leaves as it was
         self._begin_round()
@@ -144,6 +143,15 @@ class GradientPath:
             mark_parts(grad for param in self._plan.params if (grad := param.grad) is not None)
         self._next = 0
 
+    @property
+    def is_sending(self) -> bool:
+        """Whether a backward pass is under way that it has heard of."""
+        return self._queued
+
+    def keep_alive(self) -> object:
+        """What keeps the path and its optimizer alive for as long as it is held."""
+        return self, self._gather_ref()
+
     def _params(self) -> list[Tensor]:
         params = self._params_ref()
         return [] if params is None else params()
@@ -151,17 +159,6 @@ class GradientPath:
     def _shards(self) -> list[Shard]:
         shards = self._shards_ref()
         return [] if shards is None else shards()
-
-    def open_channel(self, groups: Sequence[dist.ProcessGroup], tag: int) -> None:
-        """Let ranks tell each other what they are about to do, where messages can (gloo). Local.
-
-        Args:
-            groups: The ranks that share state, and perhaps the replicas.
-            tag: A new one, the same on all ranks of ``groups``.
-        """
-        self.groups, self.tag = groups, tag
-        if dist.get_backend(groups[0]) == "gloo":
-            self._rollcall = Rollcall(groups[0], tag, width=16)
 
     # ---------------------------------------------------------------- listening
 
@@ -260,7 +257,8 @@ class GradientPath:
             reducer.drop(self)
         self._reducers, self._modules = [], []
         self._in_flight.clear()
-        self._rollcall, self._queued, self._has_ended = None, False, True
+        self.messages.close()
+        self._queued, self._has_ended = False, True
 
     def _listening_changed(self) -> None:
         self.listening = frozenset(self._hook_of)
@@ -274,8 +272,7 @@ class GradientPath:
         self._known, self._ids = params, frozenset(map(id, params))
         self._params_changes += 1
         shapes = [[list(param.shape), str(param.dtype)] for param in params if not is_lazy(param)]
-        self._params_digest = agreement.fingerprint({str(self._params_changes): shapes})
-        self._is_news = True
+        self.messages.params_changed(agreement.fingerprint({str(self._params_changes): shapes}))
         if gone := self.listening - self._ids:
             self._stop_listening(gone)
 
@@ -324,7 +321,7 @@ class GradientPath:
         self._empty_inboxes()
         for members in self._plan.members[: self._next]:
             if not members.isdisjoint(arrived):
-                raise _too_late(next(param for param in params if id(param) in members))
+                raise too_late(next(param for param in params if id(param) in members))
         for waiting in self._waiting[self._next :]:
             waiting.difference_update(arrived)
 
@@ -344,13 +341,13 @@ class GradientPath:
         """The gradients of one of DDP's buckets are there; launch what can be. Collective."""
         if not self._queued:
             self.begin()
-        self._announce()  # also where nothing is launched: DDP waits for its ranks when backward is over
+        self.messages.announce_round()  # also where nothing is launched: DDP waits for its ranks when backward is over
         if packed is None:
             return
         if packed.plan is not self._plan:
             packed.enter(self._plan)
         if packed.buckets and packed.buckets[0] < self._next:
-            raise _too_late(packed.params[0])
+            raise too_late(packed.params[0])
         packed.reorder()
         for shard, i, flat in packed.places:
             self._flat[id(shard)][i] = flat
@@ -367,7 +364,9 @@ class GradientPath:
                 another order on another rank, and each would wait in one for what the other sends after the other one.
         """
         while self._next < len(self._waiting) and not self._waiting[self._next]:
-            if not may_wait and (self._is_news or (len(self._in_flight) == MAX_IN_FLIGHT and self._has_company())):
+            if not may_wait and (
+                self.messages.is_news or (len(self._in_flight) == MAX_IN_FLIGHT and self._has_company())
+            ):
                 return
             self._launch()
 
@@ -377,7 +376,7 @@ class GradientPath:
         in_order = self._ddp_only and len(self._reducers) == 1
         if not in_order and any(reducer.has_own for reducer in self._live_reducers()):
             return True
-        return any(path._queued for path in _live_paths() if path is not self)
+        return any(path.is_sending for path in live_paths() if path is not self)
 
     def _launch_rest(self) -> None:
         """Send what has not been sent, zeros for gradients that are not there.
@@ -407,7 +406,7 @@ class GradientPath:
             and not listened <= self._ids
             and self._has_ddp_aside()
         ):
-            raise _left_before_backward()
+            raise left_before_backward()
 
     def _has_ddp_aside(self) -> bool:
         """Whether DDP does not average the gradients of this pass."""
@@ -504,7 +503,7 @@ class GradientPath:
         self._next = 0
         self._waiting = [set(members) for members in self._plan.members]
         self._checked = False  # whether the plan is known to be that of the shards
-        self._announced = False  # whether other ranks know that this round has begun
+        self.messages.begin_round()
 
     def _follow_layout(self) -> None:
         """At the first gradient of a round: plan again where shards or parameters have changed."""
@@ -544,16 +543,15 @@ class GradientPath:
         assert shard.transport is not None
         if len(self._in_flight) == MAX_IN_FLIGHT:
             self._land(1)
-        self._announce()
-        if self._is_news and self._rollcall is not None and self._rollcall.is_under_way:
-            self._hear(self._rollcall)  # buckets of other sizes would end the process
+        self.messages.announce_round()
+        if self.messages.is_news:
+            self.messages.hear()  # buckets of other sizes would end the process
         self._in_flight.append((shard, shard.transport.start_reduce(k, self._flat[id(shard)])))
 
     @torch.no_grad()
     def _land(self, count: int | None = None) -> None:
         """Wait for the oldest ``count`` buckets, default all, and average them."""
-        if self._rollcall is not None and self._rollcall.is_under_way:
-            self._hear(self._rollcall)
+        self.messages.hear()
         while self._in_flight and count != 0:
             shard, sent = self._in_flight.popleft()
             assert shard.transport is not None
@@ -567,32 +565,13 @@ class GradientPath:
                 shard.reduced[sent.bucket] = sent.own
             count = None if count is None else count - 1
 
-    def _hear(self, rollcall: Rollcall) -> list[list[int]]:
-        """What every rank has said, which must be of the same kind and number.
-
-        Raises:
-            AgreementError: a rank is somewhere else. On every rank that hears of it.
-        """
-        table = rollcall.answer()
-        self._is_news = False
-        here = collectives.rank(rollcall.group)
-        for there, (kind, number, digest, *_) in enumerate(table):
-            if digest != table[here][2]:
-                raise AgreementError(
-                    f"rank {there} has other parameters in its groups than rank {here}, or has changed them at another "
-                    "time. Add, replace and remove parameters on every rank, before the same update."
-                )
-            if [kind, number] != table[here][:2]:
-                raise _out_of_step(here, table[here], there, table[there])
-        return table
-
     def announce_save(self) -> None:
         """Raise where a rank does not save with this one. Collective.
 
         Raises:
             AgreementError: it goes on with training. On every rank.
         """
-        self._meet(_SAVE)
+        self.messages.meet_to_save()
 
     def announce_change(self) -> None:
         """Raise where another rank has other parameters. Collective.
@@ -600,7 +579,7 @@ class GradientPath:
         Raises:
             AgreementError: names the rank. On every rank.
         """
-        self._meet(_CHANGE)
+        self.messages.meet_for_change()
 
     def announce_round(self) -> None:
         """Raise where another rank is not in a backward pass of the same update. Collective.
@@ -608,25 +587,9 @@ class GradientPath:
         Raises:
             AgreementError: names the rank and what it does. On every rank.
         """
-        if self._rollcall is None or not self._queued:
-            return
-        self._announce()
-        while self._rollcall.is_under_way:
-            self._hear(self._rollcall)
-
-    def _announce(self) -> None:
-        """Tell other ranks of this round, once. Nothing waits for what they say yet. Collective."""
-        if self._rollcall is not None and not self._announced:
-            self._announced = True
-            self._rollcall.post([_ROUND, self._number, self._params_digest])
-
-    def _meet(self, kind: int) -> None:
-        if self._rollcall is None:
-            return
-        while self._rollcall.is_under_way:
-            self._hear(self._rollcall)
-        self._rollcall.post([kind, self._number, self._params_digest])
-        self._hear(self._rollcall)
+        if self.messages.is_open and self._queued:
+            self.messages.announce_round()
+            self.messages.hear_all()
 
     def _let_go(self, shard: Shard, k: int) -> None:
         """Free the gradients that no later bucket needs. The last bucket is sent first."""
@@ -735,7 +698,7 @@ class GradientPath:
         self._land()  # left over from a backward that was broken off
         self._empty_inboxes()
         self.has_let_go = False
-        self._number += self._has_begun
+        self.messages.number += self._has_begun
         for param in self._plan.params if self._filled else ():
             if id(param) in self._filled:  # zeros of ours: without a backward pass that reaches it, it has no gradient
                 param.grad = None
@@ -751,7 +714,7 @@ class GradientPath:
 
     def used(self) -> None:
         """An update has been made of the gradients. Until they are set to zero or None, they are averages."""
-        self._number += 1
+        self.messages.number += 1
         self.has_let_go = self.into_shard and not self.is_whole
         if self.has_let_go:
             self.used_ids = set(self._seen)
@@ -809,6 +772,54 @@ class GradientPath:
             RuntimeError: gradients were changed between backward and update, on some rank; or a module is
                 inside ``no_sync``. On every rank.
         """
+        self._check_may_update()
+        self._finish_backward()
+        others = self._others_now()
+        if others and not self._are_sorted:
+            gather_from_owners(self, others)
+        subject = others if self._ddp_only else self._known  # DDP has seen to its own
+        present = self._present(subject)
+        was_changed = self._was_changed or self._watch.changed()
+        prints = self._prints(others)
+        dropped = self._watch.dropped()
+        has_leftover = self.into_shard and any(param.grad is not None for param in self._plan.params)
+        report = UpdateReport(
+            rounds=self._rounds + has_leftover,
+            is_missing=_is_missing(subject, present),
+            is_reopened=self._reopened,
+            change=CHANGED if was_changed else ACCEPTED if self._accepted else NOT_CHANGED,
+            has_changes=has_changes,
+            prints=agreement.fingerprint({"": prints}) if any(prints) else 0,
+            options=options,
+            # Of a frozen parameter nothing is missing, but ranks may differ in whether it has one.
+            pattern=0 if all(present) else agreement.fingerprint({"": present}),
+            dropped=agreement.fingerprint({"": dropped}) if dropped else 0,
+        )
+        agreed = self._agree(report, others, group, replicas)
+        self._needed = agreed.rounds
+        if (agreed.has_changes or agreed.options_differ) and self.asks_for_changes:
+            check_changes()
+        if agreed.change == CHANGED:
+            raise changed(on_this_rank=was_changed)
+        if agreed.dropped_differ:
+            raise dropped_alone(len(dropped))
+        if agreed.is_reopened and not self._reopened:  # another rank ran the module forward since backward
+            self._reopen()
+        is_incomplete = agreed.is_missing or agreed.patterns_differ
+        if is_incomplete:
+            present = [bool(n) for n in self._largest(present, group, replicas)]
+        if agreed.prints_differ:
+            self._sort(others, prints, group, replicas)
+        if agreed.change and self._uses_local(subject, present):
+            raise accepted_local()
+        self._are_sorted = True
+        # Without anything filled, shared out or missing, every gradient is there.
+        if self.into_shard or is_incomplete or self._filled:
+            self._fill_in(subject, present)
+        return any(present) or (self._ddp_only and any(grad is not None for grad in map(_gradient, self._known)))
+
+    def _check_may_update(self) -> None:
+        """Raise where gradients have not been averaged, and will not be."""
         if self._has_ended:
             raise RuntimeError(
                 "step() of an optimizer that other ranks have let go of: another one has been attached to its module "
@@ -821,77 +832,62 @@ class GradientPath:
                 "pass of an update. For local SGD (Accelerate's LocalSGD) pass shard=False to DistAdamW, and "
                 "check_weights_every=0 to dist_adamw.prepare."
             )
+
+    def _finish_backward(self) -> None:
+        """Send what other ranks may be waiting for. Collective."""
         if self._queued:  # the last backward pass raised: other ranks have sent all buckets of theirs
             self._finish_broken_pass()
         self.follow_params()
         self.look_at_siblings()
-        self.asks_for_changes = True
         if self._ddp_only:
-            pass
-        elif self.overlap and not self.into_shard and not self._next and not self._reopened:
+            return
+        if self.overlap and not self.into_shard and not self._next and not self._reopened:
             self._launch_rest()  # nothing arrived here, but other ranks may be waiting in backward
             self._land()
         else:
             self._follow_layout()
-        others = self._others_now()
-        if others and not self._are_sorted:
-            gather_from_owners(self, others)
-        subject = others if self._ddp_only else self._known  # DDP has seen to its own
+
+    def _present(self, params: Sequence[Tensor]) -> list[bool]:
+        """Which of ``params`` have a gradient of the user's: in the shard, or there and not zeros of ours."""
+        present = [grad is not None for grad in map(_gradient, params)]
         seen = self._seen if self.into_shard else set()
-        present = [grad is not None for grad in map(_gradient, subject)]
-        if seen or self._filled:
-            present = [
-                (there and id(param) not in self._filled) or id(param) in seen
-                for param, there in zip(subject, present, strict=True)
-            ]
-        leftover = self.into_shard and any(param.grad is not None for param in self._plan.params)
-        # Most updates have all gradients on all ranks, and then a few numbers say so.
-        missing = not all(present) and any(
-            param.requires_grad for param, there in zip(subject, present, strict=True) if not there
-        )
-        was_changed = self._was_changed or self._watch.changed()
-        prints = self._prints(others)
-        summary = agreement.fingerprint({"": prints}) if any(prints) else 0
-        change = 2 if was_changed else int(self._accepted)
-        # Of a frozen parameter nothing is missing, but ranks may differ in whether it has one.
-        pattern = 0 if all(present) else agreement.fingerprint({"": present})
-        numbers = [self._rounds + leftover, missing, self._reopened, change, summary, -summary, has_changes]
-        dropped = self._watch.dropped()
-        drops = agreement.fingerprint({"": dropped}) if dropped else 0
-        numbers += [options, -options, pattern, -pattern, drops, -drops]
-        if self._rollcall is not None:
-            self._rollcall.post([_UPDATE, self._number, self._params_digest, *numbers])
-            numbers = [max(column) for column in zip(*self._hear(self._rollcall), strict=True)][3:]
+        if not (seen or self._filled):
+            return present
+        return [
+            (there and id(param) not in self._filled) or id(param) in seen
+            for param, there in zip(params, present, strict=True)
+        ]
+
+    def _agree(
+        self,
+        report: UpdateReport,
+        others: list[Tensor],
+        group: dist.ProcessGroup,
+        replicas: dist.ProcessGroup | None,
+    ) -> Agreed:
+        """Combine the ranks' reports. Without a channel, where DDP has every gradient, none is needed. Collective."""
+        self.asks_for_changes = True
+        if self.messages.is_open:
+            numbers = self.messages.exchange_reports(report)
             if replicas is not None:
                 numbers = self._largest(numbers, replicas, None)
         elif not self._ddp_only or any(map(_requires_grad, others)):
-            numbers = self._largest(numbers, group, replicas)
+            numbers = self._largest(report.numbers(), group, replicas)
         else:
             self.asks_for_changes = False
-        self._needed, incomplete, reopened, changed, most, minus_least, has_changed = numbers[:7]
-        highest, minus_lowest, most_pattern, minus_least_pattern, most_drops, minus_least_drops = numbers[7:]
-        if (has_changed or highest != -minus_lowest) and self.asks_for_changes:
-            check_changes()
-        if changed == 2:
-            raise _changed(on_this_rank=was_changed)
-        if most_drops != -minus_least_drops:
-            raise _dropped_alone(len(dropped))
-        if reopened and not self._reopened:  # another rank ran the module forward since backward
-            self._reopen()
-        incomplete = incomplete or most_pattern != -minus_least_pattern
-        if incomplete:
-            present = [bool(n) for n in self._largest(present, group, replicas)]
-        if most != -minus_least:
-            self._sort(others, prints, group, replicas)
-        if changed and any(
+            numbers = report.numbers()
+        return Agreed.of(numbers)
+
+    def _uses_local(self, params: Sequence[Tensor], present: Sequence[bool]) -> bool:
+        """Whether some gradient that is used is a local one, of a parameter that no bucket is sent for."""
+        return any(
             is_used and id(param) in self._local and id(param) not in self._plan.buckets_of
-            for param, is_used in zip(subject, present, strict=True)
-        ):
-            raise _accepted_local()
-        self._are_sorted = True
-        # Without anything filled, shared out or missing, every gradient is there.
-        as_they_are = not (self.into_shard or incomplete or self._filled)
-        for param, is_used in () if as_they_are else zip(subject, present, strict=True):
+            for param, is_used in zip(params, present, strict=True)
+        )
+
+    def _fill_in(self, params: Sequence[Tensor], present: Sequence[bool]) -> None:
+        """Give zeros to parameters that have a gradient on other ranks alone; take ours from those without any."""
+        for param, is_used in zip(params, present, strict=True):
             if not is_used:
                 if id(param) in self._filled:
                     param.grad = None
@@ -901,7 +897,6 @@ class GradientPath:
             is_in_shard = self.into_shard and (id(param) in self._plan.buckets_of or id(param) in self._kept)
             if param.grad is None and not is_in_shard:
                 param.grad = torch.zeros_like(param)
-        return any(present) or (self._ddp_only and any(grad is not None for grad in map(_gradient, self._known)))
 
     def _others_now(self) -> list[Tensor]:
         """The parameters that have elements, and that no bucket is sent for."""
@@ -1159,91 +1154,6 @@ def _exclude_from_compilation() -> None:
 
 # ---------------------------------------------------------------- who else is there
 
-_paths: list[weakref.ref[GradientPath]] = []
-
-
-def _live_paths() -> list[GradientPath]:
-    return [path for ref in _paths if (path := ref()) is not None]
-
-
-def take_over(path: GradientPath, params: Iterable[Tensor]) -> None:
-    """Let ``path`` be the only one that listens to ``params``: the optimizer that was attached last. Local."""
-    if not _paths:
-        register_optimizer_step_pre_hook(_before_any_step)
-    known = _live_paths()
-    ids = {id(param) for param in params}
-    for other in known:
-        if other is not path and not other.listening.isdisjoint(ids):
-            other.release(ids)
-    if all(other is not path for other in known):
-        known.append(path)
-    _paths[:] = [weakref.ref(one) for one in known]
-
-
-def end_unless_everywhere(reader: GradientPath, model: nn.Module) -> list[Any]:
-    """End other paths to ``model`` that are there on some ranks of ``reader`` alone. Collective over these.
-
-    Their optimizer is gone on the other ranks. Here a logger of the main rank may still hold it, or the garbage
-    collector has not found it yet. Paths between other ranks are left alone.
-
-    Returns:
-        What keeps the rest, and their optimizers.
-    """
-    paths = [path for path in _live_paths() if path is not reader and _same_ranks(path.groups, reader.groups)]
-    kept = [(path, path._gather_ref()) for path in paths]
-    everywhere = {path.tag for path in paths}
-    for group in reader.groups:
-        everywhere.intersection_update(*collectives.all_gather_objects(everywhere, group))
-    ids = {id(param) for param in model.parameters()}
-    for path in paths:
-        if path.tag not in everywhere and not path.listening.isdisjoint(ids):
-            path.end()
-    return kept
-
-
-def _same_ranks(groups: Sequence[dist.ProcessGroup], others: Sequence[dist.ProcessGroup]) -> bool:
-    return [*map(dist.get_process_group_ranks, groups)] == [*map(dist.get_process_group_ranks, others)]
-
-
-def gather_from_owners(reader: GradientPath | None, params: Iterable[Tensor]) -> None:
-    """Make whole what other optimizers than ``reader``'s have reduced to owners of the gradients of ``params``.
-
-    Collective over the ranks of those optimizers.
-
-    Raises:
-        RuntimeError: such an optimizer is gone. On every rank.
-    """
-    params = list(params)
-    refuse_parts(params)
-    ids: set[int] | None = None
-    for path in _live_paths():
-        if path is reader:
-            continue
-        ids = {id(param) for param in params} if ids is None else ids
-        if path.has_let_go and path.used_ids.isdisjoint(ids):
-            continue  # it has taken other gradients
-        if not path.listening.isdisjoint(ids):
-            path.gather_gradients()
-
-
-def _before_any_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    """Give whole gradients to an optimizer that is not attached: torch's, of parameters that a DistAdamW has."""
-    if getattr(optimizer, "gathers_from_owners", False):
-        return
-    params = [param for group in optimizer.param_groups for param in group["params"]]
-    refuse_parts(params)
-    ids = set(map(id, params))
-    for path in _live_paths():
-        if path.listening.isdisjoint(ids):
-            continue
-        if any(value is not None for value in (*args[1:], kwargs.get("closure"))):  # args[0] is the optimizer
-            raise RuntimeError(
-                f"{type(optimizer).__name__}.step(closure) reads gradients of parameters that are attached to a "
-                "DistAdamW, which reduces each to the rank that owns it. Call the closure yourself, then "
-                "gather_gradients() of the DistAdamW, then step() without a closure."
-            )
-        path.gather_gradients()
-
 
 def _remove_all(hooks: dict[int, RemovableHandle | None], more: list[RemovableHandle]) -> None:
     remove(hook for hook in (*hooks.values(), *more) if hook is not None)
@@ -1265,30 +1175,6 @@ def _own_parameters(model: nn.Module) -> list[Tensor]:
     return [param for param in model.parameters() if id(param) not in theirs]
 
 
-def _out_of_step(here: int, mine: list[int], there: int, theirs: list[int]) -> AgreementError:
-    does = {
-        _UPDATE: "makes update {}",
-        _ROUND: "sends gradients of a backward pass for update {}",
-        _CHANGE: "has changed the optimizer's parameters before update {}",
-        _SAVE: "saves or consolidates state before update {}",
-    }
-    said = [f"rank {r} {does[kind].format(number + 1)}" for r, (kind, number, *_) in ((here, mine), (there, theirs))]
-    if _SAVE in (mine[0], theirs[0]):
-        return AgreementError(
-            f"{said[0]} where {said[1]}. Each rank has a share of the state: save_state, dist_adamw.save and "
-            "consolidate_state_dict must be called on every rank, not inside `if accelerator.is_main_process`."
-        )
-    if mine[0] != theirs[0]:
-        skipped = here if mine[0] == _ROUND else there
-        why = f"Rank {skipped} skipped a step() that others made."
-    else:
-        why = "One of them skipped a step() that others made."
-    return AgreementError(
-        f"{said[0]} where {said[1]}. {why} Ranks must skip an update together: max_grad_norm does, on every rank, "
-        "where the norm is inf or nan; or all-reduce the reason to skip, and then step() or not on all ranks."
-    )
-
-
 def _laid_out(shard: Shard, i: int) -> Tensor:
     """The gradient of parameter ``i`` as a 1-D view, in the order of the shard, which it is given if need be."""
     param = shard.params[i]
@@ -1299,45 +1185,8 @@ def _laid_out(shard: Shard, i: int) -> Tensor:
     return flat
 
 
-def _too_late(param: Tensor) -> RuntimeError:
-    return RuntimeError(
-        f"a gradient of shape {tuple(param.shape)} arrived after it had been sent to its owner: two backward passes "
-        "without a forward pass of the attached module between them, or a parameter used in several checkpointed "
-        "segments (use_reentrant=True). Accumulate inside no_sync(), or pass overlap=False to attach()."
-    )
-
-
-def _left_before_backward() -> RuntimeError:
-    return RuntimeError(
-        "a parameter left the optimizer between the forward and the backward pass of its DistributedDataParallel "
-        "module, and its gradient would stay a local one in this pass. Remove parameters before the forward pass, or "
-        "after step()."
-    )
-
-
-def _accepted_local() -> RuntimeError:
-    return RuntimeError(
-        "accept_gradients() of gradients that are local ones until step(), of parameters in no attached module. A "
-        "change that is not linear would not be that of their average. Call gather_gradients() before you change them, "
-        "or attach() the module after it has got parameters."
-    )
-
-
-def _dropped_alone(count: int) -> AgreementError:
-    return AgreementError(
-        f"gradients were set to None between backward and step() on some ranks alone, {count} of them on this rank. "
-        "Each rank updates its own elements of every parameter, so ranks must set the same gradients to None. To skip "
-        "an update, all-reduce the reason, and then call the optimizer's zero_grad() instead of step() on all ranks."
-    )
-
-
-def _changed(*, on_this_rank: bool) -> RuntimeError:
-    return RuntimeError(
-        f"gradients were changed between backward and step(){'' if on_this_rank else ' on another rank'}. After "
-        "attach() each rank has the average of its own elements only, so a norm taken there is not the model's, and "
-        "ranks would clip or unscale differently. To clip, pass max_grad_norm to DistAdamW, or use its clip_grad_norm_ "
-        "(after dist_adamw.prepare accelerator.clip_grad_norm_ is that). After a change that treats every element "
-        "alike, call accept_gradients(). To read or change whole averages, call gather_gradients() first. Or do "
-        "without attach() (dist_adamw.prepare(..., whole_gradients=True)): DDP's all-reduce leaves whole averages. "
-        "GradScaler needs that too."
-    )
+def _is_missing(params: Sequence[Tensor], present: Sequence[bool]) -> bool:
+    """Whether a parameter that requires a gradient has none. Most updates have all, on all ranks."""
+    if all(present):
+        return False
+    return any(param.requires_grad for param, there in zip(params, present, strict=True) if not there)

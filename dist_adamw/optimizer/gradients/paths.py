@@ -1,0 +1,143 @@
+"""All paths of this process: which optimizer has the gradients of a parameter. One listens to each parameter."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Sequence, Set
+from typing import Any, Protocol
+
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from dist_adamw.optimizer.gradients.messages import RankMessages
+from dist_adamw.optimizer.gradients.watch import refuse_parts
+from dist_adamw.ranks import collectives
+
+
+class Path(Protocol):
+    """What `GradientPath` is to other paths."""
+
+    @property
+    def listening(self) -> Set[int]:
+        """Ids of the parameters whose gradients it takes."""
+
+    @property
+    def messages(self) -> RankMessages:
+        """Its channel to other ranks."""
+
+    @property
+    def has_let_go(self) -> bool:
+        """Whether an update has used gradients that are in no ``param.grad``."""
+
+    @property
+    def used_ids(self) -> set[int]:
+        """Ids of the parameters whose gradient that update let go of."""
+
+    @property
+    def is_sending(self) -> bool:
+        """Whether a backward pass is under way that it has heard of."""
+
+    def release(self, ids: Iterable[int]) -> None:
+        """Stop listening to these parameters: another path begins to. Collective."""
+
+    def end(self) -> None:
+        """Stop listening and sending: other ranks have let go of the optimizer. Local."""
+
+    def gather_gradients(self) -> None:
+        """Have the optimizer make every gradient whole. Collective."""
+
+    def keep_alive(self) -> object:
+        """What keeps the path and its optimizer alive for as long as it is held."""
+
+
+_paths: list[weakref.ref[Path]] = []
+
+
+def live_paths() -> list[Path]:
+    """The paths whose optimizers are alive."""
+    return [path for ref in _paths if (path := ref()) is not None]
+
+
+def take_over(path: Path, params: Iterable[Tensor]) -> None:
+    """Let ``path`` be the only one that listens to ``params``: the optimizer that was attached last. Local."""
+    if not _paths:
+        register_optimizer_step_pre_hook(_before_any_step)
+    known = live_paths()
+    ids = {id(param) for param in params}
+    for other in known:
+        if other is not path and not other.listening.isdisjoint(ids):
+            other.release(ids)
+    if all(other is not path for other in known):
+        known.append(path)
+    _paths[:] = [weakref.ref(one) for one in known]
+
+
+def end_unless_everywhere(reader: Path, model: nn.Module) -> list[Any]:
+    """End other paths to ``model`` that are there on some ranks of ``reader`` alone. Collective over these.
+
+    Their optimizer is gone on the other ranks. Here a logger of the main rank may still hold it, or the garbage
+    collector has not found it yet. Paths between other ranks are left alone.
+
+    Returns:
+        What keeps the rest, and their optimizers.
+    """
+    paths = [
+        path
+        for path in live_paths()
+        if path is not reader and _same_ranks(path.messages.groups, reader.messages.groups)
+    ]
+    kept = [path.keep_alive() for path in paths]
+    everywhere = {path.messages.tag for path in paths}
+    for group in reader.messages.groups:
+        everywhere.intersection_update(*collectives.all_gather_objects(everywhere, group))
+    ids = {id(param) for param in model.parameters()}
+    for path in paths:
+        if path.messages.tag not in everywhere and not path.listening.isdisjoint(ids):
+            path.end()
+    return kept
+
+
+def _same_ranks(groups: Sequence[dist.ProcessGroup], others: Sequence[dist.ProcessGroup]) -> bool:
+    return [*map(dist.get_process_group_ranks, groups)] == [*map(dist.get_process_group_ranks, others)]
+
+
+def gather_from_owners(reader: Path | None, params: Iterable[Tensor]) -> None:
+    """Make whole what other optimizers than ``reader``'s have reduced to owners of the gradients of ``params``.
+
+    Collective over the ranks of those optimizers.
+
+    Raises:
+        RuntimeError: such an optimizer is gone. On every rank.
+    """
+    params = list(params)
+    refuse_parts(params)
+    ids: set[int] | None = None
+    for path in live_paths():
+        if path is reader:
+            continue
+        ids = {id(param) for param in params} if ids is None else ids
+        if path.has_let_go and path.used_ids.isdisjoint(ids):
+            continue  # it has taken other gradients
+        if not path.listening.isdisjoint(ids):
+            path.gather_gradients()
+
+
+def _before_any_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    """Give whole gradients to an optimizer that is not attached: torch's, of parameters that a DistAdamW has."""
+    if getattr(optimizer, "gathers_from_owners", False):
+        return
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    refuse_parts(params)
+    ids = set(map(id, params))
+    for path in live_paths():
+        if path.listening.isdisjoint(ids):
+            continue
+        if any(value is not None for value in (*args[1:], kwargs.get("closure"))):  # args[0] is the optimizer
+            raise RuntimeError(
+                f"{type(optimizer).__name__}.step(closure) reads gradients of parameters that are attached to a "
+                "DistAdamW, which reduces each to the rank that owns it. Call the closure yourself, then "
+                "gather_gradients() of the DistAdamW, then step() without a closure."
+            )
+        path.gather_gradients()
