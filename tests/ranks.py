@@ -24,6 +24,19 @@ import pytest
 TIMEOUT = float(os.environ.get("RANKS_TIMEOUT", 60.0))  # seconds for one job
 GRACE = 3.0  # seconds that ranks may still take once one of them has failed
 
+# What most jobs import; the package imports these only where they are used.
+PRELOADED = [
+    "torch._dynamo",
+    "torch.distributed.checkpoint",
+    "torch.distributed.tensor",
+    "accelerate",
+    "deepspeed",
+    "dist_adamw.checkpoint.async_saver",
+    "dist_adamw.integrations.accelerate.prepare",
+    "dist_adamw.integrations.deepspeed.zero",
+    "dist_adamw.integrations.transformers.trainer",
+    "tests.distributed.jobs",
+]
 _context = multiprocessing.get_context("forkserver")
 _pools: dict[int, _Pool] = {}
 
@@ -71,7 +84,7 @@ def expect_error_on_all(world_size: int, function: Callable[..., Any], *args: An
 class _Pool:
     def __init__(self, world_size: int) -> None:
         # The server imports these once; ranks are forked from it and start in milliseconds.
-        _context.set_forkserver_preload(["torch", "torch.distributed", "accelerate", "deepspeed", "dist_adamw"])
+        _context.set_forkserver_preload(PRELOADED)
         self._folder = tempfile.TemporaryDirectory()
         rendezvous = f"file://{self._folder.name}/rendezvous"
         self._pipes: list[Connection] = []

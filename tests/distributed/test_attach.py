@@ -27,7 +27,7 @@ from dist_adamw.optimizer.transport.collective import CollectiveTransport
 from tests.distributed.test_optimizer import Network
 from tests.ranks import expect_error_on_all, run_ranks
 
-WORLDS = [1, 2, 3, 4]
+WORLDS = [2, 3]  # 3 ranks own uneven slices; the first test has 1 and 4, too
 WAYS: dict[str, dict[str, Any]] = {
     "ddp": {"ddp": True},
     "ddp, buckets": {"ddp": True, "aside": False},
@@ -190,14 +190,19 @@ def constants(module: Any, **values: Any) -> Iterator[None]:
 def check_same_bits(way: dict[str, Any], accumulation: int, options: dict[str, Any], sizes: dict[str, Any]) -> None:
     with constants(gloo, **sizes):
         job = Job(way, options)
-        job.train(range(20), accumulation)
+        job.train(range(8), accumulation)
         job.check()
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize(("world_size", "eps"), [(1, 0.1), (2, 0.1), (2, 1e-8), (3, 0.1), (4, 0.1)])
+@pytest.mark.parametrize(("world_size", "eps"), [(1, 0.1), (2, 0.1), (2, 1e-8), (3, 0.1)])
 def test_same_bits_as_unsharded_adamw_fed_the_averages(world_size: int, eps: float, way: str) -> None:
     run_ranks(world_size, check_same_bits, WAYS[way], 2, {"eps": eps}, {})
+
+
+@pytest.mark.parametrize("way", ["ddp", "ddp, buckets", "plain", "every backward"])
+def test_same_bits_on_four_ranks(way: str) -> None:
+    run_ranks(4, check_same_bits, WAYS[way], 2, {"eps": 0.1}, {})
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -216,7 +221,7 @@ def test_the_backends_own_collectives(world_size: int, way: str) -> None:
 def check_native(way: dict[str, Any]) -> None:
     with constants(transport, GlooTransport=CollectiveTransport):
         job = Job(way, {"eps": 0.1})
-        job.train(range(20), 2)
+        job.train(range(8), 2)
     if dist.get_world_size() == 2:
         job.check()
     else:

@@ -118,9 +118,12 @@ CELLS = [
 ]
 
 
-# The command prints all four. With eps=0.1 a wrong scale of gradients shows; each way of decay needs one run.
+# A part of the matrix, which the command prints whole. With eps=0.1 a wrong scale of gradients shows.
+SOME = [(engine, *place) for engine in ENGINES[1:] for place in ((1, 3), (2, 3), (3, 1))] + [("single", 1, 3)]
+
+
 @pytest.mark.parametrize(("decay_by", "eps"), [("lr", 0.1), ("schedule", 1e-8)])
-@pytest.mark.parametrize(("engine", "world_size", "accumulation"), CELLS)
+@pytest.mark.parametrize(("engine", "world_size", "accumulation"), SOME)
 def test_one_curve(engine: str, world_size: int, accumulation: int, decay_by: str, eps: float) -> None:
     expected = reference(decay_by, eps)
     assert len({lr for _, lr, _, _ in expected}) > 25  # a schedule that moves

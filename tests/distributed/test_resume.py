@@ -147,7 +147,7 @@ def check(rows: list[Row], expected: list[Row]) -> float:
 def meeting(index: int) -> tuple[Place, Place]:
     """The ``index``-th ordered pair of engines, with numbers of ranks that take turns."""
     a, b = divmod(index, len(ENGINES))
-    ranks = 1 + (a + index) % 4, 1 + (b + 2 * index) % 4
+    ranks = 1 + (a + index) % 3, 1 + (b + 2 * index) % 3
     one, other = (
         (engine, 1 if engine == "single" else n) for engine, n in zip((ENGINES[a], ENGINES[b]), ranks, strict=True)
     )
