@@ -50,7 +50,7 @@ def checked(path: Path, part: int = 0, parts: int = 1, until: contextlib.ExitSta
 
 
 def wrong_in(about: Mapping[str, Any]) -> str | None:
-    """What a checkpoint says, or is about to say, that no load takes; None where all is right. Local."""
+    """Return what in a checkpoint's ``about`` no load would accept; None where all is right. Local."""
     about = {"modules": {}, **about}  # of modules with extra state, which few have
     wrong = [name for name, is_right in _ABOUT.items() if not (name in about and is_right(about[name]))]
     return f"it does not say what it should of {', '.join(wrong)}" if wrong else None
@@ -169,7 +169,7 @@ def with_keys_of(here: Any, saved: Any) -> Any:
 
 
 def _is_like(saved: Any, here: Any) -> bool:
-    """Whether plain data can take the place of what is here."""
+    """Return whether plain data can take the place of what is here."""
     if isinstance(here, dict):
         return (
             isinstance(saved, dict) and saved.keys() == here.keys() and all(_is_like(saved[k], here[k]) for k in here)
@@ -227,7 +227,7 @@ def _check_optimizer(
 
 
 def _cycled(scheduler: LRScheduler | None) -> set[str]:
-    """What a scheduler of torch's (OneCycleLR, CyclicLR) writes into the groups beside lr."""
+    """Return the values besides lr that a scheduler of torch's (OneCycleLR, CyclicLR) writes into the groups."""
     return {"betas", "momentum"} if getattr(scheduler, "cycle_momentum", False) else set()
 
 
@@ -238,7 +238,7 @@ def _to_take(
     scheduler: LRScheduler | None,
     choice: OnDifference,
 ) -> list[dict[str, Any]]:
-    """What parameter groups are to have as they had. lr and weight decay come from the schedule, where it is ours."""
+    """Return the saved values of parameter groups. lr and weight decay come from the schedule, where it is ours."""
     of = {name: group for group in index.about["groups"] for name in group["names"]}
     taken = []
     for group, here in zip(optimizer.param_groups, ours, strict=True):

@@ -165,7 +165,7 @@ class CheckpointFolder:
         return [path for _, path in sorted(named, key=lambda pair: (pair[0], pair[1].name == _name(pair[0]), pair[1]))]
 
     def samples_of(self, path: Path) -> int:
-        """What a checkpoint of this folder was trained on."""
+        """Return the samples that a checkpoint of this folder was trained on."""
         match = _NAME.fullmatch(path.name)
         assert match is not None
         return int(match[1])
@@ -187,7 +187,7 @@ class CheckpointFolder:
         return None
 
     def damage_of(self, path: Path) -> str | None:
-        """What is wrong with a checkpoint, as a sentence; None when it is whole. Collective: as `newest`."""
+        """Return what is wrong with a checkpoint, as a sentence; None when it is whole. Collective: as `newest`."""
         ranks = self._ranks
         ranks.check()
         check_alike(path, ranks.group)  # ranks that each see a disk of their own would find nothing, and start afresh
@@ -197,7 +197,7 @@ class CheckpointFolder:
     # ---------------------------------------------------------------- writing
 
     def is_due(self, samples: int) -> bool:
-        """Whether ``samples`` has passed a multiple of ``every`` since the last save. For every micro-batch::
+        """Return whether ``samples`` has passed a multiple of ``every`` since the last save. For every micro-batch::
 
             if folder.is_due(scheduler.samples):
                 folder.save(scheduler.samples, accelerator.save_state)
@@ -307,7 +307,7 @@ class CheckpointFolder:
                 shutil.rmtree(left, ignore_errors=True)
 
     def _left(self, suffix: str) -> list[Path]:
-        """Folders of ours of that name; nobody else's."""
+        """Return our folders of that name, and no others."""
         return [path for path in self.root.glob(f"*{suffix}") if _LEFT_OVER.fullmatch(path.name) and path.is_dir()]
 
     def _commit(self, final: Path) -> None:
@@ -392,7 +392,7 @@ def _final(partial: Path) -> Path:
 
 
 def _away(path: Path) -> None:
-    """Delete a checkpoint, which nobody takes for one while it is being deleted."""
+    """Delete a checkpoint under another name, so that no reader takes it for a whole one meanwhile."""
     gone = path.with_name(f"{path.name}.deleted{_PARTIAL}")
     shutil.rmtree(gone, ignore_errors=True)
     path.rename(gone)

@@ -35,7 +35,7 @@ def _facts(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _files_of(folder: Path) -> set[str]:
-    """A checkpoint's files, its index among them; none where the index is somebody else's, a file like any."""
+    """Return a checkpoint's files and its index; none where the index is not ours, and so a file like any."""
     try:
         return {INDEX, *read_index(folder).files}
     except CheckpointError:
@@ -54,7 +54,7 @@ def fingerprint(path: Path) -> dict[str, Any]:
 
 
 def damage_of(path: Path, part: int = 0, parts: int = 1) -> str | None:
-    """What is wrong with a checkpoint of a `CheckpointFolder`, as a sentence; None when it is whole. Local.
+    """Return what is wrong with a checkpoint of a `CheckpointFolder`, as a sentence; None when it is whole. Local.
 
     Args:
         path: The checkpoint.

@@ -52,7 +52,7 @@ def restore_random_state(index: Index) -> str:
 
 
 def random_state_of(index: Index) -> Callable[[], str]:
-    """What `restore_random_state` will do, once the state saved is known to be one. Local."""
+    """Return a function that restores the saved random state, which has been checked. Local."""
     rank, before = collectives.rank(), index.about["world_size"]
     if f"{RNG}.0" not in index.tensors:
         return lambda: "left alone"
@@ -91,7 +91,7 @@ def _text(index: Index, key: str) -> bytes:
 
 
 def _generators(state: Any) -> Iterator[Callable[[], object]]:
-    """What puts each generator into its state; each has been tried on another generator. Local."""
+    """Return functions that set each generator; each has been tried on another generator. Local."""
     version, numbers, gauss = state["python"]
     python = (version, tuple(numbers), gauss)
     tried = random.Random()

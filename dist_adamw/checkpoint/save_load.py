@@ -46,7 +46,7 @@ Group = dist.ProcessGroup | None
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """What a checkpoint says beside its tensors.
+    """The contents of a checkpoint besides its tensors.
 
     Attributes:
         path: Its folder.
@@ -121,7 +121,7 @@ def _gather(
     extra: Mapping[str, Any] | None,
     ranks: Ranks,
 ) -> tuple[LocalState, dict[str, Any]]:
-    """What this rank writes, and what the main one says of it; raises on every rank. Collective.
+    """Return what this rank writes and what the index says of it; raises on every rank. Collective.
 
     Args:
         path: Where to; None: ranks are known to agree.

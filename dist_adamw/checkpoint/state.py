@@ -40,7 +40,7 @@ _ADAMW = {"DistAdamW", "AdamW", "Adam", "FusedAdam", "DeepSpeedCPUAdam"}
 
 @dataclass
 class LocalState:
-    """What lies in this process, to be saved or to be filled by a load.
+    """The part of a training state in this process, to be saved or to be filled by a load.
 
     Attributes:
         tensors: By key: `PartialTensor`, DTensor, or whole. Of whole ones that several ranks have, one rank's is saved.
@@ -78,7 +78,7 @@ class LocalState:
 
 @dataclass
 class CheckpointContents:
-    """What a checkpoint has, as far as a process must know to make room for it.
+    """The contents of a checkpoint, as far as a process must know them to make room.
 
     Attributes:
         kinds: By parameter name, the keys' first parts: "model", "exp_avg".
@@ -127,7 +127,7 @@ class Access(Protocol):
     model: nn.Module
 
     def to_save(self) -> LocalState:
-        """What this process writes."""
+        """Return what this process writes."""
 
     def to_load(self, found: CheckpointContents) -> Callable[[], LocalState]:
         """Check what a checkpoint has; return what lays the optimizer's state out again, and says where to read to.
@@ -151,7 +151,7 @@ def outside(number: int, group: int) -> str:
 
 
 def is_outside(name: str) -> bool:
-    """Whether that is such a name. Local."""
+    """Return whether that is such a name. Local."""
     return re.fullmatch(r"parameter \d+ of group \d+", name) is not None
 
 
@@ -220,7 +220,7 @@ def family_of(optimizer: Optimizer) -> str:
 
 
 def _has_moments(optimizer: Optimizer) -> bool:
-    """Whether all the state there is has Adam's moments. Local."""
+    """Return whether all the state there is has Adam's moments. Local."""
     needed = {*MOMENTS[:2]}
     return isinstance(optimizer, DistAdamW) or all(needed <= state.keys() for state in optimizer.state.values())
 
@@ -233,19 +233,19 @@ def saved_family(about: Mapping[str, Any]) -> str | None:
 
 
 def fits_family(about: Mapping[str, Any], optimizer: Optimizer) -> bool:
-    """Whether saved state means the same to an optimizer. Local."""
+    """Return whether saved state means the same to an optimizer. Local."""
     saved = saved_family(about)
     known = {base.__name__ for base in type(optimizer).__mro__}
     return saved is not None and (saved in known or same_family(saved, family_of(optimizer)))
 
 
 def same_family(one: str, other: str) -> bool:
-    """Whether the state of one class of optimizer means the same to the other."""
+    """Return whether the state of one class of optimizer means the same to the other."""
     return one == other or {one, other} <= _ADAMW
 
 
 def only_mine(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What this rank writes. Of what ranks have whole the first one does, since theirs may differ. Local.
+    """Return what this rank writes. Whole tensors are written by the first rank, since ranks' may differ. Local.
 
     Batch norm's statistics do, and weights of ranks that are not kept alike: pieces of several would be no model.
     """

@@ -101,17 +101,17 @@ def _number(value: float | Tensor) -> float:
 
 
 def _clip_factor(norm: Tensor, max_norm: float) -> Tensor:
-    """What gradients are multiplied by, 0-d fp32. The constant is torch.nn.utils.clip_grad_norm_'s."""
+    """Return the factor for gradients, 0-d fp32. The constant is torch.nn.utils.clip_grad_norm_'s."""
     return (max_norm / (norm + 1e-6)).clamp(max=1.0).to(torch.float32)
 
 
 def _capturing() -> bool:
-    """Whether a CUDA graph is being captured. A torch without CUDA raises when it is asked."""
+    """Return whether a CUDA graph is being captured. A torch without CUDA raises when it is asked."""
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def _pointed_at(tensor: Any, view: Tensor) -> Tensor:
-    """What shows ``view`` in ``state``: ``tensor`` where it can, since the user may hold it and write to it later."""
+    """Return ``tensor``, pointed at ``view``, where it can show it: the user may hold it and write to it later."""
     if type(tensor) is not Tensor or type(view) is not Tensor or tensor.requires_grad or tensor.is_inference():
         return view
     if (tensor.shape, tensor.dtype, tensor.device) != (view.shape, view.dtype, view.device):
@@ -608,7 +608,7 @@ class DistAdamW(Optimizer):
             several = collectives.initialized() and collectives.world_size() > 1
             if several and not isinstance(model, DistributedDataParallel):
                 raise ValueError(
-                    "attach() needs sharded state, and this optimizer has shard=False: nobody would average the "
+                    "attach() needs sharded state, and this optimizer has shard=False: nothing would average the "
                     "gradients. Leave shard='auto', or wrap the model in DistributedDataParallel."
                 )
             return
@@ -766,7 +766,7 @@ class DistAdamW(Optimizer):
         return sorted(dist.get_process_group_ranks(dist.group.WORLD))
 
     def shares_with(self, group: dist.ProcessGroup) -> bool:
-        """Whether gradients that `attach` averages are averaged over the ranks of ``group``. Local."""
+        """Return whether gradients that `attach` averages are averaged over the ranks of ``group``. Local."""
         return self._ranks() == sorted(dist.get_process_group_ranks(group))
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -966,7 +966,7 @@ class DistAdamW(Optimizer):
         return bool(self.shards or self._aside)
 
     def _differs(self) -> bool:
-        """Whether ``param_groups``, ``state`` or the ranks are not what the shards stand for. Local."""
+        """Return whether ``param_groups``, ``state`` or the ranks are not what the shards stand for. Local."""
         if not self._is_laid_out:
             return False
         self._moved = self.shards
@@ -1198,14 +1198,14 @@ class DistAdamW(Optimizer):
         return arrange(self.param_groups, self._placed if changes is None else changes.kept.keys())
 
     def _is_rearranged(self, changes: Changes) -> bool:
-        """Whether other parameters than now should share a shard. Local."""
+        """Return whether other parameters than now should share a shard. Local."""
         wanted = self._arranged(changes)
         return len(wanted) != len(self.shards) or not all(
             self._is_right(shard, *together) for shard, together in zip(self.shards, wanted, strict=True)
         )
 
     def _is_right(self, shard: Shard, group: dict[str, Any], together: list[Tensor]) -> bool:
-        """Whether ``shard`` is what a new one of these parameters would be. Local."""
+        """Return whether ``shard`` is what a new one of these parameters would be. Local."""
         return (
             shard.process_group is self.process_group
             and len(shard.params) == len(together)
@@ -1323,7 +1323,7 @@ class DistAdamW(Optimizer):
         self._seen = Snapshot(self.param_groups, self.state, self._placed, self._shown.values(), self._bell)
 
     def layout_record(self) -> dict[str, Any]:
-        """What ranks must have alike: the constructor's options, groups and shapes, as plain data. Local."""
+        """Return what ranks must have alike: the constructor's options, groups and shapes. Local."""
         record: dict[str, Any] = {name: plain(getattr(self, name)) for name in _OPTIONS}
         record["mesh"] = None if self._mesh is None else [list(self._mesh.shape), list(self._mesh.mesh_dim_names or ())]
         for i, group in enumerate(self.param_groups):
@@ -1444,7 +1444,7 @@ class DistAdamW(Optimizer):
             self._consolidated = gather_state(self.shards, to, self.state)
 
     def _whole_state(self) -> dict[Tensor, StateDict]:
-        """What `consolidate_state_dict` has gathered.
+        """Return what `consolidate_state_dict` has gathered.
 
         Raises:
             RuntimeError: nothing, or state has changed since, or another rank has it.

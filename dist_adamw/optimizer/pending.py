@@ -93,7 +93,7 @@ def guard(params: Iterable[Tensor], arrive: Callable[[Tensor], None]) -> None:
 
 
 def can_guard(param: Tensor) -> bool:
-    """Whether `guard` can be put on ``param``: it is a plain ``nn.Parameter``. Local."""
+    """Return whether `guard` can be put on ``param``: it is a plain ``nn.Parameter``. Local."""
     return type(param) in (nn.Parameter, ArrivingParameter)
 
 

@@ -107,7 +107,7 @@ for _name in ("__getitem__", "__iter__", "get", "items", "values"):
 
 @dataclass(frozen=True, slots=True)
 class Shown:
-    """What a parameter's entry in ``state`` was given, and where that lay in memory: ``.data = x`` rings no bell."""
+    """The values put into a parameter's entry in ``state``, and their addresses: ``.data = x`` rings no bell."""
 
     values: dict[str, Tensor]
     addresses: list[int]
@@ -118,7 +118,7 @@ class Shown:
         return cls(values, [_address(local_of(value)) for value in values.values()])
 
     def is_replaced(self, key: str, value: Any) -> bool:
-        """Whether ``value`` is another tensor than was shown, or has other memory."""
+        """Return whether ``value`` is another tensor than was shown, or has other memory."""
         place = list(self.values).index(key)
         return value is not self.values[key] or _address(local_of(value)) != self.addresses[place]
 
@@ -168,7 +168,7 @@ class Snapshot:
         self.waiting = [param for params in self._params for param in params if id(param) not in placed]
 
     def differs(self, groups: Sequence[dict[str, Any]], state: Mapping[Tensor, dict[str, Any]]) -> bool:
-        """Whether anything was replaced, added, taken away or moved since. Local."""
+        """Return whether anything was replaced, added, taken away or moved since. Local."""
         if self._bell.rung or state is not self.state:
             return True
         if not (_same(groups, self._groups) and all(map(_same, map(_PARAMS, groups), self._params))):
@@ -207,7 +207,7 @@ def _values(entries: list[dict[str, Any]]) -> list[Any]:
 
 @dataclass
 class Changes:
-    """What `find_changes` has found.
+    """The result of `find_changes`.
 
     Attributes:
         kept: Where the state of each parameter in the groups lies, by id.
@@ -348,7 +348,7 @@ def check_new_state(
 
 
 def _given(name: str, home: Home, entry: Mapping[str, Any], shown: Shown) -> dict[str, Any]:
-    """What in ``entry`` the user has replaced. A master that is missing follows the parameter: None."""
+    """Return what the user has replaced in ``entry``. A master that is missing follows the parameter: None."""
     shard, i = home
     given = {key: entry.get(key) for key in shown.values if shown.is_replaced(key, entry.get(key))}
     share = torch.Size([sum(stop - start for start, stop in shard.ranges_of(i))])

@@ -159,7 +159,7 @@ class ReplicaWatch(AgreementWatch):
 
 
 def copies_on_this_rank(model: nn.Module, optimizer: Optimizer | None, world_size: int) -> Copies:
-    """What this rank holds that others hold too. Local."""
+    """Return the tensors of which other ranks have copies. Local."""
     if isinstance(model, DistributedDataParallel):
         model = model.module
     everyone = tuple(range(world_size))
@@ -181,14 +181,14 @@ def copies_on_this_rank(model: nn.Module, optimizer: Optimizer | None, world_siz
 
 
 def _is_ranks_own(param: Tensor, shared_out: bool) -> bool:
-    """Whether nobody keeps a plain parameter the same on all ranks. Local."""
+    """Return whether nothing keeps a plain parameter the same on all ranks. Local."""
     is_expert = not getattr(param, "allreduce", True)  # DeepSpeed's mark
     is_ignored_by_fsdp = shared_out and param.requires_grad
     return is_expert or is_ignored_by_fsdp
 
 
 def _has_bits(tensor: Tensor) -> bool:
-    """Whether the tensor's memory is its value: not of meta, sparse, or a subclass that wraps others."""
+    """Return whether the tensor's memory is its value: not of meta, sparse, or a subclass that wraps others."""
     return not (tensor.is_meta or tensor.layout != torch.strided or is_traceable_wrapper_subclass(tensor))
 
 
@@ -241,7 +241,7 @@ def _digests(copies: Copies, found: Mapping[tuple[Ranks, str], int]) -> dict[Ran
 
 
 def _share_of_zero(digests: Mapping[Ranks, int]) -> int:
-    """What this rank adds to a sum over all ranks that is 0 when replicas agree, whoever is whose replica.
+    """Return this rank's term of a sum over all ranks that is 0 when replicas agree.
 
     Of the m ranks that hold the same, each but the last adds its digest d, and the last takes off (m - 1) d. If one
     digest differs, or there are two different ones, it is not 0; if there are more, it is with a chance of 1 in 2**48.
@@ -315,7 +315,7 @@ def _sentence(odd: Ranks, ranks: Ranks, names: list[str]) -> str:
     what = ", ".join(map(repr, names[:_SAID])) + (f" and {len(names) - _SAID} more" if len(names) > _SAID else "")
     others = [rank for rank in ranks if rank not in odd]
     if not others:
-        return f"{_named(ranks)} differ in {what}, and nobody can tell which is right"
+        return f"{_named(ranks)} differ in {what}, and nothing tells which is right"
     return f"{_named(odd)} {'differs' if len(odd) == 1 else 'differ'} from {_named(others)} in {what}"
 
 

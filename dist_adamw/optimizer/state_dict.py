@@ -100,7 +100,7 @@ def check_entries(state_dict: Mapping[str, Any], params: Sequence[Tensor]) -> No
 
 @dataclass(frozen=True, slots=True)
 class WholeState:
-    """What `gather_state` has put together, and how to see that it is out of date.
+    """The result of `gather_state`, and how to see that it is out of date.
 
     Attributes:
         to: The rank of the sharing group that has it; None: all of them.

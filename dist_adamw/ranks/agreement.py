@@ -42,7 +42,7 @@ def check_agreement(record: Record, group: dist.ProcessGroup | None = None) -> N
 
 
 def _lowest_and_highest(digest: int) -> Tensor:
-    """What a minimum over the ranks turns into the lowest digest and minus the highest."""
+    """Return a tensor whose minimum over the ranks is the lowest digest and minus the highest."""
     return torch.tensor([digest, -digest], dtype=torch.int64)
 
 

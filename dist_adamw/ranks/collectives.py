@@ -21,7 +21,7 @@ _SHOWN = 200  # characters of a value in a sentence
 
 
 def initialized() -> bool:
-    """Whether a process group exists. Local."""
+    """Return whether a process group exists. Local."""
     return dist.is_available() and dist.is_initialized()
 
 
@@ -70,7 +70,7 @@ def host_group() -> dist.ProcessGroup | None:
 
 
 def serves_host(group: dist.ProcessGroup) -> bool:
-    """Whether ``group`` can reduce a tensor of the host. Local."""
+    """Return whether ``group`` can reduce a tensor of the host. Local."""
     try:
         group._get_backend(torch.device("cpu"))
     except RuntimeError:  # NCCL alone

@@ -15,7 +15,7 @@ from dist_adamw.schedule.batch import shown
 
 @dataclass(frozen=True, slots=True)
 class BaseValues:
-    """What a parameter group had before any schedule touched it."""
+    """The values of a parameter group before any schedule touched it."""
 
     lr: float
     min_lr: float
@@ -187,7 +187,7 @@ def copy_value(value: float | Tensor) -> float | Tensor:
 
 
 def _marks(group: Mapping[str, Any]) -> tuple[object, object]:
-    """What tells a change of lr and weight decay of a group, without waiting for a device."""
+    """Return values that change with lr and weight decay of a group, without waiting for a device."""
     return _mark(group["lr"]), _mark(group.get("weight_decay"))
 
 

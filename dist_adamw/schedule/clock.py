@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 
 class SampleSource(Protocol):
-    """What counts the real samples of updates in place of the rule for a plain loop.
+    """A counter of the real samples of updates, in place of the rule for a plain loop.
 
     A function that returns a number, or None for that rule, serves too.
     """
@@ -97,7 +97,7 @@ class SampleClock:
         self._is_unconfirmed = not is_known
 
     def _continues(self, stepped: set[int]) -> bool:
-        """Whether a call that steps these continues the update before it, and steps nothing a second time.
+        """Return whether a call that steps these continues the update before it, and steps nothing a second time.
 
         ZeRO calls its optimizer once for each group, or part of one, and shows it only those: one update.
         """
@@ -156,7 +156,7 @@ def _first_params(optimizer: Optimizer) -> set[int]:
 
 
 def was_applied(optimizer: Optimizer) -> bool:
-    """Whether the step that is just returning changed the weights. Gradients are still there."""
+    """Return whether the step that is just returning changed the weights. Gradients are still there."""
     if isinstance(skipped := getattr(optimizer, "step_was_skipped", None), bool):
         if skipped:
             return False
@@ -170,5 +170,5 @@ def was_applied(optimizer: Optimizer) -> bool:
 
 
 def skip_is_known(optimizer: Optimizer) -> bool:
-    """Whether `was_applied` answers at once; else it waits for the device."""
+    """Return whether `was_applied` answers at once; else it waits for the device."""
     return bool(getattr(optimizer, "skip_is_known", True))

@@ -146,7 +146,7 @@ class CycleRow:
 
 @dataclass(frozen=True, slots=True)
 class Preview:
-    """What `CyclicLRWithRestarts.preview` returns; ``print`` it, or `plot` it.
+    """The result of `CyclicLRWithRestarts.preview`; ``print`` it, or `plot` it.
 
     Attributes:
         rows: One per cycle.

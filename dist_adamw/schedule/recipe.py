@@ -25,7 +25,7 @@ _NOT_KNOWN = (
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """What shapes lr and weight decay, but the clock and the base values of groups.
+    """The options that shape lr and weight decay; neither the clock nor the base values of groups.
 
     Attributes:
         options: Of `RestartSchedule`, but ``epoch_size`` and ``batch_size``.

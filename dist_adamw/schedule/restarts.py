@@ -69,7 +69,7 @@ class Cycle:
 
 @dataclass(frozen=True, slots=True)
 class SchedulePoint:
-    """What the schedule says of one sample count.
+    """The schedule at one sample count.
 
     Attributes:
         cycle: The cycle and its exact boundaries.

@@ -221,7 +221,7 @@ class CyclicLRWithRestarts(LRScheduler):
 
     @property
     def epoch_size(self) -> int | None:
-        """Samples in an epoch. It can be set once, by whoever knows the data."""
+        """Samples in an epoch. It can be set once, when the data is known."""
         return self._recipe.epoch_size
 
     @epoch_size.setter
@@ -255,7 +255,7 @@ class CyclicLRWithRestarts(LRScheduler):
 
     @property
     def sample_source(self) -> SampleSource | Callable[[], int | None] | None:
-        """What counts an update's samples, set by ``prepare``; None: the rule for a plain loop."""
+        """The counter of an update's samples, set by ``prepare``; None: the rule for a plain loop."""
         return self._clock.source
 
     @sample_source.setter
@@ -401,7 +401,7 @@ class CyclicLRWithRestarts(LRScheduler):
         return [self._recipe.lr(point, base) for base in self._bases]
 
     def get_last_weight_decay(self) -> list[float]:
-        """What each group's ``weight_decay`` holds for the next update."""
+        """Return each group's ``weight_decay`` for the next update."""
         return [group.get("weight_decay", 0.0) for group in self.optimizer.param_groups]
 
     def preview(
@@ -509,7 +509,7 @@ class CyclicLRWithRestarts(LRScheduler):
         return recipe, groups
 
     def agreement_record(self) -> dict[str, Any]:
-        """What all ranks must have alike at this update, as plain data."""
+        """Return what all ranks must have alike at this update, as plain data."""
         hyper = [
             {k: plain(v) for k, v in group.items() if k not in ("params", "param_names", "lr", "weight_decay")}
             for group in self.optimizer.param_groups
@@ -531,7 +531,7 @@ def _values_at(
 
 
 def _check_of(recipe: Recipe) -> GroupCheck | None:
-    """What new parameter groups must pass."""
+    """Return the check that new parameter groups must pass."""
     return check_decoupled if recipe.normalize is True else None
 
 

@@ -29,7 +29,7 @@ FP32 = "fp32"
 
 @dataclass
 class Content:
-    """What there is to be imported, under our keys; see `checkpoint.state`."""
+    """A training state to be imported, under our keys; see `checkpoint.state`."""
 
     engine: str
     tensors: dict[str, Tensor] = field(default_factory=dict)
@@ -51,7 +51,7 @@ class Content:
 
 
 def kind_of(source: Path) -> Kind:
-    """What a file or folder is, by its name and what is there. Local."""
+    """Return the kind of a file or folder, by its name and contents. Local."""
     if source.is_file():
         return "safetensors" if source.suffix == ".safetensors" else "torch"
     if not source.is_dir():
@@ -75,7 +75,7 @@ def kind_of(source: Path) -> Kind:
 
 
 def understood(source: Path, read: Callable[[], T]) -> T:
-    """What ``read`` returns. Local.
+    """Return what ``read`` returns, with any failure as a sentence. Local.
 
     Raises:
         CheckpointError: whatever ``read`` raised, in a sentence.

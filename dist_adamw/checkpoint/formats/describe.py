@@ -15,7 +15,7 @@ from dist_adamw.errors import printable
 
 
 def describe(path: str | Path) -> tuple[str, bool]:
-    """What a checkpoint holds, as a short table; and whether it is whole, for which all of it is read. Local.
+    """Describe a checkpoint in a short table, and say whether it is whole: all of it is read. Local.
 
     Raises:
         CheckpointError: there is no index that says.

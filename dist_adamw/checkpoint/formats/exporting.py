@@ -93,7 +93,7 @@ class _Ours:
         return found
 
     def _decay(self, group: dict[str, Any]) -> float:
-        """What torch multiplies by lr, and DistAdamW may not."""
+        """Return the weight decay as torch means it: multiplied by lr, which DistAdamW may not do."""
         decay: float = group["weight_decay"]
         return decay / group["lr"] if self.about.get("decay_by") == "schedule" and group["lr"] else decay
 

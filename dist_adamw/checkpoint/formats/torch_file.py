@@ -27,7 +27,7 @@ _MEMBERS = ("getattr", "builtins.getattr", "__builtin__.getattr")
 
 
 class _Record:
-    """What a pickle says of an object. Its class is known by name only: nothing of it is called."""
+    """An object in a pickle, as data. Its class is known by name only, and nothing of it is called."""
 
     def __init__(self, *args: Any) -> None:
         self.args = args
@@ -40,7 +40,7 @@ class _Record:
 
 
 def load_pickle(file: Path) -> Any:
-    """What ``torch.save`` wrote; big tensors stay in the file until they are needed."""
+    """Read a file of ``torch.save``; big tensors stay in the file until they are needed."""
     if not file.is_file():
         raise CheckpointError(f"there is no file {file}.")
     # DeepSpeed puts objects of its own (loss scalers, enums) beside what we need.

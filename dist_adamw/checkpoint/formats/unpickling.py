@@ -50,7 +50,7 @@ _find_class = pickle._Unpickler.find_class
 
 
 def trusted_by_environment() -> bool:
-    """Whether the user lets torch load pickles everywhere (TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1). Local."""
+    """Return whether the user lets torch load pickles everywhere (TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1). Local."""
     return os.environ.get(_TRUSTED_BY_ENVIRONMENT, "0").lower() in ("1", "y", "yes", "true")
 
 
@@ -153,7 +153,7 @@ os.register_at_fork(after_in_child=_forget_in_a_child)  # a data loader's worker
 
 
 def _numbers_of_numpy() -> list[Any]:
-    """What a numpy array or number is pickled as; that of Accelerate knows one kind of number."""
+    """The classes that numpy arrays and numbers are pickled with; Accelerate's list has one kind of number."""
     try:
         import numpy as np
         from numpy import dtypes
@@ -174,7 +174,7 @@ def numbers_allowed() -> Iterator[None]:
 
 
 def load_safely(file: Any, what: str | Path, how_to_trust: str, **options: Any) -> Any:
-    """What ``torch.save`` wrote, if it is tensors, numbers and plain data; nothing is executed. Local.
+    """Read a file of ``torch.save`` that holds tensors, numbers and plain data; nothing is executed. Local.
 
     Args:
         file: A path, or an open file.

@@ -89,7 +89,7 @@ class Writer(StorageWriter):
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        """Whether it can be a folder."""
+        """Return whether it can be a folder."""
         return "://" not in str(checkpoint_id)
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
@@ -299,18 +299,18 @@ class Reader(StorageReader):
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        """Whether it can be a folder."""
+        """Return whether it can be a folder."""
         return Writer.validate_checkpoint_id(checkpoint_id)
 
     @property
     def index(self) -> Index:
-        """What the folder holds."""
+        """Return the tensors of the folder."""
         if self._index is None:
             self._index = read_index(self.folder)
         return self._index
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """What can be asked for."""
+        """Return the plan as it is."""
         chosen = {**self.index.tensors, **{key: self.index.tensors[name] for key, name in self._aliases.items()}}
         return Metadata(
             {
@@ -411,6 +411,6 @@ def read_exactly(file: BinaryIO, offset: int, nbytes: int) -> Tensor:
     file.seek(offset)
     while view:
         if not (read := file.readinto(view)):  # type: ignore[attr-defined]
-            raise CheckpointError(f"{file.name} ended while it was read: somebody is writing to it.")
+            raise CheckpointError(f"{file.name} ended while it was read: another process is writing to it.")
         view = view[read:]
     return data

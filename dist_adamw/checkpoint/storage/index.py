@@ -67,7 +67,7 @@ class Saved:
 
 @dataclass(frozen=True, slots=True)
 class Index:
-    """What a checkpoint's index says, checked: every element of every tensor lies in exactly one place of a file.
+    """A checkpoint's index, checked: every element of every tensor lies in exactly one place of a file.
 
     Attributes:
         folder: Of the checkpoint.
@@ -89,7 +89,7 @@ class Index:
 
     @contextlib.contextmanager
     def kept_open(self) -> Iterator[None]:
-        """Have what is checked now be what is read later, also if somebody removes or replaces the files. Local.
+        """Keep files open from the check to the read, also if they are removed or replaced meanwhile. Local.
 
         Files of very many ranks are opened by name again when they are read.
 
@@ -316,7 +316,7 @@ def _are_sizes(value: Any) -> bool:
 
 
 def _is_shape(shape: Sequence[int]) -> bool:
-    """Whether torch can have a tensor of that shape; also one without elements, whose strides have 64 bits."""
+    """Return whether torch can have a tensor of that shape; also one without elements, whose strides have 64 bits."""
     return len(shape) <= 64 and _is_size(math.prod(max(n, 1) for n in shape))
 
 
@@ -355,7 +355,7 @@ def _unreadable(path: Path, error: OSError) -> CheckpointError:
 
 
 def is_ours(folder: Path) -> bool:
-    """Whether a folder's index says that it is one of ours, whole or not. Local."""
+    """Return whether a folder's index says that it is one of ours, whole or not. Local."""
     try:
         found = json.loads(read_bounded(folder / INDEX))
     except (OSError, ValueError, RecursionError):
@@ -364,7 +364,7 @@ def is_ours(folder: Path) -> bool:
 
 
 def damage(folder: str | Path, part: int = 0, parts: int = 1) -> str | None:
-    """What is wrong with a checkpoint, as a sentence; None when it, or that part, is whole to the last bit. Local."""
+    """Return what is wrong with a checkpoint, as a sentence; None when it, or that part, is whole. Local."""
     try:
         check_files(read_index(folder), part, parts)
     except CheckpointError as error:

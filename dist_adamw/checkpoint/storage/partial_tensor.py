@@ -20,7 +20,7 @@ Values = Tensor | Callable[[], Tensor]
 
 
 class PartialTensor(Tensor):
-    """A tensor of ``shape`` of which this process holds ``parts``, and nobody asks for the rest. Local.
+    """A tensor of ``shape`` of which only ``parts`` are stored in this process. Local.
 
     ``torch.distributed.checkpoint`` saves it from, and loads it into, the memory of the parts. It has no elements of
     its own, and no operation works on it.
@@ -82,7 +82,7 @@ class PartialTensor(Tensor):
 
     @classmethod
     def of(cls, tensor: Tensor) -> PartialTensor:
-        """What a DTensor, or a whole tensor, has here."""
+        """Return the part of a DTensor, or the whole of a tensor, that is in this process."""
         if isinstance(tensor, PartialTensor):
             return tensor
         if not isinstance(tensor, DTensor):

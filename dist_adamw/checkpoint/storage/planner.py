@@ -46,7 +46,7 @@ class Planner(DefaultSavePlanner):
         super().set_up_planner(self._tensors, storage_meta, is_coordinator)
 
     def create_local_plan(self) -> SavePlan:
-        """What this rank has, as numbers."""
+        """Return the tensors of this rank, as numbers."""
         self._items = super().create_local_plan().items
         return SavePlan([], planner_data=list(map(_numbers, self._items)))
 

@@ -59,7 +59,7 @@ if TYPE_CHECKING:
 
 @dataclass(eq=False, slots=True)
 class _Entry:
-    """What has become of a batch.
+    """The fate of a batch.
 
     Attributes:
         is_waiting: No backward pass has taken it.
@@ -184,7 +184,7 @@ class SampleCounter:
             self._watch_gradients()
 
     def engine_backward_is_over(self, *, updates_inside: bool) -> None:
-        """What hooks heard during a backward pass that `backward_began` has told of is no other pass. Local.
+        """Forget what hooks heard during a backward pass that `backward_began` has reported. Local.
 
         Args:
             updates_inside: The engine makes its update in this backward pass. What is accumulated still was skipped.
@@ -318,7 +318,7 @@ class SampleCounter:
     # ---------------------------------------------------------------- for checkpoints and loops
 
     def forget_in_hand(self) -> None:
-        """What was handed out will not be trained on. Local."""
+        """Forget batches that were handed out: they will not be trained on. Local."""
         self._in_hand.clear()
         self._backwards.clear()
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class LoaderFacts:
-    """What a data loader and an accelerator say about batches.
+    """Facts of a data loader and an accelerator about batches.
 
     Attributes:
         batch: How the global batch is made up.
@@ -163,5 +163,5 @@ def batch_sampler_of(loader: Any) -> Any:
 
 
 def sampler_of(loader: Any) -> Any:
-    """What gives one index after the other; None where there is none. Local."""
+    """Return the sampler that yields single indices; None where there is none. Local."""
     return getattr(batch_sampler_of(loader), "sampler", None)

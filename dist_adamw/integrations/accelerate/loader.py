@@ -280,7 +280,7 @@ def _first_tensor(batch: Any) -> torch.Tensor | None:
 
 
 def _holder(batch: Any) -> Callable[[], bool]:
-    """Whether anything still refers to a batch; False where that cannot be seen."""
+    """Return whether anything still refers to a batch; False where that cannot be seen."""
     tensor = _first_tensor(batch)
     try:
         known = weakref.ref(batch if tensor is None else tensor)

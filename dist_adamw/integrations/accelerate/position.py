@@ -47,7 +47,7 @@ class _Pass:
 
 @dataclass(frozen=True, slots=True)
 class _Order:
-    """What a checkpoint says of the order of samples.
+    """The order of samples, as a checkpoint has it.
 
     Attributes:
         state: Of the generator that shuffles; empty where there is none.
@@ -153,7 +153,7 @@ class Position:
         self.samples = 0
 
     def _serves(self, loader: Any) -> bool:
-        """Whether ``loader`` is this one, or what ``skip_first_batches`` made of it."""
+        """Return whether ``loader`` is this one, or what ``skip_first_batches`` made of it."""
         ours = self.loader
         if loader is ours:
             return True
@@ -211,7 +211,7 @@ class Position:
         return self.ordered()[1]
 
     def ordered(self) -> tuple[tuple[int, int], dict[str, Any] | None]:
-        """What orders the places of the ranks of a job, earliest first, and the place as plain data. Local."""
+        """Return a key that sorts the ranks' places, earliest first, and the place as plain data. Local."""
         if self._resumed is not None:  # as it was loaded
             return (-1, 0), self._described(self.epoch, self.samples, self._resumed)
         pending = [(self._passes[batch.run], batch) for batch in self.counter.pending() if batch.run in self._passes]
@@ -278,7 +278,7 @@ class Position:
         return getattr(sampler_of(self.loader), "initial_seed", None)
 
     def _generator(self) -> torch.Generator | None:
-        """What shuffles, as Accelerate keeps it alike on all ranks."""
+        """Return the sampler that shuffles, as Accelerate keeps it alike on all ranks."""
         found = getattr(self.loader, "synchronized_generator", None) or getattr(
             sampler_of(self.loader), "generator", None
         )

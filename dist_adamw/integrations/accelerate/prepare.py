@@ -193,7 +193,7 @@ def check_schedules(accelerator: Accelerator, scheduler: CyclicLRWithRestarts, g
 
 
 def plain_hyper_parameters(optimizer: Optimizer) -> list[dict[str, Any]]:
-    """What parameter groups have besides parameters, as plain data. Local."""
+    """Return the hyper-parameters of all groups as plain data. Local."""
     return [
         {k: plain(v) for k, v in group.items() if k not in ("params", "param_names")}
         for group in optimizer.param_groups
@@ -201,7 +201,7 @@ def plain_hyper_parameters(optimizer: Optimizer) -> list[dict[str, Any]]:
 
 
 def _record_at_update(model: nn.Module, optimizer: Optimizer) -> Callable[[], dict[str, Any]]:
-    """What must be the same on all ranks at an update, where the schedule is not ours. Local."""
+    """Return a record that must be the same on all ranks at an update, where the schedule is not ours. Local."""
     begun = 0
 
     def count(*_: Any) -> None:
@@ -219,7 +219,7 @@ def _record_at_update(model: nn.Module, optimizer: Optimizer) -> Callable[[], di
 
 
 def _record_of(scheduler: LRScheduler) -> dict[str, Any]:
-    """What must be the same on all ranks when they begin, as plain data. Local."""
+    """Return a record that must be the same on all ranks when they begin. Local."""
     if isinstance(scheduler, CyclicLRWithRestarts):
         return {**scheduler.configuration(), **scheduler.agreement_record()}
     return {
@@ -336,7 +336,7 @@ def _checked_facts(
 
 
 def _is_dummy(optimizer: Any) -> bool:
-    """Whether DeepSpeed's configuration has the optimizer, and this stands for it."""
+    """Return whether DeepSpeed's configuration has the optimizer, and this stands for it."""
     return type(optimizer).__name__ == "DummyOptim"
 
 

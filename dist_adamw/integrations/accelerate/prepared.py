@@ -51,7 +51,7 @@ _THEIRS = (
 
 
 class Prepared:
-    """What goes with an optimizer that `prepare` returned. It keeps nothing: Accelerate does, for as long as it knows.
+    """The objects of one `prepare`. It holds them weakly: Accelerate keeps them, for as long as it knows them.
 
     Args:
         model: As prepared; Accelerate has it, or what is in it.
@@ -82,11 +82,11 @@ class Prepared:
         self.loaded_at: int | None = None  # the schedule's clock at the last load
 
     def is_of(self, optimizer: Optimizer | None) -> bool:
-        """Whether this goes with ``optimizer``; with None: with one that is gone. Local."""
+        """Return whether this goes with ``optimizer``; with None: with one that is gone. Local."""
         return self._optimizer() is optimizer
 
     def known(self, number: int) -> Known | None:
-        """What there is of it, of the ``number``-th optimizer; None where some of it is gone. Local."""
+        """Return the objects of the ``number``-th optimizer; None where one of them is gone. Local."""
         model, optimizer, scheduler = self._model(), self._optimizer(), self._scheduler()
         model = self._bare() if model is None else model  # of a wrapper that nobody has any more
         if model is None or optimizer is None or scheduler is None:
@@ -98,7 +98,7 @@ class Prepared:
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """What Accelerate still knows, of what was prepared.
+    """The prepared objects that Accelerate still knows.
 
     Attributes:
         of: The record.
@@ -358,7 +358,7 @@ def _check_one_save(where: Path, ours: list[Known]) -> None:
 
 
 def _known(accelerator: Accelerator) -> list[Known]:
-    """What `prepare` has put together, and Accelerate has not forgotten. Local."""
+    """Return the prepared objects that Accelerate has not forgotten. Local."""
     return [
         known
         for number, optimizer in enumerate(accelerator._optimizers)
@@ -406,7 +406,7 @@ def _with_all_models(hook: Any, models: list[nn.Module], _: Any, *rest: Any) -> 
 
 
 def _check_custom_objects(accelerator: Accelerator, folder: Path) -> None:
-    """What Accelerate would find out when all else has been loaded. Local."""
+    """Check custom objects, as Accelerate would after all else has been loaded. Local."""
     found = len([*folder.glob("custom_checkpoint_*.pkl")])
     if found != len(accelerator._custom_objects):
         raise CheckpointError(
@@ -470,7 +470,7 @@ def _check_extra(folder: Path, place: Position) -> None:
 
 
 def _newest_of(accelerator: Accelerator) -> Path:
-    """What ``load_state()`` takes under automatic checkpoint naming: the newest that was written to the end."""
+    """Return the newest complete checkpoint under automatic naming, which ``load_state()`` takes."""
     numbered = _numbered(folder := _automatic(accelerator))
     if not accelerator.project_configuration.automatic_checkpoint_naming or not numbered:
         raise ValueError(f"no checkpoint was named, and {folder} has none. Pass load_state(<folder>).")

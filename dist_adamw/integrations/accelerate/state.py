@@ -28,7 +28,7 @@ _HOW_TO_TRUST = (
 
 
 def is_trusted(load_kwargs: Any) -> bool:
-    """Whether the user has Accelerate execute what the files say, in torch's words. Local."""
+    """Return whether the user has Accelerate execute what the files say, in torch's words. Local."""
     return (isinstance(load_kwargs, dict) and load_kwargs.get("weights_only") is False) or trusted_by_environment()
 
 

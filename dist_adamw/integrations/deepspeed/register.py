@@ -107,7 +107,7 @@ def register_deepspeed() -> None:
 
 
 def names_our_types(config: Mapping[str, Any]) -> bool:
-    """Whether a DeepSpeed configuration asks for an optimizer or scheduler of this package. Local."""
+    """Return whether a DeepSpeed configuration asks for an optimizer or scheduler of this package. Local."""
     return any(config.get(part, {}).get("type") in ("DistAdamW", _SCHEDULER) for part in ("optimizer", "scheduler"))
 
 
@@ -134,7 +134,7 @@ def _scheduler_from_json(optimizer: Any, /, **told: Any) -> CyclicLRWithRestarts
 
 
 def _made(kind: Callable[..., T], section: str, first: Any, told: Mapping[str, Any]) -> T:
-    """``kind(first, **told)``, where ``told`` is plain data that somebody wrote. Nothing that it names is imported.
+    """``kind(first, **told)``, where ``told`` is plain data from a file. Nothing that it names is imported.
 
     Raises:
         ValueError: names the section and the key, and says what is wrong with it.
@@ -150,7 +150,7 @@ def _made(kind: Callable[..., T], section: str, first: Any, told: Mapping[str, A
             cure = f"did you mean {near[0]!r}?" if near else f"the keys are {', '.join(known)}."
             raise ValueError(f"DeepSpeed configuration, {section}.params: there is no {name!r}; {cure}")
         if value == "auto" and name not in ("shard", "normalize_weight_decay"):
-            _refuse(section, name, value, "nobody has filled it in; write a value")
+            _refuse(section, name, value, "it was never resolved; set a value")
         kinds = _kinds(types[name])
         read = [found for one in kinds for found in _read(value, one)]
         if not read:
@@ -163,7 +163,7 @@ def _made(kind: Callable[..., T], section: str, first: Any, told: Mapping[str, A
 
 
 def _refuse(section: str, name: str, value: object, why: str) -> NoReturn:
-    raise ValueError(f"DeepSpeed configuration, {section}.params: {name}={value!r} cannot be: {why}.")
+    raise ValueError(f"DeepSpeed configuration, {section}.params: {name}={value!r} is not usable: {why}.")
 
 
 def _kinds(annotation: Any) -> tuple[Any, ...]:

@@ -127,7 +127,7 @@ class ZeroAccess:
         return list(enumerate(self.zero.single_partition_of_fp32_groups))
 
     def fragments(self) -> Iterator[Fragment]:
-        """What of the trained parameters lies here."""
+        """Return the part of the trained parameters in this process."""
         partitions = self._partitions()
         for i, (_, params) in enumerate(self._groups()):
             for param in params:

@@ -77,7 +77,7 @@ def check_arguments(trainer: Any, optimizer: Mapping[str, Any], on_difference: O
 
 
 def _was_set(args: Any, name: str) -> bool:
-    """Whether an argument differs from the default of its class; an empty one says nothing."""
+    """Return whether an argument differs from the default of its class; an empty one says nothing."""
     default = next(field.default for field in dataclasses.fields(args) if field.name == name)
     value = getattr(args, name)
     return bool(value) and value != default
@@ -176,7 +176,7 @@ def _check_made(trainer: Any, options: Mapping[str, Any], by_hand: bool) -> None
 
 
 def _has(optimizer: DistAdamW, options: Mapping[str, Any]) -> bool:
-    """Whether an optimizer has the options, as arguments or in its groups' defaults."""
+    """Return whether an optimizer has the options, as arguments or in its groups' defaults."""
     missing = object()
     return all(
         optimizer.defaults.get(name, getattr(optimizer, "_mesh" if name == "mesh" else name, missing)) == value

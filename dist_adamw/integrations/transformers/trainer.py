@@ -203,7 +203,7 @@ def _creator(
     on_difference: OnDifference | None,
     loader: Callable[[], Any],
 ) -> Callable[..., CyclicLRWithRestarts]:
-    """What stands for ``Trainer.create_scheduler``, which every engine calls when model and optimizer are wrapped.
+    """Return a ``Trainer.create_scheduler``, which every engine calls when model and optimizer are wrapped.
 
     Args:
         told: Arguments of the scheduler.
@@ -332,7 +332,7 @@ def _prepare_engine(trainer: Any, facts: LoaderFacts) -> bool:
         return False
     if trainer.optimizer is not None:
         raise ValueError(
-            "under DeepSpeed Trainer drops optimizers=(optimizer, scheduler) without a word. Leave it out, and pass "
+            "under DeepSpeed Trainer silently drops optimizers=(optimizer, scheduler). Leave it out, and pass "
             "their arguments to prepare_trainer."
         )
     config = trainer.accelerator.state.deepspeed_plugin.deepspeed_config

@@ -32,7 +32,7 @@ _gradient_of = operator.itemgetter(1)
 
 
 class Listener(Protocol):
-    """What `GradientPath` is to a DDP module."""
+    """The part of `GradientPath` that a DDP module uses."""
 
     @property
     def listening(self) -> Set[int]:
@@ -52,7 +52,7 @@ class Listener(Protocol):
 
 
 class PackedBucket:
-    """What one of DDP's buckets holds for one listener; good until DDP packs again.
+    """The contents of one of DDP's buckets for one listener; valid until DDP packs again.
 
     Args:
         params: The parameters.
@@ -160,7 +160,7 @@ class DDPReducer:
     # ---------------------------------------------------------------- who listens
 
     def can_stand_aside(self, ids: Set[int]) -> bool:
-        """Whether nothing would be left to do for DDP's reducer if gradients of ``ids`` were taken from it."""
+        """Return whether nothing would be left to do for DDP's reducer if gradients of ``ids`` were taken from it."""
         taken = set(ids).union(*(path.listening for path in self._paths(aside=True)))
         return self._may_stand_aside and all(
             param.device.type in _ASIDE and id(param) in taken for param in self._trained if param.requires_grad
@@ -307,7 +307,7 @@ class DDPReducer:
         return done
 
     def _look(self, bucket: Any, buffer: Tensor, paths: dict[int, Any]) -> tuple[dict[int, PackedBucket], list[Tensor]]:
-        """What each path gets of a bucket, and what none takes."""
+        """Return what each path gets of a bucket, and what none takes."""
         index, params = bucket.index(), bucket.parameters()
         if (known := self._known.get(index)) is not None:
             address, last, packed, foreign = known

@@ -20,7 +20,7 @@ NOT_CHANGED, ACCEPTED, CHANGED = 0, 1, 2  # what has become of gradients between
 
 @dataclass(frozen=True, slots=True)
 class UpdateReport:
-    """What one rank knows before an update. Ranks take the largest of each number.
+    """The state of one rank's gradients before an update. Ranks take the largest of each number.
 
     Attributes:
         rounds: Of the gradients in the shard: how often all buckets were sent.
@@ -53,7 +53,7 @@ class UpdateReport:
 
 @dataclass(frozen=True, slots=True)
 class Agreed:
-    """What all ranks know together before an update; see `UpdateReport`."""
+    """The combined report of all ranks before an update; see `UpdateReport`."""
 
     rounds: int
     is_missing: bool
@@ -175,7 +175,7 @@ class RankMessages:
             self._answer(self._rollcall)
 
     def _answer(self, rollcall: Rollcall) -> list[list[int]]:
-        """What every rank has said, which must be of the same kind and number."""
+        """Return what every rank has said, which must be of the same kind and number."""
         table = rollcall.answer()
         self._is_news = False
         here = collectives.rank(rollcall.group)

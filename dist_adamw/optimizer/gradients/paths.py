@@ -17,7 +17,7 @@ from dist_adamw.ranks import collectives
 
 
 class Path(Protocol):
-    """What `GradientPath` is to other paths."""
+    """The part of `GradientPath` that other paths use."""
 
     @property
     def listening(self) -> Set[int]:
@@ -49,7 +49,7 @@ class Path(Protocol):
         """Have the optimizer make every gradient whole. Collective."""
 
     def keep_alive(self) -> object:
-        """What keeps the path and its optimizer alive for as long as it is held."""
+        """Return an object that keeps the path and its optimizer alive."""
 
 
 _paths: list[weakref.ref[Path]] = []

@@ -58,7 +58,7 @@ _gradient, _requires_grad = operator.attrgetter("grad"), operator.attrgetter("re
 
 
 class GradientPath:
-    """What `DistAdamW.attach` installs. See there.
+    """The reduction of gradients to their owners that `DistAdamW.attach` installs.
 
     Args:
         params: The optimizer's method that gives every parameter, in order.
@@ -149,7 +149,7 @@ class GradientPath:
         return self._queued
 
     def keep_alive(self) -> object:
-        """What keeps the path and its optimizer alive for as long as it is held."""
+        """Return an object that keeps the path and its optimizer alive."""
         return self, self._gather_ref()
 
     def _params(self) -> list[Tensor]:
@@ -371,7 +371,7 @@ class GradientPath:
             self._launch()
 
     def _has_company(self) -> bool:
-        """Whether others send in this backward pass: attached optimizers, or DDP itself."""
+        """Return whether others send in this backward pass: attached optimizers, or DDP itself."""
         # The buckets of one DDP module fill in the same order on every rank.
         in_order = self._ddp_only and len(self._reducers) == 1
         if not in_order and any(reducer.has_own for reducer in self._live_reducers()):
@@ -409,7 +409,7 @@ class GradientPath:
             raise left_before_backward()
 
     def _has_ddp_aside(self) -> bool:
-        """Whether DDP does not average the gradients of this pass."""
+        """Return whether DDP does not average the gradients of this pass."""
         return any(reducer.stood_aside for reducer in self._live_reducers())
 
     @torch.no_grad()
@@ -441,7 +441,7 @@ class GradientPath:
         self._land()
 
     def _waits_for_ddp(self) -> bool:
-        """Whether DDP sets gradients when backward is over, which must be those that it expects to find."""
+        """Return whether DDP sets gradients when backward is over, which must be those that it expects to find."""
         if self._are_copied or self._ddp_only:
             return self._are_copied
         return any(not reducer.stood_aside for reducer in self._live_reducers())
@@ -879,7 +879,7 @@ class GradientPath:
         return Agreed.of(numbers)
 
     def _uses_local(self, params: Sequence[Tensor], present: Sequence[bool]) -> bool:
-        """Whether some gradient that is used is a local one, of a parameter that no bucket is sent for."""
+        """Return whether some gradient that is used is a local one, of a parameter that no bucket is sent for."""
         return any(
             is_used and id(param) in self._local and id(param) not in self._plan.buckets_of
             for param, is_used in zip(params, present, strict=True)
@@ -1186,7 +1186,7 @@ def _laid_out(shard: Shard, i: int) -> Tensor:
 
 
 def _is_missing(params: Sequence[Tensor], present: Sequence[bool]) -> bool:
-    """Whether a parameter that requires a gradient has none. Most updates have all, on all ranks."""
+    """Return whether a parameter that requires a gradient has none. Most updates have all, on all ranks."""
     if all(present):
         return False
     return any(param.requires_grad for param, there in zip(params, present, strict=True) if not there)

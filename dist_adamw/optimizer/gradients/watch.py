@@ -72,7 +72,7 @@ class GradientWatch:
             self.remember(self._params)
 
     def replaced(self) -> bool:
-        """Whether some ``param.grad`` is another tensor, or has other memory."""
+        """Return whether some ``param.grad`` is another tensor, or has other memory."""
         now = list(map(_gradient, self._params))
         if not all(map(operator.is_, now, self._grads)):
             if any(new is not None and new is not old for new, old in zip(now, self._grads, strict=True)):
@@ -85,7 +85,7 @@ class GradientWatch:
         return list(map(Tensor.data_ptr, self._present)) != self._addresses
 
     def changed(self) -> bool:
-        """Whether gradients are not what they were."""
+        """Return whether gradients are not what they were."""
         return (
             self.replaced()
             or sum(map(_version, self._present)) != self._versions

@@ -23,7 +23,7 @@ _FUSED_DEVICES = frozenset({"cpu", "cuda", "mps", "xpu", "hpu", "mtia"})
 
 
 def can_fuse(param: Tensor) -> bool:
-    """Whether torch's fused AdamW kernel can update ``param``."""
+    """Return whether torch's fused AdamW kernel can update ``param``."""
     return param.device.type in _FUSED_DEVICES and param.is_floating_point()
 
 
@@ -149,7 +149,7 @@ def sum_of_squares(tensors: list[Tensor]) -> Tensor:
 
 
 def norm_parts(tensors: list[Tensor], norm_type: float) -> Tensor:
-    """What ranks add up for the norm of all their elements: the sum of |x| ** p; for p = inf the largest |x|.
+    """Return this rank's term of the norm of all elements: the sum of |x| ** p; for p = inf the largest |x|.
 
     A 0-d fp64 tensor on the first tensor's device. Local.
     """

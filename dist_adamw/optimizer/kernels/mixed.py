@@ -224,7 +224,7 @@ def _follow_block(block: _Columns, sizes: tuple[int, ...], scratch: _Scratch) ->
 
 
 def _show(block: _Columns, sizes: tuple[int, ...], scratch: _Scratch) -> bool:
-    """Whether every parameter is its master rounded to even, to the bit. For a CPU."""
+    """Return whether every parameter is its master rounded to even, to the bit. For a CPU."""
     params, masters = block.params, block.masters
     if scratch.are_short(sizes):
         # The gradients' memory is free until they are loaded.
@@ -237,13 +237,13 @@ def _show(block: _Columns, sizes: tuple[int, ...], scratch: _Scratch) -> bool:
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors of one dtype, contiguous and on a CPU, are alike to the bit."""
+    """Return whether two tensors of one dtype, contiguous and on a CPU, are alike to the bit."""
     # torch.equal takes element by element, and six times as long.
     return a.numel() == b.numel() and not _memcmp(a.data_ptr(), b.data_ptr(), a.nbytes)
 
 
 def _split_(masters: list[Tensor], params: list[Tensor], remainders: list[Tensor]) -> None:
-    """What `split_master_` does, over lists. Destroys ``masters``, whose NaNs must be tame."""
+    """Apply `split_master_` to lists. Destroys ``masters``, whose NaNs must be tame."""
     bits = [master.view(torch.int32) for master in masters]
     torch._foreach_copy_(remainders, bits)  # keeps the low half, which is the remainder modulo 2**16
     for pattern, param in zip(bits, params, strict=True):
@@ -300,7 +300,7 @@ class _Scratch:
         return flat, views
 
     def are_short(self, sizes: tuple[int, ...]) -> bool:
-        """Whether tensors of ``sizes`` are best put side by side first."""
+        """Return whether tensors of ``sizes`` are best put side by side first."""
         # On a CPU an operation takes a microsecond for every tensor, however short; `torch.cat` takes a fifth of it.
         return self.on_cpu and sum(sizes) < _SHORT * len(sizes)
 

@@ -35,7 +35,7 @@ _MOMENTS = (torch.float32, torch.bfloat16)
 
 @lru_cache
 def available(device: torch.device) -> bool:
-    """Whether the kernel can run on ``device``: Triton is installed, and the device is a GPU that it fits.
+    """Return whether the kernel can run on ``device``: Triton is installed, and the device is a GPU that it fits.
 
     With TRITON_INTERPRET=1, Triton's interpreter runs it on a CPU, for tests. Asked once per device.
     """

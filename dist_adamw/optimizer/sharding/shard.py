@@ -40,7 +40,7 @@ MASTERS = ("master", "remainder")
 
 
 class Operands(NamedTuple):
-    """What one bucket's update reads and writes; equally long lists of 1-D tensors (steps: 0-d)."""
+    """The tensors that one bucket's update reads and writes; equally long lists of 1-D tensors (steps: 0-d)."""
 
     params: list[Tensor]
     exp_avgs: list[Tensor]
@@ -135,7 +135,7 @@ class Shard:
     # ---------------------------------------------------------------- where things lie
 
     def _weights(self) -> list[Tensor]:
-        """What of the parameters lies in this process."""
+        """Return the local tensors of the parameters."""
         return self.params if self.shard_axes is None else [local_of(p) for p in self.params]
 
     def _build_views(self) -> None:
@@ -165,7 +165,7 @@ class Shard:
         return _Bucket(pieces, Operands(params, exp_avgs, exp_avg_sqs, maxima, steps_of, masters))
 
     def has_moved(self) -> bool:
-        """Whether parameters have other memory than at the last `refresh`. Local."""
+        """Return whether parameters have other memory than at the last `refresh`. Local."""
         return list(map(Tensor.data_ptr, self._weights())) != self._addresses
 
     def refresh(self) -> None:
@@ -202,7 +202,7 @@ class Shard:
         return alike and [axes_in_memory(p) for p in weights] == self._orders
 
     def has_numel_of(self, i: int) -> bool:
-        """Whether parameter ``i`` has as many elements as its state. Local."""
+        """Return whether parameter ``i`` has as many elements as its state. Local."""
         return local_of(self.params[i]).numel() == self.layout.numels[i]
 
     def check_numel(self, i: int) -> None:
@@ -220,7 +220,7 @@ class Shard:
             )
 
     def has_left_device(self) -> bool:
-        """Whether the first parameter is on another device than its state; a cheap sign of all. Local."""
+        """Return whether the first parameter is on another device than its state; a cheap sign of all. Local."""
         return local_of(self.params[0]).device != self.steps.device
 
     def retag(self, tag: int) -> None:
@@ -243,7 +243,7 @@ class Shard:
         return sum(t.nbytes for t in (*self.moments.values(), self.steps))
 
     def owned_pieces(self, k: int) -> list[Piece]:
-        """What this rank owns of bucket ``k``; offsets are places in the flat moments."""
+        """Return the runs of bucket ``k`` that this rank owns; offsets are places in the flat moments."""
         return self._owned[k]
 
     def members(self, k: int) -> list[Tensor]:
@@ -455,7 +455,7 @@ class Shard:
             self.steps.add_(torch.tensor(self.has_grad, dtype=torch.float32, device=self.steps.device) * one)
 
     def operands(self, k: int, live: list[int]) -> Operands:
-        """What the update of bucket ``k`` needs, of its pieces ``live``."""
+        """Return the tensors that the update of bucket ``k`` needs, of its pieces ``live``."""
         operands = self._buckets[k].operands
         if len(live) == len(operands.params):
             return operands

@@ -138,7 +138,7 @@ class GlooTransport(Transport):
         return 1 if self._rank == 0 else 0
 
     def _terms(self, slots: dict[int, Tensor], own: Tensor, offset: int) -> list[Tensor]:
-        """What each rank adds to a run, in rank order."""
+        """Return each rank's term of a run, in rank order."""
         return [own if r == self._rank else slots[r][offset : offset + own.numel()] for r in range(self._size)]
 
     def _average(self, terms: list[Tensor], out: Tensor) -> None:

@@ -127,7 +127,7 @@ class FlatLayout:
         return found
 
     def owned(self, rank: int) -> list[list[Piece]]:
-        """What ``rank`` owns, bucket by bucket; offsets are places in the rank's flat shard."""
+        """Return the runs that ``rank`` owns, by bucket; offsets are places in the rank's flat shard."""
         buckets = []
         offset = 0
         for k in range(self.num_buckets):
@@ -147,7 +147,7 @@ class FlatLayout:
 
 @dataclass(frozen=True, slots=True)
 class Footprint:
-    """What one rank holds and sends, in bytes.
+    """The memory and traffic of one rank, in bytes.
 
     Attributes:
         staging: Buckets that travel.
@@ -169,7 +169,7 @@ class Footprint:
 def footprint(
     layout: FlatLayout, *, param_bytes: int = 4, grad_bytes: int = 4, state_bytes: int = 8, under_way: int = 2
 ) -> Footprint:
-    """What training with ``layout`` takes of each rank, before there is a model.
+    """Return the memory and traffic of each rank with ``layout``, before there is a model.
 
     Args:
         param_bytes: Of an element; 2 for bf16.
