@@ -77,7 +77,7 @@ def test_what_a_scheduler_section_says_is_taken(text: str, name: str, value: Any
         ("optimizer", '{"bucket_numel": 1.5}', "bucket_numel=1.5 is not usable: it must be a whole number or null."),
         ("scheduler", '{"restart_period": [1]}', "restart_period=[1] is not usable: it must be a whole number or a number"),
         ("scheduler", '{"batch_size": 1.5}', "batch_size=1.5 is not usable: it must be a whole number or null."),
-        ("scheduler", '{"batch_size": {"micro_batch_size": 2}}', "batch_size={'micro_batch_size': 2} cannot be"),
+        ("scheduler", '{"batch_size": {"micro_batch_size": 2}}', "batch_size={'micro_batch_size': 2} is not usable"),
         ("scheduler", '{"policy": 3}', "policy=3 is not usable: it must be text."),
         ("scheduler", '{"stream": "maybe"}', "stream='maybe' is not usable: it must be true or false."),
         # text for a number
@@ -91,7 +91,7 @@ def test_what_a_scheduler_section_says_is_taken(text: str, name: str, value: Any
         ("optimizer", '{"weight_decay": -0.1}', "{'weight_decay': -0.1}: Invalid weight_decay value: -0.1"),
         ("optimizer", '{"betas": [2, 0.9]}', "{'betas': [2, 0.9]}: Invalid beta parameter at index 0: 2.0"),
         ("optimizer", '{"bucket_numel": 0}', "bucket_numel must be above 0, got 0."),
-        ("optimizer", '{"eps": 1' + "0" * 400 + "}", "cannot be: it must be a number."),
+        ("optimizer", '{"eps": 1' + "0" * 400 + "}", "is not usable: it must be a number."),
         ("scheduler", '{"gamma": 2}', "gamma must lie in (0, 1], got 2.0."),
         ("scheduler", '{"min_lr": 5}', "min_lr must lie between 0 and the group's lr 0.001, got 5.0"),
         ("scheduler", '{"epoch_size": 0}', "epoch_size must be a whole number above 0, got 0."),
@@ -105,10 +105,10 @@ def test_what_a_scheduler_section_says_is_taken(text: str, name: str, value: Any
             '{"lr_scaling": "cubic"}',
             "lr_scaling='cubic' is not usable: it must be 'sqrt' or 'linear' or null.",
         ),
-        # "auto" that nobody has filled in
+        # "auto" that was never resolved
         ("optimizer", '{"lr": "auto"}', "lr='auto' is not usable: it was never resolved; set a value."),
-        ("optimizer", '{"weight_decay": "auto"}', "weight_decay='auto' is not usable: nobody has filled it in"),
-        ("scheduler", '{"t_mult": "auto"}', "t_mult='auto' is not usable: nobody has filled it in"),
+        ("optimizer", '{"weight_decay": "auto"}', "weight_decay='auto' is not usable: it was never resolved"),
+        ("scheduler", '{"t_mult": "auto"}', "t_mult='auto' is not usable: it was never resolved"),
         # what JSON cannot say, or DeepSpeed says
         ("optimizer", '{"params": []}', "params=[] is not usable: DeepSpeed passes the parameters."),
         ("optimizer", '{"mesh": null}', "mesh=None is not usable: DeepSpeed shares state out itself."),
