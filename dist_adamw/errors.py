@@ -8,7 +8,7 @@ class AgreementError(RuntimeError):
 
 
 def printable(text: str) -> str:
-    """``text`` on one line, whatever a file of somebody else's has in it. Local."""
+    """Return ``text`` on one line, whatever a file of another program has in it. Local."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 

@@ -177,7 +177,7 @@ def _forget_frames(error: BaseException | None) -> None:
 
 
 def _warn_of_failures(savings: list[Saving]) -> None:
-    """Warn of failed saves that nobody waited for, when the saver is collected."""
+    """Warn of failed saves that were not waited for, when the saver is collected."""
 
     def warn(saving: Saving) -> None:
         if not saving.reported and (error := saving._future.exception()) is not None:

@@ -64,7 +64,7 @@ class CheckpointFolder:
         on_error: When a checkpoint cannot be written (a full disk, a folder that became read-only): "raise", or
             "warn" and train on. Either way the older ones are still there.
         patience: Seconds to wait for another job that saves here to end, such as the one that this one restarts.
-        group: Of gloo, for messages between ranks; default: the default one, or one beside it where that is NCCL.
+        group: Of gloo, for messages between ranks; default: the default group, or one next to it if that is NCCL.
 
     Raises:
         CheckpointError: another job saves to it, or it cannot be made; on every rank alike.
@@ -139,7 +139,7 @@ class CheckpointFolder:
         """Wait for a save beside training, then let another job save here, as the end of the process does.
 
         Raises:
-            CheckpointError: that save failed, which nobody has been told, and ``on_error="raise"``.
+            CheckpointError: that save failed and has not been reported, and ``on_error="raise"``.
         """
         self._closed = True
         running, self._running = self._running, None

@@ -87,7 +87,7 @@ def save(
         scheduler: Any whose ``state_dict`` is plain data.
         extra: Plain data of yours, such as the place in the data; the main rank's is kept.
         compare_ranks: Whether to look first if all ranks have the same weights where they should: `check_replicas`.
-        group: Of gloo, for messages between ranks; default: the default one, or one beside it where that is NCCL.
+        group: Of gloo, for messages between ranks; default: the default group, or one next to it if that is NCCL.
 
     Raises:
         CheckpointError: some rank could not write, or data is not plain; on every rank alike. The folder has the
@@ -222,7 +222,7 @@ def load(
             ``on_difference``. lr and weight decay are the schedule's; without a `CyclicLRWithRestarts` they are taken
             over, as by torch's ``load_state_dict``, but by "new".
         random_state: Whether to restore it. A rank has its own back; ranks that there were not go on from the state
-            that all ranks had, or are seeded anew from theirs if each had another.
+            that all ranks had, or get new seeds from theirs if each had another.
         group: As for `save`.
 
     Raises:

@@ -293,7 +293,7 @@ class DistAdamW(Optimizer):
         self._grad_norm: Tensor | None = None
         self._skipped = False
         self._arriving = _Arriving()
-        # Whether somebody else has shared parameters out: then this rank updates what it finds, and sends nothing.
+        # Whether an engine has sharded the parameters: then this rank updates what it finds, and sends nothing.
         self._shared_out: Literal["no", "dtensors", "partitions"] = "no"
         self._updates_of: dict[int, int] = {}  # by id of shard, where an engine steps one at a time
         self._consolidated: WholeState | None = None  # until state changes
@@ -317,7 +317,7 @@ class DistAdamW(Optimizer):
 
     @property
     def skip_is_known(self) -> bool:
-        """Whether `step_was_skipped` and `updates` can be told without waiting for a device. Local."""
+        """Whether `step_was_skipped` and `updates` are known without waiting for a device. Local."""
         return self._found_inf is None or self._read is None
 
     @property
@@ -374,7 +374,7 @@ class DistAdamW(Optimizer):
             closure: Re-evaluates the model and returns the loss.
 
         In a CUDA graph: capturing is not an update, and replays pass the host by, so `recount` afterwards. A
-        tensor as ``lr`` is read anew by every replay; ``weight_decay`` is the captured one, which under
+        tensor as ``lr`` is read again by every replay; ``weight_decay`` is the captured one, which under
         ``decay_by="lr"`` is that of a whole cycle.
 
         Raises:
@@ -599,7 +599,7 @@ class DistAdamW(Optimizer):
             AgreementError: ranks have other parameters, buffers or options. On every rank, before anything is sent.
         """
         if any(is_dtensor(param) for param in model.parameters()):
-            return  # whoever made them reduces gradients as it shares parameters out
+            return  # the engine that shards the parameters reduces their gradients
         options = {"overlap": overlap, "reduce_every_backward": reduce_every_backward, "defer_gather": defer_gather}
         wrapped = isinstance(model, DistributedDataParallel)
         self._check_alike({f"attach({name})": value for name, value in options.items()} | {"attach to DDP": wrapped})
@@ -754,7 +754,7 @@ class DistAdamW(Optimizer):
         """Let gradients be what they are now, after a change that treats all elements alike. Local; on every rank.
 
         After `attach`, `step` refuses gradients that were changed since backward, because a norm
-        taken of them is not the model's. Clamping each element, say, is right nevertheless.
+        taken of them is not the model's. Clamping each element, for example, is right.
         """
         if self._path is not None:
             self._path.accept_changes()
@@ -805,7 +805,7 @@ class DistAdamW(Optimizer):
             guard(params, self._arriving.wait_for)
 
     def _reader_is_compiled(self) -> bool:
-        """Whether a compiled module reads the parameters: it would be compiled anew for another class of them."""
+        """Whether a compiled module reads the parameters: it would be recompiled for another class of them."""
         return any(
             hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
             for ref in self._attached

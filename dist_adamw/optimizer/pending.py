@@ -1,10 +1,10 @@
 """Parameters whose new values are still on their way.
 
-Knows tensors and when somebody reads them; nothing of how values come.
+Knows tensors and when they are read; nothing of how values come.
 
 Between an update and the arrival of what other ranks computed, a parameter's memory is partly old.
 For that time it has another class, through which whatever torch function, method or attribute
-that could read or write its memory waits first; nobody sees an old value, by whatever reference.
+that could read or write its memory waits first, so no reference shows an old value.
 """
 
 from __future__ import annotations

@@ -54,7 +54,7 @@ class SampleClock:
         self._counted_last = 0  # samples of the last update that was added
 
     def __getstate__(self) -> dict[str, Any]:
-        # prepare's source belongs to this process; the copy's job prepares anew.
+        # prepare's source belongs to this process; the copy's job calls prepare itself.
         self.settle()
         return {**self.__dict__, "source": None}
 
@@ -129,7 +129,7 @@ class SampleClock:
         Args:
             applied: From `take_applied`.
             samples: Of all of them together; None: as they were counted.
-            rule: From `samples` before an update that nobody counted to the number in it.
+            rule: From `samples` before an update that was not counted to the samples in it.
         """
         if samples is not None:
             self.samples += samples

@@ -76,7 +76,7 @@ class CyclicLRWithRestarts(LRScheduler):
         warmup_samples: lr rises from ``warmup_start_lr`` to its base over so many samples, once.
         eta_on_restart_cb: (eta_min, eta_max) -> (eta_min, eta_max), folded once per restart.
         eta_on_iteration_cb: (eta_min, eta_max, iterations) -> (eta_min, eta_max), never compounded.
-            Both must be pure functions: they are evaluated anew after a resume.
+            Both must be pure functions: they are evaluated again after a resume.
         normalize_weight_decay: "auto" normalises where the optimizer decouples the decay and leaves
             weight_decay alone elsewhere; True insists; False leaves it alone everywhere.
         weight_decay_exponent: 1/2 is AdamWR's.

@@ -735,7 +735,7 @@ def test_links_in_a_checkpoint_are_not_written_through(tmp_path: Path) -> None:
 
 def test_somebody_elses_index_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "index.json").write_text('{"mine": 1}')
-    with pytest.raises(CheckpointError, match=r"index\.json is somebody else's\. Choose another folder"):
+    with pytest.raises(CheckpointError, match=r"index\.json is of another program\. Choose another folder"):
         save(tmp_path, nn.Linear(2, 2))
     assert (tmp_path / "index.json").read_text() == '{"mine": 1}'
 

@@ -124,7 +124,7 @@ def _taking_its_place(target: Path) -> Iterator[Path]:
     if target.exists():
         raise CheckpointError(f"{target} is there already. Choose another name, or remove it first.")
     target.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = target.with_name(f"{target.name}.{secrets.token_hex(4)}.partial")  # nobody else's
+    unfinished = target.with_name(f"{target.name}.{secrets.token_hex(4)}.partial")  # no other process's
     try:
         yield unfinished
         unfinished.replace(target)

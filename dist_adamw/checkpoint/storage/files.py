@@ -151,7 +151,7 @@ class Writer(StorageWriter):
         save = secrets.token_hex(8)
         index = {"format": FORMAT, "version": VERSION, "save": save, "tensors": tensors, "files": files}
         index["about"] = self._about
-        check_index(self.folder, index)  # as whoever reads it does; the index before is still there
+        check_index(self.folder, index)  # as a reader does; the index before is still there
         write_index(self.folder, index)
         for left in self.folder.iterdir():
             if FILE.fullmatch(left.name) and left.name not in files:

@@ -229,7 +229,7 @@ def check_place(folder: Path) -> None:
     """Raise where a save would take the place of something else than a checkpoint of ours. Local.
 
     Raises:
-        CheckpointError: there is somebody else's file of the index's name.
+        CheckpointError: another program's file has the index's name.
     """
     path = folder / INDEX
     try:
@@ -239,7 +239,7 @@ def check_place(folder: Path) -> None:
     if not isinstance(found, dict) or FORMAT not in (found.get("format"), found.get("version")):
         if isinstance(found, dict) and "shares" in found:
             return  # of an older release
-        raise CheckpointError(f"{path} is somebody else's. Choose another folder.")
+        raise CheckpointError(f"{path} is of another program. Choose another folder.")
 
 
 def _refuse_old(path: Path, found: Any) -> None:

@@ -67,7 +67,7 @@ class PartialTensor(Tensor):
             order: Axes in memory, from the largest step to the smallest; default: C order. Boxes are of the tensor's
                 own axes, so that a checkpoint does not depend on memory formats.
         """
-        if 0 in shape:  # nobody has any of it, and it is to be there
+        if 0 in shape:  # no rank has any of it, and it must be there
             return cls(shape, dtype, {Box((0,) * len(shape), tuple(shape)): torch.empty(*shape, dtype=dtype)})
         order = range(len(shape)) if order is None else order
         inverse = [list(order).index(axis) for axis in range(len(shape))]

@@ -3,7 +3,7 @@
 Knows tensors and that library's plans; nothing of files or optimizers.
 
 With thousands of tensors most of a save is spent on plans: pickled a dozen objects a tensor, to the main rank and back,
-and each tensor asked whether it is stateful, with two lines for a log that nobody reads.
+and each tensor asked whether it is stateful, with two lines for a log.
 """
 
 from __future__ import annotations

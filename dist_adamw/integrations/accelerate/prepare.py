@@ -102,13 +102,13 @@ def prepare(
         Model, optimizer, loader and scheduler, to be used instead.
 
     Raises:
-        ValueError: the global batch or the epoch size cannot be had, or the batch is not the one
+        ValueError: the global batch or the epoch size is unknown, or the batch is not the one
             the scheduler was given; on every rank alike, and nothing is prepared then.
         AgreementError: ranks were given different things; on every rank. Later, the optimizer's ``step`` and
             ``accelerator.save_state`` raise it.
 
     Under FSDP2 and DeepSpeed the engine shares gradients and state out; `DistAdamW` updates what it finds.
-    With DeepSpeed ``prepare`` hands ``max_grad_norm`` over to the engine, which clips to 1.0 if nobody says, and
+    With DeepSpeed ``prepare`` passes ``max_grad_norm`` to the engine, which clips to 1.0 by default, and
     keeps the optimizer where DeepSpeed would put its own (optimizer offload).
 
     A `DistAdamW` under DDP is attached (`DistAdamW.attach`): gradients are reduced to their owners, and

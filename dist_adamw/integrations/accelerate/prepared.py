@@ -2,8 +2,8 @@
 
 Knows Accelerate.
 
-Nothing here keeps a model, an optimizer or a loader that ``accelerator.free_memory()`` has let go, or an accelerator
-that nobody has any more: if the garbage collector has to end a loader's workers, it waits for 5 seconds for each.
+Nothing here keeps a model, an optimizer or a loader alive that ``accelerator.free_memory()`` has let go, nor an
+accelerator that is not referenced any more: where the garbage collector ends a loader's workers, it waits 5 seconds each.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class Prepared:
     def known(self, number: int) -> Known | None:
         """Return the objects of the ``number``-th optimizer; None where one of them is gone. Local."""
         model, optimizer, scheduler = self._model(), self._optimizer(), self._scheduler()
-        model = self._bare() if model is None else model  # of a wrapper that nobody has any more
+        model = self._bare() if model is None else model  # of a wrapper that is gone
         if model is None or optimizer is None or scheduler is None:
             return None
         name = FOLDER if number == 0 else f"{FOLDER}_{number}"

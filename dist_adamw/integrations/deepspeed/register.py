@@ -163,7 +163,7 @@ def _made(kind: Callable[..., T], section: str, first: Any, told: Mapping[str, A
 
 
 def _refuse(section: str, name: str, value: object, why: str) -> NoReturn:
-    raise ValueError(f"DeepSpeed configuration, {section}.params: {name}={value!r} is not usable: {why}.")
+    raise ValueError(f"DeepSpeed configuration, {section}.params: {name}={value!r} is wrong: {why}.")
 
 
 def _kinds(annotation: Any) -> tuple[Any, ...]:

@@ -728,7 +728,7 @@ class GradientPath:
         self._seen.clear()
         self._kept.clear()
         self._forget_arrivals()
-        # DDP's buckets stay once it has packed them anew; other gradients must not be kept alive.
+        # DDP's buckets stay once it has packed them again; other gradients must not be kept alive.
         reducers = self._live_reducers()
         stay = self._ddp_only and all(list(map(DDPReducer.forget_unless_settled, reducers)))  # every one of them
         for shard in self._owners:

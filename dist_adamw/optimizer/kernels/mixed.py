@@ -174,7 +174,7 @@ def join_master(param: Tensor, remainder: Tensor) -> Tensor:
     """Return the fp32 weights that `split_master_` wrote as ``param`` and ``remainder``, exactly.
 
     Args:
-        param: bf16, any shape S, since then changed by nobody: a remainder of another parameter is noise
+        param: bf16, any shape S, not changed since: a remainder of another parameter is noise
             of half an ulp of bf16.
         remainder: int16, S.
 

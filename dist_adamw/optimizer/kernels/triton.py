@@ -172,7 +172,7 @@ def flat_adamw_update_(
     plus 2e-6 lr; parameters of 16 bits may so round to the neighbour.
 
     Captured in a CUDA graph, the launch reads ``scale``, ``found_inf``, ``steps``, and ``lr`` and
-    ``weight_decay`` where they are tensors, anew at each replay; numbers are frozen. The first call with a new
+    ``weight_decay`` where they are tensors, read again at each replay; numbers are frozen. The first call with a new
     set of dtypes compiles the kernel: make it before the capture. Local: no collectives.
 
     Args:

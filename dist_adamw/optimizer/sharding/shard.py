@@ -4,7 +4,7 @@ Tensors, a layout and a process group. ``adamw.py`` decides what is in a shard a
 when it is updated; this module knows where every element lies.
 
 Elements of a parameter are counted in the order of its memory, which is C order for a
-contiguous one. A DTensor's elements are those of its local tensor: whoever made it has shared it out.
+contiguous one. A DTensor's elements are those of its local tensor: its engine has sharded it.
 """
 
 from __future__ import annotations
