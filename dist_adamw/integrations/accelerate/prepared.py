@@ -3,7 +3,7 @@
 Knows Accelerate.
 
 Nothing here keeps a model, an optimizer or a loader alive that ``accelerator.free_memory()`` has let go, nor an
-accelerator that is not referenced any more: where the garbage collector ends a loader's workers, it waits 5 seconds each.
+accelerator that is not referenced any more: where the garbage collector ends a loader's workers, that takes 5 s each.
 """
 
 from __future__ import annotations
