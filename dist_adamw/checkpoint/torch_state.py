@@ -144,7 +144,7 @@ class TorchAccess:
                 found.need_adam(self.names[param], param.shape, group["amsgrad"])
 
     def _into_shards(self, optimizer: DistAdamW, held: LocalState, found: CheckpointContents) -> None:
-        optimizer.lay_out(self._with_state(found))
+        optimizer._lay_out(self._with_state(found))
         remainders = []
         for shard in optimizer.shards:
             for i, param in enumerate(shard.params):

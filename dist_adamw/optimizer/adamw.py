@@ -612,7 +612,7 @@ class DistAdamW(Optimizer):
                     "gradients. Leave shard='auto', or wrap the model in DistributedDataParallel."
                 )
             return
-        if isinstance(model, DistributedDataParallel) and not self.shares_with(model.process_group):
+        if isinstance(model, DistributedDataParallel) and not self._shares_with(model.process_group):
             raise ValueError(
                 f"the module is averaged over ranks {dist.get_process_group_ranks(model.process_group)}, and the "
                 f"optimizer's state is shared over {self._ranks()}: gradients would be averaged over those alone. Give "
@@ -765,7 +765,7 @@ class DistAdamW(Optimizer):
             return sorted(int(rank) for rank in self._mesh.mesh.flatten())
         return sorted(dist.get_process_group_ranks(dist.group.WORLD))
 
-    def shares_with(self, group: dist.ProcessGroup) -> bool:
+    def _shares_with(self, group: dist.ProcessGroup) -> bool:
         """Return whether gradients that `attach` averages are averaged over the ranks of ``group``. Local."""
         return self._ranks() == sorted(dist.get_process_group_ranks(group))
 
@@ -1153,9 +1153,9 @@ class DistAdamW(Optimizer):
         if newcomers:
             check_once(self.param_groups)
             check_new_state(self.param_groups, self.state, self._placed)
-            self.place(newcomers)
+            self._init_state(newcomers)
 
-    def place(self, params: Iterable[Tensor], *, are_shares: bool = False) -> None:
+    def _init_state(self, params: Iterable[Tensor], *, are_shares: bool = False) -> None:
         """Lay out the state of ``params``, from ``self.state`` where it has some, else zeros. Local.
 
         The first update does this for every parameter that requires a gradient, loading for those
@@ -1248,7 +1248,7 @@ class DistAdamW(Optimizer):
             return shard
         return self._make_shard(shard.group, [shard.params[i]])
 
-    def lay_out(self, params: Iterable[Tensor]) -> None:
+    def _lay_out(self, params: Iterable[Tensor]) -> None:
         """Forget all state, and lay out zeros for ``params``, which are then filled in. Local.
 
         `recount` when that is done. Every rank lays out the same parameters in the same order.
@@ -1258,7 +1258,7 @@ class DistAdamW(Optimizer):
         self._reset()
         if self._path is not None:
             self._path.forget_layout()
-        self.place(params)
+        self._init_state(params)
 
     def _follow_partitions(self) -> None:
         """DeepSpeed shows its partitions one after the other, so what is in the groups is not all there is. Local."""
@@ -1266,7 +1266,7 @@ class DistAdamW(Optimizer):
             params = [param for shard in self.shards for param in shard.params]
             self.shards, self._placed = [], set()
             self._updates_of.clear()
-            self.place(params)
+            self._init_state(params)
         for shard in self._present():
             if shard.has_moved():
                 shard.refresh()
@@ -1322,7 +1322,7 @@ class DistAdamW(Optimizer):
         """The shards agree with ``param_groups`` and ``state``. Local."""
         self._seen = Snapshot(self.param_groups, self.state, self._placed, self._shown.values(), self._bell)
 
-    def layout_record(self) -> dict[str, Any]:
+    def _layout_record(self) -> dict[str, Any]:
         """Return what ranks must have alike: the constructor's options, groups and shapes. Local."""
         record: dict[str, Any] = {name: plain(getattr(self, name)) for name in _OPTIONS}
         record["mesh"] = None if self._mesh is None else [list(self._mesh.shape), list(self._mesh.mesh_dim_names or ())]
@@ -1343,7 +1343,7 @@ class DistAdamW(Optimizer):
         groups: list[dist.ProcessGroup | None] = [None]
         if mesh is not None and mesh.size() < collectives.world_size():
             groups = [mesh.get_group(axis) for axis in range(mesh.ndim)]
-        record = {**self.layout_record(), **(more or {})}
+        record = {**self._layout_record(), **(more or {})}
         for group in groups:
             agreement.check_agreement(record, group)
 
@@ -1498,10 +1498,10 @@ class DistAdamW(Optimizer):
         self.state = State.of(self._bell, ours)
         params = self._all_params()
         if share is None:
-            self.place([param for param in params if peek(self.state, param)])
+            self._init_state([param for param in params if peek(self.state, param)])
         else:
             for members in share["shards"]:
-                self.place([params[i] for i in members], are_shares=True)
+                self._init_state([params[i] for i in members], are_shares=True)
         self.recount()
 
     def recount(self) -> None:

@@ -271,7 +271,7 @@ def _agreed_facts(
     try:
         facts = _checked_facts(accelerator, optimizer, dataloader, scheduler)
         inner = unwrap(optimizer)
-        layout = inner.layout_record() if isinstance(inner, DistAdamW) else {}
+        layout = inner._layout_record() if isinstance(inner, DistAdamW) else {}
         if not _is_dummy(optimizer):
             data = {"samples of one pass over the data loader": facts.samples}
             record = {**own_options, **_record_of(scheduler), **layout, **data}
@@ -417,7 +417,7 @@ def attach(accelerator: Accelerator, model: nn.Module, optimizer: DistAdamW) -> 
     hooked = chosen is not None and chosen.value != "no"
     if not isinstance(model, DistributedDataParallel) or accelerator.scaler is not None or hooked:
         return
-    if optimizer.process_group is not None and not optimizer.shares_with(model.process_group):
+    if optimizer.process_group is not None and not optimizer._shares_with(model.process_group):
         return  # state is shared among some of the ranks; DDP averages over all
     optimizer.attach(model)
     take_over(accelerator, optimizer)

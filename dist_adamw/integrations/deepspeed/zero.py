@@ -235,7 +235,7 @@ class ZeroAccess:
             for g, group in enumerate(self.optimizer.param_groups):
                 group["params"] = [partition for of, partition in partitions if of == g]
             try:
-                self.optimizer.lay_out([partition for _, partition in partitions])
+                self.optimizer._lay_out([partition for _, partition in partitions])
             finally:
                 for group, params in zip(self.optimizer.param_groups, shown, strict=True):
                     group["params"] = params
