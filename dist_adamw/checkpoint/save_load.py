@@ -54,7 +54,8 @@ class Checkpoint:
         engine: Which engine wrote it.
         world_size: How many ranks wrote it.
         extra: What was passed to `save` as ``extra``.
-        random: What became of the random state: "restored", "restored, and new ranks seeded", or "left alone".
+        random: What became of this rank's random state: "restored", "newly seeded, since there was no such rank", or
+            "left alone".
     """
 
     path: Path

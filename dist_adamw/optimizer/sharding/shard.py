@@ -393,16 +393,6 @@ class Shard:
             else:
                 operands.masters[j].copy_(part)
 
-    def flat_master(self) -> Tensor:
-        """All of this rank's fp32 weights, placed like the moments; new memory where there are only remainders."""
-        if "master" in self.moments:
-            return self.moments["master"]
-        flat = torch.zeros(self.layout.shard_numel, device=self.steps.device)
-        for i in range(len(self.params)):
-            values = self.master_of(i)
-            flat[self.offset_of(i) : self.offset_of(i) + values.numel()] = values
-        return flat
-
     # ---------------------------------------------------------------- one update
 
     def flat_grads(self, k: int) -> list[Tensor]:
