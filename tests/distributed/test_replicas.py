@@ -211,7 +211,7 @@ def one_differs() -> list[str]:
 @pytest.mark.parametrize(
     ("world_size", "said"),
     [
-        (2, "ranks 0, 1 differ in {}, and nobody can tell which is right. Load"),
+        (2, "ranks 0, 1 differ in {}, and nothing tells which is right. Load"),
         (3, "rank 1 differs from ranks 0, 2 in {}. Load"),
     ],
 )
@@ -253,7 +253,7 @@ def all_differ() -> str:
 def test_of_very_many_different_ranks_some_are_named() -> None:
     for message in run_ranks(4, all_differ):
         assert message.startswith(
-            "ranks 0, 1, 2 differ in '0.weight', and nobody can tell which is right; 1 more ranks"
+            "ranks 0, 1, 2 differ in '0.weight', and nothing tells which is right; 1 more ranks"
         )
 
 
@@ -267,7 +267,7 @@ def several_differ() -> str:
 
 def test_every_difference_has_its_own_ranks() -> None:
     for message in run_ranks(3, several_differ):
-        assert "ranks 0, 1, 2 differ in '0.weight', and nobody" in message
+        assert "ranks 0, 1, 2 differ in '0.weight', and nothing" in message
         assert "; rank 2 differs from ranks 0, 1 in '2.bias'." in message
 
 
@@ -321,7 +321,7 @@ def hsdp(what: str) -> str:
 @pytest.mark.parametrize(("what", "said"), [("weights", "'0.weight'"), ("moments", "'exp_avg of 0.weight to 4.bias'")])
 def test_hsdp(what: str, said: str) -> None:
     for message in run_ranks(4, hsdp, what):
-        assert message.startswith(f"ranks 1, 3 differ in {said}, and nobody")
+        assert message.startswith(f"ranks 1, 3 differ in {said}, and nothing")
 
 
 def fully_sharded() -> None:
