@@ -1,4 +1,4 @@
-"""Module paths of 0.1.0 that users, pickles and checkpoints name."""
+"""Redirect module paths of 0.1.0 to their new modules."""
 
 from __future__ import annotations
 

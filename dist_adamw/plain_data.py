@@ -1,4 +1,4 @@
-"""Configuration as plain data, which a safe load accepts and which compares by value.
+"""Convert configuration to plain data, which a safe load accepts and which compares by value.
 
 Knows nothing of what is configured.
 """

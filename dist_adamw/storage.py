@@ -1,4 +1,4 @@
-"""Moved to `dist_adamw.checkpoint.storage.files`; the path of 0.1.0 stays for a while."""
+"""Moved to `dist_adamw.checkpoint.storage.files`; this path of 0.1.0 redirects for a while."""
 
 from dist_adamw._moved import forward
 

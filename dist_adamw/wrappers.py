@@ -1,4 +1,4 @@
-"""What is inside the wrappers that libraries put around models, optimizers and names. Local.
+"""Unwrap models, optimizers and parameter names from the wrappers of libraries.
 
 Recognises them by attributes and names, so no library needs to be there.
 """

@@ -1,4 +1,4 @@
-"""Save while training goes on. The copy is in host memory, the writing in a thread."""
+"""Save while training continues: copy the state to host memory, and write it in a thread."""
 
 from __future__ import annotations
 

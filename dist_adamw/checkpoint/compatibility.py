@@ -1,4 +1,4 @@
-"""Whether a checkpoint fits the job that loads it, and what parameter groups take over from it.
+"""Check that a checkpoint fits the job that loads it, and restore options of parameter groups from it.
 
 Knows what processes hold (`state`) and what an index says; reads no tensors and changes nothing.
 """

@@ -1,4 +1,4 @@
-"""Find how to reach a model's state, whatever engine has it."""
+"""Choose the adapter that reads and writes a model's state, by the model's engine."""
 
 from __future__ import annotations
 

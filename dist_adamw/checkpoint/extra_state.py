@@ -1,4 +1,4 @@
-"""What modules keep beside parameters and buffers (``get_extra_state``): plain data, or a tensor of each.
+"""Save and load what modules return from ``get_extra_state``: plain data, or a tensor.
 
 Knows modules and the index of a checkpoint. The main rank's is kept, as of all that ranks do not share out.
 """

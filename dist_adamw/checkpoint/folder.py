@@ -1,4 +1,4 @@
-"""The checkpoints of one run: the newest few, whole, and one job at a time.
+"""Manage one run's checkpoints: keep the newest few whole, delete older ones, allow one job at a time.
 
 Knows folders, and what a whole checkpoint is.
 

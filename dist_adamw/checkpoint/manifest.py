@@ -1,4 +1,4 @@
-"""Sizes and checksums of all files of a saved folder."""
+"""Record and check sizes and checksums of all files of a saved folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Random state as a tensor of text, so that a checkpoint holds it like all else, and nothing is executed to restore it.
+"""Store the state of random generators as a tensor of text.
 
 Knows Python's, numpy's and torch's generators, and the index of a checkpoint.
 """

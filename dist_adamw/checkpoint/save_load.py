@@ -1,4 +1,4 @@
-"""``save`` and ``load``: a training state on disk, whatever engine it comes from or goes to.
+"""``save`` and ``load``: write a training state to disk and read it back, on any engine.
 
 Puts together what a process holds (`state`) and where it is kept (`storage.files`), and has all ranks succeed or
 fail together.

@@ -1,4 +1,4 @@
-"""What a process holds of a training state, by the parameters' names: the same keys on every engine.
+"""Describe this process's part of a training state, keyed by parameter name: the same keys on every engine.
 
 Knows models, DistAdamW and other torch optimizers; nothing of files. What an engine keeps its own way is
 told by that engine's integration (`checkpoint.engines`).

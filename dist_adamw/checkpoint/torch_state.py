@@ -1,4 +1,4 @@
-"""The training state of a model in plain torch, in DDP or sharded by FSDP2, by the names of its parameters."""
+"""Read and write the training state of models in plain torch, in DDP, or sharded by FSDP2."""
 
 from __future__ import annotations
 

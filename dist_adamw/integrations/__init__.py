@@ -1,1 +1,1 @@
-"""One file per library that dist_adamw works inside of. Each is imported lazily."""
+"""One package per library that dist_adamw works inside of. Each library is imported where it is used."""

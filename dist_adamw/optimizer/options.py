@@ -1,4 +1,4 @@
-"""The hyper-parameters of all parameter groups as one number, which ranks compare before every update.
+"""Hash all groups' hyper-parameters, to compare them over ranks before every update.
 
 Knows group dicts and tensors of one element; nothing of ranks.
 """

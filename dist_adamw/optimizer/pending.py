@@ -1,4 +1,4 @@
-"""Parameters whose new values are still on their way.
+"""Make reads of a parameter wait until its updated values have arrived.
 
 Knows tensors and when they are read; nothing of how values come.
 

@@ -1,4 +1,4 @@
-"""What the user did to ``param_groups`` and ``state`` since the shards were laid out.
+"""Detect what the user changed in ``param_groups`` and ``state`` since the last update, and move state accordingly.
 
 Knows shards, parameter groups and optimizer state; ``adamw.py`` asks at every update, and applies it.
 

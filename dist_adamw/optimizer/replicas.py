@@ -1,4 +1,4 @@
-"""What must be the same bits on several ranks, and whether it is.
+"""Check that copies of weights and state are the same bits on all ranks that have them.
 
 Knows parameters, the shards of `DistAdamW` and process groups; nothing of engines or files.
 

@@ -1,4 +1,4 @@
-"""What a state dict says of the share it holds, and whether it fits an optimizer.
+"""Describe, gather and validate state dicts of a sharded optimizer.
 
 Knows shards and the format of DistAdamW's state dicts; ``adamw.py`` asks before it
 changes anything.

@@ -1,1 +1,1 @@
-"""Processes, what they exchange, and whether they agree."""
+"""Processes: what they exchange, and whether they agree."""

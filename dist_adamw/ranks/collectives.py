@@ -1,4 +1,4 @@
-"""The few collectives that a sharded update needs, and agreement checks.
+"""The few collectives that a sharded update needs.
 
 Knows tensors, process groups and ``torch.distributed``; nothing of optimizers.
 Every function is collective over ``group`` unless it says otherwise.

@@ -1,4 +1,4 @@
-"""The ranks of one piece of work, as they were when it began, and what they do all together.
+"""Run one operation on a fixed set of ranks, and raise its errors on all of them.
 
 Knows process groups; nothing of what is done.
 

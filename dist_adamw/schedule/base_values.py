@@ -1,4 +1,4 @@
-"""The values that a parameter group had before any schedule touched it, and which group they belong to."""
+"""Remember each parameter group's lr and weight decay from before any schedule changed them."""
 
 from __future__ import annotations
 

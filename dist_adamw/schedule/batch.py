@@ -1,4 +1,4 @@
-"""The global batch and how it is made up.
+"""The global batch: micro-batch, accumulation and ranks.
 
 Plain arithmetic; knows nothing of accelerators or data loaders.
 """

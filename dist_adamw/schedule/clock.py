@@ -1,4 +1,4 @@
-"""The clock: samples of applied updates.
+"""Count the samples of all applied updates.
 
 Knows an optimizer's ``step`` and who counts its samples; nothing of learning rates.
 """

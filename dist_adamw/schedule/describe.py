@@ -1,4 +1,4 @@
-"""A schedule in words, for ``repr``."""
+"""Describe a schedule in words, for ``repr``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Cosine, arc cosine and powers with the same bits on every processor.
+"""Compute cosine, arc cosine and powers with the same bits on every processor.
 
 Imports the standard library only, and knows nothing of schedules.
 

@@ -1,4 +1,4 @@
-"""Curves over samples, restarts marked, as one PNG.
+"""Draw curves over samples, with restarts marked, as one PNG.
 
 Draws what it is given with matplotlib, which is imported when something is drawn.
 """

@@ -1,4 +1,4 @@
-"""Annealing policies: the position in a cycle, tau, to a multiplier, eta.
+"""Annealing policies: functions from the position in a cycle, tau, to a multiplier, eta.
 
 Arithmetic only. A policy knows nothing of samples, cycles or learning rates;
 ``restarts.py`` supplies tau and uses eta. Each gives the same bits on every processor.

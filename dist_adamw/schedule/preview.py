@@ -1,4 +1,4 @@
-"""A look at a schedule before training: the table of restarts, lr and weight decay as curves, where training ends.
+"""Preview a schedule before training: its restarts, its curves, and where training ends.
 
 Knows schedules; nothing of optimizers. Draws with matplotlib when asked to.
 """

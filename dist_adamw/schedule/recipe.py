@@ -1,4 +1,4 @@
-"""The recipe of a schedule: its options, what they give for a parameter group, and how they are saved.
+"""The options of a schedule, and the lr and weight decay that they give for a parameter group.
 
 Knows no clock and writes nothing; see ``scheduler.py``.
 """

@@ -1,4 +1,4 @@
-"""The state of a schedule on disk: is it one, and does it fit the schedule that loads it?
+"""Validate a saved schedule before it is loaded.
 
 Knows plain data alone.
 """

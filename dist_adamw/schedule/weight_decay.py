@@ -1,4 +1,4 @@
-"""What optimizers do with ``group["weight_decay"]``, and what the schedule writes there for it."""
+"""Compute the weight decay to write into a parameter group, by what its optimizer does with it."""
 
 from __future__ import annotations
 

@@ -252,9 +252,7 @@ def all_differ() -> str:
 
 def test_of_very_many_different_ranks_some_are_named() -> None:
     for message in run_ranks(4, all_differ):
-        assert message.startswith(
-            "ranks 0, 1, 2 differ in '0.weight', and nothing tells which is right; 1 more ranks"
-        )
+        assert message.startswith("ranks 0, 1, 2 differ in '0.weight', and nothing tells which is right; 1 more ranks")
 
 
 def several_differ() -> str:

@@ -1,4 +1,4 @@
-"""Training states of other libraries, to our checkpoints and from them, in which nothing is executed.
+"""Training states of other libraries: import them into our checkpoints, and export ours.
 
 Knows the files of others, and imports no library of theirs but torch. Local, in one process.
 

@@ -1,4 +1,4 @@
-"""What there is to be imported from a file of another library, whatever its kind.
+"""The common structure that every reader of a format returns.
 
 Knows our keys; reads nothing of a pickle. Local.
 """

@@ -1,4 +1,4 @@
-"""Folders of ``torch.distributed.checkpoint``, whose index is a pickle of which nothing is executed. Local."""
+"""Read folders of ``torch.distributed.checkpoint``, whose index is a pickle."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Describe a checkpoint, for people. Local."""
+"""Describe a checkpoint in a short table."""
 
 from __future__ import annotations
 

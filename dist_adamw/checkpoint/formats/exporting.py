@@ -1,4 +1,4 @@
-"""Write a checkpoint as another library has it. Local, in one process.
+"""Export a checkpoint to a format of another library. In one process.
 
 A few tensors are in memory at a time, but for ``torch.save``, which takes all of them.
 """

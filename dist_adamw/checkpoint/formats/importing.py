@@ -1,4 +1,4 @@
-"""Make a checkpoint of ours from one of another library. Local, in one process."""
+"""Import a training state of another library. In one process."""
 
 from __future__ import annotations
 

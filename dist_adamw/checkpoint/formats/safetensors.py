@@ -1,4 +1,4 @@
-"""Files of safetensors: weights alone. Local."""
+"""Read weights from a file of safetensors."""
 
 from __future__ import annotations
 

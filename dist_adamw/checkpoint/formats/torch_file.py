@@ -1,4 +1,4 @@
-"""Files of ``torch.save``, read without executing anything in them. Local.
+"""Read files of ``torch.save``.
 
 A pickle says which classes it is made of. Here it gets records in their place, or is refused: see `load_pickle`.
 """

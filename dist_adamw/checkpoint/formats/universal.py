@@ -1,4 +1,4 @@
-"""Folders of DeepSpeed's universal format (``ds_to_universal``), of any ZeRO stage. Local."""
+"""Read folders of DeepSpeed's universal format (``ds_to_universal``), of any ZeRO stage."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Keep what a pickle says from being executed, also where another library reads it.
+"""Read pickles without executing code in them, also where another library reads them.
 
 Knows pickles and torch's safe load; nothing of what a checkpoint holds.
 

@@ -1,4 +1,4 @@
-"""Folders of tensors for torch.distributed.checkpoint, in which nothing is executed when they are read.
+"""Write and read folders of tensors, as storage of torch.distributed.checkpoint.
 
 Knows files and that library's storage interface; nothing of optimizers.
 

@@ -1,4 +1,4 @@
-"""A checkpoint's folder on disk: its index, checked, and its files, whole to the last bit. Nothing is executed.
+"""Write, read and check the index of a checkpoint's folder, and check its files to the last bit.
 
 Knows files; nothing of optimizers, and nothing of torch but its dtypes.
 """

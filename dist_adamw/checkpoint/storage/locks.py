@@ -1,4 +1,4 @@
-"""Locks on folders and files, which end with the process that has them. Knows files alone."""
+"""Lock folders and files against other jobs, until this process ends."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tensors of which this process holds some boxes, as torch.distributed.checkpoint sees them.
+"""Present a tensor of which this process holds some regions to torch.distributed.checkpoint.
 
 Knows tensors and boxes, and the three methods by which DTensor talks to that library.
 """

@@ -1,4 +1,4 @@
-"""Plans of a save for torch.distributed.checkpoint, of which ranks tell one another numbers instead of objects.
+"""Plan distributed saves. Ranks exchange numbers in place of pickled objects.
 
 Knows tensors and that library's plans; nothing of files or optimizers.
 

@@ -1,4 +1,4 @@
-"""Boxes: how a run of a tensor's elements is written as rectangles of its shape.
+"""Convert runs of a tensor's elements to rectangular regions of its shape.
 
 Numbers only.
 """

@@ -1,4 +1,4 @@
-"""Count the samples that each update is made of, as a script's loop really trains on them.
+"""Count the samples of each update, as a loop really trains on them.
 
 Knows autograd's hooks and torch's optimizers; nothing of schedules or checkpoints.
 

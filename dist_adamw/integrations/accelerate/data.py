@@ -1,4 +1,4 @@
-"""What a data loader and an accelerator say of batches, for any number of ranks.
+"""Read batch sizes, epoch sizes and samplers from data loaders and accelerators.
 
 Knows Accelerate's loaders.
 """

@@ -1,4 +1,4 @@
-"""Observe what Accelerate's loaders hand out: how many rows of each batch are real, and where in the epoch it lies.
+"""Observe what Accelerate's loaders hand out: the real rows of each batch, and its place in the epoch.
 
 Knows torch's and Accelerate's loaders and samplers; nothing of optimizers.
 

@@ -1,4 +1,4 @@
-"""Where in the data a job stands, whatever loop goes through the loader.
+"""Track which samples come next, so that a job can resume, whatever loop reads the loader.
 
 Knows Accelerate's loaders.
 

@@ -1,4 +1,4 @@
-"""``prepare``: the five objects of an Accelerate training script, made to work together.
+"""``prepare``: make the five objects of an Accelerate training script work together.
 
 Knows Accelerate; nothing below knows it.
 """

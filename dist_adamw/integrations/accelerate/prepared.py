@@ -1,4 +1,4 @@
-"""What an accelerator does after ``prepare``: ``save_state``, ``load_state`` and clipping, for what was prepared.
+"""Replace the accelerator's ``save_state``, ``load_state`` and gradient clipping, after ``prepare``.
 
 Knows Accelerate.
 

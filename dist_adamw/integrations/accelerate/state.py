@@ -1,4 +1,4 @@
-"""Accelerate's own files in a folder of ``save_state``: which of them it will read, and that nothing of them runs.
+"""Read Accelerate's own files in a folder of ``save_state`` without executing anything in them.
 
 Knows Accelerate 1.15.
 """

@@ -1,4 +1,4 @@
-"""DeepSpeed: what its configuration has to say, what it must not, and the types that it may name.
+"""Check and complete a DeepSpeed configuration, and register the types that it may name.
 
 Knows DeepSpeed's configuration and registries; nothing below knows it. Imports it lazily.
 """

@@ -1,4 +1,4 @@
-"""ZeRO: where DeepSpeed's engines keep weights and optimizer state, by the parameters' names.
+"""Read and write weights and optimizer state in DeepSpeed's ZeRO engines, by parameter name.
 
 Knows the inside of DeepSpeed 0.19's ZeRO optimizers; imports nothing of it.
 

@@ -1,4 +1,4 @@
-"""Who makes a Trainer's optimizer and schedule: its arguments, its overrides, or what was set by hand.
+"""Decide what creates a Trainer's optimizer and schedule: its arguments, an override, or the user.
 
 Knows Trainer by its attributes. `prepare_trainer` asks here what it may put in the place of Trainer's own.
 """

@@ -1,4 +1,4 @@
-"""``prepare_trainer``: DistAdamW and CyclicLRWithRestarts inside transformers' Trainer, alike on every engine.
+"""``prepare_trainer``: use DistAdamW and CyclicLRWithRestarts in transformers' Trainer, on every engine.
 
 Knows Trainer by its attributes. Trainer passes some engines by with ``optimizers=``: it is refused under FSDP,
 and dropped in silence under DeepSpeed. All of them go through ``create_optimizer``, which asks

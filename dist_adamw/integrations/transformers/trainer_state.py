@@ -1,4 +1,4 @@
-"""Trainer's checkpoints in our format: they resume on any engine and number of ranks.
+"""Save Trainer's checkpoints in our format, and resume them on any engine and number of ranks.
 
 Knows Trainer by its attributes.
 """

@@ -1,1 +1,1 @@
-"""Local gradients on their way to the ranks that own them."""
+"""Reduce gradients to the ranks that own them."""

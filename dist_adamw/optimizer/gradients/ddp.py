@@ -1,4 +1,4 @@
-"""DDP's reducer beside attached optimizers.
+"""Connect attached optimizers to DDP's reducer.
 
 Knows DistributedDataParallel and plans; ``reducer.py`` sends what comes.
 

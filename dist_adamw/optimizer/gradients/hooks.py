@@ -1,4 +1,4 @@
-"""Hooks on modules and parameters that do not keep what they call.
+"""Register hooks that hold only weak references to what they call.
 
 Knows modules and context managers; nothing of gradients.
 """

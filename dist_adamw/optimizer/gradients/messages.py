@@ -1,4 +1,4 @@
-"""What ranks tell each other before they send: where they are, and what they know of their gradients.
+"""Exchange status between ranks before gradients are sent: which update they make, and which gradients they have.
 
 Knows process groups and numbers; nothing of modules or tensors.
 """

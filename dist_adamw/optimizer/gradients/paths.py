@@ -1,4 +1,4 @@
-"""All paths of this process: which optimizer has the gradients of a parameter. One listens to each parameter."""
+"""Track which attached optimizer receives each parameter's gradients; there is one for each parameter."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which buckets are sent, in which order, and with which parameters.
+"""Decide which buckets are sent, in which order, and with which parameters.
 
 Knows shards and where parameters lie in them.
 """

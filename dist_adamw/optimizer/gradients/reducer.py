@@ -1,4 +1,4 @@
-"""Local gradients on their way to the ranks that own them.
+"""Send each bucket of gradients to its owners during backward, as soon as it is complete.
 
 Knows shards, modules and autograd's hooks; ``adamw.py`` asks for the result.
 

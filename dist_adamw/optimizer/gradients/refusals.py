@@ -1,4 +1,4 @@
-"""The errors of `GradientPath`: what a loop did that would give other gradients than it thinks."""
+"""The errors for training loops that would get wrong gradients."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether gradients are what they seem: changed between backward and step, or left in parts.
+"""Detect gradients that were changed between backward and step, or were left in parts.
 
 Knows tensors; nothing of ranks.
 

@@ -1,6 +1,6 @@
 # mypy: ignore-errors
 # ruff: noqa: N803, RET505, SIM108, SIM300
-"""What runs on the GPU: AdamW on one row of a table of blocks per program.
+"""The Triton kernel: one program updates one row of a table of blocks.
 
 The one module that imports Triton, itself imported by `triton` at the first launch. It
 knows addresses and dtypes; what they belong to, `triton` knows. Triton's language has no types for mypy,

@@ -1,4 +1,4 @@
-"""AdamW on weights, gradients and state of different dtypes, in plain torch.
+"""Update weights, gradients and state of different dtypes, in plain torch.
 
 Imports torch only. Nothing here knows of ranks, buckets or checkpoints; a caller passes
 runs of its weights and of its state. The arithmetic is ``functional.adamw_update_``'s on fp32; what

@@ -1,4 +1,4 @@
-"""DTensors: what of them lies in this process, and who has the rest.
+"""Find the local part of a DTensor, and the ranks that hold the rest.
 
 Importing DTensor takes most of a second, so nothing here does before there is one.
 """

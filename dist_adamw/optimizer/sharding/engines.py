@@ -1,4 +1,4 @@
-"""Engines that shard an optimizer's state themselves. Local."""
+"""Detect engines that shard an optimizer's state themselves."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fingerprints of tensors: whether two ranks hold the same bits, told in 64 of them.
+"""Compute 64-bit fingerprints of tensors, to compare them over ranks.
 
 Knows tensors; nothing of ranks or optimizers.
 """

@@ -1,4 +1,4 @@
-"""The order in which a tensor's elements lie in memory: C order for a contiguous one. Local."""
+"""Convert between a tensor's shape and the order of its elements in memory."""
 
 from __future__ import annotations
 

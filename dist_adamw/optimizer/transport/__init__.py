@@ -1,4 +1,4 @@
-"""How the slices of a bucket travel between ranks: gradients to their owners, parameters to all.
+"""Send slices of buckets between ranks: gradients to their owners, updated parameters to all.
 
 The result is the same on every backend, up to the order of sums.
 """

@@ -1,4 +1,4 @@
-"""How the slices of a bucket travel: gradients to their owners, parameters to all ranks.
+"""The interface of a transport, which sends slices of buckets between ranks.
 
 Knows layouts, flat tensors and process groups; nothing of optimizers or autograd.
 """

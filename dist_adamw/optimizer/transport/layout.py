@@ -1,4 +1,4 @@
-"""Who owns which elements: flat layouts, buckets and shares.
+"""Decide which rank owns which elements: flat layouts, buckets and slices.
 
 Whole numbers only; no tensors, no ranks of a running job, nothing allocated.
 
