@@ -53,6 +53,7 @@ _MODULE_OF = {
     "save": "checkpoint.save_load",
 }
 _PACKAGES = ("checkpoint", "integrations", "optimizer", "ranks", "schedule")
+_MOVED = ("batch", "hooks", "policies", "scheduler", "storage")  # modules of 0.1.0, which forward
 
 __all__ = [
     "AgreementError",
@@ -85,7 +86,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name in _MODULE_OF:
         return getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
-    if name in _PACKAGES:
+    if name in _PACKAGES or name in _MOVED:
         return importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 # Checkpoints name functions by the module that 0.1.0 kept them in, and are compared by that text.
 _MODULE_IN_CHECKPOINTS = {
+    "dist_adamw.schedule.exact_math": "dist_adamw.exact_math",
     "dist_adamw.schedule.policies": "dist_adamw.policies",
     "dist_adamw.schedule.restarts": "dist_adamw.schedule",
 }

@@ -78,7 +78,7 @@ def random_state_of(index: Index) -> Callable[[], str]:
             import numpy as np
 
             np.random.seed(seed % (1 << 32))
-        return "newly seeded, since there was no such rank"
+        return "seeded anew, since there was no such rank"
 
     return restore
 

@@ -54,7 +54,7 @@ class Checkpoint:
         engine: Which engine wrote it.
         world_size: How many ranks wrote it.
         extra: What was passed to `save` as ``extra``.
-        random: What became of this rank's random state: "restored", "newly seeded, since there was no such rank", or
+        random: What became of this rank's random state: "restored", "seeded anew, since there was no such rank", or
             "left alone".
     """
 
@@ -187,6 +187,9 @@ def _write(path: Path, held: LocalState, about: Mapping[str, Any], ranks: Ranks)
         ranks.check()
         what = str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
         raise CheckpointError(f"could not write {path}: {what}. {still_there}") from error
+    except BaseException:  # Ctrl-C in one process; of several, the library has made a failure of it
+        writer.discard()
+        raise
     finally:
         if lock is not None:
             lock.release()

@@ -13,6 +13,7 @@ from __future__ import annotations
 import itertools
 import math
 import operator
+import sys
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -806,8 +807,9 @@ class DistAdamW(Optimizer):
 
     def _reader_is_compiled(self) -> bool:
         """Whether a compiled module reads the parameters: it would be recompiled for another class of them."""
+        compiled = getattr(sys.modules.get("torch._dynamo"), "OptimizedModule", ())
         return any(
-            hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
+            isinstance(module, compiled) or module._compiled_call_impl is not None
             for ref in self._attached
             if (model := ref()) is not None
             for module in model.modules()

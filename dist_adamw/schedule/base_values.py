@@ -72,7 +72,7 @@ class ScheduledGroups:
     """
 
     def __init__(self, optimizer: Optimizer, min_lr: float, check: GroupCheck | None = None) -> None:
-        self._optimizer, self._min_lr, self._check = optimizer, min_lr, check
+        self.optimizer, self._min_lr, self._check = optimizer, min_lr, check
         self._known: list[ScheduledGroup] = []
         self._has_warned = False
 
@@ -84,7 +84,7 @@ class ScheduledGroups:
 
     def with_bases(self, bases: Sequence[BaseValues], check: GroupCheck | None) -> ScheduledGroups:
         """Return the same groups with other base values and another check of new ones; writes nothing."""
-        changed = ScheduledGroups(self._optimizer, self._min_lr, check)
+        changed = ScheduledGroups(self.optimizer, self._min_lr, check)
         changed._known = [replace(one, base=base) for one, base in zip(self._known, bases, strict=True)]
         changed._has_warned = self._has_warned
         return changed
@@ -96,17 +96,17 @@ class ScheduledGroups:
             ValueError: a new group has no base values that could be scheduled.
         """
         known = {id(one.group): one for one in self._known}
-        groups = self._optimizer.param_groups
+        groups = self.optimizer.param_groups
         self._known = [known.get(id(group)) or self._learn(i, group) for i, group in enumerate(groups)]
 
     def are_known(self) -> bool:
         """Return whether the optimizer has no group that has not been seen."""
         known = {id(one.group) for one in self._known}
-        return all(id(group) in known for group in self._optimizer.param_groups)
+        return all(id(group) in known for group in self.optimizer.param_groups)
 
     def take_loaded(self) -> None:
         """Follow the new dicts that ``Optimizer.load_state_dict`` has put in place of the groups."""
-        for known, group in zip(self._known, self._optimizer.param_groups, strict=True):
+        for known, group in zip(self._known, self.optimizer.param_groups, strict=True):
             known.group = group
 
     def restore(self) -> None:
@@ -164,7 +164,7 @@ class ScheduledGroups:
             lr_scale=_number("lr_scale", group.get("lr_scale", 1.0)),
         )
         if self._check is not None:
-            self._check(self._optimizer, group, base)
+            self._check(self.optimizer, group, base)
         return ScheduledGroup(group, base)
 
     def _check_not_annealed(self, index: int, name: str, value: float) -> None:

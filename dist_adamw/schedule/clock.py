@@ -56,7 +56,7 @@ class SampleClock:
     def __getstate__(self) -> dict[str, Any]:
         # prepare's source belongs to this process; the copy's job calls prepare itself.
         self.settle()
-        return {**self.__dict__, "source": None}
+        return {**self.__dict__, "source": None, "_applied": [*self._applied], "_stepped": {*self._stepped}}
 
     @property
     def has_applied(self) -> bool:

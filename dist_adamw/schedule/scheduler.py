@@ -5,6 +5,7 @@ Works with any torch optimizer; knows nothing of Accelerate, DeepSpeed or files.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import sys
 import warnings
@@ -183,7 +184,8 @@ class CyclicLRWithRestarts(LRScheduler):
 
     def __getstate__(self) -> dict[str, Any]:
         # The groups keep the base values, and a copied tensor counts its versions from 0.
-        return {name: value for name, value in self.__dict__.items() if name != "_groups"}
+        state = {name: value for name, value in self.__dict__.items() if name != "_groups"}
+        return {**state, "_clock": copy.copy(self._clock)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state if "_clock" in state else _from_first_version(state))
@@ -206,6 +208,8 @@ class CyclicLRWithRestarts(LRScheduler):
     @optimizer.setter
     def optimizer(self, optimizer: Optimizer) -> None:
         self._optimizer = optimizer
+        if "_groups" in self.__dict__:
+            self._groups.optimizer = optimizer
 
     # ---------------------------------------------------------------- configuration
 
@@ -549,9 +553,10 @@ def _from_first_version(state: Mapping[str, Any]) -> dict[str, Any]:
         lr_scaling=state["_lr_scaling"],
         stream=state["_stream"],
     )
-    kept = ("_optimizer", "_min_lr", "_verbose", "_has_crossed", "on_difference")
-    of_torch = ("base_lrs", "last_epoch", "_step_count", "_is_initial", "_last_lr", "_get_lr_called_within_step")
-    attributes = {name: state[name] for name in (*kept, *of_torch) if name in state}
+    taken = {"samples", "sample_source", "_applied", "_stepped", "_under_way", "_unconfirmed", "_counted_last"}
+    taken |= {"_options", "_epoch_size", "_batch_size", "_reference_batch_size", "_normalize", "_lr_scaling", "_stream"}
+    taken |= {"_schedule", "_known", "_has_warned", "_began_without_state"}
+    attributes = {name: value for name, value in state.items() if name not in taken}
     return {**attributes, "_clock": clock, "_recipe": recipe}
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
+import dist_adamw
 from tests.house import PACKAGE, Module, find_cycle, import_pairs, read_package
 
 # Lowest first: a package may import itself and those above it in this list.
@@ -34,7 +35,8 @@ ORDER = [
     "cli",
     "",  # dist_adamw itself
 ]
-OLD_PATHS = ["batch", "policies", "scheduler", "storage"]  # they forward, and import nothing until they are asked
+# They forward, and import nothing until they are asked.
+OLD_PATHS = ["batch", "hooks", "policies", "scheduler", "storage"]
 LAZY = {"accelerate", "deepspeed", "transformers", "matplotlib", "jsonargparse"}
 
 MODULES = {module.name: module for module in read_package(PACKAGE)}
@@ -95,11 +97,13 @@ def test_a_module_says_what_it_is(name: str) -> None:
         ("policies", "arccosine"),
         ("scheduler", "CyclicLRWithRestarts"),
         ("storage", "Reader"),
+        ("hooks", "WeakHook"),
     ],
 )
 def test_old_paths_forward(path: str, name: str) -> None:
     with pytest.warns(DeprecationWarning, match=f"dist_adamw.{path}.{name} has moved: import it from dist_adamw."):
         value = getattr(importlib.import_module(f"dist_adamw.{path}"), name)
     assert value.__name__ == name
+    assert getattr(dist_adamw, path) is importlib.import_module(f"dist_adamw.{path}")
     with pytest.raises(AttributeError):
         importlib.import_module(f"dist_adamw.{path}").no_such_name  # noqa: B018

@@ -679,6 +679,21 @@ def test_a_copy_has_a_clock_of_its_own(how: str) -> None:
     assert train(optimizer2, scheduler2, 20) == train(optimizer, scheduler, 20)
 
 
+def test_a_shallow_copy_has_a_clock_of_its_own() -> None:
+    scheduler = make(adamw())
+    scheduler.sample_source = lambda: 7
+    copied = copy.copy(scheduler)
+    copied.go_to(samples=50)
+    assert (scheduler.samples, copied.samples, copied.sample_source) == (0, 50, None)
+
+
+def test_another_optimizer_is_followed() -> None:
+    scheduler = make(adamw())
+    scheduler.optimizer = other = adamw(lr=0.5)
+    scheduler.go_to(samples=0)
+    assert [other.param_groups[0]["lr"]] == scheduler.get_last_lr() == [0.5]
+
+
 @pytest.mark.parametrize("every", [1, 2])
 def test_a_skip_that_the_device_tells_later_is_taken_back_before_the_next_update(
     monkeypatch: pytest.MonkeyPatch, every: int

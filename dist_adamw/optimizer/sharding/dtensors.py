@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 def is_dtensor(value: Any) -> TypeGuard[DTensor]:
     """Return whether ``value`` is a DTensor. Local."""
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(value, module.DTensor)
+    kind = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)  # it may just be being imported
+    return kind is not None and isinstance(value, kind)
 
 
 def local_of(tensor: Tensor) -> Tensor:
