@@ -89,12 +89,12 @@ def train(engine: str, write: Path | None = None, load: Path | None = None) -> l
         for _ in itertools.count():
             for x, y in rest_of_epoch(loader):
                 loss = nn.functional.mse_loss(model(x), y)
-                accelerator.backward(loss)
-                group = optimizer.param_groups[0]
                 total = loss.detach() / ranks
                 if ranks > 1:
                     dist.all_reduce(total)
+                group = optimizer.param_groups[0]  # read before backward, in which DeepSpeed may make the update
                 rows.append([scheduler.samples, group["lr"], group["weight_decay"], float(total)])
+                accelerator.backward(loss)
                 optimizer.step()
                 scheduler.step()
                 optimizer.zero_grad()
