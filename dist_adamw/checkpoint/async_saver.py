@@ -63,7 +63,7 @@ class Saving:
 
 
 class AsyncSaver:
-    """Saves while training goes on: from a copy in host memory, in a thread, over a process group of its own.
+    """Save while training continues: from a copy in host memory, in a thread, over a separate process group.
 
     A second save waits for the first. The copy takes what a rank writes: ``(b_p N + 8 N) / W`` bytes for W ranks
     and fp32 moments, which stay allocated for the next save.

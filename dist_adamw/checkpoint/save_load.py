@@ -54,7 +54,7 @@ class Checkpoint:
         engine: Which engine wrote it.
         world_size: How many ranks wrote it.
         extra: What was passed to `save` as ``extra``.
-        random: What became of this rank's random state: "restored", "seeded anew, since there was no such rank", or
+        random: The result for this rank's random state: "restored", "seeded anew, since there was no such rank", or
             "left alone".
     """
 

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from dist_adamw.plain_data import plain
 from dist_adamw.schedule.base_values import BaseValues
 from dist_adamw.schedule.restarts import RestartSchedule, SchedulePoint
-from dist_adamw.schedule.weight_decay import decay_convention, weight_decay_to_write
+from dist_adamw.schedule.weight_decay import DecayConvention, decay_by_lr, decay_by_schedule, decay_convention
 
 _NOT_KNOWN = (
     "{} is not known, so the schedule cannot be computed. Pass it to CyclicLRWithRestarts, or let "
@@ -100,20 +100,18 @@ class Recipe:
         self, point: SchedulePoint, base: BaseValues, optimizer: Optimizer, group: Mapping[str, Any]
     ) -> float | None:
         """Return what ``group["weight_decay"]`` is to be; None where it is left alone."""
-        if self.leaves_decay_alone(optimizer, group):
+        convention = self.decay_convention(optimizer, group)
+        if convention == "l2":
             return None
         assert self.batch_size is not None
-        return weight_decay_to_write(
-            base,
-            decay_convention(optimizer, group),
-            norm=self.schedule.weight_decay_norm(point, self.batch_size),
-            lr=self.schedule.lr(point, base.lr, base.min_lr),
-            batch_scale=self._batch_scale(),
-        )
+        norm = self.schedule.weight_decay_norm(point, self.batch_size)
+        if convention == "schedule":
+            return decay_by_schedule(base, norm=norm, lr=self.schedule.lr(point, base.lr, base.min_lr))
+        return decay_by_lr(base, norm=norm, batch_scale=self._batch_scale())
 
-    def leaves_decay_alone(self, optimizer: Optimizer, group: Mapping[str, Any]) -> bool:
-        """Return whether the weight decay of ``group`` is not written."""
-        return self.normalize is False or decay_convention(optimizer, group) == "l2"
+    def decay_convention(self, optimizer: Optimizer, group: Mapping[str, Any]) -> DecayConvention:
+        """Return by what the weight decay of ``group`` is written; "l2": it is left alone."""
+        return "l2" if self.normalize is False else decay_convention(optimizer, group)
 
     def _batch_scale(self) -> float:
         if self.lr_scaling is None or self.batch_size == self.reference_batch_size:

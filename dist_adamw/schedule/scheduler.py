@@ -397,7 +397,7 @@ class CyclicLRWithRestarts(LRScheduler):
         self._last_lr = [copy_value(group["lr"]) for group in self.optimizer.param_groups]
 
     def _leaves_decay_alone(self, group: Mapping[str, Any]) -> bool:
-        return self._recipe.leaves_decay_alone(self.optimizer, group)
+        return self._recipe.decay_convention(self.optimizer, group) == "l2"
 
     def get_lr(self) -> list[float | Tensor]:
         """The learning rate of each group at ``samples``."""

@@ -38,29 +38,35 @@ def check_decoupled(optimizer: Optimizer, group: Mapping[str, Any], base: BaseVa
         )
 
 
-def weight_decay_to_write(
-    base: BaseValues, convention: DecayConvention, *, norm: float, lr: float, batch_scale: float
-) -> float:
-    """Return the value for ``group["weight_decay"]`` of an optimizer that decouples the decay.
+def decay_by_schedule(base: BaseValues, *, norm: float, lr: float) -> float:
+    """Return the weight decay of an optimizer that computes ``p *= 1 - weight_decay``.
 
     Args:
         base: The group's base values; ``base.weight_decay`` is the paper's normalised lambda.
-        convention: What the optimizer multiplies it by.
         norm: The paper's sqrt(b / (B T)), of the cycle.
         lr: The scheduled lr, before the group's ``lr_scale``.
+
+    Source: Loshchilov & Hutter, arXiv:1711.05101, Algorithm 2 and appendix B.1.
+    """
+    if base.lr * base.lr_scale == 0:
+        return 0.0  # the decay follows lr, and this group's never leaves 0
+    return base.weight_decay * norm * lr / base.lr
+
+
+def decay_by_lr(base: BaseValues, *, norm: float, batch_scale: float) -> float:
+    """Return the weight decay of an optimizer that computes ``p *= 1 - lr * weight_decay``, as torch's do.
+
+    Args:
+        base: As of `decay_by_schedule`.
+        norm: As of `decay_by_schedule`.
         batch_scale: By what lr is scaled for another global batch.
 
     Raises:
         ValueError: lambda over lr is not finite.
-
-    Source: Loshchilov & Hutter, arXiv:1711.05101, appendix B.1.
     """
     if base.lr * base.lr_scale == 0:
-        return 0.0  # the decay follows lr, and this group's never leaves 0
-    lambda_i = base.weight_decay * norm
-    if convention == "schedule":
-        return lambda_i * lr / base.lr
-    decay = lambda_i / (base.lr * base.lr_scale * batch_scale)
+        return 0.0
+    decay = base.weight_decay * norm / (base.lr * base.lr_scale * batch_scale)
     if not decay < math.inf:
         raise ValueError(
             f"weight_decay={base.weight_decay!r} over lr={base.lr * base.lr_scale!r} is no finite number. "

@@ -43,7 +43,7 @@ def load_pickle(file: Path) -> Any:
     """Read a file of ``torch.save``; big tensors stay in the file until they are needed."""
     if not file.is_file():
         raise CheckpointError(f"there is no file {file}.")
-    # DeepSpeed puts objects of its own (loss scalers, enums) beside what we need.
+    # DeepSpeed adds its objects (loss scalers, enums) to what we need.
     is_zip = zipfile.is_zipfile(file)
     unknown = torch.serialization.get_unsafe_globals_in_checkpoint(file) if is_zip else []
     inert = (name for name in unknown if name.startswith("deepspeed.") or name in _MEMBERS)

@@ -68,7 +68,7 @@ def _add_universal(source: Path, name: str, shape: tuple[int, ...], optim: Any, 
 
 
 def _rest_of_universal(source: Path, model: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    """Buffers and frozen parameters; of the latter, stage 3 leaves every rank's part in a file of its own."""
+    """Yield buffers and frozen parameters. Stage 3 leaves each rank's part of the latter in a separate file."""
     frozen = model.get("frozen_param_shapes") or {}
     trained = {name for shapes in model["param_shapes"] for name in shapes}
     ranks = sorted(source.glob("zero_pp_rank_*_mp_rank_00_model_states.pt"), key=lambda f: int(f.name.split("_")[3]))

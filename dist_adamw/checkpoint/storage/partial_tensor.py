@@ -119,10 +119,10 @@ class PartialTensor(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        raise NotImplementedError(f"{func} of an PartialTensor tensor: this process does not have all of it.")
+        raise NotImplementedError(f"{func} of a PartialTensor: this process does not have all of it.")
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
-        return f"Owned(shape={tuple(self.shape)}, dtype={self.dtype}, parts={list(self.parts)})"
+        return f"PartialTensor(shape={tuple(self.shape)}, dtype={self.dtype}, parts={list(self.parts)})"
 
 
 def evaluated(values: Values) -> Tensor:

@@ -170,7 +170,7 @@ class DDPReducer:
         """Serve ``path`` too.
 
         Args:
-            path: LocalState weakly.
+            path: Held by a weak reference.
             aside: It hears of its parameters itself, and DDP's reducer has nothing to do for them.
         """
         self._listeners = [one for one in self._listeners if one[0]() not in (None, path)]

@@ -74,8 +74,9 @@ def changed(*, on_this_rank: bool) -> RuntimeError:
     """Gradients were changed between backward and the update."""
     return RuntimeError(
         f"gradients were changed between backward and step(){'' if on_this_rank else ' on another rank'}. After "
-        "attach() each rank has the average of its own elements only, so a norm taken there is not the model's, and "
-        "ranks would clip or unscale differently. To clip, pass max_grad_norm to DistAdamW, or use its clip_grad_norm_ "
+        "attach() each rank has averages only for the elements that it owns, so a norm taken there is not the model's, "
+        "and ranks would clip or unscale differently. To clip, pass max_grad_norm to DistAdamW, or use its "
+        "clip_grad_norm_ "
         "(after dist_adamw.prepare accelerator.clip_grad_norm_ is that). After a change that treats every element "
         "alike, call accept_gradients(). To read or change whole averages, call gather_gradients() first. Or do "
         "without attach() (dist_adamw.prepare(..., whole_gradients=True)): DDP's all-reduce leaves whole averages. "
