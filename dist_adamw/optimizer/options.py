@@ -1,17 +1,22 @@
-"""Hash all groups' hyper-parameters, to compare them over ranks before every update.
-
-Knows group dicts and tensors of one element; nothing of ranks.
-"""
+"""Check an optimizer's options, describe them, and hash them to compare ranks before every update."""
 
 from __future__ import annotations
 
 import itertools
 import operator
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.nn.parameter import is_lazy
 
+from dist_adamw.optimizer.kernels.foreach import can_fuse
+from dist_adamw.optimizer.sharding.dtensors import local_of
+from dist_adamw.optimizer.sharding.memory_order import axes_in_memory
+from dist_adamw.plain_data import plain
 from dist_adamw.ranks import agreement
 
 _NAMES = ("lr", "eps", "weight_decay", "amsgrad", "maximize", "betas")
@@ -66,3 +71,98 @@ def _readable(value: Any) -> Any:
     if isinstance(value, (tuple, list)):
         return [_readable(one) for one in value]
     return value
+
+
+def describe_groups(groups: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, Any]:
+    """What ranks must have alike of groups: hyper-parameters by their ``names``, and parameters. Local."""
+    record: dict[str, Any] = {}
+    for g, group in enumerate(groups):
+        record[f"hyper-parameters of group {g}"] = {name: plain(group.get(name)) for name in names}
+        record[f"parameters of group {g}"] = [[list(p.shape), str(p.dtype), p.requires_grad] for p in group["params"]]
+    return record
+
+
+def as_number(value: float | Tensor) -> float:
+    """``value``, out of a tensor of one element."""
+    return float(value) if isinstance(value, Tensor) else value
+
+
+def check_options(
+    *,
+    decay_by: str,
+    shard: bool | str,
+    max_grad_norm: float | None,
+    mesh: DeviceMesh | None,
+    bucket_numel: int | None,
+    master_dtype: torch.dtype | None,
+    state_dtype: torch.dtype | None,
+) -> None:
+    """Refuse options of the constructor that mean nothing. Local; see `DistAdamW`.
+
+    Raises:
+        ValueError: names the option, its value and what it may be.
+    """
+    if decay_by not in ("lr", "schedule"):
+        raise ValueError(f"decay_by must be 'lr' or 'schedule', got {decay_by!r}.")
+    if shard not in (True, False, "auto"):
+        raise ValueError(f"shard must be True, False or 'auto', got {shard!r}.")
+    if max_grad_norm is not None and not max_grad_norm > 0.0:
+        raise ValueError(f"max_grad_norm must be above 0 or None, got {max_grad_norm!r}.")
+    if mesh is not None and mesh.ndim > 2:
+        raise ValueError(f"mesh must have one axis or two, got {mesh.ndim}: {mesh}. Pass mesh['axis name'].")
+    if bucket_numel is not None and bucket_numel < 1:
+        raise ValueError(f"bucket_numel must be above 0, got {bucket_numel!r}.")
+    if master_dtype not in (None, torch.float32, torch.int16):
+        raise ValueError(
+            f"master_dtype must be torch.float32, torch.int16 (remainders of bf16) or None, got {master_dtype!r}."
+        )
+    if state_dtype not in (None, torch.float32, torch.bfloat16):
+        raise ValueError(f"state_dtype must be torch.float32, torch.bfloat16 or None, got {state_dtype!r}.")
+
+
+def warn_of_lasting_moments(state_dtype: torch.dtype | None, beta2: float) -> None:
+    """Warn where the second moment cannot shrink, the caller's caller. Local."""
+    if state_dtype == torch.bfloat16 and 1 - beta2 < 2**-8:
+        warnings.warn(
+            f"with state_dtype=torch.bfloat16 and betas[1]={beta2} exp_avg_sq never shrinks: what {beta2} takes "
+            "off is less than half of bf16's last bit. Choose betas[1] <= 0.996.",
+            stacklevel=3,
+        )
+
+
+def check_group(group: Mapping[str, Any], fused: bool | None) -> None:
+    """Refuse parameters that cannot be updated. Local.
+
+    Args:
+        fused: See `DistAdamW`.
+
+    Raises:
+        ValueError: a parameter is complex or has gaps in its memory, or see `check_lr`.
+    """
+    for param in group["params"]:
+        if is_lazy(param):
+            continue
+        if param.is_complex():
+            raise ValueError(
+                f"DistAdamW does not support complex parameters, got {param.dtype}. Register "
+                "torch.view_as_real(parameter) instead."
+            )
+        if param.layout == torch.strided:
+            axes_in_memory(local_of(param))
+    check_lr(group, fused)
+
+
+def check_lr(group: Mapping[str, Any], fused: bool | None) -> None:
+    """Refuse what torch refuses of foreach arithmetic. Local.
+
+    Raises:
+        ValueError: ``lr`` is a tensor where no fused kernel runs.
+    """
+    if not isinstance(group["lr"], Tensor):
+        return
+    is_fused = all(map(can_fuse, group["params"])) if fused is None else fused
+    if not is_fused:
+        raise ValueError(
+            f"lr as a Tensor is not supported by foreach arithmetic (fused={fused}), got {group['lr']!r}. "
+            "Pass a float, or fused=True."
+        )

@@ -1,7 +1,5 @@
 """Make reads of a parameter wait until its updated values have arrived.
 
-Knows tensors and when they are read; nothing of how values come.
-
 Between an update and the arrival of what other ranks computed, a parameter's memory is partly old.
 For that time it has another class, through which whatever torch function, method or attribute
 that could read or write its memory waits first, so no reference shows an old value.
@@ -14,6 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from dist_adamw.optimizer.sharding.shard import Shard
+from dist_adamw.optimizer.transport.base import InFlightBucket
 
 _ARRIVE = "_dist_adamw_arrive"
 
@@ -38,7 +39,7 @@ _HARMLESS = {
 }
 
 
-class ArrivingParameter(nn.Parameter):
+class PendingParameter(nn.Parameter):
     """An ``nn.Parameter`` that waits for its values when they are needed."""
 
     @classmethod
@@ -66,7 +67,7 @@ class ArrivingParameter(nn.Parameter):
 
 def _wait_for(values: Iterable[Any]) -> None:
     for value in values:
-        if isinstance(value, ArrivingParameter):
+        if isinstance(value, PendingParameter):
             _arrive(value)
         elif isinstance(value, (list, tuple)):
             _wait_for(value)
@@ -89,12 +90,12 @@ def guard(params: Iterable[Tensor], arrive: Callable[[Tensor], None]) -> None:
     """
     for param in params:
         param.__dict__[_ARRIVE] = arrive
-        param.__class__ = ArrivingParameter
+        param.__class__ = PendingParameter
 
 
 def can_guard(param: Tensor) -> bool:
     """Return whether `guard` can be put on ``param``: it is a plain ``nn.Parameter``. Local."""
-    return type(param) in (nn.Parameter, ArrivingParameter)
+    return type(param) in (nn.Parameter, PendingParameter)
 
 
 def release(params: Iterable[Tensor]) -> None:
@@ -102,3 +103,50 @@ def release(params: Iterable[Tensor]) -> None:
     for param in params:
         if param.__dict__.pop(_ARRIVE, None) is not None:
             param.__class__ = nn.Parameter
+
+
+class PendingBuckets:
+    """Buckets of updated parameters on their way from the ranks that own them.
+
+    The parameters hold it until they are there, and not the optimizer: one that the user has replaced must end at once,
+    or its hooks would still take the next gradients.
+    """
+
+    def __init__(self) -> None:
+        self.buckets: list[tuple[Shard, InFlightBucket]] = []
+
+    def add(self, shard: Shard, sent: list[InFlightBucket], *, may_defer: bool) -> None:
+        """Wait for ``sent``, or have the readers of its parameters wait where all can be guarded.
+
+        Args:
+            may_defer: Whether readers may wait.
+        """
+        self.buckets += [(shard, bucket) for bucket in sent]
+        if not may_defer:
+            self.wait()
+            return
+        for bucket in sent:
+            params = shard.members(bucket.bucket)
+            if not all(map(can_guard, params)):
+                self.wait()
+                return
+            guard(params, self.wait_for)
+
+    @torch.no_grad()
+    def wait(self) -> None:
+        """Wait until all are there."""
+        while self.buckets:
+            self._receive()
+
+    @torch.no_grad()
+    def wait_for(self, param: Tensor) -> None:
+        """Wait until ``param`` is there: it is about to be read."""
+        while self.buckets and type(param) is PendingParameter:
+            self._receive()
+
+    def _receive(self) -> None:
+        shard, sent = self.buckets.pop(0)
+        assert shard.transport is not None
+        shard.transport.finish_gather(sent)
+        coming = {id(param) for other, rest in self.buckets if other is shard for param in shard.members(rest.bucket)}
+        release([param for param in shard.members(sent.bucket) if id(param) not in coming])

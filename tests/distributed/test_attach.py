@@ -592,7 +592,7 @@ def check_readers(way: dict[str, Any], name: str) -> int:
             job.accumulate(step, 1)
             job.optimizer.step()
             if job is jobs[0]:
-                under_way += len(job.optimizer._arriving.buckets)
+                under_way += len(job.optimizer._pending.buckets)
             job.optimizer.zero_grad()
             with torch.no_grad():
                 seen.append(READERS[name](job.model, params))
@@ -632,7 +632,7 @@ def check_deferred_and_compiled() -> None:
     model.bias.grad = torch.ones_like(model.bias)
     optimizer.step()
     assert type(model.weight) is nn.Parameter
-    assert not optimizer._arriving.buckets
+    assert not optimizer._pending.buckets
 
 
 def test_compiled_modules_get_their_parameters_at_once() -> None:

@@ -520,7 +520,7 @@ def test_training_and_saving_do_not_read_state(tmp_path: Any) -> None:
     save(tmp_path / "saved", job.model, job.optimizer)
     load(tmp_path / "saved", job.model, job.optimizer)
     job.train(range(3, 5))
-    assert not job.optimizer._bell.was_read
+    assert not job.optimizer._accesses.was_read
 
 
 def test_memory_of_another_shape_is_refused() -> None:

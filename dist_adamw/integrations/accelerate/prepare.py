@@ -25,6 +25,7 @@ from dist_adamw.integrations.accelerate.position import Position
 from dist_adamw.integrations.accelerate.prepared import Prepared, keep, take_over
 from dist_adamw.integrations.deepspeed.register import CLIPPING, configure, fill, names_our_types, register_deepspeed
 from dist_adamw.optimizer.adamw import DistAdamW
+from dist_adamw.optimizer.attaching import averages_over
 from dist_adamw.optimizer.replicas import CHECK_WEIGHTS_EVERY, ReplicaWatch, check_replicas
 from dist_adamw.plain_data import plain
 from dist_adamw.ranks import agreement, collectives
@@ -417,7 +418,7 @@ def attach(accelerator: Accelerator, model: nn.Module, optimizer: DistAdamW) -> 
     hooked = chosen is not None and chosen.value != "no"
     if not isinstance(model, DistributedDataParallel) or accelerator.scaler is not None or hooked:
         return
-    if optimizer.process_group is not None and not optimizer._shares_with(model.process_group):
+    if optimizer.process_group is not None and not averages_over(optimizer._ranks, model.process_group):
         return  # state is shared among some of the ranks; DDP averages over all
     optimizer.attach(model)
     take_over(accelerator, optimizer)

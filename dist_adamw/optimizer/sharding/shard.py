@@ -333,7 +333,7 @@ class Shard:
                 self.owned_moment(i, name).zero_()
 
     def put(self, i: int, values: Mapping[str, Any]) -> None:
-        """Copy what the user put into the state of parameter ``i``, checked by `placement.check_given`. Local.
+        """Copy what the user put into the state of parameter ``i``, checked by `user_changes.check_given`. Local.
 
         Whole tensors, of which this rank takes its share, or shares; None: the master follows the parameter.
         """

@@ -1,0 +1,251 @@
+"""Gradients that are reduced to the ranks that own them: attaching a model, clipping, reading whole gradients."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from dist_adamw.optimizer import attaching
+from dist_adamw.optimizer.clipping import (
+    clip_owned_,
+)
+from dist_adamw.optimizer.gradients.paths import end_unless_everywhere, gather_from_owners
+from dist_adamw.optimizer.gradients.reducer import GradientPath
+from dist_adamw.optimizer.options import (
+    describe_groups,
+)
+from dist_adamw.optimizer.outcome import is_capturing
+from dist_adamw.optimizer.savable_optimizer import SavableOptimizer
+from dist_adamw.optimizer.sharded_optimizer import OPTIONS
+from dist_adamw.optimizer.sharding.dtensors import is_dtensor
+from dist_adamw.plain_data import plain
+from dist_adamw.ranks import collectives
+
+
+class AttachedOptimizer(SavableOptimizer):
+    """Gradients of attached modules come reduced to their owners; others must be the same on every rank."""
+
+    # Of an unpickled optimizer, whose __init__ has not run.
+    _unattached_updates = 0
+    gathers_from_owners = True  # where another optimizer reduces gradients of these parameters to their owners
+    _defer_gather = False
+    _is_agreed = False  # whether ranks have compared their options
+    _attached: Sequence[weakref.ref[nn.Module]] = ()
+
+    def _collect_gradients(self) -> bool:
+        """Follow what the user did, and have the averages of what this rank owns. Whether there is any. Collective."""
+        changed = self._differs()
+        if self._path is None:
+            gather_from_owners(None, self._all_params())
+            if self.process_group is not None and not self._is_agreed:
+                self._check_alike({})  # nothing has been changed or sent yet
+            self._follow(changed)
+            return True
+        if self._path.is_whole:
+            self._follow(changed)
+            return self._path.take_whole()
+        group = self.process_group
+        assert group is not None
+        if not self._path.complete(
+            group,
+            self.replica_group,
+            has_changes=changed,
+            options=self._digest_options(),
+            check_changes=self._compare,
+        ):
+            return False
+        self._follow(changed, is_agreed=self._path.asks_for_changes)
+        self._path.arrive()
+        return True
+
+    def _warn_of_local_gradients(self) -> None:
+        """Compare gradients once, at the second update, where nothing is known to average them. Collective."""
+        if self._path is not None or self.process_group is None or self._unattached_updates > 1 or is_capturing():
+            return
+        self._unattached_updates += 1
+        if self._unattached_updates == 2 and self.shards:
+            self._settle()
+            device = self.shards[0].steps.device
+            # The warning is of the script's step(), which torch wraps twice.
+            attaching.warn_of_local_gradients(self._all_params(), self._ranks, device, stacklevel=5)
+
+    def _check_alike(self, more: dict[str, Any]) -> None:
+        """Raise on every rank where options, groups, shapes or ``more`` are not the same on all. Collective."""
+        self._is_agreed = True
+        attaching.check_options_alike({**self._layout_record(), **more}, self._ranks)
+
+    def _layout_record(self) -> dict[str, Any]:
+        """Return what ranks must have alike: the constructor's options, groups and shapes. Local."""
+        mesh = self._mesh
+        record = {name: plain(getattr(self, name)) for name in OPTIONS}
+        record["mesh"] = None if mesh is None else [list(mesh.shape), list(mesh.mesh_dim_names or ())]
+        return record | describe_groups(self.param_groups, list(self.defaults))
+
+    def attach(
+        self,
+        model: nn.Module,
+        *,
+        overlap: bool = True,
+        reduce_every_backward: bool = False,
+        defer_gather: bool = False,
+    ) -> None:
+        """Reduce each gradient to the rank that owns it, in place of an all-reduce. Collective.
+
+        Call it once per module, after ``DistributedDataParallel`` or ``.to()``; `dist_adamw.prepare`
+        does. Per update each rank sends ``f N (b_g + b_p)`` bytes, f = (W - 1) / W, where an
+        all-reduce sends ``f N (2 b_g + b_p)``.
+
+        A ``DistributedDataParallel`` module keeps working as before, with ``no_sync``,
+        ``find_unused_parameters`` and several optimizers; on a GPU build it with
+        ``gradient_as_bucket_view=True``, or nothing overlaps. Its ``join()`` is not supported. A plain
+        module gets its gradients averaged by this alone; it then has a ``no_sync()`` of its own, and
+        every rank has the first one's parameters and buffers from now on, as DDP does it.
+
+        After backward ``param.grad`` holds the average in this rank's own elements and local
+        values in the others. For a norm use ``max_grad_norm`` or `clip_grad_norm_`; to read or change whole
+        gradients, call `gather_gradients` first; after a change that treats every element alike (a clamp), call
+        `accept_gradients`. Other changes between backward and `step` are refused, as far as they can be seen: by
+        another tensor or address in ``param.grad``, its version counter, and on a CPU a sample of the values. A
+        gradient set to None is not used, as in torch; ranks must set the same ones.
+
+        Of a plain module only this optimizer's parameters are averaged: those of another optimizer, torch's say, are
+        that one's user's to average.
+
+        Parameters of this optimizer in a DDP module that is not attached belong to that DDP; parameters in no
+        attached module are averaged in `step` where ranks' gradients differ. The optimizer that was attached last
+        has a module's gradients; another one that steps on the same parameters gets whole ones, by one more gather.
+        Every rank makes the same backward passes and updates: over gloo, a rank that skips a `step` alone is an error.
+
+        Args:
+            model: Its parameters are some of this optimizer's, or all.
+            overlap: Send during backward. The same bits either way.
+            reduce_every_backward: Reduce every micro-batch into the shard, ``no_sync`` or not, and
+                let go of ``param.grad``, which is None after backward. Gradients then take
+                ``b_g N / W`` bytes and what is on its way, instead of ``b_g N``; with A
+                micro-batches an update sends ``f N (A b_g + b_p)``. Plain modules only.
+                Every rank's backward passes must reach the module equally often, and what is not wanted is
+                forgotten by this optimizer's ``zero_grad``, not by the module's; ``zero_grad(set_to_none=False)``
+                leaves zeros in ``param.grad``, as in torch.
+            defer_gather: Let `step` return while the last buckets of parameters travel. Whoever reads
+                one of them, by any reference and in any torch function, waits for it then. Not for
+                compiled modules, whose parameters are waited for as ever.
+
+        Raises:
+            ValueError: the module is wrapped so that this cannot be.
+            AgreementError: ranks have other parameters, buffers or options. On every rank, before anything is sent.
+        """
+        if any(is_dtensor(param) for param in model.parameters()):
+            return  # the engine that shards the parameters reduces their gradients
+        options = {"overlap": overlap, "reduce_every_backward": reduce_every_backward, "defer_gather": defer_gather}
+        is_ddp = isinstance(model, DistributedDataParallel)
+        self._check_alike({f"attach({name})": value for name, value in options.items()} | {"attach to DDP": is_ddp})
+        ranks = self._ranks
+        attaching.check_averaging(model, ranks)
+        if ranks.process_group is None:
+            return
+        collectives.end_quietly()
+        if self._path is None:
+            self._path = GradientPath(
+                self._all_params,
+                self._shards_by_now,
+                self.gather_gradients,
+                overlap=overlap,
+                into_shard=reduce_every_backward,
+            )
+            self._tag = attaching.new_tag(ranks)
+            for shard in self.shards:
+                shard.retag(self._tag)
+            self._path.messages.open(ranks.groups, self._tag)
+        elif options != {
+            "overlap": self._path.overlap,
+            "reduce_every_backward": self._path.into_shard,
+            "defer_gather": self._defer_gather,
+        }:
+            raise ValueError("attach() was called before with other options. Pass the same for every module.")
+        self._defer_gather = defer_gather
+        if not is_ddp:
+            attaching.copy_first_rank(model, ranks)
+        others = end_unless_everywhere(self._path, model)  # held: none may go on one rank alone before `listen`
+        ids = set(map(id, self._all_params())) - self._path.listening
+        params = [param for param in model.parameters() if id(param) in ids]
+        attaching.check_gradients_before(self._path, params, ranks.process_group)
+        self._path.listen(model)
+        del others
+        self._attached = [*(ref for ref in self._attached if ref() not in (None, model)), weakref.ref(model)]
+
+    @torch.no_grad()
+    def clip_grad_norm_(
+        self, max_norm: float, norm_type: float = 2.0, parameters: Iterable[Tensor] | None = None
+    ) -> Tensor:
+        """Clip gradients by their global norm, as ``torch.nn.utils.clip_grad_norm_`` does. Collective.
+
+        For loops that clip between backward and `step`; ``max_grad_norm`` costs less. After
+        `attach`, torch's function would take the norm of local gradients.
+
+        Args:
+            max_norm: The norm is scaled down to this.
+            norm_type: The p of the norm; may be inf.
+            parameters: Whose gradients; default: all of this optimizer. Others' are taken as they are.
+
+        Returns:
+            The norm before clipping, 0-d.
+        """
+        params = self._all_params() if parameters is None else list(parameters)
+        gather_from_owners(self._path, params)
+        if self._path is None or self._path.is_whole:
+            return torch.nn.utils.clip_grad_norm_(params, max_norm, norm_type)
+        ours = {id(param) for param in self._all_params()}
+        others = [p.grad for p in params if id(p) not in ours and p.grad is not None]  # whole on every rank
+        self._collect_gradients()
+        self._settle()
+        assert self.process_group is not None
+        norm = clip_owned_(
+            self.shards,
+            {id(param) for param in params},
+            others,
+            max_norm=max_norm,
+            norm_type=norm_type,
+            group=self.process_group,
+            device=self.shards[0].params[0].device if self.shards else params[0].device,
+        )
+        self._path.accept_changes()
+        return norm
+
+    @torch.no_grad()
+    def gather_gradients(self) -> None:
+        """Let every ``param.grad`` be the whole gradient, averaged over all ranks. Collective.
+
+        After `attach` a rank has the averages of the elements that it owns, and local values elsewhere. Call this after
+        backward and before whatever reads gradients: SAM's first pass, norms of layers for a log, gradient surgery.
+        What is then written to ``param.grad``, the same on every rank, is what `step` takes. Sends ``f N b_g`` bytes.
+
+        Without `attach` gradients are left as they are: DDP has averaged them.
+        """
+        if self._path is None or self._path.is_whole:
+            return
+        has_gradients = self._collect_gradients()
+        self._settle()
+        if has_gradients:
+            self._path.make_whole()
+
+    def accept_gradients(self) -> None:
+        """Let gradients be what they are now, after a change that treats all elements alike. Local; on every rank.
+
+        After `attach`, `step` refuses gradients that were changed since backward, because a norm
+        taken of them is not the model's. Clamping each element, for example, is right.
+        """
+        if self._path is not None:
+            self._path.accept_changes()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As torch's; what `attach` has reduced is forgotten too. Every rank alike."""
+        if self._path is not None:
+            self._path.look_at_siblings()
+        super().zero_grad(set_to_none)
+        if self._path is not None:
+            self._path.discard(leave_zeros=not set_to_none)

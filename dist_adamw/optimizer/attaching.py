@@ -1,0 +1,153 @@
+"""What `DistAdamW.attach` checks and makes alike on all ranks before gradients are reduced to their owners."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parameter import is_lazy
+
+from dist_adamw.optimizer.gradients.paths import gather_from_owners
+from dist_adamw.optimizer.gradients.reducer import GradientPath
+from dist_adamw.optimizer.sharding.fingerprints import fingerprints
+from dist_adamw.optimizer.sharding.schemes import Ranks
+from dist_adamw.ranks import agreement, collectives
+
+_last_tag = 0
+
+
+def new_tag(ranks: Ranks) -> int:
+    """A number that no path of these ranks has had, the same on all of them. Collective."""
+    global _last_tag
+    tag = _last_tag + 1
+    for group in ranks.groups:
+        tag = max(collectives.all_gather_objects(tag, group))
+    _last_tag = tag
+    return tag
+
+
+def check_options_alike(record: dict[str, Any], ranks: Ranks) -> None:
+    """Raise on every rank where ``record`` is not the same on all. Collective.
+
+    Every rank of the job takes part, whatever it was told to share with; of a mesh of some ranks, those.
+
+    Raises:
+        AgreementError: names the rank, the option and both values.
+    """
+    mesh = ranks.mesh
+    groups: list[dist.ProcessGroup | None] = [None]
+    if mesh is not None and mesh.size() < collectives.world_size():
+        groups = [mesh.get_group(axis) for axis in range(mesh.ndim)]
+    for group in groups:
+        agreement.check_agreement(record, group)
+
+
+def check_averaging(model: nn.Module, ranks: Ranks) -> None:
+    """Refuse a module whose gradients would be averaged over other ranks than share the state, or by nothing. Local.
+
+    Raises:
+        ValueError: says which ranks.
+    """
+    is_ddp = isinstance(model, DistributedDataParallel)
+    if ranks.process_group is None:
+        several = collectives.initialized() and collectives.world_size() > 1
+        if several and not is_ddp:
+            raise ValueError(
+                "attach() needs sharded state, and this optimizer has shard=False: nothing would average the "
+                "gradients. Leave shard='auto', or wrap the model in DistributedDataParallel."
+            )
+        return
+    if isinstance(model, DistributedDataParallel) and not averages_over(ranks, model.process_group):
+        raise ValueError(
+            f"the module is averaged over ranks {dist.get_process_group_ranks(model.process_group)}, and the "
+            f"optimizer's state is shared over {ranks.averaged()}: gradients would be averaged over those alone. Give "
+            "DistAdamW a mesh of all these ranks (two axes to replicate state), or do without attach()."
+        )
+
+
+def averages_over(ranks: Ranks, group: dist.ProcessGroup) -> bool:
+    """Return whether gradients that `DistAdamW.attach` averages are averaged over the ranks of ``group``. Local."""
+    return ranks.averaged() == sorted(dist.get_process_group_ranks(group))
+
+
+def copy_first_rank(model: nn.Module, ranks: Ranks) -> None:
+    """Give every rank the first one's parameters and buffers. Collective.
+
+    Raises:
+        AgreementError: they have other shapes.
+    """
+    tensors = {
+        name: tensor.detach()
+        for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers())
+        if not (tensor.is_meta or is_lazy(tensor))
+    }
+    record = {name: [list(tensor.shape), str(tensor.dtype)] for name, tensor in tensors.items()}
+    for group in ranks.groups:
+        agreement.check_agreement(record, group)
+        collectives.broadcast_from_first(list(tensors.values()), group)
+
+
+def check_gradients_before(path: GradientPath, params: Sequence[Tensor], group: dist.ProcessGroup) -> None:
+    """Refuse gradients of before `attach` that are not averages. Collective.
+
+    Args:
+        path: The path that will take the gradients.
+        params: Parameters of the module that it does not listen to yet.
+
+    Raises:
+        ValueError: ranks have different ones. On every rank.
+        RuntimeError: they are parts of averages that an optimizer left which is gone. On every rank.
+    """
+    has_gradients = any(p.grad is not None for p in params)
+    if not any(collectives.all_gather_objects(has_gradients, group)):
+        return
+    gather_from_owners(path, params)
+    found = fingerprints([p.grad for p in params if p.grad is not None and p.grad.layout == torch.strided])
+    if len(set(map(tuple, collectives.all_gather_objects(found, group)))) > 1:
+        raise ValueError(
+            "attach() of a module whose gradients differ over ranks: they may be local ones, or averages of which "
+            "another optimizer left a part on each rank. Call zero_grad() before attach()."
+        )
+
+
+def warn_of_local_gradients(params: Sequence[Tensor], ranks: Ranks, device: torch.device, *, stacklevel: int) -> None:
+    """Compare the gradients of ``params`` over ranks, and warn where they differ. Collective; costs one pass over them.
+
+    Args:
+        params: Of an optimizer that is not attached.
+        device: Of its state.
+        stacklevel: Of the warning, counted from the caller.
+    """
+    group = ranks.process_group
+    assert group is not None
+    grads = [param.grad for param in params if param.grad is not None]
+    value = agreement.fingerprint({"": fingerprints([grad for grad in grads if grad.layout == torch.strided])})
+    extremes = torch.tensor([value, -value], device=None if dist.get_backend(group) == "gloo" else device)
+    for one in ranks.groups:
+        dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=one)
+    most, minus_least = extremes.tolist()
+    if most != -minus_least:
+        warnings.warn(
+            f"gradients differ over the {collectives.world_size(group)} ranks before the second update: nothing "
+            "averages them, and each rank updates its share by its own gradients alone. Call "
+            "optimizer.attach(model) before training, use dist_adamw.prepare, or wrap the model in "
+            "DistributedDataParallel. Ranks that train apart on purpose need shard=False.",
+            stacklevel=stacklevel + 1,
+        )
+
+
+def reads_compiled(model: nn.Module | None, compiled: type | tuple[()]) -> bool:
+    """Return whether a compiled module is in ``model``: it would be recompiled for parameters of another class. Local.
+
+    Args:
+        compiled: torch._dynamo's class of such modules; () where it was never imported.
+    """
+    if model is None:
+        return False
+    return any(isinstance(m, compiled) or m._compiled_call_impl is not None for m in model.modules())

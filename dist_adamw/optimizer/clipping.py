@@ -1,0 +1,117 @@
+"""The global norm of gradients that ranks have divided among them, and clipping by it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dist_adamw.optimizer.kernels.foreach import norm_parts, sum_of_squares
+from dist_adamw.optimizer.sharding.schemes import Ranks
+from dist_adamw.optimizer.sharding.shard import Shard
+from dist_adamw.ranks import collectives
+
+BucketGradients = list[list[Tensor | None]]  # of a shard: bucket by bucket, what this rank owns
+ByAxes = dict[Any, Tensor]  # by `Shard.shard_axes`: what is divided among the same ranks
+
+
+def clip_factor(norm: Tensor, max_norm: float) -> Tensor:
+    """Return the factor for gradients, 0-d fp32. The constant is torch.nn.utils.clip_grad_norm_'s."""
+    return (max_norm / (norm + 1e-6)).clamp(max=1.0).to(torch.float32)
+
+
+def squares_on_this_rank(shards: Sequence[Shard], grads: Sequence[BucketGradients]) -> ByAxes:
+    """The sum of squares of this rank's gradients, 0-d fp64. Local."""
+    device = shards[0].steps.device
+    owned: dict[Any, list[Tensor]] = {}
+    for shard, buckets in zip(shards, grads, strict=True):
+        found = [grad for bucket in buckets for grad in bucket if grad is not None]
+        owned.setdefault(shard.shard_axes, []).extend(found)
+    zero = torch.zeros((), dtype=torch.float64, device=device)
+    return {axes: sum_of_squares(found).to(device) if found else zero.clone() for axes, found in owned.items()}
+
+
+def global_norm(squares: ByAxes, ranks: Ranks) -> Tensor:
+    """The norm of all elements of all gradients, each counted once, 0-d fp64. Collective.
+
+    Args:
+        squares: As `squares_on_this_rank` returns; changed.
+    """
+    total = torch.zeros_like(next(iter(squares.values())))
+    for axes, of_these in squares.items():
+        for group in ranks.dividing(axes):
+            collectives.all_reduce_sum(of_these, group)
+        total += of_these
+    return total.sqrt()
+
+
+def non_zeros_on_this_rank(shards: Sequence[Shard], grads: Sequence[BucketGradients]) -> ByAxes:
+    """Whether any of this rank's gradients has an element that is not 0, 0-d int32. Local."""
+    found_of: ByAxes = {}
+    for shard, buckets in zip(shards, grads, strict=True):
+        zero = torch.zeros((), dtype=torch.int32, device=shard.steps.device)
+        found = found_of.setdefault(shard.shard_axes, zero)
+        for bucket in buckets:
+            for grad in bucket:
+                if grad is not None:
+                    torch.maximum(found, grad.any().to(found), out=found)
+    return found_of
+
+
+def are_all_zero(non_zeros: ByAxes, ranks: Ranks) -> bool:
+    """Return whether every element of every rank's gradients is 0. Collective.
+
+    Args:
+        non_zeros: As `non_zeros_on_this_rank` returns; changed.
+    """
+    for axes, found in non_zeros.items():
+        for group in ranks.dividing(axes):
+            dist.all_reduce(found, op=dist.ReduceOp.MAX, group=group)
+    return not any(map(bool, non_zeros.values()))
+
+
+def clip_owned_(
+    shards: Sequence[Shard],
+    chosen: Collection[int],
+    others: list[Tensor],
+    *,
+    max_norm: float,
+    norm_type: float,
+    group: dist.ProcessGroup,
+    device: torch.device,
+) -> Tensor:
+    """Clip gradients in place by their norm over all ranks. Collective over ``group``.
+
+    Args:
+        shards: Have this rank's gradients.
+        chosen: Ids of the parameters to look at.
+        others: Gradients that are whole on every rank, to be clipped with them.
+        max_norm: The norm is scaled down to this.
+        norm_type: The p of the norm; may be inf.
+        group: The ranks that divide the gradients.
+        device: Where to compute if no gradient is on this rank.
+
+    Returns:
+        The norm before clipping, 0-d fp32.
+    """
+    owned = []
+    for shard in shards:
+        for k, bucket in enumerate(shard.owned_grads()):
+            for piece, grad in zip(shard.owned_pieces(k), bucket, strict=True):
+                if grad is not None and id(shard.params[piece.param]) in chosen:
+                    owned.append(grad)
+    is_largest = norm_type == math.inf
+    total = norm_parts(owned, norm_type) if owned else torch.zeros((), dtype=torch.float64, device=device)
+    dist.all_reduce(total, op=dist.ReduceOp.MAX if is_largest else dist.ReduceOp.SUM, group=group)
+    if others:
+        theirs = norm_parts(others, norm_type).to(total.device)
+        total = torch.maximum(total, theirs) if is_largest else total + theirs
+    norm = total if is_largest else total.pow(1.0 / norm_type)
+    for grads in (owned, others):
+        if grads:
+            torch._foreach_mul_(grads, clip_factor(norm, max_norm))
+    return norm.to(torch.float32)

@@ -1,0 +1,215 @@
+"""torch's state dicts, copies and pickles of an optimizer whose state is sharded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dist_adamw.optimizer.sharded_optimizer import OPTIONS, ShardedOptimizer
+from dist_adamw.optimizer.sharding.shard import MASTERS, MOMENTS, peek
+from dist_adamw.optimizer.sharding.watched_state import WatchedState
+from dist_adamw.optimizer.state_dict import (
+    check_entries,
+    check_share,
+    describe_share,
+    gather_state,
+    is_being_wrapped,
+    stamps_of,
+)
+
+StateDict = dict[str, Any]
+
+
+class SavableOptimizer(ShardedOptimizer):
+    """State dicts as torch's optimizers give them, whole; and the share of this rank, for pickles and copies."""
+
+    @torch.no_grad()
+    def wait(self) -> None:
+        """Wait until every parameter has its new value.
+
+        Needed only with ``defer_gather``, and then only before parameters are read in a way that
+        passes by Python: an address taken before `step`, a ``torch.jit.ScriptModule``, a collective
+        that is given the parameter itself.
+        """
+        self._pending.wait()
+
+    def announce_save(self) -> None:
+        """Raise where, after `attach`, a rank goes on with training and does not save (gloo). Collective.
+
+        Raises:
+            AgreementError: names the rank and what it does. On every rank.
+        """
+        if self._path is not None:
+            self._path.announce_save()
+
+    def state_dict(self) -> StateDict:
+        """The state as torch's optimizers give it: all of it, in the parameters' shapes. Local.
+
+        It loads into ``torch.optim.AdamW`` and the other way round, and into a `DistAdamW` on any number of ranks.
+        When the state is sharded, this rank has 1/W of it: call `consolidate_state_dict` before, on every rank.
+
+        Raises:
+            RuntimeError: the state is sharded, and this rank has not consolidated it since it last changed.
+        """
+        if not self._has_a_share or is_being_wrapped():
+            return self._share_state_dict()
+        whole = self._whole_state()
+        state_dict = super().state_dict()
+        params = {param: i for i, param in enumerate(self._all_params())}
+        state_dict["state"] = {params[param]: dict(state) for param, state in whole.items() if param in params}
+        return state_dict
+
+    @property
+    def _has_a_share(self) -> bool:
+        return bool(self.shards) and self.shards[0].process_group is not None
+
+    def _share_state_dict(self) -> StateDict:
+        """`state_dict` of what this rank owns; of a share ``"share"`` says which, and ``state`` has it 1-D. Local."""
+        self._follow_alone()
+        state_dict = super().state_dict()
+        state_dict["state"] = {key: dict(entry) for key, entry in state_dict["state"].items()}
+        if (share := describe_share(self.shards, self._all_params())) is not None:
+            state_dict["share"] = share
+        return state_dict
+
+    def consolidate_state_dict(self, to: int | None = 0) -> None:
+        """Copy the whole state to one rank, for its next `state_dict`. Collective when sharded, else nothing.
+
+        As ``torch.distributed.optim.ZeroRedundancyOptimizer`` has it: call it on every rank, then ``state_dict()`` on
+        rank ``to``. The copy is in host memory, 8 bytes for each fp32 parameter (12 with masters), until the next
+        update; `dist_adamw.save` writes the same without it.
+
+        Args:
+            to: The receiving rank, counted among those that share the state. None: every rank.
+
+        Raises:
+            ValueError: there is no such rank.
+        """
+        self.wait()
+        self.announce_save()
+        ranks = self._ranks.place[1]
+        if to is not None and not 0 <= to < ranks:
+            raise ValueError(f"to must be a rank from 0 to {ranks - 1}, or None for every rank, got {to!r}.")
+        self.follow()
+        if self._has_a_share:
+            self._consolidated = gather_state(self.shards, to, self.state)
+
+    def _whole_state(self) -> dict[Tensor, StateDict]:
+        """Return what `consolidate_state_dict` has gathered.
+
+        Raises:
+            RuntimeError: nothing, or state has changed since, or another rank has it.
+        """
+        rank, ranks = self._ranks.place
+        known = self._consolidated
+        if known is not None and known.stamps == stamps_of(self.shards, self.state) and not self._differs():
+            if known.states is not None:
+                return known.states
+            problem = f"the state was consolidated on rank {known.to}, and this is rank {rank}"
+        else:
+            problem = (
+                f"rank {rank} of {ranks} has its own share of the state, which was not consolidated since it changed"
+            )
+        raise RuntimeError(
+            f"{problem}. Call optimizer.consolidate_state_dict(to=<rank>) on every rank, and then state_dict() on that "
+            "rank; or save with dist_adamw.save on every rank (accelerator.save_state does after dist_adamw.prepare, "
+            "Trainer after prepare_trainer); or make DistAdamW(shard=False), which has whole state on every rank."
+        )
+
+    def load_state_dict(self, state_dict: StateDict) -> None:
+        """Load what `state_dict`, or ``torch.optim.AdamW``'s, returned. Local.
+
+        Of a whole state this rank keeps its share.
+
+        Raises:
+            ValueError: groups or shapes do not match, or it is another rank's share. The
+                optimizer is as it was then.
+        """
+        self._check_loadable(state_dict)
+        self.wait()
+        super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
+        saved = [i for group in state_dict["param_groups"] for i in group["params"]]
+        for i, param in zip(saved, self._all_params(), strict=True):  # torch has rounded all to the parameter's dtype
+            given = state_dict["state"].get(i, {})
+            self.state[param].update({key: given[key] for key in (*MOMENTS, *MASTERS) if key in given})
+            if not self.state[param]:
+                del self.state[param]
+        self._reset()
+        if self._path is not None:
+            self._path.forget_layout()
+        self._adopt(state_dict.get("share"))
+
+    def _check_loadable(self, state_dict: StateDict) -> None:
+        if (share := state_dict.get("share")) is not None:
+            self._check_share(share)
+        check_entries(state_dict, self._all_params())
+
+    def _check_share(self, share: Mapping[str, Any]) -> None:
+        wanted = self._wanted()
+        reduces_every_backward = wanted.reduces_every_backward
+        check_share(share, self._all_params(), wanted.ranks.place, self.bucket_numel, reduces_every_backward)
+
+    def _lay_out(self, params: Iterable[Tensor]) -> None:
+        """Forget all state, and lay out zeros for ``params``, which are then filled in. Local.
+
+        `recount` when that is done. Every rank lays out the same parameters in the same order.
+        """
+        self.wait()
+        self.state.clear()
+        self._reset()
+        if self._path is not None:
+            self._path.forget_layout()
+        self._init_state(params)
+
+    def _adopt(self, share: Mapping[str, Any] | None) -> None:
+        """Lay out what is in ``self.state``: whole state, or this rank's share."""
+        # The caller's tensors stay the caller's: shards are shown in those that are found in ``state``.
+        ours = {
+            param: {key: value.detach() if isinstance(value, Tensor) else value for key, value in entry.items()}
+            for param, entry in self.state.items()
+        }
+        self.state = WatchedState.of(self._accesses, ours)
+        params = self._all_params()
+        if share is None:
+            self._init_state([param for param in params if peek(self.state, param)])
+        else:
+            for members in share["shards"]:
+                self._init_state([params[i] for i in members], are_shares=True)
+        self.recount()
+
+    def recount(self) -> None:
+        """Set `updates` to what state says, after a load or replays of a CUDA graph. Waits for the device. Local."""
+        self._outcome.updates = max((int(shard.steps.max()) for shard in self.shards), default=0)
+        self._scheme.forget_counts()
+        self._consolidated = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.wait()
+        self._follow_alone()
+        options = {name: getattr(self, name) for name in OPTIONS}
+        return {**super().__getstate__(), "options": options, "share": describe_share(self.shards, self._all_params())}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        state = dict(state)
+        share = state.pop("share", None)
+        for name, value in state.pop("options", {}).items():
+            setattr(self, name, value)
+        unpickled = not hasattr(self, "_sharded")  # __init__ has not run
+        if unpickled:
+            self._reset()
+        super().__setstate__(state)
+        for group in self.param_groups:
+            group.setdefault("amsgrad", False)
+            group.setdefault("maximize", False)
+        if unpickled:
+            if share is not None:
+                self._check_share(share)
+            self._adopt(share)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        if self._mesh is not None:
+            raise ValueError("a DistAdamW with a mesh cannot be pickled or copied. Use state_dict().")
+        return super().__reduce_ex__(protocol)

@@ -1,0 +1,318 @@
+"""A torch optimizer whose state lies in shards, which follow what the user does to ``param_groups`` and ``state``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.optim.optimizer import Optimizer
+
+from dist_adamw.optimizer.gradients.reducer import GradientPath
+from dist_adamw.optimizer.kernels.foreach import DecayBy
+from dist_adamw.optimizer.options import OptionsDigest, describe_options
+from dist_adamw.optimizer.outcome import Outcome
+from dist_adamw.optimizer.pending import PendingBuckets
+from dist_adamw.optimizer.sharding.rank_comparison import RankComparison
+from dist_adamw.optimizer.sharding.schemes import (
+    OwnSharding,
+    PartitionSharding,
+    Ranks,
+    ShardingScheme,
+    detect_scheme,
+)
+from dist_adamw.optimizer.sharding.shard import Shard
+from dist_adamw.optimizer.sharding.sharded_state import ShardedState, Wanted
+from dist_adamw.optimizer.sharding.user_changes import AMSGRAD_CHANGED, Changes, check_new_state
+from dist_adamw.optimizer.sharding.watched_state import AccessRecord
+from dist_adamw.optimizer.state_dict import WholeState
+from dist_adamw.plain_data import plain
+
+OPTIONS = ("decay_by", "max_grad_norm", "shard", "fused", "bucket_numel", "master_dtype", "state_dtype")
+
+
+class ShardedOptimizer(Optimizer):
+    """Following the user: at an update, a save or a load, shards become what ``param_groups`` and ``state`` say.
+
+    Ranks do it together, where they share the state: each asks the others beside its own computation whether they have
+    changes, and nothing is changed before all are known to have made the same.
+    """
+
+    decay_by: DecayBy
+    max_grad_norm: float | None
+    shard: bool | str
+    fused: bool | None
+    bucket_numel: int | None
+    master_dtype: torch.dtype | None
+    state_dtype: torch.dtype | None
+    # Of an unpickled optimizer, whose __init__ has not run.
+    _tag = 0
+    _mesh: DeviceMesh | None = None
+    _path: GradientPath | None = None
+
+    def _reset(self) -> None:
+        """Forget the layout and what happened so far."""
+        if not hasattr(self, "_accesses"):
+            self._accesses = AccessRecord()  # of the user to ``self.state``
+        self._sharded = ShardedState(self._accesses)
+        self._scheme: ShardingScheme = OwnSharding(self._mesh)
+        self._comparison = RankComparison()
+        self._options_digest = OptionsDigest()
+        self._outcome = Outcome()
+        self._pending = PendingBuckets()
+        self._consolidated: WholeState | None = None  # until state changes
+
+    @property
+    def shards(self) -> list[Shard]:
+        """The state on this rank. Local."""
+        return self._sharded.shards
+
+    @property
+    def process_group(self) -> dist.ProcessGroup | None:
+        """The ranks that share the state; None when nothing is sharded. Local."""
+        return self._ranks.process_group
+
+    @property
+    def replica_group(self) -> dist.ProcessGroup | None:
+        """The ranks that own the same elements as this one, in other copies of the state. Local."""
+        return self._ranks.replica_group
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of optimizer state on this rank, padding included. Local."""
+        return sum(shard.nbytes for shard in self.shards)
+
+    @property
+    def _ranks(self) -> Ranks:
+        return Ranks(None, None, self._mesh) if self.shard is False else self._scheme.ranks()
+
+    @property
+    def _is_partitioned(self) -> bool:
+        return isinstance(self._scheme, PartitionSharding)
+
+    def _all_params(self) -> list[Tensor]:
+        return [param for group in self.param_groups for param in group["params"]]
+
+    def _wanted(self) -> Wanted:
+        return Wanted(
+            self.param_groups,
+            self.state,
+            self._ranks,
+            self.bucket_numel,
+            self._path is not None and self._path.into_shard,
+            self._tag,
+            self.master_dtype,
+            self.state_dtype,
+        )
+
+    # ---------------------------------------------------------------- follow the user
+
+    def follow(self) -> None:
+        """Do what the user's changes to ``param_groups``, ``state`` and weights mean, as `step` would. Collective.
+
+        `dist_adamw.save` calls it, so that what is saved is what the model and the optimizer show.
+
+        Raises:
+            ValueError: something in ``state`` is no state of its parameter. Nothing has been changed then.
+            AgreementError: ranks have made other changes. On every rank.
+        """
+        self._pending.wait()
+        if not self._is_partitioned:
+            if self._sharded.is_laid_out:
+                self._apply_changes(self._differs(), newcomers=False)
+                self._settle()
+            else:
+                self._place_newcomers(gradients=False)
+        for shard in self.shards:
+            shard.follow_weights()
+
+    def _differs(self) -> bool:
+        """Return whether the user has changed something since the last update. Local."""
+        return not self._is_partitioned and self._sharded.differs(self._wanted())
+
+    def _follow(self, changed: bool, *, is_agreed: bool = False) -> None:
+        """Follow the user's changes, and give places to parameters that have their first gradient. Collective.
+
+        Args:
+            changed: Whether `_differs` on this rank.
+            is_agreed: Whether the ranks are known to have made the same changes.
+        """
+        if self._is_partitioned:
+            self._follow_partitions()
+        elif self._sharded.is_laid_out:
+            self._apply_changes(changed, newcomers=True, is_agreed=is_agreed)
+        else:
+            if not is_agreed:
+                self._ask(bool(self.state), gradients=True)
+                self._settle()  # the user may have put something into ``state`` that is none, on one rank
+            self._place_newcomers()
+
+    def _follow_alone(self) -> None:
+        """Follow the user's changes without the other ranks. Local.
+
+        Raises:
+            RuntimeError: ranks must do it together.
+            ValueError: the user put something into ``state`` that is no state of its parameter.
+        """
+        if self._is_partitioned:
+            return
+        if not self._sharded.is_laid_out:
+            check_new_state(self.param_groups, self.state, ())
+            return
+        for shard in self.shards:
+            shard.follow_weights()
+        if not self._differs():
+            self._check_amsgrad()
+            return
+        if self.process_group is None:
+            self._apply_changes(True, newcomers=False)
+            return
+        changes = self._find_changes()
+        is_changed = changes.removed or changes.reset or changes.given
+        if is_changed or self._sharded.is_rearranged(changes, self._wanted()):
+            raise RuntimeError(
+                "param_groups or state were changed since the last update, and ranks follow that together: at the next "
+                "step(), or in dist_adamw.save. Call one of them before state_dict()."
+            )
+
+    def _apply_changes(self, changed: bool, *, newcomers: bool, is_agreed: bool = False) -> None:
+        """Follow the user's changes; where state is sharded, once all ranks are known to have made the same.
+
+        Args:
+            changed: Whether `_differs` on this rank.
+            newcomers: Give places to parameters with a first gradient, too.
+            is_agreed: Whether the ranks are known to have made the same changes.
+        """
+        sharded = self._sharded
+        sharded.check_process_group(self.process_group)
+        if newcomers and not changed:
+            changed = sharded.has_first_gradients()
+        if not is_agreed:
+            self._ask(changed, gradients=newcomers)
+        changes = (self._settle() or self._find_changes()) if changed else None
+        if changes is not None:
+            wanted = self._wanted()
+            sharded.take_from_state(changes, wanted)
+            sharded.drop_zeros(changes, wanted)
+            sharded.keep(changes.kept)
+            self._place_newcomers(gradients=newcomers)
+            sharded.rearrange(changes, wanted)
+        if sharded.refresh_moved(self.state):
+            changed = True
+        if changed:
+            self._consolidated = None
+            sharded.remember(self._wanted())
+        self._check_amsgrad()
+
+    def _check_amsgrad(self) -> None:
+        if self._sharded.has_amsgrad_changed:
+            self._settle()  # on one rank alone, it is a disagreement
+            raise RuntimeError(AMSGRAD_CHANGED)
+
+    def _follow_partitions(self) -> None:
+        """DeepSpeed shows its partitions one after the other, so what is in the groups is not all there is. Local."""
+        seen = self._sharded.seen
+        if self.shards and seen is not None and self.state is not seen.state:
+            params = [param for shard in self.shards for param in shard.params]
+            self._sharded = ShardedState(self._accesses)
+            self._scheme.forget_counts()
+            self._init_state(params)
+        present = self._scheme.present(self.shards, self.param_groups)
+        self._sharded.refresh([shard for shard in present if shard.has_moved()], self.state)
+        self._place_newcomers()
+
+    # ---------------------------------------------------------------- ask the other ranks
+
+    def _ask(self, changed: bool, *, gradients: bool) -> None:
+        """Ask the other ranks for changes, and for their hyper-parameters. Collective; waits for no answer.
+
+        Args:
+            changed: Whether there are changes on this rank.
+            gradients: Ask them also which parameters have a gradient: whole ones are averages, on every rank alike.
+        """
+        if groups := self._ranks.comparing():
+            without = [i for i, p in enumerate(self._all_params()) if p.grad is None] if gradients else None
+            self._comparison.ask(changed, self._digest_options(), groups, without_gradient=without)
+
+    def _settle(self) -> Changes | None:
+        """Before anything is changed or sent: whether ranks are alike. Collective.
+
+        Returns:
+            This rank's changes, if some rank has any.
+
+        Raises:
+            AgreementError: some rank has other changes, or other hyper-parameters. On every rank.
+        """
+        try:
+            return self._compare() if self._comparison.is_answered_yes() else None
+        finally:
+            self._comparison.close()
+
+    def _compare(self) -> Changes:
+        options = {name: plain(getattr(self, name)) for name in OPTIONS} | describe_options(self.param_groups)
+        return self._comparison.compare(self._find_changes, options, self._ranks.comparing())
+
+    def _find_changes(self) -> Changes:
+        are_local = self._path is not None and not self._path.is_whole
+        return self._sharded.find_changes(self._wanted(), are_local=are_local)
+
+    def _digest_options(self) -> int:
+        limit = -1.0 if self.max_grad_norm is None else self.max_grad_norm
+        more = (limit, self.decay_by == "lr", self.fused is None, bool(self.fused))
+        return self._options_digest.of(self.param_groups, more)
+
+    # ---------------------------------------------------------------- lay out state
+
+    def _shards_by_now(self) -> list[Shard]:
+        """The shards; of every parameter that requires a gradient where there were none. Local."""
+        self._pending.wait()
+        if not self._sharded.is_laid_out:
+            self._place_newcomers()
+        self._sharded.follow_device()
+        return self.shards
+
+    def _place_newcomers(self, *, gradients: bool = True) -> None:
+        """Lay out the state of parameters that need some and have none, see `ShardedState.newcomers`. Local."""
+        if newcomers := self._sharded.newcomers(self._wanted(), gradients=gradients):
+            self._init_state(newcomers)
+
+    def _init_state(self, params: Iterable[Tensor], *, are_shares: bool = False) -> None:
+        """Lay out the state of ``params``, from ``self.state`` where it has some, else zeros. Local.
+
+        Every rank lays out the same parameters in the same order.
+
+        Args:
+            are_shares: What ``self.state`` has is this rank's share, not the whole.
+
+        Raises:
+            RuntimeError: an engine's parameters came to a sharded optimizer, or would be clipped by the norm of a part;
+                or ``shard=True`` on one rank.
+        """
+        chosen = self._sharded.unplaced(params)
+        self._detect_engine_sharding(chosen)
+        is_own = isinstance(self._scheme, OwnSharding)
+        if chosen and self.shard is True and is_own and self.process_group is None:
+            raise RuntimeError(
+                "shard=True, but there is one rank or torch.distributed is not initialised. "
+                "Launch several ranks, or leave shard='auto'."
+            )
+        self._sharded.add(chosen, self._wanted(), are_shares=are_shares)
+        self._consolidated = None
+
+    def _detect_engine_sharding(self, chosen: set[int]) -> None:
+        params = (param for param in self._all_params() if id(param) in chosen)
+        scheme = detect_scheme(params, self, self._scheme)
+        if scheme is not self._scheme and any(shard.process_group is not None for shard in self.shards):
+            raise RuntimeError(
+                "parameters that an engine has sharded came to an optimizer that shares others' state over the ranks "
+                "itself. Give each kind an optimizer of its own."
+            )
+        self._scheme = scheme
+        if self._is_partitioned and self.max_grad_norm is not None:
+            raise RuntimeError(
+                f"max_grad_norm={self.max_grad_norm} would clip each of the engine's partitions by its own norm. "
+                'Set "gradient_clipping" in the DeepSpeed configuration and leave max_grad_norm=None; '
+                "dist_adamw.prepare does it for you."
+            )

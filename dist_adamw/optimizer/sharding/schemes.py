@@ -1,0 +1,192 @@
+"""Who divides optimizer state among ranks: DistAdamW, or the engine that has sharded the parameters."""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.optim import Optimizer
+
+from dist_adamw.optimizer.sharding.dtensors import is_dtensor
+from dist_adamw.optimizer.sharding.shard import Shard
+from dist_adamw.ranks import collectives
+
+Groups = Sequence[dict[str, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Ranks:
+    """The ranks that an optimizer works with.
+
+    Attributes:
+        process_group: Those that divide the state among them; None where nothing is divided here.
+        replica_group: Those that own the same elements, in other copies of the state.
+        mesh: The user's mesh of both.
+    """
+
+    process_group: dist.ProcessGroup | None
+    replica_group: dist.ProcessGroup | None
+    mesh: DeviceMesh | None
+
+    @property
+    def groups(self) -> list[dist.ProcessGroup]:
+        """The groups there are: what goes over one after the other has gone over all ranks."""
+        return [group for group in (self.process_group, self.replica_group) if group is not None]
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """This rank, and the number of ranks, among those that divide the state."""
+        group = self.process_group
+        return (0, 1) if group is None else (collectives.rank(group), collectives.world_size(group))
+
+    def averaged(self) -> list[int]:
+        """The global ranks over which gradients are averaged: all of the mesh. Local."""
+        if self.mesh is not None:
+            return sorted(int(rank) for rank in self.mesh.mesh.flatten())
+        return sorted(dist.get_process_group_ranks(dist.group.WORLD))
+
+    def comparing(self) -> list[dist.ProcessGroup]:
+        """Groups of the ranks that must make the same changes, which can reduce a tensor of the host. Collective."""
+        if self.process_group is None:
+            return []
+        if collectives.serves_host(self.process_group):
+            return self.groups
+        host = collectives.host_group() if self.mesh is None else None
+        return [] if host is None else [host]
+
+    def dividing(self, shard_axes: tuple[Any, ...] | None) -> list[dist.ProcessGroup]:
+        """The groups whose ranks divide the elements of a shard among them, see `Shard.shard_axes`. Local."""
+        if shard_axes is None:
+            return [] if self.process_group is None else [self.process_group]
+        mesh, axes = shard_axes
+        return [mesh.get_group(axis) for axis in axes]
+
+
+class ShardingScheme:
+    """State that an engine has divided: this rank updates what it finds, and sends nothing.
+
+    Args:
+        mesh: The user's; of an engine's state nothing is asked of it.
+    """
+
+    def __init__(self, mesh: DeviceMesh | None) -> None:
+        self.mesh = mesh
+
+    def ranks(self) -> Ranks:
+        """The ranks to work with, as ``torch.distributed`` is now. Local."""
+        return Ranks(None, None, self.mesh)
+
+    def present(self, shards: list[Shard], groups: Groups) -> list[Shard]:
+        """The shards of the parameters that are in ``groups`` now. Local."""
+        return shards
+
+    def count_update(self, updates: int, shards: Sequence[Shard]) -> int:
+        """The number of applied updates once ``shards`` have had one more. Local."""
+        return updates + 1
+
+    def forget_counts(self) -> None:
+        """Counts are read from the shards again. Local."""
+
+    def describe(self, ranks: Ranks) -> str:
+        """Where state is, for people. Local."""
+        raise NotImplementedError
+
+
+class OwnSharding(ShardingScheme):
+    """State that DistAdamW divides among the ranks of ``mesh``, or all ranks."""
+
+    def ranks(self) -> Ranks:
+        """The ranks to work with, as ``torch.distributed`` is now. Local."""
+        if not collectives.initialized():
+            return Ranks(None, None, self.mesh)
+        mesh = self.mesh
+        group = dist.group.WORLD if mesh is None else mesh.get_group(mesh.ndim - 1)
+        if collectives.world_size(group) == 1:
+            return Ranks(None, None, mesh)
+        replicas = None if mesh is None or mesh.ndim == 1 else mesh.get_group(0)
+        if replicas is not None and collectives.world_size(replicas) == 1:
+            replicas = None
+        return Ranks(group, replicas, mesh)
+
+    def describe(self, ranks: Ranks) -> str:
+        """Where state is, for people. Local."""
+        if ranks.process_group is None:
+            return "state whole on this rank"
+        return f"state sharded over {ranks.place[1]} ranks"
+
+
+class DTensorSharding(ShardingScheme):
+    """State that lies as the parameters do, which are DTensors (FSDP2)."""
+
+    def describe(self, ranks: Ranks) -> str:
+        """Where state is, for people. Local."""
+        return "state shared out as the parameters are, which are DTensors"
+
+
+class PartitionSharding(ShardingScheme):
+    """State of DeepSpeed's flat fp32 partitions, which it puts into the groups one after the other."""
+
+    def __init__(self, mesh: DeviceMesh | None) -> None:
+        super().__init__(mesh)
+        self._updates_of: dict[int, int] = {}  # by id of shard
+
+    def present(self, shards: list[Shard], groups: Groups) -> list[Shard]:
+        """The shards of the partitions that are in ``groups`` now. Local."""
+        here = {id(param) for group in groups for param in group["params"]}
+        return [shard for shard in shards if id(shard.params[0]) in here]
+
+    def count_update(self, updates: int, shards: Sequence[Shard]) -> int:
+        """An update is counted with the first partition that has had as many; the others follow. Local."""
+        for shard in shards:
+            if id(shard) not in self._updates_of:
+                self._updates_of[id(shard)] = int(shard.steps.max())
+            self._updates_of[id(shard)] += 1
+            updates = max(updates, self._updates_of[id(shard)])
+        return updates
+
+    def forget_counts(self) -> None:
+        """Counts are read from the shards again. Local."""
+        self._updates_of.clear()
+
+    def describe(self, ranks: Ranks) -> str:
+        """Where state is, for people. Local."""
+        return "state of the partitions that the engine gives this rank"
+
+
+def detect_scheme(params: Iterable[Tensor], optimizer: Optimizer, known: ShardingScheme) -> ShardingScheme:
+    """Detect engine-managed sharding: by DTensors, and by asking DeepSpeed. Local.
+
+    Args:
+        params: Parameters that have no state yet.
+        optimizer: Theirs.
+        known: The scheme of the parameters that have some.
+    """
+    scheme = known
+    for param in params:
+        may_be_partition = not isinstance(param, nn.Parameter) and not isinstance(known, PartitionSharding)
+        if is_dtensor(param):
+            if not isinstance(scheme, DTensorSharding):
+                scheme = DTensorSharding(known.mesh)
+        elif may_be_partition and engine_that_shards(optimizer):
+            return PartitionSharding(known.mesh)
+    return scheme
+
+
+def engine_that_shards(optimizer: Optimizer) -> Any:
+    """The optimizer of DeepSpeed that steps ``optimizer`` on its own partitions; None without one. Local.
+
+    DeepSpeed puts its flat fp32 partitions into the groups of the optimizer that it is given, and says so nowhere but
+    by keeping it. So its own objects are looked through, which takes tenths of a second: ask rarely.
+    """
+    module = sys.modules.get("deepspeed.runtime.base_optimizer")
+    base = getattr(module, "DeepSpeedOptimizer", None)
+    if base is None:
+        return None
+    found = (candidate for candidate in gc.get_objects() if issubclass(type(candidate), base))
+    return next((one for one in found if getattr(one, "optimizer", None) is optimizer), None)
