@@ -31,9 +31,8 @@ import torch.distributed as dist
 from benchmarks import ranks, records
 from benchmarks.engines import OURS, OURS_WITHOUT_DDP, build
 from benchmarks.workloads import WORKLOADS, Workload
-from dist_adamw.optimizer import adamw as optimizer
-from dist_adamw.optimizer.gradients import ddp
-from dist_adamw.optimizer.gradients import reducer as gradients
+from dist_adamw.optimizer import adamw, sharded_optimizer, update
+from dist_adamw.optimizer.gradients import backward, ddp, for_update
 from dist_adamw.optimizer.sharding import shard
 from dist_adamw.optimizer.transport import gloo
 
@@ -43,22 +42,22 @@ WAIT = "wait"
 # What is wrapped: label, owner, attribute. Waiting is told apart by who waits.
 PARTS: list[tuple[str, Any, str]] = [
     ("backward: DDP's hook", ddp.DDPReducer, "reduce"),
-    ("backward: hooks of parameters", gradients.GradientPath, "_look_into_inbox"),
-    ("backward: its end", gradients.GradientPath, "_after_backward"),
-    ("backward: watch for changes", gradients.GradientPath, "_watch"),
+    ("backward: hooks of parameters", backward.BackwardPasses, "look_at_arrivals"),
+    ("backward: its end", backward.BackwardPasses, "_after_backward"),
+    ("backward: watch for changes", backward.BackwardPasses, "_begin_watch"),
     ("reduce: start", gloo.GlooTransport, "start_reduce"),
     ("reduce: finish", gloo.GlooTransport, "finish_reduce"),
     ("reduce: averaging", gloo.GlooTransport, "_average"),
-    ("step: complete", gradients.GradientPath, "complete"),
-    ("step: arrive", gradients.GradientPath, "arrive"),
-    ("step: prepare_shards", optimizer.DistAdamW, "_prepare_shards"),
+    ("step: complete", for_update.UpdateGradients, "complete"),
+    ("step: arrive", for_update.UpdateGradients, "arrive"),
+    ("step: follow the user", sharded_optimizer.ShardedOptimizer, "_follow"),
     ("step: owned_grads", shard.Shard, "owned_grads"),
-    ("step: AdamW", optimizer, "adamw_update_"),
+    ("step: AdamW", update, "adamw_update_"),
     ("gather: start", gloo.GlooTransport, "start_gather"),
     ("gather: finish", gloo.GlooTransport, "finish_gather"),
-    ("discard", gradients.GradientPath, "discard"),
+    ("discard", backward.BackwardPasses, "discard"),
     (WAIT, dist.Work, "wait"),
-    ("step: rest", optimizer.DistAdamW, "step"),
+    ("step: rest", adamw.DistAdamW, "step"),
 ]
 Times = dict[str, tuple[float, float]]  # by label: wall, CPU
 

@@ -225,7 +225,7 @@ class DistAdamW(AttachedOptimizer):
             skips_by_itself = all(is_fused(shard, self.fused) for shard in shards)  # foreach arithmetic does not
             if not skips_by_itself and outcome.was_skipped:
                 if self._path is not None:
-                    self._path.used()
+                    self._path.update.used()
                 return loss
         self._consolidated = None
         for shard, buckets in zip(shards, grads, strict=True):
@@ -233,7 +233,7 @@ class DistAdamW(AttachedOptimizer):
                 shard.count_update(outcome.found_inf)
                 self._update(shard, buckets, clip)
         if self._path is not None:
-            self._path.used()
+            self._path.update.used()
         if capturing:
             outcome.forget_captured()
         return loss

@@ -14,8 +14,8 @@ from dist_adamw.optimizer import attaching
 from dist_adamw.optimizer.clipping import (
     clip_owned_,
 )
+from dist_adamw.optimizer.gradients.path import GradientPath
 from dist_adamw.optimizer.gradients.paths import end_unless_everywhere, gather_from_owners
-from dist_adamw.optimizer.gradients.reducer import GradientPath
 from dist_adamw.optimizer.options import (
     describe_groups,
 )
@@ -48,10 +48,10 @@ class AttachedOptimizer(SavableOptimizer):
             return True
         if self._path.is_whole:
             self._follow(changed)
-            return self._path.take_whole()
+            return self._path.update.take_whole()
         group = self.process_group
         assert group is not None
-        if not self._path.complete(
+        if not self._path.update.complete(
             group,
             self.replica_group,
             has_changes=changed,
@@ -59,8 +59,8 @@ class AttachedOptimizer(SavableOptimizer):
             check_changes=self._compare,
         ):
             return False
-        self._follow(changed, is_agreed=self._path.asks_for_changes)
-        self._path.arrive()
+        self._follow(changed, is_agreed=self._path.update.asks_for_changes)
+        self._path.update.arrive()
         return True
 
     def _warn_of_local_gradients(self) -> None:
@@ -155,7 +155,7 @@ class AttachedOptimizer(SavableOptimizer):
                 self._shards_by_now,
                 self.gather_gradients,
                 overlap=overlap,
-                into_shard=reduce_every_backward,
+                reduce_every_backward=reduce_every_backward,
             )
             self._tag = attaching.new_tag(ranks)
             for shard in self.shards:
@@ -163,7 +163,7 @@ class AttachedOptimizer(SavableOptimizer):
             self._path.messages.open(ranks.groups, self._tag)
         elif options != {
             "overlap": self._path.overlap,
-            "reduce_every_backward": self._path.into_shard,
+            "reduce_every_backward": self._path.reduce_every_backward,
             "defer_gather": self._defer_gather,
         }:
             raise ValueError("attach() was called before with other options. Pass the same for every module.")
@@ -213,7 +213,7 @@ class AttachedOptimizer(SavableOptimizer):
             group=self.process_group,
             device=self.shards[0].params[0].device if self.shards else params[0].device,
         )
-        self._path.accept_changes()
+        self._path.update.accept_changes()
         return norm
 
     @torch.no_grad()
@@ -231,7 +231,7 @@ class AttachedOptimizer(SavableOptimizer):
         has_gradients = self._collect_gradients()
         self._settle()
         if has_gradients:
-            self._path.make_whole()
+            self._path.update.make_whole()
 
     def accept_gradients(self) -> None:
         """Let gradients be what they are now, after a change that treats all elements alike. Local; on every rank.
@@ -240,12 +240,12 @@ class AttachedOptimizer(SavableOptimizer):
         taken of them is not the model's. Clamping each element, for example, is right.
         """
         if self._path is not None:
-            self._path.accept_changes()
+            self._path.update.accept_changes()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As torch's; what `attach` has reduced is forgotten too. Every rank alike."""
         if self._path is not None:
-            self._path.look_at_siblings()
+            self._path.sources.look_at_siblings()
         super().zero_grad(set_to_none)
         if self._path is not None:
-            self._path.discard(leave_zeros=not set_to_none)
+            self._path.backward.discard(leave_zeros=not set_to_none)

@@ -43,7 +43,7 @@ class SavableOptimizer(ShardedOptimizer):
             AgreementError: names the rank and what it does. On every rank.
         """
         if self._path is not None:
-            self._path.announce_save()
+            self._path.messages.meet_to_save()
 
     def state_dict(self) -> StateDict:
         """The state as torch's optimizers give it: all of it, in the parameters' shapes. Local.

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim.optimizer import Optimizer
 
-from dist_adamw.optimizer.gradients.reducer import GradientPath
+from dist_adamw.optimizer.gradients.path import GradientPath
 from dist_adamw.optimizer.kernels.foreach import DecayBy
 from dist_adamw.optimizer.options import OptionsDigest, describe_options
 from dist_adamw.optimizer.outcome import Outcome
@@ -101,7 +101,7 @@ class ShardedOptimizer(Optimizer):
             self.state,
             self._ranks,
             self.bucket_numel,
-            self._path is not None and self._path.into_shard,
+            self._path is not None and self._path.reduce_every_backward,
             self._tag,
             self.master_dtype,
             self.state_dtype,

@@ -299,7 +299,7 @@ def check_let_go() -> None:
     gc.disable()
     try:
         optimizer.param_groups[0]["params"] = [nn.Parameter(torch.zeros(3))]
-        reducers = [ref for ref in optimizer._path._reducers if ref() is not None]
+        reducers = [weakref.ref(reducer) for reducer in optimizer._path.sources.reducers()]
         assert reducers
         del model
         assert gone() is None

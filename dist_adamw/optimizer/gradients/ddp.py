@@ -31,7 +31,7 @@ _ASIDE = frozenset({"cpu"})
 _gradient_of = operator.itemgetter(1)
 
 
-class Listener(Protocol):
+class BucketListener(Protocol):
     """The part of `GradientPath` that a DDP module uses."""
 
     @property
@@ -166,7 +166,7 @@ class DDPReducer:
             param.device.type in _ASIDE and id(param) in taken for param in self._trained if param.requires_grad
         )
 
-    def add(self, path: Listener, *, aside: bool) -> None:
+    def add(self, path: BucketListener, *, aside: bool) -> None:
         """Serve ``path`` too.
 
         Args:
@@ -185,7 +185,7 @@ class DDPReducer:
     def _gone(self, _: Any) -> None:
         self.drop(None)
 
-    def drop(self, path: Listener | None) -> None:
+    def drop(self, path: BucketListener | None) -> None:
         """Stop serving ``path``, and listeners that are gone."""
         self._listeners = [one for one in self._listeners if one[0]() not in (None, path)]
         self.follow()

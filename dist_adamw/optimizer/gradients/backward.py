@@ -1,0 +1,243 @@
+"""Follow forward and backward passes: send gradients as they come, and watch them until the update."""
+
+from __future__ import annotations
+
+import functools
+import operator
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parameter import is_lazy
+from torch.utils._pytree import tree_leaves
+
+from dist_adamw.optimizer.gradients.ddp import PackedBucket
+from dist_adamw.optimizer.gradients.hooks import WeakHook
+from dist_adamw.optimizer.gradients.messages import RankMessages
+from dist_adamw.optimizer.gradients.record import GradientRecord, OptimizerLink
+from dist_adamw.optimizer.gradients.refusals import left_before_backward
+from dist_adamw.optimizer.gradients.sending import Sender, ShardSender
+from dist_adamw.optimizer.gradients.sources import GradientSources
+
+_gradient = operator.attrgetter("grad")
+
+
+class BackwardPasses:
+    """What hooks on modules and parameters call.
+
+    Args:
+        path: Kept alive while a backward pass runs, and held weakly otherwise.
+        overlap: Send during backward.
+
+    Attributes:
+        is_running: Whether a backward pass is under way that has been heard of.
+    """
+
+    def __init__(
+        self,
+        path: object,
+        link: OptimizerLink,
+        sources: GradientSources,
+        sender: Sender,
+        messages: RankMessages,
+        record: GradientRecord,
+        *,
+        overlap: bool,
+    ) -> None:
+        _exclude_from_compilation()
+        self._path, self._link, self._sources, self._sender = weakref.ref(path), link, sources, sender
+        self._messages, self._record, self._overlap = messages, record, overlap
+        self.is_running = False
+        self._has_heard = False  # whether this backward pass has reached a parameter
+        self._before_pass = (False, False, False, False)  # what a pass that brings no gradient leaves as it was
+
+    # ---------------------------------------------------------------- forward
+
+    def before_forward(self, module: nn.Module, args: Any) -> None:
+        """A forward pass that will have a backward begins."""
+        if not torch.is_grad_enabled():
+            return
+        if isinstance(module, DistributedDataParallel) and module._join_config.enable:
+            raise RuntimeError(
+                "DistributedDataParallel.join() is not supported after DistAdamW.attach(): a rank that has run out of "
+                "data would not send its gradients. Give ranks equally many batches (dist_adamw.prepare does), or do "
+                "without attach()."
+            )
+        with torch.no_grad():
+            self._prepare_gradients()
+
+    def _prepare_gradients(self) -> None:
+        """Let gradients be what backward may add to."""
+        sender, record = self._sender, self._record
+        if self.is_running:  # the last backward was broken off
+            self.is_running = False
+            sender.receive()
+        if not (sender.plan.shards or any(map(is_lazy, self._sources.known))):
+            self._link.shards()  # state that is none is refused here: an error in the middle of backward breaks DDP
+        self.look_for_changes()
+        self._sources.take_arrivals()
+        record.watch.clear()
+        for reducer in self._sources.reducers():
+            reducer.restore_views()
+        if (sender.next or record.late) and not sender.reduces_every_backward:
+            if any(param.grad is not None for param in self._sources.known):
+                sender.reopen()
+            else:
+                self.discard()
+
+    def look_for_changes(self) -> None:
+        """Note that the user has changed gradients since backward. The update tells all ranks: others may not have."""
+        record = self._record
+        record.was_changed = record.was_changed or (record.watch.changed() and self._is_any_nonzero())
+
+    def _is_any_nonzero(self) -> bool:
+        """Whether some gradient is not all zeros. ``model.zero_grad(set_to_none=False)`` is no change to refuse."""
+        return any(bool(grad.any()) for grad in map(_gradient, self._sources.known) if grad is not None)
+
+    def after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Hear of the beginning of the backward pass, in the graph task that ends with it.
+
+        A parameter's hook may run in a smaller one, that of a segment checkpointed with use_reentrant=True.
+        """
+        if torch.is_grad_enabled():
+            for leaf in tree_leaves(output):
+                if isinstance(leaf, Tensor) and leaf.requires_grad:
+                    leaf.register_hook(WeakHook(self, "backward_begins"))  # type: ignore[no-untyped-call]
+
+    # ---------------------------------------------------------------- backward
+
+    def backward_begins(self, grad: Tensor) -> None:
+        """The gradient of an attached module's output is there."""
+        if not self.is_running:
+            self._sources.take_arrivals()  # of a backward pass inside DDP's no_sync
+            if self._sends_now:
+                self._begin()
+
+    @property
+    def _sends_now(self) -> bool:
+        return self._sources.synchronises or self._sender.reduces_every_backward
+
+    def look_at_arrivals(self, param: Tensor) -> None:
+        """Send what has become ready. Hung on some parameters; the others only enter themselves.
+
+        ``param`` itself is entered for the next time: hooks that were registered on it later than this one have not
+        run yet, and may change its gradient.
+        """
+        if not self._sends_now:
+            self._record.filled.discard(id(param))
+            return
+        if not self.is_running:
+            self._begin()
+        self._has_heard = True
+        self._sender.enter(self._sources.take_arrivals())
+        if self._overlap:
+            self._sender.send_ready()
+        self._sources.note_arrival(param)
+
+    def bucket_came(self, packed: PackedBucket | None) -> None:
+        """The gradients of one of DDP's buckets are there; send what can be. Collective."""
+        if not self.is_running:
+            self._begin()
+        self._messages.announce_round()  # also where nothing is sent: DDP waits for its ranks when backward is over
+        if packed is None:
+            return
+        self._sender.enter_bucket(packed)
+        if self._overlap:
+            self._sender.send_ready()
+
+    def _begin(self) -> None:
+        """Once in a backward, before its first gradient: follow the layout, and have autograd call when it is over."""
+        record, sources = self._record, self._sources
+        self._before_pass = (record.has_begun, record.is_whole, record.is_compared, record.has_let_go)
+        self.is_running, self._has_heard, record.has_begun = True, False, True
+        record.is_whole = record.is_compared = record.has_let_go = False
+        _when_backward_is_over(functools.partial(self._after_backward, self._path()))
+        heard = sources.ids
+        self._sender.follow_layout()
+        has_left = sources.ids is not heard and not heard <= sources.known_ids
+        if sources.is_ddp and has_left and sources.has_ddp_aside():
+            raise left_before_backward()
+
+    @torch.no_grad()
+    def _after_backward(self, path: object) -> None:
+        """Send what is left. ``path`` is alive until then."""
+        self.is_running = False
+        sources, sender, record = self._sources, self._sender, self._record
+        if not (self._has_heard or sources.are_buckets or sources.has_arrivals or sources.accumulate_now()):
+            # torch.autograd.grad, of an input say: no gradient is to be sent yet
+            record.has_begun, record.is_whole, record.is_compared, record.has_let_go = self._before_pass
+            return
+        if isinstance(sender, ShardSender):
+            sender.finish_round()
+            return
+        if self._overlap and sources.are_buckets:
+            sender.send_ready(may_wait=True)
+        elif self._overlap and not sources.wait_for_ddp():
+            sender.send_all()
+        sender.receive()
+        # DDP may have its own to do now, so this comes last.
+        _when_backward_is_over(functools.partial(self._begin_watch, path))
+
+    def finish_broken_pass(self) -> None:
+        """Send what a backward pass that raised has left, with the gradients that came before: torch keeps them."""
+        self.is_running = False
+        if isinstance(self._sender, ShardSender):
+            self._sender.finish_round()
+            return
+        if self._overlap and not self._sources.are_buckets:
+            self._sender.send_all()
+        self._sender.receive()
+
+    @torch.no_grad()
+    def _begin_watch(self, path: object) -> None:
+        """Remember the gradients as they are, to see whether they are changed before the update."""
+        sources, sender = self._sources, self._sender
+        if self._overlap and sources.wait_for_ddp():  # it has done its part by now
+            if not sources.are_buckets:
+                sender.send_all()
+            elif all(grad is not None for grad in map(_gradient, sender.plan.params)):
+                sender.send_rest()
+            sender.receive()
+        for reducer in sources.reducers():
+            reducer.note_views()
+        self._record.watch.remember(sources.watched(sender.plan.params))
+        sources.tell_siblings()
+
+    def discard(self, *, leave_zeros: bool = False) -> None:
+        """Forget gradients that arrived: they are not wanted. Every rank alike; after `look_at_siblings`.
+
+        Args:
+            leave_zeros: Put zeros in place of gradients that were let go of: torch counts zeros as a gradient.
+        """
+        record, sender = self._record, self._sender
+        self.is_running = False
+        sender.receive()  # left over from a backward that was broken off
+        self._sources.take_arrivals()
+        record.has_let_go = False
+        self._messages.number += record.has_begun
+        for param in sender.plan.params if record.filled else ():
+            if id(param) in record.filled:  # without a backward pass that reaches it, it has no gradient
+                param.grad = None
+        let_go = record.used | record.in_shard if leave_zeros else ()
+        for param in self._link.params() if let_go else ():
+            if param.grad is None and id(param) in let_go:
+                param.grad = torch.zeros_like(param)
+        record.used.clear()
+        sender.clear()
+        record.late.clear()
+        record.is_compared = record.is_whole = record.was_changed = False
+        sender.begin_round()
+
+
+def _when_backward_is_over(callback: Any) -> None:
+    torch.autograd.Variable._execution_engine.queue_callback(callback)
+
+
+@functools.cache
+def _exclude_from_compilation() -> None:
+    """Keep torch.compile out of the module hooks. When the first path is made, since it imports torch._dynamo."""
+    for name in ("before_forward", "after_forward"):
+        hook = getattr(BackwardPasses, name)
+        setattr(BackwardPasses, name, torch.compiler.disable(hook))  # type: ignore[no-untyped-call]

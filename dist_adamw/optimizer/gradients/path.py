@@ -1,0 +1,168 @@
+"""The way of gradients from backward to the ranks that own them, which `DistAdamW.attach` installs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Set
+
+from torch import Tensor, nn
+
+from dist_adamw.optimizer.gradients.backward import BackwardPasses
+from dist_adamw.optimizer.gradients.ddp import PackedBucket
+from dist_adamw.optimizer.gradients.for_update import UpdateGradients
+from dist_adamw.optimizer.gradients.messages import RankMessages
+from dist_adamw.optimizer.gradients.record import GradientRecord, OptimizerLink
+from dist_adamw.optimizer.gradients.sending import Sender, ShardSender
+from dist_adamw.optimizer.gradients.sources import GradientSources
+from dist_adamw.optimizer.sharding.shard import Shard
+
+
+class GradientPath:
+    """One attached optimizer's gradients, from the modules to the update.
+
+    Args:
+        params: The optimizer's method that gives every parameter, in order.
+        shards: Its method that gives the shards, and builds them if there are none yet.
+        gather: Its method that makes every gradient whole. Collective.
+        overlap: Send during backward.
+        reduce_every_backward: Keep averages in flat memory of the shards, and let go of ``param.grad``.
+
+    Attributes:
+        sources: The modules, and what tells of their gradients.
+        sender: Sends buckets to their owners.
+        backward: What happens in forward and backward passes.
+        update: What the optimizer asks for.
+        messages: Tells other ranks what this one is about to do.
+        record: What has become of the gradients since the last update.
+    """
+
+    def __init__(
+        self,
+        params: Callable[[], list[Tensor]],
+        shards: Callable[[], list[Shard]],
+        gather: Callable[[], None],
+        *,
+        overlap: bool,
+        reduce_every_backward: bool,
+    ) -> None:
+        self.overlap, self.reduce_every_backward = overlap, reduce_every_backward
+        self.messages = RankMessages()
+        self.record = GradientRecord()
+        self._link = OptimizerLink(params, shards, gather)
+        self.sources = GradientSources(self, self._link, self.messages, self.record)
+        kind = ShardSender if reduce_every_backward else Sender
+        self.sender = kind(self._link, self.sources, self.messages, self.record)
+        parts = (self.messages, self.record)
+        self.backward = BackwardPasses(self, self._link, self.sources, self.sender, *parts, overlap=overlap)
+        self.sources.call(self.backward)
+        self.update = UpdateGradients(
+            self, self._link, self.sources, self.sender, self.backward, *parts, overlap=overlap
+        )
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every ``param.grad`` is the average over all ranks, to be taken as it is."""
+        return self.record.is_whole
+
+    def listen(self, model: nn.Module) -> None:
+        """Take the gradients of ``model``, which no other path does then. Local.
+
+        Raises:
+            ValueError: ``model`` is wrapped so that this path cannot serve it.
+        """
+        self.sources.add(model, reduces_every_backward=self.reduce_every_backward)
+
+    def forget_layout(self) -> None:
+        """The shards are not what they were. Local."""
+        self.sources.look_at_siblings()
+        self.backward.discard()
+        self.sender.forget_layout()
+
+    # ---------------------------------------------------------------- for other optimizers' paths
+
+    @property
+    def listening(self) -> Set[int]:
+        """Ids of the parameters whose gradients it takes; replaced when they change."""
+        return self.sources.ids
+
+    @property
+    def is_sending(self) -> bool:
+        """Whether a backward pass is under way that it has heard of."""
+        return self.backward.is_running
+
+    @property
+    def has_let_go(self) -> bool:
+        """Whether an update has used gradients that are in no ``param.grad``."""
+        return self.record.has_let_go
+
+    @property
+    def used_ids(self) -> set[int]:
+        """Ids of the parameters whose gradient that update let go of."""
+        return self.record.used
+
+    def keep_alive(self) -> object:
+        """Return an object that keeps the path and its optimizer alive."""
+        return self, self._link.keep_alive()
+
+    def look_for_changes(self) -> None:
+        """Note changes of its gradients, before another optimizer writes to the buffers that they lie in. Local."""
+        self.backward.look_for_changes()
+
+    def release(self, ids: Iterable[int]) -> None:
+        """Stop listening to these parameters: another path begins to. Collective."""
+        self.sources.look_at_siblings()
+        if self.sender.next or (self.sender.rounds and not self.has_let_go):  # gradients that were not set to zero
+            self.gather_gradients()
+        self.backward.discard()
+        self.sources.remove(set(ids))
+
+    def end(self) -> None:
+        """Stop listening and sending: other ranks have let go of the optimizer. Local."""
+        self.sender.leave_parts()
+        self.sources.end()
+        self.sender.drop()
+        self.messages.close()
+        self.backward.is_running = False
+        self.update.end()
+
+    def gather_gradients(self) -> None:
+        """Have the optimizer make every gradient whole. Collective.
+
+        Raises:
+            RuntimeError: it has used them, and kept none.
+        """
+        if self.has_let_go:
+            raise RuntimeError(
+                "another optimizer is attached to some of these parameters with reduce_every_backward=True: its step() "
+                "has used their gradients, and no param.grad has them any more. Call step() of this optimizer before "
+                "that one's, or attach without reduce_every_backward."
+            )
+        if not self.is_whole:
+            self._link.gather()
+
+    # ---------------------------------------------------------------- for DDP's reducers
+
+    def bucket_came(self, packed: PackedBucket | None) -> None:
+        """Take the gradients of one of DDP's buckets; None where DDP copies them to ``param.grad`` later."""
+        self.backward.bucket_came(packed)
+
+    def follow_params(self) -> None:
+        """Notice parameters that have come to the optimizer, or have left it. Local."""
+        self.sources.follow_params()
+
+    def announce_change(self) -> None:
+        """Raise where another rank has other parameters. Collective.
+
+        Raises:
+            AgreementError: names the rank. On every rank.
+        """
+        self.messages.meet_for_change()
+
+    def announce_round(self) -> None:
+        """Raise where another rank is not in a backward pass of the same update. Collective.
+
+        Raises:
+            AgreementError: names the rank and what it does. On every rank.
+        """
+        if self.messages.is_open and self.is_sending:
+            self.messages.announce_round()
+            self.messages.hear_all()

@@ -1,0 +1,296 @@
+"""Send buckets of gradients to their owners, in one order on every rank.
+
+Buckets are sent in one fixed order, last parameters first, whatever order gradients come in; one is sent during
+backward when its last gradient is there and the bucket before it has gone. A round is every bucket sent once.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import deque
+from collections.abc import Collection, Set
+
+import torch
+from torch import Tensor
+
+from dist_adamw.optimizer.gradients.ddp import PackedBucket
+from dist_adamw.optimizer.gradients.messages import RankMessages
+from dist_adamw.optimizer.gradients.plan import Plan
+from dist_adamw.optimizer.gradients.record import GradientRecord, OptimizerLink
+from dist_adamw.optimizer.gradients.refusals import too_late
+from dist_adamw.optimizer.gradients.sources import GradientSources
+from dist_adamw.optimizer.gradients.watch import mark_parts
+from dist_adamw.optimizer.gradients.whole import flat_gradient, turn_into_sums
+from dist_adamw.optimizer.sharding.shard import Shard
+from dist_adamw.optimizer.transport.base import MAX_IN_FLIGHT, InFlightBucket
+
+
+class Sender:
+    """Reduces gradients in place, where they lie: in ``param.grad`` or DDP's buckets. One round to an update.
+
+    Attributes:
+        plan: Of the present round.
+        owners: The shards by which averages are divided: the plan's, or those of the last update.
+        next: The number of the next bucket of the plan to be sent.
+        rounds: Into the shard, since the last update; 0 here.
+        reduces_every_backward: Whether gradients are kept in the shard, and let go of.
+    """
+
+    reduces_every_backward = False
+    rounds = 0
+
+    def __init__(
+        self, link: OptimizerLink, sources: GradientSources, messages: RankMessages, record: GradientRecord
+    ) -> None:
+        self._link, self._sources, self._messages, self._record = link, sources, messages, record
+        self.plan = Plan([], sources.ids)
+        self.owners: list[Shard] = []
+        self._flat: dict[int, list[Tensor | None]] = {}  # by id of shard: what it sends
+        self._in_flight: deque[tuple[Shard, InFlightBucket]] = deque()
+        self.next = 0
+        self.begin_round()
+
+    def __del__(self) -> None:
+        self.leave_parts()
+
+    def leave_parts(self) -> None:
+        """Mark gradients of which this rank has only its part: nothing will gather them. Local."""
+        if self.next and not self._record.is_whole:
+            mark_parts(grad for param in self.plan.params if (grad := param.grad) is not None)
+        self.next = 0
+
+    # ---------------------------------------------------------------- rounds
+
+    def begin_round(self) -> None:
+        """Nothing of the plan has been sent. Local."""
+        self.next = 0
+        self._waiting = [set(members) for members in self.plan.members]
+        self._checked: int | None = None  # the sources' revision when the plan was known to be that of the shards
+        self._messages.begin_round()
+
+    def follow_layout(self, *, again: bool = False) -> None:
+        """At the first gradient of a round: plan again where shards or parameters have changed.
+
+        Args:
+            again: Also if that was done in this round.
+        """
+        if self.next or (self._checked == self._sources.revision and not again):
+            return
+        self._sources.follow_params()
+        shards = self._link.shards()
+        self._checked = self._sources.revision
+        if (
+            self.plan.listened is not self._sources.ids
+            or len(shards) != len(self.plan.shards)
+            or any(map(operator.is_not, shards, self.plan.shards))
+        ):
+            self.plan = Plan(shards, self._sources.ids)
+            self.owners = self.plan.shards
+            self._flat = {id(shard): [None] * len(shard.params) for shard in shards}
+            self._record.local &= self._sources.known_ids
+            self.begin_round()
+            self._checked = self._sources.revision
+
+    def forget_layout(self) -> None:
+        """The shards are not what they were. Local."""
+        self.plan, self.owners, self._flat = Plan([], self._sources.ids), [], {}
+        self.begin_round()
+
+    # ---------------------------------------------------------------- gradients come
+
+    def enter(self, params: Collection[Tensor]) -> None:
+        """The gradients of ``params`` are there. Local."""
+        arrived = set(map(id, params))
+        for members in self.plan.members[: self.next]:
+            if not members.isdisjoint(arrived):
+                raise too_late(next(param for param in params if id(param) in members))
+        for waiting in self._waiting[self.next :]:
+            waiting.difference_update(arrived)
+
+    def enter_bucket(self, packed: PackedBucket) -> None:
+        """The gradients of one of DDP's buckets are there. Local."""
+        if packed.plan is not self.plan:
+            packed.enter(self.plan)
+        if packed.buckets and packed.buckets[0] < self.next:
+            raise too_late(packed.params[0])
+        packed.reorder()
+        for shard, i, flat in packed.places:
+            self._flat[id(shard)][i] = flat
+        for n in packed.buckets:
+            self._waiting[n] -= packed.keys
+
+    # ---------------------------------------------------------------- send
+
+    def send_ready(self, *, may_wait: bool = False) -> None:
+        """Send buckets whose gradients are there. Collective.
+
+        Args:
+            may_wait: Backward is over. Before, gradients of several optimizers, or of DDP's own buckets, may come in
+                another order on another rank, and each would wait in one for what the other sends after the other one.
+        """
+        while self.next < len(self._waiting) and not self._waiting[self.next]:
+            if not may_wait and self._must_not_wait():
+                return
+            self._send_next()
+
+    def _must_not_wait(self) -> bool:
+        if self._messages.is_news:
+            return True
+        return len(self._in_flight) == MAX_IN_FLIGHT and self._sources.has_company()
+
+    def send_all(self) -> None:
+        """Send what has not been sent, zeros for gradients that are not there. Collective.
+
+        At the end of every backward, so that no rank waits for what another one sends only when it updates.
+        """
+        self.follow_layout()
+        self.enter(self._sources.take_arrivals())
+        for param in self.plan.params:
+            if param.grad is None and id(param) in self.plan.buckets_of:
+                param.grad = torch.zeros_like(param)
+                self._record.filled.add(id(param))
+        while self.next < len(self.plan.order):
+            self._send_next()
+
+    def send_rest(self) -> None:
+        """Send the buckets that no hook has sent, but those without any gradient. Collective."""
+        rest = list(zip(self.plan.order, self.plan.places, strict=True))[self.next :]
+        for shard in {id(shard): shard for (shard, _), _ in rest}.values():
+            flat: list[Tensor | None] = []
+            for i, param in enumerate(shard.params):
+                is_sent = param.grad is not None and id(param) in self.plan.buckets_of
+                flat.append(flat_gradient(shard, i) if is_sent else None)
+            self._flat[id(shard)] = flat
+        for (shard, k), places in rest:
+            if any(param.grad is not None for _, param, _ in places):
+                self._start(shard, k)
+        self.next = len(self.plan.order)
+
+    def _send_next(self) -> None:
+        shard, k = self.plan.order[self.next]
+        if not self._sources.are_buckets:
+            flat = self._flat[id(shard)]
+            places = self.plan.places[self.next]
+            for i, param, is_flat in places:  # autograd gives a gradient the strides of its parameter
+                grad = param.grad
+                flat[i] = grad if is_flat or grad is None else flat_gradient(shard, i)
+            self._note_sent([param for i, param, _ in places if flat[i] is not None])
+        self.next += 1
+        self._start(shard, k)
+
+    def _note_sent(self, params: list[Tensor]) -> None:
+        pass
+
+    @torch.no_grad()
+    def _start(self, shard: Shard, k: int) -> None:
+        assert shard.transport is not None
+        if len(self._in_flight) == MAX_IN_FLIGHT:
+            self.receive(1)
+        self._messages.announce_round()
+        if self._messages.is_news:
+            self._messages.hear()  # buckets of other sizes would end the process
+        self._in_flight.append((shard, shard.transport.start_reduce(k, self._flat[id(shard)])))
+
+    @torch.no_grad()
+    def receive(self, count: int | None = None) -> None:
+        """Wait for the oldest ``count`` buckets, default all, and average them. Collective."""
+        self._messages.hear()
+        while self._in_flight and count != 0:
+            self._take(*self._in_flight.popleft())
+            count = None if count is None else count - 1
+
+    def _take(self, shard: Shard, sent: InFlightBucket) -> None:
+        assert shard.transport is not None
+        shard.transport.finish_reduce(sent, None)
+        shard.reduced[sent.bucket] = sent.own
+
+    def drop(self) -> None:
+        """Forget what is on its way: no rank sends to this one any more. Local."""
+        self._in_flight.clear()
+
+    # ---------------------------------------------------------------- after an update, and before another
+
+    def reopen(self) -> None:
+        """Averages that no update has used yet become sums of local gradients again, to be added to. Local."""
+        self._sources.look_at_siblings()
+        # A parameter that lies in several buckets may have been sent in part.
+        sent = {(id(shard), k) for shard, k in self.plan.order[: self.next]}
+        is_laid_out_again = set(map(id, self.owners)) != set(map(id, self.plan.shards))  # and all has been sent
+        late = self._record.late
+        averaged = late | self.plan.buckets_of.keys()
+        for shard in self._link.shards():
+            averages_in: list[Set[int]] = []
+            for k in range(shard.layout.num_buckets):
+                was_sent = is_laid_out_again or (id(shard), k) in sent
+                averages_in.append(averaged if was_sent else late)
+            turn_into_sums(shard, averages_in)
+        self._record.is_reopened = True
+        self._record.late.clear()
+        self.begin_round()
+        self._sources.tell_siblings()
+
+    def clear(self) -> None:
+        """Forget the gradients of this update: they were used, or are not wanted. Every rank alike; local."""
+        self._record.clear_round()
+        self._sources.take_arrivals()
+        self._record.watch.clear()
+        for shard in self.owners:
+            shard.reduced.clear()
+        if not self._are_buckets_settled():  # other gradients must not be kept alive
+            for shard in self.plan.shards:
+                self._flat[id(shard)] = [None] * len(shard.params)
+        self._sources.tell_siblings()
+
+    def _are_buckets_settled(self) -> bool:
+        """Whether gradients lie in DDP's buckets, which stay once it has packed them again."""
+        if not self._sources.are_buckets:
+            return False
+        are_settled = [reducer.forget_unless_settled() for reducer in self._sources.reducers()]
+        return all(are_settled)
+
+
+class ShardSender(Sender):
+    """Reduces gradients into flat memory of the shards, and lets go of ``param.grad``. One round to a backward pass.
+
+    Attributes:
+        rounds: Since the last update.
+    """
+
+    reduces_every_backward = True
+
+    def leave_parts(self) -> None:
+        """Nothing of a gradient is in ``param.grad``. Local."""
+        self.next = 0
+
+    def finish_round(self) -> None:
+        """Send what has not been sent, zeros for gradients that are not there. Collective."""
+        self.follow_layout()
+        while self.next < len(self.plan.order):
+            self._send_next()
+        self.receive()
+        self.rounds += 1
+        self.begin_round()
+
+    def _note_sent(self, params: list[Tensor]) -> None:
+        self._record.in_shard.update(map(id, params))
+
+    def _take(self, shard: Shard, sent: InFlightBucket) -> None:
+        assert shard.transport is not None
+        into = shard.flat_grads(sent.bucket)
+        shard.transport.finish_reduce(sent, into, add=self.rounds > 0)
+        shard.reduced[sent.bucket] = list(into)
+        self._let_go(shard, sent.bucket)
+
+    def _let_go(self, shard: Shard, k: int) -> None:
+        """Free the gradients that no later bucket needs. The last bucket is sent first."""
+        for piece in shard.layout.pieces(*shard.layout.bucket(k)):
+            param = shard.params[piece.param]
+            if piece.start == 0 and id(param) in self.plan.buckets_of:
+                param.grad = None
+                self._flat[id(shard)][piece.param] = None
+
+    def clear(self) -> None:
+        """Forget the gradients of this update: they were used, or are not wanted. Every rank alike; local."""
+        self.rounds = 0
+        super().clear()
+        self.begin_round()

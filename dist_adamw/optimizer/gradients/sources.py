@@ -1,0 +1,340 @@
+"""Where an attached optimizer's gradients come from: modules, DDP's reducers, and hooks on parameters."""
+
+from __future__ import annotations
+
+import itertools
+import operator
+import weakref
+from collections import deque
+from collections.abc import Iterator, Sequence, Set
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import Node, get_gradient_edge
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parameter import is_lazy
+from torch.utils.hooks import RemovableHandle
+
+from dist_adamw.optimizer.gradients.ddp import BucketListener, DDPReducer
+from dist_adamw.optimizer.gradients.hooks import NoSync, WeakHook, remove
+from dist_adamw.optimizer.gradients.messages import RankMessages
+from dist_adamw.optimizer.gradients.paths import Path, live_paths, take_over
+from dist_adamw.optimizer.gradients.record import GradientRecord, OptimizerLink
+from dist_adamw.ranks import agreement
+
+_LOOK_EVERY = 1 << 18  # elements: as many as make a message worth sending
+
+
+class Sibling(Path, BucketListener, Protocol):
+    """Another optimizer's path whose gradients lie in the same of DDP's buffers."""
+
+    @property
+    def record(self) -> GradientRecord:
+        """What has become of its gradients."""
+
+    def look_for_changes(self) -> None:
+        """Note changes of its gradients, before another optimizer writes to the buffers that they lie in. Local."""
+
+
+class Hearer(Protocol):
+    """What the hooks call; see `BackwardPasses`."""
+
+    def look_at_arrivals(self, param: Tensor) -> None:
+        """After the gradient of ``param`` and of those in the inboxes."""
+
+    def before_forward(self, module: nn.Module, args: Any) -> None:
+        """Before a forward pass of an attached module."""
+
+    def after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
+        """After a forward pass of an attached module."""
+
+
+class GradientSources:
+    """The attached modules, and what tells of their gradients.
+
+    A gradient is heard of in one of two ways: by a bucket of DDP's reducer, or by a hook on the parameter.
+
+    Args:
+        path: Whose sources these are; held weakly, as the next three know it.
+        link: The optimizer.
+        messages: To other ranks.
+        record: Of the gradients.
+
+    Attributes:
+        ids: Ids of the parameters whose gradients are heard of; replaced when they change.
+        revision: Counts these changes.
+        known: The optimizer's parameters, when `follow_params` last looked.
+        known_ids: Their ids.
+        are_buckets: Whether DDP's buckets tell of every gradient.
+        is_ddp: Whether the modules are in DDP; None before the first.
+    """
+
+    def __init__(self, path: Sibling, link: OptimizerLink, messages: RankMessages, record: GradientRecord) -> None:
+        self._path, self._link, self._messages, self._record = weakref.ref(path), link, messages, record
+        self._hearer: weakref.ref[Hearer] | None = None
+        self.ids: Set[int] = frozenset()
+        self.revision = 0
+        self.known: list[Tensor] = []
+        self.known_ids: Set[int] = frozenset()
+        self.are_buckets = True
+        self.is_ddp: bool | None = None
+        self._are_copied = False  # DDP writes some gradients when backward is over, from its own buffers
+        self._params_changes = 0
+        self._synchronises = True  # False inside no_sync
+        self._hook_of: dict[int, RemovableHandle | None] = {}  # by id of parameter; None where DDP's bucket tells
+        self._module_hooks: list[RemovableHandle] = []
+        weakref.finalize(self, _remove_all, self._hook_of, self._module_hooks).atexit = False
+        self._modules: list[weakref.ref[nn.Module]] = []
+        self._reducers: list[weakref.ref[DDPReducer]] = []
+        self._inboxes: list[deque[Tensor]] = []  # by plain module: parameters whose gradient has come
+        self._last: list[Tensor] = []  # the parameter at which a hook last looked
+
+    def call(self, hearer: Hearer) -> None:
+        """Have hooks call ``hearer``, which is held weakly. Local."""
+        self._hearer = weakref.ref(hearer)
+
+    def _hook(self, method: str) -> WeakHook:
+        return WeakHook(None if self._hearer is None else self._hearer(), method)
+
+    # ---------------------------------------------------------------- which there are
+
+    def add(self, model: nn.Module, *, reduces_every_backward: bool) -> None:
+        """Hear of the gradients of ``model``, which no other path does then. Local.
+
+        Raises:
+            ValueError: ``model`` is wrapped so that this path cannot serve it.
+        """
+        path = self._path()
+        assert path is not None
+        is_ddp = isinstance(model, DistributedDataParallel)
+        if self.is_ddp not in (None, is_ddp):
+            raise ValueError(
+                "one optimizer cannot be attached to a DistributedDataParallel module and to a plain one. "
+                "Wrap both or neither, or give each an optimizer."
+            )
+        self.is_ddp = is_ddp
+        self.follow_params()
+        params = [param for param in _own_parameters(model) if param.requires_grad and id(param) in self.known_ids]
+        aside = True
+        reducer = None
+        if isinstance(model, DistributedDataParallel):
+            if reduces_every_backward:
+                raise ValueError(
+                    "reduce_every_backward=True is for a module without DistributedDataParallel, which keeps whole "
+                    "gradients whatever is done: it would only send more. Attach the plain module, or leave it False."
+                )
+            reducer = DDPReducer.of(model)
+            aside = reducer.can_stand_aside(self.known_ids)
+        take_over(path, params)
+        if reducer is not None:
+            self._reducers.append(weakref.ref(reducer))
+        if aside:
+            self._hang_on_parameters([param for param in params if self._hook_of.get(id(param)) is None])
+        else:
+            self.remove({id(param) for param in params if self._hook_of.get(id(param)) is not None})
+            self._hook_of.update(dict.fromkeys(map(id, params)))
+            self._are_copied = self._are_copied or not model.gradient_as_bucket_view
+        self.are_buckets = is_ddp and all(hook is None for hook in self._hook_of.values())
+        self._ids_changed()
+        if reducer is not None:
+            reducer.add(path, aside=aside)
+        if all(ref() is not model for ref in self._modules):
+            self._hang_on_module(model, aside=aside)
+
+    def _hang_on_module(self, model: nn.Module, *, aside: bool) -> None:
+        self._modules.append(weakref.ref(model))
+        self._module_hooks.append(model.register_forward_pre_hook(self._hook("before_forward")))
+        if aside:
+            self._module_hooks.append(model.register_forward_hook(self._hook("after_forward")))
+        no_sync = getattr(model, "no_sync", None)
+        if no_sync is None:  # Accelerate's accumulate() asks for it
+            no_sync = NoSync()
+            model.no_sync = no_sync  # type: ignore[assignment]
+        if isinstance(no_sync, NoSync):
+            no_sync.add(self)
+
+    def _hang_on_parameters(self, params: list[Tensor]) -> None:
+        """Hear of gradients as they come, without Python having to run for each of thousands of small ones."""
+        if not params:
+            return
+        # Bounded, because the module may outlive the optimizer.
+        inbox: deque[Tensor] = deque(maxlen=len(params))
+        self._inboxes.append(inbox)
+        look, enter = self._hook("look_at_arrivals"), inbox.append
+        quiet = _LOOK_EVERY
+        for param in reversed(params):
+            quiet += param.numel()
+            looks = quiet >= _LOOK_EVERY or param is params[0]
+            hook = look if looks else enter
+            self._hook_of[id(param)] = param.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+            if looks:
+                quiet = 0
+
+    def add_latecomers(self, late: Set[int]) -> None:
+        """Hear from now on of parameters of attached modules that had no hook: unfrozen, replaced or added since.
+
+        The plan of the present round stays: the next one is made with them.
+        """
+        path = self._path()
+        assert path is not None
+        for model in [] if self.are_buckets else self.modules():
+            params = [param for param in _own_parameters(model) if id(param) in late]
+            params = [param for param in params if param.requires_grad and id(param) not in self._hook_of]
+            if params:
+                take_over(path, params)
+                self._hang_on_parameters(params)
+        self.ids = frozenset(self._hook_of)
+
+    def remove(self, ids: Set[int]) -> None:
+        """Stop hearing of the gradients of these parameters. Local."""
+        remove(hook for key in ids if (hook := self._hook_of.pop(key, None)) is not None)
+        self._ids_changed()
+        for reducer in self.reducers():
+            reducer.follow()
+
+    def end(self) -> None:
+        """Stop hearing of anything. Local."""
+        _remove_all(self._hook_of, self._module_hooks)
+        self._hook_of.clear()
+        self._module_hooks.clear()
+        self._ids_changed()
+        for reducer in self.reducers():
+            reducer.drop(self._path())
+        self._reducers, self._modules = [], []
+
+    def _ids_changed(self) -> None:
+        self.ids = frozenset(self._hook_of)
+        self.revision += 1
+
+    def follow_params(self) -> None:
+        """Notice parameters that have come to the optimizer, or have left it."""
+        params = self._link.params()
+        if len(params) == len(self.known) and all(map(operator.is_, params, self.known)):
+            return
+        self.known, self.known_ids = params, frozenset(map(id, params))
+        self._params_changes += 1
+        shapes = [[list(param.shape), str(param.dtype)] for param in params if not is_lazy(param)]
+        self._messages.params_changed(agreement.fingerprint({str(self._params_changes): shapes}))
+        if gone := self.ids - self.known_ids:
+            self.remove(gone)
+
+    def modules(self) -> list[nn.Module]:
+        """The attached modules that are alive."""
+        return [model for ref in self._modules if (model := ref()) is not None]
+
+    def reducers(self) -> list[DDPReducer]:
+        """Those of the attached modules that are in DDP."""
+        return [reducer for ref in self._reducers if (reducer := ref()) is not None]
+
+    # ---------------------------------------------------------------- in a backward pass
+
+    @property
+    def synchronises(self) -> bool:
+        """Whether a backward pass sends gradients now: not inside ``no_sync``."""
+        if not self._synchronises:
+            return False
+        in_ddp = [model for model in self.modules() if isinstance(model, DistributedDataParallel)]
+        return all(model.require_backward_grad_sync for model in in_ddp)
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Backward passes inside only accumulate, as with DDP's method of that name."""
+        before, self._synchronises = self._synchronises, False
+        try:
+            yield
+        finally:
+            self._synchronises = before
+            self.take_arrivals()
+
+    def note_arrival(self, param: Tensor) -> None:
+        """``param`` counts as arrived the next time: hooks that were registered later may change its gradient still."""
+        self._last.append(param)
+
+    @property
+    def has_arrivals(self) -> bool:
+        """Whether a gradient has come since the last `take_arrivals`, but those whose hook looked."""
+        return any(self._inboxes)
+
+    def take_arrivals(self) -> list[Tensor]:
+        """Return the parameters whose gradients have come since the last call. Local."""
+        params = list(itertools.chain(self._last, *self._inboxes))
+        if self._record.filled:  # zeros of ours that backward has added to since are the user's gradients
+            self._record.filled.difference_update(map(id, params))
+        self._last.clear()
+        for inbox in self._inboxes:
+            inbox.clear()
+        return params
+
+    def accumulate_now(self) -> bool:
+        """Whether the pass that autograd is running adds to ``param.grad`` of some parameter of the attached modules.
+
+        It may reach this optimizer's parameters on another rank alone, which then sends gradients and waits for them.
+        """
+        for model in self.modules():
+            for param in model.parameters():
+                if param.requires_grad and _will_run(get_gradient_edge(param).node):
+                    return True
+        return False
+
+    def has_company(self) -> bool:
+        """Return whether others send in this backward pass: attached optimizers, or DDP itself."""
+        # The buckets of one DDP module fill in the same order on every rank.
+        in_order = self.are_buckets and len(self._reducers) == 1
+        if not in_order and any(reducer.has_own for reducer in self.reducers()):
+            return True
+        here = self._path()
+        return any(path.is_sending for path in live_paths() if path is not here)
+
+    def has_ddp_aside(self) -> bool:
+        """Return whether DDP does not average the gradients of this pass."""
+        return any(reducer.stood_aside for reducer in self.reducers())
+
+    def wait_for_ddp(self) -> bool:
+        """Return whether DDP sets gradients when backward is over, which must be those that it expects to find."""
+        if self._are_copied or self.are_buckets:
+            return self._are_copied
+        return any(not reducer.stood_aside for reducer in self.reducers())
+
+    def watched(self, planned: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The parameters that are heard of; those that came since the last update are not ``planned`` yet."""
+        if self.are_buckets or len(planned) == len(self.ids):
+            return planned
+        return [param for param in self.known if id(param) in self.ids]
+
+    # ---------------------------------------------------------------- other optimizers in the same buffers
+
+    def _siblings(self) -> list[Sibling]:
+        here = self._path()
+        return [path for reducer in self.reducers() for path in reducer.listeners() if path is not here]
+
+    def look_at_siblings(self) -> None:
+        """Note changes of other optimizers' gradients, before this one writes to the buffers that they lie in too."""
+        for path in self._siblings():
+            path.look_for_changes()
+
+    def tell_siblings(self) -> None:
+        """Let other optimizers know that this one wrote to the buffers that their gradients lie in too."""
+        for path in self._siblings():
+            path.record.watch.accept()
+
+
+def _remove_all(hooks: dict[int, RemovableHandle | None], more: list[RemovableHandle]) -> None:
+    remove(hook for hook in (*hooks.values(), *more) if hook is not None)
+
+
+def _will_run(accumulation: Node) -> bool:
+    """Whether the backward pass that runs, or has just run, has ``accumulation`` add to a parameter's gradient."""
+    try:
+        return bool(torch._C._will_engine_execute_node(accumulation))
+    except RuntimeError:  # torch.autograd.grad of that parameter: its gradient is handed back
+        return False
+
+
+def _own_parameters(model: nn.Module) -> list[Tensor]:
+    """The parameters of ``model``, but those of DDP modules inside of it, which average them themselves."""
+    bare = model.module if isinstance(model, DistributedDataParallel) else model
+    inside = [module for module in bare.modules() if isinstance(module, DistributedDataParallel)]
+    theirs = {id(param) for module in inside for param in module.parameters()}
+    return [param for param in model.parameters() if id(param) not in theirs]

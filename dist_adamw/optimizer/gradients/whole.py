@@ -1,0 +1,104 @@
+"""Gradients of whole parameters beside the runs of them that ranks own."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Collection, Sequence
+
+import torch
+from torch import Tensor
+
+from dist_adamw.optimizer.sharding.shard import Shard
+from dist_adamw.optimizer.transport.base import MAX_IN_FLIGHT, InFlightBucket
+
+
+def flat_gradient(shard: Shard, i: int) -> Tensor:
+    """The gradient of parameter ``i`` as a 1-D view, in the order of the shard, which it is given if need be. Local."""
+    param = shard.params[i]
+    assert param.grad is not None
+    flat = shard.as_laid_out(i, param.grad)
+    if flat.data_ptr() != param.grad.data_ptr():
+        param.grad = shard.from_laid_out(i, flat)
+    return flat
+
+
+def turn_into_sums(shard: Shard, averages_in: Sequence[Collection[int]]) -> None:
+    """Turn averages back into sums of local gradients, to be added to. Local.
+
+    The owner keeps W times the average and the others keep zero: one more round adds what is new, and counts nothing
+    twice.
+
+    Args:
+        averages_in: Of each bucket, ids of the parameters whose gradients in it are averages.
+    """
+    assert shard.transport is not None
+    for k, are_averages in enumerate(averages_in):
+        for rank in range(shard.layout.world_size):
+            for piece in shard.layout.pieces(*shard.layout.slice_of(k, rank)):
+                param = shard.params[piece.param]
+                if param.grad is None or id(param) not in are_averages:
+                    continue
+                run = flat_gradient(shard, piece.param)[piece.start : piece.stop]
+                if rank == shard.rank:
+                    run.mul_(shard.transport.count)
+                else:
+                    run.zero_()
+    shard.reduced.clear()
+
+
+def gather_from_ranks(shard: Shard, only: Collection[int] | None) -> None:
+    """Let every ``param.grad`` be the average that its owners have. Collective.
+
+    Args:
+        only: Ids of the parameters that have been averaged; None: all. The gradients of others are left alone.
+    """
+    flat: list[Tensor | None] = []
+    for i, param in enumerate(shard.params):
+        is_left_alone = only is not None and id(param) not in only
+        flat.append(None if param.grad is None or is_left_alone else shard.as_laid_out(i, param.grad))
+    _write_own_runs(shard, flat)
+    _gather(shard, flat)
+    for i, (param, whole) in enumerate(zip(shard.params, flat, strict=True)):
+        if whole is not None and param.grad is not None and whole.data_ptr() != param.grad.data_ptr():
+            param.grad = shard.from_laid_out(i, whole)  # had other strides than its parameter had
+    shard.reduced.clear()
+
+
+def _write_own_runs(shard: Shard, flat: Sequence[Tensor | None]) -> None:
+    for k, own in shard.reduced.items():
+        for piece, run in zip(shard.owned_pieces(k), own, strict=True):
+            whole = flat[piece.param]
+            if run is None or whole is None:
+                continue
+            place = whole[piece.start : piece.stop]
+            if place.data_ptr() != run.data_ptr():
+                place.copy_(run)
+
+
+def _gather(shard: Shard, flat: list[Tensor | None]) -> None:
+    assert shard.transport is not None
+    in_flight: deque[InFlightBucket] = deque()
+    for k in range(shard.layout.num_buckets):
+        if all(flat[piece.param] is None for piece in shard.layout.pieces(*shard.layout.bucket(k))):
+            continue
+        if len(in_flight) == MAX_IN_FLIGHT:
+            shard.transport.finish_gather(in_flight.popleft())
+        in_flight.append(shard.transport.start_gather(k, flat))
+    for sent in in_flight:
+        shard.transport.finish_gather(sent)
+
+
+def take_replaced(shard: Shard) -> None:
+    """Take this rank's runs of gradients that the user has put in place of those that were reduced. Local."""
+    for k, own in shard.reduced.items():
+        for j, piece in enumerate(shard.owned_pieces(k)):
+            grad = shard.params[piece.param].grad
+            if own[j] is not None and grad is not None:
+                own[j] = shard.as_laid_out(piece.param, grad)[piece.start : piece.stop]
+
+
+def zeros_for(params: Sequence[Tensor], has_grad: Sequence[bool]) -> None:
+    """Give gradients of zeros to those of ``params`` that have one elsewhere. Local."""
+    for param, is_there in zip(params, has_grad, strict=True):
+        if is_there:
+            param.grad = torch.zeros_like(param)
