@@ -15,7 +15,7 @@ from dist_adamw.optimizer.clipping import (
     clip_owned_,
 )
 from dist_adamw.optimizer.gradients.path import GradientPath
-from dist_adamw.optimizer.gradients.paths import end_unless_everywhere, gather_from_owners
+from dist_adamw.optimizer.gradients.registry import end_unless_everywhere, gather_from_owners
 from dist_adamw.optimizer.options import (
     describe_groups,
 )

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
 from dist_adamw.optimizer.gradients.path import GradientPath
-from dist_adamw.optimizer.gradients.paths import gather_from_owners
+from dist_adamw.optimizer.gradients.registry import gather_from_owners
 from dist_adamw.optimizer.sharding.fingerprints import fingerprints
 from dist_adamw.optimizer.sharding.schemes import Ranks
 from dist_adamw.ranks import agreement, collectives

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from dist_adamw import CyclicLRWithRestarts, DistAdamW
 from dist_adamw.optimizer import transport
 from dist_adamw.optimizer.gradients import ddp
-from dist_adamw.optimizer.gradients.messages import RankMessages
+from dist_adamw.optimizer.gradients.handshake import RankMessages
 from dist_adamw.optimizer.transport import gloo
 from dist_adamw.optimizer.transport.collective import CollectiveTransport
 from tests.distributed.test_optimizer import Network

@@ -17,8 +17,8 @@ from torch.utils.data import TensorDataset
 
 from dist_adamw import AgreementError
 from dist_adamw.integrations.accelerate import loader as loaders
-from dist_adamw.optimizer.gradients import reducer
-from dist_adamw.optimizer.gradients.messages import RankMessages
+from dist_adamw.optimizer.gradients import sources
+from dist_adamw.optimizer.gradients.handshake import RankMessages
 from tests.distributed.test_attach import WAYS, attach, average_gradients
 from tests.distributed.test_whose_gradients import layers, loss_of, ours, same, theirs, wrap
 from tests.ranks import expect_error_on_all, run_ranks
@@ -263,7 +263,7 @@ def check_broken_off(way: dict[str, Any]) -> None:
     twin = copy.deepcopy(model)
     optimizer, reference = ours(model.parameters(), bucket_numel=64), theirs(twin.parameters())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reducer, "_LOOK_EVERY", 1)
+        patch.setattr(sources, "_LOOK_EVERY", 1)
         attach(optimizer, model, **way)
     for step in range(4):
         breaks = step == 1 and dist.get_rank() == 0

@@ -11,10 +11,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dist_adamw.optimizer.gradients.backward import BackwardPasses
-from dist_adamw.optimizer.gradients.messages import ACCEPTED, CHANGED, NOT_CHANGED, Agreed, RankMessages, UpdateReport
-from dist_adamw.optimizer.gradients.paths import Path, gather_from_owners
+from dist_adamw.optimizer.gradients.handshake import ACCEPTED, CHANGED, NOT_CHANGED, Agreed, RankMessages, UpdateReport
 from dist_adamw.optimizer.gradients.record import GradientRecord, OptimizerLink
 from dist_adamw.optimizer.gradients.refusals import accepted_local, changed, dropped_alone
+from dist_adamw.optimizer.gradients.registry import Path, gather_from_owners
 from dist_adamw.optimizer.gradients.sending import Sender, ShardSender
 from dist_adamw.optimizer.gradients.sources import GradientSources
 from dist_adamw.optimizer.gradients.unlistened import UnlistenedGradients

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from dist_adamw.optimizer.gradients.backward import BackwardPasses
 from dist_adamw.optimizer.gradients.ddp import PackedBucket
 from dist_adamw.optimizer.gradients.for_update import UpdateGradients
-from dist_adamw.optimizer.gradients.messages import RankMessages
+from dist_adamw.optimizer.gradients.handshake import RankMessages
 from dist_adamw.optimizer.gradients.record import GradientRecord, OptimizerLink
 from dist_adamw.optimizer.gradients.sending import Sender, ShardSender
 from dist_adamw.optimizer.gradients.sources import GradientSources

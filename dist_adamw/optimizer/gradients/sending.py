@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dist_adamw.optimizer.gradients.ddp import PackedBucket
-from dist_adamw.optimizer.gradients.messages import RankMessages
+from dist_adamw.optimizer.gradients.handshake import RankMessages
 from dist_adamw.optimizer.gradients.plan import Plan
 from dist_adamw.optimizer.gradients.record import GradientRecord, OptimizerLink
 from dist_adamw.optimizer.gradients.refusals import too_late
