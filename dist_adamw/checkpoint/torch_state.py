@@ -32,6 +32,7 @@ from dist_adamw.optimizer.adamw import DistAdamW
 from dist_adamw.optimizer.sharding.dtensors import local_of
 from dist_adamw.optimizer.sharding.memory_order import axes_in_memory, storage_order
 from dist_adamw.optimizer.sharding.shard import MASTERS, MOMENTS, Shard
+from dist_adamw.optimizer.sharding.values import exact_weights, set_exact_weights
 from dist_adamw.ranks import collectives
 from dist_adamw.wrappers import bare, unwrap
 
@@ -89,7 +90,7 @@ class TorchAccess:
                 if shard.has_master:
                     held.tensors[f"{MASTER}.{name}"] = _master(shard, i)
                 if shard.process_group is not None:
-                    held.tensors[f"{MODEL}.{name}"] = _runs(param.detach(), shard.ranges_of(i))
+                    held.tensors[f"{MODEL}.{name}"] = _runs(param.detach(), shard.owned.ranges_of(i))
 
     def _of_states(self, optimizer: Optimizer, held: LocalState) -> None:
         for param, state in optimizer.state.items():
@@ -157,10 +158,10 @@ class TorchAccess:
 
         def later() -> Iterator[tuple[LocalState, Callable[[], None]]]:
             for shard, i, name in remainders:  # their fp32 weights take memory, so one after the other
-                weights = shard.master_of(i)
+                weights = exact_weights(shard, i)
                 one = LocalState()
                 one.read(MASTER, name, _like_param(shard, i, weights, torch.float32), found)
-                yield one, lambda shard=shard, i=i, weights=weights: shard.set_master(i, weights)  # type: ignore[misc]
+                yield one, lambda shard=shard, i=i, weights=weights: set_exact_weights(shard, i, weights)  # type: ignore[misc]
 
         forget_gradients = held.finish
 
@@ -222,7 +223,7 @@ def _like_param(shard: Shard, i: int, values: Values, dtype: torch.dtype) -> Ten
     param = shard.params[i]
     if not isinstance(param, DTensor):
         made = PartialTensor.of_ranges(
-            param.shape, values, shard.ranges_of(i), dtype=dtype, order=axes_in_memory(param)
+            param.shape, values, shard.owned.ranges_of(i), dtype=dtype, order=axes_in_memory(param)
         )
         made.shared = shard.process_group is not None
         return made
@@ -244,7 +245,7 @@ def _moment(shard: Shard, i: int, kind: str) -> Tensor:
 def _master(shard: Shard, i: int) -> Tensor:
     if "master" in shard.moments:
         return _moment(shard, i, "master")
-    return _like_param(shard, i, partial(shard.master_of, i), torch.float32)
+    return _like_param(shard, i, partial(exact_weights, shard, i), torch.float32)
 
 
 def _runs(tensor: Tensor, ranges: Iterable[Sequence[int]]) -> PartialTensor:

@@ -203,8 +203,8 @@ class DistAdamW(AttachedOptimizer):
             return loss
         self._warn_of_local_gradients()
         shards = self._scheme.present(self.shards, self.param_groups)
-        grads = [shard.owned_grads() for shard in shards]
-        if not any(shard.any_grad for shard in shards):
+        grads = [shard.gradients.owned() for shard in shards]
+        if not any(shard.gradients.any_grad for shard in shards):
             self._settle()
             return loss
         if self._only_initialises(shards, grads):
@@ -229,7 +229,7 @@ class DistAdamW(AttachedOptimizer):
                 return loss
         self._consolidated = None
         for shard, buckets in zip(shards, grads, strict=True):
-            if shard.any_grad:
+            if shard.gradients.any_grad:
                 shard.count_update(outcome.found_inf)
                 self._update(shard, buckets, clip)
         if self._path is not None:

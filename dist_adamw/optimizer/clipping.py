@@ -100,8 +100,8 @@ def clip_owned_(
     """
     owned = []
     for shard in shards:
-        for k, bucket in enumerate(shard.owned_grads()):
-            for piece, grad in zip(shard.owned_pieces(k), bucket, strict=True):
+        for k, bucket in enumerate(shard.gradients.owned()):
+            for piece, grad in zip(shard.owned.pieces[k], bucket, strict=True):
                 if grad is not None and id(shard.params[piece.param]) in chosen:
                     owned.append(grad)
     is_largest = norm_type == math.inf

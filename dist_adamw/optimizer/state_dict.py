@@ -32,11 +32,15 @@ def describe_share(shards: Sequence[Shard], params: Sequence[Tensor]) -> dict[st
     if not shards or shards[0].process_group is None:
         return None
     index = {id(param): i for i, param in enumerate(params)}
+    ranges = {}
+    for shard in shards:
+        for i, param in enumerate(shard.params):
+            ranges[index[id(param)]] = shard.owned.ranges_of(i)
     return {
         "rank": shards[0].rank,
         "world_size": shards[0].layout.world_size,
         "shards": [[index[id(param)] for param in shard.params] for shard in shards],
-        "ranges": {index[id(param)]: shard.ranges_of(i) for shard in shards for i, param in enumerate(shard.params)},
+        "ranges": ranges,
     }
 
 

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dist_adamw import DistAdamW, load, save
+from dist_adamw.optimizer.sharding.values import exact_weights
 from tests.distributed.test_attach import averaged
 from tests.ranks import run_ranks
 
@@ -74,8 +75,8 @@ class Pair:
         found = {}
         for shard in self.optimizer.shards:
             for i, param in enumerate(shard.params):
-                own = torch.cat([torch.empty(0), *(param.detach().view(-1)[a:b] for a, b in shard.ranges_of(i))])
-                found[param] = shard.master_of(i) if shard.has_master else own
+                own = torch.cat([torch.empty(0), *(param.detach().view(-1)[a:b] for a, b in shard.owned.ranges_of(i))])
+                found[param] = exact_weights(shard, i) if shard.has_master else own
         return [found[p] for p in self.model.parameters()]
 
     def expected(self) -> list[Tensor]:
@@ -83,7 +84,7 @@ class Pair:
         for shard in self.optimizer.shards:
             for i, param in enumerate(shard.params):
                 weight = weights[param].detach().view(-1)
-                found[param] = torch.cat([torch.empty(0), *(weight[a:b] for a, b in shard.ranges_of(i))])
+                found[param] = torch.cat([torch.empty(0), *(weight[a:b] for a, b in shard.owned.ranges_of(i))])
         return [found[p] for p in self.model.parameters()]
 
 

@@ -167,7 +167,7 @@ def check_share() -> None:
     weight = pair.model.first.weight
     whole = torch.linspace(0, 1, 41 * 50)
     (shard, i), *_ = [(s, i) for s in pair.optimizer.shards for i, p in enumerate(s.params) if p is weight]
-    pair.optimizer.state[weight]["exp_avg"] = torch.cat([whole[a:b] for a, b in shard.ranges_of(i)])
+    pair.optimizer.state[weight]["exp_avg"] = torch.cat([whole[a:b] for a, b in shard.owned.ranges_of(i)])
     pair.reference.state[pair.twin.first.weight]["exp_avg"] = whole.view(41, 50).clone()
     pair.train(range(2, 4))
     pair.check()

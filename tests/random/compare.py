@@ -119,7 +119,7 @@ def ranges_of(optimizer: Any, param: Tensor) -> list[list[int]] | None:
     for shard in optimizer.shards:
         for i, other in enumerate(shard.params):
             if other is param:
-                return shard.ranges_of(i)  # type: ignore[no-any-return]
+                return shard.owned.ranges_of(i)  # type: ignore[no-any-return]
     return None
 
 
@@ -130,7 +130,7 @@ def _as_laid_out(optimizer: Any, param: Tensor, whole: Tensor) -> Tensor:
 
 def _order_of(optimizer: Any, param: Tensor) -> list[int]:
     (order,) = (
-        shard.order_of(i) for shard in optimizer.shards for i, other in enumerate(shard.params) if other is param
+        shard.order.of(i) for shard in optimizer.shards for i, other in enumerate(shard.params) if other is param
     )
     return order  # type: ignore[no-any-return]
 

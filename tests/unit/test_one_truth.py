@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dist_adamw import DistAdamW, load, save
+from dist_adamw.optimizer.sharding.values import exact_weights
 
 Act = Callable[["Job"], None]
 
@@ -689,7 +690,7 @@ def test_a_save_after_a_write_holds_what_the_model_shows(master: torch.dtype, in
 
 def optimizer_weights(optimizer: DistAdamW, param: Tensor) -> Tensor:
     (shard,) = optimizer.shards
-    return shard.master_of(next(i for i, other in enumerate(shard.params) if other is param))
+    return exact_weights(shard, next(i for i, other in enumerate(shard.params) if other is param))
 
 
 def test_a_state_dict_after_a_write_holds_what_the_model_shows() -> None:

@@ -83,7 +83,7 @@ class PackedBucket:
             if (place := plan.place_of.get(id(param))) is not None
             for shard, i in (place,)
             if self._strides.get(id(param)) != param.stride()
-            or shard.order_of(i) != axes_in_memory(param)
+            or shard.order.of(i) != axes_in_memory(param)
             or (param.grad is not None and param.grad.stride() != param.stride())
         ]
 
@@ -91,16 +91,16 @@ class PackedBucket:
         """Bring gradients into the order in which their shards have them: DDP keeps that of its first forward pass."""
         for shard, i, param, flat in self._odd:
             if (grad := param.grad) is not None and grad.data_ptr() == flat.data_ptr():
-                ordered = shard.as_laid_out(i, grad)
+                ordered = shard.order.flatten(i, grad)
                 if ordered.data_ptr() != flat.data_ptr():
                     flat.copy_(ordered)
-                    param.grad = shard.from_laid_out(i, flat)
+                    param.grad = shard.order.unflatten(i, flat)
 
     def settle(self) -> None:
         """The same of gradients that DDP has shown by now, of parameters that this rank did not use."""
         for shard, i, param, flat in self._odd:
             if (grad := param.grad) is not None and grad.data_ptr() == flat.data_ptr():
-                param.grad = shard.from_laid_out(i, flat)
+                param.grad = shard.order.unflatten(i, flat)
 
 
 class DDPReducer:

@@ -254,7 +254,7 @@ class UpdateGradients:
             self._gather_from_former_owners(sent)
         others = self._unlistened.params()
         # Another update by the averages of the last one, which are in ``param.grad`` alone by now.
-        has_reduced = any(shard.reduced for shard in sender.owners)
+        has_reduced = any(shard.gradients.reduced for shard in sender.owners)
         is_repeated = bool(others) and not sender.reduces_every_backward and not has_reduced
         self._unlistened.take(sources.known if is_laid_out_again or is_repeated else others)
         sender.owners = list(shards)
@@ -263,7 +263,7 @@ class UpdateGradients:
                 if id(param) in sent:
                     param.grad = None
             for shard in self._link.shards():
-                shard.has_grad = [id(param) in record.in_shard for param in shard.params]
+                shard.gradients.has_grad = [id(param) in record.in_shard for param in shard.params]
             return
         record.watch.remember_written(sources.watched(sender.plan.params))
         sources.tell_siblings()
@@ -273,7 +273,8 @@ class UpdateGradients:
         sender, record = self._sender, self._record
         if sender.reduces_every_backward:
             for shard in sender.owners:
-                shard.has_grad = [id(param) in record.in_shard and id(param) in sent for param in shard.params]
+                averaged = record.in_shard.intersection(sent)
+                shard.gradients.has_grad = [id(param) in averaged for param in shard.params]
         self.make_whole(sender.owners, sent)
         record.is_whole = False
         sender.next = len(sender.plan.order)
@@ -292,7 +293,7 @@ class UpdateGradients:
         shards = self._link.shards() if shards is None else shards
         for shard in shards:
             if sender.reduces_every_backward:
-                zeros_for(shard.params, shard.has_grad)
+                zeros_for(shard.params, shard.gradients.has_grad)
             gather_from_ranks(shard, only)
         sender.rounds = 0
         record.is_reopened = False
@@ -311,8 +312,8 @@ class UpdateGradients:
         """Let the update take whole gradients as they are now. Whether there is any. Local."""
         self._sources.look_at_siblings()
         for shard in self._link.shards():
-            shard.reduced.clear()
-            shard.has_grad = [param.grad is not None for param in shard.params]
+            shard.gradients.reduced.clear()
+            shard.gradients.has_grad = [param.grad is not None for param in shard.params]
         return any(grad is not None for grad in map(_gradient, self._link.params()))
 
     def used(self) -> None:

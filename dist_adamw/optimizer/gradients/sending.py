@@ -202,7 +202,7 @@ class Sender:
     def _take(self, shard: Shard, sent: InFlightBucket) -> None:
         assert shard.transport is not None
         shard.transport.finish_reduce(sent, None)
-        shard.reduced[sent.bucket] = sent.own
+        shard.gradients.reduced[sent.bucket] = sent.own
 
     def drop(self) -> None:
         """Forget what is on its way: no rank sends to this one any more. Local."""
@@ -235,7 +235,7 @@ class Sender:
         self._sources.take_arrivals()
         self._record.watch.clear()
         for shard in self.owners:
-            shard.reduced.clear()
+            shard.gradients.reduced.clear()
         if not self._are_buckets_settled():  # other gradients must not be kept alive
             for shard in self.plan.shards:
                 self._flat[id(shard)] = [None] * len(shard.params)
@@ -276,9 +276,9 @@ class ShardSender(Sender):
 
     def _take(self, shard: Shard, sent: InFlightBucket) -> None:
         assert shard.transport is not None
-        into = shard.flat_grads(sent.bucket)
+        into = shard.gradients.memory(sent.bucket)
         shard.transport.finish_reduce(sent, into, add=self.rounds > 0)
-        shard.reduced[sent.bucket] = list(into)
+        shard.gradients.reduced[sent.bucket] = list(into)
         self._let_go(shard, sent.bucket)
 
     def _let_go(self, shard: Shard, k: int) -> None:

@@ -114,9 +114,9 @@ class UnlistenedGradients:
     def _take_runs(self, shard: Shard, k: int, flat: Sequence[Tensor | None], late: Set[int]) -> None:
         """Let the update take this rank's runs of ``flat`` in bucket ``k``; ``late`` may be let go of afterwards."""
         into_shard = self._sender.reduces_every_backward
-        pieces = shard.owned_pieces(k)
-        into: list[Tensor | None] = list(shard.reduced.get(k) or [None] * len(pieces))
-        memory = shard.flat_grads(k) if into_shard else []
+        pieces = shard.owned.pieces[k]
+        into: list[Tensor | None] = list(shard.gradients.reduced.get(k) or [None] * len(pieces))
+        memory = shard.gradients.memory(k) if into_shard else []
         for j, piece in enumerate(pieces):
             whole = flat[piece.param]
             if whole is None:
@@ -124,4 +124,4 @@ class UnlistenedGradients:
             run = whole[piece.start : piece.stop]
             is_let_go = into_shard and id(shard.params[piece.param]) in late
             into[j] = memory[j].copy_(run) if is_let_go else run
-        shard.reduced[k] = into
+        shard.gradients.reduced[k] = into

@@ -16,9 +16,9 @@ def flat_gradient(shard: Shard, i: int) -> Tensor:
     """The gradient of parameter ``i`` as a 1-D view, in the order of the shard, which it is given if need be. Local."""
     param = shard.params[i]
     assert param.grad is not None
-    flat = shard.as_laid_out(i, param.grad)
+    flat = shard.order.flatten(i, param.grad)
     if flat.data_ptr() != param.grad.data_ptr():
-        param.grad = shard.from_laid_out(i, flat)
+        param.grad = shard.order.unflatten(i, flat)
     return flat
 
 
@@ -43,7 +43,7 @@ def turn_into_sums(shard: Shard, averages_in: Sequence[Collection[int]]) -> None
                     run.mul_(shard.transport.count)
                 else:
                     run.zero_()
-    shard.reduced.clear()
+    shard.gradients.reduced.clear()
 
 
 def gather_from_ranks(shard: Shard, only: Collection[int] | None) -> None:
@@ -55,18 +55,18 @@ def gather_from_ranks(shard: Shard, only: Collection[int] | None) -> None:
     flat: list[Tensor | None] = []
     for i, param in enumerate(shard.params):
         is_left_alone = only is not None and id(param) not in only
-        flat.append(None if param.grad is None or is_left_alone else shard.as_laid_out(i, param.grad))
+        flat.append(None if param.grad is None or is_left_alone else shard.order.flatten(i, param.grad))
     _write_own_runs(shard, flat)
     _gather(shard, flat)
     for i, (param, whole) in enumerate(zip(shard.params, flat, strict=True)):
         if whole is not None and param.grad is not None and whole.data_ptr() != param.grad.data_ptr():
-            param.grad = shard.from_laid_out(i, whole)  # had other strides than its parameter had
-    shard.reduced.clear()
+            param.grad = shard.order.unflatten(i, whole)  # had other strides than its parameter had
+    shard.gradients.reduced.clear()
 
 
 def _write_own_runs(shard: Shard, flat: Sequence[Tensor | None]) -> None:
-    for k, own in shard.reduced.items():
-        for piece, run in zip(shard.owned_pieces(k), own, strict=True):
+    for k, own in shard.gradients.reduced.items():
+        for piece, run in zip(shard.owned.pieces[k], own, strict=True):
             whole = flat[piece.param]
             if run is None or whole is None:
                 continue
@@ -90,11 +90,11 @@ def _gather(shard: Shard, flat: list[Tensor | None]) -> None:
 
 def take_replaced(shard: Shard) -> None:
     """Take this rank's runs of gradients that the user has put in place of those that were reduced. Local."""
-    for k, own in shard.reduced.items():
-        for j, piece in enumerate(shard.owned_pieces(k)):
+    for k, own in shard.gradients.reduced.items():
+        for j, piece in enumerate(shard.owned.pieces[k]):
             grad = shard.params[piece.param].grad
             if own[j] is not None and grad is not None:
-                own[j] = shard.as_laid_out(piece.param, grad)[piece.start : piece.stop]
+                own[j] = shard.order.flatten(piece.param, grad)[piece.start : piece.stop]
 
 
 def zeros_for(params: Sequence[Tensor], has_grad: Sequence[bool]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -61,3 +63,38 @@ def axes_in_memory(tensor: Tensor) -> list[int]:
             "leave gaps. Make it contiguous before the optimizer sees it."
         )
     return order
+
+
+class MemoryOrder:
+    """The order of the elements of some tensors in memory, as it is when this is made.
+
+    Args:
+        tensors: Their shapes are looked up again when they are asked for: they may have been reshaped since.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._tensors = tensors
+        self._axes = [axes_in_memory(tensor) for tensor in tensors]
+        self._is_straight = [axes == sorted(axes) for axes in self._axes]
+
+    def is_of(self, tensors: Sequence[Tensor]) -> bool:
+        """Return whether ``tensors`` have this order now."""
+        return [axes_in_memory(tensor) for tensor in tensors] == self._axes
+
+    def of(self, i: int) -> list[int]:
+        """The axes of tensor ``i`` from the largest step in memory to the smallest."""
+        return self._axes[i]
+
+    def flatten(self, i: int, tensor: Tensor) -> Tensor:
+        """``tensor``, of the shape of tensor ``i``, as 1-D in this order. A view, or a copy."""
+        if tensor.ndim == 1:
+            return tensor if tensor.is_contiguous() else tensor.reshape(-1)
+        check_dense(tensor)
+        if self._is_straight[i]:
+            return tensor.reshape(-1)
+        return tensor.permute(self._axes[i]).reshape(-1)
+
+    def unflatten(self, i: int, flat: Tensor) -> Tensor:
+        """The inverse of `flatten`: a view of ``flat``."""
+        axes, shape = self._axes[i], self._tensors[i].shape
+        return flat.view([shape[axis] for axis in axes]).permute([axes.index(axis) for axis in range(len(axes))])

@@ -32,9 +32,9 @@ def carry_state(old: Sequence[Shard], new: Sequence[Shard]) -> None:
 
 def reorder(flat: Tensor, shard: Shard, i: int, target: Shard, j: int) -> Tensor:
     """A parameter's elements in the order of its memory in ``shard``, brought to that in ``target``. Local."""
-    if shard.order_of(i) == target.order_of(j):
+    if shard.order.of(i) == target.order.of(j):
         return flat
-    return target.as_laid_out(j, shard.from_laid_out(i, flat))
+    return target.order.flatten(j, shard.order.unflatten(i, flat))
 
 
 Move = tuple[int, Shard, int]

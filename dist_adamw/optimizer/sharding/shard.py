@@ -9,7 +9,7 @@ contiguous one. A DTensor's elements are those of its local tensor: its engine h
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
@@ -18,19 +18,19 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dist_adamw.optimizer.kernels.foreach import zeros_apart
-from dist_adamw.optimizer.kernels.mixed import follow_params_, join_master, split_master_
+from dist_adamw.optimizer.kernels.mixed import follow_params_
 from dist_adamw.optimizer.kernels.triton import BlockTable
 from dist_adamw.optimizer.sharding.dtensors import (
     as_dtensor,
     is_dtensor,
-    local_gradient,
     local_of,
-    placed_like,
     shard_axes,
 )
-from dist_adamw.optimizer.sharding.memory_order import axes_in_memory, check_dense, shaped_like, storage_order
+from dist_adamw.optimizer.sharding.memory_order import MemoryOrder, shaped_like, storage_order
+from dist_adamw.optimizer.sharding.owned_gradients import OwnedGradients
+from dist_adamw.optimizer.sharding.ownership import Ownership
 from dist_adamw.optimizer.transport import make_transport
-from dist_adamw.optimizer.transport.base import Transport, cut, cut_slice
+from dist_adamw.optimizer.transport.base import Transport, cut
 from dist_adamw.optimizer.transport.layout import FlatLayout, Piece
 from dist_adamw.ranks import collectives
 
@@ -99,31 +99,16 @@ class Shard:
         world_size = 1 if process_group is None else collectives.world_size(process_group)
         self.rank = 0 if process_group is None else collectives.rank(process_group)
         self.layout = FlatLayout(tuple(p.numel() for p in self._weights()), world_size, max_bucket_numel, lean)
-        self._owned = self.layout.owned(self.rank)
-        self._owned_of: list[list[Piece]] = [[] for _ in params]
-        self._where: list[list[tuple[int, int]]] = [[] for _ in params]  # bucket and place in it
-        for k, bucket in enumerate(self._owned):
-            for j, piece in enumerate(bucket):
-                self._owned_of[piece.param].append(piece)
-                self._where[piece.param].append((k, j))
+        self.owned = Ownership(self.layout, self.rank)
         like = self._weights()[0]
-        dtypes = dict.fromkeys(MOMENTS if group["amsgrad"] else MOMENTS[:2], like.dtype)
-        if like.dtype.itemsize == 2 and master_dtype is not None:
-            dtypes = dict.fromkeys(dtypes, torch.float32)
-            if state_dtype is not None:
-                dtypes = dict.fromkeys(dtypes, state_dtype)
-            dtypes["master" if master_dtype == torch.float32 else "remainder"] = master_dtype
-        elif state_dtype is not None:
-            dtypes = dict.fromkeys(dtypes, state_dtype)
+        dtypes = _dtypes_of(like, group["amsgrad"], master_dtype, state_dtype)
         self.moments = {
             name: zeros_apart(self.layout.shard_numel, place, dtype=dtype, device=like.device)
             for place, (name, dtype) in enumerate(dtypes.items(), 1)
         }
         self.is_mixed = any(dtype != like.dtype for dtype in dtypes.values())
         self.steps = torch.zeros(len(params), dtype=torch.float32, device=like.device)
-        self.has_grad = [False] * len(params)
-        self.reduced: dict[int, list[Tensor | None]] = {}  # by bucket, what `GradientPath` has made of the gradients
-        self._flat_grads: Tensor | None = None
+        self.gradients = OwnedGradients(params, self.owned.pieces, self.layout.shard_numel)
         self._members: dict[int, list[Tensor]] = {}
         self._tables: dict[tuple[int, int], tuple[list[int], BlockTable]] = {}
         self._build_views()
@@ -141,10 +126,9 @@ class Shard:
     def _build_views(self) -> None:
         weights = self._weights()
         self._addresses = [p.data_ptr() for p in weights]
-        self._orders = [axes_in_memory(p) for p in weights]
-        self._is_straight = [order == sorted(order) for order in self._orders]
+        self.order = MemoryOrder(weights)
         flat = [storage_order(p.detach()) for p in weights]
-        self._cut_state([cast(list[Tensor], cut(flat, pieces)) for pieces in self._owned])
+        self._cut_state([cast(list[Tensor], cut(flat, pieces)) for pieces in self.owned.pieces])
         self.transport: Transport | None = None
         if self.process_group is not None:
             self.transport = make_transport(
@@ -155,7 +139,7 @@ class Shard:
         """Make the views of state that go with ``params``: of each bucket, what this rank owns."""
         self._step_of = list(self.steps.unbind())
         self._none_of = {name: moment[:0] for name, moment in self.moments.items()}
-        self._buckets = [self._bucket_views(*both) for both in zip(self._owned, params, strict=True)]
+        self._buckets = [self._bucket_views(*both) for both in zip(self.owned.pieces, params, strict=True)]
 
     def _bucket_views(self, pieces: list[Piece], params: list[Tensor]) -> _Bucket:
         state = {name: [moment[p.offset : p.offset + p.numel] for p in pieces] for name, moment in self.moments.items()}
@@ -180,10 +164,7 @@ class Shard:
             self.moments[name] = zeros_apart(len(moment), place, dtype=kept, device=device).copy_(moment)
         self.steps = self.steps.to(device)
         self._build_views()
-        if self._flat_grads is not None:
-            self._flat_grads = self._flat_grads.to(device, dtype)
-            self._cut_flat_grads()
-            self.reduced = {k: list(self._flat_views[k]) for k in self.reduced}
+        self.gradients.move(device, dtype)
 
     def renew(self) -> None:
         """Move the state to other memory. Local. What `state_of` gives is other tensors then.
@@ -199,25 +180,11 @@ class Shard:
         """Whether `refresh` can follow what became of the parameters; else their state needs other shards. Local."""
         weights = self._weights()
         alike = len({(p.device, p.dtype) for p in weights}) == 1 and all(map(self.has_numel_of, range(len(weights))))
-        return alike and [axes_in_memory(p) for p in weights] == self._orders
+        return alike and self.order.is_of(weights)
 
     def has_numel_of(self, i: int) -> bool:
         """Return whether parameter ``i`` has as many elements as its state. Local."""
         return local_of(self.params[i]).numel() == self.layout.numels[i]
-
-    def check_numel(self, i: int) -> None:
-        """Refuse a parameter that has another number of elements than its state. Local.
-
-        Raises:
-            ValueError: says how many there are.
-        """
-        if not self.has_numel_of(i):
-            param = local_of(self.params[i])
-            raise ValueError(
-                f"a parameter of shape {tuple(param.shape)} has {param.numel()} elements, and its state has "
-                f"{self.layout.numels[i]}: its data was replaced. Put a new nn.Parameter into the group instead, or "
-                "empty its entry in optimizer.state (optimizer.state[p] = {})."
-            )
 
     def has_left_device(self) -> bool:
         """Return whether the first parameter is on another device than its state; a cheap sign of all. Local."""
@@ -242,10 +209,6 @@ class Shard:
         """Bytes of state on this rank."""
         return sum(t.nbytes for t in (*self.moments.values(), self.steps))
 
-    def owned_pieces(self, k: int) -> list[Piece]:
-        """Return the runs of bucket ``k`` that this rank owns; offsets are places in the flat moments."""
-        return self._owned[k]
-
     def members(self, k: int) -> list[Tensor]:
         """The parameters that have elements in bucket ``k``."""
         if k not in self._members:
@@ -253,26 +216,19 @@ class Shard:
             self._members[k] = [self.params[piece.param] for piece in found]
         return self._members[k]
 
-    def ranges_of(self, i: int) -> list[list[int]]:
-        """The ``[start, stop)`` of parameter ``i`` that this rank owns, in ascending order."""
-        return [[p.start, p.stop] for p in self._owned_of[i]]
-
-    def offset_of(self, i: int) -> int:
-        """Where this rank's elements of parameter ``i`` begin in the flat moments."""
-        return self._owned_of[i][0].offset if self._owned_of[i] else 0
-
     def owned_moment(self, i: int, name: str) -> Tensor:
         """This rank's elements of a moment of parameter ``i``, 1-D, in the order of `ranges_of`."""
         # Thousands of small parameters: one more view takes half a kilobyte.
-        if not self._where[i]:
+        places = self.owned.places[i]
+        if not places:
             return self._none_of[name]
-        if len(self._where[i]) == 1:
-            k, j = self._where[i][0]
+        if len(places) == 1:
+            k, j = places[0]
             return self._buckets[k].operands.named(name)[j]
         # A parameter that goes on in the next bucket fills this one to the end, so its pieces
         # lie side by side in the flat shard.
-        start = self.offset_of(i)
-        return self.moments[name][start : start + sum(piece.numel for piece in self._owned_of[i])]
+        start = self.owned.offset_of(i)
+        return self.moments[name][start : start + self.owned.numel_of(i)]
 
     def state_of(self, i: int) -> dict[str, Any]:
         """Parameter ``i``'s entry in ``optimizer.state``: views into the shard.
@@ -285,7 +241,7 @@ class Shard:
             if self.process_group is None:
                 state[name] = self.shaped(owned, self.params[i])
             else:  # never one empty tensor for two parameters: the user may replace its data
-                state[name] = owned if self._where[i] else owned.detach()
+                state[name] = owned if self.owned.places[i] else owned.detach()
         return state
 
     @staticmethod
@@ -295,74 +251,13 @@ class Shard:
             return shaped_like(flat, param)
         return as_dtensor(shaped_like(flat, local_of(param)), param)
 
-    def order_of(self, i: int) -> list[int]:
-        """The axes of parameter ``i`` from the largest step in memory to the smallest, when it was laid out."""
-        return self._orders[i]
-
     def fill(self, i: int, name: str, flat: Tensor) -> None:
         """Copy this rank's share of ``flat``, all elements of a moment of parameter ``i`` in the order of memory."""
-        self._copy_share(i, flat, self.owned_moment(i, name))
-
-    def as_laid_out(self, i: int, tensor: Tensor) -> Tensor:
-        """``tensor``, of the shape of parameter ``i``, as 1-D in the order of `order_of`. A view, or a copy."""
-        if tensor.ndim == 1:
-            return tensor if tensor.is_contiguous() else tensor.reshape(-1)
-        check_dense(tensor)
-        if self._is_straight[i]:
-            return tensor.reshape(-1)
-        return tensor.permute(self._orders[i]).reshape(-1)
-
-    def from_laid_out(self, i: int, flat: Tensor) -> Tensor:
-        """The inverse of `as_laid_out`: a view of ``flat``."""
-        order, shape = self._orders[i], local_of(self.params[i]).shape
-        return flat.view([shape[axis] for axis in order]).permute([order.index(axis) for axis in range(len(order))])
-
-    def _copy_share(self, i: int, flat: Tensor, target: Tensor) -> None:
+        target = self.owned_moment(i, name)
         place = 0
-        for start, stop in self.ranges_of(i):
+        for start, stop in self.owned.ranges_of(i):
             target[place : place + stop - start].copy_(flat[start:stop])
             place += stop - start
-
-    def reset(self, i: int) -> None:
-        """Let parameter ``i`` begin with zeros, and its exact weights with the parameter. Local."""
-        self.steps[i] = 0.0
-        for name in self.moments:
-            if name == "master":
-                self.fill(i, name, self.as_laid_out(i, self._weights()[i].detach()))
-            else:
-                self.owned_moment(i, name).zero_()
-
-    def put(self, i: int, values: Mapping[str, Any]) -> None:
-        """Copy what the user put into the state of parameter ``i``, checked by `user_changes.check_given`. Local.
-
-        Whole tensors, of which this rank takes its share, or shares; None: the master follows the parameter.
-        """
-        for name, value in values.items():
-            if name == "step":
-                self.steps[i] = float(value)
-            elif value is None and name == "remainder":
-                self.owned_moment(i, name).zero_()
-            elif value is None:
-                self.fill(i, name, self.as_laid_out(i, self._weights()[i].detach()))
-            elif value.shape == self.params[i].shape:
-                self.fill(i, name, self.as_laid_out(i, placed_like(value, self.params[i])))
-            else:
-                self.owned_moment(i, name).copy_(value)
-
-    def adopt(self, i: int, state: Mapping[str, Any], *, is_share: bool) -> None:
-        """Copy a state of parameter ``i``: this rank's share of it, or the whole, of which it takes its share."""
-        if "exp_avg" not in state:
-            return
-        self.steps[i] = float(state["step"])
-        for name in self.moments:
-            if name not in state:
-                continue
-            target = self.owned_moment(i, name)
-            if is_share:
-                target.copy_(state[name])
-                continue
-            whole = storage_order(placed_like(state[name], self.params[i]), like=local_of(self.params[i]))
-            self._copy_share(i, whole, target)
 
     @property
     def has_maxima(self) -> bool:
@@ -374,75 +269,21 @@ class Shard:
         """Whether weights are kept more exactly than the parameters have them."""
         return not self.moments.keys().isdisjoint(MASTERS)
 
-    def master_of(self, i: int) -> Tensor:
-        """This rank's fp32 weights of parameter ``i``, 1-D, in the order of `ranges_of`; new memory."""
-        parts = [torch.empty(0, device=self.steps.device)]
-        for k, j in self._where[i]:
-            operands = self._buckets[k].operands
-            exact = operands.masters[j]
-            parts.append(join_master(operands.params[j], exact) if "remainder" in self.moments else exact)
-        return torch.cat(parts)
-
-    def set_master(self, i: int, values: Tensor) -> None:
-        """Let the weights of parameter ``i`` be ``values``, as `master_of` gives them."""
-        numels = [self._buckets[k].pieces[j].numel for k, j in self._where[i]]
-        for (k, j), part in zip(self._where[i], torch.split(values, numels), strict=True):
-            operands = self._buckets[k].operands
-            if "remainder" in self.moments:
-                split_master_(part, operands.params[j], operands.masters[j])
-            else:
-                operands.masters[j].copy_(part)
-
     # ---------------------------------------------------------------- one update
-
-    def flat_grads(self, k: int) -> list[Tensor]:
-        """Memory for averaged gradients of the owned pieces of bucket ``k``, side by side."""
-        if self._flat_grads is None:
-            like = self.params[0]
-            self._flat_grads = torch.zeros(self.layout.shard_numel, dtype=like.dtype, device=like.device)
-            self._cut_flat_grads()
-        return self._flat_views[k]
-
-    def _cut_flat_grads(self) -> None:
-        assert self._flat_grads is not None
-        self._flat_views = [
-            [self._flat_grads[p.offset : p.offset + p.numel] for p in bucket.pieces] for bucket in self._buckets
-        ]
-
-    def owned_grads(self) -> list[list[Tensor | None]]:
-        """Averaged gradients of the owned pieces, bucket by bucket; None where a parameter has none."""
-        if self._flat_grads is None:
-            self.has_grad = [p.grad is not None for p in self.params]
-        if self.reduced:
-            return [
-                [
-                    grad if self.has_grad[p.param] else None
-                    for p, grad in zip(bucket.pieces, self.reduced.get(k) or [None] * len(bucket.pieces), strict=True)
-                ]
-                for k, bucket in enumerate(self._buckets)
-            ]
-        grads = [p.grad if p.grad is None else local_gradient(p.grad, p) for p in self.params]
-        for grad in grads:
-            if grad is not None:
-                check_dense(grad)
-        flat = [
-            None if grad is None else storage_order(grad, like=p)
-            for p, grad in zip(self._weights(), grads, strict=True)
-        ]
-        return [cut_slice(flat, bucket.pieces) for bucket in self._buckets]
-
-    @property
-    def any_grad(self) -> bool:
-        """Whether any parameter had a gradient when `owned_grads` last looked."""
-        return any(self.has_grad)
 
     def count_update(self, found_inf: Tensor | None) -> None:
         """Advance ``step`` of the parameters that have a gradient, by 0 where ``found_inf`` is 1."""
         one = 1.0 if found_inf is None else 1.0 - found_inf
-        if all(self.has_grad):
+        has_grad = self.gradients.has_grad
+        if all(has_grad):
             self.steps.add_(one)
         else:
-            self.steps.add_(torch.tensor(self.has_grad, dtype=torch.float32, device=self.steps.device) * one)
+            self.steps.add_(torch.tensor(has_grad, dtype=torch.float32, device=self.steps.device) * one)
+
+    def operands_of(self, i: int) -> Iterator[tuple[Operands, int]]:
+        """Of parameter ``i``: the tensors of each bucket that this rank owns a piece in, and its place in them."""
+        for k, j in self.owned.places[i]:
+            yield self._buckets[k].operands, j
 
     def operands(self, k: int, live: list[int]) -> Operands:
         """Return the tensors that the update of bucket ``k`` needs, of its pieces ``live``."""
@@ -461,6 +302,18 @@ class Shard:
             table = self._tables[k, len(live)] = (live, made)
         table[1].follow(params, grads)
         return table[1]
+
+
+def _dtypes_of(
+    weight: Tensor, amsgrad: bool, master_dtype: torch.dtype | None, state_dtype: torch.dtype | None
+) -> dict[str, torch.dtype]:
+    """The dtype of each moment, and of the master or remainder, of parameters like ``weight``."""
+    moments = MOMENTS if amsgrad else MOMENTS[:2]
+    if weight.dtype.itemsize == 2 and master_dtype is not None:
+        dtypes = dict.fromkeys(moments, torch.float32 if state_dtype is None else state_dtype)
+        dtypes["master" if master_dtype == torch.float32 else "remainder"] = master_dtype
+        return dtypes
+    return dict.fromkeys(moments, weight.dtype if state_dtype is None else state_dtype)
 
 
 def peek(state: Mapping[Tensor, Any], param: Tensor) -> Any:

@@ -25,6 +25,7 @@ from dist_adamw.optimizer.sharding.user_changes import (
     check_once,
     find_changes,
 )
+from dist_adamw.optimizer.sharding.values import load, put, reset
 from dist_adamw.optimizer.sharding.watched_state import AccessRecord, Shown, Snapshot, WatchedEntry
 
 Groups = list[dict[str, Any]]
@@ -168,9 +169,9 @@ class ShardedState:
         for shard in written.values():
             shard.renew()
         for shard, i in changes.reset:
-            shard.reset(i)
+            reset(shard, i)
         for (shard, i), given in changes.given:
-            shard.put(i, given)
+            put(shard, i, given)
         # Without a snapshot, state is on another device since.
         for shard in written.values() if self.seen is not None else self.shards:
             for i, param in enumerate(shard.params):
@@ -298,7 +299,7 @@ class ShardedState:
         made = [wanted.make_shard(group, together) for group, together in arrange(wanted.groups, chosen)]
         for shard in made:
             for i, param in enumerate(shard.params):
-                shard.adopt(i, peek(wanted.state, param) or {}, is_share=are_shares)
+                load(shard, i, peek(wanted.state, param) or {}, is_share=are_shares)
             self._show(shard, wanted.state)
             self._placed.update(map(id, shard.params))
         self.shards = [*self.shards, *made]

@@ -81,7 +81,7 @@ def find_changes(
             if may_wait and not entry and param.grad is None:
                 found.described.append(f"{name} has no state")
                 continue
-            home[0].check_numel(home[1])
+            _check_numel(*home)
             if entry and group["amsgrad"] != home[0].has_maxima:
                 raise RuntimeError(AMSGRAD_CHANGED)
             found.kept[id(param)] = home
@@ -107,6 +107,21 @@ def find_changes(
     check_new_state(groups, state, found.kept)
     _check_apart(groups, state)
     return found
+
+
+def _check_numel(shard: Shard, i: int) -> None:
+    """Refuse a parameter that has another number of elements than its state. Local.
+
+    Raises:
+        ValueError: says how many there are.
+    """
+    if not shard.has_numel_of(i):
+        param = local_of(shard.params[i])
+        raise ValueError(
+            f"a parameter of shape {tuple(param.shape)} has {param.numel()} elements, and its state has "
+            f"{shard.layout.numels[i]}: its data was replaced. Put a new nn.Parameter into the group instead, or "
+            "empty its entry in optimizer.state (optimizer.state[p] = {})."
+        )
 
 
 def check_once(groups: Sequence[dict[str, Any]]) -> None:
@@ -168,7 +183,7 @@ def _given(name: str, home: Home, entry: Mapping[str, Any], shown: Shown) -> dic
     """Return what the user has replaced in ``entry``. A master that is missing follows the parameter: None."""
     shard, i = home
     given = {key: entry.get(key) for key in shown.values if shown.is_replaced(key, entry.get(key))}
-    share = torch.Size([sum(stop - start for start, stop in shard.ranges_of(i))])
+    share = torch.Size([sum(stop - start for start, stop in shard.owned.ranges_of(i))])
     for key, value in given.items():
         if key not in MASTERS or value is not None:
             check_given(name, key, value, shard.params[i].shape, share)

@@ -1,0 +1,82 @@
+"""Write values to the state of one parameter in a shard, and read its exact weights. All local."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dist_adamw.optimizer.kernels.mixed import join_master, split_master_
+from dist_adamw.optimizer.sharding.dtensors import local_of, placed_like
+from dist_adamw.optimizer.sharding.memory_order import storage_order
+from dist_adamw.optimizer.sharding.shard import Shard
+
+
+def reset(shard: Shard, i: int) -> None:
+    """Let parameter ``i`` begin with zeros, and its exact weights with the parameter."""
+    shard.steps[i] = 0.0
+    for name in shard.moments:
+        if name == "master":
+            _follow_param(shard, i, name)
+        else:
+            shard.owned_moment(i, name).zero_()
+
+
+def _follow_param(shard: Shard, i: int, name: str) -> None:
+    weight = local_of(shard.params[i]).detach()
+    shard.fill(i, name, shard.order.flatten(i, weight))
+
+
+def put(shard: Shard, i: int, values: Mapping[str, Any]) -> None:
+    """Copy what the user put into the state of parameter ``i``, checked by `user_changes.check_given`.
+
+    Whole tensors, of which this rank takes its share, or shares; None: the master follows the parameter.
+    """
+    for name, value in values.items():
+        if name == "step":
+            shard.steps[i] = float(value)
+        elif value is None and name == "remainder":
+            shard.owned_moment(i, name).zero_()
+        elif value is None:
+            _follow_param(shard, i, name)
+        elif value.shape == shard.params[i].shape:
+            shard.fill(i, name, shard.order.flatten(i, placed_like(value, shard.params[i])))
+        else:
+            shard.owned_moment(i, name).copy_(value)
+
+
+def load(shard: Shard, i: int, state: Mapping[str, Any], *, is_share: bool) -> None:
+    """Copy a state of parameter ``i``: this rank's share of it, or the whole, of which it takes its share."""
+    if "exp_avg" not in state:
+        return
+    shard.steps[i] = float(state["step"])
+    param = shard.params[i]
+    for name in shard.moments:
+        if name not in state:
+            continue
+        if is_share:
+            shard.owned_moment(i, name).copy_(state[name])
+        else:
+            shard.fill(i, name, storage_order(placed_like(state[name], param), like=local_of(param)))
+
+
+def exact_weights(shard: Shard, i: int) -> Tensor:
+    """This rank's fp32 weights of parameter ``i``, 1-D, in the order of its ranges; new memory."""
+    parts = [torch.empty(0, device=shard.steps.device)]
+    for operands, j in shard.operands_of(i):
+        exact = operands.masters[j]
+        parts.append(join_master(operands.params[j], exact) if "remainder" in shard.moments else exact)
+    return torch.cat(parts)
+
+
+def set_exact_weights(shard: Shard, i: int, values: Tensor) -> None:
+    """Let the weights of parameter ``i`` be ``values``, as `exact_weights` gives them."""
+    places = list(shard.operands_of(i))
+    numels = [operands.params[j].numel() for operands, j in places]
+    for (operands, j), part in zip(places, torch.split(values, numels), strict=True):
+        if "remainder" in shard.moments:
+            split_master_(part, operands.params[j], operands.masters[j])
+        else:
+            operands.masters[j].copy_(part)
