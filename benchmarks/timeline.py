@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 
 from dist_adamw.optimizer import update
-from dist_adamw.optimizer.gradients import for_update
+from dist_adamw.optimizer.gradients import update_gradients
 from dist_adamw.optimizer.transport import gloo
 
 COLOURS = {
@@ -71,7 +71,7 @@ class Recorder:
         self._travel(kind, "parameters under way", "start_gather", "finish_gather")
         self._part(kind, "averaging", "_average")
         self._part(update, "AdamW", "adamw_update_")
-        self._part(for_update.UpdateGradients, "arrive", "arrive")
+        self._part(update_gradients.UpdateGradients, "arrive", "arrive")
 
     @contextmanager
     def span(self, name: str) -> Iterator[None]:

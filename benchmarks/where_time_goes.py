@@ -32,7 +32,7 @@ from benchmarks import ranks, records
 from benchmarks.engines import OURS, OURS_WITHOUT_DDP, build
 from benchmarks.workloads import WORKLOADS, Workload
 from dist_adamw.optimizer import adamw, sharded_optimizer, update
-from dist_adamw.optimizer.gradients import backward, ddp, for_update
+from dist_adamw.optimizer.gradients import backward, ddp, update_agreement, update_gradients
 from dist_adamw.optimizer.sharding import shard
 from dist_adamw.optimizer.transport import gloo
 
@@ -48,8 +48,8 @@ PARTS: list[tuple[str, Any, str]] = [
     ("reduce: start", gloo.GlooTransport, "start_reduce"),
     ("reduce: finish", gloo.GlooTransport, "finish_reduce"),
     ("reduce: averaging", gloo.GlooTransport, "_average"),
-    ("step: complete", for_update.UpdateGradients, "complete"),
-    ("step: arrive", for_update.UpdateGradients, "arrive"),
+    ("step: complete", update_agreement.UpdateAgreement, "complete"),
+    ("step: arrive", update_gradients.UpdateGradients, "arrive"),
     ("step: follow the user", sharded_optimizer.ShardedOptimizer, "_follow"),
     ("step: owned_grads", shard.Shard, "owned_grads"),
     ("step: AdamW", update, "adamw_update_"),

@@ -187,56 +187,69 @@ class DistAdamW(AttachedOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._begin_update()
+        if self._collect_gradients():
+            self._warn_of_local_gradients()
+            self._apply(self._scheme.present(self.shards, self.param_groups))
+        return loss
+
+    def _begin_update(self) -> None:
+        """Refuse what cannot be updated. Until there is something to apply, this update is a skipped one."""
         self.wait()
         if self.fused is False:  # a scheduler or the user may have put a tensor there since
             for group in self.param_groups:
                 check_lr(group, self.fused)
-        capturing = is_capturing()
-        if capturing and not self.skip_is_known:
+        if is_capturing() and not self.skip_is_known:
             raise RuntimeError(
                 "the device has not said yet whether it applied the last update, and cannot be asked while a CUDA "
                 "graph is captured. Read optimizer.updates before torch.cuda.graph begins."
             )
-        outcome = self._outcome
-        outcome.begin()
-        if not self._collect_gradients():
-            return loss
-        self._warn_of_local_gradients()
-        shards = self._scheme.present(self.shards, self.param_groups)
+        self._outcome.begin()
+
+    def _apply(self, shards: list[Shard]) -> None:
+        """Update ``shards``, unless there are no gradients, or inf or nan in them. Collective."""
         grads = [shard.gradients.owned() for shard in shards]
         if not any(shard.gradients.any_grad for shard in shards):
             self._settle()
-            return loss
+            return
         if self._only_initialises(shards, grads):
-            return loss
-        clip: Tensor | None = None
-        if self.max_grad_norm is None:
-            self._settle()
-            if not capturing:
-                outcome.count(self._scheme.count_update(outcome.updates, shards))
-        else:
-            squares = squares_on_this_rank(shards, grads)
-            self._settle()
-            norm = global_norm(squares, self._ranks)
-            outcome.measure(norm)
-            clip = clip_factor(norm, self.max_grad_norm)
-            if clip.device.type == "cpu" and clip == 1:  # free to ask there
-                clip = None
-            skips_by_itself = all(is_fused(shard, self.fused) for shard in shards)  # foreach arithmetic does not
-            if not skips_by_itself and outcome.was_skipped:
-                if self._path is not None:
-                    self._path.update.used()
-                return loss
+            return
+        clip = self._clip_factor(shards, grads)
+        # Foreach arithmetic cannot skip by itself, so the host has to know.
+        must_know = self.max_grad_norm is not None and not all(is_fused(shard, self.fused) for shard in shards)
+        if not (must_know and self.step_was_skipped):
+            self._update_all(shards, grads, clip)
+        if self._path is not None:
+            self._path.update.used()
+
+    def _update_all(self, shards: list[Shard], grads: Sequence[BucketGradients], clip: Tensor | None) -> None:
         self._consolidated = None
         for shard, buckets in zip(shards, grads, strict=True):
             if shard.gradients.any_grad:
-                shard.count_update(outcome.found_inf)
+                shard.count_update(self._outcome.found_inf)
                 self._update(shard, buckets, clip)
-        if self._path is not None:
-            self._path.update.used()
-        if capturing:
-            outcome.forget_captured()
-        return loss
+        if is_capturing():
+            self._outcome.forget_captured()
+
+    def _clip_factor(self, shards: list[Shard], grads: Sequence[BucketGradients]) -> Tensor | None:
+        """Count this update as applied, or measure the norm that decides it. Collective.
+
+        Returns:
+            The factor for gradients, 0-d fp32; None: 1.
+        """
+        outcome = self._outcome
+        if self.max_grad_norm is None:
+            self._settle()
+            if not is_capturing():
+                outcome.count(self._scheme.count_update(outcome.updates, shards))
+            return None
+        squares = squares_on_this_rank(shards, grads)
+        self._settle()
+        norm = global_norm(squares, self._ranks)
+        outcome.measure(norm)
+        clip = clip_factor(norm, self.max_grad_norm)
+        is_one = clip.device.type == "cpu" and clip == 1  # free to ask there
+        return None if is_one else clip
 
     def _update(self, shard: Shard, grads: BucketGradients, clip: Tensor | None) -> None:
         """Update what this rank owns of ``shard``, and send each bucket while the next is computed. Collective."""

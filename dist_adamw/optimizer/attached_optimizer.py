@@ -35,6 +35,7 @@ class AttachedOptimizer(SavableOptimizer):
     gathers_from_owners = True  # where another optimizer reduces gradients of these parameters to their owners
     _defer_gather = False
     _is_agreed = False  # whether ranks have compared their options
+    _attach_options: dict[str, bool] | None = None
     _attached: Sequence[weakref.ref[nn.Module]] = ()
 
     def _collect_gradients(self) -> bool:
@@ -51,7 +52,7 @@ class AttachedOptimizer(SavableOptimizer):
             return self._path.update.take_whole()
         group = self.process_group
         assert group is not None
-        if not self._path.update.complete(
+        if not self._path.agreement.complete(
             group,
             self.replica_group,
             has_changes=changed,
@@ -59,8 +60,8 @@ class AttachedOptimizer(SavableOptimizer):
             check_changes=self._compare,
         ):
             return False
-        self._follow(changed, is_agreed=self._path.update.asks_for_changes)
-        self._path.update.arrive()
+        self._follow(changed, is_agreed=self._path.agreement.asks_for_changes)
+        self._path.update.arrive(self._path.agreement.needed_rounds)
         return True
 
     def _warn_of_local_gradients(self) -> None:
@@ -150,33 +151,36 @@ class AttachedOptimizer(SavableOptimizer):
             return
         collectives.end_quietly()
         if self._path is None:
-            self._path = GradientPath(
-                self._all_params,
-                self._shards_by_now,
-                self.gather_gradients,
-                overlap=overlap,
-                reduce_every_backward=reduce_every_backward,
-            )
-            self._tag = attaching.new_tag(ranks)
-            for shard in self.shards:
-                shard.retag(self._tag)
-            self._path.messages.open(ranks.groups, self._tag)
-        elif options != {
-            "overlap": self._path.overlap,
-            "reduce_every_backward": self._path.reduce_every_backward,
-            "defer_gather": self._defer_gather,
-        }:
+            self._path = self._open_path(overlap=overlap, reduce_every_backward=reduce_every_backward)
+            self._attach_options = options
+        elif options != self._attach_options:
             raise ValueError("attach() was called before with other options. Pass the same for every module.")
+        path = self._path
         self._defer_gather = defer_gather
         if not is_ddp:
             attaching.copy_first_rank(model, ranks)
-        others = end_unless_everywhere(self._path, model)  # held: none may go on one rank alone before `listen`
-        ids = set(map(id, self._all_params())) - self._path.listening
+        others = end_unless_everywhere(path, model)  # held: none may go on one rank alone before `listen`
+        ids = set(map(id, self._all_params())) - path.listening
         params = [param for param in model.parameters() if id(param) in ids]
-        attaching.check_gradients_before(self._path, params, ranks.process_group)
-        self._path.listen(model)
+        attaching.check_gradients_before(path, params, ranks.process_group)
+        path.listen(model)
         del others
         self._attached = [*(ref for ref in self._attached if ref() not in (None, model)), weakref.ref(model)]
+
+    def _open_path(self, *, overlap: bool, reduce_every_backward: bool) -> GradientPath:
+        """Make a path with messages of its own. Collective."""
+        path = GradientPath(
+            self._all_params,
+            self._shards_by_now,
+            self.gather_gradients,
+            overlap=overlap,
+            reduce_every_backward=reduce_every_backward,
+        )
+        self._tag = attaching.new_tag(self._ranks)
+        for shard in self.shards:
+            shard.retag(self._tag)
+        path.messages.open(self._ranks.groups, self._tag)
+        return path
 
     @torch.no_grad()
     def clip_grad_norm_(
@@ -195,12 +199,13 @@ class AttachedOptimizer(SavableOptimizer):
         Returns:
             The norm before clipping, 0-d.
         """
-        params = self._all_params() if parameters is None else list(parameters)
+        ours = self._all_params()
+        params = ours if parameters is None else list(parameters)
         gather_from_owners(self._path, params)
         if self._path is None or self._path.is_whole:
             return torch.nn.utils.clip_grad_norm_(params, max_norm, norm_type)
-        ours = {id(param) for param in self._all_params()}
-        others = [p.grad for p in params if id(p) not in ours and p.grad is not None]  # whole on every rank
+        known = {id(param) for param in ours}
+        others = [p.grad for p in params if id(p) not in known and p.grad is not None]  # whole on every rank
         self._collect_gradients()
         self._settle()
         assert self.process_group is not None

@@ -19,7 +19,7 @@ from dist_adamw.optimizer.gradients.hooks import WeakHook
 from dist_adamw.optimizer.gradients.record import GradientRecord, OptimizerLink
 from dist_adamw.optimizer.gradients.refusals import left_before_backward
 from dist_adamw.optimizer.gradients.sending import Sender, ShardSender
-from dist_adamw.optimizer.gradients.sources import GradientSources
+from dist_adamw.optimizer.gradients.sources import GradientSources, accumulates_now
 
 _gradient = operator.attrgetter("grad")
 
@@ -77,7 +77,7 @@ class BackwardPasses:
         if not (sender.plan.shards or any(map(is_lazy, self._sources.known))):
             self._link.shards()  # state that is none is refused here: an error in the middle of backward breaks DDP
         self.look_for_changes()
-        self._sources.take_arrivals()
+        self._sources.arrivals.take()
         record.watch.clear()
         for reducer in self._sources.reducers():
             reducer.restore_views()
@@ -111,7 +111,7 @@ class BackwardPasses:
     def backward_begins(self, grad: Tensor) -> None:
         """The gradient of an attached module's output is there."""
         if not self.is_running:
-            self._sources.take_arrivals()  # of a backward pass inside DDP's no_sync
+            self._sources.arrivals.take()  # of a backward pass inside DDP's no_sync
             if self._sends_now:
                 self._begin()
 
@@ -131,10 +131,10 @@ class BackwardPasses:
         if not self.is_running:
             self._begin()
         self._has_heard = True
-        self._sender.enter(self._sources.take_arrivals())
+        self._sender.enter(self._sources.arrivals.take())
         if self._overlap:
             self._sender.send_ready()
-        self._sources.note_arrival(param)
+        self._sources.arrivals.note(param)
 
     def bucket_came(self, packed: PackedBucket | None) -> None:
         """The gradients of one of DDP's buckets are there; send what can be. Collective."""
@@ -165,7 +165,9 @@ class BackwardPasses:
         """Send what is left. ``path`` is alive until then."""
         self.is_running = False
         sources, sender, record = self._sources, self._sender, self._record
-        if not (self._has_heard or sources.are_buckets or sources.has_arrivals or sources.accumulate_now()):
+        if not (
+            self._has_heard or sources.are_buckets or sources.arrivals.has_any or accumulates_now(sources.modules())
+        ):
             # torch.autograd.grad, of an input say: no gradient is to be sent yet
             record.has_begun, record.is_whole, record.is_compared, record.has_let_go = self._before_pass
             return
@@ -214,7 +216,7 @@ class BackwardPasses:
         record, sender = self._record, self._sender
         self.is_running = False
         sender.receive()  # left over from a backward that was broken off
-        self._sources.take_arrivals()
+        self._sources.arrivals.take()
         record.has_let_go = False
         self._messages.number += record.has_begun
         for param in sender.plan.params if record.filled else ():

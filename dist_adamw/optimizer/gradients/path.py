@@ -8,11 +8,13 @@ from torch import Tensor, nn
 
 from dist_adamw.optimizer.gradients.backward import BackwardPasses
 from dist_adamw.optimizer.gradients.ddp import PackedBucket
-from dist_adamw.optimizer.gradients.for_update import UpdateGradients
 from dist_adamw.optimizer.gradients.handshake import RankMessages
 from dist_adamw.optimizer.gradients.record import GradientRecord, OptimizerLink
 from dist_adamw.optimizer.gradients.sending import Sender, ShardSender
 from dist_adamw.optimizer.gradients.sources import GradientSources
+from dist_adamw.optimizer.gradients.unlistened import UnlistenedGradients
+from dist_adamw.optimizer.gradients.update_agreement import UpdateAgreement
+from dist_adamw.optimizer.gradients.update_gradients import UpdateGradients
 from dist_adamw.optimizer.sharding.shard import Shard
 
 
@@ -30,7 +32,8 @@ class GradientPath:
         sources: The modules, and what tells of their gradients.
         sender: Sends buckets to their owners.
         backward: What happens in forward and backward passes.
-        update: What the optimizer asks for.
+        agreement: The ranks' agreement on the gradients of an update.
+        update: Gives the update its gradients.
         messages: Tells other ranks what this one is about to do.
         record: What has become of the gradients since the last update.
     """
@@ -54,9 +57,11 @@ class GradientPath:
         parts = (self.messages, self.record)
         self.backward = BackwardPasses(self, self._link, self.sources, self.sender, *parts, overlap=overlap)
         self.sources.call(self.backward)
-        self.update = UpdateGradients(
-            self, self._link, self.sources, self.sender, self.backward, *parts, overlap=overlap
+        unlistened = UnlistenedGradients(self._link, self.sources, self.sender, self.record)
+        self.agreement = UpdateAgreement(
+            self, self.sources, self.sender, self.backward, unlistened, *parts, overlap=overlap
         )
+        self.update = UpdateGradients(self._link, self.sources, self.sender, unlistened, *parts)
 
     @property
     def is_whole(self) -> bool:
@@ -122,7 +127,7 @@ class GradientPath:
         self.sender.drop()
         self.messages.close()
         self.backward.is_running = False
-        self.update.end()
+        self.agreement.end()
 
     def gather_gradients(self) -> None:
         """Have the optimizer make every gradient whole. Collective.

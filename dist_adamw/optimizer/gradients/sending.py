@@ -20,7 +20,7 @@ from dist_adamw.optimizer.gradients.record import GradientRecord, OptimizerLink
 from dist_adamw.optimizer.gradients.refusals import too_late
 from dist_adamw.optimizer.gradients.sources import GradientSources
 from dist_adamw.optimizer.gradients.watch import mark_parts
-from dist_adamw.optimizer.gradients.whole import flat_gradient, turn_into_sums
+from dist_adamw.optimizer.gradients.whole_gradients import flat_gradient, turn_into_sums
 from dist_adamw.optimizer.sharding.shard import Shard
 from dist_adamw.optimizer.transport.base import MAX_IN_FLIGHT, InFlightBucket
 
@@ -144,7 +144,7 @@ class Sender:
         At the end of every backward, so that no rank waits for what another one sends only when it updates.
         """
         self.follow_layout()
-        self.enter(self._sources.take_arrivals())
+        self.enter(self._sources.arrivals.take())
         for param in self.plan.params:
             if param.grad is None and id(param) in self.plan.buckets_of:
                 param.grad = torch.zeros_like(param)
@@ -232,7 +232,7 @@ class Sender:
     def clear(self) -> None:
         """Forget the gradients of this update: they were used, or are not wanted. Every rank alike; local."""
         self._record.clear_round()
-        self._sources.take_arrivals()
+        self._sources.arrivals.take()
         self._record.watch.clear()
         for shard in self.owners:
             shard.gradients.reduced.clear()

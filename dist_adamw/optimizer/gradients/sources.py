@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import operator
 import weakref
-from collections import deque
 from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -17,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
+from dist_adamw.optimizer.gradients.arrivals import Arrivals
 from dist_adamw.optimizer.gradients.ddp import BucketListener, DDPReducer
 from dist_adamw.optimizer.gradients.handshake import RankMessages
 from dist_adamw.optimizer.gradients.hooks import NoSync, WeakHook, remove
@@ -69,10 +68,12 @@ class GradientSources:
         known_ids: Their ids.
         are_buckets: Whether DDP's buckets tell of every gradient.
         is_ddp: Whether the modules are in DDP; None before the first.
+        arrivals: The parameters whose gradients hooks have noted.
     """
 
     def __init__(self, path: Sibling, link: OptimizerLink, messages: RankMessages, record: GradientRecord) -> None:
-        self._path, self._link, self._messages, self._record = weakref.ref(path), link, messages, record
+        self._path, self._link, self._messages = weakref.ref(path), link, messages
+        self.arrivals = Arrivals(record)
         self._hearer: weakref.ref[Hearer] | None = None
         self.ids: Set[int] = frozenset()
         self.revision = 0
@@ -88,8 +89,6 @@ class GradientSources:
         weakref.finalize(self, _remove_all, self._hook_of, self._module_hooks).atexit = False
         self._modules: list[weakref.ref[nn.Module]] = []
         self._reducers: list[weakref.ref[DDPReducer]] = []
-        self._inboxes: list[deque[Tensor]] = []  # by plain module: parameters whose gradient has come
-        self._last: list[Tensor] = []  # the parameter at which a hook last looked
 
     def call(self, hearer: Hearer) -> None:
         """Have hooks call ``hearer``, which is held weakly. Local."""
@@ -117,31 +116,44 @@ class GradientSources:
         self.is_ddp = is_ddp
         self.follow_params()
         params = [param for param in _own_parameters(model) if param.requires_grad and id(param) in self.known_ids]
-        aside = True
-        reducer = None
         if isinstance(model, DistributedDataParallel):
             if reduces_every_backward:
                 raise ValueError(
                     "reduce_every_backward=True is for a module without DistributedDataParallel, which keeps whole "
                     "gradients whatever is done: it would only send more. Attach the plain module, or leave it False."
                 )
-            reducer = DDPReducer.of(model)
-            aside = reducer.can_stand_aside(self.known_ids)
+            aside = self._add_ddp(model, path, params)
+        else:
+            aside = True
+            take_over(path, params)
+            self._add_hooks(params)
+        if all(ref() is not model for ref in self._modules):
+            self._hang_on_module(model, aside=aside)
+
+    def _add_hooks(self, params: list[Tensor]) -> None:
+        """Hear of ``params`` by hooks."""
+        self._hang_on_parameters([param for param in params if self._hook_of.get(id(param)) is None])
+        self._kinds_changed()
+
+    def _add_ddp(self, model: DistributedDataParallel, path: Sibling, params: list[Tensor]) -> bool:
+        """Hear of ``params`` by DDP's buckets, or by hooks where DDP can stand aside. Return whether it does."""
+        reducer = DDPReducer.of(model)
+        aside = reducer.can_stand_aside(self.known_ids)
         take_over(path, params)
-        if reducer is not None:
-            self._reducers.append(weakref.ref(reducer))
+        self._reducers.append(weakref.ref(reducer))
         if aside:
-            self._hang_on_parameters([param for param in params if self._hook_of.get(id(param)) is None])
+            self._add_hooks(params)
         else:
             self.remove({id(param) for param in params if self._hook_of.get(id(param)) is not None})
             self._hook_of.update(dict.fromkeys(map(id, params)))
             self._are_copied = self._are_copied or not model.gradient_as_bucket_view
-        self.are_buckets = is_ddp and all(hook is None for hook in self._hook_of.values())
+            self._kinds_changed()
+        reducer.add(path, aside=aside)
+        return aside
+
+    def _kinds_changed(self) -> None:
+        self.are_buckets = bool(self.is_ddp) and all(hook is None for hook in self._hook_of.values())
         self._ids_changed()
-        if reducer is not None:
-            reducer.add(path, aside=aside)
-        if all(ref() is not model for ref in self._modules):
-            self._hang_on_module(model, aside=aside)
 
     def _hang_on_module(self, model: nn.Module, *, aside: bool) -> None:
         self._modules.append(weakref.ref(model))
@@ -159,10 +171,7 @@ class GradientSources:
         """Hear of gradients as they come, without Python having to run for each of thousands of small ones."""
         if not params:
             return
-        # Bounded, because the module may outlive the optimizer.
-        inbox: deque[Tensor] = deque(maxlen=len(params))
-        self._inboxes.append(inbox)
-        look, enter = self._hook("look_at_arrivals"), inbox.append
+        look, enter = self._hook("look_at_arrivals"), self.arrivals.new_inbox(len(params)).append
         quiet = _LOOK_EVERY
         for param in reversed(params):
             quiet += param.numel()
@@ -246,37 +255,7 @@ class GradientSources:
             yield
         finally:
             self._synchronises = before
-            self.take_arrivals()
-
-    def note_arrival(self, param: Tensor) -> None:
-        """``param`` counts as arrived the next time: hooks that were registered later may change its gradient still."""
-        self._last.append(param)
-
-    @property
-    def has_arrivals(self) -> bool:
-        """Whether a gradient has come since the last `take_arrivals`, but those whose hook looked."""
-        return any(self._inboxes)
-
-    def take_arrivals(self) -> list[Tensor]:
-        """Return the parameters whose gradients have come since the last call. Local."""
-        params = list(itertools.chain(self._last, *self._inboxes))
-        if self._record.filled:  # zeros of ours that backward has added to since are the user's gradients
-            self._record.filled.difference_update(map(id, params))
-        self._last.clear()
-        for inbox in self._inboxes:
-            inbox.clear()
-        return params
-
-    def accumulate_now(self) -> bool:
-        """Whether the pass that autograd is running adds to ``param.grad`` of some parameter of the attached modules.
-
-        It may reach this optimizer's parameters on another rank alone, which then sends gradients and waits for them.
-        """
-        for model in self.modules():
-            for param in model.parameters():
-                if param.requires_grad and _will_run(get_gradient_edge(param).node):
-                    return True
-        return False
+            self.arrivals.take()
 
     def has_company(self) -> bool:
         """Return whether others send in this backward pass: attached optimizers, or DDP itself."""
@@ -324,8 +303,20 @@ def _remove_all(hooks: dict[int, RemovableHandle | None], more: list[RemovableHa
     remove(hook for hook in (*hooks.values(), *more) if hook is not None)
 
 
+def accumulates_now(modules: Sequence[nn.Module]) -> bool:
+    """Return whether the pass that autograd is running adds to ``param.grad`` of some parameter of ``modules``.
+
+    It may reach an optimizer's parameters on another rank alone, which then sends gradients and waits for them.
+    """
+    for model in modules:
+        for param in model.parameters():
+            if param.requires_grad and _will_run(get_gradient_edge(param).node):
+                return True
+    return False
+
+
 def _will_run(accumulation: Node) -> bool:
-    """Whether the backward pass that runs, or has just run, has ``accumulation`` add to a parameter's gradient."""
+    """Return whether the backward pass that runs, or has just run, has ``accumulation`` add to a parameter's gradient."""
     try:
         return bool(torch._C._will_engine_execute_node(accumulation))
     except RuntimeError:  # torch.autograd.grad of that parameter: its gradient is handed back

@@ -15,7 +15,7 @@ from dist_adamw.optimizer.gradients.plan import Plan
 from dist_adamw.optimizer.gradients.record import GradientRecord, OptimizerLink
 from dist_adamw.optimizer.gradients.sending import Sender
 from dist_adamw.optimizer.gradients.sources import GradientSources
-from dist_adamw.optimizer.gradients.whole import flat_gradient
+from dist_adamw.optimizer.gradients.whole_gradients import flat_gradient
 from dist_adamw.optimizer.sharding.fingerprints import fingerprints
 from dist_adamw.optimizer.sharding.shard import Shard
 

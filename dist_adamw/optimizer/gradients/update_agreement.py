@@ -1,10 +1,10 @@
-"""Agree with the other ranks on an update's gradients, and give the update those that this rank owns."""
+"""Agree with the other ranks on which gradients an update has, before anything is changed."""
 
 from __future__ import annotations
 
 import operator
 import weakref
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -12,21 +12,19 @@ from torch import Tensor
 
 from dist_adamw.optimizer.gradients.backward import BackwardPasses
 from dist_adamw.optimizer.gradients.handshake import ACCEPTED, CHANGED, NOT_CHANGED, Agreed, RankMessages, UpdateReport
-from dist_adamw.optimizer.gradients.record import GradientRecord, OptimizerLink
+from dist_adamw.optimizer.gradients.record import GradientRecord
 from dist_adamw.optimizer.gradients.refusals import accepted_local, changed, dropped_alone
 from dist_adamw.optimizer.gradients.registry import Path, gather_from_owners
-from dist_adamw.optimizer.gradients.sending import Sender, ShardSender
+from dist_adamw.optimizer.gradients.sending import Sender
 from dist_adamw.optimizer.gradients.sources import GradientSources
 from dist_adamw.optimizer.gradients.unlistened import UnlistenedGradients
-from dist_adamw.optimizer.gradients.whole import gather_from_ranks, take_replaced, zeros_for
-from dist_adamw.optimizer.sharding.shard import Shard
 from dist_adamw.ranks import agreement
 
 _gradient, _requires_grad = operator.attrgetter("grad"), operator.attrgetter("requires_grad")
 
 
-class UpdateGradients:
-    """What the optimizer asks a path for: `complete`, then `arrive`, then `used`; or `make_whole`, or `discard`.
+class UpdateAgreement:
+    """The ranks' agreement on the gradients of one update.
 
     Args:
         path: Whose gradients these are; held weakly.
@@ -34,33 +32,31 @@ class UpdateGradients:
 
     Attributes:
         asks_for_changes: Whether the last `complete` has asked all ranks if there are changes.
+        needed_rounds: Into the shard: of the rank with the most.
     """
 
     def __init__(
         self,
         path: Path,
-        link: OptimizerLink,
         sources: GradientSources,
         sender: Sender,
         backward: BackwardPasses,
+        unlistened: UnlistenedGradients,
         messages: RankMessages,
         record: GradientRecord,
         *,
         overlap: bool,
     ) -> None:
-        self._path, self._link, self._sources = weakref.ref(path), link, sources
-        self._sender, self._backward = sender, backward
+        self._path, self._sources, self._sender = weakref.ref(path), sources, sender
+        self._backward, self._unlistened = backward, unlistened
         self._messages, self._record, self._overlap = messages, record, overlap
-        self._unlistened = UnlistenedGradients(link, sources, sender, record)
-        self.asks_for_changes = False
         self._has_ended = False
-        self._needed_rounds = 0  # into the shard: of the rank with the most
+        self.asks_for_changes = False
+        self.needed_rounds = 0
 
     def end(self) -> None:
         """Refuse updates from now on: other ranks have let go of the optimizer. Local."""
         self._has_ended = True
-
-    # ---------------------------------------------------------------- agree
 
     def complete(
         self,
@@ -89,38 +85,41 @@ class UpdateGradients:
         record, sources = self._record, self._sources
         self._check_may_update()
         self._finish_backward()
-        others = self._unlistened.params()
-        if others and not record.is_compared:
-            gather_from_owners(self._path(), others)
-        subject = others if sources.are_buckets else sources.known  # DDP has seen to its own
+        subject = self._unlistened.params() if sources.are_buckets else sources.known  # DDP has seen to its own
         present = self._present(subject)
         prints = self._unlistened.prints()
         report = self._report(subject, present, prints, has_changes=has_changes, options=options)
         agreed = self._agree(report, group, replicas)
-        self._needed_rounds = agreed.rounds
+        self.needed_rounds = agreed.rounds
         if (agreed.has_changes or agreed.options_differ) and self.asks_for_changes:
             check_changes()
-        if agreed.change == CHANGED:
-            raise changed(on_this_rank=report.change == CHANGED)
-        if agreed.dropped_differ:
-            raise dropped_alone(len(record.watch.dropped()))
+        self._refuse_changed(report, agreed)
         if agreed.is_reopened and not record.is_reopened:  # another rank ran the module forward since backward
             self._sender.reopen()
         is_incomplete = agreed.is_missing or agreed.patterns_differ
         if is_incomplete:
-            present = [bool(n) for n in self._largest(present, group, replicas)]
+            present = list(map(bool, self._largest(present, group, replicas)))
         if agreed.prints_differ:
-            prints = prints or [0] * len(others)
-            self._unlistened.note_extremes(self._largest([*prints, *(-value for value in prints)], group, replicas))
+            prints = prints or [0] * len(self._unlistened.params())
+            self._unlistened.note_extremes(self._largest([*prints, *map(operator.neg, prints)], group, replicas))
         if agreed.change and self._unlistened.are_local_used(subject, present):
             raise accepted_local()
         record.is_compared = True
         # Without anything filled, shared out or missing, every gradient is there.
         if self._sender.reduces_every_backward or is_incomplete or record.filled:
             self._fill_in(subject, present)
-        if any(present):
-            return True
-        return sources.are_buckets and any(grad is not None for grad in map(_gradient, sources.known))
+        return any(present) or self._has_any_in_buckets()
+
+    def _refuse_changed(self, report: UpdateReport, agreed: Agreed) -> None:
+        if agreed.change == CHANGED:
+            raise changed(on_this_rank=report.change == CHANGED)
+        if agreed.dropped_differ:
+            raise dropped_alone(len(self._record.watch.dropped()))
+
+    def _has_any_in_buckets(self) -> bool:
+        if not self._sources.are_buckets:
+            return False
+        return any(grad is not None for grad in map(_gradient, self._sources.known))
 
     def _check_may_update(self) -> None:
         """Raise where gradients have not been averaged, and will not be."""
@@ -144,14 +143,16 @@ class UpdateGradients:
             self._backward.finish_broken_pass()
         self._sources.follow_params()
         self._sources.look_at_siblings()
-        if self._sources.are_buckets:
-            return
-        has_begun = sender.next or self._record.is_reopened
-        if self._overlap and not sender.reduces_every_backward and not has_begun:
-            sender.send_all()  # nothing arrived here, but other ranks may be waiting in backward
-            sender.receive()
-        else:
-            sender.follow_layout()
+        if not self._sources.are_buckets:
+            has_begun = sender.next or self._record.is_reopened
+            if self._overlap and not sender.reduces_every_backward and not has_begun:
+                sender.send_all()  # nothing arrived here, but other ranks may be waiting in backward
+                sender.receive()
+            else:
+                sender.follow_layout()
+        others = self._unlistened.params()
+        if others and not self._record.is_compared:
+            gather_from_owners(self._path(), others)
 
     def _present(self, params: Sequence[Tensor]) -> list[bool]:
         """Which of ``params`` have a gradient of the user's: in the shard, or there and not zeros of ours."""
@@ -231,132 +232,6 @@ class UpdateGradients:
                 is_in_shard = id(param) in sender.plan.buckets_of or id(param) in record.kept
             if param.grad is None and not is_in_shard:
                 param.grad = torch.zeros_like(param)
-
-    # ---------------------------------------------------------------- take
-
-    def arrive(self) -> None:
-        """Send and receive whatever has not been yet. Collective; after `complete` and the layout."""
-        sender, record, sources = self._sender, self._record, self._sources
-        is_averaged = bool(sender.next or sender.rounds or record.late or record.kept)
-        if not is_averaged:  # nothing has been sent by the places that parameters had
-            sender.follow_layout(again=True)
-        shards = self._link.shards()
-        is_laid_out_again = not {id(shard) for shard in sender.owners} <= {id(shard) for shard in shards}
-        if not isinstance(sender, ShardSender):
-            sender.send_rest()
-            sender.receive()
-        elif not is_laid_out_again:
-            while sender.rounds < self._needed_rounds:
-                sender.finish_round()
-        # What has been averaged. Others may have whole gradients that another optimizer still needs.
-        sent = sender.plan.buckets_of.keys() | record.late | record.kept
-        if is_laid_out_again and is_averaged:  # other ranks own it now
-            self._gather_from_former_owners(sent)
-        others = self._unlistened.params()
-        # Another update by the averages of the last one, which are in ``param.grad`` alone by now.
-        has_reduced = any(shard.gradients.reduced for shard in sender.owners)
-        is_repeated = bool(others) and not sender.reduces_every_backward and not has_reduced
-        self._unlistened.take(sources.known if is_laid_out_again or is_repeated else others)
-        sender.owners = list(shards)
-        if sender.reduces_every_backward:
-            for param in sources.known if is_laid_out_again else ():
-                if id(param) in sent:
-                    param.grad = None
-            for shard in self._link.shards():
-                shard.gradients.has_grad = [id(param) in record.in_shard for param in shard.params]
-            return
-        record.watch.remember_written(sources.watched(sender.plan.params))
-        sources.tell_siblings()
-
-    def _gather_from_former_owners(self, sent: Collection[int]) -> None:
-        """Make whole what was averaged by a layout that is no more. Collective."""
-        sender, record = self._sender, self._record
-        if sender.reduces_every_backward:
-            for shard in sender.owners:
-                averaged = record.in_shard.intersection(sent)
-                shard.gradients.has_grad = [id(param) in averaged for param in shard.params]
-        self.make_whole(sender.owners, sent)
-        record.is_whole = False
-        sender.next = len(sender.plan.order)
-        if sender.reduces_every_backward:
-            record.in_shard.update(id(param) for param in self._sources.known if param.grad is not None)
-
-    def make_whole(self, shards: list[Shard] | None = None, only: Collection[int] | None = None) -> None:
-        """Let every ``param.grad`` be the average over all ranks. Collective; after `arrive`.
-
-        Args:
-            shards: Whose owners have the averages; default: the optimizer's.
-            only: Ids of the parameters that have been averaged; default: all. The gradients of others are left alone.
-        """
-        record, sender = self._record, self._sender
-        self._sources.look_at_siblings()
-        shards = self._link.shards() if shards is None else shards
-        for shard in shards:
-            if sender.reduces_every_backward:
-                zeros_for(shard.params, shard.gradients.has_grad)
-            gather_from_ranks(shard, only)
-        sender.rounds = 0
-        record.is_reopened = False
-        record.filled.clear()
-        record.in_shard.clear()
-        record.kept.clear()
-        if only is None:
-            record.late.difference_update(id(param) for shard in shards for param in shard.params)
-        self._sources.take_arrivals()
-        record.watch.clear()
-        sender.begin_round()
-        self._sources.tell_siblings()
-        record.is_whole = True
-
-    def take_whole(self) -> bool:
-        """Let the update take whole gradients as they are now. Whether there is any. Local."""
-        self._sources.look_at_siblings()
-        for shard in self._link.shards():
-            shard.gradients.reduced.clear()
-            shard.gradients.has_grad = [param.grad is not None for param in shard.params]
-        return any(grad is not None for grad in map(_gradient, self._link.params()))
-
-    def used(self) -> None:
-        """An update has been made of the gradients. Until they are set to zero or None, they are averages. Local."""
-        record = self._record
-        self._messages.number += 1
-        record.has_let_go = self._sender.reduces_every_backward and not record.is_whole
-        if record.has_let_go:
-            record.used = set(record.in_shard)
-        self._sender.clear()
-
-    def accept_changes(self) -> None:
-        """Let gradients be what they are now. Local.
-
-        Raises:
-            RuntimeError: they have not been averaged yet.
-        """
-        record = self._record
-        if self._are_any_local() and (record.was_changed or record.watch.changed()):
-            raise RuntimeError(
-                "accept_gradients() after attach(overlap=False), or after parameters were added: gradients are local "
-                "ones until step(), so a change that is not linear would not be that of their average. Call "
-                "gather_gradients() before you change them."
-            )
-        record.was_changed = False
-        others = () if record.is_compared else self._unlistened.params()
-        record.is_accepted = record.is_accepted or any(grad is not None for grad in map(_gradient, others))
-        if record.watch.replaced():
-            for shard in self._sender.owners:
-                take_replaced(shard)
-        record.watch.accept()
-
-    def _are_any_local(self) -> bool:
-        """Whether some watched gradient is known not to have been averaged yet."""
-        plan = self._sender.plan
-        if self._record.is_compared:
-            return False
-        if self._sender.next < len(plan.order):
-            return True
-        for param in self._sources.watched(plan.params):
-            if param.grad is not None and param.numel() and id(param) not in plan.buckets_of:
-                return True
-        return False
 
 
 def _is_missing(params: Sequence[Tensor], present: Sequence[bool]) -> bool:

@@ -1,0 +1,181 @@
+"""Give the update the gradients that this rank owns; or every rank the whole ones."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Collection, Sequence
+
+from torch import Tensor
+
+from dist_adamw.optimizer.gradients.handshake import RankMessages
+from dist_adamw.optimizer.gradients.record import GradientRecord, OptimizerLink
+from dist_adamw.optimizer.gradients.sending import Sender, ShardSender
+from dist_adamw.optimizer.gradients.sources import GradientSources
+from dist_adamw.optimizer.gradients.unlistened import UnlistenedGradients
+from dist_adamw.optimizer.gradients.whole_gradients import gather_from_ranks, take_replaced, zeros_for
+from dist_adamw.optimizer.sharding.shard import Shard
+
+_gradient, _requires_grad = operator.attrgetter("grad"), operator.attrgetter("requires_grad")
+
+
+class UpdateGradients:
+    """What the optimizer does with gradients that ranks have agreed on.
+
+    `arrive` and then `used` for an update, or `make_whole` for the user.
+    """
+
+    def __init__(
+        self,
+        link: OptimizerLink,
+        sources: GradientSources,
+        sender: Sender,
+        unlistened: UnlistenedGradients,
+        messages: RankMessages,
+        record: GradientRecord,
+    ) -> None:
+        self._link, self._sources, self._sender, self._unlistened = link, sources, sender, unlistened
+        self._messages, self._record = messages, record
+
+    def arrive(self, needed_rounds: int) -> None:
+        """Send and receive what has not been yet. Collective; after `UpdateAgreement.complete` and the layout.
+
+        Args:
+            needed_rounds: Into the shard: of the rank with the most.
+        """
+        sender, record = self._sender, self._record
+        is_averaged = bool(sender.next or sender.rounds or record.late or record.kept)
+        if not is_averaged:  # nothing has been sent by the places that parameters had
+            sender.follow_layout(again=True)
+        shards = self._link.shards()
+        is_laid_out_again = not {id(shard) for shard in sender.owners} <= {id(shard) for shard in shards}
+        self._send_rest(0 if is_laid_out_again else needed_rounds)
+        # What has been averaged. Others may have whole gradients that another optimizer still needs.
+        sent = sender.plan.buckets_of.keys() | record.late | record.kept
+        if is_laid_out_again and is_averaged:  # other ranks own it now
+            self._gather_from_former_owners(sent)
+        self._unlistened.take(self._not_taken_yet(is_laid_out_again))
+        sender.owners = list(shards)
+        if sender.reduces_every_backward:
+            self._keep_in_shards(sent if is_laid_out_again else ())
+        else:
+            record.watch.remember_written(self._sources.watched(sender.plan.params))
+            self._sources.tell_siblings()
+
+    def _send_rest(self, needed_rounds: int) -> None:
+        sender = self._sender
+        if not isinstance(sender, ShardSender):
+            sender.send_rest()
+            sender.receive()
+            return
+        while sender.rounds < needed_rounds:
+            sender.finish_round()
+
+    def _not_taken_yet(self, is_laid_out_again: bool) -> Sequence[Tensor]:
+        """The parameters whose gradients are in no owner's hands."""
+        others = self._unlistened.params()
+        if is_laid_out_again:
+            return self._sources.known
+        if others and not self._sender.reduces_every_backward:
+            # Another update by the averages of the last one, which are in ``param.grad`` alone by now.
+            is_repeated = not any(shard.gradients.reduced for shard in self._sender.owners)
+            if is_repeated:
+                return self._sources.known
+        return others
+
+    def _keep_in_shards(self, moved: Collection[int]) -> None:
+        """Let go of ``param.grad`` of the parameters with these ids: their averages are in other shards now."""
+        for param in self._sources.known if moved else ():
+            if id(param) in moved:
+                param.grad = None
+        for shard in self._link.shards():
+            shard.gradients.has_grad = [id(param) in self._record.in_shard for param in shard.params]
+
+    def _gather_from_former_owners(self, sent: Collection[int]) -> None:
+        """Make whole what was averaged by a layout that is no more. Collective."""
+        sender, record = self._sender, self._record
+        if sender.reduces_every_backward:
+            for shard in sender.owners:
+                averaged = record.in_shard.intersection(sent)
+                shard.gradients.has_grad = [id(param) in averaged for param in shard.params]
+        self.make_whole(sender.owners, sent)
+        record.is_whole = False
+        sender.next = len(sender.plan.order)
+        if sender.reduces_every_backward:
+            record.in_shard.update(id(param) for param in self._sources.known if param.grad is not None)
+
+    def make_whole(self, shards: list[Shard] | None = None, only: Collection[int] | None = None) -> None:
+        """Let every ``param.grad`` be the average over all ranks. Collective; after `arrive`.
+
+        Args:
+            shards: Whose owners have the averages; default: the optimizer's.
+            only: Ids of the parameters that have been averaged; default: all. The gradients of others are left alone.
+        """
+        record, sender = self._record, self._sender
+        self._sources.look_at_siblings()
+        shards = self._link.shards() if shards is None else shards
+        for shard in shards:
+            if sender.reduces_every_backward:
+                zeros_for(shard.params, shard.gradients.has_grad)
+            gather_from_ranks(shard, only)
+        sender.rounds = 0
+        record.is_reopened = False
+        record.filled.clear()
+        record.in_shard.clear()
+        record.kept.clear()
+        if only is None:
+            record.late.difference_update(id(param) for shard in shards for param in shard.params)
+        self._sources.arrivals.take()
+        record.watch.clear()
+        sender.begin_round()
+        self._sources.tell_siblings()
+        record.is_whole = True
+
+    def take_whole(self) -> bool:
+        """Let the update take whole gradients as they are now. Whether there is any. Local."""
+        self._sources.look_at_siblings()
+        for shard in self._link.shards():
+            shard.gradients.reduced.clear()
+            shard.gradients.has_grad = [param.grad is not None for param in shard.params]
+        return any(grad is not None for grad in map(_gradient, self._link.params()))
+
+    def used(self) -> None:
+        """An update has been made of the gradients. Until they are set to zero or None, they are averages. Local."""
+        record = self._record
+        self._messages.number += 1
+        record.has_let_go = self._sender.reduces_every_backward and not record.is_whole
+        if record.has_let_go:
+            record.used = set(record.in_shard)
+        self._sender.clear()
+
+    def accept_changes(self) -> None:
+        """Let gradients be what they are now. Local.
+
+        Raises:
+            RuntimeError: they have not been averaged yet.
+        """
+        record = self._record
+        if self._are_any_local() and (record.was_changed or record.watch.changed()):
+            raise RuntimeError(
+                "accept_gradients() after attach(overlap=False), or after parameters were added: gradients are local "
+                "ones until step(), so a change that is not linear would not be that of their average. Call "
+                "gather_gradients() before you change them."
+            )
+        record.was_changed = False
+        others = () if record.is_compared else self._unlistened.params()
+        record.is_accepted = record.is_accepted or any(grad is not None for grad in map(_gradient, others))
+        if record.watch.replaced():
+            for shard in self._sender.owners:
+                take_replaced(shard)
+        record.watch.accept()
+
+    def _are_any_local(self) -> bool:
+        """Whether some watched gradient is known not to have been averaged yet."""
+        plan = self._sender.plan
+        if self._record.is_compared:
+            return False
+        if self._sender.next < len(plan.order):
+            return True
+        for param in self._sources.watched(plan.params):
+            if param.grad is not None and param.numel() and id(param) not in plan.buckets_of:
+                return True
+        return False
