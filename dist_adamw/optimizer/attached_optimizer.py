@@ -200,7 +200,7 @@ class AttachedOptimizer(SavableOptimizer):
             The norm before clipping, 0-d.
         """
         ours = self._all_params()
-        params = ours if parameters is None else list(parameters)
+        params = list(ours if parameters is None else parameters)
         gather_from_owners(self._path, params)
         if self._path is None or self._path.is_whole:
             return torch.nn.utils.clip_grad_norm_(params, max_norm, norm_type)

@@ -165,9 +165,8 @@ class BackwardPasses:
         """Send what is left. ``path`` is alive until then."""
         self.is_running = False
         sources, sender, record = self._sources, self._sender, self._record
-        if not (
-            self._has_heard or sources.are_buckets or sources.arrivals.has_any or accumulates_now(sources.modules())
-        ):
+        has_gradients = self._has_heard or sources.are_buckets or sources.arrivals.has_any
+        if not (has_gradients or accumulates_now(sources.modules())):
             # torch.autograd.grad, of an input say: no gradient is to be sent yet
             record.has_begun, record.is_whole, record.is_compared, record.has_let_go = self._before_pass
             return

@@ -65,6 +65,11 @@ class Agreed:
     patterns_differ: bool
     dropped_differ: bool
 
+    @property
+    def is_incomplete(self) -> bool:
+        """Whether some rank may have a gradient that another one has not."""
+        return self.is_missing or self.patterns_differ
+
     @classmethod
     def of(cls, numbers: Sequence[int]) -> Agreed:
         """Read the largest of each number of `UpdateReport.numbers`."""

@@ -316,7 +316,7 @@ def accumulates_now(modules: Sequence[nn.Module]) -> bool:
 
 
 def _will_run(accumulation: Node) -> bool:
-    """Return whether the backward pass that runs, or has just run, has ``accumulation`` add to a parameter's gradient."""
+    """Return whether the backward pass that runs, or has just run, adds to a gradient by ``accumulation``."""
     try:
         return bool(torch._C._will_engine_execute_node(accumulation))
     except RuntimeError:  # torch.autograd.grad of that parameter: its gradient is handed back

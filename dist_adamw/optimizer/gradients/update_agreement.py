@@ -96,17 +96,15 @@ class UpdateAgreement:
         self._refuse_changed(report, agreed)
         if agreed.is_reopened and not record.is_reopened:  # another rank ran the module forward since backward
             self._sender.reopen()
-        is_incomplete = agreed.is_missing or agreed.patterns_differ
-        if is_incomplete:
+        if agreed.is_incomplete:
             present = list(map(bool, self._largest(present, group, replicas)))
         if agreed.prints_differ:
-            prints = prints or [0] * len(self._unlistened.params())
-            self._unlistened.note_extremes(self._largest([*prints, *map(operator.neg, prints)], group, replicas))
+            self._compare_unlistened(prints, group, replicas)
         if agreed.change and self._unlistened.are_local_used(subject, present):
             raise accepted_local()
         record.is_compared = True
-        # Without anything filled, shared out or missing, every gradient is there.
-        if self._sender.reduces_every_backward or is_incomplete or record.filled:
+        is_all_there = not (agreed.is_incomplete or record.filled or self._sender.reduces_every_backward)
+        if not is_all_there:
             self._fill_in(subject, present)
         return any(present) or self._has_any_in_buckets()
 
@@ -115,6 +113,12 @@ class UpdateAgreement:
             raise changed(on_this_rank=report.change == CHANGED)
         if agreed.dropped_differ:
             raise dropped_alone(len(self._record.watch.dropped()))
+
+    def _compare_unlistened(
+        self, prints: list[int], group: dist.ProcessGroup, replicas: dist.ProcessGroup | None
+    ) -> None:
+        prints = prints or [0] * len(self._unlistened.params())
+        self._unlistened.note_extremes(self._largest([*prints, *map(operator.neg, prints)], group, replicas))
 
     def _has_any_in_buckets(self) -> bool:
         if not self._sources.are_buckets:
