@@ -11,14 +11,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dist_adamw.optimizer import attaching
-from dist_adamw.optimizer.clipping import (
-    clip_owned_,
-)
+from dist_adamw.optimizer.clipping import clip_owned_
 from dist_adamw.optimizer.gradients.path import GradientPath
 from dist_adamw.optimizer.gradients.registry import end_unless_everywhere, gather_from_owners
-from dist_adamw.optimizer.options import (
-    describe_groups,
-)
+from dist_adamw.optimizer.options import describe_groups
 from dist_adamw.optimizer.outcome import is_capturing
 from dist_adamw.optimizer.savable_optimizer import SavableOptimizer
 from dist_adamw.optimizer.sharded_optimizer import OPTIONS
@@ -69,9 +65,9 @@ class AttachedOptimizer(SavableOptimizer):
         if self._path is not None or self.process_group is None or self._unattached_updates > 1 or is_capturing():
             return
         self._unattached_updates += 1
-        if self._unattached_updates == 2 and self.shards:
+        if self._unattached_updates == 2:
             self._settle()
-            device = self.shards[0].steps.device
+            device = self.shards[0].steps.device if self.shards else torch.device("cpu")
             # The warning is of the script's step(), which torch wraps twice.
             attaching.warn_of_local_gradients(self._all_params(), self._ranks, device, stacklevel=5)
 
