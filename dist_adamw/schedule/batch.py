@@ -91,3 +91,12 @@ class GlobalBatch:
                 f"{' and '.join(nearest)}."
             )
         return cls(micro_batch_size, steps, data_parallel_size)
+
+
+def samples_of_batch(batch_size: int | GlobalBatch) -> int:
+    """Return the samples of a global batch.
+
+    Raises:
+        ValueError: not a whole number above 0.
+    """
+    return batch_size.size if isinstance(batch_size, GlobalBatch) else check_positive_int("batch_size", batch_size)

@@ -151,6 +151,16 @@ def crosses_epoch(before: int, samples: int, epoch_size: int) -> bool:
     return after % epoch_size != 0 and after // epoch_size != before // epoch_size
 
 
+def crossing_warning(before: int, samples: int, epoch_size: int) -> str:
+    """Return what to say of an update for which `crosses_epoch` holds."""
+    beyond = (before + samples) % epoch_size
+    return (
+        f"an update of {samples} samples ends {beyond} samples beyond an epoch of {epoch_size}, "
+        "so restarts and epochs of the loop come apart. epoch_size is the samples that one epoch really trains on "
+        "(with drop_last=True whole batches only); for data without epochs pass stream=True."
+    )
+
+
 def _first_params(optimizer: Optimizer) -> set[int]:
     return {id(group["params"][0]) for group in optimizer.param_groups if group["params"]}
 

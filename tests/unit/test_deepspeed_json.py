@@ -170,7 +170,7 @@ def test_an_import_path_is_not_imported(
 
 KEYS = [
     *optimizer_from({}).defaults,
-    *scheduler_from({})._recipe.options,
+    *scheduler_from({})._scheduled.recipe.options,
     "shard",
     "mesh",
     "fused",
