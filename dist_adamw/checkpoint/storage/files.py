@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import math
 import os
@@ -38,8 +37,8 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
+from dist_adamw.checkpoint.storage.hashing import BLOCK, HashedWriter
 from dist_adamw.checkpoint.storage.index import (
-    BLOCK,
     CODES,
     FILE,
     FORMAT,
@@ -210,25 +209,18 @@ def _write_file(path: Path, items: Sequence[WriteItem], planner: SavePlanner) ->
         ends += nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    digest = hashlib.sha256()
     with path.open("xb", buffering=0) as file:
-
-        def write(data: Any) -> None:
-            digest.update(data)
-            rest = memoryview(data)
-            while rest:  # a disk that fills up takes a part, and says why with the next
-                rest = rest[file.write(rest) :]
-
-        write(len(text).to_bytes(8, "little"))
-        write(text)
+        writer = HashedWriter(file)
+        writer.write(len(text).to_bytes(8, "little"))
+        writer.write(text)
         for item, _, _, nbytes in order:
             resolved = planner.resolve_data(item)
             assert isinstance(resolved, Tensor)
             assert resolved.nbytes == nbytes
             for block in _blocks(resolved.detach()):
-                write(block)
+                writer.write(block)
         os.fsync(file.fileno())
-    fingerprint = {"bytes": 8 + len(text) + ends, "sha256": digest.hexdigest()}
+    fingerprint = {"bytes": 8 + len(text) + ends, "sha256": writer.sha256()}
     begin = 8 + len(text)
     # One result a file: of objects for each of thousands of tensors, most of a save's time would be spent on pickles.
     chunks = [(item.index.fqn, box.offsets, box.sizes, begin + start) for item, box, start, _ in order]

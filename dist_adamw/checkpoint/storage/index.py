@@ -21,6 +21,7 @@ from typing import Any, BinaryIO
 import torch
 import torch.distributed as dist
 
+from dist_adamw.checkpoint.storage.hashing import sha256_of
 from dist_adamw.checkpoint.storage.regions import Box, overlap_anywhere
 from dist_adamw.errors import CheckpointError
 from dist_adamw.ranks import collectives
@@ -28,7 +29,6 @@ from dist_adamw.ranks import collectives
 INDEX = "index.json"
 FORMAT, VERSION = "dist_adamw checkpoint", 2
 FILE = re.compile(r"[0-9a-f]{16}-[0-9]{5,}\.safetensors")
-BLOCK = 1 << 22  # bytes read, written and summed at a time; also what a save or a load takes beside the tensors
 _LARGEST = 1 << 30  # bytes of an index, to write and to read
 _FILE_NAME = len('"0123456789abcdef-00000.safetensors"')
 _MOST_OPEN = 256  # files that a process keeps open; many systems let it have 1,024
@@ -337,16 +337,14 @@ def check_files(index: Index, part: int = 0, parts: int = 1) -> None:
             with index.file(name) as file:
                 file.seek(0)
                 found = os.fstat(file.fileno()).st_size
-                digest = hashlib.sha256()
-                while found == nbytes and (block := file.read(BLOCK)):
-                    digest.update(block)
+                digest = sha256_of(file) if found == nbytes else ""
         except OSError as error:
             raise _unreadable(path, error) from error
         if found != nbytes:
             raise CheckpointError(
                 f"{path} is damaged: it has {found:,} bytes, {nbytes:,} were written. Resume from an older checkpoint."
             )
-        if digest.hexdigest() != expected:
+        if digest != expected:
             raise CheckpointError(f"{path} is damaged: its checksum differs. Resume from an older checkpoint.")
 
 
