@@ -24,7 +24,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from dist_adamw._version import __version__
 from dist_adamw.checkpoint.compatibility import checked, compare, samples_of, with_keys_of, with_text_keys, wrong_in
-from dist_adamw.checkpoint.engines import access
+from dist_adamw.checkpoint.engine_adapters import access
 from dist_adamw.checkpoint.extra_state import extra_state, restore_extra_state
 from dist_adamw.checkpoint.random_state import RNG, current_random_state
 from dist_adamw.checkpoint.state import Access, CheckpointContents, LocalState, family_of, only_mine

@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
 from dist_adamw import CyclicLRWithRestarts, DistAdamW, ExpReduceMaxLROnIteration, ReduceMaxLROnRestart
-from dist_adamw.integrations.deepspeed.register import _optimizer_from_json, _scheduler_from_json
+from dist_adamw.integrations.deepspeed.configuration import _optimizer_from_json, _scheduler_from_json
 from dist_adamw.schedule.policies import POLICIES
 from tests.conftest import ROOT
 from tests.fuzz.judge import REFUSED, RIGHT, Tally, Wrong, check_sentence

@@ -4,8 +4,8 @@ Knows autograd's hooks and torch's optimizers; nothing of schedules or checkpoin
 
 The rule. Rows of a batch count once, in the update that their first backward pass went into:
 
-1. A loader hands out a batch: its real rows on this rank are *in hand*. (`loader.py` tells how many are real.) A batch
-   that is handed out where gradients are disabled never counts.
+1. A loader hands out a batch: its real rows on this rank are *in hand*. (`loader_run.py` tells how many are real.) A
+   batch that is handed out where gradients are disabled never counts.
 2. A backward pass reaches a parameter of this optimizer: of every loader, the oldest batch in hand is *accumulated*.
 3. A loader hands out the next batch, of the same epoch or of the next: the one before is dropped if no backward pass
    has taken it, unless the script still has it (a loop that fetches several batches ahead). A batch of an iteration
@@ -51,7 +51,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
-from dist_adamw.integrations.accelerate.loader import Batch, Run, listen
+from dist_adamw.integrations.accelerate.loader import listen
+from dist_adamw.integrations.accelerate.loader_run import Batch, Run
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
-from dist_adamw.integrations.deepspeed.register import accumulation_of
+from dist_adamw.integrations.deepspeed.configuration import accumulation_of
 from dist_adamw.schedule.batch import GlobalBatch
 
 if TYPE_CHECKING:

@@ -19,11 +19,18 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 from torch.utils.hooks import RemovableHandle
 
+from dist_adamw.integrations.accelerate.accelerator_methods import patch_accelerator, register
 from dist_adamw.integrations.accelerate.counting import SampleCounter
 from dist_adamw.integrations.accelerate.data import LoaderFacts, engine_of, loader_facts, shuffle_by_generator
 from dist_adamw.integrations.accelerate.position import Position
-from dist_adamw.integrations.accelerate.prepared import Prepared, keep, take_over
-from dist_adamw.integrations.deepspeed.register import CLIPPING, configure, fill, names_our_types, register_deepspeed
+from dist_adamw.integrations.accelerate.prepared_objects import Prepared
+from dist_adamw.integrations.deepspeed.configuration import (
+    CLIPPING,
+    configure,
+    fill,
+    names_our_types,
+    register_deepspeed,
+)
 from dist_adamw.optimizer.adamw import DistAdamW
 from dist_adamw.optimizer.replicas import CHECK_WEIGHTS_EVERY, ReplicaWatch, check_replicas
 from dist_adamw.plain_data import plain
@@ -156,7 +163,7 @@ def prepare(
     elif not from_json:
         _check_kept(unwrap(optimizer), inner, groups)
     counter = SampleCounter(inner, accelerator, group=group)
-    take_over(accelerator, counter=counter)
+    patch_accelerator(accelerator, counter=counter)
     if ours is None:
         counter.follow_updates()
     else:
@@ -182,7 +189,7 @@ def prepare(
 
         prepare_deepspeed(model, scheduler)
     clipping = float(config[CLIPPING]) if engine == "DEEPSPEED" else None
-    keep(accelerator, Prepared(model, wrapped, stepped, scheduler, place, watch, group, clipping))
+    register(accelerator, Prepared(model, wrapped, stepped, scheduler, place, watch, group, clipping))
     return model, wrapped, dataloader, stepped if ours is None else ours
 
 
@@ -420,4 +427,4 @@ def attach(accelerator: Accelerator, model: nn.Module, optimizer: DistAdamW) -> 
     if optimizer.process_group is not None and not optimizer._shares_with(model.process_group):
         return  # state is shared among some of the ranks; DDP averages over all
     optimizer.attach(model)
-    take_over(accelerator, optimizer)
+    patch_accelerator(accelerator, optimizer)

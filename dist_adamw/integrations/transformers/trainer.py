@@ -18,6 +18,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, IterableDataset
 
+from dist_adamw.integrations.accelerate.accelerator_methods import patch_accelerator
 from dist_adamw.integrations.accelerate.counting import SampleCounter
 from dist_adamw.integrations.accelerate.data import LoaderFacts, engine_of, loader_facts
 from dist_adamw.integrations.accelerate.prepare import (
@@ -28,8 +29,7 @@ from dist_adamw.integrations.accelerate.prepare import (
     check_schedules,
     host_group,
 )
-from dist_adamw.integrations.accelerate.prepared import take_over
-from dist_adamw.integrations.deepspeed.register import configure, fill, names_our_types, register_deepspeed
+from dist_adamw.integrations.deepspeed.configuration import configure, fill, names_our_types, register_deepspeed
 from dist_adamw.integrations.transformers.arguments import (
     check_arguments,
     check_made_scheduler,
@@ -318,7 +318,7 @@ def _count_samples(trainer: Any, scheduler: CyclicLRWithRestarts) -> None:
     """
     counter = SampleCounter(unwrap(trainer.optimizer), trainer.accelerator, group=host_group(trainer.accelerator))
     scheduler.sample_source = counter
-    take_over(trainer.accelerator, counter=counter)
+    patch_accelerator(trainer.accelerator, counter=counter)
 
 
 def _prepare_engine(trainer: Any, facts: LoaderFacts) -> bool:
