@@ -311,14 +311,14 @@ class CheckpointFolder:
         """Return checkpoints beyond the newest ``keep`` that are not known to be damaged; never ``final``. Local."""
         found = [path for path in self.all() if path != final]
         # A checkpoint of as many samples under another name has been replaced, as one of the same name would be.
-        replaced = [path for path in found if self.samples_of(path) == self.samples_of(final)]
-        others = [path for path in found if path not in replaced]
+        others = [path for path in found if self.samples_of(path) != self.samples_of(final)]
         whole = [path for path in others if path.name not in self._damaged]
         others_to_keep = self.keep - 1
-        if others_to_keep == 0 or not whole:
-            return found
-        oldest_kept = whole[-others_to_keep:][0]
-        return replaced + others[: others.index(oldest_kept)]
+        if others_to_keep and whole:
+            oldest_kept = whole[-others_to_keep:][0]
+            for path in others[others.index(oldest_kept) :]:
+                found.remove(path)
+        return found
 
     def _failed(self, final: Path, error: CheckpointError) -> None:
         if self._ranks.is_main:

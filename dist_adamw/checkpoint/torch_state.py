@@ -188,7 +188,6 @@ class TorchAccess:
         return kinds, numbers
 
     def _into_states(self, optimizer: Optimizer, held: LocalState, found: CheckpointContents) -> None:
-        of_adam = family_of(optimizer) in _ADAMW
         states: dict[Tensor, dict[str, Any]] = {}
         for group in optimizer.param_groups:
             for param in group["params"]:
@@ -197,24 +196,33 @@ class TorchAccess:
                 kinds, numbers = self._state_of(name, optimizer, found)
                 for kind in sorted(kinds):
                     key = f"{kind}.{name}"
-                    shape, dtype = found.shapes[key], found.dtypes[key]
                     before = optimizer.state.get(param, {}).get(kind)
-                    if isinstance(before, Tensor) and (tuple(before.shape), before.dtype) == (shape, dtype):
-                        state[kind] = before  # to have both would be as much memory again
-                    elif shape == tuple(param.shape):
-                        state[kind] = torch.zeros_like(param, dtype=dtype, requires_grad=False)
-                    else:
-                        state[kind] = torch.zeros(shape, dtype=dtype, device=param.device)
+                    state[kind] = _room_for(param, before, found.shapes[key], found.dtypes[key])
                     held.read(kind, name, state[kind], found)
                 for kind, value in numbers.items():
-                    on_device = group.get("fused") or group.get("capturable")
-                    device = local_of(param).device if on_device else "cpu"
-                    is_tensor = kind == "step" and (of_adam or type(value) is float)
-                    state[kind] = torch.tensor(float(value), device=device) if is_tensor else value
+                    state[kind] = _number_in_state(optimizer, group, param, kind, value)
                 if state:
                     states[param] = state
         optimizer.state.clear()
         optimizer.state.update(states)
+
+
+def _room_for(param: Tensor, before: Any, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Return a tensor to read state of ``param`` into: the one that is there, if it fits."""
+    if isinstance(before, Tensor) and (tuple(before.shape), before.dtype) == (shape, dtype):
+        return before  # to have both would be as much memory again
+    if shape == tuple(param.shape):
+        return torch.zeros_like(param, dtype=dtype, requires_grad=False)
+    return torch.zeros(shape, dtype=dtype, device=param.device)
+
+
+def _number_in_state(optimizer: Optimizer, group: dict[str, Any], param: Tensor, kind: str, value: Any) -> Any:
+    """Return a number as ``optimizer`` keeps it: Adam's steps are tensors, and lie on the device for some kernels."""
+    is_tensor = kind == "step" and (family_of(optimizer) in _ADAMW or type(value) is float)
+    if not is_tensor:
+        return value
+    on_device = group.get("fused") or group.get("capturable")
+    return torch.tensor(float(value), device=local_of(param).device if on_device else "cpu")
 
 
 def _like_param(shard: Shard, i: int, values: Values, dtype: torch.dtype) -> Tensor:

@@ -60,7 +60,7 @@ def kind_of(source: Path) -> Kind:
         return "dcp"
     if (source / "zero").is_dir() or (source / "latest_universal").exists():
         return "universal"
-    if any(file for pattern in ("", "*/") for file in source.glob(f"{pattern}*_optim_states.pt")):
+    if [*source.glob("*_optim_states.pt"), *source.glob("*/*_optim_states.pt")]:
         raise CheckpointError(
             f"{source} is a checkpoint of DeepSpeed that only as many ranks could load. Convert it with `python -m "
             "deepspeed.checkpoint.ds_to_universal --inject_missing_state --input_folder ... --output_folder ...`, "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import math
 import os
 import pickle
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from dist_adamw.checkpoint.formats.content import MODEL_KEYS, STATE_NAMES, Content, inside, plain_group
-from dist_adamw.checkpoint.formats.torch_file import _MEMBERS, _Record, _tensors_and_plain_data
+from dist_adamw.checkpoint.formats.torch_file import MEMBERS, Record, tensors_and_plain_data
 from dist_adamw.checkpoint.state import MODEL
 from dist_adamw.checkpoint.storage.files import read_exactly
 from dist_adamw.checkpoint.storage.index import DTYPES, open_plainly
@@ -49,8 +50,8 @@ class _Unpickler(pickle.Unpickler):
         """Something inert in the place of a class or function."""
         if module == "torch" and name in DTYPES:
             return DTYPES[name]
-        if f"{module}.{name}" in _MEMBERS:
-            return type(name, (_Record,), {})
+        if f"{module}.{name}" in MEMBERS:
+            return type(name, (Record,), {})
         if (module, name) not in _NEEDED:
             raise CheckpointError(
                 f"its .metadata asks for {module}.{name}, which describes no tensors, and nothing is executed. Do not "
@@ -58,7 +59,7 @@ class _Unpickler(pickle.Unpickler):
             )
         if name == "OrderedDict":
             return OrderedDict
-        return tuple if name == "Size" else type(name, (_Record,), {})
+        return tuple if name == "Size" else type(name, (Record,), {})
 
 
 def _check_memo(data: bytes) -> None:
@@ -93,17 +94,17 @@ class _Dcp:
         return type(self.items[key]).__name__ == "TensorStorageMetadata"
 
     def tensor(self, key: str) -> Tensor:
-        """One that is read when it is needed, chunk by chunk."""
+        """Return one that is read when it is needed, chunk by chunk."""
         item = self.items[key]
         dtype, shape = item.properties.state[0], tuple(item.size)
-        boxes = [Box(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in item.chunks]
-        fits = all(
-            len(box.offsets) == len(box.sizes) == len(shape)
-            and all(a >= 0 and n >= 0 and a + n <= m for a, n, m in zip(*box, shape, strict=True))
-            for box in boxes
-        )
-        boxes = [box for box in boxes if box.numel]
-        if not fits or math.prod(shape) != sum(b.numel for b in boxes) or overlap_anywhere(boxes, len(shape)):
+        boxes, fit = [], True
+        for chunk in item.chunks:
+            box = Box(tuple(chunk.offsets), tuple(chunk.sizes))
+            fit = fit and _lies_in(box, shape)
+            if box.numel:
+                boxes.append(box)
+        missing = math.prod(shape) - sum(box.numel for box in boxes)
+        if not fit or missing or overlap_anywhere(boxes, len(shape)):
             raise CheckpointError(f"{self.folder} is damaged: {key} has gaps or overlaps.")
         if not boxes:
             return torch.empty(shape, dtype=dtype)
@@ -116,7 +117,7 @@ class _Dcp:
         return found
 
     def value(self, key: str) -> Any:
-        """A number, or other plain data."""
+        """Return a number, or other plain data."""
         if self.is_tensor(key):
             item = self.items[key]
             return self._read(key, (0,) * len(item.size))
@@ -130,11 +131,20 @@ class _Dcp:
             if not 0 <= place.offset <= place.offset + place.length <= os.fstat(file.fileno()).st_size:
                 raise CheckpointError(f"{self.folder} is damaged: {key} reaches beyond {place.relative_path}.")
             data = io.BytesIO(read_exactly(file, place.offset, place.length).numpy().data)
-        return _tensors_and_plain_data(data, f"{key} in {self.folder}")
+        return tensors_and_plain_data(data, f"{key} in {self.folder}")
+
+
+def _lies_in(box: Box, shape: tuple[int, ...]) -> bool:
+    if not len(box.offsets) == len(box.sizes) == len(shape):
+        return False
+    for offset, size, whole in zip(*box, shape, strict=True):
+        if offset < 0 or size < 0 or offset + size > whole:
+            return False
+    return True
 
 
 def from_dcp(source: Path) -> Content:
-    """A folder of ``torch.distributed.checkpoint``, with ``get_state_dict``'s two somewhere in it. Local."""
+    """Read a folder of ``torch.distributed.checkpoint``, with ``get_state_dict``'s two somewhere in it. Local."""
     folder = _Dcp(source)
     weights: dict[tuple[Any, ...], dict[str, str]] = {}
     states: dict[tuple[Any, ...], list[tuple[str, str, str]]] = {}
@@ -150,11 +160,12 @@ def from_dcp(source: Path) -> Content:
     if len(states) > 1:
         raise CheckpointError(f"{source} has {len(states)} optimizers, {sorted(states)}. Save one.")
     found = Content("torch.distributed.checkpoint")
-    for name, kind, key in next(iter(states.values()), []):
-        found.add_state(name, kind, folder.value(key) if kind == "step" else folder.tensor(key))
+    for name, kind, key in itertools.chain(*states.values()):
+        read = folder.value if kind == "step" else folder.tensor
+        found.add_state(name, kind, read(key))
     found.groups = _dcp_groups(of_groups)
-    trained = {name for group in found.groups for name in group["names"]}
-    for name, key in _model_of(source, weights, trained).items():
+    trained = itertools.chain.from_iterable(group["names"] for group in found.groups)
+    for name, key in _model_of(source, weights, {*trained}).items():
         found.tensors[f"{MODEL}.{name}"] = folder.tensor(key)
     return found
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -130,11 +131,26 @@ class Writer(StorageWriter):
             raise CheckpointError(f"{len(results)} of {self._ranks} ranks have written")
         places: dict[str, list[list[Any]]] = {key: [] for key in metadata.state_dict_metadata}
         files: dict[str, Any] = {}
-        for result in (result for of_rank in results for result in of_rank):
+        for result in itertools.chain.from_iterable(results):
             file = result.index.fqn
             files[file], chunks = result.storage_data
             for key, offsets, sizes, offset in chunks:
                 places[key].append([offsets, sizes, file, offset])
+        self._check_seen(files)
+        index = {
+            "format": FORMAT,
+            "version": VERSION,
+            "save": secrets.token_hex(8),
+            "tensors": _described(metadata, places),
+            "files": files,
+            "about": self._about,
+        }
+        check_index(self.folder, index)  # as a reader does; the index before is still there
+        write_index(self.folder, index)
+        self._remove_others(files)
+
+    def _check_seen(self, files: Mapping[str, Any]) -> None:
+        """Raise where this process does not see a file as another rank has written it."""
         for name, facts in files.items():
             there = self.folder / name
             if not there.is_file() or there.stat().st_size != facts["bytes"]:
@@ -142,16 +158,9 @@ class Writer(StorageWriter):
                     f"{there}, which another rank has written, is not to be seen on the main one. Give all machines "
                     "the same file system, and all ranks the same folder."
                 )
-        tensors = {}
-        for key, found in metadata.state_dict_metadata.items():
-            assert isinstance(found, TensorStorageMetadata)
-            dtype = str(found.properties.dtype).removeprefix("torch.")
-            tensors[key] = {"dtype": dtype, "shape": list(found.size), "chunks": places[key]}
-        save = secrets.token_hex(8)
-        index = {"format": FORMAT, "version": VERSION, "save": save, "tensors": tensors, "files": files}
-        index["about"] = self._about
-        check_index(self.folder, index)  # as a reader does; the index before is still there
-        write_index(self.folder, index)
+
+    def _remove_others(self, files: Mapping[str, Any]) -> None:
+        """Remove files of earlier saves."""
         for left in self.folder.iterdir():
             if FILE.fullmatch(left.name) and left.name not in files:
                 left.unlink(missing_ok=True)
@@ -161,6 +170,16 @@ class Writer(StorageWriter):
         if self._written is not None and not _names(self.folder, self._written.name):
             with contextlib.suppress(OSError):  # of a folder that can no more be written to
                 self._written.unlink(missing_ok=True)
+
+
+def _described(metadata: Metadata, places: Mapping[str, list[list[Any]]]) -> dict[str, Any]:
+    """Return dtype, shape and chunks of each tensor, as the index has them."""
+    tensors = {}
+    for key, found in metadata.state_dict_metadata.items():
+        assert isinstance(found, TensorStorageMetadata)
+        dtype = str(found.properties.dtype).removeprefix("torch.")
+        tensors[key] = {"dtype": dtype, "shape": list(found.size), "chunks": places[key]}
+    return tensors
 
 
 def _names(folder: Path, file: str) -> bool:

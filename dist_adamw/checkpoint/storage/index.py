@@ -12,8 +12,9 @@ import math
 import os
 import re
 import stat
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -49,11 +50,15 @@ DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in CODES}
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Where a box of a tensor lies: ``offset`` in bytes from the beginning of ``file``."""
+    """The place of a box of a tensor: ``offset`` in bytes from the beginning of ``file``."""
 
     box: Box
     file: str
     offset: int
+
+    def end(self, dtype: torch.dtype) -> int:
+        """Return the byte after its last one."""
+        return self.offset + self.box.numel * dtype.itemsize
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,14 +164,14 @@ def write_text(path: Path, text: str) -> None:
     """
     if (size := len(text.encode())) > _LARGEST:
         raise CheckpointError(f"{path} would have {size:,} bytes, and {_LARGEST:,} can be read.")
-    partial = path.with_name(f"{path.name}.partial")
-    partial.unlink(missing_ok=True)
-    with partial.open("x") as file:  # nothing that is there, such as a link to elsewhere, is written to
+    unfinished = path.with_name(f"{path.name}.partial")
+    unfinished.unlink(missing_ok=True)
+    with unfinished.open("x") as file:  # nothing that is there, such as a link to elsewhere, is written to
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
     sync_folder(path.parent)
-    partial.replace(path)
+    unfinished.replace(path)
     sync_folder(path.parent)
 
 
@@ -257,54 +262,83 @@ def check_index(folder: Path, index: Mapping[str, Any]) -> None:
 
 
 def _checked(folder: Path, found: Mapping[str, Any], digest: str, verdict: str = "is damaged") -> Index:
-    path = folder / INDEX
+    wrong = partial(_wrong, folder / INDEX, verdict)
+    files = _checked_files(found["files"], wrong)
+    tensors = {key: _checked_tensor(key, facts, files, wrong) for key, facts in found["tensors"].items()}
+    _check_places(tensors, files, wrong)
+    if not (isinstance(found["about"], dict) and isinstance(found["save"], str)):
+        raise wrong("it says nothing of what was saved")
+    return Index(folder, found["save"], tensors, files, found["about"], digest)
 
-    def wrong(what: str) -> CheckpointError:
-        return CheckpointError(f"{path} {verdict}: {what}.")
 
+_Wrong = Callable[[str], CheckpointError]
+
+
+def _wrong(path: Path, verdict: str, what: str) -> CheckpointError:
+    return CheckpointError(f"{path} {verdict}: {what}.")
+
+
+def _checked_files(found: Mapping[str, Any], wrong: _Wrong) -> dict[str, tuple[int, str]]:
+    """Return size and checksum by name."""
     files = {}
-    for name, facts in found["files"].items():
+    for name, facts in found.items():
         if FILE.fullmatch(name) is None:
             raise wrong(f"it names a file that no save makes: {name!r}")
         if not (_is_size(facts["bytes"]) and isinstance(facts["sha256"], str)):
             raise wrong(f"file {name!r} is described as {facts}")
         files[name] = (facts["bytes"], facts["sha256"])
-    tensors = {}
+    return files
+
+
+def _checked_tensor(key: str, facts: Any, files: Mapping[str, tuple[int, str]], wrong: _Wrong) -> Saved:
+    """Return a tensor, each of whose elements lies in one chunk."""
+    shape, dtype = tuple(facts["shape"]), DTYPES.get(facts["dtype"])
+    if not (_are_sizes(facts["shape"]) and _is_shape(shape)):
+        raise wrong(f"{key!r} has shape {list(shape)[:64]}")
+    if dtype is None:
+        raise wrong(f"{key!r} is of dtype {facts['dtype']!r}")
+    chunks = []
+    for offsets, sizes, file, offset in facts["chunks"]:
+        box = Box(tuple(offsets), tuple(sizes))
+        are_numbers = _are_sizes(offsets) and _are_sizes(sizes) and _is_size(offset)
+        if not (are_numbers and _is_within(box, shape)):
+            raise wrong(f"{key!r} has a chunk {box}")
+        if file not in files:
+            raise wrong(f"{key!r} lies in {file!r}, which is none of its files")
+        chunk = Chunk(box, file, offset)
+        if chunk.end(dtype) > files[file][0]:
+            raise wrong(f"{key!r} reaches beyond the end of {file}")
+        chunks.append(chunk)
+    if _have_gaps_or_overlaps(chunks, shape):
+        raise wrong(f"{key!r} has gaps or overlaps")
+    return Saved(dtype, shape, tuple(chunks))
+
+
+def _have_gaps_or_overlaps(chunks: list[Chunk], shape: tuple[int, ...]) -> bool:
+    missing = math.prod(shape) - sum(chunk.box.numel for chunk in chunks)
+    overlaps = len(chunks) > 1 and overlap_anywhere([chunk.box for chunk in chunks], len(shape))
+    return bool(missing) or overlaps
+
+
+def _check_places(tensors: Mapping[str, Saved], files: Iterable[str], wrong: _Wrong) -> None:
+    """Raise where two chunks lie in the same bytes: what is loaded is never more than the files are large."""
     taken: dict[str, list[tuple[int, int]]] = {name: [] for name in files}
-    for key, facts in found["tensors"].items():
-        shape, dtype = tuple(facts["shape"]), DTYPES.get(facts["dtype"])
-        fits = _are_sizes(facts["shape"]) and _is_shape(shape)
-        if not fits:
-            raise wrong(f"{key!r} has shape {list(shape)[:64]}")
-        if dtype is None:
-            raise wrong(f"{key!r} is of dtype {facts['dtype']!r}")
-        chunks = []
-        for offsets, sizes, file, offset in facts["chunks"]:
-            box = Box(tuple(offsets), tuple(sizes))
-            fits = _are_sizes(offsets) and _are_sizes(sizes) and len(offsets) == len(sizes) == len(shape)
-            fits = fits and _is_size(offset)
-            if not (fits and all(a + n <= m for a, n, m in zip(*box, shape, strict=True))):
-                raise wrong(f"{key!r} has a chunk {box}")
-            if file not in files:
-                raise wrong(f"{key!r} lies in {file!r}, which is none of its files")
-            end = offset + box.numel * dtype.itemsize
-            if end > files[file][0]:
-                raise wrong(f"{key!r} reaches beyond the end of {file}")
-            chunks.append(Chunk(box, file, offset))
-            if end > offset:
-                taken[file].append((offset, end))
-        missing = math.prod(shape) - sum(chunk.box.numel for chunk in chunks)
-        overlaps = len(chunks) > 1 and overlap_anywhere([c.box for c in chunks], len(shape))
-        if missing or overlaps:
-            raise wrong(f"{key!r} has gaps or overlaps")
-        tensors[key] = Saved(dtype, shape, tuple(chunks))
-    for name, spans in taken.items():  # so what is loaded is never more than the files are large
+    for saved in tensors.values():
+        for chunk in saved.chunks:
+            end = chunk.end(saved.dtype)
+            if end > chunk.offset:
+                taken[chunk.file].append((chunk.offset, end))
+    for name, spans in taken.items():
         spans.sort()
         if not all(a[1] <= b[0] for a, b in pairwise(spans)):
             raise wrong(f"two of its tensors lie in the same bytes of {name}")
-    if not (isinstance(found["about"], dict) and isinstance(found["save"], str)):
-        raise wrong("it says nothing of what was saved")
-    return Index(folder, found["save"], tensors, files, found["about"], digest)
+
+
+def _is_within(box: Box, shape: Sequence[int]) -> bool:
+    """Return whether a box lies in a tensor of that shape."""
+    if not len(box.offsets) == len(box.sizes) == len(shape):
+        return False
+    return all(a + n <= m for a, n, m in zip(*box, shape, strict=True))
 
 
 def _is_size(value: Any) -> bool:

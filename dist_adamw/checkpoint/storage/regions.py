@@ -35,14 +35,15 @@ def boxes(start: int, stop: int, shape: Sequence[int]) -> Iterator[Box]:
     row = math.prod(shape[1:])
     first, into = divmod(start, row)
     last, beyond = divmod(stop, row)
-    if first == last or (into and first + 1 == last and not beyond):
+    ends_with_row = into and first + 1 == last and not beyond
+    if first == last or ends_with_row:
         yield from _inside(first, boxes(into, stop - first * row, shape[1:]))
         return
     if into:
         yield from _inside(first, boxes(into, row, shape[1:]))
         first += 1
     if first < last:
-        yield Box((first, *(0 for _ in shape[1:])), (last - first, *shape[1:]))
+        yield Box((first, *[0] * len(shape[1:])), (last - first, *shape[1:]))
     if beyond:
         yield from _inside(last, boxes(0, beyond, shape[1:]))
 
@@ -52,11 +53,11 @@ def _inside(index: int, found: Iterator[Box]) -> Iterator[Box]:
 
 
 def overlap_anywhere(found: Sequence[Box], ndim: int) -> bool:
-    """Whether two of these boxes share an element. A sweep along the dim in which they begin at the most places."""
+    """Return whether two of these boxes share an element. A sweep along the dim in which most begin apart."""
     found = [box for box in found if box.numel]
     if len(found) < 2 or ndim == 0:
         return len(found) > 1
-    dim = max(range(ndim), key=lambda d: len({box.offsets[d] for box in found}))
+    dim = max(range(ndim), key=lambda d: _distinct_offsets(found, d))
     active: list[Box] = []
     for box in sorted(found, key=lambda box: box.offsets[dim]):
         active = [other for other in active if other.offsets[dim] + other.sizes[dim] > box.offsets[dim]]
@@ -64,6 +65,10 @@ def overlap_anywhere(found: Sequence[Box], ndim: int) -> bool:
             return True
         active.append(box)
     return False
+
+
+def _distinct_offsets(found: Sequence[Box], dim: int) -> int:
+    return len({box.offsets[dim] for box in found})
 
 
 def _overlap(one: Box, other: Box) -> bool:
