@@ -81,8 +81,7 @@ class SampleClock:
         if not self._is_in_update:
             return
         self._is_in_update = False
-        # torch's get_optimizer_state_dict makes an optimizer without state step once with lr 0.
-        if self._began_without_state and has_lr and all(group["lr"] == 0 for group in optimizer.param_groups):
+        if has_lr and self._began_without_state and _has_no_lr(optimizer):
             return
         is_known = skip_is_known(optimizer)
         if not is_known or was_applied(optimizer):
@@ -159,6 +158,11 @@ def crossing_warning(before: int, samples: int, epoch_size: int) -> str:
         "so restarts and epochs of the loop come apart. epoch_size is the samples that one epoch really trains on "
         "(with drop_last=True whole batches only); for data without epochs pass stream=True."
     )
+
+
+def _has_no_lr(optimizer: Optimizer) -> bool:
+    """Return whether every lr is 0: torch's get_optimizer_state_dict makes an optimizer without state step so."""
+    return all(group["lr"] == 0 for group in optimizer.param_groups)
 
 
 def _first_params(optimizer: Optimizer) -> set[int]:

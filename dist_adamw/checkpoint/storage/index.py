@@ -300,8 +300,7 @@ def _checked_tensor(key: str, facts: Any, files: Mapping[str, tuple[int, str]], 
     chunks = []
     for offsets, sizes, file, offset in facts["chunks"]:
         box = Box(tuple(offsets), tuple(sizes))
-        are_numbers = _are_sizes(offsets) and _are_sizes(sizes) and _is_size(offset)
-        if not (are_numbers and _is_within(box, shape)):
+        if not (_is_size(offset) and _is_region(offsets, sizes, shape)):
             raise wrong(f"{key!r} has a chunk {box}")
         if file not in files:
             raise wrong(f"{key!r} lies in {file!r}, which is none of its files")
@@ -315,9 +314,10 @@ def _checked_tensor(key: str, facts: Any, files: Mapping[str, tuple[int, str]], 
 
 
 def _have_gaps_or_overlaps(chunks: list[Chunk], shape: tuple[int, ...]) -> bool:
-    missing = math.prod(shape) - sum(chunk.box.numel for chunk in chunks)
-    overlaps = len(chunks) > 1 and overlap_anywhere([chunk.box for chunk in chunks], len(shape))
-    return bool(missing) or overlaps
+    boxes = [chunk.box for chunk in chunks]
+    if sum(box.numel for box in boxes) != math.prod(shape):
+        return True
+    return len(boxes) > 1 and overlap_anywhere(boxes, len(shape))
 
 
 def _check_places(tensors: Mapping[str, Saved], files: Iterable[str], wrong: _Wrong) -> None:
@@ -334,11 +334,11 @@ def _check_places(tensors: Mapping[str, Saved], files: Iterable[str], wrong: _Wr
             raise wrong(f"two of its tensors lie in the same bytes of {name}")
 
 
-def _is_within(box: Box, shape: Sequence[int]) -> bool:
-    """Return whether a box lies in a tensor of that shape."""
-    if not len(box.offsets) == len(box.sizes) == len(shape):
+def _is_region(offsets: Any, sizes: Any, shape: Sequence[int]) -> bool:
+    """Return whether these are offsets and sizes of a region of a tensor of that shape."""
+    if not (_are_sizes(offsets) and _are_sizes(sizes) and len(offsets) == len(sizes) == len(shape)):
         return False
-    return all(a + n <= m for a, n, m in zip(*box, shape, strict=True))
+    return all(a + n <= m for a, n, m in zip(offsets, sizes, shape, strict=True))
 
 
 def _is_size(value: Any) -> bool:

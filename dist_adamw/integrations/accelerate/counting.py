@@ -42,7 +42,7 @@ import operator
 import warnings
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -72,6 +72,15 @@ class _Entry:
     is_waiting: bool = True
     is_passed_over: bool = False
     is_done: bool = False
+
+
+def _without_hook(params: list[Tensor], handles: Mapping[int, Any]) -> list[Tensor]:
+    return [param for param in params if id(param) not in handles]
+
+
+def _begins_next_epoch(before: Run, now: Run) -> bool:
+    """Return whether an iteration goes on where ``before`` has come to the end of the data."""
+    return before.is_exhausted and before.loader() is now.loader()
 
 
 class SampleCounter:
@@ -137,12 +146,11 @@ class SampleCounter:
         counts = torch.is_grad_enabled()
         kept = []
         for entry in self._in_hand:
-            before = entry.batch.run
-            goes_on = before.is_exhausted and before.loader() is batch.run.loader()  # with another epoch
-            if before is batch.run or goes_on:
+            begins_next_epoch = _begins_next_epoch(entry.batch.run, batch.run)
+            if entry.batch.run is batch.run or begins_next_epoch:
                 entry.is_passed_over = True
-            is_orphan = counts and before.has_ended and not (goes_on or self._fetches_ahead)
-            if not (is_orphan or self._is_let_go(entry)):
+            is_abandoned = entry.batch.run.has_ended and not (begins_next_epoch or self._fetches_ahead)
+            if not ((counts and is_abandoned) or self._is_let_go(entry)):
                 kept.append(entry)
         if counts:
             self._has_heard = True
@@ -223,20 +231,21 @@ class SampleCounter:
         optimizer = self._optimizer()
         if optimizer is None or not self._hooks_parameters:
             return
-        params = [*itertools.chain.from_iterable(group["params"] for group in optimizer.param_groups)]
+        params = [*itertools.chain.from_iterable(map(operator.itemgetter("params"), optimizer.param_groups))]
+        # This runs for every batch: most of the time nothing has changed.
         is_known = len(params) == len(self._params) and all(map(operator.is_, params, self._params))
         if not is_known:
             self._params = params
             here = set(map(id, params))
             for key in self._handles.keys() - here:
                 self._handles.pop(key).remove()
-            self._frozen = [param for param in params if id(param) not in self._handles]
-        if self._frozen and any(map(operator.attrgetter("requires_grad"), self._frozen)):
+            self._frozen = _without_hook(params, self._handles)
+        if any(map(operator.attrgetter("requires_grad"), self._frozen)):
             for param in self._frozen:
                 if param.requires_grad:
                     handle = param.register_post_accumulate_grad_hook(self._hook)  # type: ignore[no-untyped-call]
                     self._handles[id(param)] = handle
-            self._frozen = [param for param in self._frozen if id(param) not in self._handles]
+            self._frozen = _without_hook(self._frozen, self._handles)
 
     # ---------------------------------------------------------------- what the optimizer does
 

@@ -126,14 +126,10 @@ class _Streamed:
 
 @contextlib.contextmanager
 def _recorded(loader: Any, run: Run) -> Iterator[None]:
-    """Have the iterator that is made in the block draw from a recorder. torch forbids to set these by name."""
+    """Have the iterator that is made in the block draw from a recorder."""
+    # torch forbids to set these by name.
     base = vars(getattr(loader, "base_dataloader", loader))
-    swapped: dict[str, Any] = {}
-    name = "sampler" if base.get("batch_sampler") is None else "batch_sampler"
-    if isinstance(base.get(name), BatchSampler) or name == "batch_sampler":
-        swapped[name] = _Recorder(base[name])
-    if isinstance(loader.dataset, IterableDataset) and not base.get("num_workers") and not is_dispatched(loader):
-        swapped["collate_fn"] = functools.partial(_collate, base["collate_fn"], run)
+    swapped = _recorders(loader, base, run)
     before = {name: base[name] for name in swapped}
     base.update(swapped)
     shard = loader.dataset
@@ -146,6 +142,19 @@ def _recorded(loader: Any, run: Run) -> Iterator[None]:
         base.update(before)
         if is_counted:
             shard.dataset = shard.dataset.dataset_itself
+
+
+def _recorders(loader: Any, base: dict[str, Any], run: Run) -> dict[str, Any]:
+    """Return by name the attributes of torch's loader that are to record."""
+    found: dict[str, Any] = {}
+    name = "sampler" if base.get("batch_sampler") is None else "batch_sampler"
+    if isinstance(base.get(name), BatchSampler) or name == "batch_sampler":
+        found[name] = _Recorder(base[name])
+    is_iterable = isinstance(loader.dataset, IterableDataset)
+    # What workers collate is not seen here, nor what rank 0 reads for other ranks.
+    if is_iterable and not base.get("num_workers") and not is_dispatched(loader):
+        found["collate_fn"] = functools.partial(_collate, base["collate_fn"], run)
+    return found
 
 
 def _collate(collate: Callable[[Any], Any], run: Run, samples: Any) -> Any:

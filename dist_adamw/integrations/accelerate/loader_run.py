@@ -172,7 +172,7 @@ class Run:
         return self._drawn.popleft()
 
     def _measure(self, loader: Any, batch: Any, is_last: bool) -> tuple[int, int]:
-        """Real rows on this rank, and on all of them."""
+        """Return real rows on this rank, and on all of them."""
         size = self._collated.popleft() if self._collated else batch_size_of(batch)
         if size is None:
             size = loader.batch_size or 1
@@ -185,25 +185,35 @@ class Run:
         if is_dispatched(loader):
             ranks, rank = loader.state.num_processes, loader.state.process_index
             whole = loader.remainder if is_last and loader.remainder > 0 else size * ranks
-            return min(size, max(0, whole - rank * size)), min(whole, size * ranks)
+            return _rows_of_rank(size, rank, whole), min(whole, size * ranks)
         shard = loader.dataset
         if type(shard).__name__ != "IterableDatasetShard":
             return size, size
-        ranks, rank = shard.num_processes, shard.process_index
+        left = self._left(shard, is_last)
+        if left is None:
+            return size, size * shard.num_processes
+        return _rows_of_rank(size, shard.process_index, left), min(left, size * shard.num_processes)
+
+    def _left(self, shard: Any, is_last: bool) -> int | None:
+        """Return the samples that iterable data has given, or will give, after the last batch; None: not known."""
         given = self.streamed  # at least up to this batch, and all there is at the last one
         if given is None and isinstance(shard.dataset, Sized):
             given = len(shard.dataset)
-        if given is None:
-            if is_last and not shard.drop_last:
-                warnings.warn(
-                    "the data set has no length and is read by workers, so samples that were repeated to fill the "
-                    "last batch cannot be told from others and are counted. Give it a __len__, or leave "
-                    "dispatch_batches=None.",
-                    stacklevel=4,
-                )
-            return size, size * ranks
-        left = max(0, given - self._end)
-        return min(size, max(0, left - rank * size)), min(left, size * ranks)
+        if given is not None:
+            return max(0, given - self._end)
+        if is_last and not shard.drop_last:
+            warnings.warn(
+                "the data set has no length and is read by workers, so samples that were repeated to fill the "
+                "last batch cannot be told from others and are counted. Give it a __len__, or leave "
+                "dispatch_batches=None.",
+                stacklevel=5,
+            )
+        return None
+
+
+def _rows_of_rank(size: int, rank: int, whole: int) -> int:
+    """Return how many of ``whole`` samples, which ranks take ``size`` each in order, a rank has."""
+    return min(size, max(0, whole - rank * size))
 
 
 # ---------------------------------------------------------------- reading loaders and batches

@@ -118,7 +118,7 @@ class Position:
     def begins(self, run: Run) -> None:
         """An iteration over some loader begins."""
         loader = run.loader()
-        if self.is_gone or loader is None or not torch.is_grad_enabled() or not self._serves(loader):
+        if loader is None or not torch.is_grad_enabled() or not self._serves(loader):
             return
         rest, self._rest = self._rest, None
         if rest is None:
@@ -154,7 +154,9 @@ class Position:
 
     def _serves(self, loader: Any) -> bool:
         """Return whether ``loader`` is this one, or what ``skip_first_batches`` made of it."""
-        ours = self.loader
+        ours = self._loader()
+        if ours is None:
+            return False
         if loader is ours:
             return True
         if isinstance(ours.dataset, IterableDataset):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from types import NoneType, UnionType
 from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -134,7 +135,7 @@ def _scheduler_from_json(optimizer: Any, /, **told: Any) -> CyclicLRWithRestarts
 
 
 def _made(kind: Callable[..., T], section: str, first: Any, told: Mapping[str, Any]) -> T:
-    """``kind(first, **told)``, where ``told`` is plain data from a file. Nothing that it names is imported.
+    """Return ``kind(first, **told)``, where ``told`` is plain data from a file. Nothing that it names is imported.
 
     Raises:
         ValueError: names the section and the key, and says what is wrong with it.
@@ -143,23 +144,28 @@ def _made(kind: Callable[..., T], section: str, first: Any, told: Mapping[str, A
     known = [name for name in types if name not in _NOT_FOR_JSON and name != "return"]
     values = {}
     for name, value in told.items():
-        if name in _NOT_FOR_JSON:
-            _refuse(section, name, value, _NOT_FOR_JSON[name])
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            cure = f"did you mean {near[0]!r}?" if near else f"the keys are {', '.join(known)}."
-            raise ValueError(f"DeepSpeed configuration, {section}.params: there is no {name!r}; {cure}")
+        _check_name(section, name, value, known)
         if value == "auto" and name not in ("shard", "normalize_weight_decay"):
             _refuse(section, name, value, "it was never resolved; set a value")
         kinds = _kinds(types[name])
-        read = [found for one in kinds for found in _read(value, one)]
-        if not read:
+        readings = [*itertools.chain.from_iterable(_read(value, one) for one in kinds)]
+        if not readings:
             _refuse(section, name, value, f"it must be {' or '.join(filter(None, map(_in_words, kinds)))}")
-        values[name] = read[0]
+        values[name] = readings[0]
     try:
         return kind(first, **values)
     except (ValueError, ArithmeticError) as error:
         raise ValueError(f"DeepSpeed configuration, {section}.params = {dict(told)}: {error}") from error
+
+
+def _check_name(section: str, name: str, value: object, known: list[str]) -> None:
+    """Raise where a key is none of ``known``."""
+    if name in _NOT_FOR_JSON:
+        _refuse(section, name, value, _NOT_FOR_JSON[name])
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        advice = f"did you mean {near[0]!r}?" if near else f"the keys are {', '.join(known)}."
+        raise ValueError(f"DeepSpeed configuration, {section}.params: there is no {name!r}; {advice}")
 
 
 def _refuse(section: str, name: str, value: object, why: str) -> NoReturn:
@@ -172,20 +178,29 @@ def _kinds(annotation: Any) -> tuple[Any, ...]:
 
 
 def _read(value: Any, kind: Any) -> Iterator[Any]:
-    """``value``, which is plain data, as ``kind``; nothing where it is none."""
-    members = get_args(kind)
+    """Yield ``value``, which is plain data, as ``kind``; nothing where it is none."""
     if get_origin(kind) is Literal:
-        yield from (member for member in members if member == value)
+        yield from (member for member in get_args(kind) if member == value)
     elif get_origin(kind) is tuple:
-        if isinstance(value, (list, tuple)) and len(value) == len(members):
-            read = [list(_read(one, member)) for one, member in zip(value, members, strict=True)]
-            if all(read):
-                yield tuple(one for (one,) in read)
-    elif kind in (int, float) and (isinstance(value, str) or (kind is float and type(value) is int)):
+        yield from _read_tuple(value, get_args(kind))
+    elif kind in (int, float) and _may_be_number(value, kind):
         with contextlib.suppress(ValueError, OverflowError):
-            yield kind(value)  # who comes from YAML has 1e-3 as text
+            yield kind(value)
     elif type(value) is kind and kind in _WORDS:
         yield value
+
+
+def _may_be_number(value: Any, kind: type) -> bool:
+    """Return whether ``kind(value)`` is to be tried. What comes from YAML has 1e-3 as text."""
+    return isinstance(value, str) or (kind is float and type(value) is int)
+
+
+def _read_tuple(value: Any, members: tuple[Any, ...]) -> Iterator[Any]:
+    if not isinstance(value, list | tuple) or len(value) != len(members):
+        return
+    readings = [list(_read(one, member)) for one, member in zip(value, members, strict=True)]
+    if all(readings):
+        yield tuple(one for (one,) in readings)
 
 
 def _in_words(kind: Any) -> str:

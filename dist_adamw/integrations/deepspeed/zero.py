@@ -9,6 +9,7 @@ elements of which parameter lie where in them.
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -198,7 +199,6 @@ class ZeroAccess:
             held.read(MODEL, name, weights, found)
         for name, buffer in buffers(self.model):
             held.read(MODEL, name, buffer.detach(), found)
-        kinds = sorted(set().union(*(k for n, k in found.kinds.items() if n in found.scalars)) - {MODEL, MASTER})
         for part in self.fragments():
             if self.is_stage_3:
                 held.read(MODEL, part.name, part.model, found)
@@ -206,22 +206,30 @@ class ZeroAccess:
         held.finish = self._finish
         if not self.with_state:
             return lambda: held
+        kinds = _kinds_of_state(found)
         # One that was never used has no state elsewhere; here it has zeros, as all of its partition.
         used = {name for name, of in found.kinds.items() if of - {MODEL, MASTER}}
-        for param in (param for _, params in self._groups() for param in params):  # before anything is changed
-            for kind in kinds if self.names[param] in used else []:
-                found.need(kind, self.names[param])
-                found.need_shape(f"{kind}.{self.names[param]}", self._shape(param))
+        self._check_state(found, kinds, used)  # before anything is changed
 
         def make_room() -> LocalState:
             state = self._room_for(kinds)
             for part in self.fragments():
-                for kind in kinds if part.name in used else []:
-                    held.read(kind, part.name, part.of(state[part.partition][kind]), found)
+                if part.name in used:
+                    for kind in kinds:
+                        held.read(kind, part.name, part.of(state[part.partition][kind]), found)
             self._set_steps(state, found)
             return held
 
         return make_room
+
+    def _check_state(self, found: CheckpointContents, kinds: list[str], used: set[str]) -> None:
+        """Raise where a checkpoint lacks state of a parameter that was used, or has it in another shape."""
+        for _, params in self._groups():
+            for param in params:
+                name = self.names[param]
+                for kind in kinds if name in used else []:
+                    found.need(kind, name)
+                    found.need_shape(f"{kind}.{name}", self._shape(param))
 
     def _room_for(self, kinds: list[str]) -> dict[Tensor, dict[str, Any]]:
         """State of zeros for every partition."""
@@ -230,20 +238,25 @@ class ZeroAccess:
             state.clear()
             return {}
         if isinstance(self.optimizer, DistAdamW):
-            # Stage 3 shows its partitions to the optimizer only while it steps.
-            shown = [group["params"] for group in self.optimizer.param_groups]
-            for g, group in enumerate(self.optimizer.param_groups):
-                group["params"] = [partition for of, partition in partitions if of == g]
-            try:
+            with self._partitions_shown(partitions):
                 self.optimizer._lay_out([partition for _, partition in partitions])
-            finally:
-                for group, params in zip(self.optimizer.param_groups, shown, strict=True):
-                    group["params"] = params
         else:
             state.clear()
             for _, partition in partitions:
                 state[partition] = {"step": torch.zeros(()), **{kind: torch.zeros_like(partition) for kind in kinds}}
         return {partition: state[partition] for _, partition in partitions}
+
+    @contextlib.contextmanager
+    def _partitions_shown(self, partitions: list[tuple[int, Tensor]]) -> Iterator[None]:
+        """Have the optimizer's groups hold the partitions: stage 3 shows them only while it steps."""
+        shown = [group["params"] for group in self.optimizer.param_groups]
+        for g, group in enumerate(self.optimizer.param_groups):
+            group["params"] = [partition for of, partition in partitions if of == g]
+        try:
+            yield
+        finally:
+            for group, params in zip(self.optimizer.param_groups, shown, strict=True):
+                group["params"] = params
 
     def _set_steps(self, state: dict[Tensor, dict[str, Any]], found: CheckpointContents) -> None:
         for (_, params), (_, partition) in zip(self._groups(), self._partitions(), strict=True):
@@ -283,6 +296,15 @@ class ZeroAccess:
                 zero.accumulated_grads_in_cpu.clear()
                 zero._offload_accumulated_param_ids.clear()
         _begin_update(self.of)
+
+
+def _kinds_of_state(found: CheckpointContents) -> list[str]:
+    """Return what a checkpoint has of parameters that an optimizer counts steps of, besides weights."""
+    kinds: set[str] = set()
+    for name, of_name in found.kinds.items():
+        if name in found.scalars:
+            kinds |= of_name
+    return sorted(kinds - {MODEL, MASTER})
 
 
 class WholeAccess(TorchAccess):

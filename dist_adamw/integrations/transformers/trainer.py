@@ -19,16 +19,10 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader, IterableDataset
 
 from dist_adamw.integrations.accelerate.accelerator_methods import patch_accelerator
+from dist_adamw.integrations.accelerate.checks import DATA_PARALLEL, check_engine, check_scheduler
 from dist_adamw.integrations.accelerate.counting import SampleCounter
 from dist_adamw.integrations.accelerate.data import LoaderFacts, engine_of, loader_facts
-from dist_adamw.integrations.accelerate.prepare import (
-    DATA_PARALLEL,
-    attach,
-    check_engine,
-    check_scheduler,
-    check_schedules,
-    host_group,
-)
+from dist_adamw.integrations.accelerate.prepare import attach, check_schedules, host_group
 from dist_adamw.integrations.deepspeed.configuration import configure, fill, names_our_types, register_deepspeed
 from dist_adamw.integrations.transformers.arguments import (
     check_arguments,
@@ -112,17 +106,7 @@ def prepare_trainer(
     optimizer, scheduler = dict(optimizer or {}), dict(scheduler or {})
     check_arguments(trainer, optimizer, on_difference)
     if _prepare_engine(trainer, facts):
-        if optimizer or scheduler:
-            raise ValueError(
-                f"the DeepSpeed configuration has the optimizer and the scheduler, and optimizer={optimizer}, "
-                f"scheduler={scheduler} were given here. Choose one."
-            )
-        for name in ("create_optimizer", "get_optimizer_cls_and_kwargs", "create_scheduler"):
-            if is_overridden(trainer, name):
-                raise ValueError(
-                    f"{type(trainer).__name__} overrides {name}, which Trainer does not call where the DeepSpeed "
-                    "configuration has the optimizer and the scheduler. Leave one of them out."
-                )
+        _check_engine_makes_both(trainer, optimizer, scheduler)
         _when_training_begins(trainer, lambda: _warn_of_mid_cycle(trainer, inner_scheduler(trainer), facts, 5))
     else:
         create = check_override_of_scheduler(trainer, scheduler)
@@ -139,6 +123,21 @@ def prepare_trainer(
     _watch_ranks(trainer, check_weights_every)
     vars(trainer)["_prepared_by_dist_adamw"] = True
     return trainer
+
+
+def _check_engine_makes_both(trainer: Any, optimizer: Mapping[str, Any], scheduler: Mapping[str, Any]) -> None:
+    """Raise where the script, too, says how optimizer and scheduler are made. Local."""
+    if optimizer or scheduler:
+        raise ValueError(
+            f"the DeepSpeed configuration has the optimizer and the scheduler, and optimizer={optimizer}, "
+            f"scheduler={scheduler} were given here. Choose one."
+        )
+    for name in ("create_optimizer", "get_optimizer_cls_and_kwargs", "create_scheduler"):
+        if is_overridden(trainer, name):
+            raise ValueError(
+                f"{type(trainer).__name__} overrides {name}, which Trainer does not call where the DeepSpeed "
+                "configuration has the optimizer and the scheduler. Leave one of them out."
+            )
 
 
 def _try_schedule(trainer: Any, facts: LoaderFacts, told: Mapping[str, Any], lr: float) -> None:
