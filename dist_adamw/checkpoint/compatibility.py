@@ -29,7 +29,7 @@ from dist_adamw.wrappers import unwrap
 
 
 def checked(path: Path, part: int = 0, parts: int = 1, until: contextlib.ExitStack | None = None) -> Index:
-    """A checkpoint's index, of which this part of the files is whole, and what it says makes sense. Local.
+    """Return a checkpoint's index, after checking what it says and this part of its files. Local.
 
     Args:
         path: Its folder.
@@ -72,7 +72,7 @@ def _are_groups(value: Any) -> bool:
 
 
 def _are_scalars(value: Any) -> bool:
-    """By parameter name, numbers or None; of which the updates so far make sense."""
+    """Return whether these are numbers or None by parameter name, and possible counts of updates."""
     return _is_mapping(value) and all(
         _is_mapping(numbers)
         and all(type(v) in SCALARS for v in numbers.values())
@@ -95,7 +95,7 @@ _ABOUT: dict[str, Callable[[Any], bool]] = {
 
 
 def samples_of(index: Index) -> int | None:
-    """The clock of the schedule that was saved. Local."""
+    """Return the clock of the schedule that was saved. Local."""
     schedule = index.about.get("schedule")
     samples = schedule.get("samples") if isinstance(schedule, dict) else None
     return samples if type(samples) is int else None
@@ -153,7 +153,7 @@ def _check_schedule(index: Index, scheduler: LRScheduler, choice: OnDifference) 
 
 
 def with_text_keys(state: Any) -> Any:
-    """A scheduler's state whose dicts have text for keys, as JSON needs it: MultiStepLR's milestones are numbers.
+    """Return a scheduler's state with text for keys, as JSON needs it: MultiStepLR's milestones are numbers.
 
     Raises:
         CheckpointError: two keys of a dict have the same text.
@@ -170,7 +170,7 @@ def with_text_keys(state: Any) -> Any:
 
 
 def with_keys_of(here: Any, saved: Any) -> Any:
-    """The inverse: what was saved, with the keys and the kinds of dicts that a scheduler has here."""
+    """Return what was saved, with the keys and the kinds of dicts that a scheduler has here: the inverse."""
     if isinstance(here, dict):
         restored = {key: with_keys_of(value, saved[str(key)]) for key, value in here.items()}
         return restored if type(here) is dict else type(here)(restored)
@@ -338,7 +338,7 @@ def _check_layout(index: Index, values: dict[str, Any], group: dict[str, Any]) -
 
 
 def _in_convention_of(optimizer: Optimizer, group: dict[str, Any], saved: Any) -> dict[str, Any]:
-    """A saved group, its weight decay as this optimizer takes it: see docs/schedule.md."""
+    """Return a saved group, its weight decay as this optimizer takes it: see docs/schedule.md."""
     ours = getattr(optimizer, "decay_by", "lr")
     if not group.get("lr") or "weight_decay" not in group or saved not in ("lr", "schedule") or saved == ours:
         return group

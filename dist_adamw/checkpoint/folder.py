@@ -90,7 +90,7 @@ class CheckpointFolder:
         self._saved_at: int | None = None  # samples of the last save, or of the checkpoint that the job goes on from
         self._damaged: set[str] = set()  # names of checkpoints that `newest` has passed by
         self._closed = False
-        ranks.everywhere(lambda: self._take(patience) if ranks.is_main else None)
+        ranks.run(lambda: self._take(patience) if ranks.is_main else None)
 
     def _take(self, patience: float) -> None:
         """Become the one job that saves here, and finish what a killed one was doing."""
@@ -151,7 +151,7 @@ class CheckpointFolder:
         """
         if self._running is not None:
             self._running.join()  # its end deletes older ones
-        listed = self._ranks.everywhere(lambda: self.all() if self._ranks.is_main else [])
+        listed = self._ranks.run(lambda: self.all() if self._ranks.is_main else [])
         found: list[Path] = self._ranks.gather(listed)[0]
         others = (path for path in reversed(found) if but is None or path.name != but.name)
         for path in others:
@@ -190,7 +190,7 @@ class CheckpointFolder:
         if self.every is None:
             raise ValueError("is_due needs CheckpointFolder(..., every=<samples>), and every is None.")
         if self._saved_at is None:
-            listed = self._ranks.everywhere(lambda: self.all() if self._ranks.is_main else [])
+            listed = self._ranks.run(lambda: self.all() if self._ranks.is_main else [])
             known: list[Path] = self._ranks.gather(listed)[0]
             before = [self.samples_of(path) for path in known if path.name not in self._damaged]
             # Later ones are of a job that went on from elsewhere.
@@ -214,9 +214,9 @@ class CheckpointFolder:
         final = self._begin(samples)
         try:
             self._wait_for_the_last()
-            self._ranks.everywhere(self._sweep)
-            self._ranks.everywhere(lambda: write(_partial(final)))
-            self._ranks.everywhere(lambda: self._commit(final) if self._ranks.is_main else None)
+            self._ranks.run(self._sweep)
+            self._ranks.run(lambda: write(_partial(final)))
+            self._ranks.run(lambda: self._commit(final) if self._ranks.is_main else None)
         except CheckpointError as error:
             self._failed(final, error)
             return None
@@ -232,7 +232,7 @@ class CheckpointFolder:
         *,
         extra: Mapping[str, Any] | None = None,
     ) -> Saving | None:
-        """As `save`, from a copy in host memory, while training goes on. Collective.
+        """Do as `save`, from a copy in host memory, while training goes on. Collective.
 
         Returns:
             What is on its way; None when this or the save before could not be written and ``on_error="warn"``.
@@ -240,7 +240,7 @@ class CheckpointFolder:
         final = self._begin(samples)
         try:
             self._wait_for_the_last()
-            self._ranks.everywhere(self._sweep)
+            self._ranks.run(self._sweep)
             self._running = saver.save(
                 _partial(final),
                 model,

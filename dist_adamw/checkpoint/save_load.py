@@ -36,7 +36,7 @@ from dist_adamw.errors import CheckpointError
 from dist_adamw.optimizer.adamw import DistAdamW
 from dist_adamw.optimizer.replicas import check_replicas
 from dist_adamw.ranks import agreement, collectives
-from dist_adamw.ranks.together import Ranks, everywhere
+from dist_adamw.ranks.together import Ranks, run_on_all_ranks
 from dist_adamw.schedule.saved import OnDifference
 from dist_adamw.schedule.scheduler import CyclicLRWithRestarts
 from dist_adamw.wrappers import unwrap
@@ -100,8 +100,8 @@ def save(
         announce_save(optimizer)
         check_replicas(model, optimizer, group=group)
     path, ranks = Path(path), Ranks.now(group)
-    held, about = _gather(path if compare_ranks else None, model, optimizer, scheduler, extra, ranks)
-    _write(path, held, about, ranks)
+    held, about = collect_state(path if compare_ranks else None, model, optimizer, scheduler, extra, ranks)
+    write_state(path, held, about, ranks)
 
 
 def announce_save(optimizer: Optimizer | None) -> None:
@@ -114,7 +114,7 @@ def announce_save(optimizer: Optimizer | None) -> None:
         inner.announce_save()
 
 
-def _gather(
+def collect_state(
     path: Path | None,
     model: nn.Module,
     optimizer: Optimizer | None,
@@ -122,7 +122,7 @@ def _gather(
     extra: Mapping[str, Any] | None,
     ranks: Ranks,
 ) -> tuple[LocalState, dict[str, Any]]:
-    """Return what this rank writes and what the index says of it; raises on every rank. Collective.
+    """Return what this rank writes and what the index says of it. Raises on every rank. Collective.
 
     Args:
         path: Where to; None: ranks are known to agree.
@@ -158,17 +158,22 @@ def _gather(
     inner = None if optimizer is None else unwrap(optimizer)
     if isinstance(inner, DistAdamW):
         inner.follow()
-    held, about = ranks.everywhere(gather)
+    held, about = ranks.run(gather)
     if path is not None:
         alike = {name: about[name] for name in ("engine", "optimizer", "groups", "scheduler", "schedule")}
         agreement.check_agreement({"folder": str(path), **alike}, ranks.group)
     return held, about
 
 
-def _write(path: Path, held: LocalState, about: Mapping[str, Any], ranks: Ranks) -> None:
+def write_state(path: Path, held: LocalState, about: Mapping[str, Any], ranks: Ranks) -> None:
+    """Write what `collect_state` has returned. Collective.
+
+    Raises:
+        CheckpointError: it could not be written; on every rank alike.
+    """
     several = ranks.size > 1
     planner = Planner(held.tensors, about)
-    lock = ranks.everywhere(lambda: _lock(path) if ranks.is_main else None)
+    lock = ranks.run(lambda: _lock(path) if ranks.is_main else None)
     writer = Writer(path, about, ranks.size)
     still_there = "What it held before is still there."
     try:
@@ -275,7 +280,7 @@ def load_together(
     random_state: bool = True,
     group: Group = None,
 ) -> list[Checkpoint]:
-    """`load` of several models: each is checked, with its tensors, before the first is changed. Collective.
+    """Load several models as `load`: each is checked, with its tensors, before the first is changed. Collective.
 
     Raises:
         CheckpointError: as of `load`.
@@ -289,27 +294,27 @@ def load_together(
 def _check(part: Part, on_difference: OnDifference | None, group: Group, until: contextlib.ExitStack) -> _Checked:
     path, optimizer, scheduler = part.path, part.optimizer, part.scheduler
     check_alike(path, group)
-    index = everywhere(lambda: checked(path, collectives.rank(), collectives.world_size(), until), group)
+    index = run_on_all_ranks(lambda: checked(path, collectives.rank(), collectives.world_size(), until), group)
     if len(set(collectives.all_gather_objects(index.digest, group))) > 1:
         raise CheckpointError(f"{path} is not the same on all ranks. Give all machines the same file system.")
     choice: OnDifference = on_difference or getattr(scheduler, "on_difference", None) or "strict"
-    ours = everywhere(lambda: access(part.model, optimizer), group)
-    taken, restore = everywhere(lambda: compare(index, ours, optimizer, scheduler, choice), group)
-    make_room = everywhere(lambda: _make_room(index, ours), group)
+    ours = run_on_all_ranks(lambda: access(part.model, optimizer), group)
+    taken, restore = run_on_all_ranks(lambda: compare(index, ours, optimizer, scheduler, choice), group)
+    make_room = run_on_all_ranks(lambda: _make_room(index, ours), group)
     return _Checked(part, index, ours.model, choice, taken, restore, make_room)
 
 
 def _apply(one: _Checked, random_state: bool, group: Group) -> Checkpoint:
     index, optimizer, scheduler = one.index, one.part.optimizer, one.part.scheduler
     # Room is made, and what was there forgotten, when no rank has found anything wrong.
-    held = everywhere(one.make_room, group)
+    held = run_on_all_ranks(one.make_room, group)
     try:
-        everywhere(lambda: _fill(index, held), group)
+        run_on_all_ranks(lambda: _fill(index, held), group)
     except CheckpointError as error:
         raise CheckpointError(f"{error} Model and optimizer are half loaded: load a checkpoint.") from error
     with torch.no_grad():
         held.finish()  # it may be collective, so only when all ranks have read
-    everywhere(lambda: restore_extra_state(index, one.model), group)
+    run_on_all_ranks(lambda: restore_extra_state(index, one.model), group)
     about = index.about
     if optimizer is not None:
         for members, values in zip(unwrap(optimizer).param_groups, one.taken, strict=True):

@@ -35,7 +35,7 @@ _NOT_COMPARED = {
     *("params", "param_names", "lr", "weight_decay", "initial_lr", "initial_weight_decay", "min_lr", "lr_scale"),
     *("foreach", "fused", "capturable", "differentiable", "decoupled_weight_decay"),
 }
-_ADAMW = {"DistAdamW", "AdamW", "Adam", "FusedAdam", "DeepSpeedCPUAdam"}
+ADAM_FAMILY = {"DistAdamW", "AdamW", "Adam", "FusedAdam", "DeepSpeedCPUAdam"}
 
 
 @dataclass
@@ -213,8 +213,8 @@ def family_of(optimizer: Optimizer) -> str:
     own = type(optimizer).__name__
     for base in type(optimizer).__mro__:
         of_torch = base.__module__.startswith("torch.optim.") and base is not Optimizer
-        if base.__name__ in _ADAMW or of_torch:
-            is_adam = base.__name__ in _ADAMW and base.__name__ != own
+        if base.__name__ in ADAM_FAMILY or of_torch:
+            is_adam = base.__name__ in ADAM_FAMILY and base.__name__ != own
             return own if is_adam and not _has_moments(optimizer) else base.__name__
     return own
 
@@ -241,7 +241,7 @@ def fits_family(about: Mapping[str, Any], optimizer: Optimizer) -> bool:
 
 def same_family(one: str, other: str) -> bool:
     """Return whether the state of one class of optimizer means the same to the other."""
-    return one == other or {one, other} <= _ADAMW
+    return one == other or {one, other} <= ADAM_FAMILY
 
 
 def only_mine(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

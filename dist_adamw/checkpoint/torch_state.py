@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from dist_adamw.checkpoint.state import (
-    _ADAMW,
+    ADAM_FAMILY,
     MASTER,
     MODEL,
     SCALARS,
@@ -26,7 +26,7 @@ from dist_adamw.checkpoint.state import (
     plain_groups,
 )
 from dist_adamw.checkpoint.storage.partial_tensor import PartialTensor, Values, evaluated
-from dist_adamw.checkpoint.storage.regions import Box
+from dist_adamw.checkpoint.storage.regions import Region
 from dist_adamw.errors import CheckpointError
 from dist_adamw.optimizer.adamw import DistAdamW
 from dist_adamw.optimizer.sharding.dtensors import local_of
@@ -134,7 +134,7 @@ class TorchAccess:
         return make_room
 
     def _with_state(self, found: CheckpointContents) -> list[Tensor]:
-        """Parameters that have state in a checkpoint."""
+        """Return the parameters that have state in a checkpoint."""
         return [p for p, name in self.names.items() if found.kinds.get(name, set()) - {MODEL, MASTER}]
 
     def _check_shards(self, optimizer: DistAdamW, found: CheckpointContents) -> None:
@@ -175,15 +175,15 @@ class TorchAccess:
             for param in group["params"]:
                 name = self.names[param]
                 kinds, numbers = self._state_of(name, optimizer, found)
-                if kinds and type(optimizer).__name__ in _ADAMW:
+                if kinds and type(optimizer).__name__ in ADAM_FAMILY:
                     found.need_adam(name, param.shape, group.get("amsgrad", False))
                 if twice := sorted(kinds & numbers.keys()):
                     raise CheckpointError(f"the checkpoint has {twice[0]} of {name} twice: it is damaged.")
 
     def _state_of(self, name: str, optimizer: Optimizer, found: CheckpointContents) -> tuple[set[str], dict[str, Any]]:
-        """Of a parameter's saved state, the tensors and numbers that an optimizer takes."""
+        """Return which tensors and numbers of a parameter's saved state an optimizer takes."""
         kinds, numbers = found.kinds.get(name, set()) - {MODEL, MASTER}, dict(found.scalars.get(name, {}))
-        if type(optimizer).__name__ in _ADAMW:  # a derived class may have more, and takes all
+        if type(optimizer).__name__ in ADAM_FAMILY:  # a derived class may have more, and takes all
             return kinds & {*MOMENTS}, {kind: value for kind, value in numbers.items() if kind == "step"}
         return kinds, numbers
 
@@ -218,7 +218,7 @@ def _room_for(param: Tensor, before: Any, shape: tuple[int, ...], dtype: torch.d
 
 def _number_in_state(optimizer: Optimizer, group: dict[str, Any], param: Tensor, kind: str, value: Any) -> Any:
     """Return a number as ``optimizer`` keeps it: Adam's steps are tensors, and lie on the device for some kernels."""
-    is_tensor = kind == "step" and (family_of(optimizer) in _ADAMW or type(value) is float)
+    is_tensor = kind == "step" and (family_of(optimizer) in ADAM_FAMILY or type(value) is float)
     if not is_tensor:
         return value
     on_device = group.get("fused") or group.get("capturable")
@@ -226,7 +226,7 @@ def _number_in_state(optimizer: Optimizer, group: dict[str, Any], param: Tensor,
 
 
 def _like_param(shard: Shard, i: int, values: Values, dtype: torch.dtype) -> Tensor:
-    """``values`` are this rank's elements of parameter ``i`` of ``shard``, 1-D in the order of memory, or make them."""
+    """Return ``values``, this rank's elements of parameter ``i`` in the order of memory, as part of its tensor."""
     param = shard.params[i]
     if not isinstance(param, DTensor):
         made = PartialTensor.of_ranges(
@@ -237,11 +237,13 @@ def _like_param(shard: Shard, i: int, values: Values, dtype: torch.dtype) -> Ten
     if isinstance(values, Tensor):
         return PartialTensor.of(shard.shaped(values, param))
     like = PartialTensor.of(param.detach())
-    return PartialTensor(param.shape, dtype, {box: partial(_part, shard, param, values, box) for box in like.parts})
+    return PartialTensor(
+        param.shape, dtype, {region: partial(_part, shard, param, values, region) for region in like.parts}
+    )
 
 
-def _part(shard: Shard, param: DTensor, values: Callable[[], Tensor], box: Box) -> Tensor:
-    return evaluated(PartialTensor.of(shard.shaped(values(), param)).parts[box])
+def _part(shard: Shard, param: DTensor, values: Callable[[], Tensor], region: Region) -> Tensor:
+    return evaluated(PartialTensor.of(shard.shaped(values(), param)).parts[region])
 
 
 def _moment(shard: Shard, i: int, kind: str) -> Tensor:
@@ -256,9 +258,9 @@ def _master(shard: Shard, i: int) -> Tensor:
 
 
 def _runs(tensor: Tensor, ranges: Iterable[Sequence[int]]) -> PartialTensor:
-    """Of a whole tensor the elements in ``ranges``, counted in the order of its memory."""
+    """Return of a whole tensor the elements in ``ranges``, counted in the order of its memory."""
     flat, order = storage_order(tensor), axes_in_memory(tensor)
-    parts: dict[Box, Values] = {}
+    parts: dict[Region, Values] = {}
     for start, stop in ranges:
         parts |= PartialTensor.of_ranges(
             tensor.shape, flat[start:stop], [(start, stop)], dtype=tensor.dtype, order=order

@@ -37,7 +37,7 @@ def check_positive_int(name: str, value: object) -> int:
 
 
 def shown(value: object) -> str:
-    """``value`` as it is written, if that is of bearable length."""
+    """Return ``value`` as it is written, if that is of bearable length."""
     try:
         text = repr(value)
     except ValueError:  # a number of more digits than Python writes

@@ -1,6 +1,6 @@
 """The options of a schedule, and the lr and weight decay that they give for a parameter group.
 
-Knows no clock and writes nothing; see ``scheduler.py``.
+Knows no clock and writes nothing; see ``scheduled_optimizer.py``.
 """
 
 from __future__ import annotations

@@ -76,7 +76,7 @@ class ScheduledOptimizer:
     # ---------------------------------------------------------------- what the optimizer does
 
     def listen(self, scheduler: LRScheduler) -> None:
-        """Hear of every update and load of the optimizer from now on.
+        """Register hooks that follow every update and load of the optimizer.
 
         Args:
             scheduler: What torch's schedulers keep of a step is kept up in it. It is not kept alive.

@@ -277,7 +277,7 @@ class CyclicLRWithRestarts(LRScheduler):
     def preview(
         self, cycles: int | None = None, points: int = 1000, group: int = 0, *, total_samples: int | None = None
     ) -> Preview:
-        """The table of restarts, and lr and weight decay over samples, before training. Local.
+        """Return the table of restarts, and lr and weight decay over samples, before training. Local.
 
         Args:
             cycles: How many cycles to show. None: 4, or those of ``total_samples``, at most 20.
@@ -296,12 +296,12 @@ class CyclicLRWithRestarts(LRScheduler):
         return describe_scheduler(self, self._scheduled)
 
     def state_dict(self) -> dict[str, Any]:
-        """``samples``, and the configuration as plain data; loads with ``weights_only=True``."""
+        """Return ``samples`` and the configuration as plain data; it loads with ``weights_only=True``."""
         self._scheduled.retract_skipped()
         return self._scheduled.state_dict()
 
     def configuration(self) -> dict[str, Any]:
-        """Everything that shapes the curve but the clock and the global batch, as plain data."""
+        """Return what shapes the curve, but the clock and the global batch, as plain data."""
         return self._scheduled.configuration()
 
     def load_state_dict(self, state_dict: Mapping[str, Any], on_difference: OnDifference | None = None) -> None:

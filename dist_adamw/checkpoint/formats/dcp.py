@@ -24,7 +24,7 @@ from dist_adamw.checkpoint.state import MODEL
 from dist_adamw.checkpoint.storage.files import read_exactly
 from dist_adamw.checkpoint.storage.index import DTYPES, open_plainly
 from dist_adamw.checkpoint.storage.partial_tensor import PartialTensor
-from dist_adamw.checkpoint.storage.regions import Box, overlap_anywhere
+from dist_adamw.checkpoint.storage.regions import Region, overlap_anywhere
 from dist_adamw.errors import CheckpointError
 
 _DCP = "torch.distributed.checkpoint"
@@ -47,7 +47,7 @@ class _Unpickler(pickle.Unpickler):
     """Reads a ``.metadata`` into records; what it does not need, it refuses."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """Something inert in the place of a class or function."""
+        """Return something inert in the place of a class or function."""
         if module == "torch" and name in DTYPES:
             return DTYPES[name]
         if f"{module}.{name}" in MEMBERS:
@@ -97,22 +97,22 @@ class _Dcp:
         """Return one that is read when it is needed, chunk by chunk."""
         item = self.items[key]
         dtype, shape = item.properties.state[0], tuple(item.size)
-        boxes, fit = [], True
+        regions, fit = [], True
         for chunk in item.chunks:
-            box = Box(tuple(chunk.offsets), tuple(chunk.sizes))
-            fit = fit and _lies_in(box, shape)
-            if box.numel:
-                boxes.append(box)
-        missing = math.prod(shape) - sum(box.numel for box in boxes)
-        if not fit or missing or overlap_anywhere(boxes, len(shape)):
+            region = Region(tuple(chunk.offsets), tuple(chunk.sizes))
+            fit = fit and _lies_in(region, shape)
+            if region.numel:
+                regions.append(region)
+        missing = math.prod(shape) - sum(region.numel for region in regions)
+        if not fit or missing or overlap_anywhere(regions, len(shape)):
             raise CheckpointError(f"{self.folder} is damaged: {key} has gaps or overlaps.")
-        if not boxes:
+        if not regions:
             return torch.empty(shape, dtype=dtype)
-        return PartialTensor(shape, dtype, {box: partial(self._chunk, key, box, dtype) for box in boxes})
+        return PartialTensor(shape, dtype, {region: partial(self._chunk, key, region, dtype) for region in regions})
 
-    def _chunk(self, key: str, box: Box, dtype: torch.dtype) -> Tensor:
-        found = self._read(key, box.offsets)
-        if not isinstance(found, Tensor) or tuple(found.shape) != box.sizes or found.dtype != dtype:
+    def _chunk(self, key: str, region: Region, dtype: torch.dtype) -> Tensor:
+        found = self._read(key, region.offsets)
+        if not isinstance(found, Tensor) or tuple(found.shape) != region.sizes or found.dtype != dtype:
             raise CheckpointError(f"{self.folder} is damaged: {key} is not what its .metadata says.")
         return found
 
@@ -134,10 +134,10 @@ class _Dcp:
         return tensors_and_plain_data(data, f"{key} in {self.folder}")
 
 
-def _lies_in(box: Box, shape: tuple[int, ...]) -> bool:
-    if not len(box.offsets) == len(box.sizes) == len(shape):
+def _lies_in(region: Region, shape: tuple[int, ...]) -> bool:
+    if not len(region.offsets) == len(region.sizes) == len(shape):
         return False
-    for offset, size, whole in zip(*box, shape, strict=True):
+    for offset, size, whole in zip(*region, shape, strict=True):
         if offset < 0 or size < 0 or offset + size > whole:
             return False
     return True
@@ -171,7 +171,7 @@ def from_dcp(source: Path) -> Content:
 
 
 def _place(path: tuple[Any, ...], part: str) -> tuple[tuple[Any, ...], Any, str] | None:
-    """Of ``(..., part, name, what)``, or ``(..., "part.name.what")`` as flattened optimizer states have it."""
+    """Split ``(..., part, name, what)``, or ``(..., "part.name.what")`` as flattened optimizer states have it."""
     if len(path) > 2 and path[-3] == part and str(path[-1]).isidentifier():
         return path[:-3], path[-2], path[-1]
     flat = re.fullmatch(rf"{part}\.(.+)\.(\w+)", str(path[-1]))

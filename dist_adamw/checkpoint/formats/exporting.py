@@ -85,7 +85,7 @@ class _Ours:
         return self.read(self.weights_key(name))
 
     def groups(self) -> list[dict[str, Any]]:
-        """Groups with "names", and values as a torch optimizer has them."""
+        """Return groups with "names", and values as a torch optimizer has them."""
         found = []
         for group in self.about["groups"]:
             values = {k: tuple(v) if isinstance(v, list) and k != "names" else v for k, v in group.items()}
@@ -98,7 +98,7 @@ class _Ours:
         return decay / group["lr"] if self.about.get("decay_by") == "schedule" and group["lr"] else decay
 
     def groups_of_adamw(self) -> list[dict[str, Any]]:
-        """Everything that ``torch.optim.AdamW`` has in a group, with names as "params"."""
+        """Return all that ``torch.optim.AdamW`` has in a group, with names as "params"."""
         defaults = torch.optim.AdamW([torch.zeros(1)]).param_groups[0]
         found = []
         for group in self.groups():
@@ -120,7 +120,7 @@ class _Ours:
 
 @contextlib.contextmanager
 def _taking_its_place(target: Path) -> Iterator[Path]:
-    """Where to write: it has its name when all of it is there."""
+    """Give a path to write to, which gets its name when all of it is there."""
     if target.exists():
         raise CheckpointError(f"{target} is there already. Choose another name, or remove it first.")
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -4,9 +4,9 @@ Knows files and that library's storage interface; nothing of optimizers.
 
 Each rank writes one safetensors file, and the main one then an index:
 
-    5f0c81d2e9a3b764-00000.safetensors   of one save, by one rank: boxes of tensors, such as "exp_avg.0.weight[0:3,0:8]"
+    5f0c81d2e9a3b764-00000.safetensors   of one save, by one rank: regions, such as "exp_avg.0.weight[0:3,0:8]"
     5f0c81d2e9a3b764-00001.safetensors
-    index.json                           which box of which tensor lies where, plain data, checksums
+    index.json                           which region of which tensor lies where, plain data, checksums
 
 The index is written last, under another name, and takes its place in one step: a reader has all of one save, however
 often a folder is saved to and whenever a save is killed. Files that no index names are what such a save has left.
@@ -53,7 +53,7 @@ from dist_adamw.checkpoint.storage.index import (
     read_index,
     write_index,
 )
-from dist_adamw.checkpoint.storage.regions import Box
+from dist_adamw.checkpoint.storage.regions import Region
 from dist_adamw.errors import CheckpointError
 from dist_adamw.ranks import collectives
 
@@ -100,7 +100,7 @@ class Writer(StorageWriter):
             self._about = as_json(self.about)
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        """Nothing to prepare."""
+        """Return the plan as it is."""
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
@@ -166,7 +166,7 @@ class Writer(StorageWriter):
                 left.unlink(missing_ok=True)
 
     def discard(self) -> None:
-        """After a failure: remove what this rank has written, if no index names it. Local."""
+        """Remove what this rank has written, after a failure, if no index names it. Local."""
         if self._written is not None and not _names(self.folder, self._written.name):
             with contextlib.suppress(OSError):  # of a folder that can no more be written to
                 self._written.unlink(missing_ok=True)
@@ -190,7 +190,7 @@ def _names(folder: Path, file: str) -> bool:
 
 
 def as_json(about: Mapping[str, Any]) -> Any:
-    """Plain data as JSON gives it back. Local.
+    """Return plain data as JSON gives it back. Local.
 
     Raises:
         CheckpointError: it is not plain, or has keys that would come back as others.
@@ -212,19 +212,19 @@ def _has_text_for_keys(value: Any) -> bool:
 
 
 def _write_file(path: Path, items: Sequence[WriteItem], planner: SavePlanner) -> list[WriteResult]:
-    """A safetensors file of ``items``, which are in memory one block at a time where they lie elsewhere."""
+    """Write a safetensors file of ``items``; what lies on a device is in host memory one block at a time."""
     header: dict[str, Any] = {}
     ends = 0
     order = []
     # Wide elements first, so that all of them are aligned.
     for item in sorted(items, key=lambda item: -_itemsize(item)):
-        box = _box_of(item)
-        nbytes = box.numel * _itemsize(item)
+        region = _box_of(item)
+        nbytes = region.numel * _itemsize(item)
         if nbytes == 0:
             continue  # of a rank that has nothing of this tensor
-        data = {"shape": list(box.sizes), "data_offsets": [ends, ends + nbytes]}
-        header[_name(item, box)] = {"dtype": CODES[_dtype(item)], **data}
-        order.append((item, box, ends, nbytes))
+        data = {"shape": list(region.sizes), "data_offsets": [ends, ends + nbytes]}
+        header[_name(item, region)] = {"dtype": CODES[_dtype(item)], **data}
+        order.append((item, region, ends, nbytes))
         ends += nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
@@ -242,12 +242,12 @@ def _write_file(path: Path, items: Sequence[WriteItem], planner: SavePlanner) ->
     fingerprint = {"bytes": 8 + len(text) + ends, "sha256": writer.sha256()}
     begin = 8 + len(text)
     # One result a file: of objects for each of thousands of tensors, most of a save's time would be spent on pickles.
-    chunks = [(item.index.fqn, box.offsets, box.sizes, begin + start) for item, box, start, _ in order]
+    chunks = [(item.index.fqn, region.offsets, region.sizes, begin + start) for item, region, start, _ in order]
     return [WriteResult(MetadataIndex(path.name), ends, (fingerprint, chunks))]
 
 
 def _blocks(tensor: Tensor) -> Iterator[memoryview]:
-    """The bytes of a tensor in C order."""
+    """Yield the bytes of a tensor in C order."""
     if not tensor.is_contiguous():
         tensor = tensor.contiguous()
     for part in torch.split(tensor.view(-1), BLOCK // tensor.itemsize):
@@ -267,17 +267,17 @@ def _itemsize(item: WriteItem) -> int:
     return _dtype(item).itemsize
 
 
-def _box_of(item: WriteItem) -> Box:
+def _box_of(item: WriteItem) -> Region:
     assert item.tensor_data is not None
     chunk = item.tensor_data.chunk
-    return Box(tuple(chunk.offsets), tuple(chunk.sizes))
+    return Region(tuple(chunk.offsets), tuple(chunk.sizes))
 
 
-def _name(item: WriteItem, box: Box) -> str:
+def _name(item: WriteItem, region: Region) -> str:
     assert item.tensor_data is not None
-    if box.sizes == tuple(item.tensor_data.size):
+    if region.sizes == tuple(item.tensor_data.size):
         return item.index.fqn
-    return f"{item.index.fqn}[{','.join(f'{a}:{a + n}' for a, n in zip(*box, strict=True))}]"
+    return f"{item.index.fqn}[{','.join(f'{a}:{a + n}' for a, n in zip(*region, strict=True))}]"
 
 
 # ---------------------------------------------------------------------------------------------- reading
@@ -328,7 +328,7 @@ class Reader(StorageReader):
                 key: TensorStorageMetadata(
                     TensorProperties(dtype=saved.dtype),
                     torch.Size(saved.shape),
-                    [ChunkStorageMetadata(*map(torch.Size, chunk.box)) for chunk in saved.chunks],
+                    [ChunkStorageMetadata(*map(torch.Size, chunk.region)) for chunk in saved.chunks],
                 )
                 for key, saved in chosen.items()
             }
@@ -343,7 +343,7 @@ class Reader(StorageReader):
         return dataclasses.replace(plan, items=sorted(plan.items, key=lambda item: self._place(item)[0]))
 
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
-        """Nothing to prepare."""
+        """Return the plan as it is."""
         return plans
 
     def _place(self, item: ReadItem) -> tuple[tuple[str, int], Saved, Chunk]:
@@ -361,9 +361,9 @@ class Reader(StorageReader):
                 _, saved, chunk = self._place(item)
                 if chunk.file not in files:
                     files[chunk.file] = opened.enter_context(self.index.file(chunk.file))
-                wanted = Box(tuple(item.storage_offsets), tuple(item.lengths))
+                wanted = Region(tuple(item.storage_offsets), tuple(item.lengths))
                 target = planner.resolve_tensor(item).detach()
-                _read_box(files[chunk.file], chunk.offset, chunk.box.sizes, saved.dtype, wanted, target)
+                _read_box(files[chunk.file], chunk.offset, chunk.region.sizes, saved.dtype, wanted, target)
                 planner.commit_tensor(item, target)
         done: Future[None] = Future()
         done.set_result(None)
@@ -382,22 +382,22 @@ def read_whole(index: Index, key: str) -> Tensor:
     whole = torch.empty(saved.shape, dtype=saved.dtype)
     for chunk in saved.chunks:
         with index.file(chunk.file) as file:
-            part = whole[tuple(slice(a, a + n) for a, n in zip(*chunk.box, strict=True))]
-            everything = Box((0,) * len(saved.shape), chunk.box.sizes)
-            _read_box(file, chunk.offset, chunk.box.sizes, saved.dtype, everything, part)
+            part = whole[tuple(slice(a, a + n) for a, n in zip(*chunk.region, strict=True))]
+            everything = Region((0,) * len(saved.shape), chunk.region.sizes)
+            _read_box(file, chunk.offset, chunk.region.sizes, saved.dtype, everything, part)
     return whole
 
 
 def _read_box(
-    file: BinaryIO, base: int, shape: tuple[int, ...], dtype: torch.dtype, wanted: Box, target: Tensor
+    file: BinaryIO, base: int, shape: tuple[int, ...], dtype: torch.dtype, wanted: Region, target: Tensor
 ) -> None:
-    """Copy a box of a chunk, which is ``shape`` in C order from byte ``base`` on, into ``target``."""
+    """Copy a region of a chunk, which is ``shape`` in C order from byte ``base`` on, into ``target``."""
     if not wanted.numel:
         return
     if not shape:
-        shape, wanted, target = (1,), Box((0,), (1,)), target.view(1)
+        shape, wanted, target = (1,), Region((0,), (1,)), target.view(1)
     row = math.prod(shape[1:]) * dtype.itemsize
-    rest = Box(wanted.offsets[1:], wanted.sizes[1:])
+    rest = Region(wanted.offsets[1:], wanted.sizes[1:])
     if row > BLOCK:
         for i in range(wanted.sizes[0]):
             _read_box(file, base + (wanted.offsets[0] + i) * row, shape[1:], dtype, rest, target[i])
@@ -412,7 +412,7 @@ def _read_box(
 
 
 def read_exactly(file: BinaryIO, offset: int, nbytes: int) -> Tensor:
-    """That many bytes of a file. Local.
+    """Return that many bytes of a file. Local.
 
     Raises:
         CheckpointError: there are fewer.

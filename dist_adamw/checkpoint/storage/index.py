@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 
 from dist_adamw.checkpoint.storage.hashing import sha256_of
-from dist_adamw.checkpoint.storage.regions import Box, overlap_anywhere
+from dist_adamw.checkpoint.storage.regions import Region, overlap_anywhere
 from dist_adamw.errors import CheckpointError
 from dist_adamw.ranks import collectives
 
@@ -50,15 +50,15 @@ DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in CODES}
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """The place of a box of a tensor: ``offset`` in bytes from the beginning of ``file``."""
+    """The place of a region of a tensor: ``offset`` in bytes from the beginning of ``file``."""
 
-    box: Box
+    region: Region
     file: str
     offset: int
 
     def end(self, dtype: torch.dtype) -> int:
         """Return the byte after its last one."""
-        return self.offset + self.box.numel * dtype.itemsize
+        return self.offset + self.region.numel * dtype.itemsize
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +113,7 @@ class Index:
 
     @contextlib.contextmanager
     def file(self, name: str) -> Iterator[BinaryIO]:
-        """One of the checkpoint's files, for reading, wherever it was read last. Local.
+        """Open one of the checkpoint's files for reading, wherever it was read last. Local.
 
         Raises:
             OSError: as `open_plainly`.
@@ -138,20 +138,20 @@ def check_tensors(tensors: Iterable[tuple[str, torch.dtype, Sequence[int], int]]
     """Raise where no index of these tensors could be read; before anything is written. Local.
 
     Args:
-        tensors: Key, dtype, shape, and into how many boxes it is cut.
+        tensors: Key, dtype, shape, and into how many regions it is cut.
         about: What else the index says.
 
     Raises:
         CheckpointError: names the tensor, or the size.
     """
     size = len(json.dumps(about))
-    for key, dtype, shape, boxes in tensors:
+    for key, dtype, shape, regions in tensors:
         if dtype not in CODES:
             raise CheckpointError(f"{key!r} is {dtype}, which safetensors files here do not hold. Convert it")
         if not _is_shape(shape):
             raise CheckpointError(f"{key!r} has shape {list(shape)[:64]}, and no load would take it")
-        # Each box has at least a digit for each edge, with a comma and a space, and the name of a file.
-        size += len(json.dumps(key)) + boxes * (6 * len(shape) + _FILE_NAME)
+        # Each region has at least a digit for each edge, with a comma and a space, and the name of a file.
+        size += len(json.dumps(key)) + regions * (6 * len(shape) + _FILE_NAME)
     if size > _LARGEST:
         raise CheckpointError(f"its index would have more than {size:,} bytes, and {_LARGEST:,} can be read")
 
@@ -299,12 +299,12 @@ def _checked_tensor(key: str, facts: Any, files: Mapping[str, tuple[int, str]], 
         raise wrong(f"{key!r} is of dtype {facts['dtype']!r}")
     chunks = []
     for offsets, sizes, file, offset in facts["chunks"]:
-        box = Box(tuple(offsets), tuple(sizes))
+        region = Region(tuple(offsets), tuple(sizes))
         if not (_is_size(offset) and _is_region(offsets, sizes, shape)):
-            raise wrong(f"{key!r} has a chunk {box}")
+            raise wrong(f"{key!r} has a chunk {region}")
         if file not in files:
             raise wrong(f"{key!r} lies in {file!r}, which is none of its files")
-        chunk = Chunk(box, file, offset)
+        chunk = Chunk(region, file, offset)
         if chunk.end(dtype) > files[file][0]:
             raise wrong(f"{key!r} reaches beyond the end of {file}")
         chunks.append(chunk)
@@ -314,10 +314,10 @@ def _checked_tensor(key: str, facts: Any, files: Mapping[str, tuple[int, str]], 
 
 
 def _have_gaps_or_overlaps(chunks: list[Chunk], shape: tuple[int, ...]) -> bool:
-    boxes = [chunk.box for chunk in chunks]
-    if sum(box.numel for box in boxes) != math.prod(shape):
+    regions = [chunk.region for chunk in chunks]
+    if sum(region.numel for region in regions) != math.prod(shape):
         return True
-    return len(boxes) > 1 and overlap_anywhere(boxes, len(shape))
+    return len(regions) > 1 and overlap_anywhere(regions, len(shape))
 
 
 def _check_places(tensors: Mapping[str, Saved], files: Iterable[str], wrong: _Wrong) -> None:
@@ -405,7 +405,7 @@ def damage(folder: str | Path, part: int = 0, parts: int = 1) -> str | None:
 
 
 def read_bounded(path: Path) -> bytes:
-    """All of a plain file of text, which is not so large that it cannot be one of ours. Local.
+    """Return all of a plain file of text, unless it is too large to be one of ours. Local.
 
     Raises:
         CheckpointError: it is too large.

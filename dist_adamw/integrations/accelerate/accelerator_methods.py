@@ -44,7 +44,7 @@ from dist_adamw.integrations.accelerate.state_folder import (
 )
 from dist_adamw.optimizer.adamw import DistAdamW
 from dist_adamw.ranks import collectives
-from dist_adamw.ranks.together import everywhere
+from dist_adamw.ranks.together import run_on_all_ranks
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -54,7 +54,7 @@ if TYPE_CHECKING:
 
 @dataclass(eq=False, slots=True)
 class _Owned:
-    """Of an accelerator: records, optimizers that have gradients reduced to their owners, what counts samples."""
+    """The records of an accelerator, its attached optimizers, and what counts samples."""
 
     prepared: list[Prepared]
     attached: list[weakref.ref[DistAdamW]]
@@ -110,7 +110,7 @@ def _wrap_method(accelerator: Accelerator, ours: Callable[..., Any]) -> Callable
 def save_state(
     accelerator: Accelerator, save_rest: Callable[..., Any], output_dir: str | None = None, *args: Any, **kwargs: Any
 ) -> Any:
-    """As Accelerate's; what `prepare` returned is saved for any engine and number of ranks to load. Collective."""
+    """Save as Accelerate does, and what `prepare` returned for any engine and number of ranks. Collective."""
     if not (ours := _known(accelerator)):
         return save_rest(output_dir, *args, **kwargs)
     from dist_adamw.checkpoint.save_load import announce_save, save  # takes most of a second
@@ -122,13 +122,13 @@ def save_state(
     group = ours[0].of.group
     output_dir = None if output_dir is None else str(Path(output_dir).expanduser())
     with _without_limit(accelerator) as limit, _hidden(accelerator, ours):
-        where = everywhere(lambda: Path(save_rest(output_dir, *args, **kwargs)), group)
+        where = run_on_all_ranks(lambda: Path(save_rest(output_dir, *args, **kwargs)), group)
     main = accelerator.is_main_process
-    everywhere(lambda: remove_older_objects(accelerator, where) if main else None, group)
-    files = everywhere(lambda: files_of(where) if main else {}, group)
+    run_on_all_ranks(lambda: remove_older_objects(accelerator, where) if main else None, group)
+    files = run_on_all_ranks(lambda: files_of(where) if main else {}, group)
     token = collectives.all_gather_objects(secrets.token_hex(8), group)[0]  # the same for all models of this save
     for one in ours:
-        place = _earliest(*everywhere(partial(_place_of, one), group), group)
+        place = _earliest(*run_on_all_ranks(partial(_place_of, one), group), group)
         extra = {"position": place, "files": files, "state": token}
         # Last: when it is whole, all of it is there.
         objects = (one.model, one.optimizer, one.scheduler)
@@ -169,7 +169,7 @@ def load_state(
     load_kwargs: dict[str, Any] | None = None,
     **kwargs: Any,
 ) -> None:
-    """As Accelerate's, of what was saved on any engine and number of ranks; nothing in a file is executed. Collective.
+    """Load what was saved on any engine and number of ranks; execute nothing that is in a file. Collective.
 
     What stands beside the tensors is checked for all models before any is loaded, and so are the tensors of all.
     ``load_kwargs={"weights_only": False}`` says that the folder is trusted: Accelerate then unpickles what is in its
@@ -195,7 +195,7 @@ def load_state(
     is_there = find_models(where, [one.name for one in ours], group)
     if not any(is_there):
         if not is_trusted(load_kwargs):
-            everywhere(partial(check_pickles, accelerator, where), group)
+            run_on_all_ranks(partial(check_pickles, accelerator, where), group)
         load_theirs(input_dir)
         return
     from dist_adamw.checkpoint.random_state import restore_random_state  # these take most of a second
@@ -205,11 +205,11 @@ def load_state(
     parts = [Part(where / one.name, one.model, one.optimizer, one.scheduler) for one in ours]
     loaded = load_together(parts, random_state=False, group=group)
     with _hidden(accelerator, ours):
-        everywhere(partial(load_theirs, str(where)), group)
+        run_on_all_ranks(partial(load_theirs, str(where)), group)
     # Accelerate's has the random state of some ranks.
-    everywhere(lambda: restore_random_state(read_index(loaded[-1].path)), group)
+    run_on_all_ranks(lambda: restore_random_state(read_index(loaded[-1].path)), group)
     for one, found in zip(ours, loaded, strict=True):
-        everywhere(partial(one.of.place.load_state_dict, found.extra.get("position")), group)
+        run_on_all_ranks(partial(one.of.place.load_state_dict, found.extra.get("position")), group)
         _go_on_from(accelerator, one, found)
     _continue_numbers(accelerator, where)
 
@@ -235,13 +235,13 @@ def _check_before_load(
             one.watch.settle()
     names = [one.name for one in ours]
     check_all_there(where, names, is_there, group)
-    everywhere(lambda: check_custom_objects(accelerator, where), group)
+    run_on_all_ranks(lambda: check_custom_objects(accelerator, where), group)
     for one in ours:
-        everywhere(partial(_check_extra, where, one), group)
-    everywhere(partial(check_one_save, where, names), group)
+        run_on_all_ranks(partial(_check_extra, where, one), group)
+    run_on_all_ranks(partial(check_one_save, where, names), group)
     if not trusted:
         with _hidden(accelerator, ours):
-            everywhere(partial(check_pickles, accelerator, where), group)
+            run_on_all_ranks(partial(check_pickles, accelerator, where), group)
 
 
 def _check_extra(where: Path, one: Known) -> None:
@@ -268,7 +268,7 @@ def _continue_numbers(accelerator: Accelerator, where: Path) -> None:
 
 
 def clip_grad_norm_(accelerator: Accelerator, clip_norm: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """As Accelerate's, by the norm of the whole model where each rank has a part of it. Collective."""
+    """Clip as Accelerate does, by the norm of the whole model where each rank has a part. Collective."""
     engines = [one.of.clipping for one in _known(accelerator) if one.of.clipping is not None]
     if not (engines or _attached(accelerator)):
         return clip_norm(*args, **kwargs)
@@ -291,7 +291,7 @@ def clip_grad_norm_(accelerator: Accelerator, clip_norm: Callable[..., Any], *ar
 
 
 def clip_grad_value_(accelerator: Accelerator, clip_value: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """As Accelerate's. Local."""
+    """Clip as Accelerate does. Local."""
     result = clip_value(*args, **kwargs)
     for optimizer in _attached(accelerator):
         optimizer.accept_gradients()
@@ -299,7 +299,7 @@ def clip_grad_value_(accelerator: Accelerator, clip_value: Callable[..., Any], *
 
 
 def backward(accelerator: Accelerator, run_backward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """As Accelerate's; what counts samples hears of each pass. Local, as far as Accelerate's is."""
+    """Run backward as Accelerate does, and notify what counts samples. Local, as far as Accelerate's is."""
     counters = [*_OF[accelerator].counters]
     for counter in counters:
         if counter.follows_engine:  # DeepSpeed updates inside

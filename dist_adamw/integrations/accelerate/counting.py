@@ -135,13 +135,13 @@ class SampleCounter:
     # ---------------------------------------------------------------- what loaders do
 
     def begins(self, run: Run) -> None:
-        """Nothing: only a batch counts."""
+        """Ignore it: only a batch counts."""
 
     def ended(self, run: Run) -> None:
-        """Nothing: a batch may be trained on after its loop."""
+        """Ignore it: a batch may be trained on after its loop."""
 
     def handed_out(self, batch: Batch) -> None:
-        """A loader hands out a batch. Local."""
+        """Take a batch in hand that a loader hands out. Local."""
         self.poll()
         counts = torch.is_grad_enabled()
         kept = []
@@ -176,7 +176,7 @@ class SampleCounter:
             self.backward_began()
 
     def backward_began(self) -> None:
-        """A backward pass takes the oldest batch in hand of every loader. Local."""
+        """Accumulate the oldest batch in hand of every loader: a backward pass has begun. Local."""
         self._backwards.clear()
         self._in_hand = [entry for entry in self._in_hand if not self._is_let_go(entry)]
         taken: set[int] = set()
@@ -250,24 +250,24 @@ class SampleCounter:
     # ---------------------------------------------------------------- what the optimizer does
 
     def gradients_were_dropped(self) -> None:
-        """``zero_grad`` was called. Local."""
+        """Drop what was accumulated: ``zero_grad`` was called. Local."""
         self.poll()
         self._drop_accumulated()
 
     def _drop_accumulated(self) -> None:
-        """The gradients are gone."""
+        """Drop what was accumulated: the gradients are gone."""
         self._take_back(self._accumulated)
         self._accumulated.clear()
         self._forget_witness()
 
     def _take_back(self, entries: list[_Entry]) -> None:
-        """The newest batch of a loader may yet be used."""
+        """Let the newest batch of a loader be trained on again."""
         for entry in entries:
             if not entry.is_passed_over and any(entry is other for other in self._in_hand):
                 entry.is_waiting = True
 
     def before_update(self, *, has_closure: bool = False) -> None:
-        """``step`` begins. Posts the count, unless a closure is going to compute gradients. Collective."""
+        """Post the count, unless a closure is going to compute gradients: ``step`` begins. Collective."""
         self.poll()
         self._follow_parameters()
         self._count = None if has_closure else self._post()
@@ -313,12 +313,12 @@ class SampleCounter:
         optimizer.register_step_post_hook(after)
 
     def returned_unapplied(self) -> None:
-        """The update was skipped: its rows do not count, unless their batch is trained on again. Local."""
+        """Forget the rows of an update that was skipped, unless their batch is trained on again. Local."""
         self._take_back(self._stepping)
         self._stepping, self._count = [], None
 
     def _step_has_raised(self) -> None:
-        """``step`` neither applied nor skipped the update: its gradients are still there."""
+        """Accumulate again what ``step`` neither applied nor skipped: its gradients are still there."""
         for entry in self._stepping:
             entry.is_done = False
         self._accumulated = [*self._stepping, *self._accumulated]
@@ -333,7 +333,7 @@ class SampleCounter:
         self._backwards.clear()
 
     def forget(self) -> None:
-        """Nothing is in hand or accumulated: a checkpoint was loaded. Local."""
+        """Forget what is in hand or accumulated: a checkpoint was loaded. Local."""
         self.forget_in_hand()
         self._accumulated.clear()
         self._stepping, self._count = [], None
@@ -402,7 +402,7 @@ def _remove_all(handles: dict[int, Any]) -> None:
 
 
 def _ranks_with_the_same_rows(accelerator: Accelerator) -> int:
-    """How many neighbouring ranks see the same samples: tensor, context and sequence parallelism."""
+    """Return how many neighbouring ranks see the same samples: tensor, context and sequence parallelism."""
     config = getattr(accelerator, "parallelism_config", None)
     sizes = (getattr(config, axis, 1) or 1 for axis in ("tp_size", "cp_size", "sp_size"))
     return int(functools.reduce(operator.mul, sizes, 1))

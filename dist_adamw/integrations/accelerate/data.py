@@ -48,7 +48,7 @@ class LoaderFacts:
 
 
 def engine_of(accelerator: Accelerator) -> str:
-    """Accelerate's name of the engine, such as "MULTI_GPU", "FSDP" or "DEEPSPEED". Local."""
+    """Return Accelerate's name of the engine, such as "MULTI_GPU", "FSDP" or "DEEPSPEED". Local."""
     return str(accelerator.distributed_type.value)
 
 

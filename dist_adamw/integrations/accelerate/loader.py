@@ -93,7 +93,7 @@ class _Watched:
 
 
 def _watched(sampler: Any, run: Run) -> Any:
-    """The same, with copies of the samplers that Accelerate put around the script's own."""
+    """Return the same sampler, with copies of those that Accelerate put around the script's own."""
     kind = type(sampler).__name__
     if kind == "SkipBatchSampler":
         twin = copy.copy(sampler)

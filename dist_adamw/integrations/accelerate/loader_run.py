@@ -87,18 +87,18 @@ class Run:
     # ---------------------------------------------------------------- while indices are drawn
 
     def begin(self) -> None:
-        """The sampler is about to begin, or on a rank that draws nothing the first batch has come."""
+        """Notify that the sampler is about to begin, or on a rank that draws nothing, that the first batch came."""
         if not self._has_begun:
             self._has_begun = True
             if self.on_begin is not None:
                 self.on_begin()
 
     def draws_from(self, shard: Any) -> None:
-        """Lists are dealt out to ranks by ``shard``; None: this rank has all of them."""
+        """Note which sampler deals lists out to ranks; None: this rank has all of them."""
         self._shard = shard
 
     def drew(self, indices: Any) -> None:
-        """The script's own sampler has drawn a list of indices, for some rank."""
+        """Note a list of indices that the script's own sampler has drawn, for some rank."""
         size = len(indices) if isinstance(indices, Sized) else 1
         self._total += size
         self._newest = size
@@ -108,11 +108,11 @@ class Run:
         self._number += 1
 
     def passed(self, _: Any) -> None:
-        """Every rank has a list of indices to fetch, or to leave out."""
+        """Note that every rank has a list of indices to fetch, or to leave out."""
         self._pass = (self._pass[1], self._total)
 
     def dealt(self, indices: Any) -> None:
-        """This rank is to fetch a list of indices."""
+        """Note a list of indices that this rank is to fetch."""
         length = len(indices) if isinstance(indices, Sized) else 1
         self._drawn.append(_Drawn(length, self._real(indices, length), *self._pass))
 
@@ -132,7 +132,7 @@ class Run:
         return 0
 
     def collated(self, samples: Any) -> None:
-        """Samples of an iterable data set have been made into a batch in this process."""
+        """Note samples of an iterable data set that were made into a batch in this process."""
         self._collated.append(len(samples) if isinstance(samples, Sized) else 1)
 
     # ---------------------------------------------------------------- when a batch comes
@@ -225,7 +225,7 @@ def is_dispatched(loader: Any) -> bool:
 
 
 def _pass_size(loader: Any) -> int:
-    """Samples of one full batch on all ranks."""
+    """Return the samples of one full batch on all ranks."""
     shard = loader.dataset
     size = loader.batch_size or 1
     if is_dispatched(loader):
@@ -234,7 +234,7 @@ def _pass_size(loader: Any) -> int:
 
 
 def _left_out(loader: Any) -> int:
-    """Samples that ``skip_first_batches`` has a batch sampler leave out before this process, or rank 0, draws any."""
+    """Return how many samples ``skip_first_batches`` has a batch sampler leave out before any are drawn here."""
     sampler, lists = loader.batch_sampler, 0
     while type(sampler).__name__ == "SkipBatchSampler":
         sampler, lists = sampler.batch_sampler, lists + int(sampler.skip_batches)
@@ -242,7 +242,7 @@ def _left_out(loader: Any) -> int:
 
 
 def batch_size_of(batch: Any) -> int | None:
-    """Rows of a batch, as Accelerate finds them; None where there is no tensor. Local."""
+    """Return the rows of a batch, as Accelerate finds them; None where there is no tensor. Local."""
     tensor = _first_tensor(batch)
     return tensor.shape[0] if tensor is not None and tensor.ndim else None
 

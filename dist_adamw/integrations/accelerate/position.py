@@ -102,7 +102,7 @@ class Position:
         return self._loader() is None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Position:
-        """In a copy of the loader: that one's."""
+        """Return a position for the copy of the loader."""
         copied = copy.copy(self)
         memo[id(self)] = copied
         copied._passes = weakref.WeakKeyDictionary()
@@ -116,7 +116,7 @@ class Position:
     # ---------------------------------------------------------------- following the loops
 
     def begins(self, run: Run) -> None:
-        """An iteration over some loader begins."""
+        """Follow an iteration over some loader that begins."""
         loader = run.loader()
         if loader is None or not torch.is_grad_enabled() or not self._serves(loader):
             return
@@ -145,7 +145,7 @@ class Position:
         run.on_begin = begin
 
     def _begin_plain_pass(self) -> None:
-        """A loop begins at the first sample."""
+        """Go to the first sample, at which a loop begins."""
         if self._pass is not None:  # it leaves another one
             self.epoch += self.counter.tries > self._pass.tries
             self._pass = None
@@ -179,7 +179,7 @@ class Position:
         current.order = _state_of(generator)
 
     def handed_out(self, batch: Batch) -> None:
-        """A loader hands out a batch."""
+        """Move beyond a batch that a loader hands out."""
         if self._random_state is not None and self._random_state[0] is batch.run:
             torch.set_rng_state(self._random_state[1])
             self._random_state = None
@@ -190,7 +190,7 @@ class Position:
         current.is_over = batch.is_last
 
     def ended(self, run: Run) -> None:
-        """No batch will come from an iteration any more."""
+        """Finish the pass if its iteration has come to the end of the data."""
         if not run.is_exhausted or self._passes.get(run) is not self._pass or self._pass is None:
             return
         self._pass.is_over = True
@@ -206,7 +206,7 @@ class Position:
     # ---------------------------------------------------------------- state
 
     def state_dict(self) -> dict[str, Any] | None:
-        """As plain data; None where no loop has gone through the loader. Local.
+        """Return the position as plain data; None where no loop has gone through the loader. Local.
 
         Where ranks leave different batches out, their places differ. ``save_state`` saves the earliest; see `ordered`.
         """
@@ -287,7 +287,7 @@ class Position:
         return found if isinstance(found, torch.Generator) else None
 
     def _base(self) -> Any:
-        """torch's loader in Accelerate's."""
+        """Return torch's loader in Accelerate's."""
         return getattr(self.loader, "base_dataloader", self.loader)
 
     # ---------------------------------------------------------------- the rest of an epoch
@@ -308,7 +308,7 @@ class Position:
 
 
 def rest_of_epoch(loader: DataLoader[Any]) -> Iterator[Any]:
-    """The batches of this epoch that are left: all of them, or after ``load_state`` those that no rank has seen.
+    """Yield the batches of this epoch that are left: all of them, or after ``load_state`` those that no rank has seen.
 
     For loops that are to be stopped and resumed anywhere, on any number of ranks, with any global batch::
 
@@ -327,7 +327,7 @@ def rest_of_epoch(loader: DataLoader[Any]) -> Iterator[Any]:
 
 
 def position(loader: DataLoader[Any]) -> Position:
-    """Where in the data a job stands. Local.
+    """Return where in the data a job stands. Local.
 
     Raises:
         ValueError: the loader did not come from `prepare`.

@@ -278,7 +278,7 @@ def _check_kept(given: Optimizer, kept: Optimizer, groups: list[dict[str, Any]])
 
 
 def host_group(accelerator: Accelerator) -> dist.ProcessGroup | None:
-    """Accelerate's ranks, in a group for messages on the host. Collective the first time."""
+    """Return Accelerate's ranks, in a group for messages on the host. Collective the first time."""
     return None if accelerator.num_processes == 1 else collectives.host_group()
 
 
@@ -309,8 +309,8 @@ def _agreed_facts(
     reports = collectives.all_gather_objects(problem, group) if several else [problem]
     for rank, failed in enumerate(reports):
         if failed is not None:
-            everywhere = all(other == failed for other in reports)
-            raise ValueError(failed if everywhere else f"{failed} (rank {rank})")
+            alike = all(other == failed for other in reports)
+            raise ValueError(failed if alike else f"{failed} (rank {rank})")
     if several:
         agreement.check_agreement(record, group)
     assert facts is not None
@@ -378,7 +378,7 @@ def _is_dummy(optimizer: Any) -> bool:
 
 
 def _checked_json(accelerator: Accelerator, dataloader: DataLoader[Any], scheduler: Any) -> LoaderFacts:
-    """For an optimizer and a scheduler that DeepSpeed will make of its configuration. Local."""
+    """Check an optimizer and a scheduler that DeepSpeed will make of its configuration. Local."""
     engine = engine_of(accelerator)
     if engine != "DEEPSPEED":
         raise ValueError(

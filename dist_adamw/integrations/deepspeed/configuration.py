@@ -40,7 +40,7 @@ _FILLED_BY_PREPARE = ("batch_size", "epoch_size")
 
 
 def accumulation_of(config: Config, accumulation: int) -> int:
-    """The micro-batches of an update: the configuration's, where it says. Local."""
+    """Return the micro-batches of an update: the configuration's, where it says. Local."""
     told = config.get("gradient_accumulation_steps", "auto")
     return accumulation if told == "auto" else int(told)
 
@@ -113,7 +113,7 @@ def names_our_types(config: Mapping[str, Any]) -> bool:
 
 
 def fill(config: Config, batch_size: int, epoch_size: int | None) -> bool:
-    """Put what the loader and the accelerator know in place of ``"auto"``; whether both numbers are theirs. Local."""
+    """Fill in ``"auto"`` from loader and accelerator; return whether both numbers are theirs. Local."""
     section = config.get("scheduler", {})
     if section.get("type") != _SCHEDULER:
         return False
@@ -173,7 +173,7 @@ def _refuse(section: str, name: str, value: object, why: str) -> NoReturn:
 
 
 def _kinds(annotation: Any) -> tuple[Any, ...]:
-    """The members of a union; the annotation itself where it is none."""
+    """Return the members of a union; the annotation itself where it is none."""
     return get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
 
 

@@ -40,7 +40,7 @@ from dist_adamw.checkpoint.torch_state import TorchAccess
 from dist_adamw.errors import CheckpointError
 from dist_adamw.optimizer.adamw import DistAdamW
 from dist_adamw.ranks import collectives
-from dist_adamw.ranks.together import everywhere
+from dist_adamw.ranks.together import run_on_all_ranks
 from dist_adamw.wrappers import unwrap
 
 
@@ -63,7 +63,7 @@ class Fragment:
     weights: Tensor
 
     def of(self, flat: Tensor) -> PartialTensor:
-        """These elements of a tensor that is laid out as the partition."""
+        """Return these elements of a tensor that is laid out as the partition."""
         values = flat.detach()[self.offset : self.offset + self.stop - self.start]
         return PartialTensor.of_ranges(self.shape, values, [(self.start, self.stop)], dtype=flat.dtype)
 
@@ -114,7 +114,7 @@ class ZeroAccess:
         return plain_groups(self.optimizer, lambda g, _: members[g])
 
     def _groups(self) -> Iterator[tuple[int, list[Any]]]:
-        """Parameters that share a partition, and their group."""
+        """Yield parameters that share a partition, and their group."""
         if self.is_stage_3:
             for i, params in enumerate(self.zero.fp16_groups):
                 yield self.zero.sub_group_to_group_id[i], params
@@ -172,13 +172,13 @@ class ZeroAccess:
         return held
 
     def _let_all_know_steps(self, held: LocalState) -> None:
-        """The main rank, which writes the steps, may have nothing of some parameter."""
+        """Add the steps of all parameters: the main rank, which writes them, may have nothing of some."""
         for (_, params), (_, partition) in zip(self._groups(), self._partitions(), strict=True):
             if "step" in (state := self.optimizer.state.get(partition, {})):
                 held.scalars |= {self.names[param]: {"step": float(state["step"])} for param in params}
 
     def _rest(self) -> Iterator[tuple[str, Tensor]]:
-        """Parameters that are not trained."""
+        """Yield parameters that are not trained."""
         trained = {param for _, params in self._groups() for param in params}
         for param, name in self.names.items():
             if param in trained:
@@ -232,7 +232,7 @@ class ZeroAccess:
                     found.need_shape(f"{kind}.{name}", self._shape(param))
 
     def _room_for(self, kinds: list[str]) -> dict[Tensor, dict[str, Any]]:
-        """State of zeros for every partition."""
+        """Return state of zeros for every partition."""
         partitions, state = self._partitions(), self.optimizer.state
         if not kinds:
             state.clear()
@@ -283,7 +283,7 @@ class ZeroAccess:
             self.zero.checkpoint_event_epilogue()
 
     def _forget_gradients(self) -> None:
-        """Of micro-batches before the load, much as DeepSpeed itself does when an update overflows."""
+        """Forget gradients of micro-batches before the load, much as DeepSpeed does when an update overflows."""
         zero = self.zero
         zero.zero_grad()  # of the model, where stage 1 accumulates
         if self.is_stage_3:
@@ -398,7 +398,7 @@ def prepare_deepspeed(engine: Any, scheduler: Any = None) -> None:
         extra = {"client_state": dict(client_state or {}), "engine": counts}
         save(Path(save_dir) / tag, engine, engine.optimizer, ours(), extra=extra)
         if save_latest:
-            everywhere(lambda: write_text(Path(save_dir) / "latest", tag) if collectives.rank() == 0 else None)
+            run_on_all_ranks(lambda: write_text(Path(save_dir) / "latest", tag) if collectives.rank() == 0 else None)
         return True
 
     def load_checkpoint(
