@@ -73,12 +73,14 @@ def _are_groups(value: Any) -> bool:
 
 def _are_scalars(value: Any) -> bool:
     """Return whether these are numbers or None by parameter name, and possible counts of updates."""
-    return _is_mapping(value) and all(
-        _is_mapping(numbers)
-        and all(type(v) in SCALARS for v in numbers.values())
-        and ("step" not in numbers or (type(numbers["step"]) in (int, float) and 0 <= numbers["step"] < 1 << 53))
-        for numbers in value.values()
-    )
+    return _is_mapping(value) and all(_is_mapping(numbers) and _are_numbers(numbers) for numbers in value.values())
+
+
+def _are_numbers(numbers: Mapping[str, Any]) -> bool:
+    if not all(type(value) in SCALARS for value in numbers.values()):
+        return False
+    step = numbers.get("step", 0)
+    return type(step) in (int, float) and 0 <= step < 1 << 53
 
 
 _ABOUT: dict[str, Callable[[Any], bool]] = {

@@ -188,20 +188,22 @@ def buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def plain_groups(
     optimizer: Optimizer | None, names: Callable[[int, dict[str, Any]], list[str]]
 ) -> list[dict[str, Any]]:
-    """Parameter groups as plain data. Local."""
-    return [
-        {"names": names(g, group), **{k: plain(v) for k, v in group.items() if k not in ("params", "param_names")}}
-        for g, group in enumerate([] if optimizer is None else optimizer.param_groups)
-    ]
+    """Return parameter groups as plain data. Local."""
+    found: list[dict[str, Any]] = []
+    for g, group in enumerate([] if optimizer is None else optimizer.param_groups):
+        values = {key: plain(value) for key, value in group.items() if key not in ("params", "param_names")}
+        found.append({"names": names(g, group), **values})
+    return found
 
 
 def hyper_parameters(groups: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """By parameter name, what two jobs must have alike to go on from one another. Local."""
-    return {
-        name: {k: v for k, v in group.items() if k not in _NOT_COMPARED and k != "names"}
-        for group in groups
-        for name in group["names"]
-    }
+    """Return by parameter name what two jobs must have alike to go on from one another. Local."""
+    found = {}
+    for group in groups:
+        values = {key: value for key, value in group.items() if key not in _NOT_COMPARED and key != "names"}
+        for name in group["names"]:
+            found[name] = dict(values)
+    return found
 
 
 def family_of(optimizer: Optimizer) -> str:

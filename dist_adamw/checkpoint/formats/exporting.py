@@ -111,11 +111,13 @@ class _Ours:
         return torch.tensor(float(self.about["scalars"].get(name, {}).get("step", 0.0)))
 
     def states(self, read: Callable[[str], Tensor]) -> dict[str, dict[str, Tensor]]:
-        return {
-            name: {"step": self.step(name), **{kind: read(f"{kind}.{name}") for kind in self.kinds[name]}}
-            for name in self.trained
-            if self.kinds[name]
-        }
+        states: dict[str, dict[str, Tensor]] = {}
+        for name in self.trained:
+            if self.kinds[name]:
+                states[name] = {"step": self.step(name)}
+                for kind in self.kinds[name]:
+                    states[name][kind] = read(f"{kind}.{name}")
+        return states
 
 
 @contextlib.contextmanager
@@ -144,10 +146,13 @@ def _to_torch(ours: _Ours, target: Path) -> None:
     state: dict[str, Any] = {"model": OrderedDict((name, ours.weights(name)) for name in ours.names)}
     if ours.about["optimizer"] is not None:
         number = {name: i for i, name in enumerate(ours.trained)}
+        groups = ours.groups_of_adamw()
+        for group in groups:
+            group["params"] = [number[name] for name in group["params"]]
         states = ours.states(ours.read)
         state["optimizer"] = {
             "state": {number[name]: values for name, values in states.items()},
-            "param_groups": [{**g, "params": [number[name] for name in g["params"]]} for g in ours.groups_of_adamw()],
+            "param_groups": groups,
         }
     torch.save(state, target)
 

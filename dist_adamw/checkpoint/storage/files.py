@@ -321,18 +321,15 @@ class Reader(StorageReader):
         return self._index
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """Return the plan as it is."""
-        chosen = {**self.index.tensors, **{key: self.index.tensors[name] for key, name in self._aliases.items()}}
-        return Metadata(
-            {
-                key: TensorStorageMetadata(
-                    TensorProperties(dtype=saved.dtype),
-                    torch.Size(saved.shape),
-                    [ChunkStorageMetadata(*map(torch.Size, chunk.region)) for chunk in saved.chunks],
-                )
-                for key, saved in chosen.items()
-            }
-        )
+        """Return the tensors and their chunks, aliases included."""
+        chosen = dict(self.index.tensors)
+        for key, name in self._aliases.items():
+            chosen[key] = self.index.tensors[name]
+        found: dict[str, Any] = {}
+        for key, saved in chosen.items():
+            chunks = [ChunkStorageMetadata(*map(torch.Size, chunk.region)) for chunk in saved.chunks]
+            found[key] = TensorStorageMetadata(TensorProperties(dtype=saved.dtype), torch.Size(saved.shape), chunks)
+        return Metadata(found)
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         """Compare files with their checksums, each rank its part."""

@@ -128,8 +128,8 @@ def save_state(
     files = run_on_all_ranks(lambda: files_of(where) if main else {}, group)
     token = collectives.all_gather_objects(secrets.token_hex(8), group)[0]  # the same for all models of this save
     for one in ours:
-        place = _earliest(*run_on_all_ranks(partial(_place_of, one), group), group)
-        extra = {"position": place, "files": files, "state": token}
+        position = _earliest(*run_on_all_ranks(partial(_ordered_position, one), group), group)
+        extra = {"position": position, "files": files, "state": token}
         # Last: when it is whole, all of it is there.
         objects = (one.model, one.optimizer, one.scheduler)
         save(where / one.name, *objects, extra=extra, compare_ranks=False, group=group)
@@ -209,7 +209,7 @@ def load_state(
     # Accelerate's has the random state of some ranks.
     run_on_all_ranks(lambda: restore_random_state(read_index(loaded[-1].path)), group)
     for one, found in zip(ours, loaded, strict=True):
-        run_on_all_ranks(partial(one.of.place.load_state_dict, found.extra.get("position")), group)
+        run_on_all_ranks(partial(one.of.position.load_state_dict, found.extra.get("position")), group)
         _go_on_from(accelerator, one, found)
     _continue_numbers(accelerator, where)
 
@@ -246,7 +246,7 @@ def _check_before_load(
 
 def _check_extra(where: Path, one: Known) -> None:
     """Raise where what `save_state` saved beside the tensors does not fit. Local."""
-    one.of.place.check(read_extra(where / one.name))
+    one.of.position.check(read_extra(where / one.name))
 
 
 def _go_on_from(accelerator: Accelerator, one: Known, found: Checkpoint) -> None:
@@ -256,7 +256,7 @@ def _go_on_from(accelerator: Accelerator, one: Known, found: Checkpoint) -> None
         from dist_adamw.integrations.deepspeed.zero import accept_counts
 
         accept_counts(one.model, found)
-    one.of.place.counter.forget()
+    one.of.position.counter.forget()
     accelerator.step = 0  # what was accumulated is not saved, and comes again
 
 
@@ -378,20 +378,20 @@ def _with_all_models(hook: Any, models: list[nn.Module], _: Any, *rest: Any) -> 
     hook(list(models), *weights, rest[-1])
 
 
-def _place_of(one: Known) -> tuple[tuple[int, int], dict[str, Any] | None]:
+def _ordered_position(one: Known) -> tuple[tuple[int, int], dict[str, Any] | None]:
     """Return where this rank stands in the data, after what orders the ranks' places. Local."""
-    place = one.of.place
+    position = one.of.position
     # A job that has trained on another loader knows itself where it is.
-    has_trained_elsewhere = place.idle and one.of.loaded_at not in (None, samples_or_steps(one.scheduler))
-    if place.is_gone or has_trained_elsewhere:
+    has_trained_elsewhere = position.idle and one.of.loaded_at not in (None, samples_or_steps(one.scheduler))
+    if position.is_gone or has_trained_elsewhere:
         return (sys.maxsize, 0), None
-    return place.ordered()
+    return position.ordered()
 
 
 def _earliest(
-    order: tuple[int, int], place: dict[str, Any] | None, group: dist.ProcessGroup | None
+    order: tuple[int, int], position: dict[str, Any] | None, group: dist.ProcessGroup | None
 ) -> dict[str, Any] | None:
     """Return the first of the ranks' places: samples that any rank has not updated with come again. Collective."""
     orders = collectives.all_gather_objects(order, group)
     first = min(range(len(orders)), key=orders.__getitem__)
-    return place if orders[first] == orders[0] else collectives.broadcast_object(place, first, group)
+    return position if orders[first] == orders[0] else collectives.broadcast_object(position, first, group)

@@ -158,8 +158,8 @@ def prepare(
     counter = SampleCounter(inner, accelerator, group=group)
     patch_accelerator(accelerator, counter=counter)
     _count_for(ours, counter)
-    place = Position(dataloader, facts, counter)
-    dataloader.dist_adamw_position = place
+    position = Position(dataloader, facts, counter)
+    dataloader.dist_adamw_position = position
     watch = _watch(accelerator, model, inner, ours, check_weights_every, group)
     if not whole_gradients and isinstance(inner, DistAdamW):
         attach(accelerator, model, inner)
@@ -169,7 +169,7 @@ def prepare(
 
         prepare_deepspeed(model, scheduler)
         clipping = float(config[CLIPPING])
-    register(accelerator, Prepared(model, wrapped, stepped, scheduler, place, watch, group, clipping))
+    register(accelerator, Prepared(model, wrapped, stepped, scheduler, position, watch, group, clipping))
     return model, wrapped, dataloader, stepped if ours is None else ours
 
 

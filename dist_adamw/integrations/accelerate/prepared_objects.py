@@ -25,7 +25,7 @@ class Prepared:
         optimizer: As prepared.
         stepped: What Accelerate has among its schedulers.
         scheduler: Itself.
-        place: In the data.
+        position: In the data.
         watch: What compares ranks; None for one rank.
         group: For messages on the host.
         clipping: To which norm DeepSpeed clips; None where it does not run.
@@ -37,7 +37,7 @@ class Prepared:
         optimizer: Optimizer,
         stepped: Any,
         scheduler: LRScheduler,
-        place: Position,
+        position: Position,
         watch: ReplicaWatch | None,
         group: dist.ProcessGroup | None,
         clipping: float | None,
@@ -45,7 +45,7 @@ class Prepared:
         self._model, self._bare = weakref.ref(model), weakref.ref(bare(model))
         self._optimizer, self._stepped, self._scheduler = map(weakref.ref, (optimizer, stepped, scheduler))
         self._watch = None if watch is None else weakref.ref(watch)
-        self.place, self.group, self.clipping = place, group, clipping
+        self.position, self.group, self.clipping = position, group, clipping
         self.loaded_at: int | None = None  # the schedule's clock at the last load
 
     def is_of(self, optimizer: Optimizer | None) -> bool:
