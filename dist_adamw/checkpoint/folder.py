@@ -269,9 +269,9 @@ class CheckpointFolder:
             raise CheckpointError(f"samples must be at most 2**62 = {_MOST_SAMPLES}, got {samples}.")
         self._saved_at = samples
         final = self.root / _name(samples)
-        told = self._ranks.gather(str(final))
-        if len(set(told)) > 1:
-            raise CheckpointError(f"ranks save to different folders: {', '.join(sorted(set(told)))}. Pass the same.")
+        folders = self._ranks.gather(str(final))
+        if len(set(folders)) > 1:
+            raise CheckpointError(f"ranks save to different folders: {', '.join(sorted(set(folders)))}. Pass the same.")
         return final
 
     def _sweep(self) -> None:

@@ -1,7 +1,7 @@
 """Describe this process's part of a training state, keyed by parameter name: the same keys on every engine.
 
 Knows models, DistAdamW and other torch optimizers; nothing of files. What an engine keeps its own way is
-told by that engine's integration (`checkpoint.engine_adapters`).
+given by that engine's integration (`checkpoint.engine_adapters`).
 
     model.<name>         a parameter, or a buffer that the model's state dict has
     master.<name>        its fp32 weights, where the parameter is less exact

@@ -57,7 +57,7 @@ class JobLock:
         try:
             is_locked = _lock_patiently(handle, patience)
         except OSError as error:
-            # The caller of `CheckpointFolder`, from here through run-on-all-ranks.
+            # Level 5 is the constructor of `CheckpointFolder`, from here through `Ranks.run`.
             warnings.warn(f"{root} cannot be locked ({error}): see that one job saves there.", stacklevel=5)
             is_locked = True
         if not is_locked:

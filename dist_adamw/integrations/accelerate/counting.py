@@ -126,7 +126,7 @@ class SampleCounter:
         )
         self._witness: tuple[Tensor, Any] | None = None  # a parameter with a gradient, and a hook on it
         self._are_gone = False
-        self._told: set[str] = set()
+        self._warned: set[str] = set()
         weakref.finalize(self, _remove_all, self._handles)
         _after_zero_grad(optimizer, self)
         self._follow_parameters()
@@ -282,7 +282,7 @@ class SampleCounter:
         return _Count(self, rows)
 
     def __call__(self) -> Callable[[], int | None]:
-        """The update was applied. Its real samples, all ranks together; None where no loader has told of any.
+        """Return what gives the real samples of an applied update, all ranks together; None without a count.
 
         The function that is returned waits for the other ranks. Collective if a closure was passed.
         """
@@ -351,8 +351,8 @@ class SampleCounter:
         return [entry.batch for entry in (*self._accumulated, *in_hand) if not entry.is_done]
 
     def _warn_once(self, message: str) -> None:
-        if message not in self._told:
-            self._told.add(message)
+        if message not in self._warned:
+            self._warned.add(message)
             warnings.warn(message, stacklevel=5)
 
 

@@ -128,7 +128,7 @@ def prepare(
     May be called again, for another phase of training: with the same optimizer or a new one, and the prepared model.
     Accelerate's ``LocalSGD`` needs ``DistAdamW(shard=False)`` and ``check_weights_every=0``.
 
-    DDP keeps a second copy of the gradients unless it is told not to, so ``prepare`` asks for
+    DDP keeps a second copy of the gradients by default, so ``prepare`` asks for
     ``gradient_as_bucket_view`` where no ``DistributedDataParallelKwargs`` were given.
 
     Collective: every rank calls it.

@@ -41,28 +41,28 @@ _FILLED_BY_PREPARE = ("batch_size", "epoch_size")
 
 def accumulation_of(config: Config, accumulation: int) -> int:
     """Return the micro-batches of an update: the configuration's, where it says. Local."""
-    told = config.get("gradient_accumulation_steps", "auto")
-    return accumulation if told == "auto" else int(told)
+    given = config.get("gradient_accumulation_steps", "auto")
+    return accumulation if given == "auto" else int(given)
 
 
 def configure(config: Config, optimizer: Optimizer | None) -> None:
-    """Have the engine clip as ``optimizer`` was told to, and keep ``optimizer``. Local, before the engine is built.
+    """Have the engine clip as ``optimizer`` was asked to, and keep ``optimizer``. Local, before the engine is built.
 
     Args:
         config: DeepSpeed's; changed in place.
         optimizer: Its ``max_grad_norm`` is handed over. None: it is made later, and has none.
 
     Raises:
-        ValueError: both name a norm, and not the same; or DeepSpeed was told to put another optimizer there.
+        ValueError: both name a norm, and not the same; or DeepSpeed was asked to put another optimizer there.
     """
-    told = config.get(CLIPPING, "auto")
+    given = config.get(CLIPPING, "auto")
     norm = optimizer.max_grad_norm if isinstance(optimizer, DistAdamW) else None
-    if norm is not None and told not in ("auto", norm):
+    if norm is not None and given not in ("auto", norm):
         raise ValueError(
-            f"max_grad_norm={norm} was given to DistAdamW and gradient_clipping={told} to DeepSpeed, which clips. "
+            f"max_grad_norm={norm} was given to DistAdamW and gradient_clipping={given} to DeepSpeed, which clips. "
             "Name one of them, or the same norm."
         )
-    if told == "auto":
+    if given == "auto":
         # DeepSpeed 0.19 clips to 1.0 where nothing is said, and Accelerate fills "auto" with 1.0.
         config[CLIPPING] = norm or 0.0
     if isinstance(optimizer, DistAdamW):
@@ -117,25 +117,25 @@ def fill(config: Config, batch_size: int, epoch_size: int | None) -> bool:
     section = config.get("scheduler", {})
     if section.get("type") != _SCHEDULER:
         return False
-    told = section.setdefault("params", {})
+    given = section.setdefault("params", {})
     known = dict(zip(_FILLED_BY_PREPARE, (batch_size, epoch_size), strict=True))
     for name, value in known.items():
-        if told.get(name, "auto") == "auto" and value is not None:
-            told[name] = value
-    return all(told.get(name) == value for name, value in known.items())
+        if given.get(name, "auto") == "auto" and value is not None:
+            given[name] = value
+    return all(given.get(name) == value for name, value in known.items())
 
 
-def _optimizer_from_json(params: Iterable[Tensor], /, **told: Any) -> DistAdamW:
-    return _made(DistAdamW, "optimizer", params, told)
+def _optimizer_from_json(params: Iterable[Tensor], /, **given: Any) -> DistAdamW:
+    return _made(DistAdamW, "optimizer", params, given)
 
 
-def _scheduler_from_json(optimizer: Any, /, **told: Any) -> CyclicLRWithRestarts:
-    told = {k: v for k, v in told.items() if not (k in _FILLED_BY_PREPARE and v == "auto")}
-    return _made(CyclicLRWithRestarts, "scheduler", optimizer, told)
+def _scheduler_from_json(optimizer: Any, /, **given: Any) -> CyclicLRWithRestarts:
+    given = {k: v for k, v in given.items() if not (k in _FILLED_BY_PREPARE and v == "auto")}
+    return _made(CyclicLRWithRestarts, "scheduler", optimizer, given)
 
 
-def _made(kind: Callable[..., T], section: str, first: Any, told: Mapping[str, Any]) -> T:
-    """Return ``kind(first, **told)``, where ``told`` is plain data from a file. Nothing that it names is imported.
+def _made(kind: Callable[..., T], section: str, first: Any, given: Mapping[str, Any]) -> T:
+    """Return ``kind(first, **given)``, where ``given`` is plain data from a file. Nothing that it names is imported.
 
     Raises:
         ValueError: names the section and the key, and says what is wrong with it.
@@ -143,7 +143,7 @@ def _made(kind: Callable[..., T], section: str, first: Any, told: Mapping[str, A
     types = get_type_hints(kind.__init__)
     known = [name for name in types if name not in _NOT_FOR_JSON and name != "return"]
     values = {}
-    for name, value in told.items():
+    for name, value in given.items():
         _check_name(section, name, value, known)
         if value == "auto" and name not in ("shard", "normalize_weight_decay"):
             _refuse(section, name, value, "it was never resolved; set a value")
@@ -155,7 +155,7 @@ def _made(kind: Callable[..., T], section: str, first: Any, told: Mapping[str, A
     try:
         return kind(first, **values)
     except (ValueError, ArithmeticError) as error:
-        raise ValueError(f"DeepSpeed configuration, {section}.params = {dict(told)}: {error}") from error
+        raise ValueError(f"DeepSpeed configuration, {section}.params = {dict(given)}: {error}") from error
 
 
 def _check_name(section: str, name: str, value: object, known: list[str]) -> None:

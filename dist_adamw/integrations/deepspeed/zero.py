@@ -260,8 +260,8 @@ class ZeroAccess:
 
     def _set_steps(self, state: dict[Tensor, dict[str, Any]], found: CheckpointContents) -> None:
         for (_, params), (_, partition) in zip(self._groups(), self._partitions(), strict=True):
-            told = (found.scalars.get(self.names[param], {}) for param in params)
-            steps = {float(numbers["step"]) for numbers in told if "step" in numbers}
+            numbers_of_params = (found.scalars.get(self.names[param], {}) for param in params)
+            steps = {float(numbers["step"]) for numbers in numbers_of_params if "step" in numbers}
             if len(steps) > 1:
                 warnings.warn(
                     f"parameters of one group have had {sorted(steps)} updates, and {self.engine} counts one number "
@@ -443,8 +443,8 @@ def accept_counts(engine: Any, loaded: Checkpoint) -> None:
     """Let an engine count on from a checkpoint, whichever engine wrote it. Local."""
     inner = unwrap(engine.optimizer)
     known = {"global_steps": getattr(inner, "updates", 0), "global_samples": loaded.samples or 0, "skipped_steps": 0}
-    told = loaded.extra.get("engine", {})
+    counts = loaded.extra.get("engine", {})
     for name, value in known.items():
-        count = told.get(name, value) if isinstance(told, dict) else value
+        count = counts.get(name, value) if isinstance(counts, dict) else value
         setattr(engine, name, count if type(count) is int and count >= 0 else value)
     engine.micro_steps = engine.global_steps * engine.gradient_accumulation_steps()
