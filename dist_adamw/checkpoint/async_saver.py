@@ -110,8 +110,8 @@ class AsyncSaver:
             raise error
         check_replicas(model, optimizer, group=ranks.group)
         path = Path(path).absolute()  # the thread may find itself in another folder
-        held, about = collect_state(path, model, optimizer, scheduler, extra, ranks)
-        copies = ranks.run(lambda: {k: self._copy(k, tensor) for k, tensor in held.tensors.items()})
+        local_state, about = collect_state(path, model, optimizer, scheduler, extra, ranks)
+        copies = ranks.run(lambda: {k: self._copy(k, tensor) for k, tensor in local_state.tensors.items()})
         if torch.cuda.is_available():
             torch.cuda.synchronize()
 

@@ -100,8 +100,8 @@ def save(
         announce_save(optimizer)
         check_replicas(model, optimizer, group=group)
     path, ranks = Path(path), Ranks.now(group)
-    held, about = collect_state(path if compare_ranks else None, model, optimizer, scheduler, extra, ranks)
-    write_state(path, held, about, ranks)
+    local_state, about = collect_state(path if compare_ranks else None, model, optimizer, scheduler, extra, ranks)
+    write_state(path, local_state, about, ranks)
 
 
 def announce_save(optimizer: Optimizer | None) -> None:
@@ -130,10 +130,10 @@ def collect_state(
 
     def gather() -> tuple[LocalState, dict[str, Any]]:
         found = access(model, optimizer)
-        held = found.to_save()
+        local_state = found.to_save()
         modules, tensors = extra_state(found.model)
-        held.tensors |= only_mine(tensors)
-        held.tensors[f"{RNG}.{ranks.rank}"] = current_random_state()
+        local_state.tensors |= only_mine(tensors)
+        local_state.tensors[f"{RNG}.{ranks.rank}"] = current_random_state()
         about = {
             "written by": f"dist_adamw {__version__}",
             "time": time.time(),
@@ -144,7 +144,7 @@ def collect_state(
             "optimizer_class": None if optimizer is None else type(unwrap(optimizer)).__qualname__,
             "decay_by": None if optimizer is None else getattr(unwrap(optimizer), "decay_by", None),
             "groups": found.groups(),
-            "scalars": held.scalars,
+            "scalars": local_state.scalars,
             "scheduler": None if scheduler is None else type(scheduler).__name__,
             "schedule": None if scheduler is None else with_text_keys(scheduler.state_dict()),
             "extra": dict(extra or {}),
@@ -153,26 +153,26 @@ def collect_state(
         about = as_json(about)  # now: what is saved beside training must not change with it
         if wrong := wrong_in(about):
             raise CheckpointError(f"{wrong}, which no load would take: nothing is saved.")
-        return held, about
+        return local_state, about
 
     inner = None if optimizer is None else unwrap(optimizer)
     if isinstance(inner, DistAdamW):
         inner.follow()
-    held, about = ranks.run(gather)
+    local_state, about = ranks.run(gather)
     if path is not None:
         alike = {name: about[name] for name in ("engine", "optimizer", "groups", "scheduler", "schedule")}
         agreement.check_agreement({"folder": str(path), **alike}, ranks.group)
-    return held, about
+    return local_state, about
 
 
-def write_state(path: Path, held: LocalState, about: Mapping[str, Any], ranks: Ranks) -> None:
+def write_state(path: Path, local_state: LocalState, about: Mapping[str, Any], ranks: Ranks) -> None:
     """Write what `collect_state` has returned. Collective.
 
     Raises:
         CheckpointError: it could not be written; on every rank alike.
     """
     several = ranks.size > 1
-    planner = Planner(held.tensors, about)
+    planner = Planner(local_state.tensors, about)
     lock = ranks.run(lambda: _lock(path) if ranks.is_main else None)
     writer = Writer(path, about, ranks.size)
     still_there = "What it held before is still there."
@@ -307,13 +307,13 @@ def _check(part: Part, on_difference: OnDifference | None, group: Group, until: 
 def _apply(one: _Checked, random_state: bool, group: Group) -> Checkpoint:
     index, optimizer, scheduler = one.index, one.part.optimizer, one.part.scheduler
     # Room is made, and what was there forgotten, when no rank has found anything wrong.
-    held = run_on_all_ranks(one.make_room, group)
+    local_state = run_on_all_ranks(one.make_room, group)
     try:
-        run_on_all_ranks(lambda: _fill(index, held), group)
+        run_on_all_ranks(lambda: _fill(index, local_state), group)
     except CheckpointError as error:
         raise CheckpointError(f"{error} Model and optimizer are half loaded: load a checkpoint.") from error
     with torch.no_grad():
-        held.finish()  # it may be collective, so only when all ranks have read
+        local_state.finish()  # it may be collective, so only when all ranks have read
     run_on_all_ranks(lambda: restore_extra_state(index, one.model), group)
     about = index.about
     if optimizer is not None:
@@ -346,19 +346,19 @@ def _make_room(index: Index, ours: Access) -> Callable[[], LocalState]:
         raise CheckpointError(f"{index.folder}: {error}") from error
 
 
-def _fill(index: Index, held: LocalState) -> None:
+def _fill(index: Index, local_state: LocalState) -> None:
     with torch.no_grad():
-        _read(index, held)
-        for one, then in held.later():
+        _read(index, local_state)
+        for one, then in local_state.later():
             _read(index, one)
             then()
 
 
-def _read(index: Index, held: LocalState) -> None:
+def _read(index: Index, local_state: LocalState) -> None:
     # Every rank for itself, since what it needs to know is in the index; as dcp.load does where there is one rank.
     planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-    reader = Reader(index, held.sources)
-    planner.set_up_planner(dict(held.tensors), reader.read_metadata(), True)
+    reader = Reader(index, local_state.sources)
+    planner.set_up_planner(dict(local_state.tensors), reader.read_metadata(), True)
     reader.read_data(reader.prepare_local_plan(planner.create_local_plan()), planner)
 
 

@@ -67,36 +67,36 @@ class TorchAccess:
 
     def to_save(self) -> LocalState:
         """See `Access`."""
-        held = LocalState()
+        local_state = LocalState()
         if isinstance(self.optimizer, DistAdamW):
             self.optimizer.wait()
-            self._of_shards(self.optimizer, held)
+            self._of_shards(self.optimizer, local_state)
         elif self.optimizer is not None:
-            self._of_states(self.optimizer, held)
+            self._of_states(self.optimizer, local_state)
         for param, name in self.names.items():
-            held.tensors.setdefault(f"{MODEL}.{name}", param.detach())
-        held.tensors |= {f"{MODEL}.{name}": buffer.detach() for name, buffer in buffers(self.model)}
-        held.tensors = only_mine(held.tensors)
-        return held
+            local_state.tensors.setdefault(f"{MODEL}.{name}", param.detach())
+        local_state.tensors |= {f"{MODEL}.{name}": buffer.detach() for name, buffer in buffers(self.model)}
+        local_state.tensors = only_mine(local_state.tensors)
+        return local_state
 
-    def _of_shards(self, optimizer: DistAdamW, held: LocalState) -> None:
+    def _of_shards(self, optimizer: DistAdamW, local_state: LocalState) -> None:
         for shard in optimizer.shards:
             for i, param in enumerate(shard.params):
                 name = self.names[param]
-                held.scalars[name] = {"step": float(shard.steps[i])}
+                local_state.scalars[name] = {"step": float(shard.steps[i])}
                 for kind in shard.moments.keys() - MASTERS:
-                    held.tensors[f"{kind}.{name}"] = _moment(shard, i, kind)
+                    local_state.tensors[f"{kind}.{name}"] = _moment(shard, i, kind)
                 if shard.has_master:
-                    held.tensors[f"{MASTER}.{name}"] = _master(shard, i)
+                    local_state.tensors[f"{MASTER}.{name}"] = _master(shard, i)
                 if shard.process_group is not None:
-                    held.tensors[f"{MODEL}.{name}"] = _runs(param.detach(), shard.ranges_of(i))
+                    local_state.tensors[f"{MODEL}.{name}"] = _runs(param.detach(), shard.ranges_of(i))
 
-    def _of_states(self, optimizer: Optimizer, held: LocalState) -> None:
+    def _of_states(self, optimizer: Optimizer, local_state: LocalState) -> None:
         for param, state in optimizer.state.items():
             name = self.names[param]
             for kind, value in state.items():
                 if kind != "step" and isinstance(value, Tensor):
-                    held.tensors[f"{kind}.{name}"] = value
+                    local_state.tensors[f"{kind}.{name}"] = value
                     continue
                 value = float(value) if isinstance(value, Tensor) else value
                 if type(value) not in SCALARS:
@@ -104,15 +104,15 @@ class TorchAccess:
                         f"{type(optimizer).__name__} has {kind} of {name}, a {type(value).__name__}: only tensors and "
                         "numbers can be saved. Use another optimizer, or pass None and save its state yourself."
                     )
-                held.scalars.setdefault(name, {})[kind] = value
+                local_state.scalars.setdefault(name, {})[kind] = value
 
     def to_load(self, found: CheckpointContents) -> Callable[[], LocalState]:
         """See `Access`."""
-        held = LocalState()
+        local_state = LocalState()
         for param, name in self.names.items():
-            held.read(MODEL, name, param.detach(), found)
+            local_state.read(MODEL, name, param.detach(), found)
         for name, buffer in buffers(self.model):
-            held.read(MODEL, name, buffer.detach(), found)
+            local_state.read(MODEL, name, buffer.detach(), found)
         if isinstance(self.optimizer, DistAdamW):
             self._check_shards(self.optimizer, found)
         elif self.optimizer is not None:
@@ -124,12 +124,12 @@ class TorchAccess:
                 self.optimizer.zero_grad()  # and what has been reduced of them
 
         def make_room() -> LocalState:
-            held.finish = forget_gradients
+            local_state.finish = forget_gradients
             if isinstance(self.optimizer, DistAdamW):
-                self._into_shards(self.optimizer, held, found)
+                self._into_shards(self.optimizer, local_state, found)
             elif self.optimizer is not None:
-                self._into_states(self.optimizer, held, found)
-            return held
+                self._into_states(self.optimizer, local_state, found)
+            return local_state
 
         return make_room
 
@@ -143,7 +143,7 @@ class TorchAccess:
             for param in {*group["params"]} & chosen:
                 found.need_adam(self.names[param], param.shape, group["amsgrad"])
 
-    def _into_shards(self, optimizer: DistAdamW, held: LocalState, found: CheckpointContents) -> None:
+    def _into_shards(self, optimizer: DistAdamW, local_state: LocalState, found: CheckpointContents) -> None:
         optimizer._lay_out(self._with_state(found))
         remainders = []
         for shard in optimizer.shards:
@@ -151,7 +151,7 @@ class TorchAccess:
                 name = self.names[param]
                 shard.steps[i] = found.scalars.get(name, {}).get("step", 0.0)
                 for kind in shard.moments.keys() - {"remainder"}:
-                    held.read(kind, name, _moment(shard, i, kind), found)
+                    local_state.read(kind, name, _moment(shard, i, kind), found)
                 if "remainder" in shard.moments:
                     remainders.append((shard, i, name))
 
@@ -162,13 +162,13 @@ class TorchAccess:
                 one.read(MASTER, name, _like_param(shard, i, weights, torch.float32), found)
                 yield one, lambda shard=shard, i=i, weights=weights: shard.set_master(i, weights)  # type: ignore[misc]
 
-        forget_gradients = held.finish
+        forget_gradients = local_state.finish
 
         def finish() -> None:
             optimizer.recount()
             forget_gradients()
 
-        held.later, held.finish = later, finish
+        local_state.later, local_state.finish = later, finish
 
     def _check_states(self, optimizer: Optimizer, found: CheckpointContents) -> None:
         for group in optimizer.param_groups:
@@ -187,7 +187,7 @@ class TorchAccess:
             return kinds & {*MOMENTS}, {kind: value for kind, value in numbers.items() if kind == "step"}
         return kinds, numbers
 
-    def _into_states(self, optimizer: Optimizer, held: LocalState, found: CheckpointContents) -> None:
+    def _into_states(self, optimizer: Optimizer, local_state: LocalState, found: CheckpointContents) -> None:
         states: dict[Tensor, dict[str, Any]] = {}
         for group in optimizer.param_groups:
             for param in group["params"]:
@@ -198,7 +198,7 @@ class TorchAccess:
                     key = f"{kind}.{name}"
                     before = optimizer.state.get(param, {}).get(kind)
                     state[kind] = _room_for(param, before, found.shapes[key], found.dtypes[key])
-                    held.read(kind, name, state[kind], found)
+                    local_state.read(kind, name, state[kind], found)
                 for kind, value in numbers.items():
                     state[kind] = _number_in_state(optimizer, group, param, kind, value)
                 if state:

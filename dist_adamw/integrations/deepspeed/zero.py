@@ -153,29 +153,29 @@ class ZeroAccess:
 
     def to_save(self) -> LocalState:
         """See `Access`."""
-        held = LocalState()
+        local_state = LocalState()
         for part in self.fragments():
             exact = part.weights.dtype == part.partition.dtype
-            held.tensors[f"{MODEL}.{part.name}"] = part.of(part.partition) if exact else part.model
+            local_state.tensors[f"{MODEL}.{part.name}"] = part.of(part.partition) if exact else part.model
             if not exact:
-                held.tensors[f"{MASTER}.{part.name}"] = part.of(part.partition)
+                local_state.tensors[f"{MASTER}.{part.name}"] = part.of(part.partition)
             for kind, value in self.optimizer.state.get(part.partition, {}).items() if self.with_state else ():
                 if kind == "step":
-                    held.scalars[part.name] = {"step": float(value)}
+                    local_state.scalars[part.name] = {"step": float(value)}
                 else:
-                    held.tensors[f"{kind}.{part.name}"] = part.of(value)
+                    local_state.tensors[f"{kind}.{part.name}"] = part.of(value)
         if self.with_state:
-            self._let_all_know_steps(held)
-        held.tensors |= {f"{MODEL}.{name}": weights for name, weights in self._rest()}
-        held.tensors |= {f"{MODEL}.{name}": buffer.detach() for name, buffer in buffers(self.model)}
-        held.tensors = only_mine(held.tensors)
-        return held
+            self._let_all_know_steps(local_state)
+        local_state.tensors |= {f"{MODEL}.{name}": weights for name, weights in self._rest()}
+        local_state.tensors |= {f"{MODEL}.{name}": buffer.detach() for name, buffer in buffers(self.model)}
+        local_state.tensors = only_mine(local_state.tensors)
+        return local_state
 
-    def _let_all_know_steps(self, held: LocalState) -> None:
+    def _let_all_know_steps(self, local_state: LocalState) -> None:
         """Add the steps of all parameters: the main rank, which writes them, may have nothing of some."""
         for (_, params), (_, partition) in zip(self._groups(), self._partitions(), strict=True):
             if "step" in (state := self.optimizer.state.get(partition, {})):
-                held.scalars |= {self.names[param]: {"step": float(state["step"])} for param in params}
+                local_state.scalars |= {self.names[param]: {"step": float(state["step"])} for param in params}
 
     def _rest(self) -> Iterator[tuple[str, Tensor]]:
         """Yield parameters that are not trained."""
@@ -191,21 +191,21 @@ class ZeroAccess:
 
     def to_load(self, found: CheckpointContents) -> Callable[[], LocalState]:
         """See `Access`."""
-        held = LocalState()
+        local_state = LocalState()
         for param, name in self.names.items():
             if not self.is_stage_3:
-                held.read(MODEL, name, param.detach(), found)  # every rank has all of it
+                local_state.read(MODEL, name, param.detach(), found)  # every rank has all of it
         for name, weights in self._rest():
-            held.read(MODEL, name, weights, found)
+            local_state.read(MODEL, name, weights, found)
         for name, buffer in buffers(self.model):
-            held.read(MODEL, name, buffer.detach(), found)
+            local_state.read(MODEL, name, buffer.detach(), found)
         for part in self.fragments():
             if self.is_stage_3:
-                held.read(MODEL, part.name, part.model, found)
-            held.read(MASTER, part.name, part.of(part.partition), found)
-        held.finish = self._finish
+                local_state.read(MODEL, part.name, part.model, found)
+            local_state.read(MASTER, part.name, part.of(part.partition), found)
+        local_state.finish = self._finish
         if not self.with_state:
-            return lambda: held
+            return lambda: local_state
         kinds = _kinds_of_state(found)
         # One that was never used has no state elsewhere; here it has zeros, as all of its partition.
         used = {name for name, of in found.kinds.items() if of - {MODEL, MASTER}}
@@ -216,9 +216,9 @@ class ZeroAccess:
             for part in self.fragments():
                 if part.name in used:
                     for kind in kinds:
-                        held.read(kind, part.name, part.of(state[part.partition][kind]), found)
+                        local_state.read(kind, part.name, part.of(state[part.partition][kind]), found)
             self._set_steps(state, found)
-            return held
+            return local_state
 
         return make_room
 
@@ -319,15 +319,15 @@ class WholeAccess(TorchAccess):
         make_theirs = super().to_load(found)
 
         def make_room() -> LocalState:
-            held = make_theirs()
-            finish = held.finish
+            local_state = make_theirs()
+            finish = local_state.finish
 
             def begin_update() -> None:
                 finish()
                 _begin_update(self.of)
 
-            held.finish = begin_update
-            return held
+            local_state.finish = begin_update
+            return local_state
 
         return make_room
 
