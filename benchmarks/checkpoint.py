@@ -29,97 +29,34 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median, quantiles
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import Tensor, nn
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW, Optimizer
 
 import dist_adamw
 from benchmarks import ranks, records
+from benchmarks.checkpoint_jobs import Job, build, make_dist_adamw
+from benchmarks.checkpoint_tables import OURS, report
 from benchmarks.engines import RECIPE
 from benchmarks.isolated import forget_peak, status
-from benchmarks.report import table
-from benchmarks.workloads import Workload
-from dist_adamw import DistAdamW
 from dist_adamw.checkpoint.async_saver import AsyncSaver
-from dist_adamw.optimizer.sharding.dtensors import local_of
-from launch.gpt import GPT, ModelConfig, next_byte_losses
 
 WARM, COUNTED = 3, 3  # updates
 BESIDE = 4  # updates without a save, for each save that has updates beside it
 BLOCK = 1 << 22
-WIDTH, CONTEXT = 512, 64
 MEMORY = [("single", 1), ("FSDP2", 1), ("DDP", 2), ("FSDP2", 2), ("DDP", 4), ("FSDP2", 4)]
-OURS, OURS_ASYNC = "dist_adamw.save", "AsyncSaver.save"
+OURS_ASYNC = "AsyncSaver.save"
 DCP_ASYNC = "FSDP2: dcp.async_save"
-
-
-@dataclass
-class Job:
-    """A model in training: on every rank the same weights, and other samples."""
-
-    module: Any
-    optimizer: Any
-    loss: Callable[[], Tensor]
-
-    def update(self) -> None:
-        """Collective."""
-        self.optimizer.zero_grad()
-        self.loss().backward()  # type: ignore[no-untyped-call]
-        self.optimizer.step()
-
-    def locals(self) -> Iterator[Tensor]:
-        """What of the weights lies here."""
-        for param in self.module.parameters():
-            yield local_of(param).detach()
-
-
-def build(workload: str, params: int, wrap: str, make: Callable[[Any], Optimizer], rank: int) -> Job:
-    """A job whose model is wrapped as ``wrap`` says. Collective."""
-    torch.manual_seed(0)
-    model: Any
-    if workload == "gpt":
-        layers = max(1, round(params / (12 * WIDTH**2)))
-        model = GPT(ModelConfig(layers=layers, heads=8, width=WIDTH, context=CONTEXT))
-        blocks = model.blocks
-    else:
-        model = Workload.named(workload, rank=rank, kept=False).model()
-        blocks = model.layers
-    module: nn.Module = model
-    if wrap == "DDP":
-        module = DistributedDataParallel(model, gradient_as_bucket_view=True)
-    elif wrap == "FSDP2":
-        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-        for block in blocks:
-            fully_shard(block, mesh=mesh)
-        fully_shard(model, mesh=mesh)
-    windows = torch.randint(256, (1, CONTEXT + 1), generator=torch.Generator().manual_seed(1 + rank))
-
-    def loss() -> Tensor:
-        return next_byte_losses(module, windows).mean() if workload == "gpt" else module(torch.zeros(()))
-
-    optimizer = make(model)
-    if isinstance(optimizer, DistAdamW) and wrap != "FSDP2":
-        optimizer.attach(module)
-    return Job(module, optimizer, loss)
-
-
-def _dist_adamw(model: nn.Module) -> Optimizer:
-    return DistAdamW(model.parameters(), **RECIPE)
 
 
 # ---------------------------------------------------------------------------------------------- memory
@@ -128,7 +65,7 @@ def _dist_adamw(model: nn.Module) -> Optimizer:
 def memory(options: argparse.Namespace, rank: int, size: int) -> records.Record:
     """Peaks of one engine above what was there before: of a job that trains and saves, or a fresh one. Collective."""
     folder, engine = options.folder / "memory", options.engine
-    tiny = build("gpt", 0, engine, _dist_adamw, rank)
+    tiny = build("gpt", 0, engine, make_dist_adamw, rank)
     for _ in range(2):
         tiny.update()
         dist_adamw.save(options.folder / "tiny", tiny.module, tiny.optimizer)
@@ -145,7 +82,7 @@ def memory(options: argparse.Namespace, rank: int, size: int) -> records.Record:
         yield
         peaks[of] = status("VmHWM") - baseline
 
-    job = build(options.workload, options.params, engine, _dist_adamw, rank)
+    job = build(options.workload, options.params, engine, make_dist_adamw, rank)
     if options.stage == "fresh":
         with peak("load, fresh"):
             dist_adamw.load(folder, job.module, job.optimizer)
@@ -209,7 +146,7 @@ class Contest:
                 made.update()
             return made
 
-        ours = job("DDP", _dist_adamw)
+        ours = job("DDP", make_dist_adamw)
         zero = job("DDP", lambda m: ZeroRedundancyOptimizer(m.parameters(), AdamW, fused=True, **RECIPE))
         fsdp = job("FSDP2", lambda m: AdamW(m.parameters(), fused=True, **RECIPE))
         self.saver = AsyncSaver()
@@ -400,90 +337,6 @@ def contest(options: argparse.Namespace, rank: int) -> list[records.Record]:
         }
         for name, seconds in it.seconds.items()
     ]
-
-
-# ---------------------------------------------------------------------------------------------- tables
-
-
-def memory_table(found: Sequence[records.Record]) -> list[str]:
-    """Peaks over training's."""
-    head = ["peak of the largest rank, over training's", "ranks", "training, MB", "save", "load", "load, fresh job"]
-    head += ["AsyncSaver", "updates beside it"]
-    by_key: dict[tuple[str, int], dict[str, int]] = {}
-    for record in found:
-        if record["kind"] == "checkpoint memory":
-            peaks = by_key.setdefault((record["engine"], record["ranks"]), {})
-            peaks |= {k: v for k, v in record["peak_bytes"].items() if k not in peaks}
-    rows = []
-    for (engine, size), peaks in by_key.items():
-        over = ["save", "load", "load, fresh", "AsyncSaver", "AsyncSaver, updates beside it"]
-        training = peaks["training"]
-        rows.append([engine, str(size), f"{training / 1e6:.0f}", *(f"{peaks[of] / training:.2f}" for of in over)])
-    return table(head, rows)
-
-
-def time_tables(found: Sequence[records.Record]) -> Iterator[str]:
-    """Seconds, ratios and fractions of the limits."""
-    timed = {r["what"]: r for r in found if r["kind"] == "checkpoint time"}
-    # The fastest round: whoever else is at work only makes them slower.
-    limits = {name: min(r["seconds"]) for name, r in timed.items() if r["is"] == "limit"}
-    for kind, ours in (("save", OURS), ("load", "dist_adamw.load")):
-        rows = []
-        for name, record in sorted(timed.items(), key=lambda item: median(item[1]["seconds"])):
-            if record["is"] != kind:
-                continue
-            took = median(record["seconds"])
-            low, _, high = quantiles(record["seconds"], n=4)
-            is_async = record["until_written"] is not None
-            limit = limits["memcpy" if is_async else "write and fsync"] / took if kind == "save" else None
-            rows.append(
-                [
-                    name,
-                    f"{took:.3f}",
-                    f"{low:.3f} to {high:.3f}",
-                    f"{took / median(timed[ours]['seconds']):.2f}",
-                    "" if limit is None else f"{limit:.2f} of {'memcpy' if is_async else 'write'}",
-                    f"{median(record['until_written']):.3f}" if is_async else "",
-                    "" if record["written"] is None else f"{record['written'] / 1e6:.1f}",
-                ]
-            )
-        head = [f"{kind}: training stands still", "median, s", "quartiles, s", f"x {ours}", "limit", "until written, s"]
-        yield from table([*head, "MB"], rows)
-        yield ""
-    rows = []
-    for name, record in timed.items():
-        if record["is"] == "limit":
-            took = limits[name]
-            rows.append(
-                [name, f"{took:.3f}", f"{median(record['seconds']):.3f}", f"{record['nbytes'] / took / 1e9:.2f}"]
-            )
-    yield from table(["limit, all ranks at once", "fastest, s", "median, s", "GB/s, fastest"], rows)
-    yield ""
-    rows = []
-    for name, record in timed.items():
-        if record["updates"]:
-            plain = median(t for one in record["updates"] for t in one["plain"])
-            beside = median(t for one in record["updates"] for t in one["beside"])
-            extra = median(sum(one["beside"]) - len(one["beside"]) * median(one["plain"]) for one in record["updates"])
-            count = median(len(one["beside"]) for one in record["updates"])
-            rows.append([name, f"{plain:.3f}", f"{beside:.3f}", f"{beside / plain:.2f}", f"{count:g}", f"{extra:.2f}"])
-    head = ["updates beside it", "without, s", "beside it, s", "ratio", "updates until it is done", "they cost, s"]
-    yield from table(head, rows)
-
-
-def report(found: Sequence[records.Record], workload: str) -> None:
-    """Print the tables of one workload."""
-    where = next(record for record in reversed(found) if record["kind"] == "environment")
-    found = [record for record in found if record.get("workload") == workload]
-    print(
-        f"\n{workload}, {found[0]['numel']:,} parameters; {where['cpu']}, {where['cores']} cores, "
-        f"torch {where['versions']['torch']}, commit {where['commit']}, {where['time']}\n"
-    )
-    if any(record["kind"] == "checkpoint memory" for record in found):
-        print("\n".join(memory_table(found)), "\n")
-    if timed := [record for record in found if record["kind"] == "checkpoint time"]:
-        print(f"{timed[0]['ranks']} ranks, {len(timed[0]['seconds'])} rounds, load {timed[0]['load_average']:.1f}\n")
-        print("\n".join(time_tables(found)))
 
 
 # ---------------------------------------------------------------------------------------------- running

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from dist_adamw.errors import AgreementError, CheckpointError
     from dist_adamw.integrations.accelerate.position import position, rest_of_epoch
     from dist_adamw.integrations.accelerate.prepare import prepare
-    from dist_adamw.integrations.deepspeed.register import register_deepspeed
+    from dist_adamw.integrations.deepspeed.configuration import register_deepspeed
     from dist_adamw.integrations.deepspeed.zero import prepare_deepspeed
     from dist_adamw.integrations.transformers.trainer import prepare_trainer
     from dist_adamw.optimizer.adamw import DistAdamW
@@ -48,7 +48,7 @@ _MODULE_OF = {
     "prepare": "integrations.accelerate.prepare",
     "prepare_deepspeed": "integrations.deepspeed.zero",
     "prepare_trainer": "integrations.transformers.trainer",
-    "register_deepspeed": "integrations.deepspeed.register",
+    "register_deepspeed": "integrations.deepspeed.configuration",
     "rest_of_epoch": "integrations.accelerate.position",
     "save": "checkpoint.save_load",
 }

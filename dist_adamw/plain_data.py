@@ -20,21 +20,25 @@ _MODULE_IN_CHECKPOINTS = {
 
 
 def plain(value: Any) -> Any:
-    """``value`` as data that a safe load accepts and that compares by value."""
+    """Return ``value`` as data that a safe load accepts and that compares by value."""
     if value is None or isinstance(value, bool | str):
         return value
+    if isinstance(value, Number):
+        return _plain_number(value)
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, Tensor):
+        return value.tolist()
+    if hasattr(value, "__qualname__"):
+        module = _MODULE_IN_CHECKPOINTS.get(value.__module__, value.__module__)
+        return f"{module}.{value.__qualname__}"
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
+
+
+def _plain_number(value: Number) -> int | float | str:
     # numpy's numbers too, which a safe load would refuse.
     if isinstance(value, Integral):
         return int(value)
     if isinstance(value, Real) and not isinstance(value, Rational):
         return float(value)
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    if isinstance(value, Tensor):
-        return value.tolist()
-    if isinstance(value, Number):
-        return str(value)
-    if hasattr(value, "__qualname__"):
-        module = _MODULE_IN_CHECKPOINTS.get(value.__module__, value.__module__)
-        return f"{module}.{value.__qualname__}"
-    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
+    return str(value)

@@ -19,9 +19,10 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from dist_adamw.checkpoint.extra_state import EXTRA
 from dist_adamw.checkpoint.random_state import RNG
-from dist_adamw.checkpoint.save_load import _gather, _write, announce_save
+from dist_adamw.checkpoint.save_load import announce_save, collect_state, write_state
 from dist_adamw.checkpoint.state import LocalState
 from dist_adamw.checkpoint.storage.partial_tensor import PartialTensor, Values, evaluated
+from dist_adamw.checkpoint.storage.regions import Region
 from dist_adamw.errors import CheckpointError
 from dist_adamw.optimizer.replicas import check_replicas
 from dist_adamw.ranks import collectives
@@ -93,7 +94,7 @@ class AsyncSaver:
         extra: Mapping[str, Any] | None = None,
         then: Callable[[], None] | None = None,
     ) -> Saving:
-        """As `dist_adamw.save`, and returns when the copy is made. Collective.
+        """Do as `dist_adamw.save`, and return when the copy is made. Collective.
 
         Args:
             then: What to do, in the thread of each rank, when all of it is written.
@@ -109,16 +110,16 @@ class AsyncSaver:
             raise error
         check_replicas(model, optimizer, group=ranks.group)
         path = Path(path).absolute()  # the thread may find itself in another folder
-        held, about = _gather(path, model, optimizer, scheduler, extra, ranks)
-        copies = ranks.everywhere(lambda: {k: self._copy(k, tensor) for k, tensor in held.tensors.items()})
+        local_state, about = collect_state(path, model, optimizer, scheduler, extra, ranks)
+        copies = ranks.run(lambda: {k: self._copy(k, tensor) for k, tensor in local_state.tensors.items()})
         if torch.cuda.is_available():
             torch.cuda.synchronize()
 
         def work() -> None:
             try:
-                _write(path, LocalState(copies), about, ranks)
+                write_state(path, LocalState(copies), about, ranks)
                 if then is not None:
-                    ranks.everywhere(then)
+                    ranks.run(then)
             except Exception as error:
                 if not collectives.initialized():
                     _forget_frames(error)  # they hold the group: see `Ranks.check`
@@ -142,8 +143,11 @@ class AsyncSaver:
             last.wait()
 
     def _copy(self, key: str, tensor: Tensor) -> Tensor:
-        owned = PartialTensor.of(tensor)
-        return PartialTensor(owned.shape, owned.dtype, {b: self._keep((key, b), v) for b, v in owned.parts.items()})
+        mine = PartialTensor.of(tensor)
+        copies: dict[Region, Values] = {}
+        for region, values in mine.parts.items():
+            copies[region] = self._keep((key, region), values)
+        return PartialTensor(mine.shape, mine.dtype, copies)
 
     def _keep(self, where: Any, of: Values) -> Tensor:
         values = evaluated(of)
@@ -155,14 +159,14 @@ class AsyncSaver:
         return memory.copy_(values, non_blocking=True)
 
     def close(self) -> None:
-        """`wait`, and let go of the memory. Local."""
+        """Wait as `wait`, and release the memory. Local."""
         self._thread.shutdown()
         self._memory.clear()
         self.wait()
 
 
 def _forget_frames(error: BaseException | None) -> None:
-    """Let go of what the functions had that an error came through, and the errors before it. Local."""
+    """Release what the functions held that an error came through, and the errors before it. Local."""
     errors, seen = [error], set[int]()
     while errors:
         found = errors.pop()

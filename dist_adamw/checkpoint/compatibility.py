@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from dist_adamw.checkpoint.extra_state import check_extra_state
 from dist_adamw.checkpoint.random_state import random_state_of
-from dist_adamw.checkpoint.state import SCALARS, Access, buffers, fits_family, hyper_parameters, is_outside
+from dist_adamw.checkpoint.state import MODEL, SCALARS, Access, buffers, fits_family, hyper_parameters, is_outside
 from dist_adamw.checkpoint.storage.index import Index, check_files, read_index
 from dist_adamw.errors import CheckpointError
 from dist_adamw.optimizer.kernels.foreach import check_hyper_parameters
@@ -29,7 +29,7 @@ from dist_adamw.wrappers import unwrap
 
 
 def checked(path: Path, part: int = 0, parts: int = 1, until: contextlib.ExitStack | None = None) -> Index:
-    """A checkpoint's index, of which this part of the files is whole, and what it says makes sense. Local.
+    """Return a checkpoint's index, after checking what it says and this part of its files. Local.
 
     Args:
         path: Its folder.
@@ -72,13 +72,15 @@ def _are_groups(value: Any) -> bool:
 
 
 def _are_scalars(value: Any) -> bool:
-    """By parameter name, numbers or None; of which the updates so far make sense."""
-    return _is_mapping(value) and all(
-        _is_mapping(numbers)
-        and all(type(v) in SCALARS for v in numbers.values())
-        and ("step" not in numbers or (type(numbers["step"]) in (int, float) and 0 <= numbers["step"] < 1 << 53))
-        for numbers in value.values()
-    )
+    """Return whether these are numbers or None by parameter name, and possible counts of updates."""
+    return _is_mapping(value) and all(_is_mapping(numbers) and _are_numbers(numbers) for numbers in value.values())
+
+
+def _are_numbers(numbers: Mapping[str, Any]) -> bool:
+    if not all(type(value) in SCALARS for value in numbers.values()):
+        return False
+    step = numbers.get("step", 0)
+    return type(step) in (int, float) and 0 <= step < 1 << 53
 
 
 _ABOUT: dict[str, Callable[[Any], bool]] = {
@@ -95,7 +97,7 @@ _ABOUT: dict[str, Callable[[Any], bool]] = {
 
 
 def samples_of(index: Index) -> int | None:
-    """The clock of the schedule that was saved. Local."""
+    """Return the clock of the schedule that was saved. Local."""
     schedule = index.about.get("schedule")
     samples = schedule.get("samples") if isinstance(schedule, dict) else None
     return samples if type(samples) is int else None
@@ -109,15 +111,13 @@ def compare(
     Returns:
         What the parameter groups take, and what restores the random state.
     """
-    about = index.about
     taken: list[dict[str, Any]] = []
     _check_same_model(index, ours.parameters(), with_optimizer=optimizer is not None)
     check_extra_state(index, ours.model)
     if meta := ours.without_memory():
         raise CheckpointError(f"{meta[0]} is on the meta device: there is nothing to load into. Use model.to_empty().")
     for name, buffer in buffers(ours.model):
-        strides = buffer.stride() if buffer.layout == torch.strided else buffer.shape
-        if any(size > 1 and not stride for size, stride in zip(buffer.shape, strides, strict=True)):
+        if _shares_memory(buffer):
             raise CheckpointError(
                 f"elements of the buffer {name} share memory (expand), so nothing can be read into it. Make it "
                 "contiguous()."
@@ -126,23 +126,36 @@ def compare(
         _check_optimizer(index, ours, optimizer, scheduler, choice)
         taken = _to_take(index, ours.groups(), unwrap(optimizer), scheduler, choice)
     if scheduler is not None:
-        if about["scheduler"] != type(scheduler).__name__ or about["schedule"] is None:
-            raise CheckpointError(
-                f"{index.folder} has the state of {about['scheduler'] or 'no scheduler'}, and this job a "
-                f"{type(scheduler).__name__}. Pass the same, or scheduler=None."
-            )
-        if isinstance(scheduler, CyclicLRWithRestarts):
-            try:
-                scheduler.check_loadable(about["schedule"], choice)
-            except ValueError as error:
-                raise CheckpointError(f"{index.folder}: {error}") from error
-        elif not _is_like(about["schedule"], with_text_keys(scheduler.state_dict())):
-            raise CheckpointError(f"{index.folder} is damaged: it has no state of a {type(scheduler).__name__}.")
+        _check_schedule(index, scheduler, choice)
     return taken, random_state_of(index)
 
 
+def _shares_memory(tensor: Tensor) -> bool:
+    """Return whether elements of a tensor lie in the same place."""
+    if tensor.layout != torch.strided:
+        return False
+    return any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def _check_schedule(index: Index, scheduler: LRScheduler, choice: OnDifference) -> None:
+    """Raise where the state that was saved of a scheduler cannot be loaded into this one."""
+    about = index.about
+    if about["scheduler"] != type(scheduler).__name__ or about["schedule"] is None:
+        raise CheckpointError(
+            f"{index.folder} has the state of {about['scheduler'] or 'no scheduler'}, and this job a "
+            f"{type(scheduler).__name__}. Pass the same, or scheduler=None."
+        )
+    if isinstance(scheduler, CyclicLRWithRestarts):
+        try:
+            scheduler.check_loadable(about["schedule"], choice)
+        except ValueError as error:
+            raise CheckpointError(f"{index.folder}: {error}") from error
+    elif not _is_like(about["schedule"], with_text_keys(scheduler.state_dict())):
+        raise CheckpointError(f"{index.folder} is damaged: it has no state of a {type(scheduler).__name__}.")
+
+
 def with_text_keys(state: Any) -> Any:
-    """A scheduler's state whose dicts have text for keys, as JSON needs it: MultiStepLR's milestones are numbers.
+    """Return a scheduler's state with text for keys, as JSON needs it: MultiStepLR's milestones are numbers.
 
     Raises:
         CheckpointError: two keys of a dict have the same text.
@@ -159,7 +172,7 @@ def with_text_keys(state: Any) -> Any:
 
 
 def with_keys_of(here: Any, saved: Any) -> Any:
-    """The inverse: what was saved, with the keys and the kinds of dicts that a scheduler has here."""
+    """Return what was saved, with the keys and the kinds of dicts that a scheduler has here: the inverse."""
     if isinstance(here, dict):
         restored = {key: with_keys_of(value, saved[str(key)]) for key, value in here.items()}
         return restored if type(here) is dict else type(here)(restored)
@@ -171,36 +184,59 @@ def with_keys_of(here: Any, saved: Any) -> Any:
 def _is_like(saved: Any, here: Any) -> bool:
     """Return whether plain data can take the place of what is here."""
     if isinstance(here, dict):
-        return (
-            isinstance(saved, dict) and saved.keys() == here.keys() and all(_is_like(saved[k], here[k]) for k in here)
-        )
+        if not isinstance(saved, dict) or saved.keys() != here.keys():
+            return False
+        return all(_is_like(saved[key], here[key]) for key in here)
     if isinstance(here, list | tuple):
-        return isinstance(saved, list) and len(saved) == len(here) and all(map(_is_like, saved, here))
+        has_as_many = isinstance(saved, list) and len(saved) == len(here)
+        return has_as_many and all(map(_is_like, saved, here))
+    return _is_like_one(saved, here)
+
+
+def _is_like_one(saved: Any, here: Any) -> bool:
     if here is None:
-        return saved is None or isinstance(saved, int | float | str)
+        return isinstance(saved, int | float | str | None)
     if isinstance(here, bool | str):
         return type(saved) is type(here)
-    if isinstance(here, int | float | Tensor):
-        return (type(saved) is float and not math.isnan(saved)) or (type(saved) is int and abs(saved) < 1 << 63)
-    return False
+    return isinstance(here, int | float | Tensor) and _is_number(saved)
+
+
+def _is_number(value: Any) -> bool:
+    """Return whether ``value`` is a number that torch can hold; JSON has integers of any length."""
+    if type(value) is float:
+        return not math.isnan(value)
+    return type(value) is int and abs(value) < 1 << 63
 
 
 def _check_same_model(index: Index, ours: Mapping[str, tuple[int, ...]], *, with_optimizer: bool) -> None:
-    saved = {
-        key.removeprefix("model."): tensor.shape for key, tensor in index.tensors.items() if key.startswith("model.")
-    }
+    saved = _weights_of(index)
     if not with_optimizer:
         saved = {name: shape for name, shape in saved.items() if name in ours or not is_outside(name)}
-    differences = [f"{n} is missing in the checkpoint" for n in ours if n not in saved]
-    differences += [f"{n} is not in this model" for n in saved if n not in ours]
-    differences += [
-        f"{n} has shape {list(saved[n])} there and {list(ours[n])} here"
-        for n in ours
-        if n in saved and tuple(ours[n]) != saved[n]
-    ]
-    if differences:
-        more = f", and {len(differences) - 3} more" if len(differences) > 3 else ""
-        raise CheckpointError(f"{index.folder} is a checkpoint of another model: {'; '.join(differences[:3])}{more}.")
+    if differences := _differences(saved, ours):
+        raise CheckpointError(f"{index.folder} is a checkpoint of another model: {_first_three(differences)}.")
+
+
+def _differences(saved: Mapping[str, tuple[int, ...]], ours: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """Return in sentences which names and shapes differ: first what is missing, then what is unknown."""
+    missing, reshaped = [], []
+    for name, shape in ours.items():
+        if name not in saved:
+            missing.append(f"{name} is missing in the checkpoint")
+        elif tuple(shape) != saved[name]:
+            reshaped.append(f"{name} has shape {list(saved[name])} there and {list(shape)} here")
+    unknown = [f"{name} is not in this model" for name in saved if name not in ours]
+    return missing + unknown + reshaped
+
+
+def _weights_of(index: Index) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of what was saved of a model, by name."""
+    prefix = f"{MODEL}."
+    return {key.removeprefix(prefix): saved.shape for key, saved in index.tensors.items() if key.startswith(prefix)}
+
+
+def _first_three(differences: list[str]) -> str:
+    more = f", and {len(differences) - 3} more" if len(differences) > 3 else ""
+    return f"{'; '.join(differences[:3])}{more}"
 
 
 def _check_optimizer(
@@ -219,9 +255,8 @@ def _check_optimizer(
             if here[name][key] != saved[name][key]:
                 lines[f"{key} of {name} was {saved[name][key]} and is {here[name][key]}"] = None
     if lines and choice == "strict":
-        more = f", and {len(lines) - 3} more" if len(lines) > 3 else ""
         raise CheckpointError(
-            f"{index.folder} was made with other hyper-parameters: {'; '.join(list(lines)[:3])}{more}. Pass the same, "
+            f"{index.folder} was made with other hyper-parameters: {_first_three([*lines])}. Pass the same, "
             "or choose by on_difference='checkpoint' or 'new'."
         )
 
@@ -239,43 +274,73 @@ def _to_take(
     choice: OnDifference,
 ) -> list[dict[str, Any]]:
     """Return the saved values of parameter groups. lr and weight decay come from the schedule, where it is ours."""
-    of = {name: group for group in index.about["groups"] for name in group["names"]}
+    group_of = {name: group for group in index.about["groups"] for name in group["names"]}
     taken = []
     for group, here in zip(optimizer.param_groups, ours, strict=True):
-        of_names = [_in_convention_of(optimizer, of[n], index.about.get("decay_by")) for n in here["names"] if n in of]
-        before: dict[str, Any] = of_names[0] if of_names else {}
-        by_schedule = isinstance(scheduler, CyclicLRWithRestarts) or choice == "new"
-        keys = [] if by_schedule else ["lr", "weight_decay", "initial_lr", *_cycled(scheduler)]
-        if choice == "checkpoint":
-            keys += hyper_parameters([here])[here["names"][0]] if here["names"] else []
-        values = {key: before[key] for key in keys if key in before and (key in group or key == "initial_lr")}
-        for key, value in values.items():
-            if differing := [other[key] for other in of_names if other.get(key, value) != value]:
-                raise CheckpointError(
-                    f"{index.folder} has parameters of one group here in several groups, with {key} {value!r} and "
-                    f"{differing[0]!r}. Make the same groups, or pass on_difference='new'."
-                )
-            fits = _is_like(value, plain(group.get(key, group["lr"])))
-            if not fits or (key in ("lr", "weight_decay", "initial_lr") and not 0 <= value < math.inf):
-                raise CheckpointError(
-                    f"{index.folder} is damaged: {key} of a parameter group is {value!r}, and {group.get(key)!r} here."
-                )
-        if values.get("amsgrad", group.get("amsgrad")) != group.get("amsgrad"):
-            raise CheckpointError(
-                f"{index.folder} was made with amsgrad={values['amsgrad']}, which cannot be taken over: the state has "
-                "another layout. Pass the same."
-            )
-        if {"lr", "betas", "eps", "weight_decay"} <= group.keys():
-            try:
-                check_hyper_parameters({**group, **values})
-            except ValueError as error:
-                raise CheckpointError(f"{index.folder} is damaged: {error}.") from error
+        keys = _keys_to_take(here, scheduler, choice)
+        found = [group_of[name] for name in here["names"] if name in group_of]
+        saved_groups = [_in_convention_of(optimizer, one, index.about.get("decay_by")) for one in found]
+        values = _values_of(saved_groups[0], keys, group) if saved_groups else {}
+        _check_values(index, values, saved_groups, group)
         taken.append(values)
     return taken
 
 
+def _keys_to_take(group: dict[str, Any], scheduler: LRScheduler | None, choice: OnDifference) -> list[str]:
+    """Return the values that a group takes from a checkpoint, if it has them."""
+    keys: list[str] = []
+    if not (isinstance(scheduler, CyclicLRWithRestarts) or choice == "new"):
+        keys += ["lr", "weight_decay", "initial_lr", *_cycled(scheduler)]
+    if choice == "checkpoint" and group["names"]:
+        keys += hyper_parameters([group])[group["names"][0]]
+    return keys
+
+
+def _values_of(saved: dict[str, Any], keys: list[str], group: dict[str, Any]) -> dict[str, Any]:
+    """Return those of ``keys`` that a saved group has, and that a group here can take."""
+    values = {}
+    for key in keys:
+        if key in saved and (key in group or key == "initial_lr"):
+            values[key] = saved[key]
+    return values
+
+
+def _check_values(
+    index: Index, values: dict[str, Any], saved_groups: list[dict[str, Any]], group: dict[str, Any]
+) -> None:
+    """Raise where a parameter group cannot take ``values``, which were saved of its parameters."""
+    for key, value in values.items():
+        for other in saved_groups:
+            if other.get(key, value) != value:
+                raise CheckpointError(
+                    f"{index.folder} has parameters of one group here in several groups, with {key} {value!r} and "
+                    f"{other[key]!r}. Make the same groups, or pass on_difference='new'."
+                )
+        fits = _is_like(value, plain(group.get(key, group["lr"])))
+        is_amount = key in ("lr", "weight_decay", "initial_lr")
+        if not fits or (is_amount and not 0 <= value < math.inf):
+            raise CheckpointError(
+                f"{index.folder} is damaged: {key} of a parameter group is {value!r}, and {group.get(key)!r} here."
+            )
+    _check_layout(index, values, group)
+
+
+def _check_layout(index: Index, values: dict[str, Any], group: dict[str, Any]) -> None:
+    """Raise where state would have another layout under ``values``, or they are no hyper-parameters."""
+    if values.get("amsgrad", group.get("amsgrad")) != group.get("amsgrad"):
+        raise CheckpointError(
+            f"{index.folder} was made with amsgrad={values['amsgrad']}, which cannot be taken over: the state has "
+            "another layout. Pass the same."
+        )
+    if {"lr", "betas", "eps", "weight_decay"} <= group.keys():
+        try:
+            check_hyper_parameters({**group, **values})
+        except ValueError as error:
+            raise CheckpointError(f"{index.folder} is damaged: {error}.") from error
+
+
 def _in_convention_of(optimizer: Optimizer, group: dict[str, Any], saved: Any) -> dict[str, Any]:
-    """A saved group, its weight decay as this optimizer takes it: see docs/schedule.md."""
+    """Return a saved group, its weight decay as this optimizer takes it: see docs/schedule.md."""
     ours = getattr(optimizer, "decay_by", "lr")
     if not group.get("lr") or "weight_decay" not in group or saved not in ("lr", "schedule") or saved == ours:
         return group

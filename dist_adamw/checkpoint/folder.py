@@ -14,16 +14,10 @@ A checkpoint has another name until all of it is written, so a reader sees a who
 
 from __future__ import annotations
 
-import fcntl
-import itertools
 import json
-import os
 import re
 import shutil
-import socket
-import time
 import warnings
-import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -34,20 +28,20 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from dist_adamw.checkpoint.async_saver import AsyncSaver, Saving
-from dist_adamw.checkpoint.manifest import MANIFEST, _facts, damage_of
+from dist_adamw.checkpoint.manifest import MANIFEST, damage_of, file_facts
 from dist_adamw.checkpoint.storage.index import (
     check_alike,
     sync_folder,
     write_text,
 )
-from dist_adamw.checkpoint.storage.locks import own, unlock
+from dist_adamw.checkpoint.storage.locks import JobLock
 from dist_adamw.errors import CheckpointError
 from dist_adamw.ranks import collectives
 from dist_adamw.ranks.together import Ranks
 from dist_adamw.schedule.batch import check_positive_int
 
 _NAME = re.compile(r"sample-([0-9]+)")
-_LATEST, _LOCK = "latest", "lock"
+_LATEST = "latest"
 _PARTIAL, _REPLACED, _ASIDE = ".partial", ".replaced", ".superseded"
 # Names that a save or a deletion that was cut short leaves; any other folder belongs to the user.
 _LEFT_OVER = re.compile(r"sample-[0-9]+(\.deleted)?(\.partial|\.replaced)")
@@ -90,44 +84,18 @@ class CheckpointFolder:
             raise ValueError(f"on_error must be 'raise' or 'warn', got {on_error!r}.")
         self.root, self.keep, self.on_error = Path(root).absolute(), keep, on_error
         self._ranks = ranks = Ranks.now(collectives.host_group() if group is None else group)
-        self._let_go: Callable[[], object] | None = None
+        self._lock: JobLock | None = None
         self._running: Saving | None = None
         self.every = every
         self._saved_at: int | None = None  # samples of the last save, or of the checkpoint that the job goes on from
         self._damaged: set[str] = set()  # names of checkpoints that `newest` has passed by
         self._closed = False
-        ranks.everywhere(lambda: self._take(patience) if ranks.is_main else None)
+        ranks.run(lambda: self._take(patience) if ranks.is_main else None)
 
     def _take(self, patience: float) -> None:
-        """Be the job that saves here. The system gives the lock back when the process ends, however it does."""
+        """Become the one job that saves here, and finish what a killed one was doing."""
         self.root.mkdir(parents=True, exist_ok=True)
-        # No link: what it leads to would be overwritten.
-        handle = os.open(self.root / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
-        owned = own(handle)
-        until = time.monotonic() + patience
-        while True:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > until:
-                    holder = os.read(handle, 200).decode(errors="replace").strip()
-                    unlock(owned)
-                    if holder == _me():
-                        raise CheckpointError(
-                            f"this process has a CheckpointFolder of {self.root} already. Use that, or close() it."
-                        ) from None
-                    raise CheckpointError(
-                        f"another job saves to {self.root} ({holder or 'it does not say which'}). Wait for its end, or "
-                        "choose another folder."
-                    ) from None
-                time.sleep(0.1)
-            except OSError as error:
-                warnings.warn(f"{self.root} cannot be locked ({error}): see that one job saves there.", stacklevel=4)
-                break
-        os.ftruncate(handle, 0)
-        os.write(handle, _me().encode())
-        self._let_go = weakref.finalize(self, unlock, owned)
+        self._lock = JobLock(self.root, patience)
         for before in self._left(_REPLACED):  # of a job that was killed between two renames
             final = before.with_name(before.name.removesuffix(_REPLACED))
             if final.exists():
@@ -149,20 +117,26 @@ class CheckpointFolder:
         except CheckpointError as error:
             self._failed(_final(running.path), error)  # type: ignore[union-attr]
         finally:
-            if self._let_go is not None:
-                self._let_go()
+            if self._lock is not None:
+                self._lock.release()
 
     # ---------------------------------------------------------------- what there is
 
     def all(self) -> list[Path]:
-        """Finished checkpoints, oldest first; whether they are whole is another question.
+        """Return finished checkpoints, oldest first; whether they are whole is another question.
 
         The order is that of the samples, however many digits a name has. Of two names with the same number (other
         releases and other tools pad with more zeros, or with none), the one that `save` writes comes last.
         """
-        found = self.root.iterdir() if self.root.is_dir() else ()
-        named = [(int(match[1]), path) for path in found if (match := _NAME.fullmatch(path.name)) and path.is_dir()]
-        return [path for _, path in sorted(named, key=lambda pair: (pair[0], pair[1].name == _name(pair[0]), pair[1]))]
+        if not self.root.is_dir():
+            return []
+        keyed = []
+        for path in self.root.iterdir():
+            match = _NAME.fullmatch(path.name)
+            if match and path.is_dir():
+                samples = int(match[1])
+                keyed.append((samples, path.name == _name(samples), path))
+        return [path for _, _, path in sorted(keyed)]
 
     def samples_of(self, path: Path) -> int:
         """Return the samples that a checkpoint of this folder was trained on."""
@@ -171,13 +145,13 @@ class CheckpointFolder:
         return int(match[1])
 
     def newest(self, but: Path | None = None) -> Path | None:
-        """The newest checkpoint that is whole to the last bit, leaving out ``but``; None where there is none.
+        """Return the newest checkpoint that is whole to the last bit, leaving out ``but``; None where there is none.
 
         Collective: each rank reads its part of the files, when an asynchronous save that is under way is over.
         """
         if self._running is not None:
             self._running.join()  # its end deletes older ones
-        listed = self._ranks.everywhere(lambda: self.all() if self._ranks.is_main else [])
+        listed = self._ranks.run(lambda: self.all() if self._ranks.is_main else [])
         found: list[Path] = self._ranks.gather(listed)[0]
         others = (path for path in reversed(found) if but is None or path.name != but.name)
         for path in others:
@@ -216,7 +190,7 @@ class CheckpointFolder:
         if self.every is None:
             raise ValueError("is_due needs CheckpointFolder(..., every=<samples>), and every is None.")
         if self._saved_at is None:
-            listed = self._ranks.everywhere(lambda: self.all() if self._ranks.is_main else [])
+            listed = self._ranks.run(lambda: self.all() if self._ranks.is_main else [])
             known: list[Path] = self._ranks.gather(listed)[0]
             before = [self.samples_of(path) for path in known if path.name not in self._damaged]
             # Later ones are of a job that went on from elsewhere.
@@ -240,9 +214,9 @@ class CheckpointFolder:
         final = self._begin(samples)
         try:
             self._wait_for_the_last()
-            self._ranks.everywhere(self._sweep)
-            self._ranks.everywhere(lambda: write(_partial(final)))
-            self._ranks.everywhere(lambda: self._commit(final) if self._ranks.is_main else None)
+            self._ranks.run(self._sweep)
+            self._ranks.run(lambda: write(_partial(final)))
+            self._ranks.run(lambda: self._commit(final) if self._ranks.is_main else None)
         except CheckpointError as error:
             self._failed(final, error)
             return None
@@ -258,7 +232,7 @@ class CheckpointFolder:
         *,
         extra: Mapping[str, Any] | None = None,
     ) -> Saving | None:
-        """As `save`, from a copy in host memory, while training goes on. Collective.
+        """Do as `save`, from a copy in host memory, while training goes on. Collective.
 
         Returns:
             What is on its way; None when this or the save before could not be written and ``on_error="warn"``.
@@ -266,7 +240,7 @@ class CheckpointFolder:
         final = self._begin(samples)
         try:
             self._wait_for_the_last()
-            self._ranks.everywhere(self._sweep)
+            self._ranks.run(self._sweep)
             self._running = saver.save(
                 _partial(final),
                 model,
@@ -281,7 +255,7 @@ class CheckpointFolder:
         return self._running
 
     def _wait_for_the_last(self) -> None:
-        """For a save beside training that is on its way; what became of it is told once. Collective."""
+        """Wait for a save beside training; report its error once. Collective."""
         running, self._running = self._running, None
         if running is not None and (error := running.pending_error(self._ranks)) is not None:
             self._failed(_final(running.path), error)
@@ -295,9 +269,9 @@ class CheckpointFolder:
             raise CheckpointError(f"samples must be at most 2**62 = {_MOST_SAMPLES}, got {samples}.")
         self._saved_at = samples
         final = self.root / _name(samples)
-        told = self._ranks.gather(str(final))
-        if len(set(told)) > 1:
-            raise CheckpointError(f"ranks save to different folders: {', '.join(sorted(set(told)))}. Pass the same.")
+        folders = self._ranks.gather(str(final))
+        if len(set(folders)) > 1:
+            raise CheckpointError(f"ranks save to different folders: {', '.join(sorted(set(folders)))}. Pass the same.")
         return final
 
     def _sweep(self) -> None:
@@ -312,7 +286,7 @@ class CheckpointFolder:
 
     def _commit(self, final: Path) -> None:
         partial = _partial(final)
-        write_text(partial / MANIFEST, json.dumps(dict(_facts(partial)), indent=1))
+        write_text(partial / MANIFEST, json.dumps(dict(file_facts(partial)), indent=1))
         before = final.with_name(final.name + _REPLACED)
         if final.exists():
             final.rename(before)
@@ -334,16 +308,17 @@ class CheckpointFolder:
             warnings.warn(f"{self.root / _LATEST} could not be written: {error}.", stacklevel=2)
 
     def _no_longer_kept(self, final: Path) -> list[Path]:
-        """Checkpoints beyond the newest ``keep`` that are not known to be damaged; never ``final`` itself. Local."""
+        """Return checkpoints beyond the newest ``keep`` that are not known to be damaged; never ``final``. Local."""
         found = [path for path in self.all() if path != final]
         # A checkpoint of as many samples under another name has been replaced, as one of the same name would be.
-        replaced = [path for path in found if self.samples_of(path) == self.samples_of(final)]
-        others = [path for path in found if path not in replaced]
+        others = [path for path in found if self.samples_of(path) != self.samples_of(final)]
         whole = [path for path in others if path.name not in self._damaged]
-        kept = whole[-(self.keep - 1) :] if self.keep > 1 else []
-        if not kept:
-            return found
-        return replaced + others[: others.index(kept[0])]
+        others_to_keep = self.keep - 1
+        if others_to_keep and whole:
+            oldest_kept = whole[-others_to_keep:][0]
+            for path in others[others.index(oldest_kept) :]:
+                found.remove(path)
+        return found
 
     def _failed(self, final: Path, error: CheckpointError) -> None:
         if self._ranks.is_main:
@@ -366,9 +341,7 @@ class CheckpointFolder:
         aside = []
         for path in self.all():
             if self.samples_of(path) > after:
-                again = itertools.chain([""], (f"-{n}" for n in itertools.count(2)))
-                names = (path.with_name(path.name + _ASIDE + ending) for ending in again)
-                aside.append(next(name for name in names if not name.exists()))
+                aside.append(_free_name(path.with_name(path.name + _ASIDE)))
                 path.rename(aside[-1])
         if aside and (left := self.all()):
             write_text(self.root / _LATEST, left[-1].name)
@@ -379,8 +352,13 @@ def _name(samples: int) -> str:
     return f"sample-{samples:09d}"
 
 
-def _me() -> str:
-    return f"process {os.getpid()} on {socket.gethostname()}"
+def _free_name(path: Path) -> Path:
+    """Return ``path``, or the first of path-2, path-3 and so on that does not exist."""
+    found, number = path, 1
+    while found.exists():
+        number += 1
+        found = path.with_name(f"{path.name}-{number}")
+    return found
 
 
 def _partial(final: Path) -> Path:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from dist_adamw.checkpoint.storage.hashing import sha256_of
 from dist_adamw.checkpoint.storage.index import (
     INDEX,
     damage,
@@ -22,8 +22,8 @@ from dist_adamw.errors import CheckpointError
 MANIFEST = "manifest.json"
 
 
-def _facts(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Size and checksum of the files that no index of ours knows, by name; the disk holds them then."""
+def file_facts(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield size and checksum of the files that no index of ours knows, by name; the disk holds them then."""
     indexed = {path.parent: files for path in folder.rglob(INDEX) if (files := _files_of(path.parent))}
     known = {where / name for where, names in indexed.items() for name in names}
     for path in sorted(folder.rglob("*")):
@@ -45,12 +45,10 @@ def _files_of(folder: Path) -> set[str]:
 
 
 def fingerprint(path: Path) -> dict[str, Any]:
-    """Size and checksum of a plain file. Local."""
-    digest = hashlib.sha256()
+    """Return size and checksum of a plain file. Local."""
     with open_plainly(path) as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+        digest = sha256_of(file)
+    return {"bytes": path.stat().st_size, "sha256": digest}
 
 
 def damage_of(path: Path, part: int = 0, parts: int = 1) -> str | None:

@@ -24,7 +24,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from dist_adamw._version import __version__
 from dist_adamw.checkpoint.compatibility import checked, compare, samples_of, with_keys_of, with_text_keys, wrong_in
-from dist_adamw.checkpoint.engines import access
+from dist_adamw.checkpoint.engine_adapters import access
 from dist_adamw.checkpoint.extra_state import extra_state, restore_extra_state
 from dist_adamw.checkpoint.random_state import RNG, current_random_state
 from dist_adamw.checkpoint.state import Access, CheckpointContents, LocalState, family_of, only_mine
@@ -36,7 +36,7 @@ from dist_adamw.errors import CheckpointError
 from dist_adamw.optimizer.adamw import DistAdamW
 from dist_adamw.optimizer.replicas import check_replicas
 from dist_adamw.ranks import agreement, collectives
-from dist_adamw.ranks.together import Ranks, everywhere
+from dist_adamw.ranks.together import Ranks, run_on_all_ranks
 from dist_adamw.schedule.saved import OnDifference
 from dist_adamw.schedule.scheduler import CyclicLRWithRestarts
 from dist_adamw.wrappers import unwrap
@@ -100,8 +100,8 @@ def save(
         announce_save(optimizer)
         check_replicas(model, optimizer, group=group)
     path, ranks = Path(path), Ranks.now(group)
-    held, about = _gather(path if compare_ranks else None, model, optimizer, scheduler, extra, ranks)
-    _write(path, held, about, ranks)
+    local_state, about = collect_state(path if compare_ranks else None, model, optimizer, scheduler, extra, ranks)
+    write_state(path, local_state, about, ranks)
 
 
 def announce_save(optimizer: Optimizer | None) -> None:
@@ -114,7 +114,7 @@ def announce_save(optimizer: Optimizer | None) -> None:
         inner.announce_save()
 
 
-def _gather(
+def collect_state(
     path: Path | None,
     model: nn.Module,
     optimizer: Optimizer | None,
@@ -122,7 +122,7 @@ def _gather(
     extra: Mapping[str, Any] | None,
     ranks: Ranks,
 ) -> tuple[LocalState, dict[str, Any]]:
-    """Return what this rank writes and what the index says of it; raises on every rank. Collective.
+    """Return what this rank writes and what the index says of it. Raises on every rank. Collective.
 
     Args:
         path: Where to; None: ranks are known to agree.
@@ -130,10 +130,10 @@ def _gather(
 
     def gather() -> tuple[LocalState, dict[str, Any]]:
         found = access(model, optimizer)
-        held = found.to_save()
+        local_state = found.to_save()
         modules, tensors = extra_state(found.model)
-        held.tensors |= only_mine(tensors)
-        held.tensors[f"{RNG}.{ranks.rank}"] = current_random_state()
+        local_state.tensors |= only_mine(tensors)
+        local_state.tensors[f"{RNG}.{ranks.rank}"] = current_random_state()
         about = {
             "written by": f"dist_adamw {__version__}",
             "time": time.time(),
@@ -144,7 +144,7 @@ def _gather(
             "optimizer_class": None if optimizer is None else type(unwrap(optimizer)).__qualname__,
             "decay_by": None if optimizer is None else getattr(unwrap(optimizer), "decay_by", None),
             "groups": found.groups(),
-            "scalars": held.scalars,
+            "scalars": local_state.scalars,
             "scheduler": None if scheduler is None else type(scheduler).__name__,
             "schedule": None if scheduler is None else with_text_keys(scheduler.state_dict()),
             "extra": dict(extra or {}),
@@ -153,22 +153,27 @@ def _gather(
         about = as_json(about)  # now: what is saved beside training must not change with it
         if wrong := wrong_in(about):
             raise CheckpointError(f"{wrong}, which no load would take: nothing is saved.")
-        return held, about
+        return local_state, about
 
     inner = None if optimizer is None else unwrap(optimizer)
     if isinstance(inner, DistAdamW):
         inner.follow()
-    held, about = ranks.everywhere(gather)
+    local_state, about = ranks.run(gather)
     if path is not None:
         alike = {name: about[name] for name in ("engine", "optimizer", "groups", "scheduler", "schedule")}
         agreement.check_agreement({"folder": str(path), **alike}, ranks.group)
-    return held, about
+    return local_state, about
 
 
-def _write(path: Path, held: LocalState, about: Mapping[str, Any], ranks: Ranks) -> None:
+def write_state(path: Path, local_state: LocalState, about: Mapping[str, Any], ranks: Ranks) -> None:
+    """Write what `collect_state` has returned. Collective.
+
+    Raises:
+        CheckpointError: it could not be written; on every rank alike.
+    """
     several = ranks.size > 1
-    planner = Planner(held.tensors, about)
-    lock = ranks.everywhere(lambda: _lock(path) if ranks.is_main else None)
+    planner = Planner(local_state.tensors, about)
+    lock = ranks.run(lambda: _lock(path) if ranks.is_main else None)
     writer = Writer(path, about, ranks.size)
     still_there = "What it held before is still there."
     try:
@@ -275,7 +280,7 @@ def load_together(
     random_state: bool = True,
     group: Group = None,
 ) -> list[Checkpoint]:
-    """`load` of several models: each is checked, with its tensors, before the first is changed. Collective.
+    """Load several models as `load`: each is checked, with its tensors, before the first is changed. Collective.
 
     Raises:
         CheckpointError: as of `load`.
@@ -289,27 +294,27 @@ def load_together(
 def _check(part: Part, on_difference: OnDifference | None, group: Group, until: contextlib.ExitStack) -> _Checked:
     path, optimizer, scheduler = part.path, part.optimizer, part.scheduler
     check_alike(path, group)
-    index = everywhere(lambda: checked(path, collectives.rank(), collectives.world_size(), until), group)
+    index = run_on_all_ranks(lambda: checked(path, collectives.rank(), collectives.world_size(), until), group)
     if len(set(collectives.all_gather_objects(index.digest, group))) > 1:
         raise CheckpointError(f"{path} is not the same on all ranks. Give all machines the same file system.")
     choice: OnDifference = on_difference or getattr(scheduler, "on_difference", None) or "strict"
-    ours = everywhere(lambda: access(part.model, optimizer), group)
-    taken, restore = everywhere(lambda: compare(index, ours, optimizer, scheduler, choice), group)
-    make_room = everywhere(lambda: _make_room(index, ours), group)
+    ours = run_on_all_ranks(lambda: access(part.model, optimizer), group)
+    taken, restore = run_on_all_ranks(lambda: compare(index, ours, optimizer, scheduler, choice), group)
+    make_room = run_on_all_ranks(lambda: _make_room(index, ours), group)
     return _Checked(part, index, ours.model, choice, taken, restore, make_room)
 
 
 def _apply(one: _Checked, random_state: bool, group: Group) -> Checkpoint:
     index, optimizer, scheduler = one.index, one.part.optimizer, one.part.scheduler
     # Room is made, and what was there forgotten, when no rank has found anything wrong.
-    held = everywhere(one.make_room, group)
+    local_state = run_on_all_ranks(one.make_room, group)
     try:
-        everywhere(lambda: _fill(index, held), group)
+        run_on_all_ranks(lambda: _fill(index, local_state), group)
     except CheckpointError as error:
         raise CheckpointError(f"{error} Model and optimizer are half loaded: load a checkpoint.") from error
     with torch.no_grad():
-        held.finish()  # it may be collective, so only when all ranks have read
-    everywhere(lambda: restore_extra_state(index, one.model), group)
+        local_state.finish()  # it may be collective, so only when all ranks have read
+    run_on_all_ranks(lambda: restore_extra_state(index, one.model), group)
     about = index.about
     if optimizer is not None:
         for members, values in zip(unwrap(optimizer).param_groups, one.taken, strict=True):
@@ -341,19 +346,19 @@ def _make_room(index: Index, ours: Access) -> Callable[[], LocalState]:
         raise CheckpointError(f"{index.folder}: {error}") from error
 
 
-def _fill(index: Index, held: LocalState) -> None:
+def _fill(index: Index, local_state: LocalState) -> None:
     with torch.no_grad():
-        _read(index, held)
-        for one, then in held.later():
+        _read(index, local_state)
+        for one, then in local_state.later():
             _read(index, one)
             then()
 
 
-def _read(index: Index, held: LocalState) -> None:
+def _read(index: Index, local_state: LocalState) -> None:
     # Every rank for itself, since what it needs to know is in the index; as dcp.load does where there is one rank.
     planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-    reader = Reader(index, held.sources)
-    planner.set_up_planner(dict(held.tensors), reader.read_metadata(), True)
+    reader = Reader(index, local_state.sources)
+    planner.set_up_planner(dict(local_state.tensors), reader.read_metadata(), True)
     reader.read_data(reader.prepare_local_plan(planner.create_local_plan()), planner)
 
 

@@ -1,7 +1,7 @@
 """Describe this process's part of a training state, keyed by parameter name: the same keys on every engine.
 
 Knows models, DistAdamW and other torch optimizers; nothing of files. What an engine keeps its own way is
-told by that engine's integration (`checkpoint.engines`).
+given by that engine's integration (`checkpoint.engine_adapters`).
 
     model.<name>         a parameter, or a buffer that the model's state dict has
     master.<name>        its fp32 weights, where the parameter is less exact
@@ -35,7 +35,7 @@ _NOT_COMPARED = {
     *("params", "param_names", "lr", "weight_decay", "initial_lr", "initial_weight_decay", "min_lr", "lr_scale"),
     *("foreach", "fused", "capturable", "differentiable", "decoupled_weight_decay"),
 }
-_ADAMW = {"DistAdamW", "AdamW", "Adam", "FusedAdam", "DeepSpeedCPUAdam"}
+ADAM_FAMILY = {"DistAdamW", "AdamW", "Adam", "FusedAdam", "DeepSpeedCPUAdam"}
 
 
 @dataclass
@@ -188,20 +188,22 @@ def buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def plain_groups(
     optimizer: Optimizer | None, names: Callable[[int, dict[str, Any]], list[str]]
 ) -> list[dict[str, Any]]:
-    """Parameter groups as plain data. Local."""
-    return [
-        {"names": names(g, group), **{k: plain(v) for k, v in group.items() if k not in ("params", "param_names")}}
-        for g, group in enumerate([] if optimizer is None else optimizer.param_groups)
-    ]
+    """Return parameter groups as plain data. Local."""
+    found: list[dict[str, Any]] = []
+    for g, group in enumerate([] if optimizer is None else optimizer.param_groups):
+        values = {key: plain(value) for key, value in group.items() if key not in ("params", "param_names")}
+        found.append({"names": names(g, group), **values})
+    return found
 
 
 def hyper_parameters(groups: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """By parameter name, what two jobs must have alike to go on from one another. Local."""
-    return {
-        name: {k: v for k, v in group.items() if k not in _NOT_COMPARED and k != "names"}
-        for group in groups
-        for name in group["names"]
-    }
+    """Return by parameter name what two jobs must have alike to go on from one another. Local."""
+    found = {}
+    for group in groups:
+        values = {key: value for key, value in group.items() if key not in _NOT_COMPARED and key != "names"}
+        for name in group["names"]:
+            found[name] = dict(values)
+    return found
 
 
 def family_of(optimizer: Optimizer) -> str:
@@ -213,8 +215,8 @@ def family_of(optimizer: Optimizer) -> str:
     own = type(optimizer).__name__
     for base in type(optimizer).__mro__:
         of_torch = base.__module__.startswith("torch.optim.") and base is not Optimizer
-        if base.__name__ in _ADAMW or of_torch:
-            is_adam = base.__name__ in _ADAMW and base.__name__ != own
+        if base.__name__ in ADAM_FAMILY or of_torch:
+            is_adam = base.__name__ in ADAM_FAMILY and base.__name__ != own
             return own if is_adam and not _has_moments(optimizer) else base.__name__
     return own
 
@@ -241,7 +243,7 @@ def fits_family(about: Mapping[str, Any], optimizer: Optimizer) -> bool:
 
 def same_family(one: str, other: str) -> bool:
     """Return whether the state of one class of optimizer means the same to the other."""
-    return one == other or {one, other} <= _ADAMW
+    return one == other or {one, other} <= ADAM_FAMILY
 
 
 def only_mine(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from dist_adamw.checkpoint.state import (
-    _ADAMW,
+    ADAM_FAMILY,
     MASTER,
     MODEL,
     SCALARS,
@@ -26,7 +26,7 @@ from dist_adamw.checkpoint.state import (
     plain_groups,
 )
 from dist_adamw.checkpoint.storage.partial_tensor import PartialTensor, Values, evaluated
-from dist_adamw.checkpoint.storage.regions import Box
+from dist_adamw.checkpoint.storage.regions import Region
 from dist_adamw.errors import CheckpointError
 from dist_adamw.optimizer.adamw import DistAdamW
 from dist_adamw.optimizer.sharding.dtensors import local_of
@@ -68,36 +68,36 @@ class TorchAccess:
 
     def to_save(self) -> LocalState:
         """See `Access`."""
-        held = LocalState()
+        local_state = LocalState()
         if isinstance(self.optimizer, DistAdamW):
             self.optimizer.wait()
-            self._of_shards(self.optimizer, held)
+            self._of_shards(self.optimizer, local_state)
         elif self.optimizer is not None:
-            self._of_states(self.optimizer, held)
+            self._of_states(self.optimizer, local_state)
         for param, name in self.names.items():
-            held.tensors.setdefault(f"{MODEL}.{name}", param.detach())
-        held.tensors |= {f"{MODEL}.{name}": buffer.detach() for name, buffer in buffers(self.model)}
-        held.tensors = only_mine(held.tensors)
-        return held
+            local_state.tensors.setdefault(f"{MODEL}.{name}", param.detach())
+        local_state.tensors |= {f"{MODEL}.{name}": buffer.detach() for name, buffer in buffers(self.model)}
+        local_state.tensors = only_mine(local_state.tensors)
+        return local_state
 
-    def _of_shards(self, optimizer: DistAdamW, held: LocalState) -> None:
+    def _of_shards(self, optimizer: DistAdamW, local_state: LocalState) -> None:
         for shard in optimizer.shards:
             for i, param in enumerate(shard.params):
                 name = self.names[param]
-                held.scalars[name] = {"step": float(shard.steps[i])}
+                local_state.scalars[name] = {"step": float(shard.steps[i])}
                 for kind in shard.moments.keys() - MASTERS:
-                    held.tensors[f"{kind}.{name}"] = _moment(shard, i, kind)
+                    local_state.tensors[f"{kind}.{name}"] = _moment(shard, i, kind)
                 if shard.has_master:
-                    held.tensors[f"{MASTER}.{name}"] = _master(shard, i)
+                    local_state.tensors[f"{MASTER}.{name}"] = _master(shard, i)
                 if shard.process_group is not None:
-                    held.tensors[f"{MODEL}.{name}"] = _runs(param.detach(), shard.owned.ranges_of(i))
+                    local_state.tensors[f"{MODEL}.{name}"] = _runs(param.detach(), shard.owned.ranges_of(i))
 
-    def _of_states(self, optimizer: Optimizer, held: LocalState) -> None:
+    def _of_states(self, optimizer: Optimizer, local_state: LocalState) -> None:
         for param, state in optimizer.state.items():
             name = self.names[param]
             for kind, value in state.items():
                 if kind != "step" and isinstance(value, Tensor):
-                    held.tensors[f"{kind}.{name}"] = value
+                    local_state.tensors[f"{kind}.{name}"] = value
                     continue
                 value = float(value) if isinstance(value, Tensor) else value
                 if type(value) not in SCALARS:
@@ -105,15 +105,15 @@ class TorchAccess:
                         f"{type(optimizer).__name__} has {kind} of {name}, a {type(value).__name__}: only tensors and "
                         "numbers can be saved. Use another optimizer, or pass None and save its state yourself."
                     )
-                held.scalars.setdefault(name, {})[kind] = value
+                local_state.scalars.setdefault(name, {})[kind] = value
 
     def to_load(self, found: CheckpointContents) -> Callable[[], LocalState]:
         """See `Access`."""
-        held = LocalState()
+        local_state = LocalState()
         for param, name in self.names.items():
-            held.read(MODEL, name, param.detach(), found)
+            local_state.read(MODEL, name, param.detach(), found)
         for name, buffer in buffers(self.model):
-            held.read(MODEL, name, buffer.detach(), found)
+            local_state.read(MODEL, name, buffer.detach(), found)
         if isinstance(self.optimizer, DistAdamW):
             self._check_shards(self.optimizer, found)
         elif self.optimizer is not None:
@@ -125,17 +125,17 @@ class TorchAccess:
                 self.optimizer.zero_grad()  # and what has been reduced of them
 
         def make_room() -> LocalState:
-            held.finish = forget_gradients
+            local_state.finish = forget_gradients
             if isinstance(self.optimizer, DistAdamW):
-                self._into_shards(self.optimizer, held, found)
+                self._into_shards(self.optimizer, local_state, found)
             elif self.optimizer is not None:
-                self._into_states(self.optimizer, held, found)
-            return held
+                self._into_states(self.optimizer, local_state, found)
+            return local_state
 
         return make_room
 
     def _with_state(self, found: CheckpointContents) -> list[Tensor]:
-        """Parameters that have state in a checkpoint."""
+        """Return the parameters that have state in a checkpoint."""
         return [p for p, name in self.names.items() if found.kinds.get(name, set()) - {MODEL, MASTER}]
 
     def _check_shards(self, optimizer: DistAdamW, found: CheckpointContents) -> None:
@@ -144,7 +144,7 @@ class TorchAccess:
             for param in {*group["params"]} & chosen:
                 found.need_adam(self.names[param], param.shape, group["amsgrad"])
 
-    def _into_shards(self, optimizer: DistAdamW, held: LocalState, found: CheckpointContents) -> None:
+    def _into_shards(self, optimizer: DistAdamW, local_state: LocalState, found: CheckpointContents) -> None:
         optimizer._lay_out(self._with_state(found))
         remainders = []
         for shard in optimizer.shards:
@@ -152,7 +152,7 @@ class TorchAccess:
                 name = self.names[param]
                 shard.steps[i] = found.scalars.get(name, {}).get("step", 0.0)
                 for kind in shard.moments.keys() - {"remainder"}:
-                    held.read(kind, name, _moment(shard, i, kind), found)
+                    local_state.read(kind, name, _moment(shard, i, kind), found)
                 if "remainder" in shard.moments:
                     remainders.append((shard, i, name))
 
@@ -163,33 +163,32 @@ class TorchAccess:
                 one.read(MASTER, name, _like_param(shard, i, weights, torch.float32), found)
                 yield one, lambda shard=shard, i=i, weights=weights: set_exact_weights(shard, i, weights)  # type: ignore[misc]
 
-        forget_gradients = held.finish
+        forget_gradients = local_state.finish
 
         def finish() -> None:
             optimizer.recount()
             forget_gradients()
 
-        held.later, held.finish = later, finish
+        local_state.later, local_state.finish = later, finish
 
     def _check_states(self, optimizer: Optimizer, found: CheckpointContents) -> None:
         for group in optimizer.param_groups:
             for param in group["params"]:
                 name = self.names[param]
                 kinds, numbers = self._state_of(name, optimizer, found)
-                if kinds and type(optimizer).__name__ in _ADAMW:
+                if kinds and type(optimizer).__name__ in ADAM_FAMILY:
                     found.need_adam(name, param.shape, group.get("amsgrad", False))
                 if twice := sorted(kinds & numbers.keys()):
                     raise CheckpointError(f"the checkpoint has {twice[0]} of {name} twice: it is damaged.")
 
     def _state_of(self, name: str, optimizer: Optimizer, found: CheckpointContents) -> tuple[set[str], dict[str, Any]]:
-        """Of a parameter's saved state, the tensors and numbers that an optimizer takes."""
+        """Return which tensors and numbers of a parameter's saved state an optimizer takes."""
         kinds, numbers = found.kinds.get(name, set()) - {MODEL, MASTER}, dict(found.scalars.get(name, {}))
-        if type(optimizer).__name__ in _ADAMW:  # a derived class may have more, and takes all
+        if type(optimizer).__name__ in ADAM_FAMILY:  # a derived class may have more, and takes all
             return kinds & {*MOMENTS}, {kind: value for kind, value in numbers.items() if kind == "step"}
         return kinds, numbers
 
-    def _into_states(self, optimizer: Optimizer, held: LocalState, found: CheckpointContents) -> None:
-        of_adam = family_of(optimizer) in _ADAMW
+    def _into_states(self, optimizer: Optimizer, local_state: LocalState, found: CheckpointContents) -> None:
         states: dict[Tensor, dict[str, Any]] = {}
         for group in optimizer.param_groups:
             for param in group["params"]:
@@ -198,28 +197,37 @@ class TorchAccess:
                 kinds, numbers = self._state_of(name, optimizer, found)
                 for kind in sorted(kinds):
                     key = f"{kind}.{name}"
-                    shape, dtype = found.shapes[key], found.dtypes[key]
                     before = optimizer.state.get(param, {}).get(kind)
-                    if isinstance(before, Tensor) and (tuple(before.shape), before.dtype) == (shape, dtype):
-                        state[kind] = before  # to have both would be as much memory again
-                    elif shape == tuple(param.shape):
-                        state[kind] = torch.zeros_like(param, dtype=dtype, requires_grad=False)
-                    else:
-                        state[kind] = torch.zeros(shape, dtype=dtype, device=param.device)
-                    held.read(kind, name, state[kind], found)
+                    state[kind] = _room_for(param, before, found.shapes[key], found.dtypes[key])
+                    local_state.read(kind, name, state[kind], found)
                 for kind, value in numbers.items():
-                    on_device = group.get("fused") or group.get("capturable")
-                    device = local_of(param).device if on_device else "cpu"
-                    is_tensor = kind == "step" and (of_adam or type(value) is float)
-                    state[kind] = torch.tensor(float(value), device=device) if is_tensor else value
+                    state[kind] = _number_in_state(optimizer, group, param, kind, value)
                 if state:
                     states[param] = state
         optimizer.state.clear()
         optimizer.state.update(states)
 
 
+def _room_for(param: Tensor, before: Any, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Return a tensor to read state of ``param`` into: the one that is there, if it fits."""
+    if isinstance(before, Tensor) and (tuple(before.shape), before.dtype) == (shape, dtype):
+        return before  # to have both would be as much memory again
+    if shape == tuple(param.shape):
+        return torch.zeros_like(param, dtype=dtype, requires_grad=False)
+    return torch.zeros(shape, dtype=dtype, device=param.device)
+
+
+def _number_in_state(optimizer: Optimizer, group: dict[str, Any], param: Tensor, kind: str, value: Any) -> Any:
+    """Return a number as ``optimizer`` keeps it: Adam's steps are tensors, and lie on the device for some kernels."""
+    is_tensor = kind == "step" and (family_of(optimizer) in ADAM_FAMILY or type(value) is float)
+    if not is_tensor:
+        return value
+    on_device = group.get("fused") or group.get("capturable")
+    return torch.tensor(float(value), device=local_of(param).device if on_device else "cpu")
+
+
 def _like_param(shard: Shard, i: int, values: Values, dtype: torch.dtype) -> Tensor:
-    """``values`` are this rank's elements of parameter ``i`` of ``shard``, 1-D in the order of memory, or make them."""
+    """Return ``values``, this rank's elements of parameter ``i`` in the order of memory, as part of its tensor."""
     param = shard.params[i]
     if not isinstance(param, DTensor):
         made = PartialTensor.of_ranges(
@@ -230,11 +238,13 @@ def _like_param(shard: Shard, i: int, values: Values, dtype: torch.dtype) -> Ten
     if isinstance(values, Tensor):
         return PartialTensor.of(shard.shaped(values, param))
     like = PartialTensor.of(param.detach())
-    return PartialTensor(param.shape, dtype, {box: partial(_part, shard, param, values, box) for box in like.parts})
+    return PartialTensor(
+        param.shape, dtype, {region: partial(_part, shard, param, values, region) for region in like.parts}
+    )
 
 
-def _part(shard: Shard, param: DTensor, values: Callable[[], Tensor], box: Box) -> Tensor:
-    return evaluated(PartialTensor.of(shard.shaped(values(), param)).parts[box])
+def _part(shard: Shard, param: DTensor, values: Callable[[], Tensor], region: Region) -> Tensor:
+    return evaluated(PartialTensor.of(shard.shaped(values(), param)).parts[region])
 
 
 def _moment(shard: Shard, i: int, kind: str) -> Tensor:
@@ -249,9 +259,9 @@ def _master(shard: Shard, i: int) -> Tensor:
 
 
 def _runs(tensor: Tensor, ranges: Iterable[Sequence[int]]) -> PartialTensor:
-    """Of a whole tensor the elements in ``ranges``, counted in the order of its memory."""
+    """Return of a whole tensor the elements in ``ranges``, counted in the order of its memory."""
     flat, order = storage_order(tensor), axes_in_memory(tensor)
-    parts: dict[Box, Values] = {}
+    parts: dict[Region, Values] = {}
     for start, stop in ranges:
         parts |= PartialTensor.of_ranges(
             tensor.shape, flat[start:stop], [(start, stop)], dtype=tensor.dtype, order=order

@@ -36,7 +36,7 @@ class Ranks:
 
     @classmethod
     def now(cls, group: dist.ProcessGroup | None = None) -> Ranks:
-        """All ranks of the job, as they are now, and a group for their messages. Local."""
+        """Return all ranks of the job, as they are now, and a group for their messages. Local."""
         return cls(collectives.rank(), collectives.world_size(), group)
 
     @property
@@ -65,7 +65,7 @@ class Ranks:
         )
 
     def gather(self, value: Any) -> list[Any]:
-        """Every rank's ``value`` (small and picklable), in rank order. Collective.
+        """Return every rank's ``value`` (small and picklable), in rank order. Collective.
 
         Raises:
             CheckpointError: the process group has been destroyed.
@@ -73,7 +73,7 @@ class Ranks:
         self.check()
         return [value] if self.size == 1 else collectives.all_gather_objects(value, self.group)
 
-    def everywhere(self, action: Callable[[], T]) -> T:
+    def run(self, action: Callable[[], T]) -> T:
         """Run ``action`` on every rank; where it fails on one, all raise its sentence. Collective.
 
         Raises:
@@ -97,6 +97,6 @@ class Ranks:
         return result  # type: ignore[return-value]
 
 
-def everywhere(action: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
-    """`Ranks.everywhere` of all ranks as they are now. Collective."""
-    return Ranks.now(group).everywhere(action)
+def run_on_all_ranks(action: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
+    """Run ``action`` as `Ranks.run` on all ranks as they are now. Collective."""
+    return Ranks.now(group).run(action)

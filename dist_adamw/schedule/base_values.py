@@ -192,7 +192,7 @@ def _marks(group: Mapping[str, Any]) -> tuple[object, object]:
 
 
 def _mark(value: object) -> object:
-    """A number itself; of a tensor which one it is, and how often it was written to."""
+    """Return a number itself; of a tensor which one it is, and how often it was written to."""
     return (id(value), value._version) if isinstance(value, Tensor) else value
 
 

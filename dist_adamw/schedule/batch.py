@@ -37,7 +37,7 @@ def check_positive_int(name: str, value: object) -> int:
 
 
 def shown(value: object) -> str:
-    """``value`` as it is written, if that is of bearable length."""
+    """Return ``value`` as it is written, if that is of bearable length."""
     try:
         text = repr(value)
     except ValueError:  # a number of more digits than Python writes
@@ -91,3 +91,12 @@ class GlobalBatch:
                 f"{' and '.join(nearest)}."
             )
         return cls(micro_batch_size, steps, data_parallel_size)
+
+
+def samples_of_batch(batch_size: int | GlobalBatch) -> int:
+    """Return the samples of a global batch.
+
+    Raises:
+        ValueError: not a whole number above 0.
+    """
+    return batch_size.size if isinstance(batch_size, GlobalBatch) else check_positive_int("batch_size", batch_size)

@@ -81,8 +81,7 @@ class SampleClock:
         if not self._is_in_update:
             return
         self._is_in_update = False
-        # torch's get_optimizer_state_dict makes an optimizer without state step once with lr 0.
-        if self._began_without_state and has_lr and all(group["lr"] == 0 for group in optimizer.param_groups):
+        if has_lr and self._began_without_state and _has_no_lr(optimizer):
             return
         is_known = skip_is_known(optimizer)
         if not is_known or was_applied(optimizer):
@@ -149,6 +148,21 @@ def crosses_epoch(before: int, samples: int, epoch_size: int) -> bool:
     """Return whether an update ends beyond the epoch that it began in, and not at its end."""
     after = before + samples
     return after % epoch_size != 0 and after // epoch_size != before // epoch_size
+
+
+def crossing_warning(before: int, samples: int, epoch_size: int) -> str:
+    """Return what to say of an update for which `crosses_epoch` holds."""
+    beyond = (before + samples) % epoch_size
+    return (
+        f"an update of {samples} samples ends {beyond} samples beyond an epoch of {epoch_size}, "
+        "so restarts and epochs of the loop come apart. epoch_size is the samples that one epoch really trains on "
+        "(with drop_last=True whole batches only); for data without epochs pass stream=True."
+    )
+
+
+def _has_no_lr(optimizer: Optimizer) -> bool:
+    """Return whether every lr is 0: torch's get_optimizer_state_dict makes an optimizer without state step so."""
+    return all(group["lr"] == 0 for group in optimizer.param_groups)
 
 
 def _first_params(optimizer: Optimizer) -> set[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,9 +10,23 @@ from torch import Tensor
 
 from dist_adamw.plain_data import plain
 from dist_adamw.schedule.recipe import Recipe
+from dist_adamw.schedule.scheduled_optimizer import ScheduledOptimizer
 
 _GROUPS_SHOWN = 4
 _ALWAYS_SHOWN = ("restart_period", "t_mult", "policy")
+
+
+def describe_scheduler(scheduler: object, scheduled: ScheduledOptimizer) -> str:
+    """Return the ``repr`` of a scheduler with its recipe, clock and values."""
+    parameters = inspect.signature(type(scheduler).__init__).parameters
+    defaults = {name: parameter.default for name, parameter in parameters.items()}
+    lines = [
+        *describe_recipe(scheduled.recipe, scheduled.min_lr, defaults),
+        describe_clock(scheduled.recipe, scheduled.clock.samples),
+        describe_values("lr", scheduled.last_lr),
+        describe_values("weight_decay", scheduled.weight_decay()),
+    ]
+    return "\n    ".join([f"{type(scheduler).__name__}(", *lines]) + "\n)"
 
 
 def describe_recipe(recipe: Recipe, min_lr: float, defaults: Mapping[str, Any]) -> list[str]:
@@ -43,6 +58,15 @@ def describe_clock(recipe: Recipe, samples: int) -> str:
     if point.warmup is not None:
         where = f"{point.warmup:.1%} of the warm-up"
     return f"clock: {samples:,} samples (epoch {samples / recipe.schedule.epoch_size:.4g}), {where}"
+
+
+def describe_restart(recipe: Recipe, samples: int, lr: float | Tensor) -> str:
+    """Return the line that ``verbose=True`` prints at a warm restart."""
+    cycle, epoch_size = recipe.schedule.at(samples).cycle, recipe.schedule.epoch_size
+    return (
+        f"warm restart {cycle.index} at sample {samples:,} (epoch {samples / epoch_size:.2f}): "
+        f"the next {float(cycle.length / epoch_size):g} epochs start from lr {lr:.3g}"
+    )
 
 
 def describe_values(name: str, values: Sequence[float | Tensor]) -> str:

@@ -183,23 +183,9 @@ class Preview:
         last = starts[-1] if end is None else end.total_samples
         samples = tuple(last * k // points for k in range(points))
         trace = [values(schedule.at(s)) for s in samples]
-        rows = []
-        for i, (first, after) in enumerate(itertools.pairwise(starts)):
-            inside = {first + (after - first) * k // 64 for k in range(64)}
-            inside.add(min(first + int((after - first) * schedule.triangular_step), after - 1))
-            peak = max(values(schedule.at(s))[0] for s in inside)
-            rows.append(
-                CycleRow(
-                    cycle=i,
-                    first_sample=first,
-                    samples=after - first,
-                    epochs=float(schedule.cycle(i).length / schedule.epoch_size),
-                    updates=-(-(after - first) // schedule.batch_size),
-                    peak_lr=peak,
-                    peak_weight_decay=max(values(schedule.at(s))[1] for s in inside),
-                )
-            )
-        return cls(tuple(rows), samples, tuple(v[0] for v in trace), tuple(v[1] for v in trace), warmup, end)
+        rows = [_row(schedule, values, i, *ends) for i, ends in enumerate(itertools.pairwise(starts))]
+        lr, weight_decay = zip(*trace, strict=True)
+        return cls(tuple(rows), samples, lr, weight_decay, warmup, end)
 
     def __str__(self) -> str:
         titles = ("cycle", "first sample", "samples", "epochs", "updates", "peak lr", "peak decay")
@@ -220,6 +206,24 @@ class Preview:
         restarts = [row.first_sample for row in self.rows[1:]]
         curves = {"lr": self.lr, "weight decay": self.weight_decay}
         return plot_curves(path, self.samples, curves, restarts)
+
+
+def _row(schedule: RestartSchedule, values: GroupValues, cycle: int, first: int, after: int) -> CycleRow:
+    """Describe the cycle of the samples from ``first`` to before ``after``."""
+    length = after - first
+    inside = {first + length * k // 64 for k in range(64)}
+    # Where triangular policies peak.
+    inside.add(min(first + int(length * schedule.triangular_step), after - 1))
+    found = [values(schedule.at(sample)) for sample in inside]
+    return CycleRow(
+        cycle=cycle,
+        first_sample=first,
+        samples=length,
+        epochs=float(schedule.cycle(cycle).length / schedule.epoch_size),
+        updates=-(-length // schedule.batch_size),
+        peak_lr=max(lr for lr, _ in found),
+        peak_weight_decay=max(decay for _, decay in found),
+    )
 
 
 def _ceil(value: object) -> int:

@@ -1,21 +1,28 @@
 """The options of a schedule, and the lr and weight decay that they give for a parameter group.
 
-Knows no clock and writes nothing; see ``scheduler.py``.
+Knows no clock and writes nothing; see ``scheduled_optimizer.py``.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from torch.optim import Optimizer
 
 from dist_adamw.plain_data import plain
-from dist_adamw.schedule.base_values import BaseValues
+from dist_adamw.schedule.base_values import BaseValues, GroupCheck, ScheduledGroup
+from dist_adamw.schedule.batch import GlobalBatch, check_positive_int, check_whole, samples_of_batch
 from dist_adamw.schedule.restarts import RestartSchedule, SchedulePoint
-from dist_adamw.schedule.weight_decay import DecayConvention, decay_by_lr, decay_by_schedule, decay_convention
+from dist_adamw.schedule.weight_decay import (
+    DecayConvention,
+    check_decoupled,
+    decay_by_lr,
+    decay_by_schedule,
+    decay_convention,
+)
 
 _NOT_KNOWN = (
     "{} is not known, so the schedule cannot be computed. Pass it to CyclicLRWithRestarts, or let "
@@ -61,6 +68,37 @@ class Recipe:
         )
         is_known = self.epoch_size is not None and self.reference_batch_size is not None
         object.__setattr__(self, "_schedule", schedule if is_known else None)
+
+    @classmethod
+    def from_arguments(
+        cls,
+        batch_size: int | GlobalBatch | None,
+        epoch_size: int | None,
+        *,
+        normalize_weight_decay: bool | Literal["auto"],
+        lr_scaling: Literal["sqrt", "linear"] | None,
+        stream: bool,
+        **options: Any,
+    ) -> Recipe:
+        """Return the recipe for arguments of `CyclicLRWithRestarts`.
+
+        Raises:
+            ValueError: an argument is out of its range.
+        """
+        if epoch_size is not None:
+            epoch_size = check_positive_int("epoch_size", epoch_size)
+        batch = None if batch_size is None else samples_of_batch(batch_size)
+        # Replaced where it stands: the order of options is that of the configuration and of repr.
+        options["warmup_samples"] = check_whole("warmup_samples", options["warmup_samples"])
+        return cls(
+            options=options,
+            epoch_size=epoch_size,
+            batch_size=batch,
+            reference_batch_size=batch,
+            normalize=normalize_weight_decay,
+            lr_scaling=lr_scaling,
+            stream=stream,
+        )
 
     @property
     def is_known(self) -> bool:
@@ -108,6 +146,20 @@ class Recipe:
         if convention == "schedule":
             return decay_by_schedule(base, norm=norm, lr=self.schedule.lr(point, base.lr, base.min_lr))
         return decay_by_lr(base, norm=norm, batch_scale=self._batch_scale())
+
+    def group_values(
+        self, point: SchedulePoint, groups: Iterable[ScheduledGroup], optimizer: Optimizer
+    ) -> list[tuple[float, float | None]]:
+        """Return lr and weight decay of each group; None where the decay is left alone."""
+        values = []
+        for one in groups:
+            values.append((self.lr(point, one.base), self.weight_decay(point, one.base, optimizer, one.group)))
+        return values
+
+    @property
+    def group_check(self) -> GroupCheck | None:
+        """The check that new parameter groups must pass."""
+        return check_decoupled if self.normalize is True else None
 
     def decay_convention(self, optimizer: Optimizer, group: Mapping[str, Any]) -> DecayConvention:
         """Return by what the weight decay of ``group`` is written; "l2": it is left alone."""

@@ -198,7 +198,8 @@ class RestartSchedule:
             floor = exact("min_restart_period", self.min_restart_period) * self.epoch_size
         else:
             floor = min(first, Fraction(self.epoch_size)) if ratio < 1 else Fraction(0)
-        if max(floor, first if ratio >= 1 else 0) < _SHORTEST:
+        shortest = max(floor, first) if ratio >= 1 else floor
+        if shortest < _SHORTEST:
             raise ValueError(
                 f"restart_period={shown(self.restart_period)} and min_restart_period={shown(self.min_restart_period)} "
                 f"make cycles of less than a millionth of a sample, in epochs of {self.epoch_size:,}. Raise them."
@@ -208,10 +209,13 @@ class RestartSchedule:
             return (_Run(0, Fraction(0), max(first, floor), Fraction(1)),)
         # The cycles before the floor takes over (shrinking) or lets go (growing).
         turn = _first_power(first, ratio, floor)
-        at_floor = Fraction(1)
-        before = _Run(0, Fraction(0), first, ratio) if ratio < 1 else _Run(0, Fraction(0), floor, at_floor)
-        start = before.start_of(turn)
-        after = _Run(turn, start, floor, at_floor) if ratio < 1 else _Run(turn, start, first * ratio**turn, ratio)
+        all_alike = Fraction(1)
+        if ratio < 1:
+            before = _Run(0, Fraction(0), first, ratio)
+            after = _Run(turn, before.start_of(turn), floor, all_alike)
+        else:
+            before = _Run(0, Fraction(0), floor, all_alike)
+            after = _Run(turn, before.start_of(turn), first * ratio**turn, ratio)
         return (before, after) if turn else (after,)
 
     def _check_countable(self, first: Fraction, ratio: Fraction, floor: Fraction) -> None:

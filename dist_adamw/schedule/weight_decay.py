@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from dist_adamw.schedule.base_values import BaseValues
 
 DecayConvention = Literal["schedule", "lr", "l2"]
+_DECOUPLING = {"Lion", "SGDW", "Muon", "Adafactor"}
 
 
 def decay_convention(optimizer: Optimizer, group: Mapping[str, Any]) -> DecayConvention:
@@ -23,9 +24,13 @@ def decay_convention(optimizer: Optimizer, group: Mapping[str, Any]) -> DecayCon
             return "lr" if flag else "l2"
     if group.get("decoupled_weight_decay"):
         return "lr"
+    return "lr" if _is_known_to_decouple(optimizer) else "l2"
+
+
+def _is_known_to_decouple(optimizer: Optimizer) -> bool:
+    """Return whether the class, or one that it derives from, has the name of an optimizer that decouples the decay."""
     names = {cls.__name__ for cls in type(optimizer).__mro__}
-    decoupled = any("adamw" in name.lower() for name in names) or names & {"Lion", "SGDW", "Muon", "Adafactor"}
-    return "lr" if decoupled else "l2"
+    return any("adamw" in name.lower() for name in names) or not names.isdisjoint(_DECOUPLING)
 
 
 def check_decoupled(optimizer: Optimizer, group: Mapping[str, Any], base: BaseValues) -> None:

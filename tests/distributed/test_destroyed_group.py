@@ -85,7 +85,7 @@ def test_a_rank_stays_what_it_was() -> None:
     ranks = Ranks(rank=1, size=2, group=None)
     assert not ranks.is_main
     done: list[int] = []
-    for ask in (ranks.check, lambda: ranks.gather(0), lambda: ranks.everywhere(lambda: done.append(1))):
+    for ask in (ranks.check, lambda: ranks.gather(0), lambda: ranks.run(lambda: done.append(1))):
         with pytest.raises(CheckpointError, match="the process group of 2 ranks was destroyed"):
             ask()
     assert not done

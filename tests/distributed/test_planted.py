@@ -22,7 +22,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from dist_adamw import CheckpointError, prepare
 from dist_adamw.checkpoint.formats.unpickling import nothing_executed
 from dist_adamw.checkpoint.storage.index import write_index
-from dist_adamw.integrations.accelerate.prepared import _files_of
+from dist_adamw.integrations.accelerate.state_folder import files_of
 from tests.distributed.engines import environment
 from tests.distributed.jobs import job
 from tests.distributed.test_saved_state import engine_of, train_engine
@@ -139,7 +139,7 @@ def _accept_files(folder: Path, rank: int) -> None:
     if rank == 0:
         index = json.loads((folder / "dist_adamw" / "index.json").read_text())
         del index["sha256"]
-        index["about"]["extra"]["files"] = _files_of(folder)
+        index["about"]["extra"]["files"] = files_of(folder)
         write_index(folder / "dist_adamw", index)
     dist.barrier()
 

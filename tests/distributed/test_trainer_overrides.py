@@ -139,7 +139,7 @@ def honoured(folder: str, ranks: int) -> list[list[float]]:
         assert type(scheduler) is CyclicLRWithRestarts
         assert scheduler.optimizer is inner
         assert scheduler.samples == EPOCH * EPOCHS
-        bases = [base.lr for base in scheduler._bases]
+        bases = [base.lr for base in scheduler._scheduled.bases()]
         layered = kind not in (Momentum, OwnSchedule, NeverCalled)
         assert bases == ([LR / 4, LR] if layered else [LR, LR]), kind
         if prepared:
@@ -239,7 +239,7 @@ def searched(folder: str, ranks: int) -> list[tuple[float, int | None, int, bool
             trainer.create_accelerator_and_postprocess()  # as the search does for every trial
             trainer.train()
             scheduler, is_attached = trainer.lr_scheduler, unwrap(trainer.optimizer)._path is not None  # type: ignore[attr-defined]
-            found.append((scheduler._bases[0].lr, scheduler.batch_size, scheduler.samples, is_attached))
+            found.append((scheduler._scheduled.bases()[0].lr, scheduler.batch_size, scheduler.samples, is_attached))
     return found
 
 

@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
 from dist_adamw import CyclicLRWithRestarts, DistAdamW, ExpReduceMaxLROnIteration, ReduceMaxLROnRestart
-from dist_adamw.integrations.deepspeed.register import _optimizer_from_json, _scheduler_from_json
+from dist_adamw.integrations.deepspeed.configuration import _optimizer_from_json, _scheduler_from_json
 from dist_adamw.schedule.policies import POLICIES
 from tests.conftest import ROOT
 from tests.fuzz.judge import REFUSED, RIGHT, Tally, Wrong, check_sentence
@@ -139,7 +139,7 @@ def look_up(scheduler: CyclicLRWithRestarts, recipe: Arguments) -> str:
         except ValueError as error:
             return check_sentence(error)
         raise Wrong("a schedule without a batch or an epoch")
-    (base,) = scheduler._bases
+    (base,) = scheduler._scheduled.bases()
     epoch, warmup = scheduler.epoch_size, int(recipe.get("warmup_samples", 0))
     lowest = min(base.min_lr, scheduler.schedule.warmup_start_lr if warmup else base.lr)
     highest = max(base.lr, scheduler.schedule.warmup_start_lr if warmup else 0.0)
@@ -173,7 +173,7 @@ def deepspeed(section: str, told: Arguments) -> str:
             _optimizer_from_json([torch.nn.Parameter(torch.ones(3))], **told)
         else:
             scheduler = _scheduler_from_json(optimizer, **{"batch_size": 10, "epoch_size": 100, **told})
-            if scheduler._recipe.is_known:
+            if scheduler._scheduled.recipe.is_known:
                 look_up(scheduler, {k: v for k, v in told.items() if k == "warmup_samples"})
     except ValueError as error:
         return check_sentence(error, f"DeepSpeed configuration, {section}.params")

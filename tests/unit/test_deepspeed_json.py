@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dist_adamw import CyclicLRWithRestarts, DistAdamW
-from dist_adamw.integrations.deepspeed.register import _optimizer_from_json, _scheduler_from_json
+from dist_adamw.integrations.deepspeed.configuration import _optimizer_from_json, _scheduler_from_json
 
 
 def optimizer_from(told: dict[str, Any]) -> DistAdamW:
@@ -170,7 +170,7 @@ def test_an_import_path_is_not_imported(
 
 KEYS = [
     *optimizer_from({}).defaults,
-    *scheduler_from({})._recipe.options,
+    *scheduler_from({})._scheduled.recipe.options,
     "shard",
     "mesh",
     "fused",

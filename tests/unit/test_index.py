@@ -52,7 +52,7 @@ CASES: dict[str, tuple[Callable[[Index], Any], str]] = {
     "a row twice": (lambda i: cut(i, (0, 4), (2, 1)), GAPS),
     "a row twice, and another nowhere": (lambda i: cut(i, (0, 2), (1, 2)), GAPS),
     "no chunks": (lambda i: cut(i), GAPS),
-    "a row beyond the shape": (lambda i: cut(i, (1, 4)), r"'x' has a chunk Box\(offsets=\(1, 0\)"),
+    "a row beyond the shape": (lambda i: cut(i, (1, 4)), r"'x' has a chunk Region\(offsets=\(1, 0\)"),
     "a chunk with an axis less": (lambda i: i["tensors"]["x"]["chunks"][0].__setitem__(1, [24]), "'x' has a chunk"),
     "a negative offset": (lambda i: i["tensors"]["x"]["chunks"][0].__setitem__(3, -4), "'x' has a chunk"),
     "an offset that is no integer": (lambda i: i["tensors"]["x"]["chunks"][0].__setitem__(3, 8.0), "'x' has a chunk"),

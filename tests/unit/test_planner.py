@@ -15,7 +15,7 @@ from dist_adamw.checkpoint.storage.planner import Planner
 
 
 def held(rank: int) -> dict[str, Tensor]:
-    edges = [(0, 7), (7, 12)][rank]  # of a tensor of 3 x 4: boxes of a row, and of a part of one
+    edges = [(0, 7), (7, 12)][rank]  # of a tensor of 3 x 4: regions of a row, and of a part of one
     return {
         "weight": PartialTensor.of_ranges((3, 4), torch.zeros(edges[1] - edges[0]), [edges], dtype=torch.float32),
         "on all ranks": torch.zeros(5, dtype=torch.int64),

@@ -20,7 +20,7 @@ from dist_adamw.checkpoint.storage import files as storage
 from dist_adamw.checkpoint.storage.files import Reader, Writer, read_whole
 from dist_adamw.checkpoint.storage.index import damage, read_index
 from dist_adamw.checkpoint.storage.partial_tensor import PartialTensor
-from dist_adamw.checkpoint.storage.regions import Box, boxes, overlap_anywhere
+from dist_adamw.checkpoint.storage.regions import Region, overlap_anywhere, regions_of
 from dist_adamw.errors import CheckpointError
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -32,22 +32,22 @@ def test_boxes_have_the_elements_in_order(shape: tuple[int, ...]) -> None:
     numel = math.prod(shape)
     numbers = torch.arange(numel).view(shape)
     for start, stop in itertools.combinations_with_replacement(range(numel + 1), 2):
-        found = list(boxes(start, stop, shape))
+        found = list(regions_of(start, stop, shape))
         assert len(found) <= max(1, 2 * len(shape) - 1)
         assert not overlap_anywhere(found, len(shape))
-        elements = [n for box in found for n in numbers[_slices(box)].reshape(-1).tolist()]
+        elements = [n for region in found for n in numbers[_slices(region)].reshape(-1).tolist()]
         assert elements == list(range(start, stop))
 
 
-def _slices(box: Box) -> tuple[slice, ...]:
-    return tuple(slice(a, a + n) for a, n in zip(*box, strict=True))
+def _slices(region: Region) -> tuple[slice, ...]:
+    return tuple(slice(a, a + n) for a, n in zip(*region, strict=True))
 
 
 def test_overlaps_are_found() -> None:
-    assert overlap_anywhere([Box((0, 0), (2, 2)), Box((1, 1), (2, 2))], 2)
-    assert not overlap_anywhere([Box((0, 0), (2, 2)), Box((0, 2), (2, 2)), Box((2, 0), (1, 4))], 2)
-    assert not overlap_anywhere([Box((1, 1), (0, 2)), Box((0, 0), (2, 2))], 2)
-    assert overlap_anywhere([Box((), ()), Box((), ())], 0)
+    assert overlap_anywhere([Region((0, 0), (2, 2)), Region((1, 1), (2, 2))], 2)
+    assert not overlap_anywhere([Region((0, 0), (2, 2)), Region((0, 2), (2, 2)), Region((2, 0), (1, 4))], 2)
+    assert not overlap_anywhere([Region((1, 1), (0, 2)), Region((0, 0), (2, 2))], 2)
+    assert overlap_anywhere([Region((), ()), Region((), ())], 0)
 
 
 def save(folder: Path, tensors: dict[str, Tensor], about: dict[str, object] | None = None) -> None:
@@ -166,7 +166,7 @@ def test_thousands_of_rows_of_a_wide_matrix_are_compared_in_one_sweep() -> None:
             compared += 1
             return super().__iter__()
 
-    rows = [Box(Counting((i, 0)), (1, 50_000)) for i in range(4096)]
+    rows = [Region(Counting((i, 0)), (1, 50_000)) for i in range(4096)]
     assert not overlap_anywhere(rows, 2)
     assert compared < 4096
-    assert overlap_anywhere([*rows, Box((7, 3), (1, 1))], 2)
+    assert overlap_anywhere([*rows, Region((7, 3), (1, 1))], 2)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dist_adamw.checkpoint.storage.index import INDEX
 from dist_adamw.checkpoint.storage.partial_tensor import PartialTensor, Values
-from dist_adamw.checkpoint.storage.regions import Box
+from dist_adamw.checkpoint.storage.regions import Region
 from dist_adamw.errors import CheckpointError
 from dist_adamw.optimizer.sharding.shard import MOMENTS
 from dist_adamw.plain_data import plain
@@ -60,7 +60,7 @@ def kind_of(source: Path) -> Kind:
         return "dcp"
     if (source / "zero").is_dir() or (source / "latest_universal").exists():
         return "universal"
-    if any(file for pattern in ("", "*/") for file in source.glob(f"{pattern}*_optim_states.pt")):
+    if [*source.glob("*_optim_states.pt"), *source.glob("*/*_optim_states.pt")]:
         raise CheckpointError(
             f"{source} is a checkpoint of DeepSpeed that only as many ranks could load. Convert it with `python -m "
             "deepspeed.checkpoint.ds_to_universal --inject_missing_state --input_folder ... --output_folder ...`, "
@@ -107,7 +107,7 @@ def plain_group(group: Mapping[str, Any], names: list[str]) -> dict[str, Any]:
 
 
 def inside(folder: Path, name: str) -> str:
-    """``name``, which a checkpoint gives to something in ``folder``. Local.
+    """Return ``name``, which a checkpoint gives to something in ``folder``. Local.
 
     Raises:
         CheckpointError: it leads out of there.
@@ -118,5 +118,5 @@ def inside(folder: Path, name: str) -> str:
 
 
 def lazy(shape: Sequence[int], dtype: torch.dtype, make: Values) -> PartialTensor:
-    """A tensor that is read when it is saved, so that one is in memory at a time. Local."""
-    return PartialTensor(shape, dtype, {Box((0,) * len(shape), tuple(shape)): make})
+    """Return a tensor that is read when it is saved, so that one is in memory at a time. Local."""
+    return PartialTensor(shape, dtype, {Region((0,) * len(shape), tuple(shape)): make})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import math
 import os
 import pickle
@@ -18,12 +19,12 @@ import torch
 from torch import Tensor
 
 from dist_adamw.checkpoint.formats.content import MODEL_KEYS, STATE_NAMES, Content, inside, plain_group
-from dist_adamw.checkpoint.formats.torch_file import _MEMBERS, _Record, _tensors_and_plain_data
+from dist_adamw.checkpoint.formats.torch_file import MEMBERS, Record, tensors_and_plain_data
 from dist_adamw.checkpoint.state import MODEL
 from dist_adamw.checkpoint.storage.files import read_exactly
 from dist_adamw.checkpoint.storage.index import DTYPES, open_plainly
 from dist_adamw.checkpoint.storage.partial_tensor import PartialTensor
-from dist_adamw.checkpoint.storage.regions import Box, overlap_anywhere
+from dist_adamw.checkpoint.storage.regions import Region, overlap_anywhere
 from dist_adamw.errors import CheckpointError
 
 _DCP = "torch.distributed.checkpoint"
@@ -46,11 +47,11 @@ class _Unpickler(pickle.Unpickler):
     """Reads a ``.metadata`` into records; what it does not need, it refuses."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """Something inert in the place of a class or function."""
+        """Return something inert in the place of a class or function."""
         if module == "torch" and name in DTYPES:
             return DTYPES[name]
-        if f"{module}.{name}" in _MEMBERS:
-            return type(name, (_Record,), {})
+        if f"{module}.{name}" in MEMBERS:
+            return type(name, (Record,), {})
         if (module, name) not in _NEEDED:
             raise CheckpointError(
                 f"its .metadata asks for {module}.{name}, which describes no tensors, and nothing is executed. Do not "
@@ -58,7 +59,7 @@ class _Unpickler(pickle.Unpickler):
             )
         if name == "OrderedDict":
             return OrderedDict
-        return tuple if name == "Size" else type(name, (_Record,), {})
+        return tuple if name == "Size" else type(name, (Record,), {})
 
 
 def _check_memo(data: bytes) -> None:
@@ -93,30 +94,30 @@ class _Dcp:
         return type(self.items[key]).__name__ == "TensorStorageMetadata"
 
     def tensor(self, key: str) -> Tensor:
-        """One that is read when it is needed, chunk by chunk."""
+        """Return one that is read when it is needed, chunk by chunk."""
         item = self.items[key]
         dtype, shape = item.properties.state[0], tuple(item.size)
-        boxes = [Box(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in item.chunks]
-        fits = all(
-            len(box.offsets) == len(box.sizes) == len(shape)
-            and all(a >= 0 and n >= 0 and a + n <= m for a, n, m in zip(*box, shape, strict=True))
-            for box in boxes
-        )
-        boxes = [box for box in boxes if box.numel]
-        if not fits or math.prod(shape) != sum(b.numel for b in boxes) or overlap_anywhere(boxes, len(shape)):
+        regions, fit = [], True
+        for chunk in item.chunks:
+            region = Region(tuple(chunk.offsets), tuple(chunk.sizes))
+            fit = fit and _lies_in(region, shape)
+            if region.numel:
+                regions.append(region)
+        missing = math.prod(shape) - sum(region.numel for region in regions)
+        if not fit or missing or overlap_anywhere(regions, len(shape)):
             raise CheckpointError(f"{self.folder} is damaged: {key} has gaps or overlaps.")
-        if not boxes:
+        if not regions:
             return torch.empty(shape, dtype=dtype)
-        return PartialTensor(shape, dtype, {box: partial(self._chunk, key, box, dtype) for box in boxes})
+        return PartialTensor(shape, dtype, {region: partial(self._chunk, key, region, dtype) for region in regions})
 
-    def _chunk(self, key: str, box: Box, dtype: torch.dtype) -> Tensor:
-        found = self._read(key, box.offsets)
-        if not isinstance(found, Tensor) or tuple(found.shape) != box.sizes or found.dtype != dtype:
+    def _chunk(self, key: str, region: Region, dtype: torch.dtype) -> Tensor:
+        found = self._read(key, region.offsets)
+        if not isinstance(found, Tensor) or tuple(found.shape) != region.sizes or found.dtype != dtype:
             raise CheckpointError(f"{self.folder} is damaged: {key} is not what its .metadata says.")
         return found
 
     def value(self, key: str) -> Any:
-        """A number, or other plain data."""
+        """Return a number, or other plain data."""
         if self.is_tensor(key):
             item = self.items[key]
             return self._read(key, (0,) * len(item.size))
@@ -130,11 +131,20 @@ class _Dcp:
             if not 0 <= place.offset <= place.offset + place.length <= os.fstat(file.fileno()).st_size:
                 raise CheckpointError(f"{self.folder} is damaged: {key} reaches beyond {place.relative_path}.")
             data = io.BytesIO(read_exactly(file, place.offset, place.length).numpy().data)
-        return _tensors_and_plain_data(data, f"{key} in {self.folder}")
+        return tensors_and_plain_data(data, f"{key} in {self.folder}")
+
+
+def _lies_in(region: Region, shape: tuple[int, ...]) -> bool:
+    if not len(region.offsets) == len(region.sizes) == len(shape):
+        return False
+    for offset, size, whole in zip(*region, shape, strict=True):
+        if offset < 0 or size < 0 or offset + size > whole:
+            return False
+    return True
 
 
 def from_dcp(source: Path) -> Content:
-    """A folder of ``torch.distributed.checkpoint``, with ``get_state_dict``'s two somewhere in it. Local."""
+    """Read a folder of ``torch.distributed.checkpoint``, with ``get_state_dict``'s two somewhere in it. Local."""
     folder = _Dcp(source)
     weights: dict[tuple[Any, ...], dict[str, str]] = {}
     states: dict[tuple[Any, ...], list[tuple[str, str, str]]] = {}
@@ -150,17 +160,18 @@ def from_dcp(source: Path) -> Content:
     if len(states) > 1:
         raise CheckpointError(f"{source} has {len(states)} optimizers, {sorted(states)}. Save one.")
     found = Content("torch.distributed.checkpoint")
-    for name, kind, key in next(iter(states.values()), []):
-        found.add_state(name, kind, folder.value(key) if kind == "step" else folder.tensor(key))
+    for name, kind, key in itertools.chain(*states.values()):
+        read = folder.value if kind == "step" else folder.tensor
+        found.add_state(name, kind, read(key))
     found.groups = _dcp_groups(of_groups)
-    trained = {name for group in found.groups for name in group["names"]}
-    for name, key in _model_of(source, weights, trained).items():
+    trained = itertools.chain.from_iterable(group["names"] for group in found.groups)
+    for name, key in _model_of(source, weights, {*trained}).items():
         found.tensors[f"{MODEL}.{name}"] = folder.tensor(key)
     return found
 
 
 def _place(path: tuple[Any, ...], part: str) -> tuple[tuple[Any, ...], Any, str] | None:
-    """Of ``(..., part, name, what)``, or ``(..., "part.name.what")`` as flattened optimizer states have it."""
+    """Split ``(..., part, name, what)``, or ``(..., "part.name.what")`` as flattened optimizer states have it."""
     if len(path) > 2 and path[-3] == part and str(path[-1]).isidentifier():
         return path[:-3], path[-2], path[-1]
     flat = re.fullmatch(rf"{part}\.(.+)\.(\w+)", str(path[-1]))

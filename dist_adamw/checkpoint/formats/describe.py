@@ -25,18 +25,25 @@ def describe(path: str | Path) -> tuple[str, bool]:
 
 def _table(index: Index) -> tuple[str, bool]:
     about, samples = index.about, samples_of(index)
-    weights = [saved for key, saved in index.tensors.items() if key.startswith(f"{MODEL}.")]
+    numels = [math.prod(saved.shape) for key, saved in index.tensors.items() if key.startswith(f"{MODEL}.")]
     kinds = sorted({key.partition(".")[0] for key in index.tensors} - {MODEL})
-    steps = {values["step"] for values in about.get("scalars", {}).values() if "step" in values}
+    nbytes = sum(size for size, _ in index.files.values())
+    wrong = damage(index.folder)
     rows = {
         "written by": f"{about.get('written by')}, {time.ctime(about.get('time'))}",
         "engine": f"{about.get('engine')}, {about.get('world_size')} rank(s)",
-        "optimizer": f"{about.get('optimizer') or 'none'}, {max(steps, default=0):,.0f} update(s)",
+        "optimizer": f"{about.get('optimizer') or 'none'}, {_most_updates(index):,.0f} update(s)",
         "schedule": "none" if samples is None else f"{about.get('scheduler')} at {samples:,} samples",
-        "weights": f"{sum(math.prod(saved.shape) for saved in weights):,} in {len(weights)} tensors",
+        "weights": f"{sum(numels):,} in {len(numels)} tensors",
         "beside them": ", ".join(kinds) or "nothing",
-        "files": f"{sum(size for size, _ in index.files.values()):,} bytes in {len(index.files)}",
-        "whole": "yes, to the last bit" if (wrong := damage(index.folder)) is None else f"NO: {wrong}",
+        "files": f"{nbytes:,} bytes in {len(index.files)}",
+        "whole": "yes, to the last bit" if wrong is None else f"NO: {wrong}",
     }
     width = max(map(len, rows))
     return "\n".join(f"{name:{width}}  {printable(value)}" for name, value in rows.items()), wrong is None
+
+
+def _most_updates(index: Index) -> float:
+    """Return the updates that a parameter has had; parameters that were frozen have had fewer."""
+    by_parameter = index.about.get("scalars", {})
+    return max((values["step"] for values in by_parameter.values() if "step" in values), default=0)

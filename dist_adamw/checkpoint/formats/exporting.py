@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
 from dist_adamw.checkpoint.compatibility import checked, samples_of
 from dist_adamw.checkpoint.formats.content import FP32, Kind, inside, lazy
-from dist_adamw.checkpoint.formats.importing import _save
+from dist_adamw.checkpoint.formats.importing import save_tensors
 from dist_adamw.checkpoint.state import MASTER, MODEL, same_family, saved_family
 from dist_adamw.checkpoint.storage.files import read_whole
 from dist_adamw.checkpoint.storage.index import CODES, Index, sync_folder, write_text
@@ -85,7 +85,7 @@ class _Ours:
         return self.read(self.weights_key(name))
 
     def groups(self) -> list[dict[str, Any]]:
-        """Groups with "names", and values as a torch optimizer has them."""
+        """Return groups with "names", and values as a torch optimizer has them."""
         found = []
         for group in self.about["groups"]:
             values = {k: tuple(v) if isinstance(v, list) and k != "names" else v for k, v in group.items()}
@@ -98,7 +98,7 @@ class _Ours:
         return decay / group["lr"] if self.about.get("decay_by") == "schedule" and group["lr"] else decay
 
     def groups_of_adamw(self) -> list[dict[str, Any]]:
-        """Everything that ``torch.optim.AdamW`` has in a group, with names as "params"."""
+        """Return all that ``torch.optim.AdamW`` has in a group, with names as "params"."""
         defaults = torch.optim.AdamW([torch.zeros(1)]).param_groups[0]
         found = []
         for group in self.groups():
@@ -111,16 +111,18 @@ class _Ours:
         return torch.tensor(float(self.about["scalars"].get(name, {}).get("step", 0.0)))
 
     def states(self, read: Callable[[str], Tensor]) -> dict[str, dict[str, Tensor]]:
-        return {
-            name: {"step": self.step(name), **{kind: read(f"{kind}.{name}") for kind in self.kinds[name]}}
-            for name in self.trained
-            if self.kinds[name]
-        }
+        states: dict[str, dict[str, Tensor]] = {}
+        for name in self.trained:
+            if self.kinds[name]:
+                states[name] = {"step": self.step(name)}
+                for kind in self.kinds[name]:
+                    states[name][kind] = read(f"{kind}.{name}")
+        return states
 
 
 @contextlib.contextmanager
 def _taking_its_place(target: Path) -> Iterator[Path]:
-    """Where to write: it has its name when all of it is there."""
+    """Give a path to write to, which gets its name when all of it is there."""
     if target.exists():
         raise CheckpointError(f"{target} is there already. Choose another name, or remove it first.")
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -144,10 +146,13 @@ def _to_torch(ours: _Ours, target: Path) -> None:
     state: dict[str, Any] = {"model": OrderedDict((name, ours.weights(name)) for name in ours.names)}
     if ours.about["optimizer"] is not None:
         number = {name: i for i, name in enumerate(ours.trained)}
+        groups = ours.groups_of_adamw()
+        for group in groups:
+            group["params"] = [number[name] for name in group["params"]]
         states = ours.states(ours.read)
         state["optimizer"] = {
             "state": {number[name]: values for name, values in states.items()},
-            "param_groups": [{**g, "params": [number[name] for name in g["params"]]} for g in ours.groups_of_adamw()],
+            "param_groups": groups,
         }
     torch.save(state, target)
 
@@ -161,7 +166,7 @@ def _to_dcp(ours: _Ours, target: Path) -> None:
     if ours.about["optimizer"] is not None:
         state["optim"] = {"state": ours.states(later), "param_groups": ours.groups_of_adamw()}
     # It would keep all tensors of one file in memory until that is written.
-    _save(state, FileSystemWriter(target, single_file_per_rank=False), flatten=True)
+    save_tensors(state, FileSystemWriter(target, single_file_per_rank=False), flatten=True)
 
 
 def _to_universal(ours: _Ours, target: Path) -> None:
@@ -180,32 +185,42 @@ def _to_universal(ours: _Ours, target: Path) -> None:
             _to_universal_folder(ours, name, step, target / "zero" / inside(target, name))
         # The step is FusedAdam's own count; "params" is not read.
         groups.append({**group, "step": int(step), "params": [len(groups)]})
+    torch.save(_universal_optimizer(groups), target / "zero" / "optimizer_state.pt")
+    model = _universal_model(ours, updates=max((group["step"] for group in groups), default=0))
+    # What stages 1 and 2 look for, and what stage 3 does.
+    for prefix in ("", "zero_pp_rank_0_"):
+        torch.save(model, target / f"{prefix}mp_rank_00_model_states.pt")
+
+
+def _universal_optimizer(groups: list[dict[str, Any]]) -> dict[str, Any]:
+    steps = {i: {"step": torch.tensor(float(group["step"]))} for i, group in enumerate(groups)}
+    return {
+        # Stages 1 and 2 read these two,
+        "param_groups": groups,
+        "ds_version": "0.19",
+        # and stage 3 this.
+        "optimizer_state_dict": {"state": steps, "param_groups": groups},
+    }
+
+
+def _universal_model(ours: _Ours, updates: int) -> dict[str, Any]:
+    shapes = []
+    for group in ours.about["groups"]:
+        tensors = [(name, ours.index.tensors[f"{MODEL}.{name}"]) for name in group["names"]]
+        shapes.append(OrderedDict((name, torch.Size(saved.shape)) for name, saved in tensors))
     counts = ours.about["extra"].get("engine", {})
-    # Stages 1 and 2 read the first two, stage 3 the third.
-    whole = {"param_groups": groups, "ds_version": "0.19"}
-    steps_of = {i: {"step": torch.tensor(float(group["step"]))} for i, group in enumerate(groups)}
-    stage_3 = {"optimizer_state_dict": {"state": steps_of, "param_groups": groups}}
-    torch.save({**whole, **stage_3}, target / "zero" / "optimizer_state.pt")
-    shapes = [
-        OrderedDict((n, torch.Size(ours.index.tensors[f"{MODEL}.{n}"].shape)) for n in g["names"])
-        for g in ours.about["groups"]
-    ]
-    module = OrderedDict((name, ours.weights(name)) for name in ours.names if name not in ours.trained)
-    model = {
-        "module": module,
+    return {
+        "module": OrderedDict((name, ours.weights(name)) for name in ours.names if name not in ours.trained),
         "param_shapes": shapes,
         "lr_scheduler": ours.about["schedule"] or {},
         "skipped_steps": counts.get("skipped_steps", 0),
-        "global_steps": counts.get("global_steps", max((g["step"] for g in groups), default=0)),
+        "global_steps": counts.get("global_steps", updates),
         "global_samples": counts.get("global_samples", samples_of(ours.index) or 0),
         "dp_world_size": 1,
         "mp_world_size": 1,
         "ds_version": "0.19",
         "universal_checkpoint_info": {"universal_checkpoint_version": 0.4},
     }
-    # What stages 1 and 2 look for, and what stage 3 does.
-    for prefix in ("", "zero_pp_rank_0_"):
-        torch.save(model, target / f"{prefix}mp_rank_00_model_states.pt")
 
 
 def _to_universal_folder(ours: _Ours, name: str, step: Tensor, folder: Path) -> None:

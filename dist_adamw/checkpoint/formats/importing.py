@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -58,6 +58,15 @@ def import_checkpoint(
     source, path = Path(source), Path(path)
     if (path / INDEX).exists():
         raise CheckpointError(f"{path} holds a checkpoint already. Choose another folder, or remove it first.")
+    content = _read(source, kind, optimizer, names)
+    for name in without:
+        if content.tensors.pop(f"{MODEL}.{name}", None) is None:
+            raise CheckpointError(f"without names {name!r}, and {source} has no such weights.")
+    understood(source, partial(_check, source, content))
+    _write(path, content)
+
+
+def _read(source: Path, kind: str, optimizer: str | Path | None, names: Sequence[str] | None) -> Content:
     if kind == "auto":
         kind = kind_of(source)
     read = {
@@ -70,18 +79,40 @@ def import_checkpoint(
         raise CheckpointError(f"kind must be one of {', '.join(read)} or auto, got {kind!r}.")
     if kind != "torch" and (optimizer is not None or names is not None):
         raise CheckpointError(f"optimizer and names are for files of torch, and {source} is of kind {kind!r}.")
-    content = understood(source, read[kind])
-    for name in without:
-        if content.tensors.pop(f"{MODEL}.{name}", None) is None:
-            raise CheckpointError(f"without names {name!r}, and {source} has no such weights.")
-    understood(source, partial(_check, source, content))
-    of_adam = content.groups and content.groups[0].get("decoupled_weight_decay") is False
-    about = {
+    return understood(source, read[kind])
+
+
+def _write(path: Path, content: Content) -> None:
+    tensors = dict(content.tensors)
+    about = _about(content)
+    if content.modules is not None:
+        about["modules"] = {}
+        for name, value in content.modules.items():
+            if isinstance(value, Tensor):
+                tensors[f"{EXTRA}.{name}"] = value
+            else:
+                about["modules"][name] = value
+    lock = Lock(path)
+    try:
+        if (path / INDEX).exists():
+            raise CheckpointError(f"{path} holds a checkpoint by now. Choose another folder.")
+        save_tensors(tensors, Writer(path, about), flatten=False)
+    finally:
+        lock.release()
+
+
+def _about(content: Content) -> dict[str, Any]:
+    """Return what the index says of an imported state, but its extra state."""
+    optimizer = None
+    if content.groups:
+        is_adam = content.groups[0].get("decoupled_weight_decay") is False
+        optimizer = "Adam" if is_adam else "AdamW"
+    return {
         "written by": f"dist_adamw {__version__}",
         "time": time.time(),
         "engine": content.engine,
         "world_size": 1,
-        "optimizer": ("Adam" if of_adam else "AdamW") if content.groups else None,
+        "optimizer": optimizer,
         "decay_by": None,
         "groups": content.groups,
         "scalars": content.scalars,
@@ -89,17 +120,6 @@ def import_checkpoint(
         "schedule": None,
         "extra": {},
     }
-    tensors = dict(content.tensors)
-    if content.modules is not None:
-        about["modules"] = {name: value for name, value in content.modules.items() if not isinstance(value, Tensor)}
-        tensors |= {f"{EXTRA}.{n}": value for n, value in content.modules.items() if isinstance(value, Tensor)}
-    lock = Lock(path)
-    try:
-        if (path / INDEX).exists():
-            raise CheckpointError(f"{path} holds a checkpoint by now. Choose another folder.")
-        _save(tensors, Writer(path, about), flatten=False)
-    finally:
-        lock.release()
 
 
 def _check(source: Path, content: Content) -> None:
@@ -115,14 +135,23 @@ def _check(source: Path, content: Content) -> None:
                 f"{source} has {kind} of shape {list(shapes[key])} for {name}, and weights {what}. Pass the names of "
                 "the parameters in the optimizer's order."
             )
+    _check_groups(source, content, shapes.keys())
+
+
+def _check_groups(source: Path, content: Content, keys: Collection[str]) -> None:
     trained = [name for group in content.groups for name in group["names"]]
-    if missing := [name for name in trained if f"{MODEL}.{name}" not in shapes]:
+    if missing := [name for name in trained if f"{MODEL}.{name}" not in keys]:
         raise CheckpointError(f"{source} has an optimizer of {missing[0]!r}, and no weights of that name.")
     if len(set(trained)) < len(trained):
         raise CheckpointError(f"{source} has the same parameter twice in its groups.")
 
 
-def _save(tensors: dict[str, Any], writer: StorageWriter, *, flatten: bool) -> None:
+def save_tensors(tensors: dict[str, Any], writer: StorageWriter, *, flatten: bool) -> None:
+    """Write tensors by ``writer``, from this process alone. Local.
+
+    Raises:
+        CheckpointError: they could not be written.
+    """
     planner = DefaultSavePlanner(flatten_state_dict=flatten, flatten_sharded_tensors=False)
     try:
         with warnings.catch_warnings():  # one process writes all of it, also where there are several: so it is meant

@@ -23,10 +23,10 @@ from dist_adamw.wrappers import without_wrappers
 
 _OPTIMIZER_KEYS = ("optimizer", "optimizer_state_dict", "optim", "optim_state_dict")
 # By this some versions of Python (3.11.2) pickle a member of an enum, from its class and name.
-_MEMBERS = ("getattr", "builtins.getattr", "__builtin__.getattr")
+MEMBERS = ("getattr", "builtins.getattr", "__builtin__.getattr")
 
 
-class _Record:
+class Record:
     """An object in a pickle, as data. Its class is known by name only, and nothing of it is called."""
 
     def __init__(self, *args: Any) -> None:
@@ -46,38 +46,70 @@ def load_pickle(file: Path) -> Any:
     # DeepSpeed adds its objects (loss scalers, enums) to what we need.
     is_zip = zipfile.is_zipfile(file)
     unknown = torch.serialization.get_unsafe_globals_in_checkpoint(file) if is_zip else []
-    inert = (name for name in unknown if name.startswith("deepspeed.") or name in _MEMBERS)
-    records = [(type("_Record", (_Record,), {}), name) for name in inert]
+    inert = (name for name in unknown if name.startswith("deepspeed.") or name in MEMBERS)
+    records = [(type("_Record", (Record,), {}), name) for name in inert]
     with torch.serialization.safe_globals(records):  # type: ignore[arg-type]
-        return _tensors_and_plain_data(file, str(file), mmap=is_zip)
+        return tensors_and_plain_data(file, str(file), mmap=is_zip)
 
 
-def _tensors_and_plain_data(file: Path | io.BytesIO, what: str, **options: Any) -> Any:
+def tensors_and_plain_data(file: Path | io.BytesIO, what: str, **options: Any) -> Any:
+    """Read a file of ``torch.save`` that holds nothing else. Local."""
     return load_safely(file, what, "Where you trust it, load it with torch, and save it again without that.", **options)
 
 
 def _part(content: Any, keys: Sequence[str]) -> Any:
-    return next((content[key] for key in keys if isinstance(content.get(key), Mapping)), None)
+    for key in keys:
+        if isinstance(content.get(key), Mapping):
+            return content[key]
+    return None
 
 
 def from_torch(source: Path, optimizer: str | Path | None, names: Sequence[str] | None) -> Content:
-    """A file of ``torch.save``; see `dist_adamw.convert.import_checkpoint`. Local."""
+    """Read a file of ``torch.save``; see `dist_adamw.convert.import_checkpoint`. Local."""
     content = load_pickle(source)
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{source} holds a {type(content).__name__}. Save {{'model': ..., 'optimizer': ...}}.")
     weights = _part(content, MODEL_KEYS)
     if weights is None and "param_groups" in content:
         raise CheckpointError(f"{source} is an optimizer's. Pass the model's file, and this one as optimizer.")
-    state: Any = None
-    if optimizer is not None:
-        state = load_pickle(Path(optimizer))
-        state = state if "param_groups" in state else _part(state, _OPTIMIZER_KEYS) or {}
-    elif weights is not None and (there := [key for key in _OPTIMIZER_KEYS if key in content]):
-        state = _part(content, there) or {}
+    # A file without a part for the weights is the weights, and has no optimizer.
+    state = _optimizer_state({} if weights is None else content, optimizer)
+    found = Content("torch")
     if state is not None and "param_groups" not in state:
         raise CheckpointError(f"{optimizer or source} has no state dict of one optimizer.")
-    weights = content if weights is None else weights
-    found = Content("torch")
+    _add_weights(source, content if weights is None else weights, found)
+    if state is not None:
+        _number(source, state, names, found)
+    _check_room(source, optimizer, found)
+    return found
+
+
+def _check_room(source: Path, optimizer: str | Path | None, found: Content) -> None:
+    """Raise where a tensor has more bytes than the files: its elements share memory."""
+    room = os.path.getsize(source)
+    if optimizer is not None:
+        room += os.path.getsize(optimizer)
+    for key, tensor in found.tensors.items():
+        if tensor.nbytes > room:
+            raise CheckpointError(
+                f"{source} has {key} of shape {list(tensor.shape)}, whose elements share memory (expand): it would "
+                f"take {tensor.nbytes:,} bytes. Save it contiguous()."
+            )
+
+
+def _optimizer_state(content: Mapping[str, Any], optimizer: str | Path | None) -> Any:
+    """Return the state dict in a file of its own, or beside the weights; None where there is none."""
+    if optimizer is not None:
+        state = load_pickle(Path(optimizer))
+        return state if "param_groups" in state else _part(state, _OPTIMIZER_KEYS) or {}
+    present = [key for key in _OPTIMIZER_KEYS if key in content]
+    if not present:
+        return None
+    return _part(content, present) or {}
+
+
+def _add_weights(source: Path, weights: Mapping[str, Any], found: Content) -> None:
+    """Add weights, buffers and extra state; tied weights by their first name."""
     found.modules = {}
     seen = set()
     for name, tensor in _bare(weights).items():
@@ -89,23 +121,13 @@ def from_torch(source: Path, optimizer: str | Path | None, names: Sequence[str] 
             raise CheckpointError(f"{source} has {name!r} among the weights, which is no tensor. Save it elsewhere.")
         place = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
         if tensor.numel() and place in seen:
-            continue  # tied: it goes by its first name
+            continue
         seen.add(place)
         found.tensors[f"{MODEL}.{name}"] = tensor
-    if state is not None:
-        _number(source, state, names, found)
-    room = os.path.getsize(source) + (os.path.getsize(optimizer) if optimizer is not None else 0)
-    for key, tensor in found.tensors.items():
-        if tensor.nbytes > room:
-            raise CheckpointError(
-                f"{source} has {key} of shape {list(tensor.shape)}, whose elements share memory (expand): it would "
-                f"take {tensor.nbytes:,} bytes. Save it contiguous()."
-            )
-    return found
 
 
 def _bare(weights: Mapping[str, Any]) -> dict[str, Any]:
-    """A model's state dict by the names that the bare model has."""
+    """Return a model's state dict by the names that the bare model has."""
     names = {name: without_wrappers(name) for name in weights}
     if all(name.startswith("module.") for name in names.values()):  # DistributedDataParallel's
         names = {name: bare.removeprefix("module.") for name, bare in names.items()}
@@ -116,18 +138,8 @@ def _number(source: Path, state: Mapping[str, Any], names: Sequence[str] | None,
     """Give parameters their names in a state dict of torch, which numbers them."""
     groups = state["param_groups"]
     numbers = [number for group in groups for number in group["params"]]
-    weights = [key.removeprefix(f"{MODEL}.") for key in found.tensors]
     if names is None:
-        if all("param_names" in group for group in groups):
-            names = [without_wrappers(name) for group in groups for name in group["param_names"]]
-        elif len(groups) == 1 and len(numbers) == len(weights):
-            names = weights
-        else:
-            raise CheckpointError(
-                f"{source} numbers {len(numbers)} parameters in {len(groups)} group(s), and has {len(weights)} weights "
-                "and buffers: which is which is not said. Pass names, a list in the optimizer's order, or build the "
-                "optimizer from model.named_parameters()."
-            )
+        names = _names_in_order(source, groups, len(numbers), found)
     if len(names) != len(numbers):
         raise CheckpointError(f"{source} has an optimizer of {len(numbers)} parameters, and {len(names)} names.")
     of = dict(zip(numbers, names, strict=True))
@@ -135,3 +147,17 @@ def _number(source: Path, state: Mapping[str, Any], names: Sequence[str] | None,
     for number, values in state["state"].items():
         for kind, value in values.items():
             found.add_state(of[number], kind, value)
+
+
+def _names_in_order(source: Path, groups: Sequence[Mapping[str, Any]], count: int, found: Content) -> list[str]:
+    """Return the names of an optimizer's ``count`` parameters, in the order of its numbers."""
+    if all("param_names" in group for group in groups):
+        return [without_wrappers(name) for group in groups for name in group["param_names"]]
+    weights = [key.removeprefix(f"{MODEL}.") for key in found.tensors]
+    if len(groups) == 1 and count == len(weights):
+        return weights
+    raise CheckpointError(
+        f"{source} numbers {count} parameters in {len(groups)} group(s), and has {len(weights)} weights "
+        "and buffers: which is which is not said. Pass names, a list in the optimizer's order, or build the "
+        "optimizer from model.named_parameters()."
+    )

@@ -19,8 +19,9 @@ from dist_adamw.optimizer.sharding.shard import MOMENTS
 
 
 def from_universal(source: Path) -> Content:
-    """A folder of DeepSpeed's universal format, or the one with ``latest_universal``. Local."""
-    if not (source / "zero").is_dir() and (latest := source / "latest_universal").is_file():
+    """Read a folder of DeepSpeed's universal format, or the one with ``latest_universal``. Local."""
+    latest = source / "latest_universal"
+    if not (source / "zero").is_dir() and latest.is_file():
         source = source / inside(source, latest.read_text().strip())
     if any(source.glob("*mp_rank_01_model_states.pt")):
         raise CheckpointError(f"{source} is of a model in parallel parts, which have other names on every rank.")
@@ -29,18 +30,27 @@ def from_universal(source: Path) -> Content:
     trained: list[dict[str, Any]] = model["param_shapes"]
     groups = optim["param_groups"]
     if len(groups) == 1:
-        trained = [{name: shape for part in trained for name, shape in part.items()}]
+        trained = [_merged(trained)]
     if len(trained) != len(groups):
         raise CheckpointError(f"{source} has {len(groups)} groups in {len(trained)} parts: which is whose is not said.")
     found = Content("DeepSpeed")
     order = {name: i for i, name in enumerate(model["module"])}  # ZeRO-1 and 2 shuffle parameters
     for shapes, group in zip(trained, groups, strict=True):
-        found.groups.append(plain_group(group, sorted(shapes, key=lambda name: order.get(name, len(order)))))
-        for name in found.groups[-1]["names"]:
+        names = sorted(shapes, key=lambda name: order.get(name, len(order)))
+        found.groups.append(plain_group(group, names))
+        for name in names:
             _add_universal(source, name, tuple(shapes[name]), optim, found)
     for name, tensor in _rest_of_universal(source, model):
         found.tensors.setdefault(f"{MODEL}.{name}", tensor)
     return found
+
+
+def _merged(parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return one dict with what is in all of them."""
+    merged: dict[str, Any] = {}
+    for part in parts:
+        merged.update(part)
+    return merged
 
 
 def _model_file(source: Path) -> Path:
@@ -68,16 +78,24 @@ def _add_universal(source: Path, name: str, shape: tuple[int, ...], optim: Any, 
 
 
 def _rest_of_universal(source: Path, model: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    """Yield buffers and frozen parameters. Stage 3 leaves each rank's part of the latter in a separate file."""
+    """Yield buffers and frozen parameters."""
     frozen = model.get("frozen_param_shapes") or {}
-    trained = {name for shapes in model["param_shapes"] for name in shapes}
-    ranks = sorted(source.glob("zero_pp_rank_*_mp_rank_00_model_states.pt"), key=lambda f: int(f.name.split("_")[3]))
-    parts = [load_pickle(file)["frozen_param_fragments"] for file in ranks] if frozen and len(ranks) > 1 else []
+    tied = model.get("shared_params") or {}
+    trained = _merged(model["param_shapes"])
+    parts = _frozen_parts(source, model) if frozen else []
     for name, tensor in model["module"].items():
-        if name in trained or name in (model.get("shared_params") or {}):
+        if name in trained or name in tied:
             continue
         if name in frozen and tuple(tensor.shape) != tuple(frozen[name]):
-            shape = frozen[name]
-            fragments = [part[name].flatten() for part in parts] or [model["frozen_param_fragments"][name].flatten()]
-            tensor = torch.cat(fragments)[: math.prod(shape)].view(tuple(shape))
+            shape = tuple(frozen[name])
+            whole = torch.cat([part[name].flatten() for part in parts])
+            tensor = whole[: math.prod(shape)].view(shape)  # padding comes last
         yield name, tensor
+
+
+def _frozen_parts(source: Path, model: Mapping[str, Any]) -> list[Mapping[str, Tensor]]:
+    """Return the parts of frozen parameters in the order of ranks: stage 3 leaves each in a file of its rank."""
+    files = sorted(source.glob("zero_pp_rank_*_mp_rank_00_model_states.pt"), key=lambda f: int(f.name.split("_")[3]))
+    if len(files) > 1:
+        return [load_pickle(file)["frozen_param_fragments"] for file in files]
+    return [model.get("frozen_param_fragments") or {}]

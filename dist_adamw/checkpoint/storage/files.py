@@ -4,9 +4,9 @@ Knows files and that library's storage interface; nothing of optimizers.
 
 Each rank writes one safetensors file, and the main one then an index:
 
-    5f0c81d2e9a3b764-00000.safetensors   of one save, by one rank: boxes of tensors, such as "exp_avg.0.weight[0:3,0:8]"
+    5f0c81d2e9a3b764-00000.safetensors   of one save, by one rank: regions, such as "exp_avg.0.weight[0:3,0:8]"
     5f0c81d2e9a3b764-00001.safetensors
-    index.json                           which box of which tensor lies where, plain data, checksums
+    index.json                           which region of which tensor lies where, plain data, checksums
 
 The index is written last, under another name, and takes its place in one step: a reader has all of one save, however
 often a folder is saved to and whenever a save is killed. Files that no index names are what such a save has left.
@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
+import itertools
 import json
 import math
 import os
@@ -38,8 +38,8 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
+from dist_adamw.checkpoint.storage.hashing import BLOCK, HashedWriter
 from dist_adamw.checkpoint.storage.index import (
-    BLOCK,
     CODES,
     FILE,
     FORMAT,
@@ -53,7 +53,7 @@ from dist_adamw.checkpoint.storage.index import (
     read_index,
     write_index,
 )
-from dist_adamw.checkpoint.storage.regions import Box
+from dist_adamw.checkpoint.storage.regions import Region
 from dist_adamw.errors import CheckpointError
 from dist_adamw.ranks import collectives
 
@@ -100,7 +100,7 @@ class Writer(StorageWriter):
             self._about = as_json(self.about)
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        """Nothing to prepare."""
+        """Return the plan as it is."""
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
@@ -131,11 +131,26 @@ class Writer(StorageWriter):
             raise CheckpointError(f"{len(results)} of {self._ranks} ranks have written")
         places: dict[str, list[list[Any]]] = {key: [] for key in metadata.state_dict_metadata}
         files: dict[str, Any] = {}
-        for result in (result for of_rank in results for result in of_rank):
+        for result in itertools.chain.from_iterable(results):
             file = result.index.fqn
             files[file], chunks = result.storage_data
             for key, offsets, sizes, offset in chunks:
                 places[key].append([offsets, sizes, file, offset])
+        self._check_seen(files)
+        index = {
+            "format": FORMAT,
+            "version": VERSION,
+            "save": secrets.token_hex(8),
+            "tensors": _described(metadata, places),
+            "files": files,
+            "about": self._about,
+        }
+        check_index(self.folder, index)  # as a reader does; the index before is still there
+        write_index(self.folder, index)
+        self._remove_others(files)
+
+    def _check_seen(self, files: Mapping[str, Any]) -> None:
+        """Raise where this process does not see a file as another rank has written it."""
         for name, facts in files.items():
             there = self.folder / name
             if not there.is_file() or there.stat().st_size != facts["bytes"]:
@@ -143,25 +158,28 @@ class Writer(StorageWriter):
                     f"{there}, which another rank has written, is not to be seen on the main one. Give all machines "
                     "the same file system, and all ranks the same folder."
                 )
-        tensors = {}
-        for key, found in metadata.state_dict_metadata.items():
-            assert isinstance(found, TensorStorageMetadata)
-            dtype = str(found.properties.dtype).removeprefix("torch.")
-            tensors[key] = {"dtype": dtype, "shape": list(found.size), "chunks": places[key]}
-        save = secrets.token_hex(8)
-        index = {"format": FORMAT, "version": VERSION, "save": save, "tensors": tensors, "files": files}
-        index["about"] = self._about
-        check_index(self.folder, index)  # as a reader does; the index before is still there
-        write_index(self.folder, index)
+
+    def _remove_others(self, files: Mapping[str, Any]) -> None:
+        """Remove files of earlier saves."""
         for left in self.folder.iterdir():
             if FILE.fullmatch(left.name) and left.name not in files:
                 left.unlink(missing_ok=True)
 
     def discard(self) -> None:
-        """After a failure: remove what this rank has written, if no index names it. Local."""
+        """Remove what this rank has written, after a failure, if no index names it. Local."""
         if self._written is not None and not _names(self.folder, self._written.name):
             with contextlib.suppress(OSError):  # of a folder that can no more be written to
                 self._written.unlink(missing_ok=True)
+
+
+def _described(metadata: Metadata, places: Mapping[str, list[list[Any]]]) -> dict[str, Any]:
+    """Return dtype, shape and chunks of each tensor, as the index has them."""
+    tensors = {}
+    for key, found in metadata.state_dict_metadata.items():
+        assert isinstance(found, TensorStorageMetadata)
+        dtype = str(found.properties.dtype).removeprefix("torch.")
+        tensors[key] = {"dtype": dtype, "shape": list(found.size), "chunks": places[key]}
+    return tensors
 
 
 def _names(folder: Path, file: str) -> bool:
@@ -172,7 +190,7 @@ def _names(folder: Path, file: str) -> bool:
 
 
 def as_json(about: Mapping[str, Any]) -> Any:
-    """Plain data as JSON gives it back. Local.
+    """Return plain data as JSON gives it back. Local.
 
     Raises:
         CheckpointError: it is not plain, or has keys that would come back as others.
@@ -194,49 +212,42 @@ def _has_text_for_keys(value: Any) -> bool:
 
 
 def _write_file(path: Path, items: Sequence[WriteItem], planner: SavePlanner) -> list[WriteResult]:
-    """A safetensors file of ``items``, which are in memory one block at a time where they lie elsewhere."""
+    """Write a safetensors file of ``items``; what lies on a device is in host memory one block at a time."""
     header: dict[str, Any] = {}
     ends = 0
     order = []
     # Wide elements first, so that all of them are aligned.
     for item in sorted(items, key=lambda item: -_itemsize(item)):
-        box = _box_of(item)
-        nbytes = box.numel * _itemsize(item)
+        region = _box_of(item)
+        nbytes = region.numel * _itemsize(item)
         if nbytes == 0:
             continue  # of a rank that has nothing of this tensor
-        data = {"shape": list(box.sizes), "data_offsets": [ends, ends + nbytes]}
-        header[_name(item, box)] = {"dtype": CODES[_dtype(item)], **data}
-        order.append((item, box, ends, nbytes))
+        data = {"shape": list(region.sizes), "data_offsets": [ends, ends + nbytes]}
+        header[_name(item, region)] = {"dtype": CODES[_dtype(item)], **data}
+        order.append((item, region, ends, nbytes))
         ends += nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    digest = hashlib.sha256()
     with path.open("xb", buffering=0) as file:
-
-        def write(data: Any) -> None:
-            digest.update(data)
-            rest = memoryview(data)
-            while rest:  # a disk that fills up takes a part, and says why with the next
-                rest = rest[file.write(rest) :]
-
-        write(len(text).to_bytes(8, "little"))
-        write(text)
+        writer = HashedWriter(file)
+        writer.write(len(text).to_bytes(8, "little"))
+        writer.write(text)
         for item, _, _, nbytes in order:
             resolved = planner.resolve_data(item)
             assert isinstance(resolved, Tensor)
             assert resolved.nbytes == nbytes
             for block in _blocks(resolved.detach()):
-                write(block)
+                writer.write(block)
         os.fsync(file.fileno())
-    fingerprint = {"bytes": 8 + len(text) + ends, "sha256": digest.hexdigest()}
+    fingerprint = {"bytes": 8 + len(text) + ends, "sha256": writer.sha256()}
     begin = 8 + len(text)
     # One result a file: of objects for each of thousands of tensors, most of a save's time would be spent on pickles.
-    chunks = [(item.index.fqn, box.offsets, box.sizes, begin + start) for item, box, start, _ in order]
+    chunks = [(item.index.fqn, region.offsets, region.sizes, begin + start) for item, region, start, _ in order]
     return [WriteResult(MetadataIndex(path.name), ends, (fingerprint, chunks))]
 
 
 def _blocks(tensor: Tensor) -> Iterator[memoryview]:
-    """The bytes of a tensor in C order."""
+    """Yield the bytes of a tensor in C order."""
     if not tensor.is_contiguous():
         tensor = tensor.contiguous()
     for part in torch.split(tensor.view(-1), BLOCK // tensor.itemsize):
@@ -256,17 +267,17 @@ def _itemsize(item: WriteItem) -> int:
     return _dtype(item).itemsize
 
 
-def _box_of(item: WriteItem) -> Box:
+def _box_of(item: WriteItem) -> Region:
     assert item.tensor_data is not None
     chunk = item.tensor_data.chunk
-    return Box(tuple(chunk.offsets), tuple(chunk.sizes))
+    return Region(tuple(chunk.offsets), tuple(chunk.sizes))
 
 
-def _name(item: WriteItem, box: Box) -> str:
+def _name(item: WriteItem, region: Region) -> str:
     assert item.tensor_data is not None
-    if box.sizes == tuple(item.tensor_data.size):
+    if region.sizes == tuple(item.tensor_data.size):
         return item.index.fqn
-    return f"{item.index.fqn}[{','.join(f'{a}:{a + n}' for a, n in zip(*box, strict=True))}]"
+    return f"{item.index.fqn}[{','.join(f'{a}:{a + n}' for a, n in zip(*region, strict=True))}]"
 
 
 # ---------------------------------------------------------------------------------------------- reading
@@ -310,18 +321,15 @@ class Reader(StorageReader):
         return self._index
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """Return the plan as it is."""
-        chosen = {**self.index.tensors, **{key: self.index.tensors[name] for key, name in self._aliases.items()}}
-        return Metadata(
-            {
-                key: TensorStorageMetadata(
-                    TensorProperties(dtype=saved.dtype),
-                    torch.Size(saved.shape),
-                    [ChunkStorageMetadata(*map(torch.Size, chunk.box)) for chunk in saved.chunks],
-                )
-                for key, saved in chosen.items()
-            }
-        )
+        """Return the tensors and their chunks, aliases included."""
+        chosen = dict(self.index.tensors)
+        for key, name in self._aliases.items():
+            chosen[key] = self.index.tensors[name]
+        found: dict[str, Any] = {}
+        for key, saved in chosen.items():
+            chunks = [ChunkStorageMetadata(*map(torch.Size, chunk.region)) for chunk in saved.chunks]
+            found[key] = TensorStorageMetadata(TensorProperties(dtype=saved.dtype), torch.Size(saved.shape), chunks)
+        return Metadata(found)
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         """Compare files with their checksums, each rank its part."""
@@ -332,7 +340,7 @@ class Reader(StorageReader):
         return dataclasses.replace(plan, items=sorted(plan.items, key=lambda item: self._place(item)[0]))
 
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
-        """Nothing to prepare."""
+        """Return the plan as it is."""
         return plans
 
     def _place(self, item: ReadItem) -> tuple[tuple[str, int], Saved, Chunk]:
@@ -350,9 +358,9 @@ class Reader(StorageReader):
                 _, saved, chunk = self._place(item)
                 if chunk.file not in files:
                     files[chunk.file] = opened.enter_context(self.index.file(chunk.file))
-                wanted = Box(tuple(item.storage_offsets), tuple(item.lengths))
+                wanted = Region(tuple(item.storage_offsets), tuple(item.lengths))
                 target = planner.resolve_tensor(item).detach()
-                _read_box(files[chunk.file], chunk.offset, chunk.box.sizes, saved.dtype, wanted, target)
+                _read_box(files[chunk.file], chunk.offset, chunk.region.sizes, saved.dtype, wanted, target)
                 planner.commit_tensor(item, target)
         done: Future[None] = Future()
         done.set_result(None)
@@ -371,22 +379,22 @@ def read_whole(index: Index, key: str) -> Tensor:
     whole = torch.empty(saved.shape, dtype=saved.dtype)
     for chunk in saved.chunks:
         with index.file(chunk.file) as file:
-            part = whole[tuple(slice(a, a + n) for a, n in zip(*chunk.box, strict=True))]
-            everything = Box((0,) * len(saved.shape), chunk.box.sizes)
-            _read_box(file, chunk.offset, chunk.box.sizes, saved.dtype, everything, part)
+            part = whole[tuple(slice(a, a + n) for a, n in zip(*chunk.region, strict=True))]
+            everything = Region((0,) * len(saved.shape), chunk.region.sizes)
+            _read_box(file, chunk.offset, chunk.region.sizes, saved.dtype, everything, part)
     return whole
 
 
 def _read_box(
-    file: BinaryIO, base: int, shape: tuple[int, ...], dtype: torch.dtype, wanted: Box, target: Tensor
+    file: BinaryIO, base: int, shape: tuple[int, ...], dtype: torch.dtype, wanted: Region, target: Tensor
 ) -> None:
-    """Copy a box of a chunk, which is ``shape`` in C order from byte ``base`` on, into ``target``."""
+    """Copy a region of a chunk, which is ``shape`` in C order from byte ``base`` on, into ``target``."""
     if not wanted.numel:
         return
     if not shape:
-        shape, wanted, target = (1,), Box((0,), (1,)), target.view(1)
+        shape, wanted, target = (1,), Region((0,), (1,)), target.view(1)
     row = math.prod(shape[1:]) * dtype.itemsize
-    rest = Box(wanted.offsets[1:], wanted.sizes[1:])
+    rest = Region(wanted.offsets[1:], wanted.sizes[1:])
     if row > BLOCK:
         for i in range(wanted.sizes[0]):
             _read_box(file, base + (wanted.offsets[0] + i) * row, shape[1:], dtype, rest, target[i])
@@ -401,7 +409,7 @@ def _read_box(
 
 
 def read_exactly(file: BinaryIO, offset: int, nbytes: int) -> Tensor:
-    """That many bytes of a file. Local.
+    """Return that many bytes of a file. Local.
 
     Raises:
         CheckpointError: there are fewer.

@@ -12,8 +12,9 @@ import math
 import os
 import re
 import stat
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -21,14 +22,14 @@ from typing import Any, BinaryIO
 import torch
 import torch.distributed as dist
 
-from dist_adamw.checkpoint.storage.regions import Box, overlap_anywhere
+from dist_adamw.checkpoint.storage.hashing import sha256_of
+from dist_adamw.checkpoint.storage.regions import Region, overlap_anywhere
 from dist_adamw.errors import CheckpointError
 from dist_adamw.ranks import collectives
 
 INDEX = "index.json"
 FORMAT, VERSION = "dist_adamw checkpoint", 2
 FILE = re.compile(r"[0-9a-f]{16}-[0-9]{5,}\.safetensors")
-BLOCK = 1 << 22  # bytes read, written and summed at a time; also what a save or a load takes beside the tensors
 _LARGEST = 1 << 30  # bytes of an index, to write and to read
 _FILE_NAME = len('"0123456789abcdef-00000.safetensors"')
 _MOST_OPEN = 256  # files that a process keeps open; many systems let it have 1,024
@@ -49,11 +50,15 @@ DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in CODES}
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Where a box of a tensor lies: ``offset`` in bytes from the beginning of ``file``."""
+    """The place of a region of a tensor: ``offset`` in bytes from the beginning of ``file``."""
 
-    box: Box
+    region: Region
     file: str
     offset: int
+
+    def end(self, dtype: torch.dtype) -> int:
+        """Return the byte after its last one."""
+        return self.offset + self.region.numel * dtype.itemsize
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +113,7 @@ class Index:
 
     @contextlib.contextmanager
     def file(self, name: str) -> Iterator[BinaryIO]:
-        """One of the checkpoint's files, for reading, wherever it was read last. Local.
+        """Open one of the checkpoint's files for reading, wherever it was read last. Local.
 
         Raises:
             OSError: as `open_plainly`.
@@ -133,20 +138,20 @@ def check_tensors(tensors: Iterable[tuple[str, torch.dtype, Sequence[int], int]]
     """Raise where no index of these tensors could be read; before anything is written. Local.
 
     Args:
-        tensors: Key, dtype, shape, and into how many boxes it is cut.
+        tensors: Key, dtype, shape, and into how many regions it is cut.
         about: What else the index says.
 
     Raises:
         CheckpointError: names the tensor, or the size.
     """
     size = len(json.dumps(about))
-    for key, dtype, shape, boxes in tensors:
+    for key, dtype, shape, regions in tensors:
         if dtype not in CODES:
             raise CheckpointError(f"{key!r} is {dtype}, which safetensors files here do not hold. Convert it")
         if not _is_shape(shape):
             raise CheckpointError(f"{key!r} has shape {list(shape)[:64]}, and no load would take it")
-        # Each box has at least a digit for each edge, with a comma and a space, and the name of a file.
-        size += len(json.dumps(key)) + boxes * (6 * len(shape) + _FILE_NAME)
+        # Each region has at least a digit for each edge, with a comma and a space, and the name of a file.
+        size += len(json.dumps(key)) + regions * (6 * len(shape) + _FILE_NAME)
     if size > _LARGEST:
         raise CheckpointError(f"its index would have more than {size:,} bytes, and {_LARGEST:,} can be read")
 
@@ -159,14 +164,14 @@ def write_text(path: Path, text: str) -> None:
     """
     if (size := len(text.encode())) > _LARGEST:
         raise CheckpointError(f"{path} would have {size:,} bytes, and {_LARGEST:,} can be read.")
-    partial = path.with_name(f"{path.name}.partial")
-    partial.unlink(missing_ok=True)
-    with partial.open("x") as file:  # nothing that is there, such as a link to elsewhere, is written to
+    unfinished = path.with_name(f"{path.name}.partial")
+    unfinished.unlink(missing_ok=True)
+    with unfinished.open("x") as file:  # nothing that is there, such as a link to elsewhere, is written to
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
     sync_folder(path.parent)
-    partial.replace(path)
+    unfinished.replace(path)
     sync_folder(path.parent)
 
 
@@ -257,54 +262,83 @@ def check_index(folder: Path, index: Mapping[str, Any]) -> None:
 
 
 def _checked(folder: Path, found: Mapping[str, Any], digest: str, verdict: str = "is damaged") -> Index:
-    path = folder / INDEX
+    wrong = partial(_wrong, folder / INDEX, verdict)
+    files = _checked_files(found["files"], wrong)
+    tensors = {key: _checked_tensor(key, facts, files, wrong) for key, facts in found["tensors"].items()}
+    _check_places(tensors, files, wrong)
+    if not (isinstance(found["about"], dict) and isinstance(found["save"], str)):
+        raise wrong("it says nothing of what was saved")
+    return Index(folder, found["save"], tensors, files, found["about"], digest)
 
-    def wrong(what: str) -> CheckpointError:
-        return CheckpointError(f"{path} {verdict}: {what}.")
 
+_Wrong = Callable[[str], CheckpointError]
+
+
+def _wrong(path: Path, verdict: str, what: str) -> CheckpointError:
+    return CheckpointError(f"{path} {verdict}: {what}.")
+
+
+def _checked_files(found: Mapping[str, Any], wrong: _Wrong) -> dict[str, tuple[int, str]]:
+    """Return size and checksum by name."""
     files = {}
-    for name, facts in found["files"].items():
+    for name, facts in found.items():
         if FILE.fullmatch(name) is None:
             raise wrong(f"it names a file that no save makes: {name!r}")
         if not (_is_size(facts["bytes"]) and isinstance(facts["sha256"], str)):
             raise wrong(f"file {name!r} is described as {facts}")
         files[name] = (facts["bytes"], facts["sha256"])
-    tensors = {}
+    return files
+
+
+def _checked_tensor(key: str, facts: Any, files: Mapping[str, tuple[int, str]], wrong: _Wrong) -> Saved:
+    """Return a tensor, each of whose elements lies in one chunk."""
+    shape, dtype = tuple(facts["shape"]), DTYPES.get(facts["dtype"])
+    if not (_are_sizes(facts["shape"]) and _is_shape(shape)):
+        raise wrong(f"{key!r} has shape {list(shape)[:64]}")
+    if dtype is None:
+        raise wrong(f"{key!r} is of dtype {facts['dtype']!r}")
+    chunks = []
+    for offsets, sizes, file, offset in facts["chunks"]:
+        region = Region(tuple(offsets), tuple(sizes))
+        if not (_is_size(offset) and _is_region(offsets, sizes, shape)):
+            raise wrong(f"{key!r} has a chunk {region}")
+        if file not in files:
+            raise wrong(f"{key!r} lies in {file!r}, which is none of its files")
+        chunk = Chunk(region, file, offset)
+        if chunk.end(dtype) > files[file][0]:
+            raise wrong(f"{key!r} reaches beyond the end of {file}")
+        chunks.append(chunk)
+    if _have_gaps_or_overlaps(chunks, shape):
+        raise wrong(f"{key!r} has gaps or overlaps")
+    return Saved(dtype, shape, tuple(chunks))
+
+
+def _have_gaps_or_overlaps(chunks: list[Chunk], shape: tuple[int, ...]) -> bool:
+    regions = [chunk.region for chunk in chunks]
+    if sum(region.numel for region in regions) != math.prod(shape):
+        return True
+    return len(regions) > 1 and overlap_anywhere(regions, len(shape))
+
+
+def _check_places(tensors: Mapping[str, Saved], files: Iterable[str], wrong: _Wrong) -> None:
+    """Raise where two chunks lie in the same bytes: what is loaded is never more than the files are large."""
     taken: dict[str, list[tuple[int, int]]] = {name: [] for name in files}
-    for key, facts in found["tensors"].items():
-        shape, dtype = tuple(facts["shape"]), DTYPES.get(facts["dtype"])
-        fits = _are_sizes(facts["shape"]) and _is_shape(shape)
-        if not fits:
-            raise wrong(f"{key!r} has shape {list(shape)[:64]}")
-        if dtype is None:
-            raise wrong(f"{key!r} is of dtype {facts['dtype']!r}")
-        chunks = []
-        for offsets, sizes, file, offset in facts["chunks"]:
-            box = Box(tuple(offsets), tuple(sizes))
-            fits = _are_sizes(offsets) and _are_sizes(sizes) and len(offsets) == len(sizes) == len(shape)
-            fits = fits and _is_size(offset)
-            if not (fits and all(a + n <= m for a, n, m in zip(*box, shape, strict=True))):
-                raise wrong(f"{key!r} has a chunk {box}")
-            if file not in files:
-                raise wrong(f"{key!r} lies in {file!r}, which is none of its files")
-            end = offset + box.numel * dtype.itemsize
-            if end > files[file][0]:
-                raise wrong(f"{key!r} reaches beyond the end of {file}")
-            chunks.append(Chunk(box, file, offset))
-            if end > offset:
-                taken[file].append((offset, end))
-        missing = math.prod(shape) - sum(chunk.box.numel for chunk in chunks)
-        overlaps = len(chunks) > 1 and overlap_anywhere([c.box for c in chunks], len(shape))
-        if missing or overlaps:
-            raise wrong(f"{key!r} has gaps or overlaps")
-        tensors[key] = Saved(dtype, shape, tuple(chunks))
-    for name, spans in taken.items():  # so what is loaded is never more than the files are large
+    for saved in tensors.values():
+        for chunk in saved.chunks:
+            end = chunk.end(saved.dtype)
+            if end > chunk.offset:
+                taken[chunk.file].append((chunk.offset, end))
+    for name, spans in taken.items():
         spans.sort()
         if not all(a[1] <= b[0] for a, b in pairwise(spans)):
             raise wrong(f"two of its tensors lie in the same bytes of {name}")
-    if not (isinstance(found["about"], dict) and isinstance(found["save"], str)):
-        raise wrong("it says nothing of what was saved")
-    return Index(folder, found["save"], tensors, files, found["about"], digest)
+
+
+def _is_region(offsets: Any, sizes: Any, shape: Sequence[int]) -> bool:
+    """Return whether these are offsets and sizes of a region of a tensor of that shape."""
+    if not (_are_sizes(offsets) and _are_sizes(sizes) and len(offsets) == len(sizes) == len(shape)):
+        return False
+    return all(a + n <= m for a, n, m in zip(offsets, sizes, shape, strict=True))
 
 
 def _is_size(value: Any) -> bool:
@@ -337,16 +371,14 @@ def check_files(index: Index, part: int = 0, parts: int = 1) -> None:
             with index.file(name) as file:
                 file.seek(0)
                 found = os.fstat(file.fileno()).st_size
-                digest = hashlib.sha256()
-                while found == nbytes and (block := file.read(BLOCK)):
-                    digest.update(block)
+                digest = sha256_of(file) if found == nbytes else ""
         except OSError as error:
             raise _unreadable(path, error) from error
         if found != nbytes:
             raise CheckpointError(
                 f"{path} is damaged: it has {found:,} bytes, {nbytes:,} were written. Resume from an older checkpoint."
             )
-        if digest.hexdigest() != expected:
+        if digest != expected:
             raise CheckpointError(f"{path} is damaged: its checksum differs. Resume from an older checkpoint.")
 
 
@@ -373,7 +405,7 @@ def damage(folder: str | Path, part: int = 0, parts: int = 1) -> str | None:
 
 
 def read_bounded(path: Path) -> bytes:
-    """All of a plain file of text, which is not so large that it cannot be one of ours. Local.
+    """Return all of a plain file of text, unless it is too large to be one of ours. Local.
 
     Raises:
         CheckpointError: it is too large.

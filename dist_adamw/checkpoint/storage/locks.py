@@ -7,10 +7,15 @@ import fcntl
 import functools
 import itertools
 import os
+import socket
+import time
+import warnings
 import weakref
 from pathlib import Path
 
 from dist_adamw.errors import CheckpointError
+
+_JOB_LOCK = "lock"
 
 
 class Lock:
@@ -25,11 +30,75 @@ class Lock:
         handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         self.release = weakref.finalize(self, unlock, own(handle))
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise CheckpointError(f"another job is saving to {folder}. Choose another folder.") from None
+            is_locked = _try_lock(handle)
         except OSError:
-            pass  # some file systems of networks cannot; `CheckpointFolder` says so, once
+            return  # some file systems of networks cannot; `JobLock` says so, once
+        if not is_locked:
+            raise CheckpointError(f"another job is saving to {folder}. Choose another folder.")
+
+
+class JobLock:
+    """Keep other jobs from a folder of checkpoints, until this is released or forgotten, or the process ends. Local.
+
+    The lock is a file in the folder, which says who has it.
+
+    Args:
+        root: The folder.
+        patience: Seconds to wait for another job to end.
+
+    Raises:
+        CheckpointError: another job, or another lock of this process, has the folder.
+    """
+
+    def __init__(self, root: Path, patience: float) -> None:
+        # No link: what it leads to would be overwritten.
+        handle = os.open(root / _JOB_LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+        self.release = weakref.finalize(self, unlock, own(handle))
+        try:
+            is_locked = _lock_patiently(handle, patience)
+        except OSError as error:
+            # Level 5 is the constructor of `CheckpointFolder`, from here through `Ranks.run`.
+            warnings.warn(f"{root} cannot be locked ({error}): see that one job saves there.", stacklevel=5)
+            is_locked = True
+        if not is_locked:
+            holder = os.read(handle, 200).decode(errors="replace").strip()
+            self.release()
+            raise CheckpointError(_taken(root, holder))
+        os.ftruncate(handle, 0)
+        os.write(handle, _this_process().encode())
+
+
+def _lock_patiently(handle: int, patience: float) -> bool:
+    until = time.monotonic() + patience
+    while not _try_lock(handle):
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.1)
+    return True
+
+
+def _taken(root: Path, holder: str) -> str:
+    if holder == _this_process():
+        return f"this process has a CheckpointFolder of {root} already. Use that, or close() it."
+    who = holder or "it does not say which"
+    return f"another job saves to {root} ({who}). Wait for its end, or choose another folder."
+
+
+def _this_process() -> str:
+    return f"process {os.getpid()} on {socket.gethostname()}"
+
+
+def _try_lock(handle: int) -> bool:
+    """Lock an open file; return False where another job has it.
+
+    Raises:
+        OSError: the file system has no locks.
+    """
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 _handles: dict[int, int] = {}  # by numbers that are never used again

@@ -1,6 +1,6 @@
 """Present a tensor of which this process holds some regions to torch.distributed.checkpoint.
 
-Knows tensors and boxes, and the three methods by which DTensor talks to that library.
+Knows tensors and regions, and the three methods by which DTensor talks to that library.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.tensor import DTensor
 
-from dist_adamw.checkpoint.storage.regions import Box, boxes
+from dist_adamw.checkpoint.storage.regions import Region, regions_of
 
 Values = Tensor | Callable[[], Tensor]
 
@@ -28,24 +28,24 @@ class PartialTensor(Tensor):
     Args:
         shape: Of the whole.
         dtype: Of the elements.
-        parts: Boxes of it, and a tensor of each box's sizes; or what makes that, where it is to take memory only
+        parts: Regions of it, and a tensor of each region's sizes; or what makes that, where it is to take memory only
             while it is needed.
     """
 
-    parts: Mapping[Box, Values]
-    shared = True  # whether other ranks hold the other boxes; False where each has all of them
+    parts: Mapping[Region, Values]
+    shared = True  # whether other ranks hold the other regions; False where each has all of them
 
     @staticmethod
-    def __new__(cls, shape: Sequence[int], dtype: torch.dtype, parts: Mapping[Box, Values]) -> PartialTensor:
-        """A tensor without memory."""
+    def __new__(cls, shape: Sequence[int], dtype: torch.dtype, parts: Mapping[Region, Values]) -> PartialTensor:
+        """Make a tensor without memory."""
         made: PartialTensor = torch.Tensor._make_wrapper_subclass(
             cls, torch.Size(shape), dtype=dtype, device=torch.device("cpu")
         )
         return made
 
-    def __init__(self, shape: Sequence[int], dtype: torch.dtype, parts: Mapping[Box, Values]) -> None:
+    def __init__(self, shape: Sequence[int], dtype: torch.dtype, parts: Mapping[Region, Values]) -> None:
         self.parts = parts
-        self._by_offsets = {box.offsets: values for box, values in parts.items()}
+        self._by_offsets = {region.offsets: values for region, values in parts.items()}
 
     @classmethod
     def of_ranges(
@@ -57,27 +57,27 @@ class PartialTensor(Tensor):
         dtype: torch.dtype,
         order: Sequence[int] | None = None,
     ) -> PartialTensor:
-        """Elements in ``ranges``, each ``[start, stop)``, which ``flat`` has end to end, 1-D.
+        """Return the elements in ``ranges``, each ``[start, stop)``, which ``flat`` has end to end, 1-D.
 
         Args:
             shape: Of the whole.
             flat: The elements, or what makes them.
             ranges: Counted in the order of memory.
             dtype: Of the elements.
-            order: Axes in memory, from the largest step to the smallest; default: C order. Boxes are of the tensor's
+            order: Axes in memory, from the largest step to the smallest; default: C order. Regions are of the tensor's
                 own axes, so that a checkpoint does not depend on memory formats.
         """
         if 0 in shape:  # no rank has any of it, and it must be there
-            return cls(shape, dtype, {Box((0,) * len(shape), tuple(shape)): torch.empty(*shape, dtype=dtype)})
+            return cls(shape, dtype, {Region((0,) * len(shape), tuple(shape)): torch.empty(*shape, dtype=dtype)})
         order = range(len(shape)) if order is None else order
         inverse = [list(order).index(axis) for axis in range(len(shape))]
-        parts: dict[Box, Values] = {}
+        parts: dict[Region, Values] = {}
         place = 0
         for start, stop in ranges:
-            for box in boxes(start, stop, [shape[axis] for axis in order]):
-                key = Box(*(tuple(numbers[axis] for axis in inverse) for numbers in box))
-                parts[key] = _cut(flat, place, box, inverse)
-                place += box.numel
+            for region in regions_of(start, stop, [shape[axis] for axis in order]):
+                key = Region(*(tuple(numbers[axis] for axis in inverse) for numbers in region))
+                parts[key] = _cut(flat, place, region, inverse)
+                place += region.numel
         return cls(shape, dtype, parts)
 
     @classmethod
@@ -86,7 +86,7 @@ class PartialTensor(Tensor):
         if isinstance(tensor, PartialTensor):
             return tensor
         if not isinstance(tensor, DTensor):
-            return cls(tensor.shape, tensor.dtype, {Box((0,) * tensor.ndim, tuple(tensor.shape)): tensor})
+            return cls(tensor.shape, tensor.dtype, {Region((0,) * tensor.ndim, tuple(tensor.shape)): tensor})
         if tensor.device_mesh.get_coordinate() is None:
             return cls(tensor.shape, tensor.dtype, {})
         chunks = tensor.__create_chunk_list__()  # type: ignore[no-untyped-call]
@@ -94,7 +94,7 @@ class PartialTensor(Tensor):
             tensor.shape,
             tensor.dtype,
             {
-                Box(tuple(c.offsets), tuple(c.sizes)): tensor.__get_tensor_shard__(MetadataIndex("", c.offsets))  # type: ignore[no-untyped-call]
+                Region(tuple(c.offsets), tuple(c.sizes)): tensor.__get_tensor_shard__(MetadataIndex("", c.offsets))  # type: ignore[no-untyped-call]
                 for c in chunks
             },
         )
@@ -111,7 +111,7 @@ class PartialTensor(Tensor):
         ]
 
     def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
-        return [ChunkStorageMetadata(*map(torch.Size, box)) for box in self.parts]
+        return [ChunkStorageMetadata(*map(torch.Size, region)) for region in self.parts]
 
     def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
         assert index.offset is not None
@@ -126,13 +126,13 @@ class PartialTensor(Tensor):
 
 
 def evaluated(values: Values) -> Tensor:
-    """The tensor itself. Local."""
+    """Return the tensor itself. Local."""
     return values if isinstance(values, Tensor) else values()
 
 
-def _cut(flat: Values, place: int, box: Box, inverse: Sequence[int]) -> Values:
+def _cut(flat: Values, place: int, region: Region, inverse: Sequence[int]) -> Values:
     def cut(values: Tensor) -> Tensor:
-        return values[place : place + box.numel].view(box.sizes).permute(list(inverse))
+        return values[place : place + region.numel].view(region.sizes).permute(list(inverse))
 
     if isinstance(flat, Tensor):
         return cut(flat)

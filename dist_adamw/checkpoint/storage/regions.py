@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 
-class Box(NamedTuple):
+class Region(NamedTuple):
     """A rectangle in a tensor: where it begins and how long it is along each dim."""
 
     offsets: tuple[int, ...]
@@ -22,51 +22,56 @@ class Box(NamedTuple):
         return math.prod(self.sizes)
 
 
-def boxes(start: int, stop: int, shape: Sequence[int]) -> Iterator[Box]:
-    """Elements ``start`` to ``stop`` of a tensor, counted in C order, as boxes in that order.
+def regions_of(start: int, stop: int, shape: Sequence[int]) -> Iterator[Region]:
+    """Yield elements ``start`` to ``stop`` of a tensor, counted in C order, as regions in that order.
 
     At most ``2 * ndim - 1`` of them: what is left of a row, whole rows, and the beginning of one more, dim by dim.
     """
     if start >= stop:
         return
     if len(shape) <= 1:
-        yield Box((start,) * len(shape), (stop - start,) * len(shape))
+        yield Region((start,) * len(shape), (stop - start,) * len(shape))
         return
     row = math.prod(shape[1:])
     first, into = divmod(start, row)
     last, beyond = divmod(stop, row)
-    if first == last or (into and first + 1 == last and not beyond):
-        yield from _inside(first, boxes(into, stop - first * row, shape[1:]))
+    ends_with_row = into and first + 1 == last and not beyond
+    if first == last or ends_with_row:
+        yield from _inside(first, regions_of(into, stop - first * row, shape[1:]))
         return
     if into:
-        yield from _inside(first, boxes(into, row, shape[1:]))
+        yield from _inside(first, regions_of(into, row, shape[1:]))
         first += 1
     if first < last:
-        yield Box((first, *(0 for _ in shape[1:])), (last - first, *shape[1:]))
+        yield Region((first, *[0] * len(shape[1:])), (last - first, *shape[1:]))
     if beyond:
-        yield from _inside(last, boxes(0, beyond, shape[1:]))
+        yield from _inside(last, regions_of(0, beyond, shape[1:]))
 
 
-def _inside(index: int, found: Iterator[Box]) -> Iterator[Box]:
-    return (Box((index, *box.offsets), (1, *box.sizes)) for box in found)
+def _inside(index: int, found: Iterator[Region]) -> Iterator[Region]:
+    return (Region((index, *region.offsets), (1, *region.sizes)) for region in found)
 
 
-def overlap_anywhere(found: Sequence[Box], ndim: int) -> bool:
-    """Whether two of these boxes share an element. A sweep along the dim in which they begin at the most places."""
-    found = [box for box in found if box.numel]
+def overlap_anywhere(found: Sequence[Region], ndim: int) -> bool:
+    """Return whether two of these regions share an element. A sweep along the dim in which most begin apart."""
+    found = [region for region in found if region.numel]
     if len(found) < 2 or ndim == 0:
         return len(found) > 1
-    dim = max(range(ndim), key=lambda d: len({box.offsets[d] for box in found}))
-    active: list[Box] = []
-    for box in sorted(found, key=lambda box: box.offsets[dim]):
-        active = [other for other in active if other.offsets[dim] + other.sizes[dim] > box.offsets[dim]]
-        if any(_overlap(box, other) for other in active):
+    dim = max(range(ndim), key=lambda d: _distinct_offsets(found, d))
+    active: list[Region] = []
+    for region in sorted(found, key=lambda region: region.offsets[dim]):
+        active = [other for other in active if other.offsets[dim] + other.sizes[dim] > region.offsets[dim]]
+        if any(_overlap(region, other) for other in active):
             return True
-        active.append(box)
+        active.append(region)
     return False
 
 
-def _overlap(one: Box, other: Box) -> bool:
+def _distinct_offsets(found: Sequence[Region], dim: int) -> int:
+    return len({region.offsets[dim] for region in found})
+
+
+def _overlap(one: Region, other: Region) -> bool:
     return all(
         a < b + m and b < a + n for a, n, b, m in zip(one.offsets, one.sizes, other.offsets, other.sizes, strict=True)
     )

@@ -4,8 +4,8 @@ Knows autograd's hooks and torch's optimizers; nothing of schedules or checkpoin
 
 The rule. Rows of a batch count once, in the update that their first backward pass went into:
 
-1. A loader hands out a batch: its real rows on this rank are *in hand*. (`loader.py` tells how many are real.) A batch
-   that is handed out where gradients are disabled never counts.
+1. A loader hands out a batch: its real rows on this rank are *in hand*. (`loader_run.py` tells how many are real.) A
+   batch that is handed out where gradients are disabled never counts.
 2. A backward pass reaches a parameter of this optimizer: of every loader, the oldest batch in hand is *accumulated*.
 3. A loader hands out the next batch, of the same epoch or of the next: the one before is dropped if no backward pass
    has taken it, unless the script still has it (a loop that fetches several batches ahead). A batch of an iteration
@@ -42,7 +42,7 @@ import operator
 import warnings
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -51,7 +51,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
-from dist_adamw.integrations.accelerate.loader import Batch, Run, listen
+from dist_adamw.integrations.accelerate.loader import listen
+from dist_adamw.integrations.accelerate.loader_run import Batch, Run
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -71,6 +72,15 @@ class _Entry:
     is_waiting: bool = True
     is_passed_over: bool = False
     is_done: bool = False
+
+
+def _without_hook(params: list[Tensor], handles: Mapping[int, Any]) -> list[Tensor]:
+    return [param for param in params if id(param) not in handles]
+
+
+def _begins_next_epoch(before: Run, now: Run) -> bool:
+    """Return whether an iteration goes on where ``before`` has come to the end of the data."""
+    return before.is_exhausted and before.loader() is now.loader()
 
 
 class SampleCounter:
@@ -116,7 +126,7 @@ class SampleCounter:
         )
         self._witness: tuple[Tensor, Any] | None = None  # a parameter with a gradient, and a hook on it
         self._are_gone = False
-        self._told: set[str] = set()
+        self._warned: set[str] = set()
         weakref.finalize(self, _remove_all, self._handles)
         _after_zero_grad(optimizer, self)
         self._follow_parameters()
@@ -125,23 +135,22 @@ class SampleCounter:
     # ---------------------------------------------------------------- what loaders do
 
     def begins(self, run: Run) -> None:
-        """Nothing: only a batch counts."""
+        """Ignore it: only a batch counts."""
 
     def ended(self, run: Run) -> None:
-        """Nothing: a batch may be trained on after its loop."""
+        """Ignore it: a batch may be trained on after its loop."""
 
     def handed_out(self, batch: Batch) -> None:
-        """A loader hands out a batch. Local."""
+        """Take a batch in hand that a loader hands out. Local."""
         self.poll()
         counts = torch.is_grad_enabled()
         kept = []
         for entry in self._in_hand:
-            before = entry.batch.run
-            goes_on = before.is_exhausted and before.loader() is batch.run.loader()  # with another epoch
-            if before is batch.run or goes_on:
+            begins_next_epoch = _begins_next_epoch(entry.batch.run, batch.run)
+            if entry.batch.run is batch.run or begins_next_epoch:
                 entry.is_passed_over = True
-            is_orphan = counts and before.has_ended and not (goes_on or self._fetches_ahead)
-            if not (is_orphan or self._is_let_go(entry)):
+            is_abandoned = entry.batch.run.has_ended and not (begins_next_epoch or self._fetches_ahead)
+            if not ((counts and is_abandoned) or self._is_let_go(entry)):
                 kept.append(entry)
         if counts:
             self._has_heard = True
@@ -167,7 +176,7 @@ class SampleCounter:
             self.backward_began()
 
     def backward_began(self) -> None:
-        """A backward pass takes the oldest batch in hand of every loader. Local."""
+        """Accumulate the oldest batch in hand of every loader: a backward pass has begun. Local."""
         self._backwards.clear()
         self._in_hand = [entry for entry in self._in_hand if not self._is_let_go(entry)]
         taken: set[int] = set()
@@ -222,42 +231,43 @@ class SampleCounter:
         optimizer = self._optimizer()
         if optimizer is None or not self._hooks_parameters:
             return
-        params = [*itertools.chain.from_iterable(group["params"] for group in optimizer.param_groups)]
+        params = [*itertools.chain.from_iterable(map(operator.itemgetter("params"), optimizer.param_groups))]
+        # This runs for every batch: most of the time nothing has changed.
         is_known = len(params) == len(self._params) and all(map(operator.is_, params, self._params))
         if not is_known:
             self._params = params
             here = set(map(id, params))
             for key in self._handles.keys() - here:
                 self._handles.pop(key).remove()
-            self._frozen = [param for param in params if id(param) not in self._handles]
-        if self._frozen and any(map(operator.attrgetter("requires_grad"), self._frozen)):
+            self._frozen = _without_hook(params, self._handles)
+        if any(map(operator.attrgetter("requires_grad"), self._frozen)):
             for param in self._frozen:
                 if param.requires_grad:
                     handle = param.register_post_accumulate_grad_hook(self._hook)  # type: ignore[no-untyped-call]
                     self._handles[id(param)] = handle
-            self._frozen = [param for param in self._frozen if id(param) not in self._handles]
+            self._frozen = _without_hook(self._frozen, self._handles)
 
     # ---------------------------------------------------------------- what the optimizer does
 
     def gradients_were_dropped(self) -> None:
-        """``zero_grad`` was called. Local."""
+        """Drop what was accumulated: ``zero_grad`` was called. Local."""
         self.poll()
         self._drop_accumulated()
 
     def _drop_accumulated(self) -> None:
-        """The gradients are gone."""
+        """Drop what was accumulated: the gradients are gone."""
         self._take_back(self._accumulated)
         self._accumulated.clear()
         self._forget_witness()
 
     def _take_back(self, entries: list[_Entry]) -> None:
-        """The newest batch of a loader may yet be used."""
+        """Let the newest batch of a loader be trained on again."""
         for entry in entries:
             if not entry.is_passed_over and any(entry is other for other in self._in_hand):
                 entry.is_waiting = True
 
     def before_update(self, *, has_closure: bool = False) -> None:
-        """``step`` begins. Posts the count, unless a closure is going to compute gradients. Collective."""
+        """Post the count, unless a closure is going to compute gradients: ``step`` begins. Collective."""
         self.poll()
         self._follow_parameters()
         self._count = None if has_closure else self._post()
@@ -272,7 +282,7 @@ class SampleCounter:
         return _Count(self, rows)
 
     def __call__(self) -> Callable[[], int | None]:
-        """The update was applied. Its real samples, all ranks together; None where no loader has told of any.
+        """Return what gives the real samples of an applied update, all ranks together; None without a count.
 
         The function that is returned waits for the other ranks. Collective if a closure was passed.
         """
@@ -303,12 +313,12 @@ class SampleCounter:
         optimizer.register_step_post_hook(after)
 
     def returned_unapplied(self) -> None:
-        """The update was skipped: its rows do not count, unless their batch is trained on again. Local."""
+        """Forget the rows of an update that was skipped, unless their batch is trained on again. Local."""
         self._take_back(self._stepping)
         self._stepping, self._count = [], None
 
     def _step_has_raised(self) -> None:
-        """``step`` neither applied nor skipped the update: its gradients are still there."""
+        """Accumulate again what ``step`` neither applied nor skipped: its gradients are still there."""
         for entry in self._stepping:
             entry.is_done = False
         self._accumulated = [*self._stepping, *self._accumulated]
@@ -323,7 +333,7 @@ class SampleCounter:
         self._backwards.clear()
 
     def forget(self) -> None:
-        """Nothing is in hand or accumulated: a checkpoint was loaded. Local."""
+        """Forget what is in hand or accumulated: a checkpoint was loaded. Local."""
         self.forget_in_hand()
         self._accumulated.clear()
         self._stepping, self._count = [], None
@@ -341,8 +351,8 @@ class SampleCounter:
         return [entry.batch for entry in (*self._accumulated, *in_hand) if not entry.is_done]
 
     def _warn_once(self, message: str) -> None:
-        if message not in self._told:
-            self._told.add(message)
+        if message not in self._warned:
+            self._warned.add(message)
             warnings.warn(message, stacklevel=5)
 
 
@@ -392,7 +402,7 @@ def _remove_all(handles: dict[int, Any]) -> None:
 
 
 def _ranks_with_the_same_rows(accelerator: Accelerator) -> int:
-    """How many neighbouring ranks see the same samples: tensor, context and sequence parallelism."""
+    """Return how many neighbouring ranks see the same samples: tensor, context and sequence parallelism."""
     config = getattr(accelerator, "parallelism_config", None)
     sizes = (getattr(config, axis, 1) or 1 for axis in ("tp_size", "cp_size", "sp_size"))
     return int(functools.reduce(operator.mul, sizes, 1))

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
-from dist_adamw.integrations.deepspeed.register import accumulation_of
+from dist_adamw.integrations.deepspeed.configuration import accumulation_of
 from dist_adamw.schedule.batch import GlobalBatch
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class LoaderFacts:
 
 
 def engine_of(accelerator: Accelerator) -> str:
-    """Accelerate's name of the engine, such as "MULTI_GPU", "FSDP" or "DEEPSPEED". Local."""
+    """Return Accelerate's name of the engine, such as "MULTI_GPU", "FSDP" or "DEEPSPEED". Local."""
     return str(accelerator.distributed_type.value)
 
 
@@ -61,54 +61,78 @@ def loader_facts(accelerator: Accelerator, dataloader: DataLoader[Any]) -> Loade
     """
     ranks = data_parallel_size(accelerator)
     sampler = dataloader.sampler if isinstance(dataloader.sampler, BatchSampler) else dataloader.batch_sampler
-    size = dataloader.batch_size or getattr(sampler, "batch_size", None)
-    if not size:
-        raise ValueError(
-            "the data loader has no batch size, so the samples of an update are unknown. Give the DataLoader a "
-            "batch_size or a batch sampler that has one."
-        )
-    if accelerator.split_batches:
-        if size % ranks:
-            below, above = size // ranks * ranks, (size // ranks + 1) * ranks
-            raise ValueError(
-                f"split_batches=True cannot split a batch of {size} over {ranks} ranks. "
-                f"The nearest sizes that work: {' and '.join(str(n) for n in (below, above) if n)}."
-            )
-        size //= ranks
+    size = _micro_batch_size(accelerator, dataloader, sampler, ranks)
     accumulation = accelerator.gradient_accumulation_steps
     if engine_of(accelerator) == "DEEPSPEED":
         accumulation = accumulation_of(accelerator.deepspeed_plugin.deepspeed_config, accumulation)
     batch = GlobalBatch(size, accumulation, ranks)
     samples = _pass_length(dataloader)
     drop_last = bool(getattr(sampler, "drop_last", False) or dataloader.drop_last)
-    # Accelerate fills up what it reads from iterable data, or on rank 0 for all ranks, whatever even_batches says.
-    deals_indices = not (accelerator.dispatch_batches or isinstance(dataloader.dataset, IterableDataset))
-    if deals_indices and samples is not None and not (accelerator.even_batches or drop_last):
-        count = -(-samples // size)  # of a rank's batches, of all ranks together
-        if isinstance(sampler, Sized) and not accelerator.split_batches:
-            count = len(sampler)
-        if count % ranks:
-            raise ValueError(uneven_batches(ranks, count, size))
     facts = LoaderFacts(batch, samples, drop_last)
+    _check_even(accelerator, dataloader, sampler, facts)
     if facts.epoch_size == 0:
         raise ValueError(
             f"the data loader has {samples} samples, fewer than one global batch of {batch.size}, and drop_last=True "
             "leaves nothing to train on. Lower the batch size or set drop_last=False."
         )
-    whole = samples // facts.pass_samples if drop_last and samples is not None else 0
-    if (short := whole % batch.gradient_accumulation_steps) and accelerator.gradient_state.sync_with_dataloader:
-        warnings.warn(
-            f"with drop_last=True an epoch has {whole} micro-batches, and the last {short} of them make a short "
-            f"accumulation of {short * facts.pass_samples} samples beyond the epoch size of {facts.epoch_size} (whole "
-            f"global batches of {batch.size}). They are counted, so cycles end a little before their epochs. Cut the "
-            f"data set to a multiple of {batch.size} samples to have the same updates on every number of ranks.",
-            stacklevel=3,
-        )
+    if (warning := _short_accumulation(accelerator, facts)) is not None:
+        warnings.warn(warning, stacklevel=3)
     return facts
 
 
+def _micro_batch_size(accelerator: Accelerator, dataloader: DataLoader[Any], sampler: Any, ranks: int) -> int:
+    """Return the samples of one backward pass on one rank."""
+    size: int | None = dataloader.batch_size or getattr(sampler, "batch_size", None)
+    if not size:
+        raise ValueError(
+            "the data loader has no batch size, so the samples of an update are unknown. Give the DataLoader a "
+            "batch_size or a batch sampler that has one."
+        )
+    if not accelerator.split_batches:
+        return size
+    if size % ranks:
+        below, above = size // ranks * ranks, (size // ranks + 1) * ranks
+        raise ValueError(
+            f"split_batches=True cannot split a batch of {size} over {ranks} ranks. "
+            f"The nearest sizes that work: {' and '.join(str(n) for n in (below, above) if n)}."
+        )
+    return size // ranks
+
+
+def _check_even(accelerator: Accelerator, dataloader: DataLoader[Any], sampler: Any, facts: LoaderFacts) -> None:
+    """Raise where ranks would have different numbers of batches."""
+    if facts.samples is None or facts.drop_last or accelerator.even_batches:
+        return
+    # Accelerate fills up what it reads from iterable data, or on rank 0 for all ranks, whatever even_batches says.
+    if accelerator.dispatch_batches or isinstance(dataloader.dataset, IterableDataset):
+        return
+    ranks, size = facts.batch.data_parallel_size, facts.batch.micro_batch_size
+    count = -(-facts.samples // size)  # of a rank's batches, of all ranks together
+    if isinstance(sampler, Sized) and not accelerator.split_batches:
+        count = len(sampler)
+    if count % ranks:
+        raise ValueError(uneven_batches(ranks, count, size))
+
+
+def _short_accumulation(accelerator: Accelerator, facts: LoaderFacts) -> str | None:
+    """Return a warning where an epoch's last accumulation is short, and reaches beyond the epoch size."""
+    if not facts.drop_last or facts.samples is None or not accelerator.gradient_state.sync_with_dataloader:
+        return None
+    batch = facts.batch
+    whole = facts.samples // facts.pass_samples
+    short = whole % batch.gradient_accumulation_steps
+    if not short:
+        return None
+    return (
+        f"with drop_last=True an epoch has {whole} micro-batches, and the last {short} of them make a short "
+        f"accumulation of {short * facts.pass_samples} samples beyond the epoch size of {facts.epoch_size} (whole "
+        f"global batches of {batch.size}). They are counted, so cycles end a little before their epochs. Cut the "
+        f"data set to a multiple of {batch.size} samples to have the same updates on every number of ranks."
+    )
+
+
 def uneven_batches(ranks: int, count: int, size: int) -> str:
-    """Why ``count`` batches of all ranks together cannot be trained on."""
+    """Say why ``count`` batches of all ranks together cannot be trained on."""
     return (
         f"even_batches=False gives {ranks} ranks different numbers of batches ({count} of {size} samples), and "
         "an update needs every rank. Leave even_batches=True (repeated samples are not counted), or set "
@@ -128,7 +152,7 @@ def shuffle_by_generator(dataloader: DataLoader[Any]) -> None:
 
 
 def data_parallel_size(accelerator: Accelerator) -> int:
-    """Ranks that see different samples: all but those of tensor, context and sequence parallelism."""
+    """Return how many ranks see different samples: all but those of tensor, context and sequence parallelism."""
     config = getattr(accelerator, "parallelism_config", None)
     same = 1
     for axis in ("tp_size", "cp_size", "sp_size"):
@@ -137,7 +161,7 @@ def data_parallel_size(accelerator: Accelerator) -> int:
 
 
 def _pass_length(dataloader: DataLoader[Any]) -> int | None:
-    """Samples of one pass over the loader, before it is sharded."""
+    """Return the samples of one pass over the loader, before it is sharded."""
     dataset = dataloader.dataset
     if isinstance(dataset, IterableDataset):
         return len(dataset) if isinstance(dataset, Sized) else None
@@ -153,7 +177,7 @@ def _pass_length(dataloader: DataLoader[Any]) -> int | None:
 
 
 def batch_sampler_of(loader: Any) -> Any:
-    """The innermost batch sampler: the one that knows nothing of ranks. None where samples are not sampled. Local."""
+    """Return the innermost batch sampler, which knows nothing of ranks; None where samples are not sampled. Local."""
     if isinstance(loader.dataset, IterableDataset):
         return None
     found = loader.sampler if isinstance(loader.sampler, BatchSampler) else loader.batch_sampler

@@ -4,15 +4,6 @@ Knows torch's and Accelerate's loaders and samplers; nothing of optimizers.
 
 Accelerate builds loaders in several places (``prepare``, ``prepare_data_loader``, ``skip_first_batches``, a copy), so
 `observe_loaders` wraps ``__iter__`` of its loader classes, once in a process. Where nothing listens, nothing changes.
-
-How the real rows of a batch are found:
-
-- Data with indices: the lists of indices are noted as the sampler draws them, and matched with the batches first in,
-  first out, however many workers fetch ahead. Every rank draws all of them (Accelerate shards by leaving out), so it
-  knows which of its own rows Accelerate repeated as padding, whatever the collate function returns.
-- Iterable data: what was collated in this process. With workers, or where rank 0 reads for all ranks: the size that
-  Accelerate finds in the batch, less the padding that the loader reports at the end.
-- ``in_order=False``: the oldest list of as many indices as the batch has rows.
 """
 
 from __future__ import annotations
@@ -21,15 +12,13 @@ import contextlib
 import copy
 import functools
 import threading
-import warnings
 import weakref
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sized
-from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
 
-import torch
 from torch.utils.data import BatchSampler, IterableDataset
+
+from dist_adamw.integrations.accelerate.loader_run import Batch, Run, is_dispatched
 
 
 class Listener(Protocol):
@@ -56,237 +45,6 @@ class _Fetching(threading.local):
 
 
 _FETCHING = _Fetching()
-
-
-class _Drawn(NamedTuple):
-    """Of one list of indices that this rank drew."""
-
-    length: int  # padding included
-    rows: int  # without
-    begin: int  # samples drawn before, all ranks together
-    end: int  # and with what other ranks fetch at the same time
-
-
-@dataclass(eq=False, slots=True)
-class Batch:
-    """A batch that a loader has handed out. It does not keep the data.
-
-    Attributes:
-        rows: Real rows on this rank; 0 for padding.
-        run: The iteration that it came from.
-        begin: Samples of the epoch before it, all ranks together.
-        end: Samples of the epoch up to its end, all ranks together.
-        is_last: Whether the loader says that the epoch ends with it.
-        is_held: Whether the script still has it.
-    """
-
-    rows: int
-    run: Run
-    begin: int
-    end: int
-    is_last: bool
-    is_held: Callable[[], bool]
-
-
-class Run:
-    """One iteration over a loader.
-
-    Attributes:
-        has_ended: No batch will come from it any more.
-        is_exhausted: It has come to the end of the data.
-        offset: Samples of the epoch that lie before the first one drawn.
-        repeated: Of the samples drawn, so many at the beginning were drawn for padding only.
-        streamed: Samples that an iterable data set has given, all ranks together; None where that is not seen.
-        on_begin: Called when the sampler begins.
-    """
-
-    def __init__(self, loader: Any) -> None:
-        self.loader = weakref.ref(loader)
-        self.has_ended = self.is_exhausted = False
-        self.offset = self.repeated = 0
-        self.streamed: int | None = None
-        self.on_begin: Callable[[], None] | None = None
-        self._has_begun = self._has_handed_out = False
-        self._skipped = int(getattr(loader, "skip_batches", 0) or 0)
-        self._drawn: deque[_Drawn] = deque()
-        self._collated: deque[int] = deque()
-        self._total = 0  # samples drawn, all ranks together
-        self._pass = (0, 0)  # of them, those before and after the lists that ranks fetch at the same time
-        self._end = 0  # of the last batch
-        self._shard: Any = None
-        self._own: deque[tuple[Any, int]] = deque()  # lists of this rank that have not been yielded yet
-        self._number = self._newest = 0
-
-    # ---------------------------------------------------------------- while indices are drawn
-
-    def begin(self) -> None:
-        """The sampler is about to begin, or on a rank that draws nothing the first batch has come."""
-        if not self._has_begun:
-            self._has_begun = True
-            if self.on_begin is not None:
-                self.on_begin()
-
-    def draws_from(self, shard: Any) -> None:
-        """Lists are dealt out to ranks by ``shard``; None: this rank has all of them."""
-        self._shard = shard
-
-    def drew(self, indices: Any) -> None:
-        """The script's own sampler has drawn a list of indices, for some rank."""
-        size = len(indices) if isinstance(indices, Sized) else 1
-        self._total += size
-        self._newest = size
-        shard = self._shard
-        if shard is not None and not shard.split_batches and self._number % shard.num_processes == shard.process_index:
-            self._own.append((indices, size))
-        self._number += 1
-
-    def passed(self, _: Any) -> None:
-        """Every rank has a list of indices to fetch, or to leave out."""
-        self._pass = (self._pass[1], self._total)
-
-    def dealt(self, indices: Any) -> None:
-        """This rank is to fetch a list of indices."""
-        length = len(indices) if isinstance(indices, Sized) else 1
-        self._drawn.append(_Drawn(length, self._real(indices, length), *self._pass))
-
-    def _real(self, indices: Any, length: int) -> int:
-        shard = self._shard
-        if shard is None:
-            return length
-        if shard.split_batches:  # this rank's part of the newest list
-            part = int(shard.batch_size) // int(shard.num_processes)
-            return min(length, max(0, self._newest - part * int(shard.process_index)))
-        # Accelerate pads a list in place, and makes others of indices from the beginning.
-        for i, (own, size) in enumerate(self._own):
-            if own is indices:
-                for _ in range(i + 1):
-                    self._own.popleft()
-                return min(size, length)
-        return 0
-
-    def collated(self, samples: Any) -> None:
-        """Samples of an iterable data set have been made into a batch in this process."""
-        self._collated.append(len(samples) if isinstance(samples, Sized) else 1)
-
-    # ---------------------------------------------------------------- when a batch comes
-
-    def hand_out(self, loader: Any, batch: Any) -> Batch:
-        """Describe a batch that is about to be handed out."""
-        for _ in range(self._skipped):  # fetched, and not handed out
-            for noted in (self._drawn, self._collated):
-                if noted:
-                    noted.popleft()
-        if not (self._has_handed_out or self._by_index(loader)):
-            self._end = self._skipped * _pass_size(loader) + _left_out(loader)
-        self._skipped, self._has_handed_out = 0, True
-        is_last = bool(getattr(loader, "end_of_dataloader", False))
-        if self._by_index(loader) and self._drawn:
-            _, rows, begin, end = self._match(loader, batch)
-        else:
-            rows, whole = self._measure(loader, batch, is_last)
-            begin, end = self._end, self._end + whole
-        self._end = end
-        return Batch(rows, self, self._in_epoch(begin), self._in_epoch(end), is_last, _holder(batch))
-
-    def _in_epoch(self, drawn: int) -> int:
-        return self.offset + max(0, drawn - self.repeated)
-
-    @staticmethod
-    def _by_index(loader: Any) -> bool:
-        return not (_is_dispatched(loader) or isinstance(loader.dataset, IterableDataset))
-
-    def _match(self, loader: Any, batch: Any) -> _Drawn:
-        if loader.num_workers and not getattr(loader, "in_order", True):
-            size = batch_size_of(batch)
-            for i, drawn in enumerate(self._drawn):
-                if drawn.length == size:
-                    del self._drawn[i]
-                    return drawn
-        return self._drawn.popleft()
-
-    def _measure(self, loader: Any, batch: Any, is_last: bool) -> tuple[int, int]:
-        """Real rows on this rank, and on all of them."""
-        size = self._collated.popleft() if self._collated else batch_size_of(batch)
-        if size is None:
-            size = loader.batch_size or 1
-            warnings.warn(
-                f"a batch of type {type(batch).__name__} has no size that can be recognised; it is counted as the "
-                f"loader's batch_size, {size}. Return tensors from the collate function, or pass "
-                "scheduler.step(samples=n).",
-                stacklevel=4,
-            )
-        if _is_dispatched(loader):
-            ranks, rank = loader.state.num_processes, loader.state.process_index
-            whole = loader.remainder if is_last and loader.remainder > 0 else size * ranks
-            return min(size, max(0, whole - rank * size)), min(whole, size * ranks)
-        shard = loader.dataset
-        if type(shard).__name__ != "IterableDatasetShard":
-            return size, size
-        ranks, rank = shard.num_processes, shard.process_index
-        given = self.streamed  # at least up to this batch, and all there is at the last one
-        if given is None and isinstance(shard.dataset, Sized):
-            given = len(shard.dataset)
-        if given is None:
-            if is_last and not shard.drop_last:
-                warnings.warn(
-                    "the data set has no length and is read by workers, so samples that were repeated to fill the "
-                    "last batch cannot be told from others and are counted. Give it a __len__, or leave "
-                    "dispatch_batches=None.",
-                    stacklevel=4,
-                )
-            return size, size * ranks
-        left = max(0, given - self._end)
-        return min(size, max(0, left - rank * size)), min(left, size * ranks)
-
-
-# ---------------------------------------------------------------- reading loaders and batches
-
-
-def _is_dispatched(loader: Any) -> bool:
-    return type(loader).__name__ == "DataLoaderDispatcher"
-
-
-def _pass_size(loader: Any) -> int:
-    """Samples of one full batch on all ranks."""
-    shard = loader.dataset
-    size = loader.batch_size or 1
-    if _is_dispatched(loader):
-        return size if loader.split_batches else size * int(loader.state.num_processes)
-    return size * int(shard.num_processes) if type(shard).__name__ == "IterableDatasetShard" else size
-
-
-def _left_out(loader: Any) -> int:
-    """Samples that ``skip_first_batches`` has a batch sampler leave out before this process, or rank 0, draws any."""
-    sampler, lists = loader.batch_sampler, 0
-    while type(sampler).__name__ == "SkipBatchSampler":
-        sampler, lists = sampler.batch_sampler, lists + int(sampler.skip_batches)
-    return lists * int(loader.batch_size or getattr(sampler, "batch_size", None) or 1) if lists else 0
-
-
-def batch_size_of(batch: Any) -> int | None:
-    """Rows of a batch, as Accelerate finds them; None where there is no tensor. Local."""
-    tensor = _first_tensor(batch)
-    return tensor.shape[0] if tensor is not None and tensor.ndim else None
-
-
-def _first_tensor(batch: Any) -> torch.Tensor | None:
-    if isinstance(batch, torch.Tensor):
-        return batch
-    if isinstance(batch, Mapping):
-        batch = list(batch.values())
-    if isinstance(batch, (list, tuple)):
-        return next((found for part in batch if (found := _first_tensor(part)) is not None), None)
-    return None
-
-
-def _holder(batch: Any) -> Callable[[], bool]:
-    """Return whether anything still refers to a batch; False where that cannot be seen."""
-    tensor = _first_tensor(batch)
-    try:
-        known = weakref.ref(batch if tensor is None else tensor)
-    except TypeError:
-        return lambda: False
-    return lambda: known() is not None
 
 
 # ---------------------------------------------------------------- listening to the sampler
@@ -335,7 +93,7 @@ class _Watched:
 
 
 def _watched(sampler: Any, run: Run) -> Any:
-    """The same, with copies of the samplers that Accelerate put around the script's own."""
+    """Return the same sampler, with copies of those that Accelerate put around the script's own."""
     kind = type(sampler).__name__
     if kind == "SkipBatchSampler":
         twin = copy.copy(sampler)
@@ -368,14 +126,10 @@ class _Streamed:
 
 @contextlib.contextmanager
 def _recorded(loader: Any, run: Run) -> Iterator[None]:
-    """Have the iterator that is made in the block draw from a recorder. torch forbids to set these by name."""
+    """Have the iterator that is made in the block draw from a recorder."""
+    # torch forbids to set these by name.
     base = vars(getattr(loader, "base_dataloader", loader))
-    swapped: dict[str, Any] = {}
-    name = "sampler" if base.get("batch_sampler") is None else "batch_sampler"
-    if isinstance(base.get(name), BatchSampler) or name == "batch_sampler":
-        swapped[name] = _Recorder(base[name])
-    if isinstance(loader.dataset, IterableDataset) and not base.get("num_workers") and not _is_dispatched(loader):
-        swapped["collate_fn"] = functools.partial(_collate, base["collate_fn"], run)
+    swapped = _recorders(loader, base, run)
     before = {name: base[name] for name in swapped}
     base.update(swapped)
     shard = loader.dataset
@@ -388,6 +142,19 @@ def _recorded(loader: Any, run: Run) -> Iterator[None]:
         base.update(before)
         if is_counted:
             shard.dataset = shard.dataset.dataset_itself
+
+
+def _recorders(loader: Any, base: dict[str, Any], run: Run) -> dict[str, Any]:
+    """Return by name the attributes of torch's loader that are to record."""
+    found: dict[str, Any] = {}
+    name = "sampler" if base.get("batch_sampler") is None else "batch_sampler"
+    if isinstance(base.get(name), BatchSampler) or name == "batch_sampler":
+        found[name] = _Recorder(base[name])
+    is_iterable = isinstance(loader.dataset, IterableDataset)
+    # What workers collate is not seen here, nor what rank 0 reads for other ranks.
+    if is_iterable and not base.get("num_workers") and not is_dispatched(loader):
+        found["collate_fn"] = functools.partial(_collate, base["collate_fn"], run)
+    return found
 
 
 def _collate(collate: Callable[[Any], Any], run: Run, samples: Any) -> Any:

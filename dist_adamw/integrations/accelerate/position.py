@@ -9,21 +9,21 @@ that is exhausted is in hand while the script holds it: it may have been fetched
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import itertools
 import weakref
-from collections.abc import Iterator, Mapping, Sized
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Sampler
+from torch.utils.data import DataLoader, IterableDataset
 
 from dist_adamw.errors import CheckpointError
 from dist_adamw.integrations.accelerate.counting import SampleCounter
-from dist_adamw.integrations.accelerate.data import LoaderFacts, batch_sampler_of, sampler_of, uneven_batches
-from dist_adamw.integrations.accelerate.loader import Batch, Run, listen
+from dist_adamw.integrations.accelerate.data import LoaderFacts, sampler_of
+from dist_adamw.integrations.accelerate.loader import listen
+from dist_adamw.integrations.accelerate.loader_run import Batch, Run
+from dist_adamw.integrations.accelerate.mid_epoch import check_even, outer_sampler, remove_rest, starting_at
 
 
 @dataclass(eq=False, slots=True)
@@ -81,7 +81,7 @@ class Position:
         self._begun = 0  # passes since the load
         self._passes: weakref.WeakKeyDictionary[Run, _Pass] = weakref.WeakKeyDictionary()  # since the load
         self._resumed: _Order | None = None  # for the next pass
-        self._rest: tuple[int, int] | None = None  # where the iteration that is about to begin starts; see _from
+        self._rest: tuple[int, int] | None = None  # of `starting_at`, for the iteration that is about to begin
         self._random_state: tuple[Run, torch.Tensor] | None = None  # to be restored when its first batch comes
         listen(self)
 
@@ -102,7 +102,7 @@ class Position:
         return self._loader() is None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Position:
-        """In a copy of the loader: that one's."""
+        """Return a position for the copy of the loader."""
         copied = copy.copy(self)
         memo[id(self)] = copied
         copied._passes = weakref.WeakKeyDictionary()
@@ -116,13 +116,13 @@ class Position:
     # ---------------------------------------------------------------- following the loops
 
     def begins(self, run: Run) -> None:
-        """An iteration over some loader begins."""
+        """Follow an iteration over some loader that begins."""
         loader = run.loader()
-        if self.is_gone or loader is None or not torch.is_grad_enabled() or not self._serves(loader):
+        if loader is None or not torch.is_grad_enabled() or not self._serves(loader):
             return
         rest, self._rest = self._rest, None
         if rest is None:
-            _check_even(self.loader, 0, self.facts)  # data may have grown since prepare
+            check_even(self.loader, 0, self.facts)  # data may have grown since prepare
             self._begin_plain_pass()
         else:
             run.offset, run.repeated = rest
@@ -145,24 +145,26 @@ class Position:
         run.on_begin = begin
 
     def _begin_plain_pass(self) -> None:
-        """A loop begins at the first sample."""
+        """Go to the first sample, at which a loop begins."""
         if self._pass is not None:  # it leaves another one
             self.epoch += self.counter.tries > self._pass.tries
             self._pass = None
-            _remove_rest(self.loader)
+            remove_rest(self.loader)
         self.samples = 0
 
     def _serves(self, loader: Any) -> bool:
         """Return whether ``loader`` is this one, or what ``skip_first_batches`` made of it."""
-        ours = self.loader
+        ours = self._loader()
+        if ours is None:
+            return False
         if loader is ours:
             return True
         if isinstance(ours.dataset, IterableDataset):
             return loader.dataset is ours.dataset and bool(getattr(loader, "skip_batches", 0))
-        sampler = _outer(loader)
+        sampler = outer_sampler(loader)
         while type(sampler).__name__ == "SkipBatchSampler":
             sampler = sampler.batch_sampler
-            if sampler is _outer(ours):
+            if sampler is outer_sampler(ours):
                 return True
         return False
 
@@ -177,7 +179,7 @@ class Position:
         current.order = _state_of(generator)
 
     def handed_out(self, batch: Batch) -> None:
-        """A loader hands out a batch."""
+        """Move beyond a batch that a loader hands out."""
         if self._random_state is not None and self._random_state[0] is batch.run:
             torch.set_rng_state(self._random_state[1])
             self._random_state = None
@@ -188,7 +190,7 @@ class Position:
         current.is_over = batch.is_last
 
     def ended(self, run: Run) -> None:
-        """No batch will come from an iteration any more."""
+        """Finish the pass if its iteration has come to the end of the data."""
         if not run.is_exhausted or self._passes.get(run) is not self._pass or self._pass is None:
             return
         self._pass.is_over = True
@@ -204,7 +206,7 @@ class Position:
     # ---------------------------------------------------------------- state
 
     def state_dict(self) -> dict[str, Any] | None:
-        """As plain data; None where no loop has gone through the loader. Local.
+        """Return the position as plain data; None where no loop has gone through the loader. Local.
 
         Where ranks leave different batches out, their places differ. ``save_state`` saves the earliest; see `ordered`.
         """
@@ -285,7 +287,7 @@ class Position:
         return found if isinstance(found, torch.Generator) else None
 
     def _base(self) -> Any:
-        """torch's loader in Accelerate's."""
+        """Return torch's loader in Accelerate's."""
         return getattr(self.loader, "base_dataloader", self.loader)
 
     # ---------------------------------------------------------------- the rest of an epoch
@@ -298,7 +300,7 @@ class Position:
             self._finish_pass()
         loads = self._loads
         loader.iteration = self.epoch
-        with _from(loader, self.samples, self.facts) as self._rest:
+        with starting_at(loader, self.samples, self.facts) as self._rest:
             for batch in loader:
                 yield batch
                 if self._loads != loads:
@@ -306,7 +308,7 @@ class Position:
 
 
 def rest_of_epoch(loader: DataLoader[Any]) -> Iterator[Any]:
-    """The batches of this epoch that are left: all of them, or after ``load_state`` those that no rank has seen.
+    """Yield the batches of this epoch that are left: all of them, or after ``load_state`` those that no rank has seen.
 
     For loops that are to be stopped and resumed anywhere, on any number of ranks, with any global batch::
 
@@ -325,7 +327,7 @@ def rest_of_epoch(loader: DataLoader[Any]) -> Iterator[Any]:
 
 
 def position(loader: DataLoader[Any]) -> Position:
-    """Where in the data a job stands. Local.
+    """Return where in the data a job stands. Local.
 
     Raises:
         ValueError: the loader did not come from `prepare`.
@@ -349,106 +351,3 @@ def _is_count(value: Any) -> bool:
 
 def _state_of(generator: torch.Generator | None) -> str:
     return "" if generator is None else bytes(generator.get_state().tolist()).hex()
-
-
-class _Rest(Sampler[Any]):
-    """The samples of another sampler after the first ``start``.
-
-    Args:
-        sampler: The other one.
-        start: How many are left out.
-        head: The first so many are given nevertheless, and then not again: Accelerate pads an epoch's last batch with
-            them, and leaves them out itself.
-    """
-
-    def __init__(self, sampler: Any, start: int, head: int) -> None:
-        self.sampler, self.start, self.head = sampler, start, head
-
-    def __iter__(self) -> Iterator[Any]:
-        indices = iter(self.sampler)
-        yield from itertools.islice(indices, self.head)
-        for _ in range(self.start - self.head):
-            next(indices, None)
-        yield from indices
-
-    def __len__(self) -> int:
-        return max(0, len(self.sampler) - self.start)
-
-    def __getattr__(self, name: str) -> Any:  # set_epoch, and what else Accelerate asks its samplers
-        return getattr(vars(self).get("sampler"), name)  # none yet while it is being copied
-
-
-def _outer(loader: Any) -> Any:
-    """The batch sampler that a loader draws from."""
-    return loader.sampler if isinstance(loader.sampler, BatchSampler) else loader.batch_sampler
-
-
-def _remove_rest(loader: Any) -> None:
-    """Undo `_from` of a loop that has not ended."""
-    batches = batch_sampler_of(loader)
-    if isinstance(getattr(batches, "sampler", None), _Rest):
-        while isinstance(batches.sampler, _Rest):
-            batches.sampler = batches.sampler.sampler
-        loader.skip_batches = 0
-
-
-def _check_even(loader: Any, start: int, facts: LoaderFacts) -> None:
-    """Raise where the ranks would wait for each other, because some have more of the batches that are left. Local."""
-    sampler, batches = _outer(loader), batch_sampler_of(loader)
-    if batches is None or facts.drop_last or getattr(sampler, "even_batches", True):
-        return
-    ranks, size = facts.batch.data_parallel_size, facts.batch.micro_batch_size
-    samples = getattr(batches, "sampler", None)
-    while isinstance(samples, _Rest):  # of a loop that has not ended
-        samples = samples.sampler
-    if isinstance(samples, Sized):
-        left = max(0, len(samples) - start)
-        count = -(-left // size)
-    elif isinstance(batches, Sized) and not start:  # batches of the user's own making
-        left, count = 0, len(batches)
-    else:
-        return
-    if not count % ranks:
-        return
-    if not start:
-        raise ValueError(uneven_batches(ranks, count, size))
-    raise CheckpointError(
-        f"the job stands {start} samples into an epoch of which {left} are left, and even_batches=False gives "
-        f"{ranks} ranks different numbers of batches ({count} of {size} samples). Leave even_batches=True "
-        "(repeated samples are not counted)."
-    )
-
-
-@contextlib.contextmanager
-def _from(loader: Any, start: int, facts: LoaderFacts) -> Iterator[tuple[int, int]]:
-    """Have ``loader`` begin at sample ``start``. Gives that, and how many samples before it are drawn for padding.
-
-    Where batches are skipped whole, they lie before the first sample drawn for padding: (0, 0).
-    """
-    batches, size = batch_sampler_of(loader), facts.pass_samples
-    if getattr(batches, "sampler", None) is None:  # an iterable data set, or batches of the user's own making
-        if start % size:
-            raise CheckpointError(
-                f"the job stands {start} samples into data of which only batches can be left out, and batches of "
-                f"{size} over all ranks do not reach that. Use a global batch that divides it."
-            )
-        loader.skip_batches = start // size
-        try:
-            yield 0, 0
-        finally:
-            loader.skip_batches = 0
-        return
-    _remove_rest(loader)
-    whole = batches.sampler
-    _check_even(loader, start, facts)
-    is_padded = (
-        facts.batch.data_parallel_size > 1 and not facts.drop_last and isinstance(whole, Sized) and len(whole) % size
-    )
-    head = size if start and is_padded and start % size == 0 else 0
-    rest = batches.sampler = _Rest(whole, start, head)
-    loader.skip_batches = head // size
-    try:
-        yield start, head
-    finally:
-        if batches.sampler is rest:
-            batches.sampler, loader.skip_batches = whole, 0

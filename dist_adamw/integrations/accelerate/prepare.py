@@ -5,7 +5,6 @@ Knows Accelerate; nothing below knows it.
 
 from __future__ import annotations
 
-import os
 import warnings
 import weakref
 from collections.abc import Callable
@@ -19,11 +18,19 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 from torch.utils.hooks import RemovableHandle
 
+from dist_adamw.integrations.accelerate.accelerator_methods import patch_accelerator, register
+from dist_adamw.integrations.accelerate.checks import DATA_PARALLEL, check_engine, check_scheduler
 from dist_adamw.integrations.accelerate.counting import SampleCounter
 from dist_adamw.integrations.accelerate.data import LoaderFacts, engine_of, loader_facts, shuffle_by_generator
 from dist_adamw.integrations.accelerate.position import Position
-from dist_adamw.integrations.accelerate.prepared import Prepared, keep, take_over
-from dist_adamw.integrations.deepspeed.register import CLIPPING, configure, fill, names_our_types, register_deepspeed
+from dist_adamw.integrations.accelerate.prepared_objects import Prepared
+from dist_adamw.integrations.deepspeed.configuration import (
+    CLIPPING,
+    configure,
+    fill,
+    names_our_types,
+    register_deepspeed,
+)
 from dist_adamw.optimizer.adamw import DistAdamW
 from dist_adamw.optimizer.attaching import averages_over
 from dist_adamw.optimizer.replicas import CHECK_WEIGHTS_EVERY, ReplicaWatch, check_replicas
@@ -35,10 +42,8 @@ from dist_adamw.wrappers import unwrap
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-DATA_PARALLEL = {"NO", "MULTI_CPU", "MULTI_GPU", "MULTI_NPU", "MULTI_MLU", "MULTI_XPU", "MULTI_HPU"}
 # By optimizer: the hook that compares ranks before its updates.
 _WATCHING: weakref.WeakKeyDictionary[Optimizer, RemovableHandle] = weakref.WeakKeyDictionary()
-_ENGINES = {*DATA_PARALLEL, "FSDP", "DEEPSPEED"}
 
 
 @overload
@@ -124,7 +129,7 @@ def prepare(
     May be called again, for another phase of training: with the same optimizer or a new one, and the prepared model.
     Accelerate's ``LocalSGD`` needs ``DistAdamW(shard=False)`` and ``check_weights_every=0``.
 
-    DDP keeps a second copy of the gradients unless it is told not to, so ``prepare`` asks for
+    DDP keeps a second copy of the gradients by default, so ``prepare`` asks for
     ``gradient_as_bucket_view`` where no ``DistributedDataParallelKwargs`` were given.
 
     Collective: every rank calls it.
@@ -137,54 +142,77 @@ def prepare(
     facts = _agreed_facts(accelerator, optimizer, dataloader, scheduler, group, own_options)
     if accelerator.ddp_handler is None:
         accelerator.ddp_handler = _ddp_kwargs()
-    engine, from_json = engine_of(accelerator), _is_dummy(optimizer)
-    if engine == "DEEPSPEED":
-        config = accelerator.deepspeed_plugin.deepspeed_config
-        configure(config, optimizer)
-        if from_json:
-            register_deepspeed()
-            fill(config, facts.batch.size, facts.epoch_size)
-    groups = [] if from_json else _hyper_parameters(optimizer)
+    from_json = _is_dummy(optimizer)
+    config = _deepspeed_config(accelerator)
+    if config is not None:
+        _complete(config, optimizer, facts)
+    groups = _hyper_parameters(optimizer)
     shuffle_by_generator(dataloader)
     model, wrapped, dataloader, stepped = accelerator.prepare(model, optimizer, dataloader, scheduler)
     inner = unwrap(wrapped)
     if from_json:
-        scheduler = stepped.scheduler
-        check_scheduler(scheduler)
-    ours = scheduler if isinstance(scheduler, CyclicLRWithRestarts) else None
-    if from_json and ours is not None:
-        check_schedules(accelerator, ours, group)
-    elif not from_json:
-        _check_kept(unwrap(optimizer), inner, groups)
-    counter = SampleCounter(inner, accelerator, group=group)
-    take_over(accelerator, counter=counter)
-    if ours is None:
-        counter.follow_updates()
+        scheduler = check_scheduler(stepped.scheduler)
+        check_schedules(accelerator, scheduler, group)
     else:
-        ours.sample_source = counter
-    place = Position(dataloader, facts, counter)
-    dataloader.dist_adamw_position = place
-    watch = None
-    if accelerator.num_processes > 1:
-        whole = accelerator.unwrap_model(model)
-        watch = ReplicaWatch(
-            group,
-            _record_at_update(model, inner) if ours is None else ours.agreement_record,
-            lambda: check_replicas(whole, inner, group=group),
-            check_weights_every,
-        )
-        if (before := _WATCHING.pop(inner, None)) is not None:  # of an earlier call
-            before.remove()
-        _WATCHING[inner] = inner.register_step_pre_hook(watch.before_update)
-    if isinstance(inner, DistAdamW) and engine in DATA_PARALLEL and not whole_gradients:
+        _check_kept(unwrap(optimizer), inner, groups)
+    ours = scheduler if isinstance(scheduler, CyclicLRWithRestarts) else None
+    counter = SampleCounter(inner, accelerator, group=group)
+    patch_accelerator(accelerator, counter=counter)
+    _count_for(ours, counter)
+    position = Position(dataloader, facts, counter)
+    dataloader.dist_adamw_position = position
+    watch = _watch(accelerator, model, inner, ours, check_weights_every, group)
+    if not whole_gradients and isinstance(inner, DistAdamW):
         attach(accelerator, model, inner)
-    if engine == "DEEPSPEED":
+    clipping = None
+    if config is not None:
         from dist_adamw.integrations.deepspeed.zero import prepare_deepspeed
 
         prepare_deepspeed(model, scheduler)
-    clipping = float(config[CLIPPING]) if engine == "DEEPSPEED" else None
-    keep(accelerator, Prepared(model, wrapped, stepped, scheduler, place, watch, group, clipping))
+        clipping = float(config[CLIPPING])
+    register(accelerator, Prepared(model, wrapped, stepped, scheduler, position, watch, group, clipping))
     return model, wrapped, dataloader, stepped if ours is None else ours
+
+
+def _deepspeed_config(accelerator: Accelerator) -> Any:
+    """Return DeepSpeed's configuration; None under other engines. Local."""
+    return accelerator.deepspeed_plugin.deepspeed_config if engine_of(accelerator) == "DEEPSPEED" else None
+
+
+def _complete(config: Any, optimizer: Optimizer, facts: LoaderFacts) -> None:
+    """Write into DeepSpeed's configuration what it must do, and what the loader knows. Local."""
+    configure(config, optimizer)
+    if _is_dummy(optimizer):
+        register_deepspeed()
+        fill(config, facts.batch.size, facts.epoch_size)
+
+
+def _count_for(scheduler: CyclicLRWithRestarts | None, counter: SampleCounter) -> None:
+    """Have the schedule go by ``counter``; without one of ours, have that follow the updates itself. Local."""
+    if scheduler is None:
+        counter.follow_updates()
+    else:
+        scheduler.sample_source = counter
+
+
+def _watch(
+    accelerator: Accelerator,
+    model: nn.Module,
+    optimizer: Optimizer,
+    scheduler: CyclicLRWithRestarts | None,
+    check_weights_every: int | None,
+    group: dist.ProcessGroup | None,
+) -> ReplicaWatch | None:
+    """Have ranks compare their schedule and weights at updates of ``optimizer``; None for one rank. Local."""
+    if accelerator.num_processes == 1:
+        return None
+    whole = accelerator.unwrap_model(model)
+    record = _record_at_update(model, optimizer) if scheduler is None else scheduler.agreement_record
+    watch = ReplicaWatch(group, record, lambda: check_replicas(whole, optimizer, group=group), check_weights_every)
+    if (before := _WATCHING.pop(optimizer, None)) is not None:  # of an earlier call
+        before.remove()
+    _WATCHING[optimizer] = optimizer.register_step_pre_hook(watch.before_update)
+    return watch
 
 
 def check_schedules(accelerator: Accelerator, scheduler: CyclicLRWithRestarts, group: dist.ProcessGroup | None) -> None:
@@ -231,6 +259,8 @@ def _record_of(scheduler: LRScheduler) -> dict[str, Any]:
 
 
 def _hyper_parameters(optimizer: Optimizer) -> list[dict[str, Any]]:
+    if _is_dummy(optimizer):
+        return []
     return [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
 
 
@@ -249,7 +279,7 @@ def _check_kept(given: Optimizer, kept: Optimizer, groups: list[dict[str, Any]])
 
 
 def host_group(accelerator: Accelerator) -> dist.ProcessGroup | None:
-    """Accelerate's ranks, in a group for messages on the host. Collective the first time."""
+    """Return Accelerate's ranks, in a group for messages on the host. Collective the first time."""
     return None if accelerator.num_processes == 1 else collectives.host_group()
 
 
@@ -271,23 +301,26 @@ def _agreed_facts(
     facts, problem, record = None, None, own_options
     try:
         facts = _checked_facts(accelerator, optimizer, dataloader, scheduler)
-        inner = unwrap(optimizer)
-        layout = inner._layout_record() if isinstance(inner, DistAdamW) else {}
         if not _is_dummy(optimizer):
-            data = {"samples of one pass over the data loader": facts.samples}
-            record = {**own_options, **_record_of(scheduler), **layout, **data}
+            record = {**own_options, **_record_of(scheduler), **_layout_of(optimizer)}
+            record["samples of one pass over the data loader"] = facts.samples
     except ValueError as error:
         problem = str(error)
     several = accelerator.num_processes > 1
     reports = collectives.all_gather_objects(problem, group) if several else [problem]
     for rank, failed in enumerate(reports):
         if failed is not None:
-            everywhere = all(other == failed for other in reports)
-            raise ValueError(failed if everywhere else f"{failed} (rank {rank})")
+            alike = all(other == failed for other in reports)
+            raise ValueError(failed if alike else f"{failed} (rank {rank})")
     if several:
         agreement.check_agreement(record, group)
     assert facts is not None
     return facts
+
+
+def _layout_of(optimizer: Optimizer) -> dict[str, Any]:
+    inner = unwrap(optimizer)
+    return inner._layout_record() if isinstance(inner, DistAdamW) else {}
 
 
 def _checked_facts(
@@ -308,8 +341,17 @@ def _checked_facts(
         )
     check_engine(accelerator, optimizer)
     facts = loader_facts(accelerator, dataloader)
-    if not isinstance(scheduler, CyclicLRWithRestarts):
-        return facts
+    if isinstance(scheduler, CyclicLRWithRestarts):
+        _check_batches(scheduler, facts)
+        if scheduler.epoch_size is None:
+            scheduler.epoch_size = facts.epoch_size  # type: ignore[assignment]
+        if scheduler.batch_size is None:
+            scheduler.batch_size = facts.batch
+    return facts
+
+
+def _check_batches(scheduler: CyclicLRWithRestarts, facts: LoaderFacts) -> None:
+    """Raise where the scheduler was given another batch than the loader makes, or no epoch size is known. Local."""
     if scheduler.epoch_size is None and facts.epoch_size is None:
         raise ValueError(
             "the data set has no length, so the epoch size is unknown. "
@@ -327,13 +369,8 @@ def _checked_facts(
         warnings.warn(
             f"epoch_size={scheduler.epoch_size} is the length of the data, of which drop_last=True trains on "
             f"{facts.epoch_size} samples an epoch: restarts would come ever later than epochs end. Leave it None.",
-            stacklevel=4,
+            stacklevel=5,
         )
-    if scheduler.epoch_size is None:
-        scheduler.epoch_size = facts.epoch_size  # type: ignore[assignment]
-    if scheduler.batch_size is None:
-        scheduler.batch_size = facts.batch
-    return facts
 
 
 def _is_dummy(optimizer: Any) -> bool:
@@ -342,7 +379,7 @@ def _is_dummy(optimizer: Any) -> bool:
 
 
 def _checked_json(accelerator: Accelerator, dataloader: DataLoader[Any], scheduler: Any) -> LoaderFacts:
-    """For an optimizer and a scheduler that DeepSpeed will make of its configuration. Local."""
+    """Check an optimizer and a scheduler that DeepSpeed will make of its configuration. Local."""
     engine = engine_of(accelerator)
     if engine != "DEEPSPEED":
         raise ValueError(
@@ -358,62 +395,13 @@ def _checked_json(accelerator: Accelerator, dataloader: DataLoader[Any], schedul
     return loader_facts(accelerator, dataloader)
 
 
-def check_scheduler(scheduler: Any) -> None:
-    """Refuse what is no `CyclicLRWithRestarts`, or is wrapped already. Local."""
-    if not isinstance(scheduler, CyclicLRWithRestarts):
-        raise ValueError(
-            f"scheduler must be a CyclicLRWithRestarts that is not prepared yet, got {type(scheduler).__name__}."
-        )
-
-
-def check_engine(accelerator: Accelerator, optimizer: Optimizer) -> None:
-    """Refuse an engine that is not served, or that is not the one that was asked for. Local."""
-    engine = engine_of(accelerator)
-    if engine not in _ENGINES:
-        raise ValueError(
-            f"the engine {engine} is not supported. Use one process, DDP, FSDP2 or DeepSpeed, or drive "
-            f"{type(optimizer).__name__} with accelerator.prepare alone, after passing batch_size (global) and "
-            "epoch_size to the scheduler."
-        )
-    if engine == "FSDP" and getattr(accelerator.state.fsdp_plugin, "fsdp_version", 1) != 2:
-        raise ValueError(
-            "FSDP1 keeps flat parameters without names, got fsdp_version: 1. Set fsdp_version: 2 in the Accelerate "
-            "configuration (FSDP_VERSION=2)."
-        )
-    for name, wanted in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DEEPSPEED")):
-        if os.environ.get(name, "false").lower() == "true" and engine != wanted:
-            raise ValueError(
-                f"{wanted} was asked for ({name}=true), but Accelerate trains with the engine {engine} and would not "
-                "say so: it uses FSDP on accelerators only, and needs a launcher that starts ranks. On CPU choose DDP "
-                f"or DeepSpeed, or unset {name}."
-            )
-    here, asked = accelerator.num_processes, int(os.environ.get("WORLD_SIZE", "1"))
-    launched = "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ and "RANK" not in os.environ
-    if asked > here:
-        raise ValueError(
-            f"{asked} ranks run (WORLD_SIZE), but Accelerate counts {here}: every rank would see all the data. With "
-            'DeepSpeed on CPU pass kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] to Accelerator; with '
-            'Trainer make PartialState(backend="gloo") and pass accelerator_config={"use_configured_state": True}. '
-            "Elsewhere make no Accelerator before the process group."
-        )
-    if here == 1 and launched:
-        raise ValueError(
-            "accelerate launch was asked for several processes and started one (on CPU it does not start ranks with "
-            "--cpu or MULTI_CPU). Use ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N, or "
-            "ACCELERATE_USE_CPU=true torchrun --nproc_per_node N. If one was asked for, unset MASTER_ADDR."
-        )
-    if callable(hook := getattr(accelerator.ddp_handler, "comm_hook", None)):
-        raise ValueError(
-            f"Accelerate ignores comm_hook={hook!r} in silence. Give DistributedDataParallelKwargs a member of "
-            "DDPCommunicationHookType, or do accelerator.prepare and register_comm_hook yourself."
-        )
-
-
 def attach(accelerator: Accelerator, model: nn.Module, optimizer: DistAdamW) -> None:
-    """Have gradients reduced to their owners, where nothing needs them whole. Collective.
+    """Have gradients reduced to their owners, where nothing needs them whole. Collective under DDP.
 
     A GradScaler looks at whole gradients on every rank, and DDP takes one communication hook.
     """
+    if engine_of(accelerator) not in DATA_PARALLEL:
+        return
     chosen = getattr(accelerator.ddp_handler, "comm_hook", None)
     hooked = chosen is not None and chosen.value != "no"
     if not isinstance(model, DistributedDataParallel) or accelerator.scaler is not None or hooked:
@@ -421,4 +409,4 @@ def attach(accelerator: Accelerator, model: nn.Module, optimizer: DistAdamW) -> 
     if optimizer.process_group is not None and not averages_over(optimizer._ranks, model.process_group):
         return  # state is shared among some of the ranks; DDP averages over all
     optimizer.attach(model)
-    take_over(accelerator, optimizer)
+    patch_accelerator(accelerator, optimizer)

@@ -9,6 +9,7 @@ elements of which parameter lie where in them.
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -39,7 +40,7 @@ from dist_adamw.checkpoint.torch_state import TorchAccess
 from dist_adamw.errors import CheckpointError
 from dist_adamw.optimizer.adamw import DistAdamW
 from dist_adamw.ranks import collectives
-from dist_adamw.ranks.together import everywhere
+from dist_adamw.ranks.together import run_on_all_ranks
 from dist_adamw.wrappers import unwrap
 
 
@@ -62,7 +63,7 @@ class Fragment:
     weights: Tensor
 
     def of(self, flat: Tensor) -> PartialTensor:
-        """These elements of a tensor that is laid out as the partition."""
+        """Return these elements of a tensor that is laid out as the partition."""
         values = flat.detach()[self.offset : self.offset + self.stop - self.start]
         return PartialTensor.of_ranges(self.shape, values, [(self.start, self.stop)], dtype=flat.dtype)
 
@@ -113,7 +114,7 @@ class ZeroAccess:
         return plain_groups(self.optimizer, lambda g, _: members[g])
 
     def _groups(self) -> Iterator[tuple[int, list[Any]]]:
-        """Parameters that share a partition, and their group."""
+        """Yield parameters that share a partition, and their group."""
         if self.is_stage_3:
             for i, params in enumerate(self.zero.fp16_groups):
                 yield self.zero.sub_group_to_group_id[i], params
@@ -152,32 +153,32 @@ class ZeroAccess:
 
     def to_save(self) -> LocalState:
         """See `Access`."""
-        held = LocalState()
+        local_state = LocalState()
         for part in self.fragments():
             exact = part.weights.dtype == part.partition.dtype
-            held.tensors[f"{MODEL}.{part.name}"] = part.of(part.partition) if exact else part.model
+            local_state.tensors[f"{MODEL}.{part.name}"] = part.of(part.partition) if exact else part.model
             if not exact:
-                held.tensors[f"{MASTER}.{part.name}"] = part.of(part.partition)
+                local_state.tensors[f"{MASTER}.{part.name}"] = part.of(part.partition)
             for kind, value in self.optimizer.state.get(part.partition, {}).items() if self.with_state else ():
                 if kind == "step":
-                    held.scalars[part.name] = {"step": float(value)}
+                    local_state.scalars[part.name] = {"step": float(value)}
                 else:
-                    held.tensors[f"{kind}.{part.name}"] = part.of(value)
+                    local_state.tensors[f"{kind}.{part.name}"] = part.of(value)
         if self.with_state:
-            self._let_all_know_steps(held)
-        held.tensors |= {f"{MODEL}.{name}": weights for name, weights in self._rest()}
-        held.tensors |= {f"{MODEL}.{name}": buffer.detach() for name, buffer in buffers(self.model)}
-        held.tensors = only_mine(held.tensors)
-        return held
+            self._let_all_know_steps(local_state)
+        local_state.tensors |= {f"{MODEL}.{name}": weights for name, weights in self._rest()}
+        local_state.tensors |= {f"{MODEL}.{name}": buffer.detach() for name, buffer in buffers(self.model)}
+        local_state.tensors = only_mine(local_state.tensors)
+        return local_state
 
-    def _let_all_know_steps(self, held: LocalState) -> None:
-        """The main rank, which writes the steps, may have nothing of some parameter."""
+    def _let_all_know_steps(self, local_state: LocalState) -> None:
+        """Add the steps of all parameters: the main rank, which writes them, may have nothing of some."""
         for (_, params), (_, partition) in zip(self._groups(), self._partitions(), strict=True):
             if "step" in (state := self.optimizer.state.get(partition, {})):
-                held.scalars |= {self.names[param]: {"step": float(state["step"])} for param in params}
+                local_state.scalars |= {self.names[param]: {"step": float(state["step"])} for param in params}
 
     def _rest(self) -> Iterator[tuple[str, Tensor]]:
-        """Parameters that are not trained."""
+        """Yield parameters that are not trained."""
         trained = {param for _, params in self._groups() for param in params}
         for param, name in self.names.items():
             if param in trained:
@@ -190,65 +191,77 @@ class ZeroAccess:
 
     def to_load(self, found: CheckpointContents) -> Callable[[], LocalState]:
         """See `Access`."""
-        held = LocalState()
+        local_state = LocalState()
         for param, name in self.names.items():
             if not self.is_stage_3:
-                held.read(MODEL, name, param.detach(), found)  # every rank has all of it
+                local_state.read(MODEL, name, param.detach(), found)  # every rank has all of it
         for name, weights in self._rest():
-            held.read(MODEL, name, weights, found)
+            local_state.read(MODEL, name, weights, found)
         for name, buffer in buffers(self.model):
-            held.read(MODEL, name, buffer.detach(), found)
-        kinds = sorted(set().union(*(k for n, k in found.kinds.items() if n in found.scalars)) - {MODEL, MASTER})
+            local_state.read(MODEL, name, buffer.detach(), found)
         for part in self.fragments():
             if self.is_stage_3:
-                held.read(MODEL, part.name, part.model, found)
-            held.read(MASTER, part.name, part.of(part.partition), found)
-        held.finish = self._finish
+                local_state.read(MODEL, part.name, part.model, found)
+            local_state.read(MASTER, part.name, part.of(part.partition), found)
+        local_state.finish = self._finish
         if not self.with_state:
-            return lambda: held
+            return lambda: local_state
+        kinds = _kinds_of_state(found)
         # One that was never used has no state elsewhere; here it has zeros, as all of its partition.
         used = {name for name, of in found.kinds.items() if of - {MODEL, MASTER}}
-        for param in (param for _, params in self._groups() for param in params):  # before anything is changed
-            for kind in kinds if self.names[param] in used else []:
-                found.need(kind, self.names[param])
-                found.need_shape(f"{kind}.{self.names[param]}", self._shape(param))
+        self._check_state(found, kinds, used)  # before anything is changed
 
         def make_room() -> LocalState:
             state = self._room_for(kinds)
             for part in self.fragments():
-                for kind in kinds if part.name in used else []:
-                    held.read(kind, part.name, part.of(state[part.partition][kind]), found)
+                if part.name in used:
+                    for kind in kinds:
+                        local_state.read(kind, part.name, part.of(state[part.partition][kind]), found)
             self._set_steps(state, found)
-            return held
+            return local_state
 
         return make_room
 
+    def _check_state(self, found: CheckpointContents, kinds: list[str], used: set[str]) -> None:
+        """Raise where a checkpoint lacks state of a parameter that was used, or has it in another shape."""
+        for _, params in self._groups():
+            for param in params:
+                name = self.names[param]
+                for kind in kinds if name in used else []:
+                    found.need(kind, name)
+                    found.need_shape(f"{kind}.{name}", self._shape(param))
+
     def _room_for(self, kinds: list[str]) -> dict[Tensor, dict[str, Any]]:
-        """State of zeros for every partition."""
+        """Return state of zeros for every partition."""
         partitions, state = self._partitions(), self.optimizer.state
         if not kinds:
             state.clear()
             return {}
         if isinstance(self.optimizer, DistAdamW):
-            # Stage 3 shows its partitions to the optimizer only while it steps.
-            shown = [group["params"] for group in self.optimizer.param_groups]
-            for g, group in enumerate(self.optimizer.param_groups):
-                group["params"] = [partition for of, partition in partitions if of == g]
-            try:
+            with self._partitions_shown(partitions):
                 self.optimizer._lay_out([partition for _, partition in partitions])
-            finally:
-                for group, params in zip(self.optimizer.param_groups, shown, strict=True):
-                    group["params"] = params
         else:
             state.clear()
             for _, partition in partitions:
                 state[partition] = {"step": torch.zeros(()), **{kind: torch.zeros_like(partition) for kind in kinds}}
         return {partition: state[partition] for _, partition in partitions}
 
+    @contextlib.contextmanager
+    def _partitions_shown(self, partitions: list[tuple[int, Tensor]]) -> Iterator[None]:
+        """Have the optimizer's groups hold the partitions: stage 3 shows them only while it steps."""
+        shown = [group["params"] for group in self.optimizer.param_groups]
+        for g, group in enumerate(self.optimizer.param_groups):
+            group["params"] = [partition for of, partition in partitions if of == g]
+        try:
+            yield
+        finally:
+            for group, params in zip(self.optimizer.param_groups, shown, strict=True):
+                group["params"] = params
+
     def _set_steps(self, state: dict[Tensor, dict[str, Any]], found: CheckpointContents) -> None:
         for (_, params), (_, partition) in zip(self._groups(), self._partitions(), strict=True):
-            told = (found.scalars.get(self.names[param], {}) for param in params)
-            steps = {float(numbers["step"]) for numbers in told if "step" in numbers}
+            numbers_of_params = (found.scalars.get(self.names[param], {}) for param in params)
+            steps = {float(numbers["step"]) for numbers in numbers_of_params if "step" in numbers}
             if len(steps) > 1:
                 warnings.warn(
                     f"parameters of one group have had {sorted(steps)} updates, and {self.engine} counts one number "
@@ -270,7 +283,7 @@ class ZeroAccess:
             self.zero.checkpoint_event_epilogue()
 
     def _forget_gradients(self) -> None:
-        """Of micro-batches before the load, much as DeepSpeed itself does when an update overflows."""
+        """Forget gradients of micro-batches before the load, much as DeepSpeed does when an update overflows."""
         zero = self.zero
         zero.zero_grad()  # of the model, where stage 1 accumulates
         if self.is_stage_3:
@@ -285,6 +298,15 @@ class ZeroAccess:
         _begin_update(self.of)
 
 
+def _kinds_of_state(found: CheckpointContents) -> list[str]:
+    """Return what a checkpoint has of parameters that an optimizer counts steps of, besides weights."""
+    kinds: set[str] = set()
+    for name, of_name in found.kinds.items():
+        if name in found.scalars:
+            kinds |= of_name
+    return sorted(kinds - {MODEL, MASTER})
+
+
 class WholeAccess(TorchAccess):
     """A DeepSpeed engine without ZeRO, or with a plain optimizer."""
 
@@ -297,15 +319,15 @@ class WholeAccess(TorchAccess):
         make_theirs = super().to_load(found)
 
         def make_room() -> LocalState:
-            held = make_theirs()
-            finish = held.finish
+            local_state = make_theirs()
+            finish = local_state.finish
 
             def begin_update() -> None:
                 finish()
                 _begin_update(self.of)
 
-            held.finish = begin_update
-            return held
+            local_state.finish = begin_update
+            return local_state
 
         return make_room
 
@@ -376,7 +398,7 @@ def prepare_deepspeed(engine: Any, scheduler: Any = None) -> None:
         extra = {"client_state": dict(client_state or {}), "engine": counts}
         save(Path(save_dir) / tag, engine, engine.optimizer, ours(), extra=extra)
         if save_latest:
-            everywhere(lambda: write_text(Path(save_dir) / "latest", tag) if collectives.rank() == 0 else None)
+            run_on_all_ranks(lambda: write_text(Path(save_dir) / "latest", tag) if collectives.rank() == 0 else None)
         return True
 
     def load_checkpoint(
@@ -421,8 +443,8 @@ def accept_counts(engine: Any, loaded: Checkpoint) -> None:
     """Let an engine count on from a checkpoint, whichever engine wrote it. Local."""
     inner = unwrap(engine.optimizer)
     known = {"global_steps": getattr(inner, "updates", 0), "global_samples": loaded.samples or 0, "skipped_steps": 0}
-    told = loaded.extra.get("engine", {})
+    counts = loaded.extra.get("engine", {})
     for name, value in known.items():
-        count = told.get(name, value) if isinstance(told, dict) else value
+        count = counts.get(name, value) if isinstance(counts, dict) else value
         setattr(engine, name, count if type(count) is int and count >= 0 else value)
     engine.micro_steps = engine.global_steps * engine.gradient_accumulation_steps()

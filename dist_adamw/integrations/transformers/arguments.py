@@ -251,19 +251,19 @@ def watch_own_loader(trainer: Any) -> Callable[[], Any]:
     return lambda: None if made is None else made()
 
 
-def check_own_loader(loader: Any, facts: LoaderFacts, told: Mapping[str, Any]) -> int | None:
+def check_own_loader(loader: Any, facts: LoaderFacts, given: Mapping[str, Any]) -> int | None:
     """Return the global batch of a loader that a subclass has made; None where it cannot say. Every rank alike.
 
     Raises:
-        ValueError: it has other batches or other data than the arguments say, and ``told`` does not say which.
+        ValueError: it has other batches or other data than the arguments say, and ``given`` does not say which.
     """
     dataset, micro_batch = getattr(loader, "dataset", None), getattr(loader, "total_batch_size", None)
     if micro_batch is None or isinstance(dataset, IterableDataset):
         return None
     size = int(micro_batch) * facts.batch.gradient_accumulation_steps
     samples = len(dataset) if isinstance(dataset, Sized) else None
-    differs = size != facts.batch.size and told.get("batch_size") is None
-    if differs or (samples not in (None, facts.samples) and told.get("epoch_size") is None):
+    differs = size != facts.batch.size and given.get("batch_size") is None
+    if differs or (samples not in (None, facts.samples) and given.get("epoch_size") is None):
         raise ValueError(
             f"get_train_dataloader is overridden and makes global batches of {size} from a data set of {samples}; "
             f"TrainingArguments and train_dataset say {facts.batch.size} and {facts.samples}. Pass prepare_trainer "

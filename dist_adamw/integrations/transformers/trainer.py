@@ -18,18 +18,12 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, IterableDataset
 
+from dist_adamw.integrations.accelerate.accelerator_methods import patch_accelerator
+from dist_adamw.integrations.accelerate.checks import DATA_PARALLEL, check_engine, check_scheduler
 from dist_adamw.integrations.accelerate.counting import SampleCounter
 from dist_adamw.integrations.accelerate.data import LoaderFacts, engine_of, loader_facts
-from dist_adamw.integrations.accelerate.prepare import (
-    DATA_PARALLEL,
-    attach,
-    check_engine,
-    check_scheduler,
-    check_schedules,
-    host_group,
-)
-from dist_adamw.integrations.accelerate.prepared import take_over
-from dist_adamw.integrations.deepspeed.register import configure, fill, names_our_types, register_deepspeed
+from dist_adamw.integrations.accelerate.prepare import attach, check_schedules, host_group
+from dist_adamw.integrations.deepspeed.configuration import configure, fill, names_our_types, register_deepspeed
 from dist_adamw.integrations.transformers.arguments import (
     check_arguments,
     check_made_scheduler,
@@ -112,17 +106,7 @@ def prepare_trainer(
     optimizer, scheduler = dict(optimizer or {}), dict(scheduler or {})
     check_arguments(trainer, optimizer, on_difference)
     if _prepare_engine(trainer, facts):
-        if optimizer or scheduler:
-            raise ValueError(
-                f"the DeepSpeed configuration has the optimizer and the scheduler, and optimizer={optimizer}, "
-                f"scheduler={scheduler} were given here. Choose one."
-            )
-        for name in ("create_optimizer", "get_optimizer_cls_and_kwargs", "create_scheduler"):
-            if is_overridden(trainer, name):
-                raise ValueError(
-                    f"{type(trainer).__name__} overrides {name}, which Trainer does not call where the DeepSpeed "
-                    "configuration has the optimizer and the scheduler. Leave one of them out."
-                )
+        _check_engine_makes_both(trainer, optimizer, scheduler)
         _when_training_begins(trainer, lambda: _warn_of_mid_cycle(trainer, inner_scheduler(trainer), facts, 5))
     else:
         create = check_override_of_scheduler(trainer, scheduler)
@@ -141,10 +125,25 @@ def prepare_trainer(
     return trainer
 
 
-def _try_schedule(trainer: Any, facts: LoaderFacts, told: Mapping[str, Any], lr: float) -> None:
+def _check_engine_makes_both(trainer: Any, optimizer: Mapping[str, Any], scheduler: Mapping[str, Any]) -> None:
+    """Raise where the script, too, says how optimizer and scheduler are made. Local."""
+    if optimizer or scheduler:
+        raise ValueError(
+            f"the DeepSpeed configuration has the optimizer and the scheduler, and optimizer={optimizer}, "
+            f"scheduler={scheduler} were given here. Choose one."
+        )
+    for name in ("create_optimizer", "get_optimizer_cls_and_kwargs", "create_scheduler"):
+        if is_overridden(trainer, name):
+            raise ValueError(
+                f"{type(trainer).__name__} overrides {name}, which Trainer does not call where the DeepSpeed "
+                "configuration has the optimizer and the scheduler. Leave one of them out."
+            )
+
+
+def _try_schedule(trainer: Any, facts: LoaderFacts, given: Mapping[str, Any], lr: float) -> None:
     """Make the schedule once, so that bad arguments fail before a job of many ranks has come up. Local."""
     adamw = DistAdamW([nn.Parameter(torch.zeros(1))], lr=lr)
-    _warn_of_mid_cycle(trainer, _scheduler(adamw, facts, told), facts, 4)
+    _warn_of_mid_cycle(trainer, _scheduler(adamw, facts, given), facts, 4)
 
 
 def _warn_of_mid_cycle(trainer: Any, scheduler: CyclicLRWithRestarts, facts: LoaderFacts, stacklevel: int) -> None:
@@ -181,9 +180,9 @@ def _facts(trainer: Any) -> LoaderFacts:
     return replace(facts, batch=replace(facts.batch, gradient_accumulation_steps=args.gradient_accumulation_steps))
 
 
-def _scheduler(optimizer: Optimizer, facts: LoaderFacts, told: Mapping[str, Any]) -> CyclicLRWithRestarts:
+def _scheduler(optimizer: Optimizer, facts: LoaderFacts, given: Mapping[str, Any]) -> CyclicLRWithRestarts:
     known: dict[str, Any] = {"batch_size": facts.batch.size, "epoch_size": facts.epoch_size}
-    known |= {name: value for name, value in told.items() if value is not None}
+    known |= {name: value for name, value in given.items() if value is not None}
     return CyclicLRWithRestarts(optimizer, **{**known, "epoch_size": _known(known["epoch_size"])})
 
 
@@ -198,7 +197,7 @@ def _known(epoch_size: int | None) -> int:
 
 def _creator(
     trainer: Any,
-    told: Mapping[str, Any],
+    given: Mapping[str, Any],
     theirs: Callable[..., Any] | None,
     on_difference: OnDifference | None,
     loader: Callable[[], Any],
@@ -206,7 +205,7 @@ def _creator(
     """Return a ``Trainer.create_scheduler``, which every engine calls when model and optimizer are wrapped.
 
     Args:
-        told: Arguments of the scheduler.
+        given: Arguments of the scheduler.
         theirs: A method of a subclass that makes one.
         on_difference: For loading.
         loader: Returns the loader that a subclass has made, if there is one.
@@ -214,13 +213,13 @@ def _creator(
 
     def create_scheduler(num_training_steps: int, optimizer: Optimizer | None = None) -> CyclicLRWithRestarts:
         facts = _facts(trainer)
-        batch_size = check_own_loader(loader(), facts, {**told, **given_by(trainer.lr_scheduler)})
+        batch_size = check_own_loader(loader(), facts, {**given, **given_by(trainer.lr_scheduler)})
         if trainer.lr_scheduler is None:
             if theirs is None:
-                trainer.lr_scheduler = _scheduler(unwrap(optimizer or trainer.optimizer), facts, told)
+                trainer.lr_scheduler = _scheduler(unwrap(optimizer or trainer.optimizer), facts, given)
             else:
                 theirs(num_training_steps=num_training_steps, optimizer=optimizer)
-                _fill(trainer, facts, told)
+                _fill(trainer, facts, given)
             trainer._created_lr_scheduler = True  # by itself, as far as Trainer knows: the next train() makes another
         scheduler = check_made_scheduler(trainer)
         if scheduler.batch_size in (facts.batch.size, batch_size):  # else it counts other units, such as tokens
@@ -299,15 +298,15 @@ def _attach_when_wrapped(trainer: Any) -> None:
         _when_training_begins(trainer, act)
 
 
-def _fill(trainer: Any, facts: LoaderFacts, told: Mapping[str, Any]) -> None:
+def _fill(trainer: Any, facts: LoaderFacts, given: Mapping[str, Any]) -> None:
     """Fill in what a scheduler that Trainer was given, or that an override made, does not know. Local."""
-    given = check_made_scheduler(trainer)
-    if told:
-        raise ValueError(f"the Trainer was given a scheduler already, and scheduler={told} here. Choose one.")
-    if given.epoch_size is None:
-        given.epoch_size = _known(facts.epoch_size)
-    if given.batch_size is None:
-        given.batch_size = facts.batch
+    made = check_made_scheduler(trainer)
+    if given:
+        raise ValueError(f"the Trainer was given a scheduler already, and scheduler={given} here. Choose one.")
+    if made.epoch_size is None:
+        made.epoch_size = _known(facts.epoch_size)
+    if made.batch_size is None:
+        made.batch_size = facts.batch
 
 
 def _count_samples(trainer: Any, scheduler: CyclicLRWithRestarts) -> None:
@@ -318,7 +317,7 @@ def _count_samples(trainer: Any, scheduler: CyclicLRWithRestarts) -> None:
     """
     counter = SampleCounter(unwrap(trainer.optimizer), trainer.accelerator, group=host_group(trainer.accelerator))
     scheduler.sample_source = counter
-    take_over(trainer.accelerator, counter=counter)
+    patch_accelerator(trainer.accelerator, counter=counter)
 
 
 def _prepare_engine(trainer: Any, facts: LoaderFacts) -> bool:

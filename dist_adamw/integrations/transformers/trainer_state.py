@@ -20,7 +20,7 @@ from dist_adamw.integrations.accelerate.prepare import host_group
 from dist_adamw.integrations.deepspeed.zero import prepare_deepspeed
 from dist_adamw.integrations.transformers.arguments import inner_scheduler, replace_method
 from dist_adamw.ranks import collectives
-from dist_adamw.ranks.together import everywhere
+from dist_adamw.ranks.together import run_on_all_ranks
 from dist_adamw.schedule.saved import OnDifference
 
 
@@ -46,7 +46,7 @@ def keep_state(trainer: Any, on_difference: OnDifference | None) -> None:
             folder, trainer.model_wrapped, trainer.optimizer, inner_scheduler(trainer), compare_ranks=False
         )  # it is done by now
         is_writer = trainer.args.should_save
-        everywhere(lambda: write_text(Path(output_dir) / "latest", folder.name) if is_writer else None)
+        run_on_all_ranks(lambda: write_text(Path(output_dir) / "latest", folder.name) if is_writer else None)
 
     def load_model(checkpoint: str, model: nn.Module | None = None) -> None:
         if ours(checkpoint) is None:
@@ -70,7 +70,7 @@ def keep_state(trainer: Any, on_difference: OnDifference | None) -> None:
         if (folder := ours(checkpoint)) is None:
             load_random(checkpoint)
         else:  # Trainer's own files are of one number of ranks
-            everywhere(lambda: restore_random_state(read_index(folder)), host_group(trainer.accelerator))
+            run_on_all_ranks(lambda: restore_random_state(read_index(folder)), host_group(trainer.accelerator))
 
     replace_method(trainer, "_save_optimizer_and_scheduler", save_state)
     replace_method(trainer, "_load_rng_state", load_random_state)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from types import NoneType, UnionType
 from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -39,29 +40,29 @@ _FILLED_BY_PREPARE = ("batch_size", "epoch_size")
 
 
 def accumulation_of(config: Config, accumulation: int) -> int:
-    """The micro-batches of an update: the configuration's, where it says. Local."""
-    told = config.get("gradient_accumulation_steps", "auto")
-    return accumulation if told == "auto" else int(told)
+    """Return the micro-batches of an update: the configuration's, where it says. Local."""
+    given = config.get("gradient_accumulation_steps", "auto")
+    return accumulation if given == "auto" else int(given)
 
 
 def configure(config: Config, optimizer: Optimizer | None) -> None:
-    """Have the engine clip as ``optimizer`` was told to, and keep ``optimizer``. Local, before the engine is built.
+    """Have the engine clip as ``optimizer`` was asked to, and keep ``optimizer``. Local, before the engine is built.
 
     Args:
         config: DeepSpeed's; changed in place.
         optimizer: Its ``max_grad_norm`` is handed over. None: it is made later, and has none.
 
     Raises:
-        ValueError: both name a norm, and not the same; or DeepSpeed was told to put another optimizer there.
+        ValueError: both name a norm, and not the same; or DeepSpeed was asked to put another optimizer there.
     """
-    told = config.get(CLIPPING, "auto")
+    given = config.get(CLIPPING, "auto")
     norm = optimizer.max_grad_norm if isinstance(optimizer, DistAdamW) else None
-    if norm is not None and told not in ("auto", norm):
+    if norm is not None and given not in ("auto", norm):
         raise ValueError(
-            f"max_grad_norm={norm} was given to DistAdamW and gradient_clipping={told} to DeepSpeed, which clips. "
+            f"max_grad_norm={norm} was given to DistAdamW and gradient_clipping={given} to DeepSpeed, which clips. "
             "Name one of them, or the same norm."
         )
-    if told == "auto":
+    if given == "auto":
         # DeepSpeed 0.19 clips to 1.0 where nothing is said, and Accelerate fills "auto" with 1.0.
         config[CLIPPING] = norm or 0.0
     if isinstance(optimizer, DistAdamW):
@@ -112,29 +113,29 @@ def names_our_types(config: Mapping[str, Any]) -> bool:
 
 
 def fill(config: Config, batch_size: int, epoch_size: int | None) -> bool:
-    """Put what the loader and the accelerator know in place of ``"auto"``; whether both numbers are theirs. Local."""
+    """Fill in ``"auto"`` from loader and accelerator; return whether both numbers are theirs. Local."""
     section = config.get("scheduler", {})
     if section.get("type") != _SCHEDULER:
         return False
-    told = section.setdefault("params", {})
+    given = section.setdefault("params", {})
     known = dict(zip(_FILLED_BY_PREPARE, (batch_size, epoch_size), strict=True))
     for name, value in known.items():
-        if told.get(name, "auto") == "auto" and value is not None:
-            told[name] = value
-    return all(told.get(name) == value for name, value in known.items())
+        if given.get(name, "auto") == "auto" and value is not None:
+            given[name] = value
+    return all(given.get(name) == value for name, value in known.items())
 
 
-def _optimizer_from_json(params: Iterable[Tensor], /, **told: Any) -> DistAdamW:
-    return _made(DistAdamW, "optimizer", params, told)
+def _optimizer_from_json(params: Iterable[Tensor], /, **given: Any) -> DistAdamW:
+    return _made(DistAdamW, "optimizer", params, given)
 
 
-def _scheduler_from_json(optimizer: Any, /, **told: Any) -> CyclicLRWithRestarts:
-    told = {k: v for k, v in told.items() if not (k in _FILLED_BY_PREPARE and v == "auto")}
-    return _made(CyclicLRWithRestarts, "scheduler", optimizer, told)
+def _scheduler_from_json(optimizer: Any, /, **given: Any) -> CyclicLRWithRestarts:
+    given = {k: v for k, v in given.items() if not (k in _FILLED_BY_PREPARE and v == "auto")}
+    return _made(CyclicLRWithRestarts, "scheduler", optimizer, given)
 
 
-def _made(kind: Callable[..., T], section: str, first: Any, told: Mapping[str, Any]) -> T:
-    """``kind(first, **told)``, where ``told`` is plain data from a file. Nothing that it names is imported.
+def _made(kind: Callable[..., T], section: str, first: Any, given: Mapping[str, Any]) -> T:
+    """Return ``kind(first, **given)``, where ``given`` is plain data from a file. Nothing that it names is imported.
 
     Raises:
         ValueError: names the section and the key, and says what is wrong with it.
@@ -142,24 +143,29 @@ def _made(kind: Callable[..., T], section: str, first: Any, told: Mapping[str, A
     types = get_type_hints(kind.__init__)
     known = [name for name in types if name not in _NOT_FOR_JSON and name != "return"]
     values = {}
-    for name, value in told.items():
-        if name in _NOT_FOR_JSON:
-            _refuse(section, name, value, _NOT_FOR_JSON[name])
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            cure = f"did you mean {near[0]!r}?" if near else f"the keys are {', '.join(known)}."
-            raise ValueError(f"DeepSpeed configuration, {section}.params: there is no {name!r}; {cure}")
+    for name, value in given.items():
+        _check_name(section, name, value, known)
         if value == "auto" and name not in ("shard", "normalize_weight_decay"):
             _refuse(section, name, value, "it was never resolved; set a value")
         kinds = _kinds(types[name])
-        read = [found for one in kinds for found in _read(value, one)]
-        if not read:
+        readings = [*itertools.chain.from_iterable(_read(value, one) for one in kinds)]
+        if not readings:
             _refuse(section, name, value, f"it must be {' or '.join(filter(None, map(_in_words, kinds)))}")
-        values[name] = read[0]
+        values[name] = readings[0]
     try:
         return kind(first, **values)
     except (ValueError, ArithmeticError) as error:
-        raise ValueError(f"DeepSpeed configuration, {section}.params = {dict(told)}: {error}") from error
+        raise ValueError(f"DeepSpeed configuration, {section}.params = {dict(given)}: {error}") from error
+
+
+def _check_name(section: str, name: str, value: object, known: list[str]) -> None:
+    """Raise where a key is none of ``known``."""
+    if name in _NOT_FOR_JSON:
+        _refuse(section, name, value, _NOT_FOR_JSON[name])
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        advice = f"did you mean {near[0]!r}?" if near else f"the keys are {', '.join(known)}."
+        raise ValueError(f"DeepSpeed configuration, {section}.params: there is no {name!r}; {advice}")
 
 
 def _refuse(section: str, name: str, value: object, why: str) -> NoReturn:
@@ -167,25 +173,34 @@ def _refuse(section: str, name: str, value: object, why: str) -> NoReturn:
 
 
 def _kinds(annotation: Any) -> tuple[Any, ...]:
-    """The members of a union; the annotation itself where it is none."""
+    """Return the members of a union; the annotation itself where it is none."""
     return get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
 
 
 def _read(value: Any, kind: Any) -> Iterator[Any]:
-    """``value``, which is plain data, as ``kind``; nothing where it is none."""
-    members = get_args(kind)
+    """Yield ``value``, which is plain data, as ``kind``; nothing where it is none."""
     if get_origin(kind) is Literal:
-        yield from (member for member in members if member == value)
+        yield from (member for member in get_args(kind) if member == value)
     elif get_origin(kind) is tuple:
-        if isinstance(value, (list, tuple)) and len(value) == len(members):
-            read = [list(_read(one, member)) for one, member in zip(value, members, strict=True)]
-            if all(read):
-                yield tuple(one for (one,) in read)
-    elif kind in (int, float) and (isinstance(value, str) or (kind is float and type(value) is int)):
+        yield from _read_tuple(value, get_args(kind))
+    elif kind in (int, float) and _may_be_number(value, kind):
         with contextlib.suppress(ValueError, OverflowError):
-            yield kind(value)  # who comes from YAML has 1e-3 as text
+            yield kind(value)
     elif type(value) is kind and kind in _WORDS:
         yield value
+
+
+def _may_be_number(value: Any, kind: type) -> bool:
+    """Return whether ``kind(value)`` is to be tried. What comes from YAML has 1e-3 as text."""
+    return isinstance(value, str) or (kind is float and type(value) is int)
+
+
+def _read_tuple(value: Any, members: tuple[Any, ...]) -> Iterator[Any]:
+    if not isinstance(value, list | tuple) or len(value) != len(members):
+        return
+    readings = [list(_read(one, member)) for one, member in zip(value, members, strict=True)]
+    if all(readings):
+        yield tuple(one for (one,) in readings)
 
 
 def _in_words(kind: Any) -> str:

@@ -1,0 +1,397 @@
+"""Replace the accelerator's ``save_state``, ``load_state`` and gradient clipping, after ``prepare``.
+
+Knows Accelerate.
+
+Nothing here keeps a model, an optimizer or a loader alive that ``accelerator.free_memory()`` has let go, nor an
+accelerator that is not referenced any more: where the garbage collector ends a loader's workers, that takes 5 s each.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import shutil
+import sys
+import warnings
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial, wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from dist_adamw.checkpoint.storage.index import read_index
+from dist_adamw.integrations.accelerate.accelerate_files import check_pickles, is_trusted, reading_safely
+from dist_adamw.integrations.accelerate.counting import SampleCounter
+from dist_adamw.integrations.accelerate.data import engine_of
+from dist_adamw.integrations.accelerate.prepared_objects import Known, Prepared, samples_or_steps
+from dist_adamw.integrations.accelerate.state_folder import (
+    automatic_folder,
+    check_all_there,
+    check_custom_objects,
+    check_one_save,
+    files_of,
+    find_models,
+    newest_of,
+    number_of,
+    numbered_checkpoints,
+    read_extra,
+    remove_older_objects,
+)
+from dist_adamw.optimizer.adamw import DistAdamW
+from dist_adamw.ranks import collectives
+from dist_adamw.ranks.together import run_on_all_ranks
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from dist_adamw.checkpoint.save_load import Checkpoint
+
+
+@dataclass(eq=False, slots=True)
+class _Owned:
+    """The records of an accelerator, its attached optimizers, and what counts samples."""
+
+    prepared: list[Prepared]
+    attached: list[weakref.ref[DistAdamW]]
+    counters: weakref.WeakSet[SampleCounter]
+
+
+_OF: weakref.WeakKeyDictionary[Accelerator, _Owned] = weakref.WeakKeyDictionary()
+
+
+def register(accelerator: Accelerator, prepared: Prepared) -> None:
+    """Have ``accelerator.save_state`` and the like know of what it has prepared. Local."""
+    patch_accelerator(accelerator)
+    owned = _OF[accelerator]
+    kept = [one for one in owned.prepared if not (one.is_of(None) or one.replaced_by(prepared))]
+    owned.prepared = [*kept, prepared]
+
+
+def patch_accelerator(
+    accelerator: Accelerator, attached: DistAdamW | None = None, counter: SampleCounter | None = None
+) -> None:
+    """Replace an accelerator's methods by the functions below, which go on to its own. Local.
+
+    Args:
+        accelerator: Any.
+        attached: An optimizer whose gradients are now reduced to their owners.
+        counter: What hears of ``accelerator.backward``.
+    """
+    if accelerator not in _OF:
+        _OF[accelerator] = _Owned([], [], weakref.WeakSet())
+        for ours in (save_state, load_state, clip_grad_norm_, clip_grad_value_, backward):
+            setattr(accelerator, ours.__name__, _wrap_method(accelerator, ours))
+    if counter is not None:
+        _OF[accelerator].counters.add(counter)
+    if attached is not None:
+        _OF[accelerator].attached.append(weakref.ref(attached))
+
+
+def _wrap_method(accelerator: Accelerator, ours: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a method of an object that it does not keep; a bound one among its attributes would."""
+    theirs, owner = getattr(accelerator, ours.__name__), weakref.ref(accelerator)
+    is_bound = getattr(theirs, "__self__", None) is accelerator
+    function = theirs.__func__ if is_bound else theirs
+
+    @wraps(function)
+    def method(*args: Any, **kwargs: Any) -> Any:
+        if (known := owner()) is None:
+            raise RuntimeError(f"the accelerator of this {ours.__name__} is gone. Keep it, and not its method alone.")
+        return ours(known, partial(function, known) if is_bound else function, *args, **kwargs)
+
+    return method
+
+
+def save_state(
+    accelerator: Accelerator, save_rest: Callable[..., Any], output_dir: str | None = None, *args: Any, **kwargs: Any
+) -> Any:
+    """Save as Accelerate does, and what `prepare` returned for any engine and number of ranks. Collective."""
+    if not (ours := _known(accelerator)):
+        return save_rest(output_dir, *args, **kwargs)
+    from dist_adamw.checkpoint.save_load import announce_save, save  # takes most of a second
+
+    for one in ours:
+        announce_save(one.optimizer)
+        if one.watch is not None:
+            one.watch.before_save()
+    group = ours[0].of.group
+    output_dir = None if output_dir is None else str(Path(output_dir).expanduser())
+    with _without_limit(accelerator) as limit, _hidden(accelerator, ours):
+        where = run_on_all_ranks(lambda: Path(save_rest(output_dir, *args, **kwargs)), group)
+    main = accelerator.is_main_process
+    run_on_all_ranks(lambda: remove_older_objects(accelerator, where) if main else None, group)
+    files = run_on_all_ranks(lambda: files_of(where) if main else {}, group)
+    token = collectives.all_gather_objects(secrets.token_hex(8), group)[0]  # the same for all models of this save
+    for one in ours:
+        position = _earliest(*run_on_all_ranks(partial(_ordered_position, one), group), group)
+        extra = {"position": position, "files": files, "state": token}
+        # Last: when it is whole, all of it is there.
+        objects = (one.model, one.optimizer, one.scheduler)
+        save(where / one.name, *objects, extra=extra, compare_ranks=False, group=group)
+    if main and limit is not None:
+        _remove_oldest(accelerator, where, limit)
+    return where
+
+
+@contextlib.contextmanager
+def _without_limit(accelerator: Accelerator) -> Iterator[int | None]:
+    """Have Accelerate keep all of its checkpoints; give the number that it would keep.
+
+    It would delete the oldest before it writes.
+    """
+    config = accelerator.project_configuration
+    limit, config.total_limit = config.total_limit, None
+    try:
+        yield limit
+    finally:
+        config.total_limit = limit
+
+
+def _remove_oldest(accelerator: Accelerator, where: Path, limit: int) -> None:
+    """Remove the oldest of the checkpoints that Accelerate has named, beyond ``limit``; never ``where``. Local."""
+    if not accelerator.project_configuration.automatic_checkpoint_naming:
+        return
+    others = [path for path in numbered_checkpoints(where.parent) if path != where]
+    beyond = len(others) + 1 - max(limit, 1)
+    for old in others[: max(0, beyond)]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def load_state(
+    accelerator: Accelerator,
+    load_rest: Callable[..., Any],
+    input_dir: str | None = None,
+    load_kwargs: dict[str, Any] | None = None,
+    **kwargs: Any,
+) -> None:
+    """Load what was saved on any engine and number of ranks; execute nothing that is in a file. Collective.
+
+    What stands beside the tensors is checked for all models before any is loaded, and so are the tensors of all.
+    ``load_kwargs={"weights_only": False}`` says that the folder is trusted: Accelerate then unpickles what is in its
+    own files, as it would without `prepare`.
+
+    Raises:
+        CheckpointError: the folder is not whole, not of this job, or a file of it asks for code to be run; on every
+            rank, and nothing has been changed.
+    """
+    if load_kwargs is not None:
+        kwargs["load_kwargs"] = load_kwargs
+    ours = _known(accelerator)
+    where = _folder_to_load(accelerator, input_dir, ours)
+    group = ours[0].of.group if ours else collectives.host_group()
+
+    def load_theirs(folder: str | None) -> None:
+        with reading_safely("the checkpoint" if where is None else where, load_kwargs):
+            load_rest(folder, **kwargs)
+
+    if where is None:
+        load_theirs(input_dir)
+        return
+    is_there = find_models(where, [one.name for one in ours], group)
+    if not any(is_there):
+        if not is_trusted(load_kwargs):
+            run_on_all_ranks(partial(check_pickles, accelerator, where), group)
+        load_theirs(input_dir)
+        return
+    from dist_adamw.checkpoint.random_state import restore_random_state  # these take most of a second
+    from dist_adamw.checkpoint.save_load import Part, load_together
+
+    _check_before_load(accelerator, where, ours, is_there, is_trusted(load_kwargs), group)
+    parts = [Part(where / one.name, one.model, one.optimizer, one.scheduler) for one in ours]
+    loaded = load_together(parts, random_state=False, group=group)
+    with _hidden(accelerator, ours):
+        run_on_all_ranks(partial(load_theirs, str(where)), group)
+    # Accelerate's has the random state of some ranks.
+    run_on_all_ranks(lambda: restore_random_state(read_index(loaded[-1].path)), group)
+    for one, found in zip(ours, loaded, strict=True):
+        run_on_all_ranks(partial(one.of.position.load_state_dict, found.extra.get("position")), group)
+        _go_on_from(accelerator, one, found)
+    _continue_numbers(accelerator, where)
+
+
+def _folder_to_load(accelerator: Accelerator, input_dir: str | None, ours: list[Known]) -> Path | None:
+    """Return the folder that ``load_state`` reads; None where Accelerate chooses it, and nothing is ours. Local."""
+    if input_dir is not None:
+        return Path(input_dir).expanduser()
+    return newest_of(accelerator) if ours else None
+
+
+def _check_before_load(
+    accelerator: Accelerator,
+    where: Path,
+    ours: list[Known],
+    is_there: list[bool],
+    trusted: bool,
+    group: dist.ProcessGroup | None,
+) -> None:
+    """Raise on every rank where the folder cannot be loaded; nothing has been changed then. Collective."""
+    for one in ours:
+        if one.watch is not None:
+            one.watch.settle()
+    names = [one.name for one in ours]
+    check_all_there(where, names, is_there, group)
+    run_on_all_ranks(lambda: check_custom_objects(accelerator, where), group)
+    for one in ours:
+        run_on_all_ranks(partial(_check_extra, where, one), group)
+    run_on_all_ranks(partial(check_one_save, where, names), group)
+    if not trusted:
+        with _hidden(accelerator, ours):
+            run_on_all_ranks(partial(check_pickles, accelerator, where), group)
+
+
+def _check_extra(where: Path, one: Known) -> None:
+    """Raise where what `save_state` saved beside the tensors does not fit. Local."""
+    one.of.position.check(read_extra(where / one.name))
+
+
+def _go_on_from(accelerator: Accelerator, one: Known, found: Checkpoint) -> None:
+    """Forget what belongs to the job before the load. Local."""
+    one.of.loaded_at = samples_or_steps(one.scheduler)
+    if engine_of(accelerator) == "DEEPSPEED":
+        from dist_adamw.integrations.deepspeed.zero import accept_counts
+
+        accept_counts(one.model, found)
+    one.of.position.counter.forget()
+    accelerator.step = 0  # what was accumulated is not saved, and comes again
+
+
+def _continue_numbers(accelerator: Accelerator, where: Path) -> None:
+    """Have the next checkpoint that Accelerate names be the newest, also for Accelerate. Local."""
+    numbered = numbered_checkpoints(where.parent)
+    if where in numbered and where.parent == automatic_folder(accelerator):
+        accelerator.project_configuration.iteration = number_of(numbered[-1]) + 1
+
+
+def clip_grad_norm_(accelerator: Accelerator, clip_norm: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Clip as Accelerate does, by the norm of the whole model where each rank has a part. Collective."""
+    engines = [one.of.clipping for one in _known(accelerator) if one.of.clipping is not None]
+    if not (engines or _attached(accelerator)):
+        return clip_norm(*args, **kwargs)
+
+    def clip(parameters: Tensor | Iterable[Tensor], max_norm: float, norm_type: float = 2) -> Any:
+        for engine in engines:
+            if max_norm != engine:
+                warnings.warn(
+                    f"accelerator.clip_grad_norm_(max_norm={max_norm}) does not clip under DeepSpeed, whose "
+                    f"gradient_clipping is {engine} (0.0: none). Pass max_grad_norm={max_norm} to DistAdamW, or write "
+                    "it into the DeepSpeed configuration.",
+                    stacklevel=4,
+                )
+        params = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+        if accelerator.sync_gradients and (attached := _attached(accelerator, params)):
+            return attached[-1].clip_grad_norm_(max_norm, norm_type, params)
+        return clip_norm(params, max_norm, norm_type)
+
+    return clip(*args, **kwargs)
+
+
+def clip_grad_value_(accelerator: Accelerator, clip_value: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Clip as Accelerate does. Local."""
+    result = clip_value(*args, **kwargs)
+    for optimizer in _attached(accelerator):
+        optimizer.accept_gradients()
+    return result
+
+
+def backward(accelerator: Accelerator, run_backward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Run backward as Accelerate does, and notify what counts samples. Local, as far as Accelerate's is."""
+    counters = [*_OF[accelerator].counters]
+    for counter in counters:
+        if counter.follows_engine:  # DeepSpeed updates inside
+            counter.poll()
+            counter.backward_began()
+    result = run_backward(*args, **kwargs)
+    for counter in counters:
+        if counter.follows_engine:
+            inside = engine_of(accelerator) == "DEEPSPEED" and accelerator.sync_gradients
+            counter.engine_backward_is_over(updates_inside=inside)
+        else:
+            counter.poll()
+    return result
+
+
+def _known(accelerator: Accelerator) -> list[Known]:
+    """Return the prepared objects that Accelerate has not forgotten. Local."""
+    found = []
+    for number, optimizer in enumerate(accelerator._optimizers):
+        for one in _OF[accelerator].prepared:
+            known = one.known(number) if one.is_of(optimizer) else None
+            if known is not None:
+                found.append(known)
+    return found
+
+
+def _attached(accelerator: Accelerator, params: list[Tensor] | None = None) -> list[DistAdamW]:
+    """Return optimizers that have gradients (of some of these parameters) reduced to their owners. Local."""
+    found = [optimizer for one in _OF[accelerator].attached if (optimizer := one()) is not None]
+    if params is None:
+        return found
+    chosen = {id(param) for param in params}
+    return [one for one in found if not chosen.isdisjoint(_param_ids(one))]
+
+
+def _param_ids(optimizer: Optimizer) -> set[int]:
+    return {id(param) for group in optimizer.param_groups for param in group["params"]}
+
+
+@contextlib.contextmanager
+def _hidden(accelerator: Accelerator, ours: list[Known]) -> Iterator[None]:
+    """Have Accelerate save or load what is not ours. Its hooks see every model."""
+    lists = (accelerator._models, accelerator._optimizers, accelerator._schedulers)
+    before = [list(known) for known in lists]
+    hidden = {id(one) for known in ours for one in known.listed}
+    with _hooks_with_models(accelerator, before[0]):
+        for known in lists:
+            known[:] = [one for one in known if id(one) not in hidden]
+        try:
+            yield
+        finally:
+            for known, all_of_them in zip(lists, before, strict=True):
+                known[:] = all_of_them
+
+
+@contextlib.contextmanager
+def _hooks_with_models(accelerator: Accelerator, models: list[nn.Module]) -> Iterator[None]:
+    """Have the hooks of ``save_state`` and ``load_state`` be called with ``models``."""
+    hooks = (accelerator._save_model_state_pre_hook, accelerator._load_model_state_pre_hook)
+    before = [dict(of) for of in hooks]
+    for of in hooks:
+        for key, hook in of.items():
+            of[key] = partial(_with_all_models, hook, models)
+    try:
+        yield
+    finally:
+        for of, all_of_these in zip(hooks, before, strict=True):
+            of.clear()
+            of.update(all_of_these)
+
+
+def _with_all_models(hook: Any, models: list[nn.Module], _: Any, *rest: Any) -> None:
+    """Call a hook of ``save_state`` (models, weights, folder) or ``load_state`` (models, folder)."""
+    # Hooks that write adapters take one weight for each model.
+    weights = [[None] * len(models)] if len(rest) == 2 else []
+    hook(list(models), *weights, rest[-1])
+
+
+def _ordered_position(one: Known) -> tuple[tuple[int, int], dict[str, Any] | None]:
+    """Return where this rank stands in the data, after what orders the ranks' places. Local."""
+    position = one.of.position
+    # A job that has trained on another loader knows itself where it is.
+    has_trained_elsewhere = position.idle and one.of.loaded_at not in (None, samples_or_steps(one.scheduler))
+    if position.is_gone or has_trained_elsewhere:
+        return (sys.maxsize, 0), None
+    return position.ordered()
+
+
+def _earliest(
+    order: tuple[int, int], position: dict[str, Any] | None, group: dist.ProcessGroup | None
+) -> dict[str, Any] | None:
+    """Return the first of the ranks' places: samples that any rank has not updated with come again. Collective."""
+    orders = collectives.all_gather_objects(order, group)
+    first = min(range(len(orders)), key=orders.__getitem__)
+    return position if orders[first] == orders[0] else collectives.broadcast_object(position, first, group)

@@ -1,0 +1,75 @@
+"""Refuse engines, launchers and schedulers that would train otherwise than was asked for."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+from torch.optim import Optimizer
+
+from dist_adamw.integrations.accelerate.data import engine_of
+from dist_adamw.schedule.scheduler import CyclicLRWithRestarts
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+DATA_PARALLEL = {"NO", "MULTI_CPU", "MULTI_GPU", "MULTI_NPU", "MULTI_MLU", "MULTI_XPU", "MULTI_HPU"}
+_ENGINES = {*DATA_PARALLEL, "FSDP", "DEEPSPEED"}
+
+
+def check_scheduler(scheduler: Any) -> CyclicLRWithRestarts:
+    """Return ``scheduler``; refuse what is no `CyclicLRWithRestarts`, or is wrapped already. Local."""
+    if not isinstance(scheduler, CyclicLRWithRestarts):
+        raise ValueError(
+            f"scheduler must be a CyclicLRWithRestarts that is not prepared yet, got {type(scheduler).__name__}."
+        )
+    return scheduler
+
+
+def check_engine(accelerator: Accelerator, optimizer: Optimizer) -> None:
+    """Refuse an engine that is not served, or that is not the one that was asked for. Local."""
+    engine = engine_of(accelerator)
+    if engine not in _ENGINES:
+        raise ValueError(
+            f"the engine {engine} is not supported. Use one process, DDP, FSDP2 or DeepSpeed, or drive "
+            f"{type(optimizer).__name__} with accelerator.prepare alone, after passing batch_size (global) and "
+            "epoch_size to the scheduler."
+        )
+    if engine == "FSDP" and getattr(accelerator.state.fsdp_plugin, "fsdp_version", 1) != 2:
+        raise ValueError(
+            "FSDP1 keeps flat parameters without names, got fsdp_version: 1. Set fsdp_version: 2 in the Accelerate "
+            "configuration (FSDP_VERSION=2)."
+        )
+    for name, wanted in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DEEPSPEED")):
+        if os.environ.get(name, "false").lower() == "true" and engine != wanted:
+            raise ValueError(
+                f"{wanted} was asked for ({name}=true), but Accelerate trains with the engine {engine} and would not "
+                "say so: it uses FSDP on accelerators only, and needs a launcher that starts ranks. On CPU choose DDP "
+                f"or DeepSpeed, or unset {name}."
+            )
+    _check_launch(accelerator)
+    if callable(hook := getattr(accelerator.ddp_handler, "comm_hook", None)):
+        raise ValueError(
+            f"Accelerate ignores comm_hook={hook!r} in silence. Give DistributedDataParallelKwargs a member of "
+            "DDPCommunicationHookType, or do accelerator.prepare and register_comm_hook yourself."
+        )
+
+
+def _check_launch(accelerator: Accelerator) -> None:
+    """Refuse fewer ranks than were asked for. Local."""
+    here, asked = accelerator.num_processes, int(os.environ.get("WORLD_SIZE", "1"))
+    # What accelerate launch sets, without what ranks that it starts have.
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ and "RANK" not in os.environ
+    if asked > here:
+        raise ValueError(
+            f"{asked} ranks run (WORLD_SIZE), but Accelerate counts {here}: every rank would see all the data. With "
+            'DeepSpeed on CPU pass kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] to Accelerator; with '
+            'Trainer make PartialState(backend="gloo") and pass accelerator_config={"use_configured_state": True}. '
+            "Elsewhere make no Accelerator before the process group."
+        )
+    if here == 1 and launched:
+        raise ValueError(
+            "accelerate launch was asked for several processes and started one (on CPU it does not start ranks with "
+            "--cpu or MULTI_CPU). Use ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N, or "
+            "ACCELERATE_USE_CPU=true torchrun --nproc_per_node N. If one was asked for, unset MASTER_ADDR."
+        )

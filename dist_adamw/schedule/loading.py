@@ -1,0 +1,57 @@
+"""Prepare to load a saved schedule: what it would change, before anything is changed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from dist_adamw.schedule.base_values import BaseValues, ScheduledGroups
+from dist_adamw.schedule.recipe import Recipe
+from dist_adamw.schedule.saved import (
+    GROUPS,
+    OnDifference,
+    check_on_difference,
+    check_state,
+    check_takeable,
+    compare_configurations,
+)
+from dist_adamw.schedule.scheduled_optimizer import ScheduledOptimizer
+
+
+def prepare_load(
+    state_dict: Mapping[str, Any], scheduled: ScheduledOptimizer, choice: OnDifference
+) -> tuple[Recipe, ScheduledGroups]:
+    """Return the recipe and the groups that ``state_dict`` gives; ``scheduled`` stays as it is.
+
+    Raises:
+        ValueError: not a saved schedule, or one that does not fit ``scheduled`` under ``choice``.
+    """
+    check_state(state_dict)
+    check_on_difference(choice)
+    saved, differing = compare_configurations(state_dict["configuration"], scheduled.configuration(), choice)
+    takes_saved = choice == "checkpoint" and bool(differing)
+    try:
+        recipe = _with_sizes(scheduled.recipe, state_dict, saved["epoch_size"])
+        groups = scheduled.groups
+        if takes_saved:
+            check_takeable(saved, differing, len(groups))
+            recipe = recipe.with_configuration(saved, differing)
+            groups = groups.with_bases([BaseValues(*values) for values in saved[GROUPS]], recipe.group_check)
+        if recipe.is_known:
+            # Computed only for what it raises: a saved recipe may have no value at this sample.
+            recipe.group_values(recipe.schedule.at(state_dict["samples"]), groups, scheduled.optimizer)
+    except (TypeError, KeyError, ArithmeticError) as error:
+        what = f"{type(error).__name__}: {error}"
+        raise ValueError(f"the schedule of the checkpoint cannot be computed: {what}.") from error
+    return recipe, groups
+
+
+def _with_sizes(recipe: Recipe, state_dict: Mapping[str, Any], saved_epoch_size: int | None) -> Recipe:
+    """Return the recipe with sizes that this job does not know yet, and the reference batch of the run."""
+    return replace(
+        recipe,
+        epoch_size=recipe.epoch_size or saved_epoch_size,
+        batch_size=recipe.batch_size or state_dict["batch_size"],
+        reference_batch_size=state_dict["reference_batch_size"] or recipe.reference_batch_size,
+    )
