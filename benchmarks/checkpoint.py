@@ -79,7 +79,7 @@ class Job:
     def update(self) -> None:
         """Collective."""
         self.optimizer.zero_grad()
-        self.loss().backward()  # type: ignore[no-untyped-call]
+        self.loss().backward()
         self.optimizer.step()
 
     def locals(self) -> Iterator[Tensor]:
@@ -274,7 +274,7 @@ class Contest:
         future: Any = dcp.async_save(
             self._state(job), checkpoint_id=path, process_group=self.group, async_stager=stager
         )
-        return future.result  # type: ignore[no-any-return]
+        return future.result
 
     def _dcp_load(self, job: Job, path: Path) -> None:
         state = self._state(job)

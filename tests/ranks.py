@@ -17,7 +17,7 @@ import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -105,14 +105,14 @@ class _Pool:
         deadline = time.monotonic() + timeout
         while len(results) + len(failures) < len(self._pipes):
             waiting = {pipe: r for r, pipe in enumerate(self._pipes) if r not in results and r not in failures}
-            ready = wait(list(waiting), max(0.0, deadline - time.monotonic()))
+            ready = cast(list[Connection], wait(list(waiting), max(0.0, deadline - time.monotonic())))
             if not ready:
                 why = f"no answer (a job may take {timeout:g} s, and {GRACE:g} s after another rank's failure)"
                 failures.update(dict.fromkeys(waiting.values(), ("Timeout", why, why)))
             for pipe in ready:
-                rank = waiting[pipe]  # type: ignore[index]
+                rank = waiting[pipe]
                 try:
-                    ok, value = pipe.recv()  # type: ignore[union-attr]
+                    ok, value = pipe.recv()
                 except EOFError:
                     ok, value = False, ("Died", "the rank's process ended", "the rank's process ended")
                 (results if ok else failures)[rank] = value

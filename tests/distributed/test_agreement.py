@@ -68,7 +68,7 @@ def by_attach(case: str) -> None:
 def by_prepare(case: str) -> None:
     name = case.split()[0]
     options = {name: OPTIONS[case][is_last()]} if case in OPTIONS else {}
-    accelerator, *objects = job(2, 48, optimizer=options, width=8)
+    accelerator, objects = job(2, 48, optimizer=options, width=8)
     prepare(accelerator, *objects, **({} if options else {name: is_last()}))
 
 

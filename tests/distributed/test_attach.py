@@ -44,7 +44,7 @@ def loss_of(model: nn.Module, step: int) -> Tensor:
     """On data that differ by rank and micro-batch."""
     rank = dist.get_rank() if dist.is_initialized() else 0
     generator = torch.Generator().manual_seed(1000 * step + rank)
-    return model(torch.randn(4, 3, 8, 8, generator=generator)).square().mean()  # type: ignore[no-any-return]
+    return model(torch.randn(4, 3, 8, 8, generator=generator)).square().mean()
 
 
 def averaged(grads: list[Tensor | None]) -> list[Tensor | None]:
@@ -241,7 +241,7 @@ class _Normed(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[0] == 3:
             raise ValueError("three")
-        return self.out(self.norm(x))  # type: ignore[no-any-return]
+        return self.out(self.norm(x))
 
 
 def check_gradients_in_other_memory(way: dict[str, Any]) -> None:
@@ -695,7 +695,7 @@ def check_unused(way: dict[str, Any], bucket_numel: int) -> None:
 
 def branch_loss(model: nn.Module, step: int) -> Tensor:
     generator = torch.Generator().manual_seed(1000 * step + dist.get_rank())
-    return model(torch.randn(2, 9, generator=generator)).square().mean()  # type: ignore[no-any-return]
+    return model(torch.randn(2, 9, generator=generator)).square().mean()
 
 
 @pytest.mark.parametrize("bucket_numel", [1000, 100])  # everything together, or branches apart
@@ -718,14 +718,14 @@ def check_unfreezing(way: dict[str, Any]) -> None:
     for model, optimizer, param in zip((job.model, job.twin), (job.optimizer, job.reference), extra, strict=True):
         model.scale2 = param
         optimizer.add_param_group({"params": [param], "lr": 0.1})
-        model.forward = functools.partial(_with_extra, model)  # type: ignore[method-assign]
+        model.forward = functools.partial(_with_extra, model)
     job.train(range(6, 9), 2)
     # What thawed has no hook yet, so its micro-batches are added up before they are averaged.
     job.check(**({"rtol": 1e-5, "atol": 1e-7} if job.every else {}))
 
 
 def _with_extra(model: Any, x: Tensor) -> Tensor:
-    return type(model).forward(model, x) * model.scale2.mean()  # type: ignore[no-any-return]
+    return type(model).forward(model, x) * model.scale2.mean()
 
 
 @pytest.mark.parametrize("way", [way for way in WAYS if not way.startswith("ddp")])
@@ -754,7 +754,7 @@ class Kinds(nn.Module):
 def kinds_loss(model: nn.Module, step: int) -> Tensor:
     generator = torch.Generator().manual_seed(1000 * step + dist.get_rank())
     loss = model(torch.randn(2, 16, generator=generator))
-    return loss + model.empty.sum()  # type: ignore[no-any-return, operator, union-attr]
+    return loss + model.empty.sum()  # type: ignore[operator]
 
 
 def check_kinds(way: dict[str, Any]) -> None:
@@ -863,7 +863,7 @@ class Checkpointed(nn.Module):
 
 def checkpointed_loss(model: nn.Module, step: int) -> Tensor:
     generator = torch.Generator().manual_seed(1000 * step + dist.get_rank())
-    return model(torch.randn(2, 40, generator=generator).requires_grad_()).square().mean()  # type: ignore[no-any-return]
+    return model(torch.randn(2, 40, generator=generator).requires_grad_()).square().mean()
 
 
 def check_checkpointed(way: dict[str, Any], reentrant: bool) -> None:

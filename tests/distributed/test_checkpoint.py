@@ -32,7 +32,7 @@ def save_then_go_on(
     folder: str, accumulation: int, save_at: int, bucket_numel: int = 1
 ) -> tuple[list[Row], list[Tensor]]:
     options = {"bucket_numel": bucket_numel}  # 1: every rank owns several runs of a parameter
-    accelerator, *objects = job(accumulation, 48, loader={"batch_size": 2}, optimizer=options)
+    accelerator, objects = job(accumulation, 48, loader={"batch_size": 2}, optimizer=options)
     prepared = prepare(accelerator, *objects)
     rows = []
     for i, row in enumerate(epochs(accelerator, *prepared, count=4)):
@@ -43,7 +43,7 @@ def save_then_go_on(
 
 
 def load_and_go_on(folder: str, accumulation: int, done: int) -> tuple[list[Row], list[Tensor], int]:
-    accelerator, *objects = job(accumulation, 48, loader={"batch_size": 2})
+    accelerator, objects = job(accumulation, 48, loader={"batch_size": 2})
     prepared = prepare(accelerator, *objects)
     accelerator.load_state(folder)
     model, optimizer, loader, scheduler = prepared
@@ -51,7 +51,7 @@ def load_and_go_on(folder: str, accumulation: int, done: int) -> tuple[list[Row]
     rest = accelerator.skip_first_batches(loader, done % per_epoch * accumulation)
     rows = list(epochs(accelerator, model, optimizer, rest, scheduler, count=1))
     rows += epochs(accelerator, *prepared, count=4 - done // per_epoch - 1)
-    return rows, weights(model), objects[1].state_bytes  # type: ignore[union-attr]
+    return rows, weights(model), objects[1].state_bytes
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
@@ -92,14 +92,14 @@ def test_files_on_disk_are_a_whole(tmp_path: Path) -> None:
 
 
 def load_only(folder: str, width: int) -> str:
-    accelerator, *objects = job(2, 48, loader={"batch_size": 2}, width=width)
+    accelerator, objects = job(2, 48, loader={"batch_size": 2}, width=width)
     model, _optimizer, *_ = prepare(accelerator, *objects)
     before = weights(model)
     try:
         accelerator.load_state(folder)
     except ValueError as error:
         assert all(torch.equal(a, b) for a, b in zip(before, weights(model), strict=True)), "something was loaded"
-        assert not objects[1].state, "something was loaded"  # type: ignore[union-attr]
+        assert not objects[1].state, "something was loaded"
         return f"{type(error).__name__}: {error}"
     return "loaded"
 
@@ -176,7 +176,7 @@ def test_a_checkpoint_of_another_model_is_named(tmp_path: Path) -> None:
 
 
 def save_where_one_rank_cannot(folder: str) -> None:
-    accelerator, *objects = job(2, 48)
+    accelerator, objects = job(2, 48)
     prepared = prepare(accelerator, *objects)
     next(iter(epochs(accelerator, *prepared, count=1)))
     accelerator.save_state(folder)
@@ -191,7 +191,7 @@ def test_a_folder_that_cannot_be_written_is_an_error_on_every_rank(tmp_path: Pat
 
 def prepare_then_save(folder: str, how: str) -> int:
     """Save before the first update of a job that has state all the same."""
-    accelerator, model, adamw, loader, scheduler = job(1, 24)
+    accelerator, (model, adamw, loader, scheduler) = job(1, 24)
     for p in adamw.param_groups[0]["params"]:
         p.grad = torch.ones_like(p)
     if how == "updated before":
@@ -221,18 +221,18 @@ def test_saving_before_the_first_update_keeps_what_was_loaded(how: str, world_si
 
 
 def prepare_again_after_free_memory(folder: str) -> None:
-    accelerator, *objects = job(2, 48)
+    accelerator, objects = job(2, 48)
     prepare(accelerator, *objects)
     accelerator.free_memory()
     accelerator.step = 0
-    _, *objects = job(2, 48)
+    _, objects = job(2, 48)
     prepared = prepare(accelerator, *objects)
     next(iter(epochs(accelerator, *prepared, count=1)))
     accelerator.save_state(folder)
     assert (Path(folder) / "dist_adamw" / "index.json").exists()
     assert not (Path(folder) / "dist_adamw_1").exists(), "what Accelerate forgot was saved too"
     accelerator.load_state(folder)
-    assert objects[1].updates == 1  # type: ignore[union-attr]
+    assert objects[1].updates == 1
 
 
 def test_preparing_again_after_free_memory(tmp_path: Path) -> None:
@@ -241,8 +241,8 @@ def test_preparing_again_after_free_memory(tmp_path: Path) -> None:
 
 def two_models(folder: str, how: str) -> list[Any]:
     """As of a generator and a discriminator: two sets of objects of one accelerator, one of them ahead."""
-    accelerator, *first = job(1, 48, loader={"batch_size": 2})
-    _, *second = job(1, 48, loader={"batch_size": 2}, width=24)
+    accelerator, first = job(1, 48, loader={"batch_size": 2})
+    _, second = job(1, 48, loader={"batch_size": 2}, width=24)
     both = [prepare(accelerator, *objects) for objects in (first, second)]
     if how == "save":
         for prepared, count in zip(both, (5, 9), strict=True):
@@ -286,7 +286,7 @@ def test_two_models_of_one_accelerator(tmp_path: Path) -> None:
 
 
 def save_that_fails(folder: str) -> None:
-    accelerator, *objects = job(1, 24)
+    accelerator, objects = job(1, 24)
     prepared = prepare(accelerator, *objects)
     rows = epochs(accelerator, *prepared, count=1)
     next(rows)
@@ -299,7 +299,7 @@ def save_that_fails(folder: str) -> None:
         accelerator.save_state(folder)
     hook.remove()
     next(rows)
-    assert objects[1]._share_state_dict()["state"], "a later state dict lost the moments"  # type: ignore[union-attr]
+    assert objects[1]._share_state_dict()["state"], "a later state dict lost the moments"
 
 
 def test_a_save_that_failed_leaves_state_dicts_whole(tmp_path: Path) -> None:
@@ -307,7 +307,7 @@ def test_a_save_that_failed_leaves_state_dicts_whole(tmp_path: Path) -> None:
 
 
 def load_where_one_rank_sees_nothing(folder: str) -> None:
-    accelerator, *objects = job(2, 48, loader={"batch_size": 2})
+    accelerator, objects = job(2, 48, loader={"batch_size": 2})
     prepare(accelerator, *objects)
     accelerator.load_state(folder if dist.get_rank() == 0 else folder + "-elsewhere")
 
@@ -357,7 +357,7 @@ class Counter:
 
 
 def hooks_and_objects(folder: str) -> list[Any]:
-    accelerator, *objects = job(2, 48)
+    accelerator, objects = job(2, 48)
     model, *_ = prepare(accelerator, *objects)
     seen: list[Any] = []
     accelerator.register_save_state_pre_hook(lambda models, weights, path: seen.append((len(models), len(weights))))
@@ -384,7 +384,7 @@ def test_hooks_see_the_models_and_missing_objects_change_nothing(tmp_path: Path)
 
 def goes_on_by_itself(folder: str, resumes: bool = True) -> tuple[Any, str]:
     """A job that begins with load_state(), and the name of what it saves."""
-    accelerator, *objects = job(1, 48, loader={"batch_size": 2})
+    accelerator, objects = job(1, 48, loader={"batch_size": 2})
     accelerator.project_configuration = ProjectConfiguration(folder, automatic_checkpoint_naming=True, total_limit=1)
     prepared = prepare(accelerator, *objects)
     if resumes:
@@ -396,7 +396,7 @@ def goes_on_by_itself(folder: str, resumes: bool = True) -> tuple[Any, str]:
 
 def keeps_one(folder: str) -> list[Any]:
     """With automatic names and a limit of one, the one before is there, beside the folder of the next."""
-    accelerator, model, optimizer, loader, scheduler = job(1, 48, loader={"batch_size": 2})
+    accelerator, (model, optimizer, loader, scheduler) = job(1, 48, loader={"batch_size": 2})
     accelerator.project_configuration = ProjectConfiguration(folder, automatic_checkpoint_naming=True, total_limit=1)
     model, optimizer, loader, scheduler = prepare(accelerator, model, optimizer, loader, scheduler)
     checkpoints, seen = Path(folder) / "checkpoints", []
@@ -435,7 +435,7 @@ def begins_anew(folder: str) -> tuple[None, str]:
 
 
 def saved_twice(folder: str) -> None:
-    accelerator, *objects = job(1, 48, loader={"batch_size": 2})
+    accelerator, objects = job(1, 48, loader={"batch_size": 2})
     model, *_ = prepare(accelerator, *objects)
     counter = Counter()
     accelerator.register_for_checkpointing(counter)
@@ -466,7 +466,7 @@ def test_files_of_two_saves_to_one_folder_are_told_apart(world_size: int, tmp_pa
 
 
 def says_beside(folder: str, extra: Any) -> str:
-    accelerator, *objects = job(2, 48)
+    accelerator, objects = job(2, 48)
     model, *_ = prepare(accelerator, *objects)
     accelerator.save_state(folder)
     dist.barrier()
@@ -520,7 +520,7 @@ def test_a_checkpoint_that_was_not_written_to_the_end_is_passed_by(tmp_path: Pat
 
 
 def one_rank_cannot_write_its_random_state(folder: str) -> None:
-    accelerator, *objects = job(2, 48)
+    accelerator, objects = job(2, 48)
     prepare(accelerator, *objects)
     if dist.get_rank() == 1:
         (Path(folder) / "random_states_1.pkl").mkdir(parents=True)

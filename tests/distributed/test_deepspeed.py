@@ -120,7 +120,7 @@ def check_dummies(stage: str, accumulation: int) -> Curve:
             model,
             optimizer,
             loader,
-            DummyScheduler(optimizer),  # type: ignore[arg-type]
+            DummyScheduler(optimizer),
         )
         assert scheduler.batch_size == BATCH
         assert scheduler.epoch_size == EPOCH

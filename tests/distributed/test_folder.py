@@ -777,10 +777,10 @@ def test_a_disk_that_takes_a_part_of_a_block_gets_the_rest(tmp_path: Path, monke
             self.file = file
 
         def write(self, data: Any) -> int:
-            return self.file.write(memoryview(data)[: max(1, len(data) // 2)])  # type: ignore[no-any-return]
+            return self.file.write(memoryview(data)[: max(1, len(data) // 2)])
 
         def fileno(self) -> int:
-            return self.file.fileno()  # type: ignore[no-any-return]
+            return self.file.fileno()
 
         def __enter__(self) -> Short:
             return self

@@ -68,12 +68,12 @@ DAMAGE = {
 
 
 def refuses(root: str) -> list[str]:
-    accelerator, *first = job(1, 48, loader={"batch_size": 2})
+    accelerator, first = job(1, 48, loader={"batch_size": 2})
     one = prepare(accelerator, *first)
     for _ in zip(range(3), epochs(accelerator, *one, count=2), strict=False):
         pass
     accelerator.save_state(f"{root}/first alone")
-    _, *second = job(1, 48, loader={"batch_size": 2}, width=24)
+    _, second = job(1, 48, loader={"batch_size": 2}, width=24)
     both = [one, prepare(accelerator, *second)]
     for prepared in both:
         for _ in zip(range(4), epochs(accelerator, *prepared, count=2), strict=False):
@@ -109,8 +109,8 @@ def test_what_is_wrong_with_the_second_is_seen_before_the_first_changes(world_si
 
 
 def of_an_older_release(root: str) -> None:
-    accelerator, *first = job(1, 48)
-    _, *second = job(1, 48, width=24)
+    accelerator, first = job(1, 48)
+    _, second = job(1, 48, width=24)
     both = [prepare(accelerator, *objects) for objects in (first, second)]
     accelerator.save_state(root)
     saved = everything(both)

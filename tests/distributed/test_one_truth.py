@@ -28,7 +28,7 @@ class Network(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.first(x @ self.table[: x.shape[1]]).tanh()
-        return self.second(hidden) * self.scale  # type: ignore[no-any-return]
+        return self.second(hidden) * self.scale
 
 
 class Pair:

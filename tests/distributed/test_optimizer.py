@@ -33,7 +33,7 @@ class Network(nn.Module):
         self.frozen = nn.Parameter(torch.ones(5), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.out(self.hidden(self.conv(x).flatten(1)).relu()) * self.scale  # type: ignore[no-any-return]
+        return self.out(self.hidden(self.conv(x).flatten(1)).relu()) * self.scale
 
 
 def backward(model: nn.Module, step: int) -> None:
@@ -148,10 +148,10 @@ def check_later_changes() -> None:
     twin = copy.deepcopy(model)
     results = []
     for module, run, cls in ((twin, twin, torch.optim.AdamW), (model, wrapped, DistAdamW)):
-        optimizer = cls([*module.hidden.parameters(), module.frozen], lr=1e-2, fused=True)  # type: ignore[call-arg, arg-type]
+        optimizer = cls([*module.hidden.parameters(), module.frozen], lr=1e-2, fused=True)
         for step in range(6):
             if step == 2:
-                optimizer.add_param_group({"params": list(module.out.parameters()), "lr": 1e-3})  # type: ignore[operator, union-attr]
+                optimizer.add_param_group({"params": list(module.out.parameters()), "lr": 1e-3})
             backward(run, step)
             if step >= 4:
                 module.frozen.grad = torch.full((5,), 0.5)

@@ -163,7 +163,7 @@ def refused() -> None:
     other = torch.optim.SGD(model_of_two_layers().parameters(), lr=1.0)
     cases: list[tuple[Recipe, str]] = [
         (lambda _: lr_scheduler.StepLR(other, 2), "drives another SGD"),
-        (lambda o: AcceleratedScheduler(lr_scheduler.StepLR(o, 2), o), "not prepared yet, got AcceleratedScheduler"),  # type: ignore[return-value]
+        (lambda o: AcceleratedScheduler(lr_scheduler.StepLR(o, 2), o), "not prepared yet, got AcceleratedScheduler"),
         (lambda o: "cosine", "another torch scheduler, not prepared yet, got str"),  # type: ignore[return-value]
     ]
     for recipe, message in cases:

@@ -79,7 +79,7 @@ class Scaler:
 
 def set_up(scaler: bool = True) -> tuple[Any, Any, Any]:
     """One model that `prepare` knows, another that only Accelerate does, a custom object, a scaler."""
-    accelerator, *objects = job(1, 24)
+    accelerator, objects = job(1, 24)
     prepared = prepare(accelerator, *objects)
     other = nn.Linear(3, 3)
     optimizer = torch.optim.SGD(other.parameters(), lr=0.1, momentum=0.9)
@@ -213,7 +213,7 @@ def ways(data: bytes, folder: Path) -> Iterator[tuple[str, Any]]:
     yield "pickle.load", lambda: pickle.load(file.open("rb"))
     yield "pickle.loads", lambda: pickle.loads(data)
     yield "pickle.Unpickler", lambda: pickle.Unpickler(file.open("rb")).load()
-    yield "a class of Python's own", lambda: pickle._Unpickler(file.open("rb")).load()  # type: ignore[attr-defined]
+    yield "a class of Python's own", lambda: pickle._Unpickler(file.open("rb")).load()
     yield "torch.load", lambda: torch.load(file, weights_only=False)
     yield "torch.distributed.checkpoint", lambda: FileSystemReader(folder).read_metadata()
     array = folder / "array.npy"

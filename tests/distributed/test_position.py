@@ -44,7 +44,7 @@ class Pairs(BatchSampler):
     def __init__(self) -> None:
         self.batch_size, self.drop_last = 2, False
 
-    def __iter__(self) -> Iterator[list[int]]:  # type: ignore[override]
+    def __iter__(self) -> Iterator[list[int]]:
         yield from ([i, SIZE - 1 - i] for i in range(SIZE // 2))
 
     def __len__(self) -> int:

@@ -26,7 +26,7 @@ def curve(way: str, accumulation: int, length: int, drop_last: bool, decay_by: s
     options: dict[str, Any] = {"loader": {"shuffle": True, "drop_last": drop_last}, "optimizer": {"decay_by": decay_by}}
     if way == "accelerate":
         options["recipe"] = {"batch_size": 12, "epoch_size": length // 12 * 12 if drop_last else length}
-    accelerator, *objects = job(accumulation, length, **options)
+    accelerator, objects = job(accumulation, length, **options)
     prepared = prepare(accelerator, *objects) if way == "prepare" else accelerator.prepare(*objects)
     return list(epochs(accelerator, *prepared, count=6))
 
@@ -94,7 +94,7 @@ def counts(accumulation: int, count: int, options: dict[str, Any]) -> tuple[list
             **options,
             "loader": {"batch_size": 1, "batch_sampler": BatchSampler(SequentialSampler(range(26)), 4, False)},
         }
-    accelerator, *objects = job(accumulation, options.pop("length", 26), **options)
+    accelerator, objects = job(accumulation, options.pop("length", 26), **options)
     prepared = prepare(accelerator, *objects)
     scheduler = prepared[3]
     samples = [row[0] for row in epochs(accelerator, *prepared, count=count)] + [scheduler.samples]
@@ -184,13 +184,13 @@ def test_a_custom_batch_sampler_with_a_size_works() -> None:
     ],
 )
 def test_what_cannot_be_derived_is_an_error_that_says_what_to_do(options: dict[str, Any], message: str) -> None:
-    accelerator, *objects = job(3, **options)
+    accelerator, objects = job(3, **options)
     with pytest.raises(ValueError, match=message):
         prepare(accelerator, *objects)
 
 
 def test_an_engine_that_is_not_supported_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    accelerator, *objects = job()
+    accelerator, objects = job()
     # Megatron-LM is not installed, so Accelerate's word for the engine is replaced.
     monkeypatch.setattr(accelerator.state, "distributed_type", DistributedType.MEGATRON_LM)
     with pytest.raises(ValueError, match="the engine MEGATRON_LM is not supported"):
@@ -198,7 +198,7 @@ def test_an_engine_that_is_not_supported_is_named(monkeypatch: pytest.MonkeyPatc
 
 
 def cannot_split(options: dict[str, Any]) -> None:
-    accelerator, *objects = job(1, 27, **options)
+    accelerator, objects = job(1, 27, **options)
     prepare(accelerator, *objects)
 
 
@@ -218,12 +218,12 @@ def test_batches_that_ranks_cannot_share_are_refused(options: dict[str, Any], me
 
 
 def test_a_global_batch_may_be_given_if_it_is_right() -> None:
-    accelerator, *objects = job(3, recipe={"batch_size": GlobalBatch(1, 3, 1)})
+    accelerator, objects = job(3, recipe={"batch_size": GlobalBatch(1, 3, 1)})
     assert prepare(accelerator, *objects)[3].batch_size == 3
 
 
 def test_accumulation_changed_in_mid_run_is_counted() -> None:
-    accelerator, *objects = job(1, 24)
+    accelerator, objects = job(1, 24)
     *prepared, scheduler = prepare(accelerator, *objects)
     accelerator.gradient_accumulation_steps = 4
     assert [row[0] for row in epochs(accelerator, *prepared, scheduler, count=1)] == [0, 4, 8, 12, 16, 20]
@@ -231,7 +231,7 @@ def test_accumulation_changed_in_mid_run_is_counted() -> None:
 
 
 def test_another_loader_is_counted_too() -> None:
-    accelerator, *objects = job(1, 22, loader={"batch_size": 4})
+    accelerator, objects = job(1, 22, loader={"batch_size": 4})
     model, optimizer, loader, scheduler = prepare(accelerator, *objects)
     other = accelerator.prepare(DataLoader(data(9), batch_size=3))
     assert [row[0] for row in epochs(accelerator, model, optimizer, other, scheduler, count=1)] == [0, 3, 6]
@@ -240,7 +240,7 @@ def test_another_loader_is_counted_too() -> None:
 
 
 def test_a_short_accumulation_with_drop_last_is_counted_and_said() -> None:
-    accelerator, *objects = job(4, 22, loader={"batch_size": 2, "drop_last": True})
+    accelerator, objects = job(4, 22, loader={"batch_size": 2, "drop_last": True})
     with pytest.warns(UserWarning, match=r"11 micro-batches, and the last 3 .* accumulation of 6 samples beyond the"):
         prepared = prepare(accelerator, *objects)
     assert prepared[3].epoch_size == 16
@@ -248,7 +248,7 @@ def test_a_short_accumulation_with_drop_last_is_counted_and_said() -> None:
 
 
 def test_a_scheduler_of_another_optimizer_is_refused() -> None:
-    accelerator, model, _, loader, scheduler = job()
+    accelerator, (model, _, loader, scheduler) = job()
     with pytest.raises(ValueError, match="the scheduler drives another DistAdamW than the one given here"):
         prepare(accelerator, model, DistAdamW(model.parameters()), loader, scheduler)
 
@@ -257,7 +257,7 @@ def test_a_scheduler_of_another_optimizer_is_refused() -> None:
 
 
 def clipped_by_accelerate(max_norm: float, forgotten: bool) -> None:
-    accelerator, *objects = job(2, 48, loader={"batch_size": 4}, optimizer={"eps": 0.1})
+    accelerator, objects = job(2, 48, loader={"batch_size": 4}, optimizer={"eps": 0.1})
     model, optimizer, loader, _ = prepare(accelerator, *objects)
     if forgotten:  # somebody frees memory in mid-training, and has the objects himself
         accelerator.free_memory()
@@ -303,7 +303,7 @@ def disagree_at_prepare(what: str) -> None:
         "width": {"width": 20},
         "data": {"length": 99 if odd else 100, "recipe": {"epoch_size": 100}},
     }[what]
-    accelerator, *objects = job(**options)
+    accelerator, objects = job(**options)
     prepare(accelerator, *objects)
 
 
@@ -327,7 +327,7 @@ def test_ranks_that_differ_at_prepare_all_raise(what: str, field: str) -> None:
 
 
 def wrong_on_one_rank() -> None:
-    accelerator, *objects = job(recipe={"batch_size": 5 if dist.get_rank() == 1 else 3})
+    accelerator, objects = job(recipe={"batch_size": 5 if dist.get_rank() == 1 else 3})
     prepare(accelerator, *objects)
 
 
@@ -338,7 +338,7 @@ def test_what_is_wrong_on_one_rank_is_raised_on_all() -> None:
 
 
 def diverge(what: str) -> None:
-    accelerator, *objects = job(length=24)
+    accelerator, objects = job(length=24)
     model, optimizer, loader, scheduler = prepare(accelerator, *objects)
     update = 0
     for _ in range(2):

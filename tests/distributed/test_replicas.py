@@ -204,7 +204,7 @@ def one_differs() -> list[str]:
         check_replicas(model)
         if dist.get_rank() == 1:
             change(model, what)
-        messages.append(message_of(lambda model=model: check_replicas(model)))  # type: ignore[misc]
+        messages.append(message_of(lambda model=model: check_replicas(model)))
     return messages
 
 
@@ -534,7 +534,7 @@ def trainer_job(engine: str, what: str, at: int, folder: str, **options: Any) ->
         def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
             if self.state.global_step == at and dist.get_rank() == 1:
                 spoil(model, self.optimizer, what)
-            return super().training_step(model, *args, **kwargs)  # type: ignore[no-any-return]
+            return super().training_step(model, *args, **kwargs)
 
     with arguments_on(engine, folder, **options) as args:
         trainer = Spoiling(Network(), args, train_dataset=Samples())

@@ -127,11 +127,11 @@ def tensors(folder: str) -> dict[str, Tensor]:
 
 
 def stop(place: Place, folder: str) -> list[Row]:
-    return run_ranks(place[1], train, place[0], 0, STOP, folder, None, {})[0]  # type: ignore[no-any-return]
+    return run_ranks(place[1], train, place[0], 0, STOP, folder, None, {})[0]
 
 
 def go_on(place: Place, loaded: str, saved: str) -> list[Row]:
-    return run_ranks(place[1], train, place[0], STOP, UPDATES, saved, loaded, {})[0]  # type: ignore[no-any-return]
+    return run_ranks(place[1], train, place[0], STOP, UPDATES, saved, loaded, {})[0]
 
 
 def check(rows: list[Row], expected: list[Row]) -> float:

@@ -200,7 +200,7 @@ def steps_lbfgs(model: nn.Module) -> torch.optim.Optimizer:
         loss.backward()
         return loss
 
-    optimizer.step(closure)  # type: ignore[arg-type]
+    optimizer.step(closure)
     return optimizer
 
 
@@ -412,10 +412,10 @@ def statistics(folder: str) -> list[float]:
     """Each rank's batch norms have seen other samples."""
     model = nn.Sequential(*(nn.BatchNorm1d(3) for _ in range(6)))
     for norm in model:
-        norm.running_mean.fill_(dist.get_rank() + 1)  # type: ignore[union-attr, operator]
+        norm.running_mean.fill_(dist.get_rank() + 1)  # type: ignore[operator]
     save(folder, model)
     load(folder, model)
-    return [float(norm.running_mean[0]) for norm in model]  # type: ignore[union-attr, index]
+    return [float(norm.running_mean[0]) for norm in model]  # type: ignore[index]
 
 
 def test_buffers_are_the_first_ranks(tmp_path: Path) -> None:

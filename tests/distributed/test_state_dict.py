@@ -86,8 +86,8 @@ def fabric(file: Path, resume: bool) -> nn.Module:
     def get_optimizer_state(optimizer: Any) -> dict[str, Any]:
         if hasattr(optimizer, "consolidate_state_dict"):
             optimizer.consolidate_state_dict()
-            return optimizer.state_dict() if dist.get_rank() == 0 else {}  # type: ignore[no-any-return]
-        return optimizer.state_dict()  # type: ignore[no-any-return]
+            return optimizer.state_dict() if dist.get_rank() == 0 else {}
+        return optimizer.state_dict()
 
     module = small()
     optimizer = DistAdamW(module.parameters(), **ADAMW)
@@ -152,7 +152,7 @@ def accelerate_alone(file: Path, resume: bool) -> nn.Module:
     if not resume:
         optimizer.consolidate_state_dict(to=None)
         accelerator.save_state(folder)
-    return accelerator.unwrap_model(model)  # type: ignore[no-any-return]
+    return accelerator.unwrap_model(model)
 
 
 class Loss(nn.Module):
@@ -164,7 +164,7 @@ class Loss(nn.Module):
         return {"loss": nn.functional.mse_loss(self.body(x), y)}
 
 
-class Consolidate(TrainerCallback):  # type: ignore[misc]
+class Consolidate(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
         if control.should_save:
             unwrap(objects["optimizer"]).consolidate_state_dict()
@@ -264,7 +264,7 @@ def check_bits(options: dict[str, Any]) -> None:
             optimizer.zero_grad()
     expected = whole.state_dict()
     for to in (*range(dist.get_world_size()), None):
-        sharded.consolidate_state_dict(to)  # type: ignore[arg-type]
+        sharded.consolidate_state_dict(to)
         if to not in (None, dist.get_rank()):
             with pytest.raises(RuntimeError, match=f"consolidated on rank {to}, and this is rank {dist.get_rank()}"):
                 sharded.state_dict()

@@ -51,7 +51,7 @@ class Network(nn.Module):
         return {"loss": nn.functional.mse_loss(self.body(x), y)}
 
 
-class Notes(TrainerCallback):  # type: ignore[misc]
+class Notes(TrainerCallback):
     """What each update works with, and its loss over the global batch."""
 
     def __init__(self) -> None:
@@ -71,7 +71,7 @@ class Notes(TrainerCallback):  # type: ignore[misc]
         self.losses = []
 
 
-class Noting(Trainer):  # type: ignore[misc]
+class Noting(Trainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.notes = Notes()
         super().__init__(*args, callbacks=[self.notes], **kwargs)
@@ -178,7 +178,7 @@ def plain_loop(padded: bool = False, one_group: bool = False) -> Curve:
             optimizer.step()
             scheduler.step()
             optimizer.zero_grad()
-    return rows  # type: ignore[return-value]
+    return rows
 
 
 def check_same(rows: Curve, expected: Curve) -> None:
@@ -237,7 +237,7 @@ def random_numbers(engine: str, folder: str, resume: str | None = None) -> list[
     """What dropout would draw at each update."""
     drawn = []
 
-    class Draws(TrainerCallback):  # type: ignore[misc]
+    class Draws(TrainerCallback):
         def on_step_end(self, *_: Any, **__: Any) -> None:
             drawn.append(torch.rand(()).item())
 

@@ -38,7 +38,7 @@ class Drawn(Noting):
         return Repeats()
 
 
-class StopEpoch(TrainerCallback):  # type: ignore[misc]
+class StopEpoch(TrainerCallback):
     """Leaves the first epoch after some updates, or in the middle of one."""
 
     def __init__(self, update: int) -> None:
@@ -48,7 +48,7 @@ class StopEpoch(TrainerCallback):  # type: ignore[misc]
         control.should_epoch_stop = state.global_step == self.update
 
 
-class StopInside(TrainerCallback):  # type: ignore[misc]
+class StopInside(TrainerCallback):
     """After the first micro-batch of the second update."""
 
     done = 0
@@ -67,7 +67,7 @@ class Stream(IterableDataset):  # type: ignore[type-arg]
         return (self.rows[i] for i in range(len(self.rows)))
 
 
-class Counts(TrainerCallback):  # type: ignore[misc]
+class Counts(TrainerCallback):
     def __init__(self) -> None:
         self.after: list[int] = []
 
@@ -168,7 +168,7 @@ class OutOfMemory(Noting):
         if self._train_batch_size > 4 and not self.failed and self.state.global_step == 1:
             self.failed = True
             raise RuntimeError("CUDA out of memory.")
-        return super().training_step(*args, **kwargs)  # type: ignore[no-any-return]
+        return super().training_step(*args, **kwargs)
 
 
 def found_batch_size(folder: str) -> list[int]:

@@ -39,7 +39,7 @@ class LayerWise(Noting):
     def create_optimizer(self, model: Any = None) -> Optimizer:
         if self.optimizer is None:
             self.optimizer = torch.optim.AdamW(layers(self.model), lr=LR, weight_decay=DECAY, eps=EPS)
-        return self.optimizer  # type: ignore[no-any-return]
+        return self.optimizer
 
 
 class LayerWiseByClass(Noting):
@@ -49,7 +49,7 @@ class LayerWiseByClass(Noting):
         if self.optimizer is None:
             made, kwargs = self.get_optimizer_cls_and_kwargs(self.args)
             self.optimizer = made(layers(self.model), **kwargs)
-        return self.optimizer  # type: ignore[no-any-return]
+        return self.optimizer
 
 
 class Sharded(Noting):
@@ -65,7 +65,7 @@ class Extended(Noting):
     def create_optimizer(self, model: Any = None) -> Optimizer:
         optimizer = super().create_optimizer()
         optimizer.param_groups[0]["lr"] = LR / 4
-        return optimizer  # type: ignore[no-any-return]
+        return optimizer
 
 
 class ByKwargs(Noting):
@@ -143,7 +143,7 @@ def honoured(folder: str, ranks: int) -> list[list[float]]:
         layered = kind not in (Momentum, OwnSchedule, NeverCalled)
         assert bases == ([LR / 4, LR] if layered else [LR, LR]), kind
         if prepared:
-            assert inner.decay_by == "schedule"  # type: ignore[attr-defined]
+            assert inner.decay_by == "schedule"
         if ranks > 1 and isinstance(inner, DistAdamW):
             assert inner._path is not None, kind
         weights.append([p.detach().double().sum().item() for p in unwrap_model(trainer).parameters()])
@@ -151,7 +151,7 @@ def honoured(folder: str, ranks: int) -> list[list[float]]:
 
 
 def unwrap_model(trainer: Any) -> nn.Module:
-    return trainer.accelerator.unwrap_model(trainer.model_wrapped)  # type: ignore[no-any-return]
+    return trainer.accelerator.unwrap_model(trainer.model_wrapped)
 
 
 def test_overrides_are_honoured(tmp_path: Path) -> None:

@@ -47,7 +47,8 @@ def prepared(accelerator: Accelerator, **options: Any) -> tuple[Any, DistAdamW, 
 SCRIPT = """
 from tests.distributed.jobs import job
 from dist_adamw import prepare
-print("global batch", prepare(*job())[3].batch_size)
+accelerator, objects = job()
+print("global batch", prepare(accelerator, *objects)[3].batch_size)
 """
 
 
@@ -105,7 +106,8 @@ def test_ranks_that_accelerate_does_not_count_are_counted() -> None:
 
 def asked_for(name: str) -> None:
     with environment(**{name: "true"}):
-        prepare(*job())
+        accelerator, objects = job()
+        prepare(accelerator, *objects)
 
 
 @pytest.mark.parametrize("engine", ["FSDP", "DEEPSPEED"])

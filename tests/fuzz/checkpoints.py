@@ -12,7 +12,7 @@ import shutil
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -44,7 +44,7 @@ class Job:
         self.model = nn.Sequential(nn.Linear(6, 9), nn.BatchNorm1d(9), nn.Linear(9, 2))
         self.model[0].bias.requires_grad_(False)
         trained = [p for p in self.model.parameters() if p.requires_grad]
-        groups = [{"params": trained[:2]}, {"params": trained[2:], "weight_decay": 0.0}]
+        groups: list[dict[str, Any]] = [{"params": trained[:2]}, {"params": trained[2:], "weight_decay": 0.0}]
         if kind == "ours":
             self.optimizer: Any = DistAdamW(groups, lr=1e-2, weight_decay=0.1)
         else:
@@ -70,7 +70,7 @@ class Job:
             found |= {f"group {g} {k}": repr(v) for k, v in group.items() if k not in ("params", "param_names")}
         found["schedule"] = repr(self.scheduler.state_dict())
         found |= {"python": random.getstate(), "torch": bits(torch.get_rng_state())}
-        kind, keys, *rest = np.random.get_state()
+        kind, keys, *rest = cast(tuple[Any, ...], np.random.get_state())
         found["numpy"] = (kind, keys.tolist(), *rest)
         if isinstance(self.optimizer, DistAdamW):
             found["updates"] = self.optimizer.updates
@@ -153,7 +153,7 @@ class Reading:
         of = {name: group for group in self.about["groups"] for name in group["names"]}
         names = {p: n for n, p in job.model.named_parameters()}
         for g, group in enumerate(job.optimizer.param_groups):
-            theirs = next((of[names[p]] for p in group["params"] if names[p] in of), {})
+            theirs: dict[str, Any] = next((of[names[p]] for p in group["params"] if names[p] in of), {})
             if choice == "checkpoint":
                 for key in ("betas", "eps", "amsgrad", "maximize"):
                     if key in theirs:

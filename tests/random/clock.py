@@ -146,7 +146,11 @@ def judge(seeds: Iterable[int], world: int, tally: Tally, *, shrinks: bool = Tru
             if problems := outcome.problems:
                 kind = _kind_of(problems)
                 if shrinks:
-                    program = shrink(program, lambda p, kind=kind: kind == _kind_of(_problems(p)))
+
+                    def fails(p: Program, kind: str = kind) -> bool:
+                        return kind == _kind_of(_problems(p))
+
+                    program = shrink(program, fails)
                     problems = _problems(program) or problems
                 tally.found.append(Found(program, seed, problems))
             yield

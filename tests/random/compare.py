@@ -119,7 +119,7 @@ def ranges_of(optimizer: Any, param: Tensor) -> list[list[int]] | None:
     for shard in optimizer.shards:
         for i, other in enumerate(shard.params):
             if other is param:
-                return shard.ranges_of(i)  # type: ignore[no-any-return]
+                return shard.ranges_of(i)
     return None
 
 
@@ -132,7 +132,7 @@ def _order_of(optimizer: Any, param: Tensor) -> list[int]:
     (order,) = (
         shard.order_of(i) for shard in optimizer.shards for i, other in enumerate(shard.params) if other is param
     )
-    return order  # type: ignore[no-any-return]
+    return order
 
 
 def _same_share(optimizer: Any, p: Tensor, mine: Tensor, whole: Tensor, same: Any) -> bool:

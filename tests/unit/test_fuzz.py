@@ -294,7 +294,12 @@ def test_sizes_are_checked_before_memory_is_taken(size: int, whole: Path) -> Non
     before = peak()
     with bounds(5.0, 1 << 30):
         assert "reaches beyond the end" in loaded(whole)
-    edit(whole.parent / "files", lambda index: huge(index) or next(iter(index["files"].values())).update(bytes=1 << 62))
+
+    def huge_files(index: Any) -> None:
+        huge(index)
+        next(iter(index["files"].values())).update(bytes=1 << 62)
+
+    edit(whole.parent / "files", huge_files)
     index = json.loads((whole.parent / "files" / INDEX).read_text())
     with bounds(5.0, 1 << 30):
         assert "index.json is damaged" in loaded(whole.parent / "files"), index["files"]

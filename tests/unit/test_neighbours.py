@@ -189,7 +189,7 @@ def test_both_conventions_give_the_same_weights_under_lr_scale() -> None:
     results = []
     for decay_by in ("lr", "schedule"):
         model = network()
-        optimizer = DistAdamW(timm_groups(model), lr=0.01, decay_by=decay_by)  # type: ignore[arg-type]
+        optimizer = DistAdamW(timm_groups(model), lr=0.01, decay_by=decay_by)
         scheduler = cycles(optimizer)
         train(model, optimizer, lambda _, step=scheduler.step: step())  # type: ignore[misc]
         results.append(weights(model))

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dist_adamw import DistAdamW, load, save
+from tests.known import channels_last
 
 Act = Callable[["Job"], None]
 
@@ -22,7 +23,7 @@ Act = Callable[["Job"], None]
 class Job:
     """A model of four weights under one optimizer, fed gradients that depend on the update alone."""
 
-    def __init__(self, kind: type[torch.optim.Optimizer], **options: Any) -> None:
+    def __init__(self, kind: Callable[..., torch.optim.Optimizer], **options: Any) -> None:
         torch.manual_seed(1)
         self.model: Any = nn.Module()
         for name, shape in {"table": (7, 5), "first": (5, 33), "bias": (33,), "scale": ()}.items():
@@ -422,7 +423,7 @@ def test_what_is_no_state_is_refused_before_anything_changes(entry: Any, message
     assert all(torch.equal(value, before[key]) for key, value in job.model.state_dict().items())
 
 
-def leave_and_come_back(kind: type[torch.optim.Optimizer], **options: Any) -> tuple[Any, list[Tensor]]:
+def leave_and_come_back(kind: Callable[..., torch.optim.Optimizer], **options: Any) -> tuple[Any, list[Tensor]]:
     """The only parameter with state is in no group for an update."""
     torch.manual_seed(0)
     frozen, comes, new = nn.Parameter(torch.randn(31), False), nn.Parameter(torch.randn(9, 8)), torch.randn(129)
@@ -708,7 +709,7 @@ def test_another_memory_format_is_followed() -> None:
     optimizer, reference = DistAdamW(ours.parameters()), torch.optim.AdamW(theirs.parameters(), foreach=False)
     for step in range(4):
         if step == 2:
-            ours.to(memory_format=torch.channels_last)
+            channels_last(ours)
         for model, opt in ((ours, optimizer), (theirs, reference)):
             model.zero_grad()
             model(torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(step))).square().sum().backward()

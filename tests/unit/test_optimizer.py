@@ -14,14 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from dist_adamw import DistAdamW
+from tests.known import channels_last
 
 
 def network() -> nn.Module:
     """Odd sizes, a permuted memory format, a scalar, an empty and a frozen parameter."""
     torch.manual_seed(1)
-    model = nn.Sequential(
-        nn.Conv2d(3, 5, 3).to(memory_format=torch.channels_last), nn.Flatten(), nn.Linear(5 * 36, 37), nn.Linear(37, 3)
-    )
+    model = nn.Sequential(channels_last(nn.Conv2d(3, 5, 3)), nn.Flatten(), nn.Linear(5 * 36, 37), nn.Linear(37, 3))
     model.scale = nn.Parameter(torch.tensor(1.0))
     model.nothing = nn.Parameter(torch.zeros(0))
     model.frozen = nn.Parameter(torch.ones(5), requires_grad=False)
@@ -68,7 +67,7 @@ def test_state_begins_at_places_of_its_own_in_a_page() -> None:
 def test_same_bits_as_torch(options: dict[str, Any], kernel: str, bucket_numel: int) -> None:
     ours, theirs = network(), network()
     options = {"lr": 1e-2, **options}
-    reference = torch.optim.AdamW(theirs.parameters(), **options, **{kernel: True})
+    reference = torch.optim.AdamW(theirs.parameters(), **{**options, kernel: True})
     optimizer = DistAdamW(ours.parameters(), **options, fused=kernel == "fused", bucket_numel=bucket_numel)
     train(theirs, reference, 12)
     train(ours, optimizer, 12)
@@ -225,13 +224,13 @@ def test_a_step_without_gradients_is_not_an_update() -> None:
 
 def test_groups_added_and_parameters_unfrozen_after_the_first_update() -> None:
     ours, theirs = network(), network()
-    optimizer = DistAdamW([*ours[2].parameters(), ours.frozen], lr=1e-2)  # type: ignore[index, list-item]
-    reference = torch.optim.AdamW([*theirs[2].parameters(), theirs.frozen], lr=1e-2, fused=True)  # type: ignore[index, list-item]
+    optimizer = DistAdamW([*ours[2].parameters(), ours.frozen], lr=1e-2)  # type: ignore[index]
+    reference = torch.optim.AdamW([*theirs[2].parameters(), theirs.frozen], lr=1e-2, fused=True)  # type: ignore[index]
     for model, opt in ((ours, optimizer), (theirs, reference)):
         train(model, opt, 2)
         opt.add_param_group({"params": list(model[3].parameters()), "lr": 1e-3})  # type: ignore[index]
         train(model, opt, 2, first=2)
-        model.frozen.requires_grad_(True)  # type: ignore[operator]
+        model.frozen.requires_grad_(True)
         for step in range(4, 7):
             backward(model, step)
             model.frozen.grad = torch.full((5,), 0.3)
@@ -249,7 +248,7 @@ def test_parameters_without_a_gradient_this_time_keep_their_step() -> None:
         for step in range(6):
             backward(model, step)
             if step % 2:
-                model[2].weight.grad = None  # type: ignore[index, union-attr]
+                model[2].weight.grad = None  # type: ignore[index]
             opt.step()
             opt.zero_grad()
     assert_same_bits(ours, theirs)
@@ -284,7 +283,7 @@ def test_tied_parameters_are_one() -> None:
     for _ in range(3):
         model(torch.randn(2, 6)).square().mean().backward()
         optimizer.step()
-    assert optimizer.state[model[0].weight]["step"] == 3
+    assert optimizer.state[model.get_parameter("0.weight")]["step"] == 3
 
 
 def test_sparse_gradients_are_refused_before_anything_changes() -> None:
@@ -360,15 +359,16 @@ def test_a_parameter_that_is_twice_in_a_group_is_refused() -> None:
 @pytest.mark.parametrize("late", [False, True])
 def test_hyper_parameters_that_torch_refuses_are_refused_before_anything_changes(late: bool) -> None:
     param = nn.Parameter(torch.ones(3))
-    tensors = (torch.tensor(0.9), torch.tensor(0.999))
-    for wrong, message in (
+    tensors: Any = (torch.tensor(0.9), torch.tensor(0.999))
+    cases: list[tuple[dict[str, Any], str]] = [
         ({"betas": (0.9, torch.tensor(0.999))}, "both floats or both Tensors"),
         ({"betas": (torch.tensor([0.9, 0.8]), torch.tensor(0.999))}, r"Tensor betas\[0\] must be 1-element"),
         ({"lr": torch.tensor(0.1)}, "lr as a Tensor is not supported by foreach"),
-    ):
-        params, options = ([{"params": [param], **wrong}], {}) if late else ([param], wrong)
+    ]
+    for wrong, message in cases:
+        params: list[Any] = [{"params": [param], **wrong}] if late else [param]
         with pytest.raises(ValueError, match=message):
-            DistAdamW(params, fused=False, **options)
+            DistAdamW(params, fused=False, **({} if late else wrong))
     optimizer = DistAdamW([param], betas=tensors, fused=False)
     assert optimizer.param_groups[0]["betas"] == tuple(map(float, tensors))
     param.grad = torch.ones(3)
@@ -385,7 +385,7 @@ def test_a_state_of_another_model_is_refused_and_nothing_is_lost() -> None:
     train(model, optimizer, 2)
     other = nn.ParameterList([nn.Parameter(p.detach().clone().reshape(-1)) for p in model.parameters()])
     theirs = torch.optim.AdamW(other.parameters())
-    sum(p.sum() for p in other).backward()  # type: ignore[union-attr]
+    sum(p.sum() for p in other).backward()
     theirs.step()
     with pytest.raises(ValueError, match=r"exp_avg of parameter 0 has shape \(1,\), but \(\) is needed"):
         optimizer.load_state_dict(theirs.state_dict())
@@ -444,7 +444,7 @@ def test_state_moves_with_its_parameters() -> None:
     before = optimizer.state_dict()["state"][3]["exp_avg"].clone()
     generator = torch.Generator().manual_seed(5)
     x = torch.randn(4, 3, 8, 8, generator=generator, dtype=torch.float64)
-    (model(x) * model.scale).square().mean().backward()  # type: ignore[operator]
+    (model(x) * model.scale).square().mean().backward()
     optimizer.step()
     after = optimizer.state_dict()["state"][3]["exp_avg"]
     assert after.dtype == torch.float64

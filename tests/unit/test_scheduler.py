@@ -97,7 +97,7 @@ def test_both_conventions_give_the_same_weights() -> None:
     weights = []
     for decay_by in ("lr", "schedule"):
         param = parameter()
-        optimizer = DistAdamW([param], lr=1e-2, weight_decay=0.5, decay_by=decay_by)  # type: ignore[arg-type]
+        optimizer = DistAdamW([param], lr=1e-2, weight_decay=0.5, decay_by=decay_by)
         train(optimizer, make(optimizer, restart_period=0.7, t_mult=1.5), 60)
         weights.append(param.detach())
     # The two multiply the same three numbers in another order.
@@ -265,7 +265,7 @@ def test_torchs_empty_step_to_make_state_does_not_count() -> None:
 
 
 def test_groups_have_their_own_lr_weight_decay_and_min_lr() -> None:
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": [parameter()], "lr": 1e-2, "weight_decay": 0.0, "min_lr": 1e-3},
         {"params": [parameter()]},
     ]

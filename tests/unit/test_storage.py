@@ -11,14 +11,14 @@ import pytest
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from dist_adamw.checkpoint.storage import files as storage
 from dist_adamw.checkpoint.storage.files import Reader, Writer, read_whole
-from dist_adamw.checkpoint.storage.index import damage, read_index
+from dist_adamw.checkpoint.storage.index import CODES, damage, read_index
 from dist_adamw.checkpoint.storage.partial_tensor import PartialTensor
 from dist_adamw.checkpoint.storage.regions import Box, boxes, overlap_anywhere
 from dist_adamw.errors import CheckpointError
@@ -52,15 +52,15 @@ def test_overlaps_are_found() -> None:
 
 def save(folder: Path, tensors: dict[str, Tensor], about: dict[str, object] | None = None) -> None:
     planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-    dcp_save(tensors, storage_writer=Writer(folder, about), planner=planner, no_dist=True)  # type: ignore[arg-type]
+    dcp_save(tensors, storage_writer=Writer(folder, about), planner=planner, no_dist=True)
 
 
 def load(folder: Path, tensors: dict[str, Tensor], aliases: dict[str, str] | None = None) -> None:
     planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-    dcp_load(tensors, storage_reader=Reader(folder, aliases), planner=planner, no_dist=True)  # type: ignore[arg-type]
+    dcp_load(tensors, storage_reader=Reader(folder, aliases), planner=planner, no_dist=True)
 
 
-DTYPES = [*storage.CODES]
+DTYPES = [*CODES]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -79,7 +79,9 @@ def test_every_dtype_comes_back(dtype: torch.dtype, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("block", [1 << 22, 32])
-def test_any_runs_load_from_any_other(shape: tuple[int, ...], block: int, tmp_path: Path, monkeypatch: object) -> None:
+def test_any_runs_load_from_any_other(
+    shape: tuple[int, ...], block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Also where a row is larger than what is read at a time."""
     monkeypatch.setattr(storage, "BLOCK", block)
     numel = math.prod(shape)
@@ -152,7 +154,7 @@ def test_torch_alone_reads_nothing_that_is_damaged(tmp_path: Path) -> None:
     file.write_bytes(content)
     found = {"weight": torch.zeros(100)}
     with pytest.raises(CheckpointException, match="its checksum differs"):
-        dcp_load(found, storage_reader=Reader(tmp_path), no_dist=True)  # type: ignore[arg-type]
+        dcp_load(found, storage_reader=Reader(tmp_path), no_dist=True)
     assert not found["weight"].any()
 
 
