@@ -25,8 +25,8 @@ def grad_of(param: Tensor) -> Tensor:
     return param.grad
 
 
-def channels_last(model: ModuleT) -> ModuleT:
-    """The same module, its weights of four dimensions in that order."""
-    to: Any = model.to  # torch's types have no memory_format here
-    to(memory_format=torch.channels_last)
+def to_memory_format(model: ModuleT, memory_format: torch.memory_format) -> ModuleT:
+    """Put the weights of four dimensions in another order of memory."""
+    to: Any = model.to  # torch's types lack memory_format
+    to(memory_format=memory_format)
     return model

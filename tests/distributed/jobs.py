@@ -30,7 +30,7 @@ def data(length: int) -> TensorDataset:
     return TensorDataset(torch.randn(length, 6, generator=generator), torch.randn(length, 2, generator=generator))
 
 
-def model_of_two_layers(width: int = 20) -> nn.Module:
+def model_of_two_layers(width: int = 20) -> nn.Sequential:
     torch.manual_seed(2)
     return nn.Sequential(nn.Linear(6, width), nn.ReLU(), nn.Linear(width, 2))
 

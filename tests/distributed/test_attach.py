@@ -166,7 +166,7 @@ class Job:
         self.optimizer.zero_grad()
         self.reference.zero_grad()
 
-    def check(self, **tolerance: float) -> None:
+    def check(self, **tolerance: Any) -> None:
         """Same bits, or within ``tolerance``."""
         for (name, p), q in zip(self.model.named_parameters(), self.twin.parameters(), strict=True):
             if tolerance:
@@ -284,6 +284,7 @@ def check_reducer_aside() -> None:
         optimizer.step()
         optimizer.zero_grad()
     # What DDP does at the first forward pass after a synchronised one: rank 0's buffers for all.
+    assert model.norm.running_mean is not None
     before = model.norm.running_mean.clone()
     wrapped(torch.zeros(4, 6))
     means = [torch.empty(6) for _ in range(dist.get_world_size())]
@@ -357,7 +358,7 @@ def check_zero_gradients_at_lr_zero(attached: bool, options: dict[str, Any]) -> 
     """A head of zeros: at the first update all that some rank owns has a gradient of zeros, and lr is 0."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 40), nn.Tanh(), nn.Linear(40, 2, bias=False))
-    nn.init.zeros_(model[2].weight)
+    nn.init.zeros_(model.get_parameter("2.weight"))
     wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
     optimizer = DistAdamW(model.parameters(), lr=1e-2, **options)
     if attached:
@@ -515,7 +516,7 @@ def check_sent_during_backward(way: dict[str, Any]) -> tuple[int, int]:
             sent.clear()
             loss = wrapped(torch.randn(2, 300)).sum()
             seen: list[int] = []
-            handle = model[0].bias.register_hook(lambda _, seen=seen: seen.append(len(sent)))
+            handle = model.get_parameter("0.bias").register_hook(lambda _, seen=seen: seen.append(len(sent)))
             loss.backward()
             handle.remove()
             inside = seen[0]
@@ -626,7 +627,7 @@ def test_deferred_gathers_leave_the_same_bits(way: str) -> None:
 def check_deferred_and_compiled() -> None:
     model = nn.Linear(30, 30)
     optimizer = DistAdamW(model.parameters(), bucket_numel=300)
-    compiled = torch.compile(model, backend="eager")
+    compiled: Any = torch.compile(model, backend="eager")
     optimizer.attach(compiled, defer_gather=True)
     model.weight.grad = torch.ones_like(model.weight)
     model.bias.grad = torch.ones_like(model.bias)
@@ -690,7 +691,7 @@ def check_unused(way: dict[str, Any], bucket_numel: int) -> None:
         job.accumulate(step, 1)
         job.update()
     job.check()
-    assert all("exp_avg" not in job.reference.state[p] for p in job.twin.never.parameters())
+    assert all("exp_avg" not in job.reference.state[p] for p in job.twin.get_submodule("never").parameters())
 
 
 def branch_loss(model: nn.Module, step: int) -> Tensor:

@@ -19,8 +19,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from dist_adamw import CheckpointError, CyclicLRWithRestarts, DistAdamW, prepare
 from dist_adamw.checkpoint.storage.index import damage, read_index, write_index
-from dist_adamw.wrappers import unwrap
 from tests.distributed.jobs import RECIPE, Row, epochs, job
+from tests.known import to_memory_format, unwrap
 from tests.ranks import expect_error_on_all, run_ranks
 
 
@@ -322,7 +322,7 @@ def test_a_folder_that_one_rank_does_not_see_is_an_error_on_all(tmp_path: Path) 
 
 def conv_job(folder: str, memory_format: torch.memory_format, save: bool) -> list[Tensor]:
     accelerator = Accelerator()
-    model = nn.Conv2d(3, 4, 3).to(memory_format=memory_format)
+    model = to_memory_format(nn.Conv2d(3, 4, 3), memory_format)
     optimizer = DistAdamW(model.parameters(), lr=1e-2)
     scheduler = CyclicLRWithRestarts(optimizer, **RECIPE)
     loader = DataLoader(TensorDataset(torch.randn(8, 3, 5, 5)), batch_size=2)
@@ -396,9 +396,9 @@ def goes_on_by_itself(folder: str, resumes: bool = True) -> tuple[Any, str]:
 
 def keeps_one(folder: str) -> list[Any]:
     """With automatic names and a limit of one, the one before is there, beside the folder of the next."""
-    accelerator, (model, optimizer, loader, scheduler) = job(1, 48, loader={"batch_size": 2})
+    accelerator, objects = job(1, 48, loader={"batch_size": 2})
     accelerator.project_configuration = ProjectConfiguration(folder, automatic_checkpoint_naming=True, total_limit=1)
-    model, optimizer, loader, scheduler = prepare(accelerator, model, optimizer, loader, scheduler)
+    model, optimizer, loader, scheduler = prepare(accelerator, *objects)
     checkpoints, seen = Path(folder) / "checkpoints", []
     hook = accelerator.register_save_state_pre_hook(
         lambda *_: seen.append([damage(path / "dist_adamw") for path in sorted(checkpoints.glob("*_[0-9]"))])

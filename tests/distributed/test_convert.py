@@ -12,12 +12,11 @@ import random
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
@@ -26,6 +25,8 @@ from torch.distributed.checkpoint.state_dict import (
     get_state_dict,
     set_state_dict,
 )
+from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
+from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
@@ -109,7 +110,7 @@ def never_stopped(count: int = 2) -> Weights:
 
 def ours(engine: str, first: int, last: int, loaded: str | None, saved: str, count: int = 2) -> None:
     """DistAdamW on an engine, from one checkpoint of ours to another."""
-    config = {"train_micro_batch_size_per_gpu": 1, "gradient_clipping": 0.0} if engine in ZERO else {}
+    config: dict[str, Any] = {"train_micro_batch_size_per_gpu": 1, "gradient_clipping": 0.0} if engine in ZERO else {}
     with accelerator_on(engine, **config) as accelerator:
         model: nn.Module = Net(1.0 if first else 1.5)
         optimizer: Any = DistAdamW(groups(model, count), **HYPER)
@@ -231,14 +232,16 @@ class Remembers(nn.Linear):
 
 
 def test_extra_state_of_modules_is_imported(tmp_path: Path) -> None:
-    for name, state in {"tensor": torch.arange(3), "data": {"amax": [1.5]}}.items():
-        model, again = nn.Sequential(Remembers(3, 3)), nn.Sequential(Remembers(3, 3))
-        model[0].state = state
+    states: dict[str, Any] = {"tensor": torch.arange(3), "data": {"amax": [1.5]}}
+    for name, state in states.items():
+        saved, loaded = Remembers(3, 3), Remembers(3, 3)
+        model, again = nn.Sequential(saved), nn.Sequential(loaded)
+        saved.state = state
         torch.save(model.state_dict(), tmp_path / f"{name}.pt")
         import_checkpoint(tmp_path / f"{name}.pt", tmp_path / name)
         load(tmp_path / name, again)
-        assert torch.equal(again[0].state, state) if name == "tensor" else again[0].state == state
-    save_file({"0.weight": model[0].weight.detach(), "0.bias": model[0].bias.detach()}, tmp_path / "x.safetensors")
+        assert torch.equal(loaded.state, state) if name == "tensor" else loaded.state == state
+    save_file({"0.weight": saved.weight.detach(), "0.bias": saved.bias.detach()}, tmp_path / "x.safetensors")
     import_checkpoint(tmp_path / "x.safetensors", tmp_path / "without")
     with pytest.warns(UserWarning, match="says nothing of extra state"):
         load(tmp_path / "without", again)
@@ -317,13 +320,13 @@ def fsdp2_job(first: int, last: int, loaded: str | None, saved: str, flat: bool 
     options = StateDictOptions(flatten_optimizer_state_dict=flat)
     if loaded is not None:
         weights, state = get_state_dict(model, optimizer)
-        dcp.load({"model": weights, "optim": state}, checkpoint_id=loaded)
+        dcp_load({"model": weights, "optim": state}, checkpoint_id=loaded)
         set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state)
     train(model, optimizer, first, last)
     weights, state = get_state_dict(model, optimizer, options=options)
     content = {"model": weights, "optim": state, "ema": {"decay": 0.9}}
-    dcp.save({"app": content} if app else content, checkpoint_id=saved)
-    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+    dcp_save({"app": content} if app else content, checkpoint_id=saved)
+    return cast(Weights, get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)))
 
 
 @pytest.mark.parametrize(("flat", "app"), [(False, False), (True, True)])
@@ -362,7 +365,7 @@ def test_enums_as_python_3_11_2_pickles_them(tmp_path: Path, monkeypatch: pytest
     for kind in (_MEM_FORMAT_ENCODING, ZeroStageEnum):
         monkeypatch.setattr(kind, "__reduce_ex__", lambda self, _: (getattr, (type(self), self.name)))
     weights = {"weight": torch.arange(6.0)}
-    dcp.save({"model": weights}, checkpoint_id=tmp_path / "dcp", no_dist=True)
+    dcp_save({"model": weights}, checkpoint_id=tmp_path / "dcp", no_dist=True)
     assert b"getattr" in (tmp_path / "dcp" / ".metadata").read_bytes()
     torch.save({"model": weights, "stage": ZeroStageEnum.gradients}, tmp_path / "torch")
     for name in ("dcp", "torch"):
@@ -391,7 +394,7 @@ def test_a_bomb_does_not_go_off(where: str, tmp_path: Path) -> None:
             "model": {"weight": torch.ones(1)},
             "optim": {"param_groups": [{"params": ["weight"], "lr": Bomb(proof)}]},
         }
-        dcp.save(state, checkpoint_id=source, no_dist=True)
+        dcp_save(state, checkpoint_id=source, no_dist=True)
     else:
         torch.save({"model": {"weight": torch.ones(1)}, "optimizer": Bomb(proof)}, source)
     with pytest.raises(CheckpointError, match=r"asks for (io|_io|builtins)?\.?open.* nothing is executed"):
@@ -552,6 +555,11 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 OF_SGD = {"state": {0: {"momentum_buffer": torch.ones(2)}}, "param_groups": [{"lr": 0.1, "params": [0]}]}
 
 
+def folder_of_a_pipe(path: Path) -> None:
+    path.mkdir()
+    os.mkfifo(path / ".metadata")
+
+
 def universal_of_another_place(path: Path) -> None:
     (path / "zero").mkdir(parents=True)
     torch.save({"param_shapes": [{"../x": (1,)}], "module": {}}, path / "mp_rank_00_model_states.pt")
@@ -572,7 +580,7 @@ def universal_of_another_place(path: Path) -> None:
             "the optimizer's state has 'momentum_buffer' of weight, which AdamW",
         ),
         (universal_of_another_place, "names '../x', which lies outside of it"),
-        (lambda path: (path.mkdir(), os.mkfifo(path / ".metadata")), "is not a plain file"),
+        (folder_of_a_pipe, "is not a plain file"),
         (lambda path: (path.mkdir(), (path / ".metadata").write_bytes(pickle.dumps(3))), "is damaged or of another"),
         (lambda path: (path.mkdir(), (path / ".metadata").write_bytes(b"\x80\x04x")), ".metadata is damaged"),
     ],

@@ -35,9 +35,9 @@ def rank_of(rank: int, root: str, keep: int, answers: Any) -> None:
     saver.wait()
     write = storage._write_file
 
-    def slowly(*args: Any) -> Any:
+    def slowly(*args: Any, **kwargs: Any) -> Any:
         time.sleep(0.5)
-        return write(*args)
+        return write(*args, **kwargs)
 
     storage._write_file = slowly
     job.train()

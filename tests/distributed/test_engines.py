@@ -16,8 +16,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from dist_adamw import CyclicLRWithRestarts, DistAdamW, prepare
-from dist_adamw.wrappers import unwrap
 from tests.distributed.engines import ENGINES, accelerator_on
+from tests.known import unwrap
 from tests.ranks import run_ranks
 
 BATCH, EPOCH = 12, 60
@@ -135,7 +135,7 @@ def test_one_curve(engine: str, world_size: int, accumulation: int, decay_by: st
 def test_accelerates_own_checkpoints(engine: str, tmp_path: Path) -> None:
     """Saved in the middle of a cycle, loaded by a job that begins anew."""
     expected = reference("lr", 0.1)
-    options = (engine, 3, "lr", 0.1, {}, str(tmp_path / "state"))
+    options: tuple[Any, ...] = (engine, 3, "lr", 0.1, {}, str(tmp_path / "state"))
     before = run_ranks(2, curve, *options, (0, 4))
     after = run_ranks(2, curve, *options, (4, EPOCHS))
     for rows in (before[0] + after[0], before[1] + after[1]):

@@ -38,6 +38,7 @@ from dist_adamw.checkpoint.storage.files import read_whole
 from dist_adamw.checkpoint.storage.index import damage, read_index
 from dist_adamw.checkpoint.storage.locks import Lock
 from dist_adamw.optimizer import replicas
+from dist_adamw.optimizer.sharding.fingerprints import fingerprints
 from tests.kills import kill_often
 from tests.ranks import expect_error_on_all, run_ranks
 
@@ -162,8 +163,8 @@ def failed_on_one(folder: str) -> list[str]:
     job, written = Job(), storage._write_file
     job.write(Path(folder))
 
-    def fails(*args: Any) -> Any:
-        result = written(*args)
+    def fails(*args: Any, **kwargs: Any) -> Any:
+        result = written(*args, **kwargs)
         if dist.get_rank() == 1:
             raise OSError("the disk is gone")
         return result
@@ -344,7 +345,7 @@ def disagrees(root: str) -> int:
     folder.save(10, job.write)
     job.train()
     if dist.get_rank() == 1:
-        job.model[0].weight.data[0, 0] += 1
+        job.model.get_parameter("0.weight").data[0, 0] += 1
     with pytest.raises(AgreementError, match=r"differ in '0\.weight'"):
         folder.save(20, job.write)
     return len(folder.all())
@@ -625,12 +626,12 @@ def test_a_folder_that_one_rank_does_not_see_is_an_error_on_all(tmp_path: Path) 
 
 
 def cannot_compare(folder: str) -> None:
-    job, compute = Job(), replicas.fingerprints
+    job = Job()
 
     def fails(tensors: Any) -> Any:
         if dist.get_rank() == 1:
             raise MemoryError("no room for sums")
-        return compute(tensors)
+        return fingerprints(tensors)
 
     said = r"could not be compared: MemoryError: no room for sums \(rank 1\)"
     with mock.patch.object(replicas, "fingerprints", fails), pytest.raises(AgreementError, match=said):

@@ -79,7 +79,8 @@ class Pair:
         return [found[p] for p in self.model.parameters()]
 
     def expected(self) -> list[Tensor]:
-        found, weights = {}, dict(zip(self.model.parameters(), self.weights, strict=True))
+        weights: dict[Tensor, Tensor] = dict(zip(self.model.parameters(), self.weights, strict=True))
+        found = {}
         for shard in self.optimizer.shards:
             for i, param in enumerate(shard.params):
                 weight = weights[param].detach().view(-1)

@@ -299,6 +299,7 @@ def check_let_go() -> None:
     gc.disable()
     try:
         optimizer.param_groups[0]["params"] = [nn.Parameter(torch.zeros(3))]
+        assert optimizer._path is not None
         reducers = [ref for ref in optimizer._path._reducers if ref() is not None]
         assert reducers
         del model

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from dist_adamw import CheckpointError, prepare
 from dist_adamw.checkpoint.storage.index import write_index
-from dist_adamw.wrappers import unwrap
 from tests.distributed.jobs import epochs, job
+from tests.known import unwrap
 from tests.ranks import run_ranks
 
 

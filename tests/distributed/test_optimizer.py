@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
 from dist_adamw import DistAdamW
+from tests.known import to_memory_format
 from tests.ranks import expect_error_on_all, run_ranks
 
 WORLDS = [1, 2, 3, 4]
@@ -25,7 +26,7 @@ class Network(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(1)
-        self.conv = nn.Conv2d(3, 5, 3).to(memory_format=torch.channels_last)
+        self.conv = to_memory_format(nn.Conv2d(3, 5, 3), torch.channels_last)
         self.hidden = nn.Linear(5 * 36, 41)
         self.out = nn.Linear(41, 3)
         self.scale = nn.Parameter(torch.tensor(1.0))
@@ -57,8 +58,8 @@ def check_same_bits(options: dict[str, Any], updates: int = 10) -> tuple[int, in
         optimizer.step()
         reference.step()
         optimizer.zero_grad()
-        for (name, p), q in zip(model.named_parameters(), twin.named_parameters(), strict=True):
-            assert torch.equal(p, q[1]), (step, name)
+        for (name, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
+            assert torch.equal(p, q), (step, name)
     assert optimizer.updates == updates
     return optimizer.state_bytes, sum(p.numel() for p in model.parameters() if p.requires_grad)
 

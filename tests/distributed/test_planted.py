@@ -17,7 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from dist_adamw import CheckpointError, prepare
 from dist_adamw.checkpoint.formats.unpickling import nothing_executed
@@ -161,15 +161,18 @@ def trusts(root: str) -> None:
         accelerator.load_state(f"{root}/special")
     assert custom.state is None
     accelerator.load_state(f"{root}/special", load_kwargs={"weights_only": False})
-    assert custom.state.n == 5
+    loaded: Any = custom.state
+    assert loaded.n == 5
     custom.state = None
     with torch.serialization.safe_globals([Special]):  # torch's own way for one class
         accelerator.load_state(f"{root}/special")
-    assert custom.state.n == 5
+    loaded = custom.state
+    assert loaded.n == 5
     custom.state = None
     with environment(TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD="1"):
         accelerator.load_state(f"{root}/special")
-    assert custom.state.n == 5
+    loaded = custom.state
+    assert loaded.n == 5
     with pytest.raises(CheckpointError, match="asks for"):
         accelerator.load_state(f"{root}/special", load_kwargs={"weights_only": True})
 

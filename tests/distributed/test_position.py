@@ -26,8 +26,8 @@ from torch.utils.data import (
 
 from dist_adamw import CheckpointError, CyclicLRWithRestarts, DistAdamW, position, prepare, rest_of_epoch
 from dist_adamw.checkpoint.storage.index import read_index
-from dist_adamw.wrappers import unwrap
 from tests.distributed.engines import accelerator_on, environment
+from tests.known import unwrap
 from tests.ranks import run_ranks
 
 SIZE = 48
@@ -331,9 +331,10 @@ def is_left(engine: str, updates: int) -> bool:
                 accelerator.backward(model(x).square().mean())
                 optimizer.step()
                 scheduler.step()
-            known = weakref.ref(loader.base_dataloader)
+            accelerates: Any = loader
+            known = weakref.ref(accelerates.base_dataloader)
             accelerator._dataloaders.clear()  # as with the accelerator's end; the test has that itself
-            del loader, data
+            del loader, accelerates, data
             return known() is not None
     finally:
         gc.enable()

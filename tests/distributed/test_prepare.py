@@ -27,8 +27,9 @@ def curve(way: str, accumulation: int, length: int, drop_last: bool, decay_by: s
     if way == "accelerate":
         options["recipe"] = {"batch_size": 12, "epoch_size": length // 12 * 12 if drop_last else length}
     accelerator, objects = job(accumulation, length, **options)
-    prepared = prepare(accelerator, *objects) if way == "prepare" else accelerator.prepare(*objects)
-    return list(epochs(accelerator, *prepared, count=6))
+    prepared: Any = prepare(accelerator, *objects) if way == "prepare" else accelerator.prepare(*objects)
+    model, optimizer, loader, scheduler = prepared
+    return list(epochs(accelerator, model, optimizer, loader, scheduler, count=6))
 
 
 def plain_curve(length: int, decay_by: str) -> list[Row]:
@@ -224,9 +225,9 @@ def test_a_global_batch_may_be_given_if_it_is_right() -> None:
 
 def test_accumulation_changed_in_mid_run_is_counted() -> None:
     accelerator, objects = job(1, 24)
-    *prepared, scheduler = prepare(accelerator, *objects)
+    *_, scheduler = prepared = prepare(accelerator, *objects)
     accelerator.gradient_accumulation_steps = 4
-    assert [row[0] for row in epochs(accelerator, *prepared, scheduler, count=1)] == [0, 4, 8, 12, 16, 20]
+    assert [row[0] for row in epochs(accelerator, *prepared, count=1)] == [0, 4, 8, 12, 16, 20]
     assert scheduler.samples == 24
 
 
@@ -295,15 +296,15 @@ def test_accelerates_own_clipping_is_right(world_size: int, forgotten: bool) -> 
 
 def disagree_at_prepare(what: str) -> None:
     odd = dist.get_rank() == 1
-    options: dict[str, Any] = {
+    cases: dict[str, dict[str, Any]] = {
         "lr": {"optimizer": {"lr": 2e-2 if odd else 1e-2}},
         "betas": {"optimizer": {"betas": (0.8 if odd else 0.9, 0.999)}},
         "period": {"recipe": {"restart_period": 3 if odd else 2}},
         "epoch": {"recipe": {"epoch_size": 90 if odd else 100}},
         "width": {"width": 20},
         "data": {"length": 99 if odd else 100, "recipe": {"epoch_size": 100}},
-    }[what]
-    accelerator, objects = job(**options)
+    }
+    accelerator, objects = job(**cases[what])
     prepare(accelerator, *objects)
 
 

@@ -25,8 +25,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from dist_adamw import CyclicLRWithRestarts, DistAdamW, prepare, rest_of_epoch
 from dist_adamw.checkpoint.storage.files import read_whole
 from dist_adamw.checkpoint.storage.index import read_index
-from dist_adamw.wrappers import unwrap
 from tests.distributed.engines import accelerator_on
+from tests.known import unwrap
 from tests.ranks import run_ranks
 
 BATCH, EPOCH = 12, 60

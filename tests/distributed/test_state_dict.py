@@ -22,9 +22,9 @@ from torch.utils.data import TensorDataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from dist_adamw import DistAdamW
-from dist_adamw.wrappers import unwrap
 from tests.distributed.test_mixed_precision import Pair
 from tests.distributed.test_optimizer import Network, backward
+from tests.known import unwrap
 from tests.ranks import expect_error_on_all, run_ranks
 
 BATCH, UPDATES, STOP = 12, 6, 3
@@ -176,7 +176,7 @@ def trainer_alone(file: Path, resume: bool) -> nn.Module:
     data = [{"x": a, "y": b} for a, b in zip(x, y, strict=True)]
     model = Loss()
     optimizer = DistAdamW(model.parameters(), **ADAMW)
-    constant = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
+    constant: Any = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
     args = TrainingArguments(
         output_dir=str(file.with_suffix("")),
         per_device_train_batch_size=BATCH // dist.get_world_size(),

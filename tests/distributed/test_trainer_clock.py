@@ -19,7 +19,7 @@ from tests.ranks import run_ranks
 FITS: dict[str, Any] = {"restart_period": 1, "t_mult": 1}
 ENGINES = {1: "single", 2: "DDP"}
 EVALUATE = {"eval_strategy": "steps", "eval_steps": 1, "label_names": ["y"], "prediction_loss_only": True}
-SAVE = {"save_strategy": "steps", "save_steps": 2}
+SAVE: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2}
 
 
 class Drawn(Noting):
@@ -147,7 +147,8 @@ def resumed(folder: str, ranks: int) -> list[list[int]]:
     """From update 2 of 3: skipped batches, no skipping, and a checkpoint at an epoch's end."""
     clock(folder, ranks, 22, accumulation=2, **SAVE)
     found = []
-    for resume, options in ((2, {}), (2, {"ignore_data_skip": True}), (4, {})):
+    cases: list[tuple[int, dict[str, Any]]] = [(2, {}), (2, {"ignore_data_skip": True}), (4, {})]
+    for resume, options in cases:
         checkpoint = f"{folder}/checkpoint-{resume}"
         found.append(clock(folder, ranks, 22, accumulation=2, resume=checkpoint, **options))
     return found
@@ -188,7 +189,8 @@ class OwnLoader(Noting):
     """Batches of 2, whatever the arguments say."""
 
     def get_train_dataloader(self) -> Any:
-        return self.accelerator.prepare(DataLoader(self.train_dataset, batch_size=2, collate_fn=self.data_collator))
+        data: Any = self.train_dataset
+        return self.accelerator.prepare(DataLoader(data, batch_size=2, collate_fn=self.data_collator))
 
 
 def own_loader(folder: str, ranks: int) -> list[int]:

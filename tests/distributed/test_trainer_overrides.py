@@ -12,21 +12,20 @@ import torch
 from accelerate.state import AcceleratorState
 from torch import nn
 from torch.optim import Optimizer
-from transformers import Trainer
 
-from dist_adamw import CyclicLRWithRestarts, DistAdamW, prepare_trainer
-from dist_adamw.wrappers import unwrap
+from dist_adamw import CyclicLRWithRestarts, DistAdamW, prepare_trainer, wrappers
 from tests.distributed.test_trainer import BATCH, DECAY, EPOCH, EPOCHS, EPS, LR, Network, Noting, Samples, arguments_on
+from tests.known import unwrap
 from tests.ranks import run_ranks
 
 FITS: dict[str, Any] = {"restart_period": EPOCHS, "t_mult": 1, "min_lr": 1e-5}  # training ends with a cycle
 ENGINES = {1: "single", 2: "DDP"}
 
 
-def layers(model: nn.Module) -> list[dict[str, Any]]:
+def layers(model: Any) -> list[dict[str, Any]]:
     """Layer-wise learning rates, as scripts for fine-tuning make them."""
-    first, last = model.body[0], model.body[3]  # type: ignore[index]
-    rest = [*model.body[1].parameters()]  # type: ignore[index]
+    first, last = model.body[0], model.body[3]
+    rest = [*model.body[1].parameters()]
     return [
         {"params": list(first.parameters()), "lr": LR / 4},
         {"params": [*rest, *last.parameters()], "lr": LR, "weight_decay": 0.0},
@@ -45,7 +44,8 @@ class LayerWise(Noting):
 class LayerWiseByClass(Noting):
     """As LLaVA's trainer and others do: groups of their own, Trainer's class and arguments."""
 
-    def create_optimizer(self) -> Optimizer:  # without model=, as older scripts have it
+    # Without model=, as older scripts have it.
+    def create_optimizer(self) -> Optimizer:  # type: ignore[override]
         if self.optimizer is None:
             made, kwargs = self.get_optimizer_cls_and_kwargs(self.args)
             self.optimizer = made(layers(self.model), **kwargs)
@@ -71,7 +71,10 @@ class Extended(Noting):
 class ByKwargs(Noting):
     """As sentence-transformers: groups through get_optimizer_cls_and_kwargs."""
 
-    def get_optimizer_cls_and_kwargs(self, args: Any, model: Any = None) -> tuple[Any, dict[str, Any]]:
+    # Trainer's is static, and scripts override it so.
+    def get_optimizer_cls_and_kwargs(  # type: ignore[override]
+        self, args: Any, model: Any = None
+    ) -> tuple[Any, dict[str, Any]]:
         made, kwargs = super().get_optimizer_cls_and_kwargs(args, model)
         return made, {**kwargs, "optimizer_dict": layers(self.model), "foreach": False}
 
@@ -85,7 +88,7 @@ class Momentum(Noting):
 class OwnSchedule(Noting):
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         optimizer = self.optimizer if optimizer is None else optimizer
-        self.lr_scheduler = CyclicLRWithRestarts(unwrap(optimizer), **FITS)
+        self.lr_scheduler = CyclicLRWithRestarts(wrappers.unwrap(optimizer), **FITS)
         return self.lr_scheduler
 
 
@@ -103,7 +106,7 @@ class Cosine(Noting):
 
 
 def made(
-    kind: type[Trainer], folder: str, ranks: int, prepared: dict[str, Any] | None = None, **options: Any
+    kind: type[Noting], folder: str, ranks: int, prepared: dict[str, Any] | None = None, **options: Any
 ) -> tuple[Noting, list[str]]:
     """A Trainer that has trained; what dist_adamw has warned of."""
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -129,10 +132,10 @@ HONOURED: list[tuple[type[Noting], dict[str, Any], type[Optimizer], bool]] = [
 
 
 def honoured(folder: str, ranks: int) -> list[list[float]]:
-    weights = []
+    weights: list[list[float]] = []
     for kind, prepared, optimizer, warned in HONOURED:
         trainer, messages = made(kind, folder, ranks, prepared)
-        inner = unwrap(trainer.optimizer)
+        inner = wrappers.unwrap(trainer.optimizer)
         assert type(inner) is optimizer, kind
         assert bool(messages) == warned, (kind, messages)
         scheduler = trainer.lr_scheduler
@@ -143,7 +146,7 @@ def honoured(folder: str, ranks: int) -> list[list[float]]:
         layered = kind not in (Momentum, OwnSchedule, NeverCalled)
         assert bases == ([LR / 4, LR] if layered else [LR, LR]), kind
         if prepared:
-            assert inner.decay_by == "schedule"
+            assert unwrap(inner).decay_by == "schedule"
         if ranks > 1 and isinstance(inner, DistAdamW):
             assert inner._path is not None, kind
         weights.append([p.detach().double().sum().item() for p in unwrap_model(trainer).parameters()])
@@ -211,7 +214,7 @@ def set_by_hand(folder: str) -> None:
                     trainer.train()
                 continue
             trainer.train()
-            assert type(unwrap(trainer.optimizer)) is torch.optim.AdamW
+            assert type(wrappers.unwrap(trainer.optimizer)) is torch.optim.AdamW
             assert trainer.lr_scheduler.samples == EPOCH * EPOCHS
     with arguments_on("single", folder) as args:
         trainer = prepare_trainer(Noting(Network(), args, train_dataset=Samples()), scheduler=FITS)
@@ -238,7 +241,7 @@ def searched(folder: str, ranks: int) -> list[tuple[float, int | None, int, bool
             trainer.args.per_device_train_batch_size = trainer._train_batch_size = batch // ranks
             trainer.create_accelerator_and_postprocess()  # as the search does for every trial
             trainer.train()
-            scheduler, is_attached = trainer.lr_scheduler, unwrap(trainer.optimizer)._path is not None  # type: ignore[attr-defined]
+            scheduler, is_attached = trainer.lr_scheduler, unwrap(trainer.optimizer)._path is not None
             found.append((scheduler._bases[0].lr, scheduler.batch_size, scheduler.samples, is_attached))
     return found
 
@@ -250,7 +253,7 @@ def test_a_search_changes_the_arguments(ranks: int, tmp_path: Path) -> None:
 
 
 def resumed(folder: str, engine: str, on_difference: str | None, period: float) -> tuple[float, float] | str:
-    save = {"save_strategy": "steps", "save_steps": 8}
+    save: dict[str, Any] = {"save_strategy": "steps", "save_steps": 8}
     with arguments_on(engine, folder, **save) as args:
         trainer = Noting(Network(), args, train_dataset=Samples())
         prepare_trainer(trainer, scheduler={**FITS, "restart_period": period}, on_difference=on_difference)  # type: ignore[arg-type]
@@ -285,7 +288,13 @@ def warned(folder: str, period: float, options: dict[str, Any]) -> list[str]:
 
 
 def warned_of(folder: str) -> list[list[str]]:
-    cases = [(3, {}), (1.25, {}), (3, {"max_steps": 9}), (2, {"max_steps": 12}), (1, {"num_train_epochs": 0.5})]
+    cases: list[tuple[float, dict[str, Any]]] = [
+        (3, {}),
+        (1.25, {}),
+        (3, {"max_steps": 9}),
+        (2, {"max_steps": 12}),
+        (1, {"num_train_epochs": 0.5}),
+    ]
     return [warned(folder, period, options) for period, options in cases]
 
 

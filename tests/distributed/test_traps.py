@@ -20,11 +20,11 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from dist_adamw import CyclicLRWithRestarts, DistAdamW, prepare
-from dist_adamw.wrappers import unwrap
 from tests.distributed.engines import ZERO, accelerator_on, environment
 from tests.distributed.jobs import job
 from tests.distributed.test_deepspeed import initialize
 from tests.distributed.test_engines import RECIPE, data, network
+from tests.known import unwrap
 from tests.ranks import expect_error_on_all, run_ranks
 
 ROOT = Path(__file__).parents[2]
@@ -160,14 +160,14 @@ def test_offload_to_deepspeeds_own_optimizer_is_refused() -> None:
         assert '"zero_force_ds_cpu_optimizer": true asks for DeepSpeedCPUAdam in place of DistAdamW' in error
 
 
-class Swapping(Accelerator):
+class Swapping(Accelerator):  # type: ignore[misc]
     """An engine that puts its own optimizer there, as DeepSpeed's offload and MS-AMP do."""
 
     def prepare_optimizer(self, optimizer: Optimizer, device_placement: bool | None = None) -> Any:
         return super().prepare_optimizer(torch.optim.Adam(optimizer.param_groups), device_placement)
 
 
-class Overwriting(Accelerator):
+class Overwriting(Accelerator):  # type: ignore[misc]
     """An engine that writes the hyper-parameters of its configuration into the groups."""
 
     def prepare_optimizer(self, optimizer: Optimizer, device_placement: bool | None = None) -> Any:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dist_adamw import DistAdamW, load, save
-from tests.known import channels_last
+from tests.known import to_memory_format
 
 Act = Callable[["Job"], None]
 
@@ -709,7 +709,7 @@ def test_another_memory_format_is_followed() -> None:
     optimizer, reference = DistAdamW(ours.parameters()), torch.optim.AdamW(theirs.parameters(), foreach=False)
     for step in range(4):
         if step == 2:
-            channels_last(ours)
+            to_memory_format(ours, torch.channels_last)
         for model, opt in ((ours, optimizer), (theirs, reference)):
             model.zero_grad()
             model(torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(step))).square().sum().backward()

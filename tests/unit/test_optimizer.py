@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from dist_adamw import DistAdamW
-from tests.known import channels_last
+from tests.known import to_memory_format
 
 
 def network() -> nn.Module:
     """Odd sizes, a permuted memory format, a scalar, an empty and a frozen parameter."""
     torch.manual_seed(1)
-    model = nn.Sequential(channels_last(nn.Conv2d(3, 5, 3)), nn.Flatten(), nn.Linear(5 * 36, 37), nn.Linear(37, 3))
+    first = to_memory_format(nn.Conv2d(3, 5, 3), torch.channels_last)
+    model = nn.Sequential(first, nn.Flatten(), nn.Linear(5 * 36, 37), nn.Linear(37, 3))
     model.scale = nn.Parameter(torch.tensor(1.0))
     model.nothing = nn.Parameter(torch.zeros(0))
     model.frozen = nn.Parameter(torch.ones(5), requires_grad=False)
