@@ -7,6 +7,7 @@ import copy
 import functools
 import math
 import pickle
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -967,7 +968,7 @@ def check_touched(way: dict[str, Any]) -> None:
 @pytest.mark.parametrize("way", [way for way in WAYS if not way.startswith("every")])
 def test_gradients_changed_by_hand_are_refused(way: str) -> None:
     for error in expect_error_on_all(2, check_touched, WAYS[way]):
-        assert error.startswith("RuntimeError: gradients were changed between backward and step()")
+        assert error.startswith("RuntimeError: gradients were changed")
         assert "clip_grad_norm_" in error
 
 
@@ -983,7 +984,7 @@ def check_second_backward_of_one_forward() -> None:
 
 def test_a_second_backward_of_one_forward_is_named() -> None:
     for error in expect_error_on_all(2, check_second_backward_of_one_forward):
-        assert "arrived after it had been sent" in error
+        assert re.search(r"shape \(.*arrived after", error)
         assert "no_sync()" in error
 
 
@@ -1015,14 +1016,14 @@ def attach_what_cannot_be(case: str) -> None:
 @pytest.mark.parametrize(
     ("case", "words"),
     [
-        ("every backward", "reduce_every_backward=True is for a module without DistributedDataParallel"),
-        ("unsharded", "attach() needs sharded state"),
-        ("other options", "attach() was called before with other options"),
-        ("other ranks", "the optimizer's state is shared over [0, 1]: gradients would be averaged over those alone"),
-        ("both", "cannot be attached to a DistributedDataParallel module and to a plain one"),
+        ("every backward", "reduce_every_backward=True.*without DistributedDataParallel"),
+        ("unsharded", r"attach\(\) needs sharded"),
+        ("other options", r"attach\(\).*other options"),
+        ("other ranks", r"shared over \[0, 1\].*averaged"),
+        ("both", "DistributedDataParallel.* and to a plain"),
         ("ranks differ", "rank 1 disagrees with rank 0: parameters of group 0"),
     ],
 )
 def test_what_cannot_be_attached_is_refused(case: str, words: str) -> None:
     for error in expect_error_on_all(2, attach_what_cannot_be, case):
-        assert words in error
+        assert re.search(words, error)

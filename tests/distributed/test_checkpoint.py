@@ -139,16 +139,16 @@ def break_(folder: Path, how: str) -> None:
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ("truncated", "-00001.safetensors is damaged: it has"),
-        ("flipped", "-00001.safetensors is damaged: its checksum differs"),
-        ("missing", "-00001.safetensors cannot be read"),
-        ("a link", "-00001.safetensors cannot be read"),
-        ("no index", "is not a whole checkpoint: index.json is missing"),
-        ("torn index", "index.json is damaged"),
-        ("flipped index", "index.json is damaged: its checksum differs"),
-        ("version", "has version 99; this release reads version 2"),
-        ("foreign", "is not an index of a dist_adamw checkpoint"),
-        ("outside", "it names a file that no save makes: '../"),
+        ("truncated", r"-00001\.safetensors.* damaged: it has"),
+        ("flipped", r"-00001\.safetensors.*checksum"),
+        ("missing", r"-00001\.safetensors cannot be read"),
+        ("a link", r"-00001\.safetensors cannot be read"),
+        ("no index", r"index\.json is missing"),
+        ("torn index", r"index\.json is damaged"),
+        ("flipped index", r"index\.json.*checksum"),
+        ("version", "version 99.* version 2"),
+        ("foreign", "not an index"),
+        ("outside", r"no save makes.*'\.\./"),
     ],
 )
 def test_a_damaged_checkpoint_is_named_on_every_rank(how: str, message: str, tmp_path: Path) -> None:
@@ -157,7 +157,7 @@ def test_a_damaged_checkpoint_is_named_on_every_rank(how: str, message: str, tmp
     for world_size in (2, 1):
         for error in run_ranks(world_size, load_only, str(tmp_path), 20):
             assert error.startswith("CheckpointError: ")
-            assert message in error
+            assert re.search(message, error)
 
 
 def test_files_of_two_saves_are_not_mixed(tmp_path: Path) -> None:
@@ -165,13 +165,13 @@ def test_files_of_two_saves_are_not_mixed(tmp_path: Path) -> None:
     run_ranks(2, save_then_go_on, str(tmp_path / "b"), 2, 3)
     ours, theirs = (max((tmp_path / x / "dist_adamw").glob("*-00001.safetensors")) for x in "ab")
     ours.write_bytes(theirs.read_bytes())
-    assert "its checksum differs" in run_ranks(1, load_only, str(tmp_path / "a"), 20)[0]
+    assert "checksum" in run_ranks(1, load_only, str(tmp_path / "a"), 20)[0]
 
 
 def test_a_checkpoint_of_another_model_is_named(tmp_path: Path) -> None:
     run_ranks(2, save_then_go_on, str(tmp_path), 2, 2)
     for error in run_ranks(2, load_only, str(tmp_path), 21):
-        assert "is a checkpoint of another model: 0.weight has shape [20, 6] there and [21, 6] here" in error
+        assert re.search(r"another model.*0\.weight.*\[20, 6\] there.*\[21, 6\] here", error)
     assert run_ranks(2, load_only, str(tmp_path), 20) == ["loaded", "loaded"]
 
 
@@ -254,7 +254,7 @@ def two_models(folder: str, how: str) -> list[Any]:
     else:  # what is wrong with one keeps both from being loaded
         torch._foreach_add_([p.data for model, *_ in both for p in model.parameters()], 1.0)
         before = [weights(model) for model, *_ in both]
-        with pytest.raises(CheckpointError, match="this is no position in the data"):
+        with pytest.raises(CheckpointError, match="no position"):
             accelerator.load_state(folder)
         for (model, *_), kept in zip(both, before, strict=True):
             assert all(torch.equal(a, b) for a, b in zip(kept, weights(model), strict=True))
@@ -317,7 +317,7 @@ def test_a_folder_that_one_rank_does_not_see_is_an_error_on_all(tmp_path: Path) 
     run_ranks(2, save_then_go_on, str(folder), 2, 2)
     shutil.copytree(folder, tmp_path / "checkpoint-elsewhere", ignore=shutil.ignore_patterns("dist_adamw"))
     for error in expect_error_on_all(2, load_where_one_rank_sees_nothing, str(folder)):
-        assert "is there on some ranks and missing on rank 1" in error
+        assert "missing on rank 1" in error
 
 
 def conv_job(folder: str, memory_format: torch.memory_format, save: bool) -> list[Tensor]:
@@ -455,7 +455,7 @@ def saved_twice(folder: str) -> None:
     dist.barrier()
     torch._foreach_add_([p.data for p in model.parameters()], 1.0)
     before = weights(model)
-    with pytest.raises(CheckpointError, match=r"not of one save: custom_checkpoint_0.pkl is not what was saved with"):
+    with pytest.raises(CheckpointError, match=r"not of one save.*custom_checkpoint_0.pkl"):
         accelerator.load_state(folder)
     assert all(torch.equal(a, b) for a, b in zip(before, weights(model), strict=True))
 
@@ -487,11 +487,11 @@ def says_beside(folder: str, extra: Any) -> str:
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        ([], r"is damaged: what save_state adds is \[\]"),
-        ({"files": []}, r"is damaged: what save_state adds is \{'files': \[\]\}"),
-        ({"files": 4}, r"is damaged: what save_state adds is \{'files': 4\}"),
-        ({"position": "here"}, "this is no position in the data"),
-        ({"files": {"../other": [1, ""]}}, r"not of one save: \.\./other is not what was saved"),
+        ([], r"damaged.*save_state.* \[\]"),
+        ({"files": []}, r"damaged.*save_state.* \{'files': \[\]\}"),
+        ({"files": 4}, r"damaged.*save_state.* \{'files': 4\}"),
+        ({"position": "here"}, "no position"),
+        ({"files": {"../other": [1, ""]}}, r"not of one save.*\.\./other"),
     ],
 )
 def test_what_stands_beside_the_tensors_is_checked_before_anything_changes(
@@ -509,9 +509,9 @@ def killed_in_save_state(folder: str) -> str:
         torn.mkdir()
         shutil.copy(Path(folder) / "checkpoints" / first / "random_states_0.pkl", torn)
     dist.barrier()
-    with pytest.warns(UserWarning, match="checkpoint_1 was not written to the end") as told:
+    with pytest.warns(UserWarning, match="checkpoint_1 .*not written") as told:
         name = goes_on_by_itself(folder)[1]
-    assert [one.filename for one in told if "not written to the end" in str(one.message)] == [__file__]
+    assert [one.filename for one in told if "not written" in str(one.message)] == [__file__]
     return name
 
 

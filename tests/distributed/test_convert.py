@@ -9,6 +9,7 @@ import json
 import os
 import pickle
 import random
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -243,7 +244,7 @@ def test_extra_state_of_modules_is_imported(tmp_path: Path) -> None:
         assert torch.equal(loaded.state, state) if name == "tensor" else loaded.state == state
     save_file({"0.weight": saved.weight.detach(), "0.bias": saved.bias.detach()}, tmp_path / "x.safetensors")
     import_checkpoint(tmp_path / "x.safetensors", tmp_path / "without")
-    with pytest.warns(UserWarning, match="says nothing of extra state"):
+    with pytest.warns(UserWarning, match="extra state"):
         load(tmp_path / "without", again)
 
 
@@ -426,13 +427,13 @@ def test_metadata_that_no_save_writes(tmp_path: Path) -> None:
     assert "asks for tests.distributed.test_convert.Harmless, which" in changed(
         lambda metadata: metadata.planner_data.update(x=Harmless())
     )
-    assert "names '../x', which lies outside of it" in changed(lambda metadata: move(metadata, relative_path="../x"))
+    assert re.search(r"'\.\./x'.*outside", changed(lambda metadata: move(metadata, relative_path="../x")))
     assert "reaches beyond" in changed(lambda metadata: move(metadata, offset=1 << 40))
     assert "reaches beyond" in changed(lambda metadata: move(metadata, length=-5))
     assert f"{weight} has gaps or overlaps" in changed(
         lambda metadata: metadata.state_dict_metadata[weight].chunks.pop()
     )
-    assert "is damaged or of another kind: KeyError" in changed(lambda metadata: metadata.storage_data.clear())
+    assert re.search("damaged.*KeyError", changed(lambda metadata: metadata.storage_data.clear()))
 
 
 # ---------------------------------------------------------------------------------------------- DeepSpeed
@@ -518,7 +519,7 @@ def test_safetensors(tmp_path: Path) -> None:
     other = Net()
     load(tmp_path / "again", other)
     assert all(torch.equal(value, other.state_dict()[name]) for name, value in Net(1.5).state_dict().items())
-    with pytest.raises(CheckpointError, match="has the state of no optimizer"):
+    with pytest.raises(CheckpointError, match="state of no optimizer"):
         load(tmp_path / "again", other, DistAdamW(other.parameters()))
 
 
@@ -530,7 +531,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert main(["export", f"{tmp_path}/ours", f"{tmp_path}/x.safetensors", "--kind=safetensors"]) == 2
     assert "x.safetensors is there already" in capsys.readouterr().err
     assert main(["import", f"{tmp_path}/theirs.pt", f"{tmp_path}/ours"]) == 2
-    assert "ours holds a checkpoint already" in capsys.readouterr().err
+    assert re.search("ours .*already", capsys.readouterr().err)
     assert main(["inspect", f"{tmp_path}/ours"]) == 0
     table = capsys.readouterr().out
     numel = sum(value.numel() for value in model.state_dict().values())
@@ -548,7 +549,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert main(["inspect", f"{tmp_path}/ours"]) == 2
     assert "NO: " in capsys.readouterr().out
     assert main(["export", f"{tmp_path}/ours", f"{tmp_path}/y.safetensors", "--kind=safetensors"]) == 2
-    assert "is damaged: its checksum differs" in capsys.readouterr().err
+    assert "checksum" in capsys.readouterr().err
     assert not (tmp_path / "y.safetensors").exists()
 
 
@@ -569,27 +570,27 @@ def universal_of_another_place(path: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "sentence"),
     [
-        (lambda path: None, "no such file or folder"),
-        (lambda path: path.mkdir(), "is a folder of no known kind"),
-        (lambda path: path.write_bytes(b"x" * 100), "is no file of torch.save"),
+        (lambda path: None, "no such file"),
+        (lambda path: path.mkdir(), "no known kind"),
+        (lambda path: path.write_bytes(b"x" * 100), r"no file of torch\.save"),
         (lambda path: torch.save(torch.ones(3), path), "holds a Tensor"),
-        (lambda path: torch.save({"model": {"weight": 3}}, path), "has 'weight' among the weights, which is no tensor"),
-        (lambda path: torch.save({"model": {}, "optimizer": [3]}, path), "has no state dict of one optimizer"),
+        (lambda path: torch.save({"model": {"weight": 3}}, path), "'weight'.*no tensor"),
+        (lambda path: torch.save({"model": {}, "optimizer": [3]}, path), "no state dict"),
         (
             lambda path: torch.save({"model": {"weight": torch.ones(2)}, "optimizer": OF_SGD}, path),
-            "the optimizer's state has 'momentum_buffer' of weight, which AdamW",
+            "'momentum_buffer' of weight.*AdamW",
         ),
-        (universal_of_another_place, "names '../x', which lies outside of it"),
-        (folder_of_a_pipe, "is not a plain file"),
-        (lambda path: (path.mkdir(), (path / ".metadata").write_bytes(pickle.dumps(3))), "is damaged or of another"),
-        (lambda path: (path.mkdir(), (path / ".metadata").write_bytes(b"\x80\x04x")), ".metadata is damaged"),
+        (universal_of_another_place, r"'\.\./x'.*outside"),
+        (folder_of_a_pipe, "plain file"),
+        (lambda path: (path.mkdir(), (path / ".metadata").write_bytes(pickle.dumps(3))), "damaged or of another"),
+        (lambda path: (path.mkdir(), (path / ".metadata").write_bytes(b"\x80\x04x")), r"\.metadata is damaged"),
     ],
 )
 def test_what_cannot_be_imported(make: Callable[[Path], Any], sentence: str, tmp_path: Path) -> None:
     make(tmp_path / "theirs")
     with pytest.raises(CheckpointError) as error:
         import_checkpoint(tmp_path / "theirs", tmp_path / "ours")
-    assert sentence in str(error.value)
+    assert re.search(sentence, str(error.value))
     assert not (tmp_path / "ours").exists()
 
 
@@ -603,13 +604,11 @@ def test_small_files_that_would_take_much_memory(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="it numbers 400,000,000 objects in 9 bytes"):
         import_checkpoint(folder, tmp_path / "ours")
     torch.save({"w": torch.zeros(1).expand(10**13)}, tmp_path / "expanded.pt")
-    with pytest.raises(CheckpointError, match=r"shape \[10000000000000\], whose elements share memory \(expand\)"):
+    with pytest.raises(CheckpointError, match=r"\[10000000000000\].*\(expand\)"):
         import_checkpoint(tmp_path / "expanded.pt", tmp_path / "ours")
     groups = [{"params": [0], "lr": torch.zeros(1).expand(10**8)}]
     torch.save({"model": {"w": torch.zeros(1)}, "optimizer": {"state": {}, "param_groups": groups}}, tmp_path / "lr.pt")
-    with pytest.raises(
-        CheckpointError, match=r"lr of a parameter group is a tensor of shape \[100000000\], and no number"
-    ):
+    with pytest.raises(CheckpointError, match=r"lr .*\[100000000\].*no number"):
         import_checkpoint(tmp_path / "lr.pt", tmp_path / "ours")
 
 
@@ -663,7 +662,7 @@ def test_weights_of_a_name_that_safetensors_cannot_hold(tmp_path: Path) -> None:
 def test_two_imports_into_one_folder(tmp_path: Path) -> None:
     torch.save(torch_job(0, STOP)[0].state_dict(), tmp_path / "theirs.pt")
     lock = Lock(tmp_path / "ours")
-    with pytest.raises(CheckpointError, match="another job is saving to"):
+    with pytest.raises(CheckpointError, match="another job is saving"):
         import_checkpoint(tmp_path / "theirs.pt", tmp_path / "ours")
     lock.release()
     import_checkpoint(tmp_path / "theirs.pt", tmp_path / "ours")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -258,7 +259,7 @@ def uneven() -> list[int | None]:
         try:
             loop = Loop(Stream(size) if is_stream else rows(size), 1, batch_size, config=config)
         except ValueError as error:
-            assert "even_batches=False gives 2 ranks different numbers of batches" in str(error)  # noqa: PT017
+            assert re.search("even_batches=False.* 2 ranks", str(error))  # noqa: PT017
             found.append(None)
         else:
             found.append(loop.epoch()[-1])
@@ -277,7 +278,7 @@ def grown_unevenly() -> None:
     for batches in (loop.loader, skip_first_batches(loop.loader, 1)):
         with torch.no_grad():
             list(batches)  # no update is made in it
-        with pytest.raises(ValueError, match=r"2 ranks different numbers of batches \(5 of 4 samples"):
+        with pytest.raises(ValueError, match=r"2 ranks .*\(5 of 4 samples"):
             loop.epoch(batches)
     data.size = 24
     assert loop.epoch()[-1] == 40

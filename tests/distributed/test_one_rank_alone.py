@@ -40,7 +40,7 @@ def check_clipped_beside_another(setting_zeros: bool) -> None:
 @pytest.mark.parametrize("setting_zeros", [False, True])
 def test_zero_grad_of_another_optimizer_hides_no_change(setting_zeros: bool) -> None:
     for error in expect_error_on_all(2, check_clipped_beside_another, setting_zeros):
-        assert error.startswith("RuntimeError: gradients were changed between backward and step()"), error
+        assert error.startswith("RuntimeError: gradients were changed"), error
 
 
 def check_zeros_beside_another() -> None:
@@ -125,7 +125,7 @@ def check_dropped(way: dict[str, Any] | None, how: str) -> None:
 def test_gradients_set_to_none_on_one_rank_alone(way: str, how: str) -> None:
     for error in expect_error_on_all(2, check_dropped, WAYS[way] if way else None, how):
         assert error.startswith("AgreementError"), error
-        assert "set to None" in error or "parameters without a gradient is" in error, error
+        assert "set to None" in error or "without a gradient" in error, error
 
 
 def check_dropped_by_all(way: dict[str, Any]) -> None:
@@ -163,7 +163,7 @@ def check_sparse(way: dict[str, Any] | None) -> None:
 @pytest.mark.parametrize("way", ["ddp", "plain", ""])
 def test_sparse_gradients_are_refused(way: str) -> None:
     for error in expect_error_on_all(2, check_sparse, WAYS[way] if way else None):
-        assert "DistAdamW does not support sparse gradients" in error, error
+        assert "sparse gradients" in error, error
 
 
 def check_scaled_zeros() -> None:
@@ -180,7 +180,7 @@ def check_scaled_zeros() -> None:
 
 def test_a_factor_on_gradients_that_are_mostly_zero_is_seen() -> None:
     for error in expect_error_on_all(2, check_scaled_zeros):
-        assert "gradients were changed between backward and step()" in error, error
+        assert "gradients were changed" in error, error
 
 
 class Branches(nn.Module):
@@ -338,7 +338,7 @@ def check_the_last_optimizer_is_there_on_one_rank_alone(way: dict[str, Any]) -> 
         reference.step()
         same(model, twin, f"update {step}")
     for other in held:
-        with pytest.raises(RuntimeError, match="other ranks have let go of"):
+        with pytest.raises(RuntimeError, match="have let go"):
             other.step()
 
 
@@ -358,11 +358,11 @@ def check_parts_of_averages(way: dict[str, Any], kind: str) -> None:
     del first
     last: Any = (ours if kind == "ours" else theirs)(model.parameters())
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(RuntimeError, match="each rank has a part of the average"):
+    with pytest.raises(RuntimeError, match="part of the average"):
         last.step()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     if net is not model:  # DDP would put the sums into its buckets
-        with pytest.raises(RuntimeError, match="each rank has a part of the average"):
+        with pytest.raises(RuntimeError, match="part of the average"):
             loss_of(net, 1)
     last.zero_grad(set_to_none=kind == "theirs")
     if kind == "ours":

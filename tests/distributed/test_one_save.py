@@ -58,12 +58,12 @@ def damage(folder: Path, how: str) -> None:
 
 
 DAMAGE = {
-    "missing": "has dist_adamw, and no dist_adamw_1: it is of a job with other models, or was not written to the end",
-    "of another save": "is not of one save: ",
-    "of a job without the second": "is not of one save: ",
-    "tensors": "dist_adamw_1/.* is damaged: its checksum differs",
+    "missing": "has dist_adamw, and no dist_adamw_1",
+    "of another save": "not of one save",
+    "of a job without the second": "not of one save",
+    "tensors": "dist_adamw_1/.* .*checksum",
     "no moments": "the checkpoint has no exp_avg_sq of ",
-    "other weights": "is a checkpoint of another model: 0.weight is missing",
+    "other weights": "another model.* 0.weight is missing",
 }
 
 

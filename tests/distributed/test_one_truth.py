@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from pathlib import Path
 from typing import Any
 
@@ -223,10 +224,10 @@ def test_a_rank_that_does_it_alone_is_an_error_on_all(way: str, what: str) -> No
     if (way, what) == ("ddp", "replace"):
         pytest.skip("DDP waits for the gradient of the parameter that it knows")
     for error in expect_error_on_all(2, check_one_rank_alone, way, what):
-        if "AgreementError" in error and "has other parameters in its groups than rank" in error:
+        if "AgreementError" in error and "has other parameters" in error:
             continue  # seen before, in the message that goes with gradients
         assert "AgreementError: rank 1 disagrees with rank 0" in error
-        assert "what was changed in optimizer.param_groups and state is 'nothing' on rank 0" in error
+        assert re.search(r"optimizer\.param_groups.* 'nothing' on rank 0", error)
 
 
 def check_empty_share_replaced() -> list[str]:
@@ -267,7 +268,7 @@ def check_state_dict() -> None:
 
 def test_state_that_is_about_to_change_is_not_handed_out() -> None:
     for error in expect_error_on_all(2, check_state_dict):
-        assert "which was not consolidated since it changed" in error
+        assert "not consolidated" in error
 
 
 def check_save(folder: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from typing import Any
 
 import pytest
@@ -245,7 +246,7 @@ def check_share_twice() -> None:
     for i, state in first["state"].items():
         assert all(torch.equal(v, again._share_state_dict()["state"][i][k]) for k, v in state.items())
     other = DistAdamW(Network().parameters(), bucket_numel=1)
-    with pytest.raises(ValueError, match="of another model, or was made with another bucket_numel"):
+    with pytest.raises(ValueError, match=r"another model.*bucket_numel"):
         other.load_state_dict(first)
     with pytest.raises(RuntimeError, match=f"rank {dist.get_rank()} of 2 has its own share"):
         optimizer.state_dict()
@@ -262,7 +263,7 @@ def check_mesh_copy_refused() -> None:
 
 def test_copying_with_a_mesh_is_refused() -> None:
     for error in expect_error_on_all(2, check_mesh_copy_refused):
-        assert "with a mesh cannot be pickled or copied" in error
+        assert "mesh cannot be pickled" in error
 
 
 def test_a_ranks_share_loads_on_that_rank() -> None:
@@ -280,7 +281,7 @@ def check_share_of_another_rank() -> None:
 
 def test_a_share_of_another_rank_is_refused() -> None:
     errors = expect_error_on_all(2, check_share_of_another_rank)
-    assert "this state is the share of rank 0 of 2, and this is rank 1 of 2" in errors[1]
+    assert re.search("share of rank 0 of 2.* rank 1 of 2", errors[1])
     assert "accelerator.save_state" in errors[1]
 
 

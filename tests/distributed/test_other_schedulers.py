@@ -166,7 +166,7 @@ def refused() -> None:
     cases: list[tuple[Recipe, str]] = [
         (lambda _: lr_scheduler.StepLR(other, 2), "drives another SGD"),
         (lambda o: AcceleratedScheduler(lr_scheduler.StepLR(o, 2), o), "not prepared yet, got AcceleratedScheduler"),
-        (cast(Recipe, lambda _: "cosine"), "another torch scheduler, not prepared yet, got str"),
+        (cast(Recipe, lambda _: "cosine"), "not prepared yet, got str"),
     ]
     for recipe, message in cases:
         with pytest.raises(ValueError, match=message):

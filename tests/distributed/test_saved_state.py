@@ -120,7 +120,7 @@ def of_another_family(folder: str) -> None:
     step(model, optimizer)
     save(folder, model, optimizer)
     other = DistAdamW(model.parameters())
-    with pytest.raises(CheckpointError, match="has the state of SGD, which means nothing to a DistAdamW"):
+    with pytest.raises(CheckpointError, match=r"state of SGD.* DistAdamW"):
         load(folder, model, other)
     before = bits(model)
     step(model, optimizer)
@@ -162,7 +162,7 @@ def other_groups(folder: str) -> None:
     step(model, optimizer)
     save(folder, model, optimizer)
     together = torch.optim.AdamW(model.parameters(), lr=7e-3)
-    with pytest.raises(CheckpointError, match=r"of one group here in several groups, with lr 0\.001 and 0\.05"):
+    with pytest.raises(CheckpointError, match=r"several groups.*lr 0\.001 and 0\.05"):
         load(folder, model, together)
     assert together.param_groups[0]["lr"] == 7e-3
     load(folder, model, together, on_difference="new")
@@ -175,7 +175,7 @@ def test_groups_that_were_several_are_not_made_one_in_silence(tmp_path: Path) ->
 
 def odd_state(folder: str) -> None:
     model = network()
-    with pytest.raises(CheckpointError, match=r"LBFGS has .* only tensors and numbers can be saved"):
+    with pytest.raises(CheckpointError, match=r"LBFGS .*tensors and numbers"):
         save(folder, model, steps_lbfgs(model))
     model.zero_grad()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-2, momentum=0.9)
@@ -244,7 +244,7 @@ def extra_state(folder: str, sharded: bool) -> None:
         with pytest.raises(CheckpointError, match=r"another model"):
             load(f"{folder}/{name}", without)
     save(f"{folder}/without", nn.Sequential(nn.Linear(8, 8), nn.Identity()))
-    with pytest.raises(CheckpointError, match=r"extra state of '1' \(get_extra_state\) is not in the checkpoint"):
+    with pytest.raises(CheckpointError, match=r"extra state of '1' .*not in the"):
         load(f"{folder}/without", nn.Sequential(nn.Linear(8, 8), Bare()))
     with pytest.raises(CheckpointError, match="get_extra_state of 1: only plain data"):
         save(f"{folder}/object", remembering(object()))
@@ -449,7 +449,7 @@ def test_ranks_that_differ_are_not_mixed(tmp_path: Path) -> None:
 
 def test_a_model_without_memory_is_refused(tmp_path: Path) -> None:
     save(tmp_path, nn.Linear(3, 3))
-    with pytest.raises(CheckpointError, match=r"weight is on the meta device: .* Use model\.to_empty"):
+    with pytest.raises(CheckpointError, match=r"weight .*meta device.* model\.to_empty"):
         load(tmp_path, nn.Linear(3, 3, device="meta"))
 
 
@@ -595,7 +595,7 @@ def test_weights_alone_beside_a_parameter_of_the_loss(tmp_path: Path) -> None:
     other = nn.Linear(3, 3)
     load(tmp_path, other)
     assert torch.equal(other.weight, model.weight)
-    with pytest.raises(CheckpointError, match="parameter 2 of group 0 is not in this model"):
+    with pytest.raises(CheckpointError, match=r"parameter 2 of group 0 .*this model"):
         load(tmp_path, other, DistAdamW(other.parameters()))
 
 
@@ -623,7 +623,7 @@ def test_a_buffer_that_cannot_be_read_into_is_told_before_anything_changes(tmp_p
     before = model.weight.detach().clone()
     with torch.no_grad():
         model.weight += 1
-    with pytest.raises(CheckpointError, match="elements of the buffer mask share memory"):
+    with pytest.raises(CheckpointError, match="buffer mask share memory"):
         load(tmp_path, model)
     assert torch.equal(model.weight, before + 1)
 
@@ -658,7 +658,7 @@ def test_random_state_is_restored_as_far_as_it_was_there(seeds: list[int], tmp_p
     if len(set(seeds)) == 1:
         assert last == ("restored", expected[0])
     else:
-        assert last[0] == "seeded anew, since there was no such rank"
+        assert last[0].startswith("seeded anew")
         assert last[1] not in expected
     assert run_ranks(4, load_random, str(tmp_path)) == found
 
@@ -804,7 +804,7 @@ def weights_alone(folder: str, stage: int) -> tuple[int, int]:
 
     train_engine(engine, 0, 2)
     expected = evaluated()
-    with pytest.warns(UserWarning, match="frozen weights are saved all the same"):
+    with pytest.warns(UserWarning, match="frozen weights"):
         engine.save_checkpoint(folder, exclude_frozen_parameters=True)
     train_engine(engine, 2, 5)
     assert evaluated() != expected  # stage 3 keeps parameters whole after that

@@ -278,7 +278,7 @@ def check_bits(options: dict[str, Any]) -> None:
             for key, value in state.items():
                 assert found["state"][i][key].shape == value.shape
                 assert torch.equal(found["state"][i][key], value), (i, key)
-    with pytest.raises(ValueError, match="to must be a rank from 0 to"):
+    with pytest.raises(ValueError, match=f"to must be a rank .* {dist.get_world_size()}\\."):
         sharded.consolidate_state_dict(dist.get_world_size())
 
 
@@ -356,7 +356,7 @@ def ask_for_a_share() -> None:
 
 def test_a_share_is_not_handed_out() -> None:
     for rank, error in enumerate(expect_error_on_all(2, ask_for_a_share)):
-        assert f"rank {rank} of 2 has its own share of the state" in error
+        assert f"rank {rank} of 2 has its own share" in error
         assert all(name in error for name in ("dist_adamw.save", "consolidate_state_dict", "shard=False"))
 
 
@@ -395,7 +395,7 @@ def check_old_state() -> None:
         optimizer.param_groups[0]["lr"] = 0.5  # groups are as they are when they are asked for
         assert optimizer.state_dict()["param_groups"][0]["lr"] == 0.5
         write_state(optimizer, how)
-        with pytest.raises(RuntimeError, match="not consolidated since it changed"):
+        with pytest.raises(RuntimeError, match="not consolidated"):
             optimizer.state_dict()
         optimizer.consolidate_state_dict(None)
         optimizer.state_dict()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -312,7 +313,7 @@ def test_a_torn_checkpoint_is_not_taken_for_none(tmp_path: Path) -> None:
     run_ranks(2, functools.partial(train, **SAVE), "DDP", str(tmp_path))
     (tmp_path / "checkpoint-8" / "global_step8" / "index.json").unlink()
     for error in run_ranks(2, resume_without_index, str(tmp_path)):
-        assert "global_step8 is not a whole checkpoint: index.json is missing" in error
+        assert re.search(r"global_step8 .*index\.json is missing", error)
 
 
 def train_objects(engine: str, folder: str) -> tuple[Curve, int | None, int | None]:
@@ -386,9 +387,9 @@ def test_the_norm_is_the_global_one(clip: float, tmp_path: Path) -> None:
 
 
 REFUSED: list[tuple[str, dict[str, Any], dict[str, Any], bool, str]] = [
-    ("DDP", {"optimizer": {"lr": 0.5}}, {}, False, "lr=0.5 was given to prepare_trainer.*Set learning_rate there"),
+    ("DDP", {"optimizer": {"lr": 0.5}}, {}, False, "lr=0.5 .*learning_rate"),
     ("DDP", {"optimizer": {"decay_by": "moon"}}, {}, False, "moon"),
-    ("DDP", {"optimizer": {"decay_by": "lr"}}, {}, True, "given an optimizer already"),
+    ("DDP", {"optimizer": {"decay_by": "lr"}}, {}, True, "optimizer already"),
     ("DDP", {"scheduler": {"t_mult": -1}}, {}, False, "t_mult"),
     ("DDP", {}, {"warmup_steps": 5}, False, "warmup_samples"),
     ("ZeRO-2", {}, {}, True, "drops optimizers="),

@@ -171,7 +171,7 @@ REFUSED: list[tuple[type[Noting], dict[str, Any], dict[str, Any], str]] = [
     (Noting, {}, {"lr_scheduler_type": "cosine"}, r"lr_scheduler_type='cosine'.*scheduler=\{"),
     (Noting, {}, {"lr_scheduler_kwargs": {"num_cycles": 2}}, r"lr_scheduler_kwargs=\{'num_cycles': 2\}"),
     (Noting, {}, {"warmup_steps": 0.1}, "warmup_steps=0.1.*warmup_samples"),
-    (Cosine, {"scheduler": FITS}, {}, "Cosine overrides create_scheduler, which would ignore scheduler="),
+    (Cosine, {"scheduler": FITS}, {}, "Cosine overrides create_scheduler.* scheduler="),
     (Noting, {"on_difference": "newer"}, {}, "on_difference must be .*'newer'"),
 ]
 # Seen when the optimizer is made: train() raises before it trains.
@@ -179,7 +179,7 @@ REFUSED_BY_TRAIN: list[tuple[type[Noting], dict[str, Any], str]] = [
     (LayerWise, {"optimizer": {"decay_by": "schedule"}}, r"LayerWise's override made a AdamW .*decay_by"),
     (Sharded, {"optimizer": {"decay_by": "schedule"}}, r"Sharded's override made a DistAdamW .*decay_by"),
     (Momentum, {"optimizer": {"amsgrad": True}}, "Momentum's override made a SGD .*amsgrad"),
-    (Cosine, {}, "the Trainer has a CosineAnnealingLR .*serves CyclicLRWithRestarts"),
+    (Cosine, {}, "CosineAnnealingLR .*CyclicLRWithRestarts"),
 ]
 
 
@@ -202,7 +202,7 @@ def test_what_would_be_ignored_is_refused(tmp_path: Path) -> None:
 
 def set_by_hand(folder: str) -> None:
     """After prepare_trainer: the optimizer is used, as Trainer does it; a scheduler must be ours."""
-    for options, message in (({}, None), ({"decay_by": "schedule"}, "trainer.optimizer was set, and it is a AdamW")):
+    for options, message in (({}, None), ({"decay_by": "schedule"}, "trainer.optimizer was set.* AdamW")):
         AcceleratorState._reset_state(reset_partial_state=True)
         with arguments_on("single", folder) as args:
             trainer = prepare_trainer(
@@ -218,11 +218,11 @@ def set_by_hand(folder: str) -> None:
             assert trainer.lr_scheduler.samples == EPOCH * EPOCHS
     with arguments_on("single", folder) as args:
         trainer = prepare_trainer(Noting(Network(), args, train_dataset=Samples()), scheduler=FITS)
-        with pytest.raises(ValueError, match="was called for this Trainer before"):
+        with pytest.raises(ValueError, match=r"called .*Trainer before"):
             prepare_trainer(trainer, scheduler=FITS)
         trainer.create_optimizer()
         trainer.lr_scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(trainer.optimizer, 5)
-        with pytest.raises(ValueError, match="serves CyclicLRWithRestarts"):
+        with pytest.raises(ValueError, match=r"CosineAnnealingLR .*CyclicLRWithRestarts"):
             trainer.train()
 
 
@@ -301,7 +301,7 @@ def warned_of(folder: str) -> list[list[str]]:
 def test_training_that_ends_in_mid_cycle_is_warned_of(tmp_path: Path) -> None:
     fits, inside, steps, whole, half = run_ranks(1, warned_of, str(tmp_path))[0]
     assert fits == whole == []
-    assert "restart_period=1 or restart_period=1.5 one ends where training does" in inside[0]
+    assert "restart_period=1 or restart_period=1.5 " in inside[0]
     assert inside[0].startswith("test_trainer_overrides.py")
     # 9 updates of 8 samples, of which the sixth has 4
     assert f"ends at sample {EPOCH + 3 * BATCH} " in steps[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -55,7 +56,7 @@ print("global batch", prepare(accelerator, *objects)[3].batch_size)
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--cpu", "--num_processes", "2"], "was asked for several processes and started one"),
+        (["--cpu", "--num_processes", "2"], "asked for several processes"),
         (["--cpu", "--num_processes", "1"], "global batch 1"),  # and one that was asked for is none
     ],
 )
@@ -97,7 +98,7 @@ def deepspeed_without_a_backend() -> None:
 
 def test_ranks_that_accelerate_does_not_count_are_counted() -> None:
     for error in expect_error_on_all(2, deepspeed_without_a_backend):
-        assert "2 ranks run (WORLD_SIZE), but Accelerate counts 1: every rank would see all the data" in error
+        assert re.search(r"2 ranks run \(WORLD_SIZE\).*Accelerate counts 1\b", error)
         assert 'InitProcessGroupKwargs(backend="gloo")' in error
 
 
@@ -115,7 +116,7 @@ def asked_for(name: str) -> None:
 def test_an_engine_that_was_asked_for_and_is_not_there(engine: str, world_size: int) -> None:
     name = f"ACCELERATE_USE_{engine}"
     for error in expect_error_on_all(world_size, asked_for, name):
-        assert f"{engine} was asked for ({name}=true), but Accelerate trains with the engine" in error
+        assert f"{engine} was asked for ({name}=true)" in error
         assert f"or unset {name}." in error
 
 
@@ -126,7 +127,7 @@ def fsdp1() -> None:
 
 def test_fsdp1_is_refused() -> None:
     for error in expect_error_on_all(2, fsdp1):
-        assert "FSDP1 keeps flat parameters without names, got fsdp_version: 1. Set fsdp_version: 2" in error
+        assert re.search(r"FSDP1 .*fsdp_version: 1\b.*fsdp_version: 2", error)
 
 
 def hooked() -> None:
@@ -157,7 +158,7 @@ def test_offload_keeps_the_optimizer(told: dict[str, Any]) -> None:
 
 def test_offload_to_deepspeeds_own_optimizer_is_refused() -> None:
     for error in expect_error_on_all(2, under_offload, {"zero_force_ds_cpu_optimizer": True}):
-        assert '"zero_force_ds_cpu_optimizer": true asks for DeepSpeedCPUAdam in place of DistAdamW' in error
+        assert '"zero_force_ds_cpu_optimizer": true asks for DeepSpeedCPUAdam' in error
 
 
 class Swapping(Accelerator):  # type: ignore[misc]
@@ -178,8 +179,8 @@ class Overwriting(Accelerator):  # type: ignore[misc]
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        (Swapping, r"the engine put Adam in place of DistAdamW, with other arithmetic.* set \"zero_force_ds_cpu"),
-        (Overwriting, r"the engine changed the parameter groups from .*0\.9.* to .*\(0\.5, 0\.5\).* Set nothing in"),
+        (Swapping, r"put Adam in place of DistAdamW.*zero_force_ds_cpu"),
+        (Overwriting, r"changed the parameter groups .*0\.9.* to .*\(0\.5, 0\.5\)"),
     ],
 )
 def test_another_optimizer_and_other_groups_are_seen(kind: type[Accelerator], message: str) -> None:
@@ -215,8 +216,8 @@ def test_one_norm_and_the_engine_clips(stage: str, told: dict[str, Any], norm: f
 @pytest.mark.parametrize("told", [0.7, 0.0])
 def test_two_norms_are_refused(told: float) -> None:
     for error in expect_error_on_all(2, clipping, "ZeRO-1", {"gradient_clipping": told}, 0.3):
-        assert f"max_grad_norm=0.3 was given to DistAdamW and gradient_clipping={told} to DeepSpeed" in error
-        assert "Name one of them, or the same norm." in error
+        assert re.search(rf"max_grad_norm=0\.3 .*gradient_clipping={told} to DeepSpeed", error)
+        assert "the same norm" in error
 
 
 def clipped_by_hand(stage: str) -> list[tuple[str, str]]:
@@ -232,9 +233,7 @@ def test_clipping_by_hand_that_does_nothing_is_told() -> None:
     """Once, for the norm that is not the engine's, at the caller's line."""
     for told in run_ranks(2, clipped_by_hand, "ZeRO-2"):
         assert len(told) == 1
-        assert (
-            "clip_grad_norm_(max_norm=0.3) does not clip under DeepSpeed, whose gradient_clipping is 0.7" in told[0][0]
-        )
+        assert re.search(r"max_norm=0\.3\) does not clip .*gradient_clipping is 0\.7", told[0][0])
         assert told[0][1] == __file__
 
 
@@ -255,8 +254,8 @@ def clip_alone(stage: str) -> None:
 @pytest.mark.parametrize("stage", ZERO)
 def test_max_grad_norm_without_prepare_is_refused(stage: str) -> None:
     for error in expect_error_on_all(2, clip_alone, stage):
-        assert "RuntimeError: max_grad_norm=0.3 would clip each of the engine's partitions by its own norm." in error
-        assert 'Set "gradient_clipping" in the DeepSpeed configuration and leave max_grad_norm=None' in error
+        assert re.search(r"RuntimeError: max_grad_norm=0\.3 .*its own norm", error)
+        assert re.search('"gradient_clipping".*max_grad_norm=None', error)
 
 
 # ---------------------------------------------------------------- overflow under DeepSpeed

@@ -560,7 +560,7 @@ def test_a_rank_that_alone_skips_an_update_is_an_error_on_all(way: str, leaves_s
     began = time.monotonic()
     for error in expect_error_on_all(3, check_skips_alone, WAYS[way], leaves_some):
         assert error.startswith("AgreementError: rank "), error
-        assert "skipped a step() that others made. Ranks must skip an update together" in error, error
+        assert "skipped a step()" in error, error
     assert time.monotonic() - began < 30
 
 
@@ -584,7 +584,7 @@ def check_skips_alone_after_freezing() -> None:
 
 def test_a_rank_that_alone_skips_an_update_after_a_parameter_was_frozen() -> None:
     for error in expect_error_on_all(2, check_skips_alone_after_freezing):
-        assert "skipped a step() that others made" in error, error
+        assert "skipped a step()" in error, error
 
 
 def check_saves_alone(way: dict[str, Any], call: str, folder: str) -> None:
@@ -607,7 +607,7 @@ def test_a_rank_that_alone_saves_is_an_error_on_all(way: str, call: str, tmp_pat
     began = time.monotonic()
     for error in expect_error_on_all(3, check_saves_alone, WAYS[way], call, str(tmp_path)):
         assert error.startswith("AgreementError: rank "), error
-        assert "must be called on every rank" in error, error
+        assert "called on every rank" in error, error
     assert time.monotonic() - began < 30
 
 
@@ -625,7 +625,7 @@ def check_leaves_before_backward(way: dict[str, Any]) -> None:
 
 def test_a_parameter_that_leaves_between_forward_and_backward_of_ddp_is_an_error() -> None:
     for error in expect_error_on_all(2, check_leaves_before_backward, WAYS["ddp"]):
-        assert error.startswith("RuntimeError: a parameter left the optimizer between the forward and the"), error
+        assert error.startswith("RuntimeError: a parameter left"), error
 
 
 # ---------------------------------------------------------------- neither attach nor DDP
@@ -827,7 +827,7 @@ def changes_alone(what: str, when: str, way: dict[str, Any]) -> None:
 )
 def test_parameters_changed_on_one_rank_alone(what: str, when: str, way: dict[str, Any]) -> None:
     for error in expect_error_on_all(2, changes_alone, what, when, way):
-        assert "has other parameters in its groups" in error, error
+        assert "has other parameters" in error, error
 
 
 def skips_alone_under_accelerate() -> None:
@@ -862,7 +862,7 @@ def saves_alone_under_accelerate(folder: str) -> None:
 
 def test_save_state_on_the_main_rank_alone(tmp_path: Path) -> None:
     for error in expect_error_on_all(2, saves_alone_under_accelerate, str(tmp_path)):
-        assert "must be called on every rank" in error, error
+        assert "called on every rank" in error, error
 
 
 def local_sgd(shard: Any, every: int | None) -> list[float]:

@@ -80,7 +80,7 @@ def test_a_loop_keeps_its_loader() -> None:
     assert sorted(int(x) for (batch,) in loop for x in batch) == [*range(8)]
     del loop
     gc.collect()
-    with pytest.raises(ValueError, match=r"the loader of this position is gone\. Keep what prepare returned"):
+    with pytest.raises(ValueError, match=r"loader .*position is gone"):
         place.state_dict()
 
 
@@ -137,7 +137,7 @@ def test_a_method_alone_does_not_keep_its_accelerator() -> None:
     prepare(accelerator, *objects())
     method = accelerator.save_state
     del accelerator
-    with pytest.raises(RuntimeError, match=r"the accelerator of this save_state is gone\. Keep it, and not its method"):
+    with pytest.raises(RuntimeError, match=r"this save_state is gone"):
         method("anywhere")
 
 

@@ -210,7 +210,7 @@ def test_lr_scale_zero_freezes_a_group() -> None:
 @pytest.mark.parametrize("scale", [-0.5, math.nan, math.inf])
 def test_a_bad_lr_scale_is_refused(scale: float) -> None:
     groups = [{"params": network().parameters(), "lr_scale": scale}]
-    with pytest.raises(ValueError, match=f"lr_scale must be a finite number >= 0, got {scale!r}"):
+    with pytest.raises(ValueError, match=f"lr_scale .*finite.* {scale!r}"):
         cycles(torch.optim.AdamW(groups))
 
 

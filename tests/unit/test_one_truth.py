@@ -400,15 +400,15 @@ def test_values_of_the_users_own_stay_in_an_entry() -> None:
     [
         (
             {"step": torch.tensor(1.0)},
-            r"has 'exp_avg' of parameter 1 of group 0, which is None: a tensor of shape \(5, 33\)",
+            r"'exp_avg' of parameter 1 of group 0.* None.* \(5, 33\)",
         ),
         (
             {"step": torch.tensor(1.0), "exp_avg": torch.zeros(3), "exp_avg_sq": torch.zeros(5, 33)},
-            r"'exp_avg' of parameter 1 of group 0, of shape \(3,\): a tensor of shape \(5, 33\) is needed",
+            r"'exp_avg' of parameter 1 of group 0.* \(3,\).* \(5, 33\)",
         ),
         (
             {"step": "one", "exp_avg": torch.zeros(5, 33), "exp_avg_sq": torch.zeros(5, 33)},
-            "'step' .* a number is needed",
+            "'step' .* a number",
         ),
     ],
 )
@@ -538,9 +538,7 @@ def test_one_tensor_for_two_parameters_is_refused() -> None:
     step = torch.tensor(3.0)
     for name in ("first", "bias"):
         job.optimizer.state[getattr(job.model, name)]["step"] = step
-    with pytest.raises(
-        ValueError, match="one tensor as 'step' of parameter 1 of group 0 and as 'step' of parameter 0 of"
-    ):
+    with pytest.raises(ValueError, match=r"'step' of parameter 1 of group 0 .*'step' of parameter 0"):
         job.train(range(2, 3))
 
 
@@ -582,7 +580,7 @@ def test_data_of_another_size_is_refused() -> None:
     job = Job(DistAdamW)
     job.train(range(2))
     job.model.table.data = torch.zeros(8, 5)
-    with pytest.raises(ValueError, match=r"of shape \(8, 5\) has 40 elements, and its state has 35"):
+    with pytest.raises(ValueError, match=r"\(8, 5\) has 40 .*state has 35"):
         job.train(range(2, 3))
 
 
@@ -600,7 +598,7 @@ def test_a_replaced_parameter_is_no_partition_of_deepspeed() -> None:
     job.train(range(2))
     resize_table(job)
     job.train(range(2, 3))
-    assert "state whole on this rank" in repr(job.optimizer)
+    assert "state whole" in repr(job.optimizer)
 
 
 # ---------------------------------------------------------------- weights beside exact ones

@@ -293,7 +293,7 @@ def test_sparse_gradients_are_refused_before_anything_changes() -> None:
     optimizer = DistAdamW([dense, *table.parameters()])
     dense.grad = torch.ones(3)
     table(torch.tensor([1])).sum().backward()
-    with pytest.raises(RuntimeError, match=r"does not support sparse gradients, .*sparse=False"):
+    with pytest.raises(RuntimeError, match=r"sparse gradients.*sparse=False"):
         optimizer.step()
     assert torch.equal(dense, torch.ones(3))
     assert optimizer.updates == 0
@@ -309,21 +309,21 @@ def test_sparse_gradients_are_refused_before_anything_changes() -> None:
         ({"eps": math.nan}, "Invalid epsilon value: nan"),
         ({"betas": (1.0, 0.9)}, "Invalid beta parameter at index 0: 1.0"),
         ({"betas": (0.9, math.nan)}, "Invalid beta parameter at index 1: nan"),
-        ({"betas": (0.9,)}, "betas must be two numbers, got (0.9,"),
-        ({"betas": (0.9, 0.95, 0.999)}, "betas must be two numbers"),
-        ({"betas": "", "state_dtype": torch.bfloat16}, "betas must be two numbers, got ''"),
-        ({"betas": 0.9}, "betas must be two numbers, got 0.9"),
+        ({"betas": (0.9,)}, r"betas .*two numbers.* \(0\.9,"),
+        ({"betas": (0.9, 0.95, 0.999)}, r"betas .*two numbers.* \(0\.9, 0\.95, 0\.999\)"),
+        ({"betas": "", "state_dtype": torch.bfloat16}, "betas .*two numbers.* ''"),
+        ({"betas": 0.9}, r"betas .*two numbers.* 0\.9"),
         ({"weight_decay": -0.1}, "Invalid weight_decay value: -0.1"),
         ({"weight_decay": math.nan}, "Invalid weight_decay value: nan"),
-        ({"decay_by": "wd"}, "decay_by must be 'lr' or 'schedule', got 'wd'"),
-        ({"max_grad_norm": 0.0}, "max_grad_norm must be above 0 or None, got 0.0"),
-        ({"max_grad_norm": math.nan}, "max_grad_norm must be above 0 or None, got nan"),
-        ({"shard": "yes"}, "shard must be True, False or 'auto', got 'yes'"),
-        ({"bucket_numel": 0}, "bucket_numel must be above 0, got 0"),
+        ({"decay_by": "wd"}, "decay_by .*'wd'"),
+        ({"max_grad_norm": 0.0}, r"max_grad_norm .*above 0.* 0\.0"),
+        ({"max_grad_norm": math.nan}, "max_grad_norm .*above 0.* nan"),
+        ({"shard": "yes"}, "shard .*'yes'"),
+        ({"bucket_numel": 0}, "bucket_numel .*above 0.*got 0"),
     ],
 )
 def test_bad_arguments(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message.replace("(", r"\(")):
+    with pytest.raises(ValueError, match=message):
         DistAdamW([nn.Parameter(torch.ones(1))], **options)
 
 
@@ -343,7 +343,7 @@ def test_parameters_that_cannot_be_laid_out_are_refused() -> None:
 def test_a_parameter_that_is_twice_in_a_group_is_refused() -> None:
     tied, other = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(3))
     optimizer = DistAdamW([other])
-    with pytest.raises(ValueError, match="parameter 0 of group 1 and parameter 2 of group 1 are the same"):
+    with pytest.raises(ValueError, match=r"parameter 0 of group 1 and parameter 2 of group 1 .*same"):
         optimizer.add_param_group({"params": [tied, nn.Parameter(torch.ones(1)), tied]})
     assert len(optimizer.param_groups) == 1
 
@@ -364,7 +364,7 @@ def test_hyper_parameters_that_torch_refuses_are_refused_before_anything_changes
     cases: list[tuple[dict[str, Any], str]] = [
         ({"betas": (0.9, torch.tensor(0.999))}, "both floats or both Tensors"),
         ({"betas": (torch.tensor([0.9, 0.8]), torch.tensor(0.999))}, r"Tensor betas\[0\] must be 1-element"),
-        ({"lr": torch.tensor(0.1)}, "lr as a Tensor is not supported by foreach"),
+        ({"lr": torch.tensor(0.1)}, "lr as a Tensor .*foreach"),
     ]
     for wrong, message in cases:
         params: list[Any] = [{"params": [param], **wrong}] if late else [param]
@@ -403,7 +403,7 @@ def test_a_state_of_another_model_is_refused_and_nothing_is_lost() -> None:
 def test_shard_true_without_ranks_is_an_error() -> None:
     model = network()
     optimizer = DistAdamW(model.parameters(), shard=True)
-    with pytest.raises(RuntimeError, match="shard=True, but there is one rank"):
+    with pytest.raises(RuntimeError, match=r"shard=True.*one rank"):
         train(model, optimizer, 1)
 
 
@@ -412,7 +412,7 @@ def test_repr_says_what_was_decided() -> None:
     optimizer = DistAdamW(model.parameters())
     assert "layout not built" in repr(optimizer)
     train(model, optimizer, 1)
-    assert "shard: auto (state whole on this rank" in repr(optimizer)
+    assert "shard: auto (state whole" in repr(optimizer)
 
 
 def test_bf16_autocast_trains() -> None:

@@ -142,7 +142,7 @@ def test_step_counts_the_samples_it_is_given() -> None:
     scheduler.step(samples=37)
     assert scheduler.samples == 37
     for bad in (-1, 1.5, True, "8"):
-        with pytest.raises(ValueError, match="samples must be a whole number >= 0"):
+        with pytest.raises(ValueError, match=f"samples .*whole number.* {bad!r}"):
             scheduler.step(samples=bad)  # type: ignore[arg-type]
 
 
@@ -214,7 +214,7 @@ def test_what_is_no_integer_is_refused_everywhere(value: Any) -> None:
         lambda: make(adamw(), warmup_samples=value),
         lambda: GlobalBatch(value),
     ):
-        with pytest.raises(ValueError, match="must be a whole number"):
+        with pytest.raises(ValueError, match="whole number"):
             call()
 
 
@@ -414,7 +414,7 @@ def test_on_difference_is_an_argument() -> None:
     kept = make(adamw(), on_difference="new")
     kept.load_state_dict(state)
     assert kept.schedule.restart_period == 1
-    with pytest.raises(ValueError, match="on_difference must be 'strict', 'checkpoint' or 'new', got 'maybe'"):
+    with pytest.raises(ValueError, match=r"on_difference .*'maybe'"):
         make(adamw(), on_difference="maybe")
 
 
@@ -451,7 +451,7 @@ def test_another_writer_of_lr_is_named_once(tensor: bool) -> None:
             scheduler.step()
             other.step()
     assert [str(w.message).split(" is ")[0] for w in caught] == ["lr of parameter group 0"]
-    assert "another scheduler or your own code" in str(caught[0].message)
+    assert "another scheduler" in str(caught[0].message)
     assert caught[0].filename == __file__
 
 
@@ -548,23 +548,24 @@ def test_preview_shows_the_restarts_and_the_trace(tmp_path: Path) -> None:
         (
             20,
             {},
-            "epoch 20), 12.5% into cycle 3, with lr at 96.2% of its base value. Cycles end at epoch 17.5 "
-            "(17,500 samples) and at epoch 37.5 (37,500 samples); with restart_period=1.33 or restart_period=2.86 one",
+            "epoch 20) ... 12.5% into cycle 3 ... 96.2% ... epoch 17.5 (17,500 samples) ... "
+            "epoch 37.5 (37,500 samples) ... restart_period=1.33 ... restart_period=2.86",
         ),
-        (17.5, {}, "(epoch 17.5), at the end of cycle 2"),
-        (17.58, {}, "(epoch 17.58), at the end of cycle 2"),  # the last update began before the restart
-        (17.6, {}, "0.5% into cycle 3, with lr at 100.0% of its base value"),  # one update at the peak
-        (17.4, {}, "(epoch 17.4), at the end of cycle 2"),  # no update is left of it
-        (1, {}, "The first cycle ends at epoch 2.5 (2,500 samples); with restart_period=1 one ends"),
-        (4, {"warmup_samples": 5000}, "before the warm-up is over, with lr at 80.0%"),
-        (20, {"t_mult": 0.5}, "Cycles end at epoch 19.75 (19,750 samples) and at epoch 20.75 (20,750 samples)"),
-        (20, {"t_mult": 1, "restart_period": 0.3}, "restart_period=0.299 or restart_period=0.303 one"),
+        (17.5, {}, "(epoch 17.5) ... end of cycle 2"),
+        (17.58, {}, "(epoch 17.58) ... end of cycle 2"),  # the last update began before the restart
+        (17.6, {}, "0.5% into cycle 3 ... 100.0%"),  # one update at the peak
+        (17.4, {}, "(epoch 17.4) ... end of cycle 2"),  # no update is left of it
+        (1, {}, "first cycle ... epoch 2.5 (2,500 samples) ... restart_period=1 "),
+        (4, {"warmup_samples": 5000}, "before the warm-up ... 80.0%"),
+        (20, {"t_mult": 0.5}, "epoch 19.75 (19,750 samples) ... epoch 20.75 (20,750 samples)"),
+        (20, {"t_mult": 1, "restart_period": 0.3}, "restart_period=0.299 ... restart_period=0.303"),
     ],
 )
 def test_preview_shows_where_training_ends(epochs: float, options: dict[str, Any], said: str) -> None:
     scheduler = make(adamw(), **{"restart_period": 2.5, **options})
     preview = scheduler.preview(total_samples=int(1000 * epochs))
-    assert said in str(preview).splitlines()[-1]
+    last_line = str(preview).splitlines()[-1]
+    assert all(part in last_line for part in said.split(" ... "))
     assert preview.samples[-1] < 1000 * epochs
     assert preview.end is not None
     assert len(preview.rows) == min(preview.end.cycle + 1, 20)
@@ -589,15 +590,15 @@ def test_the_hooks_do_not_keep_a_dropped_scheduler_alive() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"min_lr": 2e-3}, r"min_lr must lie between 0 and the group's lr 0\.001, got 0\.002"),
-        ({"min_lr": math.nan}, "min_lr must lie between 0 .* got nan"),
-        ({"restart_period": 0}, "restart_period must be a finite number above 0, got 0"),
-        ({"t_mult": -1}, "t_mult must be a finite number above 0, got -1"),
+        ({"min_lr": 2e-3}, r"min_lr .* 0\.001, got 0\.002"),
+        ({"min_lr": math.nan}, r"min_lr .* 0\.001, got nan"),
+        ({"restart_period": 0}, "restart_period .*finite.* got 0"),
+        ({"t_mult": -1}, "t_mult .*finite.* -1"),
         ({"policy": "cosin"}, "unknown policy 'cosin'"),
-        ({"batch_size": 0}, "batch_size must be a whole number above 0, got 0"),
-        ({"epoch_size": -5}, "epoch_size must be a whole number above 0, got -5"),
-        ({"normalize_weight_decay": "yes"}, "normalize_weight_decay must be True, False or 'auto', got 'yes'"),
-        ({"lr_scaling": "cubic"}, "lr_scaling must be 'sqrt', 'linear' or None, got 'cubic'"),
+        ({"batch_size": 0}, "batch_size .*whole number.* got 0"),
+        ({"epoch_size": -5}, "epoch_size .*whole number.* -5"),
+        ({"normalize_weight_decay": "yes"}, "normalize_weight_decay .*'yes'"),
+        ({"lr_scaling": "cubic"}, "lr_scaling .*'cubic'"),
         ({"batch_size": None, "policy": "cosin"}, "unknown policy"),
     ],
 )
@@ -621,7 +622,7 @@ def test_iteration_callback_sees_global_batches() -> None:
 def test_nan_in_a_group_is_refused() -> None:
     optimizer = torch.optim.SGD([parameter()], lr=0.1)
     optimizer.param_groups[0]["lr"] = math.nan
-    with pytest.raises(ValueError, match="lr must be a finite number >= 0, got nan"):
+    with pytest.raises(ValueError, match=r"lr .*finite.* nan"):
         make(optimizer)
 
 
@@ -728,7 +729,7 @@ def test_updates_across_the_ends_of_epochs_are_told_once() -> None:
         for _ in range(6):
             optimizer.step()
             scheduler.step(samples=8)
-    assert ["ends 4 samples beyond an epoch of 20" in str(one.message) for one in told] == [True]
+    assert ["4 samples beyond an epoch of 20" in str(one.message) for one in told] == [True]
 
 
 # ---------------------------------------------------------------- parameter groups that users change

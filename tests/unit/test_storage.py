@@ -138,7 +138,7 @@ def test_what_is_no_plain_data_or_tensor_is_refused_and_nothing_lost(tmp_path: P
 
 def test_folders_of_others_are_named(tmp_path: Path) -> None:
     assert "no such folder" in str(damage(tmp_path / "none"))
-    assert "is not a whole checkpoint" in str(damage(tmp_path))
+    assert "not a whole checkpoint" in str(damage(tmp_path))
     dcp_save({"x": torch.zeros(3)}, checkpoint_id=tmp_path / "theirs", no_dist=True)
     assert "Convert it with `dist-adamw import`" in str(damage(tmp_path / "theirs"))
     save(tmp_path, {"x": torch.zeros(3)})

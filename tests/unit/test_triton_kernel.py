@@ -417,7 +417,7 @@ def test_mistakes_are_refused() -> None:
     table = BlockTable(ours.params, grads, offsets=ours.offsets, step_indices=range(5))
     with pytest.raises(ValueError, match="equally long"):
         BlockTable(ours.params, grads, offsets=[0], step_indices=range(5))
-    with pytest.raises(ValueError, match=r"grads have .* the table was built for"):
+    with pytest.raises(ValueError, match=r"grads .*table was built for"):
         table.follow(ours.params, [torch.zeros(n + 1, dtype=BF16) for n in SIZES])
     with pytest.raises(ValueError, match="contiguous"):
         table.follow(ours.params, [torch.zeros(2 * n, dtype=BF16)[::2] for n in SIZES])
