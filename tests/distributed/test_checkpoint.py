@@ -369,7 +369,7 @@ def hooks_and_objects(folder: str) -> list[Any]:
     changed = weights(model)
     counter = Counter()
     accelerator.register_for_checkpointing(counter)
-    with pytest.raises(CheckpointError, match="has the state of 0 custom objects, and 1 are registered"):
+    with pytest.raises(CheckpointError, match=r"0 custom objects.* 1 .*registered"):
         accelerator.load_state(folder)
     assert all(torch.equal(a, b) for a, b in zip(changed, weights(model), strict=True))
     accelerator._custom_objects.clear()

@@ -196,13 +196,11 @@ def test_names_are_given_or_known_or_asked_for(tmp_path: Path) -> None:
     torch.save(model.state_dict(), tmp_path / "model.pt")
     torch.save(state, tmp_path / "optimizer.pt")
     files = (tmp_path / "model.pt", tmp_path / "ours")
-    with pytest.raises(CheckpointError, match=r"numbers 4 parameters in 2 group\(s\), and has 6 weights and buffers"):
+    with pytest.raises(CheckpointError, match=r"4 parameters in 2 group.* 6 weights"):
         import_checkpoint(*files, optimizer=tmp_path / "optimizer.pt")
-    with pytest.raises(CheckpointError, match="has an optimizer of 4 parameters, and 3 names"):
+    with pytest.raises(CheckpointError, match=r"4 parameters.* 3 names"):
         import_checkpoint(*files, optimizer=tmp_path / "optimizer.pt", names=names[:3])
-    with pytest.raises(
-        CheckpointError, match=r"exp_avg of shape \[33, 6\] for body.2.bias, and weights of shape \[2\]"
-    ):
+    with pytest.raises(CheckpointError, match=r"exp_avg .*\[33, 6\].* body.2.bias.* \[2\]"):
         import_checkpoint(*files, optimizer=tmp_path / "optimizer.pt", names=names[::-1])
     with pytest.raises(CheckpointError, match="Pass the model's file"):
         import_checkpoint(tmp_path / "optimizer.pt", tmp_path / "ours")
@@ -374,7 +372,7 @@ def test_enums_as_python_3_11_2_pickles_them(tmp_path: Path, monkeypatch: pytest
         assert torch.equal(weights_in(tmp_path / f"{name}-ours")["weight"], weights["weight"])
     monkeypatch.setattr(Harmless, "__reduce__", lambda _: (getattr, (Bomb, "__init__")), raising=False)
     torch.save({"model": weights, "x": Harmless()}, tmp_path / "bomb")
-    with pytest.raises(CheckpointError, match=r"Bomb, which is neither .* nothing is executed"):
+    with pytest.raises(CheckpointError, match=r"Bomb,.* nothing is executed"):
         import_checkpoint(tmp_path / "bomb", tmp_path / "ours")
 
 
@@ -655,7 +653,7 @@ def test_weights_of_a_name_that_safetensors_cannot_hold(tmp_path: Path) -> None:
     model = nn.Module()
     model.register_parameter("__metadata__", nn.Parameter(torch.ones(2)))
     save(tmp_path / "ours", model)
-    with pytest.raises(CheckpointError, match="weights named '__metadata__', which safetensors cannot hold"):
+    with pytest.raises(CheckpointError, match=r"'__metadata__'.*safetensors"):
         export_checkpoint(tmp_path / "ours", tmp_path / "x", "safetensors")
 
 

@@ -416,7 +416,7 @@ def test_one_process_and_its_folders(tmp_path: Path) -> None:
     job = Job()
     job.train()
     folder = CheckpointFolder(tmp_path)
-    with pytest.raises(CheckpointError, match=r"this process has a CheckpointFolder of .* already"):
+    with pytest.raises(CheckpointError, match=r"has a CheckpointFolder of .*already"):
         CheckpointFolder(tmp_path, patience=0.0)
     folder.close()
     with pytest.raises(CheckpointError, match="is closed"):
@@ -436,7 +436,7 @@ def test_a_job_killed_while_it_replaced_a_checkpoint(tmp_path: Path) -> None:
 
 
 def test_bad_arguments_are_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="keep must be 1 or more, got 0"):
+    with pytest.raises(ValueError, match=r"keep .*1 or more.* 0"):
         CheckpointFolder(tmp_path, keep=0)
     with pytest.raises(ValueError, match=r"on_error .*'ignore'"):
         CheckpointFolder(tmp_path, on_error="ignore")  # type: ignore[arg-type]

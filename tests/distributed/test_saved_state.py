@@ -337,7 +337,8 @@ def test_weights_written_after_a_load_are_the_ones_that_count(tmp_path: Path) ->
     with torch.no_grad():
         model.get_parameter("0.weight").fill_(3.0)
     step(model, optimizer, 1)
-    assert torch.equal(weight := model.get_parameter("0.weight"), torch.full_like(weight, 3.0))
+    weight = model.get_parameter("0.weight")
+    assert torch.equal(weight, torch.full_like(weight, 3.0))
 
 
 # ---------------------------------------------------------------------------------------------- what models have
@@ -526,7 +527,7 @@ def without_schedule(folder: str) -> None:
     assert again.last_epoch == 3
     assert other.param_groups[0]["lr"] == optimizer.param_groups[0]["lr"] == 5e-3
     assert other.param_groups[0]["weight_decay"] == 0.3
-    with pytest.raises(CheckpointError, match="has the state of StepLR, and this job a CyclicLRWithRestarts"):
+    with pytest.raises(CheckpointError, match=r"state of StepLR.* CyclicLRWithRestarts"):
         load(folder, model, other, CyclicLRWithRestarts(other, 10, 100))
 
 

@@ -528,7 +528,7 @@ def test_memory_of_another_shape_is_refused() -> None:
     job = Job(DistAdamW)
     job.train(range(2))
     job.optimizer.state[job.model.first]["exp_avg"].data = torch.zeros(3)
-    with pytest.raises(ValueError, match=r"'exp_avg' of parameter 1 of group 0, of shape \(3,\): a tensor of shape"):
+    with pytest.raises(ValueError, match=r"'exp_avg' of parameter 1 of group 0.* \(3,\).*shape"):
         job.train(range(2, 3))
 
 
@@ -563,7 +563,7 @@ def test_state_without_maxima_is_not_copied(way: Any) -> None:
     job.optimizer.param_groups[0]["amsgrad"] = False
     saved = job.optimizer.state_dict()
     saved["param_groups"][0]["amsgrad"] = True
-    with pytest.raises(ValueError, match="the state of parameter 0 has no max_exp_avg_sq"):
+    with pytest.raises(ValueError, match="parameter 0 has no max_exp_avg_sq"):
         job.optimizer.load_state_dict(saved)
 
 
@@ -572,7 +572,7 @@ def test_half_a_state_is_not_copied(updates: int) -> None:
     job = Job(DistAdamW)
     job.train(range(updates))
     job.optimizer.state[job.model.first] = {"step": torch.tensor(1.0)}
-    with pytest.raises(ValueError, match="has 'exp_avg' of parameter 1 of group 0, which is None"):
+    with pytest.raises(ValueError, match=r"'exp_avg' of parameter 1 of group 0.* None"):
         copy.deepcopy(job.optimizer)
 
 

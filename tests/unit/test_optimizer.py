@@ -388,7 +388,7 @@ def test_a_state_of_another_model_is_refused_and_nothing_is_lost() -> None:
     theirs = torch.optim.AdamW(other.parameters())
     sum(p.sum() for p in other).backward()
     theirs.step()
-    with pytest.raises(ValueError, match=r"exp_avg of parameter 0 has shape \(1,\), but \(\) is needed"):
+    with pytest.raises(ValueError, match=r"exp_avg of parameter 0 .*\(1,\).* \(\)"):
         optimizer.load_state_dict(theirs.state_dict())
     with pytest.raises(ValueError, match=r"different number of parameter groups|doesn't match the size"):
         optimizer.load_state_dict(torch.optim.AdamW(model[2].parameters()).state_dict())  # type: ignore[index]

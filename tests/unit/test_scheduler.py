@@ -664,7 +664,7 @@ def test_an_update_at_a_lr_that_the_user_set_to_zero_counts() -> None:
     train(optimizer, scheduler, 1)
     optimizer.param_groups[0]["lr"] = 0.0
     update(optimizer)
-    with pytest.warns(UserWarning, match=r"lr of parameter group 0 is 0\.0, which Cyclic.* has not written"):
+    with pytest.warns(UserWarning, match=r"lr of parameter group 0 is 0\.0.*not written"):
         scheduler.step()
     assert scheduler.samples == 200
 
