@@ -47,7 +47,8 @@ def load_and_go_on(folder: str, accumulation: int, done: int) -> tuple[list[Row]
     prepared = prepare(accelerator, *objects)
     accelerator.load_state(folder)
     model, optimizer, loader, scheduler = prepared
-    per_epoch = 48 // scheduler.batch_size  # type: ignore[operator]
+    assert scheduler.batch_size is not None
+    per_epoch = 48 // scheduler.batch_size
     rest = accelerator.skip_first_batches(loader, done % per_epoch * accumulation)
     rows = list(epochs(accelerator, model, optimizer, rest, scheduler, count=1))
     rows += epochs(accelerator, *prepared, count=4 - done // per_epoch - 1)

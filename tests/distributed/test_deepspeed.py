@@ -29,7 +29,7 @@ from tests.distributed.test_engines import (
 from tests.known import unwrap
 from tests.ranks import run_ranks
 
-OPTIMIZER = {"type": "DistAdamW", "params": {"lr": 1e-2, "weight_decay": 0.1, "eps": 0.1}}
+OPTIMIZER: dict[str, Any] = {"type": "DistAdamW", "params": {"lr": 1e-2, "weight_decay": 0.1, "eps": 0.1}}
 SCHEDULER = {"type": "CyclicLRWithRestarts", "params": {"batch_size": "auto", "epoch_size": "auto", **RECIPE}}
 
 
@@ -82,7 +82,7 @@ def check_alone(stage: str, accumulation: int, written: bool) -> Curve:
             {**config, "optimizer": OPTIMIZER, "scheduler": scheduler}, model, model_parameters=model.parameters()
         )
     else:
-        optimizer = DistAdamW(model.parameters(), **OPTIMIZER["params"])  # type: ignore[arg-type]
+        optimizer = DistAdamW(model.parameters(), **OPTIMIZER["params"])
         made = CyclicLRWithRestarts(optimizer, BATCH, EPOCH, **RECIPE)
         engine = initialize(config, model, optimizer=optimizer, lr_scheduler=made)
     scheduler = engine.lr_scheduler
@@ -159,7 +159,7 @@ def check_groups(stage: str) -> tuple[int, int, list[float]]:
             with accelerator.accumulate(model):
                 accelerator.backward(nn.functional.mse_loss(model(x), y))
                 scheduler.step()
-        lrs: list[float] = scheduler.get_last_lr()  # type: ignore[assignment]
+        lrs = [float(lr) for lr in scheduler.get_last_lr()]
         return optimizer.updates, scheduler.samples, lrs
 
 

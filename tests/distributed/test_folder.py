@@ -14,7 +14,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
 import pytest
@@ -439,7 +439,7 @@ def test_bad_arguments_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"keep .*1 or more.* 0"):
         CheckpointFolder(tmp_path, keep=0)
     with pytest.raises(ValueError, match=r"on_error .*'ignore'"):
-        CheckpointFolder(tmp_path, on_error="ignore")  # type: ignore[arg-type]
+        CheckpointFolder(tmp_path, on_error=cast(Any, "ignore"))
 
 
 # ---------------------------------------------------------------------------------------------- beside training

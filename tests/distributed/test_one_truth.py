@@ -37,11 +37,12 @@ class Pair:
 
     def __init__(self, way: str, **options: Any) -> None:
         self.model, self.twin = Network(), Network()
-        self.way, self.run = way, self.model
+        self.way = way
+        self.run: nn.Module = self.model
         self.optimizer = self._groups(DistAdamW, self.model, bucket_numel=300, **options)
         self.reference = self._groups(torch.optim.AdamW, self.twin, fused=True)
         if way == "ddp":
-            self.run = DistributedDataParallel(self.model, find_unused_parameters=True)  # type: ignore[assignment]
+            self.run = DistributedDataParallel(self.model, find_unused_parameters=True)
         elif way != "none":
             self.optimizer.attach(self.model, overlap=way != "late", reduce_every_backward=way == "shard")
 

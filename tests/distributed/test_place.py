@@ -286,7 +286,7 @@ def test_a_checkpoint_folder_says_when_a_save_is_due(tmp_path: Path) -> None:
         folder.is_due(5)
 
 
-class Stream(IterableDataset):  # type: ignore[type-arg]
+class Stream(IterableDataset[Any]):
     def __iter__(self) -> Iterator[Tensor]:
         return iter(torch.arange(9.0).view(-1, 1))
 

@@ -399,13 +399,13 @@ def without_rest_of_epoch(folder: str) -> tuple[Any, Any]:
         if i == 2:
             break
     accelerator.save_state(folder)
-    running = rest_of_epoch(loader)
+    running: Any = rest_of_epoch(loader)
     next(running)  # and nobody ends it
     accelerator.load_state(folder)
     accelerator.save_state(folder)
     at_once = position(loader).state_dict()
     rest = sum(1 for _ in rest_of_epoch(loader))
-    running.close()  # type: ignore[attr-defined]
+    running.close()
     return at_once and at_once["samples"], rest
 
 

@@ -308,10 +308,10 @@ def check_masters() -> None:
         pair, other = Pair(master_dtype=master_dtype), Pair(master_dtype=master_dtype)
         pair.train(range(3), follow=False)
         pair.optimizer.consolidate_state_dict()
-        boxes = [pair.optimizer.state_dict() if dist.get_rank() == 0 else None]
+        boxes: list[Any] = [pair.optimizer.state_dict() if dist.get_rank() == 0 else None]
         dist.broadcast_object_list(boxes, src=0)
         other.model.load_state_dict(pair.model.state_dict())
-        other.optimizer.load_state_dict(boxes[0])  # type: ignore[arg-type]
+        other.optimizer.load_state_dict(boxes[0])
         for p in (pair, other):
             p.train(range(3, 6), follow=False)
         assert all(itertools.starmap(torch.equal, zip(pair.masters(), other.masters(), strict=True)))
@@ -440,8 +440,9 @@ def test_a_wrapper_may_go_round() -> None:
 
 def check_nothing_to_do() -> None:
     model = small()
-    for options in ({"shard": False}, {}):
-        optimizer = DistAdamW(model.parameters(), **ADAMW, **options)  # type: ignore[arg-type]
+    ways: list[dict[str, Any]] = [{"shard": False}, {}]
+    for options in ways:
+        optimizer = DistAdamW(model.parameters(), **ADAMW, **options)
         optimizer.consolidate_state_dict()
         assert optimizer.state_dict()["state"] == {}
         if options:

@@ -59,7 +59,7 @@ class StopInside(TrainerCallback):
             control.should_epoch_stop = True
 
 
-class Stream(IterableDataset):  # type: ignore[type-arg]
+class Stream(IterableDataset[Any]):
     def __init__(self, size: int) -> None:
         self.rows = Samples(size)
 

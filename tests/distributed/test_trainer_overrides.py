@@ -252,11 +252,11 @@ def test_a_search_changes_the_arguments(ranks: int, tmp_path: Path) -> None:
     assert run_ranks(ranks, searched, str(tmp_path), ranks) == [expected] * ranks
 
 
-def resumed(folder: str, engine: str, on_difference: str | None, period: float) -> tuple[float, float] | str:
+def resumed(folder: str, engine: str, on_difference: Any, period: float) -> tuple[float, float] | str:
     save: dict[str, Any] = {"save_strategy": "steps", "save_steps": 8}
     with arguments_on(engine, folder, **save) as args:
         trainer = Noting(Network(), args, train_dataset=Samples())
-        prepare_trainer(trainer, scheduler={**FITS, "restart_period": period}, on_difference=on_difference)  # type: ignore[arg-type]
+        prepare_trainer(trainer, scheduler={**FITS, "restart_period": period}, on_difference=on_difference)
         try:
             trainer.train(resume_from_checkpoint=f"{folder}/checkpoint-8" if period != EPOCHS else None)
         except ValueError as error:

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from dist_adamw import CyclicLRWithRestarts, DistAdamW, prepare, save
 from tests.distributed.test_attach import WAYS, attach, average_gradients
-from tests.known import grad_of
+from tests.known import grad_of, to_memory_format
 from tests.ranks import expect_error_on_all, run_ranks
 
 WIDTH = 8
@@ -71,7 +71,7 @@ class Pair:
         view = way.pop("view", True)
         self.model: Any = wrap(self.bare, gradient_as_bucket_view=view) if way.pop("ddp", False) else self.bare
         self.way = way
-        self.optimizer = ours(self.bare.parameters())
+        self.optimizer: Any = ours(self.bare.parameters())
         self.reference: Any = theirs(self.twin.parameters())
         attach(self.optimizer, self.model, **way)
 
@@ -173,7 +173,7 @@ def test_a_ddp_module_inside_of_an_attached_module_averages_its_own() -> None:
 
 def replace(model: nn.Module, change: Callable[[Tensor], Tensor]) -> None:
     for p in model.parameters():
-        p.grad = change(p.grad)  # type: ignore[arg-type]
+        p.grad = change(grad_of(p))
 
 
 def replace_data(model: nn.Module) -> None:
@@ -310,7 +310,7 @@ def test_hooks_registered_after_attach(way: str, monkeypatch: pytest.MonkeyPatch
 def conv() -> nn.Module:
     torch.manual_seed(3)
     model = nn.Sequential(nn.Unflatten(1, (2, 2, 2)), nn.Conv2d(2, 40, 2), nn.Flatten(), nn.Linear(40, 8))
-    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return to_memory_format(model, torch.channels_last)
 
 
 def check_gathered(way: dict[str, Any]) -> None:
@@ -398,7 +398,7 @@ def check_second(way: dict[str, Any], second: str, *, keep: bool) -> None:
     if second == "same":
         attach(pair.optimizer, pair.model, **pair.way)
     elif second == "torch":
-        pair.optimizer = theirs(pair.bare.parameters())  # type: ignore[assignment]
+        pair.optimizer = theirs(pair.bare.parameters())
     else:
         pair.optimizer = ours(unfrozen)
         attach(pair.optimizer, pair.model, **pair.way)

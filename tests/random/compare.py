@@ -177,9 +177,9 @@ def _take_over(ours: Ours, theirs: Torchs) -> None:
             # Not what follows from the parameter, which may be what it was by the time it is looked at again.
             held["master"] = state["master"] if "master" in state else fp32_weight(a, p)
         values.append({key: (ranges_of(a, p), value.detach().clone()) for key, value in held.items()})
-    everywhere = [values]
+    everywhere: list[Any] = [values]
     if ours.sequence.ranks > 1:
-        everywhere = [None] * ours.sequence.ranks  # type: ignore[list-item]
+        everywhere = [None] * ours.sequence.ranks
         dist.all_gather_object(everywhere, values, group=ours.group)
     with torch.no_grad():
         for i, (a, b, p, q) in enumerate(pairs):

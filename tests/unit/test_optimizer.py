@@ -7,17 +7,17 @@ import io
 import math
 import pickle
 from collections import defaultdict
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from dist_adamw import DistAdamW
-from tests.known import to_memory_format
+from tests.known import grad_of, to_memory_format
 
 
-def network() -> nn.Module:
+def network() -> nn.Sequential:
     """Odd sizes, a permuted memory format, a scalar, an empty and a frozen parameter."""
     torch.manual_seed(1)
     first = to_memory_format(nn.Conv2d(3, 5, 3), torch.channels_last)
@@ -107,10 +107,12 @@ def test_the_papers_convention_multiplies_by_one_minus_the_decay(fused: bool) ->
 
 
 def test_a_tensor_lr_works_in_both_conventions() -> None:
-    for decay_by in ("lr", "schedule"):
+    conventions: list[Literal["lr", "schedule"]] = ["lr", "schedule"]
+    for decay_by in conventions:
         params = [nn.Parameter(torch.ones(40)) for _ in range(2)]
-        for param, lr in zip(params, (0.01, torch.tensor(0.01, dtype=torch.float64)), strict=True):
-            optimizer = DistAdamW([param], lr=lr, weight_decay=0.1, decay_by=decay_by)  # type: ignore[arg-type]
+        lrs: list[float | Tensor] = [0.01, torch.tensor(0.01, dtype=torch.float64)]
+        for param, lr in zip(params, lrs, strict=True):
+            optimizer = DistAdamW([param], lr=lr, weight_decay=0.1, decay_by=decay_by)
             for _ in range(3):
                 param.grad = torch.full_like(param, 0.5)
                 optimizer.step()
@@ -150,7 +152,7 @@ def test_a_norm_that_is_not_finite_skips_the_update(fused: bool, bad: float) -> 
     before = copy.deepcopy(optimizer.state_dict())
     weights = [p.detach().clone() for p in model.parameters()]
     backward(model, 9)
-    model.scale.grad.fill_(bad)  # type: ignore[union-attr, operator]
+    grad_of(model.get_parameter("scale")).fill_(bad)
     optimizer.step()
     assert optimizer.step_was_skipped
     assert optimizer.updates == 2
@@ -225,11 +227,12 @@ def test_a_step_without_gradients_is_not_an_update() -> None:
 
 def test_groups_added_and_parameters_unfrozen_after_the_first_update() -> None:
     ours, theirs = network(), network()
-    optimizer = DistAdamW([*ours[2].parameters(), ours.frozen], lr=1e-2)  # type: ignore[index]
-    reference = torch.optim.AdamW([*theirs[2].parameters(), theirs.frozen], lr=1e-2, fused=True)  # type: ignore[index]
+    optimizer = DistAdamW([*ours[2].parameters(), ours.get_parameter("frozen")], lr=1e-2)
+    unfrozen = [*theirs[2].parameters(), theirs.get_parameter("frozen")]
+    reference = torch.optim.AdamW(unfrozen, lr=1e-2, fused=True)
     for model, opt in ((ours, optimizer), (theirs, reference)):
         train(model, opt, 2)
-        opt.add_param_group({"params": list(model[3].parameters()), "lr": 1e-3})  # type: ignore[index]
+        opt.add_param_group({"params": list(model[3].parameters()), "lr": 1e-3})
         train(model, opt, 2, first=2)
         model.frozen.requires_grad_(True)
         for step in range(4, 7):
@@ -238,7 +241,7 @@ def test_groups_added_and_parameters_unfrozen_after_the_first_update() -> None:
             opt.step()
             opt.zero_grad()
     assert_same_bits(ours, theirs)
-    assert optimizer.state[ours.frozen]["step"] == 3  # type: ignore[index]
+    assert optimizer.state[ours.get_parameter("frozen")]["step"] == 3
 
 
 def test_parameters_without_a_gradient_this_time_keep_their_step() -> None:
@@ -249,7 +252,7 @@ def test_parameters_without_a_gradient_this_time_keep_their_step() -> None:
         for step in range(6):
             backward(model, step)
             if step % 2:
-                model[2].weight.grad = None  # type: ignore[index]
+                model.get_parameter("2.weight").grad = None
             opt.step()
             opt.zero_grad()
     assert_same_bits(ours, theirs)
@@ -391,7 +394,7 @@ def test_a_state_of_another_model_is_refused_and_nothing_is_lost() -> None:
     with pytest.raises(ValueError, match=r"exp_avg of parameter 0 .*\(1,\).* \(\)"):
         optimizer.load_state_dict(theirs.state_dict())
     with pytest.raises(ValueError, match=r"different number of parameter groups|doesn't match the size"):
-        optimizer.load_state_dict(torch.optim.AdamW(model[2].parameters()).state_dict())  # type: ignore[index]
+        optimizer.load_state_dict(torch.optim.AdamW(model[2].parameters()).state_dict())
     assert optimizer.updates == 2
     twin = network()
     reference = torch.optim.AdamW(twin.parameters(), lr=1e-2, fused=True)

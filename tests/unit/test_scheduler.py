@@ -78,8 +78,8 @@ def test_golden_trace_in_the_papers_convention() -> None:
 
 
 @pytest.mark.parametrize("cls", [DistAdamW, torch.optim.AdamW])
-def test_golden_trace_in_torchs_convention(cls: type[Optimizer]) -> None:
-    optimizer = cls([parameter()], lr=1e-3, weight_decay=0.05)  # type: ignore[call-arg]
+def test_golden_trace_in_torchs_convention(cls: Callable[..., Optimizer]) -> None:
+    optimizer = cls([parameter()], lr=1e-3, weight_decay=0.05)
     expected = golden("10_paper_cosine_torch_convention")
     check_golden(train(optimizer, make(optimizer, **PAPER, min_lr=1e-5), len(expected)), expected)
 
@@ -141,9 +141,10 @@ def test_step_counts_the_samples_it_is_given() -> None:
     scheduler.step(samples=37)
     scheduler.step(samples=37)
     assert scheduler.samples == 37
-    for bad in (-1, 1.5, True, "8"):
+    wrong: list[Any] = [-1, 1.5, True, "8"]
+    for bad in wrong:
         with pytest.raises(ValueError, match=f"samples .*whole number.* {bad!r}"):
-            scheduler.step(samples=bad)  # type: ignore[arg-type]
+            scheduler.step(samples=bad)
 
 
 @pytest.mark.parametrize(
@@ -220,10 +221,10 @@ def test_what_is_no_integer_is_refused_everywhere(value: Any) -> None:
 
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("cls", [DistAdamW, torch.optim.AdamW])
-def test_an_fp16_update_that_overflows_holds_the_schedule(cls: type[Optimizer], fused: bool) -> None:
+def test_an_fp16_update_that_overflows_holds_the_schedule(cls: Callable[..., Optimizer], fused: bool) -> None:
     """accelerate #4242: with a fused optimizer the kernel skips and nobody is told."""
     param = parameter()
-    optimizer = cls([param], lr=1e-3, fused=fused)  # type: ignore[call-arg]
+    optimizer = cls([param], lr=1e-3, fused=fused)
     scheduler = make(optimizer)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
     seen = []
@@ -386,9 +387,10 @@ def test_go_to_refuses_what_would_be_lost() -> None:
         scheduler.go_to(samples=500)
     scheduler.step()
     assert scheduler.samples == 100
-    for bad in (-1, 1.5, 1 << 62):
+    wrong: list[Any] = [-1, 1.5, 1 << 62]
+    for bad in wrong:
         with pytest.raises(ValueError, match="samples must be"):
-            scheduler.go_to(samples=bad)  # type: ignore[arg-type]
+            scheduler.go_to(samples=bad)
     with pytest.raises(ValueError, match="batch_size is not known"):
         make(adamw(), batch_size=None).go_to(samples=5)
 
@@ -424,8 +426,10 @@ def test_on_difference_is_an_argument() -> None:
 @pytest.mark.parametrize("cls", [DistAdamW, torch.optim.SGD])
 @pytest.mark.parametrize("first", [False, True])
 @pytest.mark.parametrize("container", ["SequentialLR", "ChainedScheduler"])
-def test_torchs_containers_are_refused_when_they_are_made(container: str, first: bool, cls: type[Optimizer]) -> None:
-    optimizer = cls([parameter()], lr=1e-3)  # type: ignore[call-arg]
+def test_torchs_containers_are_refused_when_they_are_made(
+    container: str, first: bool, cls: Callable[..., Optimizer]
+) -> None:
+    optimizer = cls([parameter()], lr=1e-3)
     other = torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, total_iters=5)
     scheduler = make(optimizer)
     lr = optimizer.param_groups[0]["lr"]
@@ -574,7 +578,9 @@ def test_preview_shows_where_training_ends(epochs: float, options: dict[str, Any
 @pytest.mark.parametrize("options", [{}, {"t_mult": 1}, {"t_mult": 1.3, "warmup_samples": 777}, {"epoch_size": 98_765}])
 def test_periods_that_fit_end_a_cycle_there(options: dict[str, Any]) -> None:
     total = 123_456
-    for period in make(adamw(), **options).preview(total_samples=total).end.restart_periods:  # type: ignore[union-attr]
+    preview = make(adamw(), **options).preview(total_samples=total)
+    assert preview.end is not None
+    for period in preview.end.restart_periods:
         end = make(adamw(), **{**options, "restart_period": period}).preview(total_samples=total).end
         assert end is not None
         assert end.is_at_cycle_end, period
@@ -650,8 +656,8 @@ def test_groups_added_between_update_and_step() -> None:
 
 
 @pytest.mark.parametrize("cls", [DistAdamW, torch.optim.AdamW])
-def test_a_step_without_gradients_does_not_count(cls: type[Optimizer]) -> None:
-    optimizer = cls([parameter()], lr=1e-3)  # type: ignore[call-arg]
+def test_a_step_without_gradients_does_not_count(cls: Callable[..., Optimizer]) -> None:
+    optimizer = cls([parameter()], lr=1e-3)
     scheduler = make(optimizer)
     optimizer.step()
     scheduler.step()

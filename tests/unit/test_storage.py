@@ -124,13 +124,14 @@ def test_saving_again_leaves_one_checkpoint(tmp_path: Path) -> None:
 
 def test_what_is_no_plain_data_or_tensor_is_refused_and_nothing_lost(tmp_path: Path) -> None:
     save(tmp_path, {"x": torch.zeros(3)}, {"n": 1})
-    for tensors, about, message in [
+    cases: list[tuple[dict[str, Any], dict[str, object], str]] = [
         ({"x": torch.zeros(3)}, {"n": {1, 2}}, "only plain data"),
         ({"x": torch.zeros(3), "y": "text"}, {}, "'y' is not a tensor"),
         ({"x": torch.zeros(3, dtype=torch.complex64)}, {}, "complex64"),
-    ]:
+    ]
+    for tensors, about, message in cases:
         with pytest.raises(BaseException, match=message):  # the library's is no Exception
-            save(tmp_path, tensors, about)  # type: ignore[arg-type]
+            save(tmp_path, tensors, about)
         assert damage(tmp_path) is None
         assert read_index(tmp_path).about == {"n": 1}
         assert len(list(tmp_path.iterdir())) == 2
@@ -162,7 +163,7 @@ def test_thousands_of_rows_of_a_wide_matrix_are_compared_in_one_sweep() -> None:
     """As 4,096 ranks of FSDP2 have them; pair by pair it would take minutes."""
     compared = 0
 
-    class Counting(tuple):  # type: ignore[type-arg]  # zip asks it for an iterator at each comparison
+    class Counting(tuple[int, ...]):  # zip asks it for an iterator at each comparison
         def __iter__(self) -> Any:
             nonlocal compared
             compared += 1

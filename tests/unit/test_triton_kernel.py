@@ -424,15 +424,17 @@ def test_mistakes_are_refused() -> None:
     with pytest.raises(ValueError, match=r"got torch\.float64"):
         table.follow(ours.params, [g.double() for g in grads])
     state = torch.zeros(sum(SIZES))
-    good = [table, None, state, state, None, torch.ones(5)]
-    for place, wrong, message in (
+    good: list[Any] = [table, None, state, state, None, torch.ones(5)]
+    cases: list[tuple[int, Any, str]] = [
         (1, state.double(), "master must be float32 or int16"),
         (2, state[:-1], "flat state must be"),
         (3, state.half(), "moments must all be"),
         (5, torch.ones(4), "steps must be"),
-    ):
+    ]
+    for place, wrong, message in cases:
+        arguments = [*good[:place], wrong, *good[place + 1 :]]
         with pytest.raises(ValueError, match=message):
-            flat_adamw_update_(*[wrong if i == place else a for i, a in enumerate(good)], **DEFAULTS)  # type: ignore[arg-type]
+            flat_adamw_update_(*arguments, **DEFAULTS)
     half = BlockTable([torch.zeros(3, dtype=FP16)], [torch.zeros(3)], offsets=[0], step_indices=[0])
     with pytest.raises(ValueError, match="complete bfloat16 weights only"):
         flat_adamw_update_(half, torch.zeros(3, dtype=INT16), state, state, None, torch.ones(1), **DEFAULTS)
