@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from dist_adamw import CyclicLRWithRestarts, DistAdamW, prepare
-from tests.ranks import run_ranks
+from tests.ranks import run_ranks, run_ranks_within
 
 
 def rows(size: int) -> TensorDataset:
@@ -285,4 +285,4 @@ def grown_unevenly() -> None:
 
 
 def test_data_that_grows_so_that_batches_are_uneven_is_refused_when_the_loop_begins() -> None:
-    run_ranks(2, grown_unevenly, timeout=30)
+    run_ranks_within(30, 2, grown_unevenly)

@@ -135,9 +135,9 @@ def test_one_curve(engine: str, world_size: int, accumulation: int, decay_by: st
 def test_accelerates_own_checkpoints(engine: str, tmp_path: Path) -> None:
     """Saved in the middle of a cycle, loaded by a job that begins anew."""
     expected = reference("lr", 0.1)
-    options: tuple[Any, ...] = (engine, 3, "lr", 0.1, {}, str(tmp_path / "state"))
-    before = run_ranks(2, curve, *options, (0, 4))
-    after = run_ranks(2, curve, *options, (4, EPOCHS))
+    saved = str(tmp_path / "state")
+    before = run_ranks(2, curve, engine, 3, "lr", 0.1, {}, saved, (0, 4))
+    after = run_ranks(2, curve, engine, 3, "lr", 0.1, {}, saved, (4, EPOCHS))
     for rows in (before[0] + after[0], before[1] + after[1]):
         assert difference(rows, expected) < 1e-5
 

@@ -471,8 +471,8 @@ def contents(folder: Path) -> dict[str, tuple[int, bytes]]:
 def test_nothing_is_saved_afterwards(engine: str, world_size: int, what: str, tmp_path: Path) -> None:
     """The folder of the save before is as it was: after the update 1, not 2."""
     saved = tmp_path / "saved"
-    job_of = (world_size, message_of, save_and_spoil, engine, what, str(saved), str(tmp_path))
-    for message in run_ranks(*job_of):
+    folders = (str(saved), str(tmp_path))
+    for message in run_ranks(world_size, message_of, save_and_spoil, engine, what, *folders):
         said = f"{_odd(engine, world_size)}'2.weight'" if what == "weights" else "disagrees with rank 0"
         assert said in message
     before = torch.load(tmp_path / "before.pt", weights_only=True)

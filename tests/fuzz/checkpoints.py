@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from dist_adamw import Checkpoint, CheckpointError, CyclicLRWithRestarts, DistAdamW, RestartSchedule, load, save
 from tests.fuzz.judge import REFUSED, RIGHT, Tally, Wrong, bounds, check_sentence
 from tests.fuzz.mutations import INDEX, change_bytes, change_files, change_index, seal
-from tests.ranks import run_ranks
+from tests.ranks import run_ranks, run_ranks_within
 
 KINDS = {"ours": ("ours", 1), "ours-2": ("ours", 2), "ours-3": ("ours", 3), "torch": ("torch", 1)}
 CHOICES = (None, "strict", "checkpoint", "new")
@@ -290,7 +290,7 @@ class Checkpoints:
         return tally
 
     def _on_ranks(self, folder: Path, choice: Any, world_size: int) -> str:
-        ends = run_ranks(world_size, load_on_a_rank, str(folder), choice, timeout=20)
+        ends = run_ranks_within(20, world_size, load_on_a_rank, str(folder), choice)
         if any(end != ends[0] for end in ends):
             raise Wrong(f"ranks end differently: {ends}")
         return REFUSED if ends[0] else RIGHT

@@ -23,7 +23,7 @@ from tests.random.actions import BETWEEN, GRADIENTS, draw
 from tests.random.play import Failure, Outcome, play, play_on_ranks
 from tests.random.script import Sequence
 from tests.random.shrink import shrink
-from tests.ranks import RankError, end_pool, run_ranks
+from tests.ranks import RankError, end_pool, run_ranks_within
 
 TOGETHER = 20  # sequences in a job of several ranks
 TIMEOUT = 120.0  # of such a job
@@ -67,7 +67,7 @@ def outcomes_of(sequences: list[Sequence], folder: Path) -> list[Outcome]:
     if sequences[0].ranks == 1:
         return [play(sequence, folder) for sequence in sequences]
     try:
-        results: list[list[Outcome]] = run_ranks(sequences[0].ranks, play_on_ranks, sequences, folder, timeout=TIMEOUT)
+        results = run_ranks_within(TIMEOUT, sequences[0].ranks, play_on_ranks, sequences, folder)
         return results[0]
     except RankError as error:
         n, failure = _failure_of(error)
