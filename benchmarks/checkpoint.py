@@ -37,9 +37,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
+from torch.distributed.checkpoint.state_dict_saver import async_save as dcp_async_save
+from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.optim import AdamW, Optimizer
 
@@ -176,7 +178,7 @@ class Contest:
         self.limits = {
             "write and fsync": self._write,
             "memcpy": lambda _: self._to.copy_(self._from),
-            "sha256": lambda _: hashlib.sha256(memoryview(self._from.numpy())).digest(),
+            "sha256": lambda _: hashlib.sha256(self._from.numpy().data).digest(),
         }
         self.seconds: dict[str, list[float]] = {}
         self.whole: dict[str, list[float]] = {}  # of asynchronous ones, until all is written
@@ -205,17 +207,17 @@ class Contest:
         return {"model": model, "optimizer": optimizer}
 
     def _dcp_save(self, job: Job, path: Path) -> None:
-        dcp.save(self._state(job), checkpoint_id=path)
+        dcp_save(self._state(job), checkpoint_id=path)
 
     def _dcp_async(self, job: Job, path: Path, stager: DefaultStager | None) -> Callable[[], Any]:
-        future: Any = dcp.async_save(
+        future: Any = dcp_async_save(
             self._state(job), checkpoint_id=path, process_group=self.group, async_stager=stager
         )
-        return future.result  # type: ignore[no-any-return]
+        return future.result
 
     def _dcp_load(self, job: Job, path: Path) -> None:
         state = self._state(job)
-        dcp.load(state, checkpoint_id=path)
+        dcp_load(state, checkpoint_id=path)
         set_state_dict(job.module, job.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
 
     def _our_load(self, job: Job, path: Path) -> None:
@@ -223,7 +225,7 @@ class Contest:
 
     def _write(self, path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
-        data = memoryview(self._from.numpy()).cast("B")
+        data = self._from.numpy().data.cast("B")
         with (path / str(self.rank)).open("wb", buffering=0) as file:
             for start in range(0, len(data), BLOCK):
                 file.write(data[start : start + BLOCK])

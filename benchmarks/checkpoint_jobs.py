@@ -34,7 +34,7 @@ class Job:
     def update(self) -> None:
         """Collective."""
         self.optimizer.zero_grad()
-        self.loss().backward()  # type: ignore[no-untyped-call]
+        self.loss().backward()
         self.optimizer.step()
 
     def locals(self) -> Iterator[Tensor]:

@@ -13,13 +13,14 @@ import re
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from tests.integration.agents import ELASTIC, ROOT, Agent, rows, wait_until
+from tests.conftest import ROOT
+from tests.integration.agents import ELASTIC, Agent, rows, wait_until
 
 JOB = [
     *["--config", str(ROOT / "configs/train/small.yaml"), "--recipe.global_batch", "12", "--recipe.micro_batch", "1"],
@@ -162,10 +163,22 @@ def _updates(session: Session) -> list[Update]:
             raise RuntimeError(f"the schedules differ: {ours} is not {one} and {two}")
         samples = int(ours["samples"])
         ranks = next(ranks for begun, ranks in reversed(starts) if begun < samples)
-        numbers = [float(ours[key]) for key in ("loss", "lr", "weight_decay")]
-        others = [float(one["loss"]), float(two["loss"])]
-        found.append(Update(samples, *numbers, ranks, *others, "; ".join(notes.get(samples, []))))
+        event = "; ".join(notes.get(samples, []))
+        found.append(_update({**ours, "loss_one_rank": one["loss"], "loss_two_ranks": two["loss"]}, ranks, event))
     return found
+
+
+def _update(row: Mapping[str, str], ranks: int, event: str) -> Update:
+    return Update(
+        samples=int(row["samples"]),
+        loss=float(row["loss"]),
+        lr=float(row["lr"]),
+        weight_decay=float(row["weight_decay"]),
+        ranks=ranks,
+        loss_one_rank=float(row["loss_one_rank"]),
+        loss_two_ranks=float(row["loss_two_ranks"]),
+        event=event,
+    )
 
 
 def _history(out: Path) -> list[dict[str, str]]:
@@ -187,17 +200,7 @@ def write(path: Path, updates: Sequence[Update]) -> None:
 def read(path: Path) -> list[Update]:
     """Read it."""
     with path.open() as file:
-        return [
-            Update(
-                int(row["samples"]),
-                *(float(row[key]) for key in ("loss", "lr", "weight_decay")),
-                int(row["ranks"]),
-                float(row["loss_one_rank"]),
-                float(row["loss_two_ranks"]),
-                row["event"],
-            )
-            for row in csv.DictReader(file)
-        ]
+        return [_update(row, int(row["ranks"]), row["event"]) for row in csv.DictReader(file)]
 
 
 def draw(path: Path, updates: Sequence[Update]) -> None:

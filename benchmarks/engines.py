@@ -66,7 +66,7 @@ class Engine:
     def backward(self) -> None:
         """The backward pass: hands out gradients and starts, or does, their synchronisation."""
         assert self._loss is not None
-        self._loss.backward()  # type: ignore[no-untyped-call]
+        self._loss.backward()
 
     def step(self) -> None:
         """The update, and the synchronisation of parameters where it belongs to it."""

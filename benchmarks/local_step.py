@@ -79,7 +79,7 @@ def _clip_then_step(numel: int, device: str, max_norm: float) -> Callable[[], An
 
 def _seconds(call: Callable[[], Any], device: str) -> float:
     if device == "cuda":
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         call()
         stop.record()

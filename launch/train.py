@@ -33,7 +33,7 @@ from run import Checkpoints, JobError, Progress, StopSignals, everywhere, on_mai
 from text import load_text
 from torch import Tensor
 from torch.utils.data import DataLoader
-from tqdm import tqdm  # type: ignore[import-untyped]
+from tqdm import tqdm
 
 import dist_adamw
 
@@ -146,13 +146,15 @@ class Job:
             return None
         if self.config.resume != AUTO:
             return self.checkpoints.find(self.config.resume)
-        *newer, path = reversed(on_main(self.accelerator, self.checkpoints.folder.all) or [None])
-        for newest in newer:  # nobody is there to choose an older one
+        paths = on_main(self.accelerator, self.checkpoints.folder.all)
+        if not paths:
+            return None
+        for newer in reversed(paths[1:]):  # nobody is there to choose an older one
             try:
-                return self.checkpoints.find(str(newest))
+                return self.checkpoints.find(str(newer))
             except JobError as error:
                 self.say(f"not resumed from: {error}")
-        return self.checkpoints.find(str(path)) if path else None
+        return self.checkpoints.find(str(paths[0]))
 
     def _resume(self) -> bool:
         """Put everything where a checkpoint says it was; False where there is none to resume from."""

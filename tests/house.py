@@ -48,7 +48,7 @@ def read_package(package: Path) -> list[Module]:
 def import_pairs(modules: list[Module]) -> set[tuple[str, str]]:
     """Return (importing, imported) for all modules of the package, also where the import is inside a function."""
     names = {module.name for module in modules}
-    pairs = set()
+    pairs: set[tuple[str, str]] = set()
     for module in modules:
         for node in ast.walk(module.tree):
             if isinstance(node, ast.Import):

@@ -21,10 +21,11 @@ import shutil
 import tempfile
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm  # type: ignore[import-untyped]
+from tqdm import tqdm
 
 from dist_adamw.checkpoint.manifest import damage_of
 from tests.distributed.test_resume import BATCH
@@ -106,7 +107,10 @@ def _live(rank: int, world_size: int, rendezvous: str, engine: str, beside: bool
                 phase[rank] = TRAINING_BESIDE
             else:
                 for _ in range(1 + scheduler.samples // BATCH % 2):  # now and then a checkpoint is replaced
-                    folder.save(scheduler.samples, lambda p, e=extra: save(p, model, wrapped, scheduler, extra=e))  # type: ignore[misc]
+                    folder.save(
+                        scheduler.samples,
+                        partial(save, model=model, optimizer=wrapped, scheduler=scheduler, extra=extra),
+                    )
                 say("saved", scheduler.samples)
                 phase[rank] = TRAINING
         saver.wait()

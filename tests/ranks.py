@@ -9,6 +9,7 @@ Accelerate and DeepSpeed once; a rank waits for the next job afterwards, and a p
 from __future__ import annotations
 
 import atexit
+import functools
 import multiprocessing
 import os
 import tempfile
@@ -17,7 +18,7 @@ import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
-from typing import Any
+from typing import ParamSpec, TypeVar, cast
 
 import pytest
 
@@ -37,6 +38,8 @@ PRELOADED = [
     "dist_adamw.integrations.transformers.trainer",
     "tests.distributed.jobs",
 ]
+P = ParamSpec("P")
+T = TypeVar("T")
 _context = multiprocessing.get_context("forkserver")
 _pools: dict[int, _Pool] = {}
 
@@ -49,17 +52,24 @@ class RankError(AssertionError):
         super().__init__("\n".join(f"--- rank {rank}\n{trace}" for rank, (_, _, trace) in sorted(failures.items())))
 
 
-def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout: float = TIMEOUT) -> list[Any]:
-    """Run ``function(*args)`` on ``world_size`` ranks.
+def run_ranks(world_size: int, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> list[T]:
+    """Run ``function(*args, **kwargs)`` on ``world_size`` ranks.
 
     Raises:
         RankError: a rank raised, died or did not finish in time.
     """
+    return run_ranks_within(TIMEOUT, world_size, function, *args, **kwargs)
+
+
+def run_ranks_within(
+    timeout: float, world_size: int, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs
+) -> list[T]:
+    """`run_ranks` with seconds of its own."""
     if world_size not in _pools:
         _pools[world_size] = _Pool(world_size)
     pool = _pools[world_size]
     try:
-        return pool.run(function, args, timeout)
+        return pool.run(functools.partial(function, *args, **kwargs), timeout)
     except BaseException:  # also Ctrl-C: the next job would get this one's answers
         _pools.pop(world_size).close()
         raise
@@ -71,10 +81,10 @@ def end_pool(world_size: int) -> None:
         _pools.pop(world_size).close()
 
 
-def expect_error_on_all(world_size: int, function: Callable[..., Any], *args: Any) -> list[str]:
+def expect_error_on_all(world_size: int, function: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> list[str]:
     """Run a job that must raise on every rank; return "Type: message" by rank."""
     with pytest.raises(RankError) as raised:
-        run_ranks(world_size, function, *args)
+        run_ranks(world_size, function, *args, **kwargs)
     errors = raised.value.errors
     if sorted(errors) != list(range(world_size)):
         raise AssertionError(f"only ranks {sorted(errors)} raised\n{raised.value}")
@@ -97,22 +107,22 @@ class _Pool:
             self._pipes.append(ours)
             self._processes.append(process)
 
-    def run(self, function: Callable[..., Any], args: tuple[Any, ...], timeout: float) -> list[Any]:
+    def run(self, job: Callable[[], T], timeout: float) -> list[T]:
         for pipe in self._pipes:
-            pipe.send((function, args))
-        results: dict[int, Any] = {}
+            pipe.send(job)
+        results: dict[int, T] = {}
         failures: dict[int, tuple[str, str, str]] = {}
         deadline = time.monotonic() + timeout
         while len(results) + len(failures) < len(self._pipes):
             waiting = {pipe: r for r, pipe in enumerate(self._pipes) if r not in results and r not in failures}
-            ready = wait(list(waiting), max(0.0, deadline - time.monotonic()))
+            ready = cast(list[Connection], wait(list(waiting), max(0.0, deadline - time.monotonic())))
             if not ready:
                 why = f"no answer (a job may take {timeout:g} s, and {GRACE:g} s after another rank's failure)"
                 failures.update(dict.fromkeys(waiting.values(), ("Timeout", why, why)))
             for pipe in ready:
-                rank = waiting[pipe]  # type: ignore[index]
+                rank = waiting[pipe]
                 try:
-                    ok, value = pipe.recv()  # type: ignore[union-attr]
+                    ok, value = pipe.recv()
                 except EOFError:
                     ok, value = False, ("Died", "the rank's process ended", "the rank's process ended")
                 (results if ok else failures)[rank] = value
@@ -151,13 +161,13 @@ def _serve(pipe: Connection, rank: int, world_size: int, rendezvous: str) -> Non
     )
     while True:
         try:
-            function, args = pipe.recv()
+            job = pipe.recv()
         except EOFError:
             return
         try:
             _forget_accelerate()
             torch.manual_seed(0)
-            answer = (True, function(*args))
+            answer = (True, job())
         except BaseException as error:  # a rank reports whatever ended its job
             answer = (False, (type(error).__name__, str(error), traceback.format_exc()))
         pipe.send(answer)

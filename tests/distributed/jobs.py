@@ -22,6 +22,7 @@ RECIPE: dict[str, Any] = {
     "eta_on_restart_cb": ReduceMaxLROnRestart(0.9),
 }
 Row = tuple[int, float, float]
+Objects = tuple[nn.Module, DistAdamW, DataLoader[Any], CyclicLRWithRestarts]  # what Accelerate prepares
 
 
 def data(length: int) -> TensorDataset:
@@ -29,7 +30,7 @@ def data(length: int) -> TensorDataset:
     return TensorDataset(torch.randn(length, 6, generator=generator), torch.randn(length, 2, generator=generator))
 
 
-def model_of_two_layers(width: int = 20) -> nn.Module:
+def model_of_two_layers(width: int = 20) -> nn.Sequential:
     torch.manual_seed(2)
     return nn.Sequential(nn.Linear(6, width), nn.ReLU(), nn.Linear(width, 2))
 
@@ -45,7 +46,7 @@ def job(
     config: dict[str, Any] | None = None,
     plugin: dict[str, Any] | None = None,
     width: int = 20,
-) -> tuple[Accelerator, nn.Module, DistAdamW, DataLoader[Any], CyclicLRWithRestarts]:
+) -> tuple[Accelerator, Objects]:
     """The five objects, with a micro-batch of one sample unless ``loader`` says otherwise."""
     accelerator = Accelerator(
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=accumulation, **(plugin or {})),
@@ -55,7 +56,8 @@ def job(
     adamw = DistAdamW(model.parameters(), **{"lr": 1e-2, "weight_decay": 0.05, **(optimizer or {})})
     scheduler = CyclicLRWithRestarts(adamw, **{**RECIPE, **(recipe or {})})
     source = data(length) if dataset is None else dataset
-    return accelerator, model, adamw, DataLoader(source, **{"batch_size": 1, **(loader or {})}), scheduler
+    batches: DataLoader[Any] = DataLoader(source, **{"batch_size": 1, **(loader or {})})
+    return accelerator, (model, adamw, batches, scheduler)
 
 
 def epochs(

@@ -7,6 +7,7 @@ import copy
 import functools
 import math
 import pickle
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -44,7 +45,7 @@ def loss_of(model: nn.Module, step: int) -> Tensor:
     """On data that differ by rank and micro-batch."""
     rank = dist.get_rank() if dist.is_initialized() else 0
     generator = torch.Generator().manual_seed(1000 * step + rank)
-    return model(torch.randn(4, 3, 8, 8, generator=generator)).square().mean()  # type: ignore[no-any-return]
+    return model(torch.randn(4, 3, 8, 8, generator=generator)).square().mean()
 
 
 def averaged(grads: list[Tensor | None]) -> list[Tensor | None]:
@@ -166,7 +167,7 @@ class Job:
         self.optimizer.zero_grad()
         self.reference.zero_grad()
 
-    def check(self, **tolerance: float) -> None:
+    def check(self, **tolerance: Any) -> None:
         """Same bits, or within ``tolerance``."""
         for (name, p), q in zip(self.model.named_parameters(), self.twin.parameters(), strict=True):
             if tolerance:
@@ -241,7 +242,7 @@ class _Normed(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[0] == 3:
             raise ValueError("three")
-        return self.out(self.norm(x))  # type: ignore[no-any-return]
+        return self.out(self.norm(x))
 
 
 def check_gradients_in_other_memory(way: dict[str, Any]) -> None:
@@ -284,6 +285,7 @@ def check_reducer_aside() -> None:
         optimizer.step()
         optimizer.zero_grad()
     # What DDP does at the first forward pass after a synchronised one: rank 0's buffers for all.
+    assert model.norm.running_mean is not None
     before = model.norm.running_mean.clone()
     wrapped(torch.zeros(4, 6))
     means = [torch.empty(6) for _ in range(dist.get_world_size())]
@@ -357,7 +359,7 @@ def check_zero_gradients_at_lr_zero(attached: bool, options: dict[str, Any]) -> 
     """A head of zeros: at the first update all that some rank owns has a gradient of zeros, and lr is 0."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 40), nn.Tanh(), nn.Linear(40, 2, bias=False))
-    nn.init.zeros_(model[2].weight)
+    nn.init.zeros_(model.get_parameter("2.weight"))
     wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
     optimizer = DistAdamW(model.parameters(), lr=1e-2, **options)
     if attached:
@@ -515,7 +517,7 @@ def check_sent_during_backward(way: dict[str, Any]) -> tuple[int, int]:
             sent.clear()
             loss = wrapped(torch.randn(2, 300)).sum()
             seen: list[int] = []
-            handle = model[0].bias.register_hook(lambda _, seen=seen: seen.append(len(sent)))
+            handle = model.get_parameter("0.bias").register_hook(lambda _, seen=seen: seen.append(len(sent)))
             loss.backward()
             handle.remove()
             inside = seen[0]
@@ -626,7 +628,7 @@ def test_deferred_gathers_leave_the_same_bits(way: str) -> None:
 def check_deferred_and_compiled() -> None:
     model = nn.Linear(30, 30)
     optimizer = DistAdamW(model.parameters(), bucket_numel=300)
-    compiled = torch.compile(model, backend="eager")
+    compiled: Any = torch.compile(model, backend="eager")
     optimizer.attach(compiled, defer_gather=True)
     model.weight.grad = torch.ones_like(model.weight)
     model.bias.grad = torch.ones_like(model.bias)
@@ -690,12 +692,12 @@ def check_unused(way: dict[str, Any], bucket_numel: int) -> None:
         job.accumulate(step, 1)
         job.update()
     job.check()
-    assert all("exp_avg" not in job.reference.state[p] for p in job.twin.never.parameters())
+    assert all("exp_avg" not in job.reference.state[p] for p in job.twin.get_submodule("never").parameters())
 
 
 def branch_loss(model: nn.Module, step: int) -> Tensor:
     generator = torch.Generator().manual_seed(1000 * step + dist.get_rank())
-    return model(torch.randn(2, 9, generator=generator)).square().mean()  # type: ignore[no-any-return]
+    return model(torch.randn(2, 9, generator=generator)).square().mean()
 
 
 @pytest.mark.parametrize("bucket_numel", [1000, 100])  # everything together, or branches apart
@@ -718,14 +720,14 @@ def check_unfreezing(way: dict[str, Any]) -> None:
     for model, optimizer, param in zip((job.model, job.twin), (job.optimizer, job.reference), extra, strict=True):
         model.scale2 = param
         optimizer.add_param_group({"params": [param], "lr": 0.1})
-        model.forward = functools.partial(_with_extra, model)  # type: ignore[method-assign]
+        model.forward = functools.partial(_with_extra, model)
     job.train(range(6, 9), 2)
     # What thawed has no hook yet, so its micro-batches are added up before they are averaged.
     job.check(**({"rtol": 1e-5, "atol": 1e-7} if job.every else {}))
 
 
 def _with_extra(model: Any, x: Tensor) -> Tensor:
-    return type(model).forward(model, x) * model.scale2.mean()  # type: ignore[no-any-return]
+    return type(model).forward(model, x) * model.scale2.mean()
 
 
 @pytest.mark.parametrize("way", [way for way in WAYS if not way.startswith("ddp")])
@@ -754,7 +756,7 @@ class Kinds(nn.Module):
 def kinds_loss(model: nn.Module, step: int) -> Tensor:
     generator = torch.Generator().manual_seed(1000 * step + dist.get_rank())
     loss = model(torch.randn(2, 16, generator=generator))
-    return loss + model.empty.sum()  # type: ignore[no-any-return, operator, union-attr]
+    return loss + model.get_parameter("empty").sum()
 
 
 def check_kinds(way: dict[str, Any]) -> None:
@@ -863,7 +865,7 @@ class Checkpointed(nn.Module):
 
 def checkpointed_loss(model: nn.Module, step: int) -> Tensor:
     generator = torch.Generator().manual_seed(1000 * step + dist.get_rank())
-    return model(torch.randn(2, 40, generator=generator).requires_grad_()).square().mean()  # type: ignore[no-any-return]
+    return model(torch.randn(2, 40, generator=generator).requires_grad_()).square().mean()
 
 
 def check_checkpointed(way: dict[str, Any], reentrant: bool) -> None:
@@ -966,7 +968,7 @@ def check_touched(way: dict[str, Any]) -> None:
 @pytest.mark.parametrize("way", [way for way in WAYS if not way.startswith("every")])
 def test_gradients_changed_by_hand_are_refused(way: str) -> None:
     for error in expect_error_on_all(2, check_touched, WAYS[way]):
-        assert error.startswith("RuntimeError: gradients were changed between backward and step()")
+        assert error.startswith("RuntimeError: gradients were changed")
         assert "clip_grad_norm_" in error
 
 
@@ -982,7 +984,7 @@ def check_second_backward_of_one_forward() -> None:
 
 def test_a_second_backward_of_one_forward_is_named() -> None:
     for error in expect_error_on_all(2, check_second_backward_of_one_forward):
-        assert "arrived after it had been sent" in error
+        assert re.search(r"shape \(.*arrived after", error)
         assert "no_sync()" in error
 
 
@@ -1014,14 +1016,14 @@ def attach_what_cannot_be(case: str) -> None:
 @pytest.mark.parametrize(
     ("case", "words"),
     [
-        ("every backward", "reduce_every_backward=True is for a module without DistributedDataParallel"),
-        ("unsharded", "attach() needs sharded state"),
-        ("other options", "attach() was called before with other options"),
-        ("other ranks", "the optimizer's state is shared over [0, 1]: gradients would be averaged over those alone"),
-        ("both", "cannot be attached to a DistributedDataParallel module and to a plain one"),
+        ("every backward", "reduce_every_backward=True.*without DistributedDataParallel"),
+        ("unsharded", r"attach\(\) needs sharded"),
+        ("other options", r"attach\(\).*other options"),
+        ("other ranks", r"shared over \[0, 1\].*averaged"),
+        ("both", "DistributedDataParallel.* and to a plain"),
         ("ranks differ", "rank 1 disagrees with rank 0: parameters of group 0"),
     ],
 )
 def test_what_cannot_be_attached_is_refused(case: str, words: str) -> None:
     for error in expect_error_on_all(2, attach_what_cannot_be, case):
-        assert words in error
+        assert re.search(words, error)

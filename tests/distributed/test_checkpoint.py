@@ -19,8 +19,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from dist_adamw import CheckpointError, CyclicLRWithRestarts, DistAdamW, prepare
 from dist_adamw.checkpoint.storage.index import damage, read_index, write_index
-from dist_adamw.wrappers import unwrap
 from tests.distributed.jobs import RECIPE, Row, epochs, job
+from tests.known import to_memory_format, unwrap
 from tests.ranks import expect_error_on_all, run_ranks
 
 
@@ -32,7 +32,7 @@ def save_then_go_on(
     folder: str, accumulation: int, save_at: int, bucket_numel: int = 1
 ) -> tuple[list[Row], list[Tensor]]:
     options = {"bucket_numel": bucket_numel}  # 1: every rank owns several runs of a parameter
-    accelerator, *objects = job(accumulation, 48, loader={"batch_size": 2}, optimizer=options)
+    accelerator, objects = job(accumulation, 48, loader={"batch_size": 2}, optimizer=options)
     prepared = prepare(accelerator, *objects)
     rows = []
     for i, row in enumerate(epochs(accelerator, *prepared, count=4)):
@@ -43,15 +43,16 @@ def save_then_go_on(
 
 
 def load_and_go_on(folder: str, accumulation: int, done: int) -> tuple[list[Row], list[Tensor], int]:
-    accelerator, *objects = job(accumulation, 48, loader={"batch_size": 2})
+    accelerator, objects = job(accumulation, 48, loader={"batch_size": 2})
     prepared = prepare(accelerator, *objects)
     accelerator.load_state(folder)
     model, optimizer, loader, scheduler = prepared
-    per_epoch = 48 // scheduler.batch_size  # type: ignore[operator]
+    assert scheduler.batch_size is not None
+    per_epoch = 48 // scheduler.batch_size
     rest = accelerator.skip_first_batches(loader, done % per_epoch * accumulation)
     rows = list(epochs(accelerator, model, optimizer, rest, scheduler, count=1))
     rows += epochs(accelerator, *prepared, count=4 - done // per_epoch - 1)
-    return rows, weights(model), objects[1].state_bytes  # type: ignore[union-attr]
+    return rows, weights(model), objects[1].state_bytes
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
@@ -92,14 +93,14 @@ def test_files_on_disk_are_a_whole(tmp_path: Path) -> None:
 
 
 def load_only(folder: str, width: int) -> str:
-    accelerator, *objects = job(2, 48, loader={"batch_size": 2}, width=width)
+    accelerator, objects = job(2, 48, loader={"batch_size": 2}, width=width)
     model, _optimizer, *_ = prepare(accelerator, *objects)
     before = weights(model)
     try:
         accelerator.load_state(folder)
     except ValueError as error:
         assert all(torch.equal(a, b) for a, b in zip(before, weights(model), strict=True)), "something was loaded"
-        assert not objects[1].state, "something was loaded"  # type: ignore[union-attr]
+        assert not objects[1].state, "something was loaded"
         return f"{type(error).__name__}: {error}"
     return "loaded"
 
@@ -139,16 +140,16 @@ def break_(folder: Path, how: str) -> None:
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ("truncated", "-00001.safetensors is damaged: it has"),
-        ("flipped", "-00001.safetensors is damaged: its checksum differs"),
-        ("missing", "-00001.safetensors cannot be read"),
-        ("a link", "-00001.safetensors cannot be read"),
-        ("no index", "is not a whole checkpoint: index.json is missing"),
-        ("torn index", "index.json is damaged"),
-        ("flipped index", "index.json is damaged: its checksum differs"),
-        ("version", "has version 99; this release reads version 2"),
-        ("foreign", "is not an index of a dist_adamw checkpoint"),
-        ("outside", "it names a file that no save makes: '../"),
+        ("truncated", r"-00001\.safetensors.* damaged: it has"),
+        ("flipped", r"-00001\.safetensors.*checksum"),
+        ("missing", r"-00001\.safetensors cannot be read"),
+        ("a link", r"-00001\.safetensors cannot be read"),
+        ("no index", r"index\.json is missing"),
+        ("torn index", r"index\.json is damaged"),
+        ("flipped index", r"index\.json.*checksum"),
+        ("version", "version 99.* version 2"),
+        ("foreign", "not an index"),
+        ("outside", r"no save makes.*'\.\./"),
     ],
 )
 def test_a_damaged_checkpoint_is_named_on_every_rank(how: str, message: str, tmp_path: Path) -> None:
@@ -157,7 +158,7 @@ def test_a_damaged_checkpoint_is_named_on_every_rank(how: str, message: str, tmp
     for world_size in (2, 1):
         for error in run_ranks(world_size, load_only, str(tmp_path), 20):
             assert error.startswith("CheckpointError: ")
-            assert message in error
+            assert re.search(message, error)
 
 
 def test_files_of_two_saves_are_not_mixed(tmp_path: Path) -> None:
@@ -165,18 +166,18 @@ def test_files_of_two_saves_are_not_mixed(tmp_path: Path) -> None:
     run_ranks(2, save_then_go_on, str(tmp_path / "b"), 2, 3)
     ours, theirs = (max((tmp_path / x / "dist_adamw").glob("*-00001.safetensors")) for x in "ab")
     ours.write_bytes(theirs.read_bytes())
-    assert "its checksum differs" in run_ranks(1, load_only, str(tmp_path / "a"), 20)[0]
+    assert "checksum" in run_ranks(1, load_only, str(tmp_path / "a"), 20)[0]
 
 
 def test_a_checkpoint_of_another_model_is_named(tmp_path: Path) -> None:
     run_ranks(2, save_then_go_on, str(tmp_path), 2, 2)
     for error in run_ranks(2, load_only, str(tmp_path), 21):
-        assert "is a checkpoint of another model: 0.weight has shape [20, 6] there and [21, 6] here" in error
+        assert re.search(r"another model.*0\.weight.*\[20, 6\] there.*\[21, 6\] here", error)
     assert run_ranks(2, load_only, str(tmp_path), 20) == ["loaded", "loaded"]
 
 
 def save_where_one_rank_cannot(folder: str) -> None:
-    accelerator, *objects = job(2, 48)
+    accelerator, objects = job(2, 48)
     prepared = prepare(accelerator, *objects)
     next(iter(epochs(accelerator, *prepared, count=1)))
     accelerator.save_state(folder)
@@ -191,7 +192,7 @@ def test_a_folder_that_cannot_be_written_is_an_error_on_every_rank(tmp_path: Pat
 
 def prepare_then_save(folder: str, how: str) -> int:
     """Save before the first update of a job that has state all the same."""
-    accelerator, model, adamw, loader, scheduler = job(1, 24)
+    accelerator, (model, adamw, loader, scheduler) = job(1, 24)
     for p in adamw.param_groups[0]["params"]:
         p.grad = torch.ones_like(p)
     if how == "updated before":
@@ -221,18 +222,18 @@ def test_saving_before_the_first_update_keeps_what_was_loaded(how: str, world_si
 
 
 def prepare_again_after_free_memory(folder: str) -> None:
-    accelerator, *objects = job(2, 48)
+    accelerator, objects = job(2, 48)
     prepare(accelerator, *objects)
     accelerator.free_memory()
     accelerator.step = 0
-    _, *objects = job(2, 48)
+    _, objects = job(2, 48)
     prepared = prepare(accelerator, *objects)
     next(iter(epochs(accelerator, *prepared, count=1)))
     accelerator.save_state(folder)
     assert (Path(folder) / "dist_adamw" / "index.json").exists()
     assert not (Path(folder) / "dist_adamw_1").exists(), "what Accelerate forgot was saved too"
     accelerator.load_state(folder)
-    assert objects[1].updates == 1  # type: ignore[union-attr]
+    assert objects[1].updates == 1
 
 
 def test_preparing_again_after_free_memory(tmp_path: Path) -> None:
@@ -241,8 +242,8 @@ def test_preparing_again_after_free_memory(tmp_path: Path) -> None:
 
 def two_models(folder: str, how: str) -> list[Any]:
     """As of a generator and a discriminator: two sets of objects of one accelerator, one of them ahead."""
-    accelerator, *first = job(1, 48, loader={"batch_size": 2})
-    _, *second = job(1, 48, loader={"batch_size": 2}, width=24)
+    accelerator, first = job(1, 48, loader={"batch_size": 2})
+    _, second = job(1, 48, loader={"batch_size": 2}, width=24)
     both = [prepare(accelerator, *objects) for objects in (first, second)]
     if how == "save":
         for prepared, count in zip(both, (5, 9), strict=True):
@@ -254,7 +255,7 @@ def two_models(folder: str, how: str) -> list[Any]:
     else:  # what is wrong with one keeps both from being loaded
         torch._foreach_add_([p.data for model, *_ in both for p in model.parameters()], 1.0)
         before = [weights(model) for model, *_ in both]
-        with pytest.raises(CheckpointError, match="this is no position in the data"):
+        with pytest.raises(CheckpointError, match="no position"):
             accelerator.load_state(folder)
         for (model, *_), kept in zip(both, before, strict=True):
             assert all(torch.equal(a, b) for a, b in zip(kept, weights(model), strict=True))
@@ -286,7 +287,7 @@ def test_two_models_of_one_accelerator(tmp_path: Path) -> None:
 
 
 def save_that_fails(folder: str) -> None:
-    accelerator, *objects = job(1, 24)
+    accelerator, objects = job(1, 24)
     prepared = prepare(accelerator, *objects)
     rows = epochs(accelerator, *prepared, count=1)
     next(rows)
@@ -299,7 +300,7 @@ def save_that_fails(folder: str) -> None:
         accelerator.save_state(folder)
     hook.remove()
     next(rows)
-    assert objects[1]._share_state_dict()["state"], "a later state dict lost the moments"  # type: ignore[union-attr]
+    assert objects[1]._share_state_dict()["state"], "a later state dict lost the moments"
 
 
 def test_a_save_that_failed_leaves_state_dicts_whole(tmp_path: Path) -> None:
@@ -307,7 +308,7 @@ def test_a_save_that_failed_leaves_state_dicts_whole(tmp_path: Path) -> None:
 
 
 def load_where_one_rank_sees_nothing(folder: str) -> None:
-    accelerator, *objects = job(2, 48, loader={"batch_size": 2})
+    accelerator, objects = job(2, 48, loader={"batch_size": 2})
     prepare(accelerator, *objects)
     accelerator.load_state(folder if dist.get_rank() == 0 else folder + "-elsewhere")
 
@@ -317,12 +318,12 @@ def test_a_folder_that_one_rank_does_not_see_is_an_error_on_all(tmp_path: Path) 
     run_ranks(2, save_then_go_on, str(folder), 2, 2)
     shutil.copytree(folder, tmp_path / "checkpoint-elsewhere", ignore=shutil.ignore_patterns("dist_adamw"))
     for error in expect_error_on_all(2, load_where_one_rank_sees_nothing, str(folder)):
-        assert "is there on some ranks and missing on rank 1" in error
+        assert "missing on rank 1" in error
 
 
 def conv_job(folder: str, memory_format: torch.memory_format, save: bool) -> list[Tensor]:
     accelerator = Accelerator()
-    model = nn.Conv2d(3, 4, 3).to(memory_format=memory_format)
+    model = to_memory_format(nn.Conv2d(3, 4, 3), memory_format)
     optimizer = DistAdamW(model.parameters(), lr=1e-2)
     scheduler = CyclicLRWithRestarts(optimizer, **RECIPE)
     loader = DataLoader(TensorDataset(torch.randn(8, 3, 5, 5)), batch_size=2)
@@ -357,7 +358,7 @@ class Counter:
 
 
 def hooks_and_objects(folder: str) -> list[Any]:
-    accelerator, *objects = job(2, 48)
+    accelerator, objects = job(2, 48)
     model, *_ = prepare(accelerator, *objects)
     seen: list[Any] = []
     accelerator.register_save_state_pre_hook(lambda models, weights, path: seen.append((len(models), len(weights))))
@@ -369,7 +370,7 @@ def hooks_and_objects(folder: str) -> list[Any]:
     changed = weights(model)
     counter = Counter()
     accelerator.register_for_checkpointing(counter)
-    with pytest.raises(CheckpointError, match="has the state of 0 custom objects, and 1 are registered"):
+    with pytest.raises(CheckpointError, match=r"0 custom objects.* 1 .*registered"):
         accelerator.load_state(folder)
     assert all(torch.equal(a, b) for a, b in zip(changed, weights(model), strict=True))
     accelerator._custom_objects.clear()
@@ -384,7 +385,7 @@ def test_hooks_see_the_models_and_missing_objects_change_nothing(tmp_path: Path)
 
 def goes_on_by_itself(folder: str, resumes: bool = True) -> tuple[Any, str]:
     """A job that begins with load_state(), and the name of what it saves."""
-    accelerator, *objects = job(1, 48, loader={"batch_size": 2})
+    accelerator, objects = job(1, 48, loader={"batch_size": 2})
     accelerator.project_configuration = ProjectConfiguration(folder, automatic_checkpoint_naming=True, total_limit=1)
     prepared = prepare(accelerator, *objects)
     if resumes:
@@ -396,9 +397,9 @@ def goes_on_by_itself(folder: str, resumes: bool = True) -> tuple[Any, str]:
 
 def keeps_one(folder: str) -> list[Any]:
     """With automatic names and a limit of one, the one before is there, beside the folder of the next."""
-    accelerator, model, optimizer, loader, scheduler = job(1, 48, loader={"batch_size": 2})
+    accelerator, objects = job(1, 48, loader={"batch_size": 2})
     accelerator.project_configuration = ProjectConfiguration(folder, automatic_checkpoint_naming=True, total_limit=1)
-    model, optimizer, loader, scheduler = prepare(accelerator, model, optimizer, loader, scheduler)
+    model, optimizer, loader, scheduler = prepare(accelerator, *objects)
     checkpoints, seen = Path(folder) / "checkpoints", []
     hook = accelerator.register_save_state_pre_hook(
         lambda *_: seen.append([damage(path / "dist_adamw") for path in sorted(checkpoints.glob("*_[0-9]"))])
@@ -435,7 +436,7 @@ def begins_anew(folder: str) -> tuple[None, str]:
 
 
 def saved_twice(folder: str) -> None:
-    accelerator, *objects = job(1, 48, loader={"batch_size": 2})
+    accelerator, objects = job(1, 48, loader={"batch_size": 2})
     model, *_ = prepare(accelerator, *objects)
     counter = Counter()
     accelerator.register_for_checkpointing(counter)
@@ -455,7 +456,7 @@ def saved_twice(folder: str) -> None:
     dist.barrier()
     torch._foreach_add_([p.data for p in model.parameters()], 1.0)
     before = weights(model)
-    with pytest.raises(CheckpointError, match=r"not of one save: custom_checkpoint_0.pkl is not what was saved with"):
+    with pytest.raises(CheckpointError, match=r"not of one save.*custom_checkpoint_0.pkl"):
         accelerator.load_state(folder)
     assert all(torch.equal(a, b) for a, b in zip(before, weights(model), strict=True))
 
@@ -466,7 +467,7 @@ def test_files_of_two_saves_to_one_folder_are_told_apart(world_size: int, tmp_pa
 
 
 def says_beside(folder: str, extra: Any) -> str:
-    accelerator, *objects = job(2, 48)
+    accelerator, objects = job(2, 48)
     model, *_ = prepare(accelerator, *objects)
     accelerator.save_state(folder)
     dist.barrier()
@@ -487,11 +488,11 @@ def says_beside(folder: str, extra: Any) -> str:
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        ([], r"is damaged: what save_state adds is \[\]"),
-        ({"files": []}, r"is damaged: what save_state adds is \{'files': \[\]\}"),
-        ({"files": 4}, r"is damaged: what save_state adds is \{'files': 4\}"),
-        ({"position": "here"}, "this is no position in the data"),
-        ({"files": {"../other": [1, ""]}}, r"not of one save: \.\./other is not what was saved"),
+        ([], r"damaged.*save_state.* \[\]"),
+        ({"files": []}, r"damaged.*save_state.* \{'files': \[\]\}"),
+        ({"files": 4}, r"damaged.*save_state.* \{'files': 4\}"),
+        ({"position": "here"}, "no position"),
+        ({"files": {"../other": [1, ""]}}, r"not of one save.*\.\./other"),
     ],
 )
 def test_what_stands_beside_the_tensors_is_checked_before_anything_changes(
@@ -509,9 +510,9 @@ def killed_in_save_state(folder: str) -> str:
         torn.mkdir()
         shutil.copy(Path(folder) / "checkpoints" / first / "random_states_0.pkl", torn)
     dist.barrier()
-    with pytest.warns(UserWarning, match="checkpoint_1 was not written to the end") as told:
+    with pytest.warns(UserWarning, match="checkpoint_1 .*not written") as told:
         name = goes_on_by_itself(folder)[1]
-    assert [one.filename for one in told if "not written to the end" in str(one.message)] == [__file__]
+    assert [one.filename for one in told if "not written" in str(one.message)] == [__file__]
     return name
 
 
@@ -520,7 +521,7 @@ def test_a_checkpoint_that_was_not_written_to_the_end_is_passed_by(tmp_path: Pat
 
 
 def one_rank_cannot_write_its_random_state(folder: str) -> None:
-    accelerator, *objects = job(2, 48)
+    accelerator, objects = job(2, 48)
     prepare(accelerator, *objects)
     if dist.get_rank() == 1:
         (Path(folder) / "random_states_1.pkl").mkdir(parents=True)

@@ -9,15 +9,15 @@ import json
 import os
 import pickle
 import random
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
@@ -26,6 +26,8 @@ from torch.distributed.checkpoint.state_dict import (
     get_state_dict,
     set_state_dict,
 )
+from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
+from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
@@ -109,7 +111,7 @@ def never_stopped(count: int = 2) -> Weights:
 
 def ours(engine: str, first: int, last: int, loaded: str | None, saved: str, count: int = 2) -> None:
     """DistAdamW on an engine, from one checkpoint of ours to another."""
-    config = {"train_micro_batch_size_per_gpu": 1, "gradient_clipping": 0.0} if engine in ZERO else {}
+    config: dict[str, Any] = {"train_micro_batch_size_per_gpu": 1, "gradient_clipping": 0.0} if engine in ZERO else {}
     with accelerator_on(engine, **config) as accelerator:
         model: nn.Module = Net(1.0 if first else 1.5)
         optimizer: Any = DistAdamW(groups(model, count), **HYPER)
@@ -194,13 +196,11 @@ def test_names_are_given_or_known_or_asked_for(tmp_path: Path) -> None:
     torch.save(model.state_dict(), tmp_path / "model.pt")
     torch.save(state, tmp_path / "optimizer.pt")
     files = (tmp_path / "model.pt", tmp_path / "ours")
-    with pytest.raises(CheckpointError, match=r"numbers 4 parameters in 2 group\(s\), and has 6 weights and buffers"):
+    with pytest.raises(CheckpointError, match=r"4 parameters in 2 group.* 6 weights"):
         import_checkpoint(*files, optimizer=tmp_path / "optimizer.pt")
-    with pytest.raises(CheckpointError, match="has an optimizer of 4 parameters, and 3 names"):
+    with pytest.raises(CheckpointError, match=r"4 parameters.* 3 names"):
         import_checkpoint(*files, optimizer=tmp_path / "optimizer.pt", names=names[:3])
-    with pytest.raises(
-        CheckpointError, match=r"exp_avg of shape \[33, 6\] for body.2.bias, and weights of shape \[2\]"
-    ):
+    with pytest.raises(CheckpointError, match=r"exp_avg .*\[33, 6\].* body.2.bias.* \[2\]"):
         import_checkpoint(*files, optimizer=tmp_path / "optimizer.pt", names=names[::-1])
     with pytest.raises(CheckpointError, match="Pass the model's file"):
         import_checkpoint(tmp_path / "optimizer.pt", tmp_path / "ours")
@@ -231,16 +231,18 @@ class Remembers(nn.Linear):
 
 
 def test_extra_state_of_modules_is_imported(tmp_path: Path) -> None:
-    for name, state in {"tensor": torch.arange(3), "data": {"amax": [1.5]}}.items():
-        model, again = nn.Sequential(Remembers(3, 3)), nn.Sequential(Remembers(3, 3))
-        model[0].state = state
+    states: dict[str, Any] = {"tensor": torch.arange(3), "data": {"amax": [1.5]}}
+    for name, state in states.items():
+        saved, loaded = Remembers(3, 3), Remembers(3, 3)
+        model, again = nn.Sequential(saved), nn.Sequential(loaded)
+        saved.state = state
         torch.save(model.state_dict(), tmp_path / f"{name}.pt")
         import_checkpoint(tmp_path / f"{name}.pt", tmp_path / name)
         load(tmp_path / name, again)
-        assert torch.equal(again[0].state, state) if name == "tensor" else again[0].state == state
-    save_file({"0.weight": model[0].weight.detach(), "0.bias": model[0].bias.detach()}, tmp_path / "x.safetensors")
+        assert torch.equal(loaded.state, state) if name == "tensor" else loaded.state == state
+    save_file({"0.weight": saved.weight.detach(), "0.bias": saved.bias.detach()}, tmp_path / "x.safetensors")
     import_checkpoint(tmp_path / "x.safetensors", tmp_path / "without")
-    with pytest.warns(UserWarning, match="says nothing of extra state"):
+    with pytest.warns(UserWarning, match="extra state"):
         load(tmp_path / "without", again)
 
 
@@ -317,13 +319,13 @@ def fsdp2_job(first: int, last: int, loaded: str | None, saved: str, flat: bool 
     options = StateDictOptions(flatten_optimizer_state_dict=flat)
     if loaded is not None:
         weights, state = get_state_dict(model, optimizer)
-        dcp.load({"model": weights, "optim": state}, checkpoint_id=loaded)
+        dcp_load({"model": weights, "optim": state}, checkpoint_id=loaded)
         set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state)
     train(model, optimizer, first, last)
     weights, state = get_state_dict(model, optimizer, options=options)
     content = {"model": weights, "optim": state, "ema": {"decay": 0.9}}
-    dcp.save({"app": content} if app else content, checkpoint_id=saved)
-    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+    dcp_save({"app": content} if app else content, checkpoint_id=saved)
+    return cast(Weights, get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)))
 
 
 @pytest.mark.parametrize(("flat", "app"), [(False, False), (True, True)])
@@ -362,7 +364,7 @@ def test_enums_as_python_3_11_2_pickles_them(tmp_path: Path, monkeypatch: pytest
     for kind in (_MEM_FORMAT_ENCODING, ZeroStageEnum):
         monkeypatch.setattr(kind, "__reduce_ex__", lambda self, _: (getattr, (type(self), self.name)))
     weights = {"weight": torch.arange(6.0)}
-    dcp.save({"model": weights}, checkpoint_id=tmp_path / "dcp", no_dist=True)
+    dcp_save({"model": weights}, checkpoint_id=tmp_path / "dcp", no_dist=True)
     assert b"getattr" in (tmp_path / "dcp" / ".metadata").read_bytes()
     torch.save({"model": weights, "stage": ZeroStageEnum.gradients}, tmp_path / "torch")
     for name in ("dcp", "torch"):
@@ -370,7 +372,7 @@ def test_enums_as_python_3_11_2_pickles_them(tmp_path: Path, monkeypatch: pytest
         assert torch.equal(weights_in(tmp_path / f"{name}-ours")["weight"], weights["weight"])
     monkeypatch.setattr(Harmless, "__reduce__", lambda _: (getattr, (Bomb, "__init__")), raising=False)
     torch.save({"model": weights, "x": Harmless()}, tmp_path / "bomb")
-    with pytest.raises(CheckpointError, match=r"Bomb, which is neither .* nothing is executed"):
+    with pytest.raises(CheckpointError, match=r"Bomb,.* nothing is executed"):
         import_checkpoint(tmp_path / "bomb", tmp_path / "ours")
 
 
@@ -391,7 +393,7 @@ def test_a_bomb_does_not_go_off(where: str, tmp_path: Path) -> None:
             "model": {"weight": torch.ones(1)},
             "optim": {"param_groups": [{"params": ["weight"], "lr": Bomb(proof)}]},
         }
-        dcp.save(state, checkpoint_id=source, no_dist=True)
+        dcp_save(state, checkpoint_id=source, no_dist=True)
     else:
         torch.save({"model": {"weight": torch.ones(1)}, "optimizer": Bomb(proof)}, source)
     with pytest.raises(CheckpointError, match=r"asks for (io|_io|builtins)?\.?open.* nothing is executed"):
@@ -423,13 +425,13 @@ def test_metadata_that_no_save_writes(tmp_path: Path) -> None:
     assert "asks for tests.distributed.test_convert.Harmless, which" in changed(
         lambda metadata: metadata.planner_data.update(x=Harmless())
     )
-    assert "names '../x', which lies outside of it" in changed(lambda metadata: move(metadata, relative_path="../x"))
+    assert re.search(r"'\.\./x'.*outside", changed(lambda metadata: move(metadata, relative_path="../x")))
     assert "reaches beyond" in changed(lambda metadata: move(metadata, offset=1 << 40))
     assert "reaches beyond" in changed(lambda metadata: move(metadata, length=-5))
     assert f"{weight} has gaps or overlaps" in changed(
         lambda metadata: metadata.state_dict_metadata[weight].chunks.pop()
     )
-    assert "is damaged or of another kind: KeyError" in changed(lambda metadata: metadata.storage_data.clear())
+    assert re.search("damaged.*KeyError", changed(lambda metadata: metadata.storage_data.clear()))
 
 
 # ---------------------------------------------------------------------------------------------- DeepSpeed
@@ -515,7 +517,7 @@ def test_safetensors(tmp_path: Path) -> None:
     other = Net()
     load(tmp_path / "again", other)
     assert all(torch.equal(value, other.state_dict()[name]) for name, value in Net(1.5).state_dict().items())
-    with pytest.raises(CheckpointError, match="has the state of no optimizer"):
+    with pytest.raises(CheckpointError, match="state of no optimizer"):
         load(tmp_path / "again", other, DistAdamW(other.parameters()))
 
 
@@ -527,7 +529,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert main(["export", f"{tmp_path}/ours", f"{tmp_path}/x.safetensors", "--kind=safetensors"]) == 2
     assert "x.safetensors is there already" in capsys.readouterr().err
     assert main(["import", f"{tmp_path}/theirs.pt", f"{tmp_path}/ours"]) == 2
-    assert "ours holds a checkpoint already" in capsys.readouterr().err
+    assert re.search("ours .*already", capsys.readouterr().err)
     assert main(["inspect", f"{tmp_path}/ours"]) == 0
     table = capsys.readouterr().out
     numel = sum(value.numel() for value in model.state_dict().values())
@@ -545,11 +547,16 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert main(["inspect", f"{tmp_path}/ours"]) == 2
     assert "NO: " in capsys.readouterr().out
     assert main(["export", f"{tmp_path}/ours", f"{tmp_path}/y.safetensors", "--kind=safetensors"]) == 2
-    assert "is damaged: its checksum differs" in capsys.readouterr().err
+    assert "checksum" in capsys.readouterr().err
     assert not (tmp_path / "y.safetensors").exists()
 
 
 OF_SGD = {"state": {0: {"momentum_buffer": torch.ones(2)}}, "param_groups": [{"lr": 0.1, "params": [0]}]}
+
+
+def folder_of_a_pipe(path: Path) -> None:
+    path.mkdir()
+    os.mkfifo(path / ".metadata")
 
 
 def universal_of_another_place(path: Path) -> None:
@@ -561,27 +568,27 @@ def universal_of_another_place(path: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "sentence"),
     [
-        (lambda path: None, "no such file or folder"),
-        (lambda path: path.mkdir(), "is a folder of no known kind"),
-        (lambda path: path.write_bytes(b"x" * 100), "is no file of torch.save"),
+        (lambda path: None, "no such file"),
+        (lambda path: path.mkdir(), "no known kind"),
+        (lambda path: path.write_bytes(b"x" * 100), r"no file of torch\.save"),
         (lambda path: torch.save(torch.ones(3), path), "holds a Tensor"),
-        (lambda path: torch.save({"model": {"weight": 3}}, path), "has 'weight' among the weights, which is no tensor"),
-        (lambda path: torch.save({"model": {}, "optimizer": [3]}, path), "has no state dict of one optimizer"),
+        (lambda path: torch.save({"model": {"weight": 3}}, path), "'weight'.*no tensor"),
+        (lambda path: torch.save({"model": {}, "optimizer": [3]}, path), "no state dict"),
         (
             lambda path: torch.save({"model": {"weight": torch.ones(2)}, "optimizer": OF_SGD}, path),
-            "the optimizer's state has 'momentum_buffer' of weight, which AdamW",
+            "'momentum_buffer' of weight.*AdamW",
         ),
-        (universal_of_another_place, "names '../x', which lies outside of it"),
-        (lambda path: (path.mkdir(), os.mkfifo(path / ".metadata")), "is not a plain file"),
-        (lambda path: (path.mkdir(), (path / ".metadata").write_bytes(pickle.dumps(3))), "is damaged or of another"),
-        (lambda path: (path.mkdir(), (path / ".metadata").write_bytes(b"\x80\x04x")), ".metadata is damaged"),
+        (universal_of_another_place, r"'\.\./x'.*outside"),
+        (folder_of_a_pipe, "plain file"),
+        (lambda path: (path.mkdir(), (path / ".metadata").write_bytes(pickle.dumps(3))), "damaged or of another"),
+        (lambda path: (path.mkdir(), (path / ".metadata").write_bytes(b"\x80\x04x")), r"\.metadata is damaged"),
     ],
 )
 def test_what_cannot_be_imported(make: Callable[[Path], Any], sentence: str, tmp_path: Path) -> None:
     make(tmp_path / "theirs")
     with pytest.raises(CheckpointError) as error:
         import_checkpoint(tmp_path / "theirs", tmp_path / "ours")
-    assert sentence in str(error.value)
+    assert re.search(sentence, str(error.value))
     assert not (tmp_path / "ours").exists()
 
 
@@ -595,13 +602,11 @@ def test_small_files_that_would_take_much_memory(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="it numbers 400,000,000 objects in 9 bytes"):
         import_checkpoint(folder, tmp_path / "ours")
     torch.save({"w": torch.zeros(1).expand(10**13)}, tmp_path / "expanded.pt")
-    with pytest.raises(CheckpointError, match=r"shape \[10000000000000\], whose elements share memory \(expand\)"):
+    with pytest.raises(CheckpointError, match=r"\[10000000000000\].*\(expand\)"):
         import_checkpoint(tmp_path / "expanded.pt", tmp_path / "ours")
     groups = [{"params": [0], "lr": torch.zeros(1).expand(10**8)}]
     torch.save({"model": {"w": torch.zeros(1)}, "optimizer": {"state": {}, "param_groups": groups}}, tmp_path / "lr.pt")
-    with pytest.raises(
-        CheckpointError, match=r"lr of a parameter group is a tensor of shape \[100000000\], and no number"
-    ):
+    with pytest.raises(CheckpointError, match=r"lr .*\[100000000\].*no number"):
         import_checkpoint(tmp_path / "lr.pt", tmp_path / "ours")
 
 
@@ -648,14 +653,14 @@ def test_weights_of_a_name_that_safetensors_cannot_hold(tmp_path: Path) -> None:
     model = nn.Module()
     model.register_parameter("__metadata__", nn.Parameter(torch.ones(2)))
     save(tmp_path / "ours", model)
-    with pytest.raises(CheckpointError, match="weights named '__metadata__', which safetensors cannot hold"):
+    with pytest.raises(CheckpointError, match=r"'__metadata__'.*safetensors"):
         export_checkpoint(tmp_path / "ours", tmp_path / "x", "safetensors")
 
 
 def test_two_imports_into_one_folder(tmp_path: Path) -> None:
     torch.save(torch_job(0, STOP)[0].state_dict(), tmp_path / "theirs.pt")
     lock = Lock(tmp_path / "ours")
-    with pytest.raises(CheckpointError, match="another job is saving to"):
+    with pytest.raises(CheckpointError, match="another job is saving"):
         import_checkpoint(tmp_path / "theirs.pt", tmp_path / "ours")
     lock.release()
     import_checkpoint(tmp_path / "theirs.pt", tmp_path / "ours")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from dist_adamw import CyclicLRWithRestarts, DistAdamW, prepare
-from tests.ranks import run_ranks
+from tests.ranks import run_ranks, run_ranks_within
 
 
 def rows(size: int) -> TensorDataset:
@@ -258,7 +259,7 @@ def uneven() -> list[int | None]:
         try:
             loop = Loop(Stream(size) if is_stream else rows(size), 1, batch_size, config=config)
         except ValueError as error:
-            assert "even_batches=False gives 2 ranks different numbers of batches" in str(error)  # noqa: PT017
+            assert re.search("even_batches=False.* 2 ranks", str(error))  # noqa: PT017
             found.append(None)
         else:
             found.append(loop.epoch()[-1])
@@ -277,11 +278,11 @@ def grown_unevenly() -> None:
     for batches in (loop.loader, skip_first_batches(loop.loader, 1)):
         with torch.no_grad():
             list(batches)  # no update is made in it
-        with pytest.raises(ValueError, match=r"2 ranks different numbers of batches \(5 of 4 samples"):
+        with pytest.raises(ValueError, match=r"2 ranks .*\(5 of 4 samples"):
             loop.epoch(batches)
     data.size = 24
     assert loop.epoch()[-1] == 40
 
 
 def test_data_that_grows_so_that_batches_are_uneven_is_refused_when_the_loop_begins() -> None:
-    run_ranks(2, grown_unevenly, timeout=30)
+    run_ranks_within(30, 2, grown_unevenly)

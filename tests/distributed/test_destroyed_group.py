@@ -35,9 +35,9 @@ def rank_of(rank: int, root: str, keep: int, answers: Any) -> None:
     saver.wait()
     write = storage._write_file
 
-    def slowly(*args: Any) -> Any:
+    def slowly(*args: Any, **kwargs: Any) -> Any:
         time.sleep(0.5)
-        return write(*args)
+        return write(*args, **kwargs)
 
     storage._write_file = slowly
     job.train()
@@ -69,7 +69,7 @@ def test_a_group_that_is_destroyed_in_a_save_costs_no_checkpoint(keep: int, tmp_
         for _ in processes:
             _, said = answers.get(timeout=45)  # less than a rank would wait for the other one
             assert len(said) == 2, said  # of the save, and of the folder that is closed
-            assert "was destroyed before the checkpoint was finished" in said[0] or "could not write" in said[0]
+            assert "was destroyed before" in said[0] or "could not write" in said[0]
     finally:
         for process in processes:
             process.kill()
@@ -86,6 +86,6 @@ def test_a_rank_stays_what_it_was() -> None:
     assert not ranks.is_main
     done: list[int] = []
     for ask in (ranks.check, lambda: ranks.gather(0), lambda: ranks.run(lambda: done.append(1))):
-        with pytest.raises(CheckpointError, match="the process group of 2 ranks was destroyed"):
+        with pytest.raises(CheckpointError, match="group of 2 ranks was destroyed"):
             ask()
     assert not done

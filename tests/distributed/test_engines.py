@@ -16,8 +16,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from dist_adamw import CyclicLRWithRestarts, DistAdamW, prepare
-from dist_adamw.wrappers import unwrap
 from tests.distributed.engines import ENGINES, accelerator_on
+from tests.known import unwrap
 from tests.ranks import run_ranks
 
 BATCH, EPOCH = 12, 60
@@ -100,7 +100,7 @@ def curve(
 @functools.cache
 def reference(decay_by: str, eps: float) -> Curve:
     """One process and no accumulation."""
-    return run_ranks(1, curve, "single", 1, decay_by, eps, {})[0]  # type: ignore[no-any-return]
+    return run_ranks(1, curve, "single", 1, decay_by, eps, {})[0]
 
 
 def difference(rows: Curve, expected: Curve) -> float:
@@ -135,9 +135,9 @@ def test_one_curve(engine: str, world_size: int, accumulation: int, decay_by: st
 def test_accelerates_own_checkpoints(engine: str, tmp_path: Path) -> None:
     """Saved in the middle of a cycle, loaded by a job that begins anew."""
     expected = reference("lr", 0.1)
-    options = (engine, 3, "lr", 0.1, {}, str(tmp_path / "state"))
-    before = run_ranks(2, curve, *options, (0, 4))
-    after = run_ranks(2, curve, *options, (4, EPOCHS))
+    saved = str(tmp_path / "state")
+    before = run_ranks(2, curve, engine, 3, "lr", 0.1, {}, saved, (0, 4))
+    after = run_ranks(2, curve, engine, 3, "lr", 0.1, {}, saved, (4, EPOCHS))
     for rows in (before[0] + after[0], before[1] + after[1]):
         assert difference(rows, expected) < 1e-5
 

@@ -122,7 +122,7 @@ def test_state_that_is_another_is_not_taken_for_adams(tmp_path: Path) -> None:
     optimizer = made(OneMoment, model)
     train(model, optimizer)
     save(tmp_path, model, optimizer)
-    with pytest.raises(CheckpointError, match="has the state of OneMoment, which means nothing to a AdamW"):
+    with pytest.raises(CheckpointError, match=r"state of OneMoment.* AdamW"):
         load(tmp_path, model, made(torch.optim.AdamW, model))
     with pytest.raises(CheckpointError, match="means nothing to a DistAdamW"):
         load(tmp_path, model, made(DistAdamW, model))

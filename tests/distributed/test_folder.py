@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import multiprocessing
 import os
 import signal
@@ -13,7 +14,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
 import pytest
@@ -38,6 +39,7 @@ from dist_adamw.checkpoint.storage.files import read_whole
 from dist_adamw.checkpoint.storage.index import damage, read_index
 from dist_adamw.checkpoint.storage.locks import Lock
 from dist_adamw.optimizer import replicas
+from dist_adamw.optimizer.sharding.fingerprints import fingerprints
 from tests.kills import kill_often
 from tests.ranks import expect_error_on_all, run_ranks
 
@@ -129,7 +131,7 @@ def to_different_places(root: str) -> None:
     rank, job = dist.get_rank(), Job()
     folder = CheckpointFolder(f"{root}/shared", keep=1)
     kept = folder.save(10, job.write)
-    with pytest.raises(CheckpointError, match="ranks save to different folders"):
+    with pytest.raises(CheckpointError, match="different folders"):
         folder.save(20 + rank, job.write)
     with pytest.raises(AgreementError, match="folder"):
         save(f"{root}/{rank}", *job.all)
@@ -138,17 +140,17 @@ def to_different_places(root: str) -> None:
     here = os.getcwd()
     os.chdir(f"{root}/of-{rank}")  # the same name on another disk
     try:
-        with pytest.raises(CheckpointError, match="is not to be seen on the main one"):
+        with pytest.raises(CheckpointError, match="not to be seen"):
             save("own", *job.all)
         own = CheckpointFolder("runs")
-        with pytest.raises(CheckpointError, match="ranks save to different folders"):
+        with pytest.raises(CheckpointError, match="different folders"):
             own.save(10, job.write)
         own.root = Path("runs")  # one name on two disks
-        with pytest.raises(CheckpointError, match="is not to be seen on the main one"):
+        with pytest.raises(CheckpointError, match="not to be seen"):
             own.save(10, job.write)
         (Path("runs") / "sample-000000010").mkdir() if rank == 0 else None
         dist.barrier()
-        with pytest.raises(CheckpointError, match="is there on some ranks and missing on rank 1"):
+        with pytest.raises(CheckpointError, match="missing on rank 1"):
             own.newest()
     finally:
         os.chdir(here)
@@ -162,8 +164,8 @@ def failed_on_one(folder: str) -> list[str]:
     job, written = Job(), storage._write_file
     job.write(Path(folder))
 
-    def fails(*args: Any) -> Any:
-        result = written(*args)
+    def fails(*args: Any, **kwargs: Any) -> Any:
+        result = written(*args, **kwargs)
         if dist.get_rank() == 1:
             raise OSError("the disk is gone")
         return result
@@ -216,8 +218,8 @@ def fills_up(root: str, on_error: Any) -> int:
 def test_a_full_disk_is_a_sentence_and_training_lives_if_asked(world_size: int, small_disk: Path) -> None:
     for error in expect_error_on_all(world_size, fills_up, str(small_disk / "a"), "raise"):
         assert error.startswith("CheckpointError: ")
-        assert "No space left on device" in error
-        assert "What it held before is still there" in error
+        assert os.strerror(errno.ENOSPC) in error
+        assert "still there" in error
     whole = sorted((small_disk / "a").glob("sample-*"))
     assert whole
     assert all(damage_of(path) is None for path in whole)
@@ -305,10 +307,10 @@ def saves_while_another_does(path: str) -> None:
     job.write(Path(path))
     if dist.get_rank() == 0:
         lock = Lock(Path(path))
-        with pytest.raises(CheckpointError, match="another job is saving to"):
+        with pytest.raises(CheckpointError, match="another job is saving"):
             Lock(Path(path))
     dist.barrier()
-    with pytest.raises(CheckpointError, match="another job is saving to"):
+    with pytest.raises(CheckpointError, match="another job is saving"):
         job.write(Path(path))
     dist.barrier()
     if dist.get_rank() == 0:
@@ -344,7 +346,7 @@ def disagrees(root: str) -> int:
     folder.save(10, job.write)
     job.train()
     if dist.get_rank() == 1:
-        job.model[0].weight.data[0, 0] += 1
+        job.model.get_parameter("0.weight").data[0, 0] += 1
     with pytest.raises(AgreementError, match=r"differ in '0\.weight'"):
         folder.save(20, job.write)
     return len(folder.all())
@@ -414,7 +416,7 @@ def test_one_process_and_its_folders(tmp_path: Path) -> None:
     job = Job()
     job.train()
     folder = CheckpointFolder(tmp_path)
-    with pytest.raises(CheckpointError, match=r"this process has a CheckpointFolder of .* already"):
+    with pytest.raises(CheckpointError, match=r"has a CheckpointFolder of .*already"):
         CheckpointFolder(tmp_path, patience=0.0)
     folder.close()
     with pytest.raises(CheckpointError, match="is closed"):
@@ -434,10 +436,10 @@ def test_a_job_killed_while_it_replaced_a_checkpoint(tmp_path: Path) -> None:
 
 
 def test_bad_arguments_are_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="keep must be 1 or more, got 0"):
+    with pytest.raises(ValueError, match=r"keep .*1 or more.* 0"):
         CheckpointFolder(tmp_path, keep=0)
-    with pytest.raises(ValueError, match="on_error must be 'raise' or 'warn', got 'ignore'"):
-        CheckpointFolder(tmp_path, on_error="ignore")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"on_error .*'ignore'"):
+        CheckpointFolder(tmp_path, on_error=cast(Any, "ignore"))
 
 
 # ---------------------------------------------------------------------------------------------- beside training
@@ -571,7 +573,7 @@ def test_a_last_save_that_failed_is_told_at_the_end(tmp_path: Path) -> None:
         ended = subprocess.run(
             [sys.executable, "-c", code, str(tmp_path / "file" / "x")], capture_output=True, text=True, timeout=60
         )
-        assert "a checkpoint was lost: could not write" in ended.stderr
+        assert "a checkpoint was lost" in ended.stderr
 
 
 @pytest.mark.filterwarnings("ignore:no checkpoint after sample")
@@ -616,7 +618,7 @@ def not_for_rank_1(folder: str) -> None:
     job, isdir = Job(), os.path.isdir
     save(folder, *job.all)
     hidden = mock.patch.object(os.path, "isdir", lambda path: dist.get_rank() == 0 and isdir(path))
-    with hidden, pytest.raises(CheckpointError, match="is there on some ranks and missing on rank 1"):
+    with hidden, pytest.raises(CheckpointError, match="missing on rank 1"):
         load(folder, *job.all)
 
 
@@ -625,14 +627,14 @@ def test_a_folder_that_one_rank_does_not_see_is_an_error_on_all(tmp_path: Path) 
 
 
 def cannot_compare(folder: str) -> None:
-    job, compute = Job(), replicas.fingerprints
+    job = Job()
 
     def fails(tensors: Any) -> Any:
         if dist.get_rank() == 1:
             raise MemoryError("no room for sums")
-        return compute(tensors)
+        return fingerprints(tensors)
 
-    said = r"could not be compared: MemoryError: no room for sums \(rank 1\)"
+    said = r"not be compared.* MemoryError: no room for sums \(rank 1\)"
     with mock.patch.object(replicas, "fingerprints", fails), pytest.raises(AgreementError, match=said):
         save(folder, *job.all)
     save(folder, *job.all)
@@ -675,7 +677,7 @@ def fails_when_it_reads(folder: str) -> None:
     job = Job()
     save(folder, *job.all)
     gone = mock.patch.object(checkpoint, "_read", side_effect=OSError("the disk is gone"))
-    with gone, pytest.raises(CheckpointError, match=r"the disk is gone.* are half loaded: load a checkpoint"):
+    with gone, pytest.raises(CheckpointError, match=r"the disk is gone.*half loaded"):
         load(folder, *job.all)
     load(folder, *job.all)
 
@@ -735,7 +737,7 @@ def test_links_in_a_checkpoint_are_not_written_through(tmp_path: Path) -> None:
 
 def test_somebody_elses_index_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "index.json").write_text('{"mine": 1}')
-    with pytest.raises(CheckpointError, match=r"index\.json is of another program\. Choose another folder"):
+    with pytest.raises(CheckpointError, match=r"index\.json .*another program"):
         save(tmp_path, nn.Linear(2, 2))
     assert (tmp_path / "index.json").read_text() == '{"mine": 1}'
 
@@ -777,10 +779,10 @@ def test_a_disk_that_takes_a_part_of_a_block_gets_the_rest(tmp_path: Path, monke
             self.file = file
 
         def write(self, data: Any) -> int:
-            return self.file.write(memoryview(data)[: max(1, len(data) // 2)])  # type: ignore[no-any-return]
+            return self.file.write(memoryview(data)[: max(1, len(data) // 2)])
 
         def fileno(self) -> int:
-            return self.file.fileno()  # type: ignore[no-any-return]
+            return self.file.fileno()
 
         def __enter__(self) -> Short:
             return self
@@ -817,7 +819,7 @@ def test_nothing_deletes_what_was_superseded(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.glob("sample-*")) == names
     folder.discard()
     assert not (tmp_path / "latest").exists()
-    with pytest.raises(CheckpointError, match="samples must be a whole number >= 0, got -1"):
+    with pytest.raises(CheckpointError, match=r"samples .*whole number.* -1"):
         folder.save(-1, lambda path: save(path, nn.Linear(2, 2)))
     (tmp_path / "somebody.partial").mkdir()
     folder.save(40, lambda path: save(path, nn.Linear(2, 2)))

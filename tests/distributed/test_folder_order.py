@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from torch import nn
@@ -85,10 +86,10 @@ def test_a_smaller_keep_takes_the_oldest_and_no_folder_of_the_user(tmp_path: Pat
 
 
 @pytest.mark.parametrize("samples", [True, -1, 1.0, (1 << 62) + 1, "5"])
-def test_samples_that_are_no_count_are_refused(samples: object, tmp_path: Path) -> None:
+def test_samples_that_are_no_count_are_refused(samples: Any, tmp_path: Path) -> None:
     folder = CheckpointFolder(tmp_path)
-    with pytest.raises(CheckpointError, match=r"samples must be (a whole number >= 0|at most)"):
-        folder.save(samples, write)  # type: ignore[arg-type]
+    with pytest.raises(CheckpointError, match=r"samples must be (a whole number|at most)"):
+        folder.save(samples, write)
     folder.close()
 
 

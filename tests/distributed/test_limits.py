@@ -32,19 +32,19 @@ def refused(root: str) -> None:
     many = nn.Sequential(*(nn.Linear(1, 1) for _ in range(40)))
     largest, index._LARGEST = index._LARGEST, 4000
     try:
-        with pytest.raises(CheckpointError, match=r"its index would have more than [\d,]+ bytes, and 4,000 can"):
+        with pytest.raises(CheckpointError, match=r"index .*more than [\d,]+ bytes.* 4,000"):
             save(folder, many)
         assert files(folder) == before
         index._LARGEST = len((folder / "index.json").read_bytes()) - 100  # what only the whole index shows
-        with pytest.raises(CheckpointError, match=r"index\.json would have [\d,]+ bytes"):
+        with pytest.raises(CheckpointError, match=r"index\.json .* [\d,]+ bytes"):
             save(folder, model)
     finally:
         index._LARGEST = largest
     assert files(folder) == before
     for name, tensor, message in [
-        ("strides", torch.zeros(0, 1 << 40, 1 << 22), "no load would take it"),
-        ("dims", torch.zeros([1] * 65), "no load would take it"),
-        ("complex", torch.zeros(2, dtype=torch.complex64), "is torch.complex64, which safetensors files here"),
+        ("strides", torch.zeros(0, 1 << 40, 1 << 22), "no load"),
+        ("dims", torch.zeros([1] * 65), "no load"),
+        ("complex", torch.zeros(2, dtype=torch.complex64), r"torch\.complex64.*safetensors"),
     ]:
         odd = nn.Linear(3, 3)
         odd.register_buffer(name, tensor)
@@ -53,7 +53,7 @@ def refused(root: str) -> None:
         assert files(folder) == before
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     optimizer.state[model.weight]["step"] = -1
-    with pytest.raises(CheckpointError, match="does not say what it should of scalars, which no load would take"):
+    with pytest.raises(CheckpointError, match=r"scalars.*no load"):
         save(folder, model, optimizer)
     dist.barrier()
     assert files(folder) == before
@@ -70,10 +70,10 @@ def test_what_is_just_small_enough_to_write_can_be_read(tmp_path: Path, monkeypa
     monkeypatch.setattr(index, "_LARGEST", 100)
     index.write_text(tmp_path / "text", "x" * 100)
     assert index.read_bounded(tmp_path / "text") == b"x" * 100
-    with pytest.raises(CheckpointError, match="would have 101 bytes, and 100 can be read"):
+    with pytest.raises(CheckpointError, match=r"101 bytes.* 100 "):
         index.write_text(tmp_path / "text", "x" * 101)
     monkeypatch.setattr(index, "_LARGEST", 99)
-    with pytest.raises(CheckpointError, match="it has 100 bytes, and cannot have that many"):
+    with pytest.raises(CheckpointError, match=r"100 bytes.*cannot"):
         index.read_bounded(tmp_path / "text")
 
 

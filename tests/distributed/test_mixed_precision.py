@@ -31,7 +31,7 @@ class Small(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.norm(self.first(x.bfloat16()).float()).tanh()
-        return self.second(hidden.bfloat16()).float()  # type: ignore[no-any-return]
+        return self.second(hidden.bfloat16()).float()
 
 
 def backward(model: nn.Module, step: int) -> None:
@@ -80,7 +80,8 @@ class Pair:
         return [found[p] for p in self.model.parameters()]
 
     def expected(self) -> list[Tensor]:
-        found, weights = {}, dict(zip(self.model.parameters(), self.weights, strict=True))
+        weights: dict[Tensor, Tensor] = dict(zip(self.model.parameters(), self.weights, strict=True))
+        found = {}
         for shard in self.optimizer.shards:
             for i, param in enumerate(shard.params):
                 weight = weights[param].detach().view(-1)

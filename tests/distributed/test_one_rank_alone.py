@@ -17,6 +17,7 @@ from torch.utils.data import TensorDataset
 
 from dist_adamw import AgreementError
 from dist_adamw.integrations.accelerate import loader as loaders
+from dist_adamw.integrations.accelerate import loader_run
 from dist_adamw.optimizer.gradients import sources
 from dist_adamw.optimizer.gradients.handshake import RankMessages
 from tests.distributed.test_attach import WAYS, attach, average_gradients
@@ -40,7 +41,7 @@ def check_clipped_beside_another(setting_zeros: bool) -> None:
 @pytest.mark.parametrize("setting_zeros", [False, True])
 def test_zero_grad_of_another_optimizer_hides_no_change(setting_zeros: bool) -> None:
     for error in expect_error_on_all(2, check_clipped_beside_another, setting_zeros):
-        assert error.startswith("RuntimeError: gradients were changed between backward and step()"), error
+        assert error.startswith("RuntimeError: gradients were changed"), error
 
 
 def check_zeros_beside_another() -> None:
@@ -125,7 +126,7 @@ def check_dropped(way: dict[str, Any] | None, how: str) -> None:
 def test_gradients_set_to_none_on_one_rank_alone(way: str, how: str) -> None:
     for error in expect_error_on_all(2, check_dropped, WAYS[way] if way else None, how):
         assert error.startswith("AgreementError"), error
-        assert "set to None" in error or "parameters without a gradient is" in error, error
+        assert "set to None" in error or "without a gradient" in error, error
 
 
 def check_dropped_by_all(way: dict[str, Any]) -> None:
@@ -163,7 +164,7 @@ def check_sparse(way: dict[str, Any] | None) -> None:
 @pytest.mark.parametrize("way", ["ddp", "plain", ""])
 def test_sparse_gradients_are_refused(way: str) -> None:
     for error in expect_error_on_all(2, check_sparse, WAYS[way] if way else None):
-        assert "DistAdamW does not support sparse gradients" in error, error
+        assert "sparse gradients" in error, error
 
 
 def check_scaled_zeros() -> None:
@@ -180,7 +181,7 @@ def check_scaled_zeros() -> None:
 
 def test_a_factor_on_gradients_that_are_mostly_zero_is_seen() -> None:
     for error in expect_error_on_all(2, check_scaled_zeros):
-        assert "gradients were changed between backward and step()" in error, error
+        assert "gradients were changed" in error, error
 
 
 class Branches(nn.Module):
@@ -299,6 +300,7 @@ def check_let_go() -> None:
     gc.disable()
     try:
         optimizer.param_groups[0]["params"] = [nn.Parameter(torch.zeros(3))]
+        assert optimizer._path is not None
         reducers = [weakref.ref(reducer) for reducer in optimizer._path.sources.reducers()]
         assert reducers
         del model
@@ -337,7 +339,7 @@ def check_the_last_optimizer_is_there_on_one_rank_alone(way: dict[str, Any]) -> 
         reference.step()
         same(model, twin, f"update {step}")
     for other in held:
-        with pytest.raises(RuntimeError, match="other ranks have let go of"):
+        with pytest.raises(RuntimeError, match="have let go"):
             other.step()
 
 
@@ -357,11 +359,11 @@ def check_parts_of_averages(way: dict[str, Any], kind: str) -> None:
     del first
     last: Any = (ours if kind == "ours" else theirs)(model.parameters())
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(RuntimeError, match="each rank has a part of the average"):
+    with pytest.raises(RuntimeError, match="part of the average"):
         last.step()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     if net is not model:  # DDP would put the sums into its buckets
-        with pytest.raises(RuntimeError, match="each rank has a part of the average"):
+        with pytest.raises(RuntimeError, match="part of the average"):
             loss_of(net, 1)
     last.zero_grad(set_to_none=kind == "theirs")
     if kind == "ours":
@@ -418,14 +420,14 @@ class Counter:
     def __init__(self) -> None:
         self.ends: dict[int, list[int]] = {}
 
-    def begins(self, run: loaders.Run) -> None: ...
+    def begins(self, run: loader_run.Run) -> None: ...
 
-    def handed_out(self, batch: loaders.Batch) -> None:
+    def handed_out(self, batch: loader_run.Batch) -> None:
         loader = batch.run.loader()
         assert loader is not None
         self.ends.setdefault(len(loader.dataset), []).append(batch.end)
 
-    def ended(self, run: loaders.Run) -> None: ...
+    def ended(self, run: loader_run.Run) -> None: ...
 
 
 def test_loaders_in_two_threads() -> None:

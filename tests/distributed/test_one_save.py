@@ -14,8 +14,8 @@ from torch import Tensor
 
 from dist_adamw import CheckpointError, prepare
 from dist_adamw.checkpoint.storage.index import write_index
-from dist_adamw.wrappers import unwrap
 from tests.distributed.jobs import epochs, job
+from tests.known import unwrap
 from tests.ranks import run_ranks
 
 
@@ -58,22 +58,22 @@ def damage(folder: Path, how: str) -> None:
 
 
 DAMAGE = {
-    "missing": "has dist_adamw, and no dist_adamw_1: it is of a job with other models, or was not written to the end",
-    "of another save": "is not of one save: ",
-    "of a job without the second": "is not of one save: ",
-    "tensors": "dist_adamw_1/.* is damaged: its checksum differs",
+    "missing": "has dist_adamw, and no dist_adamw_1",
+    "of another save": "not of one save",
+    "of a job without the second": "not of one save",
+    "tensors": "dist_adamw_1/.* .*checksum",
     "no moments": "the checkpoint has no exp_avg_sq of ",
-    "other weights": "is a checkpoint of another model: 0.weight is missing",
+    "other weights": "another model.* 0.weight is missing",
 }
 
 
 def refuses(root: str) -> list[str]:
-    accelerator, *first = job(1, 48, loader={"batch_size": 2})
+    accelerator, first = job(1, 48, loader={"batch_size": 2})
     one = prepare(accelerator, *first)
     for _ in zip(range(3), epochs(accelerator, *one, count=2), strict=False):
         pass
     accelerator.save_state(f"{root}/first alone")
-    _, *second = job(1, 48, loader={"batch_size": 2}, width=24)
+    _, second = job(1, 48, loader={"batch_size": 2}, width=24)
     both = [one, prepare(accelerator, *second)]
     for prepared in both:
         for _ in zip(range(4), epochs(accelerator, *prepared, count=2), strict=False):
@@ -109,8 +109,8 @@ def test_what_is_wrong_with_the_second_is_seen_before_the_first_changes(world_si
 
 
 def of_an_older_release(root: str) -> None:
-    accelerator, *first = job(1, 48)
-    _, *second = job(1, 48, width=24)
+    accelerator, first = job(1, 48)
+    _, second = job(1, 48, width=24)
     both = [prepare(accelerator, *objects) for objects in (first, second)]
     accelerator.save_state(root)
     saved = everything(both)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ class Network(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.first(x @ self.table[: x.shape[1]]).tanh()
-        return self.second(hidden) * self.scale  # type: ignore[no-any-return]
+        return self.second(hidden) * self.scale
 
 
 class Pair:
@@ -36,11 +37,12 @@ class Pair:
 
     def __init__(self, way: str, **options: Any) -> None:
         self.model, self.twin = Network(), Network()
-        self.way, self.run = way, self.model
+        self.way = way
+        self.run: nn.Module = self.model
         self.optimizer = self._groups(DistAdamW, self.model, bucket_numel=300, **options)
         self.reference = self._groups(torch.optim.AdamW, self.twin, fused=True)
         if way == "ddp":
-            self.run = DistributedDataParallel(self.model, find_unused_parameters=True)  # type: ignore[assignment]
+            self.run = DistributedDataParallel(self.model, find_unused_parameters=True)
         elif way != "none":
             self.optimizer.attach(self.model, overlap=way != "late", reduce_every_backward=way == "shard")
 
@@ -223,10 +225,10 @@ def test_a_rank_that_does_it_alone_is_an_error_on_all(way: str, what: str) -> No
     if (way, what) == ("ddp", "replace"):
         pytest.skip("DDP waits for the gradient of the parameter that it knows")
     for error in expect_error_on_all(2, check_one_rank_alone, way, what):
-        if "AgreementError" in error and "has other parameters in its groups than rank" in error:
+        if "AgreementError" in error and "has other parameters" in error:
             continue  # seen before, in the message that goes with gradients
         assert "AgreementError: rank 1 disagrees with rank 0" in error
-        assert "what was changed in optimizer.param_groups and state is 'nothing' on rank 0" in error
+        assert re.search(r"optimizer\.param_groups.* 'nothing' on rank 0", error)
 
 
 def check_empty_share_replaced() -> list[str]:
@@ -267,7 +269,7 @@ def check_state_dict() -> None:
 
 def test_state_that_is_about_to_change_is_not_handed_out() -> None:
     for error in expect_error_on_all(2, check_state_dict):
-        assert "which was not consolidated since it changed" in error
+        assert "not consolidated" in error
 
 
 def check_save(folder: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
 from dist_adamw import DistAdamW
+from tests.known import grad_of, to_memory_format
 from tests.ranks import expect_error_on_all, run_ranks
 
 WORLDS = [1, 2, 3, 4]
@@ -25,7 +27,7 @@ class Network(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(1)
-        self.conv = nn.Conv2d(3, 5, 3).to(memory_format=torch.channels_last)
+        self.conv = to_memory_format(nn.Conv2d(3, 5, 3), torch.channels_last)
         self.hidden = nn.Linear(5 * 36, 41)
         self.out = nn.Linear(41, 3)
         self.scale = nn.Parameter(torch.tensor(1.0))
@@ -33,7 +35,7 @@ class Network(nn.Module):
         self.frozen = nn.Parameter(torch.ones(5), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.out(self.hidden(self.conv(x).flatten(1)).relu()) * self.scale  # type: ignore[no-any-return]
+        return self.out(self.hidden(self.conv(x).flatten(1)).relu()) * self.scale
 
 
 def backward(model: nn.Module, step: int) -> None:
@@ -57,8 +59,8 @@ def check_same_bits(options: dict[str, Any], updates: int = 10) -> tuple[int, in
         optimizer.step()
         reference.step()
         optimizer.zero_grad()
-        for (name, p), q in zip(model.named_parameters(), twin.named_parameters(), strict=True):
-            assert torch.equal(p, q[1]), (step, name)
+        for (name, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
+            assert torch.equal(p, q), (step, name)
     assert optimizer.updates == updates
     return optimizer.state_bytes, sum(p.numel() for p in model.parameters() if p.requires_grad)
 
@@ -129,7 +131,7 @@ def check_skip(bad_rank: int) -> None:
         p.grad = torch.ones_like(p)
     if dist.get_rank() == bad_rank:  # in whatever this rank owns
         for p in model.parameters():
-            p.grad.fill_(math.nan)  # type: ignore[union-attr]
+            grad_of(p).fill_(math.nan)
     before = copy.deepcopy(model.state_dict())
     optimizer.step()
     assert optimizer.step_was_skipped
@@ -148,10 +150,10 @@ def check_later_changes() -> None:
     twin = copy.deepcopy(model)
     results = []
     for module, run, cls in ((twin, twin, torch.optim.AdamW), (model, wrapped, DistAdamW)):
-        optimizer = cls([*module.hidden.parameters(), module.frozen], lr=1e-2, fused=True)  # type: ignore[call-arg, arg-type]
+        optimizer = cls([*module.hidden.parameters(), module.frozen], lr=1e-2, fused=True)
         for step in range(6):
             if step == 2:
-                optimizer.add_param_group({"params": list(module.out.parameters()), "lr": 1e-3})  # type: ignore[operator, union-attr]
+                optimizer.add_param_group({"params": list(module.out.parameters()), "lr": 1e-3})
             backward(run, step)
             if step >= 4:
                 module.frozen.grad = torch.full((5,), 0.5)
@@ -244,7 +246,7 @@ def check_share_twice() -> None:
     for i, state in first["state"].items():
         assert all(torch.equal(v, again._share_state_dict()["state"][i][k]) for k, v in state.items())
     other = DistAdamW(Network().parameters(), bucket_numel=1)
-    with pytest.raises(ValueError, match="of another model, or was made with another bucket_numel"):
+    with pytest.raises(ValueError, match=r"another model.*bucket_numel"):
         other.load_state_dict(first)
     with pytest.raises(RuntimeError, match=f"rank {dist.get_rank()} of 2 has its own share"):
         optimizer.state_dict()
@@ -261,7 +263,7 @@ def check_mesh_copy_refused() -> None:
 
 def test_copying_with_a_mesh_is_refused() -> None:
     for error in expect_error_on_all(2, check_mesh_copy_refused):
-        assert "with a mesh cannot be pickled or copied" in error
+        assert "mesh cannot be pickled" in error
 
 
 def test_a_ranks_share_loads_on_that_rank() -> None:
@@ -279,7 +281,7 @@ def check_share_of_another_rank() -> None:
 
 def test_a_share_of_another_rank_is_refused() -> None:
     errors = expect_error_on_all(2, check_share_of_another_rank)
-    assert "this state is the share of rank 0 of 2, and this is rank 1 of 2" in errors[1]
+    assert re.search("share of rank 0 of 2.* rank 1 of 2", errors[1])
     assert "accelerator.save_state" in errors[1]
 
 

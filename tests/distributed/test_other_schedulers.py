@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -18,9 +18,9 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
 from dist_adamw import DistAdamW, load, prepare, save
-from dist_adamw.wrappers import unwrap
 from tests.distributed.engines import ZERO, accelerator_on
 from tests.distributed.jobs import data, model_of_two_layers
+from tests.known import unwrap
 from tests.ranks import expect_error_on_all, run_ranks
 
 LENGTH, MICRO = 24, 4
@@ -53,13 +53,15 @@ class Job:
 
     def __init__(self, recipe: Recipe, engine: str, *, ours: bool = True) -> None:
         AcceleratorState._reset_state(reset_partial_state=True)
-        config = {"gradient_clipping": 0.0} if engine in ZERO else {}  # DeepSpeed alone would clip to 1.0
+        config: dict[str, Any] = (
+            {"gradient_clipping": 0.0} if engine in ZERO else {}
+        )  # DeepSpeed alone would clip to 1.0
         with accelerator_on(engine, **config) as self.accelerator:
             model = model_of_two_layers()
             made = DistAdamW if ours else torch.optim.AdamW
             optimizer = made(model.parameters(), lr=1e-2, eps=0.1)
             objects = model, optimizer, DataLoader(data(LENGTH), batch_size=MICRO), recipe(optimizer)
-            call = prepare if ours else type(self.accelerator).prepare
+            call: Any = prepare if ours else type(self.accelerator).prepare
             self.model, self.optimizer, self.loader, self.scheduler = call(self.accelerator, *objects)
 
     def train(self, epochs: int) -> list[tuple[float, float]]:
@@ -82,7 +84,7 @@ def compared(engine: str, folder: str, resume: bool) -> dict[str, Any]:
     for name, recipe in SCHEDULERS.items():
         job = Job(recipe, engine)
         assert isinstance(job.scheduler, AcceleratedScheduler)
-        assert (unwrap(job.optimizer)._path is not None) == isinstance(job.model, DistributedDataParallel)  # type: ignore[attr-defined]
+        assert (unwrap(job.optimizer)._path is not None) == isinstance(job.model, DistributedDataParallel)
         if not resume:
             rows = job.train(1)
             job.accelerator.save_state(f"{folder}/{name}")
@@ -163,8 +165,8 @@ def refused() -> None:
     other = torch.optim.SGD(model_of_two_layers().parameters(), lr=1.0)
     cases: list[tuple[Recipe, str]] = [
         (lambda _: lr_scheduler.StepLR(other, 2), "drives another SGD"),
-        (lambda o: AcceleratedScheduler(lr_scheduler.StepLR(o, 2), o), "not prepared yet, got AcceleratedScheduler"),  # type: ignore[return-value]
-        (lambda o: "cosine", "another torch scheduler, not prepared yet, got str"),  # type: ignore[return-value]
+        (lambda o: AcceleratedScheduler(lr_scheduler.StepLR(o, 2), o), "not prepared yet, got AcceleratedScheduler"),
+        (cast(Recipe, lambda _: "cosine"), "not prepared yet, got str"),
     ]
     for recipe, message in cases:
         with pytest.raises(ValueError, match=message):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import itertools
 import multiprocessing
+import re
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,8 +27,8 @@ from torch.utils.data import (
 
 from dist_adamw import CheckpointError, CyclicLRWithRestarts, DistAdamW, position, prepare, rest_of_epoch
 from dist_adamw.checkpoint.storage.index import read_index
-from dist_adamw.wrappers import unwrap
 from tests.distributed.engines import accelerator_on, environment
+from tests.known import unwrap
 from tests.ranks import run_ranks
 
 SIZE = 48
@@ -44,7 +45,7 @@ class Pairs(BatchSampler):
     def __init__(self) -> None:
         self.batch_size, self.drop_last = 2, False
 
-    def __iter__(self) -> Iterator[list[int]]:  # type: ignore[override]
+    def __iter__(self) -> Iterator[list[int]]:
         yield from ([i, SIZE - 1 - i] for i in range(SIZE // 2))
 
     def __len__(self) -> int:
@@ -168,7 +169,7 @@ def cannot(state: dict[str, Any]) -> str:
 
 def test_what_cannot_be_reached_is_said() -> None:
     for text in run_ranks(2, cannot, {"epoch": 0, "samples": 6, "seed": None, "order": ""}):
-        assert "the job stands 6 samples into data of which only batches can be left out, and batches of 4" in text
+        assert re.search("6 samples .*only batches.* 4", text)
 
 
 def uneven_rest(samples: int) -> str | int:
@@ -185,9 +186,7 @@ def uneven_rest(samples: int) -> str | int:
 def test_ranks_never_have_different_numbers_of_batches() -> None:
     assert run_ranks(2, uneven_rest, 4) == [11, 11]
     for text in run_ranks(2, uneven_rest, 2):
-        assert "the job stands 2 samples into an epoch of which 46 are left, and even_batches=False gives 2" in str(
-            text
-        )
+        assert re.search("2 samples .* 46 .*even_batches=False", str(text))
 
 
 def skipped() -> int:
@@ -210,10 +209,10 @@ def refusals() -> None:
     place = position(loader)
     whole = {"epoch": 1, "samples": 4, "seed": None, "order": ""}
     for wrong in ({"samples": -1}, {"samples": 1.5}, {"epoch": True}, {"order": "xyz"}, {"order": "00"}, {"order": 5}):
-        with pytest.raises(CheckpointError, match="this is no position in the data"):
+        with pytest.raises(CheckpointError, match="no position"):
             place.load_state_dict({**whole, **wrong})
     assert (place.epoch, place.samples) == (0, 0)
-    with pytest.raises(ValueError, match=r"the position in a DataLoader is not known\. Pass the loader that prepare"):
+    with pytest.raises(ValueError, match=r"position in a DataLoader .*prepare"):
         rest_of_epoch(loader_of("pairs"))
     del accelerator
 
@@ -331,9 +330,10 @@ def is_left(engine: str, updates: int) -> bool:
                 accelerator.backward(model(x).square().mean())
                 optimizer.step()
                 scheduler.step()
-            known = weakref.ref(loader.base_dataloader)
+            accelerates: Any = loader
+            known = weakref.ref(accelerates.base_dataloader)
             accelerator._dataloaders.clear()  # as with the accelerator's end; the test has that itself
-            del loader, data
+            del loader, accelerates, data
             return known() is not None
     finally:
         gc.enable()
@@ -399,13 +399,13 @@ def without_rest_of_epoch(folder: str) -> tuple[Any, Any]:
         if i == 2:
             break
     accelerator.save_state(folder)
-    running = rest_of_epoch(loader)
+    running: Any = rest_of_epoch(loader)
     next(running)  # and nobody ends it
     accelerator.load_state(folder)
     accelerator.save_state(folder)
     at_once = position(loader).state_dict()
     rest = sum(1 for _ in rest_of_epoch(loader))
-    running.close()  # type: ignore[attr-defined]
+    running.close()
     return at_once and at_once["samples"], rest
 
 

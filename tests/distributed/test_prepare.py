@@ -26,14 +26,15 @@ def curve(way: str, accumulation: int, length: int, drop_last: bool, decay_by: s
     options: dict[str, Any] = {"loader": {"shuffle": True, "drop_last": drop_last}, "optimizer": {"decay_by": decay_by}}
     if way == "accelerate":
         options["recipe"] = {"batch_size": 12, "epoch_size": length // 12 * 12 if drop_last else length}
-    accelerator, *objects = job(accumulation, length, **options)
-    prepared = prepare(accelerator, *objects) if way == "prepare" else accelerator.prepare(*objects)
-    return list(epochs(accelerator, *prepared, count=6))
+    accelerator, objects = job(accumulation, length, **options)
+    prepared: Any = prepare(accelerator, *objects) if way == "prepare" else accelerator.prepare(*objects)
+    model, optimizer, loader, scheduler = prepared
+    return list(epochs(accelerator, model, optimizer, loader, scheduler, count=6))
 
 
-def plain_curve(length: int, decay_by: str) -> list[Row]:
+def plain_curve(length: int, decay_by: Any) -> list[Row]:
     model = model_of_two_layers()
-    optimizer = DistAdamW(model.parameters(), lr=1e-2, weight_decay=0.05, decay_by=decay_by)  # type: ignore[arg-type]
+    optimizer = DistAdamW(model.parameters(), lr=1e-2, weight_decay=0.05, decay_by=decay_by)
     scheduler = CyclicLRWithRestarts(optimizer, 12, length, **RECIPE)
     rows = []
     for _ in range(6):
@@ -68,7 +69,7 @@ def test_drop_last_has_one_epoch_size_at_every_world_size(world_size: int) -> No
 # ---------------------------------------------------------------- real samples
 
 
-class Stream(IterableDataset):  # type: ignore[type-arg]
+class Stream(IterableDataset[Any]):
     """No length, as data from a network has none."""
 
     def __init__(self, length: int) -> None:
@@ -94,7 +95,7 @@ def counts(accumulation: int, count: int, options: dict[str, Any]) -> tuple[list
             **options,
             "loader": {"batch_size": 1, "batch_sampler": BatchSampler(SequentialSampler(range(26)), 4, False)},
         }
-    accelerator, *objects = job(accumulation, options.pop("length", 26), **options)
+    accelerator, objects = job(accumulation, options.pop("length", 26), **options)
     prepared = prepare(accelerator, *objects)
     scheduler = prepared[3]
     samples = [row[0] for row in epochs(accelerator, *prepared, count=count)] + [scheduler.samples]
@@ -177,28 +178,28 @@ def test_a_custom_batch_sampler_with_a_size_works() -> None:
         ({"dataset": Stream(26)}, r"no length.* Pass epoch_size=<samples per epoch>"),
         (
             {"recipe": {"batch_size": 5}},
-            r"batch_size=5 was given, but .* 1 samples x 3 accumulation steps x 1 ranks = 3",
+            r"batch_size=5 .* 1 samples x 3 accumulation steps x 1 ranks = 3",
         ),
         ({"loader": {"batch_size": None}}, "no batch size"),
-        ({"loader": {"drop_last": True}, "dataset": data(2)}, "2 samples, fewer than one global batch of 3"),
+        ({"loader": {"drop_last": True}, "dataset": data(2)}, "2 samples.*global batch of 3"),
     ],
 )
 def test_what_cannot_be_derived_is_an_error_that_says_what_to_do(options: dict[str, Any], message: str) -> None:
-    accelerator, *objects = job(3, **options)
+    accelerator, objects = job(3, **options)
     with pytest.raises(ValueError, match=message):
         prepare(accelerator, *objects)
 
 
 def test_an_engine_that_is_not_supported_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    accelerator, *objects = job()
+    accelerator, objects = job()
     # Megatron-LM is not installed, so Accelerate's word for the engine is replaced.
     monkeypatch.setattr(accelerator.state, "distributed_type", DistributedType.MEGATRON_LM)
-    with pytest.raises(ValueError, match="the engine MEGATRON_LM is not supported"):
+    with pytest.raises(ValueError, match="MEGATRON_LM is not supported"):
         prepare(accelerator, *objects)
 
 
 def cannot_split(options: dict[str, Any]) -> None:
-    accelerator, *objects = job(1, 27, **options)
+    accelerator, objects = job(1, 27, **options)
     prepare(accelerator, *objects)
 
 
@@ -218,20 +219,20 @@ def test_batches_that_ranks_cannot_share_are_refused(options: dict[str, Any], me
 
 
 def test_a_global_batch_may_be_given_if_it_is_right() -> None:
-    accelerator, *objects = job(3, recipe={"batch_size": GlobalBatch(1, 3, 1)})
+    accelerator, objects = job(3, recipe={"batch_size": GlobalBatch(1, 3, 1)})
     assert prepare(accelerator, *objects)[3].batch_size == 3
 
 
 def test_accumulation_changed_in_mid_run_is_counted() -> None:
-    accelerator, *objects = job(1, 24)
-    *prepared, scheduler = prepare(accelerator, *objects)
+    accelerator, objects = job(1, 24)
+    *_, scheduler = prepared = prepare(accelerator, *objects)
     accelerator.gradient_accumulation_steps = 4
-    assert [row[0] for row in epochs(accelerator, *prepared, scheduler, count=1)] == [0, 4, 8, 12, 16, 20]
+    assert [row[0] for row in epochs(accelerator, *prepared, count=1)] == [0, 4, 8, 12, 16, 20]
     assert scheduler.samples == 24
 
 
 def test_another_loader_is_counted_too() -> None:
-    accelerator, *objects = job(1, 22, loader={"batch_size": 4})
+    accelerator, objects = job(1, 22, loader={"batch_size": 4})
     model, optimizer, loader, scheduler = prepare(accelerator, *objects)
     other = accelerator.prepare(DataLoader(data(9), batch_size=3))
     assert [row[0] for row in epochs(accelerator, model, optimizer, other, scheduler, count=1)] == [0, 3, 6]
@@ -240,16 +241,16 @@ def test_another_loader_is_counted_too() -> None:
 
 
 def test_a_short_accumulation_with_drop_last_is_counted_and_said() -> None:
-    accelerator, *objects = job(4, 22, loader={"batch_size": 2, "drop_last": True})
-    with pytest.warns(UserWarning, match=r"11 micro-batches, and the last 3 .* accumulation of 6 samples beyond the"):
+    accelerator, objects = job(4, 22, loader={"batch_size": 2, "drop_last": True})
+    with pytest.warns(UserWarning, match=r"11 micro-batches.* last 3 .* 6 samples"):
         prepared = prepare(accelerator, *objects)
     assert prepared[3].epoch_size == 16
     assert [row[0] for row in epochs(accelerator, *prepared, count=2)] == [0, 8, 16, 22, 30, 38]
 
 
 def test_a_scheduler_of_another_optimizer_is_refused() -> None:
-    accelerator, model, _, loader, scheduler = job()
-    with pytest.raises(ValueError, match="the scheduler drives another DistAdamW than the one given here"):
+    accelerator, (model, _, loader, scheduler) = job()
+    with pytest.raises(ValueError, match="drives another DistAdamW"):
         prepare(accelerator, model, DistAdamW(model.parameters()), loader, scheduler)
 
 
@@ -257,7 +258,7 @@ def test_a_scheduler_of_another_optimizer_is_refused() -> None:
 
 
 def clipped_by_accelerate(max_norm: float, forgotten: bool) -> None:
-    accelerator, *objects = job(2, 48, loader={"batch_size": 4}, optimizer={"eps": 0.1})
+    accelerator, objects = job(2, 48, loader={"batch_size": 4}, optimizer={"eps": 0.1})
     model, optimizer, loader, _ = prepare(accelerator, *objects)
     if forgotten:  # somebody frees memory in mid-training, and has the objects himself
         accelerator.free_memory()
@@ -295,15 +296,15 @@ def test_accelerates_own_clipping_is_right(world_size: int, forgotten: bool) -> 
 
 def disagree_at_prepare(what: str) -> None:
     odd = dist.get_rank() == 1
-    options: dict[str, Any] = {
+    cases: dict[str, dict[str, Any]] = {
         "lr": {"optimizer": {"lr": 2e-2 if odd else 1e-2}},
         "betas": {"optimizer": {"betas": (0.8 if odd else 0.9, 0.999)}},
         "period": {"recipe": {"restart_period": 3 if odd else 2}},
         "epoch": {"recipe": {"epoch_size": 90 if odd else 100}},
         "width": {"width": 20},
         "data": {"length": 99 if odd else 100, "recipe": {"epoch_size": 100}},
-    }[what]
-    accelerator, *objects = job(**options)
+    }
+    accelerator, objects = job(**cases[what])
     prepare(accelerator, *objects)
 
 
@@ -317,7 +318,7 @@ def disagree_at_prepare(what: str) -> None:
         ("betas", "'betas': [0.8, 0.999]"),
         ("period", "restart_period is 2 on rank 0 and 3 on rank 1"),
         ("epoch", "epoch_size is 100 on rank 0 and 90 on rank 1"),
-        ("data", "samples of one pass over the data loader is 100 on rank 0 and 99 on rank 1"),
+        ("data", "data loader is 100 on rank 0 and 99 on rank 1"),
     ],
 )
 def test_ranks_that_differ_at_prepare_all_raise(what: str, field: str) -> None:
@@ -327,7 +328,7 @@ def test_ranks_that_differ_at_prepare_all_raise(what: str, field: str) -> None:
 
 
 def wrong_on_one_rank() -> None:
-    accelerator, *objects = job(recipe={"batch_size": 5 if dist.get_rank() == 1 else 3})
+    accelerator, objects = job(recipe={"batch_size": 5 if dist.get_rank() == 1 else 3})
     prepare(accelerator, *objects)
 
 
@@ -338,7 +339,7 @@ def test_what_is_wrong_on_one_rank_is_raised_on_all() -> None:
 
 
 def diverge(what: str) -> None:
-    accelerator, *objects = job(length=24)
+    accelerator, objects = job(length=24)
     model, optimizer, loader, scheduler = prepare(accelerator, *objects)
     update = 0
     for _ in range(2):

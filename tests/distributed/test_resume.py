@@ -25,8 +25,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from dist_adamw import CyclicLRWithRestarts, DistAdamW, prepare, rest_of_epoch
 from dist_adamw.checkpoint.storage.files import read_whole
 from dist_adamw.checkpoint.storage.index import read_index
-from dist_adamw.wrappers import unwrap
 from tests.distributed.engines import accelerator_on
+from tests.known import unwrap
 from tests.ranks import run_ranks
 
 BATCH, EPOCH = 12, 60
@@ -127,11 +127,11 @@ def tensors(folder: str) -> dict[str, Tensor]:
 
 
 def stop(place: Place, folder: str) -> list[Row]:
-    return run_ranks(place[1], train, place[0], 0, STOP, folder, None, {})[0]  # type: ignore[no-any-return]
+    return run_ranks(place[1], train, place[0], 0, STOP, folder, None, {})[0]
 
 
 def go_on(place: Place, loaded: str, saved: str) -> list[Row]:
-    return run_ranks(place[1], train, place[0], STOP, UPDATES, saved, loaded, {})[0]  # type: ignore[no-any-return]
+    return run_ranks(place[1], train, place[0], STOP, UPDATES, saved, loaded, {})[0]
 
 
 def check(rows: list[Row], expected: list[Row]) -> float:

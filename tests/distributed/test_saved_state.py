@@ -26,11 +26,11 @@ from dist_adamw import (
 )
 from dist_adamw.checkpoint.storage.files import read_whole
 from dist_adamw.checkpoint.storage.index import read_index
-from dist_adamw.wrappers import unwrap
+from tests.known import unwrap
 from tests.ranks import expect_error_on_all, run_ranks
 
 
-def network() -> nn.Module:
+def network() -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(8, 33), nn.BatchNorm1d(33), nn.Tanh(), nn.Linear(33, 2))
 
@@ -120,7 +120,7 @@ def of_another_family(folder: str) -> None:
     step(model, optimizer)
     save(folder, model, optimizer)
     other = DistAdamW(model.parameters())
-    with pytest.raises(CheckpointError, match="has the state of SGD, which means nothing to a DistAdamW"):
+    with pytest.raises(CheckpointError, match=r"state of SGD.* DistAdamW"):
         load(folder, model, other)
     before = bits(model)
     step(model, optimizer)
@@ -162,7 +162,7 @@ def other_groups(folder: str) -> None:
     step(model, optimizer)
     save(folder, model, optimizer)
     together = torch.optim.AdamW(model.parameters(), lr=7e-3)
-    with pytest.raises(CheckpointError, match=r"of one group here in several groups, with lr 0\.001 and 0\.05"):
+    with pytest.raises(CheckpointError, match=r"several groups.*lr 0\.001 and 0\.05"):
         load(folder, model, together)
     assert together.param_groups[0]["lr"] == 7e-3
     load(folder, model, together, on_difference="new")
@@ -175,7 +175,7 @@ def test_groups_that_were_several_are_not_made_one_in_silence(tmp_path: Path) ->
 
 def odd_state(folder: str) -> None:
     model = network()
-    with pytest.raises(CheckpointError, match=r"LBFGS has .* only tensors and numbers can be saved"):
+    with pytest.raises(CheckpointError, match=r"LBFGS .*tensors and numbers"):
         save(folder, model, steps_lbfgs(model))
     model.zero_grad()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-2, momentum=0.9)
@@ -200,7 +200,7 @@ def steps_lbfgs(model: nn.Module) -> torch.optim.Optimizer:
         loss.backward()
         return loss
 
-    optimizer.step(closure)  # type: ignore[arg-type]
+    optimizer.step(closure)
     return optimizer
 
 
@@ -226,7 +226,7 @@ class Remembers(nn.Module):
         self.value = state
 
 
-def remembering(value: Any) -> nn.Module:
+def remembering(value: Any) -> nn.Sequential:
     return nn.Sequential(nn.Linear(8, 8), Remembers(value))
 
 
@@ -235,15 +235,16 @@ def extra_state(folder: str, sharded: bool) -> None:
     for name, value in first.items():
         model, again, without = remembering(value), remembering(None), nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
         if sharded:
-            model, again = fully_shard(model), fully_shard(again)
+            fully_shard(model)
+            fully_shard(again)
         save(f"{folder}/{name}", model)
         load(f"{folder}/{name}", again)
-        found = again[1].value
+        found: Any = again[1].value
         assert torch.equal(found, value) if name == "tensor" else found == value
         with pytest.raises(CheckpointError, match=r"another model"):
             load(f"{folder}/{name}", without)
     save(f"{folder}/without", nn.Sequential(nn.Linear(8, 8), nn.Identity()))
-    with pytest.raises(CheckpointError, match=r"extra state of '1' \(get_extra_state\) is not in the checkpoint"):
+    with pytest.raises(CheckpointError, match=r"extra state of '1' .*not in the"):
         load(f"{folder}/without", nn.Sequential(nn.Linear(8, 8), Bare()))
     with pytest.raises(CheckpointError, match="get_extra_state of 1: only plain data"):
         save(f"{folder}/object", remembering(object()))
@@ -324,7 +325,7 @@ def test_a_model_of_fp32_goes_on_from_the_exact_weights(tmp_path: Path) -> None:
     assert torch.equal(exact.to(torch.bfloat16), rounded)
     fp32 = nn.Sequential(nn.Linear(8, 33), nn.Tanh(), nn.Linear(33, 2))
     load(tmp_path, fp32)
-    assert torch.equal(fp32[0].weight, exact)  # type: ignore[arg-type]
+    assert torch.equal(fp32.get_parameter("0.weight"), exact)
 
 
 def test_weights_written_after_a_load_are_the_ones_that_count(tmp_path: Path) -> None:
@@ -334,9 +335,10 @@ def test_weights_written_after_a_load_are_the_ones_that_count(tmp_path: Path) ->
     load(tmp_path, model, optimizer)
     optimizer.param_groups[0]["lr"] = 1e-6
     with torch.no_grad():
-        model[0].weight.fill_(3.0)
+        model.get_parameter("0.weight").fill_(3.0)
     step(model, optimizer, 1)
-    assert torch.equal(model[0].weight, torch.full_like(model[0].weight, 3.0))  # type: ignore[arg-type]
+    weight = model.get_parameter("0.weight")
+    assert torch.equal(weight, torch.full_like(weight, 3.0))
 
 
 # ---------------------------------------------------------------------------------------------- what models have
@@ -344,6 +346,9 @@ def test_weights_written_after_a_load_are_the_ones_that_count(tmp_path: Path) ->
 
 class Odd(nn.Module):
     """Frozen, tied, empty, scalar, large and never used parameters, and buffers of several kinds."""
+
+    constant: Tensor
+    scratch: Tensor
 
     def __init__(self) -> None:
         super().__init__()
@@ -366,15 +371,15 @@ class Odd(nn.Module):
 def odd(folder: str, wrap: str) -> None:
     def make() -> tuple[Odd, nn.Module, DistAdamW]:
         model = Odd()
-        wrapped: nn.Module = model
+        wrapped: Any = model
         if wrap == "FSDP2":
             model.scale = nn.Parameter(torch.tensor([0.5]))  # it takes no scalars
             fully_shard(model.frozen)
-            wrapped = fully_shard(model)
+            fully_shard(model)
         elif wrap == "DDP":
             wrapped = DistributedDataParallel(model, find_unused_parameters=True, gradient_as_bucket_view=True)
         elif wrap == "compiled":
-            wrapped = torch.compile(model, backend="eager")  # type: ignore[assignment]
+            wrapped = torch.compile(model, backend="eager")
         optimizer = DistAdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
         if wrap == "DDP":
             optimizer.attach(wrapped)
@@ -394,7 +399,8 @@ def odd(folder: str, wrap: str) -> None:
     assert loaded.extra == {"rank": 0}
     local = lambda tensors: [t.to_local() if hasattr(t, "to_local") else t for t in tensors]  # noqa: E731
     assert same(local(model.parameters()), local(again.parameters()))
-    assert same([model.constant, model.norm.running_mean], [again.constant, again.norm.running_mean])  # type: ignore[list-item]
+    for name in ("constant", "norm.running_mean"):
+        assert torch.equal(model.get_buffer(name), again.get_buffer(name))
     assert again.scratch[0] == 7
     assert other.updates == optimizer.updates == 3
 
@@ -411,11 +417,12 @@ def test_odd_models_come_back_whole(wrap: str, world_size: int, tmp_path: Path) 
 def statistics(folder: str) -> list[float]:
     """Each rank's batch norms have seen other samples."""
     model = nn.Sequential(*(nn.BatchNorm1d(3) for _ in range(6)))
-    for norm in model:
-        norm.running_mean.fill_(dist.get_rank() + 1)  # type: ignore[union-attr, operator]
+    means = [model.get_buffer(f"{i}.running_mean") for i in range(6)]
+    for mean in means:
+        mean.fill_(dist.get_rank() + 1)
     save(folder, model)
     load(folder, model)
-    return [float(norm.running_mean[0]) for norm in model]  # type: ignore[union-attr, index]
+    return [float(mean[0]) for mean in means]
 
 
 def test_buffers_are_the_first_ranks(tmp_path: Path) -> None:
@@ -445,7 +452,7 @@ def test_ranks_that_differ_are_not_mixed(tmp_path: Path) -> None:
 
 def test_a_model_without_memory_is_refused(tmp_path: Path) -> None:
     save(tmp_path, nn.Linear(3, 3))
-    with pytest.raises(CheckpointError, match=r"weight is on the meta device: .* Use model\.to_empty"):
+    with pytest.raises(CheckpointError, match=r"weight .*meta device.* model\.to_empty"):
         load(tmp_path, nn.Linear(3, 3, device="meta"))
 
 
@@ -483,10 +490,11 @@ def differs(folder: str) -> None:
     step(model, optimizer)
     scheduler.step()
     save(folder, model, optimizer, scheduler)
-    for arguments, message in [
+    cases: list[tuple[dict[str, Any], str]] = [
         ({"betas": (0.8, 0.999)}, "betas of "),
         ({"period": 3.0}, "restart_period was 2.0 and is 3.0"),
-    ]:
+    ]
+    for arguments, message in cases:
         other = make_recipe(**arguments)
         before = bits(other[0])
         with pytest.raises(CheckpointError, match=message):
@@ -521,7 +529,7 @@ def without_schedule(folder: str) -> None:
     assert again.last_epoch == 3
     assert other.param_groups[0]["lr"] == optimizer.param_groups[0]["lr"] == 5e-3
     assert other.param_groups[0]["weight_decay"] == 0.3
-    with pytest.raises(CheckpointError, match="has the state of StepLR, and this job a CyclicLRWithRestarts"):
+    with pytest.raises(CheckpointError, match=r"state of StepLR.* CyclicLRWithRestarts"):
         load(folder, model, other, CyclicLRWithRestarts(other, 10, 100))
 
 
@@ -590,7 +598,7 @@ def test_weights_alone_beside_a_parameter_of_the_loss(tmp_path: Path) -> None:
     other = nn.Linear(3, 3)
     load(tmp_path, other)
     assert torch.equal(other.weight, model.weight)
-    with pytest.raises(CheckpointError, match="parameter 2 of group 0 is not in this model"):
+    with pytest.raises(CheckpointError, match=r"parameter 2 of group 0 .*this model"):
         load(tmp_path, other, DistAdamW(other.parameters()))
 
 
@@ -618,7 +626,7 @@ def test_a_buffer_that_cannot_be_read_into_is_told_before_anything_changes(tmp_p
     before = model.weight.detach().clone()
     with torch.no_grad():
         model.weight += 1
-    with pytest.raises(CheckpointError, match="elements of the buffer mask share memory"):
+    with pytest.raises(CheckpointError, match="buffer mask share memory"):
         load(tmp_path, model)
     assert torch.equal(model.weight, before + 1)
 
@@ -653,7 +661,7 @@ def test_random_state_is_restored_as_far_as_it_was_there(seeds: list[int], tmp_p
     if len(set(seeds)) == 1:
         assert last == ("restored", expected[0])
     else:
-        assert last[0] == "seeded anew, since there was no such rank"
+        assert last[0].startswith("seeded anew")
         assert last[1] not in expected
     assert run_ranks(4, load_random, str(tmp_path)) == found
 
@@ -689,7 +697,7 @@ def wrapped_engine(folder: str, stage: int) -> None:
 
     register_deepspeed()  # else DeepSpeed compiles, and a killed build leaves a lock on which every later one waits
 
-    def wrapped(module: nn.Module) -> nn.Sequential:
+    def wrapped(module: nn.Sequential) -> nn.Sequential:
         return nn.Sequential(*(checkpoint_wrapper(child) for child in module))
 
     def bare_model() -> nn.Sequential:
@@ -799,14 +807,14 @@ def weights_alone(folder: str, stage: int) -> tuple[int, int]:
 
     train_engine(engine, 0, 2)
     expected = evaluated()
-    with pytest.warns(UserWarning, match="frozen weights are saved all the same"):
+    with pytest.warns(UserWarning, match="frozen weights"):
         engine.save_checkpoint(folder, exclude_frozen_parameters=True)
     train_engine(engine, 2, 5)
     assert evaluated() != expected  # stage 3 keeps parameters whole after that
     engine.load_checkpoint(folder, load_module_only=True)
     assert evaluated() == expected
     inner = unwrap(engine.optimizer)
-    return inner.updates, engine.lr_scheduler.samples  # type: ignore[attr-defined]
+    return inner.updates, engine.lr_scheduler.samples
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])

@@ -22,9 +22,9 @@ from torch.utils.data import TensorDataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from dist_adamw import DistAdamW
-from dist_adamw.wrappers import unwrap
 from tests.distributed.test_mixed_precision import Pair
 from tests.distributed.test_optimizer import Network, backward
+from tests.known import unwrap
 from tests.ranks import expect_error_on_all, run_ranks
 
 BATCH, UPDATES, STOP = 12, 6, 3
@@ -86,8 +86,8 @@ def fabric(file: Path, resume: bool) -> nn.Module:
     def get_optimizer_state(optimizer: Any) -> dict[str, Any]:
         if hasattr(optimizer, "consolidate_state_dict"):
             optimizer.consolidate_state_dict()
-            return optimizer.state_dict() if dist.get_rank() == 0 else {}  # type: ignore[no-any-return]
-        return optimizer.state_dict()  # type: ignore[no-any-return]
+            return optimizer.state_dict() if dist.get_rank() == 0 else {}
+        return optimizer.state_dict()
 
     module = small()
     optimizer = DistAdamW(module.parameters(), **ADAMW)
@@ -152,7 +152,7 @@ def accelerate_alone(file: Path, resume: bool) -> nn.Module:
     if not resume:
         optimizer.consolidate_state_dict(to=None)
         accelerator.save_state(folder)
-    return accelerator.unwrap_model(model)  # type: ignore[no-any-return]
+    return accelerator.unwrap_model(model)
 
 
 class Loss(nn.Module):
@@ -164,7 +164,7 @@ class Loss(nn.Module):
         return {"loss": nn.functional.mse_loss(self.body(x), y)}
 
 
-class Consolidate(TrainerCallback):  # type: ignore[misc]
+class Consolidate(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
         if control.should_save:
             unwrap(objects["optimizer"]).consolidate_state_dict()
@@ -176,7 +176,7 @@ def trainer_alone(file: Path, resume: bool) -> nn.Module:
     data = [{"x": a, "y": b} for a, b in zip(x, y, strict=True)]
     model = Loss()
     optimizer = DistAdamW(model.parameters(), **ADAMW)
-    constant = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
+    constant: Any = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
     args = TrainingArguments(
         output_dir=str(file.with_suffix("")),
         per_device_train_batch_size=BATCH // dist.get_world_size(),
@@ -264,7 +264,7 @@ def check_bits(options: dict[str, Any]) -> None:
             optimizer.zero_grad()
     expected = whole.state_dict()
     for to in (*range(dist.get_world_size()), None):
-        sharded.consolidate_state_dict(to)  # type: ignore[arg-type]
+        sharded.consolidate_state_dict(to)
         if to not in (None, dist.get_rank()):
             with pytest.raises(RuntimeError, match=f"consolidated on rank {to}, and this is rank {dist.get_rank()}"):
                 sharded.state_dict()
@@ -278,7 +278,7 @@ def check_bits(options: dict[str, Any]) -> None:
             for key, value in state.items():
                 assert found["state"][i][key].shape == value.shape
                 assert torch.equal(found["state"][i][key], value), (i, key)
-    with pytest.raises(ValueError, match="to must be a rank from 0 to"):
+    with pytest.raises(ValueError, match=f"to must be a rank .* {dist.get_world_size()}\\."):
         sharded.consolidate_state_dict(dist.get_world_size())
 
 
@@ -308,10 +308,10 @@ def check_masters() -> None:
         pair, other = Pair(master_dtype=master_dtype), Pair(master_dtype=master_dtype)
         pair.train(range(3), follow=False)
         pair.optimizer.consolidate_state_dict()
-        regions = [pair.optimizer.state_dict() if dist.get_rank() == 0 else None]
-        dist.broadcast_object_list(regions, src=0)
+        boxes: list[Any] = [pair.optimizer.state_dict() if dist.get_rank() == 0 else None]
+        dist.broadcast_object_list(boxes, src=0)
         other.model.load_state_dict(pair.model.state_dict())
-        other.optimizer.load_state_dict(regions[0])  # type: ignore[arg-type]
+        other.optimizer.load_state_dict(boxes[0])
         for p in (pair, other):
             p.train(range(3, 6), follow=False)
         assert all(itertools.starmap(torch.equal, zip(pair.masters(), other.masters(), strict=True)))
@@ -356,7 +356,7 @@ def ask_for_a_share() -> None:
 
 def test_a_share_is_not_handed_out() -> None:
     for rank, error in enumerate(expect_error_on_all(2, ask_for_a_share)):
-        assert f"rank {rank} of 2 has its own share of the state" in error
+        assert f"rank {rank} of 2 has its own share" in error
         assert all(name in error for name in ("dist_adamw.save", "consolidate_state_dict", "shard=False"))
 
 
@@ -395,7 +395,7 @@ def check_old_state() -> None:
         optimizer.param_groups[0]["lr"] = 0.5  # groups are as they are when they are asked for
         assert optimizer.state_dict()["param_groups"][0]["lr"] == 0.5
         write_state(optimizer, how)
-        with pytest.raises(RuntimeError, match="not consolidated since it changed"):
+        with pytest.raises(RuntimeError, match="not consolidated"):
             optimizer.state_dict()
         optimizer.consolidate_state_dict(None)
         optimizer.state_dict()
@@ -440,8 +440,9 @@ def test_a_wrapper_may_go_round() -> None:
 
 def check_nothing_to_do() -> None:
     model = small()
-    for options in ({"shard": False}, {}):
-        optimizer = DistAdamW(model.parameters(), **ADAMW, **options)  # type: ignore[arg-type]
+    ways: list[dict[str, Any]] = [{"shard": False}, {}]
+    for options in ways:
+        optimizer = DistAdamW(model.parameters(), **ADAMW, **options)
         optimizer.consolidate_state_dict()
         assert optimizer.state_dict()["state"] == {}
         if options:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,9 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from dist_adamw import CyclicLRWithRestarts, DistAdamW, prepare_trainer
-from dist_adamw.wrappers import unwrap
+from dist_adamw import CyclicLRWithRestarts, DistAdamW, prepare_trainer, wrappers
 from tests.distributed.engines import ZERO, environment
+from tests.known import unwrap
 from tests.ranks import run_ranks
 
 BATCH, EPOCH = 8, 44  # the last batch of an epoch has 4 samples
@@ -51,7 +52,7 @@ class Network(nn.Module):
         return {"loss": nn.functional.mse_loss(self.body(x), y)}
 
 
-class Notes(TrainerCallback):  # type: ignore[misc]
+class Notes(TrainerCallback):
     """What each update works with, and its loss over the global batch."""
 
     def __init__(self) -> None:
@@ -59,7 +60,7 @@ class Notes(TrainerCallback):  # type: ignore[misc]
         self.losses: list[Tensor] = []
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
-        stepped, groups = objects["lr_scheduler"], unwrap(objects["optimizer"]).param_groups
+        stepped, groups = objects["lr_scheduler"], wrappers.unwrap(objects["optimizer"]).param_groups
         scheduler = getattr(stepped, "scheduler", stepped)  # of a JSON it is wrapped
         self.before = (scheduler.samples, [g["lr"] for g in groups], [g["weight_decay"] for g in groups])
 
@@ -71,10 +72,14 @@ class Notes(TrainerCallback):  # type: ignore[misc]
         self.losses = []
 
 
-class Noting(Trainer):  # type: ignore[misc]
+class Noting(Trainer):
+    model: Any
+    optimizer: Any  # wrapped by the engine
+    lr_scheduler: Any  # Trainer's types know LambdaLR alone
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.notes = Notes()
-        super().__init__(*args, callbacks=[self.notes], **kwargs)
+        super().__init__(*args, **{**kwargs, "callbacks": [self.notes]})
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
         loss = super().compute_loss(*args, **kwargs)
@@ -141,9 +146,7 @@ def train(engine: str, folder: str, accumulation: int = 1, resume: str | None = 
         trainer = prepare_trainer(Noting(Network(), args, train_dataset=Samples()), scheduler=RECIPE)
         assert (engine == "single") == (args.world_size == 1)
         trainer.train(resume_from_checkpoint=resume)
-        optimizer = unwrap(trainer.optimizer)
-        assert isinstance(optimizer, DistAdamW)
-        assert (optimizer._path is not None) == (engine == "DDP")  # attached
+        assert (unwrap(trainer.optimizer)._path is not None) == (engine == "DDP")  # attached
         return trainer.notes.rows
 
 
@@ -158,7 +161,7 @@ def plain_loop(padded: bool = False, one_group: bool = False) -> Curve:
     model, data = Network(), Samples()
     decayed = [p for p in model.parameters() if p.ndim == 2]
     others = [p for p in model.parameters() if p.ndim == 1]
-    groups = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
+    groups: list[dict[str, Any]] = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
     if one_group:
         groups = [{"params": list(model.parameters())}]
     optimizer = torch.optim.AdamW(groups, lr=LR, weight_decay=DECAY, eps=EPS)
@@ -178,7 +181,7 @@ def plain_loop(padded: bool = False, one_group: bool = False) -> Curve:
             optimizer.step()
             scheduler.step()
             optimizer.zero_grad()
-    return rows  # type: ignore[return-value]
+    return rows
 
 
 def check_same(rows: Curve, expected: Curve) -> None:
@@ -221,7 +224,7 @@ def test_a_json_is_the_recipe(stage: str, tmp_path: Path) -> None:
         check_same(rows, expected)
 
 
-SAVE = {"save_strategy": "steps", "save_steps": 8}  # an epoch has 6 updates
+SAVE: dict[str, Any] = {"save_strategy": "steps", "save_steps": 8}  # an epoch has 6 updates
 
 
 @pytest.mark.parametrize(("engine", "world_size"), CELLS)
@@ -237,7 +240,7 @@ def random_numbers(engine: str, folder: str, resume: str | None = None) -> list[
     """What dropout would draw at each update."""
     drawn = []
 
-    class Draws(TrainerCallback):  # type: ignore[misc]
+    class Draws(TrainerCallback):
         def on_step_end(self, *_: Any, **__: Any) -> None:
             drawn.append(torch.rand(()).item())
 
@@ -272,9 +275,17 @@ def test_resume_on_another_engine_and_number_of_ranks(first: str, second: str, t
 
 def best_of(engine: str, folder: str, **more: Any) -> tuple[float, float, float]:
     """The loss by the model at the end, that of the best checkpoint, which is the first, and of the last."""
-    options = {"eval_strategy": "steps", "eval_steps": 8, "label_names": ["y"], "prediction_loss_only": True}
-    best = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": True}
-    with arguments_on(engine, folder, **SAVE, **options, **best, **more) as args:
+    options: dict[str, Any] = {
+        **SAVE,
+        "eval_strategy": "steps",
+        "eval_steps": 8,
+        "label_names": ["y"],
+        "prediction_loss_only": True,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "loss",
+        "greater_is_better": True,
+    }
+    with arguments_on(engine, folder, **options, **more) as args:
         trainer = Noting(Network(), args, train_dataset=Samples(), eval_dataset=Samples())
         prepare_trainer(trainer, scheduler=RECIPE).train()
         losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
@@ -302,14 +313,14 @@ def test_a_torn_checkpoint_is_not_taken_for_none(tmp_path: Path) -> None:
     run_ranks(2, functools.partial(train, **SAVE), "DDP", str(tmp_path))
     (tmp_path / "checkpoint-8" / "global_step8" / "index.json").unlink()
     for error in run_ranks(2, resume_without_index, str(tmp_path)):
-        assert "global_step8 is not a whole checkpoint: index.json is missing" in error
+        assert re.search(r"global_step8 .*index\.json is missing", error)
 
 
 def train_objects(engine: str, folder: str) -> tuple[Curve, int | None, int | None]:
     """With ``optimizers=``, as Trainer's own users do."""
     with arguments_on(engine, folder) as args:
         model = Network()
-        groups = [
+        groups: list[dict[str, Any]] = [
             {"params": [p for p in model.parameters() if p.ndim == 2]},
             {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0},
         ]
@@ -360,8 +371,8 @@ def test_a_second_train_begins_the_schedule_anew(engine: str, world_size: int, t
 
 def norms(engine: str, folder: str, clip: float) -> list[float]:
     """What Trainer logs."""
-    options = {"logging_strategy": "steps", "logging_steps": 1, "max_grad_norm": clip, "log_level": "error"}
-    with arguments_on(engine, folder, 2, **options) as args:
+    logs: dict[str, Any] = {"logging_strategy": "steps", "logging_steps": 1, "log_level": "error"}
+    with arguments_on(engine, folder, 2, max_grad_norm=clip, **logs) as args:
         trainer = prepare_trainer(Noting(Network(), args, train_dataset=Samples()), scheduler=RECIPE)
         trainer.train()
         return [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry]
@@ -376,9 +387,9 @@ def test_the_norm_is_the_global_one(clip: float, tmp_path: Path) -> None:
 
 
 REFUSED: list[tuple[str, dict[str, Any], dict[str, Any], bool, str]] = [
-    ("DDP", {"optimizer": {"lr": 0.5}}, {}, False, "lr=0.5 was given to prepare_trainer.*Set learning_rate there"),
+    ("DDP", {"optimizer": {"lr": 0.5}}, {}, False, "lr=0.5 .*learning_rate"),
     ("DDP", {"optimizer": {"decay_by": "moon"}}, {}, False, "moon"),
-    ("DDP", {"optimizer": {"decay_by": "lr"}}, {}, True, "given an optimizer already"),
+    ("DDP", {"optimizer": {"decay_by": "lr"}}, {}, True, "optimizer already"),
     ("DDP", {"scheduler": {"t_mult": -1}}, {}, False, "t_mult"),
     ("DDP", {}, {"warmup_steps": 5}, False, "warmup_samples"),
     ("ZeRO-2", {}, {}, True, "drops optimizers="),

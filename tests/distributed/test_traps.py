@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -20,11 +21,11 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from dist_adamw import CyclicLRWithRestarts, DistAdamW, prepare
-from dist_adamw.wrappers import unwrap
 from tests.distributed.engines import ZERO, accelerator_on, environment
 from tests.distributed.jobs import job
 from tests.distributed.test_deepspeed import initialize
 from tests.distributed.test_engines import RECIPE, data, network
+from tests.known import unwrap
 from tests.ranks import expect_error_on_all, run_ranks
 
 ROOT = Path(__file__).parents[2]
@@ -47,14 +48,15 @@ def prepared(accelerator: Accelerator, **options: Any) -> tuple[Any, DistAdamW, 
 SCRIPT = """
 from tests.distributed.jobs import job
 from dist_adamw import prepare
-print("global batch", prepare(*job())[3].batch_size)
+accelerator, objects = job()
+print("global batch", prepare(accelerator, *objects)[3].batch_size)
 """
 
 
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--cpu", "--num_processes", "2"], "was asked for several processes and started one"),
+        (["--cpu", "--num_processes", "2"], "asked for several processes"),
         (["--cpu", "--num_processes", "1"], "global batch 1"),  # and one that was asked for is none
     ],
 )
@@ -96,7 +98,7 @@ def deepspeed_without_a_backend() -> None:
 
 def test_ranks_that_accelerate_does_not_count_are_counted() -> None:
     for error in expect_error_on_all(2, deepspeed_without_a_backend):
-        assert "2 ranks run (WORLD_SIZE), but Accelerate counts 1: every rank would see all the data" in error
+        assert re.search(r"2 ranks run \(WORLD_SIZE\).*Accelerate counts 1\b", error)
         assert 'InitProcessGroupKwargs(backend="gloo")' in error
 
 
@@ -105,7 +107,8 @@ def test_ranks_that_accelerate_does_not_count_are_counted() -> None:
 
 def asked_for(name: str) -> None:
     with environment(**{name: "true"}):
-        prepare(*job())
+        accelerator, objects = job()
+        prepare(accelerator, *objects)
 
 
 @pytest.mark.parametrize("engine", ["FSDP", "DEEPSPEED"])
@@ -113,7 +116,7 @@ def asked_for(name: str) -> None:
 def test_an_engine_that_was_asked_for_and_is_not_there(engine: str, world_size: int) -> None:
     name = f"ACCELERATE_USE_{engine}"
     for error in expect_error_on_all(world_size, asked_for, name):
-        assert f"{engine} was asked for ({name}=true), but Accelerate trains with the engine" in error
+        assert f"{engine} was asked for ({name}=true)" in error
         assert f"or unset {name}." in error
 
 
@@ -124,7 +127,7 @@ def fsdp1() -> None:
 
 def test_fsdp1_is_refused() -> None:
     for error in expect_error_on_all(2, fsdp1):
-        assert "FSDP1 keeps flat parameters without names, got fsdp_version: 1. Set fsdp_version: 2" in error
+        assert re.search(r"FSDP1 .*fsdp_version: 1\b.*fsdp_version: 2", error)
 
 
 def hooked() -> None:
@@ -155,17 +158,17 @@ def test_offload_keeps_the_optimizer(told: dict[str, Any]) -> None:
 
 def test_offload_to_deepspeeds_own_optimizer_is_refused() -> None:
     for error in expect_error_on_all(2, under_offload, {"zero_force_ds_cpu_optimizer": True}):
-        assert '"zero_force_ds_cpu_optimizer": true asks for DeepSpeedCPUAdam in place of DistAdamW' in error
+        assert '"zero_force_ds_cpu_optimizer": true asks for DeepSpeedCPUAdam' in error
 
 
-class Swapping(Accelerator):
+class Swapping(Accelerator):  # type: ignore[misc]
     """An engine that puts its own optimizer there, as DeepSpeed's offload and MS-AMP do."""
 
     def prepare_optimizer(self, optimizer: Optimizer, device_placement: bool | None = None) -> Any:
         return super().prepare_optimizer(torch.optim.Adam(optimizer.param_groups), device_placement)
 
 
-class Overwriting(Accelerator):
+class Overwriting(Accelerator):  # type: ignore[misc]
     """An engine that writes the hyper-parameters of its configuration into the groups."""
 
     def prepare_optimizer(self, optimizer: Optimizer, device_placement: bool | None = None) -> Any:
@@ -176,8 +179,8 @@ class Overwriting(Accelerator):
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        (Swapping, r"the engine put Adam in place of DistAdamW, with other arithmetic.* set \"zero_force_ds_cpu"),
-        (Overwriting, r"the engine changed the parameter groups from .*0\.9.* to .*\(0\.5, 0\.5\).* Set nothing in"),
+        (Swapping, r"put Adam in place of DistAdamW.*zero_force_ds_cpu"),
+        (Overwriting, r"changed the parameter groups .*0\.9.* to .*\(0\.5, 0\.5\)"),
     ],
 )
 def test_another_optimizer_and_other_groups_are_seen(kind: type[Accelerator], message: str) -> None:
@@ -213,8 +216,8 @@ def test_one_norm_and_the_engine_clips(stage: str, told: dict[str, Any], norm: f
 @pytest.mark.parametrize("told", [0.7, 0.0])
 def test_two_norms_are_refused(told: float) -> None:
     for error in expect_error_on_all(2, clipping, "ZeRO-1", {"gradient_clipping": told}, 0.3):
-        assert f"max_grad_norm=0.3 was given to DistAdamW and gradient_clipping={told} to DeepSpeed" in error
-        assert "Name one of them, or the same norm." in error
+        assert re.search(rf"max_grad_norm=0\.3 .*gradient_clipping={told} to DeepSpeed", error)
+        assert "the same norm" in error
 
 
 def clipped_by_hand(stage: str) -> list[tuple[str, str]]:
@@ -230,9 +233,7 @@ def test_clipping_by_hand_that_does_nothing_is_told() -> None:
     """Once, for the norm that is not the engine's, at the caller's line."""
     for told in run_ranks(2, clipped_by_hand, "ZeRO-2"):
         assert len(told) == 1
-        assert (
-            "clip_grad_norm_(max_norm=0.3) does not clip under DeepSpeed, whose gradient_clipping is 0.7" in told[0][0]
-        )
+        assert re.search(r"max_norm=0\.3\) does not clip .*gradient_clipping is 0\.7", told[0][0])
         assert told[0][1] == __file__
 
 
@@ -253,8 +254,8 @@ def clip_alone(stage: str) -> None:
 @pytest.mark.parametrize("stage", ZERO)
 def test_max_grad_norm_without_prepare_is_refused(stage: str) -> None:
     for error in expect_error_on_all(2, clip_alone, stage):
-        assert "RuntimeError: max_grad_norm=0.3 would clip each of the engine's partitions by its own norm." in error
-        assert 'Set "gradient_clipping" in the DeepSpeed configuration and leave max_grad_norm=None' in error
+        assert re.search(r"RuntimeError: max_grad_norm=0\.3 .*its own norm", error)
+        assert re.search('"gradient_clipping".*max_grad_norm=None', error)
 
 
 # ---------------------------------------------------------------- overflow under DeepSpeed

@@ -8,6 +8,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from dist_adamw import CyclicLRWithRestarts, DistAdamW, prepare, save
 from tests.distributed.test_attach import WAYS, attach, average_gradients
+from tests.known import grad_of, to_memory_format
 from tests.ranks import expect_error_on_all, run_ranks
 
 WIDTH = 8
@@ -51,7 +53,7 @@ def batch(step: int) -> Tensor:
 
 
 def loss_of(model: nn.Module, step: int) -> Tensor:
-    return model(batch(step)).square().mean()  # type: ignore[no-any-return]
+    return model(batch(step)).square().mean()
 
 
 def same(model: nn.Module, twin: nn.Module, what: str = "") -> None:
@@ -69,7 +71,7 @@ class Pair:
         view = way.pop("view", True)
         self.model: Any = wrap(self.bare, gradient_as_bucket_view=view) if way.pop("ddp", False) else self.bare
         self.way = way
-        self.optimizer = ours(self.bare.parameters())
+        self.optimizer: Any = ours(self.bare.parameters())
         self.reference: Any = theirs(self.twin.parameters())
         attach(self.optimizer, self.model, **way)
 
@@ -78,9 +80,12 @@ class Pair:
         use(self.model, self.optimizer)
         use(self.twin, self.reference)
 
+    def backward(self, step: int) -> None:
+        self.both(lambda model, _: loss_of(model, step).backward())
+
     def train(self, steps: range, between: Callable[[Any], object] = lambda model: None) -> None:
         for step in steps:
-            self.both(lambda model, _, step=step: loss_of(model, step).backward())
+            self.backward(step)
             self.both(lambda model, _: between(model))
             self.both(lambda model, optimizer: (optimizer.step(), optimizer.zero_grad()))
 
@@ -144,8 +149,9 @@ def _call(function: Callable[..., Any], way: dict[str, Any], options: dict[str, 
 
 def check_ddp_inside() -> None:
     """attach() of a plain module, of which a part is in a DDP module already."""
-    outer = nn.Sequential(layers(1), wrap(layers(2)))
-    twin = nn.Sequential(copy.deepcopy(outer[0]), wrap(copy.deepcopy(outer[1].module)))
+    plain, inner = layers(1), wrap(layers(2))
+    outer = nn.Sequential(plain, inner)
+    twin = nn.Sequential(copy.deepcopy(plain), wrap(copy.deepcopy(inner.module)))
     optimizer, reference = ours(outer.parameters()), theirs(twin.parameters())
     optimizer.attach(outer)
     for step in range(4):
@@ -167,7 +173,7 @@ def test_a_ddp_module_inside_of_an_attached_module_averages_its_own() -> None:
 
 def replace(model: nn.Module, change: Callable[[Tensor], Tensor]) -> None:
     for p in model.parameters():
-        p.grad = change(p.grad)  # type: ignore[arg-type]
+        p.grad = change(grad_of(p))
 
 
 def replace_data(model: nn.Module) -> None:
@@ -304,7 +310,7 @@ def test_hooks_registered_after_attach(way: str, monkeypatch: pytest.MonkeyPatch
 def conv() -> nn.Module:
     torch.manual_seed(3)
     model = nn.Sequential(nn.Unflatten(1, (2, 2, 2)), nn.Conv2d(2, 40, 2), nn.Flatten(), nn.Linear(40, 8))
-    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+    return to_memory_format(model, torch.channels_last)
 
 
 def check_gathered(way: dict[str, Any]) -> None:
@@ -324,8 +330,8 @@ def check_gathered(way: dict[str, Any]) -> None:
             if model is pair.twin:
                 pair.optimizer.gather_gradients()
                 for p, q in zip(pair.bare.parameters(), pair.twin.parameters(), strict=True):
-                    assert torch.equal(p.grad, q.grad)
-                    assert p.grad.stride() == p.stride()
+                    assert torch.equal(grad_of(p), grad_of(q))
+                    assert grad_of(p).stride() == p.stride()
 
         pair.train(range(3), compares)
         pair.check("read")
@@ -370,7 +376,7 @@ def sharpness_aware(model: Any, optimizer: Any, step: int) -> None:
 def check_sam(way: dict[str, Any]) -> None:
     pair = Pair(way)
     for step in range(5):
-        pair.both(lambda model, optimizer, step=step: sharpness_aware(model, optimizer, step))
+        pair.both(partial(sharpness_aware, step=step))
     pair.check()
 
 
@@ -387,12 +393,12 @@ def check_second(way: dict[str, Any], second: str, *, keep: bool) -> None:
     pair = Pair(way)
     pair.train(range(2))
     first = pair.optimizer if keep else None
-    unfrozen = list(pair.bare.parameters()) if second != "half" else list(pair.bare[4].parameters())
+    unfrozen = list(pair.bare.parameters()) if second != "half" else list(pair.bare.get_submodule("4").parameters())
     twins = list(pair.twin.module.parameters()) if second != "half" else list(pair.twin.module[4].parameters())
     if second == "same":
         attach(pair.optimizer, pair.model, **pair.way)
     elif second == "torch":
-        pair.optimizer = theirs(pair.bare.parameters())  # type: ignore[assignment]
+        pair.optimizer = theirs(pair.bare.parameters())
     else:
         pair.optimizer = ours(unfrozen)
         attach(pair.optimizer, pair.model, **pair.way)
@@ -400,7 +406,7 @@ def check_second(way: dict[str, Any], second: str, *, keep: bool) -> None:
         pair.reference = theirs(twins)
     gc.collect()
     for step in range(2, 5):
-        pair.both(lambda model, _, step=step: loss_of(model, step).backward())
+        pair.backward(step)
         pair.both(lambda model, optimizer: (optimizer.step(), model.zero_grad()))
     if "ddp" in way or second != "torch" or keep:  # a plain module has no averages without an attached optimizer
         pair.check(f"{second}, {'kept' if keep else 'deleted'}")
@@ -409,7 +415,7 @@ def check_second(way: dict[str, Any], second: str, *, keep: bool) -> None:
         fresh = ours(pair.bare.parameters())
         attach(fresh, pair.model, **pair.way)
         for step in range(5, 7):
-            pair.both(lambda model, _, step=step: loss_of(model, step).backward())
+            pair.backward(step)
             for o in (pair.optimizer, fresh, pair.reference, again):  # both take the same gradients
                 o.step()
             pair.both(lambda model, _: model.zero_grad())
@@ -450,7 +456,8 @@ def test_copies_of_attached_modules_are_free() -> None:
 
 def check_no_sync_of_two() -> None:
     """Two optimizers share a plain module, and its no_sync."""
-    model, twin = layers(), wrap(layers())
+    model: Any = layers()
+    twin = wrap(layers())
     optimizers = [ours(model[0].parameters()), ours([*model[2].parameters(), *model[4].parameters()])]
     for optimizer in optimizers:
         optimizer.attach(model)
@@ -460,7 +467,7 @@ def check_no_sync_of_two() -> None:
             loss_of(model, step).backward()
             loss_of(twin, step).backward()
         for p, q in zip(model.parameters(), twin.parameters(), strict=True):
-            assert torch.equal(p.grad, q.grad)  # local ones
+            assert torch.equal(grad_of(p), grad_of(q))  # local ones
         loss_of(model, 10 + step).backward()
         loss_of(twin, 10 + step).backward()
         for o in (*optimizers, reference):
@@ -553,7 +560,7 @@ def test_a_rank_that_alone_skips_an_update_is_an_error_on_all(way: str, leaves_s
     began = time.monotonic()
     for error in expect_error_on_all(3, check_skips_alone, WAYS[way], leaves_some):
         assert error.startswith("AgreementError: rank "), error
-        assert "skipped a step() that others made. Ranks must skip an update together" in error, error
+        assert "skipped a step()" in error, error
     assert time.monotonic() - began < 30
 
 
@@ -577,7 +584,7 @@ def check_skips_alone_after_freezing() -> None:
 
 def test_a_rank_that_alone_skips_an_update_after_a_parameter_was_frozen() -> None:
     for error in expect_error_on_all(2, check_skips_alone_after_freezing):
-        assert "skipped a step() that others made" in error, error
+        assert "skipped a step()" in error, error
 
 
 def check_saves_alone(way: dict[str, Any], call: str, folder: str) -> None:
@@ -600,7 +607,7 @@ def test_a_rank_that_alone_saves_is_an_error_on_all(way: str, call: str, tmp_pat
     began = time.monotonic()
     for error in expect_error_on_all(3, check_saves_alone, WAYS[way], call, str(tmp_path)):
         assert error.startswith("AgreementError: rank "), error
-        assert "must be called on every rank" in error, error
+        assert "called on every rank" in error, error
     assert time.monotonic() - began < 30
 
 
@@ -618,7 +625,7 @@ def check_leaves_before_backward(way: dict[str, Any]) -> None:
 
 def test_a_parameter_that_leaves_between_forward_and_backward_of_ddp_is_an_error() -> None:
     for error in expect_error_on_all(2, check_leaves_before_backward, WAYS["ddp"]):
-        assert error.startswith("RuntimeError: a parameter left the optimizer between the forward and the"), error
+        assert error.startswith("RuntimeError: a parameter left"), error
 
 
 # ---------------------------------------------------------------- neither attach nor DDP
@@ -651,12 +658,13 @@ def test_gradients_that_nothing_averages_are_said_once() -> None:
 
 
 def check_starts_alike(way: dict[str, Any]) -> None:
-    model = nn.Sequential(layers(dist.get_rank()), nn.BatchNorm1d(WIDTH))
-    model[1].running_mean.fill_(dist.get_rank())
+    norm: Any = nn.BatchNorm1d(WIDTH)
+    model = nn.Sequential(layers(dist.get_rank()), norm)
+    norm.running_mean.fill_(dist.get_rank())
     twin = wrap(copy.deepcopy(model))
     optimizer, reference = ours(model.parameters()), theirs(twin.parameters())
     optimizer.attach(model, **way)
-    assert float(model[1].running_mean.sum()) == 0
+    assert float(norm.running_mean.sum()) == 0
     for step in range(3):
         loss_of(model, step).backward()
         loss_of(twin, step).backward()
@@ -770,7 +778,7 @@ def test_local_gradients_before_attach_are_refused() -> None:
 def check_shared_in_shard() -> None:
     """Two optimizers on one parameter, and no param.grad."""
     pair = Pair(WAYS["every backward"])
-    first, second = pair.optimizer, ours(pair.bare[0].parameters())
+    first, second = pair.optimizer, ours(pair.bare.get_submodule("0").parameters())
     second.attach(pair.model, reduce_every_backward=True)
     twin = theirs(pair.twin.module[0].parameters())
     pair.both(lambda model, _: loss_of(model, 0).backward())
@@ -800,7 +808,9 @@ def changes_alone(what: str, when: str, way: dict[str, Any]) -> None:
             elif what == "remove":
                 del pair.optimizer.param_groups[0]["params"][0]
             else:
-                pair.optimizer.param_groups[0]["params"][0] = nn.Parameter(pair.bare[0].weight.detach().clone())
+                pair.optimizer.param_groups[0]["params"][0] = nn.Parameter(
+                    pair.bare.get_parameter("0.weight").detach().clone()
+                )
         if when != "between":
             loss_of(pair.model, step).backward()
         pair.optimizer.step()
@@ -817,7 +827,7 @@ def changes_alone(what: str, when: str, way: dict[str, Any]) -> None:
 )
 def test_parameters_changed_on_one_rank_alone(what: str, when: str, way: dict[str, Any]) -> None:
     for error in expect_error_on_all(2, changes_alone, what, when, way):
-        assert "has other parameters in its groups" in error, error
+        assert "has other parameters" in error, error
 
 
 def skips_alone_under_accelerate() -> None:
@@ -852,7 +862,7 @@ def saves_alone_under_accelerate(folder: str) -> None:
 
 def test_save_state_on_the_main_rank_alone(tmp_path: Path) -> None:
     for error in expect_error_on_all(2, saves_alone_under_accelerate, str(tmp_path)):
-        assert "must be called on every rank" in error, error
+        assert "called on every rank" in error, error
 
 
 def local_sgd(shard: Any, every: int | None) -> list[float]:

@@ -46,6 +46,8 @@ Row = list[float]  # samples, lr, weight decay, loss
 class Scale(nn.Module):
     """A buffer that the checkpoint holds."""
 
+    factor: Tensor
+
     def __init__(self, factor: float) -> None:
         super().__init__()
         self.register_buffer("factor", torch.tensor(factor))
@@ -66,7 +68,7 @@ def data() -> TensorDataset:
 
 
 def optimizer_of(model: nn.Module) -> DistAdamW:
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": [p for p in model.parameters() if p.ndim > 1]},
         {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0, "lr": 2e-3},
     ]

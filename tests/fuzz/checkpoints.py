@@ -12,7 +12,7 @@ import shutil
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from dist_adamw import Checkpoint, CheckpointError, CyclicLRWithRestarts, DistAdamW, RestartSchedule, load, save
 from tests.fuzz.judge import REFUSED, RIGHT, Tally, Wrong, bounds, check_sentence
 from tests.fuzz.mutations import INDEX, change_bytes, change_files, change_index, seal
-from tests.ranks import run_ranks
+from tests.ranks import run_ranks, run_ranks_within
 
 KINDS = {"ours": ("ours", 1), "ours-2": ("ours", 2), "ours-3": ("ours", 3), "torch": ("torch", 1)}
 CHOICES = (None, "strict", "checkpoint", "new")
@@ -44,7 +44,7 @@ class Job:
         self.model = nn.Sequential(nn.Linear(6, 9), nn.BatchNorm1d(9), nn.Linear(9, 2))
         self.model[0].bias.requires_grad_(False)
         trained = [p for p in self.model.parameters() if p.requires_grad]
-        groups = [{"params": trained[:2]}, {"params": trained[2:], "weight_decay": 0.0}]
+        groups: list[dict[str, Any]] = [{"params": trained[:2]}, {"params": trained[2:], "weight_decay": 0.0}]
         if kind == "ours":
             self.optimizer: Any = DistAdamW(groups, lr=1e-2, weight_decay=0.1)
         else:
@@ -70,7 +70,7 @@ class Job:
             found |= {f"group {g} {k}": repr(v) for k, v in group.items() if k not in ("params", "param_names")}
         found["schedule"] = repr(self.scheduler.state_dict())
         found |= {"python": random.getstate(), "torch": bits(torch.get_rng_state())}
-        kind, keys, *rest = np.random.get_state()
+        kind, keys, *rest = cast(tuple[Any, ...], np.random.get_state())
         found["numpy"] = (kind, keys.tolist(), *rest)
         if isinstance(self.optimizer, DistAdamW):
             found["updates"] = self.optimizer.updates
@@ -153,7 +153,7 @@ class Reading:
         of = {name: group for group in self.about["groups"] for name in group["names"]}
         names = {p: n for n, p in job.model.named_parameters()}
         for g, group in enumerate(job.optimizer.param_groups):
-            theirs = next((of[names[p]] for p in group["params"] if names[p] in of), {})
+            theirs: dict[str, Any] = next((of[names[p]] for p in group["params"] if names[p] in of), {})
             if choice == "checkpoint":
                 for key in ("betas", "eps", "amsgrad", "maximize"):
                     if key in theirs:
@@ -290,7 +290,7 @@ class Checkpoints:
         return tally
 
     def _on_ranks(self, folder: Path, choice: Any, world_size: int) -> str:
-        ends = run_ranks(world_size, load_on_a_rank, str(folder), choice, timeout=20)
+        ends = run_ranks_within(20, world_size, load_on_a_rank, str(folder), choice)
         if any(end != ends[0] for end in ends):
             raise Wrong(f"ranks end differently: {ends}")
         return REFUSED if ends[0] else RIGHT

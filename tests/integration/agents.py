@@ -50,7 +50,7 @@ class Agent:
 
     def ranks(self) -> dict[int, int]:
         """Process id by rank, of the ranks that have begun."""
-        found = {}
+        found: dict[int, int] = {}
         for pid in _children(self.process.pid):
             try:
                 variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")

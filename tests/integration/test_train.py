@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -177,21 +178,21 @@ def sentence(*options: str) -> str:
     ("options", "message"),
     [
         (["--recipe.policy", "cosin"], "cosin"),
-        (["--recipe.restart_period", "0"], "restart_period must be a finite number above 0, got 0"),
-        (["--recipe.t_mult", "-1"], "t_mult must be a finite number above 0, got -1"),
-        (["--recipe.min_lr", "1"], "min_lr must lie between 0 and the group's lr 0.003, got 1"),
+        (["--recipe.restart_period", "0"], "restart_period .*finite.* got 0"),
+        (["--recipe.t_mult", "-1"], "t_mult .*finite.* -1"),
+        (["--recipe.min_lr", "1"], r"min_lr .* 0\.003, got 1"),
         (["--recipe.lr", "nan"], "Got value: nan"),
         (["--recipe.eps", "nan"], "Got value: nan"),
-        (["--recipe.global_batch", "7"], "global batch size 7 is not a multiple of"),
-        (["--data", "no/such/file"], "--data no/such/file: there is no such file or folder"),
-        (["--text.max_bytes", "300"], "is too small: 300 bytes are read"),
-        (["--resume"], "there is no checkpoint in"),
-        (["--resume", "no/such/folder"], "--resume no/such/folder: there is no such folder"),
+        (["--recipe.global_batch", "7"], "global batch size 7 .*multiple"),
+        (["--data", "no/such/file"], "--data no/such/file: .*no such"),
+        (["--text.max_bytes", "300"], "too small: 300 bytes"),
+        (["--resume"], "no checkpoint in"),
+        (["--resume", "no/such/folder"], "--resume no/such/folder: .*no such"),
         (["--recipe.lrr", "1"], "lrr"),
     ],
 )
 def test_bad_input_is_one_sentence(options: list[str], message: str, tmp_path: Path) -> None:
-    assert message in sentence("--out", str(tmp_path / "run"), *options)
+    assert re.search(message, sentence("--out", str(tmp_path / "run"), *options))
 
 
 @pytest.fixture
@@ -202,7 +203,7 @@ def copied(two_ranks: tuple[Path, str], tmp_path: Path) -> Path:
 @pytest.mark.usefixtures("_own_signal_handlers")
 def test_a_run_is_not_overwritten(copied: Path) -> None:
     before = curve(copied)
-    assert "has checkpoints, the newest sample-" in sentence("--out", str(copied))
+    assert "the newest sample-" in sentence("--out", str(copied))
     assert curve(copied) == before
 
 
@@ -211,7 +212,7 @@ def test_overwriting_waits_until_nothing_can_be_wrong(copied: Path) -> None:
     before = sorted(path.name for path in (copied / "checkpoints").iterdir())
     options = ["--run.overwrite", "true"]
     assert "Invalid epsilon value: -1.0" in sentence("--out", str(copied), *options, "--recipe.eps=-1")
-    assert "there is no such file" in sentence("--out", str(copied), *options, "--data", "no/such/file")
+    assert "no such file" in sentence("--out", str(copied), *options, "--data", "no/such/file")
     assert sorted(path.name for path in (copied / "checkpoints").iterdir()) == before
 
 
@@ -234,15 +235,15 @@ def test_a_truncated_checkpoint_is_named_and_an_older_one_offered(name: str, cop
     text = sentence("--out", str(copied), "--resume")
     assert str(newest) in text
     assert f"{file.name} is damaged" in text or "is damaged: progress.json has" in text
-    assert f"The newest whole one is {older}." in text
+    assert f"newest whole one is {older}." in text
 
 
 def test_a_mistake_ends_every_rank_without_a_traceback(tmp_path: Path) -> None:
     process = start(TORCHRUN, tmp_path / "run", "--recipe.global_batch", "7")
     output = finish(process)
     assert process.returncode != 0
-    assert output.count("train.py: global batch size 7 is not a multiple") == 1
-    assert "nearest sizes that work: 4 and 8" in output
+    assert output.count("train.py: global batch size 7") == 1
+    assert "that work: 4 and 8" in output
     assert 'train.py", line' not in output
 
 
@@ -250,5 +251,5 @@ def test_one_process_where_several_were_asked_for_is_refused(tmp_path: Path) -> 
     launch = ["accelerate", "launch", "--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
     script = [*launch, "--dynamo_backend", "no", str(ROOT / "launch/train.py")]
     process = start(script, tmp_path / "run")
-    assert "the launcher was asked for several ranks, but Accelerate sees one" in finish(process)
+    assert "Accelerate sees one" in finish(process)
     assert process.returncode != 0

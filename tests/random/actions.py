@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -137,7 +137,7 @@ class _Drawer(Values, Groups):
         if self.has_second:
             self.act("zero_grad", "second.zero_grad()")
 
-    def something(self, choices: list[tuple[float, str]]) -> None:
+    def something(self, choices: Collection[tuple[float, str]]) -> None:
         weights, names = zip(*choices, strict=True)
         name = self.rng.choices(names, weights)[0]
         method: Callable[[], None] = getattr(self, name)

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from tests.random.clock_jobs import run_job
 from tests.random.clock_programs import Program, jobs_of, make, script, shrink, world_of
 from tests.random.clock_truth import Log, Truth
-from tests.ranks import RankError, run_ranks
+from tests.ranks import RankError, run_ranks, run_ranks_within
 
 AT_ONCE = 50  # programs that a pool of ranks is given in one job
 
@@ -88,7 +88,7 @@ def on_ranks(world: int, programs: list[Program], folders: list[str], number: in
         # Each loop starts its workers, which import torch.
         with_workers = sum(bool(p["data"].get("workers")) for p in programs)
         limit = 60 + len(programs) + 120 * with_workers
-        answers = run_ranks(world, first_jobs, programs, folders, timeout=limit)
+        answers = run_ranks_within(limit, world, first_jobs, programs, folders)
         return [list(logs) for logs in zip(*answers, strict=True)]
     return [run_ranks(world, job_or_error, p, number, f) for p, f in zip(programs, folders, strict=True)]
 
@@ -146,7 +146,11 @@ def judge(seeds: Iterable[int], world: int, tally: Tally, *, shrinks: bool = Tru
             if problems := outcome.problems:
                 kind = _kind_of(problems)
                 if shrinks:
-                    program = shrink(program, lambda p, kind=kind: kind == _kind_of(_problems(p)))
+
+                    def fails(p: Program, kind: str = kind) -> bool:
+                        return kind == _kind_of(_problems(p))
+
+                    program = shrink(program, fails)
                     problems = _problems(program) or problems
                 tally.found.append(Found(program, seed, problems))
             yield

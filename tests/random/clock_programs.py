@@ -282,15 +282,15 @@ def shrink(program: Program, fails: Callable[[Program], bool], tries: int = 300)
 
 def _smaller(program: Program) -> Iterator[Program]:
     for i in range(len(program["actions"])):
-        yield _changed(program, lambda p, i=i: p["actions"].pop(i))
+        yield _without(program, "actions", i)
     for i, action in enumerate(program["actions"]):
         if action[0] != "epoch":
             continue
         for j in range(len(action[1].get("at", []))):
-            yield _changed(program, lambda p, i=i, j=j: p["actions"][i][1]["at"].pop(j))
+            yield _without(program, "actions", i, 1, "at", j)
         for name, plain in (("stop", None), ("how", "loader"), ("how", "rest")):
             if action[1].get(name, plain) not in (plain, "rest"):
-                yield _changed(program, lambda p, i=i, n=name, v=plain: p["actions"][i][1].update({n: v}))
+                yield _with(program, plain, "actions", i, 1, name)
     plain_values = {
         "second": None,
         "dispatch": None,
@@ -306,28 +306,42 @@ def _smaller(program: Program) -> Iterator[Program]:
     }
     for name, value in plain_values.items():
         if program.get(name, value) != value:
-            yield _changed(program, lambda p, n=name, v=value: p.update({n: v}))
+            yield _with(program, value, name)
     data = program["data"]
     for name, value in (("sampler", "sequential"), ("form", "row"), ("workers", 0), ("kind", "map"), ("lie", 0)):
         if data.get(name, value) not in (value, "none"):
-            yield _changed(program, lambda p, n=name, v=value: p["data"].update({n: v}))
+            yield _with(program, value, "data", name)
     for name in ("drop_last", "batch_sampler"):
         if data[name]:
-            yield _changed(program, lambda p, n=name: p["data"].update({n: False}))
+            yield _with(program, False, "data", name)
     for rows in (data["rows"] // 2, data["rows"] - 1):
         if rows >= 2 * data["batch"]:
-            yield _changed(program, lambda p, n=rows: p["data"].update(rows=n))
+            yield _with(program, rows, "data", "rows")
     for batch in (2, data["batch"] - 1):
         if 0 < batch < data["batch"] and not program["split"]:
-            yield _changed(program, lambda p, n=batch: p["data"].update(batch=n))
+            yield _with(program, batch, "data", "batch")
     if program["accumulation"] > 2:
-        yield _changed(program, lambda p: p.update(accumulation=p["accumulation"] - 1))
+        yield _with(program, program["accumulation"] - 1, "accumulation")
 
 
-def _changed(program: Program, change: Callable[[Program], Any]) -> Program:
-    copied = copy.deepcopy(program)
-    change(copied)
+def _with(program: Program, value: object, *path: str | int) -> Program:
+    copied, place = _copy_of(program, path)
+    place[path[-1]] = value
     return copied
+
+
+def _without(program: Program, *path: str | int) -> Program:
+    copied, place = _copy_of(program, path)
+    del place[path[-1]]
+    return copied
+
+
+def _copy_of(program: Program, path: tuple[str | int, ...]) -> tuple[Program, Any]:
+    """The copy, and what in it holds the end of ``path``."""
+    place: Any = (copied := copy.deepcopy(program))
+    for key in path[:-1]:
+        place = place[key]
+    return copied, place
 
 
 # ---------------------------------------------------------------------------------------------- reading

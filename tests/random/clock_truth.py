@@ -192,7 +192,8 @@ class Truth:
         self._last = -1
         for event, *facts in logs[0]:
             if event == "pass":
-                self._pass(*facts, handed_out[facts[0]], facts[0] in ends, real)
+                number, of_pass = facts
+                self._pass(number, of_pass, handed_out[number], number in ends, real)
             elif event == "refused":
                 self._refused(len(logs))
         return real

@@ -119,7 +119,7 @@ def ranges_of(optimizer: Any, param: Tensor) -> list[list[int]] | None:
     for shard in optimizer.shards:
         for i, other in enumerate(shard.params):
             if other is param:
-                return shard.owned.ranges_of(i)  # type: ignore[no-any-return]
+                return shard.owned.ranges_of(i)
     return None
 
 
@@ -132,7 +132,7 @@ def _order_of(optimizer: Any, param: Tensor) -> list[int]:
     (order,) = (
         shard.order.of(i) for shard in optimizer.shards for i, other in enumerate(shard.params) if other is param
     )
-    return order  # type: ignore[no-any-return]
+    return order
 
 
 def _same_share(optimizer: Any, p: Tensor, mine: Tensor, whole: Tensor, same: Any) -> bool:
@@ -177,9 +177,9 @@ def _take_over(ours: Ours, theirs: Torchs) -> None:
             # Not what follows from the parameter, which may be what it was by the time it is looked at again.
             held["master"] = state["master"] if "master" in state else fp32_weight(a, p)
         values.append({key: (ranges_of(a, p), value.detach().clone()) for key, value in held.items()})
-    everywhere = [values]
+    everywhere: list[Any] = [values]
     if ours.sequence.ranks > 1:
-        everywhere = [None] * ours.sequence.ranks  # type: ignore[list-item]
+        everywhere = [None] * ours.sequence.ranks
         dist.all_gather_object(everywhere, values, group=ours.group)
     with torch.no_grad():
         for i, (a, b, p, q) in enumerate(pairs):

@@ -72,7 +72,7 @@ class Draft:
             return (self.rng.choice((3, 8)), self.rng.choice((11, 16))), "contiguous"
         return (self.rng.choice(NUMELS),), "contiguous"
 
-    def hyper(self, amsgrad: bool = False) -> dict[str, Any]:
+    def hyper(self, amsgrad: bool | None = False) -> dict[str, Any]:
         rng = self.rng
         options: dict[str, Any] = {"lr": rng.choice((1e-2, 1e-2, 3e-2)), "eps": rng.choice((1e-8, 0.1))}
         options["betas"] = (0.9, 0.99)

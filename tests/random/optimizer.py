@@ -9,6 +9,7 @@ import signal
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from tests.random.actions import BETWEEN, GRADIENTS, draw
 from tests.random.play import Failure, Outcome, play, play_on_ranks
 from tests.random.script import Sequence
 from tests.random.shrink import shrink
-from tests.ranks import RankError, end_pool, run_ranks
+from tests.ranks import RankError, end_pool, run_ranks_within
 
 TOGETHER = 20  # sequences in a job of several ranks
 TIMEOUT = 120.0  # of such a job
@@ -66,7 +67,7 @@ def outcomes_of(sequences: list[Sequence], folder: Path) -> list[Outcome]:
     if sequences[0].ranks == 1:
         return [play(sequence, folder) for sequence in sequences]
     try:
-        results: list[list[Outcome]] = run_ranks(sequences[0].ranks, play_on_ranks, sequences, folder, timeout=TIMEOUT)
+        results = run_ranks_within(TIMEOUT, sequences[0].ranks, play_on_ranks, sequences, folder)
         return results[0]
     except RankError as error:
         n, failure = _failure_of(error)
@@ -87,7 +88,7 @@ def _failure_of(error: RankError) -> tuple[int | None, Failure]:
     return None, Failure(kind, 0, " | ".join(text[:300] for text in error.errors.values()))
 
 
-def judge(sequences: list[Sequence], folder: Path, progress: object = None) -> Tally:
+def judge(sequences: list[Sequence], folder: Path, progress: Callable[[int], object] | None = None) -> Tally:
     """Run all of them."""
     tally = Tally()
     alone = [s for s in sequences if any(act.alone for act in s.acts)]
@@ -103,7 +104,7 @@ def judge(sequences: list[Sequence], folder: Path, progress: object = None) -> T
             if outcome.failure is not None:
                 tally.failures.append((sequence, outcome.failure))
         if progress is not None:
-            progress(len(batch))  # type: ignore[operator]
+            progress(len(batch))
     return tally
 
 
@@ -139,12 +140,12 @@ def _simpler(sequence: Sequence) -> list[Sequence]:
     return [replace(sequence, options={}, groups=groups), replace(sequence, options=plain, groups=groups)]
 
 
-def _also_simpler(sequence: Sequence, fails: object) -> Sequence:
+def _also_simpler(sequence: Sequence, fails: Callable[[Sequence], bool]) -> Sequence:
     for name in list(sequence.params):
         params = {other: spec for other, spec in sequence.params.items() if other != name}
         groups = [([n for n in names if n != name], options) for names, options in sequence.groups]
         candidate = replace(sequence, params=params, groups=[group for group in groups if group[0]])
-        if params and candidate.groups and fails(candidate):  # type: ignore[operator]
+        if params and candidate.groups and fails(candidate):
             sequence = candidate
     return sequence
 

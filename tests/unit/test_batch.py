@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from dist_adamw import GlobalBatch
@@ -27,6 +29,6 @@ def test_solve_names_the_nearest_sizes(size: int, micro: int, ranks: int, neares
 
 
 @pytest.mark.parametrize("bad", [0, -1, 1.5, True, "8", None])
-def test_factors_are_whole_and_positive(bad: object) -> None:
-    with pytest.raises(ValueError, match="gradient_accumulation_steps must be a whole number above 0, got"):
-        GlobalBatch(8, bad)  # type: ignore[arg-type]
+def test_factors_are_whole_and_positive(bad: Any) -> None:
+    with pytest.raises(ValueError, match=f"gradient_accumulation_steps .*whole number.* {bad!r}"):
+        GlobalBatch(8, bad)

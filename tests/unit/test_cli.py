@@ -23,7 +23,7 @@ def test_preview_says_where_training_ends(capsys: pytest.CaptureFixture[str]) ->
     assert main([*args, "--total_samples=20000"]) == 0
     assert "12.5% into cycle 3, with lr at 96.2% of its base value" in capsys.readouterr().out
     assert main([*args, "--total_samples=17500"]) == 0
-    assert "at the end of cycle 2" in capsys.readouterr().out
+    assert "end of cycle 2" in capsys.readouterr().out
 
 
 def test_batch_solves(capsys: pytest.CaptureFixture[str]) -> None:

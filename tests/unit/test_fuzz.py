@@ -83,7 +83,7 @@ def test_a_schedule_whose_keys_would_become_one_is_not_saved(tmp_path: Path) -> 
         def state_dict(self) -> dict[str, Any]:
             return {**super().state_dict(), "seen": {1: 3, "1": 4}}
 
-    with pytest.raises(CheckpointError, match="keys with the same text"):
+    with pytest.raises(CheckpointError, match=r"keys .*same text"):
         save(tmp_path, *of(lambda optimizer: Milestones(optimizer, 2)))
 
 
@@ -105,7 +105,7 @@ def test_amsgrad_is_not_taken_over_without_its_state(tmp_path: Path) -> None:
         return model, optimizer
 
     save(tmp_path, *job(True))
-    with pytest.raises(CheckpointError, match="was made with amsgrad=True, which cannot be taken over"):
+    with pytest.raises(CheckpointError, match=r"amsgrad=True.* taken over"):
         load(tmp_path, *job(False), on_difference="checkpoint")
 
 
@@ -117,7 +117,7 @@ def test_cycles_may_shrink_at_once() -> None:
 @pytest.mark.parametrize("t_mult", ["1e999999999", "1e-99_999_999_9", "9" * 2000])
 def test_a_number_that_would_fill_the_memory_is_refused_at_once(t_mult: str) -> None:
     optimizer = DistAdamW([torch.ones(1)])
-    with bounds(2.0, 1 << 28), pytest.raises(ValueError, match="t_mult must be a finite number above 0, got"):
+    with bounds(2.0, 1 << 28), pytest.raises(ValueError, match=r"t_mult .*finite"):
         CyclicLRWithRestarts(optimizer, 10, 100, t_mult=t_mult)
 
 
@@ -204,7 +204,7 @@ def test_an_index_names_no_file_but_its_own(name: str, whole: Path) -> None:
 
     shutil.copy(next(whole.glob("*.safetensors")), whole.parent / "outside")
     edit(whole, change)
-    assert "it names a file that no save makes" in loaded(whole)
+    assert "no save makes" in loaded(whole)
 
 
 @pytest.mark.parametrize("of", ["index.json", "*.safetensors"])
@@ -294,7 +294,12 @@ def test_sizes_are_checked_before_memory_is_taken(size: int, whole: Path) -> Non
     before = peak()
     with bounds(5.0, 1 << 30):
         assert "reaches beyond the end" in loaded(whole)
-    edit(whole.parent / "files", lambda index: huge(index) or next(iter(index["files"].values())).update(bytes=1 << 62))
+
+    def huge_files(index: Any) -> None:
+        huge(index)
+        next(iter(index["files"].values())).update(bytes=1 << 62)
+
+    edit(whole.parent / "files", huge_files)
     index = json.loads((whole.parent / "files" / INDEX).read_text())
     with bounds(5.0, 1 << 30):
         assert "index.json is damaged" in loaded(whole.parent / "files"), index["files"]
@@ -370,7 +375,7 @@ def test_the_judge_sees_what_it_is_there_for(checkpoints: Checkpoints, monkeypat
 
     monkeypatch.setattr(indices, "_digest", lambda index: storage_sum(index))
     tally = checkpoints.judge(iter(range(150)))
-    assert any("loaded in silence, and wrong" in failure for failure in tally.failures)
+    assert any("in silence, and wrong" in failure for failure in tally.failures)
     assert tally.ends[RIGHT]
 
 

@@ -45,7 +45,7 @@ def files(index: Index, name: str) -> None:
             chunk[2] = name
 
 
-GAPS = "'x' has gaps or overlaps"
+GAPS = "'x' has gaps"
 # What is done to the index, and the sentence.
 CASES: dict[str, tuple[Callable[[Index], Any], str]] = {
     "a row that is nowhere": (lambda i: cut(i, (0, 1), (2, 2)), GAPS),
@@ -59,23 +59,23 @@ CASES: dict[str, tuple[Callable[[Index], Any], str]] = {
     "a dtype without a name": (lambda i: i["tensors"]["y"].update(dtype="float31"), "'y' is of dtype 'float31'"),
     "a dtype that files do not hold": (lambda i: i["tensors"]["y"].update(dtype="complex64"), "'y' is of dtype"),
     "no dtype": (lambda i: i["tensors"]["y"].update(dtype=None), "'y' is of dtype None"),
-    "a larger dtype": (lambda i: i["tensors"]["x"].update(dtype="float64"), "'x' reaches beyond the end"),
+    "a larger dtype": (lambda i: i["tensors"]["x"].update(dtype="float64"), "'x' reaches beyond"),
     "a shape that no tensor has": (lambda i: i["tensors"]["y"].update(shape=[1 << 61, 8]), "'y' has shape"),
     "a negative shape": (lambda i: i["tensors"]["y"].update(shape=[-6]), r"'y' has shape \[-6\]"),
-    "bytes beyond the end": (lambda i: move(i, 10_000), "'y' reaches beyond the end"),
-    "bytes of another tensor": (lambda i: move(i, 8), "two of its tensors lie in the same bytes"),
-    "all bytes of another tensor": (lambda i: move(i, 0), "two of its tensors lie in the same bytes"),
+    "bytes beyond the end": (lambda i: move(i, 10_000), "'y' reaches beyond"),
+    "bytes of another tensor": (lambda i: move(i, 8), "the same bytes"),
+    "all bytes of another tensor": (lambda i: move(i, 0), "the same bytes"),
     "a file that it does not list": (
         lambda i: i["tensors"]["x"]["chunks"][0].__setitem__(2, f"{'0' * 16}-00009.safetensors"),
         "none of its files",
     ),
-    "a file of another name": (lambda i: files(i, "0.safetensors"), "it names a file that no save makes"),
+    "a file of another name": (lambda i: files(i, "0.safetensors"), "no save makes"),
     "a size that is no integer": (lambda i: next(iter(i["files"].values())).update(bytes=1.5), "is described as"),
     "a checksum that is no text": (lambda i: next(iter(i["files"].values())).update(sha256=5), "is described as"),
-    "nothing about what was saved": (lambda i: i.update(about=[]), "says nothing of what was saved"),
-    "a save without a name": (lambda i: i.update(save=7), "says nothing of what was saved"),
+    "nothing about what was saved": (lambda i: i.update(about=[]), "nothing of what was saved"),
+    "a save without a name": (lambda i: i.update(save=7), "nothing of what was saved"),
     "another version": (lambda i: i.update(version=3), "has version 3"),
-    "another format": (lambda i: i.update(format="theirs"), "not an index of a dist_adamw checkpoint"),
+    "another format": (lambda i: i.update(format="theirs"), "not an index"),
 }
 
 
@@ -115,9 +115,9 @@ def test_an_index_that_could_not_be_read_is_not_written(folder: Path, monkeypatc
 
 def test_what_no_file_holds_is_refused_before_any_rank_writes() -> None:
     check_tensors([("x", torch.float32, (2,), 1)], {})
-    with pytest.raises(CheckpointError, match=r"'x' is torch\.complex64, which safetensors files here do not hold"):
+    with pytest.raises(CheckpointError, match=r"'x' is torch\.complex64.*safetensors"):
         check_tensors([("x", torch.complex64, (2,), 1)], {})
-    with pytest.raises(CheckpointError, match=r"'x' has shape \[2305843009213693952, 8\], and no load would take it"):
+    with pytest.raises(CheckpointError, match=r"'x' has shape \[2305843009213693952, 8\].*no load"):
         check_tensors([("x", torch.float32, (1 << 61, 8), 1)], {})
 
 
@@ -126,7 +126,7 @@ def test_a_word_that_its_checksum_does_not_know(key: str, folder: Path) -> None:
     index = json.loads((folder / INDEX).read_text())
     index[key] = {"about": {"n": 2}, "save": "other", "files": {}}[key]
     (folder / INDEX).write_text(json.dumps(index))
-    with pytest.raises(CheckpointError, match=r"index\.json is damaged: its checksum differs"):
+    with pytest.raises(CheckpointError, match=r"index\.json .*checksum"):
         read_index(folder)
 
 
@@ -136,7 +136,7 @@ def test_a_bit_of_a_file_and_a_byte_more(folder: Path) -> None:
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-    assert "its checksum differs" in (damage(folder) or "")
+    assert "checksum" in (damage(folder) or "")
     content[-1] ^= 1
     path.write_bytes(content + b"\0")
     assert "were written" in (damage(folder) or "")

@@ -58,7 +58,7 @@ class Weights:
         self.steps += 1
         maxima = self.moments[2] if self.amsgrad else []
         mixed_adamw_update_(
-            self.params, grads, self.masters, *self.moments[:2], maxima, list(self.steps.unbind()),
+            self.params, grads, self.masters, self.moments[0], self.moments[1], maxima, list(self.steps.unbind()),
             **{**defaults, **options},
         )  # fmt: skip
 
@@ -263,8 +263,8 @@ def test_slicing_changes_nothing() -> None:
         parts.steps += 1
         for cut in (slice(0, 1024), slice(1024, 4099)):
             mixed_adamw_update_(
-                *([t[cut]] for t in (parts.params[0], grad, parts.masters[0])),
-                *([m[0][cut]] for m in parts.moments), [], [parts.steps[0]],
+                [parts.params[0][cut]], [grad[cut]], [parts.masters[0][cut]],
+                [parts.moments[0][0][cut]], [parts.moments[1][0][cut]], [], [parts.steps[0]],
                 scale=None, found_inf=None, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2,
                 decay_by="lr", maximize=False,
             )  # fmt: skip

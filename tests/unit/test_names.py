@@ -22,7 +22,7 @@ class Net(nn.Module):
         self.module = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.module(self.third(self.second(self.first(x))))  # type: ignore[no-any-return]
+        return self.module(self.third(self.second(self.first(x))))
 
 
 def test_wrappers_inside_the_model_leave_no_trace(tmp_path: Path) -> None:

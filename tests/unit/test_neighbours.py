@@ -19,7 +19,7 @@ UPDATES = 30
 LAMBDA = 0.05 * math.sqrt(0.1)  # of weight_decay=0.05, a batch of 100 and cycles of 1000 samples
 
 
-def network() -> nn.Module:
+def network() -> nn.Sequential:
     torch.manual_seed(2)
     return nn.Sequential(nn.Linear(6, 17), nn.Tanh(), nn.Linear(17, 2))
 
@@ -154,11 +154,15 @@ def test_deepspeeds_own_adams_carry_the_flag_that_is_read(name: str) -> None:
 # ---------------------------------------------------------------- groups as timm and transformers make them
 
 
-def timm_groups(model: nn.Module) -> list[dict[str, Any]]:
+def stepping(scheduler: CyclicLRWithRestarts) -> Callable[[Tensor], object]:
+    return lambda _: scheduler.step()
+
+
+def timm_groups(model: nn.Sequential) -> list[dict[str, Any]]:
     """As timm's param_groups_layer_decay: a scale per layer, no decay for vectors, no lr."""
     return [
         {"params": [p for p in layer.parameters() if (p.ndim == 1) == vector], "lr_scale": scale, "weight_decay": decay}
-        for layer, scale in ((model[0], 0.25), (model[2], 1.0))  # type: ignore[index]
+        for layer, scale in ((model[0], 0.25), (model[2], 1.0))
         for vector, decay in ((True, 0.0), (False, 0.05))
     ]
 
@@ -189,28 +193,27 @@ def test_both_conventions_give_the_same_weights_under_lr_scale() -> None:
     results = []
     for decay_by in ("lr", "schedule"):
         model = network()
-        optimizer = DistAdamW(timm_groups(model), lr=0.01, decay_by=decay_by)  # type: ignore[arg-type]
-        scheduler = cycles(optimizer)
-        train(model, optimizer, lambda _, step=scheduler.step: step())  # type: ignore[misc]
+        optimizer = DistAdamW(timm_groups(model), lr=0.01, decay_by=decay_by)
+        train(model, optimizer, stepping(cycles(optimizer)))
         results.append(weights(model))
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-7)
 
 
 def test_lr_scale_zero_freezes_a_group() -> None:
     model = network()
-    before = copy.deepcopy(model[0])  # type: ignore[index]
+    before = copy.deepcopy(model[0])
     groups = [{**group, "lr_scale": group["lr_scale"] == 1.0} for group in timm_groups(model)]
     optimizer = torch.optim.AdamW(groups, lr=0.01)
     scheduler = cycles(optimizer)
     train(model, optimizer, lambda _: scheduler.step())
-    assert torch.equal(weights(before), weights(model[0]))  # type: ignore[index]
-    assert not torch.equal(weights(network()[2]), weights(model[2]))  # type: ignore[index]
+    assert torch.equal(weights(before), weights(model[0]))
+    assert not torch.equal(weights(network()[2]), weights(model[2]))
 
 
 @pytest.mark.parametrize("scale", [-0.5, math.nan, math.inf])
 def test_a_bad_lr_scale_is_refused(scale: float) -> None:
     groups = [{"params": network().parameters(), "lr_scale": scale}]
-    with pytest.raises(ValueError, match=f"lr_scale must be a finite number >= 0, got {scale!r}"):
+    with pytest.raises(ValueError, match=f"lr_scale .*finite.* {scale!r}"):
         cycles(torch.optim.AdamW(groups))
 
 

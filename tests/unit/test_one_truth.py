@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from dist_adamw import DistAdamW, load, save
 from dist_adamw.optimizer.sharding.values import exact_weights
+from tests.known import to_memory_format
 
 Act = Callable[["Job"], None]
 
@@ -23,7 +24,7 @@ Act = Callable[["Job"], None]
 class Job:
     """A model of four weights under one optimizer, fed gradients that depend on the update alone."""
 
-    def __init__(self, kind: type[torch.optim.Optimizer], **options: Any) -> None:
+    def __init__(self, kind: Callable[..., torch.optim.Optimizer], **options: Any) -> None:
         torch.manual_seed(1)
         self.model: Any = nn.Module()
         for name, shape in {"table": (7, 5), "first": (5, 33), "bias": (33,), "scale": ()}.items():
@@ -400,15 +401,15 @@ def test_values_of_the_users_own_stay_in_an_entry() -> None:
     [
         (
             {"step": torch.tensor(1.0)},
-            r"has 'exp_avg' of parameter 1 of group 0, which is None: a tensor of shape \(5, 33\)",
+            r"'exp_avg' of parameter 1 of group 0.* None.* \(5, 33\)",
         ),
         (
             {"step": torch.tensor(1.0), "exp_avg": torch.zeros(3), "exp_avg_sq": torch.zeros(5, 33)},
-            r"'exp_avg' of parameter 1 of group 0, of shape \(3,\): a tensor of shape \(5, 33\) is needed",
+            r"'exp_avg' of parameter 1 of group 0.* \(3,\).* \(5, 33\)",
         ),
         (
             {"step": "one", "exp_avg": torch.zeros(5, 33), "exp_avg_sq": torch.zeros(5, 33)},
-            "'step' .* a number is needed",
+            "'step' .* a number",
         ),
     ],
 )
@@ -423,7 +424,7 @@ def test_what_is_no_state_is_refused_before_anything_changes(entry: Any, message
     assert all(torch.equal(value, before[key]) for key, value in job.model.state_dict().items())
 
 
-def leave_and_come_back(kind: type[torch.optim.Optimizer], **options: Any) -> tuple[Any, list[Tensor]]:
+def leave_and_come_back(kind: Callable[..., torch.optim.Optimizer], **options: Any) -> tuple[Any, list[Tensor]]:
     """The only parameter with state is in no group for an update."""
     torch.manual_seed(0)
     frozen, comes, new = nn.Parameter(torch.randn(31), False), nn.Parameter(torch.randn(9, 8)), torch.randn(129)
@@ -528,7 +529,7 @@ def test_memory_of_another_shape_is_refused() -> None:
     job = Job(DistAdamW)
     job.train(range(2))
     job.optimizer.state[job.model.first]["exp_avg"].data = torch.zeros(3)
-    with pytest.raises(ValueError, match=r"'exp_avg' of parameter 1 of group 0, of shape \(3,\): a tensor of shape"):
+    with pytest.raises(ValueError, match=r"'exp_avg' of parameter 1 of group 0.* \(3,\).*shape"):
         job.train(range(2, 3))
 
 
@@ -538,9 +539,7 @@ def test_one_tensor_for_two_parameters_is_refused() -> None:
     step = torch.tensor(3.0)
     for name in ("first", "bias"):
         job.optimizer.state[getattr(job.model, name)]["step"] = step
-    with pytest.raises(
-        ValueError, match="one tensor as 'step' of parameter 1 of group 0 and as 'step' of parameter 0 of"
-    ):
+    with pytest.raises(ValueError, match=r"'step' of parameter 1 of group 0 .*'step' of parameter 0"):
         job.train(range(2, 3))
 
 
@@ -565,7 +564,7 @@ def test_state_without_maxima_is_not_copied(way: Any) -> None:
     job.optimizer.param_groups[0]["amsgrad"] = False
     saved = job.optimizer.state_dict()
     saved["param_groups"][0]["amsgrad"] = True
-    with pytest.raises(ValueError, match="the state of parameter 0 has no max_exp_avg_sq"):
+    with pytest.raises(ValueError, match="parameter 0 has no max_exp_avg_sq"):
         job.optimizer.load_state_dict(saved)
 
 
@@ -574,7 +573,7 @@ def test_half_a_state_is_not_copied(updates: int) -> None:
     job = Job(DistAdamW)
     job.train(range(updates))
     job.optimizer.state[job.model.first] = {"step": torch.tensor(1.0)}
-    with pytest.raises(ValueError, match="has 'exp_avg' of parameter 1 of group 0, which is None"):
+    with pytest.raises(ValueError, match=r"'exp_avg' of parameter 1 of group 0.* None"):
         copy.deepcopy(job.optimizer)
 
 
@@ -582,7 +581,7 @@ def test_data_of_another_size_is_refused() -> None:
     job = Job(DistAdamW)
     job.train(range(2))
     job.model.table.data = torch.zeros(8, 5)
-    with pytest.raises(ValueError, match=r"of shape \(8, 5\) has 40 elements, and its state has 35"):
+    with pytest.raises(ValueError, match=r"\(8, 5\) has 40 .*state has 35"):
         job.train(range(2, 3))
 
 
@@ -600,7 +599,7 @@ def test_a_replaced_parameter_is_no_partition_of_deepspeed() -> None:
     job.train(range(2))
     resize_table(job)
     job.train(range(2, 3))
-    assert "state whole on this rank" in repr(job.optimizer)
+    assert "state whole" in repr(job.optimizer)
 
 
 # ---------------------------------------------------------------- weights beside exact ones
@@ -709,7 +708,7 @@ def test_another_memory_format_is_followed() -> None:
     optimizer, reference = DistAdamW(ours.parameters()), torch.optim.AdamW(theirs.parameters(), foreach=False)
     for step in range(4):
         if step == 2:
-            ours.to(memory_format=torch.channels_last)
+            to_memory_format(ours, torch.channels_last)
         for model, opt in ((ours, optimizer), (theirs, reference)):
             model.zero_grad()
             model(torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(step))).square().sum().backward()

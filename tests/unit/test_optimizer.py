@@ -7,21 +7,21 @@ import io
 import math
 import pickle
 from collections import defaultdict
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from dist_adamw import DistAdamW
+from tests.known import grad_of, to_memory_format
 
 
-def network() -> nn.Module:
+def network() -> nn.Sequential:
     """Odd sizes, a permuted memory format, a scalar, an empty and a frozen parameter."""
     torch.manual_seed(1)
-    model = nn.Sequential(
-        nn.Conv2d(3, 5, 3).to(memory_format=torch.channels_last), nn.Flatten(), nn.Linear(5 * 36, 37), nn.Linear(37, 3)
-    )
+    first = to_memory_format(nn.Conv2d(3, 5, 3), torch.channels_last)
+    model = nn.Sequential(first, nn.Flatten(), nn.Linear(5 * 36, 37), nn.Linear(37, 3))
     model.scale = nn.Parameter(torch.tensor(1.0))
     model.nothing = nn.Parameter(torch.zeros(0))
     model.frozen = nn.Parameter(torch.ones(5), requires_grad=False)
@@ -68,7 +68,7 @@ def test_state_begins_at_places_of_its_own_in_a_page() -> None:
 def test_same_bits_as_torch(options: dict[str, Any], kernel: str, bucket_numel: int) -> None:
     ours, theirs = network(), network()
     options = {"lr": 1e-2, **options}
-    reference = torch.optim.AdamW(theirs.parameters(), **options, **{kernel: True})
+    reference = torch.optim.AdamW(theirs.parameters(), **{**options, kernel: True})
     optimizer = DistAdamW(ours.parameters(), **options, fused=kernel == "fused", bucket_numel=bucket_numel)
     train(theirs, reference, 12)
     train(ours, optimizer, 12)
@@ -107,10 +107,12 @@ def test_the_papers_convention_multiplies_by_one_minus_the_decay(fused: bool) ->
 
 
 def test_a_tensor_lr_works_in_both_conventions() -> None:
-    for decay_by in ("lr", "schedule"):
+    conventions: list[Literal["lr", "schedule"]] = ["lr", "schedule"]
+    for decay_by in conventions:
         params = [nn.Parameter(torch.ones(40)) for _ in range(2)]
-        for param, lr in zip(params, (0.01, torch.tensor(0.01, dtype=torch.float64)), strict=True):
-            optimizer = DistAdamW([param], lr=lr, weight_decay=0.1, decay_by=decay_by)  # type: ignore[arg-type]
+        lrs: list[float | Tensor] = [0.01, torch.tensor(0.01, dtype=torch.float64)]
+        for param, lr in zip(params, lrs, strict=True):
+            optimizer = DistAdamW([param], lr=lr, weight_decay=0.1, decay_by=decay_by)
             for _ in range(3):
                 param.grad = torch.full_like(param, 0.5)
                 optimizer.step()
@@ -150,7 +152,7 @@ def test_a_norm_that_is_not_finite_skips_the_update(fused: bool, bad: float) -> 
     before = copy.deepcopy(optimizer.state_dict())
     weights = [p.detach().clone() for p in model.parameters()]
     backward(model, 9)
-    model.scale.grad.fill_(bad)  # type: ignore[union-attr, operator]
+    grad_of(model.get_parameter("scale")).fill_(bad)
     optimizer.step()
     assert optimizer.step_was_skipped
     assert optimizer.updates == 2
@@ -225,20 +227,21 @@ def test_a_step_without_gradients_is_not_an_update() -> None:
 
 def test_groups_added_and_parameters_unfrozen_after_the_first_update() -> None:
     ours, theirs = network(), network()
-    optimizer = DistAdamW([*ours[2].parameters(), ours.frozen], lr=1e-2)  # type: ignore[index, list-item]
-    reference = torch.optim.AdamW([*theirs[2].parameters(), theirs.frozen], lr=1e-2, fused=True)  # type: ignore[index, list-item]
+    optimizer = DistAdamW([*ours[2].parameters(), ours.get_parameter("frozen")], lr=1e-2)
+    unfrozen = [*theirs[2].parameters(), theirs.get_parameter("frozen")]
+    reference = torch.optim.AdamW(unfrozen, lr=1e-2, fused=True)
     for model, opt in ((ours, optimizer), (theirs, reference)):
         train(model, opt, 2)
-        opt.add_param_group({"params": list(model[3].parameters()), "lr": 1e-3})  # type: ignore[index]
+        opt.add_param_group({"params": list(model[3].parameters()), "lr": 1e-3})
         train(model, opt, 2, first=2)
-        model.frozen.requires_grad_(True)  # type: ignore[operator]
+        model.frozen.requires_grad_(True)
         for step in range(4, 7):
             backward(model, step)
             model.frozen.grad = torch.full((5,), 0.3)
             opt.step()
             opt.zero_grad()
     assert_same_bits(ours, theirs)
-    assert optimizer.state[ours.frozen]["step"] == 3  # type: ignore[index]
+    assert optimizer.state[ours.get_parameter("frozen")]["step"] == 3
 
 
 def test_parameters_without_a_gradient_this_time_keep_their_step() -> None:
@@ -249,7 +252,7 @@ def test_parameters_without_a_gradient_this_time_keep_their_step() -> None:
         for step in range(6):
             backward(model, step)
             if step % 2:
-                model[2].weight.grad = None  # type: ignore[index, union-attr]
+                model.get_parameter("2.weight").grad = None
             opt.step()
             opt.zero_grad()
     assert_same_bits(ours, theirs)
@@ -284,7 +287,7 @@ def test_tied_parameters_are_one() -> None:
     for _ in range(3):
         model(torch.randn(2, 6)).square().mean().backward()
         optimizer.step()
-    assert optimizer.state[model[0].weight]["step"] == 3
+    assert optimizer.state[model.get_parameter("0.weight")]["step"] == 3
 
 
 def test_sparse_gradients_are_refused_before_anything_changes() -> None:
@@ -293,7 +296,7 @@ def test_sparse_gradients_are_refused_before_anything_changes() -> None:
     optimizer = DistAdamW([dense, *table.parameters()])
     dense.grad = torch.ones(3)
     table(torch.tensor([1])).sum().backward()
-    with pytest.raises(RuntimeError, match=r"does not support sparse gradients, .*sparse=False"):
+    with pytest.raises(RuntimeError, match=r"sparse gradients.*sparse=False"):
         optimizer.step()
     assert torch.equal(dense, torch.ones(3))
     assert optimizer.updates == 0
@@ -309,21 +312,21 @@ def test_sparse_gradients_are_refused_before_anything_changes() -> None:
         ({"eps": math.nan}, "Invalid epsilon value: nan"),
         ({"betas": (1.0, 0.9)}, "Invalid beta parameter at index 0: 1.0"),
         ({"betas": (0.9, math.nan)}, "Invalid beta parameter at index 1: nan"),
-        ({"betas": (0.9,)}, "betas must be two numbers, got (0.9,"),
-        ({"betas": (0.9, 0.95, 0.999)}, "betas must be two numbers"),
-        ({"betas": "", "state_dtype": torch.bfloat16}, "betas must be two numbers, got ''"),
-        ({"betas": 0.9}, "betas must be two numbers, got 0.9"),
+        ({"betas": (0.9,)}, r"betas .*two numbers.* \(0\.9,"),
+        ({"betas": (0.9, 0.95, 0.999)}, r"betas .*two numbers.* \(0\.9, 0\.95, 0\.999\)"),
+        ({"betas": "", "state_dtype": torch.bfloat16}, "betas .*two numbers.* ''"),
+        ({"betas": 0.9}, r"betas .*two numbers.* 0\.9"),
         ({"weight_decay": -0.1}, "Invalid weight_decay value: -0.1"),
         ({"weight_decay": math.nan}, "Invalid weight_decay value: nan"),
-        ({"decay_by": "wd"}, "decay_by must be 'lr' or 'schedule', got 'wd'"),
-        ({"max_grad_norm": 0.0}, "max_grad_norm must be above 0 or None, got 0.0"),
-        ({"max_grad_norm": math.nan}, "max_grad_norm must be above 0 or None, got nan"),
-        ({"shard": "yes"}, "shard must be True, False or 'auto', got 'yes'"),
-        ({"bucket_numel": 0}, "bucket_numel must be above 0, got 0"),
+        ({"decay_by": "wd"}, "decay_by .*'wd'"),
+        ({"max_grad_norm": 0.0}, r"max_grad_norm .*above 0.* 0\.0"),
+        ({"max_grad_norm": math.nan}, "max_grad_norm .*above 0.* nan"),
+        ({"shard": "yes"}, "shard .*'yes'"),
+        ({"bucket_numel": 0}, "bucket_numel .*above 0.*got 0"),
     ],
 )
 def test_bad_arguments(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message.replace("(", r"\(")):
+    with pytest.raises(ValueError, match=message):
         DistAdamW([nn.Parameter(torch.ones(1))], **options)
 
 
@@ -343,7 +346,7 @@ def test_parameters_that_cannot_be_laid_out_are_refused() -> None:
 def test_a_parameter_that_is_twice_in_a_group_is_refused() -> None:
     tied, other = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(3))
     optimizer = DistAdamW([other])
-    with pytest.raises(ValueError, match="parameter 0 of group 1 and parameter 2 of group 1 are the same"):
+    with pytest.raises(ValueError, match=r"parameter 0 of group 1 and parameter 2 of group 1 .*same"):
         optimizer.add_param_group({"params": [tied, nn.Parameter(torch.ones(1)), tied]})
     assert len(optimizer.param_groups) == 1
 
@@ -360,15 +363,16 @@ def test_a_parameter_that_is_twice_in_a_group_is_refused() -> None:
 @pytest.mark.parametrize("late", [False, True])
 def test_hyper_parameters_that_torch_refuses_are_refused_before_anything_changes(late: bool) -> None:
     param = nn.Parameter(torch.ones(3))
-    tensors = (torch.tensor(0.9), torch.tensor(0.999))
-    for wrong, message in (
+    tensors: Any = (torch.tensor(0.9), torch.tensor(0.999))
+    cases: list[tuple[dict[str, Any], str]] = [
         ({"betas": (0.9, torch.tensor(0.999))}, "both floats or both Tensors"),
         ({"betas": (torch.tensor([0.9, 0.8]), torch.tensor(0.999))}, r"Tensor betas\[0\] must be 1-element"),
-        ({"lr": torch.tensor(0.1)}, "lr as a Tensor is not supported by foreach"),
-    ):
-        params, options = ([{"params": [param], **wrong}], {}) if late else ([param], wrong)
+        ({"lr": torch.tensor(0.1)}, "lr as a Tensor .*foreach"),
+    ]
+    for wrong, message in cases:
+        params: list[Any] = [{"params": [param], **wrong}] if late else [param]
         with pytest.raises(ValueError, match=message):
-            DistAdamW(params, fused=False, **options)
+            DistAdamW(params, fused=False, **({} if late else wrong))
     optimizer = DistAdamW([param], betas=tensors, fused=False)
     assert optimizer.param_groups[0]["betas"] == tuple(map(float, tensors))
     param.grad = torch.ones(3)
@@ -385,12 +389,12 @@ def test_a_state_of_another_model_is_refused_and_nothing_is_lost() -> None:
     train(model, optimizer, 2)
     other = nn.ParameterList([nn.Parameter(p.detach().clone().reshape(-1)) for p in model.parameters()])
     theirs = torch.optim.AdamW(other.parameters())
-    sum(p.sum() for p in other).backward()  # type: ignore[union-attr]
+    sum(p.sum() for p in other).backward()
     theirs.step()
-    with pytest.raises(ValueError, match=r"exp_avg of parameter 0 has shape \(1,\), but \(\) is needed"):
+    with pytest.raises(ValueError, match=r"exp_avg of parameter 0 .*\(1,\).* \(\)"):
         optimizer.load_state_dict(theirs.state_dict())
     with pytest.raises(ValueError, match=r"different number of parameter groups|doesn't match the size"):
-        optimizer.load_state_dict(torch.optim.AdamW(model[2].parameters()).state_dict())  # type: ignore[index]
+        optimizer.load_state_dict(torch.optim.AdamW(model[2].parameters()).state_dict())
     assert optimizer.updates == 2
     twin = network()
     reference = torch.optim.AdamW(twin.parameters(), lr=1e-2, fused=True)
@@ -402,7 +406,7 @@ def test_a_state_of_another_model_is_refused_and_nothing_is_lost() -> None:
 def test_shard_true_without_ranks_is_an_error() -> None:
     model = network()
     optimizer = DistAdamW(model.parameters(), shard=True)
-    with pytest.raises(RuntimeError, match="shard=True, but there is one rank"):
+    with pytest.raises(RuntimeError, match=r"shard=True.*one rank"):
         train(model, optimizer, 1)
 
 
@@ -411,7 +415,7 @@ def test_repr_says_what_was_decided() -> None:
     optimizer = DistAdamW(model.parameters())
     assert "layout not built" in repr(optimizer)
     train(model, optimizer, 1)
-    assert "shard: auto (state whole on this rank" in repr(optimizer)
+    assert "shard: auto (state whole" in repr(optimizer)
 
 
 def test_bf16_autocast_trains() -> None:
@@ -444,7 +448,7 @@ def test_state_moves_with_its_parameters() -> None:
     before = optimizer.state_dict()["state"][3]["exp_avg"].clone()
     generator = torch.Generator().manual_seed(5)
     x = torch.randn(4, 3, 8, 8, generator=generator, dtype=torch.float64)
-    (model(x) * model.scale).square().mean().backward()  # type: ignore[operator]
+    (model(x) * model.scale).square().mean().backward()
     optimizer.step()
     after = optimizer.state_dict()["state"][3]["exp_avg"]
     assert after.dtype == torch.float64

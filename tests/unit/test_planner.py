@@ -6,9 +6,9 @@ import pickle
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import DefaultSavePlanner, SavePlanner
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import Metadata
-from torch.distributed.checkpoint.planner import SavePlan
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 
 from dist_adamw.checkpoint.storage.partial_tensor import PartialTensor
 from dist_adamw.checkpoint.storage.planner import Planner

@@ -251,7 +251,7 @@ def test_a_float32_of_numpys_makes_nothing_less_exact(name: str) -> None:
             twin.weight_decay_norm(point, 32),
         )
     for bad in ("0.3", None, [0.3]):
-        with pytest.raises(ValueError, match=f"{name} must be a number, got"):
+        with pytest.raises(ValueError, match=f"{name} .*a number.*got"):
             make(**{name: bad})
 
 
@@ -264,7 +264,7 @@ def test_a_policy_that_returns_nan_is_named() -> None:
     ("t_mult", "floor"), [(0.99999, 1), (1 - 1e-12, 1), ("0.9999999999999999999999", 1), ("1.00001", 200)]
 )
 def test_a_t_mult_that_could_not_be_counted_is_refused_at_once(t_mult: float | str, floor: int) -> None:
-    with pytest.raises(ValueError, match=r"t_mult=.* is so close to 1 that .* cycles pass before the floor"):
+    with pytest.raises(ValueError, match=r"t_mult=.* close to 1 .*cycles"):
         make(restart_period=100, t_mult=t_mult, min_restart_period=floor)
 
 

@@ -78,8 +78,8 @@ def test_golden_trace_in_the_papers_convention() -> None:
 
 
 @pytest.mark.parametrize("cls", [DistAdamW, torch.optim.AdamW])
-def test_golden_trace_in_torchs_convention(cls: type[Optimizer]) -> None:
-    optimizer = cls([parameter()], lr=1e-3, weight_decay=0.05)  # type: ignore[call-arg]
+def test_golden_trace_in_torchs_convention(cls: Callable[..., Optimizer]) -> None:
+    optimizer = cls([parameter()], lr=1e-3, weight_decay=0.05)
     expected = golden("10_paper_cosine_torch_convention")
     check_golden(train(optimizer, make(optimizer, **PAPER, min_lr=1e-5), len(expected)), expected)
 
@@ -97,7 +97,7 @@ def test_both_conventions_give_the_same_weights() -> None:
     weights = []
     for decay_by in ("lr", "schedule"):
         param = parameter()
-        optimizer = DistAdamW([param], lr=1e-2, weight_decay=0.5, decay_by=decay_by)  # type: ignore[arg-type]
+        optimizer = DistAdamW([param], lr=1e-2, weight_decay=0.5, decay_by=decay_by)
         train(optimizer, make(optimizer, restart_period=0.7, t_mult=1.5), 60)
         weights.append(param.detach())
     # The two multiply the same three numbers in another order.
@@ -141,9 +141,10 @@ def test_step_counts_the_samples_it_is_given() -> None:
     scheduler.step(samples=37)
     scheduler.step(samples=37)
     assert scheduler.samples == 37
-    for bad in (-1, 1.5, True, "8"):
-        with pytest.raises(ValueError, match="samples must be a whole number >= 0"):
-            scheduler.step(samples=bad)  # type: ignore[arg-type]
+    wrong: list[Any] = [-1, 1.5, True, "8"]
+    for bad in wrong:
+        with pytest.raises(ValueError, match=f"samples .*whole number.* {bad!r}"):
+            scheduler.step(samples=bad)
 
 
 @pytest.mark.parametrize(
@@ -214,16 +215,16 @@ def test_what_is_no_integer_is_refused_everywhere(value: Any) -> None:
         lambda: make(adamw(), warmup_samples=value),
         lambda: GlobalBatch(value),
     ):
-        with pytest.raises(ValueError, match="must be a whole number"):
+        with pytest.raises(ValueError, match="whole number"):
             call()
 
 
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("cls", [DistAdamW, torch.optim.AdamW])
-def test_an_fp16_update_that_overflows_holds_the_schedule(cls: type[Optimizer], fused: bool) -> None:
+def test_an_fp16_update_that_overflows_holds_the_schedule(cls: Callable[..., Optimizer], fused: bool) -> None:
     """accelerate #4242: with a fused optimizer the kernel skips and nobody is told."""
     param = parameter()
-    optimizer = cls([param], lr=1e-3, fused=fused)  # type: ignore[call-arg]
+    optimizer = cls([param], lr=1e-3, fused=fused)
     scheduler = make(optimizer)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
     seen = []
@@ -265,7 +266,7 @@ def test_torchs_empty_step_to_make_state_does_not_count() -> None:
 
 
 def test_groups_have_their_own_lr_weight_decay_and_min_lr() -> None:
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": [parameter()], "lr": 1e-2, "weight_decay": 0.0, "min_lr": 1e-3},
         {"params": [parameter()]},
     ]
@@ -386,9 +387,10 @@ def test_go_to_refuses_what_would_be_lost() -> None:
         scheduler.go_to(samples=500)
     scheduler.step()
     assert scheduler.samples == 100
-    for bad in (-1, 1.5, 1 << 62):
+    wrong: list[Any] = [-1, 1.5, 1 << 62]
+    for bad in wrong:
         with pytest.raises(ValueError, match="samples must be"):
-            scheduler.go_to(samples=bad)  # type: ignore[arg-type]
+            scheduler.go_to(samples=bad)
     with pytest.raises(ValueError, match="batch_size is not known"):
         make(adamw(), batch_size=None).go_to(samples=5)
 
@@ -414,7 +416,7 @@ def test_on_difference_is_an_argument() -> None:
     kept = make(adamw(), on_difference="new")
     kept.load_state_dict(state)
     assert kept.schedule.restart_period == 1
-    with pytest.raises(ValueError, match="on_difference must be 'strict', 'checkpoint' or 'new', got 'maybe'"):
+    with pytest.raises(ValueError, match=r"on_difference .*'maybe'"):
         make(adamw(), on_difference="maybe")
 
 
@@ -424,8 +426,10 @@ def test_on_difference_is_an_argument() -> None:
 @pytest.mark.parametrize("cls", [DistAdamW, torch.optim.SGD])
 @pytest.mark.parametrize("first", [False, True])
 @pytest.mark.parametrize("container", ["SequentialLR", "ChainedScheduler"])
-def test_torchs_containers_are_refused_when_they_are_made(container: str, first: bool, cls: type[Optimizer]) -> None:
-    optimizer = cls([parameter()], lr=1e-3)  # type: ignore[call-arg]
+def test_torchs_containers_are_refused_when_they_are_made(
+    container: str, first: bool, cls: Callable[..., Optimizer]
+) -> None:
+    optimizer = cls([parameter()], lr=1e-3)
     other = torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, total_iters=5)
     scheduler = make(optimizer)
     lr = optimizer.param_groups[0]["lr"]
@@ -451,7 +455,7 @@ def test_another_writer_of_lr_is_named_once(tensor: bool) -> None:
             scheduler.step()
             other.step()
     assert [str(w.message).split(" is ")[0] for w in caught] == ["lr of parameter group 0"]
-    assert "another scheduler or your own code" in str(caught[0].message)
+    assert "another scheduler" in str(caught[0].message)
     assert caught[0].filename == __file__
 
 
@@ -548,23 +552,24 @@ def test_preview_shows_the_restarts_and_the_trace(tmp_path: Path) -> None:
         (
             20,
             {},
-            "epoch 20), 12.5% into cycle 3, with lr at 96.2% of its base value. Cycles end at epoch 17.5 "
-            "(17,500 samples) and at epoch 37.5 (37,500 samples); with restart_period=1.33 or restart_period=2.86 one",
+            "epoch 20) ... 12.5% into cycle 3 ... 96.2% ... epoch 17.5 (17,500 samples) ... "
+            "epoch 37.5 (37,500 samples) ... restart_period=1.33 ... restart_period=2.86",
         ),
-        (17.5, {}, "(epoch 17.5), at the end of cycle 2"),
-        (17.58, {}, "(epoch 17.58), at the end of cycle 2"),  # the last update began before the restart
-        (17.6, {}, "0.5% into cycle 3, with lr at 100.0% of its base value"),  # one update at the peak
-        (17.4, {}, "(epoch 17.4), at the end of cycle 2"),  # no update is left of it
-        (1, {}, "The first cycle ends at epoch 2.5 (2,500 samples); with restart_period=1 one ends"),
-        (4, {"warmup_samples": 5000}, "before the warm-up is over, with lr at 80.0%"),
-        (20, {"t_mult": 0.5}, "Cycles end at epoch 19.75 (19,750 samples) and at epoch 20.75 (20,750 samples)"),
-        (20, {"t_mult": 1, "restart_period": 0.3}, "restart_period=0.299 or restart_period=0.303 one"),
+        (17.5, {}, "(epoch 17.5) ... end of cycle 2"),
+        (17.58, {}, "(epoch 17.58) ... end of cycle 2"),  # the last update began before the restart
+        (17.6, {}, "0.5% into cycle 3 ... 100.0%"),  # one update at the peak
+        (17.4, {}, "(epoch 17.4) ... end of cycle 2"),  # no update is left of it
+        (1, {}, "first cycle ... epoch 2.5 (2,500 samples) ... restart_period=1 "),
+        (4, {"warmup_samples": 5000}, "before the warm-up ... 80.0%"),
+        (20, {"t_mult": 0.5}, "epoch 19.75 (19,750 samples) ... epoch 20.75 (20,750 samples)"),
+        (20, {"t_mult": 1, "restart_period": 0.3}, "restart_period=0.299 ... restart_period=0.303"),
     ],
 )
 def test_preview_shows_where_training_ends(epochs: float, options: dict[str, Any], said: str) -> None:
     scheduler = make(adamw(), **{"restart_period": 2.5, **options})
     preview = scheduler.preview(total_samples=int(1000 * epochs))
-    assert said in str(preview).splitlines()[-1]
+    last_line = str(preview).splitlines()[-1]
+    assert all(part in last_line for part in said.split(" ... "))
     assert preview.samples[-1] < 1000 * epochs
     assert preview.end is not None
     assert len(preview.rows) == min(preview.end.cycle + 1, 20)
@@ -573,7 +578,9 @@ def test_preview_shows_where_training_ends(epochs: float, options: dict[str, Any
 @pytest.mark.parametrize("options", [{}, {"t_mult": 1}, {"t_mult": 1.3, "warmup_samples": 777}, {"epoch_size": 98_765}])
 def test_periods_that_fit_end_a_cycle_there(options: dict[str, Any]) -> None:
     total = 123_456
-    for period in make(adamw(), **options).preview(total_samples=total).end.restart_periods:  # type: ignore[union-attr]
+    preview = make(adamw(), **options).preview(total_samples=total)
+    assert preview.end is not None
+    for period in preview.end.restart_periods:
         end = make(adamw(), **{**options, "restart_period": period}).preview(total_samples=total).end
         assert end is not None
         assert end.is_at_cycle_end, period
@@ -589,15 +596,15 @@ def test_the_hooks_do_not_keep_a_dropped_scheduler_alive() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"min_lr": 2e-3}, r"min_lr must lie between 0 and the group's lr 0\.001, got 0\.002"),
-        ({"min_lr": math.nan}, "min_lr must lie between 0 .* got nan"),
-        ({"restart_period": 0}, "restart_period must be a finite number above 0, got 0"),
-        ({"t_mult": -1}, "t_mult must be a finite number above 0, got -1"),
+        ({"min_lr": 2e-3}, r"min_lr .* 0\.001, got 0\.002"),
+        ({"min_lr": math.nan}, r"min_lr .* 0\.001, got nan"),
+        ({"restart_period": 0}, "restart_period .*finite.* got 0"),
+        ({"t_mult": -1}, "t_mult .*finite.* -1"),
         ({"policy": "cosin"}, "unknown policy 'cosin'"),
-        ({"batch_size": 0}, "batch_size must be a whole number above 0, got 0"),
-        ({"epoch_size": -5}, "epoch_size must be a whole number above 0, got -5"),
-        ({"normalize_weight_decay": "yes"}, "normalize_weight_decay must be True, False or 'auto', got 'yes'"),
-        ({"lr_scaling": "cubic"}, "lr_scaling must be 'sqrt', 'linear' or None, got 'cubic'"),
+        ({"batch_size": 0}, "batch_size .*whole number.* got 0"),
+        ({"epoch_size": -5}, "epoch_size .*whole number.* -5"),
+        ({"normalize_weight_decay": "yes"}, "normalize_weight_decay .*'yes'"),
+        ({"lr_scaling": "cubic"}, "lr_scaling .*'cubic'"),
         ({"batch_size": None, "policy": "cosin"}, "unknown policy"),
     ],
 )
@@ -621,7 +628,7 @@ def test_iteration_callback_sees_global_batches() -> None:
 def test_nan_in_a_group_is_refused() -> None:
     optimizer = torch.optim.SGD([parameter()], lr=0.1)
     optimizer.param_groups[0]["lr"] = math.nan
-    with pytest.raises(ValueError, match="lr must be a finite number >= 0, got nan"):
+    with pytest.raises(ValueError, match=r"lr .*finite.* nan"):
         make(optimizer)
 
 
@@ -649,8 +656,8 @@ def test_groups_added_between_update_and_step() -> None:
 
 
 @pytest.mark.parametrize("cls", [DistAdamW, torch.optim.AdamW])
-def test_a_step_without_gradients_does_not_count(cls: type[Optimizer]) -> None:
-    optimizer = cls([parameter()], lr=1e-3)  # type: ignore[call-arg]
+def test_a_step_without_gradients_does_not_count(cls: Callable[..., Optimizer]) -> None:
+    optimizer = cls([parameter()], lr=1e-3)
     scheduler = make(optimizer)
     optimizer.step()
     scheduler.step()
@@ -663,7 +670,7 @@ def test_an_update_at_a_lr_that_the_user_set_to_zero_counts() -> None:
     train(optimizer, scheduler, 1)
     optimizer.param_groups[0]["lr"] = 0.0
     update(optimizer)
-    with pytest.warns(UserWarning, match=r"lr of parameter group 0 is 0\.0, which Cyclic.* has not written"):
+    with pytest.warns(UserWarning, match=r"lr of parameter group 0 is 0\.0.*not written"):
         scheduler.step()
     assert scheduler.samples == 200
 
@@ -728,7 +735,7 @@ def test_updates_across_the_ends_of_epochs_are_told_once() -> None:
         for _ in range(6):
             optimizer.step()
             scheduler.step(samples=8)
-    assert ["ends 4 samples beyond an epoch of 20" in str(one.message) for one in told] == [True]
+    assert ["4 samples beyond an epoch of 20" in str(one.message) for one in told] == [True]
 
 
 # ---------------------------------------------------------------- parameter groups that users change
