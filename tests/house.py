@@ -82,11 +82,19 @@ def find_cycle(pairs: set[tuple[str, str]]) -> list[str]:
     return next((cycle for name in sorted(below) if (cycle := walk(name, []))), [])
 
 
+def is_declaration(function: Function) -> bool:
+    """Return whether a function only adds to another of its name: an overload, or the setter of a property."""
+    names = [ast.unparse(decorator) for decorator in function.decorator_list]
+    return any(name.split(".")[-1] in ("overload", "setter") for name in names)
+
+
 def functions(tree: ast.Module) -> Iterator[tuple[Function, bool]]:
     """Yield every function, and whether it is public: reached by names without an underscore, from outside."""
 
     def visit(node: ast.AST, public: bool) -> Iterator[tuple[Function, bool]]:
         for child in ast.iter_child_nodes(node):
+            if isinstance(child, Function) and is_declaration(child):
+                continue
             if isinstance(child, Function):
                 yield child, public and not child.name.startswith("_")
                 yield from visit(child, False)
@@ -144,13 +152,19 @@ def measure(package: Path = PACKAGE) -> dict[str, object]:
     arrows = {(room_of[source], room_of[target]) for source, target in pairs if room_of[source] != room_of[target]}
     lines = {module.name: len(module.text.splitlines()) for module in modules}
     classes = [
-        (length(node), sum(isinstance(child, Function) for child in node.body), node.name)
+        (length(node), sum(isinstance(child, Function) and not is_declaration(child) for child in node.body), node.name)
         for module in modules
         for node in ast.walk(module.tree)
         if isinstance(node, ast.ClassDef)
     ]
     every_function = [pair for module in modules for pair in functions(module.tree)]
-    public = [function for function, is_public in every_function if is_public]
+    public = [
+        function
+        for module in modules
+        if not module.path.stem.startswith("_") or module.path.stem == "__init__"
+        for function, is_public in functions(module.tree)
+        if is_public
+    ]
     lengths = [length(function) for function, _ in every_function]
     longest = max(lines, key=lines.__getitem__)
     too_complex = sum(complexity(function) > 10 for function, _ in every_function)
