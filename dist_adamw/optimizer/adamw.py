@@ -40,9 +40,9 @@ from dist_adamw.optimizer.update import is_fused, update_bucket
 class DistAdamW(AttachedOptimizer):
     """AdamW with its state sharded by element over the data-parallel ranks.
 
-    Each of W ranks keeps 1/W of ``exp_avg`` and ``exp_avg_sq``, to the element; after its share is
-    updated, the parameters are gathered. Given the same averaged gradients, the weights are the
-    same bits as ``torch.optim.AdamW(fused=True)`` gives on one rank. Without a process group it is
+    Each of W ranks keeps 1/W of ``exp_avg`` and ``exp_avg_sq``, to the element; it updates its share, and then
+    the parameters are gathered. Given the same averaged gradients, the weights are the
+    same bits as those of ``torch.optim.AdamW(fused=True)`` on one rank. Without a process group it is
     that optimizer. Parameters keep their own storage.
 
     Args:
@@ -56,32 +56,31 @@ class DistAdamW(AttachedOptimizer):
         decay_by: "lr": weights are multiplied by 1 - lr * weight_decay (torch's convention).
             "schedule": by 1 - weight_decay (the paper's); an update with lr == 0 still leaves
             them alone.
-        max_grad_norm: Clip the gradient of all groups together to this global L2 norm. An
+        max_grad_norm: Clip the gradients of all groups together to this global L2 norm. An
             update whose norm is inf or nan is skipped on every rank. ``float("inf")`` measures
-            without clipping; None does neither.
-        master_dtype: Of the weights that are updated, where parameters are bf16 or fp16: ``torch.float32``
-            keeps fp32 weights in the shard; ``torch.int16``, for bf16 alone, keeps the 16 bits that
-            they have beyond the parameters, to the same bits in half the memory. None updates the
-            parameters themselves. fp32 parameters need none.
-        state_dtype: Of the moments: ``torch.float32``, or ``torch.bfloat16`` for half the memory. None:
-            fp32 beside ``master_dtype``, else the parameters' dtype, as in torch.
-        shard: "auto" shards over ``mesh``, or all ranks when ``torch.distributed`` is
-            initialised at the first update. False keeps whole state on every rank. True is
-            "auto" that refuses to run unsharded.
-        mesh: Device mesh of the data-parallel ranks; default: all ranks. With two axes state is
+            the norm without clipping; None does neither.
+        master_dtype: Master weights for bf16 or fp16 parameters. ``torch.float32`` keeps fp32 weights
+            in the shard. ``torch.int16`` (bf16 only) keeps the 16 bits by which the fp32 weights
+            exceed the parameters: the same bits in half the memory. None updates the parameters
+            themselves. fp32 parameters need no masters.
+        state_dtype: dtype of the moments: ``torch.float32``, or ``torch.bfloat16`` for half the memory.
+            None: fp32 with ``master_dtype``, otherwise the parameters' dtype, as in torch.
+        shard: "auto" shards over ``mesh``, or over all ranks if ``torch.distributed`` is
+            initialised at the first update. False keeps the whole state on every rank. True is
+            "auto", but raises instead of running unsharded.
+        mesh: Device mesh of the data-parallel ranks; default: all ranks. With two axes, state is
             replicated along the first and sharded along the second (HSDP: nodes, ranks in a node).
-        fused: True for torch's fused kernel, False for foreach; None takes fused where it runs.
-        bucket_numel: Elements that travel together; None: what suits the model and the ranks.
+        fused: True for torch's fused kernel, False for foreach; None uses fused where it exists.
+        bucket_numel: Elements sent together; None chooses by the model and the number of ranks.
 
     Raises:
         ValueError: a hyper-parameter is out of range (or nan), or ``params`` is empty.
 
-    ``step`` is collective when sharded: every rank calls it equally often. All options must be the same on all ranks;
-    `attach`, ``dist_adamw.prepare`` or the first sharded `step` compares them (the last cannot see ``shard=False`` of
-    some ranks alone, whose `step` sends nothing). Gradients are reduced to
-    their owners after `attach`; without it they must be the same on every rank by then, which is
-    what DDP's all-reduce leaves behind. A rank finds its share in ``state``, 1-D, and zeros of a
-    parameter that has had no gradient yet, where torch has no entry.
+    ``step`` is collective when sharded: every rank must call it equally often. All options must be the same on all
+    ranks; `attach`, ``dist_adamw.prepare`` or the first sharded `step` compares them. (`step` cannot see that some
+    ranks have ``shard=False``: those send nothing.) After `attach`, each gradient is reduced to its owner; without
+    `attach`, gradients must be the same on every rank when `step` is called, as DDP leaves them. ``state`` holds this
+    rank's share, 1-D. A parameter that has had no gradient yet has zeros there, where torch has no entry.
 
     Source: Loshchilov & Hutter, arXiv:1711.05101, Algorithm 2; sharding as in ZeRO-1,
     Rajbhandari et al., arXiv:1910.02054.

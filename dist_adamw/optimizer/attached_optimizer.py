@@ -28,14 +28,14 @@ class AttachedOptimizer(SavableOptimizer):
 
     # Of an unpickled optimizer, whose __init__ has not run.
     _unattached_updates = 0
-    gathers_from_owners = True  # where another optimizer reduces gradients of these parameters to their owners
+    gathers_from_owners = True  # it collects by itself what another optimizer has reduced of its gradients
     _defer_gather = False
     _is_agreed = False  # whether ranks have compared their options
     _attach_options: dict[str, bool] | None = None
     _attached: Sequence[weakref.ref[nn.Module]] = ()
 
     def _collect_gradients(self) -> bool:
-        """Follow what the user did, and have the averages of what this rank owns. Whether there is any. Collective."""
+        """Follow the user's changes and reduce gradients to their owners; return whether there are any. Collective."""
         changed = self._differs()
         if self._path is None:
             gather_from_owners(None, self._all_params())
@@ -97,44 +97,43 @@ class AttachedOptimizer(SavableOptimizer):
         does. Per update each rank sends ``f N (b_g + b_p)`` bytes, f = (W - 1) / W, where an
         all-reduce sends ``f N (2 b_g + b_p)``.
 
-        A ``DistributedDataParallel`` module keeps working as before, with ``no_sync``,
-        ``find_unused_parameters`` and several optimizers; on a GPU build it with
-        ``gradient_as_bucket_view=True``, or nothing overlaps. Its ``join()`` is not supported. A plain
-        module gets its gradients averaged by this alone; it then has a ``no_sync()`` of its own, and
-        every rank has the first one's parameters and buffers from now on, as DDP does it.
+        A ``DistributedDataParallel`` module works as before, with ``no_sync``,
+        ``find_unused_parameters`` and several optimizers. On a GPU, build it with
+        ``gradient_as_bucket_view=True``; otherwise nothing overlaps. Its ``join()`` is not supported. A plain
+        module needs nothing else to average its gradients: it gets a ``no_sync()``, and, as in DDP,
+        the first rank's parameters and buffers are copied to all ranks now.
 
-        After backward ``param.grad`` holds the average in this rank's own elements and local
-        values in the others. For a norm use ``max_grad_norm`` or `clip_grad_norm_`; to read or change whole
-        gradients, call `gather_gradients` first; after a change that treats every element alike (a clamp), call
-        `accept_gradients`. Other changes between backward and `step` are refused, as far as they can be seen: by
-        another tensor or address in ``param.grad``, its version counter, and on a CPU a sample of the values. A
-        gradient set to None is not used, as in torch; ranks must set the same ones.
+        After backward, ``param.grad`` holds the average in the elements that this rank owns and local
+        values elsewhere. For a norm, use ``max_grad_norm`` or `clip_grad_norm_`. To read or change whole
+        gradients, call `gather_gradients` first. After a change that treats every element alike (a clamp), call
+        `accept_gradients`. Other changes between backward and `step` raise an error where they can be detected: by
+        another tensor or address in ``param.grad``, by its version counter, and on a CPU by a sample of the values. A
+        gradient set to None is not used, as in torch; all ranks must set the same ones.
 
-        Of a plain module only this optimizer's parameters are averaged: those of another optimizer, torch's say, are
-        that one's user's to average.
-
-        Parameters of this optimizer in a DDP module that is not attached belong to that DDP; parameters in no
-        attached module are averaged in `step` where ranks' gradients differ. The optimizer that was attached last
-        has a module's gradients; another one that steps on the same parameters gets whole ones, by one more gather.
-        Every rank makes the same backward passes and updates: over gloo, a rank that skips a `step` alone is an error.
+        Only this optimizer's parameters are averaged. Those of another optimizer in a plain module stay local.
+        Parameters in a DDP module that is not attached are averaged by that DDP; parameters in no attached module are
+        averaged in `step` if ranks' gradients differ. If several optimizers attach to the same parameters, the last one
+        receives the gradients; another one that steps on them gathers whole ones first. All ranks must make the
+        same backward passes and updates: over gloo, a rank that alone skips a `step` is an error.
 
         Args:
-            model: Its parameters are some of this optimizer's, or all.
-            overlap: Send during backward. The same bits either way.
-            reduce_every_backward: Reduce every micro-batch into the shard, ``no_sync`` or not, and
-                let go of ``param.grad``, which is None after backward. Gradients then take
-                ``b_g N / W`` bytes and what is on its way, instead of ``b_g N``; with A
-                micro-batches an update sends ``f N (A b_g + b_p)``. Plain modules only.
-                Every rank's backward passes must reach the module equally often, and what is not wanted is
-                forgotten by this optimizer's ``zero_grad``, not by the module's; ``zero_grad(set_to_none=False)``
+            model: The module; some or all of its parameters are this optimizer's.
+            overlap: Send during backward. The bits are the same either way.
+            reduce_every_backward: Reduce every micro-batch into the shard, inside ``no_sync`` too, and
+                set ``param.grad`` to None after backward. Gradients then take
+                ``b_g N / W`` bytes plus the buckets in flight, instead of ``b_g N``; with A
+                micro-batches an update sends ``f N (A b_g + b_p)``. Plain modules only. Every rank's
+                backward passes must reach the module equally often. To discard gradients, call this
+                optimizer's ``zero_grad``, not the module's; ``zero_grad(set_to_none=False)``
                 leaves zeros in ``param.grad``, as in torch.
-            defer_gather: Let `step` return while the last buckets of parameters travel. Whoever reads
-                one of them, by any reference and in any torch function, waits for it then. Not for
-                compiled modules, whose parameters are waited for as ever.
+            defer_gather: Return from `step` while the last buckets of parameters are in flight. Any torch
+                function that reads one of these parameters waits for it. Compiled modules do not
+                defer.
 
         Raises:
-            ValueError: the module is wrapped so that this cannot be.
-            AgreementError: ranks have other parameters, buffers or options. On every rank, before anything is sent.
+            ValueError: this module's wrapper cannot be served.
+            AgreementError: ranks have different parameters, buffers or options. On every rank, before anything is
+                sent.
         """
         if any(is_dtensor(param) for param in model.parameters()):
             return  # the engine that shards the parameters reduces their gradients
@@ -164,7 +163,7 @@ class AttachedOptimizer(SavableOptimizer):
         self._attached = [*(ref for ref in self._attached if ref() not in (None, model)), weakref.ref(model)]
 
     def _open_path(self, *, overlap: bool, reduce_every_backward: bool) -> GradientPath:
-        """Make a path with messages of its own. Collective."""
+        """Make a path, and open its channel to the other ranks. Collective."""
         path = GradientPath(
             self._all_params,
             self._shards_by_now,
@@ -219,13 +218,14 @@ class AttachedOptimizer(SavableOptimizer):
 
     @torch.no_grad()
     def gather_gradients(self) -> None:
-        """Let every ``param.grad`` be the whole gradient, averaged over all ranks. Collective.
+        """Make every ``param.grad`` the whole gradient, averaged over all ranks. Collective.
 
         After `attach` a rank has the averages of the elements that it owns, and local values elsewhere. Call this after
-        backward and before whatever reads gradients: SAM's first pass, norms of layers for a log, gradient surgery.
-        What is then written to ``param.grad``, the same on every rank, is what `step` takes. Sends ``f N b_g`` bytes.
+        backward and before anything that reads gradients: SAM's first pass, per-layer norms for a log, gradient
+        surgery. `step` then uses what is in ``param.grad``, which must be the same on every rank. Sends ``f N b_g``
+        bytes.
 
-        Without `attach` gradients are left as they are: DDP has averaged them.
+        Without `attach` gradients stay as they are: DDP has averaged them.
         """
         if self._path is None or self._path.is_whole:
             return
@@ -235,16 +235,16 @@ class AttachedOptimizer(SavableOptimizer):
             self._path.update.make_whole()
 
     def accept_gradients(self) -> None:
-        """Let gradients be what they are now, after a change that treats all elements alike. Local; on every rank.
+        """Accept a change of gradients that treats all elements alike. Local; on every rank.
 
-        After `attach`, `step` refuses gradients that were changed since backward, because a norm
-        taken of them is not the model's. Clamping each element, for example, is right.
+        After `attach`, `step` raises if gradients were changed since backward, because a norm taken of them is
+        not the model's. Clamping each element, for example, is fine.
         """
         if self._path is not None:
             self._path.update.accept_changes()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """As torch's; what `attach` has reduced is forgotten too. Every rank alike."""
+        """Reset gradients as torch does, reduced ones too. Every rank alike."""
         if self._path is not None:
             self._path.sources.look_at_siblings()
         super().zero_grad(set_to_none)

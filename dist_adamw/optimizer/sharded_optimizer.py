@@ -34,10 +34,10 @@ OPTIONS = ("decay_by", "max_grad_norm", "shard", "fused", "bucket_numel", "maste
 
 
 class ShardedOptimizer(Optimizer):
-    """Following the user: at an update, a save or a load, shards become what ``param_groups`` and ``state`` say.
+    """An optimizer whose shards follow ``param_groups`` and ``state`` at every update, save and load.
 
-    Ranks do it together, where they share the state: each asks the others beside its own computation whether they have
-    changes, and nothing is changed before all are known to have made the same.
+    Ranks that share state follow together: each asks the others for changes while it computes, and nothing moves before
+    all are known to have made the same changes.
     """
 
     decay_by: DecayBy
@@ -81,7 +81,7 @@ class ShardedOptimizer(Optimizer):
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of optimizer state on this rank, padding included. Local."""
+        """Bytes of optimizer state on this rank, including padding. Local."""
         return sum(shard.nbytes for shard in self.shards)
 
     @property
@@ -110,7 +110,7 @@ class ShardedOptimizer(Optimizer):
     # ---------------------------------------------------------------- follow the user
 
     def follow(self) -> None:
-        """Do what the user's changes to ``param_groups``, ``state`` and weights mean, as `step` would. Collective.
+        """Apply the user's changes to ``param_groups``, ``state`` and weights, as `step` would. Collective.
 
         `dist_adamw.save` calls it, so that what is saved is what the model and the optimizer show.
 
@@ -307,7 +307,7 @@ class ShardedOptimizer(Optimizer):
         if scheme is not self._scheme and any(shard.process_group is not None for shard in self.shards):
             raise RuntimeError(
                 "parameters that an engine has sharded came to an optimizer that shares others' state over the ranks "
-                "itself. Give each kind an optimizer of its own."
+                "itself. Give each kind its own optimizer."
             )
         self._scheme = scheme
         if self._is_partitioned and self.max_grad_norm is not None:

@@ -192,7 +192,7 @@ def check_mixed() -> None:
 
 def test_dtensors_beside_state_that_is_shared_are_refused() -> None:
     for error in expect_error_on_all(2, check_mixed):
-        assert "an optimizer of its own" in error
+        assert "an engine has sharded" in error
 
 
 def check_moved() -> None:

@@ -27,7 +27,7 @@ class Arrivals:
         return self._inboxes[-1]
 
     def note(self, param: Tensor) -> None:
-        """``param`` counts as arrived the next time: hooks that were registered later may change its gradient still."""
+        """Count ``param`` as arrived at the next `take`: hooks registered later may still change its gradient."""
         self._last.append(param)
 
     @property
@@ -38,7 +38,7 @@ class Arrivals:
     def take(self) -> list[Tensor]:
         """Return the parameters that were noted, and forget them. Local."""
         params = list(itertools.chain(self._last, *self._inboxes))
-        if self._record.filled:  # zeros of ours that backward has added to since are the user's gradients
+        if self._record.filled:  # backward has added to zeros that were filled in: now they are gradients
             self._record.filled.difference_update(map(id, params))
         self._last.clear()
         for inbox in self._inboxes:

@@ -32,7 +32,7 @@ class BackwardPasses:
         overlap: Send during backward.
 
     Attributes:
-        is_running: Whether a backward pass is under way that has been heard of.
+        is_running: Whether a backward pass of an attached module is running.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class BackwardPasses:
             self._prepare_gradients()
 
     def _prepare_gradients(self) -> None:
-        """Let gradients be what backward may add to."""
+        """Make gradients something that backward may add to: none, or sums of local ones."""
         sender, record = self._sender, self._record
         if self.is_running:  # the last backward was broken off
             self.is_running = False
@@ -210,7 +210,7 @@ class BackwardPasses:
         """Forget gradients that arrived: they are not wanted. Every rank alike; after `look_at_siblings`.
 
         Args:
-            leave_zeros: Put zeros in place of gradients that were let go of: torch counts zeros as a gradient.
+            leave_zeros: Put zeros where gradients were freed: torch counts zeros as a gradient.
         """
         record, sender = self._record, self._sender
         self.is_running = False

@@ -114,12 +114,12 @@ class RankMessages:
 
     @property
     def is_open(self) -> bool:
-        """Whether ranks hear of each other."""
+        """Whether ranks can exchange messages."""
         return self._rollcall is not None
 
     @property
     def is_news(self) -> bool:
-        """Whether other ranks could hear of a change of parameters, and have not yet."""
+        """Whether a change of parameters has not been sent to the other ranks yet, though it can be."""
         return self._is_news and self.is_open
 
     def params_changed(self, digest: int) -> None:
@@ -136,20 +136,20 @@ class RankMessages:
             self._is_announced = True
             self._rollcall.post([ROUND, self.number, self._params_digest])
 
-    def hear(self) -> None:
-        """Wait for the oldest answer that is outstanding, if there is any. Collective.
+    def check_answer(self) -> None:
+        """Wait for the oldest outstanding answer, if there is one. Collective.
 
         Raises:
-            AgreementError: a rank is somewhere else. On every rank that hears of it.
+            AgreementError: a rank is doing something else. On every rank that waits for it.
         """
         if self._rollcall is not None and self._rollcall.is_under_way:
             self._answer(self._rollcall)
 
-    def hear_all(self) -> None:
-        """Wait for all answers that are outstanding. Collective.
+    def check_all_answers(self) -> None:
+        """Wait for all outstanding answers. Collective.
 
         Raises:
-            AgreementError: as of `hear`.
+            AgreementError: as of `check_answer`.
         """
         while self._rollcall is not None and self._rollcall.is_under_way:
             self._answer(self._rollcall)
@@ -174,7 +174,7 @@ class RankMessages:
         return [max(column) for column in zip(*table, strict=True)][3:]
 
     def _meet(self, kind: int) -> None:
-        self.hear_all()
+        self.check_all_answers()
         if self._rollcall is not None:
             self._rollcall.post([kind, self.number, self._params_digest])
             self._answer(self._rollcall)

@@ -19,17 +19,17 @@ from dist_adamw.optimizer.sharding.shard import Shard
 
 
 class GradientPath:
-    """One attached optimizer's gradients, from the modules to the update.
+    """The parts through which one attached optimizer's gradients pass, from the modules to the update.
 
     Args:
         params: The optimizer's method that gives every parameter, in order.
         shards: Its method that gives the shards, and builds them if there are none yet.
         gather: Its method that makes every gradient whole. Collective.
         overlap: Send during backward.
-        reduce_every_backward: Keep averages in flat memory of the shards, and let go of ``param.grad``.
+        reduce_every_backward: Keep averages in flat memory of the shards, and free ``param.grad``.
 
     Attributes:
-        sources: The modules, and what tells of their gradients.
+        sources: Where gradients come from.
         sender: Sends buckets to their owners.
         backward: What happens in forward and backward passes.
         agreement: The ranks' agreement on the gradients of an update.
@@ -91,7 +91,7 @@ class GradientPath:
 
     @property
     def is_sending(self) -> bool:
-        """Whether a backward pass is under way that it has heard of."""
+        """Whether a backward pass of an attached module is running."""
         return self.backward.is_running
 
     @property
@@ -101,7 +101,7 @@ class GradientPath:
 
     @property
     def used_ids(self) -> set[int]:
-        """Ids of the parameters whose gradient that update let go of."""
+        """Ids of the parameters whose gradients that update used."""
         return self.record.used
 
     def keep_alive(self) -> object:
@@ -121,7 +121,7 @@ class GradientPath:
         self.sources.remove(set(ids))
 
     def end(self) -> None:
-        """Stop listening and sending: other ranks have let go of the optimizer. Local."""
+        """Stop listening and sending: the optimizer is gone on other ranks. Local."""
         self.sender.leave_parts()
         self.sources.end()
         self.sender.drop()
@@ -170,4 +170,4 @@ class GradientPath:
         """
         if self.messages.is_open and self.is_sending:
             self.messages.announce_round()
-            self.messages.hear_all()
+            self.messages.check_all_answers()

@@ -17,7 +17,7 @@ class Plan:
 
     Args:
         shards: All of an optimizer.
-        listened: Ids of the parameters whose gradients are heard of. Others are in no bucket here.
+        listened: Ids of the parameters whose gradients are announced. Others are in no bucket here.
 
     Attributes:
         params: Those that are listened to and have a shard.

@@ -26,9 +26,9 @@ class GradientRecord:
         is_accepted: Whether the user accepted changes before unlistened gradients were compared.
         is_compared: Whether unlistened gradients were compared over ranks since the last backward pass.
         has_let_go: Whether an update has used gradients that are in no ``param.grad``.
-        filled: Without a gradient on this rank; they got zeros.
+        filled: Given zeros, because only other ranks have a gradient.
         in_shard: With a gradient, where gradients are kept in the shard.
-        used: Of those, whose gradient the last update has let go of.
+        used: Whose gradient the last update used, where gradients are kept in the shard.
         local: Unlistened, and seen to differ over ranks.
         late: Unlistened, and averaged in an update since they were last set to zero.
         kept: Unlistened, and averaged into the shard: their ``param.grad`` is None.
@@ -46,7 +46,7 @@ class GradientRecord:
         self.kept: set[int] = set()
 
     def clear_round(self) -> None:
-        """Forget gradients that were used or discarded. What is in ``param.grad`` stays averages until it is zero."""
+        """Forget gradients that were used or discarded. ``param.grad`` still holds averages until it is set to zero."""
         self.has_begun = self.is_accepted = self.is_reopened = False
         self.filled.clear()
         self.in_shard.clear()

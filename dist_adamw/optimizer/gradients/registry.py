@@ -33,17 +33,17 @@ class Path(Protocol):
 
     @property
     def used_ids(self) -> set[int]:
-        """Ids of the parameters whose gradient that update let go of."""
+        """Ids of the parameters whose gradients that update used."""
 
     @property
     def is_sending(self) -> bool:
-        """Whether a backward pass is under way that it has heard of."""
+        """Whether a backward pass of an attached module is running."""
 
     def release(self, ids: Iterable[int]) -> None:
         """Stop listening to these parameters: another path begins to. Collective."""
 
     def end(self) -> None:
-        """Stop listening and sending: other ranks have let go of the optimizer. Local."""
+        """Stop listening and sending: the optimizer is gone on other ranks. Local."""
 
     def gather_gradients(self) -> None:
         """Have the optimizer make every gradient whole. Collective."""

@@ -26,14 +26,14 @@ from dist_adamw.optimizer.transport.base import MAX_IN_FLIGHT, InFlightBucket
 
 
 class Sender:
-    """Reduces gradients in place, where they lie: in ``param.grad`` or DDP's buckets. One round to an update.
+    """Reduces gradients in place, where they lie: in ``param.grad`` or DDP's buckets. One round per update.
 
     Attributes:
         plan: Of the present round.
         owners: The shards by which averages are divided: the plan's, or those of the last update.
         next: The number of the next bucket of the plan to be sent.
         rounds: Into the shard, since the last update; 0 here.
-        reduces_every_backward: Whether gradients are kept in the shard, and let go of.
+        reduces_every_backward: Whether averages are kept in the shard and ``param.grad`` is freed.
     """
 
     reduces_every_backward = False
@@ -188,13 +188,13 @@ class Sender:
             self.receive(1)
         self._messages.announce_round()
         if self._messages.is_news:
-            self._messages.hear()  # buckets of other sizes would end the process
+            self._messages.check_answer()  # receiving a bucket of another size would abort the process
         self._in_flight.append((shard, shard.transport.start_reduce(k, self._flat[id(shard)])))
 
     @torch.no_grad()
     def receive(self, count: int | None = None) -> None:
         """Wait for the oldest ``count`` buckets, default all, and average them. Collective."""
-        self._messages.hear()
+        self._messages.check_answer()
         while self._in_flight and count != 0:
             self._take(*self._in_flight.popleft())
             count = None if count is None else count - 1
@@ -250,7 +250,7 @@ class Sender:
 
 
 class ShardSender(Sender):
-    """Reduces gradients into flat memory of the shards, and lets go of ``param.grad``. One round to a backward pass.
+    """Reduces gradients into flat memory of the shards, and frees ``param.grad``. One round per backward pass.
 
     Attributes:
         rounds: Since the last update.

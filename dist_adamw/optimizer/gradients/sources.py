@@ -51,9 +51,9 @@ class Hearer(Protocol):
 
 
 class GradientSources:
-    """The attached modules, and what tells of their gradients.
+    """The attached modules, and the hooks and buckets that announce their gradients.
 
-    A gradient is heard of in one of two ways: by a bucket of DDP's reducer, or by a hook on the parameter.
+    A gradient is announced in one of two ways: by a bucket of DDP's reducer, or by a hook on the parameter.
 
     Args:
         path: Whose sources these are; held weakly, as the next three know it.
@@ -62,11 +62,11 @@ class GradientSources:
         record: Of the gradients.
 
     Attributes:
-        ids: Ids of the parameters whose gradients are heard of; replaced when they change.
+        ids: Ids of the parameters whose gradients are announced; a new set whenever they change.
         revision: Counts these changes.
         known: The optimizer's parameters, when `follow_params` last looked.
         known_ids: Their ids.
-        are_buckets: Whether DDP's buckets tell of every gradient.
+        are_buckets: Whether DDP's buckets announce every gradient.
         is_ddp: Whether the modules are in DDP; None before the first.
         arrivals: The parameters whose gradients hooks have noted.
     """
@@ -100,7 +100,7 @@ class GradientSources:
     # ---------------------------------------------------------------- which there are
 
     def add(self, model: nn.Module, *, reduces_every_backward: bool) -> None:
-        """Hear of the gradients of ``model``, which no other path does then. Local.
+        """Take the gradients of ``model`` from now on; no other path does then. Local.
 
         Raises:
             ValueError: ``model`` is wrapped so that this path cannot serve it.
@@ -131,12 +131,12 @@ class GradientSources:
             self._hang_on_module(model, aside=aside)
 
     def _add_hooks(self, params: list[Tensor]) -> None:
-        """Hear of ``params`` by hooks."""
+        """Put hooks on ``params``."""
         self._hang_on_parameters([param for param in params if self._hook_of.get(id(param)) is None])
         self._kinds_changed()
 
     def _add_ddp(self, model: DistributedDataParallel, path: Sibling, params: list[Tensor]) -> bool:
-        """Hear of ``params`` by DDP's buckets, or by hooks where DDP can stand aside. Return whether it does."""
+        """Take ``params`` from DDP's buckets, or by hooks if DDP can stand aside; return whether it does."""
         reducer = DDPReducer.of(model)
         aside = reducer.can_stand_aside(self.known_ids)
         take_over(path, params)
@@ -168,7 +168,7 @@ class GradientSources:
             no_sync.add(self)
 
     def _hang_on_parameters(self, params: list[Tensor]) -> None:
-        """Hear of gradients as they come, without Python having to run for each of thousands of small ones."""
+        """Put hooks on ``params``: on most one that runs in C, since there may be thousands of small ones."""
         if not params:
             return
         look, enter = self._hook("look_at_arrivals"), self.arrivals.new_inbox(len(params)).append
@@ -182,7 +182,7 @@ class GradientSources:
                 quiet = 0
 
     def add_latecomers(self, late: Set[int]) -> None:
-        """Hear from now on of parameters of attached modules that had no hook: unfrozen, replaced or added since.
+        """Put hooks on parameters of attached modules that had none: unfrozen, replaced or added since.
 
         The plan of the present round stays: the next one is made with them.
         """
@@ -197,14 +197,14 @@ class GradientSources:
         self.ids = frozenset(self._hook_of)
 
     def remove(self, ids: Set[int]) -> None:
-        """Stop hearing of the gradients of these parameters. Local."""
+        """Remove the hooks of these parameters. Local."""
         remove(hook for key in ids if (hook := self._hook_of.pop(key, None)) is not None)
         self._ids_changed()
         for reducer in self.reducers():
             reducer.follow()
 
     def end(self) -> None:
-        """Stop hearing of anything. Local."""
+        """Remove all hooks. Local."""
         _remove_all(self._hook_of, self._module_hooks)
         self._hook_of.clear()
         self._module_hooks.clear()
@@ -277,7 +277,7 @@ class GradientSources:
         return any(not reducer.stood_aside for reducer in self.reducers())
 
     def watched(self, planned: Sequence[Tensor]) -> Sequence[Tensor]:
-        """The parameters that are heard of; those that came since the last update are not ``planned`` yet."""
+        """The parameters whose gradients are announced; those added since the last update are not ``planned`` yet."""
         if self.are_buckets or len(planned) == len(self.ids):
             return planned
         return [param for param in self.known if id(param) in self.ids]

@@ -112,7 +112,7 @@ class UnlistenedGradients:
             self._take_runs(shard, k, flat, late)
 
     def _take_runs(self, shard: Shard, k: int, flat: Sequence[Tensor | None], late: Set[int]) -> None:
-        """Let the update take this rank's runs of ``flat`` in bucket ``k``; ``late`` may be let go of afterwards."""
+        """Let the update take this rank's runs of ``flat`` in bucket ``k``; ``late`` may be freed afterwards."""
         into_shard = self._sender.reduces_every_backward
         pieces = shard.owned.pieces[k]
         into: list[Tensor | None] = list(shard.gradients.reduced.get(k) or [None] * len(pieces))

@@ -55,7 +55,7 @@ class UpdateAgreement:
         self.needed_rounds = 0
 
     def end(self) -> None:
-        """Refuse updates from now on: other ranks have let go of the optimizer. Local."""
+        """Refuse updates from now on: the optimizer is gone on other ranks. Local."""
         self._has_ended = True
 
     def complete(
@@ -126,7 +126,7 @@ class UpdateAgreement:
         return any(grad is not None for grad in map(_gradient, self._sources.known))
 
     def _check_may_update(self) -> None:
-        """Raise where gradients have not been averaged, and will not be."""
+        """Raise if gradients have not been averaged and will not be."""
         if self._has_ended:
             raise RuntimeError(
                 "step() of an optimizer that other ranks have let go of: another one has been attached to its module "
@@ -159,7 +159,7 @@ class UpdateAgreement:
             gather_from_owners(self._path(), others)
 
     def _present(self, params: Sequence[Tensor]) -> list[bool]:
-        """Which of ``params`` have a gradient of the user's: in the shard, or there and not zeros of ours."""
+        """Return which of ``params`` have a gradient that the user computed: not zeros that were filled in."""
         present = [grad is not None for grad in map(_gradient, params)]
         filled, in_shard = self._record.filled, self._record.in_shard
         if not (filled or in_shard):
@@ -177,7 +177,7 @@ class UpdateAgreement:
         has_changes: bool,
         options: int,
     ) -> UpdateReport:
-        """What this rank tells the others of its gradients. Local."""
+        """Return this rank's report to the others. Local."""
         record, sender = self._record, self._sender
         change = ACCEPTED if record.is_accepted else NOT_CHANGED
         if record.was_changed or record.watch.changed():

@@ -1,4 +1,4 @@
-"""Gradients of whole parameters beside the runs of them that ranks own."""
+"""Move gradients between whole parameters and the runs that ranks own."""
 
 from __future__ import annotations
 
