@@ -20,8 +20,8 @@ from torch import nn
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from dist_adamw import CheckpointError, prepare
-from dist_adamw.checkpoint.formats.unpickling import nothing_executed
 from dist_adamw.checkpoint.storage.index import write_index
+from dist_adamw.checkpoint.unpickling import nothing_executed
 from dist_adamw.integrations.accelerate.state_folder import files_of
 from tests.distributed.engines import environment
 from tests.distributed.jobs import job

@@ -106,17 +106,6 @@ def plain_group(group: Mapping[str, Any], names: list[str]) -> dict[str, Any]:
     return {"names": names, **{k: plain(v) for k, v in group.items() if k not in ("params", "param_names", "step")}}
 
 
-def inside(folder: Path, name: str) -> str:
-    """Return ``name``, which a checkpoint gives to something in ``folder``. Local.
-
-    Raises:
-        CheckpointError: it leads out of there.
-    """
-    if Path(name).name != name or name in ("", ".."):
-        raise CheckpointError(f"{folder} names {name!r}, which lies outside of it.")
-    return name
-
-
 def lazy(shape: Sequence[int], dtype: torch.dtype, make: Values) -> PartialTensor:
     """Return a tensor that is read when it is saved, so that one is in memory at a time. Local."""
     return PartialTensor(shape, dtype, {Region((0,) * len(shape), tuple(shape)): make})

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dist_adamw.checkpoint.formats.content import MODEL_KEYS, STATE_NAMES, Content, inside, plain_group
+from dist_adamw.checkpoint.formats.content import MODEL_KEYS, STATE_NAMES, Content, plain_group
 from dist_adamw.checkpoint.formats.torch_file import MEMBERS, Record, tensors_and_plain_data
 from dist_adamw.checkpoint.state import MODEL
-from dist_adamw.checkpoint.storage.files import read_exactly
+from dist_adamw.checkpoint.storage.files import inside, read_exactly
 from dist_adamw.checkpoint.storage.index import DTYPES, open_plainly
 from dist_adamw.checkpoint.storage.partial_tensor import PartialTensor
 from dist_adamw.checkpoint.storage.regions import Region, overlap_anywhere

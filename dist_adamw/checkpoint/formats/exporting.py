@@ -23,10 +23,10 @@ from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
 from dist_adamw.checkpoint.compatibility import checked, samples_of
-from dist_adamw.checkpoint.formats.content import FP32, Kind, inside, lazy
+from dist_adamw.checkpoint.formats.content import FP32, Kind, lazy
 from dist_adamw.checkpoint.formats.importing import save_tensors
 from dist_adamw.checkpoint.state import MASTER, MODEL, same_family, saved_family
-from dist_adamw.checkpoint.storage.files import read_whole
+from dist_adamw.checkpoint.storage.files import inside, read_whole
 from dist_adamw.checkpoint.storage.index import CODES, Index, sync_folder, write_text
 from dist_adamw.errors import CheckpointError
 from dist_adamw.optimizer.sharding.shard import MOMENTS

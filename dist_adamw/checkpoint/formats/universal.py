@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dist_adamw.checkpoint.formats.content import FP32, Content, inside, lazy, plain_group, understood
+from dist_adamw.checkpoint.formats.content import FP32, Content, lazy, plain_group, understood
 from dist_adamw.checkpoint.formats.torch_file import load_pickle
 from dist_adamw.checkpoint.state import MODEL
 from dist_adamw.errors import CheckpointError

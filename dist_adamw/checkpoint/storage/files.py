@@ -422,3 +422,14 @@ def read_exactly(file: BinaryIO, offset: int, nbytes: int) -> Tensor:
             raise CheckpointError(f"{file.name} ended while it was read: another process is writing to it.")
         view = view[read:]
     return data
+
+
+def inside(folder: Path, name: str) -> str:
+    """Return ``name``, which a checkpoint gives to something in ``folder``. Local.
+
+    Raises:
+        CheckpointError: it leads out of there.
+    """
+    if Path(name).name != name or name in ("", ".."):
+        raise CheckpointError(f"{folder} names {name!r}, which lies outside of it.")
+    return name

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dist_adamw.checkpoint.formats.unpickling import (
+from dist_adamw.checkpoint.unpickling import (
     check_safe,
     load_safely,
     nothing_executed,

@@ -20,8 +20,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dist_adamw.checkpoint.formats.content import inside
-from dist_adamw.checkpoint.formats.unpickling import nothing_executed
 from dist_adamw.checkpoint.save_load import Checkpoint, load, save
 from dist_adamw.checkpoint.state import (
     MASTER,
@@ -34,9 +32,11 @@ from dist_adamw.checkpoint.state import (
     parameter_names,
     plain_groups,
 )
+from dist_adamw.checkpoint.storage.files import inside
 from dist_adamw.checkpoint.storage.index import INDEX, write_text
 from dist_adamw.checkpoint.storage.partial_tensor import PartialTensor
 from dist_adamw.checkpoint.torch_state import TorchAccess
+from dist_adamw.checkpoint.unpickling import nothing_executed
 from dist_adamw.errors import CheckpointError
 from dist_adamw.optimizer.adamw import DistAdamW
 from dist_adamw.ranks import collectives

@@ -11,10 +11,10 @@ from typing import Any
 
 from torch import nn
 
-from dist_adamw.checkpoint.formats.unpickling import nothing_executed
 from dist_adamw.checkpoint.random_state import restore_random_state
 from dist_adamw.checkpoint.save_load import load, save
 from dist_adamw.checkpoint.storage.index import read_index, write_text
+from dist_adamw.checkpoint.unpickling import nothing_executed
 from dist_adamw.integrations.accelerate.data import engine_of
 from dist_adamw.integrations.accelerate.prepare import host_group
 from dist_adamw.integrations.deepspeed.zero import prepare_deepspeed
