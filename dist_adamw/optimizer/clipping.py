@@ -1,4 +1,4 @@
-"""The global norm of gradients that ranks have divided among them, and clipping by it."""
+"""Compute the global norm of sharded gradients, and clip by it."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from dist_adamw.optimizer.sharding.schemes import Ranks
 from dist_adamw.optimizer.sharding.shard import Shard
 from dist_adamw.ranks import collectives
 
-BucketGradients = list[list[Tensor | None]]  # of a shard: bucket by bucket, what this rank owns
-ByAxes = dict[Any, Tensor]  # by `Shard.shard_axes`: what is divided among the same ranks
+BucketGradients = list[list[Tensor | None]]  # of a shard: for each bucket, the gradients of this rank's pieces
+ByAxes = dict[Any, Tensor]  # by `Shard.shard_axes`, which tell what is sharded over the same ranks
 
 
 def clip_factor(norm: Tensor, max_norm: float) -> Tensor:
-    """Return the factor for gradients, 0-d fp32. The constant is torch.nn.utils.clip_grad_norm_'s."""
+    """Return the factor for gradients, 0-d fp32. The constant is that of torch.nn.utils.clip_grad_norm_."""
     return (max_norm / (norm + 1e-6)).clamp(max=1.0).to(torch.float32)
 
 
 def squares_on_this_rank(shards: Sequence[Shard], grads: Sequence[BucketGradients]) -> ByAxes:
-    """The sum of squares of this rank's gradients, 0-d fp64. Local."""
+    """Return the sum of squares of this rank's gradients, 0-d fp64. Local."""
     device = shards[0].steps.device
     owned: dict[Any, list[Tensor]] = {}
     for shard, buckets in zip(shards, grads, strict=True):
@@ -36,10 +36,10 @@ def squares_on_this_rank(shards: Sequence[Shard], grads: Sequence[BucketGradient
 
 
 def global_norm(squares: ByAxes, ranks: Ranks) -> Tensor:
-    """The norm of all elements of all gradients, each counted once, 0-d fp64. Collective.
+    """Return the norm of all elements of all gradients, each counted once, 0-d fp64. Collective.
 
     Args:
-        squares: As `squares_on_this_rank` returns; changed.
+        squares: The result of `squares_on_this_rank`; changed in place.
     """
     total = torch.zeros_like(next(iter(squares.values())))
     for axes, of_these in squares.items():
@@ -50,7 +50,7 @@ def global_norm(squares: ByAxes, ranks: Ranks) -> Tensor:
 
 
 def non_zeros_on_this_rank(shards: Sequence[Shard], grads: Sequence[BucketGradients]) -> ByAxes:
-    """Whether any of this rank's gradients has an element that is not 0, 0-d int32. Local."""
+    """Return whether any of this rank's gradients has an element that is not 0, 0-d int32. Local."""
     found_of: ByAxes = {}
     for shard, buckets in zip(shards, grads, strict=True):
         zero = torch.zeros((), dtype=torch.int32, device=shard.steps.device)
@@ -66,7 +66,7 @@ def are_all_zero(non_zeros: ByAxes, ranks: Ranks) -> bool:
     """Return whether every element of every rank's gradients is 0. Collective.
 
     Args:
-        non_zeros: As `non_zeros_on_this_rank` returns; changed.
+        non_zeros: The result of `non_zeros_on_this_rank`; changed in place.
     """
     for axes, found in non_zeros.items():
         for group in ranks.dividing(axes):
@@ -87,23 +87,18 @@ def clip_owned_(
     """Clip gradients in place by their norm over all ranks. Collective over ``group``.
 
     Args:
-        shards: Have this rank's gradients.
-        chosen: Ids of the parameters to look at.
-        others: Gradients that are whole on every rank, to be clipped with them.
-        max_norm: The norm is scaled down to this.
+        shards: Hold this rank's gradients.
+        chosen: Ids of the parameters whose gradients are clipped.
+        others: Gradients that are whole on every rank, clipped together with these.
+        max_norm: A larger norm is scaled down to this.
         norm_type: The p of the norm; may be inf.
-        group: The ranks that divide the gradients.
-        device: Where to compute if no gradient is on this rank.
+        group: The ranks that gradients are sharded over.
+        device: Where to compute if this rank has no gradient.
 
     Returns:
         The norm before clipping, 0-d fp32.
     """
-    owned = []
-    for shard in shards:
-        for k, bucket in enumerate(shard.gradients.owned()):
-            for piece, grad in zip(shard.owned.pieces[k], bucket, strict=True):
-                if grad is not None and id(shard.params[piece.param]) in chosen:
-                    owned.append(grad)
+    owned = _owned_gradients(shards, chosen)
     is_largest = norm_type == math.inf
     total = norm_parts(owned, norm_type) if owned else torch.zeros((), dtype=torch.float64, device=device)
     dist.all_reduce(total, op=dist.ReduceOp.MAX if is_largest else dist.ReduceOp.SUM, group=group)
@@ -115,3 +110,14 @@ def clip_owned_(
         if grads:
             torch._foreach_mul_(grads, clip_factor(norm, max_norm))
     return norm.to(torch.float32)
+
+
+def _owned_gradients(shards: Sequence[Shard], chosen: Collection[int]) -> list[Tensor]:
+    """Return this rank's gradients of the parameters with an id in ``chosen``. Local."""
+    owned = []
+    for shard in shards:
+        for k, bucket in enumerate(shard.gradients.owned()):
+            for piece, grad in zip(shard.owned.pieces[k], bucket, strict=True):
+                if grad is not None and id(shard.params[piece.param]) in chosen:
+                    owned.append(grad)
+    return owned

@@ -22,29 +22,29 @@ from dist_adamw.ranks import agreement
 _NAMES = ("lr", "eps", "weight_decay", "amsgrad", "maximize", "betas")
 _options = operator.itemgetter(*_NAMES)
 _chain = itertools.chain.from_iterable
-# Types whose hash is the same in every process: not str, whose hash is salted, nor None, whose hash was an address.
+# Types whose hash is the same in every process. That of str is salted; that of None was an address before Python 3.12.
 _HASHED_ALIKE = frozenset({float, int, bool})
 
 
 class OptionsDigest:
-    """62 bits of the hyper-parameters of parameter groups, and of some more numbers.
+    """A digest of 62 bits of the hyper-parameters of param groups, and of some more numbers.
 
-    A tensor counts by its value where it lies on a CPU, and by its device elsewhere: reading it would make the host
-    wait. Plain numbers are hashed only where they are other objects than the last time. Both run in C.
+    A CPU tensor counts by its value. A tensor elsewhere counts by its device alone, since the host would have to wait
+    for its value. Plain numbers are hashed only if they are other objects than the last time. Both run in C.
     """
 
     _last: tuple[tuple[Any, ...], ...] = ()  # plain numbers: a tensor, or a list of betas, may change in place
     _digest = 0
 
     def of(self, groups: Sequence[Mapping[str, Any]], more: tuple[float, ...]) -> int:
-        """The digest of ``groups`` as they are now. Local."""
+        """Return the digest of ``groups`` as they are now. Local."""
         try:
             values = (more, *map(_options, groups))
             if len(values) == len(self._last) and all(map(operator.is_, *map(_chain, (values, self._last)))):
                 return self._digest
             flat = [*more, *_chain(map(_scalars_and_betas, values[1:]))]
             is_plain = _HASHED_ALIKE.issuperset(map(type, flat))
-        except (KeyError, TypeError):  # a group without an option, or betas that are no pair: the update will say so
+        except (KeyError, TypeError):  # an option is missing, or betas are no pair: the update raises a clear error
             is_plain = False
         if is_plain:
             is_lasting = all(type(options[-1]) is tuple for options in values[1:])
@@ -61,7 +61,7 @@ def _scalars_and_betas(values: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def describe_options(groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The same for people: each option of each group, by a name such as "lr of group 0"."""
+    """Return the options behind the digest, readable: by a name such as "lr of group 0"."""
     return {f"{name} of group {g}": _readable(group.get(name)) for g, group in enumerate(groups) for name in _NAMES}
 
 
@@ -74,7 +74,7 @@ def _readable(value: Any) -> Any:
 
 
 def describe_groups(groups: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, Any]:
-    """What ranks must have alike of groups: hyper-parameters by their ``names``, and parameters. Local."""
+    """Return what groups must have alike on all ranks: hyper-parameters by their ``names``, and parameters. Local."""
     record: dict[str, Any] = {}
     for g, group in enumerate(groups):
         record[f"hyper-parameters of group {g}"] = {name: plain(group.get(name)) for name in names}
@@ -83,7 +83,7 @@ def describe_groups(groups: Sequence[Mapping[str, Any]], names: Sequence[str]) -
 
 
 def as_number(value: float | Tensor) -> float:
-    """``value``, out of a tensor of one element."""
+    """Return ``value`` as a float, also if it is a tensor of one element."""
     return float(value) if isinstance(value, Tensor) else value
 
 
@@ -97,10 +97,10 @@ def check_options(
     master_dtype: torch.dtype | None,
     state_dtype: torch.dtype | None,
 ) -> None:
-    """Refuse options of the constructor that mean nothing. Local; see `DistAdamW`.
+    """Refuse invalid options of the constructor. Local; see `DistAdamW`.
 
     Raises:
-        ValueError: names the option, its value and what it may be.
+        ValueError: names the option, its value and the valid ones.
     """
     if decay_by not in ("lr", "schedule"):
         raise ValueError(f"decay_by must be 'lr' or 'schedule', got {decay_by!r}.")
@@ -112,6 +112,10 @@ def check_options(
         raise ValueError(f"mesh must have one axis or two, got {mesh.ndim}: {mesh}. Pass mesh['axis name'].")
     if bucket_numel is not None and bucket_numel < 1:
         raise ValueError(f"bucket_numel must be above 0, got {bucket_numel!r}.")
+    _check_dtypes(master_dtype, state_dtype)
+
+
+def _check_dtypes(master_dtype: torch.dtype | None, state_dtype: torch.dtype | None) -> None:
     if master_dtype not in (None, torch.float32, torch.int16):
         raise ValueError(
             f"master_dtype must be torch.float32, torch.int16 (remainders of bf16) or None, got {master_dtype!r}."
@@ -121,7 +125,7 @@ def check_options(
 
 
 def warn_of_lasting_moments(state_dtype: torch.dtype | None, beta2: float) -> None:
-    """Warn where the second moment cannot shrink, the caller's caller. Local."""
+    """Warn if rounding keeps the second moment from shrinking. The warning points at the caller's caller. Local."""
     if state_dtype == torch.bfloat16 and 1 - beta2 < 2**-8:
         warnings.warn(
             f"with state_dtype=torch.bfloat16 and betas[1]={beta2} exp_avg_sq never shrinks: what {beta2} takes "
@@ -137,7 +141,7 @@ def check_group(group: Mapping[str, Any], fused: bool | None) -> None:
         fused: See `DistAdamW`.
 
     Raises:
-        ValueError: a parameter is complex or has gaps in its memory, or see `check_lr`.
+        ValueError: a parameter is complex, or has gaps in its memory; also as `check_lr`.
     """
     for param in group["params"]:
         if is_lazy(param):
@@ -153,10 +157,10 @@ def check_group(group: Mapping[str, Any], fused: bool | None) -> None:
 
 
 def check_lr(group: Mapping[str, Any], fused: bool | None) -> None:
-    """Refuse what torch refuses of foreach arithmetic. Local.
+    """Refuse a tensor ``lr`` without a fused kernel, as torch's foreach arithmetic does. Local.
 
     Raises:
-        ValueError: ``lr`` is a tensor where no fused kernel runs.
+        ValueError: ``lr`` is a tensor, and some parameter has no fused kernel.
     """
     if not isinstance(group["lr"], Tensor):
         return

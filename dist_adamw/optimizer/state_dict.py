@@ -1,7 +1,6 @@
 """Describe, gather and validate state dicts of a sharded optimizer.
 
-Knows shards and the format of DistAdamW's state dicts; ``adamw.py`` asks before it
-changes anything.
+Knows shards and the format of DistAdamW's state dicts. Checks run before a load changes anything.
 """
 
 from __future__ import annotations
@@ -20,14 +19,14 @@ from dist_adamw.optimizer.sharding.shard import MASTERS, MOMENTS, Shard, peek
 from dist_adamw.optimizer.transport.layout import FlatLayout, Piece
 from dist_adamw.ranks import collectives
 
-_MESSAGE_BYTES = 16 << 20  # of all ranks together, while state is gathered
+_MESSAGE_BYTES = 16 << 20  # of all ranks together, of one step of a gather
 
 
 def describe_share(shards: Sequence[Shard], params: Sequence[Tensor]) -> dict[str, Any] | None:
-    """Which elements of the state ``shards`` hold, as plain data; None for all of them.
+    """Describe which elements of the state ``shards`` hold, as plain data; None means all of them.
 
     Args:
-        params: Every parameter of the optimizer; the description has their places in it.
+        params: Every parameter of the optimizer; the description refers to them by index.
     """
     if not shards or shards[0].process_group is None:
         return None
@@ -47,14 +46,14 @@ def describe_share(shards: Sequence[Shard], params: Sequence[Tensor]) -> dict[st
 def check_share(
     share: Mapping[str, Any], params: Sequence[Tensor], here: tuple[int, int], bucket_numel: int | None, lean: bool
 ) -> None:
-    """Refuse a share of another rank, or one that was cut otherwise.
+    """Refuse the share of another rank, or one that was cut differently.
 
     Args:
-        here: This rank and the world size that the state is shared over.
-        bucket_numel: Of the optimizer's layout, as ``lean`` is.
+        here: This rank, and the number of ranks that the state is sharded over.
+        bucket_numel: That of the optimizer's layout, as is ``lean``.
 
     Raises:
-        ValueError: it does not fit; says what it is of, and what would fit.
+        ValueError: the share does not fit; says where it is from, and what would fit.
     """
     rank, world_size = here
     if (share["rank"], share["world_size"]) != here:
@@ -74,10 +73,10 @@ def check_share(
 
 
 def check_entries(state_dict: Mapping[str, Any], params: Sequence[Tensor]) -> None:
-    """Refuse half of a parameter's state, and moments that are not of its shape, or of the share's size.
+    """Refuse incomplete state of a parameter, and moments of another shape than the parameter's, or than its share's.
 
     Raises:
-        ValueError: names the parameter and what is wrong.
+        ValueError: names the parameter and the problem.
     """
     share = state_dict.get("share")
     amsgrad = [group.get("amsgrad", False) for group in state_dict["param_groups"] for _ in group["params"]]
@@ -86,30 +85,35 @@ def check_entries(state_dict: Mapping[str, Any], params: Sequence[Tensor]) -> No
         if share is not None:
             whole = torch.Size([sum(stop - start for start, stop in share["ranges"].get(i, []))])
         entry = state_dict["state"].get(i, {})
-        needed = MOMENTS if any(amsgrad[i : i + 1]) else MOMENTS[:2]
-        missing = [key for key in ("step", *needed) if key not in entry]
-        if entry and missing:
+        has_maxima = any(amsgrad[i : i + 1])  # the state dict may have fewer parameters
+        _check_entry(i, entry, MOMENTS if has_maxima else MOMENTS[:2], whole)
+
+
+def _check_entry(i: int, entry: Mapping[str, Any], moments: Sequence[str], shape: torch.Size) -> None:
+    """Refuse an entry of parameter ``i`` without all of ``moments``, or with a moment or master of another shape."""
+    missing = [key for key in ("step", *moments) if key not in entry]
+    if entry and missing:
+        raise ValueError(
+            f"the state of parameter {i} has no {' and no '.join(missing)}. Pass all of it, or an empty entry "
+            "to begin with zeros."
+        )
+    for key in (*MOMENTS, *MASTERS):
+        value = entry.get(key)
+        if value is not None and value.shape != shape:
             raise ValueError(
-                f"the state of parameter {i} has no {' and no '.join(missing)}. Pass all of it, or an empty entry "
-                "to begin with zeros."
+                f"{key} of parameter {i} has shape {tuple(value.shape)}, but {tuple(shape)} is needed here. "
+                "The state is of another model, or its groups are in another order."
             )
-        for key in (*MOMENTS, *MASTERS):
-            value = entry.get(key)
-            if value is not None and value.shape != whole:
-                raise ValueError(
-                    f"{key} of parameter {i} has shape {tuple(value.shape)}, but {tuple(whole)} is needed here. "
-                    "The state is of another model, or its groups are in another order."
-                )
 
 
 @dataclass(frozen=True, slots=True)
 class WholeState:
-    """The result of `gather_state`, and how to see that it is out of date.
+    """The result of `gather_state`, with the stamps that tell whether it is out of date.
 
     Attributes:
-        to: The rank of the sharing group that has it; None: all of them.
-        states: By parameter, in the parameter's shape, on the CPU; None on ranks that do not have it.
-        stamps: `stamps_of` the shards and the state it was made of.
+        to: The rank that received it, within the process group of the shards; None means every rank.
+        states: By parameter, in the parameter's shape, on the CPU; None on ranks that did not receive it.
+        stamps: The result of `stamps_of` when it was gathered.
     """
 
     to: int | None
@@ -118,11 +122,11 @@ class WholeState:
 
 
 def stamps_of(shards: Sequence[Shard], state: Mapping[Tensor, Mapping[str, Any]]) -> list[tuple[Any, ...]]:
-    """Identities and versions that change with any write to state: in place, or of another tensor or dict. Local.
+    """Return identities and versions that any write to state changes: in place, or of another tensor or dict. Local.
 
     Args:
-        shards: Where it lies.
-        state: ``optimizer.state``, which shows it.
+        shards: Hold the state.
+        state: ``optimizer.state``, which has views of it.
     """
     memory = [(id(tensor), tensor._version) for shard in shards for tensor in (*shard.moments.values(), shard.steps)]
     params = (param for shard in shards for param in shard.params)
@@ -136,38 +140,55 @@ def stamps_of(shards: Sequence[Shard], state: Mapping[Tensor, Mapping[str, Any]]
 
 @torch.no_grad()
 def gather_state(shards: Sequence[Shard], to: int | None, state: Mapping[Tensor, Mapping[str, Any]]) -> WholeState:
-    """Copy the state of all ranks to one. Collective over the ranks that share it.
+    """Copy the state of all ranks to one. Collective over the ranks that it is sharded over.
 
-    Beside the whole state the receiving rank needs 16 MB; the others 16 MB / ranks.
+    The receiving rank needs 16 MB in addition to the whole state; the others 16 MB / ranks.
 
     Args:
         shards: All sharded over the same ranks.
-        to: The receiving rank, counted in that group; None: every rank.
+        to: The receiving rank within that process group; None means every rank.
         state: ``optimizer.state``.
     """
     receives = to is None or to == shards[0].rank
     states: dict[Tensor, dict[str, Any]] = {}
     for shard in shards:
-        assert shard.process_group is not None
-        steps = shard.steps.cpu()
-        for i, param in enumerate(shard.params if receives else []):
-            states[param] = {"step": steps[i].clone()}
+        if receives:
+            steps = shard.steps.cpu()
+            states.update((param, {"step": steps[i].clone()}) for i, param in enumerate(shard.params))
         for name, flat in shard.moments.items():
-            whole = [torch.empty(p.numel(), dtype=flat.dtype) for p in shard.params] if receives else []
-            owned = [_in_order(shard.layout.owned(rank)) for rank in range(shard.layout.world_size)] if receives else []
-            for start, parts in _gathered(flat, to, shard.process_group):
-                for pieces, part in zip(owned, parts, strict=True):
-                    _put(part, start, pieces, whole)
+            whole = _gather_moment(shard, flat, to, receives=receives)
             for param, values in zip(shard.params, whole, strict=receives):
                 states[param][name] = shaped_like(values, param)
-    # Ranks lay out parameters that have had no gradient yet, and torch has no state of them.
-    states = {param: entry for param, entry in states.items() if entry["step"] or any(_moments_of(entry))}
-    return WholeState(to, states if receives else None, stamps_of(shards, state))
+    if not receives:
+        return WholeState(to, None, stamps_of(shards, state))
+    # Shards have zeros for parameters without a gradient so far; torch has no state for them.
+    states = {param: entry for param, entry in states.items() if _was_updated(entry)}
+    return WholeState(to, states, stamps_of(shards, state))
 
 
-def _moments_of(entry: Mapping[str, Any]) -> Iterator[bool]:
-    """Of each moment, whether it has anything but zeros."""
-    return (bool(entry[name].any()) for name in MOMENTS if name in entry)
+def _gather_moment(shard: Shard, flat: Tensor, to: int | None, *, receives: bool) -> list[Tensor]:
+    """Return all elements of one moment, 1-D, by parameter, on the CPU; nothing where it is only sent. Collective.
+
+    Args:
+        flat: This rank's elements.
+        to: As for `gather_state`.
+        receives: Whether this rank is one of ``to``.
+    """
+    assert shard.process_group is not None
+    whole: list[Tensor] = []
+    pieces_of_ranks: list[list[Piece]] = []
+    if receives:
+        whole = [torch.empty(p.numel(), dtype=flat.dtype) for p in shard.params]
+        pieces_of_ranks = [_in_order(shard.layout.owned(rank)) for rank in range(shard.layout.world_size)]
+    for start, parts in _gathered(flat, to, shard.process_group):
+        for pieces, part in zip(pieces_of_ranks, parts, strict=True):
+            _put(part, start, pieces, whole)
+    return whole
+
+
+def _was_updated(entry: Mapping[str, Any]) -> bool:
+    """Return whether an update, or the user, has made the entry other than zeros."""
+    return bool(entry["step"]) or any(bool(entry[name].any()) for name in MOMENTS if name in entry)
 
 
 def _in_order(buckets: Sequence[Sequence[Piece]]) -> list[Piece]:
@@ -175,12 +196,12 @@ def _in_order(buckets: Sequence[Sequence[Piece]]) -> list[Piece]:
 
 
 def _gathered(flat: Tensor, to: int | None, group: dist.ProcessGroup) -> Iterator[tuple[int, list[Tensor]]]:
-    """Yield every rank's elements of ``flat``, message by message, and where they begin; no ranks' where it sends."""
+    """Yield every rank's elements of ``flat``, message by message, and where they begin; an empty list on senders."""
     world_size, rank = collectives.world_size(group), collectives.rank(group)
     length = max(1, _MESSAGE_BYTES // (world_size * flat.element_size()))
     for start in range(0, len(flat), length):
         mine = flat[start : start + length].contiguous()
-        # As bytes: not every backend sends every dtype.
+        # Sent as bytes, since not every backend supports every dtype.
         sent = mine.view(torch.uint8)
         parts = [torch.empty_like(sent) for _ in range(world_size)] if to in (None, rank) else []
         if to is None:
@@ -191,7 +212,7 @@ def _gathered(flat: Tensor, to: int | None, group: dist.ProcessGroup) -> Iterato
 
 
 def _put(part: Tensor, start: int, pieces: Sequence[Piece], whole: Sequence[Tensor]) -> None:
-    """Copy what ``part``, which begins at ``start`` of a rank's shard, has of its pieces to where they belong."""
+    """Copy ``part``, the elements of a rank's shard from ``start`` on, to their places in ``whole``."""
     stop = start + len(part)
     for piece in pieces:
         first, last = max(piece.offset, start), min(piece.offset + piece.numel, stop)
@@ -201,9 +222,10 @@ def _put(part: Tensor, start: int, pieces: Sequence[Piece], whole: Sequence[Tens
 
 
 def is_being_wrapped() -> bool:
-    """Whether Accelerate's wrapper is asking: it loads what ``state_dict()`` returns into the same optimizer at once.
+    """Return whether the call comes from the constructor of Accelerate's wrapper.
 
-    ``AcceleratedOptimizer.__init__`` moves state to its device that way, and keeps nothing of it.
+    ``AcceleratedOptimizer.__init__`` loads the result of ``state_dict()`` into the same optimizer at once, to move
+    state to its device, and drops it.
     """
     frame = sys._getframe(1)
     while (caller := frame.f_back) is not None:

@@ -1,7 +1,8 @@
-"""One AdamW pass over what this rank owns of a bucket, by the kernel that suits it."""
+"""Update this rank's slice of a bucket with the AdamW kernel that suits it."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from dist_adamw.optimizer.sharding.shard import Shard
 
 
 def is_fused(shard: Shard, fused: bool | None) -> bool:
-    """Return whether ``shard`` takes a kernel that can skip an update by itself. Local; ``fused`` as in `DistAdamW`."""
+    """Return whether ``shard`` uses a kernel that itself skips on overflow. Local; ``fused`` as in `DistAdamW`."""
     return can_fuse(shard.params[0]) if fused is None else fused
 
 
@@ -28,28 +29,25 @@ def update_bucket(
     fused: bool,
     decay_by: DecayBy,
 ) -> None:
-    """Update what this rank owns of bucket ``k`` in place. Local.
+    """Update this rank's slice of bucket ``k`` in place. Local.
 
     Args:
-        bucket: The gradients of `Shard.owned_pieces`; None leaves a piece as it is.
-        clip: Factor for gradients, 0-d fp32; None: 1.
-        found_inf: Not 0 leaves everything as it is, 0-d fp32.
+        bucket: The gradients of the slice's pieces; None leaves a piece unchanged.
+        clip: Factor for gradients, 0-d fp32; None is 1.
+        found_inf: 0-d fp32; if it is not 0, nothing is changed.
         fused: See `is_fused`.
     """
     live = [i for i, grad in enumerate(bucket) if grad is not None]
     grads = [grad for grad in bucket if grad is not None]
     if not grads:
         return
-    hyper: dict[str, Any] = {name: shard.group[name] for name in ("lr", "betas", "eps", "weight_decay", "maximize")}
-    hyper["decay_by"] = decay_by
+    hyper = _hyper_parameters(shard.group, decay_by)
     params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, masters = shard.operands(k, live)
     state = (exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps)
-    one_pass = fused and clip is not None and params[0].dtype != torch.float64
-    if not (shard.is_mixed or one_pass):
-        if clip is not None:
-            grads = [grad * clip.to(grad.dtype) for grad in grads]
-        adamw_update_(params, *state, grads=grads, fused=fused, found_inf=found_inf if fused else None, **hyper)
-    elif params[0].is_cuda and adamw_triton.available(params[0].device):
+    if not (shard.is_mixed or _clips_in_pass(clip, fused, params[0].dtype)):
+        clipped = _clipped(grads, clip)
+        adamw_update_(params, *state, grads=clipped, fused=fused, found_inf=found_inf if fused else None, **hyper)
+    elif _can_run_triton(params[0]):
         flat = shard.moments
         adamw_triton.flat_adamw_update_(
             shard.table(k, live, grads),
@@ -64,3 +62,28 @@ def update_bucket(
         )
     else:
         mixed_adamw_update_(params, grads, masters, *state, scale=clip, found_inf=found_inf, **hyper)
+
+
+def _hyper_parameters(group: Mapping[str, Any], decay_by: DecayBy) -> dict[str, Any]:
+    """Return the keyword arguments that all kernels have in common."""
+    return {
+        "lr": group["lr"],
+        "betas": group["betas"],
+        "eps": group["eps"],
+        "weight_decay": group["weight_decay"],
+        "maximize": group["maximize"],
+        "decay_by": decay_by,
+    }
+
+
+def _clips_in_pass(clip: Tensor | None, fused: bool, dtype: torch.dtype) -> bool:
+    """Return whether to clip in the update's own pass over memory: by `mixed` and `triton`, which have no fp64."""
+    return fused and clip is not None and dtype != torch.float64
+
+
+def _clipped(grads: list[Tensor], clip: Tensor | None) -> list[Tensor]:
+    return grads if clip is None else [grad * clip.to(grad.dtype) for grad in grads]
+
+
+def _can_run_triton(param: Tensor) -> bool:
+    return param.is_cuda and adamw_triton.available(param.device)

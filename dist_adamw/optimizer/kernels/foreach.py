@@ -1,7 +1,7 @@
 """AdamW arithmetic on lists of tensors.
 
-Imports torch only. Nothing here knows of ranks, buckets or checkpoints;
-``adamw.py`` chooses which run of each weight to pass.
+Imports torch only. Knows nothing of ranks, buckets or checkpoints: the caller chooses which run of each weight to
+pass.
 """
 
 from __future__ import annotations
@@ -55,12 +55,11 @@ def adamw_update_(
         steps: Updates so far, this one included, as 0-d fp32 tensors. Not changed.
         grads: Gradients averaged over the global batch. Not changed.
         lr: Step size after scheduling (the paper's eta_t * alpha).
-        weight_decay: Multiplied by ``lr``, as in torch, when ``decay_by`` is "lr"; the whole
-            decay of this update, as in the paper, when it is "schedule". In both an update
-            with lr == 0 leaves the weights alone.
-        fused: torch's fused kernel, or its foreach arithmetic.
-        found_inf: 0-d; 1 makes the fused kernel leave everything as it is, without the host
-            having to know. None with ``fused=False``.
+        weight_decay: With ``decay_by="lr"`` it is multiplied by ``lr``, as in torch; with "schedule" it is the whole
+            decay of this update, as in the paper. Either way an update with lr == 0 leaves the weights alone.
+        fused: Use torch's fused kernel rather than its foreach arithmetic.
+        found_inf: 0-d; if it is 1, the fused kernel changes nothing, and the host need not read it. None with
+            ``fused=False``.
 
     Source: Loshchilov & Hutter, arXiv:1711.05101, Algorithm 2.
     """
@@ -108,23 +107,23 @@ def adamw_update_(
 def _decay_beside_lr(params: list[Tensor], lr: float | Tensor, decay: float, found_inf: Tensor | None) -> float:
     """Return the weight decay to pass to a kernel that multiplies it by ``lr``.
 
-    A tensor ``lr`` cannot be divided by without asking the device, so ``params`` decay here then.
+    To divide by a tensor ``lr``, the host would have to wait for the device; ``params`` are decayed here instead.
     """
     if isinstance(lr, Tensor):
         factor = 1 - decay * (lr != 0) * (1 if found_inf is None else 1 - found_inf)
         torch._foreach_mul_(params, factor.to(params[0].device, params[0].dtype))
         return 0.0
     beside = decay / lr if lr else 0.0
-    return beside if math.isfinite(beside) else 0.0  # lr below 1e-308: as good as 0
+    return beside if math.isfinite(beside) else 0.0  # lr below 1e-308 counts as 0
 
 
 def zeros_apart(numel: int, place: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """``numel`` zeros, 1-D, for state that one pass reads and writes beside other state.
+    """Return ``numel`` zeros, 1-D, for state that one pass reads and writes together with other state.
 
-    On a CPU they begin at a place in their memory page that ``place``, 0 to 5, chooses. Large tensors
-    otherwise mostly begin at the same one (0 here, so not for state), and a pass over several
-    takes up to twice as long: a processor tells a load from an earlier store by the low 12 bits of the
-    address first, and waits where those agree.
+    On a CPU, ``place`` (0 to 5) chooses the offset within the memory page at which they begin. Large tensors mostly
+    begin at the same offset (place 0, so state does not use it), and a pass over several of them then takes up to
+    twice as long: a processor first compares the low 12 bits of the address of a load with those of earlier stores,
+    and waits if they agree.
     """
     if device.type != "cpu":
         return torch.zeros(numel, dtype=dtype, device=device)
@@ -136,7 +135,7 @@ def zeros_apart(numel: int, place: int, *, dtype: torch.dtype, device: torch.dev
 
 
 def sum_of_squares(tensors: list[Tensor]) -> Tensor:
-    """Sum of squares of all elements, as a 0-d fp64 tensor on the first tensor's device. Local."""
+    """Return the sum of squares of all elements, as a 0-d fp64 tensor on the first tensor's device. Local."""
     device = tensors[0].device
     wide = torch.float64 if device.type != "mps" else torch.float32
     total = torch.zeros((), dtype=wide, device=device)
@@ -161,13 +160,13 @@ def norm_parts(tensors: list[Tensor], norm_type: float) -> Tensor:
 
 
 def check_hyper_parameters(group: Mapping[str, Any]) -> None:
-    """Refuse what torch.optim.AdamW refuses, in its words; also inf.
+    """Refuse the values that torch.optim.AdamW refuses, with its messages; also inf.
 
     Args:
-        group: A parameter group; ``lr``, ``betas``, ``eps`` and ``weight_decay`` are looked at.
+        group: A param group, of which ``lr``, ``betas``, ``eps`` and ``weight_decay`` are checked.
 
     Raises:
-        ValueError: a value is out of its range, or nan.
+        ValueError: a value is out of range, or nan.
     """
     lr = group["lr"]
     if isinstance(lr, Tensor) and lr.numel() != 1:
@@ -179,7 +178,10 @@ def check_hyper_parameters(group: Mapping[str, Any]) -> None:
     ):
         if not 0.0 <= value < math.inf:
             raise ValueError(f"Invalid {name}: {value}")
-    betas = group["betas"]
+    _check_betas(group["betas"])
+
+
+def _check_betas(betas: Any) -> None:
     if not isinstance(betas, Sequence) or isinstance(betas, str) or len(betas) != 2:
         raise ValueError(f"betas must be two numbers, got {betas!r}.")
     if isinstance(betas[0], Tensor) != isinstance(betas[1], Tensor):

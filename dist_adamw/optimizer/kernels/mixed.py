@@ -1,8 +1,8 @@
 """Update weights, gradients and state of different dtypes, in plain torch.
 
-Imports torch only. Nothing here knows of ranks, buckets or checkpoints; a caller passes
-runs of its weights and of its state. The arithmetic is ``functional.adamw_update_``'s on fp32; what
-is not fp32 passes through scratch memory block by block, so that each tensor is read from memory once.
+Imports torch only. Knows nothing of ranks, buckets or checkpoints: the caller passes runs of its weights and state.
+The arithmetic is that of `foreach.adamw_update_` on fp32. Tensors of other dtypes pass through scratch memory block by
+block, so that each is read from memory once.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from torch import Tensor
 
 from dist_adamw.optimizer.kernels.foreach import DecayBy, adamw_update_, can_fuse, zeros_apart
 
-# torch's CPU kernel handles what a vector does not fill in a scalar loop, which rounds differently. Cut at
-# multiples of this, a block ends in that loop exactly where the whole piece would have.
+# torch's CPU kernel handles elements that do not fill a vector in a scalar loop, which rounds differently. With cuts
+# at multiples of this, exactly the elements that would go through that loop in the whole piece do so in its blocks.
 _CUT_AT = 32
 _HALF = 1 << 15
 _memcmp = ctypes.CDLL(None).memcmp
 _memcmp.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
-# Places in a page; see `zeros_apart`.
+# Offsets within a memory page; see `zeros_apart`.
 _PLACES: dict[int | str, int] = {0: 1, 1: 2, 2: 3, "weights": 4, "grads": 5, "rounded": 1}
 _SHORT = 4096  # elements; see `_Scratch.are_short`
 
@@ -60,32 +60,31 @@ def mixed_adamw_update_(
     decay_by: DecayBy,
     maximize: bool,
 ) -> None:
-    """Apply one AdamW update in place, in fp32 whatever the dtypes.
+    """Apply one AdamW update in place, computed in fp32 whatever the dtypes.
 
     With fp32 masters and moments, the masters get bit for bit what ``torch.optim.AdamW(fused=True)``
     gives fp32 weights whose gradients are ``grad.float() * scale``, and every parameter is its master
-    rounded to nearest even. (On CPU with one thread: with more, torch cuts a tensor between threads
-    where it likes, and its kernel's rounding depends on the cut by an ulp.) Elementwise, so updating a
-    slice equals slicing the updated whole, to the same reservation. Local: no collectives.
+    rounded to nearest even. (On a CPU this holds with one thread: with more, torch chooses where to cut a
+    tensor between threads, and its kernel's rounding depends on the cut by an ulp.) Elementwise, so updating a
+    slice equals slicing the updated whole, with the same reservation. Local: no collectives.
 
     Args:
         params: 1-D, contiguous, of one dtype: bf16, fp16 or fp32. The next five lists match them piece by piece.
         grads: Of one dtype: bf16, fp16 or fp32. Not changed.
         masters: fp32 weights; or int16 remainders, of bf16 parameters only (see `join_master`); or
-            empty: then the parameters are the weights, and what 16 bits cannot hold of an update is lost.
-        exp_avgs: Of one dtype with the next two lists: fp32, or bf16. bf16 ones are widened, updated, and
+            empty: the parameters are the weights, and an update loses what their 16 bits cannot hold.
+        exp_avgs: fp32 or bf16, of one dtype with the next two lists. bf16 ones are widened, updated, and
             rounded to nearest even, by 2**-8 at most. Choose 1 - beta2 above 2**-8 then (0.99 is, 0.999 is
-            not): below it ``exp_avg_sq`` times beta2 rounds to ``exp_avg_sq``, which so never shrinks.
+            not): below it ``exp_avg_sq`` times beta2 rounds to ``exp_avg_sq``, which never shrinks.
         max_exp_avg_sqs: Running maxima of ``exp_avg_sqs`` (amsgrad), or empty.
         steps: Updates so far, this one included, as 0-d fp32 tensors. Not changed.
         scale: 0-d fp32; each gradient is multiplied by it (unscaling times clipping). None is 1.
-        found_inf: 0-d fp32; 1 leaves everything as it is. The host asks for its value only where that is
-            free (CPU) or where torch has no fused kernel.
-        lr: As for `functional.adamw_update_`; so are the other hyper-parameters.
+        found_inf: 0-d fp32; if it is 1, nothing is changed. The host reads it only where that is free (CPU) or
+            where torch has no fused kernel.
+        lr: This and the other hyper-parameters are those of `foreach.adamw_update_`.
 
     Raises:
-        ValueError: lists differ in length, or a combination of dtypes has no meaning. Nothing has
-            been changed then.
+        ValueError: lists differ in length, or a combination of dtypes is unsupported. Raised before anything changes.
 
     Source: Loshchilov & Hutter, arXiv:1711.05101, Algorithm 2.
     """
@@ -101,9 +100,6 @@ def mixed_adamw_update_(
         found_inf = None
     if scale is not None and on_cpu and scale.item() == 1:
         scale = None
-    numels = tuple([p.numel() for p in params])
-    limit = _block_numel(params[0].device)
-    scratch = _Scratch(min(limit, sum(numels)), params[0].device)
     hyper: dict[str, Any] = {
         "lr": lr,
         "betas": betas,
@@ -114,9 +110,18 @@ def mixed_adamw_update_(
         "fused": fused,
         "found_inf": found_inf,
     }
-    # Asked once: after a block's data, none of Python's own is in a cache, and every question takes microseconds.
-    has_masters = bool(masters) and masters[0].dtype == torch.float32
-    state_is_narrow = exp_avgs[0].dtype != torch.float32
+    _update_blocks(columns, scale, hyper)
+
+
+def _update_blocks(columns: _Columns, scale: Tensor | None, hyper: dict[str, Any]) -> None:
+    """Update block by block; ``hyper`` are the keyword arguments of `adamw_update_`, less the gradients."""
+    device = columns.params[0].device
+    numels = tuple([p.numel() for p in columns.params])
+    limit = _block_numel(device)
+    scratch = _Scratch(min(limit, sum(numels)), device)
+    # Evaluated once: a block's data evicts Python's own from the caches, so any Python costs microseconds in the loop.
+    has_masters = bool(columns.masters) and columns.masters[0].dtype == torch.float32
+    state_is_narrow = columns.exp_avgs[0].dtype != torch.float32
     for block, sizes in _blocks(columns, numels, limit):
         if has_masters:
             _follow_block(block, sizes, scratch)
@@ -145,12 +150,11 @@ def split_master_(master: Tensor, param: Tensor, remainder: Tensor) -> None:
     """Write fp32 weights as bf16 parameters and 16-bit remainders; `join_master` is the inverse.
 
     On the bit patterns, ``param = (master + 0x8000) >> 16`` and ``remainder = master - (param << 16)``:
-    rounding to nearest, and away from zero where two bf16 are equally near. ``master.to(bfloat16)`` goes
-    to the even one there, in every other case the two agree. With ties to even the remainder of a tie
-    would be +0x8000 or -0x8000 by direction, 65,537 values in all, one too many for 16 bits; here it is
-    always -0x8000, so that every finite master, every subnormal, zero of either sign and infinity comes
-    back exactly. A finite master beyond the largest bf16 has an infinite parameter, as when rounding to
-    even, and comes back too. A NaN comes back as a NaN.
+    rounding to nearest, ties away from zero. ``master.to(bfloat16)`` rounds ties to even, and agrees in every other
+    case. With ties to even the remainder of a tie would be +0x8000 or -0x8000 by direction, 65,537 values in all, one
+    too many for 16 bits. Here it is always -0x8000, so every finite master, every subnormal, zero of either sign and
+    infinity are restored exactly. A finite master beyond the largest bf16 has an infinite parameter, as when rounding
+    to even, and is restored too. A NaN is restored as a NaN.
 
     Args:
         master: fp32, any shape S. Not changed.
@@ -174,8 +178,7 @@ def join_master(param: Tensor, remainder: Tensor) -> Tensor:
     """Return the fp32 weights that `split_master_` wrote as ``param`` and ``remainder``, exactly.
 
     Args:
-        param: bf16, any shape S, not changed since: a remainder of another parameter is noise
-            of half an ulp of bf16.
+        param: bf16, any shape S, unchanged since: the remainder of another parameter is noise of half an ulp of bf16.
         remainder: int16, S.
 
     Raises:
@@ -189,11 +192,12 @@ def join_master(param: Tensor, remainder: Tensor) -> Tensor:
 
 
 def follow_params_(params: list[Tensor], masters: list[Tensor]) -> None:
-    """Let ``masters`` follow parameters that were written to since they were made. Local.
+    """Bring ``masters`` up to date with parameters that were written to. Local.
 
-    A parameter that is not its fp32 master rounded (to even, or away from zero as `split_master_` does) was written,
-    and becomes the master. Any bf16 parameter and any 16-bit remainder are a pair, so a written parameter
-    keeps its remainder, which is below its own rounding; but not where the pair would be NaN: at zero and infinity.
+    If a parameter is not its fp32 master rounded (to even, or away from zero as by `split_master_`), it was written,
+    and becomes the master. Nearly any bf16 parameter makes a valid pair with any 16-bit remainder, so a written
+    parameter keeps its remainder, which is below the parameter's own rounding; where the pair would be a NaN (at zero
+    and infinity) the remainder becomes 0.
 
     Args:
         params: bf16 or fp16. The next list matches them; or it is empty.
@@ -213,18 +217,18 @@ def follow_params_(params: list[Tensor], masters: list[Tensor]) -> None:
 
 
 def _impossible(param: Tensor, remainder: Tensor) -> Tensor:
-    """Where `split_master_` makes no such pair, and `join_master` would make a NaN of it."""
+    """Return where ``param`` and ``remainder`` are a pair that `split_master_` never makes: joined, it is a NaN."""
     return ((param == 0) & (remainder < 0)) | (param.isinf() & (remainder > 0))
 
 
 def _follow_block(block: _Columns, sizes: tuple[int, ...], scratch: _Scratch) -> None:
-    """`follow_params_`, with one comparison where there is nothing to follow. The host asks only where that is free."""
+    """Apply `follow_params_`, with a cheap comparison first on a CPU, where the host need not wait for the result."""
     if not (scratch.on_cpu and _show(block, sizes, scratch)):
         follow_params_(block.params, block.masters)
 
 
 def _show(block: _Columns, sizes: tuple[int, ...], scratch: _Scratch) -> bool:
-    """Return whether every parameter is its master rounded to even, to the bit. For a CPU."""
+    """Return whether every parameter is bit for bit its master rounded to even. For a CPU."""
     params, masters = block.params, block.masters
     if scratch.are_short(sizes):
         # The gradients' memory is free until they are loaded.
@@ -237,13 +241,13 @@ def _show(block: _Columns, sizes: tuple[int, ...], scratch: _Scratch) -> bool:
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:
-    """Return whether two tensors of one dtype, contiguous and on a CPU, are alike to the bit."""
-    # torch.equal takes element by element, and six times as long.
+    """Return whether two tensors of one dtype, contiguous and on a CPU, have the same bits."""
+    # torch.equal compares element by element, which takes six times as long.
     return a.numel() == b.numel() and not _memcmp(a.data_ptr(), b.data_ptr(), a.nbytes)
 
 
 def _split_(masters: list[Tensor], params: list[Tensor], remainders: list[Tensor]) -> None:
-    """Apply `split_master_` to lists. Destroys ``masters``, whose NaNs must be tame."""
+    """Apply `split_master_` to lists. Destroys ``masters``, whose NaNs must have been through `_tame_nans_`."""
     bits = [master.view(torch.int32) for master in masters]
     torch._foreach_copy_(remainders, bits)  # keeps the low half, which is the remainder modulo 2**16
     for pattern, param in zip(bits, params, strict=True):
@@ -252,9 +256,9 @@ def _split_(masters: list[Tensor], params: list[Tensor], remainders: list[Tensor
 
 
 def _tame_nans_(masters: list[Tensor]) -> None:
-    """Give every NaN the usual bits. With others, rounding could carry into infinity, or into the sign: -0."""
+    """Give every NaN the default bits. With others, rounding could carry into infinity, or into the sign: -0."""
     for master in masters:
-        # A sum is not finite if an element is NaN; also on overflow, which costs time only.
+        # If an element is NaN, so is the sum. Where the sum overflows instead, the fill changes nothing.
         if master.device.type != "cpu" or not math.isfinite(master.sum().item()):
             master.masked_fill_(master.isnan(), math.nan)
 
@@ -263,7 +267,7 @@ def _tame_nans_(masters: list[Tensor]) -> None:
 
 
 class _Scratch:
-    """Memory for one block at a time, used again for the next; small enough on a CPU to stay in a cache."""
+    """Memory for one block at a time, reused for the next; small enough on a CPU to stay in a cache."""
 
     def __init__(self, numel: int, device: torch.device) -> None:
         self.numel = numel
@@ -273,7 +277,7 @@ class _Scratch:
         self._cut: dict[int | str, tuple[tuple[int, ...], Tensor, list[Tensor]]] = {}
 
     def flat(self, key: int | str, numel: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """``numel`` elements of the memory named ``key``, of one ``dtype`` always, with anything in them."""
+        """Return ``numel`` uninitialized elements of the memory named ``key``, which keeps the first call's dtype."""
         memory = self._memory.get(key)
         if memory is None:
             memory = zeros_apart(self.numel, _PLACES[key], dtype=dtype, device=self._device)
@@ -281,7 +285,7 @@ class _Scratch:
         return memory if numel == self.numel else memory[:numel]
 
     def room(self, key: int | str, sizes: tuple[int, ...]) -> tuple[Tensor, list[Tensor]]:
-        """Memory for fp32 tensors of ``sizes``, with anything in it: all of it in one, and each apart."""
+        """Return uninitialized memory for fp32 tensors of ``sizes``: flat, and as a view for each tensor."""
         cut = self._cut.get(key)
         if cut is None or cut[0] != sizes:
             flat = self.flat(key, sum(sizes))
@@ -289,39 +293,39 @@ class _Scratch:
         return cut[1:]
 
     def copy(self, key: int | str, tensors: list[Tensor], sizes: tuple[int, ...]) -> tuple[Tensor, list[Tensor]]:
-        """``tensors`` as fp32 in the memory named ``key``: all of it in one, and each apart."""
+        """Copy ``tensors`` as fp32 to the memory named ``key``; return it flat, and as a view for each tensor."""
         flat, views = self.room(key, sizes)
         if not self.are_short(sizes):
             torch._foreach_copy_(views, tensors)
         elif tensors[0].dtype == torch.float32:
             torch.cat(tensors, out=flat)
         else:
-            flat.copy_(torch.cat(tensors))  # without ``out``, so that one fp32 tensor among them makes it fp32
+            flat.copy_(torch.cat(tensors))  # without ``out``, so that one fp32 tensor among them makes the result fp32
         return flat, views
 
     def are_short(self, sizes: tuple[int, ...]) -> bool:
-        """Return whether tensors of ``sizes`` are best put side by side first."""
-        # On a CPU an operation takes a microsecond for every tensor, however short; `torch.cat` takes a fifth of it.
+        """Return whether tensors of ``sizes`` should be concatenated first."""
+        # On a CPU an operation takes a microsecond per tensor, however short; `torch.cat` takes a fifth of that.
         return self.on_cpu and sum(sizes) < _SHORT * len(sizes)
 
     def widened(self, key: int | str, tensors: list[Tensor], sizes: tuple[int, ...]) -> list[Tensor]:
-        """``tensors`` themselves if they are fp32 (or none), else copies that are."""
+        """Return ``tensors`` themselves if they are fp32 (or empty), else fp32 copies."""
         if not tensors or tensors[0].dtype == torch.float32:
             return tensors
         return self.copy(key, tensors, sizes)[1]
 
 
 def _block_numel(device: torch.device) -> int:
-    # CPU: a scratch of 512 KiB. Measured on 2 ** 22 elements: with 1/4 of it an update takes 1.3 times as long, though
-    # all of that stays nearer to the core, because every block begins with cold streams and cold code; with twice as
-    # much, 1.05 times. Elsewhere a block costs launches, and bounds memory.
+    # CPU: a scratch of 512 KiB. Measured on 2 ** 22 elements: with a quarter of it an update takes 1.3 times as long
+    # (it fits a nearer cache, but every block begins with cold streams and cold code); with twice as much, 1.05 times.
+    # On other devices each block costs launches; the limit bounds memory.
     return 1 << 17 if device.type == "cpu" else 1 << 23
 
 
 def _blocks(columns: _Columns, numels: tuple[int, ...], limit: int) -> Iterator[tuple[_Columns, tuple[int, ...]]]:
-    """Cut a long piece into blocks of ``limit`` elements; gather short ones into blocks of as many or fewer.
+    """Cut long pieces into blocks of ``limit`` elements, and gather short ones into blocks of at most as many.
 
-    With each block come the lengths of its pieces.
+    Yields each block, and the lengths of its pieces.
     """
     for first, stop in _groups(numels, limit):
         group = _Columns(*[column[first:stop] for column in columns])
@@ -335,7 +339,7 @@ def _blocks(columns: _Columns, numels: tuple[int, ...], limit: int) -> Iterator[
 
 @lru_cache(maxsize=256)
 def _groups(numels: tuple[int, ...], limit: int) -> list[tuple[int, int]]:
-    """Runs [first, stop) of pieces that share a block; a piece longer than ``limit`` is a run of its own."""
+    """Return the [first, stop) of pieces that share a block; a piece longer than ``limit`` is alone."""
     assert limit % _CUT_AT == 0
     runs: list[tuple[int, int]] = []
     first, total = 0, 0
@@ -348,14 +352,14 @@ def _groups(numels: tuple[int, ...], limit: int) -> list[tuple[int, int]]:
 
 
 def _load_weights(block: _Columns, sizes: tuple[int, ...], scratch: _Scratch) -> list[Tensor]:
-    """The fp32 weights of a block: where they are, or in scratch memory."""
+    """Return the fp32 weights of a block: masters or parameters if they are fp32, else copies in scratch memory."""
     if not block.masters:
         return scratch.widened("weights", block.params, sizes)
     if block.masters[0].dtype == torch.float32:
         return block.masters
     flat, weights = scratch.copy("weights", block.params, sizes)
     torch._foreach_add_([weight.view(torch.int32) for weight in weights], block.masters)
-    # A sum is not finite if an element is NaN: of a parameter that was written, or of training that has diverged.
+    # The sum is not finite if an element is NaN: because a parameter was written to, or because training diverged.
     if flat.device.type != "cpu" or not math.isfinite(flat.sum().item()):
         for weight, param, remainder in zip(weights, block.params, block.masters, strict=True):
             torch.where(_impossible(param, remainder), param.float(), weight, out=weight)
@@ -375,9 +379,9 @@ def _load_grads(grads: list[Tensor], sizes: tuple[int, ...], scale: Tensor | Non
 
 
 def _store_weights(block: _Columns, weights: list[Tensor]) -> None:
-    """Write updated fp32 ``weights`` to parameters and remainders, as far as they are not there already."""
+    """Write updated fp32 ``weights`` to parameters and remainders, unless they are the parameters themselves."""
     if block.masters and block.masters[0].dtype == torch.int16:
-        # On a CPU, arithmetic keeps a NaN's bits, and those of a bf16 gradient are tame. CUDA's own are not.
+        # On a CPU, arithmetic keeps a NaN's bits, and a NaN from a bf16 gradient rounds safely. CUDA's NaNs do not.
         if block.grads[0].dtype != torch.bfloat16 or block.params[0].device.type != "cpu":
             _tame_nans_(weights)
         _split_(weights, block.params, block.masters)
@@ -386,15 +390,12 @@ def _store_weights(block: _Columns, weights: list[Tensor]) -> None:
 
 
 def _check(columns: _Columns) -> None:
-    """Raise ValueError unless the lists match; dtypes are looked at in each list's first tensor."""
-    lengths = [len(column) for column in columns]
-    may_be_empty = (2, 5)
-    if any(n != lengths[0] and (n or i not in may_be_empty) for i, n in enumerate(lengths)):
-        found = ", ".join(f"{name} {n}" for name, n in zip(columns._fields, lengths, strict=True))
-        raise ValueError(f"the lists of one update are equally long (masters, max_exp_avg_sqs: or empty), got {found}.")
+    """Raise ValueError unless the lists match; of each list only the first tensor's dtype is checked."""
+    _check_lengths(columns)
     if not columns.params:
         return
-    param, grad, master = (column[0].dtype if column else None for column in columns[:3])
+    param, grad = columns.params[0].dtype, columns.grads[0].dtype
+    master = columns.masters[0].dtype if columns.masters else None
     if master == torch.int16 and param != torch.bfloat16:
         raise ValueError(f"16-bit remainders complete bfloat16 parameters only, got {param}. Keep float32 masters.")
     for name, dtype in (("params", param), ("grads", grad)):
@@ -403,6 +404,16 @@ def _check(columns: _Columns) -> None:
     for name, column in zip(columns._fields[3:6], columns[3:6], strict=True):
         if column:
             _check_dtype(name, column[0].dtype, (torch.float32, torch.bfloat16))
+
+
+def _check_lengths(columns: _Columns) -> None:
+    lengths = [len(column) for column in columns]
+    for name, length in zip(columns._fields, lengths, strict=True):
+        may_be_empty = name in ("masters", "max_exp_avg_sqs")
+        if length == lengths[0] or (length == 0 and may_be_empty):
+            continue
+        found = ", ".join(f"{name} {n}" for name, n in zip(columns._fields, lengths, strict=True))
+        raise ValueError(f"the lists of one update are equally long (masters, max_exp_avg_sqs: or empty), got {found}.")
 
 
 def _check_dtype(name: str, dtype: torch.dtype | None, allowed: Sequence[torch.dtype | None]) -> None:

@@ -1,9 +1,8 @@
 """AdamW on flat state and scattered weights, in one launch per bucket: Triton.
 
-Imports torch only, and Triton when a kernel is first launched. Nothing here knows of ranks,
-parameter groups or checkpoints. The weights and gradients of a bucket lie anywhere; a table in device
-memory tells the kernel where, so that Python's work is per bucket and nothing waits for the device.
-`mixed.mixed_adamw_update_` is the same update in plain torch.
+Imports torch only, and Triton when a kernel is first launched. Knows nothing of ranks, param groups or checkpoints.
+The weights and gradients of a bucket may lie anywhere: a table in device memory tells the kernel where, so Python works
+once per bucket and nothing waits for the device. `mixed.mixed_adamw_update_` is the same update in plain torch.
 """
 
 from __future__ import annotations
@@ -35,9 +34,9 @@ _MOMENTS = (torch.float32, torch.bfloat16)
 
 @lru_cache
 def available(device: torch.device) -> bool:
-    """Return whether the kernel can run on ``device``: Triton is installed, and the device is a GPU that it fits.
+    """Return whether the kernel can run on ``device``: Triton is installed and supports this GPU.
 
-    With TRITON_INTERPRET=1, Triton's interpreter runs it on a CPU, for tests. Asked once per device.
+    With TRITON_INTERPRET=1, Triton's interpreter runs it on a CPU, for tests. The answer is cached per device.
     """
     if importlib.util.find_spec("triton") is None:
         return False
@@ -45,25 +44,25 @@ def available(device: torch.device) -> bool:
         return os.environ.get("TRITON_INTERPRET") == "1"
     if device.type != "cuda" or not torch.cuda.is_available():
         return False
-    # Triton asks for compute capability 7; bf16 conversions are emulated below 8. ROCm devices report 9 and more.
+    # Triton needs compute capability 7, but emulates bf16 conversions below 8. ROCm devices report 9 and more.
     return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 class BlockTable:
-    """Where the pieces of a bucket lie, in device memory, one row per block of `ROW_NUMEL` elements.
+    """The addresses of a bucket's pieces, in device memory: one row per block of `ROW_NUMEL` elements.
 
-    It holds addresses, not tensors: keep the tensors alive, and call `follow` when they may have moved.
+    It does not keep the tensors alive; the caller must, and must call `follow` when they may have moved.
 
     Args:
         params: 1-D, contiguous, of one dtype and device.
-        grads: The same pieces' gradients, of one dtype.
+        grads: The gradients of the same pieces, of one dtype.
         offsets: Where each piece begins in the flat state, in elements.
-        step_indices: Which element of ``steps`` counts each piece's updates.
+        step_indices: The element of ``steps`` that counts the updates of each piece.
 
     Raises:
         ValueError: lists differ in length, a gradient has another size, or a piece is not contiguous.
 
-    Local; building is per piece, an update is not.
+    Local. Building takes Python work per piece; an update does not.
     """
 
     def __init__(
@@ -93,15 +92,15 @@ class BlockTable:
         self.follow(params, grads)
 
     def follow(self, params: Sequence[Tensor], grads: Sequence[Tensor]) -> bool:
-        """Write the table again if a weight or gradient has moved, or is of another dtype; return whether it was.
+        """Rewrite the table if a weight or gradient has moved or changed its dtype; return whether it was rewritten.
 
         The copy to the device is queued; the host does not wait.
 
         Raises:
-            ValueError: a piece has another size than when the table was built, or is not contiguous. Looked
-                at only where an address or a dtype is another.
-            RuntimeError: one has moved while a CUDA graph is being captured. A replay would read
-                the old table; let `follow` see the captured gradients before the capture begins.
+            ValueError: a piece is not contiguous, or its size is not the one that the table was built for. Checked
+                only if an address or a dtype has changed.
+            RuntimeError: a tensor has moved while a CUDA graph is being captured. A replay would read the old table;
+                call `follow` with the gradients of the capture before it begins.
         """
         addresses = (list(map(Tensor.data_ptr, params)), list(map(Tensor.data_ptr, grads)))
         dtypes = (params[0].dtype, grads[0].dtype) if params else (None, None)
@@ -165,31 +164,31 @@ def flat_adamw_update_(
 ) -> None:
     """Apply one AdamW update in place to the weights of ``table``, in one launch.
 
-    Computes in fp32 in the order of torch's fused CUDA kernel: decay, moments, denominator, step; division and
-    square root are rounded correctly, nothing is contracted. Not torch's bits: torch takes some scalars from
-    fp64 and fuses multiplications with additions. One update from the same state agrees with
-    `mixed.mixed_adamw_update_` to 3e-7 of the larger term in each moment, and in a weight to 2e-7 of itself
-    plus 2e-6 lr; parameters of 16 bits may so round to the neighbour.
+    Computes in fp32, in the order of torch's fused CUDA kernel: decay, moments, denominator, step. Division and square
+    root are correctly rounded, and nothing is contracted. The bits are not torch's, which takes some scalars from fp64
+    and fuses multiplications with additions. One update from the same state agrees with `mixed.mixed_adamw_update_`
+    to 3e-7 of the larger term in each moment, and in a weight to 2e-7 of itself plus 2e-6 lr, so parameters of 16 bits
+    may round to the neighbour.
 
-    Captured in a CUDA graph, the launch reads ``scale``, ``found_inf``, ``steps``, and ``lr`` and
-    ``weight_decay`` where they are tensors, read again at each replay; numbers are frozen. The first call with a new
-    set of dtypes compiles the kernel: make it before the capture. Local: no collectives.
+    In a CUDA graph, each replay reads ``scale``, ``found_inf``, ``steps``, and ``lr`` and ``weight_decay`` if they are
+    tensors; numbers are frozen. The first call with a new set of dtypes compiles the kernel: make it before the
+    capture. Local: no collectives.
 
     Args:
         table: The weights and gradients.
-        master: 1-D: fp32 weights; or int16 remainders of bf16 weights (`mixed.join_master`); or None: the
-            weights themselves are updated. This and the next three are flat, indexed by the table's offsets.
+        master: 1-D: fp32 weights; or int16 remainders of bf16 weights (`mixed.join_master`); or None to update the
+            weights themselves. This and the next three are flat, indexed by the table's offsets.
         exp_avg: 1-D, fp32 or bf16, of one dtype with the next two. bf16 ones are rounded to nearest even.
         max_exp_avg_sq: Running maximum of ``exp_avg_sq`` (amsgrad), or None.
         steps: 1-D fp32, indexed by the table's step indices: updates so far, this one included. Not changed.
         scale: 0-d fp32; each gradient is multiplied by it. None is 1.
         found_inf: 0-d fp32; 1 leaves everything as it is.
         lr: Step size; a number, or 0-d on the device.
-        weight_decay: As for `functional.adamw_update_`; a number, or 0-d on the device.
+        weight_decay: As for `foreach.adamw_update_`; a number, or 0-d on the device.
 
     Raises:
-        RuntimeError: Triton is not there for this device; see `available`.
-        ValueError: flat state is too short for the table, or of a dtype that has no meaning.
+        RuntimeError: the kernel cannot run on this device; see `available`.
+        ValueError: flat state is too short for the table, or its dtype is unsupported.
 
     Source: Loshchilov & Hutter, arXiv:1711.05101, Algorithm 2.
     """
@@ -197,7 +196,10 @@ def flat_adamw_update_(
         return
     assert table.param_dtype is not None
     assert table.grad_dtype is not None
-    _check_state(table, master, [exp_avg, exp_avg_sq] + ([] if max_exp_avg_sq is None else [max_exp_avg_sq]), steps)
+    moments = [exp_avg, exp_avg_sq]
+    if max_exp_avg_sq is not None:
+        moments.append(max_exp_avg_sq)
+    _check_state(table, master, moments, steps)
     if not available(table.rows.device):
         raise RuntimeError(
             f"the Triton kernel cannot run on {table.rows.device}: it needs `pip install triton` and a CUDA device of "
@@ -205,7 +207,7 @@ def flat_adamw_update_(
         )
     code = importlib.import_module("dist_adamw.optimizer.kernels._triton_code")
     names = {torch.float32: code.tl.float32, torch.bfloat16: code.tl.bfloat16, torch.float16: code.tl.float16}
-    beta1, beta2 = (float(beta) for beta in betas)
+    beta1, beta2 = map(float, betas)
     with torch.cuda.device(table.rows.device) if table.rows.is_cuda else nullcontext():  # where Triton launches
         code.update[(table.rows.shape[0],)](
             table.rows,
@@ -216,8 +218,8 @@ def flat_adamw_update_(
             steps,
             scale,
             found_inf,
-            lr if isinstance(lr, Tensor) else float(lr),
-            weight_decay if isinstance(weight_decay, Tensor) else float(weight_decay),
+            _kernel_argument(lr),
+            _kernel_argument(weight_decay),
             _log(beta1),
             beta1,
             1 - beta1,
@@ -239,25 +241,43 @@ def flat_adamw_update_(
         )
 
 
+def _kernel_argument(scalar: float | Tensor) -> float | Tensor:
+    """Return a tensor as it is, and a number as a float: for an int, Triton would compile another kernel."""
+    return scalar if isinstance(scalar, Tensor) else float(scalar)
+
+
 def _log(beta: float) -> float:
     return math.log(beta) if beta > 0 else -1e30  # whose multiples fp32 can still hold
 
 
 def _check_state(table: BlockTable, master: Tensor | None, moments: list[Tensor], steps: Tensor) -> None:
-    """Raise ValueError for what the kernel would read as something else."""
+    """Raise ValueError for state whose memory the kernel would misread."""
     if master is not None:
-        if master.dtype not in (torch.float32, torch.int16):
-            raise ValueError(f"master must be float32 or int16, got {master.dtype}.")
-        if master.dtype == torch.int16 and table.param_dtype != torch.bfloat16:
-            raise ValueError(f"16-bit remainders complete bfloat16 weights only, got {table.param_dtype}.")
+        _check_master_dtype(table, master)
     for moment in moments:
         if moment.dtype not in _MOMENTS or moment.dtype != moments[0].dtype:
             raise ValueError(f"moments must all be float32 or all bfloat16, got {moment.dtype}.")
-    for flat in moments if master is None else [master, *moments]:
+    flat_state = moments if master is None else [master, *moments]
+    _check_flat(table, flat_state)
+    _check_steps(table, steps)
+
+
+def _check_master_dtype(table: BlockTable, master: Tensor) -> None:
+    if master.dtype not in (torch.float32, torch.int16):
+        raise ValueError(f"master must be float32 or int16, got {master.dtype}.")
+    if master.dtype == torch.int16 and table.param_dtype != torch.bfloat16:
+        raise ValueError(f"16-bit remainders complete bfloat16 weights only, got {table.param_dtype}.")
+
+
+def _check_flat(table: BlockTable, flat_state: list[Tensor]) -> None:
+    for flat in flat_state:
         if flat.ndim != 1 or flat.numel() < table.end or not flat.is_contiguous():
             raise ValueError(
                 f"flat state must be 1-D, contiguous, of {table.end} elements or more, got {tuple(flat.shape)}."
             )
+
+
+def _check_steps(table: BlockTable, steps: Tensor) -> None:
     if steps.dtype != torch.float32 or steps.numel() < table.num_steps or not steps.is_contiguous():
         raise ValueError(
             f"steps must be contiguous float32 and have {table.num_steps} elements, "

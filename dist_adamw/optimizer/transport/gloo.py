@@ -1,7 +1,7 @@
 """Transport over gloo: messages between pairs of ranks.
 
-One message for every large run, from where it lies to where it belongs, and one for all small runs together. Owners
-add in rank order.
+Each large run is one message, sent from where it lies and received where it belongs; all small runs are packed into
+one message. Owners add in rank order.
 
 Measured with 2 ranks (``benchmarks/transport.py``, ns an element): messages and a local sum 2.1, all-to-all and a local
 sum 2.6, all-reduce 3.6, gloo's own reduce-scatter 11; messages 1.5, broadcasts 1.9, gloo's own all-gather 8.
@@ -21,13 +21,13 @@ from dist_adamw.optimizer.transport.base import Flat, InFlightBucket, T, Transpo
 from dist_adamw.optimizer.transport.layout import ALIGNMENT, Piece
 from dist_adamw.ranks import collectives
 
-DIRECT_NUMEL = 1 << 14  # a shorter run is packed: a copy costs less than a message
-BLOCK_NUMEL = 1 << 16  # summed at once: small enough to stay in a core's cache between passes
+DIRECT_NUMEL = 1 << 14  # shorter runs are packed: a copy costs less than a message
+BLOCK_NUMEL = 1 << 16  # elements summed at a time: few enough to stay in a core's cache between passes
 
 
 @dataclass(slots=True)
 class _Slice:
-    """One rank's slice of one bucket. A piece's offset is its place in a message buffer: small ones first."""
+    """One rank's slice of one bucket. The offset of a piece is its place in a message buffer, small pieces first."""
 
     pieces: list[Piece]
     small: list[int]
@@ -49,7 +49,7 @@ class _Slice:
         return cls(arranged, small, large, small_numel, place)
 
     def small_of(self, views: Sequence[T]) -> list[T]:
-        """The items of the small pieces."""
+        """Return the items of ``views`` that belong to small pieces."""
         return list(views) if not self.large else [views[i] for i in self.small]
 
 
@@ -66,7 +66,8 @@ class GlooTransport(Transport):
         self._slot_numel = max((slices[self._rank].numel for slices in self._slices), default=0)
         self._small_numel = max((part.small_numel for slices in self._slices for part in slices), default=0)
         peers = [(self._rank + d) % self._size for d in range(1, self._size)]
-        self._peers = list(zip(peers, reversed(peers), strict=True))  # to whom, from whom: all busy at a time
+        # Pairs (send to, receive from), in an order that keeps every rank busy at every step.
+        self._peers = list(zip(peers, reversed(peers), strict=True))
 
     def _staging(self) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
         numel = max(self._slot_numel, self._small_numel)
@@ -107,34 +108,36 @@ class GlooTransport(Transport):
         sent.wait()
         mine = self._slices[sent.bucket][self._rank]
         slots, outbox = sent.staging
-        # Where no gradient was, nothing is kept of the average.
-        own = [self._empty(p.numel).zero_() if v is None else v for p, v in zip(mine.pieces, sent.own, strict=True)]
+        own = self._zeros_for_absent(sent.own, mine.pieces)
         target = own if into is None else into
         summed = slots[self._summed_in]
         places = self._places(summed, sent.bucket, self._rank)
-        if mine.small:  # side by side, they are summed as one
+        if mine.small:  # packed, they are summed as one run
             packed = outbox[self._peers[0][0]][: mine.small_numel]
             torch.cat(mine.small_of(own), out=packed)
             self._average(self._terms(slots, packed, 0), summed[: mine.small_numel])
+        # What is neither added to the target nor summed over replicas first can be written to the target at once.
+        if self._replicas is None and not add:
+            large_averages, still_to_store = target, mine.small
+        else:
+            large_averages, still_to_store = places, mine.small + mine.large
         for i in mine.large:
             terms = self._terms(slots, own[i], mine.pieces[i].offset)
-            direct = self._replicas is None and not add
-            self._average(terms, target[i] if direct else places[i])
-        stored = list(mine.small)
+            self._average(terms, large_averages[i])
         if self._replicas is not None:
             dist.all_reduce(summed[: mine.numel], group=self._replicas)
             summed[: mine.numel].div_(self.count)
-        if self._replicas is not None or add:
-            stored += mine.large
-        if stored:
-            targets, averages = [target[i] for i in stored], [places[i] for i in stored]
-            (torch._foreach_add_ if add else torch._foreach_copy_)(targets, averages)
+        _store(still_to_store, places, target, add=add)
         sent.held.clear()
         self._free.append(sent.staging)
 
+    def _zeros_for_absent(self, views: Sequence[Tensor | None], pieces: Sequence[Piece]) -> list[Tensor]:
+        """Return ``views``, with zeros for pieces that have no gradient; the average over those zeros is dropped."""
+        return [self._empty(p.numel).zero_() if v is None else v for p, v in zip(pieces, views, strict=True)]
+
     @property
     def _summed_in(self) -> int:
-        """The rank in whose message buffer sums are made: of the first two, the one that is not this one."""
+        """The rank whose message buffer holds the sums: of the first two ranks, the one that is not this one."""
         return 1 if self._rank == 0 else 0
 
     def _terms(self, slots: dict[int, Tensor], own: Tensor, offset: int) -> list[Tensor]:
@@ -144,19 +147,19 @@ class GlooTransport(Transport):
     def _average(self, terms: list[Tensor], out: Tensor) -> None:
         """Write the average of ``terms`` to ``out``, which may be any of them; with replicas their sum.
 
-        Added in rank order, so that the bits do not depend on who owns an element, and a block at
-        a time, which stays in the cache from one term to the next.
+        Terms are added in rank order, so that the bits do not depend on the owner, and block by block, so that a block
+        stays in the cache from one term to the next.
         """
         scale = 1.0 if self._replicas is not None else float(self.count)
-        wide = len(terms) > 2 and self._replicas is None and out.dtype in (torch.bfloat16, torch.float16)
+        wide = self._sums_in_fp32(len(terms), out.dtype)
         for start in range(0, out.numel(), BLOCK_NUMEL):
             first, second, *rest = [term[start : start + BLOCK_NUMEL] for term in terms]
             block = out[start : start + BLOCK_NUMEL]
-            if wide:  # one rounding at the end, not one for every rank
+            if wide:
                 total = first.float().add_(second)
             elif not rest:
                 total = torch.add(first, second, out=block)
-            else:  # two numbers have one sum, so the first two may be added in either's place
+            else:  # addition of two is commutative to the bit, so the sum may replace either of the first two
                 total = second.add_(first) if self._rank == 0 else first.add_(second)
             for term in rest:
                 total.add_(term)
@@ -164,6 +167,10 @@ class GlooTransport(Transport):
                 total.div_(scale)
             if total is not block:
                 block.copy_(total)
+
+    def _sums_in_fp32(self, num_terms: int, dtype: torch.dtype) -> bool:
+        """Return whether to sum 16-bit terms in fp32, and so to round once at the end, not once for every rank."""
+        return num_terms > 2 and self._replicas is None and dtype in (torch.bfloat16, torch.float16)
 
     def start_gather(self, k: int, flat: Flat | None = None) -> InFlightBucket:
         """See `Transport`."""
@@ -203,9 +210,9 @@ class GlooTransport(Transport):
         self._free.append(sent.staging)
 
     def _places(self, buffer: Tensor, k: int, rank: int) -> list[Tensor]:
-        """Where in a message buffer the pieces of ``rank``'s slice lie."""
+        """Return views of a message buffer: the places of the pieces of ``rank``'s slice."""
         pieces = self._slices[k][rank].pieces
-        key = ("staged", id(buffer), k, rank)  # staging lives as long as this does
+        key = ("staged", id(buffer), k, rank)  # staging is never freed, so the id stays valid
         return self._kept(key, lambda: [buffer[p.offset : p.offset + p.numel] for p in pieces])
 
     def _pack(self, k: int, rank: int, views: Sequence[Tensor | None], buffer: Tensor) -> None:
@@ -237,11 +244,19 @@ class GlooTransport(Transport):
         sent.works.append(work)
 
 
-class Rollcall:
-    """A few whole numbers that every rank tells every other, on the channel that buckets travel on. Collective.
+def _store(chosen: Sequence[int], averages: Sequence[Tensor], targets: Sequence[Tensor], *, add: bool) -> None:
+    """Copy, or add, the averages of the ``chosen`` pieces to their targets."""
+    if not chosen:
+        return
+    store = torch._foreach_add_ if add else torch._foreach_copy_
+    store([targets[i] for i in chosen], [averages[i] for i in chosen])
 
-    Messages of one tag arrive in the order in which they were sent. A rank that begins to send gradients where another
-    one updates therefore receives the other's numbers in place of a bucket, and both see that they differ.
+
+class Rollcall:
+    """An all-gather of a few integers, on the channel that buckets travel on. Collective.
+
+    Messages of one tag arrive in the order in which they were sent. If one rank begins to send gradients while another
+    updates, it therefore receives the other's numbers in place of a bucket, and both see that they differ.
 
     Args:
         group: Ranks over gloo.
@@ -255,7 +270,7 @@ class Rollcall:
         self._under_way: list[tuple[InFlightBucket, Tensor]] = []
 
     def post(self, numbers: Sequence[int]) -> None:
-        """Send ``numbers``, filled up with zeros, and begin to receive the others'."""
+        """Send ``numbers``, padded with zeros, and start to receive those of the others."""
         table = torch.zeros(self._size, self._width, dtype=torch.int64)
         table[self._rank, : len(numbers)] = torch.tensor(numbers, dtype=torch.int64)
         sent = InFlightBucket(0, [], None)
@@ -271,11 +286,11 @@ class Rollcall:
 
     @property
     def is_under_way(self) -> bool:
-        """Whether there is a `post` without an `answer`."""
+        """Whether a `post` has not had its `answer` yet."""
         return bool(self._under_way)
 
     def answer(self) -> list[list[int]]:
-        """The numbers of the oldest `post`, by rank."""
+        """Wait for the oldest `post`; return the numbers of every rank."""
         sent, table = self._under_way[0]
         sent.wait()
         del self._under_way[0]  # not before: the transfer needs the memory
