@@ -21,7 +21,7 @@ from dist_adamw.checkpoint.random_state import random_state_of
 from dist_adamw.checkpoint.state import MODEL, SCALARS, Access, buffers, fits_family, hyper_parameters, is_outside
 from dist_adamw.checkpoint.storage.index import Index, check_files, read_index
 from dist_adamw.errors import CheckpointError
-from dist_adamw.optimizer.kernels.foreach import check_hyper_parameters
+from dist_adamw.optimizer.options import check_hyper_parameters
 from dist_adamw.plain_data import plain
 from dist_adamw.schedule.saved import OnDifference
 from dist_adamw.schedule.scheduler import CyclicLRWithRestarts

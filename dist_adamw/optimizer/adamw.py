@@ -21,10 +21,11 @@ from dist_adamw.optimizer.clipping import (
     non_zeros_on_this_rank,
     squares_on_this_rank,
 )
-from dist_adamw.optimizer.kernels.foreach import DecayBy, check_hyper_parameters
+from dist_adamw.optimizer.kernels.foreach import DecayBy
 from dist_adamw.optimizer.options import (
     as_number,
     check_group,
+    check_hyper_parameters,
     check_lr,
     check_options,
     warn_of_lasting_moments,

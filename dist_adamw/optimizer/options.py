@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import operator
 import warnings
 from collections.abc import Mapping, Sequence
@@ -170,3 +171,37 @@ def check_lr(group: Mapping[str, Any], fused: bool | None) -> None:
             f"lr as a Tensor is not supported by foreach arithmetic (fused={fused}), got {group['lr']!r}. "
             "Pass a float, or fused=True."
         )
+
+
+def check_hyper_parameters(group: Mapping[str, Any]) -> None:
+    """Refuse the values that torch.optim.AdamW refuses, with its messages; also inf.
+
+    Args:
+        group: A param group, of which ``lr``, ``betas``, ``eps`` and ``weight_decay`` are checked.
+
+    Raises:
+        ValueError: a value is out of range, or nan.
+    """
+    lr = group["lr"]
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError("Tensor lr must be 1-element")
+    for name, value in (
+        ("learning rate", lr),
+        ("epsilon value", group["eps"]),
+        ("weight_decay value", group["weight_decay"]),
+    ):
+        if not 0.0 <= value < math.inf:
+            raise ValueError(f"Invalid {name}: {value}")
+    _check_betas(group["betas"])
+
+
+def _check_betas(betas: Any) -> None:
+    if not isinstance(betas, Sequence) or isinstance(betas, str) or len(betas) != 2:
+        raise ValueError(f"betas must be two numbers, got {betas!r}.")
+    if isinstance(betas[0], Tensor) != isinstance(betas[1], Tensor):
+        raise ValueError(f"betas must be either both floats or both Tensors, got {betas!r}.")
+    for i, beta in enumerate(betas):
+        if isinstance(beta, Tensor) and beta.numel() != 1:
+            raise ValueError(f"Tensor betas[{i}] must be 1-element")
+        if not 0.0 <= beta < 1.0:
+            raise ValueError(f"Invalid beta parameter at index {i}: {beta}")
