@@ -1,4 +1,4 @@
-"""Gradients that are reduced to the ranks that own them: attaching a model, clipping, reading whole gradients."""
+"""An optimizer that reduces gradients to their owners: attach a model, clip, gather whole gradients."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `DistAdamW.attach` checks and makes alike on all ranks before gradients are reduced to their owners."""
+"""Check and equalize ranks when a model is attached, before any gradient is reduced to its owner."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an update came to: applied or skipped, and by which gradient norm."""
+"""Record the outcome of an update: applied or skipped, the gradient norm, and how many were applied."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""torch's state dicts, copies and pickles of an optimizer whose state is sharded."""
+"""An optimizer with torch's state dicts, copies and pickles, although its state is sharded."""
 
 from __future__ import annotations
 

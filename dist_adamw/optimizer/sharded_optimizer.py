@@ -1,4 +1,4 @@
-"""A torch optimizer whose state lies in shards, which follow what the user does to ``param_groups`` and ``state``."""
+"""An optimizer whose state lies in shards, which follow the user's changes to ``param_groups`` and ``state``."""
 
 from __future__ import annotations
 

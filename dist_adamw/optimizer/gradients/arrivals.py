@@ -1,4 +1,4 @@
-"""The parameters whose gradients have come, as hooks note them."""
+"""Collect the parameters whose gradients have arrived, as hooks report them."""
 
 from __future__ import annotations
 

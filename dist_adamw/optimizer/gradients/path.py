@@ -1,4 +1,4 @@
-"""The way of gradients from backward to the ranks that own them, which `DistAdamW.attach` installs."""
+"""The path of gradients from backward to their owners, as `DistAdamW.attach` sets it up: its parts, put together."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What has become of an attached optimizer's gradients since its last update."""
+"""Record which gradients of an attached optimizer are local, averaged, filled in or freed."""
 
 from __future__ import annotations
 

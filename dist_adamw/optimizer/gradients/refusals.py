@@ -1,4 +1,4 @@
-"""The errors for training loops that would get wrong gradients."""
+"""Errors for training loops that would get wrong gradients."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where an attached optimizer's gradients come from: modules, DDP's reducers, and hooks on parameters."""
+"""The sources of gradients: attached modules, DDP's reducers, and hooks on parameters."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Gradients that nothing announces: of a DDP module that is not attached, say, or of a parameter that was unfrozen.
+"""Average gradients that no hook announces: of a module that is not attached, or of a parameter unfrozen since.
 
 They are looked at in ``step`` and not before: until then a DDP module that they belong to may not have averaged them.
 There one is taken as it is where all ranks have the same bits, and averaged where they differ.

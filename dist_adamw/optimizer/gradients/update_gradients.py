@@ -1,4 +1,4 @@
-"""Give the update the gradients that this rank owns; or every rank the whole ones."""
+"""Hand the update the gradients that this rank owns, or give every rank the whole ones."""
 
 from __future__ import annotations
 

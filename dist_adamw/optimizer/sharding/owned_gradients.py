@@ -1,4 +1,4 @@
-"""The averaged gradients of what this rank owns, as the update takes them."""
+"""Averaged gradients of the elements that this rank owns, as the update reads them."""
 
 from __future__ import annotations
 

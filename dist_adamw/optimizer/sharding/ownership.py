@@ -1,4 +1,4 @@
-"""Which elements of some parameters one rank owns, and where they lie in its shard."""
+"""Which elements of each parameter a rank owns, and their offsets in its shard."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who divides optimizer state among ranks: DistAdamW, or the engine that has sharded the parameters."""
+"""Sharding schemes: state divided among ranks by DistAdamW, or by the engine that has sharded the parameters."""
 
 from __future__ import annotations
 

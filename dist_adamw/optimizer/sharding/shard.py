@@ -1,4 +1,4 @@
-"""One rank's share of the AdamW state of a list of parameters.
+"""The shard: one rank's share of the AdamW state of a list of parameters.
 
 Tensors, a layout and a process group. ``adamw.py`` decides what is in a shard and
 when it is updated; this module knows where every element lies.

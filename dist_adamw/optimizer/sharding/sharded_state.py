@@ -1,4 +1,4 @@
-"""Keep an optimizer's state in shards, in step with ``param_groups`` and ``state``.
+"""All shards of an optimizer, kept in step with ``param_groups`` and ``state``.
 
 In torch these two are the optimizer. Shards keep the state elsewhere and show it there, so they compare what they have
 shown with what is there now, and move state accordingly.
