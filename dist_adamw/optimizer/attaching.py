@@ -16,13 +16,13 @@ from torch.nn.parameter import is_lazy
 from dist_adamw.optimizer.gradients.path import GradientPath
 from dist_adamw.optimizer.gradients.registry import gather_from_owners
 from dist_adamw.optimizer.sharding.fingerprints import fingerprints
-from dist_adamw.optimizer.sharding.schemes import Ranks
+from dist_adamw.optimizer.sharding.schemes import ShardingRanks
 from dist_adamw.ranks import agreement, collectives
 
 _last_tag = 0
 
 
-def new_tag(ranks: Ranks) -> int:
+def new_tag(ranks: ShardingRanks) -> int:
     """A number that no path of these ranks has had, the same on all of them. Collective."""
     global _last_tag
     tag = _last_tag + 1
@@ -32,7 +32,7 @@ def new_tag(ranks: Ranks) -> int:
     return tag
 
 
-def check_options_alike(record: dict[str, Any], ranks: Ranks) -> None:
+def check_options_alike(record: dict[str, Any], ranks: ShardingRanks) -> None:
     """Raise on every rank where ``record`` is not the same on all. Collective.
 
     Every rank of the job takes part, whatever it was told to share with; of a mesh of some ranks, those.
@@ -48,7 +48,7 @@ def check_options_alike(record: dict[str, Any], ranks: Ranks) -> None:
         agreement.check_agreement(record, group)
 
 
-def check_averaging(model: nn.Module, ranks: Ranks) -> None:
+def check_averaging(model: nn.Module, ranks: ShardingRanks) -> None:
     """Refuse a module whose gradients would be averaged over other ranks than share the state, or by nothing. Local.
 
     Raises:
@@ -71,12 +71,12 @@ def check_averaging(model: nn.Module, ranks: Ranks) -> None:
         )
 
 
-def averages_over(ranks: Ranks, group: dist.ProcessGroup) -> bool:
+def averages_over(ranks: ShardingRanks, group: dist.ProcessGroup) -> bool:
     """Return whether gradients that `DistAdamW.attach` averages are averaged over the ranks of ``group``. Local."""
     return ranks.averaged() == sorted(dist.get_process_group_ranks(group))
 
 
-def copy_first_rank(model: nn.Module, ranks: Ranks) -> None:
+def copy_first_rank(model: nn.Module, ranks: ShardingRanks) -> None:
     """Give every rank the first one's parameters and buffers. Collective.
 
     Raises:
@@ -116,7 +116,9 @@ def check_gradients_before(path: GradientPath, params: Sequence[Tensor], group: 
         )
 
 
-def warn_of_local_gradients(params: Sequence[Tensor], ranks: Ranks, device: torch.device, *, stacklevel: int) -> None:
+def warn_of_local_gradients(
+    params: Sequence[Tensor], ranks: ShardingRanks, device: torch.device, *, stacklevel: int
+) -> None:
     """Compare the gradients of ``params`` over ranks, and warn where they differ. Collective; costs one pass over them.
 
     Args:
@@ -137,7 +139,7 @@ def warn_of_local_gradients(params: Sequence[Tensor], ranks: Ranks, device: torc
             f"gradients differ over the {collectives.world_size(group)} ranks before the second update: nothing "
             "averages them, and each rank updates its share by its own gradients alone. Call "
             "optimizer.attach(model) before training, use dist_adamw.prepare, or wrap the model in "
-            "DistributedDataParallel. Ranks that train apart on purpose need shard=False.",
+            "DistributedDataParallel. ShardingRanks that train apart on purpose need shard=False.",
             stacklevel=stacklevel + 1,
         )
 

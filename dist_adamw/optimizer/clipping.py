@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dist_adamw.optimizer.kernels.foreach import norm_parts, sum_of_squares
-from dist_adamw.optimizer.sharding.schemes import Ranks
+from dist_adamw.optimizer.sharding.schemes import ShardingRanks
 from dist_adamw.optimizer.sharding.shard import Shard
 from dist_adamw.ranks import collectives
 
@@ -35,7 +35,7 @@ def squares_on_this_rank(shards: Sequence[Shard], grads: Sequence[BucketGradient
     return {axes: sum_of_squares(found).to(device) if found else zero.clone() for axes, found in owned.items()}
 
 
-def global_norm(squares: ByAxes, ranks: Ranks) -> Tensor:
+def global_norm(squares: ByAxes, ranks: ShardingRanks) -> Tensor:
     """Return the norm of all elements of all gradients, each counted once, 0-d fp64. Collective.
 
     Args:
@@ -62,7 +62,7 @@ def non_zeros_on_this_rank(shards: Sequence[Shard], grads: Sequence[BucketGradie
     return found_of
 
 
-def are_all_zero(non_zeros: ByAxes, ranks: Ranks) -> bool:
+def are_all_zero(non_zeros: ByAxes, ranks: ShardingRanks) -> bool:
     """Return whether every element of every rank's gradients is 0. Collective.
 
     Args:

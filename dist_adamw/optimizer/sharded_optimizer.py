@@ -19,7 +19,7 @@ from dist_adamw.optimizer.sharding.rank_comparison import RankComparison
 from dist_adamw.optimizer.sharding.schemes import (
     OwnSharding,
     PartitionSharding,
-    Ranks,
+    ShardingRanks,
     ShardingScheme,
     detect_scheme,
 )
@@ -36,7 +36,7 @@ OPTIONS = ("decay_by", "max_grad_norm", "shard", "fused", "bucket_numel", "maste
 class ShardedOptimizer(Optimizer):
     """An optimizer whose shards follow ``param_groups`` and ``state`` at every update, save and load.
 
-    Ranks that share state follow together: each asks the others for changes while it computes, and nothing moves before
+    ShardingRanks that share state follow together: each asks the others for changes while it computes, and nothing moves before
     all are known to have made the same changes.
     """
 
@@ -85,8 +85,8 @@ class ShardedOptimizer(Optimizer):
         return sum(shard.nbytes for shard in self.shards)
 
     @property
-    def _ranks(self) -> Ranks:
-        return Ranks(None, None, self._mesh) if self.shard is False else self._scheme.ranks()
+    def _ranks(self) -> ShardingRanks:
+        return ShardingRanks(None, None, self._mesh) if self.shard is False else self._scheme.ranks()
 
     @property
     def _is_partitioned(self) -> bool:

@@ -9,15 +9,11 @@ from __future__ import annotations
 import atexit
 import functools
 import time
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-
-Record = Mapping[str, Any]
-_SHOWN = 200  # characters of a value in a sentence
 
 
 def initialized() -> bool:

@@ -8,7 +8,7 @@ process group has been destroyed. So rank and number of ranks are taken once, an
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -89,12 +89,18 @@ class Ranks:
             raise  # on every rank alike, and no matter of files
         except Exception as error:  # without the others' knowledge they would wait for ever
             problem = f"{type(error).__name__}: {error}"
-        reports = self.gather(problem)
-        for rank, failed in enumerate(reports):
-            if failed is not None:
-                alike = all(other == failed for other in reports)
-                raise CheckpointError(failed if alike else f"{failed} (rank {rank})")
+        if (failed := first_problem(self.gather(problem))) is not None:
+            raise CheckpointError(failed)
         return result  # type: ignore[return-value]
+
+
+def first_problem(reports: Sequence[str | None]) -> str | None:
+    """Return the first rank's problem of ``reports``, with the rank unless all have it; None without one. Local."""
+    for rank, problem in enumerate(reports):
+        if problem is not None:
+            is_everywhere = all(other == problem for other in reports)
+            return problem if is_everywhere else f"{problem} (rank {rank})"
+    return None
 
 
 def run_on_all_ranks(action: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:

@@ -36,6 +36,7 @@ from dist_adamw.optimizer.attaching import averages_over
 from dist_adamw.optimizer.replicas import CHECK_WEIGHTS_EVERY, ReplicaWatch, check_replicas
 from dist_adamw.plain_data import plain
 from dist_adamw.ranks import agreement, collectives
+from dist_adamw.ranks.together import first_problem
 from dist_adamw.schedule.scheduler import CyclicLRWithRestarts
 from dist_adamw.wrappers import unwrap
 
@@ -308,10 +309,8 @@ def _agreed_facts(
         problem = str(error)
     several = accelerator.num_processes > 1
     reports = collectives.all_gather_objects(problem, group) if several else [problem]
-    for rank, failed in enumerate(reports):
-        if failed is not None:
-            alike = all(other == failed for other in reports)
-            raise ValueError(failed if alike else f"{failed} (rank {rank})")
+    if (failed := first_problem(reports)) is not None:
+        raise ValueError(failed)
     if several:
         agreement.check_agreement(record, group)
     assert facts is not None

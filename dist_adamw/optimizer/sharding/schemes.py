@@ -21,7 +21,7 @@ Groups = Sequence[dict[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)
-class Ranks:
+class ShardingRanks:
     """The ranks that an optimizer works with.
 
     Attributes:
@@ -78,9 +78,9 @@ class ShardingScheme:
     def __init__(self, mesh: DeviceMesh | None) -> None:
         self.mesh = mesh
 
-    def ranks(self) -> Ranks:
+    def ranks(self) -> ShardingRanks:
         """The ranks to work with, as ``torch.distributed`` is now. Local."""
-        return Ranks(None, None, self.mesh)
+        return ShardingRanks(None, None, self.mesh)
 
     def present(self, shards: list[Shard], groups: Groups) -> list[Shard]:
         """The shards of the parameters that are in ``groups`` now. Local."""
@@ -93,7 +93,7 @@ class ShardingScheme:
     def forget_counts(self) -> None:
         """Counts are read from the shards again. Local."""
 
-    def describe(self, ranks: Ranks) -> str:
+    def describe(self, ranks: ShardingRanks) -> str:
         """Where state is, for people. Local."""
         raise NotImplementedError
 
@@ -101,20 +101,20 @@ class ShardingScheme:
 class OwnSharding(ShardingScheme):
     """State that DistAdamW divides among the ranks of ``mesh``, or all ranks."""
 
-    def ranks(self) -> Ranks:
+    def ranks(self) -> ShardingRanks:
         """The ranks to work with, as ``torch.distributed`` is now. Local."""
         if not collectives.initialized():
-            return Ranks(None, None, self.mesh)
+            return ShardingRanks(None, None, self.mesh)
         mesh = self.mesh
         group = dist.group.WORLD if mesh is None else mesh.get_group(mesh.ndim - 1)
         if collectives.world_size(group) == 1:
-            return Ranks(None, None, mesh)
+            return ShardingRanks(None, None, mesh)
         replicas = None if mesh is None or mesh.ndim == 1 else mesh.get_group(0)
         if replicas is not None and collectives.world_size(replicas) == 1:
             replicas = None
-        return Ranks(group, replicas, mesh)
+        return ShardingRanks(group, replicas, mesh)
 
-    def describe(self, ranks: Ranks) -> str:
+    def describe(self, ranks: ShardingRanks) -> str:
         """Where state is, for people. Local."""
         if ranks.process_group is None:
             return "state whole on this rank"
@@ -124,7 +124,7 @@ class OwnSharding(ShardingScheme):
 class DTensorSharding(ShardingScheme):
     """State that lies as the parameters do, which are DTensors (FSDP2)."""
 
-    def describe(self, ranks: Ranks) -> str:
+    def describe(self, ranks: ShardingRanks) -> str:
         """Where state is, for people. Local."""
         return "state shared out as the parameters are, which are DTensors"
 
@@ -154,7 +154,7 @@ class PartitionSharding(ShardingScheme):
         """Counts are read from the shards again. Local."""
         self._updates_of.clear()
 
-    def describe(self, ranks: Ranks) -> str:
+    def describe(self, ranks: ShardingRanks) -> str:
         """Where state is, for people. Local."""
         return "state of the partitions that the engine gives this rank"
 

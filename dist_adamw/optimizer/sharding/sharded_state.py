@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dist_adamw.optimizer.sharding.moved_state import carry_state
-from dist_adamw.optimizer.sharding.schemes import Ranks
+from dist_adamw.optimizer.sharding.schemes import ShardingRanks
 from dist_adamw.optimizer.sharding.shard import MOMENTS, Shard, peek
 from dist_adamw.optimizer.sharding.user_changes import (
     Changes,
@@ -47,7 +47,7 @@ class Wanted:
 
     groups: Groups
     state: StateOf
-    ranks: Ranks
+    ranks: ShardingRanks
     bucket_numel: int | None
     reduces_every_backward: bool
     tag: int
@@ -189,7 +189,7 @@ class ShardedState:
         if not left:
             return
         entries = [peek(wanted.state, shard.params[i]) or {} for shard, i in left]
-        # A user may have set ``step`` alone to zero. Ranks must decide alike: one rank's moments may all be zero.
+        # A user may have set ``step`` alone to zero. ShardingRanks must decide alike: one rank's moments may all be zero.
         stays = torch.tensor(
             [any(bool(entry[key].any()) for key in MOMENTS if key in entry) for entry in entries], dtype=torch.int32
         )
