@@ -139,7 +139,7 @@ def warn_of_local_gradients(
             f"gradients differ over the {collectives.world_size(group)} ranks before the second update: nothing "
             "averages them, and each rank updates its share by its own gradients alone. Call "
             "optimizer.attach(model) before training, use dist_adamw.prepare, or wrap the model in "
-            "DistributedDataParallel. ShardingRanks that train apart on purpose need shard=False.",
+            "DistributedDataParallel. Ranks that train apart on purpose need shard=False.",
             stacklevel=stacklevel + 1,
         )
 

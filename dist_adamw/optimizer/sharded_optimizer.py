@@ -36,7 +36,7 @@ OPTIONS = ("decay_by", "max_grad_norm", "shard", "fused", "bucket_numel", "maste
 class ShardedOptimizer(Optimizer):
     """An optimizer whose shards follow ``param_groups`` and ``state`` at every update, save and load.
 
-    ShardingRanks that share state follow together: each asks the others for changes while it computes, and nothing moves before
+    Ranks that share state follow together: each asks the others for changes while it computes, and nothing moves before
     all are known to have made the same changes.
     """
 

@@ -189,7 +189,7 @@ class ShardedState:
         if not left:
             return
         entries = [peek(wanted.state, shard.params[i]) or {} for shard, i in left]
-        # A user may have set ``step`` alone to zero. ShardingRanks must decide alike: one rank's moments may all be zero.
+        # A user may have set ``step`` alone to zero. Ranks must decide alike: one rank's moments may all be zero.
         stays = torch.tensor(
             [any(bool(entry[key].any()) for key in MOMENTS if key in entry) for entry in entries], dtype=torch.int32
         )
