@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from dist_adamw.optimizer import update
-from dist_adamw.optimizer.gradients import update_gradients
+from dist_adamw.optimizer import update_bucket
+from dist_adamw.optimizer.gradients import gradients_for_update
 from dist_adamw.optimizer.transport import gloo
 
 COLOURS = {
@@ -70,8 +70,8 @@ class Recorder:
         self._travel(kind, "gradients under way", "start_reduce", "finish_reduce")
         self._travel(kind, "parameters under way", "start_gather", "finish_gather")
         self._part(kind, "averaging", "_average")
-        self._part(update, "AdamW", "adamw_update_")
-        self._part(update_gradients.UpdateGradients, "arrive", "arrive")
+        self._part(update_bucket, "AdamW", "adamw_update_")
+        self._part(gradients_for_update.GradientsForUpdate, "arrive", "arrive")
 
     @contextmanager
     def span(self, name: str) -> Iterator[None]:

@@ -31,8 +31,8 @@ import torch.distributed as dist
 from benchmarks import ranks, records
 from benchmarks.engines import OURS, OURS_WITHOUT_DDP, build
 from benchmarks.workloads import WORKLOADS, Workload
-from dist_adamw.optimizer import adamw, sharded_optimizer, update
-from dist_adamw.optimizer.gradients import backward, ddp, update_agreement, update_gradients
+from dist_adamw.optimizer import adamw, sharded_optimizer, update_bucket
+from dist_adamw.optimizer.gradients import backward, ddp, gradients_for_update, update_agreement
 from dist_adamw.optimizer.sharding import shard
 from dist_adamw.optimizer.transport import gloo
 
@@ -49,10 +49,10 @@ PARTS: list[tuple[str, Any, str]] = [
     ("reduce: finish", gloo.GlooTransport, "finish_reduce"),
     ("reduce: averaging", gloo.GlooTransport, "_average"),
     ("step: complete", update_agreement.UpdateAgreement, "complete"),
-    ("step: arrive", update_gradients.UpdateGradients, "arrive"),
+    ("step: arrive", gradients_for_update.GradientsForUpdate, "arrive"),
     ("step: follow the user", sharded_optimizer.ShardedOptimizer, "_follow"),
     ("step: owned_grads", shard.Shard, "owned_grads"),
-    ("step: AdamW", update, "adamw_update_"),
+    ("step: AdamW", update_bucket, "adamw_update_"),
     ("gather: start", gloo.GlooTransport, "start_gather"),
     ("gather: finish", gloo.GlooTransport, "finish_gather"),
     ("discard", backward.BackwardPasses, "discard"),

@@ -1,4 +1,4 @@
-"""DistAdamW: AdamW whose state is sharded by element over the data-parallel ranks."""
+"""DistAdamW: the AdamW update of state that is sharded by element over the data-parallel ranks."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from dist_adamw.optimizer.sharding.shard import Shard
 from dist_adamw.optimizer.sharding.user_changes import check_once
 from dist_adamw.optimizer.sharding.watched_state import WatchedState
 from dist_adamw.optimizer.transport.base import MAX_IN_FLIGHT, InFlightBucket
-from dist_adamw.optimizer.update import is_fused, update_bucket
+from dist_adamw.optimizer.update_bucket import is_fused, update_bucket
 
 
 class DistAdamW(AttachedOptimizer):

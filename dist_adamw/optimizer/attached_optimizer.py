@@ -1,4 +1,4 @@
-"""An optimizer that reduces gradients to their owners: attach a model, clip, gather whole gradients."""
+"""Base class 3 of `DistAdamW`: gradients reduced to their owners; attach, clip, gather."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dist_adamw.optimizer import attaching
 from dist_adamw.optimizer.clipping import clip_owned_
-from dist_adamw.optimizer.gradients.path import GradientPath
+from dist_adamw.optimizer.gradients.gradient_path import GradientPath
 from dist_adamw.optimizer.gradients.registry import end_unless_everywhere, gather_from_owners
 from dist_adamw.optimizer.options import describe_groups
 from dist_adamw.optimizer.outcome import is_capturing

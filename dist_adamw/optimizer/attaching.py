@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
-from dist_adamw.optimizer.gradients.path import GradientPath
+from dist_adamw.optimizer.gradients.gradient_path import GradientPath
 from dist_adamw.optimizer.gradients.registry import gather_from_owners
 from dist_adamw.optimizer.sharding.fingerprints import fingerprints
 from dist_adamw.optimizer.sharding.schemes import ShardingRanks

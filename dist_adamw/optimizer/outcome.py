@@ -1,4 +1,4 @@
-"""Record the outcome of an update: applied or skipped, the gradient norm, and how many were applied."""
+"""Decide on the device whether an update is skipped, because its gradients have inf or nan, and record it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An optimizer with torch's state dicts, copies and pickles, although its state is sharded."""
+"""Base class 2 of `DistAdamW`: torch's state dicts, copies and pickles of sharded state."""
 
 from __future__ import annotations
 
@@ -197,7 +197,7 @@ class SavableOptimizer(ShardedOptimizer):
         share = state.pop("share", None)
         for name, value in state.pop("options", {}).items():
             setattr(self, name, value)
-        unpickled = not hasattr(self, "_sharded")  # __init__ has not run
+        unpickled = not hasattr(self, "_all_shards")  # __init__ has not run
         if unpickled:
             self._reset()
         super().__setstate__(state)

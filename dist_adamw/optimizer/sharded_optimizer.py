@@ -1,4 +1,4 @@
-"""An optimizer whose state lies in shards, which follow the user's changes to ``param_groups`` and ``state``."""
+"""Base class 1 of `DistAdamW`: state in shards, which follow changes to ``param_groups`` and ``state``."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim.optimizer import Optimizer
 
-from dist_adamw.optimizer.gradients.path import GradientPath
+from dist_adamw.optimizer.gradients.gradient_path import GradientPath
 from dist_adamw.optimizer.kernels.foreach import DecayBy
 from dist_adamw.optimizer.options import OptionsDigest, describe_options
 from dist_adamw.optimizer.outcome import Outcome
-from dist_adamw.optimizer.pending import PendingBuckets
+from dist_adamw.optimizer.pending_parameters import PendingBuckets
+from dist_adamw.optimizer.sharding.all_shards import AllShards, Wanted
 from dist_adamw.optimizer.sharding.rank_comparison import RankComparison
 from dist_adamw.optimizer.sharding.schemes import (
     OwnSharding,
@@ -24,7 +25,6 @@ from dist_adamw.optimizer.sharding.schemes import (
     detect_scheme,
 )
 from dist_adamw.optimizer.sharding.shard import Shard
-from dist_adamw.optimizer.sharding.sharded_state import ShardedState, Wanted
 from dist_adamw.optimizer.sharding.user_changes import AMSGRAD_CHANGED, Changes, check_new_state
 from dist_adamw.optimizer.sharding.watched_state import AccessRecord
 from dist_adamw.optimizer.state_dict import WholeState
@@ -56,7 +56,7 @@ class ShardedOptimizer(Optimizer):
         """Forget the layout and what happened so far."""
         if not hasattr(self, "_accesses"):
             self._accesses = AccessRecord()  # of the user to ``self.state``
-        self._sharded = ShardedState(self._accesses)
+        self._all_shards = AllShards(self._accesses)
         self._scheme: ShardingScheme = OwnSharding(self._mesh)
         self._comparison = RankComparison()
         self._options_digest = OptionsDigest()
@@ -67,7 +67,7 @@ class ShardedOptimizer(Optimizer):
     @property
     def shards(self) -> list[Shard]:
         """The state on this rank. Local."""
-        return self._sharded.shards
+        return self._all_shards.shards
 
     @property
     def process_group(self) -> dist.ProcessGroup | None:
@@ -120,7 +120,7 @@ class ShardedOptimizer(Optimizer):
         """
         self._pending.wait()
         if not self._is_partitioned:
-            if self._sharded.is_laid_out:
+            if self._all_shards.is_laid_out:
                 self._apply_changes(self._differs(), newcomers=False)
                 self._settle()
             else:
@@ -130,7 +130,7 @@ class ShardedOptimizer(Optimizer):
 
     def _differs(self) -> bool:
         """Return whether the user has changed something since the last update. Local."""
-        return not self._is_partitioned and self._sharded.differs(self._wanted())
+        return not self._is_partitioned and self._all_shards.differs(self._wanted())
 
     def _follow(self, changed: bool, *, is_agreed: bool = False) -> None:
         """Follow the user's changes, and give places to parameters that have their first gradient. Collective.
@@ -141,7 +141,7 @@ class ShardedOptimizer(Optimizer):
         """
         if self._is_partitioned:
             self._follow_partitions()
-        elif self._sharded.is_laid_out:
+        elif self._all_shards.is_laid_out:
             self._apply_changes(changed, newcomers=True, is_agreed=is_agreed)
         else:
             if not is_agreed:
@@ -158,7 +158,7 @@ class ShardedOptimizer(Optimizer):
         """
         if self._is_partitioned:
             return
-        if not self._sharded.is_laid_out:
+        if not self._all_shards.is_laid_out:
             check_new_state(self.param_groups, self.state, ())
             return
         for shard in self.shards:
@@ -171,7 +171,7 @@ class ShardedOptimizer(Optimizer):
             return
         changes = self._find_changes()
         is_changed = changes.removed or changes.reset or changes.given
-        if is_changed or self._sharded.is_rearranged(changes, self._wanted()):
+        if is_changed or self._all_shards.is_rearranged(changes, self._wanted()):
             raise RuntimeError(
                 "param_groups or state were changed since the last update, and ranks follow that together: at the next "
                 "step(), or in dist_adamw.save. Call one of them before state_dict()."
@@ -185,7 +185,7 @@ class ShardedOptimizer(Optimizer):
             newcomers: Give places to parameters with a first gradient, too.
             is_agreed: Whether the ranks are known to have made the same changes.
         """
-        sharded = self._sharded
+        sharded = self._all_shards
         sharded.check_process_group(self.process_group)
         if newcomers and not changed:
             changed = sharded.has_first_gradients()
@@ -207,20 +207,20 @@ class ShardedOptimizer(Optimizer):
         self._check_amsgrad()
 
     def _check_amsgrad(self) -> None:
-        if self._sharded.has_amsgrad_changed:
+        if self._all_shards.has_amsgrad_changed:
             self._settle()  # on one rank alone, it is a disagreement
             raise RuntimeError(AMSGRAD_CHANGED)
 
     def _follow_partitions(self) -> None:
         """DeepSpeed shows its partitions one after the other, so what is in the groups is not all there is. Local."""
-        seen = self._sharded.seen
+        seen = self._all_shards.seen
         if self.shards and seen is not None and self.state is not seen.state:
             params = [param for shard in self.shards for param in shard.params]
-            self._sharded = ShardedState(self._accesses)
+            self._all_shards = AllShards(self._accesses)
             self._scheme.forget_counts()
             self._init_state(params)
         present = self._scheme.present(self.shards, self.param_groups)
-        self._sharded.refresh([shard for shard in present if shard.has_moved()], self.state)
+        self._all_shards.refresh([shard for shard in present if shard.has_moved()], self.state)
         self._place_newcomers()
 
     # ---------------------------------------------------------------- ask the other ranks
@@ -256,7 +256,7 @@ class ShardedOptimizer(Optimizer):
 
     def _find_changes(self) -> Changes:
         are_local = self._path is not None and not self._path.is_whole
-        return self._sharded.find_changes(self._wanted(), are_local=are_local)
+        return self._all_shards.find_changes(self._wanted(), are_local=are_local)
 
     def _digest_options(self) -> int:
         limit = -1.0 if self.max_grad_norm is None else self.max_grad_norm
@@ -268,14 +268,14 @@ class ShardedOptimizer(Optimizer):
     def _shards_by_now(self) -> list[Shard]:
         """The shards; of every parameter that requires a gradient where there were none. Local."""
         self._pending.wait()
-        if not self._sharded.is_laid_out:
+        if not self._all_shards.is_laid_out:
             self._place_newcomers()
-        self._sharded.follow_device()
+        self._all_shards.follow_device()
         return self.shards
 
     def _place_newcomers(self, *, gradients: bool = True) -> None:
-        """Lay out the state of parameters that need some and have none, see `ShardedState.newcomers`. Local."""
-        if newcomers := self._sharded.newcomers(self._wanted(), gradients=gradients):
+        """Lay out the state of parameters that need some and have none, see `AllShards.newcomers`. Local."""
+        if newcomers := self._all_shards.newcomers(self._wanted(), gradients=gradients):
             self._init_state(newcomers)
 
     def _init_state(self, params: Iterable[Tensor], *, are_shares: bool = False) -> None:
@@ -290,7 +290,7 @@ class ShardedOptimizer(Optimizer):
             RuntimeError: an engine's parameters came to a sharded optimizer, or would be clipped by the norm of a part;
                 or ``shard=True`` on one rank.
         """
-        chosen = self._sharded.unplaced(params)
+        chosen = self._all_shards.unplaced(params)
         self._detect_engine_sharding(chosen)
         is_own = isinstance(self._scheme, OwnSharding)
         if chosen and self.shard is True and is_own and self.process_group is None:
@@ -298,7 +298,7 @@ class ShardedOptimizer(Optimizer):
                 "shard=True, but there is one rank or torch.distributed is not initialised. "
                 "Launch several ranks, or leave shard='auto'."
             )
-        self._sharded.add(chosen, self._wanted(), are_shares=are_shares)
+        self._all_shards.add(chosen, self._wanted(), are_shares=are_shares)
         self._consolidated = None
 
     def _detect_engine_sharding(self, chosen: set[int]) -> None:

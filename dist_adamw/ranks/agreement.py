@@ -1,4 +1,4 @@
-"""Check that all ranks agree: fingerprints first, records only where they differ.
+"""Check that a record is the same on all ranks: fingerprints first, records only where they differ.
 
 Knows process groups and plain records; nothing of what they describe.
 """

@@ -80,7 +80,7 @@ def test_a_plan_for_ten_to_the_eleven_parameters_takes_seconds() -> None:
     assert {b - a for k in (0, layout.num_buckets // 2) for a, b in (layout.slice_of(k, r) for r in (0, 1, 4095))} == {
         1 << 15
     }
-    # Ownership: what neighbours own meets, and is all there is.
+    # OwnedElements: what neighbours own meets, and is all there is.
     owned = [sum(p.numel for pieces in layout.owned(rank) for p in pieces) for rank in (0, 1, 2048, 4095)]
     assert max(owned) <= layout.shard_numel
     assert min(owned) > 0.99 * layout.shard_numel

@@ -1,4 +1,4 @@
-"""Follow forward and backward passes: send gradients as they come, and watch them until the update."""
+"""Follow forward and backward passes: trigger sending, and note what gradients were when backward ended."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from torch.utils._pytree import tree_leaves
 
 from dist_adamw.optimizer.gradients.ddp import PackedBucket
 from dist_adamw.optimizer.gradients.handshake import RankMessages
-from dist_adamw.optimizer.gradients.hooks import WeakHook
 from dist_adamw.optimizer.gradients.record import GradientRecord, OptimizerLink
 from dist_adamw.optimizer.gradients.refusals import left_before_backward
 from dist_adamw.optimizer.gradients.sending import Sender, ShardSender
 from dist_adamw.optimizer.gradients.sources import GradientSources, accumulates_now
+from dist_adamw.optimizer.gradients.weak_hooks import WeakHook
 
 _gradient = operator.attrgetter("grad")
 

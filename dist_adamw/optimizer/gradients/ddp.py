@@ -18,9 +18,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from dist_adamw.optimizer.gradients.hooks import WeakHook
-from dist_adamw.optimizer.gradients.plan import Plan
-from dist_adamw.optimizer.gradients.watch import refuse_parts
+from dist_adamw.optimizer.gradients.change_watch import refuse_parts
+from dist_adamw.optimizer.gradients.send_order import Plan
+from dist_adamw.optimizer.gradients.weak_hooks import WeakHook
 from dist_adamw.optimizer.sharding.memory_order import axes_in_memory, check_dense, shaped_like, storage_order
 from dist_adamw.optimizer.sharding.shard import Shard
 

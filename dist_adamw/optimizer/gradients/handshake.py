@@ -1,4 +1,4 @@
-"""Exchange status between ranks before gradients are sent: which update they make, and which gradients they have.
+"""Before buckets are sent: ranks tell each other which update they make, and report on their gradients.
 
 Knows process groups and numbers; nothing of modules or tensors.
 """

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dist_adamw.optimizer.gradients.watch import GradientWatch
+from dist_adamw.optimizer.gradients.change_watch import GradientWatch
 from dist_adamw.optimizer.sharding.shard import Shard
 
 
@@ -23,15 +23,15 @@ class GradientRecord:
         is_whole: Whether every ``param.grad`` is the average over all ranks, to be taken as it is.
         is_reopened: Whether averages have become sums of local gradients again.
         was_changed: Whether a forward pass has seen that the user changed gradients. The update tells all ranks.
-        is_accepted: Whether the user accepted changes before unlistened gradients were compared.
-        is_compared: Whether unlistened gradients were compared over ranks since the last backward pass.
+        is_accepted: Whether the user accepted changes before unannounced gradients were compared.
+        is_compared: Whether unannounced gradients were compared over ranks since the last backward pass.
         has_let_go: Whether an update has used gradients that are in no ``param.grad``.
         filled: Given zeros, because only other ranks have a gradient.
         in_shard: With a gradient, where gradients are kept in the shard.
         used: Whose gradient the last update used, where gradients are kept in the shard.
-        local: Unlistened, and seen to differ over ranks.
-        late: Unlistened, and averaged in an update since they were last set to zero.
-        kept: Unlistened, and averaged into the shard: their ``param.grad`` is None.
+        local: Unannounced, and seen to differ over ranks.
+        late: Unannounced, and averaged in an update since they were last set to zero.
+        kept: Unannounced, and averaged into the shard: their ``param.grad`` is None.
     """
 
     def __init__(self) -> None:

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from dist_adamw.optimizer.gradients.change_watch import refuse_parts
 from dist_adamw.optimizer.gradients.handshake import RankMessages
-from dist_adamw.optimizer.gradients.watch import refuse_parts
 from dist_adamw.ranks import collectives
 
 

@@ -1,4 +1,4 @@
-"""Send buckets of gradients to their owners, in one order on every rank.
+"""Hand buckets of gradients to the transport, in the same order on every rank.
 
 Buckets are sent in one fixed order, last parameters first, whatever order gradients come in; one is sent during
 backward when its last gradient is there and the bucket before it has gone. A round is every bucket sent once.
@@ -13,14 +13,14 @@ from collections.abc import Collection, Set
 import torch
 from torch import Tensor
 
+from dist_adamw.optimizer.gradients.change_watch import mark_parts
 from dist_adamw.optimizer.gradients.ddp import PackedBucket
+from dist_adamw.optimizer.gradients.gather_gradients import flat_gradient, turn_into_sums
 from dist_adamw.optimizer.gradients.handshake import RankMessages
-from dist_adamw.optimizer.gradients.plan import Plan
 from dist_adamw.optimizer.gradients.record import GradientRecord, OptimizerLink
 from dist_adamw.optimizer.gradients.refusals import too_late
+from dist_adamw.optimizer.gradients.send_order import Plan
 from dist_adamw.optimizer.gradients.sources import GradientSources
-from dist_adamw.optimizer.gradients.watch import mark_parts
-from dist_adamw.optimizer.gradients.whole_gradients import flat_gradient, turn_into_sums
 from dist_adamw.optimizer.sharding.shard import Shard
 from dist_adamw.optimizer.transport.base import MAX_IN_FLIGHT, InFlightBucket
 

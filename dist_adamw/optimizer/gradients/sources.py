@@ -18,9 +18,9 @@ from torch.utils.hooks import RemovableHandle
 from dist_adamw.optimizer.gradients.arrivals import Arrivals
 from dist_adamw.optimizer.gradients.ddp import BucketListener, DDPReducer
 from dist_adamw.optimizer.gradients.handshake import RankMessages
-from dist_adamw.optimizer.gradients.hooks import NoSync, WeakHook, remove
 from dist_adamw.optimizer.gradients.record import GradientRecord, OptimizerLink
 from dist_adamw.optimizer.gradients.registry import Path, live_paths, take_over
+from dist_adamw.optimizer.gradients.weak_hooks import NoSync, WeakHook, remove
 from dist_adamw.ranks import agreement
 
 _LOOK_EVERY = 1 << 18  # elements: as many as make a message worth sending

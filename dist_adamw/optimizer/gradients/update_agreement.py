@@ -1,4 +1,4 @@
-"""Agree with the other ranks on which gradients an update has, before anything is changed."""
+"""Before an update: ranks agree on which parameters have a gradient, and on whether any gradient was changed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dist_adamw.optimizer.gradients.refusals import accepted_local, changed, dro
 from dist_adamw.optimizer.gradients.registry import Path, gather_from_owners
 from dist_adamw.optimizer.gradients.sending import Sender
 from dist_adamw.optimizer.gradients.sources import GradientSources
-from dist_adamw.optimizer.gradients.unlistened import UnlistenedGradients
+from dist_adamw.optimizer.gradients.unannounced import UnannouncedGradients
 from dist_adamw.ranks import agreement
 
 _gradient, _requires_grad = operator.attrgetter("grad"), operator.attrgetter("requires_grad")
@@ -41,14 +41,14 @@ class UpdateAgreement:
         sources: GradientSources,
         sender: Sender,
         backward: BackwardPasses,
-        unlistened: UnlistenedGradients,
+        unannounced: UnannouncedGradients,
         messages: RankMessages,
         record: GradientRecord,
         *,
         overlap: bool,
     ) -> None:
         self._path, self._sources, self._sender = weakref.ref(path), sources, sender
-        self._backward, self._unlistened = backward, unlistened
+        self._backward, self._unannounced = backward, unannounced
         self._messages, self._record, self._overlap = messages, record, overlap
         self._has_ended = False
         self.asks_for_changes = False
@@ -85,9 +85,9 @@ class UpdateAgreement:
         record, sources = self._record, self._sources
         self._check_may_update()
         self._finish_backward()
-        subject = self._unlistened.params() if sources.are_buckets else sources.known  # DDP has seen to its own
+        subject = self._unannounced.params() if sources.are_buckets else sources.known  # DDP has seen to its own
         present = self._present(subject)
-        prints = self._unlistened.prints()
+        prints = self._unannounced.prints()
         report = self._report(subject, present, prints, has_changes=has_changes, options=options)
         agreed = self._agree(report, group, replicas)
         self.needed_rounds = agreed.rounds
@@ -100,7 +100,7 @@ class UpdateAgreement:
             present = list(map(bool, self._largest(present, group, replicas)))
         if agreed.prints_differ:
             self._compare_unlistened(prints, group, replicas)
-        if agreed.change and self._unlistened.are_local_used(subject, present):
+        if agreed.change and self._unannounced.are_local_used(subject, present):
             raise accepted_local()
         record.is_compared = True
         is_all_there = not (agreed.is_incomplete or record.filled or self._sender.reduces_every_backward)
@@ -117,8 +117,8 @@ class UpdateAgreement:
     def _compare_unlistened(
         self, prints: list[int], group: dist.ProcessGroup, replicas: dist.ProcessGroup | None
     ) -> None:
-        prints = prints or [0] * len(self._unlistened.params())
-        self._unlistened.note_extremes(self._largest([*prints, *map(operator.neg, prints)], group, replicas))
+        prints = prints or [0] * len(self._unannounced.params())
+        self._unannounced.note_extremes(self._largest([*prints, *map(operator.neg, prints)], group, replicas))
 
     def _has_any_in_buckets(self) -> bool:
         if not self._sources.are_buckets:
@@ -154,7 +154,7 @@ class UpdateAgreement:
                 sender.receive()
             else:
                 sender.follow_layout()
-        others = self._unlistened.params()
+        others = self._unannounced.params()
         if others and not self._record.is_compared:
             gather_from_owners(self._path(), others)
 
@@ -204,7 +204,7 @@ class UpdateAgreement:
             numbers = self._messages.exchange_reports(report)
             if replicas is not None:
                 numbers = self._largest(numbers, replicas, None)
-        elif not self._sources.are_buckets or any(map(_requires_grad, self._unlistened.params())):
+        elif not self._sources.are_buckets or any(map(_requires_grad, self._unannounced.params())):
             numbers = self._largest(report.numbers(), group, replicas)
         else:
             self.asks_for_changes = False

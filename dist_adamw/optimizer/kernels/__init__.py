@@ -1,4 +1,4 @@
-"""One-pass AdamW updates where weights, gradients and state differ in dtype.
+"""AdamW kernels, one module per implementation.
 
 Imports torch only, and Triton when a kernel is first launched. `mixed` is the arithmetic
 in plain torch, for any device; `triton` is one launch per bucket on a GPU. Nothing here

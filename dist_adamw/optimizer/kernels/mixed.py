@@ -1,4 +1,4 @@
-"""Update weights, gradients and state of different dtypes, in plain torch.
+"""Update weights and state where they and the gradients differ in dtype, in plain torch.
 
 Imports torch only. Knows nothing of ranks, buckets or checkpoints: the caller passes runs of its weights and state.
 The arithmetic is that of `foreach.adamw_update_` on fp32. Tensors of other dtypes pass through scratch memory block by

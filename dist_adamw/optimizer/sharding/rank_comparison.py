@@ -1,4 +1,4 @@
-"""Ask the other ranks, while this one computes, whether they have the same changes and hyper-parameters."""
+"""Compare hyper-parameters, and the user's changes to groups and state, over ranks while the update computes."""
 
 from __future__ import annotations
 

@@ -27,8 +27,8 @@ from dist_adamw.optimizer.sharding.dtensors import (
     shard_axes,
 )
 from dist_adamw.optimizer.sharding.memory_order import MemoryOrder, shaped_like, storage_order
+from dist_adamw.optimizer.sharding.owned_elements import OwnedElements
 from dist_adamw.optimizer.sharding.owned_gradients import OwnedGradients
-from dist_adamw.optimizer.sharding.ownership import Ownership
 from dist_adamw.optimizer.transport import make_transport
 from dist_adamw.optimizer.transport.base import Transport, cut
 from dist_adamw.optimizer.transport.layout import FlatLayout, Piece
@@ -99,7 +99,7 @@ class Shard:
         world_size = 1 if process_group is None else collectives.world_size(process_group)
         self.rank = 0 if process_group is None else collectives.rank(process_group)
         self.layout = FlatLayout(tuple(p.numel() for p in self._weights()), world_size, max_bucket_numel, lean)
-        self.owned = Ownership(self.layout, self.rank)
+        self.owned = OwnedElements(self.layout, self.rank)
         like = self._weights()[0]
         dtypes = _dtypes_of(like, group["amsgrad"], master_dtype, state_dtype)
         self.moments = {

@@ -1,4 +1,4 @@
-"""Send slices of buckets between ranks: gradients to their owners, updated parameters to all.
+"""Send slices of buckets between ranks. `make_transport` chooses the transport by the backend.
 
 The result is the same on every backend, up to the order of sums.
 """

@@ -1,4 +1,4 @@
-"""Decide which rank owns which elements: flat layouts, buckets and slices.
+"""Divide the elements of parameters among ranks: flat layouts, buckets and slices.
 
 Whole numbers only; no tensors, no ranks of a running job, nothing allocated.
 

@@ -11,18 +11,18 @@ from collections.abc import Sequence, Set
 
 from torch import Tensor
 
-from dist_adamw.optimizer.gradients.plan import Plan
+from dist_adamw.optimizer.gradients.gather_gradients import flat_gradient
 from dist_adamw.optimizer.gradients.record import GradientRecord, OptimizerLink
+from dist_adamw.optimizer.gradients.send_order import Plan
 from dist_adamw.optimizer.gradients.sending import Sender
 from dist_adamw.optimizer.gradients.sources import GradientSources
-from dist_adamw.optimizer.gradients.whole_gradients import flat_gradient
 from dist_adamw.optimizer.sharding.fingerprints import fingerprints
 from dist_adamw.optimizer.sharding.shard import Shard
 
 _gradient = operator.attrgetter("grad")
 
 
-class UnlistenedGradients:
+class UnannouncedGradients:
     """The gradients of an optimizer's parameters for which no bucket is sent during backward."""
 
     def __init__(self, link: OptimizerLink, sources: GradientSources, sender: Sender, record: GradientRecord) -> None:

@@ -8,13 +8,13 @@ from torch import Tensor, nn
 
 from dist_adamw.optimizer.gradients.backward import BackwardPasses
 from dist_adamw.optimizer.gradients.ddp import PackedBucket
+from dist_adamw.optimizer.gradients.gradients_for_update import GradientsForUpdate
 from dist_adamw.optimizer.gradients.handshake import RankMessages
 from dist_adamw.optimizer.gradients.record import GradientRecord, OptimizerLink
 from dist_adamw.optimizer.gradients.sending import Sender, ShardSender
 from dist_adamw.optimizer.gradients.sources import GradientSources
-from dist_adamw.optimizer.gradients.unlistened import UnlistenedGradients
+from dist_adamw.optimizer.gradients.unannounced import UnannouncedGradients
 from dist_adamw.optimizer.gradients.update_agreement import UpdateAgreement
-from dist_adamw.optimizer.gradients.update_gradients import UpdateGradients
 from dist_adamw.optimizer.sharding.shard import Shard
 
 
@@ -57,11 +57,11 @@ class GradientPath:
         parts = (self.messages, self.record)
         self.backward = BackwardPasses(self, self._link, self.sources, self.sender, *parts, overlap=overlap)
         self.sources.call(self.backward)
-        unlistened = UnlistenedGradients(self._link, self.sources, self.sender, self.record)
+        unannounced = UnannouncedGradients(self._link, self.sources, self.sender, self.record)
         self.agreement = UpdateAgreement(
-            self, self.sources, self.sender, self.backward, unlistened, *parts, overlap=overlap
+            self, self.sources, self.sender, self.backward, unannounced, *parts, overlap=overlap
         )
-        self.update = UpdateGradients(self._link, self.sources, self.sender, unlistened, *parts)
+        self.update = GradientsForUpdate(self._link, self.sources, self.sender, unannounced, *parts)
 
     @property
     def is_whole(self) -> bool:

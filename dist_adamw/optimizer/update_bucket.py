@@ -1,4 +1,4 @@
-"""Update this rank's slice of a bucket with the AdamW kernel that suits it."""
+"""Choose the AdamW kernel for a bucket's device and dtypes, and run it."""
 
 from __future__ import annotations
 

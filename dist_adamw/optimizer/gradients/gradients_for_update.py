@@ -1,4 +1,4 @@
-"""Hand the update the gradients that this rank owns, or give every rank the whole ones."""
+"""The gradients that the update uses on this rank; or whole ones for the user."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from collections.abc import Collection, Sequence
 
 from torch import Tensor
 
+from dist_adamw.optimizer.gradients.gather_gradients import gather_from_ranks, take_replaced, zeros_for
 from dist_adamw.optimizer.gradients.handshake import RankMessages
 from dist_adamw.optimizer.gradients.record import GradientRecord, OptimizerLink
 from dist_adamw.optimizer.gradients.sending import Sender, ShardSender
 from dist_adamw.optimizer.gradients.sources import GradientSources
-from dist_adamw.optimizer.gradients.unlistened import UnlistenedGradients
-from dist_adamw.optimizer.gradients.whole_gradients import gather_from_ranks, take_replaced, zeros_for
+from dist_adamw.optimizer.gradients.unannounced import UnannouncedGradients
 from dist_adamw.optimizer.sharding.shard import Shard
 
 _gradient, _requires_grad = operator.attrgetter("grad"), operator.attrgetter("requires_grad")
 
 
-class UpdateGradients:
+class GradientsForUpdate:
     """What the optimizer does with gradients that ranks have agreed on.
 
     `arrive` and then `used` for an update, or `make_whole` for the user.
@@ -29,11 +29,11 @@ class UpdateGradients:
         link: OptimizerLink,
         sources: GradientSources,
         sender: Sender,
-        unlistened: UnlistenedGradients,
+        unannounced: UnannouncedGradients,
         messages: RankMessages,
         record: GradientRecord,
     ) -> None:
-        self._link, self._sources, self._sender, self._unlistened = link, sources, sender, unlistened
+        self._link, self._sources, self._sender, self._unannounced = link, sources, sender, unannounced
         self._messages, self._record = messages, record
 
     def arrive(self, needed_rounds: int) -> None:
@@ -53,7 +53,7 @@ class UpdateGradients:
         sent = sender.plan.buckets_of.keys() | record.late | record.kept
         if is_laid_out_again and is_averaged:  # other ranks own it now
             self._gather_from_former_owners(sent)
-        self._unlistened.take(self._not_taken_yet(is_laid_out_again))
+        self._unannounced.take(self._not_taken_yet(is_laid_out_again))
         sender.owners = list(shards)
         if sender.reduces_every_backward:
             self._keep_in_shards(sent if is_laid_out_again else ())
@@ -72,7 +72,7 @@ class UpdateGradients:
 
     def _not_taken_yet(self, is_laid_out_again: bool) -> Sequence[Tensor]:
         """The parameters whose gradients are in no owner's hands."""
-        others = self._unlistened.params()
+        others = self._unannounced.params()
         if is_laid_out_again:
             return self._sources.known
         if others and not self._sender.reduces_every_backward:
@@ -161,7 +161,7 @@ class UpdateGradients:
                 "gather_gradients() before you change them."
             )
         record.was_changed = False
-        others = () if record.is_compared else self._unlistened.params()
+        others = () if record.is_compared else self._unannounced.params()
         record.is_accepted = record.is_accepted or any(grad is not None for grad in map(_gradient, others))
         if record.watch.replaced():
             for shard in self._sender.owners:

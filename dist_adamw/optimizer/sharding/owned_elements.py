@@ -1,11 +1,11 @@
-"""Which elements of each parameter a rank owns, and their offsets in its shard."""
+"""Look up the elements that this rank owns, and their offsets in its shard."""
 
 from __future__ import annotations
 
 from dist_adamw.optimizer.transport.layout import FlatLayout, Piece
 
 
-class Ownership:
+class OwnedElements:
     """One rank's pieces of a layout.
 
     Attributes:

@@ -79,7 +79,7 @@ class Wanted:
         )
 
 
-class ShardedState:
+class AllShards:
     """The shards of an optimizer.
 
     Attributes:

@@ -1,4 +1,4 @@
-"""Move gradients between whole parameters and the runs that ranks own."""
+"""Gather averaged gradients from their owners into ``param.grad``."""
 
 from __future__ import annotations
 
