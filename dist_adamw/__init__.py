@@ -1,4 +1,4 @@
-"""AdamWR, written once in samples, on any engine and any number of ranks."""
+"""AdamW with warm restarts, scheduled by samples, on any engine and any number of ranks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from dist_adamw.integrations.accelerate.position import position, rest_of_epoch
     from dist_adamw.integrations.accelerate.prepare import prepare
     from dist_adamw.integrations.deepspeed.configuration import register_deepspeed
-    from dist_adamw.integrations.deepspeed.zero import prepare_deepspeed
+    from dist_adamw.integrations.deepspeed.zero_state import prepare_deepspeed
     from dist_adamw.integrations.transformers.trainer import prepare_trainer
     from dist_adamw.optimizer.adamw import DistAdamW
     from dist_adamw.optimizer.replicas import check_replicas

@@ -34,7 +34,7 @@ PRELOADED = [
     "deepspeed",
     "dist_adamw.checkpoint.async_saver",
     "dist_adamw.integrations.accelerate.prepare",
-    "dist_adamw.integrations.deepspeed.zero",
+    "dist_adamw.integrations.deepspeed.zero_state",
     "dist_adamw.integrations.transformers.trainer",
     "tests.distributed.jobs",
 ]

@@ -18,15 +18,15 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from dist_adamw.checkpoint.extra_state import EXTRA
+from dist_adamw.checkpoint.local_state import LocalState
 from dist_adamw.checkpoint.random_state import RNG
 from dist_adamw.checkpoint.save_load import announce_save, collect_state, write_state
-from dist_adamw.checkpoint.state import LocalState
 from dist_adamw.checkpoint.storage.partial_tensor import PartialTensor, Values, evaluated
 from dist_adamw.checkpoint.storage.regions import Region
 from dist_adamw.errors import CheckpointError
 from dist_adamw.optimizer.replicas import check_replicas
 from dist_adamw.ranks import collectives
-from dist_adamw.ranks.together import Ranks
+from dist_adamw.ranks.run_on_all import Ranks
 
 
 class Saving:

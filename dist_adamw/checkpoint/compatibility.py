@@ -17,8 +17,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from dist_adamw.checkpoint.extra_state import check_extra_state
+from dist_adamw.checkpoint.local_state import MODEL, SCALARS, Access, buffers, fits_family, hyper_parameters, is_outside
 from dist_adamw.checkpoint.random_state import random_state_of
-from dist_adamw.checkpoint.state import MODEL, SCALARS, Access, buffers, fits_family, hyper_parameters, is_outside
 from dist_adamw.checkpoint.storage.index import Index, check_files, read_index
 from dist_adamw.errors import CheckpointError
 from dist_adamw.optimizer.options import check_hyper_parameters

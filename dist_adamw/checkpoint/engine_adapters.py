@@ -8,12 +8,12 @@ import sys
 from torch import nn
 from torch.optim import Optimizer
 
-from dist_adamw.checkpoint.state import Access
+from dist_adamw.checkpoint.local_state import Access
 from dist_adamw.checkpoint.torch_state import TorchAccess
 
 # By the library that must be loaded for there to be such a model: a module of ours, whose ``find_access(model,
 # optimizer)`` returns None where the model is not that engine's. Named as text, so that none is imported in vain.
-_ENGINES = {"deepspeed": "dist_adamw.integrations.deepspeed.zero"}
+_ENGINES = {"deepspeed": "dist_adamw.integrations.deepspeed.zero_state"}
 
 
 def access(model: nn.Module, optimizer: Optimizer | None) -> Access:

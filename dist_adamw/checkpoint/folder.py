@@ -37,7 +37,7 @@ from dist_adamw.checkpoint.storage.index import (
 from dist_adamw.checkpoint.storage.locks import JobLock
 from dist_adamw.errors import CheckpointError
 from dist_adamw.ranks import collectives
-from dist_adamw.ranks.together import Ranks
+from dist_adamw.ranks.run_on_all import Ranks
 from dist_adamw.schedule.batch import check_positive_int
 
 _NAME = re.compile(r"sample-([0-9]+)")

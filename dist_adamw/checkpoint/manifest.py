@@ -1,4 +1,4 @@
-"""Record and check sizes and checksums of all files of a saved folder."""
+"""Record and check sizes and checksums of all files of a saved folder, other libraries' files too."""
 
 from __future__ import annotations
 

@@ -26,8 +26,8 @@ from dist_adamw._version import __version__
 from dist_adamw.checkpoint.compatibility import checked, compare, samples_of, with_keys_of, with_text_keys, wrong_in
 from dist_adamw.checkpoint.engine_adapters import access
 from dist_adamw.checkpoint.extra_state import extra_state, restore_extra_state
+from dist_adamw.checkpoint.local_state import Access, CheckpointContents, LocalState, family_of, only_mine
 from dist_adamw.checkpoint.random_state import RNG, current_random_state
-from dist_adamw.checkpoint.state import Access, CheckpointContents, LocalState, family_of, only_mine
 from dist_adamw.checkpoint.storage.files import Reader, Writer, as_json
 from dist_adamw.checkpoint.storage.index import Index, check_alike
 from dist_adamw.checkpoint.storage.locks import Lock
@@ -36,7 +36,7 @@ from dist_adamw.errors import CheckpointError
 from dist_adamw.optimizer.adamw import DistAdamW
 from dist_adamw.optimizer.replicas import check_replicas
 from dist_adamw.ranks import agreement, collectives
-from dist_adamw.ranks.together import Ranks, run_on_all_ranks
+from dist_adamw.ranks.run_on_all import Ranks, run_on_all_ranks
 from dist_adamw.schedule.saved import OnDifference
 from dist_adamw.schedule.scheduler import CyclicLRWithRestarts
 from dist_adamw.wrappers import unwrap

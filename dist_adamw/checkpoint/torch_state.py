@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from dist_adamw.checkpoint.state import (
+from dist_adamw.checkpoint.local_state import (
     ADAM_FAMILY,
     MASTER,
     MODEL,

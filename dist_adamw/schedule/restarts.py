@@ -1,4 +1,4 @@
-"""The AdamWR schedule as a pure function of samples.
+"""The AdamWR schedule as a pure function of samples: cycles, lr, and normalised weight decay.
 
 Knows nothing of optimizers, ranks or steps. ``scheduler.py`` holds the
 clock and writes what this module computes into the parameter groups.

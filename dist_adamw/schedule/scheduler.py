@@ -20,15 +20,15 @@ from dist_adamw.ranks import collectives
 from dist_adamw.schedule.batch import GlobalBatch, check_positive_int, check_whole, samples_of_batch
 from dist_adamw.schedule.clock import SampleSource
 from dist_adamw.schedule.describe import describe_restart, describe_scheduler
-from dist_adamw.schedule.first_version import attributes_from_first_version
+from dist_adamw.schedule.legacy_pickles import attributes_from_first_version
 from dist_adamw.schedule.loading import prepare_load
 from dist_adamw.schedule.policies import Policy
 from dist_adamw.schedule.preview import Preview
 from dist_adamw.schedule.recipe import Recipe
-from dist_adamw.schedule.refused import refuse_container, refuse_epochs
 from dist_adamw.schedule.restarts import IterationCallback, Period, RestartCallback, RestartSchedule
 from dist_adamw.schedule.saved import OnDifference, check_on_difference
 from dist_adamw.schedule.scheduled_optimizer import ScheduledOptimizer
+from dist_adamw.schedule.unsupported import refuse_container, refuse_epochs
 from dist_adamw.wrappers import unwrap
 
 

@@ -1,4 +1,4 @@
-"""Compute the weight decay to write into a parameter group, by what its optimizer does with it."""
+"""Convert the schedule's weight decay to what an optimizer expects in ``weight_decay`` (decoupled, or L2)."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ import pytest
 
 from dist_adamw import CheckpointError
 from dist_adamw.checkpoint.manifest import damage_of
-from dist_adamw.ranks.together import Ranks
+from dist_adamw.ranks.run_on_all import Ranks
 
 _context = multiprocessing.get_context("forkserver")
 

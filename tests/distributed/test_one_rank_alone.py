@@ -17,7 +17,7 @@ from torch.utils.data import TensorDataset
 
 from dist_adamw import AgreementError
 from dist_adamw.integrations.accelerate import loader as loaders
-from dist_adamw.integrations.accelerate import loader_run
+from dist_adamw.integrations.accelerate import loader_iteration
 from dist_adamw.optimizer.gradients import sources
 from dist_adamw.optimizer.gradients.handshake import RankMessages
 from tests.distributed.test_attach import WAYS, attach, average_gradients
@@ -420,14 +420,14 @@ class Counter:
     def __init__(self) -> None:
         self.ends: dict[int, list[int]] = {}
 
-    def begins(self, run: loader_run.Run) -> None: ...
+    def begins(self, run: loader_iteration.Run) -> None: ...
 
-    def handed_out(self, batch: loader_run.Batch) -> None:
+    def handed_out(self, batch: loader_iteration.Batch) -> None:
         loader = batch.run.loader()
         assert loader is not None
         self.ends.setdefault(len(loader.dataset), []).append(batch.end)
 
-    def ended(self, run: loader_run.Run) -> None: ...
+    def ended(self, run: loader_iteration.Run) -> None: ...
 
 
 def test_loaders_in_two_threads() -> None:

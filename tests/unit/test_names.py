@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from dist_adamw import DistAdamW, load, save
-from dist_adamw.checkpoint.state import parameter_names
+from dist_adamw.checkpoint.local_state import parameter_names
 from dist_adamw.errors import CheckpointError
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dist_adamw.checkpoint.formats.content import MODEL_KEYS, STATE_NAMES, Content, plain_group
 from dist_adamw.checkpoint.formats.torch_file import MEMBERS, Record, tensors_and_plain_data
-from dist_adamw.checkpoint.state import MODEL
+from dist_adamw.checkpoint.local_state import MODEL
 from dist_adamw.checkpoint.storage.files import inside, read_exactly
 from dist_adamw.checkpoint.storage.index import DTYPES, open_plainly
 from dist_adamw.checkpoint.storage.partial_tensor import PartialTensor

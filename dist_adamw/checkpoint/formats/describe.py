@@ -9,7 +9,7 @@ from pathlib import Path
 
 from dist_adamw.checkpoint.compatibility import samples_of
 from dist_adamw.checkpoint.formats.content import understood
-from dist_adamw.checkpoint.state import MODEL
+from dist_adamw.checkpoint.local_state import MODEL
 from dist_adamw.checkpoint.storage.index import Index, damage, read_index
 from dist_adamw.errors import printable
 

@@ -1,4 +1,4 @@
-"""Export a checkpoint to a format of another library. In one process.
+"""Export a checkpoint to a format of another library, in a single process.
 
 A few tensors are in memory at a time, but for ``torch.save``, which takes all of them.
 """
@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from dist_adamw.checkpoint.compatibility import checked, samples_of
 from dist_adamw.checkpoint.formats.content import FP32, Kind, lazy
 from dist_adamw.checkpoint.formats.importing import save_tensors
-from dist_adamw.checkpoint.state import MASTER, MODEL, same_family, saved_family
+from dist_adamw.checkpoint.local_state import MASTER, MODEL, same_family, saved_family
 from dist_adamw.checkpoint.storage.files import inside, read_whole
 from dist_adamw.checkpoint.storage.index import CODES, Index, sync_folder, write_text
 from dist_adamw.errors import CheckpointError

@@ -1,4 +1,4 @@
-"""Import a training state of another library. In one process."""
+"""Import a training state of another library, in a single process."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from dist_adamw.checkpoint.formats.dcp import from_dcp
 from dist_adamw.checkpoint.formats.safetensors import from_safetensors
 from dist_adamw.checkpoint.formats.torch_file import from_torch
 from dist_adamw.checkpoint.formats.universal import from_universal
-from dist_adamw.checkpoint.state import MODEL
+from dist_adamw.checkpoint.local_state import MODEL
 from dist_adamw.checkpoint.storage.files import Writer
 from dist_adamw.checkpoint.storage.index import DTYPES, INDEX
 from dist_adamw.checkpoint.storage.locks import Lock

@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from dist_adamw.checkpoint.formats.content import Content, lazy
-from dist_adamw.checkpoint.state import MODEL
+from dist_adamw.checkpoint.local_state import MODEL
 from dist_adamw.checkpoint.storage.index import CODES
 from dist_adamw.errors import CheckpointError
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dist_adamw.checkpoint.formats.content import MODEL_KEYS, Content, plain_group
-from dist_adamw.checkpoint.state import MODEL
+from dist_adamw.checkpoint.local_state import MODEL
 from dist_adamw.checkpoint.unpickling import load_safely
 from dist_adamw.errors import CheckpointError
 from dist_adamw.wrappers import without_wrappers

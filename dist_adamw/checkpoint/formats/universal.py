@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dist_adamw.checkpoint.formats.content import FP32, Content, lazy, plain_group, understood
 from dist_adamw.checkpoint.formats.torch_file import load_pickle
-from dist_adamw.checkpoint.state import MODEL
+from dist_adamw.checkpoint.local_state import MODEL
 from dist_adamw.checkpoint.storage.files import inside
 from dist_adamw.errors import CheckpointError
 from dist_adamw.optimizer.sharding.shard import MOMENTS

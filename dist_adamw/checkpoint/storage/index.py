@@ -1,4 +1,4 @@
-"""Write, read and check the index of a checkpoint's folder, and check its files to the last bit.
+"""The index of a checkpoint's folder of tensors: write, read and verify it, and verify every byte of its files.
 
 Knows files; nothing of optimizers, and nothing of torch but its dtypes.
 """

@@ -44,7 +44,7 @@ from dist_adamw.integrations.accelerate.state_folder import (
 )
 from dist_adamw.optimizer.adamw import DistAdamW
 from dist_adamw.ranks import collectives
-from dist_adamw.ranks.together import run_on_all_ranks
+from dist_adamw.ranks.run_on_all import run_on_all_ranks
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -253,7 +253,7 @@ def _go_on_from(accelerator: Accelerator, one: Known, found: Checkpoint) -> None
     """Forget what belongs to the job before the load. Local."""
     one.of.loaded_at = samples_or_steps(one.scheduler)
     if engine_of(accelerator) == "DEEPSPEED":
-        from dist_adamw.integrations.deepspeed.zero import accept_counts
+        from dist_adamw.integrations.deepspeed.zero_state import accept_counts
 
         accept_counts(one.model, found)
     one.of.position.counter.forget()

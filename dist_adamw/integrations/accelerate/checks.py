@@ -1,4 +1,4 @@
-"""Refuse engines, launchers and schedulers that would train otherwise than was asked for."""
+"""Refuse engines, launchers and schedulers that would silently train something else."""
 
 from __future__ import annotations
 

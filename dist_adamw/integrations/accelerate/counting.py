@@ -1,10 +1,10 @@
-"""Count the samples of each update, as a loop really trains on them.
+"""Add up the real rows of micro-batches and ranks to the samples of each update.
 
 Knows autograd's hooks and torch's optimizers; nothing of schedules or checkpoints.
 
 The rule. Rows of a batch count once, in the update that their first backward pass went into:
 
-1. A loader hands out a batch: its real rows on this rank are *in hand*. (`loader_run.py` tells how many are real.) A
+1. A loader hands out a batch: its real rows on this rank are *in hand*. (`loader_iteration.py` tells how many are real.) A
    batch that is handed out where gradients are disabled never counts.
 2. A backward pass reaches a parameter of this optimizer: of every loader, the oldest batch in hand is *accumulated*.
 3. A loader hands out the next batch, of the same epoch or of the next: the one before is dropped if no backward pass
@@ -52,7 +52,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from dist_adamw.integrations.accelerate.loader import listen
-from dist_adamw.integrations.accelerate.loader_run import Batch, Run
+from dist_adamw.integrations.accelerate.loader_iteration import Batch, Run
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

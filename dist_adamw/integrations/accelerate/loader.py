@@ -1,4 +1,4 @@
-"""Observe what Accelerate's loaders hand out: the real rows of each batch, and its place in the epoch.
+"""Observe Accelerate's loaders: tell a listener of every batch that is handed out.
 
 Knows torch's and Accelerate's loaders and samplers; nothing of optimizers.
 
@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 from torch.utils.data import BatchSampler, IterableDataset
 
-from dist_adamw.integrations.accelerate.loader_run import Batch, Run, is_dispatched
+from dist_adamw.integrations.accelerate.loader_iteration import Batch, Run, is_dispatched
 
 
 class Listener(Protocol):

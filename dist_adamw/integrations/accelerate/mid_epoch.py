@@ -1,4 +1,4 @@
-"""Start a loader in the middle of an epoch.
+"""Start a loader at a position in the middle of an epoch.
 
 Knows torch's and Accelerate's loaders and samplers.
 """

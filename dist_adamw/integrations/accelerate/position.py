@@ -1,4 +1,4 @@
-"""Track which samples come next, so that a job can resume, whatever loop reads the loader.
+"""Save and restore the position in the data: which samples come next.
 
 Knows Accelerate's loaders.
 
@@ -22,7 +22,7 @@ from dist_adamw.errors import CheckpointError
 from dist_adamw.integrations.accelerate.counting import SampleCounter
 from dist_adamw.integrations.accelerate.data import LoaderFacts, sampler_of
 from dist_adamw.integrations.accelerate.loader import listen
-from dist_adamw.integrations.accelerate.loader_run import Batch, Run
+from dist_adamw.integrations.accelerate.loader_iteration import Batch, Run
 from dist_adamw.integrations.accelerate.mid_epoch import check_even, outer_sampler, remove_rest, starting_at
 
 

@@ -36,7 +36,7 @@ from dist_adamw.optimizer.attaching import averages_over
 from dist_adamw.optimizer.replicas import CHECK_WEIGHTS_EVERY, ReplicaWatch, check_replicas
 from dist_adamw.plain_data import plain
 from dist_adamw.ranks import agreement, collectives
-from dist_adamw.ranks.together import first_problem
+from dist_adamw.ranks.run_on_all import first_problem
 from dist_adamw.schedule.scheduler import CyclicLRWithRestarts
 from dist_adamw.wrappers import unwrap
 
@@ -167,7 +167,7 @@ def prepare(
         attach(accelerator, model, inner)
     clipping = None
     if config is not None:
-        from dist_adamw.integrations.deepspeed.zero import prepare_deepspeed
+        from dist_adamw.integrations.deepspeed.zero_state import prepare_deepspeed
 
         prepare_deepspeed(model, scheduler)
         clipping = float(config[CLIPPING])

@@ -17,10 +17,10 @@ from dist_adamw.checkpoint.storage.index import read_index, write_text
 from dist_adamw.checkpoint.unpickling import nothing_executed
 from dist_adamw.integrations.accelerate.data import engine_of
 from dist_adamw.integrations.accelerate.prepare import host_group
-from dist_adamw.integrations.deepspeed.zero import prepare_deepspeed
+from dist_adamw.integrations.deepspeed.zero_state import prepare_deepspeed
 from dist_adamw.integrations.transformers.arguments import inner_scheduler, replace_method
 from dist_adamw.ranks import collectives
-from dist_adamw.ranks.together import run_on_all_ranks
+from dist_adamw.ranks.run_on_all import run_on_all_ranks
 from dist_adamw.schedule.saved import OnDifference
 
 

@@ -20,8 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dist_adamw.checkpoint.save_load import Checkpoint, load, save
-from dist_adamw.checkpoint.state import (
+from dist_adamw.checkpoint.local_state import (
     MASTER,
     MODEL,
     Access,
@@ -32,6 +31,7 @@ from dist_adamw.checkpoint.state import (
     parameter_names,
     plain_groups,
 )
+from dist_adamw.checkpoint.save_load import Checkpoint, load, save
 from dist_adamw.checkpoint.storage.files import inside
 from dist_adamw.checkpoint.storage.index import INDEX, write_text
 from dist_adamw.checkpoint.storage.partial_tensor import PartialTensor
@@ -40,7 +40,7 @@ from dist_adamw.checkpoint.unpickling import nothing_executed
 from dist_adamw.errors import CheckpointError
 from dist_adamw.optimizer.adamw import DistAdamW
 from dist_adamw.ranks import collectives
-from dist_adamw.ranks.together import run_on_all_ranks
+from dist_adamw.ranks.run_on_all import run_on_all_ranks
 from dist_adamw.wrappers import unwrap
 
 

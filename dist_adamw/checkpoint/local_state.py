@@ -1,4 +1,4 @@
-"""Describe this process's part of a training state, keyed by parameter name: the same keys on every engine.
+"""Describe what this process holds of a training state, keyed by parameter name: the same keys on every engine.
 
 Knows models, DistAdamW and other torch optimizers; nothing of files. What an engine keeps its own way is
 given by that engine's integration (`checkpoint.engine_adapters`).

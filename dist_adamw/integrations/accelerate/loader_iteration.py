@@ -1,4 +1,4 @@
-"""Follow one iteration over a loader: the real rows of each batch, and its place in the epoch.
+"""Count the real rows of each batch of one iteration over a loader, and where it ends in the epoch.
 
 Knows torch's and Accelerate's loaders and samplers. `loader.py` calls it.
 
