@@ -4,7 +4,7 @@ Knows autograd's hooks and torch's optimizers; nothing of schedules or checkpoin
 
 The rule. Rows of a batch count once, in the update that their first backward pass went into:
 
-1. A loader hands out a batch: its real rows on this rank are *in hand*. (`loader_iteration.py` tells how many are real.) A
+1. A loader hands out a batch: its real rows on this rank are *in hand*. (`loader_iteration.py` counts them.) A
    batch that is handed out where gradients are disabled never counts.
 2. A backward pass reaches a parameter of this optimizer: of every loader, the oldest batch in hand is *accumulated*.
 3. A loader hands out the next batch, of the same epoch or of the next: the one before is dropped if no backward pass
