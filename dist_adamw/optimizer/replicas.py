@@ -1,15 +1,15 @@
-"""Check that copies of weights and state are the same bits on all ranks that have them.
+"""Check that replicated weights and optimizer state have the same bits on all ranks.
 
 Knows parameters, the shards of `DistAdamW` and process groups; nothing of engines or files.
 
-Which parameters have copies: under data parallelism and ZeRO-1 and -2 all; of DTensors those along the axes of their
-mesh that replicate (HSDP); under FSDP2 without such an axis none, and under ZeRO-3 those that it keeps whole (the
-others have no elements between two passes). Of optimizer state, what ranks do not share out: all of it with
-``shard=False``, and the other copies of a mesh with two axes.
+Parameters that are compared: under data parallelism and ZeRO-1 and -2 all; DTensors along the axes of their mesh that
+replicate (HSDP), so none under FSDP2 without such an axis; under ZeRO-3 those that it keeps whole (the others have no
+elements between passes). Optimizer state that is compared: all of it with ``shard=False``, and the replicas of a mesh
+with two axes.
 
-Left out are buffers, since nothing tells a constant from what each forward pass makes of its own samples (BatchNorm's
-statistics, which DDP overwrites with rank 0's at every forward pass; counters; codebooks; caches), and a false alarm
-ends a job.
+Buffers are not compared. Some are constants, but others are computed from each rank's own samples (BatchNorm's
+statistics, which DDP overwrites with rank 0's at every forward pass; counters; codebooks; caches), and nothing tells
+which are which. A false alarm would end a job.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -34,36 +34,38 @@ from dist_adamw.ranks import agreement, collectives
 from dist_adamw.ranks.agreement import AgreementWatch, Record
 from dist_adamw.wrappers import unwrap, without_wrappers
 
-# On two CPU ranks a comparison takes 2 % of an update of the default GPT, 15 % of one that is nothing but AdamW and
-# traffic (140 % with thousands of small tensors), and it waits for the device. A hundredth of that is not felt.
+# On two CPU ranks a comparison takes 2 % of an update of the default GPT, 15 % of an update without a model (140 % with
+# thousands of small tensors), and it waits for the device. Once in a hundred updates, that is negligible.
 CHECK_WEIGHTS_EVERY = 100
 
 _PRIME = 2**48 - 59  # sums over as many as 2**15 ranks fit into 64 bits
-_SAID = 3  # parameters that an error names
+_MAX_NAMED = 3  # parameters that an error names
 _SENDERS = 32  # ranks that send all their fingerprints to explain a difference
-_NEXT = "what comes next"  # a field: some loops save on one rank, where others go on to the next update
+_NEXT = "what comes next"  # a field of the record, since one rank may save while others begin the next update
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 Ranks = tuple[int, ...]
-Copies = dict[tuple[Ranks, str], Tensor]  # by the ranks that hold the same, and its name
+Copies = dict[tuple[Ranks, str], Tensor]  # by the ranks that have a copy, and its name
+Votes = dict[int, dict[int, list[int]]]  # by `_key` of a set of copies, then by digest: the ranks that have that digest
 
 
 def check_replicas(model: nn.Module, optimizer: Any = None, *, group: dist.ProcessGroup | None = None) -> None:
-    """Raise on every rank when weights or optimizer state that must be the same bits are not. Collective.
+    """Raise on every rank if replicas of weights or optimizer state differ in any bit. Collective.
 
-    One pass over the memory, a few bytes of traffic, and no second copy of anything. Call it before a save, or
-    whenever a loop of your own wants to know; `dist_adamw.prepare` does both.
+    Takes one pass over the memory and a few bytes of traffic, and allocates no copies. Call it before a save, or at
+    any point of your own loop; `dist_adamw.prepare` does both.
 
     Args:
         model: With or without its wrapper.
-        optimizer: A `DistAdamW`, of whose state the copies are compared too; others are left alone.
-        group: All ranks, in a group that can reduce CPU tensors (gloo). None: the default group, or one beside it.
+        optimizer: If it is a `DistAdamW`, its replicated state is compared too; others are ignored.
+        group: All ranks, in a group that can reduce CPU tensors (gloo). None: the default group, or a gloo group of
+            the same ranks.
 
     Raises:
-        AgreementError: names the rank and the parameter. Of three copies and more the odd one is wrong; of two,
-            nobody can tell.
+        AgreementError: names the rank and the parameter. Of three or more copies the odd one is taken to be wrong; of
+            two, it cannot be told.
     """
     inner = None if optimizer is None else unwrap(optimizer)
     if isinstance(inner, DistAdamW):
@@ -80,28 +82,35 @@ def check_replicas(model: nn.Module, optimizer: Any = None, *, group: dist.Proce
         found = dict(zip(copies, fingerprints(list(copies.values())), strict=True))
         digests = _digests(copies, found)
         share = _share_of_zero(digests)
-    except Exception as error:  # without the others' knowledge they would wait for ever
+    except Exception as error:  # the others must learn of it, or they would wait in the all-reduce
         problem = error
     total = torch.tensor([share, problem is not None])
     dist.all_reduce(total, group=group)
     if total[1]:
-        told = collectives.all_gather_objects(problem and f"{type(problem).__name__}: {problem}", group)
-        said = "; ".join(f"{text} (rank {rank})" for rank, text in enumerate(told) if text is not None)
-        raise AgreementError(f"the ranks' weights could not be compared: {said}.") from problem
+        _raise_problems(problem, group)
     if int(total[0]) % _PRIME:
         _explain(digests, {key: f"{found[key]:016x} {_kind(tensor)}" for key, tensor in copies.items()}, group)
+
+
+def _raise_problems(problem: Exception | None, group: dist.ProcessGroup | None) -> NoReturn:
+    """Raise an error with the problems of all ranks. Collective."""
+    mine = None if problem is None else f"{type(problem).__name__}: {problem}"
+    texts = collectives.all_gather_objects(mine, group)
+    problems = "; ".join(f"{text} (rank {rank})" for rank, text in enumerate(texts) if text is not None)
+    raise AgreementError(f"the ranks' weights could not be compared: {problems}.") from problem
 
 
 class ReplicaWatch(AgreementWatch):
     """Compares a record at every update, as `AgreementWatch` does, and replicas at some.
 
     Args:
-        group: As of `check_replicas`.
-        record: What ranks must agree on at an update; its ``"samples"``, or ``"updates"``, tell updates apart.
-        compare: Raises on every rank when replicas differ. Collective.
-        every: Updates between two comparisons, of which the first is at the first update. None or 0: never.
+        group: As for `check_replicas`.
+        record: Returns what ranks must agree on at an update; its ``"samples"``, or ``"updates"``, identifies the
+            update.
+        compare: Raises on every rank if replicas differ. Collective.
+        every: Compare replicas at every ``every``-th update, the first included. None or 0: never.
 
-    Collective: every rank calls each method equally often.
+    Collective: every rank must call each method equally often.
     """
 
     def __init__(
@@ -114,17 +123,17 @@ class ReplicaWatch(AgreementWatch):
         super().__init__(group)
         self._record, self._compare, self._every = record, compare, every
         self._begun = 0  # updates that all ranks are known to have begun
-        self._samples: int | None = None  # of the last call
-        self._is_agreed = False  # whether all ranks compare equally often
+        self._samples: int | None = None  # at the last call
+        self._is_agreed = False  # whether ``every`` is known to be the same on all ranks
 
     def _agree_once(self) -> None:
-        """Raise on every rank where they would not compare at the same updates, and wait for each other. Collective."""
+        """Raise on every rank if ``every`` differs: some would wait for a comparison that others skip. Collective."""
         if not self._is_agreed:
             agreement.check_agreement({"check_weights_every": self._every or 0}, self._group)
             self._is_agreed = True
 
     def before_update(self, *_: Any) -> None:
-        """Compare what the coming update is about to apply. A step pre-hook of the optimizer.
+        """Compare the record, and replicas when it is time. A step pre-hook of the optimizer.
 
         Raises:
             AgreementError: on every rank.
@@ -136,14 +145,15 @@ class ReplicaWatch(AgreementWatch):
         if not self._every or self._begun % self._every:
             self._begun += before != self._samples
             return
-        # Whether weights are compared must not differ between ranks, so their clocks are compared first.
+        # Ranks must decide alike whether to compare weights, so wait until the clocks are known to be the same.
         self.settle()
-        if before != self._samples:  # DeepSpeed steps one group after the other, with the weights half updated
+        # DeepSpeed steps once for each group: at all but the first of these the weights are half updated.
+        if before != self._samples:
             self._begun += 1
             self._compare()
 
     def before_save(self) -> None:
-        """Compare all there is, before anything is written.
+        """Compare the record and, unless ``every`` is 0, replicas, before anything is written.
 
         Raises:
             AgreementError: on every rank.
@@ -155,51 +165,55 @@ class ReplicaWatch(AgreementWatch):
             self._compare()
 
 
-# ---------------------------------------------------------------- what has copies
+# ---------------------------------------------------------------- find replicas
 
 
 def copies_on_this_rank(model: nn.Module, optimizer: Optimizer | None, world_size: int) -> Copies:
     """Return the tensors of which other ranks have copies. Local."""
-    if isinstance(model, DistributedDataParallel):
-        model = model.module
     everyone = tuple(range(world_size))
-    apart = getattr(model, "_ddp_params_and_buffers_to_ignore", ())
-    params = {name: param for name, param in model.named_parameters() if name not in apart}
-    bare = {without_wrappers(name): param for name, param in params.items()}
-    if len(bare) == len(params):
-        params = bare
-    shared_out = any(is_dtensor(param) for param in params.values())
+    params = _named_params(model)
+    has_dtensors = any(is_dtensor(param) for param in params.values())
     copies = {}
     for name, param in params.items():
         if is_dtensor(param):
             copies[_ranks_with(param), name] = local_of(param)
-        elif not _is_ranks_own(param, shared_out):
+        elif not _may_differ(param, has_dtensors):
             copies[everyone, name] = param
     if isinstance(optimizer, DistAdamW):
         copies |= _copies_of_state(optimizer, {param: name for name, param in params.items()}, everyone)
     return {(ranks, name): tensor for (ranks, name), tensor in copies.items() if len(ranks) > 1 and _has_bits(tensor)}
 
 
-def _is_ranks_own(param: Tensor, shared_out: bool) -> bool:
+def _named_params(model: nn.Module) -> dict[str, Tensor]:
+    """Return the parameters that DDP does not ignore, by name; without the wrappers' names where that is unique."""
+    if isinstance(model, DistributedDataParallel):
+        model = model.module
+    ignored = getattr(model, "_ddp_params_and_buffers_to_ignore", ())
+    params: dict[str, Tensor] = {name: param for name, param in model.named_parameters() if name not in ignored}
+    bare = {without_wrappers(name): param for name, param in params.items()}
+    return bare if len(bare) == len(params) else params
+
+
+def _may_differ(param: Tensor, has_dtensors: bool) -> bool:
     """Return whether nothing keeps a plain parameter the same on all ranks. Local."""
-    is_expert = not getattr(param, "allreduce", True)  # DeepSpeed's mark
-    is_ignored_by_fsdp = shared_out and param.requires_grad
+    is_expert = not getattr(param, "allreduce", True)  # DeepSpeed marks experts so
+    is_ignored_by_fsdp = has_dtensors and param.requires_grad
     return is_expert or is_ignored_by_fsdp
 
 
 def _has_bits(tensor: Tensor) -> bool:
-    """Return whether the tensor's memory is its value: not of meta, sparse, or a subclass that wraps others."""
+    """Return whether the tensor's value is its memory: it is not meta or sparse, nor a subclass that wraps others."""
     return not (tensor.is_meta or tensor.layout != torch.strided or is_traceable_wrapper_subclass(tensor))
 
 
 def _ranks_with(param: DTensor) -> Ranks:
-    """The ranks that hold the same part of ``param``, this one included. Local."""
+    """Return the ranks that hold the same part of ``param``, this one included. Local."""
     mesh = param.device_mesh
     here = mesh.get_coordinate()
     if here is None:
         return ()
     names = mesh.mesh_dim_names or [""] * mesh.ndim
-    # Along "tp" each rank computes the gradient of what is replicated by itself, to the last bit or not.
+    # Along "tp" each rank computes the gradients of replicated parameters itself, and their last bits may differ.
     place = tuple(
         slice(None) if placement.is_replicate() and name != "tp" else at
         for at, placement, name in zip(here, param.placements, names, strict=True)
@@ -208,12 +222,12 @@ def _ranks_with(param: DTensor) -> Ranks:
 
 
 def _copies_of_state(optimizer: DistAdamW, names: Mapping[Tensor, str], everyone: Ranks) -> Copies:
-    """Moments and masters that other ranks have too. A shard's lie side by side, and are told apart by its ends."""
+    """Return replicated moments and masters. A shard's are one flat tensor, named by its first and last parameter."""
     copies: Copies = {}
     for shard in optimizer.shards:
         first, last = (names.get(shard.params[i]) for i in (0, -1))
         if first is None or last is None:
-            continue  # another model's, or the partitions that ZeRO puts in their place
+            continue  # parameters of another model, or the partitions that ZeRO puts in their place
         ranks: Ranks = ()
         if is_dtensor(shard.params[0]):
             ranks = _ranks_with(shard.params[0])
@@ -231,7 +245,7 @@ def _kind(tensor: Tensor) -> str:
 
 
 def _digests(copies: Copies, found: Mapping[tuple[Ranks, str], int]) -> dict[Ranks, int]:
-    """By ranks that hold the same, 64 bits of all that they hold."""
+    """Return a 64-bit digest of each set of copies, by the ranks that have the set."""
     digests: dict[Ranks, Any] = {}
     for (ranks, name), tensor in copies.items():
         if ranks not in digests:
@@ -241,10 +255,10 @@ def _digests(copies: Copies, found: Mapping[tuple[Ranks, str], int]) -> dict[Ran
 
 
 def _share_of_zero(digests: Mapping[Ranks, int]) -> int:
-    """Return this rank's term of a sum over all ranks that is 0 when replicas agree.
+    """Return this rank's term of a sum over all ranks that is 0 if replicas agree.
 
-    Of the m ranks that hold the same, each but the last adds its digest d, and the last takes off (m - 1) d. If one
-    digest differs, or there are two different ones, it is not 0; if there are more, it is with a chance of 1 in 2**48.
+    Of the m ranks that hold the same, each but the last adds its digest d, and the last subtracts (m - 1) d. With two
+    different digests the sum is not 0; with more than two it is 0 with a chance of 1 in 2**48.
     """
     total = 0
     for ranks, value in digests.items():
@@ -252,67 +266,107 @@ def _share_of_zero(digests: Mapping[Ranks, int]) -> int:
     return total % _PRIME
 
 
-# ---------------------------------------------------------------- who differs
+# ---------------------------------------------------------------- explain a difference
 
 
 def _explain(
     digests: Mapping[Ranks, int], found: Mapping[tuple[Ranks, str], str], group: dist.ProcessGroup | None
-) -> None:
-    """Find out who differs in what, and raise. Collective.
+) -> NoReturn:
+    """Find out which ranks differ in what, and raise. Collective.
 
-    Ranks exchange a digest for each set of copies. Of sets that differ, one rank with each digest sends what it found.
+    Ranks exchange a digest for each set of copies. For each digest of a set that differs, the first rank that has it
+    sends its fingerprints, and so speaks for all that have it.
     """
-    reports = collectives.all_gather_objects({_key(ranks): (of, len(ranks)) for ranks, of in digests.items()}, group)
-    voters: dict[int, dict[int, list[int]]] = {}  # by set of copies and digest, the ranks that have it
-    sizes: dict[int, int] = {}
-    for rank, report in enumerate(reports):
-        for key, (digest, size) in report.items():
-            voters.setdefault(key, {}).setdefault(digest, []).append(rank)
-            sizes[key] = size
-    suspects = {
-        key: by_digest
-        for key, by_digest in voters.items()
-        if len(by_digest) > 1 or sum(map(len, by_digest.values())) < sizes[key]
-    }
+    suspects = _find_suspects(digests, group)
     all_senders = sorted({ranks[0] for by_digest in suspects.values() for ranks in by_digest.values()})
     senders = all_senders[:_SENDERS]
     mine = {(ranks, name): value for (ranks, name), value in found.items() if _key(ranks) in suspects}
     sent = {sender: collectives.broadcast_object(mine, sender, group) for sender in senders}
-    speaks_for = {
-        (key, rank): ranks[0] for key, by_digest in suspects.items() for ranks in by_digest.values() for rank in ranks
-    }
-    differing: dict[tuple[Ranks, Ranks], list[str]] = {}  # by who is wrong, and the ranks that should be the same
+    differing = _find_differing(sent, suspects)
+    sentences = "; ".join(_sentence(odd, ranks, names) for (odd, ranks), names in differing.items())
+    num_left_out = len(all_senders) - len(senders)
+    more = f"; {num_left_out} more ranks have others still" if num_left_out else ""
+    raise AgreementError(
+        f"{sentences}{more}. Load a checkpoint from before. Look for code that only some ranks run, weights that ranks "
+        "read or draw differently, or a faulty device; where ranks are meant to differ, pass check_weights_every=0."
+    )
+
+
+def _find_suspects(digests: Mapping[Ranks, int], group: dist.ProcessGroup | None) -> Votes:
+    """Return the sets of copies that have several digests, or that some of their ranks do not have. Collective."""
+    mine = {_key(ranks): (digest, len(ranks)) for ranks, digest in digests.items()}
+    votes: Votes = {}
+    sizes: dict[int, int] = {}
+    for rank, report in enumerate(collectives.all_gather_objects(mine, group)):
+        for key, (digest, size) in report.items():
+            votes.setdefault(key, {}).setdefault(digest, []).append(rank)
+            sizes[key] = size
+    suspects: Votes = {}
+    for key, by_digest in votes.items():
+        num_voters = sum(map(len, by_digest.values()))
+        if len(by_digest) > 1 or num_voters < sizes[key]:
+            suspects[key] = by_digest
+    return suspects
+
+
+def _find_differing(
+    sent: Mapping[int, Mapping[tuple[Ranks, str], str]], suspects: Votes
+) -> dict[tuple[Ranks, Ranks], list[str]]:
+    """Return the names of tensors that differ, by the ranks that are wrong and the ranks that should be the same.
+
+    Args:
+        sent: By sender, the fingerprints of its copies.
+    """
+    speakers = _speakers(suspects)
+    differing: dict[tuple[Ranks, Ranks], list[str]] = {}
     for ranks, name in dict.fromkeys(key for record in sent.values() for key in record):
-        # A rank without this set has no speaker, and is missing it; one whose speaker has not sent is left out.
-        speakers = {rank: speaks_for.get((_key(ranks), rank)) for rank in ranks}
-        values = {
-            rank: "missing" if speaker is None else sent[speaker].get((ranks, name), "missing")
-            for rank, speaker in speakers.items()
-            if speaker is None or speaker in sent
-        }
+        values = _values_by_rank(ranks, name, sent, speakers)
         usual, count = Counter(values.values()).most_common(1)[0]
         if count == len(values):
             continue
-        is_known = count > len(values) / 2
-        odd = tuple(rank for rank, value in values.items() if value != usual or not is_known)
+        has_majority = count > len(values) / 2
+        odd = tuple(rank for rank, value in values.items() if value != usual or not has_majority)
         differing.setdefault((odd, tuple(values)), []).append(name)
-    more = (
-        f"; {len(all_senders) - len(senders)} more ranks have others still" if len(all_senders) > len(senders) else ""
-    )
-    raise AgreementError(
-        f"{'; '.join(_sentence(odd, ranks, names) for (odd, ranks), names in differing.items())}{more}. Load a "
-        "checkpoint from before. Look for code that only some ranks run, weights that ranks read or draw differently, "
-        "or a faulty device; where ranks are meant to differ, pass check_weights_every=0."
-    )
+    return differing
+
+
+def _speakers(suspects: Votes) -> dict[tuple[int, int], int]:
+    """Return the rank that sends fingerprints for a rank, by the key of a set of copies and that rank."""
+    speakers = {}
+    for key, by_digest in suspects.items():
+        for ranks in by_digest.values():
+            for rank in ranks:
+                speakers[key, rank] = ranks[0]
+    return speakers
+
+
+def _values_by_rank(
+    ranks: Ranks,
+    name: str,
+    sent: Mapping[int, Mapping[tuple[Ranks, str], str]],
+    speakers: Mapping[tuple[int, int], int],
+) -> dict[int, str]:
+    """Return what each of ``ranks`` has as ``name``, except those whose speaker was not among the senders."""
+    key = _key(ranks)
+    values = {}
+    for rank in ranks:
+        speaker = speakers.get((key, rank))
+        if speaker is None:  # this rank does not have the set
+            values[rank] = "missing"
+        elif speaker in sent:
+            values[rank] = sent[speaker].get((ranks, name), "missing")
+    return values
 
 
 def _key(ranks: Ranks) -> int:
-    """A short name of a set of ranks, of which there may be thousands."""
+    """Return a short key for a tuple of ranks, which may be thousands."""
     return int.from_bytes(hashlib.blake2b(repr(ranks).encode(), digest_size=8).digest(), "big")
 
 
 def _sentence(odd: Ranks, ranks: Ranks, names: list[str]) -> str:
-    what = ", ".join(map(repr, names[:_SAID])) + (f" and {len(names) - _SAID} more" if len(names) > _SAID else "")
+    what = ", ".join(map(repr, names[:_MAX_NAMED]))
+    if len(names) > _MAX_NAMED:
+        what += f" and {len(names) - _MAX_NAMED} more"
     others = [rank for rank in ranks if rank not in odd]
     if not others:
         return f"{_named(ranks)} differ in {what}, and nothing tells which is right"
@@ -320,6 +374,8 @@ def _sentence(odd: Ranks, ranks: Ranks, names: list[str]) -> str:
 
 
 def _named(ranks: Sequence[int]) -> str:
-    """Such as "rank 2", or "ranks 0, 1 and 4 more"."""
-    said = ", ".join(map(str, ranks[:8])) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
-    return f"rank{'s' if len(ranks) > 1 else ''} {said}"
+    """Return a text such as "rank 2", or "ranks 0, 1 and 4 more"."""
+    numbers = ", ".join(map(str, ranks[:8]))
+    if len(ranks) > 8:
+        numbers += f" and {len(ranks) - 8} more"
+    return f"rank{'s' if len(ranks) > 1 else ''} {numbers}"

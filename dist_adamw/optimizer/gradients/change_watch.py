@@ -2,14 +2,15 @@
 
 Knows tensors; nothing of ranks.
 
-A change is seen by another tensor or address in ``param.grad``, by a version counter, and, on a CPU, by a sample of the
+Signs of a change are another tensor or address in ``param.grad``, a version counter, and, on a CPU, a sample of the
 values, since ``param.grad.data.mul_(c)`` leaves no other trace. A gradient that was set to None is not used, as in
-torch; ranks must do that alike. Loops over tensors run in C.
+torch; all ranks must set the same ones to None. Loops over tensors run in C.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import operator
 import weakref
 from collections.abc import Iterable, Sequence
@@ -42,7 +43,7 @@ class GradientWatch:
         self._sample: list[Tensor] = []
 
     def remember(self, params: Sequence[Tensor]) -> None:
-        """Let the gradients that ``params`` have now be those that `changed` compares with."""
+        """Remember the gradients of ``params``, for `changed` to compare with."""
         self._params = params
         self._grads = list(map(_gradient, params))
         self._present = _present(self._grads)
@@ -55,7 +56,7 @@ class GradientWatch:
         self._note_values()
 
     def remember_written(self, params: Sequence[Tensor]) -> None:
-        """As `remember`, where this package alone has written to gradients since: their memory is what it was."""
+        """As `remember`, after writes by this package alone, which do not move gradients to other memory."""
         if params is not self._params or not all(map(operator.is_, map(_gradient, params), self._grads)):
             self.remember(params)
             return
@@ -67,25 +68,28 @@ class GradientWatch:
         self._sample = [place.clone() for place in self._places]
 
     def accept(self) -> None:
-        """Let gradients be what they are now."""
+        """Accept the gradients as they are now."""
         if self._params:
             self.remember(self._params)
 
     def replaced(self) -> bool:
-        """Return whether some ``param.grad`` is another tensor, or has other memory."""
+        """Return whether some ``param.grad`` is another tensor, or has other memory; None does not count."""
         now = list(map(_gradient, self._params))
-        if not all(map(operator.is_, now, self._grads)):
-            if any(new is not None and new is not old for new, old in zip(now, self._grads, strict=True)):
-                return True
-            kept = [old is not None and new is not None for new, old in zip(now, self._grads, strict=True)]
-            were = [old is not None for old in self._grads]
-            there = [keep for keep, was in zip(kept, were, strict=True) if was]
-            addresses = [address for address, keep in zip(self._addresses, there, strict=True) if keep]
-            return list(map(Tensor.data_ptr, _present(now))) != addresses
-        return list(map(Tensor.data_ptr, self._present)) != self._addresses
+        if all(map(operator.is_, now, self._grads)):
+            return list(map(Tensor.data_ptr, self._present)) != self._addresses
+        return self._is_any_left_replaced(now)
+
+    def _is_any_left_replaced(self, now: list[Tensor | None]) -> bool:
+        """As `replaced`, where some of the gradients ``now`` are other objects, or None."""
+        if any(new is not None and new is not old for new, old in zip(now, self._grads, strict=True)):
+            return True
+        # `_addresses` are those of the gradients that were not None: leave out those that are None now.
+        is_left = [new is not None for new, old in zip(now, self._grads, strict=True) if old is not None]
+        addresses = list(itertools.compress(self._addresses, is_left))
+        return list(map(Tensor.data_ptr, _present(now))) != addresses
 
     def changed(self) -> bool:
-        """Return whether gradients are not what they were."""
+        """Return whether any gradient was replaced or written to."""
         return (
             self.replaced()
             or sum(map(_version, self._present)) != self._versions
@@ -93,7 +97,7 @@ class GradientWatch:
         )
 
     def dropped(self) -> list[int]:
-        """Numbers of the parameters whose gradients were set to None."""
+        """Return the numbers of the parameters whose gradients were set to None."""
         now = list(map(_gradient, self._params))
         if all(map(operator.is_, now, self._grads)):
             return []
@@ -105,14 +109,14 @@ def _present(grads: Sequence[Tensor | None]) -> list[Tensor]:
 
 
 def _places(grads: list[Tensor]) -> list[Tensor]:
-    """The bits of a few elements of a few of the gradients that lie on a CPU, as views."""
+    """Return views of the bits of a few elements, of a few of the gradients that lie on a CPU."""
     places = []
     sampled = [grad for grad in grads[:: max(1, len(grads) // _SAMPLED_TENSORS)] if _can_be_sampled(grad)]
     for grad in sampled:
         count = min(_SAMPLED_ELEMENTS, grad.numel())
         elements = torch.as_strided(grad.detach(), (count,), (grad.numel() // count,), grad.storage_offset())
         places.append(elements.view(_BITS[grad.dtype.itemsize]))
-    if not any(map(torch.any, places)):  # zeros stay what they are under any factor: of an embedding, most are
+    if not any(map(torch.any, places)):  # scaling does not change zeros, and most of an embedding's gradient is zero
         for grad in filter(_can_be_sampled, grads):
             flat = grad.detach().view(-1)
             largest = flat.abs().argmax()
@@ -125,12 +129,12 @@ def _can_be_sampled(grad: Tensor) -> bool:
     return grad.device.type == "cpu" and grad.numel() > 0 and grad.is_contiguous()
 
 
-# Gradients of which each rank has a part, and whose optimizer is gone, by id.
+# By id, gradients that were reduced to owners for an optimizer that no longer exists, so each rank has a part.
 _parts: dict[int, weakref.ref[Tensor]] = {}
 
 
 def mark_parts(grads: Iterable[Tensor]) -> None:
-    """Mark gradients of which each rank has a part, and whose optimizer is gone. Local."""
+    """Mark gradients of which each rank has a part, and whose optimizer no longer exists. Local."""
     for grad in grads:
         _parts[id(grad)] = weakref.ref(grad, functools.partial(_forget, id(grad)))
 
@@ -141,10 +145,10 @@ def _forget(key: int, ref: Any) -> None:
 
 
 def refuse_parts(params: Iterable[Tensor]) -> None:
-    """Refuse gradients of ``params`` that are parts of averages. Local; costs nothing where there are none.
+    """Refuse gradients of ``params`` that are parts of averages. Local; free of cost if there are none.
 
     Raises:
-        RuntimeError: says how to be rid of them.
+        RuntimeError: says how to clear them.
     """
     if not _parts:
         return

@@ -1,16 +1,16 @@
 """Connect attached optimizers to DDP's reducer.
 
-Knows DistributedDataParallel and plans; ``reducer.py`` sends what comes.
+Knows DistributedDataParallel and plans; `sending` sends the gradients.
 
-DDP takes one communication hook for ever, so one object per DDP module serves every optimizer that is attached to it,
-one after the other or at a time. Gradients that none of them listens to are averaged as DDP would have averaged them.
+A DDP module takes one communication hook for its whole life, so one object per module serves every optimizer that is
+attached to it, one after the other or at the same time. Gradients that no optimizer listens to are averaged as by DDP.
 """
 
 from __future__ import annotations
 
 import operator
 import weakref
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 from typing import Any, Protocol
 
 import torch
@@ -25,8 +25,8 @@ from dist_adamw.optimizer.sharding.memory_order import axes_in_memory, check_den
 from dist_adamw.optimizer.sharding.shard import Shard
 
 _HOOK = "_dist_adamw_hook"  # attribute of a DDP module
-# Where DDP's reducer stands aside: it copies every gradient into its own buckets, which costs as much time as
-# the update. Elsewhere the buckets have been allocated by then, so gradients had better be in them.
+# Devices on which DDP's reducer can stand aside: it copies every gradient into its own buckets, which takes as long as
+# the update. On other devices its buckets are allocated by then, so gradients had better be views of them.
 _ASIDE = frozenset({"cpu"})
 _gradient_of = operator.itemgetter(1)
 
@@ -39,16 +39,16 @@ class BucketListener(Protocol):
         """Ids of the parameters whose gradients it takes."""
 
     def bucket_came(self, packed: PackedBucket | None) -> None:
-        """Take the gradients of one of DDP's buckets; None where DDP copies them to ``param.grad`` later."""
+        """Take the gradients of one of DDP's buckets; None if DDP copies them to ``param.grad`` later."""
 
     def follow_params(self) -> None:
-        """Notice parameters that have come to the optimizer, or have left it."""
+        """Follow parameters that the optimizer has gained or lost."""
 
     def announce_change(self) -> None:
-        """Raise where another rank has other parameters. Collective."""
+        """Raise if another rank has other parameters. Collective."""
 
     def announce_round(self) -> None:
-        """Raise where another rank is not in a backward pass of the same update. Collective."""
+        """Raise if another rank is not in a backward pass of the same update. Collective."""
 
 
 class PackedBucket:
@@ -57,7 +57,7 @@ class PackedBucket:
     Args:
         params: The parameters.
         flat: Their places in the buffer, 1-D.
-        strides: By id of parameter, the strides that it had when DDP was built.
+        strides: By id of parameter, its strides when DDP was built.
     """
 
     def __init__(self, params: list[Tensor], flat: list[Tensor], strides: Mapping[int, tuple[int, ...]]) -> None:
@@ -66,29 +66,34 @@ class PackedBucket:
         self.plan: Plan | None = None
         self.places: list[tuple[Shard, int, Tensor]] = []
         self.buckets: list[int] = []
-        self._odd: list[tuple[Shard, int, Tensor, Tensor]] = []  # those that may have another order than their shard
+        # Shard, place in it, parameter and place in the buffer, if the two may have elements in different orders.
+        self._odd: list[tuple[Shard, int, Tensor, Tensor]] = []
 
     def enter(self, plan: Plan) -> None:
         """Find the places of its parameters in ``plan``."""
-        self.plan = plan
-        self.places = [
-            (*plan.place_of[id(param)], flat)
-            for param, flat in zip(self.params, self._flat, strict=True)
-            if id(param) in plan.place_of
-        ]
+        places: list[tuple[Shard, int, Tensor]] = []
+        odd: list[tuple[Shard, int, Tensor, Tensor]] = []
+        for param, flat in zip(self.params, self._flat, strict=True):
+            place = plan.place_of.get(id(param))
+            if place is None:
+                continue
+            shard, i = place
+            places.append((shard, i, flat))
+            if self._may_be_reordered(param, shard, i):
+                odd.append((shard, i, param, flat))
+        self.plan, self.places, self._odd = plan, places, odd
         self.buckets = sorted({n for key in self.keys for n in plan.buckets_of.get(key, ())})
-        self._odd = [
-            (shard, i, param, flat)
-            for param, flat in zip(self.params, self._flat, strict=True)
-            if (place := plan.place_of.get(id(param))) is not None
-            for shard, i in (place,)
-            if self._strides.get(id(param)) != param.stride()
+
+    def _may_be_reordered(self, param: Tensor, shard: Shard, i: int) -> bool:
+        """Return whether DDP, the shard and the gradient may not all have the elements in the same order."""
+        return (
+            self._strides.get(id(param)) != param.stride()
             or shard.order.of(i) != axes_in_memory(param)
             or (param.grad is not None and param.grad.stride() != param.stride())
-        ]
+        )
 
     def reorder(self) -> None:
-        """Bring gradients into the order in which their shards have them: DDP keeps that of its first forward pass."""
+        """Bring gradients into their shards' order of elements: DDP keeps the order that it was built with."""
         for shard, i, param, flat in self._odd:
             if (grad := param.grad) is not None and grad.data_ptr() == flat.data_ptr():
                 ordered = shard.order.flatten(i, grad)
@@ -97,20 +102,20 @@ class PackedBucket:
                     param.grad = shard.order.unflatten(i, flat)
 
     def settle(self) -> None:
-        """The same of gradients that DDP has shown by now, of parameters that this rank did not use."""
+        """Reshape gradients that DDP has made views of this bucket since, for parameters that this rank did not use."""
         for shard, i, param, flat in self._odd:
             if (grad := param.grad) is not None and grad.data_ptr() == flat.data_ptr():
                 param.grad = shard.order.unflatten(i, flat)
 
 
 class DDPReducer:
-    """A DDP module's reducer, as attached optimizers see it. Local to build.
+    """The reducer of a DDP module, as attached optimizers use it. Local to build.
 
     Args:
         model: The module.
 
     Raises:
-        ValueError: the module has a communication hook already.
+        ValueError: the module already has a communication hook.
     """
 
     def __init__(self, model: DistributedDataParallel) -> None:
@@ -118,21 +123,23 @@ class DDPReducer:
         self._is_view: bool = model.gradient_as_bucket_view
         self._strides = {id(param): param.stride() for param in model.parameters()}
         self._trained = [param for param in model.parameters() if param.requires_grad]
-        # Else a reducer that is woken writes its copies over the averages.
+        # Otherwise, once it is active again, the reducer would overwrite averages with its own copies.
         self._may_stand_aside = self._is_view and not (model.static_graph or model.mixed_precision is not None)
         self._stands_aside = False
         self.has_own = False  # whether some parameters are left to DDP
         self.stood_aside = False  # in the last forward pass
-        self._asked: list[tuple[bool, bool]] = []  # require_backward_grad_sync, and whether it is ours, in a forward
+        # For each forward pass under way: the user's require_backward_grad_sync, and whether it was overridden.
+        self._asked: list[tuple[bool, bool]] = []
+        # By index of a bucket: its address and parameters, the part of each listener, and the gradients of none.
         self._known: dict[int, tuple[int, list[Tensor], dict[int, PackedBucket], list[Tensor]]] = {}
-        self._seen: dict[int, tuple[int, ...]] = {}  # addresses and parameters of each bucket, when it was last new
+        self._seen: dict[int, tuple[int, ...]] = {}  # address and parameters of each bucket, when it was last new
         self._settled: dict[int, bool] = {}  # whether each was the same the time before
         self._flats: dict[int, list[tuple[Tensor, Tensor]]] = {}  # of each bucket: parameters and their places in it
         self._views: list[tuple[Tensor, Tensor, Tensor]] = []  # parameters, their gradients in buckets, and the places
         self._addresses: list[int] = []
-        self._listeners: list[tuple[weakref.ref[Any], bool]] = []  # and whether each hears of its parameters itself
+        self._listeners: list[tuple[weakref.ref[Any], bool]] = []  # and whether DDP stands aside for it
         try:
-            # DDP insists on the name, and refuses an annotation that is text.
+            # DDP requires an argument named ``bucket``, and refuses annotations that are strings, as they are here.
             model.register_comm_hook(self, lambda state, bucket: state.reduce(bucket))
         except RuntimeError as error:
             raise ValueError(
@@ -144,7 +151,7 @@ class DDPReducer:
 
     @classmethod
     def of(cls, model: DistributedDataParallel) -> DDPReducer:
-        """The one of ``model``, which a copy of it does not share."""
+        """Return the reducer of ``model``, made on first use. A copy of the module gets one for itself."""
         found: DDPReducer | None = getattr(model, _HOOK, None)
         if found is None:
             found = cls(model)
@@ -160,7 +167,7 @@ class DDPReducer:
     # ---------------------------------------------------------------- who listens
 
     def can_stand_aside(self, ids: Set[int]) -> bool:
-        """Return whether nothing would be left to do for DDP's reducer if gradients of ``ids`` were taken from it."""
+        """Return whether DDP's reducer would have nothing left to do if gradients of ``ids`` were taken from it."""
         taken = set(ids).union(*(path.listening for path in self._paths(aside=True)))
         return self._may_stand_aside and all(
             param.device.type in _ASIDE and id(param) in taken for param in self._trained if param.requires_grad
@@ -171,7 +178,7 @@ class DDPReducer:
 
         Args:
             path: Held by a weak reference.
-            aside: It hears of its parameters itself, and DDP's reducer has nothing to do for them.
+            aside: Whether it hears of its gradients by hooks, so that DDP's reducer can stand aside for them.
         """
         self._listeners = [one for one in self._listeners if one[0]() not in (None, path)]
         self._listeners.append((weakref.ref(path, WeakHook(self, "_gone")), aside))
@@ -186,12 +193,12 @@ class DDPReducer:
         self.drop(None)
 
     def drop(self, path: BucketListener | None) -> None:
-        """Stop serving ``path``, and listeners that are gone."""
+        """Stop serving ``path``, and listeners that no longer exist."""
         self._listeners = [one for one in self._listeners if one[0]() not in (None, path)]
         self.follow()
 
     def follow(self) -> None:
-        """Decide again who gets what: a listener has come, has gone, or listens to other parameters."""
+        """Reassign gradients after a listener was added or dropped, or listens to other parameters."""
         self._forget_buckets()
         self._stands_aside = bool(self._paths(aside=True)) and self.can_stand_aside(frozenset())
         heard = set[int]().union(*(path.listening for path in self._all_paths()))
@@ -204,13 +211,13 @@ class DDPReducer:
         return [path for ref, _ in self._listeners if (path := ref()) is not None]
 
     def listeners(self) -> list[Any]:
-        """Those that get their gradients from DDP's buckets."""
+        """Return the listeners that get their gradients from DDP's buckets."""
         return self._paths(aside=False)
 
     # ---------------------------------------------------------------- standing aside
 
     def before_forward(self, module: DistributedDataParallel, args: Any) -> None:
-        """Decide who averages the gradients of this pass. Where none are left to DDP, it is one inside ``no_sync``."""
+        """Decide who averages the gradients of this pass. If none are left to DDP, the pass is as under ``no_sync``."""
         if torch.is_grad_enabled():
             refuse_parts(self._trained)  # before DDP adds to them
             paths = self._all_paths()
@@ -218,11 +225,11 @@ class DDPReducer:
             for path in paths:
                 path.follow_params()
             if self._stands_aside != stands_aside:
-                # Where the others have not changed their parameters, DDP on this rank alone would wait for them.
+                # If other ranks have not changed theirs, DDP would reduce on this rank alone, and wait for them.
                 for path in paths:
                     path.announce_change()
             if self.stood_aside and not self._stands_aside:
-                # DDP has counted as used, since it last averaged, whatever had a gradient.
+                # Since it last averaged, DDP has marked every parameter with a gradient as used; clear these marks.
                 module.reducer._reset_state()
             self.stood_aside = self._stands_aside
         self._asked.append((module.require_backward_grad_sync, self._stands_aside))
@@ -230,7 +237,7 @@ class DDPReducer:
             module.require_backward_grad_sync = False
 
     def after_forward(self, module: DistributedDataParallel, args: Any, output: Any) -> None:
-        """Let the module say again what the user asked for."""
+        """Restore what the user asked the module for."""
         if not self._asked:
             return
         asked, stood_aside = self._asked.pop()
@@ -242,7 +249,7 @@ class DDPReducer:
     # ---------------------------------------------------------------- the communication hook
 
     def forget_unless_settled(self) -> bool:
-        """Let go of buckets that DDP may be about to replace; whether they are there to stay."""
+        """Forget the buckets if DDP may still replace them; return whether it will not."""
         settled = all(self._settled.values())
         if not settled:
             self._known.clear()
@@ -255,35 +262,31 @@ class DDPReducer:
     # ---------------------------------------------------------------- gradients that are views of buckets
 
     def note_views(self) -> None:
-        """Remember the gradients that are views of buckets by now. After each backward pass."""
+        """Remember the gradients that have become views of buckets. Call it after each backward pass."""
         if not self._is_view:
             return
         for _, _, packed, _ in self._known.values():
             for bucket in packed.values():
                 bucket.settle()
         for index, pairs in list(self._flats.items()):
-            there = [
-                (param, param.grad, flat)
-                for param, flat in pairs
-                if param.grad is not None and param.grad.data_ptr() == flat.data_ptr()
-            ]
-            if there:
-                found = {id(param) for param, *_ in there}
+            views = _views_among(pairs)
+            if views:
+                found = {id(param) for param, *_ in views}
                 self._flats[index] = [pair for pair in pairs if id(pair[0]) not in found]
-                self._views += there
-                self._addresses += [flat.data_ptr() for *_, flat in there]
+                self._views += views
+                self._addresses += [flat.data_ptr() for *_, flat in views]
 
     def restore_views(self) -> None:
-        """Put gradients back into their buckets after ``param.grad.data = x``. Before each forward pass.
+        """Put gradients back into their buckets after ``param.grad.data = x``. Call it before each forward pass.
 
-        DDP takes the gradient for its view of the bucket, which it is, and would send what the bucket has.
+        DDP still takes such a gradient for its view of the bucket, and would send the bucket's old contents.
         """
         if list(map(Tensor.data_ptr, map(_gradient_of, self._views))) != self._addresses:
             for param, grad, flat in self._views:
                 if grad.data_ptr() != flat.data_ptr():
                     flat.copy_(storage_order(grad, like=param))
                     grad.data = shaped_like(flat, param)
-        if not all(self._settled.values()):  # DDP may be about to replace its buckets: their memory must not be kept
+        if not all(self._settled.values()):  # DDP may be about to replace its buckets, so do not keep their memory
             self._forget_buckets()
 
     def reduce(self, bucket: Any) -> torch.futures.Future[Tensor]:
@@ -291,47 +294,74 @@ class DDPReducer:
         buffer: Tensor = bucket.buffer()
         check_dense(buffer)
         paths = {id(path): path for path in self.listeners()}
-        packed, foreign = self._look(bucket, buffer, paths)
+        packed, unclaimed = self._sorted(bucket, buffer, paths)
         for key, path in paths.items():
-            # Without views DDP copies the buffer to the gradients when backward is over.
+            # Without views, DDP copies the buffer to the gradients at the end of backward.
             path.bucket_came(packed[key] if self._is_view else None)
-        if foreign:
-            # Where another rank does something else, it would not take part.
+        if unclaimed:
+            # A rank that is elsewhere would not take part in the all-reduce: find out before.
             for path in self._all_paths():
                 path.announce_round()
-            together = torch.cat(foreign).div_(dist.get_world_size(self._group))
+            together = torch.cat(unclaimed).div_(dist.get_world_size(self._group))
             dist.all_reduce(together, group=self._group)
-            torch._foreach_copy_(foreign, list(torch.split(together, [grad.numel() for grad in foreign])))
+            torch._foreach_copy_(unclaimed, list(torch.split(together, [grad.numel() for grad in unclaimed])))
         done: torch.futures.Future[Tensor] = torch.futures.Future()
         done.set_result(buffer)
         return done
 
-    def _look(self, bucket: Any, buffer: Tensor, paths: dict[int, Any]) -> tuple[dict[int, PackedBucket], list[Tensor]]:
-        """Return what each path gets of a bucket, and what none takes."""
+    def _sorted(
+        self, bucket: Any, buffer: Tensor, paths: dict[int, Any]
+    ) -> tuple[dict[int, PackedBucket], list[Tensor]]:
+        """Return the part of each path in a bucket, and the gradients that no path takes."""
         index, params = bucket.index(), bucket.parameters()
         if (known := self._known.get(index)) is not None:
-            address, last, packed, foreign = known
+            address, last, packed, unclaimed = known
             if (
                 address == buffer.data_ptr()
                 and len(last) == len(params)
                 and all(map(operator.is_, last, params))
                 and packed.keys() == paths.keys()
             ):
-                return packed, foreign
+                return packed, unclaimed
+        return self._sort_new(index, params, bucket.gradients(), buffer, paths)
+
+    def _sort_new(
+        self, index: int, params: list[Tensor], grads: list[Tensor], buffer: Tensor, paths: dict[int, Any]
+    ) -> tuple[dict[int, PackedBucket], list[Tensor]]:
+        """Sort the gradients of a bucket that is new or changed; as `_sorted`."""
         if self._known.pop(index, None) is not None:  # DDP has packed its buckets again
             self._forget_buckets()
         seen = (buffer.data_ptr(), *map(id, params))
         self._settled[index] = self._seen.get(index) == seen
         self._seen[index] = seen
-        # These are contiguous views, whatever a parameter's strides: elements are in memory order.
-        rest = [(param, grad.view(-1)) for param, grad in zip(params, bucket.gradients(), strict=True)]
+        # The gradients are contiguous views whatever a parameter's strides, with elements in memory order.
+        rest = [(param, grad.view(-1)) for param, grad in zip(params, grads, strict=True)]
         self._flats[index] = rest
         packed = {}
         for key, path in paths.items():
-            mine = [(param, grad) for param, grad in rest if id(param) in path.listening]
-            rest = [(param, grad) for param, grad in rest if id(param) not in path.listening]
+            mine, rest = _partition(rest, path.listening)
             packed[key] = PackedBucket([param for param, _ in mine], [grad for _, grad in mine], self._strides)
         heard = set[int]().union(*(path.listening for path in self._paths(aside=True)))
-        foreign = [grad for param, grad in rest if id(param) not in heard]
-        self._known[index] = (buffer.data_ptr(), params, packed, foreign)
-        return packed, foreign
+        unclaimed = [grad for param, grad in rest if id(param) not in heard]
+        self._known[index] = (buffer.data_ptr(), params, packed, unclaimed)
+        return packed, unclaimed
+
+
+def _views_among(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Return parameter, gradient and place of those ``pairs`` of parameter and place whose gradient is a view of it."""
+    return [
+        (param, param.grad, flat)
+        for param, flat in pairs
+        if param.grad is not None and param.grad.data_ptr() == flat.data_ptr()
+    ]
+
+
+def _partition(
+    pairs: Sequence[tuple[Tensor, Tensor]], ids: Set[int]
+) -> tuple[list[tuple[Tensor, Tensor]], list[tuple[Tensor, Tensor]]]:
+    """Return the ``pairs`` of parameter and gradient whose parameter's id is in ``ids``, and the others."""
+    inside: list[tuple[Tensor, Tensor]] = []
+    outside: list[tuple[Tensor, Tensor]] = []
+    for pair in pairs:
+        (inside if id(pair[0]) in ids else outside).append(pair)
+    return inside, outside

@@ -61,7 +61,7 @@ def live_paths() -> list[Path]:
 
 
 def take_over(path: Path, params: Iterable[Tensor]) -> None:
-    """Let ``path`` be the only one that listens to ``params``: the optimizer that was attached last. Local."""
+    """Make ``path``, of the optimizer attached last, the only one that listens to ``params``. Local."""
     if not _paths:
         register_optimizer_step_pre_hook(_before_any_step)
     known = live_paths()
@@ -75,19 +75,15 @@ def take_over(path: Path, params: Iterable[Tensor]) -> None:
 
 
 def end_unless_everywhere(reader: Path, model: nn.Module) -> list[Any]:
-    """End other paths to ``model`` that are there on some ranks of ``reader`` alone. Collective over these.
+    """End other paths to ``model`` that exist on some of the ranks of ``reader`` alone. Collective over these.
 
-    Their optimizer is gone on the other ranks. Here a logger of the main rank may still hold it, or the garbage
+    Their optimizer is gone on the other ranks. On this one a logger of the main rank may still hold it, or the garbage
     collector has not found it yet. Paths between other ranks are left alone.
 
     Returns:
-        What keeps the rest, and their optimizers.
+        Objects that keep the remaining paths and their optimizers alive.
     """
-    paths = [
-        path
-        for path in live_paths()
-        if path is not reader and _same_ranks(path.messages.groups, reader.messages.groups)
-    ]
+    paths = _others_of_same_ranks(reader)
     kept = [path.keep_alive() for path in paths]
     everywhere = {path.messages.tag for path in paths}
     for group in reader.messages.groups:
@@ -99,17 +95,22 @@ def end_unless_everywhere(reader: Path, model: nn.Module) -> list[Any]:
     return kept
 
 
+def _others_of_same_ranks(reader: Path) -> list[Path]:
+    groups = reader.messages.groups
+    return [path for path in live_paths() if path is not reader and _same_ranks(path.messages.groups, groups)]
+
+
 def _same_ranks(groups: Sequence[dist.ProcessGroup], others: Sequence[dist.ProcessGroup]) -> bool:
     return [*map(dist.get_process_group_ranks, groups)] == [*map(dist.get_process_group_ranks, others)]
 
 
 def gather_from_owners(reader: Path | None, params: Iterable[Tensor]) -> None:
-    """Make whole what other optimizers than ``reader``'s have reduced to owners of the gradients of ``params``.
+    """Make gradients of ``params`` whole that other optimizers than ``reader``'s have reduced to owners.
 
     Collective over the ranks of those optimizers.
 
     Raises:
-        RuntimeError: such an optimizer is gone. On every rank.
+        RuntimeError: such an optimizer no longer exists. On every rank.
     """
     params = list(params)
     refuse_parts(params)
@@ -119,13 +120,13 @@ def gather_from_owners(reader: Path | None, params: Iterable[Tensor]) -> None:
             continue
         ids = {id(param) for param in params} if ids is None else ids
         if path.has_let_go and path.used_ids.isdisjoint(ids):
-            continue  # it has taken other gradients
+            continue  # its update used other gradients
         if not path.listening.isdisjoint(ids):
             path.gather_gradients()
 
 
 def _before_any_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    """Give whole gradients to an optimizer that is not attached: torch's, of parameters that a DistAdamW has."""
+    """Make gradients whole for an optimizer that is not attached, one of torch say, if a DistAdamW has reduced them."""
     if getattr(optimizer, "gathers_from_owners", False):
         return
     params = [param for group in optimizer.param_groups for param in group["params"]]

@@ -1,7 +1,7 @@
 """All shards of an optimizer, kept in step with ``param_groups`` and ``state``.
 
-In torch these two are the optimizer. Shards keep the state elsewhere and show it there, so they compare what they have
-shown with what is there now, and move state accordingly.
+In torch these two are the optimizer, and users change them. Shards keep the state in memory of their own, with views of
+it in ``state``, so they compare what is there now with the views that they put there, and move state accordingly.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from dist_adamw.optimizer.sharding.schemes import ShardingRanks
 from dist_adamw.optimizer.sharding.shard import MOMENTS, Shard, peek
 from dist_adamw.optimizer.sharding.user_changes import (
     Changes,
+    Home,
     arrange,
     check_new_state,
     check_once,
@@ -34,15 +35,15 @@ StateOf = dict[Tensor, dict[str, Any]]
 
 @dataclass(slots=True)
 class Wanted:
-    """The optimizer as the user has it now: what the shards have to stand for.
+    """The optimizer as the user has it now, which the shards must match.
 
     Attributes:
         groups: ``optimizer.param_groups``.
         state: ``optimizer.state``.
-        ranks: That divide the state.
-        bucket_numel: See `DistAdamW`, as for the two dtypes.
-        reduces_every_backward: Gradients are kept in the shards, see `Shard`.
-        tag: Of the optimizer's messages.
+        ranks: The ranks that the state is sharded over.
+        bucket_numel: See `DistAdamW`; so for the two dtypes.
+        reduces_every_backward: Whether gradients are kept in the shards, see `Shard`.
+        tag: The tag of the optimizer's messages.
     """
 
     groups: Groups
@@ -55,7 +56,7 @@ class Wanted:
     state_dtype: torch.dtype | None
 
     def make_shard(self, group: dict[str, Any], params: list[Tensor]) -> Shard:
-        """A shard of ``params``, with zeros for state. Local."""
+        """Return a shard of ``params``, with zeros for state. Local."""
         return Shard(
             params,
             group=group,
@@ -69,7 +70,7 @@ class Wanted:
         )
 
     def is_shard_of(self, shard: Shard, group: dict[str, Any], params: list[Tensor]) -> bool:
-        """Return whether ``shard`` is what `make_shard` would return, but for its state. Local."""
+        """Return whether ``shard`` is what `make_shard` would return, apart from its state. Local."""
         return (
             shard.process_group is self.ranks.process_group
             and len(shard.params) == len(params)
@@ -84,8 +85,8 @@ class AllShards:
 
     Attributes:
         shards: Of the parameters in the groups, in the order of the groups.
-        aside: Of one parameter each that is in no group, but still in ``state``: as in torch it may come back.
-        seen: ``param_groups`` and ``state`` when the shards last agreed with them; None before, and when unknown.
+        aside: Shards of one parameter each that is in no group, but still in ``state``: as in torch it may come back.
+        seen: ``param_groups`` and ``state`` when the shards last matched them; None if that is unknown.
 
     Args:
         accesses: Where `WatchedState` and `WatchedEntry` record what the user does.
@@ -97,18 +98,18 @@ class AllShards:
         self.seen: Snapshot | None = None
         self._accesses = accesses
         self._placed: set[int] = set()  # ids of parameters in `shards`: hashing a tensor costs ten times as much
-        self._shown: dict[int, Shown] = {}  # by id of parameter, what its entry in ``state`` was given
-        self._moved: list[Shard] = []  # shards whose parameters have other memory, as far as `differs` has looked
+        self._shown: dict[int, Shown] = {}  # by id of parameter, the values that its entry in ``state`` was given
+        self._moved: list[Shard] = []  # shards whose parameters may have moved, as of the last `differs`
 
     @property
     def is_laid_out(self) -> bool:
-        """Whether there is state: also of parameters that are all in no group now."""
+        """Whether there is state, be it only of parameters that have left the groups."""
         return bool(self.shards or self.aside)
 
-    # ---------------------------------------------------------------- see what the user did
+    # ---------------------------------------------------------------- detect changes
 
     def differs(self, wanted: Wanted) -> bool:
-        """Return whether groups, state, ranks or memory are not what the shards stand for. Local."""
+        """Return whether the shards no longer match groups, state, ranks or memory. Local."""
         if not self.is_laid_out:
             return False
         self._moved = self.shards
@@ -121,7 +122,7 @@ class AllShards:
         return not all(shard.fits() for shard in self._moved)
 
     def find_changes(self, wanted: Wanted, *, are_local: bool) -> Changes:
-        """Compare groups and state with what the shards have shown. Local; see `user_changes.find_changes`."""
+        """Compare groups and state with the views that the shards put there. Local; see `user_changes.find_changes`."""
         return find_changes(
             wanted.groups,
             wanted.state,
@@ -132,7 +133,7 @@ class AllShards:
         )
 
     def has_first_gradients(self) -> bool:
-        """Return whether a parameter without state has a gradient now. Local."""
+        """Return whether a parameter without state has a gradient. Local."""
         assert self.seen is not None
         return any(param.grad is not None for param in self.seen.waiting)
 
@@ -144,10 +145,10 @@ class AllShards:
         return not all(wanted.is_shard_of(shard, *of) for shard, of in zip(self.shards, arranged, strict=True))
 
     def check_process_group(self, group: dist.ProcessGroup | None) -> None:
-        """Refuse another process group than the state is divided over. Local.
+        """Refuse another process group than the one that the state is sharded over. Local.
 
         Raises:
-            RuntimeError: says how to go on.
+            RuntimeError: says what to do instead.
         """
         before = (*self.shards, *self.aside)[0].process_group
         if group is not before and before is not None:
@@ -158,69 +159,64 @@ class AllShards:
 
     @property
     def has_amsgrad_changed(self) -> bool:
-        """Whether a change left state without maxima, or maxima without a use. Local."""
+        """Whether a group's amsgrad no longer matches the maxima in its state. Local."""
         return any(shard.group["amsgrad"] != shard.has_maxima for shard in self.shards)
 
-    # ---------------------------------------------------------------- follow it
+    # ---------------------------------------------------------------- apply changes
 
     def take_from_state(self, changes: Changes, wanted: Wanted) -> None:
-        """Let shards have what the user put into ``state``, or took out of it. Local."""
-        written = {id(shard): shard for shard, _ in (*changes.reset, *(home for home, _ in changes.given))}
+        """Apply what the user put into ``state``, or took out of it, to the shards. Local."""
+        homes = [*changes.reset, *(home for home, _ in changes.given)]
+        written = {id(shard): shard for shard, _ in homes}
         for shard in written.values():
             shard.renew()
         for shard, i in changes.reset:
             reset(shard, i)
         for (shard, i), given in changes.given:
             put(shard, i, given)
-        # Without a snapshot, state is on another device since.
-        for shard in written.values() if self.seen is not None else self.shards:
-            for i, param in enumerate(shard.params):
-                # The others have left, and their entry with them.
-                if id(param) in changes.kept or peek(wanted.state, param):
-                    self._show_one(shard, i, wanted.state)
+        # Without a snapshot state has moved to another device, so none of the views in ``state`` is current.
+        outdated = self.shards if self.seen is None else written.values()
+        for shard in outdated:
+            self._show_present(shard, changes, wanted.state)
+
+    def _show_present(self, shard: Shard, changes: Changes, state: StateOf) -> None:
+        """Update ``state``, except for parameters that have left the groups together with their entry."""
+        for i, param in enumerate(shard.params):
+            if id(param) in changes.kept or peek(state, param):
+                self._show_one(shard, i, state)
 
     def drop_zeros(self, changes: Changes, wanted: Wanted) -> None:
-        """Take out of ``state`` what torch would not have: zeros of parameters that left before an update.
+        """Delete entries of ``state`` that torch would not have: zeros of parameters that left before any update.
 
-        Collective where state is divided and such a parameter has left.
+        Collective where state is sharded and such a parameter has left.
         """
-        given = {(id(shard), i) for (shard, i), _ in changes.given}
-        left = [(shard, i) for shard, i in changes.removed if (id(shard), i) not in given and not shard.steps[i]]
+        left = _left_without_update(changes)
         if not left:
             return
         entries = [peek(wanted.state, shard.params[i]) or {} for shard, i in left]
-        # A user may have set ``step`` alone to zero. Ranks must decide alike: one rank's moments may all be zero.
-        stays = torch.tensor(
-            [any(bool(entry[key].any()) for key in MOMENTS if key in entry) for entry in entries], dtype=torch.int32
-        )
-        groups = wanted.ranks.comparing()
-        if wanted.ranks.process_group is not None and not groups:  # ranks that cannot ask each other all drop it
-            stays.zero_()
-        for group in groups:
-            dist.all_reduce(stays, op=dist.ReduceOp.MAX, group=group)
+        # A user may have set ``step`` alone to zero, so moments decide.
+        stays = torch.tensor([_has_nonzero_moment(entry) for entry in entries], dtype=torch.int32)
+        _agree_on_largest(stays, wanted.ranks)
         for (shard, i), entry, it_stays in zip(left, entries, stays.tolist(), strict=True):
-            shown = self._shown[id(shard.params[i])].values
-            if entry and not it_stays and all(shown.get(key) is value for key, value in entry.items()):
-                del wanted.state[shard.params[i]]
+            param = shard.params[i]
+            if entry and not it_stays and self._is_as_shown(param, entry):
+                del wanted.state[param]
+
+    def _is_as_shown(self, param: Tensor, entry: dict[str, Any]) -> bool:
+        """Return whether the user has put nothing into the parameter's entry."""
+        shown = self._shown[id(param)].values
+        return all(shown.get(key) is value for key, value in entry.items())
 
     def keep(self, params: Collection[int]) -> None:
-        """Only the parameters with these ids have a place from now on; `rearrange` follows. Local."""
+        """Forget the place of all parameters but those with these ids; call `rearrange` next. Local."""
         self._placed = set(params)
 
     def rearrange(self, changes: Changes, wanted: Wanted) -> None:
-        """Have the shards that a job resumed here would have, with the state that there is. Collective.
+        """Arrange the existing state in the shards that a job resumed here would have. Collective.
 
-        Gradients stay where they are: `GradientPath.arrive` sees that there are other shards.
+        Gradients stay where they are; the next update notices that there are other shards.
         """
-        before = {id(shard.params[0]): shard for shard in self.shards}
-        shards, made = [], []
-        for group, together in arrange(wanted.groups, self._placed):
-            shard = before.get(id(together[0]))
-            if shard is None or not wanted.is_shard_of(shard, group, together):
-                shard = wanted.make_shard(group, together)
-                made.append(shard)
-            shard.group = group
-            shards.append(shard)
+        shards, made = self._arranged_shards(wanted)
         aside = [
             self._aside_shard(shard, i, wanted)
             for shard, i in changes.removed
@@ -234,67 +230,80 @@ class AllShards:
         for shard in (*made, *aside):
             self._show(shard, wanted.state)
 
+    def _arranged_shards(self, wanted: Wanted) -> tuple[list[Shard], list[Shard]]:
+        """Return the shards of the placed parameters, and those of them that are new, with zeros for state. Local."""
+        before = {id(shard.params[0]): shard for shard in self.shards}
+        shards, made = [], []
+        for group, together in arrange(wanted.groups, self._placed):
+            shard = before.get(id(together[0]))
+            if shard is None or not wanted.is_shard_of(shard, group, together):
+                shard = wanted.make_shard(group, together)
+                made.append(shard)
+            shard.group = group
+            shards.append(shard)
+        return shards, made
+
     def _aside_shard(self, shard: Shard, i: int, wanted: Wanted) -> Shard:
-        """A shard of a parameter that is in no group. It is neither updated nor sent. Local."""
+        """Return the shard of a parameter that is in no group. It is neither updated nor sent. Local."""
         if any(shard is aside for aside in self.aside):
             return shard
         return wanted.make_shard(shard.group, [shard.params[i]])
 
     def refresh_moved(self, state: StateOf) -> bool:
-        """Follow parameters that have moved, as far as `differs` has looked. Return whether any has. Local."""
+        """Follow parameters that had moved at the last `differs`; return whether any had. Local."""
         moved = [s for s in self._moved if s.has_moved() and any(s is shard for shard in self.shards)]
         self.refresh(moved, state)
         return bool(moved)
 
     def refresh(self, shards: Iterable[Shard], state: StateOf) -> None:
-        """Follow parameters that have other memory. Local."""
+        """Follow parameters that have moved to other memory. Local."""
         for shard in shards:
             shard.refresh()
             self._show(shard, state)
 
     def follow_device(self) -> None:
-        """Follow parameters to another device, before backward. The next update looks closer. Local."""
+        """Follow parameters to another device, before backward; the next update checks the rest. Local."""
         for shard in self.shards:
             if shard.has_left_device():
                 shard.refresh()
-                self.seen = None  # what is shown is of the old device
+                self.seen = None  # the views in ``state`` are on the old device
 
     # ---------------------------------------------------------------- new parameters
 
     def newcomers(self, wanted: Wanted, *, gradients: bool) -> list[Tensor]:
-        """Return the parameters that need a place and have none: those that have state. Local.
+        """Return the parameters that have state but no place in a shard. Local.
 
         Args:
-            gradients: Those that have a gradient, too; where state is divided, at the first update all that require
-                one.
+            gradients: Include those that have a gradient; at the first update of sharded state, all that require one.
 
         Raises:
-            ValueError: a parameter is in the groups twice, or the user put something into ``state`` that is no state of
-                one of them.
+            ValueError: a parameter is in the groups twice, or ``state`` has an entry that is not the state of its
+                parameter.
         """
-        everyone = gradients and not self.shards and wanted.ranks.process_group is not None
+        # Another rank may have a gradient where this one has none, and all must have the same shards.
+        all_trained = gradients and not self.shards and wanted.ranks.process_group is not None
         found = []
-        for group in wanted.groups:
-            for param in group["params"]:
-                if id(param) in self._placed:
-                    continue
-                is_trained = gradients and (param.grad is not None or (everyone and param.requires_grad))
-                if is_trained or peek(wanted.state, param):
-                    found.append(param)
+        for param in self._params_without_place(wanted.groups):
+            needs_state = gradients and (param.grad is not None or (all_trained and param.requires_grad))
+            if needs_state or peek(wanted.state, param):
+                found.append(param)
         if found:
             check_once(wanted.groups)
             check_new_state(wanted.groups, wanted.state, self._placed)
         return found
 
+    def _params_without_place(self, groups: Groups) -> list[Tensor]:
+        return [param for group in groups for param in group["params"] if id(param) not in self._placed]
+
     def unplaced(self, params: Iterable[Tensor]) -> set[int]:
-        """Ids of those of ``params`` that have no place. Local."""
+        """Return the ids of those of ``params`` that have no place in a shard. Local."""
         return {id(param) for param in params} - self._placed
 
     def add(self, chosen: Collection[int], wanted: Wanted, *, are_shares: bool) -> None:
-        """Make shards of the parameters with these ids, with what ``state`` has of them, else zeros. Local.
+        """Make shards of the parameters with these ids, from their entries in ``state`` or with zeros. Local.
 
         Args:
-            are_shares: What ``state`` has is this rank's share, not the whole.
+            are_shares: Whether the entries have this rank's share, not whole tensors.
         """
         made = [wanted.make_shard(group, together) for group, together in arrange(wanted.groups, chosen)]
         for shard in made:
@@ -305,14 +314,14 @@ class AllShards:
         self.shards = [*self.shards, *made]
         self.remember(wanted)
 
-    # ---------------------------------------------------------------- show it
+    # ---------------------------------------------------------------- show state
 
     def remember(self, wanted: Wanted) -> None:
-        """The shards agree with groups and state. Local."""
+        """Record that the shards match groups and state. Local."""
         self.seen = Snapshot(wanted.groups, wanted.state, self._placed, self._shown.values(), self._accesses)
 
     def _show(self, shard: Shard, state: StateOf) -> None:
-        """Let ``state`` show what ``shard`` holds."""
+        """Put views of ``shard`` into ``state``."""
         for i in range(len(shard.params)):
             self._show_one(shard, i, state)
 
@@ -322,14 +331,33 @@ class AllShards:
         entry = peek(state, param)
         if entry is None:
             entry = WatchedEntry.of(self._accesses, {})
-            dict.__setitem__(state, param, entry)  # not as a user puts it there: see `AccessRecord`
+            dict.__setitem__(state, param, entry)  # must not count as a change by the user: see `AccessRecord`
         values = {key: _pointed_at(entry.get(key), view) for key, view in views.items()}
         entry.update(values)  # the user may have more in it
         self._shown[id(param)] = Shown.of(values)
 
 
+def _left_without_update(changes: Changes) -> list[Home]:
+    """Return the parameters that left the groups before an update counted, and whose state the user did not set."""
+    given = {(id(shard), i) for (shard, i), _ in changes.given}
+    return [(shard, i) for shard, i in changes.removed if (id(shard), i) not in given and not shard.steps[i]]
+
+
+def _has_nonzero_moment(entry: dict[str, Any]) -> bool:
+    return any(bool(entry[key].any()) for key in MOMENTS if key in entry)
+
+
+def _agree_on_largest(flags: Tensor, ranks: Ranks) -> None:
+    """Reduce ``flags`` to their maximum over ranks: one rank's share may be zero where another's is not. Collective."""
+    groups = ranks.comparing()
+    if ranks.process_group is not None and not groups:  # ranks that cannot communicate must still decide alike
+        flags.zero_()
+    for group in groups:
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=group)
+
+
 def _pointed_at(tensor: Any, view: Tensor) -> Tensor:
-    """Return ``tensor``, pointed at ``view``, where it can show it: the user may hold it and write to it later."""
+    """Return ``tensor`` with ``view``'s memory where possible, since the user may hold it and write to it later."""
     if type(tensor) is not Tensor or type(view) is not Tensor or tensor.requires_grad or tensor.is_inference():
         return view
     if (tensor.shape, tensor.dtype, tensor.device) != (view.shape, view.dtype, view.device):

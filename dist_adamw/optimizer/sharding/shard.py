@@ -1,10 +1,10 @@
 """The shard: one rank's share of the AdamW state of a list of parameters.
 
-Tensors, a layout and a process group. ``adamw.py`` decides what is in a shard and
-when it is updated; this module knows where every element lies.
+Knows tensors, a layout and a process group, and where every element lies; not which parameters belong in a shard, nor
+when to update it.
 
-Elements of a parameter are counted in the order of its memory, which is C order for a
-contiguous one. A DTensor's elements are those of its local tensor: its engine has sharded it.
+Elements of a parameter are counted in the order of its memory, which is C order if it is contiguous. A DTensor's
+elements are those of its local tensor, since its engine has sharded it already.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from dist_adamw.optimizer.transport.layout import FlatLayout, Piece
 from dist_adamw.ranks import collectives
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
-# Weights in fp32, or what fp32 weights have beyond the bits of the bf16 parameters.
+# fp32 weights, or the 16 bits by which bf16 weights fall short of them.
 MASTERS = ("master", "remainder")
 
 
@@ -50,13 +50,13 @@ class Operands(NamedTuple):
     masters: list[Tensor]
 
     def named(self, name: str) -> list[Tensor]:
-        """The column of a moment or master, by its name in ``optimizer.state``."""
+        """Return the column of a moment or master, by its name in ``optimizer.state``."""
         return self.masters if name in MASTERS else cast(list[Tensor], getattr(self, f"{name}s"))
 
 
 @dataclass(slots=True)
 class _Bucket:
-    """Views that stay valid while the parameters stay where they are."""
+    """Views that stay valid until a parameter moves to other memory."""
 
     pieces: list[Piece]
     operands: Operands
@@ -66,15 +66,16 @@ class Shard:
     """The state of ``params``, of which this rank holds its share.
 
     Args:
-        params: Parameters of one group, dtype and device; DTensors of one mesh, sharded along the same axes, or none.
-        group: Their parameter group.
-        process_group: The ranks that share the state; None keeps it whole.
+        params: Parameters of one group, dtype and device; all DTensors of one mesh, sharded along the same axes, or
+            none.
+        group: Their param group.
+        process_group: The ranks that the state is sharded over; None keeps it whole.
         replicas: The ranks that own the same elements, in other copies of the state.
-        max_bucket_numel: Elements that travel together; None: what suits.
-        lean: See `partition.suitable_bucket_numel`.
+        max_bucket_numel: Elements that are sent together; None chooses a suitable number.
+        lean: See `layout.suitable_bucket_numel`.
         tag: Tells the messages of several optimizers apart.
-        master_dtype: Of weights kept beside bf16 or fp16 parameters: fp32, or int16 for remainders.
-        state_dtype: Of the moments; None: fp32 with masters, else the parameters'.
+        master_dtype: The dtype of masters of bf16 or fp16 parameters: fp32, or int16 for remainders.
+        state_dtype: The dtype of the moments; None means fp32 with masters, else the parameters' dtype.
 
     Local to build; the methods of ``transport`` are collective.
     """
@@ -136,7 +137,7 @@ class Shard:
             )
 
     def _cut_state(self, params: list[list[Tensor]]) -> None:
-        """Make the views of state that go with ``params``: of each bucket, what this rank owns."""
+        """Cut the state into views that match ``params``, the runs that this rank owns of each bucket."""
         self._step_of = list(self.steps.unbind())
         self._none_of = {name: moment[:0] for name, moment in self.moments.items()}
         self._buckets = [self._bucket_views(*both) for both in zip(self.owned.pieces, params, strict=True)]
@@ -153,9 +154,9 @@ class Shard:
         return list(map(Tensor.data_ptr, self._weights())) != self._addresses
 
     def refresh(self) -> None:
-        """Follow parameters that have moved. Local. What `state_of` gives is other tensors then.
+        """Follow parameters that have moved. Local. From then on `state_of` returns other tensors.
 
-        They must be where and what each other is, in their memory format of before: `fits` says so.
+        They must have one device and dtype, and the memory formats of before; check with `fits`.
         """
         weights = self._weights()
         device, dtype = weights[0].device, weights[0].dtype
@@ -167,9 +168,9 @@ class Shard:
         self.gradients.move(device, dtype)
 
     def renew(self) -> None:
-        """Move the state to other memory. Local. What `state_of` gives is other tensors then.
+        """Move the state to other memory. Local. From then on `state_of` returns other tensors.
 
-        Before the state of a parameter is overwritten: the user may hold, or have put elsewhere, what was shown.
+        Call it before a parameter's state is overwritten: the user may hold the old views, or have put them elsewhere.
         """
         for place, (name, moment) in enumerate(self.moments.items(), 1):
             self.moments[name] = zeros_apart(len(moment), place, dtype=moment.dtype, device=moment.device).copy_(moment)
@@ -177,7 +178,7 @@ class Shard:
         self._cut_state([bucket.operands.params for bucket in self._buckets])
 
     def fits(self) -> bool:
-        """Whether `refresh` can follow what became of the parameters; else their state needs other shards. Local."""
+        """Return whether `refresh` can follow the parameters; otherwise their state needs other shards. Local."""
         weights = self._weights()
         alike = len({(p.device, p.dtype) for p in weights}) == 1 and all(map(self.has_numel_of, range(len(weights))))
         return alike and self.order.is_of(weights)
@@ -187,19 +188,19 @@ class Shard:
         return local_of(self.params[i]).numel() == self.layout.numels[i]
 
     def has_left_device(self) -> bool:
-        """Return whether the first parameter is on another device than its state; a cheap sign of all. Local."""
+        """Return whether the first parameter is on another device than its state, a cheap check for all. Local."""
         return local_of(self.params[0]).device != self.steps.device
 
     def retag(self, tag: int) -> None:
-        """Have messages carry ``tag``."""
+        """Use ``tag`` for messages from now on."""
         self._tag = tag
         if self.transport is not None:
             self.transport.tag = tag
 
     def follow_weights(self) -> None:
-        """Take over what was written to the parameters since the last update, a loaded model say. Local.
+        """Bring masters up to date with parameters written to since the last update, by loading a model say. Local.
 
-        Only where a parameter is not its master rounded: elsewhere the master knows more. Updates do it themselves.
+        Where a parameter is still its master rounded, the master is kept. Updates call it themselves.
         """
         for bucket in self._buckets:
             follow_params_(bucket.operands.params, bucket.operands.masters)
@@ -210,30 +211,30 @@ class Shard:
         return sum(t.nbytes for t in (*self.moments.values(), self.steps))
 
     def members(self, k: int) -> list[Tensor]:
-        """The parameters that have elements in bucket ``k``."""
+        """Return the parameters that have elements in bucket ``k``."""
         if k not in self._members:
             found = self.layout.pieces(*self.layout.bucket(k))
             self._members[k] = [self.params[piece.param] for piece in found]
         return self._members[k]
 
     def owned_moment(self, i: int, name: str) -> Tensor:
-        """This rank's elements of a moment of parameter ``i``, 1-D, in the order of `ranges_of`."""
-        # Thousands of small parameters: one more view takes half a kilobyte.
+        """Return this rank's elements of a moment of parameter ``i``, 1-D, in the order of `Ownership.ranges_of`."""
+        # Existing views are returned where possible: with thousands of small parameters, half a kilobyte each adds up.
         places = self.owned.places[i]
         if not places:
             return self._none_of[name]
         if len(places) == 1:
             k, j = places[0]
             return self._buckets[k].operands.named(name)[j]
-        # A parameter that goes on in the next bucket fills this one to the end, so its pieces
-        # lie side by side in the flat shard.
+        # A parameter that continues in the next bucket fills this one to its end, so its pieces are adjacent in the
+        # flat shard.
         start = self.owned.offset_of(i)
         return self.moments[name][start : start + self.owned.numel_of(i)]
 
     def state_of(self, i: int) -> dict[str, Any]:
-        """Parameter ``i``'s entry in ``optimizer.state``: views into the shard.
+        """Return the entry of parameter ``i`` in ``optimizer.state``: views into the shard.
 
-        Whole state has the parameter's own shape, and is a DTensor as the parameter is; a share is 1-D.
+        Whole state has the parameter's shape, and is a DTensor if the parameter is; a share is 1-D.
         """
         state: dict[str, Any] = {"step": self._step_of[i]}
         for name in self.moments:
@@ -246,13 +247,13 @@ class Shard:
 
     @staticmethod
     def shaped(flat: Tensor, param: Tensor) -> Tensor:
-        """All elements that lie here, 1-D, as a view of the shape of ``param``, and a DTensor as that is."""
+        """View ``flat``, all local elements of a moment, in the shape of ``param``; as a DTensor if that is one."""
         if not is_dtensor(param):
             return shaped_like(flat, param)
         return as_dtensor(shaped_like(flat, local_of(param)), param)
 
     def fill(self, i: int, name: str, flat: Tensor) -> None:
-        """Copy this rank's share of ``flat``, all elements of a moment of parameter ``i`` in the order of memory."""
+        """Copy this rank's share of ``flat``, all elements of a moment of parameter ``i`` in memory order."""
         target = self.owned_moment(i, name)
         place = 0
         for start, stop in self.owned.ranges_of(i):
@@ -266,7 +267,7 @@ class Shard:
 
     @property
     def has_master(self) -> bool:
-        """Whether weights are kept more exactly than the parameters have them."""
+        """Whether there are masters or remainders."""
         return not self.moments.keys().isdisjoint(MASTERS)
 
     # ---------------------------------------------------------------- one update
@@ -281,19 +282,19 @@ class Shard:
             self.steps.add_(torch.tensor(has_grad, dtype=torch.float32, device=self.steps.device) * one)
 
     def operands_of(self, i: int) -> Iterator[tuple[Operands, int]]:
-        """Of parameter ``i``: the tensors of each bucket that this rank owns a piece in, and its place in them."""
+        """Yield the operands of each bucket in which this rank owns a piece of parameter ``i``, and its index there."""
         for k, j in self.owned.places[i]:
             yield self._buckets[k].operands, j
 
     def operands(self, k: int, live: list[int]) -> Operands:
-        """Return the tensors that the update of bucket ``k`` needs, of its pieces ``live``."""
+        """Return the tensors that an update of the pieces ``live`` of bucket ``k`` needs."""
         operands = self._buckets[k].operands
         if len(live) == len(operands.params):
             return operands
         return Operands(*([column[i] for i in live] if column else [] for column in operands))
 
     def table(self, k: int, live: list[int], grads: list[Tensor]) -> BlockTable:
-        """Where the pieces ``live`` of bucket ``k`` lie, for the Triton kernel."""
+        """Return the Triton kernel's table of the pieces ``live`` of bucket ``k``."""
         params = self.operands(k, live).params
         table = self._tables.get((k, len(live)))
         pieces = [self._buckets[k].pieces[i] for i in live]
@@ -307,7 +308,7 @@ class Shard:
 def _dtypes_of(
     weight: Tensor, amsgrad: bool, master_dtype: torch.dtype | None, state_dtype: torch.dtype | None
 ) -> dict[str, torch.dtype]:
-    """The dtype of each moment, and of the master or remainder, of parameters like ``weight``."""
+    """Return the dtype of each moment, and of the master or remainder, of parameters like ``weight``."""
     moments = MOMENTS if amsgrad else MOMENTS[:2]
     if weight.dtype.itemsize == 2 and master_dtype is not None:
         dtypes = dict.fromkeys(moments, torch.float32 if state_dtype is None else state_dtype)
@@ -317,5 +318,5 @@ def _dtypes_of(
 
 
 def peek(state: Mapping[Tensor, Any], param: Tensor) -> Any:
-    """The entry of ``param`` in ``optimizer.state``, or None. It does not count as read by the user. Local."""
+    """Return the entry of ``param`` in ``optimizer.state``, or None, without recording a read by the user. Local."""
     return dict.get(state, param) if isinstance(state, dict) else state.get(param)

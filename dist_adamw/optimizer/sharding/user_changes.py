@@ -19,7 +19,7 @@ AMSGRAD_CHANGED = (
 )
 
 
-Home = tuple[Shard, int]  # a parameter's shard, and its place in it
+Home = tuple[Shard, int]  # the shard of a parameter, and its index there
 
 
 @dataclass
@@ -27,12 +27,12 @@ class Changes:
     """The result of `find_changes`.
 
     Attributes:
-        kept: Where the state of each parameter in the groups lies, by id.
-        reset: Parameters in ``kept`` whose state the user took away: they begin with zeros.
-        given: Parameters in ``kept``, and the state that the user put in place of what was shown.
-        removed: Where the state of parameters lies that are in no group.
-        described: The same for people.
-        arrangement: Every parameter in the groups, for comparing ranks.
+        kept: The homes of the parameters in the groups, by id.
+        reset: Homes of parameters in ``kept`` whose state the user removed: they begin with zeros.
+        given: Homes of parameters, and the state that the user put in place of the shard's views.
+        removed: Homes of the parameters that are in no group.
+        described: A description of each change.
+        arrangement: A description of every parameter in the groups, to compare ranks.
     """
 
     kept: dict[int, Home] = field(default_factory=dict)
@@ -52,68 +52,102 @@ def find_changes(
     are_local: bool = False,
     may_wait: bool = False,
 ) -> Changes:
-    """Compare ``groups`` and ``state`` with what ``shards`` have shown there. Local; changes nothing.
+    """Compare ``groups`` and ``state`` with the views that ``shards`` put there. Local; changes nothing.
 
     Args:
-        shown: By id of the parameter, what its entry in ``state`` was given.
-        are_local: A gradient that one rank has will be averaged over all: it is nothing in which ranks differ.
-        may_wait: A parameter whose state was taken away has none until its next gradient, as in torch.
+        shown: The values that each entry of ``state`` was given, by id of the parameter.
+        are_local: Whether gradients are still local. They will be averaged, so ranks need not have the same ones now.
+        may_wait: Whether a parameter whose state was removed has none until its next gradient, as in torch.
 
     Raises:
-        ValueError: a parameter is there twice, or the user put something into ``state`` that is no state of the
-            parameter, or that is another's.
+        ValueError: a parameter is in the groups twice, or an entry of ``state`` is not the state of its parameter, or
+            is that of another.
     """
     check_once(groups)
-    found = Changes()
     homes = {id(param): (shard, i) for shard in shards for i, param in enumerate(shard.params)}
-    numbers = {key: n for n, key in enumerate(homes)}
+    comparison = _Comparison(groups, state, shown, homes)
     for g, group in enumerate(groups):
         for j, param in enumerate(group["params"]):
             name = f"parameter {j} of group {g}"
             home = homes.get(id(param))
-            entry = peek(state, param)
             if home is None:
-                trained = "" if param.requires_grad else ", frozen"
-                found.arrangement.append(f"{name} is {list(param.shape)} {param.dtype}{trained}")
-                if are_local or param.grad is not None or entry:
-                    found.described.append(f"{name} is new: {list(param.shape)} {param.dtype}")
-                continue
-            if may_wait and not entry and param.grad is None:
-                found.described.append(f"{name} has no state")
-                continue
-            _check_numel(*home)
-            if entry and group["amsgrad"] != home[0].has_maxima:
-                raise RuntimeError(AMSGRAD_CHANGED)
-            found.kept[id(param)] = home
-            found.arrangement.append(f"{name} is number {numbers[id(param)]} {param.dtype}")
-            if home[0].group is not group and any(home[0].group is other for other in groups):
-                found.described.append(f"{name} comes from another group")
-            if not entry:
-                found.reset.append(home)
-                found.described.append(f"{name} has no state")
-            elif given := _given(name, home, entry, shown[id(param)]):
-                found.given.append((home, given))
-                found.described.append(f"{name} has another {', another '.join(sorted(given))}")
-    found.removed = [home for key, home in homes.items() if key not in found.kept]
-    for shard, i in found.removed:
-        name = f"number {numbers[id(shard.params[i])]}"
-        entry = peek(state, shard.params[i])
-        found.described.append(f"{name} is in no group{', its state stays' if entry else ''}")
-        if entry and (
-            given := _given(f"a parameter in no group, {name},", (shard, i), entry, shown[id(shard.params[i])])
-        ):
-            found.given.append(((shard, i), given))
-            found.described.append(f"{name} has another {', another '.join(sorted(given))}")
+                comparison.add_new(name, param, are_local=are_local)
+            elif may_wait and not peek(state, param) and param.grad is None:
+                comparison.found.described.append(f"{name} has no state")
+            else:
+                comparison.add_kept(name, param, home, group)
+    comparison.add_removed()
+    found = comparison.found
     check_new_state(groups, state, found.kept)
     _check_apart(groups, state)
     return found
+
+
+class _Comparison:
+    """Collects `Changes`, one parameter at a time; the arguments are those of `find_changes`."""
+
+    def __init__(
+        self,
+        groups: Sequence[dict[str, Any]],
+        state: Mapping[Tensor, dict[str, Any]],
+        shown: Mapping[int, Shown],
+        homes: Mapping[int, Home],
+    ) -> None:
+        self.found = Changes()
+        self._groups, self._state, self._shown, self._homes = groups, state, shown, homes
+        # Parameters with a place are described by number: ranks name the same parameter alike, whatever its group.
+        self._numbers = {key: n for n, key in enumerate(homes)}
+
+    def add_new(self, name: str, param: Tensor, *, are_local: bool) -> None:
+        """Describe a parameter without a place."""
+        frozen = "" if param.requires_grad else ", frozen"
+        self.found.arrangement.append(f"{name} is {list(param.shape)} {param.dtype}{frozen}")
+        if are_local or param.grad is not None or peek(self._state, param):
+            self.found.described.append(f"{name} is new: {list(param.shape)} {param.dtype}")
+
+    def add_kept(self, name: str, param: Tensor, home: Home, group: dict[str, Any]) -> None:
+        """Compare a parameter that has a place, and is in ``group`` now."""
+        shard = home[0]
+        entry = peek(self._state, param)
+        _check_numel(*home)
+        if entry and group["amsgrad"] != shard.has_maxima:
+            raise RuntimeError(AMSGRAD_CHANGED)
+        self.found.kept[id(param)] = home
+        self.found.arrangement.append(f"{name} is number {self._numbers[id(param)]} {param.dtype}")
+        # A group that is gone was replaced as a whole, by `load_state_dict` say: its parameters have not moved.
+        if shard.group is not group and any(shard.group is other for other in self._groups):
+            self.found.described.append(f"{name} comes from another group")
+        if not entry:
+            self.found.reset.append(home)
+            self.found.described.append(f"{name} has no state")
+        else:
+            self._compare_entry(name, name, home, entry)
+
+    def add_removed(self) -> None:
+        """Compare the parameters that have a place and were not kept."""
+        self.found.removed = [home for key, home in self._homes.items() if key not in self.found.kept]
+        for shard, i in self.found.removed:
+            param = shard.params[i]
+            name = f"number {self._numbers[id(param)]}"
+            entry = peek(self._state, param)
+            self.found.described.append(f"{name} is in no group{', its state stays' if entry else ''}")
+            if entry:
+                self._compare_entry(name, f"a parameter in no group, {name},", (shard, i), entry)
+
+    def _compare_entry(self, name: str, name_in_errors: str, home: Home, entry: Mapping[str, Any]) -> None:
+        """Note what the user has replaced in the entry of a parameter."""
+        shard, i = home
+        given = _given(name_in_errors, home, entry, self._shown[id(shard.params[i])])
+        if given:
+            self.found.given.append((home, given))
+            self.found.described.append(f"{name} has another {', another '.join(sorted(given))}")
 
 
 def _check_numel(shard: Shard, i: int) -> None:
     """Refuse a parameter that has another number of elements than its state. Local.
 
     Raises:
-        ValueError: says how many there are.
+        ValueError: gives both numbers.
     """
     if not shard.has_numel_of(i):
         param = local_of(shard.params[i])
@@ -144,7 +178,7 @@ def check_once(groups: Sequence[dict[str, Any]]) -> None:
 def _check_apart(groups: Sequence[dict[str, Any]], state: Mapping[Tensor, dict[str, Any]]) -> None:
     """Refuse one tensor as the state of two parameters. Local.
 
-    torch would update it once for each of them; shards copy it.
+    torch would update it twice, once for each parameter. Shards have a copy for each, so results would differ.
     """
     users: dict[int, str] = {}
     for g, group in enumerate(groups):
@@ -165,10 +199,10 @@ def _check_apart(groups: Sequence[dict[str, Any]], state: Mapping[Tensor, dict[s
 def check_new_state(
     groups: Sequence[dict[str, Any]], state: Mapping[Tensor, dict[str, Any]], placed: Collection[int]
 ) -> None:
-    """Refuse what ``state`` has of parameters without a place, unless it is their whole state. Local.
+    """Refuse entries of ``state`` for parameters without a place, unless they are whole states. Local.
 
     Raises:
-        ValueError: names the parameter and what is wrong.
+        ValueError: names the parameter and the problem.
     """
     if not state:
         return
@@ -180,7 +214,7 @@ def check_new_state(
 
 
 def _given(name: str, home: Home, entry: Mapping[str, Any], shown: Shown) -> dict[str, Any]:
-    """Return what the user has replaced in ``entry``. A master that is missing follows the parameter: None."""
+    """Return what the user has replaced in ``entry``. A missing master is None, and will follow the parameter."""
     shard, i = home
     given = {key: entry.get(key) for key in shown.values if shown.is_replaced(key, entry.get(key))}
     share = torch.Size([sum(stop - start for start, stop in shard.owned.ranges_of(i))])
@@ -191,12 +225,12 @@ def _given(name: str, home: Home, entry: Mapping[str, Any], shown: Shown) -> dic
 
 
 def check_given(name: str, key: str, value: Any, whole: torch.Size, share: torch.Size | None) -> None:
-    """Refuse what cannot be state of a parameter. Local.
+    """Refuse a value that cannot be the state ``key`` of a parameter. Local.
 
     Args:
-        name: Of the parameter, for the message.
-        whole: Its shape.
-        share: The shape of this rank's share; None where only whole state can be taken.
+        name: The parameter's name in the error.
+        whole: The parameter's shape.
+        share: The shape of this rank's share; None if the value must be whole.
 
     Raises:
         ValueError: says what was found and what is needed.
@@ -219,10 +253,10 @@ def _shape(value: Any) -> str:
 
 
 def arrange(groups: Sequence[dict[str, Any]], chosen: Collection[int]) -> list[tuple[dict[str, Any], list[Tensor]]]:
-    """The parameters with an id in ``chosen`` that share a shard, and their group. Local.
+    """Return the parameters of each shard, with their group, for those with an id in ``chosen``. Local.
 
-    The order depends on nothing but the groups, so that a resumed job has the shards of one that never stopped, and
-    with them the bits of the gradient norm, which is summed run by run.
+    The order depends on the groups alone, so a resumed job has the same shards as one that never stopped. The bits of
+    the gradient norm depend on them, since it is summed run by run.
     """
     alike: dict[tuple[Any, ...], list[Tensor]] = {}
     for g, group in enumerate(groups):

@@ -1,7 +1,7 @@
 """Dicts for ``optimizer.state`` that record whether the user has read or changed them.
 
-A parameter's entry is compared only after a change. ``state[p]["exp_avg"].data = x`` changes no dict: once the user
-has had a tensor of ``state`` in hand, addresses are compared, too. Loops over tensors run in C.
+A parameter's entry is compared only after a change. ``state[p]["exp_avg"].data = x`` changes no dict, so once the user
+has got hold of a tensor in ``state``, addresses are compared too. Loops over tensors run in C.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from dist_adamw.optimizer.sharding.dtensors import local_of
 
 
 class AccessRecord:
-    """What the user has done to a `WatchedState` and its entries.
+    """A record of the user's accesses to a `WatchedState` and its entries.
 
     Attributes:
         was_changed: Whether they were changed since the last `Snapshot`.
-        was_read: Whether the user has had an entry of ``state`` in hand, ever. What reads by dict's own methods
-            (``dict.get(state, param)``) is not the user.
+        was_read: Whether the user has ever got hold of an entry of ``state``. This package reads by dict's own methods
+            (``dict.get(state, param)``), which do not count.
     """
 
     was_changed = False
@@ -52,7 +52,7 @@ class WatchedEntry(dict[str, Any]):
 
     @classmethod
     def of(cls, accesses: AccessRecord, values: Mapping[str, Any]) -> WatchedEntry:
-        """An entry with ``values`` that records in ``accesses``."""
+        """Return an entry with ``values`` that records in ``accesses``."""
         entry = cls(values)
         entry.accesses = accesses
         return entry
@@ -68,7 +68,7 @@ class WatchedState(defaultdict[Tensor, dict[str, Any]]):
 
     @classmethod
     def of(cls, accesses: AccessRecord, entries: Mapping[Tensor, Mapping[str, Any]]) -> WatchedState:
-        """A state with ``entries``, each as a `WatchedEntry`, that records in ``accesses``."""
+        """Return a state with ``entries``, each a `WatchedEntry`, that records in ``accesses``."""
         state = cls(dict, {param: WatchedEntry.of(accesses, entry) for param, entry in entries.items()})
         state.accesses = accesses
         return state
@@ -77,14 +77,14 @@ class WatchedState(defaultdict[Tensor, dict[str, Any]]):
         return defaultdict, (dict, dict(self))
 
 
-# What is put into ``state`` stays in the user's hands, too.
+# A user who puts something into ``state`` may keep a reference to it, so these count as reads too.
 for _name in ("__setitem__", "__ior__", "pop", "popitem", "update", "setdefault"):
     setattr(WatchedState, _name, _recording(_name, changes=True, reads=True))
 for _name in ("__delitem__", "clear"):
     setattr(WatchedState, _name, _recording(_name, changes=True, reads=False))
 for _name in ("__setitem__", "__delitem__", "__ior__", "pop", "popitem", "clear", "update", "setdefault"):
     setattr(WatchedEntry, _name, _recording(_name, changes=True, reads=False))
-# With another __iter__ than dict's, dict(state), {**state} and state.copy() read by __getitem__.
+# Since __iter__ is overridden, dict(state), {**state} and state.copy() read by __getitem__, which records.
 for _name in ("__getitem__", "__iter__", "get", "items", "values"):
     setattr(WatchedState, _name, _recording(_name, changes=False, reads=True))
 
@@ -98,27 +98,28 @@ class Shown:
 
     @classmethod
     def of(cls, values: dict[str, Tensor]) -> Shown:
-        """``values``, where they lie now."""
+        """Return ``values`` with their current addresses."""
         return cls(values, [_address(local_of(value)) for value in values.values()])
 
     def is_replaced(self, key: str, value: Any) -> bool:
-        """Return whether ``value`` is another tensor than was shown, or has other memory."""
+        """Return whether ``value`` is not the tensor put there as ``key``, or has other memory since."""
         place = list(self.values).index(key)
         return value is not self.values[key] or _address(local_of(value)) != self.addresses[place]
 
 
 def _address(tensor: Tensor) -> int:
-    """Where ``tensor`` lies; of an empty share the storage's identity, so that every rank sees what was replaced."""
+    """Return the address of ``tensor``; for an empty share its storage's identity, so that all ranks see a change."""
     return tensor.data_ptr() or _identity(tensor.untyped_storage())
 
 
 class Snapshot:
-    """``param_groups`` and ``state`` as they were when the shards last agreed with them.
+    """``param_groups`` and ``state`` as they were when the shards last matched them.
 
     Args:
         placed: Ids of the parameters that have a place in a shard.
-        shown: What the shards have shown in ``state``.
-        accesses: Of `WatchedState` and `WatchedEntry`; other dicts, which the user put there, are compared.
+        shown: The views that the shards put into ``state``.
+        accesses: The record of `WatchedState` and `WatchedEntry`; dicts that the user put there do not record, and are
+            compared item by item.
     """
 
     def __init__(
@@ -134,14 +135,24 @@ class Snapshot:
         self._accesses = accesses
         accesses.was_changed = False
         self.state = state
+        self._note_dicts(state)
+        self._note_addresses(shown)
+        # Parameters without a place; the first gradient gives them one.
+        self.waiting = [param for params in self._params for param in params if id(param) not in placed]
+
+    def _note_dicts(self, state: Mapping[Tensor, dict[str, Any]]) -> None:
+        """Note the contents of the dicts that do not record changes."""
+        accesses = self._accesses
         self._is_watched = isinstance(state, WatchedState) and state.accesses is accesses
-        self._keys = [] if self._is_watched else list(state)
         entries = list(dict.values(state) if isinstance(state, dict) else state.values())
-        self._all = [] if self._is_watched else entries
+        self._keys, self._all = ([], []) if self._is_watched else (list(state), entries)
         self._entries = [
             entry for entry in entries if type(entry) is not WatchedEntry or entry.accesses is not accesses
         ]
         self._values = _values(self._entries)
+
+    def _note_addresses(self, shown: Collection[Shown]) -> None:
+        """Note where the shards' views lie: addresses, or for empty tensors, which have none, their storages."""
         tensors = [local_of(value) for one in shown for value in one.values.values()]
         addresses = [address for one in shown for address in one.addresses]
         is_empty = [tensor.numel() == 0 for tensor in tensors]
@@ -150,11 +161,12 @@ class Snapshot:
         has_elements = list(map(operator.not_, is_empty))
         self._tensors = list(itertools.compress(tensors, has_elements))
         self._addresses = list(itertools.compress(addresses, has_elements))
-        # Parameters without a place; the first gradient gives them one.
-        self.waiting = [param for params in self._params for param in params if id(param) not in placed]
 
     def differs(self, groups: Sequence[dict[str, Any]], state: Mapping[Tensor, dict[str, Any]]) -> bool:
-        """Return whether anything was replaced, added, taken away or moved since. Local."""
+        """Return whether anything was replaced, added, removed or moved since. Local."""
+        return self._are_dicts_changed(groups, state) or self._are_tensors_moved()
+
+    def _are_dicts_changed(self, groups: Sequence[dict[str, Any]], state: Mapping[Tensor, dict[str, Any]]) -> bool:
         if self._accesses.was_changed or state is not self.state:
             return True
         if not (_same(groups, self._groups) and all(map(_same, map(_PARAMS, groups), self._params))):
@@ -163,10 +175,11 @@ class Snapshot:
             return True
         if sum(map(len, self._entries)) != len(self._values):
             return True
-        if not all(map(operator.is_, _iterate(self._entries), self._values)):
-            return True
+        return not all(map(operator.is_, _iterate(self._entries), self._values))
+
+    def _are_tensors_moved(self) -> bool:
         if self._is_watched and not self._accesses.was_read:
-            return False
+            return False  # the user has no reference to them
         if list(map(Tensor.data_ptr, self._tensors)) != self._addresses:
             return True
         return list(map(_identity, map(Tensor.untyped_storage, self._empty))) != self._empty_addresses
