@@ -283,7 +283,9 @@ class AllShards:
         # Another rank may have a gradient where this one has none, and all must have the same shards.
         all_trained = gradients and not self.shards and wanted.ranks.process_group is not None
         found = []
-        for param in self._params_without_place(wanted.groups):
+        for param in (param for group in wanted.groups for param in group["params"]):
+            if id(param) in self._placed:
+                continue
             needs_state = gradients and (param.grad is not None or (all_trained and param.requires_grad))
             if needs_state or peek(wanted.state, param):
                 found.append(param)
@@ -291,9 +293,6 @@ class AllShards:
             check_once(wanted.groups)
             check_new_state(wanted.groups, wanted.state, self._placed)
         return found
-
-    def _params_without_place(self, groups: Groups) -> list[Tensor]:
-        return [param for group in groups for param in group["params"] if id(param) not in self._placed]
 
     def unplaced(self, params: Iterable[Tensor]) -> set[int]:
         """Return the ids of those of ``params`` that have no place in a shard. Local."""
@@ -347,7 +346,7 @@ def _has_nonzero_moment(entry: dict[str, Any]) -> bool:
     return any(bool(entry[key].any()) for key in MOMENTS if key in entry)
 
 
-def _agree_on_largest(flags: Tensor, ranks: Ranks) -> None:
+def _agree_on_largest(flags: Tensor, ranks: ShardingRanks) -> None:
     """Reduce ``flags`` to their maximum over ranks: one rank's share may be zero where another's is not. Collective."""
     groups = ranks.comparing()
     if ranks.process_group is not None and not groups:  # ranks that cannot communicate must still decide alike
