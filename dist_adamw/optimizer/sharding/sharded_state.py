@@ -283,7 +283,7 @@ class ShardedState:
         # Another rank may have a gradient where this one has none, and all must have the same shards.
         all_trained = gradients and not self.shards and wanted.ranks.process_group is not None
         found = []
-        for param in self._params_without_place(wanted.groups):
+        for param in _params_without_place(wanted.groups, self._placed):
             needs_state = gradients and (param.grad is not None or (all_trained and param.requires_grad))
             if needs_state or peek(wanted.state, param):
                 found.append(param)
@@ -291,9 +291,6 @@ class ShardedState:
             check_once(wanted.groups)
             check_new_state(wanted.groups, wanted.state, self._placed)
         return found
-
-    def _params_without_place(self, groups: Groups) -> list[Tensor]:
-        return [param for group in groups for param in group["params"] if id(param) not in self._placed]
 
     def unplaced(self, params: Iterable[Tensor]) -> set[int]:
         """Return the ids of those of ``params`` that have no place in a shard. Local."""
@@ -335,6 +332,10 @@ class ShardedState:
         values = {key: _pointed_at(entry.get(key), view) for key, view in views.items()}
         entry.update(values)  # the user may have more in it
         self._shown[id(param)] = Shown.of(values)
+
+
+def _params_without_place(groups: Groups, placed: Collection[int]) -> list[Tensor]:
+    return [param for group in groups for param in group["params"] if id(param) not in placed]
 
 
 def _left_without_update(changes: Changes) -> list[Home]:
