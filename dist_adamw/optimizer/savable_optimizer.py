@@ -149,8 +149,8 @@ class SavableOptimizer(ShardedOptimizer):
 
     def _check_share(self, share: Mapping[str, Any]) -> None:
         wanted = self._wanted()
-        reduces_every_backward = wanted.reduces_every_backward
-        check_share(share, self._all_params(), wanted.ranks.place, self.bucket_numel, reduces_every_backward)
+        reduce_every_backward = wanted.reduce_every_backward
+        check_share(share, self._all_params(), wanted.ranks.place, self.bucket_numel, reduce_every_backward)
 
     def _lay_out(self, params: Iterable[Tensor]) -> None:
         """Forget all state, and lay out zeros for ``params``, which are then filled in. Local.

@@ -44,13 +44,17 @@ def describe_share(shards: Sequence[Shard], params: Sequence[Tensor]) -> dict[st
 
 
 def check_share(
-    share: Mapping[str, Any], params: Sequence[Tensor], here: tuple[int, int], bucket_numel: int | None, lean: bool
+    share: Mapping[str, Any],
+    params: Sequence[Tensor],
+    here: tuple[int, int],
+    bucket_numel: int | None,
+    reduce_every_backward: bool,
 ) -> None:
     """Refuse the share of another rank, or one that was cut differently.
 
     Args:
         here: This rank, and the number of ranks that the state is sharded over.
-        bucket_numel: That of the optimizer's layout, as is ``lean``.
+        bucket_numel: That of the optimizer's layout, as is ``reduce_every_backward``.
 
     Raises:
         ValueError: the share does not fit; says where it is from, and what would fit.
@@ -63,7 +67,7 @@ def check_share(
             "consolidate_state_dict() on every rank before state_dict(): both load on any number of ranks."
         )
     for members in share["shards"]:
-        layout = FlatLayout(tuple(params[i].numel() for i in members), world_size, bucket_numel, lean)
+        layout = FlatLayout(tuple(params[i].numel() for i in members), world_size, bucket_numel, reduce_every_backward)
         for i, ranges in zip(members, layout.ranges(rank), strict=True):
             if ranges != share["ranges"][i]:
                 raise ValueError(

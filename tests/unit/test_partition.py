@@ -93,12 +93,12 @@ def test_a_plan_for_ten_to_the_eleven_parameters_takes_seconds() -> None:
     assert time.perf_counter() - start < 30
 
 
-@pytest.mark.parametrize("lean", [False, True])
-def test_the_footprint_is_that_of_the_formulas(lean: bool) -> None:
-    layout = FlatLayout((512,) * 50_000, 4, lean=lean)
+@pytest.mark.parametrize("reduce_every_backward", [False, True])
+def test_the_footprint_is_that_of_the_formulas(reduce_every_backward: bool) -> None:
+    layout = FlatLayout((512,) * 50_000, 4, reduce_every_backward=reduce_every_backward)
     n = layout.numel
     plan = footprint(layout)
-    gradients = 4 * (n / 4 + 3 * layout.bucket_numel) if lean else 4 * n
+    gradients = 4 * (n / 4 + 3 * layout.bucket_numel) if reduce_every_backward else 4 * n
     assert plan.total == pytest.approx(4 * n + gradients + 8 * n / 4 + plan.staging)
     assert plan.staging <= 0.06 * plan.total
     assert plan.sent == 3 * n / 4 * 8
@@ -107,7 +107,7 @@ def test_the_footprint_is_that_of_the_formulas(lean: bool) -> None:
 def test_buckets_suit_the_model_and_the_ranks() -> None:
     assert suitable_bucket_numel(25_000_000, 1) == BUCKET_NUMEL
     assert suitable_bucket_numel(25_000_000, 2) == 3_125_000
-    assert suitable_bucket_numel(25_000_000, 2, lean=True) == 1_562_500
+    assert suitable_bucket_numel(25_000_000, 2, reduce_every_backward=True) == 1_562_500
     assert suitable_bucket_numel(10**6, 2) == 2 << 19  # no shorter
     assert suitable_bucket_numel(10**9, 2) == BUCKET_NUMEL  # no longer
     assert suitable_bucket_numel(10**11, 4096) == 4096 << 15

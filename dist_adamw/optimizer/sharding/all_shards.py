@@ -50,7 +50,7 @@ class Wanted:
     state: StateOf
     ranks: ShardingRanks
     bucket_numel: int | None
-    reduces_every_backward: bool
+    reduce_every_backward: bool
     tag: int
     master_dtype: torch.dtype | None
     state_dtype: torch.dtype | None
@@ -63,7 +63,7 @@ class Wanted:
             process_group=self.ranks.process_group,
             replicas=self.ranks.replica_group,
             max_bucket_numel=self.bucket_numel,
-            lean=self.reduces_every_backward,
+            reduce_every_backward=self.reduce_every_backward,
             tag=self.tag,
             master_dtype=self.master_dtype,
             state_dtype=self.state_dtype,

@@ -72,7 +72,7 @@ class Shard:
         process_group: The ranks that the state is sharded over; None keeps it whole.
         replicas: The ranks that own the same elements, in other copies of the state.
         max_bucket_numel: Elements that are sent together; None chooses a suitable number.
-        lean: See `layout.suitable_bucket_numel`.
+        reduce_every_backward: See `layout.suitable_bucket_numel`.
         tag: Tells the messages of several optimizers apart.
         master_dtype: The dtype of masters of bf16 or fp16 parameters: fp32, or int16 for remainders.
         state_dtype: The dtype of the moments; None means fp32 with masters, else the parameters' dtype.
@@ -88,7 +88,7 @@ class Shard:
         process_group: dist.ProcessGroup | None,
         replicas: dist.ProcessGroup | None = None,
         max_bucket_numel: int | None,
-        lean: bool = False,
+        reduce_every_backward: bool = False,
         tag: int = 0,
         master_dtype: torch.dtype | None = None,
         state_dtype: torch.dtype | None = None,
@@ -99,7 +99,9 @@ class Shard:
         self.process_group, self._replicas, self._tag = process_group, replicas, tag
         world_size = 1 if process_group is None else collectives.world_size(process_group)
         self.rank = 0 if process_group is None else collectives.rank(process_group)
-        self.layout = FlatLayout(tuple(p.numel() for p in self._weights()), world_size, max_bucket_numel, lean)
+        self.layout = FlatLayout(
+            tuple(p.numel() for p in self._weights()), world_size, max_bucket_numel, reduce_every_backward
+        )
         self.owned = OwnedElements(self.layout, self.rank)
         like = self._weights()[0]
         dtypes = _dtypes_of(like, group["amsgrad"], master_dtype, state_dtype)

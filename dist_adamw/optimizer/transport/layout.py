@@ -23,17 +23,17 @@ ALIGNMENT = 32  # elements: 128 bytes of fp32, a full line for GPUs too
 BUCKET_NUMEL = 1 << 23  # 32 MiB of fp32
 
 
-def suitable_bucket_numel(numel: int, world_size: int, *, lean: bool = False) -> int:
+def suitable_bucket_numel(numel: int, world_size: int, *, reduce_every_backward: bool = False) -> int:
     """Elements that should travel together, of ``numel`` in all.
 
     Large buckets move faster, small ones need less staging: two of them travel at a time, so that a
-    ``4 W``-th keeps staging near 4% of parameters, gradients and state. ``lean`` is for gradients
+    ``4 W``-th keeps staging near 4% of parameters, gradients and state. ``reduce_every_backward`` is for gradients
     that are let go of bucket by bucket: half of that, so that few of them exist at a time. No rank's
     slice is so short that messages cost more than what is in them, nor a bucket longer than pays.
     """
     if world_size == 1:
         return BUCKET_NUMEL
-    part, shortest = (8, world_size << 18) if lean else (4, world_size << 19)
+    part, shortest = (8, world_size << 18) if reduce_every_backward else (4, world_size << 19)
     largest = max(BUCKET_NUMEL, world_size << 15)
     return min(max(numel // (part * world_size), shortest), largest)
 
@@ -62,13 +62,13 @@ class FlatLayout:
         world_size: Ranks that share the state.
         max_bucket_numel: Elements of a full bucket; rounded up to ``world_size * ALIGNMENT``.
             None: `suitable_bucket_numel`.
-        lean: See there.
+        reduce_every_backward: See there.
     """
 
     numels: tuple[int, ...]
     world_size: int = 1
     max_bucket_numel: int | None = None
-    lean: bool = False
+    reduce_every_backward: bool = False
     starts: tuple[int, ...] = field(init=False, repr=False)  # flat place of each, then the end
 
     def __post_init__(self) -> None:
@@ -87,7 +87,9 @@ class FlatLayout:
     @property
     def bucket_numel(self) -> int:
         """Elements of every bucket but the last, which may be smaller."""
-        most = self.max_bucket_numel or suitable_bucket_numel(self.starts[-1], self.world_size, lean=self.lean)
+        most = self.max_bucket_numel or suitable_bucket_numel(
+            self.starts[-1], self.world_size, reduce_every_backward=self.reduce_every_backward
+        )
         return _round_up(max(min(most, self.starts[-1]), 1), self._quantum)
 
     @property
@@ -173,13 +175,14 @@ def footprint(
 
     Args:
         param_bytes: Of an element; 2 for bf16.
-        grad_bytes: Of an element. With ``layout.lean`` gradients lie in the shard, and a few buckets of them beside.
+        grad_bytes: Of an element. With ``layout.reduce_every_backward`` there are those of the shard, and of a few
+            buckets.
         state_bytes: Of an owned element: 8 for two fp32 moments, 12 with an fp32 master.
         under_way: Buckets that travel at a time.
     """
     others = layout.world_size - 1
     slice_numel = layout.bucket_numel // layout.world_size
-    kept = layout.shard_numel + (1 + under_way) * layout.bucket_numel if layout.lean else layout.numel
+    kept = layout.shard_numel + (1 + under_way) * layout.bucket_numel if layout.reduce_every_backward else layout.numel
     return Footprint(
         parameters=layout.numel * param_bytes,
         gradients=kept * grad_bytes,
