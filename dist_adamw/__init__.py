@@ -46,7 +46,7 @@ _MODULE_OF = {
     "load": "checkpoint.save_load",
     "position": "integrations.accelerate.position",
     "prepare": "integrations.accelerate.prepare",
-    "prepare_deepspeed": "integrations.deepspeed.zero",
+    "prepare_deepspeed": "integrations.deepspeed.zero_state",
     "prepare_trainer": "integrations.transformers.trainer",
     "register_deepspeed": "integrations.deepspeed.configuration",
     "rest_of_epoch": "integrations.accelerate.position",
