@@ -1,7 +1,4 @@
-"""Convert configuration to plain data, which a safe load accepts and which compares by value.
-
-Knows nothing of what is configured.
-"""
+"""Convert configuration to plain data, which a safe load accepts and which compares by value."""
 
 from __future__ import annotations
 
@@ -11,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-# Checkpoints name functions by the module that 0.1.0 kept them in, and are compared by that text.
+# Checkpoints name functions by their module in 0.1.0, and configurations are compared as text, so the names must stay.
 _MODULE_IN_CHECKPOINTS = {
     "dist_adamw.schedule.exact_math": "dist_adamw.exact_math",
     "dist_adamw.schedule.policies": "dist_adamw.policies",
@@ -32,11 +29,12 @@ def plain(value: Any) -> Any:
     if hasattr(value, "__qualname__"):
         module = _MODULE_IN_CHECKPOINTS.get(value.__module__, value.__module__)
         return f"{module}.{value.__qualname__}"
+    # An address would differ between processes, so equal configurations would not compare equal.
     return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
 
 
 def _plain_number(value: Number) -> int | float | str:
-    # numpy's numbers too, which a safe load would refuse.
+    # Convert numpy's numbers too: a safe load would refuse them.
     if isinstance(value, Integral):
         return int(value)
     if isinstance(value, Real) and not isinstance(value, Rational):

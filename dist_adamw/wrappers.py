@@ -1,6 +1,6 @@
 """Unwrap models, optimizers and parameter names from the wrappers of libraries.
 
-Recognises them by attributes and names, so no library needs to be there.
+Wrappers are recognised by attributes and names, so none of these libraries has to be installed.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 
 def bare(model: nn.Module) -> nn.Module:
-    """The module inside wrappers. Local."""
+    """Return the module inside DDP and ``torch.compile``. Local."""
     while True:
         if isinstance(model, DistributedDataParallel) or hasattr(model, "_orig_mod"):
             model = model.module if isinstance(model, DistributedDataParallel) else model._orig_mod  # type: ignore[assignment]
@@ -24,8 +24,8 @@ def bare(model: nn.Module) -> nn.Module:
 
 
 def names_without_wrappers(model: nn.Module) -> Callable[[str], str]:
-    """How names in ``model`` are without wrappers, of modules inside it too: compiled, checkpointed, in DDP. Local."""
-    # "module" may be the user's own name, so only where DDP put it. The longest first: they are inside the others.
+    """Return a function that removes wrappers' components from names in ``model``, inner modules' included. Local."""
+    # A user may call a module "module", so strip it only where DDP put it. The longest prefixes are the innermost.
     found = [
         f"{name}." if name else ""
         for name, module in model.named_modules()
@@ -43,17 +43,17 @@ def names_without_wrappers(model: nn.Module) -> Callable[[str], str]:
     return clean
 
 
-# Whole components of a name: a module of the user's may be called "a_orig_mod".
+# Match whole components of a name only: a user's module may be called "a_orig_mod".
 _WRAPPERS = re.compile(r"(?<![^.])(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)(?:\.|$)")
 
 
 def without_wrappers(name: str) -> str:
-    """A parameter's or module's name in the model inside what compiles, checkpoints or shards it. Local."""
+    """Remove the components that compiling, activation checkpointing and FSDP1 add to a name. Local."""
     return _WRAPPERS.sub("", name).removesuffix(".")
 
 
 def unwrap(optimizer: Optimizer) -> Optimizer:
-    """The torch optimizer inside wrappers that keep theirs in ``.optimizer``; DeepSpeed's are no torch optimizers."""
+    """Return the innermost torch optimizer, following ``.optimizer``. DeepSpeed's wrappers are not torch optimizers."""
     inner: Any = optimizer
     while (inner := getattr(inner, "optimizer", None)) is not None:
         if isinstance(inner, Optimizer):

@@ -1,4 +1,4 @@
-"""AdamW with its state sharded over the ranks."""
+"""AdamW with its state sharded over ranks."""
 
 from dist_adamw.optimizer.adamw import DistAdamW
 

@@ -41,10 +41,10 @@ from dist_adamw.optimizer.update_bucket import is_fused, update_bucket
 class DistAdamW(AttachedOptimizer):
     """AdamW with its state sharded by element over the data-parallel ranks.
 
-    Each of W ranks keeps 1/W of ``exp_avg`` and ``exp_avg_sq``, to the element; it updates its share, and then
-    the parameters are gathered. Given the same averaged gradients, the weights are the
-    same bits as those of ``torch.optim.AdamW(fused=True)`` on one rank. Without a process group it is
-    that optimizer. Parameters keep their own storage.
+    Each of W ranks keeps 1/W of ``exp_avg`` and ``exp_avg_sq``, to the element. It updates its share of the parameters,
+    which are then gathered. Given the same averaged gradients, the weights have the same bits as those of
+    ``torch.optim.AdamW(fused=True)`` on one rank; without a process group it is that optimizer. Parameters keep their
+    own storage.
 
     Args:
         params: As for any torch optimizer: parameters, ``named_parameters()`` or group dicts.
@@ -54,16 +54,14 @@ class DistAdamW(AttachedOptimizer):
         weight_decay: See ``decay_by``.
         amsgrad: Divide by the running maximum of the second moment.
         maximize: Ascend instead of descend.
-        decay_by: "lr": weights are multiplied by 1 - lr * weight_decay (torch's convention).
-            "schedule": by 1 - weight_decay (the paper's); an update with lr == 0 still leaves
-            them alone.
-        max_grad_norm: Clip the gradients of all groups together to this global L2 norm. An
-            update whose norm is inf or nan is skipped on every rank. ``float("inf")`` measures
-            the norm without clipping; None does neither.
+        decay_by: "lr" multiplies weights by 1 - lr * weight_decay (torch's convention); "schedule" by
+            1 - weight_decay (the paper's), except that an update with lr == 0 does not change them.
+        max_grad_norm: Clip the gradients of all groups together to this global L2 norm. Every rank skips an update
+            whose norm is inf or nan. ``float("inf")`` measures the norm without clipping; None does neither.
         master_dtype: Master weights for bf16 or fp16 parameters. ``torch.float32`` keeps fp32 weights
-            in the shard. ``torch.int16`` (bf16 only) keeps the 16 bits by which the fp32 weights
-            exceed the parameters: the same bits in half the memory. None updates the parameters
-            themselves. fp32 parameters need no masters.
+            in the shard. ``torch.int16`` (bf16 only) keeps the 16 bits of the fp32 weights that the parameters lack:
+            the same results in half the memory. None updates the parameters themselves. fp32 parameters need no
+            masters.
         state_dtype: dtype of the moments: ``torch.float32``, or ``torch.bfloat16`` for half the memory.
             None: fp32 with ``master_dtype``, otherwise the parameters' dtype, as in torch.
         shard: "auto" shards over ``mesh``, or over all ranks if ``torch.distributed`` is
@@ -72,16 +70,16 @@ class DistAdamW(AttachedOptimizer):
         mesh: Device mesh of the data-parallel ranks; default: all ranks. With two axes, state is
             replicated along the first and sharded along the second (HSDP: nodes, ranks in a node).
         fused: True for torch's fused kernel, False for foreach; None uses fused where it exists.
-        bucket_numel: Elements sent together; None chooses by the model and the number of ranks.
+        bucket_numel: Elements sent together; None chooses by the size of the model and the number of ranks.
 
     Raises:
         ValueError: a hyper-parameter is out of range (or nan), or ``params`` is empty.
 
     ``step`` is collective when sharded: every rank must call it equally often. All options must be the same on all
-    ranks; `attach`, ``dist_adamw.prepare`` or the first sharded `step` compares them. (`step` cannot see that some
-    ranks have ``shard=False``: those send nothing.) After `attach`, each gradient is reduced to its owner; without
-    `attach`, gradients must be the same on every rank when `step` is called, as DDP leaves them. ``state`` holds this
-    rank's share, 1-D. A parameter that has had no gradient yet has zeros there, where torch has no entry.
+    ranks; `attach`, ``dist_adamw.prepare`` or the first sharded `step` compares them. (`step` cannot detect that only
+    some ranks have ``shard=False``, because those send nothing.) After `attach`, each gradient is reduced to its owner;
+    without `attach`, gradients must be the same on every rank when `step` is called, as DDP leaves them. ``state``
+    holds this rank's share, 1-D. A parameter that has not had a gradient yet has zeros there; torch has no entry.
 
     Source: Loshchilov & Hutter, arXiv:1711.05101, Algorithm 2; sharding as in ZeRO-1,
     Rajbhandari et al., arXiv:1910.02054.
@@ -139,14 +137,14 @@ class DistAdamW(AttachedOptimizer):
 
     @property
     def updates(self) -> int:
-        """Applied updates so far; a skipped one does not count. Local."""
+        """The number of applied updates; skipped ones do not count. Local."""
         return self._outcome.updates
 
     @property
     def step_was_skipped(self) -> bool:
-        """Whether the last `step` left the weights alone: gradients were inf or nan, or there were none. Local.
+        """Whether the last `step` changed no weights, because gradients were inf, nan or missing. Local.
 
-        On an accelerator with ``max_grad_norm`` this waits until the device has come that far.
+        With ``max_grad_norm`` on an accelerator, this waits for the device.
         """
         return self._outcome.was_skipped
 
@@ -157,7 +155,7 @@ class DistAdamW(AttachedOptimizer):
 
     @property
     def grad_norm(self) -> Tensor | None:
-        """Global gradient norm of the last update before clipping, 0-d; None without max_grad_norm."""
+        """The global gradient norm of the last update before clipping, 0-d; None without ``max_grad_norm``."""
         return self._outcome.norm
 
     # ---------------------------------------------------------------- the update
@@ -175,13 +173,13 @@ class DistAdamW(AttachedOptimizer):
         Args:
             closure: Re-evaluates the model and returns the loss.
 
-        In a CUDA graph: capturing is not an update, and replays pass the host by, so `recount` afterwards. A
-        tensor as ``lr`` is read again by every replay; ``weight_decay`` is the captured one, which under
-        ``decay_by="lr"`` is that of a whole cycle.
+        In a CUDA graph: capturing is not an update, and the host does not count replays, so call `recount` afterwards.
+        Every replay reads a tensor ``lr`` again; ``weight_decay`` stays as captured, which with ``decay_by="lr"`` is
+        right for a whole cycle.
 
         Raises:
-            RuntimeError: a gradient is sparse, or `updates` is not known where capturing begins. Nothing has been
-                changed then.
+            RuntimeError: a gradient is sparse, or `updates` is not known when capturing begins. Raised before anything
+                changes.
         """
         loss = None
         if closure is not None:
@@ -194,20 +192,20 @@ class DistAdamW(AttachedOptimizer):
         return loss
 
     def _begin_update(self) -> None:
-        """Refuse what cannot be updated. Until there is something to apply, this update is a skipped one."""
+        """Check that an update is possible, and count it as skipped until there is something to apply."""
         self.wait()
-        if self.fused is False:  # a scheduler or the user may have put a tensor there since
+        if self.fused is False:  # a scheduler or the user may have replaced ``lr`` with a tensor
             for group in self.param_groups:
                 check_lr(group, self.fused)
         if is_capturing() and not self.skip_is_known:
             raise RuntimeError(
-                "the device has not said yet whether it applied the last update, and cannot be asked while a CUDA "
+                "it is not known yet whether the device applied the last update, and it cannot be asked while a CUDA "
                 "graph is captured. Read optimizer.updates before torch.cuda.graph begins."
             )
         self._outcome.begin()
 
     def _apply(self, shards: list[Shard]) -> None:
-        """Update ``shards``, unless there are no gradients, or inf or nan in them. Collective."""
+        """Update ``shards``, unless gradients are missing, inf or nan. Collective."""
         grads = [shard.gradients.owned() for shard in shards]
         if not any(shard.gradients.any_grad for shard in shards):
             self._settle()
@@ -215,7 +213,7 @@ class DistAdamW(AttachedOptimizer):
         if self._only_initialises(shards, grads):
             return
         clip = self._clip_factor(shards, grads)
-        # Foreach arithmetic cannot skip by itself, so the host has to know.
+        # Foreach arithmetic cannot skip on the device, so the host has to wait for the norm.
         must_know = self.max_grad_norm is not None and not all(is_fused(shard, self.fused) for shard in shards)
         if not (must_know and self.step_was_skipped):
             self._update_all(shards, grads, clip)
@@ -232,7 +230,7 @@ class DistAdamW(AttachedOptimizer):
             self._outcome.forget_captured()
 
     def _clip_factor(self, shards: list[Shard], grads: Sequence[BucketGradients]) -> Tensor | None:
-        """Count this update as applied, or measure the norm that decides it. Collective.
+        """Count this update as applied, or measure the norm that decides whether it is. Collective.
 
         Returns:
             The factor for gradients, 0-d fp32; None: 1.
@@ -240,19 +238,19 @@ class DistAdamW(AttachedOptimizer):
         outcome = self._outcome
         if self.max_grad_norm is None:
             self._settle()
-            if not is_capturing():
+            if not is_capturing():  # a capture applies nothing
                 outcome.count(self._scheme.count_update(outcome.updates, shards))
             return None
         squares = squares_on_this_rank(shards, grads)
-        self._settle()
+        self._settle()  # after the squares, so that the other ranks' answer arrives while they are computed
         norm = global_norm(squares, self._ranks)
         outcome.measure(norm)
         clip = clip_factor(norm, self.max_grad_norm)
-        is_one = clip.device.type == "cpu" and clip == 1  # free to ask there
+        is_one = clip.device.type == "cpu" and clip == 1  # on a GPU the host would have to wait
         return None if is_one else clip
 
     def _update(self, shard: Shard, grads: BucketGradients, clip: Tensor | None) -> None:
-        """Update what this rank owns of ``shard``, and send each bucket while the next is computed. Collective."""
+        """Update this rank's slices of ``shard``, and send each bucket while the next one is computed. Collective."""
         sent: list[InFlightBucket] = []
         for k, bucket in enumerate(grads):
             update_bucket(
@@ -276,10 +274,11 @@ class DistAdamW(AttachedOptimizer):
         return any(attaching.reads_compiled(ref(), compiled) for ref in self._attached)
 
     def _only_initialises(self, shards: list[Shard], grads: Sequence[BucketGradients]) -> bool:
-        """Whether this is no update: torch's get_optimizer_state_dict steps with lr 0 and gradients of zeros, once.
+        """Return whether this step only creates state, and is not an update. Collective while lr is 0.
 
-        State has been laid out by now, which is all that it wants. The first update of a warm-up has lr 0 too, and
-        gradients that may be zero on this rank alone, so the ranks decide together. Collective while lr is 0.
+        torch's get_optimizer_state_dict steps once with lr 0 and zero gradients to have state, which has been laid out
+        by now. The first update of a warm-up has lr 0 too, and its gradients may be zero only on this rank, so the
+        ranks decide together.
         """
         if self._outcome.updates or self._is_partitioned or is_capturing():
             return False
@@ -293,8 +292,8 @@ class DistAdamW(AttachedOptimizer):
         """Add a group, at any time. Its state is laid out at the next update.
 
         Raises:
-            ValueError: a hyper-parameter is out of range, a parameter is there twice, is complex or has gaps in its
-                memory, or ``lr`` is a tensor where no fused kernel runs. The optimizer is as it was then.
+            ValueError: a hyper-parameter is out of range; a parameter is there twice, is complex or has gaps in its
+                memory; or ``lr`` is a tensor and no fused kernel can run. The optimizer is left unchanged.
         """
         check_hyper_parameters({**self.defaults, **param_group})
         if "betas" in param_group:

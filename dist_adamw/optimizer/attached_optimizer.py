@@ -1,4 +1,4 @@
-"""Base class 3 of `DistAdamW`: gradients reduced to their owners; attach, clip, gather."""
+"""Third base class of `DistAdamW`: gradients reduced to their owners; attach, clip, gather."""
 
 from __future__ import annotations
 
@@ -24,11 +24,14 @@ from dist_adamw.ranks import collectives
 
 
 class AttachedOptimizer(SavableOptimizer):
-    """Gradients of attached modules come reduced to their owners; others must be the same on every rank."""
+    """An optimizer that gets gradients of attached modules reduced to their owners.
 
-    # Of an unpickled optimizer, whose __init__ has not run.
+    Other gradients must be the same on every rank.
+    """
+
+    # Defaults for an unpickled optimizer, whose __init__ has not run.
     _unattached_updates = 0
-    gathers_from_owners = True  # it collects by itself what another optimizer has reduced of its gradients
+    gathers_from_owners = True  # it gathers gradients that another optimizer has reduced, so no global hook has to
     _defer_gather = False
     _is_agreed = False  # whether ranks have compared their options
     _attach_options: dict[str, bool] | None = None
@@ -40,7 +43,7 @@ class AttachedOptimizer(SavableOptimizer):
         if self._path is None:
             gather_from_owners(None, self._all_params())
             if self.process_group is not None and not self._is_agreed:
-                self._check_alike({})  # nothing has been changed or sent yet
+                self._check_alike({})  # before anything is changed or sent
             self._follow(changed)
             return True
         if self._path.is_whole:
@@ -61,23 +64,23 @@ class AttachedOptimizer(SavableOptimizer):
         return True
 
     def _warn_of_local_gradients(self) -> None:
-        """Compare gradients once, at the second update, where nothing is known to average them. Collective."""
+        """Compare gradients once, at the second update, if nothing is known to average them. Collective."""
         if self._path is not None or self.process_group is None or self._unattached_updates > 1 or is_capturing():
             return
         self._unattached_updates += 1
         if self._unattached_updates == 2:
             self._settle()
             device = self.shards[0].steps.device if self.shards else torch.device("cpu")
-            # The warning is of the script's step(), which torch wraps twice.
+            # The warning should point at the script's call of step(), which torch wraps twice.
             attaching.warn_of_local_gradients(self._all_params(), self._ranks, device, stacklevel=5)
 
     def _check_alike(self, more: dict[str, Any]) -> None:
-        """Raise on every rank where options, groups, shapes or ``more`` are not the same on all. Collective."""
+        """Raise on every rank if options, groups, shapes or ``more`` are not the same on all. Collective."""
         self._is_agreed = True
         attaching.check_options_alike({**self._layout_record(), **more}, self._ranks)
 
     def _layout_record(self) -> dict[str, Any]:
-        """Return what ranks must have alike: the constructor's options, groups and shapes. Local."""
+        """Return what must be the same on all ranks: the constructor's options, groups and shapes. Local."""
         mesh = self._mesh
         record = {name: plain(getattr(self, name)) for name in OPTIONS}
         record["mesh"] = None if mesh is None else [list(mesh.shape), list(mesh.mesh_dim_names or ())]
@@ -94,25 +97,25 @@ class AttachedOptimizer(SavableOptimizer):
         """Reduce each gradient to the rank that owns it, in place of an all-reduce. Collective.
 
         Call it once per module, after ``DistributedDataParallel`` or ``.to()``; `dist_adamw.prepare`
-        does. Per update each rank sends ``f N (b_g + b_p)`` bytes, f = (W - 1) / W, where an
-        all-reduce sends ``f N (2 b_g + b_p)``.
+        does. Per update each rank sends ``f N (b_g + b_p)`` bytes, f = (W - 1) / W; with an
+        all-reduce it would send ``f N (2 b_g + b_p)``.
 
         A ``DistributedDataParallel`` module works as before, with ``no_sync``,
         ``find_unused_parameters`` and several optimizers. On a GPU, build it with
         ``gradient_as_bucket_view=True``; otherwise nothing overlaps. Its ``join()`` is not supported. A plain
         module needs nothing else to average its gradients: it gets a ``no_sync()``, and, as in DDP,
-        the first rank's parameters and buffers are copied to all ranks now.
+        the first rank's parameters and buffers are broadcast to all ranks now.
 
         After backward, ``param.grad`` holds the average in the elements that this rank owns and local
         values elsewhere. For a norm, use ``max_grad_norm`` or `clip_grad_norm_`. To read or change whole
         gradients, call `gather_gradients` first. After a change that treats every element alike (a clamp), call
-        `accept_gradients`. Other changes between backward and `step` raise an error where they can be detected: by
+        `accept_gradients`. Other changes between backward and `step` raise an error if they can be detected: by
         another tensor or address in ``param.grad``, by its version counter, and on a CPU by a sample of the values. A
         gradient set to None is not used, as in torch; all ranks must set the same ones.
 
-        Only this optimizer's parameters are averaged. Those of another optimizer in a plain module stay local.
-        Parameters in a DDP module that is not attached are averaged by that DDP; parameters in no attached module are
-        averaged in `step` if ranks' gradients differ. If several optimizers attach to the same parameters, the last one
+        Only gradients of this optimizer's parameters are averaged. Those of another optimizer in a plain module stay
+        local. A DDP module that is not attached averages its own; gradients of parameters in no attached module are
+        averaged in `step` if they differ over ranks. If several optimizers attach to the same parameters, the last one
         receives the gradients; another one that steps on them gathers whole ones first. All ranks must make the
         same backward passes and updates: over gloo, a rank that alone skips a `step` is an error.
 
@@ -131,7 +134,7 @@ class AttachedOptimizer(SavableOptimizer):
                 defer.
 
         Raises:
-            ValueError: this module's wrapper cannot be served.
+            ValueError: this module's wrapper is not supported.
             AgreementError: ranks have different parameters, buffers or options. On every rank, before anything is
                 sent.
         """
@@ -149,12 +152,13 @@ class AttachedOptimizer(SavableOptimizer):
             self._path = self._open_path(overlap=overlap, reduce_every_backward=reduce_every_backward)
             self._attach_options = options
         elif options != self._attach_options:
-            raise ValueError("attach() was called before with other options. Pass the same for every module.")
+            raise ValueError("attach() was called before with other options. Pass the same options for every module.")
         path = self._path
         self._defer_gather = defer_gather
         if not is_ddp:
             attaching.copy_first_rank(model, ranks)
-        others = end_unless_everywhere(path, model)  # held: none may go on one rank alone before `listen`
+        # Kept until `listen` has released them, which is collective: none may be collected on one rank alone.
+        others = end_unless_everywhere(path, model)
         ids = set(map(id, self._all_params())) - path.listening
         params = [param for param in model.parameters() if id(param) in ids]
         attaching.check_gradients_before(path, params, ranks.process_group)
@@ -184,12 +188,13 @@ class AttachedOptimizer(SavableOptimizer):
         """Clip gradients by their global norm, as ``torch.nn.utils.clip_grad_norm_`` does. Collective.
 
         For loops that clip between backward and `step`; ``max_grad_norm`` costs less. After
-        `attach`, torch's function would take the norm of local gradients.
+        `attach`, torch's function would compute the norm of local gradients.
 
         Args:
-            max_norm: The norm is scaled down to this.
+            max_norm: The largest norm; a larger one is scaled down to it.
             norm_type: The p of the norm; may be inf.
-            parameters: Whose gradients; default: all of this optimizer. Others' are taken as they are.
+            parameters: The parameters whose gradients are clipped; default: all of this optimizer. Gradients of other
+                parameters must be whole.
 
         Returns:
             The norm before clipping, 0-d.
@@ -222,10 +227,9 @@ class AttachedOptimizer(SavableOptimizer):
 
         After `attach` a rank has the averages of the elements that it owns, and local values elsewhere. Call this after
         backward and before anything that reads gradients: SAM's first pass, per-layer norms for a log, gradient
-        surgery. `step` then uses what is in ``param.grad``, which must be the same on every rank. Sends ``f N b_g``
-        bytes.
+        surgery. `step` then uses ``param.grad``, which must be the same on every rank. Sends ``f N b_g`` bytes.
 
-        Without `attach` gradients stay as they are: DDP has averaged them.
+        Without `attach` it does nothing, since DDP has averaged the gradients.
         """
         if self._path is None or self._path.is_whole:
             return
@@ -237,14 +241,14 @@ class AttachedOptimizer(SavableOptimizer):
     def accept_gradients(self) -> None:
         """Accept a change of gradients that treats all elements alike. Local; on every rank.
 
-        After `attach`, `step` raises if gradients were changed since backward, because a norm taken of them is
-        not the model's. Clamping each element, for example, is fine.
+        After `attach`, `step` raises if gradients were changed since backward, because a change that depends on their
+        norm would be wrong. Clamping each element, for example, is fine.
         """
         if self._path is not None:
             self._path.update.accept_changes()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Reset gradients as torch does, reduced ones too. Every rank alike."""
+        """Reset gradients as torch does, including reduced ones. Call it on every rank."""
         if self._path is not None:
             self._path.sources.look_at_siblings()
         super().zero_grad(set_to_none)

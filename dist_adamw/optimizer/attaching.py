@@ -1,4 +1,4 @@
-"""Check and equalize ranks when a model is attached, before any gradient is reduced to its owner."""
+"""Check ranks and give them the same weights when a model is attached, before any gradient is reduced to its owner."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _last_tag = 0
 
 
 def new_tag(ranks: ShardingRanks) -> int:
-    """A number that no path of these ranks has had, the same on all of them. Collective."""
+    """Return a number that no path of these ranks has used, the same on all of them. Collective."""
     global _last_tag
     tag = _last_tag + 1
     for group in ranks.groups:
@@ -33,9 +33,9 @@ def new_tag(ranks: ShardingRanks) -> int:
 
 
 def check_options_alike(record: dict[str, Any], ranks: ShardingRanks) -> None:
-    """Raise on every rank where ``record`` is not the same on all. Collective.
+    """Raise on every rank if ``record`` is not the same on all. Collective.
 
-    Every rank of the job takes part, whatever it was told to share with; of a mesh of some ranks, those.
+    All ranks of the job take part, whatever their options; with a mesh of only some ranks, those of the mesh.
 
     Raises:
         AgreementError: names the rank, the option and both values.
@@ -49,10 +49,10 @@ def check_options_alike(record: dict[str, Any], ranks: ShardingRanks) -> None:
 
 
 def check_averaging(model: nn.Module, ranks: ShardingRanks) -> None:
-    """Refuse a module whose gradients would be averaged over other ranks than share the state, or by nothing. Local.
+    """Refuse a module whose gradients would not be averaged, or not over the ranks that share the state. Local.
 
     Raises:
-        ValueError: says which ranks.
+        ValueError: names the ranks.
     """
     is_ddp = isinstance(model, DistributedDataParallel)
     if ranks.process_group is None:
@@ -65,9 +65,9 @@ def check_averaging(model: nn.Module, ranks: ShardingRanks) -> None:
         return
     if isinstance(model, DistributedDataParallel) and not averages_over(ranks, model.process_group):
         raise ValueError(
-            f"the module is averaged over ranks {dist.get_process_group_ranks(model.process_group)}, and the "
-            f"optimizer's state is shared over {ranks.averaged()}: gradients would be averaged over those alone. Give "
-            "DistAdamW a mesh of all these ranks (two axes to replicate state), or do without attach()."
+            f"DistributedDataParallel averages over ranks {dist.get_process_group_ranks(model.process_group)}, but "
+            f"attach() would average gradients over {ranks.averaged()}, the ranks of the optimizer's state. Pass "
+            "DistAdamW a mesh of all the module's ranks (two axes to replicate state), or do not call attach()."
         )
 
 
@@ -77,10 +77,10 @@ def averages_over(ranks: ShardingRanks, group: dist.ProcessGroup) -> bool:
 
 
 def copy_first_rank(model: nn.Module, ranks: ShardingRanks) -> None:
-    """Give every rank the first one's parameters and buffers. Collective.
+    """Broadcast the first rank's parameters and buffers to all ranks. Collective.
 
     Raises:
-        AgreementError: they have other shapes.
+        AgreementError: their shapes or dtypes differ.
     """
     tensors = {
         name: tensor.detach()
@@ -89,20 +89,20 @@ def copy_first_rank(model: nn.Module, ranks: ShardingRanks) -> None:
     }
     record = {name: [list(tensor.shape), str(tensor.dtype)] for name, tensor in tensors.items()}
     for group in ranks.groups:
-        agreement.check_agreement(record, group)
+        agreement.check_agreement(record, group)  # a broadcast of different sizes would abort or hang
         collectives.broadcast_from_first(list(tensors.values()), group)
 
 
 def check_gradients_before(path: GradientPath, params: Sequence[Tensor], group: dist.ProcessGroup) -> None:
-    """Refuse gradients of before `attach` that are not averages. Collective.
+    """Refuse gradients from before `attach` that are not averages. Collective.
 
     Args:
-        path: The path that will take the gradients.
-        params: Parameters of the module that it does not listen to yet.
+        path: The path that will receive the gradients.
+        params: Parameters of the module whose gradients it does not receive yet.
 
     Raises:
-        ValueError: ranks have different ones. On every rank.
-        RuntimeError: they are parts of averages that an optimizer left which is gone. On every rank.
+        ValueError: they differ over ranks. On every rank.
+        RuntimeError: they are parts of averages, left by an optimizer that no longer exists. On every rank.
     """
     has_gradients = any(p.grad is not None for p in params)
     if not any(collectives.all_gather_objects(has_gradients, group)):
@@ -111,20 +111,20 @@ def check_gradients_before(path: GradientPath, params: Sequence[Tensor], group: 
     found = fingerprints([p.grad for p in params if p.grad is not None and p.grad.layout == torch.strided])
     if len(set(map(tuple, collectives.all_gather_objects(found, group)))) > 1:
         raise ValueError(
-            "attach() of a module whose gradients differ over ranks: they may be local ones, or averages of which "
-            "another optimizer left a part on each rank. Call zero_grad() before attach()."
+            "attach() was called for a module whose gradients differ over ranks: they may be local ones, or averages "
+            "of which another optimizer left a part on each rank. Call zero_grad() before attach()."
         )
 
 
 def warn_of_local_gradients(
     params: Sequence[Tensor], ranks: ShardingRanks, device: torch.device, *, stacklevel: int
 ) -> None:
-    """Compare the gradients of ``params`` over ranks, and warn where they differ. Collective; costs one pass over them.
+    """Compare the gradients of ``params`` over ranks, and warn if they differ. Collective; costs one pass over them.
 
     Args:
-        params: Of an optimizer that is not attached.
-        device: Of its state.
-        stacklevel: Of the warning, counted from the caller.
+        params: The parameters of an optimizer that is not attached.
+        device: The device of its state.
+        stacklevel: That of the warning, counted from the caller.
     """
     group = ranks.process_group
     assert group is not None
@@ -137,18 +137,18 @@ def warn_of_local_gradients(
     if most != -minus_least:
         warnings.warn(
             f"gradients differ over the {collectives.world_size(group)} ranks before the second update: nothing "
-            "averages them, and each rank updates its share by its own gradients alone. Call "
+            "averages them, so each rank updates its share with its own gradients alone. Call "
             "optimizer.attach(model) before training, use dist_adamw.prepare, or wrap the model in "
-            "DistributedDataParallel. Ranks that train apart on purpose need shard=False.",
+            "DistributedDataParallel. If ranks are meant to train separately, pass shard=False.",
             stacklevel=stacklevel + 1,
         )
 
 
 def reads_compiled(model: nn.Module | None, compiled: type | tuple[()]) -> bool:
-    """Return whether a compiled module is in ``model``: it would be recompiled for parameters of another class. Local.
+    """Return whether ``model`` contains a compiled module, which other classes of parameters would recompile. Local.
 
     Args:
-        compiled: torch._dynamo's class of such modules; () where it was never imported.
+        compiled: torch._dynamo's class of such modules; () if it was never imported.
     """
     if model is None:
         return False

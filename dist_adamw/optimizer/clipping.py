@@ -1,4 +1,4 @@
-"""Compute the global norm of sharded gradients, and clip by it."""
+"""Compute the global norm of sharded gradients, and clip gradients by it."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from dist_adamw.optimizer.sharding.schemes import ShardingRanks
 from dist_adamw.optimizer.sharding.shard import Shard
 from dist_adamw.ranks import collectives
 
-BucketGradients = list[list[Tensor | None]]  # of a shard: for each bucket, the gradients of this rank's pieces
-ByAxes = dict[Any, Tensor]  # by `Shard.shard_axes`, which tell what is sharded over the same ranks
+BucketGradients = list[list[Tensor | None]]  # of one shard: for each bucket, the gradients of this rank's pieces
+ByAxes = dict[Any, Tensor]  # by `Shard.shard_axes`: shards with equal axes are sharded over the same ranks
 
 
 def clip_factor(norm: Tensor, max_norm: float) -> Tensor:
-    """Return the factor for gradients, 0-d fp32. The constant is that of torch.nn.utils.clip_grad_norm_."""
+    """Return the factor for gradients, 0-d fp32."""
+    # The constant is that of torch.nn.utils.clip_grad_norm_, so that results agree.
     return (max_norm / (norm + 1e-6)).clamp(max=1.0).to(torch.float32)
 
 
@@ -99,6 +100,7 @@ def clip_owned_(
         The norm before clipping, 0-d fp32.
     """
     owned = _owned_gradients(shards, chosen)
+    # A rank without gradients still takes part, with zero. ``others`` are whole on every rank, so add them afterwards.
     is_largest = norm_type == math.inf
     total = norm_parts(owned, norm_type) if owned else torch.zeros((), dtype=torch.float64, device=device)
     dist.all_reduce(total, op=dist.ReduceOp.MAX if is_largest else dist.ReduceOp.SUM, group=group)

@@ -1,4 +1,4 @@
-"""Check an optimizer's options, describe them, and hash them to compare ranks before every update."""
+"""Check an optimizer's options, describe them, and hash them so that ranks can compare them before every update."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ _HASHED_ALIKE = frozenset({float, int, bool})
 
 
 class OptionsDigest:
-    """A digest of 62 bits of the hyper-parameters of param groups, and of some more numbers.
+    """A 62-bit digest of the hyper-parameters of param groups and of some further numbers.
 
-    A CPU tensor counts by its value. A tensor elsewhere counts by its device alone, since the host would have to wait
-    for its value. Plain numbers are hashed only if they are other objects than the last time. Both run in C.
+    A CPU tensor counts by its value, other tensors only by their device, since the host would have to wait for the
+    value. Plain numbers are hashed again only if they are other objects than the last time. Both loops run in C.
     """
 
     _last: tuple[tuple[Any, ...], ...] = ()  # plain numbers: a tensor, or a list of betas, may change in place
@@ -48,6 +48,7 @@ class OptionsDigest:
         except (KeyError, TypeError):  # an option is missing, or betas are no pair: the update raises a clear error
             is_plain = False
         if is_plain:
+            # A list of betas may change in place, so remember only tuples for the comparison by identity.
             is_lasting = all(type(options[-1]) is tuple for options in values[1:])
             self._last, self._digest = values if is_lasting else (), hash(tuple(flat)) & (1 << 62) - 1
         else:
@@ -62,7 +63,7 @@ def _scalars_and_betas(values: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def describe_options(groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the options behind the digest, readable: by a name such as "lr of group 0"."""
+    """Return the options in the digest by readable names, such as "lr of group 0"."""
     return {f"{name} of group {g}": _readable(group.get(name)) for g, group in enumerate(groups) for name in _NAMES}
 
 
@@ -75,7 +76,7 @@ def _readable(value: Any) -> Any:
 
 
 def describe_groups(groups: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, Any]:
-    """Return what groups must have alike on all ranks: hyper-parameters by their ``names``, and parameters. Local."""
+    """Return what must be the same on all ranks: the hyper-parameters ``names`` and the parameters of groups. Local."""
     record: dict[str, Any] = {}
     for g, group in enumerate(groups):
         record[f"hyper-parameters of group {g}"] = {name: plain(group.get(name)) for name in names}
@@ -84,7 +85,7 @@ def describe_groups(groups: Sequence[Mapping[str, Any]], names: Sequence[str]) -
 
 
 def as_number(value: float | Tensor) -> float:
-    """Return ``value`` as a float, also if it is a tensor of one element."""
+    """Return ``value``, a number or a tensor of one element, as a number."""
     return float(value) if isinstance(value, Tensor) else value
 
 
@@ -126,11 +127,11 @@ def _check_dtypes(master_dtype: torch.dtype | None, state_dtype: torch.dtype | N
 
 
 def warn_of_lasting_moments(state_dtype: torch.dtype | None, beta2: float) -> None:
-    """Warn if rounding keeps the second moment from shrinking. The warning points at the caller's caller. Local."""
+    """Warn if rounding would keep the second moment from shrinking. The warning names the caller's caller. Local."""
     if state_dtype == torch.bfloat16 and 1 - beta2 < 2**-8:
         warnings.warn(
-            f"with state_dtype=torch.bfloat16 and betas[1]={beta2} exp_avg_sq never shrinks: what {beta2} takes "
-            "off is less than half of bf16's last bit. Choose betas[1] <= 0.996.",
+            f"with state_dtype=torch.bfloat16 and betas[1]={beta2} exp_avg_sq never shrinks: multiplying by {beta2} "
+            "changes it by less than half of bf16's last bit. Choose betas[1] <= 0.996.",
             stacklevel=3,
         )
 
@@ -145,7 +146,7 @@ def check_group(group: Mapping[str, Any], fused: bool | None) -> None:
         ValueError: a parameter is complex, or has gaps in its memory; also as `check_lr`.
     """
     for param in group["params"]:
-        if is_lazy(param):
+        if is_lazy(param):  # it has no shape or dtype yet
             continue
         if param.is_complex():
             raise ValueError(
@@ -158,7 +159,7 @@ def check_group(group: Mapping[str, Any], fused: bool | None) -> None:
 
 
 def check_lr(group: Mapping[str, Any], fused: bool | None) -> None:
-    """Refuse a tensor ``lr`` without a fused kernel, as torch's foreach arithmetic does. Local.
+    """Refuse a tensor ``lr`` if no fused kernel runs, as torch's foreach arithmetic does. Local.
 
     Raises:
         ValueError: ``lr`` is a tensor, and some parameter has no fused kernel.
@@ -174,7 +175,7 @@ def check_lr(group: Mapping[str, Any], fused: bool | None) -> None:
 
 
 def check_hyper_parameters(group: Mapping[str, Any]) -> None:
-    """Refuse the values that torch.optim.AdamW refuses, with its messages; also inf.
+    """Refuse the values that torch.optim.AdamW refuses, with its messages, and also inf.
 
     Args:
         group: A param group, of which ``lr``, ``betas``, ``eps`` and ``weight_decay`` are checked.

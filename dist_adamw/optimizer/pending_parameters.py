@@ -1,8 +1,8 @@
 """Make reads of a parameter wait until its updated values have arrived.
 
-Between an update and the arrival of what other ranks computed, a parameter's memory is partly old.
-For that time it has another class, through which whatever torch function, method or attribute
-that could read or write its memory waits first, so no reference shows an old value.
+Between an update and the arrival of the slices that other ranks computed, a parameter's memory is partly old. For that
+time the parameter has another class, in which every torch function, method or attribute that could read or write its
+memory waits first. So no reference to the parameter shows an old value.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def _getter(name: str) -> Any:
     return getattr(Tensor, name).__get__
 
 
-# What says nothing of the values, and is asked between an update and the next forward pass.
+# Functions that do not depend on the values and are called between an update and the next forward pass.
 _HARMLESS = {
     *(_getter(name) for name in ("grad", "requires_grad", "shape", "device", "dtype", "layout", "is_leaf", "ndim")),
     *(_getter(name) for name in ("is_sparse", "is_cuda", "grad_fn", "is_meta")),
@@ -46,7 +46,7 @@ class PendingParameter(nn.Parameter):
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Wait for the values of every parameter that ``func`` is given."""
+        """Wait for the values of every parameter in the arguments of ``func``, then call it."""
         if func in _HARMLESS:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
@@ -54,13 +54,14 @@ class PendingParameter(nn.Parameter):
         _wait_for((kwargs or {}).values())
         return func(*args, **(kwargs or {}))
 
-    def __deepcopy__(self, memo: Any) -> Any:  # looks at its class before it looks at its values
-        """As of a parameter."""
+    # A parameter's own methods look at its class before its values, so wait first, which restores the class.
+    def __deepcopy__(self, memo: Any) -> Any:
+        """Wait, then copy as a plain parameter."""
         _arrive(self)
         return self.__deepcopy__(memo)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """As of a parameter."""
+        """Wait, then pickle as a plain parameter."""
         _arrive(self)
         return self.__reduce_ex__(protocol)
 
@@ -84,9 +85,9 @@ def _arrive(param: Any) -> None:
 
 
 def guard(params: Iterable[Tensor], arrive: Callable[[Tensor], None]) -> None:
-    """Have readers of ``params`` call ``arrive`` with the parameter first. It must end in `release` of it. Local.
+    """Make every read of ``params`` call ``arrive`` with the parameter first, which must `release` it. Local.
 
-    Subclasses of ``nn.Parameter`` are not guarded: see `can_guard`.
+    Subclasses of ``nn.Parameter`` cannot be guarded: see `can_guard`.
     """
     for param in params:
         param.__dict__[_ARRIVE] = arrive
@@ -94,32 +95,32 @@ def guard(params: Iterable[Tensor], arrive: Callable[[Tensor], None]) -> None:
 
 
 def can_guard(param: Tensor) -> bool:
-    """Return whether `guard` can be put on ``param``: it is a plain ``nn.Parameter``. Local."""
+    """Return whether ``param`` is a plain ``nn.Parameter``, which `guard` can change to another class. Local."""
     return type(param) in (nn.Parameter, PendingParameter)
 
 
 def release(params: Iterable[Tensor]) -> None:
-    """The values of ``params`` are there. Local."""
+    """Restore the class of ``params``, whose values have arrived. Local."""
     for param in params:
         if param.__dict__.pop(_ARRIVE, None) is not None:
             param.__class__ = nn.Parameter
 
 
 class PendingBuckets:
-    """Buckets of updated parameters on their way from the ranks that own them.
+    """Buckets of updated parameters in flight from their owners.
 
-    The parameters hold it until they are there, and not the optimizer: one that the user has replaced must end at once,
-    or its hooks would still take the next gradients.
+    Pending parameters hold a reference to this object, not to the optimizer: an optimizer that the user has replaced
+    must be freed at once, or its hooks would still receive the next gradients.
     """
 
     def __init__(self) -> None:
         self.buckets: list[tuple[Shard, InFlightBucket]] = []
 
     def add(self, shard: Shard, sent: list[InFlightBucket], *, may_defer: bool) -> None:
-        """Wait for ``sent``, or have the readers of its parameters wait where all can be guarded.
+        """Wait for ``sent``, or make reads of its parameters wait if all of them can be guarded.
 
         Args:
-            may_defer: Whether readers may wait.
+            may_defer: Whether reads may wait.
         """
         self.buckets += [(shard, bucket) for bucket in sent]
         if not may_defer:
@@ -134,13 +135,13 @@ class PendingBuckets:
 
     @torch.no_grad()
     def wait(self) -> None:
-        """Wait until all are there."""
+        """Wait until all buckets have arrived."""
         while self.buckets:
             self._receive()
 
     @torch.no_grad()
     def wait_for(self, param: Tensor) -> None:
-        """Wait until ``param`` is there: it is about to be read."""
+        """Wait until ``param``, which is about to be read, has arrived."""
         while self.buckets and type(param) is PendingParameter:
             self._receive()
 
@@ -148,5 +149,6 @@ class PendingBuckets:
         shard, sent = self.buckets.pop(0)
         assert shard.transport is not None
         shard.transport.finish_gather(sent)
+        # A parameter may lie in several buckets, and is complete with the last one.
         coming = {id(param) for other, rest in self.buckets if other is shard for param in shard.members(rest.bucket)}
         release([param for param in shard.members(sent.bucket) if id(param) not in coming])

@@ -1,15 +1,13 @@
 """Check that replicated weights and optimizer state have the same bits on all ranks.
 
-Knows parameters, the shards of `DistAdamW` and process groups; nothing of engines or files.
-
-Parameters that are compared: under data parallelism and ZeRO-1 and -2 all; DTensors along the axes of their mesh that
+Parameters that are compared: all under data parallelism and ZeRO-1 and -2; DTensors along the axes of their mesh that
 replicate (HSDP), so none under FSDP2 without such an axis; under ZeRO-3 those that it keeps whole (the others have no
 elements between passes). Optimizer state that is compared: all of it with ``shard=False``, and the replicas of a mesh
 with two axes.
 
 Buffers are not compared. Some are constants, but others are computed from each rank's own samples (BatchNorm's
-statistics, which DDP overwrites with rank 0's at every forward pass; counters; codebooks; caches), and nothing tells
-which are which. A false alarm would end a job.
+statistics, which DDP overwrites with rank 0's at every forward pass; counters; codebooks; caches), and there is no way
+to tell them apart. A false alarm would end a job.
 """
 
 from __future__ import annotations
@@ -38,24 +36,24 @@ from dist_adamw.wrappers import unwrap, without_wrappers
 # thousands of small tensors), and it waits for the device. Once in a hundred updates, that is negligible.
 CHECK_WEIGHTS_EVERY = 100
 
-_PRIME = 2**48 - 59  # sums over as many as 2**15 ranks fit into 64 bits
+_PRIME = 2**48 - 59  # sums over up to 2**15 ranks fit into 64 bits
 _MAX_NAMED = 3  # parameters that an error names
 _SENDERS = 32  # ranks that send all their fingerprints to explain a difference
-_NEXT = "what comes next"  # a field of the record, since one rank may save while others begin the next update
+_NEXT = "what comes next"  # a field of the record: one rank may save while others begin the next update
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 Ranks = tuple[int, ...]
 Copies = dict[tuple[Ranks, str], Tensor]  # by the ranks that have a copy, and its name
-Votes = dict[int, dict[int, list[int]]]  # by `_key` of a set of copies, then by digest: the ranks that have that digest
+Votes = dict[int, dict[int, list[int]]]  # by `_key` of a set of copies, then by digest: the ranks with that digest
 
 
 def check_replicas(model: nn.Module, optimizer: Any = None, *, group: dist.ProcessGroup | None = None) -> None:
     """Raise on every rank if replicas of weights or optimizer state differ in any bit. Collective.
 
-    Takes one pass over the memory and a few bytes of traffic, and allocates no copies. Call it before a save, or at
-    any point of your own loop; `dist_adamw.prepare` does both.
+    Takes one pass over the memory and a few bytes of traffic, and allocates no copies. Call it before a save or
+    anywhere in your own loop; `dist_adamw.prepare` does both.
 
     Args:
         model: With or without its wrapper.
@@ -64,12 +62,12 @@ def check_replicas(model: nn.Module, optimizer: Any = None, *, group: dist.Proce
             the same ranks.
 
     Raises:
-        AgreementError: names the rank and the parameter. Of three or more copies the odd one is taken to be wrong; of
-            two, it cannot be told.
+        AgreementError: names the rank and the parameter. Of three or more copies, a minority is taken to be wrong; of
+            two, either may be.
     """
     inner = None if optimizer is None else unwrap(optimizer)
     if isinstance(inner, DistAdamW):
-        inner.wait()
+        inner.wait()  # parameters in flight are partly old
     if collectives.world_size(group) == 1:
         return
     group = collectives.host_group() if group is None else group
@@ -82,7 +80,7 @@ def check_replicas(model: nn.Module, optimizer: Any = None, *, group: dist.Proce
         found = dict(zip(copies, fingerprints(list(copies.values())), strict=True))
         digests = _digests(copies, found)
         share = _share_of_zero(digests)
-    except Exception as error:  # the others must learn of it, or they would wait in the all-reduce
+    except Exception as error:  # must reach the all-reduce below: the other ranks wait there
         problem = error
     total = torch.tensor([share, problem is not None])
     dist.all_reduce(total, group=group)
@@ -101,7 +99,7 @@ def _raise_problems(problem: Exception | None, group: dist.ProcessGroup | None) 
 
 
 class ReplicaWatch(AgreementWatch):
-    """Compares a record at every update, as `AgreementWatch` does, and replicas at some.
+    """Compares a record at every update, as `AgreementWatch` does, and replicas at some of them.
 
     Args:
         group: As for `check_replicas`.
@@ -133,7 +131,7 @@ class ReplicaWatch(AgreementWatch):
             self._is_agreed = True
 
     def before_update(self, *_: Any) -> None:
-        """Compare the record, and replicas when it is time. A step pre-hook of the optimizer.
+        """Compare the record, and replicas if they are due. A step pre-hook of the optimizer.
 
         Raises:
             AgreementError: on every rank.
@@ -145,9 +143,9 @@ class ReplicaWatch(AgreementWatch):
         if not self._every or self._begun % self._every:
             self._begun += before != self._samples
             return
-        # Ranks must decide alike whether to compare weights, so wait until the clocks are known to be the same.
+        # All ranks must make the same decision to compare, so wait until the clocks are known to be the same.
         self.settle()
-        # DeepSpeed steps once for each group: at all but the first of these the weights are half updated.
+        # DeepSpeed steps once for each group: in all but the first of these calls the weights are partly updated.
         if before != self._samples:
             self._begun += 1
             self._compare()
@@ -169,7 +167,7 @@ class ReplicaWatch(AgreementWatch):
 
 
 def copies_on_this_rank(model: nn.Module, optimizer: Optimizer | None, world_size: int) -> Copies:
-    """Return the tensors of which other ranks have copies. Local."""
+    """Return this rank's tensors of which other ranks have copies. Local."""
     everyone = tuple(range(world_size))
     params = _named_params(model)
     has_dtensors = any(is_dtensor(param) for param in params.values())
@@ -195,8 +193,9 @@ def _named_params(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _may_differ(param: Tensor, has_dtensors: bool) -> bool:
-    """Return whether nothing keeps a plain parameter the same on all ranks. Local."""
-    is_expert = not getattr(param, "allreduce", True)  # DeepSpeed marks experts so
+    """Return whether a plain parameter may rightly differ over ranks. Local."""
+    is_expert = not getattr(param, "allreduce", True)  # DeepSpeed's mark of experts
+    # FSDP2 turns all trained parameters into DTensors except those it is told to ignore, which it does not average.
     is_ignored_by_fsdp = has_dtensors and param.requires_grad
     return is_expert or is_ignored_by_fsdp
 
@@ -272,10 +271,10 @@ def _share_of_zero(digests: Mapping[Ranks, int]) -> int:
 def _explain(
     digests: Mapping[Ranks, int], found: Mapping[tuple[Ranks, str], str], group: dist.ProcessGroup | None
 ) -> NoReturn:
-    """Find out which ranks differ in what, and raise. Collective.
+    """Find out which ranks and tensors differ, and raise. Collective.
 
-    Ranks exchange a digest for each set of copies. For each digest of a set that differs, the first rank that has it
-    sends its fingerprints, and so speaks for all that have it.
+    Ranks exchange a digest for each set of copies. If a set's digests differ, the first rank with each digest sends its
+    fingerprints, on behalf of all ranks with that digest.
     """
     suspects = _find_suspects(digests, group)
     all_senders = sorted({ranks[0] for by_digest in suspects.values() for ranks in by_digest.values()})
@@ -287,13 +286,13 @@ def _explain(
     num_left_out = len(all_senders) - len(senders)
     more = f"; {num_left_out} more ranks have others still" if num_left_out else ""
     raise AgreementError(
-        f"{sentences}{more}. Load a checkpoint from before. Look for code that only some ranks run, weights that ranks "
-        "read or draw differently, or a faulty device; where ranks are meant to differ, pass check_weights_every=0."
+        f"{sentences}{more}. Load an earlier checkpoint. Look for code that only some ranks run, weights that ranks "
+        "load or initialize differently, or a faulty device; if ranks are meant to differ, pass check_weights_every=0."
     )
 
 
 def _find_suspects(digests: Mapping[Ranks, int], group: dist.ProcessGroup | None) -> Votes:
-    """Return the sets of copies that have several digests, or that some of their ranks do not have. Collective."""
+    """Return the sets of copies with several digests, or that some of their ranks lack. Collective."""
     mine = {_key(ranks): (digest, len(ranks)) for ranks, digest in digests.items()}
     votes: Votes = {}
     sizes: dict[int, int] = {}
@@ -346,7 +345,7 @@ def _values_by_rank(
     sent: Mapping[int, Mapping[tuple[Ranks, str], str]],
     speakers: Mapping[tuple[int, int], int],
 ) -> dict[int, str]:
-    """Return what each of ``ranks`` has as ``name``, except those whose speaker was not among the senders."""
+    """Return the value of ``name`` on each of ``ranks``, except those whose speaker was not among the senders."""
     key = _key(ranks)
     values = {}
     for rank in ranks:
@@ -369,7 +368,7 @@ def _sentence(odd: Ranks, ranks: Ranks, names: list[str]) -> str:
         what += f" and {len(names) - _MAX_NAMED} more"
     others = [rank for rank in ranks if rank not in odd]
     if not others:
-        return f"{_named(ranks)} differ in {what}, and nothing tells which is right"
+        return f"{_named(ranks)} differ in {what}, and it is not known which is right"
     return f"{_named(odd)} {'differs' if len(odd) == 1 else 'differ'} from {_named(others)} in {what}"
 
 

@@ -1,4 +1,4 @@
-"""Base class 2 of `DistAdamW`: torch's state dicts, copies and pickles of sharded state."""
+"""Second base class of `DistAdamW`: torch's state dicts, copies and pickles of sharded state."""
 
 from __future__ import annotations
 
@@ -24,20 +24,19 @@ StateDict = dict[str, Any]
 
 
 class SavableOptimizer(ShardedOptimizer):
-    """State dicts as torch's optimizers give them, whole; and the share of this rank, for pickles and copies."""
+    """An optimizer with whole state dicts, as torch's, and with pickles and copies of this rank's share."""
 
     @torch.no_grad()
     def wait(self) -> None:
         """Wait until every parameter has its new value.
 
-        Needed only with ``defer_gather``, and then only before parameters are read in a way that
-        passes by Python: an address taken before `step`, a ``torch.jit.ScriptModule``, a collective
-        that is given the parameter itself.
+        Needed only with ``defer_gather``, and then only before parameters are read in a way that bypasses Python: by an
+        address taken before `step`, a ``torch.jit.ScriptModule``, or a collective on the parameter itself.
         """
         self._pending.wait()
 
     def announce_save(self) -> None:
-        """Raise where, after `attach`, a rank goes on with training and does not save (gloo). Collective.
+        """After `attach`, raise if a rank trains on instead of saving (gloo only). Collective.
 
         Raises:
             AgreementError: names the rank and what it does. On every rank.
@@ -46,10 +45,10 @@ class SavableOptimizer(ShardedOptimizer):
             self._path.messages.meet_to_save()
 
     def state_dict(self) -> StateDict:
-        """The state as torch's optimizers give it: all of it, in the parameters' shapes. Local.
+        """Return the whole state in the parameters' shapes, as torch's optimizers do. Local.
 
         It loads into ``torch.optim.AdamW`` and the other way round, and into a `DistAdamW` on any number of ranks.
-        When the state is sharded, this rank has 1/W of it: call `consolidate_state_dict` before, on every rank.
+        If the state is sharded, this rank has 1/W of it: call `consolidate_state_dict` first, on every rank.
 
         Raises:
             RuntimeError: the state is sharded, and this rank has not consolidated it since it last changed.
@@ -67,7 +66,7 @@ class SavableOptimizer(ShardedOptimizer):
         return bool(self.shards) and self.shards[0].process_group is not None
 
     def _share_state_dict(self) -> StateDict:
-        """`state_dict` of what this rank owns; of a share ``"share"`` says which, and ``state`` has it 1-D. Local."""
+        """Return the state dict of this rank's elements, 1-D; ``"share"`` describes which they are. Local."""
         self._follow_alone()
         state_dict = super().state_dict()
         state_dict["state"] = {key: dict(entry) for key, entry in state_dict["state"].items()}
@@ -76,11 +75,11 @@ class SavableOptimizer(ShardedOptimizer):
         return state_dict
 
     def consolidate_state_dict(self, to: int | None = 0) -> None:
-        """Copy the whole state to one rank, for its next `state_dict`. Collective when sharded, else nothing.
+        """Copy the whole state to one rank, for its next `state_dict`. Collective if sharded; else it does nothing.
 
-        As ``torch.distributed.optim.ZeroRedundancyOptimizer`` has it: call it on every rank, then ``state_dict()`` on
-        rank ``to``. The copy is in host memory, 8 bytes for each fp32 parameter (12 with masters), until the next
-        update; `dist_adamw.save` writes the same without it.
+        As with ``torch.distributed.optim.ZeroRedundancyOptimizer``, call it on every rank, then ``state_dict()`` on
+        rank ``to``. The copy takes 8 bytes of host memory for each fp32 parameter (12 with masters) until the next
+        update; `dist_adamw.save` needs no copy.
 
         Args:
             to: The receiving rank, counted among those that share the state. None: every rank.
@@ -98,10 +97,10 @@ class SavableOptimizer(ShardedOptimizer):
             self._consolidated = gather_state(self.shards, to, self.state)
 
     def _whole_state(self) -> dict[Tensor, StateDict]:
-        """Return what `consolidate_state_dict` has gathered.
+        """Return the state that `consolidate_state_dict` has gathered.
 
         Raises:
-            RuntimeError: nothing, or state has changed since, or another rank has it.
+            RuntimeError: it was not called, or state has changed since, or another rank has the copy.
         """
         rank, ranks = self._ranks.place
         known = self._consolidated
@@ -115,24 +114,24 @@ class SavableOptimizer(ShardedOptimizer):
             )
         raise RuntimeError(
             f"{problem}. Call optimizer.consolidate_state_dict(to=<rank>) on every rank, and then state_dict() on that "
-            "rank; or save with dist_adamw.save on every rank (accelerator.save_state does after dist_adamw.prepare, "
-            "Trainer after prepare_trainer); or make DistAdamW(shard=False), which has whole state on every rank."
+            "rank. Or save with dist_adamw.save on every rank (accelerator.save_state does after dist_adamw.prepare, "
+            "Trainer after prepare_trainer). Or pass shard=False to DistAdamW, which keeps whole state on every rank."
         )
 
     def load_state_dict(self, state_dict: StateDict) -> None:
-        """Load what `state_dict`, or ``torch.optim.AdamW``'s, returned. Local.
+        """Load a state dict of this class or of ``torch.optim.AdamW``. Local.
 
-        Of a whole state this rank keeps its share.
+        This rank keeps its share of whole state.
 
         Raises:
-            ValueError: groups or shapes do not match, or it is another rank's share. The
-                optimizer is as it was then.
+            ValueError: groups or shapes do not match, or it is another rank's share. The optimizer is left unchanged.
         """
         self._check_loadable(state_dict)
         self.wait()
         super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
         saved = [i for group in state_dict["param_groups"] for i in group["params"]]
-        for i, param in zip(saved, self._all_params(), strict=True):  # torch has rounded all to the parameter's dtype
+        # torch has cast the state to the parameters' dtype, which may be less exact, so take it from the argument.
+        for i, param in zip(saved, self._all_params(), strict=True):
             given = state_dict["state"].get(i, {})
             self.state[param].update({key: given[key] for key in (*MOMENTS, *MASTERS) if key in given})
             if not self.state[param]:
@@ -153,9 +152,9 @@ class SavableOptimizer(ShardedOptimizer):
         check_share(share, self._all_params(), wanted.ranks.place, self.bucket_numel, reduce_every_backward)
 
     def _lay_out(self, params: Iterable[Tensor]) -> None:
-        """Forget all state, and lay out zeros for ``params``, which are then filled in. Local.
+        """Replace all state with zeros for ``params``, for the caller to fill in. Local.
 
-        `recount` when that is done. Every rank lays out the same parameters in the same order.
+        Call `recount` afterwards. Every rank must pass the same parameters in the same order.
         """
         self.wait()
         self.state.clear()
@@ -165,8 +164,8 @@ class SavableOptimizer(ShardedOptimizer):
         self._init_state(params)
 
     def _adopt(self, share: Mapping[str, Any] | None) -> None:
-        """Lay out what is in ``self.state``: whole state, or this rank's share."""
-        # The caller's tensors stay the caller's: shards are shown in those that are found in ``state``.
+        """Lay out the state in ``self.state``, whole or this rank's share."""
+        # Detached, because shards point tensors found in ``state`` at their own memory, and these are the caller's.
         ours = {
             param: {key: value.detach() if isinstance(value, Tensor) else value for key, value in entry.items()}
             for param, entry in self.state.items()
@@ -181,7 +180,7 @@ class SavableOptimizer(ShardedOptimizer):
         self.recount()
 
     def recount(self) -> None:
-        """Set `updates` to what state says, after a load or replays of a CUDA graph. Waits for the device. Local."""
+        """Set `updates` from the state, after a load or replays of a CUDA graph. Waits for the device. Local."""
         self._outcome.updates = max((int(shard.steps.max()) for shard in self.shards), default=0)
         self._scheme.forget_counts()
         self._consolidated = None

@@ -1,4 +1,4 @@
-"""Base class 1 of `DistAdamW`: state in shards, which follow changes to ``param_groups`` and ``state``."""
+"""First base class of `DistAdamW`: state in shards, which follow changes to ``param_groups`` and ``state``."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ OPTIONS = ("decay_by", "max_grad_norm", "shard", "fused", "bucket_numel", "maste
 class ShardedOptimizer(Optimizer):
     """An optimizer whose shards follow ``param_groups`` and ``state`` at every update, save and load.
 
-    Ranks that share state follow together: each asks the others for changes while it computes, and nothing moves before
-    all are known to have made the same changes.
+    Ranks that share state follow changes together: each asks the others for changes while it computes, and no state
+    moves until all are known to have made the same ones.
     """
 
     decay_by: DecayBy
@@ -47,22 +47,22 @@ class ShardedOptimizer(Optimizer):
     bucket_numel: int | None
     master_dtype: torch.dtype | None
     state_dtype: torch.dtype | None
-    # Of an unpickled optimizer, whose __init__ has not run.
+    # Defaults for an unpickled optimizer, whose __init__ has not run.
     _tag = 0
     _mesh: DeviceMesh | None = None
     _path: GradientPath | None = None
 
     def _reset(self) -> None:
-        """Forget the layout and what happened so far."""
-        if not hasattr(self, "_accesses"):
-            self._accesses = AccessRecord()  # of the user to ``self.state``
+        """Forget the layout and the updates so far."""
+        if not hasattr(self, "_accesses"):  # kept otherwise: dicts in ``state`` refer to it
+            self._accesses = AccessRecord()
         self._all_shards = AllShards(self._accesses)
         self._scheme: ShardingScheme = OwnSharding(self._mesh)
         self._comparison = RankComparison()
         self._options_digest = OptionsDigest()
         self._outcome = Outcome()
         self._pending = PendingBuckets()
-        self._consolidated: WholeState | None = None  # until state changes
+        self._consolidated: WholeState | None = None  # valid until state changes
 
     @property
     def shards(self) -> list[Shard]:
@@ -71,7 +71,7 @@ class ShardedOptimizer(Optimizer):
 
     @property
     def process_group(self) -> dist.ProcessGroup | None:
-        """The ranks that share the state; None when nothing is sharded. Local."""
+        """The ranks that share the state; None if nothing is sharded. Local."""
         return self._ranks.process_group
 
     @property
@@ -112,11 +112,11 @@ class ShardedOptimizer(Optimizer):
     def follow(self) -> None:
         """Apply the user's changes to ``param_groups``, ``state`` and weights, as `step` would. Collective.
 
-        `dist_adamw.save` calls it, so that what is saved is what the model and the optimizer show.
+        `dist_adamw.save` calls it, so that it saves what the model and the optimizer show.
 
         Raises:
-            ValueError: something in ``state`` is no state of its parameter. Nothing has been changed then.
-            AgreementError: ranks have made other changes. On every rank.
+            ValueError: an entry of ``state`` is not valid state of its parameter. Raised before anything changes.
+            AgreementError: ranks have made different changes. On every rank.
         """
         self._pending.wait()
         if not self._is_partitioned:
@@ -133,10 +133,10 @@ class ShardedOptimizer(Optimizer):
         return not self._is_partitioned and self._all_shards.differs(self._wanted())
 
     def _follow(self, changed: bool, *, is_agreed: bool = False) -> None:
-        """Follow the user's changes, and give places to parameters that have their first gradient. Collective.
+        """Follow the user's changes, and lay out state of parameters with their first gradient. Collective.
 
         Args:
-            changed: Whether `_differs` on this rank.
+            changed: The result of `_differs` on this rank.
             is_agreed: Whether the ranks are known to have made the same changes.
         """
         if self._is_partitioned:
@@ -145,16 +145,17 @@ class ShardedOptimizer(Optimizer):
             self._apply_changes(changed, newcomers=True, is_agreed=is_agreed)
         else:
             if not is_agreed:
+                # On one rank alone the user may have put invalid entries into ``state``.
                 self._ask(bool(self.state), gradients=True)
-                self._settle()  # the user may have put something into ``state`` that is none, on one rank
+                self._settle()
             self._place_newcomers()
 
     def _follow_alone(self) -> None:
         """Follow the user's changes without the other ranks. Local.
 
         Raises:
-            RuntimeError: ranks must do it together.
-            ValueError: the user put something into ``state`` that is no state of its parameter.
+            RuntimeError: the changes need all ranks.
+            ValueError: an entry of ``state`` is not valid state of its parameter.
         """
         if self._is_partitioned:
             return
@@ -173,16 +174,16 @@ class ShardedOptimizer(Optimizer):
         is_changed = changes.removed or changes.reset or changes.given
         if is_changed or self._all_shards.is_rearranged(changes, self._wanted()):
             raise RuntimeError(
-                "param_groups or state were changed since the last update, and ranks follow that together: at the next "
-                "step(), or in dist_adamw.save. Call one of them before state_dict()."
+                "param_groups or state were changed since the last update, and ranks apply changes together, in step() "
+                "or dist_adamw.save. Call one of them on every rank before state_dict()."
             )
 
     def _apply_changes(self, changed: bool, *, newcomers: bool, is_agreed: bool = False) -> None:
-        """Follow the user's changes; where state is sharded, once all ranks are known to have made the same.
+        """Follow the user's changes, once all ranks that share state are known to have made the same ones.
 
         Args:
-            changed: Whether `_differs` on this rank.
-            newcomers: Give places to parameters with a first gradient, too.
+            changed: The result of `_differs` on this rank.
+            newcomers: Also lay out state of parameters with their first gradient.
             is_agreed: Whether the ranks are known to have made the same changes.
         """
         sharded = self._all_shards
@@ -191,6 +192,7 @@ class ShardedOptimizer(Optimizer):
             changed = sharded.has_first_gradients()
         if not is_agreed:
             self._ask(changed, gradients=newcomers)
+        # `_settle` compares and returns the changes only if another rank was asked; otherwise find them here.
         changes = (self._settle() or self._find_changes()) if changed else None
         if changes is not None:
             wanted = self._wanted()
@@ -208,13 +210,14 @@ class ShardedOptimizer(Optimizer):
 
     def _check_amsgrad(self) -> None:
         if self._all_shards.has_amsgrad_changed:
-            self._settle()  # on one rank alone, it is a disagreement
+            self._settle()  # if only one rank changed it, this raises AgreementError on all
             raise RuntimeError(AMSGRAD_CHANGED)
 
     def _follow_partitions(self) -> None:
-        """DeepSpeed shows its partitions one after the other, so what is in the groups is not all there is. Local."""
+        """Follow DeepSpeed's partitions. Local."""
+        # DeepSpeed shows one partition at a time, so parameters that are not in the groups have not been removed.
         seen = self._all_shards.seen
-        if self.shards and seen is not None and self.state is not seen.state:
+        if self.shards and seen is not None and self.state is not seen.state:  # a state dict was loaded
             params = [param for shard in self.shards for param in shard.params]
             self._all_shards = AllShards(self._accesses)
             self._scheme.forget_counts()
@@ -226,24 +229,24 @@ class ShardedOptimizer(Optimizer):
     # ---------------------------------------------------------------- ask the other ranks
 
     def _ask(self, changed: bool, *, gradients: bool) -> None:
-        """Ask the other ranks for changes, and for their hyper-parameters. Collective; waits for no answer.
+        """Ask the other ranks for changes and hyper-parameters, without waiting for the answer. Collective.
 
         Args:
             changed: Whether there are changes on this rank.
-            gradients: Ask them also which parameters have a gradient: whole ones are averages, on every rank alike.
+            gradients: Also ask which parameters have a gradient, since whole gradients must be the same on all ranks.
         """
         if groups := self._ranks.comparing():
             without = [i for i, p in enumerate(self._all_params()) if p.grad is None] if gradients else None
             self._comparison.ask(changed, self._digest_options(), groups, without_gradient=without)
 
     def _settle(self) -> Changes | None:
-        """Before anything is changed or sent: whether ranks are alike. Collective.
+        """Wait for the other ranks' answer, before anything is changed or sent. Collective.
 
         Returns:
             This rank's changes, if some rank has any.
 
         Raises:
-            AgreementError: some rank has other changes, or other hyper-parameters. On every rank.
+            AgreementError: some rank has other changes or hyper-parameters. On every rank.
         """
         try:
             return self._compare() if self._comparison.is_answered_yes() else None
@@ -266,7 +269,7 @@ class ShardedOptimizer(Optimizer):
     # ---------------------------------------------------------------- lay out state
 
     def _shards_by_now(self) -> list[Shard]:
-        """The shards; of every parameter that requires a gradient where there were none. Local."""
+        """Return the shards; if there are none, make those of every parameter that requires a gradient. Local."""
         self._pending.wait()
         if not self._all_shards.is_laid_out:
             self._place_newcomers()
@@ -274,21 +277,21 @@ class ShardedOptimizer(Optimizer):
         return self.shards
 
     def _place_newcomers(self, *, gradients: bool = True) -> None:
-        """Lay out the state of parameters that need some and have none, see `AllShards.newcomers`. Local."""
+        """Lay out the state of parameters that need state and have none, see `AllShards.newcomers`. Local."""
         if newcomers := self._all_shards.newcomers(self._wanted(), gradients=gradients):
             self._init_state(newcomers)
 
     def _init_state(self, params: Iterable[Tensor], *, are_shares: bool = False) -> None:
-        """Lay out the state of ``params``, from ``self.state`` where it has some, else zeros. Local.
+        """Lay out the state of ``params`` from their entries in ``self.state``, or else with zeros. Local.
 
-        Every rank lays out the same parameters in the same order.
+        Every rank must lay out the same parameters in the same order.
 
         Args:
-            are_shares: What ``self.state`` has is this rank's share, not the whole.
+            are_shares: Whether ``self.state`` has this rank's share, not the whole.
 
         Raises:
-            RuntimeError: an engine's parameters came to a sharded optimizer, or would be clipped by the norm of a part;
-                or ``shard=True`` on one rank.
+            RuntimeError: an engine's parameters were added to a sharded optimizer, or would be clipped by the norm of a
+                part; or ``shard=True`` on one rank.
         """
         chosen = self._all_shards.unplaced(params)
         self._detect_engine_sharding(chosen)
@@ -306,8 +309,8 @@ class ShardedOptimizer(Optimizer):
         scheme = detect_scheme(params, self, self._scheme)
         if scheme is not self._scheme and any(shard.process_group is not None for shard in self.shards):
             raise RuntimeError(
-                "parameters that an engine has sharded came to an optimizer that shares others' state over the ranks "
-                "itself. Give each kind its own optimizer."
+                "parameters that an engine has sharded were added to an optimizer that itself shards the state of "
+                "others over the ranks. Use a separate optimizer for each kind."
             )
         self._scheme = scheme
         if self._is_partitioned and self.max_grad_norm is not None:

@@ -1,7 +1,4 @@
-"""Describe, gather and validate state dicts of a sharded optimizer.
-
-Knows shards and the format of DistAdamW's state dicts. Checks run before a load changes anything.
-"""
+"""Describe, gather and validate state dicts of a sharded optimizer. Checks run before a load changes anything."""
 
 from __future__ import annotations
 
@@ -19,7 +16,7 @@ from dist_adamw.optimizer.sharding.shard import MASTERS, MOMENTS, Shard, peek
 from dist_adamw.optimizer.transport.layout import FlatLayout, Piece
 from dist_adamw.ranks import collectives
 
-_MESSAGE_BYTES = 16 << 20  # of all ranks together, of one step of a gather
+_MESSAGE_BYTES = 16 << 20  # of one step of a gather, all ranks together
 
 
 def describe_share(shards: Sequence[Shard], params: Sequence[Tensor]) -> dict[str, Any] | None:
@@ -57,12 +54,12 @@ def check_share(
         bucket_numel: That of the optimizer's layout, as is ``reduce_every_backward``.
 
     Raises:
-        ValueError: the share does not fit; says where it is from, and what would fit.
+        ValueError: the share does not fit; names its origin and what would fit.
     """
     rank, world_size = here
     if (share["rank"], share["world_size"]) != here:
         raise ValueError(
-            f"this state is the share of rank {share['rank']} of {share['world_size']}, and this is rank {rank} of "
+            f"this state is the share of rank {share['rank']} of {share['world_size']}, but this is rank {rank} of "
             f"{world_size}. Save and load with accelerator.save_state and load_state after dist_adamw.prepare, or call "
             "consolidate_state_dict() on every rank before state_dict(): both load on any number of ranks."
         )
@@ -71,13 +68,13 @@ def check_share(
         for i, ranges in zip(members, layout.ranges(rank), strict=True):
             if ranges != share["ranges"][i]:
                 raise ValueError(
-                    f"this share has elements {share['ranges'][i]} of parameter {i}, and this rank owns {ranges}: "
-                    "it is of another model, or was made with another bucket_numel."
+                    f"this share has elements {share['ranges'][i]} of parameter {i}, but this rank owns {ranges}. "
+                    "It is from another model or another bucket_numel: load it with those of the job that saved it."
                 )
 
 
 def check_entries(state_dict: Mapping[str, Any], params: Sequence[Tensor]) -> None:
-    """Refuse incomplete state of a parameter, and moments of another shape than the parameter's, or than its share's.
+    """Refuse incomplete state of a parameter, and moments whose shape is not that of the parameter or its share.
 
     Raises:
         ValueError: names the parameter and the problem.
@@ -99,20 +96,20 @@ def _check_entry(i: int, entry: Mapping[str, Any], moments: Sequence[str], shape
     if entry and missing:
         raise ValueError(
             f"the state of parameter {i} has no {' and no '.join(missing)}. Pass all of it, or an empty entry "
-            "to begin with zeros."
+            "to start from zeros."
         )
     for key in (*MOMENTS, *MASTERS):
         value = entry.get(key)
         if value is not None and value.shape != shape:
             raise ValueError(
                 f"{key} of parameter {i} has shape {tuple(value.shape)}, but {tuple(shape)} is needed here. "
-                "The state is of another model, or its groups are in another order."
+                "The state is from another model, or its groups are in another order."
             )
 
 
 @dataclass(frozen=True, slots=True)
 class WholeState:
-    """The result of `gather_state`, with the stamps that tell whether it is out of date.
+    """The result of `gather_state`, with stamps that show whether it is out of date.
 
     Attributes:
         to: The rank that received it, within the process group of the shards; None means every rank.
@@ -126,10 +123,10 @@ class WholeState:
 
 
 def stamps_of(shards: Sequence[Shard], state: Mapping[Tensor, Mapping[str, Any]]) -> list[tuple[Any, ...]]:
-    """Return identities and versions that any write to state changes: in place, or of another tensor or dict. Local.
+    """Return identities and versions, of which any write to state or replacement of it changes one. Local.
 
     Args:
-        shards: Hold the state.
+        shards: The shards that hold the state.
         state: ``optimizer.state``, which has views of it.
     """
     memory = [(id(tensor), tensor._version) for shard in shards for tensor in (*shard.moments.values(), shard.steps)]
@@ -146,7 +143,7 @@ def stamps_of(shards: Sequence[Shard], state: Mapping[Tensor, Mapping[str, Any]]
 def gather_state(shards: Sequence[Shard], to: int | None, state: Mapping[Tensor, Mapping[str, Any]]) -> WholeState:
     """Copy the state of all ranks to one. Collective over the ranks that it is sharded over.
 
-    The receiving rank needs 16 MB in addition to the whole state; the others 16 MB / ranks.
+    The receiving rank needs 16 MB beyond the whole state; the others need 16 MB divided by the number of ranks.
 
     Args:
         shards: All sharded over the same ranks.
@@ -171,12 +168,12 @@ def gather_state(shards: Sequence[Shard], to: int | None, state: Mapping[Tensor,
 
 
 def _gather_moment(shard: Shard, flat: Tensor, to: int | None, *, receives: bool) -> list[Tensor]:
-    """Return all elements of one moment, 1-D, by parameter, on the CPU; nothing where it is only sent. Collective.
+    """Return all elements of one moment, 1-D, by parameter, on the CPU; nothing on ranks that only send. Collective.
 
     Args:
         flat: This rank's elements.
         to: As for `gather_state`.
-        receives: Whether this rank is one of ``to``.
+        receives: Whether this rank receives.
     """
     assert shard.process_group is not None
     whole: list[Tensor] = []
@@ -191,7 +188,7 @@ def _gather_moment(shard: Shard, flat: Tensor, to: int | None, *, receives: bool
 
 
 def _was_updated(entry: Mapping[str, Any]) -> bool:
-    """Return whether an update, or the user, has made the entry other than zeros."""
+    """Return whether the entry has anything but zeros."""
     return bool(entry["step"]) or any(bool(entry[name].any()) for name in MOMENTS if name in entry)
 
 
@@ -200,7 +197,7 @@ def _in_order(buckets: Sequence[Sequence[Piece]]) -> list[Piece]:
 
 
 def _gathered(flat: Tensor, to: int | None, group: dist.ProcessGroup) -> Iterator[tuple[int, list[Tensor]]]:
-    """Yield every rank's elements of ``flat``, message by message, and where they begin; an empty list on senders."""
+    """Yield the offset of each message, and every rank's elements of ``flat`` in it; on senders an empty list."""
     world_size, rank = collectives.world_size(group), collectives.rank(group)
     length = max(1, _MESSAGE_BYTES // (world_size * flat.element_size()))
     for start in range(0, len(flat), length):
@@ -228,8 +225,8 @@ def _put(part: Tensor, start: int, pieces: Sequence[Piece], whole: Sequence[Tens
 def is_being_wrapped() -> bool:
     """Return whether the call comes from the constructor of Accelerate's wrapper.
 
-    ``AcceleratedOptimizer.__init__`` loads the result of ``state_dict()`` into the same optimizer at once, to move
-    state to its device, and drops it.
+    ``AcceleratedOptimizer.__init__`` loads the result of ``state_dict()`` straight back into the same optimizer, to
+    move state to its device. A share is enough for that, and consolidating would be wasteful.
     """
     frame = sys._getframe(1)
     while (caller := frame.f_back) is not None:

@@ -15,7 +15,7 @@ from dist_adamw.optimizer.sharding.shard import Shard
 
 
 def is_fused(shard: Shard, fused: bool | None) -> bool:
-    """Return whether ``shard`` uses a kernel that itself skips on overflow. Local; ``fused`` as in `DistAdamW`."""
+    """Return whether ``shard`` uses a kernel that skips overflows on the device. Local; ``fused`` as in `DistAdamW`."""
     return can_fuse(shard.params[0]) if fused is None else fused
 
 
@@ -34,7 +34,7 @@ def update_bucket(
     Args:
         bucket: The gradients of the slice's pieces; None leaves a piece unchanged.
         clip: Factor for gradients, 0-d fp32; None is 1.
-        found_inf: 0-d fp32; if it is not 0, nothing is changed.
+        found_inf: 0-d fp32; if it is not 0, the update changes nothing.
         fused: See `is_fused`.
     """
     live = [i for i, grad in enumerate(bucket) if grad is not None]
@@ -65,7 +65,7 @@ def update_bucket(
 
 
 def _hyper_parameters(group: Mapping[str, Any], decay_by: DecayBy) -> dict[str, Any]:
-    """Return the keyword arguments that all kernels have in common."""
+    """Return the keyword arguments that all kernels share."""
     return {
         "lr": group["lr"],
         "betas": group["betas"],
@@ -77,7 +77,7 @@ def _hyper_parameters(group: Mapping[str, Any], decay_by: DecayBy) -> dict[str, 
 
 
 def _clips_in_pass(clip: Tensor | None, fused: bool, dtype: torch.dtype) -> bool:
-    """Return whether to clip in the update's own pass over memory: by `mixed` and `triton`, which have no fp64."""
+    """Return whether to clip within the update's pass over memory, which `mixed` and `triton` do, but not for fp64."""
     return fused and clip is not None and dtype != torch.float64
 
 

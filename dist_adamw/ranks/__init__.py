@@ -1,1 +1,1 @@
-"""Processes: what they exchange, and whether they agree."""
+"""Communication between ranks, and checks that they agree."""

@@ -1,6 +1,6 @@
-"""Check that a record is the same on all ranks: fingerprints first, records only where they differ.
+"""Check that a record is the same on all ranks.
 
-Knows process groups and plain records; nothing of what they describe.
+Ranks compare fingerprints; records are sent only if these differ.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from dist_adamw.errors import AgreementError
 from dist_adamw.ranks.collectives import broadcast_object, end_quietly, world_size
 
 Record = Mapping[str, Any]
-_SHOWN = 200  # characters of a value in a sentence
+_SHOWN = 200  # characters of a value in an error
 
 
 def check_agreement(record: Record, group: dist.ProcessGroup | None = None) -> None:
-    """Raise on every rank when ``record`` is not the same on all of them. Collective.
+    """Raise on every rank if ``record`` is not the same on all of them. Collective.
 
-    Ranks exchange 16 bytes; records travel only when they differ, and then those of two ranks.
+    Ranks exchange 16 bytes; if they differ, two ranks send their records.
 
     Args:
         record: Plain, JSON-like values by field name.
 
     Raises:
-        AgreementError: names the first rank that differs from rank 0, its fields and both values.
+        AgreementError: names the first rank that differs from rank 0, the fields and both values.
     """
     if world_size(group) == 1:
         return
@@ -42,7 +42,8 @@ def check_agreement(record: Record, group: dist.ProcessGroup | None = None) -> N
 
 
 def _lowest_and_highest(digest: int) -> Tensor:
-    """Return a tensor whose minimum over the ranks is the lowest digest and minus the highest."""
+    """Return a tensor whose minimum over the ranks is the lowest digest and minus the highest one."""
+    # Reducing the negative as well gives the maximum without a second reduction.
     return torch.tensor([digest, -digest], dtype=torch.int64)
 
 
@@ -52,7 +53,7 @@ def _differ(lowest: Tensor) -> bool:
 
 
 def _message_device(group: dist.ProcessGroup | None) -> torch.device:
-    """Where a tensor must lie for ``group`` to send it: on the host, unless the backend serves devices alone."""
+    """Return the device of tensors that ``group`` can send: the host, unless the backend serves only accelerators."""
     group = dist.group.WORLD if group is None else group
     assert group is not None
     try:
@@ -63,7 +64,7 @@ def _message_device(group: dist.ProcessGroup | None) -> torch.device:
 
 
 def _raise_disagreement(record: Record, digest: int, group: dist.ProcessGroup | None) -> None:
-    """Name the first rank that differs from the first one, and how. Every rank knows that some do. Collective."""
+    """Raise an error that names the first differing rank and its fields. Collective; all ranks know of a difference."""
     device = _message_device(group)
     digests = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(world_size(group))]
     dist.all_gather(digests, torch.tensor([digest], dtype=torch.int64, device=device), group=group)
@@ -75,12 +76,13 @@ def _raise_disagreement(record: Record, digest: int, group: dist.ProcessGroup | 
 
 
 def fingerprint(record: Record) -> int:
-    """A 62-bit digest of ``record``. Local."""
+    """Return a 62-bit digest of ``record``. Local."""
+    # 62 bits, so that the digest and its negative both fit into an int64 of the reductions.
     return int.from_bytes(hashlib.blake2b(canonical(record).encode(), digest_size=8).digest(), "big") >> 2
 
 
 def canonical(record: Record) -> str:
-    """``record`` as text that is equal for equal values; floats keep every bit. Local."""
+    """Return ``record`` as text that is equal for equal values; floats keep every bit. Local."""
     return json.dumps(record, sort_keys=True, default=repr)
 
 
@@ -93,13 +95,12 @@ def _describe(ours: Record, first: int, theirs: Record, other: int) -> str:
             fields.append(f"{where} is {_show(one)} on rank {first} and {_show(two)} on rank {other}")
     return (
         f"rank {other} disagrees with rank {first}: {'; '.join(fields)}. "
-        "Build the model, the optimizer and the scheduler alike on every rank, and pass "
-        "the same values to step() everywhere."
+        "Build model, optimizer and scheduler alike on every rank, and pass the same values to step()."
     )
 
 
 def _first_difference(name: str, ours: Any, theirs: Any) -> tuple[str, Any, Any] | None:
-    """Where two values differ: all of them when they can be shown, else their first item that does."""
+    """Return the name of what differs and both values; of long lists only the first item that differs."""
     if canonical({"": ours}) == canonical({"": theirs}):
         return None
     if isinstance(ours, list) and isinstance(theirs, list) and max(len(repr(ours)), len(repr(theirs))) > _SHOWN:
@@ -118,9 +119,9 @@ def _show(value: object) -> str:
 class AgreementWatch:
     """Compares a record over the ranks at every update, one update behind.
 
-    `check` posts this update's fingerprint and looks at the previous update's answer, so the
-    message travels while the ranks compute, and every rank learns of a difference at the same
-    call. Collective: every rank calls `check` equally often.
+    `check` posts this update's fingerprint and reads the result of the previous one, so the reduction overlaps with
+    computation and every rank learns of a difference in the same call. Collective: every rank must call `check`
+    equally often.
 
     Args:
         group: A group that can reduce CPU tensors (gloo).
@@ -132,7 +133,7 @@ class AgreementWatch:
         self._posted: tuple[dist.Work, Tensor, Record, int] | None = None
 
     def check(self, record: Record) -> None:
-        """Look at the last record's answer, then post ``record``.
+        """Read the result for the last record, then post ``record``.
 
         Raises:
             AgreementError: the last record was not the same on all ranks.
@@ -145,11 +146,11 @@ class AgreementWatch:
         self._posted = (work, lowest, dict(record), digest)
 
     def settle(self) -> None:
-        """Wait for the last answer. Call it before anything that must not keep a wrong state."""
+        """Wait for the last result. Call it before a save, or anything else that must not use a wrong state."""
         if self._posted is None:
             return
         work, lowest, record, digest = self._posted
-        self._posted = None
+        self._posted = None  # before waiting: after an error there is no answer left to wait for
         work.wait()
         if _differ(lowest):
             _raise_disagreement(record, digest, self._group)

@@ -1,7 +1,6 @@
-"""The few collectives that a sharded update needs.
+"""The collectives that a sharded update needs.
 
-Knows tensors, process groups and ``torch.distributed``; nothing of optimizers.
-Every function is collective over ``group`` unless it says otherwise.
+Every function is collective over ``group`` unless its docstring says otherwise.
 """
 
 from __future__ import annotations
@@ -22,33 +21,34 @@ def initialized() -> bool:
 
 
 def world_size(group: dist.ProcessGroup | None = None) -> int:
-    """Ranks in ``group``; 1 without a process group. Local."""
+    """Return the number of ranks in ``group``; 1 without a process group. Local."""
     return dist.get_world_size(group) if initialized() else 1
 
 
 def rank(group: dist.ProcessGroup | None = None) -> int:
-    """This rank in ``group``; 0 without a process group. Local."""
+    """Return this process's rank in ``group``; 0 without a process group. Local."""
     return dist.get_rank(group) if initialized() else 0
 
 
 @functools.cache
 def end_quietly() -> None:
-    """Let a process that ends right after a collective end well. Local; call it wherever ranks begin to work together.
+    """Prevent an abort when the process exits right after a collective. Local; call it once ranks start to communicate.
 
-    gloo's threads let go of a collective's tensors a moment after it is over, and need Python for that. One that
-    is refused it, because the interpreter is ending, aborts the process: "terminate called without an active
-    exception". Seen at the end of 1 of 10 plain torch jobs.
+    gloo's threads release a collective's tensors shortly after it has finished, and need the GIL to do so. If the
+    interpreter is already shutting down, the thread cannot get it and the process aborts: "terminate called without an
+    active exception". Seen at the end of 1 in 10 plain torch jobs.
     """
     atexit.register(time.sleep, 0.02)
 
 
-_hosts: list[tuple[dist.ProcessGroup, dist.ProcessGroup]] = []  # default groups, and gloo groups of the same ranks
+# Pairs of a default group and the gloo group of the same ranks. A job may destroy its default group and make another.
+_hosts: list[tuple[dist.ProcessGroup, dist.ProcessGroup]] = []
 
 
 def host_group() -> dist.ProcessGroup | None:
-    """All ranks, in a group for messages on the host: None, the default group, where that can (gloo).
+    """Return a group of all ranks that can send host tensors; None if the default group can (gloo).
 
-    Made once in a job, with the default group's timeout. Collective the first time.
+    The group is made once per job, with the default group's timeout. Collective the first time.
     """
     if not initialized():
         return None
@@ -66,7 +66,7 @@ def host_group() -> dist.ProcessGroup | None:
 
 
 def serves_host(group: dist.ProcessGroup) -> bool:
-    """Return whether ``group`` can reduce a tensor of the host. Local."""
+    """Return whether ``group`` can reduce tensors in host memory. Local."""
     try:
         group._get_backend(torch.device("cpu"))
     except RuntimeError:  # NCCL alone
@@ -82,15 +82,16 @@ def all_reduce_sum(value: Tensor, group: dist.ProcessGroup | None = None) -> Ten
 
 
 def broadcast_from_first(tensors: list[Tensor], group: dist.ProcessGroup | None = None) -> None:
-    """Give every rank of ``group`` what its first one has, in place, as DDP does when it is built."""
+    """Broadcast ``tensors`` from the first rank of ``group``, in place, as DDP's constructor does."""
     if tensors and world_size(group) > 1:
         group = dist.group.WORLD if group is None else group
         assert group is not None
+        # 250 MiB is the buffer size that DDP's constructor passes.
         dist._broadcast_coalesced(group, tensors, 250 << 20, 0)  # type: ignore[attr-defined]
 
 
 def all_gather_objects(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
-    """Every rank's ``value`` (small and picklable), in rank order. For set-up, never per update."""
+    """Return every rank's ``value`` (small and picklable), in rank order. For set-up, never per update."""
     values: list[Any] = [None] * world_size(group)
     if len(values) == 1:
         return [value]
@@ -99,7 +100,7 @@ def all_gather_objects(value: Any, group: dist.ProcessGroup | None = None) -> li
 
 
 def broadcast_object(value: Any, rank_in_group: int, group: dist.ProcessGroup | None = None) -> Any:
-    """``value`` of one rank of ``group``, on all of them. For errors and set-up, never per update."""
+    """Return one rank's ``value`` on all ranks of ``group``. For errors and set-up, never per update."""
     holder = [value]
     dist.broadcast_object_list(holder, group=group, group_src=rank_in_group)
     return holder[0]

@@ -1,9 +1,8 @@
-"""Run one operation on a fixed set of ranks, and raise its errors on all of them.
+"""Run an operation on a fixed set of ranks, and raise its errors on all of them.
 
-Knows process groups; nothing of what is done.
-
-A rank that asks ``torch.distributed`` again in the middle of a save hears that it is alone, and the main one, once the
-process group has been destroyed. So rank and number of ranks are taken once, and a group that is gone is an error.
+Once a process group has been destroyed, ``torch.distributed`` tells every rank that it is rank 0 of 1. A save that
+queried it midway would let every rank write as the main one, so rank and world size are read once, and a destroyed
+group is an error.
 """
 
 from __future__ import annotations
@@ -22,12 +21,12 @@ T = TypeVar("T")
 
 @dataclass(slots=True)
 class Ranks:
-    """Who takes part, from beginning to end.
+    """The ranks that take part in an operation, fixed for its duration.
 
     Attributes:
-        rank: This one's number.
-        size: How many there are.
-        group: For their messages; None: the default group, or none at all where there is one rank.
+        rank: This rank.
+        size: The number of ranks.
+        group: Their process group; None is the default group, or no group if there is one rank.
     """
 
     rank: int
@@ -36,32 +35,32 @@ class Ranks:
 
     @classmethod
     def now(cls, group: dist.ProcessGroup | None = None) -> Ranks:
-        """Return all ranks of the job, as they are now, and a group for their messages. Local."""
+        """Return the current ranks of the job, which communicate over ``group``. Local."""
         return cls(collectives.rank(), collectives.world_size(), group)
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the rank that does what is done once. Local."""
+        """Whether this rank does the work that is done once per job. Local."""
         return self.rank == 0
 
     def check(self) -> None:
-        """Raise where the process group has been destroyed, or made, since. Local.
+        """Raise if a process group was destroyed or created since `now`. Local.
 
         Raises:
-            CheckpointError: there are not as many ranks any more.
+            CheckpointError: the number of ranks has changed.
         """
         if (now := collectives.world_size()) == self.size:
             return
         if collectives.initialized():
             raise CheckpointError(
-                f"this was made when there were {self.size} rank(s), and there are {now} now. Make it after "
+                f"this object was created with {self.size} rank(s), and there are {now} now. Create it after "
                 "dist.init_process_group()."
             )
-        # With the last reference to a group its connections close, so that no other rank waits for this one.
+        # Dropping the last reference to a group closes its connections, so no other rank waits for this one.
         self.group = None
         raise CheckpointError(
-            f"the process group of {self.size} ranks was destroyed before the checkpoint was finished. Wait for it "
-            "(AsyncSaver.close() or CheckpointFolder.close()) before dist.destroy_process_group()."
+            f"the process group of {self.size} ranks was destroyed before the checkpoint was finished. Call "
+            "AsyncSaver.close() or CheckpointFolder.close() before dist.destroy_process_group()."
         )
 
     def gather(self, value: Any) -> list[Any]:
@@ -74,10 +73,10 @@ class Ranks:
         return [value] if self.size == 1 else collectives.all_gather_objects(value, self.group)
 
     def run(self, action: Callable[[], T]) -> T:
-        """Run ``action`` on every rank; where it fails on one, all raise its sentence. Collective.
+        """Run ``action`` on every rank; if it fails on one, raise its message on all. Collective.
 
         Raises:
-            CheckpointError: ``action`` raised anything on some rank.
+            CheckpointError: ``action`` raised an exception on some rank.
         """
         self.check()
         problem, result = None, None
@@ -86,8 +85,8 @@ class Ranks:
         except CheckpointError as error:
             problem = str(error)
         except AgreementError:
-            raise  # on every rank alike, and no matter of files
-        except Exception as error:  # without the others' knowledge they would wait for ever
+            raise  # every rank has raised it already
+        except Exception as error:  # must reach the gather below: the other ranks wait there
             problem = f"{type(error).__name__}: {error}"
         if (failed := first_problem(self.gather(problem))) is not None:
             raise CheckpointError(failed)
@@ -95,7 +94,7 @@ class Ranks:
 
 
 def first_problem(reports: Sequence[str | None]) -> str | None:
-    """Return the first rank's problem of ``reports``, with the rank unless all have it; None without one. Local."""
+    """Return the first problem in ``reports``, with its rank unless all ranks have it; None if there is none. Local."""
     for rank, problem in enumerate(reports):
         if problem is not None:
             is_everywhere = all(other == problem for other in reports)
@@ -104,5 +103,5 @@ def first_problem(reports: Sequence[str | None]) -> str | None:
 
 
 def run_on_all_ranks(action: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
-    """Run ``action`` as `Ranks.run` on all ranks as they are now. Collective."""
+    """Run ``action`` as `Ranks.run` does, on all current ranks. Collective."""
     return Ranks.now(group).run(action)

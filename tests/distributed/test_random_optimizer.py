@@ -474,7 +474,7 @@ def test_gradients_that_are_local_cannot_be_accepted(tmp_path: Path) -> None:
     groups = [(["a"], {"lr": 0.01, "eps": 0.1}), (["b"], {"lr": 0.01, "eps": 0.1})]
     (outcome,) = outcomes_of([Sequence("accept", TWO, groups, {}, acts, ranks=2, way=ASIDE)], tmp_path)
     assert outcome.failure is None, outcome.failure
-    assert any(text.startswith("accept_gradients() of gradients") for text in outcome.sentences)
+    assert any(text.startswith("accept_gradients() was called for gradients") for text in outcome.sentences)
 
 
 SEED, SEQUENCES = 3, 12

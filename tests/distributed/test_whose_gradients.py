@@ -248,7 +248,7 @@ def check_accepted(way: dict[str, Any]) -> None:
         pair.check("accepted")
     else:  # they would be clamped before they are averaged
         loss_of(pair.model, 0).backward()
-        with pytest.raises(RuntimeError, match="local ones until step"):
+        with pytest.raises(RuntimeError, match="local until step"):
             clamp(pair.model)
         pair.optimizer.zero_grad()
 

@@ -362,7 +362,7 @@ def test_what_has_no_meaning_is_refused_before_anything_changes() -> None:
     half.masters = [torch.zeros(8, dtype=INT16)]
     with pytest.raises(ValueError, match=r"complete bfloat16 parameters only, got torch\.float16"):
         half.update([g.to(FP16) for g in grads])
-    with pytest.raises(ValueError, match="splits from float32"):
+    with pytest.raises(ValueError, match="must be split from float32"):
         split_master_(torch.zeros(3), torch.zeros(3), torch.zeros(3, dtype=INT16))
-    with pytest.raises(ValueError, match="joins bfloat16 and int16"):
+    with pytest.raises(ValueError, match="joined from bfloat16 and int16"):
         join_master(torch.zeros(3), torch.zeros(3, dtype=INT16))

@@ -1,4 +1,4 @@
-"""Follow forward and backward passes: trigger sending, and note what gradients were when backward ended."""
+"""Follow forward and backward passes: trigger sending, and record the gradients when backward has ended."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ _gradient = operator.attrgetter("grad")
 
 
 class BackwardPasses:
-    """What hooks on modules and parameters call.
+    """The callbacks of hooks on modules and parameters.
 
     Args:
-        path: Kept alive while a backward pass runs, and held weakly otherwise.
+        path: Kept alive while a backward pass runs; held weakly otherwise.
         overlap: Send during backward.
 
     Attributes:
@@ -51,56 +51,58 @@ class BackwardPasses:
         self._messages, self._record, self._overlap = messages, record, overlap
         self.is_running = False
         self._has_heard = False  # whether this backward pass has reached a parameter
-        self._before_pass = (False, False, False, False)  # what a pass that brings no gradient leaves as it was
+        self._before_pass = (False, False, False, False)  # flags to restore if the pass brings no gradient
 
     # ---------------------------------------------------------------- forward
 
     def before_forward(self, module: nn.Module, args: Any) -> None:
-        """A forward pass that will have a backward begins."""
-        if not torch.is_grad_enabled():
+        """Prepare gradients for the backward pass of the forward pass that begins."""
+        if not torch.is_grad_enabled():  # no backward pass will follow
             return
         if isinstance(module, DistributedDataParallel) and module._join_config.enable:
             raise RuntimeError(
                 "DistributedDataParallel.join() is not supported after DistAdamW.attach(): a rank that has run out of "
-                "data would not send its gradients. Give ranks equally many batches (dist_adamw.prepare does), or do "
-                "without attach()."
+                "data would not send its gradients. Give every rank the same number of batches (dist_adamw.prepare "
+                "does), or do not call attach()."
             )
         with torch.no_grad():
             self._prepare_gradients()
 
     def _prepare_gradients(self) -> None:
-        """Make gradients something that backward may add to: none, or sums of local ones."""
+        """Make gradients safe for backward to add to: either none, or sums of local ones."""
         sender, record = self._sender, self._record
-        if self.is_running:  # the last backward was broken off
+        if self.is_running:  # the last backward raised before its end
             self.is_running = False
             sender.receive()
         if not (sender.plan.shards or any(map(is_lazy, self._sources.known))):
-            self._link.shards()  # state that is none is refused here: an error in the middle of backward breaks DDP
+            # Refuse invalid ``optimizer.state`` now: an error in the middle of backward would leave DDP unusable.
+            self._link.shards()
         self.look_for_changes()
-        self._sources.arrivals.take()
-        record.watch.clear()
+        self._sources.arrivals.take()  # arrivals of a backward pass that raised must not count for the next one
+        record.watch.clear()  # backward is about to change the gradients
         for reducer in self._sources.reducers():
             reducer.restore_views()
         if (sender.next or record.late) and not sender.reduces_every_backward:
+            # ``param.grad`` holds averages. Backward adds local gradients to them, so make them sums again.
             if any(param.grad is not None for param in self._sources.known):
                 sender.reopen()
             else:
                 self.discard()
 
     def look_for_changes(self) -> None:
-        """Note that the user has changed gradients since backward. The update tells all ranks: others may not have."""
+        """Note whether the user changed gradients since backward. The update shares this: other ranks may not have."""
         record = self._record
         record.was_changed = record.was_changed or (record.watch.changed() and self._is_any_nonzero())
 
     def _is_any_nonzero(self) -> bool:
-        """Whether some gradient is not all zeros. ``model.zero_grad(set_to_none=False)`` is no change to refuse."""
+        """Return whether some gradient has a nonzero element."""
+        # ``model.zero_grad(set_to_none=False)`` writes to gradients too, and is not a change to refuse.
         return any(bool(grad.any()) for grad in map(_gradient, self._sources.known) if grad is not None)
 
     def after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
-        """Hear of the beginning of the backward pass, in the graph task that ends with it.
-
-        A parameter's hook may run in a smaller one, that of a segment checkpointed with use_reentrant=True.
-        """
+        """Hook the output's gradient, which marks the beginning of the backward pass."""
+        # Autograd calls back at the end of the graph task in which the callback is queued. A parameter's hook may run
+        # in an inner one, that of a segment checkpointed with use_reentrant=True; the output's hook does not.
         if torch.is_grad_enabled():
             for leaf in tree_leaves(output):
                 if isinstance(leaf, Tensor) and leaf.requires_grad:
@@ -109,9 +111,9 @@ class BackwardPasses:
     # ---------------------------------------------------------------- backward
 
     def backward_begins(self, grad: Tensor) -> None:
-        """The gradient of an attached module's output is there."""
+        """Begin to follow a backward pass, on the gradient of an attached module's output."""
         if not self.is_running:
-            self._sources.arrivals.take()  # of a backward pass inside DDP's no_sync
+            self._sources.arrivals.take()  # left by a backward pass inside DDP's no_sync
             if self._sends_now:
                 self._begin()
 
@@ -120,13 +122,13 @@ class BackwardPasses:
         return self._sources.synchronises or self._sender.reduces_every_backward
 
     def look_at_arrivals(self, param: Tensor) -> None:
-        """Send what has become ready. Hung on some parameters; the others only enter themselves.
+        """Send the buckets that are ready. A hook on some parameters; the others only record their arrival.
 
-        ``param`` itself is entered for the next time: hooks that were registered on it later than this one have not
+        ``param`` itself counts from the next call on: hooks that were registered on it later than this one have not
         run yet, and may change its gradient.
         """
         if not self._sends_now:
-            self._record.filled.discard(id(param))
+            self._record.filled.discard(id(param))  # backward has added to the zeros, so they are a gradient now
             return
         if not self.is_running:
             self._begin()
@@ -137,10 +139,10 @@ class BackwardPasses:
         self._sources.arrivals.note(param)
 
     def bucket_came(self, packed: PackedBucket | None) -> None:
-        """The gradients of one of DDP's buckets are there; send what can be. Collective."""
+        """Record one of DDP's buckets as complete, and send the buckets that are ready. Collective."""
         if not self.is_running:
             self._begin()
-        self._messages.announce_round()  # also where nothing is sent: DDP waits for its ranks when backward is over
+        self._messages.announce_round()  # even if nothing is sent: DDP waits for its ranks at the end of backward
         if packed is None:
             return
         self._sender.enter_bucket(packed)
@@ -148,26 +150,30 @@ class BackwardPasses:
             self._sender.send_ready()
 
     def _begin(self) -> None:
-        """Once in a backward, before its first gradient: follow the layout, and have autograd call when it is over."""
+        """Follow the layout, and have autograd call back at the end. Called before the first gradient of a backward."""
         record, sources = self._record, self._sources
+        # Saved because the pass may turn out to be ``torch.autograd.grad``, which changes no gradient.
         self._before_pass = (record.has_begun, record.is_whole, record.is_compared, record.has_let_go)
         self.is_running, self._has_heard, record.has_begun = True, False, True
         record.is_whole = record.is_compared = record.has_let_go = False
+        # The partial holds the path strongly: the user may drop the optimizer during backward, and other ranks wait.
         _when_backward_is_over(functools.partial(self._after_backward, self._path()))
         heard = sources.ids
         self._sender.follow_layout()
+        # The forward pass has already told DDP not to average this pass, so a parameter that left since then, without
+        # its hook, would keep a local gradient.
         has_left = sources.ids is not heard and not heard <= sources.known_ids
         if sources.is_ddp and has_left and sources.has_ddp_aside():
             raise left_before_backward()
 
     @torch.no_grad()
     def _after_backward(self, path: object) -> None:
-        """Send what is left. ``path`` is alive until then."""
+        """Send the remaining buckets. The argument keeps ``path`` alive until then."""
         self.is_running = False
         sources, sender, record = self._sources, self._sender, self._record
         has_gradients = self._has_heard or sources.are_buckets or sources.arrivals.has_any
         if not (has_gradients or accumulates_now(sources.modules())):
-            # torch.autograd.grad, of an input say: no gradient is to be sent yet
+            # This was torch.autograd.grad, with respect to an input for example: there is no gradient to send yet.
             record.has_begun, record.is_whole, record.is_compared, record.has_let_go = self._before_pass
             return
         if isinstance(sender, ShardSender):
@@ -178,11 +184,11 @@ class BackwardPasses:
         elif self._overlap and not sources.wait_for_ddp():
             sender.send_all()
         sender.receive()
-        # DDP may have its own to do now, so this comes last.
+        # DDP's own callback may be queued after this one and write gradients, so queue the watch behind it.
         _when_backward_is_over(functools.partial(self._begin_watch, path))
 
     def finish_broken_pass(self) -> None:
-        """Send what a backward pass that raised has left, with the gradients that came before: torch keeps them."""
+        """Send what a backward pass that raised has not sent. As in torch, gradients from before the error count."""
         self.is_running = False
         if isinstance(self._sender, ShardSender):
             self._sender.finish_round()
@@ -193,9 +199,9 @@ class BackwardPasses:
 
     @torch.no_grad()
     def _begin_watch(self, path: object) -> None:
-        """Remember the gradients as they are, to see whether they are changed before the update."""
+        """Remember the gradients as they are, to detect changes before the update."""
         sources, sender = self._sources, self._sender
-        if self._overlap and sources.wait_for_ddp():  # it has done its part by now
+        if self._overlap and sources.wait_for_ddp():  # DDP has written its gradients by now
             if not sources.are_buckets:
                 sender.send_all()
             elif all(grad is not None for grad in map(_gradient, sender.plan.params)):
@@ -207,19 +213,20 @@ class BackwardPasses:
         sources.tell_siblings()
 
     def discard(self, *, leave_zeros: bool = False) -> None:
-        """Forget gradients that arrived: they are not wanted. Every rank alike; after `look_at_siblings`.
+        """Drop gradients that arrived. The same on every rank; after `look_at_siblings`.
 
         Args:
             leave_zeros: Put zeros where gradients were freed: torch counts zeros as a gradient.
         """
         record, sender = self._record, self._sender
         self.is_running = False
-        sender.receive()  # left over from a backward that was broken off
+        sender.receive()  # buckets left in flight by a backward that raised
         self._sources.arrivals.take()
         record.has_let_go = False
+        # A discarded round counts like an update, so a rank that does not discard it is detected as out of step.
         self._messages.number += record.has_begun
         for param in sender.plan.params if record.filled else ():
-            if id(param) in record.filled:  # without a backward pass that reaches it, it has no gradient
+            if id(param) in record.filled:  # our zeros; no backward pass has reached the parameter
                 param.grad = None
         let_go = record.used | record.in_shard if leave_zeros else ()
         for param in self._link.params() if let_go else ():
@@ -238,7 +245,8 @@ def _when_backward_is_over(callback: Any) -> None:
 
 @functools.cache
 def _exclude_from_compilation() -> None:
-    """Keep torch.compile out of the module hooks. When the first path is made, since it imports torch._dynamo."""
+    """Keep torch.compile out of the module hooks."""
+    # Done when the first path is made, not at import: torch.compiler.disable imports torch._dynamo.
     for name in ("before_forward", "after_forward"):
         hook = getattr(BackwardPasses, name)
         setattr(BackwardPasses, name, torch.compiler.disable(hook))  # type: ignore[no-untyped-call]

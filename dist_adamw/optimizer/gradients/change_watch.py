@@ -1,8 +1,6 @@
-"""Detect gradients that were changed between backward and step, or were left in parts.
+"""Detect gradients that were changed between backward and step, or of which each rank has only a part.
 
-Knows tensors; nothing of ranks.
-
-Signs of a change are another tensor or address in ``param.grad``, a version counter, and, on a CPU, a sample of the
+A change shows in the identity or address of ``param.grad``, in its version counter and, on a CPU, in a sample of the
 values, since ``param.grad.data.mul_(c)`` leaves no other trace. A gradient that was set to None is not used, as in
 torch; all ranks must set the same ones to None. Loops over tensors run in C.
 """
@@ -27,7 +25,7 @@ _gradient, _version = operator.attrgetter("grad"), operator.attrgetter("_version
 
 
 class GradientWatch:
-    """Gradients as backward, or the last accepted change, left them."""
+    """The gradients as backward, or the last accepted change, left them."""
 
     def __init__(self) -> None:
         self.clear()
@@ -49,20 +47,21 @@ class GradientWatch:
         self._present = _present(self._grads)
         try:
             self._addresses = list(map(Tensor.data_ptr, self._present))
-        except RuntimeError:
+        except RuntimeError:  # sparse gradients have no address; raise the error that says what to do
             for grad in self._present:
                 check_dense(grad)
             raise
         self._note_values()
 
     def remember_written(self, params: Sequence[Tensor]) -> None:
-        """As `remember`, after writes by this package alone, which do not move gradients to other memory."""
+        """Remember gradients after this package's own writes, which do not move them; cheaper than `remember`."""
         if params is not self._params or not all(map(operator.is_, map(_gradient, params), self._grads)):
             self.remember(params)
             return
         self._note_values()
 
     def _note_values(self) -> None:
+        # Version counters only grow, so their sum changes if any of them does.
         self._versions = sum(map(_version, self._present))
         self._places = _places(self._present)
         self._sample = [place.clone() for place in self._places]
@@ -73,17 +72,17 @@ class GradientWatch:
             self.remember(self._params)
 
     def replaced(self) -> bool:
-        """Return whether some ``param.grad`` is another tensor, or has other memory; None does not count."""
+        """Return whether some ``param.grad`` is another tensor or has other memory. None does not count as replaced."""
         now = list(map(_gradient, self._params))
         if all(map(operator.is_, now, self._grads)):
             return list(map(Tensor.data_ptr, self._present)) != self._addresses
         return self._is_any_left_replaced(now)
 
     def _is_any_left_replaced(self, now: list[Tensor | None]) -> bool:
-        """As `replaced`, where some of the gradients ``now`` are other objects, or None."""
+        """Return `replaced` for gradients ``now`` of which some are other objects, or None."""
         if any(new is not None and new is not old for new, old in zip(now, self._grads, strict=True)):
             return True
-        # `_addresses` are those of the gradients that were not None: leave out those that are None now.
+        # `_addresses` has an entry for each gradient that was there; drop the entries of those that are None now.
         is_left = [new is not None for new, old in zip(now, self._grads, strict=True) if old is not None]
         addresses = list(itertools.compress(self._addresses, is_left))
         return list(map(Tensor.data_ptr, _present(now))) != addresses
@@ -97,7 +96,7 @@ class GradientWatch:
         )
 
     def dropped(self) -> list[int]:
-        """Return the numbers of the parameters whose gradients were set to None."""
+        """Return the indices of the parameters whose gradients were set to None."""
         now = list(map(_gradient, self._params))
         if all(map(operator.is_, now, self._grads)):
             return []
@@ -109,14 +108,16 @@ def _present(grads: Sequence[Tensor | None]) -> list[Tensor]:
 
 
 def _places(grads: list[Tensor]) -> list[Tensor]:
-    """Return views of the bits of a few elements, of a few of the gradients that lie on a CPU."""
+    """Return views, as integers, of a few elements of a few of the gradients on a CPU."""
+    # On a GPU the host would have to wait. Integer views, because torch.equal would find NaN unequal to itself.
     places = []
     sampled = [grad for grad in grads[:: max(1, len(grads) // _SAMPLED_TENSORS)] if _can_be_sampled(grad)]
     for grad in sampled:
         count = min(_SAMPLED_ELEMENTS, grad.numel())
         elements = torch.as_strided(grad.detach(), (count,), (grad.numel() // count,), grad.storage_offset())
         places.append(elements.view(_BITS[grad.dtype.itemsize]))
-    if not any(map(torch.any, places)):  # scaling does not change zeros, and most of an embedding's gradient is zero
+    # Scaling does not change zeros, and most of an embedding's gradient is zero, so the sample needs a nonzero element.
+    if not any(map(torch.any, places)):
         for grad in filter(_can_be_sampled, grads):
             flat = grad.detach().view(-1)
             largest = flat.abs().argmax()
@@ -129,23 +130,24 @@ def _can_be_sampled(grad: Tensor) -> bool:
     return grad.device.type == "cpu" and grad.numel() > 0 and grad.is_contiguous()
 
 
-# By id, gradients that were reduced to owners for an optimizer that no longer exists, so each rank has a part.
+# By id: gradients that were reduced to owners for an optimizer that no longer exists. Nothing can gather them.
 _parts: dict[int, weakref.ref[Tensor]] = {}
 
 
 def mark_parts(grads: Iterable[Tensor]) -> None:
-    """Mark gradients of which each rank has a part, and whose optimizer no longer exists. Local."""
+    """Mark gradients of which each rank has only a part and whose optimizer no longer exists. Local."""
     for grad in grads:
         _parts[id(grad)] = weakref.ref(grad, functools.partial(_forget, id(grad)))
 
 
 def _forget(key: int, ref: Any) -> None:
+    # An id is reused once its tensor is gone: another gradient may have been marked under it since.
     if _parts.get(key) is ref:
         del _parts[key]
 
 
 def refuse_parts(params: Iterable[Tensor]) -> None:
-    """Refuse gradients of ``params`` that are parts of averages. Local; free of cost if there are none.
+    """Refuse gradients of ``params`` that are parts of averages. Local; costs nothing if there are none.
 
     Raises:
         RuntimeError: says how to clear them.
@@ -157,8 +159,8 @@ def refuse_parts(params: Iterable[Tensor]) -> None:
     if any(bool(grad.any()) for grad in parts):
         raise RuntimeError(
             f"{len(parts)} gradients, the first of shape {tuple(parts[0].shape)}, were reduced to their owners for an "
-            "attached DistAdamW that is gone, so each rank has a part of the average. Call zero_grad() before you let "
-            "go of an optimizer, or at least before the next forward pass."
+            "attached DistAdamW that no longer exists, so each rank has only a part of the average. Call zero_grad() "
+            "before you delete an optimizer, or at least before the next forward pass."
         )
-    for grad in parts:  # set to zero since
+    for grad in parts:  # all zero now, so no part of an average is left
         del _parts[id(grad)]

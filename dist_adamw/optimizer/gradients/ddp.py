@@ -1,9 +1,7 @@
 """Connect attached optimizers to DDP's reducer.
 
-Knows DistributedDataParallel and plans; `sending` sends the gradients.
-
-A DDP module takes one communication hook for its whole life, so one object per module serves every optimizer that is
-attached to it, one after the other or at the same time. Gradients that no optimizer listens to are averaged as by DDP.
+A DDP module accepts one communication hook in its lifetime, so one object per module serves every optimizer that is
+attached to it, in turn or at the same time. It averages gradients that no optimizer receives, as DDP would.
 """
 
 from __future__ import annotations
@@ -25,8 +23,8 @@ from dist_adamw.optimizer.sharding.memory_order import axes_in_memory, check_den
 from dist_adamw.optimizer.sharding.shard import Shard
 
 _HOOK = "_dist_adamw_hook"  # attribute of a DDP module
-# Devices on which DDP's reducer can stand aside: it copies every gradient into its own buckets, which takes as long as
-# the update. On other devices its buckets are allocated by then, so gradients had better be views of them.
+# Devices on which DDP's reducer can stand aside. It copies every gradient into its own buckets, which on a CPU takes as
+# long as the update. On other devices its buckets are already allocated, and other gradients would take memory on top.
 _ASIDE = frozenset({"cpu"})
 _gradient_of = operator.itemgetter(1)
 
@@ -36,7 +34,7 @@ class BucketListener(Protocol):
 
     @property
     def listening(self) -> Set[int]:
-        """Ids of the parameters whose gradients it takes."""
+        """Ids of the parameters whose gradients it receives."""
 
     def bucket_came(self, packed: PackedBucket | None) -> None:
         """Take the gradients of one of DDP's buckets; None if DDP copies them to ``param.grad`` later."""
@@ -52,7 +50,7 @@ class BucketListener(Protocol):
 
 
 class PackedBucket:
-    """The contents of one of DDP's buckets for one listener; valid until DDP packs again.
+    """The contents of one of DDP's buckets for one listener; valid until DDP rebuilds its buckets.
 
     Args:
         params: The parameters.
@@ -66,7 +64,7 @@ class PackedBucket:
         self.plan: Plan | None = None
         self.places: list[tuple[Shard, int, Tensor]] = []
         self.buckets: list[int] = []
-        # Shard, place in it, parameter and place in the buffer, if the two may have elements in different orders.
+        # Shard, index in it, parameter and place in the buffer of those whose elements may be in different orders.
         self._odd: list[tuple[Shard, int, Tensor, Tensor]] = []
 
     def enter(self, plan: Plan) -> None:
@@ -93,7 +91,8 @@ class PackedBucket:
         )
 
     def reorder(self) -> None:
-        """Bring gradients into their shards' order of elements: DDP keeps the order that it was built with."""
+        """Bring gradients into their shards' order of elements."""
+        # DDP keeps the order that parameters had when it was built; a shard, the one when the shard was made.
         for shard, i, param, flat in self._odd:
             if (grad := param.grad) is not None and grad.data_ptr() == flat.data_ptr():
                 ordered = shard.order.flatten(i, grad)
@@ -102,7 +101,7 @@ class PackedBucket:
                     param.grad = shard.order.unflatten(i, flat)
 
     def settle(self) -> None:
-        """Reshape gradients that DDP has made views of this bucket since, for parameters that this rank did not use."""
+        """Reshape gradients that DDP turned into views of this bucket after `reorder`, of parameters not used here."""
         for shard, i, param, flat in self._odd:
             if (grad := param.grad) is not None and grad.data_ptr() == flat.data_ptr():
                 param.grad = shard.order.unflatten(i, flat)
@@ -123,14 +122,15 @@ class DDPReducer:
         self._is_view: bool = model.gradient_as_bucket_view
         self._strides = {id(param): param.stride() for param in model.parameters()}
         self._trained = [param for param in model.parameters() if param.requires_grad]
-        # Otherwise, once it is active again, the reducer would overwrite averages with its own copies.
+        # Without views, the reducer would overwrite averages with its own copies once it is active again. With
+        # static_graph or mixed precision, DDP expects to see every pass.
         self._may_stand_aside = self._is_view and not (model.static_graph or model.mixed_precision is not None)
         self._stands_aside = False
-        self.has_own = False  # whether some parameters are left to DDP
+        self.has_own = False  # whether DDP itself averages some parameters
         self.stood_aside = False  # in the last forward pass
-        # For each forward pass under way: the user's require_backward_grad_sync, and whether it was overridden.
+        # A stack, since forward passes may nest: the user's require_backward_grad_sync, and whether it was overridden.
         self._asked: list[tuple[bool, bool]] = []
-        # By index of a bucket: its address and parameters, the part of each listener, and the gradients of none.
+        # By bucket index: its address and parameters, the part of each listener, and the gradients without a listener.
         self._known: dict[int, tuple[int, list[Tensor], dict[int, PackedBucket], list[Tensor]]] = {}
         self._seen: dict[int, tuple[int, ...]] = {}  # address and parameters of each bucket, when it was last new
         self._settled: dict[int, bool] = {}  # whether each was the same the time before
@@ -143,42 +143,43 @@ class DDPReducer:
             model.register_comm_hook(self, lambda state, bucket: state.reduce(bucket))
         except RuntimeError as error:
             raise ValueError(
-                f"the module has a communication hook already, and DDP takes one for ever ({error}). Attach before you "
-                "register_comm_hook, or do without attach(): then DDP and your hook average gradients."
+                f"the module already has a communication hook, and DDP accepts only one ({error}). Call attach() "
+                "without register_comm_hook(), or do not call attach(): then DDP and your hook average gradients."
             ) from error
         self._model = weakref.ref(model)
         self._sees_forward = False
 
     @classmethod
     def of(cls, model: DistributedDataParallel) -> DDPReducer:
-        """Return the reducer of ``model``, made on first use. A copy of the module gets one for itself."""
+        """Return the reducer of ``model``, made on first use. A copy of the module gets another one."""
         found: DDPReducer | None = getattr(model, _HOOK, None)
         if found is None:
             found = cls(model)
             setattr(model, _HOOK, found)
         return found
 
+    # Copies and pickles of a module have None in its place, so that the copy does not share this module's hook.
     def __deepcopy__(self, memo: Any) -> None:
         return None
 
     def __reduce__(self) -> Any:
         return type(None), ()
 
-    # ---------------------------------------------------------------- who listens
+    # ---------------------------------------------------------------- listeners
 
     def can_stand_aside(self, ids: Set[int]) -> bool:
-        """Return whether DDP's reducer would have nothing left to do if gradients of ``ids`` were taken from it."""
+        """Return whether DDP's reducer would have nothing left to do if gradients of ``ids`` came by hooks."""
         taken = set(ids).union(*(path.listening for path in self._paths(aside=True)))
         return self._may_stand_aside and all(
             param.device.type in _ASIDE and id(param) in taken for param in self._trained if param.requires_grad
         )
 
     def add(self, path: BucketListener, *, aside: bool) -> None:
-        """Serve ``path`` too.
+        """Serve ``path`` as well.
 
         Args:
             path: Held by a weak reference.
-            aside: Whether it hears of its gradients by hooks, so that DDP's reducer can stand aside for them.
+            aside: Whether it receives its gradients by hooks, so that DDP's reducer can stand aside for them.
         """
         self._listeners = [one for one in self._listeners if one[0]() not in (None, path)]
         self._listeners.append((weakref.ref(path, WeakHook(self, "_gone")), aside))
@@ -198,7 +199,7 @@ class DDPReducer:
         self.follow()
 
     def follow(self) -> None:
-        """Reassign gradients after a listener was added or dropped, or listens to other parameters."""
+        """Reassign gradients after a listener was added or dropped, or after its parameters changed."""
         self._forget_buckets()
         self._stands_aside = bool(self._paths(aside=True)) and self.can_stand_aside(frozenset())
         heard = set[int]().union(*(path.listening for path in self._all_paths()))
@@ -214,22 +215,23 @@ class DDPReducer:
         """Return the listeners that get their gradients from DDP's buckets."""
         return self._paths(aside=False)
 
-    # ---------------------------------------------------------------- standing aside
+    # ---------------------------------------------------------------- stand aside
 
     def before_forward(self, module: DistributedDataParallel, args: Any) -> None:
-        """Decide who averages the gradients of this pass. If none are left to DDP, the pass is as under ``no_sync``."""
+        """Decide who averages the gradients of this pass. If DDP has none to average, it sees a ``no_sync`` pass."""
         if torch.is_grad_enabled():
-            refuse_parts(self._trained)  # before DDP adds to them
+            refuse_parts(self._trained)  # before backward adds to them
             paths = self._all_paths()
             stands_aside = self._stands_aside
             for path in paths:
                 path.follow_params()
             if self._stands_aside != stands_aside:
-                # If other ranks have not changed theirs, DDP would reduce on this rank alone, and wait for them.
+                # If other ranks have not changed theirs, DDP would start an all-reduce on this rank alone and hang.
                 for path in paths:
                     path.announce_change()
             if self.stood_aside and not self._stands_aside:
-                # Since it last averaged, DDP has marked every parameter with a gradient as used; clear these marks.
+                # While it stood aside DDP saw passes as under no_sync, and accumulated which parameters were used.
+                # Clear that before it averages again.
                 module.reducer._reset_state()
             self.stood_aside = self._stands_aside
         self._asked.append((module.require_backward_grad_sync, self._stands_aside))
@@ -237,7 +239,7 @@ class DDPReducer:
             module.require_backward_grad_sync = False
 
     def after_forward(self, module: DistributedDataParallel, args: Any, output: Any) -> None:
-        """Restore what the user asked the module for."""
+        """Restore the user's ``require_backward_grad_sync``."""
         if not self._asked:
             return
         asked, stood_aside = self._asked.pop()
@@ -249,7 +251,7 @@ class DDPReducer:
     # ---------------------------------------------------------------- the communication hook
 
     def forget_unless_settled(self) -> bool:
-        """Forget the buckets if DDP may still replace them; return whether it will not."""
+        """Forget the buckets if DDP may still replace them; return whether they are final."""
         settled = all(self._settled.values())
         if not settled:
             self._known.clear()
@@ -268,6 +270,7 @@ class DDPReducer:
         for _, _, packed, _ in self._known.values():
             for bucket in packed.values():
                 bucket.settle()
+        # A gradient stays a view once it is one, so only the others are checked again in later passes.
         for index, pairs in list(self._flats.items()):
             views = _views_among(pairs)
             if views:
@@ -279,7 +282,7 @@ class DDPReducer:
     def restore_views(self) -> None:
         """Put gradients back into their buckets after ``param.grad.data = x``. Call it before each forward pass.
 
-        DDP still takes such a gradient for its view of the bucket, and would send the bucket's old contents.
+        DDP would still treat such a gradient as a view of the bucket, and average the bucket's old contents.
         """
         if list(map(Tensor.data_ptr, map(_gradient_of, self._views))) != self._addresses:
             for param, grad, flat in self._views:
@@ -290,21 +293,22 @@ class DDPReducer:
             self._forget_buckets()
 
     def reduce(self, bucket: Any) -> torch.futures.Future[Tensor]:
-        """Serve one ``dist.GradBucket``."""
+        """Handle one ``dist.GradBucket``; the communication hook of the module."""
         buffer: Tensor = bucket.buffer()
         check_dense(buffer)
         paths = {id(path): path for path in self.listeners()}
         packed, unclaimed = self._sorted(bucket, buffer, paths)
         for key, path in paths.items():
-            # Without views, DDP copies the buffer to the gradients at the end of backward.
+            # Without views, DDP copies the buffer to the gradients only at the end of backward; they are sent then.
             path.bucket_came(packed[key] if self._is_view else None)
         if unclaimed:
-            # A rank that is elsewhere would not take part in the all-reduce: find out before.
+            # A rank that is not in this backward pass would not take part in the all-reduce, so check that first.
             for path in self._all_paths():
                 path.announce_round()
             together = torch.cat(unclaimed).div_(dist.get_world_size(self._group))
             dist.all_reduce(together, group=self._group)
             torch._foreach_copy_(unclaimed, list(torch.split(together, [grad.numel() for grad in unclaimed])))
+        # Hand DDP its buffer back unreduced: the listeners reduce their gradients to the owners.
         done: torch.futures.Future[Tensor] = torch.futures.Future()
         done.set_result(buffer)
         return done
@@ -312,7 +316,7 @@ class DDPReducer:
     def _sorted(
         self, bucket: Any, buffer: Tensor, paths: dict[int, Any]
     ) -> tuple[dict[int, PackedBucket], list[Tensor]]:
-        """Return the part of each path in a bucket, and the gradients that no path takes."""
+        """Return each path's part of a bucket, and the gradients that no path receives."""
         index, params = bucket.index(), bucket.parameters()
         if (known := self._known.get(index)) is not None:
             address, last, packed, unclaimed = known
@@ -329,8 +333,9 @@ class DDPReducer:
         self, index: int, params: list[Tensor], grads: list[Tensor], buffer: Tensor, paths: dict[int, Any]
     ) -> tuple[dict[int, PackedBucket], list[Tensor]]:
         """Sort the gradients of a bucket that is new or changed; as `_sorted`."""
-        if self._known.pop(index, None) is not None:  # DDP has packed its buckets again
+        if self._known.pop(index, None) is not None:  # DDP has rebuilt its buckets
             self._forget_buckets()
+        # DDP rebuilds its buckets after the first pass that it averages; a bucket that was the same twice is final.
         seen = (buffer.data_ptr(), *map(id, params))
         self._settled[index] = self._seen.get(index) == seen
         self._seen[index] = seen
@@ -348,7 +353,7 @@ class DDPReducer:
 
 
 def _views_among(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Return parameter, gradient and place of those ``pairs`` of parameter and place whose gradient is a view of it."""
+    """Return parameter, gradient and place for those ``pairs`` of parameter and place whose gradient is that place."""
     return [
         (param, param.grad, flat)
         for param, flat in pairs

@@ -13,7 +13,10 @@ from dist_adamw.optimizer.transport.base import MAX_IN_FLIGHT, InFlightBucket
 
 
 def flat_gradient(shard: Shard, i: int) -> Tensor:
-    """The gradient of parameter ``i`` as a 1-D view, in the order of the shard, which it is given if need be. Local."""
+    """Return a 1-D view of the gradient of parameter ``i`` in the shard's order of elements. Local.
+
+    If the gradient has another order, ``param.grad`` is replaced by a copy in this one, so that writes reach it.
+    """
     param = shard.params[i]
     assert param.grad is not None
     flat = shard.order.flatten(i, param.grad)
@@ -23,13 +26,12 @@ def flat_gradient(shard: Shard, i: int) -> Tensor:
 
 
 def turn_into_sums(shard: Shard, averages_in: Sequence[Collection[int]]) -> None:
-    """Turn averages back into sums of local gradients, to be added to. Local.
+    """Turn averages back into sums of local gradients, so that backward can add to them. Local.
 
-    The owner keeps W times the average and the others keep zero: one more round adds what is new, and counts nothing
-    twice.
+    The owner keeps W times the average and the other ranks keep zero, so the next round counts nothing twice.
 
     Args:
-        averages_in: Of each bucket, ids of the parameters whose gradients in it are averages.
+        averages_in: For each bucket, ids of the parameters whose gradients in it are averages.
     """
     assert shard.transport is not None
     for k, are_averages in enumerate(averages_in):
@@ -47,7 +49,7 @@ def turn_into_sums(shard: Shard, averages_in: Sequence[Collection[int]]) -> None
 
 
 def gather_from_ranks(shard: Shard, only: Collection[int] | None) -> None:
-    """Let every ``param.grad`` be the average that its owners have. Collective.
+    """Write the owners' averages into every ``param.grad``, on all ranks. Collective.
 
     Args:
         only: Ids of the parameters that have been averaged; None: all. The gradients of others are left alone.
@@ -60,7 +62,7 @@ def gather_from_ranks(shard: Shard, only: Collection[int] | None) -> None:
     _gather(shard, flat)
     for i, (param, whole) in enumerate(zip(shard.params, flat, strict=True)):
         if whole is not None and param.grad is not None and whole.data_ptr() != param.grad.data_ptr():
-            param.grad = shard.order.unflatten(i, whole)  # had other strides than its parameter had
+            param.grad = shard.order.unflatten(i, whole)  # had other strides than the shard, so ``whole`` is a copy
     shard.gradients.reduced.clear()
 
 
@@ -71,6 +73,7 @@ def _write_own_runs(shard: Shard, flat: Sequence[Tensor | None]) -> None:
             if run is None or whole is None:
                 continue
             place = whole[piece.start : piece.stop]
+            # Averages mostly lie in ``param.grad`` already; only those in shards or DDP's buckets are elsewhere.
             if place.data_ptr() != run.data_ptr():
                 place.copy_(run)
 
@@ -89,7 +92,7 @@ def _gather(shard: Shard, flat: list[Tensor | None]) -> None:
 
 
 def take_replaced(shard: Shard) -> None:
-    """Take this rank's runs of gradients that the user has put in place of those that were reduced. Local."""
+    """Use this rank's runs of gradients with which the user replaced reduced ones. Local."""
     for k, own in shard.gradients.reduced.items():
         for j, piece in enumerate(shard.owned.pieces[k]):
             grad = shard.params[piece.param].grad
@@ -98,7 +101,7 @@ def take_replaced(shard: Shard) -> None:
 
 
 def zeros_for(params: Sequence[Tensor], has_grad: Sequence[bool]) -> None:
-    """Give gradients of zeros to those of ``params`` that have one elsewhere. Local."""
+    """Give zeros as gradient to those of ``params`` that have a gradient, to receive it. Local."""
     for param, is_there in zip(params, has_grad, strict=True):
         if is_there:
             param.grad = torch.zeros_like(param)

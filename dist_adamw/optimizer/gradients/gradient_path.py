@@ -1,4 +1,4 @@
-"""The path of gradients from backward to their owners, as `DistAdamW.attach` sets it up: its parts, put together."""
+"""The path of gradients from backward to their owners, which `DistAdamW.attach` sets up."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from dist_adamw.optimizer.sharding.shard import Shard
 
 
 class GradientPath:
-    """The parts through which one attached optimizer's gradients pass, from the modules to the update.
+    """Takes one attached optimizer's gradients from its modules to the update.
 
     Args:
-        params: The optimizer's method that gives every parameter, in order.
-        shards: Its method that gives the shards, and builds them if there are none yet.
+        params: The optimizer's method that returns every parameter, in order.
+        shards: Its method that returns the shards, and builds them if there are none yet.
         gather: Its method that makes every gradient whole. Collective.
         overlap: Send during backward.
         reduce_every_backward: Keep averages in flat memory of the shards, and free ``param.grad``.
 
     Attributes:
-        sources: Where gradients come from.
+        sources: The modules and hooks that announce gradients.
         sender: Sends buckets to their owners.
-        backward: What happens in forward and backward passes.
+        backward: The callbacks of forward and backward passes.
         agreement: The ranks' agreement on the gradients of an update.
-        update: Gives the update its gradients.
+        update: Provides the update's gradients.
         messages: Tells other ranks what this one is about to do.
-        record: What has become of the gradients since the last update.
+        record: The state of the gradients since the last update.
     """
 
     def __init__(
@@ -65,11 +65,11 @@ class GradientPath:
 
     @property
     def is_whole(self) -> bool:
-        """Whether every ``param.grad`` is the average over all ranks, to be taken as it is."""
+        """Whether every ``param.grad`` is the average over all ranks, which the update uses as it is."""
         return self.record.is_whole
 
     def listen(self, model: nn.Module) -> None:
-        """Take the gradients of ``model``, which no other path does then. Local.
+        """Receive the gradients of ``model``, in place of any other path. Local.
 
         Raises:
             ValueError: ``model`` is wrapped so that this path cannot serve it.
@@ -77,7 +77,7 @@ class GradientPath:
         self.sources.add(model, reduces_every_backward=self.reduce_every_backward)
 
     def forget_layout(self) -> None:
-        """The shards are not what they were. Local."""
+        """Discard gradients and the plan after the shards were replaced. Local."""
         self.sources.look_at_siblings()
         self.backward.discard()
         self.sender.forget_layout()
@@ -86,7 +86,7 @@ class GradientPath:
 
     @property
     def listening(self) -> Set[int]:
-        """Ids of the parameters whose gradients it takes; replaced when they change."""
+        """Ids of the parameters whose gradients it receives; a new set whenever they change."""
         return self.sources.ids
 
     @property
@@ -96,7 +96,7 @@ class GradientPath:
 
     @property
     def has_let_go(self) -> bool:
-        """Whether an update has used gradients that are in no ``param.grad``."""
+        """Whether an update has used gradients and freed them, so that no ``param.grad`` has them."""
         return self.record.has_let_go
 
     @property
@@ -109,19 +109,20 @@ class GradientPath:
         return self, self._link.keep_alive()
 
     def look_for_changes(self) -> None:
-        """Note changes of its gradients, before another optimizer writes to the buffers that they lie in. Local."""
+        """Note changes to its gradients, before another optimizer writes to the buffers that hold them. Local."""
         self.backward.look_for_changes()
 
     def release(self, ids: Iterable[int]) -> None:
-        """Stop listening to these parameters: another path begins to. Collective."""
+        """Stop receiving gradients of these parameters, which another path now receives. Collective."""
         self.sources.look_at_siblings()
-        if self.sender.next or (self.sender.rounds and not self.has_let_go):  # gradients that were not set to zero
+        # Gradients that were not set to zero are parts of averages, and the other path would take them as local ones.
+        if self.sender.next or (self.sender.rounds and not self.has_let_go):
             self.gather_gradients()
         self.backward.discard()
         self.sources.remove(set(ids))
 
     def end(self) -> None:
-        """Stop listening and sending: the optimizer is gone on other ranks. Local."""
+        """Stop receiving and sending gradients, because the optimizer no longer exists on other ranks. Local."""
         self.sender.leave_parts()
         self.sources.end()
         self.sender.drop()
@@ -133,13 +134,13 @@ class GradientPath:
         """Have the optimizer make every gradient whole. Collective.
 
         Raises:
-            RuntimeError: it has used them, and kept none.
+            RuntimeError: the optimizer has used them and freed them.
         """
         if self.has_let_go:
             raise RuntimeError(
                 "another optimizer is attached to some of these parameters with reduce_every_backward=True: its step() "
-                "has used their gradients, and no param.grad has them any more. Call step() of this optimizer before "
-                "that one's, or attach without reduce_every_backward."
+                "has used and freed their gradients. Call step() of this optimizer before that one's, or attach "
+                "without reduce_every_backward."
             )
         if not self.is_whole:
             self._link.gather()
@@ -147,15 +148,15 @@ class GradientPath:
     # ---------------------------------------------------------------- for DDP's reducers
 
     def bucket_came(self, packed: PackedBucket | None) -> None:
-        """Take the gradients of one of DDP's buckets; None where DDP copies them to ``param.grad`` later."""
+        """Take the gradients of one of DDP's buckets; None if DDP copies them to ``param.grad`` later."""
         self.backward.bucket_came(packed)
 
     def follow_params(self) -> None:
-        """Notice parameters that have come to the optimizer, or have left it. Local."""
+        """Follow parameters that were added to the optimizer or removed from it. Local."""
         self.sources.follow_params()
 
     def announce_change(self) -> None:
-        """Raise where another rank has other parameters. Collective.
+        """Raise if another rank has other parameters. Collective.
 
         Raises:
             AgreementError: names the rank. On every rank.
@@ -163,7 +164,7 @@ class GradientPath:
         self.messages.meet_for_change()
 
     def announce_round(self) -> None:
-        """Raise where another rank is not in a backward pass of the same update. Collective.
+        """Raise if another rank is not in a backward pass of the same update. Collective.
 
         Raises:
             AgreementError: names the rank and what it does. On every rank.

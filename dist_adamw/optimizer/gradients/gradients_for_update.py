@@ -1,4 +1,4 @@
-"""The gradients that the update uses on this rank; or whole ones for the user."""
+"""Provide the gradients that the update uses on this rank, or whole ones for the user."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _gradient, _requires_grad = operator.attrgetter("grad"), operator.attrgetter("re
 
 
 class GradientsForUpdate:
-    """What the optimizer does with gradients that ranks have agreed on.
+    """Gradients that the ranks have agreed on.
 
-    `arrive` and then `used` for an update, or `make_whole` for the user.
+    Call `arrive` and then `used` for an update, or `make_whole` for the user.
     """
 
     def __init__(
@@ -37,21 +37,21 @@ class GradientsForUpdate:
         self._messages, self._record = messages, record
 
     def arrive(self, needed_rounds: int) -> None:
-        """Send and receive what has not been yet. Collective; after `UpdateAgreement.complete` and the layout.
+        """Send and receive the remaining gradients. Collective; after `UpdateAgreement.complete` and the layout.
 
         Args:
-            needed_rounds: Into the shard: of the rank with the most.
+            needed_rounds: Rounds into the shard of the rank with the most.
         """
         sender, record = self._sender, self._record
         is_averaged = bool(sender.next or sender.rounds or record.late or record.kept)
-        if not is_averaged:  # nothing has been sent by the places that parameters had
+        if not is_averaged:  # nothing has been sent with the old layout, so the new one can be used
             sender.follow_layout(again=True)
         shards = self._link.shards()
         is_laid_out_again = not {id(shard) for shard in sender.owners} <= {id(shard) for shard in shards}
         self._send_rest(0 if is_laid_out_again else needed_rounds)
-        # What has been averaged. Others may have whole gradients that another optimizer still needs.
+        # Only these have been averaged; the rest may be whole gradients that another optimizer still needs.
         sent = sender.plan.buckets_of.keys() | record.late | record.kept
-        if is_laid_out_again and is_averaged:  # other ranks own it now
+        if is_laid_out_again and is_averaged:  # the averages lie with owners of the old layout
             self._gather_from_former_owners(sent)
         self._unannounced.take(self._not_taken_yet(is_laid_out_again))
         sender.owners = list(shards)
@@ -71,19 +71,19 @@ class GradientsForUpdate:
             sender.finish_round()
 
     def _not_taken_yet(self, is_laid_out_again: bool) -> Sequence[Tensor]:
-        """The parameters whose gradients are in no owner's hands."""
+        """Return the parameters whose gradients no owner has received."""
         others = self._unannounced.params()
         if is_laid_out_again:
             return self._sources.known
         if others and not self._sender.reduces_every_backward:
-            # Another update by the averages of the last one, which are in ``param.grad`` alone by now.
+            # A second update with the averages of the last one, which are only in ``param.grad`` by now.
             is_repeated = not any(shard.gradients.reduced for shard in self._sender.owners)
             if is_repeated:
                 return self._sources.known
         return others
 
     def _keep_in_shards(self, moved: Collection[int]) -> None:
-        """Let go of ``param.grad`` of the parameters with these ids: their averages are in other shards now."""
+        """Free ``param.grad`` of the parameters with these ids, whose averages have moved to other shards."""
         for param in self._sources.known if moved else ():
             if id(param) in moved:
                 param.grad = None
@@ -91,23 +91,23 @@ class GradientsForUpdate:
             shard.gradients.has_grad = [id(param) in self._record.in_shard for param in shard.params]
 
     def _gather_from_former_owners(self, sent: Collection[int]) -> None:
-        """Make whole what was averaged by a layout that is no more. Collective."""
+        """Make gradients whole that were averaged with a layout that has been replaced. Collective."""
         sender, record = self._sender, self._record
         if sender.reduces_every_backward:
             for shard in sender.owners:
                 averaged = record.in_shard.intersection(sent)
                 shard.gradients.has_grad = [id(param) in averaged for param in shard.params]
         self.make_whole(sender.owners, sent)
-        record.is_whole = False
+        record.is_whole = False  # only those that had been sent are whole
         sender.next = len(sender.plan.order)
         if sender.reduces_every_backward:
             record.in_shard.update(id(param) for param in self._sources.known if param.grad is not None)
 
     def make_whole(self, shards: list[Shard] | None = None, only: Collection[int] | None = None) -> None:
-        """Let every ``param.grad`` be the average over all ranks. Collective; after `arrive`.
+        """Make every ``param.grad`` the average over all ranks. Collective; after `arrive`.
 
         Args:
-            shards: Whose owners have the averages; default: the optimizer's.
+            shards: The shards whose owners have the averages; default: the optimizer's.
             only: Ids of the parameters that have been averaged; default: all. The gradients of others are left alone.
         """
         record, sender = self._record, self._sender
@@ -131,7 +131,7 @@ class GradientsForUpdate:
         record.is_whole = True
 
     def take_whole(self) -> bool:
-        """Let the update take whole gradients as they are now. Whether there is any. Local."""
+        """Have the update use whole gradients as they are now; return whether there are any. Local."""
         self._sources.look_at_siblings()
         for shard in self._link.shards():
             shard.gradients.reduced.clear()
@@ -139,7 +139,7 @@ class GradientsForUpdate:
         return any(grad is not None for grad in map(_gradient, self._link.params()))
 
     def used(self) -> None:
-        """An update has been made of the gradients. Until they are set to zero or None, they are averages. Local."""
+        """Record that an update has used the gradients. They stay averages until set to zero or None. Local."""
         record = self._record
         self._messages.number += 1
         record.has_let_go = self._sender.reduces_every_backward and not record.is_whole
@@ -148,17 +148,18 @@ class GradientsForUpdate:
         self._sender.clear()
 
     def accept_changes(self) -> None:
-        """Let gradients be what they are now. Local.
+        """Accept the gradients as they are now. Local.
 
         Raises:
             RuntimeError: they have not been averaged yet.
         """
         record = self._record
+        # A change of local gradients is fine only if it commutes with averaging, and nothing shows whether it does.
         if self._are_any_local() and (record.was_changed or record.watch.changed()):
             raise RuntimeError(
-                "accept_gradients() after attach(overlap=False), or after parameters were added: gradients are local "
-                "ones until step(), so a change that is not linear would not be that of their average. Call "
-                "gather_gradients() before you change them."
+                "accept_gradients() was called after attach(overlap=False), or after parameters were added: gradients "
+                "are local until step(), and a nonlinear change of local gradients is not the same change of their "
+                "average. Call gather_gradients() before you change them."
             )
         record.was_changed = False
         others = () if record.is_compared else self._unannounced.params()
@@ -169,7 +170,7 @@ class GradientsForUpdate:
         record.watch.accept()
 
     def _are_any_local(self) -> bool:
-        """Whether some watched gradient is known not to have been averaged yet."""
+        """Return whether some watched gradient is known not to have been averaged yet."""
         plan = self._sender.plan
         if self._record.is_compared:
             return False

@@ -1,7 +1,4 @@
-"""Before buckets are sent: ranks tell each other which update they make, and report on their gradients.
-
-Knows process groups and numbers; nothing of modules or tensors.
-"""
+"""Messages between ranks before buckets are sent: which update each makes, and which gradients it has."""
 
 from __future__ import annotations
 
@@ -15,7 +12,7 @@ from dist_adamw.optimizer.gradients.refusals import CHANGE, ROUND, SAVE, UPDATE,
 from dist_adamw.optimizer.transport.gloo import Rollcall
 from dist_adamw.ranks import collectives
 
-NOT_CHANGED, ACCEPTED, CHANGED = 0, 1, 2  # what has become of gradients between backward and the update
+NOT_CHANGED, ACCEPTED, CHANGED = 0, 1, 2  # gradients between backward and the update; ranks take the largest
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +20,7 @@ class UpdateReport:
     """The state of one rank's gradients before an update. Ranks take the largest of each number.
 
     Attributes:
-        rounds: Of the gradients in the shard: how often all buckets were sent.
+        rounds: How often all buckets were sent, of gradients that are kept in the shard.
         is_missing: Whether some parameter has no gradient here.
         is_reopened: Whether averages have become sums again.
         change: NOT_CHANGED, ACCEPTED or CHANGED.
@@ -45,7 +42,8 @@ class UpdateReport:
     dropped: int
 
     def numbers(self) -> list[int]:
-        """Return what is exchanged. Of a digest also its negative, whose largest is the smallest."""
+        """Return the numbers to exchange."""
+        # Digests are sent with their negatives, so that one maximum over ranks gives the largest and the smallest.
         largest = [self.rounds, self.is_missing, self.is_reopened, self.change, self.has_changes]
         digests = (self.prints, self.options, self.pattern, self.dropped)
         return [*map(int, largest), *digests, *(-digest for digest in digests)]
@@ -67,7 +65,7 @@ class Agreed:
 
     @property
     def is_incomplete(self) -> bool:
-        """Whether some rank may have a gradient that another one has not."""
+        """Whether some rank may have a gradient that another one lacks."""
         return self.is_missing or self.patterns_differ
 
     @classmethod
@@ -80,12 +78,12 @@ class Agreed:
 
 
 class RankMessages:
-    """Tell other ranks, over gloo, what this one is about to do, on the channel that buckets are sent on.
+    """Tells other ranks, over gloo, what this one is about to do, on the channel of the buckets.
 
     Attributes:
         groups: The ranks that share state, and perhaps their replicas.
-        tag: Of the messages: the same on all these ranks, and that of no other path. None before `open`.
-        number: Updates made, and gradients discarded without one.
+        tag: The tag of the messages: the same on all these ranks, and used by no other path. None before `open`.
+        number: Updates made, plus gradients discarded without one.
     """
 
     def __init__(self) -> None:
@@ -98,7 +96,7 @@ class RankMessages:
         self._rollcall: Rollcall | None = None
 
     def open(self, groups: Sequence[dist.ProcessGroup], tag: int) -> None:
-        """Open the channel, where messages can be sent from the host (gloo). Local.
+        """Open the channel if the backend can send messages from the host (gloo). Local.
 
         Args:
             groups: The ranks that share state, and perhaps the replicas.
@@ -109,7 +107,7 @@ class RankMessages:
             self._rollcall = Rollcall(groups[0], tag, width=16)
 
     def close(self) -> None:
-        """Send and receive nothing any more. Local."""
+        """Stop sending and receiving. Local."""
         self._rollcall = None
 
     @property
@@ -119,19 +117,20 @@ class RankMessages:
 
     @property
     def is_news(self) -> bool:
-        """Whether a change of parameters has not been sent to the other ranks yet, though it can be."""
+        """Whether a change of parameters is still to be sent to the other ranks."""
+        # Without a channel it can never be sent, so nothing may wait for it.
         return self._is_news and self.is_open
 
     def params_changed(self, digest: int) -> None:
-        """The optimizer has other parameters, of this digest. Local; ranks are told with the next message."""
+        """Note that the optimizer has other parameters, of this digest; the next message includes it. Local."""
         self._params_digest, self._is_news = digest, True
 
     def begin_round(self) -> None:
-        """Let `announce_round` speak again. Local."""
+        """Let `announce_round` send again. Local."""
         self._is_announced = False
 
     def announce_round(self) -> None:
-        """Tell other ranks of this round, once. Nothing waits for what they say yet. Collective."""
+        """Announce this round to the other ranks, once, without waiting for their answers. Collective."""
         if self._rollcall is not None and not self._is_announced:
             self._is_announced = True
             self._rollcall.post([ROUND, self.number, self._params_digest])
@@ -149,17 +148,17 @@ class RankMessages:
         """Wait for all outstanding answers. Collective.
 
         Raises:
-            AgreementError: as of `check_answer`.
+            AgreementError: as for `check_answer`.
         """
         while self._rollcall is not None and self._rollcall.is_under_way:
             self._answer(self._rollcall)
 
     def meet_to_save(self) -> None:
-        """Raise AgreementError where a rank does not save with this one. Collective."""
+        """Raise AgreementError if a rank does not save with this one. Collective."""
         self._meet(SAVE)
 
     def meet_for_change(self) -> None:
-        """Raise AgreementError where another rank has other parameters. Collective."""
+        """Raise AgreementError if another rank has other parameters. Collective."""
         self._meet(CHANGE)
 
     def exchange_reports(self, report: UpdateReport) -> list[int]:
@@ -174,21 +173,21 @@ class RankMessages:
         return [max(column) for column in zip(*table, strict=True)][3:]
 
     def _meet(self, kind: int) -> None:
-        self.check_all_answers()
+        self.check_all_answers()  # answers come in the order of the posts
         if self._rollcall is not None:
             self._rollcall.post([kind, self.number, self._params_digest])
             self._answer(self._rollcall)
 
     def _answer(self, rollcall: Rollcall) -> list[list[int]]:
-        """Return what every rank has said, which must be of the same kind and number."""
+        """Return every rank's numbers; raise if their kind, update or parameters differ from this rank's."""
         table = rollcall.answer()
         self._is_news = False
         here = collectives.rank(rollcall.group)
         for there, (kind, number, digest, *_) in enumerate(table):
             if digest != table[here][2]:
                 raise AgreementError(
-                    f"rank {there} has other parameters in its groups than rank {here}, or has changed them at another "
-                    "time. Add, replace and remove parameters on every rank, before the same update."
+                    f"rank {there} has other parameters in its groups than rank {here}, or changed them before another "
+                    "update. Add, replace and remove the same parameters on every rank, before the same update."
                 )
             if [kind, number] != table[here][:2]:
                 raise out_of_step(here, table[here], there, table[there])

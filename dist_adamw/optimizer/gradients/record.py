@@ -13,25 +13,25 @@ from dist_adamw.optimizer.sharding.shard import Shard
 
 
 class GradientRecord:
-    """The state of gradients between two updates. Sets hold ids of parameters.
+    """The state of gradients between two updates. The sets hold ids of parameters.
 
-    A gradient is local until it is sent; then its owner has the average, and the others have what they sent.
+    A gradient is local until it is sent; then its owner has the average, and other ranks keep what they sent.
 
     Attributes:
         watch: The gradients as backward, or the last accepted change, left them.
-        has_begun: Whether gradients have come.
-        is_whole: Whether every ``param.grad`` is the average over all ranks, to be taken as it is.
-        is_reopened: Whether averages have become sums of local gradients again.
-        was_changed: Whether a forward pass has seen that the user changed gradients. The update tells all ranks.
+        has_begun: Whether a backward pass has produced gradients.
+        is_whole: Whether every ``param.grad`` is the average over all ranks, which the update uses as it is.
+        is_reopened: Whether averages have been turned back into sums of local gradients.
+        was_changed: Whether a forward pass has found that the user changed gradients. The update tells all ranks.
         is_accepted: Whether the user accepted changes before unannounced gradients were compared.
         is_compared: Whether unannounced gradients were compared over ranks since the last backward pass.
-        has_let_go: Whether an update has used gradients that are in no ``param.grad``.
-        filled: Given zeros, because only other ranks have a gradient.
-        in_shard: With a gradient, where gradients are kept in the shard.
-        used: Whose gradient the last update used, where gradients are kept in the shard.
-        local: Unannounced, and seen to differ over ranks.
-        late: Unannounced, and averaged in an update since they were last set to zero.
-        kept: Unannounced, and averaged into the shard: their ``param.grad`` is None.
+        has_let_go: Whether an update has used gradients and freed them, so that no ``param.grad`` has them.
+        filled: Parameters that were given zeros, because only other ranks have a gradient.
+        in_shard: Parameters with a gradient, if gradients are kept in the shard.
+        used: Parameters whose gradient the last update used, if gradients are kept in the shard.
+        local: Unannounced ones, whose gradients differ over ranks.
+        late: Unannounced ones, averaged in an update since they were last set to zero.
+        kept: Unannounced ones, averaged into the shard: their ``param.grad`` is None.
     """
 
     def __init__(self) -> None:
@@ -56,12 +56,12 @@ class GradientRecord:
 class OptimizerLink:
     """The optimizer of a path, held weakly.
 
-    The optimizer owns the path: a strong reference back would leave both to the garbage collector, and with them the
-    process group, perhaps until the interpreter ends.
+    The optimizer owns the path. A strong reference back would leave both, and with them the process group, to the
+    garbage collector, which may not run before the interpreter exits.
 
     Args:
-        params: The optimizer's method that gives every parameter, in order.
-        shards: Its method that gives the shards, and builds them if there are none yet.
+        params: The optimizer's method that returns every parameter, in order.
+        shards: Its method that returns the shards, and builds them if there are none yet.
         gather: Its method that makes every gradient whole. Collective.
     """
 
@@ -72,12 +72,12 @@ class OptimizerLink:
         self._gather = weakref.WeakMethod(gather)
 
     def params(self) -> list[Tensor]:
-        """Every parameter; none of an optimizer that is gone."""
+        """Return every parameter; none if the optimizer no longer exists."""
         method = self._params()
         return [] if method is None else method()
 
     def shards(self) -> list[Shard]:
-        """The shards, built if there are none yet; none of an optimizer that is gone."""
+        """Return the shards, built if there are none yet; none if the optimizer no longer exists."""
         method = self._shards()
         return [] if method is None else method()
 

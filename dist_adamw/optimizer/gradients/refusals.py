@@ -6,11 +6,11 @@ from torch import Tensor
 
 from dist_adamw.errors import AgreementError
 
-UPDATE, ROUND, SAVE, CHANGE = 1, 2, 3, 4  # what a rank says that it is about to do
+UPDATE, ROUND, SAVE, CHANGE = 1, 2, 3, 4  # what a rank announces that it is about to do
 
 
 def out_of_step(here: int, mine: list[int], there: int, theirs: list[int]) -> AgreementError:
-    """Ranks are about to do different things."""
+    """Return the error for ranks that are about to do different things."""
     does = {
         UPDATE: "makes update {}",
         ROUND: "sends gradients of a backward pass for update {}",
@@ -20,7 +20,7 @@ def out_of_step(here: int, mine: list[int], there: int, theirs: list[int]) -> Ag
     said = [f"rank {r} {does[kind].format(number + 1)}" for r, (kind, number, *_) in ((here, mine), (there, theirs))]
     if SAVE in (mine[0], theirs[0]):
         return AgreementError(
-            f"{said[0]} where {said[1]}. Each rank has a share of the state: save_state, dist_adamw.save and "
+            f"{said[0]} while {said[1]}. Each rank has a share of the state: save_state, dist_adamw.save and "
             "consolidate_state_dict must be called on every rank, not inside `if accelerator.is_main_process`."
         )
     if mine[0] != theirs[0]:
@@ -29,40 +29,40 @@ def out_of_step(here: int, mine: list[int], there: int, theirs: list[int]) -> Ag
     else:
         why = "One of them skipped a step() that others made."
     return AgreementError(
-        f"{said[0]} where {said[1]}. {why} Ranks must skip an update together: max_grad_norm does, on every rank, "
-        "where the norm is inf or nan; or all-reduce the reason to skip, and then step() or not on all ranks."
+        f"{said[0]} while {said[1]}. {why} Ranks must skip an update together: with max_grad_norm every rank skips "
+        "when the norm is inf or nan. Otherwise all-reduce the reason to skip, and decide the same on all ranks."
     )
 
 
 def too_late(param: Tensor) -> RuntimeError:
-    """A gradient came for a bucket that has been sent."""
+    """Return the error for a gradient that arrived after its bucket had been sent."""
     return RuntimeError(
-        f"a gradient of shape {tuple(param.shape)} arrived after it had been sent to its owner: two backward passes "
-        "without a forward pass of the attached module between them, or a parameter used in several checkpointed "
-        "segments (use_reentrant=True). Accumulate inside no_sync(), or pass overlap=False to attach()."
+        f"a gradient of shape {tuple(param.shape)} arrived after it had been sent to its owner. Either there were two "
+        "backward passes without a forward pass of the attached module between them, or a parameter is used in several "
+        "checkpointed segments (use_reentrant=True). Accumulate inside no_sync(), or pass overlap=False to attach()."
     )
 
 
 def left_before_backward() -> RuntimeError:
-    """A parameter left the optimizer between its DDP module's forward and backward pass."""
+    """Return the error for a parameter that left the optimizer between its DDP module's forward and backward pass."""
     return RuntimeError(
         "a parameter left the optimizer between the forward and the backward pass of its DistributedDataParallel "
-        "module, and its gradient would stay a local one in this pass. Remove parameters before the forward pass, or "
+        "module, so nothing would average its gradient in this pass. Remove parameters before the forward pass, or "
         "after step()."
     )
 
 
 def accepted_local() -> RuntimeError:
-    """Changes of local gradients were accepted."""
+    """Return the error for accepted changes of local gradients."""
     return RuntimeError(
-        "accept_gradients() of gradients that are local ones until step(), of parameters in no attached module. A "
-        "change that is not linear would not be that of their average. Call gather_gradients() before you change them, "
-        "or attach() the module after it has got parameters."
+        "accept_gradients() was called for gradients that are local until step(), because their parameters are in no "
+        "attached module. A nonlinear change of local gradients is not the same change of their average. Call "
+        "gather_gradients() before you change them, or attach() the module again once all its parameters are there."
     )
 
 
 def dropped_alone(count: int) -> AgreementError:
-    """Gradients were set to None on some ranks alone."""
+    """Return the error for gradients that only some ranks set to None."""
     return AgreementError(
         f"gradients were set to None between backward and step() on some ranks alone, {count} of them on this rank. "
         "Each rank updates its own elements of every parameter, so ranks must set the same gradients to None. To skip "
@@ -71,14 +71,13 @@ def dropped_alone(count: int) -> AgreementError:
 
 
 def changed(*, on_this_rank: bool) -> RuntimeError:
-    """Gradients were changed between backward and the update."""
+    """Return the error for gradients that were changed between backward and the update."""
     return RuntimeError(
         f"gradients were changed between backward and step(){'' if on_this_rank else ' on another rank'}. After "
-        "attach() each rank has averages only for the elements that it owns, so a norm taken there is not the model's, "
-        "and ranks would clip or unscale differently. To clip, pass max_grad_norm to DistAdamW, or use its "
-        "clip_grad_norm_ "
-        "(after dist_adamw.prepare accelerator.clip_grad_norm_ is that). After a change that treats every element "
-        "alike, call accept_gradients(). To read or change whole averages, call gather_gradients() first. Or do "
-        "without attach() (dist_adamw.prepare(..., whole_gradients=True)): DDP's all-reduce leaves whole averages. "
-        "GradScaler needs that too."
+        "attach() each rank has averages only of the elements that it owns, so a norm taken there is not the model's, "
+        "and ranks would clip or unscale differently. To clip, pass max_grad_norm to DistAdamW, or call its "
+        "clip_grad_norm_ (after dist_adamw.prepare, accelerator.clip_grad_norm_ calls it). After a change that treats "
+        "every element alike, call accept_gradients(). To read or change whole averages, call gather_gradients() "
+        "first. Or train without attach() (dist_adamw.prepare(..., whole_gradients=True)): DDP's all-reduce leaves "
+        "whole averages. GradScaler needs that too."
     )

@@ -1,4 +1,4 @@
-"""Track which attached optimizer receives each parameter's gradients; there is one for each parameter."""
+"""Track which attached optimizer receives each parameter's gradients; there is at most one."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Path(Protocol):
 
     @property
     def listening(self) -> Set[int]:
-        """Ids of the parameters whose gradients it takes."""
+        """Ids of the parameters whose gradients it receives."""
 
     @property
     def messages(self) -> RankMessages:
@@ -29,7 +29,7 @@ class Path(Protocol):
 
     @property
     def has_let_go(self) -> bool:
-        """Whether an update has used gradients that are in no ``param.grad``."""
+        """Whether an update has used gradients and freed them, so that no ``param.grad`` has them."""
 
     @property
     def used_ids(self) -> set[int]:
@@ -40,10 +40,10 @@ class Path(Protocol):
         """Whether a backward pass of an attached module is running."""
 
     def release(self, ids: Iterable[int]) -> None:
-        """Stop listening to these parameters: another path begins to. Collective."""
+        """Stop receiving gradients of these parameters, which another path now receives. Collective."""
 
     def end(self) -> None:
-        """Stop listening and sending: the optimizer is gone on other ranks. Local."""
+        """Stop receiving and sending gradients, because the optimizer no longer exists on other ranks. Local."""
 
     def gather_gradients(self) -> None:
         """Have the optimizer make every gradient whole. Collective."""
@@ -56,13 +56,13 @@ _paths: list[weakref.ref[Path]] = []
 
 
 def live_paths() -> list[Path]:
-    """The paths whose optimizers are alive."""
+    """Return the paths whose optimizers exist."""
     return [path for ref in _paths if (path := ref()) is not None]
 
 
 def take_over(path: Path, params: Iterable[Tensor]) -> None:
-    """Make ``path``, of the optimizer attached last, the only one that listens to ``params``. Local."""
-    if not _paths:
+    """Make ``path``, of the optimizer attached last, the only one that receives gradients of ``params``. Local."""
+    if not _paths:  # at the first attach, since importing the package must not register global hooks
         register_optimizer_step_pre_hook(_before_any_step)
     known = live_paths()
     ids = {id(param) for param in params}
@@ -75,15 +75,16 @@ def take_over(path: Path, params: Iterable[Tensor]) -> None:
 
 
 def end_unless_everywhere(reader: Path, model: nn.Module) -> list[Any]:
-    """End other paths to ``model`` that exist on some of the ranks of ``reader`` alone. Collective over these.
+    """End other paths to ``model`` that exist only on some of the ranks of ``reader``. Collective over these.
 
-    Their optimizer is gone on the other ranks. On this one a logger of the main rank may still hold it, or the garbage
-    collector has not found it yet. Paths between other ranks are left alone.
+    On the other ranks their optimizer no longer exists. On this one, a logger of the main rank may still hold it, or
+    the garbage collector has not run yet. Paths between other ranks are left alone.
 
     Returns:
         Objects that keep the remaining paths and their optimizers alive.
     """
     paths = _others_of_same_ranks(reader)
+    # An optimizer that is collected during the exchange would be counted as alive on this rank.
     kept = [path.keep_alive() for path in paths]
     everywhere = {path.messages.tag for path in paths}
     for group in reader.messages.groups:
@@ -105,7 +106,7 @@ def _same_ranks(groups: Sequence[dist.ProcessGroup], others: Sequence[dist.Proce
 
 
 def gather_from_owners(reader: Path | None, params: Iterable[Tensor]) -> None:
-    """Make gradients of ``params`` whole that other optimizers than ``reader``'s have reduced to owners.
+    """Make gradients of ``params`` whole that optimizers other than ``reader``'s have reduced to owners.
 
     Collective over the ranks of those optimizers.
 
@@ -120,14 +121,14 @@ def gather_from_owners(reader: Path | None, params: Iterable[Tensor]) -> None:
             continue
         ids = {id(param) for param in params} if ids is None else ids
         if path.has_let_go and path.used_ids.isdisjoint(ids):
-            continue  # its update used other gradients
+            continue  # its update used gradients of other parameters
         if not path.listening.isdisjoint(ids):
             path.gather_gradients()
 
 
 def _before_any_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    """Make gradients whole for an optimizer that is not attached, one of torch say, if a DistAdamW has reduced them."""
-    if getattr(optimizer, "gathers_from_owners", False):
+    """Make gradients that a DistAdamW has reduced whole for another optimizer, for example one of torch."""
+    if getattr(optimizer, "gathers_from_owners", False):  # a DistAdamW does so in its own step
         return
     params = [param for group in optimizer.param_groups for param in group["params"]]
     refuse_parts(params)
@@ -135,7 +136,8 @@ def _before_any_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     for path in live_paths():
         if path.listening.isdisjoint(ids):
             continue
-        if any(value is not None for value in (*args[1:], kwargs.get("closure"))):  # args[0] is the optimizer
+        # A closure would run backward after this hook, and leave parts of averages. (args[0] is the optimizer.)
+        if any(value is not None for value in (*args[1:], kwargs.get("closure"))):
             raise RuntimeError(
                 f"{type(optimizer).__name__}.step(closure) reads gradients of parameters that are attached to a "
                 "DistAdamW, which reduces each to the rank that owns it. Call the closure yourself, then "

@@ -1,7 +1,4 @@
-"""Decide which buckets are sent, in which order, and with which parameters.
-
-Knows shards and where parameters lie in them.
-"""
+"""Decide which buckets are sent, in which order, and with which parameters."""
 
 from __future__ import annotations
 
@@ -13,17 +10,19 @@ from dist_adamw.optimizer.sharding.shard import Shard
 
 
 class Plan:
-    """The buckets of some shards in the order in which they are launched, and who is in them.
+    """The buckets of some shards in the order in which they are sent, and the parameters in them.
 
     Args:
-        shards: All of an optimizer.
+        shards: All shards of an optimizer.
         listened: Ids of the parameters whose gradients are announced. Others are in no bucket here.
 
     Attributes:
-        params: Those that are listened to and have a shard.
+        params: Announced parameters that have a shard.
         order: Shard and number of each bucket.
         members: Ids of the parameters in each bucket.
-        places: Of each bucket: place in the shard, parameter, whether it is 1-D as it is.
+        places: For each bucket and parameter: index in the shard, parameter, and whether it is 1-D and contiguous.
+        buckets_of: Positions in ``order`` of a parameter's buckets, by its id.
+        place_of: Shard and index in it of a parameter, by its id.
     """
 
     def __init__(self, shards: Sequence[Shard], listened: Set[int]) -> None:
@@ -39,6 +38,7 @@ class Plan:
                 if id(param) in listened:
                     self.place_of[id(param)] = (shard, i)
                     self.params.append(param)
+        # Backward computes the gradients of the last parameters first.
         for shard in reversed(self.shards):
             for k in reversed(range(shard.layout.num_buckets)):
                 self._add(shard, k)

@@ -1,7 +1,7 @@
 """Hand buckets of gradients to the transport, in the same order on every rank.
 
-Buckets are sent in one fixed order, last parameters first, whatever order gradients come in; one is sent during
-backward when its last gradient is there and the bucket before it has gone. A round is every bucket sent once.
+Buckets are sent in one fixed order, last parameters first, whatever the order of gradients. During backward, a bucket
+is sent once its last gradient has arrived and the bucket before it has been sent. A round is every bucket sent once.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from dist_adamw.optimizer.transport.base import MAX_IN_FLIGHT, InFlightBucket
 
 
 class Sender:
-    """Reduces gradients in place, where they lie: in ``param.grad`` or DDP's buckets. One round per update.
+    """Reduces gradients in place, in ``param.grad`` or DDP's buckets. One round per update.
 
     Attributes:
-        plan: Of the present round.
-        owners: The shards by which averages are divided: the plan's, or those of the last update.
-        next: The number of the next bucket of the plan to be sent.
-        rounds: Into the shard, since the last update; 0 here.
+        plan: The plan of the present round.
+        owners: The shards whose layout averages have: the plan's, or those of the last update.
+        next: The position in the plan of the next bucket to send.
+        rounds: Rounds into the shard since the last update; 0 here.
         reduces_every_backward: Whether averages are kept in the shard and ``param.grad`` is freed.
     """
 
@@ -45,16 +45,16 @@ class Sender:
         self._link, self._sources, self._messages, self._record = link, sources, messages, record
         self.plan = Plan([], sources.ids)
         self.owners: list[Shard] = []
-        self._flat: dict[int, list[Tensor | None]] = {}  # by id of shard: what it sends
+        self._flat: dict[int, list[Tensor | None]] = {}  # by id of shard: the flat gradients to send
         self._in_flight: deque[tuple[Shard, InFlightBucket]] = deque()
         self.next = 0
         self.begin_round()
 
-    def __del__(self) -> None:
+    def __del__(self) -> None:  # the optimizer is gone, and with it the only way to gather its gradients
         self.leave_parts()
 
     def leave_parts(self) -> None:
-        """Mark gradients of which this rank has only its part: nothing will gather them. Local."""
+        """Mark gradients of which this rank has only a part, since nothing will gather them. Local."""
         if self.next and not self._record.is_whole:
             mark_parts(grad for param in self.plan.params if (grad := param.grad) is not None)
         self.next = 0
@@ -62,18 +62,19 @@ class Sender:
     # ---------------------------------------------------------------- rounds
 
     def begin_round(self) -> None:
-        """Nothing of the plan has been sent. Local."""
+        """Start a round: no bucket of the plan has been sent. Local."""
         self.next = 0
         self._waiting = [set(members) for members in self.plan.members]
-        self._checked: int | None = None  # the sources' revision when the plan was known to be that of the shards
+        self._checked: int | None = None  # the sources' revision at which the plan was known to match the shards
         self._messages.begin_round()
 
     def follow_layout(self, *, again: bool = False) -> None:
-        """At the first gradient of a round: plan again where shards or parameters have changed.
+        """Make a new plan if shards or parameters have changed. Called at the first gradient of a round.
 
         Args:
-            again: Also if that was done in this round.
+            again: Check again even if that was done in this round.
         """
+        # Once a bucket has been sent the plan is fixed: other ranks receive by it.
         if self.next or (self._checked == self._sources.revision and not again):
             return
         self._sources.follow_params()
@@ -92,14 +93,18 @@ class Sender:
             self._checked = self._sources.revision
 
     def forget_layout(self) -> None:
-        """The shards are not what they were. Local."""
+        """Drop the plan after the shards were replaced. Local."""
         self.plan, self.owners, self._flat = Plan([], self._sources.ids), [], {}
         self.begin_round()
 
-    # ---------------------------------------------------------------- gradients come
+    # ---------------------------------------------------------------- gradients arrive
 
     def enter(self, params: Collection[Tensor]) -> None:
-        """The gradients of ``params`` are there. Local."""
+        """Note that the gradients of ``params`` have arrived. Local.
+
+        Raises:
+            RuntimeError: the bucket of one of them has been sent already.
+        """
         arrived = set(map(id, params))
         for members in self.plan.members[: self.next]:
             if not members.isdisjoint(arrived):
@@ -108,7 +113,7 @@ class Sender:
             waiting.difference_update(arrived)
 
     def enter_bucket(self, packed: PackedBucket) -> None:
-        """The gradients of one of DDP's buckets are there. Local."""
+        """Note that the gradients of one of DDP's buckets have arrived. Local; raises as `enter`."""
         if packed.plan is not self.plan:
             packed.enter(self.plan)
         if packed.buckets and packed.buckets[0] < self.next:
@@ -122,11 +127,11 @@ class Sender:
     # ---------------------------------------------------------------- send
 
     def send_ready(self, *, may_wait: bool = False) -> None:
-        """Send buckets whose gradients are there. Collective.
+        """Send buckets whose gradients have arrived. Collective.
 
         Args:
-            may_wait: Backward is over. Before, gradients of several optimizers, or of DDP's own buckets, may come in
-                another order on another rank, and each would wait in one for what the other sends after the other one.
+            may_wait: Whether backward is over. During backward, gradients of several optimizers, or of DDP's own
+                buckets, may arrive in another order on another rank, so two ranks could wait for each other.
         """
         while self.next < len(self._waiting) and not self._waiting[self.next]:
             if not may_wait and self._must_not_wait():
@@ -134,14 +139,14 @@ class Sender:
             self._send_next()
 
     def _must_not_wait(self) -> bool:
-        if self._messages.is_news:
+        if self._messages.is_news:  # must be compared first, which waits for the other ranks
             return True
         return len(self._in_flight) == MAX_IN_FLIGHT and self._sources.has_company()
 
     def send_all(self) -> None:
-        """Send what has not been sent, zeros for gradients that are not there. Collective.
+        """Send the remaining buckets, with zeros for missing gradients. Collective.
 
-        At the end of every backward, so that no rank waits for what another one sends only when it updates.
+        Called at the end of every backward, so that no rank waits for a bucket that another one sends in its update.
         """
         self.follow_layout()
         self.enter(self._sources.arrivals.take())
@@ -153,7 +158,7 @@ class Sender:
             self._send_next()
 
     def send_rest(self) -> None:
-        """Send the buckets that no hook has sent, but those without any gradient. Collective."""
+        """Send the buckets that no hook has sent, except those without any gradient. Collective."""
         rest = list(zip(self.plan.order, self.plan.places, strict=True))[self.next :]
         for shard in {id(shard): shard for (shard, _), _ in rest}.values():
             flat: list[Tensor | None] = []
@@ -171,7 +176,8 @@ class Sender:
         if not self._sources.are_buckets:
             flat = self._flat[id(shard)]
             places = self.plan.places[self.next]
-            for i, param, is_flat in places:  # autograd gives a gradient the strides of its parameter
+            # Autograd gives a gradient the strides of its parameter, so the gradient of a 1-D one is flat already.
+            for i, param, is_flat in places:
                 grad = param.grad
                 flat[i] = grad if is_flat or grad is None else flat_gradient(shard, i)
             self._note_sent([param for i, param, _ in places if flat[i] is not None])
@@ -184,16 +190,16 @@ class Sender:
     @torch.no_grad()
     def _start(self, shard: Shard, k: int) -> None:
         assert shard.transport is not None
-        if len(self._in_flight) == MAX_IN_FLIGHT:
+        if len(self._in_flight) == MAX_IN_FLIGHT:  # each bucket in flight needs staging memory
             self.receive(1)
         self._messages.announce_round()
         if self._messages.is_news:
-            self._messages.check_answer()  # receiving a bucket of another size would abort the process
+            self._messages.check_answer()  # gloo aborts the process when it receives a bucket of another size
         self._in_flight.append((shard, shard.transport.start_reduce(k, self._flat[id(shard)])))
 
     @torch.no_grad()
     def receive(self, count: int | None = None) -> None:
-        """Wait for the oldest ``count`` buckets, default all, and average them. Collective."""
+        """Wait for the oldest ``count`` buckets (default: all) and average them. Collective."""
         self._messages.check_answer()
         while self._in_flight and count != 0:
             self._take(*self._in_flight.popleft())
@@ -205,17 +211,18 @@ class Sender:
         shard.gradients.reduced[sent.bucket] = sent.own
 
     def drop(self) -> None:
-        """Forget what is on its way: no rank sends to this one any more. Local."""
+        """Forget the buckets in flight, because no rank sends to this one any more. Local."""
         self._in_flight.clear()
 
-    # ---------------------------------------------------------------- after an update, and before another
+    # ---------------------------------------------------------------- between updates
 
     def reopen(self) -> None:
-        """Averages that no update has used yet become sums of local gradients again, to be added to. Local."""
+        """Turn averages back into sums of local gradients, so that backward can add to them. Local."""
         self._sources.look_at_siblings()
-        # A parameter that lies in several buckets may have been sent in part.
+        # Kept by bucket, not by parameter: a parameter in several buckets may have been sent only in part.
         sent = {(id(shard), k) for shard, k in self.plan.order[: self.next]}
-        is_laid_out_again = set(map(id, self.owners)) != set(map(id, self.plan.shards))  # and all has been sent
+        # If the last update replaced the shards, it has sent every bucket.
+        is_laid_out_again = set(map(id, self.owners)) != set(map(id, self.plan.shards))
         late = self._record.late
         averaged = late | self.plan.buckets_of.keys()
         for shard in self._link.shards():
@@ -230,21 +237,23 @@ class Sender:
         self._sources.tell_siblings()
 
     def clear(self) -> None:
-        """Forget the gradients of this update: they were used, or are not wanted. Every rank alike; local."""
+        """Forget the gradients of this update, which were used or discarded. Local; the same on every rank."""
         self._record.clear_round()
         self._sources.arrivals.take()
         self._record.watch.clear()
         for shard in self.owners:
             shard.gradients.reduced.clear()
-        if not self._are_buckets_settled():  # other gradients must not be kept alive
+        # These references would keep gradients alive that the user sets to None. DDP's buckets live anyway.
+        if not self._are_buckets_settled():
             for shard in self.plan.shards:
                 self._flat[id(shard)] = [None] * len(shard.params)
         self._sources.tell_siblings()
 
     def _are_buckets_settled(self) -> bool:
-        """Whether gradients lie in DDP's buckets, which stay once it has packed them again."""
+        """Return whether gradients lie in DDP's buckets, and DDP will not replace these."""
         if not self._sources.are_buckets:
             return False
+        # A list, since every reducer must be called.
         are_settled = [reducer.forget_unless_settled() for reducer in self._sources.reducers()]
         return all(are_settled)
 
@@ -253,17 +262,17 @@ class ShardSender(Sender):
     """Reduces gradients into flat memory of the shards, and frees ``param.grad``. One round per backward pass.
 
     Attributes:
-        rounds: Since the last update.
+        rounds: Rounds since the last update.
     """
 
     reduces_every_backward = True
 
     def leave_parts(self) -> None:
-        """Nothing of a gradient is in ``param.grad``. Local."""
+        """Leave nothing to mark, since ``param.grad`` holds no part of a gradient. Local."""
         self.next = 0
 
     def finish_round(self) -> None:
-        """Send what has not been sent, zeros for gradients that are not there. Collective."""
+        """Send the remaining buckets, with zeros for missing gradients, and wait for all of them. Collective."""
         self.follow_layout()
         while self.next < len(self.plan.order):
             self._send_next()
@@ -277,12 +286,14 @@ class ShardSender(Sender):
     def _take(self, shard: Shard, sent: InFlightBucket) -> None:
         assert shard.transport is not None
         into = shard.gradients.memory(sent.bucket)
+        # The first round overwrites what the last update left there.
         shard.transport.finish_reduce(sent, into, add=self.rounds > 0)
         shard.gradients.reduced[sent.bucket] = list(into)
         self._let_go(shard, sent.bucket)
 
     def _let_go(self, shard: Shard, k: int) -> None:
-        """Free the gradients that no later bucket needs. The last bucket is sent first."""
+        """Free the gradients that no later bucket needs."""
+        # The last bucket is sent first, so the bucket with a parameter's first element is the last to need it.
         for piece in shard.layout.pieces(*shard.layout.bucket(k)):
             param = shard.params[piece.param]
             if piece.start == 0 and id(param) in self.plan.buckets_of:
@@ -290,7 +301,7 @@ class ShardSender(Sender):
                 self._flat[id(shard)][piece.param] = None
 
     def clear(self) -> None:
-        """Forget the gradients of this update: they were used, or are not wanted. Every rank alike; local."""
+        """Forget the gradients of this update, which were used or discarded. Local; the same on every rank."""
         self.rounds = 0
         super().clear()
         self.begin_round()

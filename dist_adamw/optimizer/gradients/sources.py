@@ -23,31 +23,31 @@ from dist_adamw.optimizer.gradients.registry import Path, live_paths, take_over
 from dist_adamw.optimizer.gradients.weak_hooks import NoSync, WeakHook, remove
 from dist_adamw.ranks import agreement
 
-_LOOK_EVERY = 1 << 18  # elements: as many as make a message worth sending
+_LOOK_EVERY = 1 << 18  # elements between two checks: enough to be worth a message
 
 
 class Sibling(Path, BucketListener, Protocol):
-    """Another optimizer's path whose gradients lie in the same of DDP's buffers."""
+    """Another optimizer's path whose gradients lie in the same DDP buckets."""
 
     @property
     def record(self) -> GradientRecord:
-        """What has become of its gradients."""
+        """The state of its gradients."""
 
     def look_for_changes(self) -> None:
-        """Note changes of its gradients, before another optimizer writes to the buffers that they lie in. Local."""
+        """Note changes to its gradients, before another optimizer writes to the buffers that hold them. Local."""
 
 
 class Hearer(Protocol):
-    """What the hooks call; see `BackwardPasses`."""
+    """The callbacks of the hooks; see `BackwardPasses`."""
 
     def look_at_arrivals(self, param: Tensor) -> None:
-        """After the gradient of ``param`` and of those in the inboxes."""
+        """Called after the gradients of ``param`` and of the parameters in the inboxes have arrived."""
 
     def before_forward(self, module: nn.Module, args: Any) -> None:
-        """Before a forward pass of an attached module."""
+        """Called before a forward pass of an attached module."""
 
     def after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
-        """After a forward pass of an attached module."""
+        """Called after a forward pass of an attached module."""
 
 
 class GradientSources:
@@ -56,10 +56,10 @@ class GradientSources:
     A gradient is announced in one of two ways: by a bucket of DDP's reducer, or by a hook on the parameter.
 
     Args:
-        path: Whose sources these are; held weakly, as the next three know it.
-        link: The optimizer.
-        messages: To other ranks.
-        record: Of the gradients.
+        path: The path of these sources; held weakly.
+        link: Its optimizer.
+        messages: Its messages to other ranks.
+        record: The state of its gradients.
 
     Attributes:
         ids: Ids of the parameters whose gradients are announced; a new set whenever they change.
@@ -81,11 +81,12 @@ class GradientSources:
         self.known_ids: Set[int] = frozenset()
         self.are_buckets = True
         self.is_ddp: bool | None = None
-        self._are_copied = False  # DDP writes some gradients when backward is over, from its own buffers
+        self._are_copied = False  # whether DDP copies some gradients from its own buffers at the end of backward
         self._params_changes = 0
         self._synchronises = True  # False inside no_sync
-        self._hook_of: dict[int, RemovableHandle | None] = {}  # by id of parameter; None where DDP's bucket tells
+        self._hook_of: dict[int, RemovableHandle | None] = {}  # by id of parameter; None if DDP's bucket announces it
         self._module_hooks: list[RemovableHandle] = []
+        # The module may outlive the optimizer. At interpreter exit hooks do no harm, so leave them.
         weakref.finalize(self, _remove_all, self._hook_of, self._module_hooks).atexit = False
         self._modules: list[weakref.ref[nn.Module]] = []
         self._reducers: list[weakref.ref[DDPReducer]] = []
@@ -97,10 +98,10 @@ class GradientSources:
     def _hook(self, method: str) -> WeakHook:
         return WeakHook(None if self._hearer is None else self._hearer(), method)
 
-    # ---------------------------------------------------------------- which there are
+    # ---------------------------------------------------------------- add and remove sources
 
     def add(self, model: nn.Module, *, reduces_every_backward: bool) -> None:
-        """Take the gradients of ``model`` from now on; no other path does then. Local.
+        """Receive the gradients of ``model`` from now on, in place of any other path. Local.
 
         Raises:
             ValueError: ``model`` is wrapped so that this path cannot serve it.
@@ -119,8 +120,8 @@ class GradientSources:
         if isinstance(model, DistributedDataParallel):
             if reduces_every_backward:
                 raise ValueError(
-                    "reduce_every_backward=True is for a module without DistributedDataParallel, which keeps whole "
-                    "gradients whatever is done: it would only send more. Attach the plain module, or leave it False."
+                    "reduce_every_backward=True is for modules without DistributedDataParallel. DDP keeps whole "
+                    "gradients in its buckets, so it would only send more. Attach the plain module, or leave it False."
                 )
             aside = self._add_ddp(model, path, params)
         else:
@@ -136,7 +137,7 @@ class GradientSources:
         self._kinds_changed()
 
     def _add_ddp(self, model: DistributedDataParallel, path: Sibling, params: list[Tensor]) -> bool:
-        """Take ``params`` from DDP's buckets, or by hooks if DDP can stand aside; return whether it does."""
+        """Receive ``params`` from DDP's buckets, or by hooks if DDP can stand aside; return whether it does."""
         reducer = DDPReducer.of(model)
         aside = reducer.can_stand_aside(self.known_ids)
         take_over(path, params)
@@ -158,33 +159,34 @@ class GradientSources:
     def _hang_on_module(self, model: nn.Module, *, aside: bool) -> None:
         self._modules.append(weakref.ref(model))
         self._module_hooks.append(model.register_forward_pre_hook(self._hook("before_forward")))
-        if aside:
+        if aside:  # otherwise DDP's buckets mark the beginning of backward
             self._module_hooks.append(model.register_forward_hook(self._hook("after_forward")))
         no_sync = getattr(model, "no_sync", None)
-        if no_sync is None:  # Accelerate's accumulate() asks for it
+        if no_sync is None:  # a plain module; Accelerate's accumulate() calls its no_sync() if there is one
             no_sync = NoSync()
             model.no_sync = no_sync  # type: ignore[assignment]
         if isinstance(no_sync, NoSync):
             no_sync.add(self)
 
     def _hang_on_parameters(self, params: list[Tensor]) -> None:
-        """Put hooks on ``params``: on most one that runs in C, since there may be thousands of small ones."""
+        """Put hooks on ``params``."""
         if not params:
             return
+        # There may be thousands of small parameters, so most of them get a hook that runs in C: ``deque.append``.
         look, enter = self._hook("look_at_arrivals"), self.arrivals.new_inbox(len(params)).append
         quiet = _LOOK_EVERY
         for param in reversed(params):
             quiet += param.numel()
-            looks = quiet >= _LOOK_EVERY or param is params[0]
+            looks = quiet >= _LOOK_EVERY or param is params[0]  # backward reaches the first parameter last
             hook = look if looks else enter
             self._hook_of[id(param)] = param.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
             if looks:
                 quiet = 0
 
     def add_latecomers(self, late: Set[int]) -> None:
-        """Put hooks on parameters of attached modules that had none: unfrozen, replaced or added since.
+        """Put hooks on parameters of attached modules that had none: those unfrozen, replaced or added since.
 
-        The plan of the present round stays: the next one is made with them.
+        The plan of the present round stays; the next one includes them.
         """
         path = self._path()
         assert path is not None
@@ -218,30 +220,31 @@ class GradientSources:
         self.revision += 1
 
     def follow_params(self) -> None:
-        """Notice parameters that have come to the optimizer, or have left it."""
+        """Follow parameters that were added to the optimizer or removed from it."""
         params = self._link.params()
         if len(params) == len(self.known) and all(map(operator.is_, params, self.known)):
             return
         self.known, self.known_ids = params, frozenset(map(id, params))
         self._params_changes += 1
+        # The count is part of the digest: after equally many changes, ranks must have the same shapes.
         shapes = [[list(param.shape), str(param.dtype)] for param in params if not is_lazy(param)]
         self._messages.params_changed(agreement.fingerprint({str(self._params_changes): shapes}))
         if gone := self.ids - self.known_ids:
             self.remove(gone)
 
     def modules(self) -> list[nn.Module]:
-        """The attached modules that are alive."""
+        """Return the attached modules that still exist."""
         return [model for ref in self._modules if (model := ref()) is not None]
 
     def reducers(self) -> list[DDPReducer]:
-        """Those of the attached modules that are in DDP."""
+        """Return the reducers of the attached modules that are in DDP."""
         return [reducer for ref in self._reducers if (reducer := ref()) is not None]
 
     # ---------------------------------------------------------------- in a backward pass
 
     @property
     def synchronises(self) -> bool:
-        """Whether a backward pass sends gradients now: not inside ``no_sync``."""
+        """Whether a backward pass sends gradients now, which it does not inside ``no_sync``."""
         if not self._synchronises:
             return False
         in_ddp = [model for model in self.modules() if isinstance(model, DistributedDataParallel)]
@@ -249,17 +252,17 @@ class GradientSources:
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
-        """Backward passes inside only accumulate, as with DDP's method of that name."""
+        """Only accumulate in the backward passes inside, as DDP's method of that name does."""
         before, self._synchronises = self._synchronises, False
         try:
             yield
         finally:
             self._synchronises = before
-            self.arrivals.take()
+            self.arrivals.take()  # backward passes inside must not make buckets of the next one ready
 
     def has_company(self) -> bool:
-        """Return whether others send in this backward pass: attached optimizers, or DDP itself."""
-        # The buckets of one DDP module fill in the same order on every rank.
+        """Return whether others also send in this backward pass: attached optimizers, or DDP itself."""
+        # The buckets of one DDP module are filled in the same order on every rank, so waiting is safe.
         in_order = self.are_buckets and len(self._reducers) == 1
         if not in_order and any(reducer.has_own for reducer in self.reducers()):
             return True
@@ -271,13 +274,14 @@ class GradientSources:
         return any(reducer.stood_aside for reducer in self.reducers())
 
     def wait_for_ddp(self) -> bool:
-        """Return whether DDP sets gradients when backward is over, which must be those that it expects to find."""
+        """Return whether DDP writes gradients at the end of backward, so that they can be sent only afterwards."""
         if self._are_copied or self.are_buckets:
             return self._are_copied
         return any(not reducer.stood_aside for reducer in self.reducers())
 
     def watched(self, planned: Sequence[Tensor]) -> Sequence[Tensor]:
-        """The parameters whose gradients are announced; those added since the last update are not ``planned`` yet."""
+        """Return the parameters whose gradients are announced."""
+        # Parameters added since the last update are announced, but not ``planned`` yet.
         if self.are_buckets or len(planned) == len(self.ids):
             return planned
         return [param for param in self.known if id(param) in self.ids]
@@ -289,12 +293,13 @@ class GradientSources:
         return [path for reducer in self.reducers() for path in reducer.listeners() if path is not here]
 
     def look_at_siblings(self) -> None:
-        """Note changes of other optimizers' gradients, before this one writes to the buffers that they lie in too."""
+        """Note changes to other optimizers' gradients, before this one writes to buffers that it shares with them."""
         for path in self._siblings():
             path.look_for_changes()
 
     def tell_siblings(self) -> None:
-        """Let other optimizers know that this one wrote to the buffers that their gradients lie in too."""
+        """Have other optimizers accept this one's writes to shared buffers."""
+        # Gradients in one DDP bucket are views of one storage and share its version counter.
         for path in self._siblings():
             path.record.watch.accept()
 
@@ -306,7 +311,8 @@ def _remove_all(hooks: dict[int, RemovableHandle | None], more: list[RemovableHa
 def accumulates_now(modules: Sequence[nn.Module]) -> bool:
     """Return whether the pass that autograd is running adds to ``param.grad`` of some parameter of ``modules``.
 
-    It may reach an optimizer's parameters on another rank alone, which then sends gradients and waits for them.
+    All parameters of the modules count, since the pass may reach the optimizer's own only on another rank, which then
+    waits for this one's gradients.
     """
     for model in modules:
         for param in model.parameters():
@@ -316,15 +322,15 @@ def accumulates_now(modules: Sequence[nn.Module]) -> bool:
 
 
 def _will_run(accumulation: Node) -> bool:
-    """Return whether the backward pass that runs, or has just run, adds to a gradient by ``accumulation``."""
+    """Return whether the backward pass that runs, or has just run, executes the node ``accumulation``."""
     try:
         return bool(torch._C._will_engine_execute_node(accumulation))
-    except RuntimeError:  # torch.autograd.grad of that parameter: its gradient is handed back
+    except RuntimeError:  # torch.autograd.grad with respect to that parameter, which returns its gradient
         return False
 
 
 def _own_parameters(model: nn.Module) -> list[Tensor]:
-    """The parameters of ``model``, but those of DDP modules inside of it, which average them themselves."""
+    """Return the parameters of ``model`` except those of DDP modules inside it, which average these themselves."""
     bare = model.module if isinstance(model, DistributedDataParallel) else model
     inside = [module for module in bare.modules() if isinstance(module, DistributedDataParallel)]
     theirs = {id(param) for module in inside for param in module.parameters()}

@@ -1,7 +1,7 @@
 """Average gradients that no hook announces: of a module that is not attached, or of a parameter unfrozen since.
 
-They are looked at in ``step`` and not before: until then a DDP module that they belong to may not have averaged them.
-There one is taken as it is where all ranks have the same bits, and averaged where they differ.
+They are compared only in ``step``, because a DDP module that they belong to may not have averaged them before. A
+gradient with the same bits on all ranks is used as it is; others are averaged.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class UnannouncedGradients:
         self._params: list[Tensor] = []
 
     def params(self) -> list[Tensor]:
-        """The parameters that have elements, and that no bucket is sent for. Local."""
+        """Return the parameters with elements for which no bucket is sent. Local."""
         plan, known = self._sender.plan, self._sources.known
         if self._found_for is None or self._found_for[0] is not plan or self._found_for[1] is not known:
             self._found_for = (plan, known)
@@ -39,7 +39,7 @@ class UnannouncedGradients:
         return self._params
 
     def prints(self) -> list[int]:
-        """Fingerprints of gradients that may be the same on all ranks, 0 where there is none or it is known. Local."""
+        """Return fingerprints of gradients that may be the same on all ranks; 0 for none or a local one. Local."""
         params = self.params()
         if self._record.is_compared or not params:
             return []
@@ -47,14 +47,14 @@ class UnannouncedGradients:
         asked = [i for i, param in enumerate(params) if param.grad is not None and id(param) not in local]
         prints = [0] * len(params)
         for i, value in zip(asked, fingerprints([params[i].grad for i in asked]), strict=True):  # type: ignore[misc]
-            prints[i] = value >> 2 | 1
+            prints[i] = value >> 2 | 1  # fits into an int64 with its negative, and is never 0
         return prints
 
     def note_extremes(self, extremes: Sequence[int]) -> None:
-        """Note whose gradients differ over ranks: those are local ones. Local.
+        """Note which gradients differ over ranks, and so are local ones. Local.
 
         Args:
-            extremes: The largest print of each parameter over all ranks, and then minus the smallest ones.
+            extremes: The largest print of each parameter over all ranks, then minus the smallest ones.
         """
         params = self.params()
         most, minus_least = extremes[: len(params)], extremes[len(params) :]
@@ -63,7 +63,7 @@ class UnannouncedGradients:
                 self._record.local.add(id(param))
 
     def are_local_used(self, params: Sequence[Tensor], present: Sequence[bool]) -> bool:
-        """Return whether some gradient that is used is a local one, of a parameter that no bucket is sent for. Local.
+        """Return whether the update uses a local gradient of a parameter for which no bucket is sent. Local.
 
         Args:
             params: Parameters of the optimizer.
@@ -75,10 +75,7 @@ class UnannouncedGradients:
         return False
 
     def take(self, params: Sequence[Tensor]) -> None:
-        """Average the gradients of ``params`` where they are local; take this rank's runs of those that are whole.
-
-        Collective.
-        """
+        """Average the local gradients of ``params``, and take this rank's runs of whole ones. Collective."""
         record, into_shard = self._record, self._sender.reduces_every_backward
         taken = {id(param) for param in params if param.grad is not None}
         late = (taken & record.local) - record.late - self._sender.plan.buckets_of.keys()
@@ -107,12 +104,13 @@ class UnannouncedGradients:
             members = {id(param) for param in shard.members(k)}
             if members.isdisjoint(taken):
                 continue
+            # The same on all ranks: `local` and `late` follow from numbers that they have exchanged.
             if not members.isdisjoint(late):
                 shard.transport.finish_reduce(shard.transport.start_reduce(k, sent), None)
             self._take_runs(shard, k, flat, late)
 
     def _take_runs(self, shard: Shard, k: int, flat: Sequence[Tensor | None], late: Set[int]) -> None:
-        """Let the update take this rank's runs of ``flat`` in bucket ``k``; ``late`` may be freed afterwards."""
+        """Give the update this rank's runs of ``flat`` in bucket ``k``; those of ``late`` may be freed afterwards."""
         into_shard = self._sender.reduces_every_backward
         pieces = shard.owned.pieces[k]
         into: list[Tensor | None] = list(shard.gradients.reduced.get(k) or [None] * len(pieces))

@@ -1,4 +1,4 @@
-"""Before an update: ranks agree on which parameters have a gradient, and on whether any gradient was changed."""
+"""Make ranks agree, before an update, on which parameters have a gradient and whether any gradient was changed."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ class UpdateAgreement:
     """The ranks' agreement on the gradients of one update.
 
     Args:
-        path: Whose gradients these are; held weakly.
+        path: The path of these gradients; held weakly.
         overlap: Send during backward.
 
     Attributes:
         asks_for_changes: Whether the last `complete` has asked all ranks if there are changes.
-        needed_rounds: Into the shard: of the rank with the most.
+        needed_rounds: Rounds into the shard of the rank with the most.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class UpdateAgreement:
         self.needed_rounds = 0
 
     def end(self) -> None:
-        """Refuse updates from now on: the optimizer is gone on other ranks. Local."""
+        """Refuse updates from now on, because the optimizer no longer exists on other ranks. Local."""
         self._has_ended = True
 
     def complete(
@@ -70,13 +70,13 @@ class UpdateAgreement:
         """Make sure that every rank has every gradient that some rank has. Collective.
 
         Args:
-            has_changes: Whether the user has changed the optimizer's groups or state, on this rank.
+            has_changes: Whether the user has changed the optimizer's groups or state on this rank.
             options: Digest of the hyper-parameters of all groups.
             check_changes: Called on every rank if some rank has changes or other hyper-parameters; raises if ranks
-                are not alike.
+                differ.
 
         Returns:
-            Whether there is any.
+            Whether there is any gradient.
 
         Raises:
             RuntimeError: gradients were changed between backward and update, on some rank; or a module is
@@ -85,12 +85,14 @@ class UpdateAgreement:
         record, sources = self._record, self._sources
         self._check_may_update()
         self._finish_backward()
-        subject = self._unannounced.params() if sources.are_buckets else sources.known  # DDP has seen to its own
+        # DDP itself makes its ranks agree on which of its parameters have a gradient.
+        subject = self._unannounced.params() if sources.are_buckets else sources.known
         present = self._present(subject)
         prints = self._unannounced.prints()
         report = self._report(subject, present, prints, has_changes=has_changes, options=options)
         agreed = self._agree(report, group, replicas)
         self.needed_rounds = agreed.rounds
+        # Checked first: these raise before anything else is sent, and name the cause of other differences.
         if (agreed.has_changes or agreed.options_differ) and self.asks_for_changes:
             check_changes()
         self._refuse_changed(report, agreed)
@@ -129,21 +131,21 @@ class UpdateAgreement:
         """Raise if gradients have not been averaged and will not be."""
         if self._has_ended:
             raise RuntimeError(
-                "step() of an optimizer that other ranks have let go of: another one has been attached to its module "
-                "since. Keep both on every rank, or neither."
+                "step() of an optimizer that no longer exists on other ranks: another one has been attached to its "
+                "module since. Keep both on every rank, or only the new one."
             )
         if not self._sources.synchronises and (self._sender.reduces_every_backward or not self._sender.next):
             raise RuntimeError(
                 "step() inside no_sync(): this update's gradients have not been averaged, and an optimizer whose state "
-                "is shared over the ranks cannot update each rank by itself. Leave no_sync() before the last backward "
+                "is sharded over the ranks cannot update one rank alone. Leave no_sync() before the last backward "
                 "pass of an update. For local SGD (Accelerate's LocalSGD) pass shard=False to DistAdamW, and "
                 "check_weights_every=0 to dist_adamw.prepare."
             )
 
     def _finish_backward(self) -> None:
-        """Send what other ranks may be waiting for. Collective."""
+        """Send the buckets that other ranks may be waiting for. Collective."""
         sender = self._sender
-        if self._backward.is_running:  # the last backward pass raised: other ranks have sent all buckets of theirs
+        if self._backward.is_running:  # the last backward pass raised here; other ranks have sent all their buckets
             self._backward.finish_broken_pass()
         self._sources.follow_params()
         self._sources.look_at_siblings()
@@ -159,7 +161,7 @@ class UpdateAgreement:
             gather_from_owners(self._path(), others)
 
     def _present(self, params: Sequence[Tensor]) -> list[bool]:
-        """Return which of ``params`` have a gradient that the user computed: not zeros that were filled in."""
+        """Return which of ``params`` have a gradient from backward, as opposed to zeros that were filled in."""
         present = [grad is not None for grad in map(_gradient, params)]
         filled, in_shard = self._record.filled, self._record.in_shard
         if not (filled or in_shard):
@@ -183,6 +185,7 @@ class UpdateAgreement:
         if record.was_changed or record.watch.changed():
             change = CHANGED
         dropped = record.watch.dropped()
+        # A round frees ``param.grad``, so a gradient that is there now was set since and needs one more round.
         has_leftover = sender.reduces_every_backward and any(param.grad is not None for param in sender.plan.params)
         return UpdateReport(
             rounds=sender.rounds + has_leftover,
@@ -192,13 +195,13 @@ class UpdateAgreement:
             has_changes=has_changes,
             prints=agreement.fingerprint({"": list(prints)}) if any(prints) else 0,
             options=options,
-            # Of a frozen parameter nothing is missing, but ranks may differ in whether it has one.
+            # A frozen parameter may lack a gradient, but then it must on all ranks: `is_missing` does not see that.
             pattern=0 if all(present) else agreement.fingerprint({"": list(present)}),
             dropped=agreement.fingerprint({"": dropped}) if dropped else 0,
         )
 
     def _agree(self, report: UpdateReport, group: dist.ProcessGroup, replicas: dist.ProcessGroup | None) -> Agreed:
-        """Combine the ranks' reports. Without a channel, where DDP has every gradient, none is needed. Collective."""
+        """Combine the ranks' reports. None is exchanged without a channel if DDP has every gradient. Collective."""
         self.asks_for_changes = True
         if self._messages.is_open:
             numbers = self._messages.exchange_reports(report)
@@ -214,7 +217,7 @@ class UpdateAgreement:
     def _largest(
         self, values: Sequence[int], group: dist.ProcessGroup, replicas: dist.ProcessGroup | None
     ) -> list[int]:
-        """The largest of each value over all ranks. Collective."""
+        """Return the largest of each value over all ranks. Collective."""
         device = self._sources.known[0].device if dist.get_backend(group) != "gloo" else torch.device("cpu")
         largest = torch.tensor(values, dtype=torch.int64, device=device)
         for ranks in (group, replicas):
@@ -223,7 +226,7 @@ class UpdateAgreement:
         return [int(n) for n in largest.tolist()]
 
     def _fill_in(self, params: Sequence[Tensor], present: Sequence[bool]) -> None:
-        """Give zeros to parameters that have a gradient on other ranks alone; take ours from those without any."""
+        """Give zeros to parameters that only other ranks have a gradient for; remove ours if no rank has one."""
         record, sender = self._record, self._sender
         for param, is_used in zip(params, present, strict=True):
             if not is_used:
@@ -239,7 +242,7 @@ class UpdateAgreement:
 
 
 def _is_missing(params: Sequence[Tensor], present: Sequence[bool]) -> bool:
-    """Return whether a parameter that requires a gradient has none. Most updates have all, on all ranks."""
-    if all(present):
+    """Return whether a parameter that requires a gradient has none."""
+    if all(present):  # in most updates; ``requires_grad`` of every parameter would take longer to look up
         return False
     return any(param.requires_grad for param, there in zip(params, present, strict=True) if not there)

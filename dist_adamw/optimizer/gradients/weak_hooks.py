@@ -1,7 +1,4 @@
-"""Register hooks that hold only weak references to what they call.
-
-Knows modules and context managers; nothing of gradients.
-"""
+"""Register hooks that hold only weak references to the objects that they call."""
 
 from __future__ import annotations
 
@@ -14,14 +11,14 @@ from torch.utils.hooks import RemovableHandle
 
 
 class WeakHook:
-    """A method to be hung on a module: the module does not keep the object, nor does a copy of it find it."""
+    """A method as a module hook. The module does not keep the object alive, and in a copy the hook does nothing."""
 
     def __init__(self, owner: Any, method: str) -> None:
         self._owner = weakref.ref(owner) if owner is not None else None
         self._method = method
 
     def __call__(self, *args: Any) -> Any:
-        """Call the method, if there is the object."""
+        """Call the method if the object still exists."""
         owner = self._owner() if self._owner is not None else None
         return None if owner is None else getattr(owner, self._method)(*args)
 
@@ -37,19 +34,19 @@ class _Pausable(Protocol):
 
 
 class NoSync:
-    """``module.no_sync`` of a plain module, for every optimizer attached to it. A copy of the module pauses none."""
+    """The ``no_sync`` of a plain module, for every optimizer attached to it. That of a copied module pauses none."""
 
     def __init__(self) -> None:
         self._paths: list[Callable[[], _Pausable | None]] = []
 
     def add(self, path: _Pausable) -> None:
-        """Pause ``path`` too."""
+        """Pause ``path`` as well."""
         self._paths = [ref for ref in self._paths if ref() not in (None, path)]
         self._paths.append(weakref.ref(path))
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
-        """Accumulate only, in every optimizer."""
+        """Only accumulate, in every optimizer."""
         with ExitStack() as stack:
             for ref in self._paths:
                 if (path := ref()) is not None:
@@ -64,6 +61,6 @@ class NoSync:
 
 
 def remove(handles: Iterable[RemovableHandle]) -> None:
-    """Take hooks off what they hang on."""
+    """Remove hooks from the modules and parameters that they are registered on."""
     for handle in list(handles):
         handle.remove()

@@ -1,6 +1,6 @@
 """AdamW kernels, one module per implementation.
 
-Imports torch only, and Triton when a kernel is first launched. `mixed` is the arithmetic
-in plain torch, for any device; `triton` is one launch per bucket on a GPU. Nothing here
-knows of ranks, parameter groups or checkpoints.
+They import only torch, and Triton when a kernel is first launched. `foreach` is torch's own AdamW;
+`mixed` is the arithmetic for other dtypes in plain torch, for any device; `triton` is one launch
+per bucket on a GPU.
 """

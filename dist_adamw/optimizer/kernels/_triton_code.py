@@ -2,24 +2,23 @@
 # ruff: noqa: N803, RET505, SIM108, SIM300
 """The Triton kernel: one program updates one row of a table of blocks.
 
-The one module that imports Triton, itself imported by `triton` at the first launch. It
-knows addresses and dtypes; what they belong to, `triton` knows. Triton's language has no types for mypy,
-and writes its compile-time arguments in capitals.
+The only module that imports Triton; `triton` imports it at the first launch. Triton's language has no types for mypy,
+and its convention is to write compile-time arguments in capitals.
 """
 
 import triton
 import triton.language as tl
 
-# The columns of a row, all int64. Of a constexpr, because a kernel may read no other global.
+# The number of int64 columns of a row. A constexpr, because a kernel may read no other globals.
 ROW = tl.constexpr(6)
 
 
 @triton.jit
 def _one_minus_power(log_base, exponent):
-    """1 - base ** exponent in fp32, to 2e-7 of itself.
+    """Return 1 - base ** exponent in fp32, with a relative error of 2e-7.
 
-    The difference of 1 and 0.999 ** 1 in fp32 would have 4 digits, and fp64 is slow on many GPUs. So for a
-    small result the Taylor series of -expm1, which cancels nothing; its ninth term is below 1e-8 of the first.
+    The difference of 1 and 0.999 ** 1 in fp32 would have 4 correct digits, and fp64 is slow on many GPUs. So small
+    results use the Taylor series of -expm1, which has no cancellation; its ninth term is below 1e-8 of the first.
     """
     x = log_base * exponent
     tail = 1.0 + x / 6.0 * (1.0 + x / 7.0 * (1.0 + x / 8.0))
@@ -29,7 +28,7 @@ def _one_minus_power(log_base, exponent):
 
 @triton.jit
 def _narrow(x, dtype: tl.constexpr):
-    """fp32 ``x`` in ``dtype``, to nearest even. To bf16 by its bits, because Triton's interpreter would truncate."""
+    """Round fp32 ``x`` to ``dtype``, to nearest even. To bf16 by bits, because Triton's interpreter would truncate."""
     if dtype == tl.bfloat16:
         bits = x.to(tl.int32, bitcast=True)
         upper = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
@@ -40,7 +39,8 @@ def _narrow(x, dtype: tl.constexpr):
 
 @triton.jit
 def _followed(weight, param, PARAM: tl.constexpr):
-    """The fp32 ``weight``, or the parameter where that is not the weight rounded, to even or away: it was written."""
+    """Return the fp32 ``weight``, or the parameter if that is not the weight rounded (to even or away)."""
+    # Then the parameter was written to since the last update.
     shown = param.to(tl.float32) == _narrow(weight, PARAM).to(tl.float32)
     if PARAM == tl.bfloat16:
         away = ((weight.to(tl.int32, bitcast=True) + 0x8000) >> 16) << 16
@@ -50,9 +50,9 @@ def _followed(weight, param, PARAM: tl.constexpr):
 
 @triton.jit
 def _joined(upper, remainder):
-    """The fp32 weight of a bf16 parameter's bits, shifted by 16, and a remainder; not NaN if the parameter was written.
+    """Return the fp32 weight of a bf16 parameter's bits, shifted by 16, and a remainder.
 
-    See mixed.follow_params_.
+    It is not NaN if the parameter was written to; see mixed.follow_params_.
     """
     magnitude = upper & 0x7FFFFFFF
     impossible = ((magnitude == 0) & (remainder < 0)) | ((magnitude == 0x7F800000) & (remainder > 0))
@@ -66,15 +66,16 @@ def _update(
     PARAM: tl.constexpr, GRAD: tl.constexpr, REMAINDER: tl.constexpr, MAXIMIZE: tl.constexpr,
     ALIGNED: tl.constexpr, ROW_NUMEL: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """One row: ``numel`` elements, in tiles. ``decay`` is the part of a weight that it loses."""
-    # Bits are loaded where there are remainders. No other thread reads or writes what this one does.
+    """Update one row of ``numel`` elements, in tiles. A weight loses the fraction ``decay`` of itself."""
+    # With remainders, load bits. No other thread reads or writes the elements of this one.
     stored: tl.constexpr = tl.int16 if REMAINDER else PARAM
-    if ALIGNED:  # a product's factor is seen by the compiler, an int64's from a table is not
+    if ALIGNED:  # multiplying by 8 shows the compiler an alignment that it cannot infer for values from memory
         numel = numel // 8 * 8
         offset = offset // 8 * 8
     params = param_address.to(tl.pointer_type(stored))
     grads = grad_address.to(tl.pointer_type(GRAD))
-    for start in range(0, ROW_NUMEL, TILE):  # a constant: numpy 2.4 ends older interpreters at one from memory
+    # The bound is a constant: with numpy 2.4, older versions of Triton's interpreter fail on one from memory.
+    for start in range(0, ROW_NUMEL, TILE):
         i = start + tl.arange(0, TILE)
         mask = i < numel
         param_at, grad_at, at = params + i, grads + i, offset + i
@@ -106,7 +107,7 @@ def _update(
         weight -= tl.div_rn(step_size * exp_avg, denominator)
         tl.store(exp_avgs + at, _narrow(exp_avg, exp_avgs.dtype.element_ty), mask=mask)
         tl.store(exp_avg_sqs + at, _narrow(exp_avg_sq, exp_avg_sqs.dtype.element_ty), mask=mask)
-        if REMAINDER:  # mixed.split_master_ says why so; CUDA's own NaN would carry into the sign
+        if REMAINDER:  # see mixed.split_master_; rounding CUDA's default NaN would carry into the sign
             bits = tl.where(weight == weight, weight.to(tl.int32, bitcast=True), 0x7FC00000)
             tl.store(param_at, ((bits + 0x8000) >> 16).to(tl.int16), mask=mask)
             tl.store(masters + at, bits.to(tl.int16), mask=mask)
@@ -124,7 +125,7 @@ def update(
     DECAY_BESIDE_LR: tl.constexpr, LR_IN_MEMORY: tl.constexpr, DECAY_IN_MEMORY: tl.constexpr,
     ROW_NUMEL: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Apply AdamW to the row of ``table`` that this program is for.
+    """Apply AdamW to this program's row of ``table``.
 
     ``masters``, ``max_exp_avg_sqs``, ``scale`` and ``found_inf`` may be None; ``lr`` and ``weight_decay``
     are values or addresses. ``rest1`` is 1 - beta1, rounded once.
@@ -148,6 +149,7 @@ def update(
             decay = rate * decay
         step_size = rate / _one_minus_power(log_beta1, step)
         root_correction2 = tl.sqrt_rn(_one_minus_power(log_beta2, step))
+        # Whether a row is aligned is known only at run time, and ALIGNED must be constant: hence two branches.
         if tl.load(row + 5) != 0:
             _update(
                 param_address, grad_address, offset, numel, masters, exp_avgs, exp_avg_sqs, max_exp_avg_sqs,

@@ -1,8 +1,4 @@
-"""AdamW arithmetic on lists of tensors.
-
-Imports torch only. Knows nothing of ranks, buckets or checkpoints: the caller chooses which run of each weight to
-pass.
-"""
+"""AdamW arithmetic on lists of tensors. The caller chooses which run of each weight to pass."""
 
 from __future__ import annotations
 
@@ -17,7 +13,7 @@ DecayBy = Literal["lr", "schedule"]
 
 _PAGE, _APART = 4096, 640  # bytes
 
-# Where torch has a fused kernel. A device that is missing here takes the foreach path.
+# Devices for which torch has a fused kernel; others use foreach arithmetic.
 _FUSED_DEVICES = frozenset({"cpu", "cuda", "mps", "xpu", "hpu", "mtia"})
 
 
@@ -45,8 +41,7 @@ def adamw_update_(
 ) -> None:
     """Apply one AdamW update in place.
 
-    Elementwise, so updating a slice equals slicing the updated whole.
-    Local: no collectives, ranks may call it in any order.
+    The update is elementwise, so updating a slice gives the same result as slicing the updated whole. Local.
 
     Args:
         params: Weights, of any shapes; the next lists match them tensor by tensor.
@@ -55,9 +50,9 @@ def adamw_update_(
         grads: Gradients averaged over the global batch. Not changed.
         lr: Step size after scheduling (the paper's eta_t * alpha).
         weight_decay: With ``decay_by="lr"`` it is multiplied by ``lr``, as in torch; with "schedule" it is the whole
-            decay of this update, as in the paper. Either way an update with lr == 0 leaves the weights alone.
+            decay of this update, as in the paper. Either way an update with lr == 0 does not change the weights.
         fused: Use torch's fused kernel rather than its foreach arithmetic.
-        found_inf: 0-d; if it is 1, the fused kernel changes nothing, and the host need not read it. None with
+        found_inf: 0-d; if it is 1, the fused kernel changes nothing, without the host reading it. None with
             ``fused=False``.
 
     Source: Loshchilov & Hutter, arXiv:1711.05101, Algorithm 2.
@@ -106,7 +101,7 @@ def adamw_update_(
 def _decay_beside_lr(params: list[Tensor], lr: float | Tensor, decay: float, found_inf: Tensor | None) -> float:
     """Return the weight decay to pass to a kernel that multiplies it by ``lr``.
 
-    To divide by a tensor ``lr``, the host would have to wait for the device; ``params`` are decayed here instead.
+    Dividing by a tensor ``lr`` would make the host wait for the device, so in that case ``params`` are decayed here.
     """
     if isinstance(lr, Tensor):
         factor = 1 - decay * (lr != 0) * (1 if found_inf is None else 1 - found_inf)
@@ -119,10 +114,9 @@ def _decay_beside_lr(params: list[Tensor], lr: float | Tensor, decay: float, fou
 def zeros_apart(numel: int, place: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return ``numel`` zeros, 1-D, for state that one pass reads and writes together with other state.
 
-    On a CPU, ``place`` (0 to 5) chooses the offset within the memory page at which they begin. Large tensors mostly
-    begin at the same offset (place 0, so state does not use it), and a pass over several of them then takes up to
-    twice as long: a processor first compares the low 12 bits of the address of a load with those of earlier stores,
-    and waits if they agree.
+    On a CPU, ``place`` (0 to 5) selects the offset within the memory page. Most large tensors start at the same offset
+    (place 0, so state does not use it), and a pass over several of them then takes up to twice as long: the processor
+    first compares only the low 12 bits of a load's address with earlier stores, and waits if they agree.
     """
     if device.type != "cpu":
         return torch.zeros(numel, dtype=dtype, device=device)
@@ -136,7 +130,7 @@ def zeros_apart(numel: int, place: int, *, dtype: torch.dtype, device: torch.dev
 def sum_of_squares(tensors: list[Tensor]) -> Tensor:
     """Return the sum of squares of all elements, as a 0-d fp64 tensor on the first tensor's device. Local."""
     device = tensors[0].device
-    wide = torch.float64 if device.type != "mps" else torch.float32
+    wide = torch.float64 if device.type != "mps" else torch.float32  # MPS has no fp64
     total = torch.zeros((), dtype=wide, device=device)
     for doubles, dtype in ((True, torch.float64), (False, torch.float32)):
         alike = [t for t in tensors if (t.dtype == torch.float64) == doubles]

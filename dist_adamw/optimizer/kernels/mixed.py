@@ -1,8 +1,7 @@
-"""Update weights and state where they and the gradients differ in dtype, in plain torch.
+"""AdamW for weights, state and gradients of different dtypes, in plain torch.
 
-Imports torch only. Knows nothing of ranks, buckets or checkpoints: the caller passes runs of its weights and state.
-The arithmetic is that of `foreach.adamw_update_` on fp32. Tensors of other dtypes pass through scratch memory block by
-block, so that each is read from memory once.
+The arithmetic is that of `foreach.adamw_update_` on fp32. Tensors of other dtypes are converted in scratch memory block
+by block, so that each is read from memory once.
 """
 
 from __future__ import annotations
@@ -62,11 +61,11 @@ def mixed_adamw_update_(
 ) -> None:
     """Apply one AdamW update in place, computed in fp32 whatever the dtypes.
 
-    With fp32 masters and moments, the masters get bit for bit what ``torch.optim.AdamW(fused=True)``
-    gives fp32 weights whose gradients are ``grad.float() * scale``, and every parameter is its master
-    rounded to nearest even. (On a CPU this holds with one thread: with more, torch chooses where to cut a
-    tensor between threads, and its kernel's rounding depends on the cut by an ulp.) Elementwise, so updating a
-    slice equals slicing the updated whole, with the same reservation. Local: no collectives.
+    With fp32 masters and moments, the masters have the bits of fp32 weights that ``torch.optim.AdamW(fused=True)``
+    updates with gradients ``grad.float() * scale``, and every parameter is its master rounded to nearest even. (On a
+    CPU this holds with one thread: with more, torch chooses where to cut a tensor between threads, and its kernel's
+    rounding depends on the cut by an ulp.) The update is elementwise, so updating a slice gives the same result as
+    slicing the updated whole, with the same reservation. Local.
 
     Args:
         params: 1-D, contiguous, of one dtype: bf16, fp16 or fp32. The next five lists match them piece by piece.
@@ -74,13 +73,13 @@ def mixed_adamw_update_(
         masters: fp32 weights; or int16 remainders, of bf16 parameters only (see `join_master`); or
             empty: the parameters are the weights, and an update loses what their 16 bits cannot hold.
         exp_avgs: fp32 or bf16, of one dtype with the next two lists. bf16 ones are widened, updated, and
-            rounded to nearest even, by 2**-8 at most. Choose 1 - beta2 above 2**-8 then (0.99 is, 0.999 is
-            not): below it ``exp_avg_sq`` times beta2 rounds to ``exp_avg_sq``, which never shrinks.
+            rounded to nearest even, with an error of 2**-8 at most. Then choose 1 - beta2 above 2**-8 (beta2 = 0.99,
+            not 0.999): below it ``exp_avg_sq`` times beta2 rounds to ``exp_avg_sq``, which never shrinks.
         max_exp_avg_sqs: Running maxima of ``exp_avg_sqs`` (amsgrad), or empty.
         steps: Updates so far, this one included, as 0-d fp32 tensors. Not changed.
         scale: 0-d fp32; each gradient is multiplied by it (unscaling times clipping). None is 1.
-        found_inf: 0-d fp32; if it is 1, nothing is changed. The host reads it only where that is free (CPU) or
-            where torch has no fused kernel.
+        found_inf: 0-d fp32; if it is 1, nothing is changed. The host reads it only on a CPU, where that is free, or
+            if torch has no fused kernel.
         lr: This and the other hyper-parameters are those of `foreach.adamw_update_`.
 
     Raises:
@@ -114,12 +113,13 @@ def mixed_adamw_update_(
 
 
 def _update_blocks(columns: _Columns, scale: Tensor | None, hyper: dict[str, Any]) -> None:
-    """Update block by block; ``hyper`` are the keyword arguments of `adamw_update_`, less the gradients."""
+    """Update block by block; ``hyper`` are the keyword arguments of `adamw_update_` except the gradients."""
     device = columns.params[0].device
     numels = tuple([p.numel() for p in columns.params])
     limit = _block_numel(device)
     scratch = _Scratch(min(limit, sum(numels)), device)
-    # Evaluated once: a block's data evicts Python's own from the caches, so any Python costs microseconds in the loop.
+    # Evaluated once: a block's data evicts Python's own from the caches, so each line of Python in the loop costs
+    # microseconds.
     has_masters = bool(columns.masters) and columns.masters[0].dtype == torch.float32
     state_is_narrow = columns.exp_avgs[0].dtype != torch.float32
     for block, sizes in _blocks(columns, numels, limit):
@@ -162,11 +162,11 @@ def split_master_(master: Tensor, param: Tensor, remainder: Tensor) -> None:
         remainder: int16, S; written.
 
     Raises:
-        ValueError: a dtype is another.
+        ValueError: a dtype is not the one above.
     """
     if (master.dtype, param.dtype, remainder.dtype) != (torch.float32, torch.bfloat16, torch.int16):
         raise ValueError(
-            f"a master splits from float32 into bfloat16 and int16, got {master.dtype} into {param.dtype} "
+            f"a master must be split from float32 into bfloat16 and int16, got {master.dtype} into {param.dtype} "
             f"and {remainder.dtype}."
         )
     work = master.clone()
@@ -178,14 +178,14 @@ def join_master(param: Tensor, remainder: Tensor) -> Tensor:
     """Return the fp32 weights that `split_master_` wrote as ``param`` and ``remainder``, exactly.
 
     Args:
-        param: bf16, any shape S, unchanged since: the remainder of another parameter is noise of half an ulp of bf16.
+        param: bf16, any shape S, unchanged since: to any other, the remainder is noise of half an ulp of bf16.
         remainder: int16, S.
 
     Raises:
-        ValueError: a dtype is another.
+        ValueError: a dtype is not the one above.
     """
     if (param.dtype, remainder.dtype) != (torch.bfloat16, torch.int16):
-        raise ValueError(f"a master joins bfloat16 and int16, got {param.dtype} and {remainder.dtype}.")
+        raise ValueError(f"a master must be joined from bfloat16 and int16, got {param.dtype} and {remainder.dtype}.")
     master = param.to(torch.float32)  # its bits, shifted by 16
     master.view(torch.int32).add_(remainder)
     return master
@@ -194,13 +194,13 @@ def join_master(param: Tensor, remainder: Tensor) -> Tensor:
 def follow_params_(params: list[Tensor], masters: list[Tensor]) -> None:
     """Bring ``masters`` up to date with parameters that were written to. Local.
 
-    If a parameter is not its fp32 master rounded (to even, or away from zero as by `split_master_`), it was written,
-    and becomes the master. Nearly any bf16 parameter makes a valid pair with any 16-bit remainder, so a written
-    parameter keeps its remainder, which is below the parameter's own rounding; where the pair would be a NaN (at zero
-    and infinity) the remainder becomes 0.
+    A parameter that is not its fp32 master rounded (to even, or away from zero as by `split_master_`) was written to,
+    and becomes the master. Nearly any bf16 parameter makes a valid pair with any 16-bit remainder, so a parameter that
+    was written to keeps its remainder, which is below its own rounding; if the pair would be a NaN (at zero and
+    infinity), the remainder becomes 0.
 
     Args:
-        params: bf16 or fp16. The next list matches them; or it is empty.
+        params: bf16 or fp16. The next list matches them, or is empty.
         masters: fp32 weights, or int16 remainders; written.
     """
     for param, master in zip(params, masters, strict=bool(masters)):
@@ -217,12 +217,12 @@ def follow_params_(params: list[Tensor], masters: list[Tensor]) -> None:
 
 
 def _impossible(param: Tensor, remainder: Tensor) -> Tensor:
-    """Return where ``param`` and ``remainder`` are a pair that `split_master_` never makes: joined, it is a NaN."""
+    """Return a mask of the pairs that `split_master_` never makes, which would be joined to NaN."""
     return ((param == 0) & (remainder < 0)) | (param.isinf() & (remainder > 0))
 
 
 def _follow_block(block: _Columns, sizes: tuple[int, ...], scratch: _Scratch) -> None:
-    """Apply `follow_params_`, with a cheap comparison first on a CPU, where the host need not wait for the result."""
+    """Apply `follow_params_`; on a CPU, where the host need not wait for the result, only if a cheap check says so."""
     if not (scratch.on_cpu and _show(block, sizes, scratch)):
         follow_params_(block.params, block.masters)
 
@@ -231,7 +231,7 @@ def _show(block: _Columns, sizes: tuple[int, ...], scratch: _Scratch) -> bool:
     """Return whether every parameter is bit for bit its master rounded to even. For a CPU."""
     params, masters = block.params, block.masters
     if scratch.are_short(sizes):
-        # The gradients' memory is free until they are loaded.
+        # Borrow the gradients' memory, which is unused until they are loaded.
         params, masters = [torch.cat(params)], [torch.cat(masters, out=scratch.flat("grads", sum(sizes)))]
         sizes = (sum(sizes),)
     for param, master, numel in zip(params, masters, sizes, strict=True):
@@ -247,18 +247,18 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
 
 
 def _split_(masters: list[Tensor], params: list[Tensor], remainders: list[Tensor]) -> None:
-    """Apply `split_master_` to lists. Destroys ``masters``, whose NaNs must have been through `_tame_nans_`."""
+    """Apply `split_master_` to lists. Destroys ``masters``, on which `_tame_nans_` must have been called."""
     bits = [master.view(torch.int32) for master in masters]
-    torch._foreach_copy_(remainders, bits)  # keeps the low half, which is the remainder modulo 2**16
+    torch._foreach_copy_(remainders, bits)  # int32 to int16 keeps the low half: the remainder modulo 2**16
     for pattern, param in zip(bits, params, strict=True):
         pattern.add_(_HALF).bitwise_right_shift_(16)
         param.view(torch.int16).copy_(pattern)
 
 
 def _tame_nans_(masters: list[Tensor]) -> None:
-    """Give every NaN the default bits. With others, rounding could carry into infinity, or into the sign: -0."""
+    """Give every NaN the default bits. With other bits, rounding could carry and turn it into infinity or -0."""
     for master in masters:
-        # If an element is NaN, so is the sum. Where the sum overflows instead, the fill changes nothing.
+        # If an element is NaN, so is the sum. If the sum is not finite for another reason, the fill changes nothing.
         if master.device.type != "cpu" or not math.isfinite(master.sum().item()):
             master.masked_fill_(master.isnan(), math.nan)
 
@@ -267,7 +267,7 @@ def _tame_nans_(masters: list[Tensor]) -> None:
 
 
 class _Scratch:
-    """Memory for one block at a time, reused for the next; small enough on a CPU to stay in a cache."""
+    """Memory for one block at a time, reused for the next; on a CPU small enough to stay in a cache."""
 
     def __init__(self, numel: int, device: torch.device) -> None:
         self.numel = numel
@@ -325,7 +325,7 @@ def _block_numel(device: torch.device) -> int:
 def _blocks(columns: _Columns, numels: tuple[int, ...], limit: int) -> Iterator[tuple[_Columns, tuple[int, ...]]]:
     """Cut long pieces into blocks of ``limit`` elements, and gather short ones into blocks of at most as many.
 
-    Yields each block, and the lengths of its pieces.
+    Yields each block and the lengths of its pieces.
     """
     for first, stop in _groups(numels, limit):
         group = _Columns(*[column[first:stop] for column in columns])
@@ -339,7 +339,7 @@ def _blocks(columns: _Columns, numels: tuple[int, ...], limit: int) -> Iterator[
 
 @lru_cache(maxsize=256)
 def _groups(numels: tuple[int, ...], limit: int) -> list[tuple[int, int]]:
-    """Return the [first, stop) of pieces that share a block; a piece longer than ``limit`` is alone."""
+    """Return the [first, stop) of the pieces that share a block; a piece longer than ``limit`` is alone."""
     assert limit % _CUT_AT == 0
     runs: list[tuple[int, int]] = []
     first, total = 0, 0
@@ -352,7 +352,7 @@ def _groups(numels: tuple[int, ...], limit: int) -> list[tuple[int, int]]:
 
 
 def _load_weights(block: _Columns, sizes: tuple[int, ...], scratch: _Scratch) -> list[Tensor]:
-    """Return the fp32 weights of a block: masters or parameters if they are fp32, else copies in scratch memory."""
+    """Return the fp32 weights of a block: masters or parameters that are fp32, else copies in scratch memory."""
     if not block.masters:
         return scratch.widened("weights", block.params, sizes)
     if block.masters[0].dtype == torch.float32:
@@ -369,7 +369,7 @@ def _load_weights(block: _Columns, sizes: tuple[int, ...], scratch: _Scratch) ->
 def _load_grads(grads: list[Tensor], sizes: tuple[int, ...], scale: Tensor | None, scratch: _Scratch) -> list[Tensor]:
     if scale is None:
         return scratch.widened("grads", grads, sizes)
-    if len(grads) == 1 and grads[0].dtype == torch.float32:
+    if len(grads) == 1 and grads[0].dtype == torch.float32:  # the product needs no copy before it
         flat, views = scratch.room("grads", sizes)
         torch.mul(grads[0], scale, out=flat)
         return views
@@ -390,7 +390,7 @@ def _store_weights(block: _Columns, weights: list[Tensor]) -> None:
 
 
 def _check(columns: _Columns) -> None:
-    """Raise ValueError unless the lists match; of each list only the first tensor's dtype is checked."""
+    """Raise ValueError unless the lists match. Only the dtype of each list's first tensor is checked."""
     _check_lengths(columns)
     if not columns.params:
         return
@@ -413,7 +413,9 @@ def _check_lengths(columns: _Columns) -> None:
         if length == lengths[0] or (length == 0 and may_be_empty):
             continue
         found = ", ".join(f"{name} {n}" for name, n in zip(columns._fields, lengths, strict=True))
-        raise ValueError(f"the lists of one update are equally long (masters, max_exp_avg_sqs: or empty), got {found}.")
+        raise ValueError(
+            f"the lists of an update must be equally long (masters and max_exp_avg_sqs may be empty), got {found}."
+        )
 
 
 def _check_dtype(name: str, dtype: torch.dtype | None, allowed: Sequence[torch.dtype | None]) -> None:

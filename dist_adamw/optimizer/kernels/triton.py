@@ -1,8 +1,8 @@
-"""AdamW on flat state and scattered weights, in one launch per bucket: Triton.
+"""AdamW on flat state and scattered weights, in one Triton launch per bucket.
 
-Imports torch only, and Triton when a kernel is first launched. Knows nothing of ranks, param groups or checkpoints.
-The weights and gradients of a bucket may lie anywhere: a table in device memory tells the kernel where, so Python works
-once per bucket and nothing waits for the device. `mixed.mixed_adamw_update_` is the same update in plain torch.
+The weights and gradients of a bucket may lie anywhere: a table in device memory gives the kernel their addresses, so
+Python works once per bucket and nothing waits for the device. `mixed.mixed_adamw_update_` is the same update in plain
+torch.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class BlockTable:
         lengths = {len(params), len(grads), len(offsets), len(step_indices)}
         if len(lengths) != 1:
             raise ValueError(
-                f"params, grads, offsets and step_indices are equally long, got "
+                f"params, grads, offsets and step_indices must be equally long, got "
                 f"{len(params)}, {len(grads)}, {len(offsets)} and {len(step_indices)}."
             )
         numels = torch.tensor([p.numel() for p in params], dtype=torch.int64)
@@ -117,7 +117,7 @@ class BlockTable:
     def _check(self, name: str, tensors: Sequence[Tensor]) -> None:
         sizes = [t.numel() for t in tensors]
         if sizes != self._sizes:
-            raise ValueError(f"{name} have {sizes} elements, the table was built for {self._sizes}. Build another.")
+            raise ValueError(f"{name} have {sizes} elements, the table was built for {self._sizes}. Build a new table.")
         for t in tensors:
             if t.dtype not in _WEIGHTS or t.dtype != tensors[0].dtype:
                 raise ValueError(f"{name} must all be float32, or all bfloat16 or float16, got {t.dtype}.")
@@ -167,8 +167,8 @@ def flat_adamw_update_(
     Computes in fp32, in the order of torch's fused CUDA kernel: decay, moments, denominator, step. Division and square
     root are correctly rounded, and nothing is contracted. The bits are not torch's, which takes some scalars from fp64
     and fuses multiplications with additions. One update from the same state agrees with `mixed.mixed_adamw_update_`
-    to 3e-7 of the larger term in each moment, and in a weight to 2e-7 of itself plus 2e-6 lr, so parameters of 16 bits
-    may round to the neighbour.
+    to 3e-7 of the larger term in each moment, and in a weight to 2e-7 of itself plus 2e-6 lr, so 16-bit parameters may
+    be rounded to a neighbouring value.
 
     In a CUDA graph, each replay reads ``scale``, ``found_inf``, ``steps``, and ``lr`` and ``weight_decay`` if they are
     tensors; numbers are frozen. The first call with a new set of dtypes compiles the kernel: make it before the
@@ -208,7 +208,8 @@ def flat_adamw_update_(
     code = importlib.import_module("dist_adamw.optimizer.kernels._triton_code")
     names = {torch.float32: code.tl.float32, torch.bfloat16: code.tl.bfloat16, torch.float16: code.tl.float16}
     beta1, beta2 = map(float, betas)
-    with torch.cuda.device(table.rows.device) if table.rows.is_cuda else nullcontext():  # where Triton launches
+    # Triton launches on the current device, which need not be the table's.
+    with torch.cuda.device(table.rows.device) if table.rows.is_cuda else nullcontext():
         code.update[(table.rows.shape[0],)](
             table.rows,
             master,
@@ -237,17 +238,17 @@ def flat_adamw_update_(
             ROW_NUMEL=ROW_NUMEL,
             TILE=_TILE,
             num_warps=_WARPS,
-            enable_fp_fusion=False,  # Triton's default depends on its version
+            enable_fp_fusion=False,  # the default depends on Triton's version, and so would the bits
         )
 
 
 def _kernel_argument(scalar: float | Tensor) -> float | Tensor:
-    """Return a tensor as it is, and a number as a float: for an int, Triton would compile another kernel."""
+    """Return a tensor as it is, and a number as a float, since Triton would compile another kernel for an int."""
     return scalar if isinstance(scalar, Tensor) else float(scalar)
 
 
 def _log(beta: float) -> float:
-    return math.log(beta) if beta > 0 else -1e30  # whose multiples fp32 can still hold
+    return math.log(beta) if beta > 0 else -1e30  # its multiples do not overflow fp32
 
 
 def _check_state(table: BlockTable, master: Tensor | None, moments: list[Tensor], steps: Tensor) -> None:

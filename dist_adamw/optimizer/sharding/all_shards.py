@@ -1,7 +1,7 @@
 """All shards of an optimizer, kept in step with ``param_groups`` and ``state``.
 
-In torch these two are the optimizer, and users change them. Shards keep the state in memory of their own, with views of
-it in ``state``, so they compare what is there now with the views that they put there, and move state accordingly.
+In torch these two are the optimizer, and users change them. Shards keep state in their own flat memory and put views of
+it into ``state``. To follow the user, they compare ``state`` with these views, and move state accordingly.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ StateOf = dict[Tensor, dict[str, Any]]
 
 @dataclass(slots=True)
 class Wanted:
-    """The optimizer as the user has it now, which the shards must match.
+    """The optimizer's present groups, state and options, which the shards must match.
 
     Attributes:
         groups: ``optimizer.param_groups``.
         state: ``optimizer.state``.
         ranks: The ranks that the state is sharded over.
-        bucket_numel: See `DistAdamW`; so for the two dtypes.
-        reduces_every_backward: Whether gradients are kept in the shards, see `Shard`.
+        bucket_numel: See `DistAdamW`, also for the two dtypes.
+        reduce_every_backward: Whether gradients are kept in the shards, see `Shard`.
         tag: The tag of the optimizer's messages.
     """
 
@@ -84,8 +84,8 @@ class AllShards:
     """The shards of an optimizer.
 
     Attributes:
-        shards: Of the parameters in the groups, in the order of the groups.
-        aside: Shards of one parameter each that is in no group, but still in ``state``: as in torch it may come back.
+        shards: The shards of the parameters in the groups, in the order of the groups.
+        aside: Shards of one parameter each that is in no group but still in ``state``; as in torch, it may come back.
         seen: ``param_groups`` and ``state`` when the shards last matched them; None if that is unknown.
 
     Args:
@@ -99,11 +99,11 @@ class AllShards:
         self._accesses = accesses
         self._placed: set[int] = set()  # ids of parameters in `shards`: hashing a tensor costs ten times as much
         self._shown: dict[int, Shown] = {}  # by id of parameter, the values that its entry in ``state`` was given
-        self._moved: list[Shard] = []  # shards whose parameters may have moved, as of the last `differs`
+        self._moved: list[Shard] = []  # shards whose parameters may have moved, according to the last `differs`
 
     @property
     def is_laid_out(self) -> bool:
-        """Whether there is state, be it only of parameters that have left the groups."""
+        """Whether there is any state, including that of parameters that have left the groups."""
         return bool(self.shards or self.aside)
 
     # ---------------------------------------------------------------- detect changes
@@ -112,7 +112,7 @@ class AllShards:
         """Return whether the shards no longer match groups, state, ranks or memory. Local."""
         if not self.is_laid_out:
             return False
-        self._moved = self.shards
+        self._moved = self.shards  # unless a cheap comparison below shows that most have not moved
         if self.seen is None or self.seen.differs(wanted.groups, wanted.state):
             return True
         self._moved = [shard for shard in self.shards if shard.has_moved()]
@@ -138,7 +138,7 @@ class AllShards:
         return any(param.grad is not None for param in self.seen.waiting)
 
     def is_rearranged(self, changes: Changes, wanted: Wanted) -> bool:
-        """Return whether other parameters than now should share a shard. Local."""
+        """Return whether the parameters should be divided among shards in another way than now. Local."""
         arranged = arrange(wanted.groups, changes.kept.keys())
         if len(arranged) != len(self.shards):
             return True
@@ -153,8 +153,8 @@ class AllShards:
         before = (*self.shards, *self.aside)[0].process_group
         if group is not before and before is not None:
             raise RuntimeError(
-                "the process group is not the one that the optimizer's state is shared over. Save with "
-                "accelerator.save_state, and load in a job that begins with the new group."
+                "the process group is not the one that the optimizer's state is sharded over. Save with "
+                "accelerator.save_state, and load in a job that starts with the new group."
             )
 
     @property
@@ -165,22 +165,23 @@ class AllShards:
     # ---------------------------------------------------------------- apply changes
 
     def take_from_state(self, changes: Changes, wanted: Wanted) -> None:
-        """Apply what the user put into ``state``, or took out of it, to the shards. Local."""
+        """Apply the user's changes to entries of ``state`` to the shards. Local."""
         homes = [*changes.reset, *(home for home, _ in changes.given)]
         written = {id(shard): shard for shard, _ in homes}
+        # The user may hold old views, or may have exchanged those of two parameters: never write over their memory.
         for shard in written.values():
             shard.renew()
         for shard, i in changes.reset:
             reset(shard, i)
         for (shard, i), given in changes.given:
             put(shard, i, given)
-        # Without a snapshot state has moved to another device, so none of the views in ``state`` is current.
+        # Without a snapshot, state has moved to another device, so every view in ``state`` is outdated.
         outdated = self.shards if self.seen is None else written.values()
         for shard in outdated:
             self._show_present(shard, changes, wanted.state)
 
     def _show_present(self, shard: Shard, changes: Changes, state: StateOf) -> None:
-        """Update ``state``, except for parameters that have left the groups together with their entry."""
+        """Update ``state``, except for parameters that are neither in the groups nor in ``state`` any more."""
         for i, param in enumerate(shard.params):
             if id(param) in changes.kept or peek(state, param):
                 self._show_one(shard, i, state)
@@ -188,13 +189,13 @@ class AllShards:
     def drop_zeros(self, changes: Changes, wanted: Wanted) -> None:
         """Delete entries of ``state`` that torch would not have: zeros of parameters that left before any update.
 
-        Collective where state is sharded and such a parameter has left.
+        Collective if state is sharded and such a parameter has left.
         """
         left = _left_without_update(changes)
         if not left:
             return
         entries = [peek(wanted.state, shard.params[i]) or {} for shard, i in left]
-        # A user may have set ``step`` alone to zero, so moments decide.
+        # The user may have set only ``step`` to zero, so the moments decide.
         stays = torch.tensor([_has_nonzero_moment(entry) for entry in entries], dtype=torch.int32)
         _agree_on_largest(stays, wanted.ranks)
         for (shard, i), entry, it_stays in zip(left, entries, stays.tolist(), strict=True):
@@ -203,7 +204,7 @@ class AllShards:
                 del wanted.state[param]
 
     def _is_as_shown(self, param: Tensor, entry: dict[str, Any]) -> bool:
-        """Return whether the user has put nothing into the parameter's entry."""
+        """Return whether the parameter's entry has only the shard's own views."""
         shown = self._shown[id(param)].values
         return all(shown.get(key) is value for key, value in entry.items())
 
@@ -214,7 +215,7 @@ class AllShards:
     def rearrange(self, changes: Changes, wanted: Wanted) -> None:
         """Arrange the existing state in the shards that a job resumed here would have. Collective.
 
-        Gradients stay where they are; the next update notices that there are other shards.
+        Gradients stay where they are; the update detects that the shards are others.
         """
         shards, made = self._arranged_shards(wanted)
         aside = [
@@ -224,7 +225,7 @@ class AllShards:
         ]
         replaced = [old for old in (*self.shards, *self.aside) if not any(old is kept for kept in (*shards, *aside))]
         carry_state(replaced, [*made, *aside])
-        for shard, i in changes.removed:
+        for shard, i in changes.removed:  # their ids may be reused
             self._shown.pop(id(shard.params[i]), None)
         self.shards, self.aside = shards, aside
         for shard in (*made, *aside):
@@ -244,7 +245,7 @@ class AllShards:
         return shards, made
 
     def _aside_shard(self, shard: Shard, i: int, wanted: Wanted) -> Shard:
-        """Return the shard of a parameter that is in no group. It is neither updated nor sent. Local."""
+        """Return a shard for a parameter that is in no group, so is neither updated nor sent. Local."""
         if any(shard is aside for aside in self.aside):
             return shard
         return wanted.make_shard(shard.group, [shard.params[i]])
@@ -271,7 +272,7 @@ class AllShards:
     # ---------------------------------------------------------------- new parameters
 
     def newcomers(self, wanted: Wanted, *, gradients: bool) -> list[Tensor]:
-        """Return the parameters that have state but no place in a shard. Local.
+        """Return the parameters that need state but have no place in a shard. Local.
 
         Args:
             gradients: Include those that have a gradient; at the first update of sharded state, all that require one.
@@ -320,7 +321,7 @@ class AllShards:
         self.seen = Snapshot(wanted.groups, wanted.state, self._placed, self._shown.values(), self._accesses)
 
     def _show(self, shard: Shard, state: StateOf) -> None:
-        """Put views of ``shard`` into ``state``."""
+        """Put views into ``shard`` into ``state``."""
         for i in range(len(shard.params)):
             self._show_one(shard, i, state)
 
@@ -330,9 +331,9 @@ class AllShards:
         entry = peek(state, param)
         if entry is None:
             entry = WatchedEntry.of(self._accesses, {})
-            dict.__setitem__(state, param, entry)  # must not count as a change by the user: see `AccessRecord`
+            dict.__setitem__(state, param, entry)  # dict's own method does not count as a change by the user
         values = {key: _pointed_at(entry.get(key), view) for key, view in views.items()}
-        entry.update(values)  # the user may have more in it
+        entry.update(values)  # not replaced: the user may keep other values in it
         self._shown[id(param)] = Shown.of(values)
 
 
@@ -356,7 +357,7 @@ def _agree_on_largest(flags: Tensor, ranks: ShardingRanks) -> None:
 
 
 def _pointed_at(tensor: Any, view: Tensor) -> Tensor:
-    """Return ``tensor`` with ``view``'s memory where possible, since the user may hold it and write to it later."""
+    """Return ``tensor`` with ``view``'s memory if possible, since the user may hold it and write to it later."""
     if type(tensor) is not Tensor or type(view) is not Tensor or tensor.requires_grad or tensor.is_inference():
         return view
     if (tensor.shape, tensor.dtype, tensor.device) != (view.shape, view.dtype, view.device):

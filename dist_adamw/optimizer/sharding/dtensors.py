@@ -1,6 +1,6 @@
 """Find the local part of a DTensor, and the ranks that hold the rest.
 
-Importing DTensor takes most of a second, so nothing here does before there is one.
+Importing DTensor takes most of a second, so this module imports it only once there is one.
 """
 
 from __future__ import annotations
@@ -16,23 +16,24 @@ if TYPE_CHECKING:
 
 def is_dtensor(value: Any) -> TypeGuard[DTensor]:
     """Return whether ``value`` is a DTensor. Local."""
-    kind = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)  # it may just be being imported
+    # The module may be only partly imported at this moment, and have no attribute of that name yet.
+    kind = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
     return kind is not None and isinstance(value, kind)
 
 
 def local_of(tensor: Tensor) -> Tensor:
-    """Return what of ``tensor`` lies in this process: a DTensor's local tensor, else itself. Local."""
+    """Return the part of ``tensor`` in this process: a DTensor's local tensor, else the tensor itself. Local."""
     return tensor._local_tensor if is_dtensor(tensor) else tensor
 
 
 def local_gradient(grad: Tensor, param: Tensor) -> Tensor:
-    """Return the elements of ``grad`` that go with `local_of` of ``param``. Collective where it is placed otherwise."""
+    """Return the elements of ``grad`` that match `local_of` of ``param``. Collective if their placements differ."""
     if not is_dtensor(param):
         return grad
     if not is_dtensor(grad):
         raise RuntimeError(
-            f"a gradient of shape {tuple(grad.shape)} is a plain tensor, and its parameter a DTensor placed "
-            f"{param.placements}. Leave gradients as backward makes them."
+            f"a gradient of shape {tuple(grad.shape)} is a plain tensor, but its parameter is a DTensor placed "
+            f"{param.placements}. Do not replace gradients that backward has computed."
         )
     from torch.distributed._functional_collectives import AsyncCollectiveTensor
 
@@ -43,16 +44,16 @@ def local_gradient(grad: Tensor, param: Tensor) -> Tensor:
 
 
 def placed_like(tensor: Tensor, param: Tensor) -> Tensor:
-    """Return the elements of a whole state, or of a DTensor placed anyhow, that go with `local_of` of ``param``.
+    """Return the elements of whole state, or of a DTensor with any placement, that match `local_of` of ``param``.
 
-    Collective where a DTensor is placed otherwise.
+    Collective if a DTensor's placements differ from the parameter's.
     """
     if not is_dtensor(param):
         return tensor.full_tensor() if is_dtensor(tensor) else tensor
     if not is_dtensor(tensor):
         from torch.distributed.tensor import distribute_tensor
 
-        # No rank asks another: each has the whole.
+        # Without a source rank nothing is sent, since every rank has the whole tensor.
         placed = distribute_tensor(tensor, param.device_mesh, param.placements, src_data_rank=None)
         return placed._local_tensor
     if tensor.placements != param.placements:

@@ -1,7 +1,4 @@
-"""Compute 64-bit fingerprints of tensors, to compare them over ranks.
-
-Knows tensors; nothing of ranks or optimizers.
-"""
+"""Compute 64-bit fingerprints of tensors, to compare them over ranks."""
 
 from __future__ import annotations
 
@@ -12,18 +9,18 @@ from torch import Tensor
 
 from dist_adamw.optimizer.sharding.memory_order import storage_order
 
-_ROW = 128  # words of 8 bytes that are summed
-_SMALL = 1 << 10  # words of a tensor that is not worth summing
+_ROW = 128  # words of 8 bytes in a row
+_SMALL = 1 << 10  # words: smaller tensors are not summed first
 _BLOCK = 1 << 17  # words that stay in a core's cache between the two sums
 _ODD = (-0x61C8864680B583EB, -0x40A7B892E31B1A47)  # of splitmix64
 
 
 @torch.no_grad()
 def fingerprints(tensors: Sequence[Tensor]) -> list[int]:
-    """64 bits of each tensor's bits; where a value lies counts. Local.
+    """Return a 64-bit hash of each tensor's bits and their positions. Local.
 
-    Words of 8 bytes are summed along the rows and the columns of blocks, which shows whatever differs in up to three
-    words, swapped ones too, and the sums are mixed with their places. The host waits once for each device.
+    Words of 8 bytes are summed along the rows and the columns of blocks, which detects any difference in up to three
+    words, swaps included; the sums are then mixed with their positions. The host waits once for each device.
     """
     found = [0] * len(tensors)
     by_device: dict[torch.device, list[int]] = {}
@@ -37,7 +34,7 @@ def fingerprints(tensors: Sequence[Tensor]) -> list[int]:
 
 
 def _sums(tensor: Tensor) -> list[Tensor]:
-    """A hundredth of a large tensor's words: sums over rows and columns, and what fills no row. Small ones' words."""
+    """Return the sums over a tensor's rows and columns, and the words that fill no row; of a small one, all words."""
     try:
         flat = storage_order(tensor.detach())
     except ValueError:  # elements overlap, or leave gaps
@@ -46,7 +43,7 @@ def _sums(tensor: Tensor) -> list[Tensor]:
     if not flat.numel():
         return []
     if flat.storage_offset() * size % 8:
-        flat = flat.clone()  # words would begin elsewhere than on other ranks
+        flat = flat.clone()  # a view as int64 must begin at a multiple of 8 bytes
     parts = []
     if over := flat.numel() * size % 8:
         data = flat.view(torch.uint8)
@@ -63,10 +60,10 @@ def _sums(tensor: Tensor) -> list[Tensor]:
 
 
 def _mixed(sums: list[list[Tensor]], device: torch.device) -> list[int]:
-    """One number of each list, in which every sum has been mixed with its place."""
+    """Return one number for each list, in which every sum has been mixed with its position."""
     lengths = torch.tensor([sum(len(part) for part in parts) for parts in sums], device=device)
     ends = lengths.cumsum(0)
-    # Of no elements, so that there is something to join.
+    # torch.cat refuses an empty list, which there would be if no tensor had elements.
     nothing = torch.empty(0, dtype=torch.int64, device=device)
     mixed = torch.cat([nothing, *(part for parts in sums for part in parts)])
     places = torch.arange(1, len(mixed) + 1, device=device)

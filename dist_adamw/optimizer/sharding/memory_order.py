@@ -22,9 +22,9 @@ def check_dense(grad: Tensor) -> None:
 
 
 def storage_order(tensor: Tensor, like: Tensor | None = None) -> Tensor:
-    """``tensor`` as 1-D, its elements in the order in which ``like`` (default: itself) has them in memory.
+    """Return ``tensor`` as 1-D, in the order in which ``like`` (default: itself) has its elements in memory.
 
-    A view where the two agree, else a copy.
+    A view if the two agree, else a copy.
 
     Raises:
         ValueError: elements of ``like`` overlap or leave gaps, so there is no such order.
@@ -37,7 +37,7 @@ def storage_order(tensor: Tensor, like: Tensor | None = None) -> Tensor:
 
 
 def shaped_like(flat: Tensor, like: Tensor) -> Tensor:
-    """The inverse of `storage_order`: ``flat`` itself if it has the shape of ``like``, else a view that has."""
+    """Undo `storage_order`: return ``flat`` if it has the shape of ``like``, else a view of that shape."""
     if flat.shape == like.shape:
         return flat
     if like.is_contiguous():
@@ -48,7 +48,7 @@ def shaped_like(flat: Tensor, like: Tensor) -> Tensor:
 
 
 def axes_in_memory(tensor: Tensor) -> list[int]:
-    """The axes of ``tensor``, from the one with the largest step in memory to the one with the smallest.
+    """Return the axes of ``tensor``, from the one with the largest stride to the one with the smallest.
 
     Raises:
         ValueError: elements overlap or leave gaps.
@@ -60,16 +60,16 @@ def axes_in_memory(tensor: Tensor) -> list[int]:
     if not tensor.permute(order).is_contiguous():
         raise ValueError(
             f"a parameter of shape {tuple(tensor.shape)} has strides {tensor.stride()}: its elements overlap or "
-            "leave gaps. Make it contiguous before the optimizer sees it."
+            "leave gaps. Make it contiguous before you pass it to the optimizer."
         )
     return order
 
 
 class MemoryOrder:
-    """The order of the elements of some tensors in memory, as it is when this is made.
+    """The memory order of the elements of some tensors at the time of construction.
 
     Args:
-        tensors: Their shapes are looked up again when they are asked for: they may have been reshaped since.
+        tensors: Their shapes are read again at each use, since the tensors may have been reshaped.
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
@@ -82,11 +82,11 @@ class MemoryOrder:
         return [axes_in_memory(tensor) for tensor in tensors] == self._axes
 
     def of(self, i: int) -> list[int]:
-        """The axes of tensor ``i`` from the largest step in memory to the smallest."""
+        """Return the axes of tensor ``i``, from the largest stride to the smallest."""
         return self._axes[i]
 
     def flatten(self, i: int, tensor: Tensor) -> Tensor:
-        """``tensor``, of the shape of tensor ``i``, as 1-D in this order. A view, or a copy."""
+        """Return ``tensor``, of the shape of tensor ``i``, as 1-D in this order; a view if possible, else a copy."""
         if tensor.ndim == 1:
             return tensor if tensor.is_contiguous() else tensor.reshape(-1)
         check_dense(tensor)
@@ -95,6 +95,6 @@ class MemoryOrder:
         return tensor.permute(self._axes[i]).reshape(-1)
 
     def unflatten(self, i: int, flat: Tensor) -> Tensor:
-        """The inverse of `flatten`: a view of ``flat``."""
+        """Undo `flatten`: return a view of ``flat`` in the shape of tensor ``i``."""
         axes, shape = self._axes[i], self._tensors[i].shape
         return flat.view([shape[axis] for axis in axes]).permute([axes.index(axis) for axis in range(len(axes))])

@@ -12,7 +12,7 @@ from dist_adamw.optimizer.sharding.shard import Shard
 from dist_adamw.optimizer.transport.layout import FlatLayout
 
 Move = tuple[int, Shard, int]  # place in the old shard, new shard, place in it
-CHUNK_NUMEL = 1 << 23  # elements of whole moments that are assembled at a time
+CHUNK_NUMEL = 1 << 23  # elements of whole moments in memory at a time
 
 
 def carry_state(old: Sequence[Shard], new: Sequence[Shard]) -> None:
@@ -31,7 +31,7 @@ def carry_state(old: Sequence[Shard], new: Sequence[Shard]) -> None:
 
 def _carry_moment(shard: Shard, name: str, moved: Sequence[Move]) -> None:
     owned = [shard.owned_moment(i, name) for i, *_ in moved]
-    # Every rank takes part, also where the target has no such moment.
+    # Every rank must iterate, since `_whole` is collective, even if the target has no such moment.
     for (i, target, j), flat in _whole(shard, moved, owned):
         if name in target.moments:
             target.fill(j, name, reorder(flat, shard, i, target, j))
@@ -65,7 +65,7 @@ def _broadcast_runs(shard: Shard, rank: int, own: Sequence[Tensor], runs: list[T
     """Write the elements that ``rank`` owns to ``runs``. Collective.
 
     Args:
-        own: This rank's elements; the same as ``runs`` have if it is ``rank``.
+        own: This rank's elements, which are those of ``runs`` if it is ``rank``.
     """
     group = shard.process_group
     assert group is not None

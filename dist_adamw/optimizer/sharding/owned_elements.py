@@ -9,8 +9,8 @@ class OwnedElements:
     """One rank's pieces of a layout.
 
     Attributes:
-        pieces: Of each bucket, the runs that this rank owns; offsets are places in the flat moments.
-        places: Of each parameter, the bucket and the place in it of each of its pieces.
+        pieces: For each bucket, the runs that this rank owns; their offsets are positions in the flat moments.
+        places: For each parameter, bucket and index in it of each of its pieces.
     """
 
     def __init__(self, layout: FlatLayout, rank: int) -> None:
@@ -23,13 +23,13 @@ class OwnedElements:
                 self.places[piece.param].append((k, j))
 
     def ranges_of(self, i: int) -> list[list[int]]:
-        """The ``[start, stop)`` of parameter ``i`` that this rank owns, in ascending order."""
+        """Return the ``[start, stop)`` of parameter ``i`` that this rank owns, in ascending order."""
         return [[piece.start, piece.stop] for piece in self._pieces_of[i]]
 
     def numel_of(self, i: int) -> int:
-        """How many elements of parameter ``i`` this rank owns."""
+        """Return the number of elements of parameter ``i`` that this rank owns."""
         return sum(piece.numel for piece in self._pieces_of[i])
 
     def offset_of(self, i: int) -> int:
-        """Where this rank's elements of parameter ``i`` begin in the flat moments."""
+        """Return where this rank's elements of parameter ``i`` begin in the flat moments."""
         return self._pieces_of[i][0].offset if self._pieces_of[i] else 0

@@ -1,4 +1,4 @@
-"""Averaged gradients of the elements that this rank owns, as the update reads them."""
+"""Provide averaged gradients of the elements that this rank owns to the update."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ class OwnedGradients:
 
     Args:
         params: The shard's parameters.
-        pieces: Of each bucket, what this rank owns.
-        numel: Elements of the shard.
+        pieces: For each bucket, the pieces that this rank owns.
+        numel: The number of elements of the shard.
 
     Attributes:
-        has_grad: Of each parameter, whether it has a gradient, when `owned` last looked.
-        reduced: By bucket, what a `GradientPath` has made of the gradients; None of a piece that has none.
+        has_grad: For each parameter, whether it had a gradient when `owned` was last called.
+        reduced: By bucket, the gradients that a `GradientPath` has averaged; None for a piece without one.
     """
 
     def __init__(self, params: Sequence[Tensor], pieces: list[list[Piece]], numel: int) -> None:
@@ -35,11 +35,11 @@ class OwnedGradients:
 
     @property
     def any_grad(self) -> bool:
-        """Whether any parameter had a gradient when `owned` last looked."""
+        """Whether any parameter had a gradient when `owned` was last called."""
         return any(self.has_grad)
 
     def memory(self, k: int) -> list[Tensor]:
-        """Memory for averaged gradients of the owned pieces of bucket ``k``, side by side. Local."""
+        """Return memory for averaged gradients of the owned pieces of bucket ``k``. Local."""
         if self._flat is None:
             like = self._params[0]
             self._flat = torch.zeros(self._numel, dtype=like.dtype, device=like.device)
@@ -51,18 +51,20 @@ class OwnedGradients:
         if self._flat is not None:
             self._flat = self._flat.to(device, dtype)
             self._cut()
-            self.reduced = {k: list(self._views[k]) for k in self.reduced}
+            self.reduced = {k: list(self._views[k]) for k in self.reduced}  # the old views have the old memory
 
     def _cut(self) -> None:
         assert self._flat is not None
         self._views = [[self._flat[p.offset : p.offset + p.numel] for p in bucket] for bucket in self._pieces]
 
     def owned(self) -> list[list[Tensor | None]]:
-        """Averaged gradients of the owned pieces, bucket by bucket; None where a parameter has none. Local."""
+        """Return averaged gradients of the owned pieces by bucket; None if a parameter has none. Local."""
+        # With flat memory ``param.grad`` is None after backward, and `GradientsForUpdate` sets ``has_grad``.
         if self._flat is None:
             self.has_grad = [param.grad is not None for param in self._params]
         if self.reduced:
             return [self._reduced_in(k) for k in range(len(self._pieces))]
+        # Not attached: gradients are the same on all ranks, and this rank takes its runs of them.
         flat: list[Tensor | None] = []
         for param in self._params:
             if param.grad is None:

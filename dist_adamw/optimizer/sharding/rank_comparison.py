@@ -1,4 +1,4 @@
-"""Compare hyper-parameters, and the user's changes to groups and state, over ranks while the update computes."""
+"""Compare hyper-parameters and the user's changes to groups and state over ranks, while the update computes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dist_adamw.ranks import agreement
 
 
 class RankComparison:
-    """One question to the other ranks at a time; the answer is read before anything is changed or sent."""
+    """Asks the other ranks one question at a time. Read the answer before anything is changed or sent."""
 
     def __init__(self) -> None:
         self._question: _Question | None = None
@@ -32,16 +32,16 @@ class RankComparison:
         Args:
             changed: Whether there are changes on this rank.
             options: Digest of its hyper-parameters.
-            groups: Over which ranks, one group after the other.
-            without_gradient: Numbers of the parameters without a gradient, where they must be the same on all ranks.
+            groups: The process groups to ask, one after the other.
+            without_gradient: Indices of the parameters without a gradient, if they must be the same on all ranks.
         """
         self._without_gradient = without_gradient
-        if without_gradient:
+        if without_gradient:  # part of the digest, so that the comparison needs no further number
             options = agreement.fingerprint({"": [options, *without_gradient]})
         self._question = _Question(changed, options, groups)
 
     def is_answered_yes(self) -> bool:
-        """Whether some rank has changes or other hyper-parameters; False when nothing was asked. Collective."""
+        """Return whether some rank has changes or other hyper-parameters; False if nothing was asked. Collective."""
         question, self._question = self._question, None
         return question is not None and question.wait()
 
@@ -52,14 +52,14 @@ class RankComparison:
     def compare(
         self, find_changes: Callable[[], Changes], options: Mapping[str, Any], groups: Sequence[dist.ProcessGroup]
     ) -> Changes:
-        """Return this rank's changes, if all ranks have made the same. Collective.
+        """Return this rank's changes if all ranks have made the same ones. Collective.
 
         Args:
-            find_changes: Finds this rank's; may raise, perhaps on this rank alone.
+            find_changes: Returns this rank's changes; may raise, perhaps only on this rank.
             options: Hyper-parameters by name.
 
         Raises:
-            AgreementError: says which rank differs, and how. On every rank.
+            AgreementError: names the rank that differs and the field. On every rank.
         """
         record = dict(options)
         if self._without_gradient is not None:
@@ -67,7 +67,8 @@ class RankComparison:
         try:
             changes = find_changes()
         except (ValueError, RuntimeError) as error:
-            # Not stored beyond this block: its traceback would hold the optimizer until garbage is collected.
+            # The others must learn of it, or they would wait. The error is not kept beyond this block: its traceback
+            # would keep the optimizer alive until the next garbage collection.
             _check_alike({**record, _WHAT: str(error)}, groups)
             raise
         record[_WHAT] = "; ".join(changes.described) or "nothing"
@@ -85,7 +86,7 @@ def _check_alike(record: Mapping[str, Any], groups: Sequence[dist.ProcessGroup])
 
 
 class _Question:
-    """A maximum over the ranks, under way. Collective to build."""
+    """A reduction to the maximum over ranks, in progress. Collective to build."""
 
     def __init__(self, changed: bool, options: int, groups: Sequence[dist.ProcessGroup]) -> None:
         self._value = torch.tensor([changed, options, -options], dtype=torch.int64)
@@ -93,7 +94,7 @@ class _Question:
         self._work = dist.all_reduce(self._value, op=dist.ReduceOp.MAX, group=groups[0], async_op=True)
 
     def wait(self) -> bool:
-        """The answer. Collective where there are two groups."""
+        """Wait for the answer and return it. Collective if there are two groups."""
         assert self._work is not None
         self._work.wait()
         for group in self._rest:

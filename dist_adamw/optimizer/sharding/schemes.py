@@ -1,4 +1,4 @@
-"""Sharding schemes: state divided among ranks by DistAdamW, or by the engine that has sharded the parameters."""
+"""Sharding schemes: DistAdamW divides the state among ranks, or an engine has sharded the parameters already."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class ShardingRanks:
     """The ranks that an optimizer works with.
 
     Attributes:
-        process_group: Those that divide the state among them; None where nothing is divided here.
-        replica_group: Those that own the same elements, in other copies of the state.
+        process_group: The ranks that the state is sharded over; None if DistAdamW shards nothing.
+        replica_group: The ranks that own the same elements, in other copies of the state.
         mesh: The user's mesh of both.
     """
 
@@ -36,32 +36,33 @@ class ShardingRanks:
 
     @property
     def groups(self) -> list[dist.ProcessGroup]:
-        """The groups there are: what goes over one after the other has gone over all ranks."""
+        """The existing groups; a reduction over one after the other is one over all ranks."""
         return [group for group in (self.process_group, self.replica_group) if group is not None]
 
     @property
     def place(self) -> tuple[int, int]:
-        """This rank, and the number of ranks, among those that divide the state."""
+        """This rank and the number of ranks, within the process group."""
         group = self.process_group
         return (0, 1) if group is None else (collectives.rank(group), collectives.world_size(group))
 
     def averaged(self) -> list[int]:
-        """The global ranks over which gradients are averaged: all of the mesh. Local."""
+        """Return the global ranks over which gradients are averaged: all of the mesh. Local."""
         if self.mesh is not None:
             return sorted(int(rank) for rank in self.mesh.mesh.flatten())
         return sorted(dist.get_process_group_ranks(dist.group.WORLD))
 
     def comparing(self) -> list[dist.ProcessGroup]:
-        """Groups of the ranks that must make the same changes, which can reduce a tensor of the host. Collective."""
+        """Return groups, able to reduce host tensors, of the ranks that must make the same changes. Collective."""
         if self.process_group is None:
             return []
         if collectives.serves_host(self.process_group):
             return self.groups
+        # The host group has all ranks of the job, and a mesh may have only some of them.
         host = collectives.host_group() if self.mesh is None else None
         return [] if host is None else [host]
 
     def dividing(self, shard_axes: tuple[Any, ...] | None) -> list[dist.ProcessGroup]:
-        """The groups whose ranks divide the elements of a shard among them, see `Shard.shard_axes`. Local."""
+        """Return the groups over which a shard's elements are divided, see `Shard.shard_axes`. Local."""
         if shard_axes is None:
             return [] if self.process_group is None else [self.process_group]
         mesh, axes = shard_axes
@@ -69,32 +70,32 @@ class ShardingRanks:
 
 
 class ShardingScheme:
-    """State that an engine has divided: this rank updates what it finds, and sends nothing.
+    """State that an engine has sharded: this rank updates the parameters it has, and sends nothing.
 
     Args:
-        mesh: The user's; of an engine's state nothing is asked of it.
+        mesh: The user's mesh, which an engine's sharding does not use.
     """
 
     def __init__(self, mesh: DeviceMesh | None) -> None:
         self.mesh = mesh
 
     def ranks(self) -> ShardingRanks:
-        """The ranks to work with, as ``torch.distributed`` is now. Local."""
+        """Return the ranks to work with, by the present process group. Local."""
         return ShardingRanks(None, None, self.mesh)
 
     def present(self, shards: list[Shard], groups: Groups) -> list[Shard]:
-        """The shards of the parameters that are in ``groups`` now. Local."""
+        """Return the shards of the parameters that are in ``groups`` now. Local."""
         return shards
 
     def count_update(self, updates: int, shards: Sequence[Shard]) -> int:
-        """The number of applied updates once ``shards`` have had one more. Local."""
+        """Return the number of applied updates, including one more of ``shards``. Local."""
         return updates + 1
 
     def forget_counts(self) -> None:
-        """Counts are read from the shards again. Local."""
+        """Read counts from the shards again at the next update. Local."""
 
     def describe(self, ranks: ShardingRanks) -> str:
-        """Where state is, for people. Local."""
+        """Describe where the state is, for ``repr``. Local."""
         raise NotImplementedError
 
 
@@ -102,7 +103,7 @@ class OwnSharding(ShardingScheme):
     """State that DistAdamW divides among the ranks of ``mesh``, or all ranks."""
 
     def ranks(self) -> ShardingRanks:
-        """The ranks to work with, as ``torch.distributed`` is now. Local."""
+        """Return the ranks to work with, by the present process group. Local."""
         if not collectives.initialized():
             return ShardingRanks(None, None, self.mesh)
         mesh = self.mesh
@@ -115,60 +116,62 @@ class OwnSharding(ShardingScheme):
         return ShardingRanks(group, replicas, mesh)
 
     def describe(self, ranks: ShardingRanks) -> str:
-        """Where state is, for people. Local."""
+        """Describe where the state is, for ``repr``. Local."""
         if ranks.process_group is None:
             return "state whole on this rank"
         return f"state sharded over {ranks.place[1]} ranks"
 
 
 class DTensorSharding(ShardingScheme):
-    """State that lies as the parameters do, which are DTensors (FSDP2)."""
+    """State sharded like the parameters, which are DTensors (FSDP2)."""
 
     def describe(self, ranks: ShardingRanks) -> str:
-        """Where state is, for people. Local."""
-        return "state shared out as the parameters are, which are DTensors"
+        """Describe where the state is, for ``repr``. Local."""
+        return "state sharded like the parameters, which are DTensors"
 
 
 class PartitionSharding(ShardingScheme):
-    """State of DeepSpeed's flat fp32 partitions, which it puts into the groups one after the other."""
+    """State of DeepSpeed's flat fp32 partitions, which DeepSpeed puts into the groups one after the other."""
 
     def __init__(self, mesh: DeviceMesh | None) -> None:
         super().__init__(mesh)
         self._updates_of: dict[int, int] = {}  # by id of shard
 
     def present(self, shards: list[Shard], groups: Groups) -> list[Shard]:
-        """The shards of the partitions that are in ``groups`` now. Local."""
+        """Return the shards of the partitions that are in ``groups`` now. Local."""
         here = {id(param) for group in groups for param in group["params"]}
         return [shard for shard in shards if id(shard.params[0]) in here]
 
     def count_update(self, updates: int, shards: Sequence[Shard]) -> int:
-        """An update is counted with the first partition that has had as many; the others follow. Local."""
+        """Return the number of applied updates, which is the most that any partition has had. Local."""
+        # DeepSpeed calls step() once per partition, so the first call of an update counts it.
         for shard in shards:
             if id(shard) not in self._updates_of:
-                self._updates_of[id(shard)] = int(shard.steps.max())
+                self._updates_of[id(shard)] = int(shard.steps.max())  # waits for the device, so only once
             self._updates_of[id(shard)] += 1
             updates = max(updates, self._updates_of[id(shard)])
         return updates
 
     def forget_counts(self) -> None:
-        """Counts are read from the shards again. Local."""
+        """Read counts from the shards again at the next update. Local."""
         self._updates_of.clear()
 
     def describe(self, ranks: ShardingRanks) -> str:
-        """Where state is, for people. Local."""
+        """Describe where the state is, for ``repr``. Local."""
         return "state of the partitions that the engine gives this rank"
 
 
 def detect_scheme(params: Iterable[Tensor], optimizer: Optimizer, known: ShardingScheme) -> ShardingScheme:
-    """Detect engine-managed sharding: by DTensors, and by asking DeepSpeed. Local.
+    """Detect engine-managed sharding by DTensors in the groups, and by DeepSpeed's optimizers. Local.
 
     Args:
         params: Parameters that have no state yet.
-        optimizer: Theirs.
-        known: The scheme of the parameters that have some.
+        optimizer: Their optimizer.
+        known: The scheme of the parameters that have state.
     """
     scheme = known
     for param in params:
+        # DeepSpeed's partitions are plain tensors. So may be a user's, hence the search for an engine below.
         may_be_partition = not isinstance(param, nn.Parameter) and not isinstance(known, PartitionSharding)
         if is_dtensor(param):
             if not isinstance(scheme, DTensorSharding):
@@ -179,10 +182,10 @@ def detect_scheme(params: Iterable[Tensor], optimizer: Optimizer, known: Shardin
 
 
 def engine_that_shards(optimizer: Optimizer) -> Any:
-    """The optimizer of DeepSpeed that steps ``optimizer`` on its own partitions; None without one. Local.
+    """Return DeepSpeed's optimizer that steps ``optimizer`` on its own partitions; None if there is none. Local.
 
-    DeepSpeed puts its flat fp32 partitions into the groups of the optimizer that it is given, and says so nowhere but
-    by keeping it. So its own objects are looked through, which takes tenths of a second: ask rarely.
+    DeepSpeed puts its flat fp32 partitions into the groups of the optimizer that it is given. Nothing but its reference
+    to the optimizer shows this, so its objects are searched for that. It takes tenths of a second: call it rarely.
     """
     module = sys.modules.get("deepspeed.runtime.base_optimizer")
     base = getattr(module, "DeepSpeedOptimizer", None)

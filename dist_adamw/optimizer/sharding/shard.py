@@ -1,10 +1,8 @@
 """The shard: one rank's share of the AdamW state of a list of parameters.
 
-Knows tensors, a layout and a process group, and where every element lies; not which parameters belong in a shard, nor
-when to update it.
-
 Elements of a parameter are counted in the order of its memory, which is C order if it is contiguous. A DTensor's
-elements are those of its local tensor, since its engine has sharded it already.
+elements are those of its local tensor, since its engine has sharded it already. `AllShards` decides which parameters
+belong in a shard.
 """
 
 from __future__ import annotations
@@ -35,7 +33,7 @@ from dist_adamw.optimizer.transport.layout import FlatLayout, Piece
 from dist_adamw.ranks import collectives
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
-# fp32 weights, or the 16 bits by which bf16 weights fall short of them.
+# fp32 weights, or the 16 bits that bf16 weights lack.
 MASTERS = ("master", "remainder")
 
 
@@ -117,10 +115,10 @@ class Shard:
         self._build_views()
         if "master" in self.moments:
             for views in self._buckets:
-                if views.pieces:
+                if views.pieces:  # the foreach function refuses empty lists
                     torch._foreach_copy_(views.operands.masters, views.operands.params)
 
-    # ---------------------------------------------------------------- where things lie
+    # ---------------------------------------------------------------- memory and views
 
     def _weights(self) -> list[Tensor]:
         """Return the local tensors of the parameters."""
@@ -152,27 +150,27 @@ class Shard:
         return _Bucket(pieces, Operands(params, exp_avgs, exp_avg_sqs, maxima, steps_of, masters))
 
     def has_moved(self) -> bool:
-        """Return whether parameters have other memory than at the last `refresh`. Local."""
+        """Return whether parameters have moved to other memory since the last `refresh`. Local."""
         return list(map(Tensor.data_ptr, self._weights())) != self._addresses
 
     def refresh(self) -> None:
-        """Follow parameters that have moved. Local. From then on `state_of` returns other tensors.
+        """Follow parameters that have moved. Local. `state_of` returns other tensors afterwards.
 
-        They must have one device and dtype, and the memory formats of before; check with `fits`.
+        The parameters must have one device and dtype and unchanged memory formats; check with `fits`.
         """
         weights = self._weights()
         device, dtype = weights[0].device, weights[0].dtype
         for place, (name, moment) in enumerate(self.moments.items(), 1):
-            kept = moment.dtype if self.is_mixed else dtype
+            kept = moment.dtype if self.is_mixed else dtype  # unless mixed, state has the parameters' dtype
             self.moments[name] = zeros_apart(len(moment), place, dtype=kept, device=device).copy_(moment)
         self.steps = self.steps.to(device)
         self._build_views()
         self.gradients.move(device, dtype)
 
     def renew(self) -> None:
-        """Move the state to other memory. Local. From then on `state_of` returns other tensors.
+        """Copy the state to new memory. Local. `state_of` returns other tensors afterwards.
 
-        Call it before a parameter's state is overwritten: the user may hold the old views, or have put them elsewhere.
+        Call it before a parameter's state is overwritten: the user may hold the old views, or use them as other state.
         """
         for place, (name, moment) in enumerate(self.moments.items(), 1):
             self.moments[name] = zeros_apart(len(moment), place, dtype=moment.dtype, device=moment.device).copy_(moment)
@@ -190,7 +188,8 @@ class Shard:
         return local_of(self.params[i]).numel() == self.layout.numels[i]
 
     def has_left_device(self) -> bool:
-        """Return whether the first parameter is on another device than its state, a cheap check for all. Local."""
+        """Return whether the parameters are on another device than the state. Local."""
+        # ``.to()`` moves all parameters of a module, so checking the first one is enough before backward.
         return local_of(self.params[0]).device != self.steps.device
 
     def retag(self, tag: int) -> None:
@@ -200,9 +199,9 @@ class Shard:
             self.transport.tag = tag
 
     def follow_weights(self) -> None:
-        """Bring masters up to date with parameters written to since the last update, by loading a model say. Local.
+        """Update masters of parameters that were written to since the last update, e.g. by loading a model. Local.
 
-        Where a parameter is still its master rounded, the master is kept. Updates call it themselves.
+        A master is kept if its parameter is still the master rounded. Updates do this themselves.
         """
         for bucket in self._buckets:
             follow_params_(bucket.operands.params, bucket.operands.masters)
@@ -220,8 +219,8 @@ class Shard:
         return self._members[k]
 
     def owned_moment(self, i: int, name: str) -> Tensor:
-        """Return this rank's elements of a moment of parameter ``i``, 1-D, in the order of `Ownership.ranges_of`."""
-        # Existing views are returned where possible: with thousands of small parameters, half a kilobyte each adds up.
+        """Return this rank's elements of a moment of parameter ``i``, 1-D, in the order of its ranges."""
+        # Return existing views if possible: with thousands of small parameters, half a kilobyte per view adds up.
         places = self.owned.places[i]
         if not places:
             return self._none_of[name]
@@ -243,7 +242,7 @@ class Shard:
             owned = self.owned_moment(i, name)
             if self.process_group is None:
                 state[name] = self.shaped(owned, self.params[i])
-            else:  # never one empty tensor for two parameters: the user may replace its data
+            else:  # never the same empty tensor for two parameters, since the user may replace its data
                 state[name] = owned if self.owned.places[i] else owned.detach()
         return state
 
@@ -275,7 +274,8 @@ class Shard:
     # ---------------------------------------------------------------- one update
 
     def count_update(self, found_inf: Tensor | None) -> None:
-        """Advance ``step`` of the parameters that have a gradient, by 0 where ``found_inf`` is 1."""
+        """Advance ``step`` of the parameters that have a gradient, unless ``found_inf`` is 1."""
+        # Subtracted on the device, so that the host need not wait for ``found_inf``.
         one = 1.0 if found_inf is None else 1.0 - found_inf
         has_grad = self.gradients.has_grad
         if all(has_grad):
@@ -298,6 +298,7 @@ class Shard:
     def table(self, k: int, live: list[int], grads: list[Tensor]) -> BlockTable:
         """Return the Triton kernel's table of the pieces ``live`` of bucket ``k``."""
         params = self.operands(k, live).params
+        # Kept by the number of live pieces, which mostly identifies them; rebuilt if they are others.
         table = self._tables.get((k, len(live)))
         pieces = [self._buckets[k].pieces[i] for i in live]
         if table is None or table[0] != live:
@@ -310,7 +311,7 @@ class Shard:
 def _dtypes_of(
     weight: Tensor, amsgrad: bool, master_dtype: torch.dtype | None, state_dtype: torch.dtype | None
 ) -> dict[str, torch.dtype]:
-    """Return the dtype of each moment, and of the master or remainder, of parameters like ``weight``."""
+    """Return the dtype of each moment, and of the master or remainder, for parameters like ``weight``."""
     moments = MOMENTS if amsgrad else MOMENTS[:2]
     if weight.dtype.itemsize == 2 and master_dtype is not None:
         dtypes = dict.fromkeys(moments, torch.float32 if state_dtype is None else state_dtype)
@@ -320,5 +321,5 @@ def _dtypes_of(
 
 
 def peek(state: Mapping[Tensor, Any], param: Tensor) -> Any:
-    """Return the entry of ``param`` in ``optimizer.state``, or None, without recording a read by the user. Local."""
+    """Return the entry of ``param`` in ``optimizer.state``, or None. Does not count as a read by the user. Local."""
     return dict.get(state, param) if isinstance(state, dict) else state.get(param)

@@ -14,8 +14,8 @@ from dist_adamw.optimizer.sharding.shard import MASTERS, MOMENTS, Shard, peek
 from dist_adamw.optimizer.sharding.watched_state import Shown
 
 AMSGRAD_CHANGED = (
-    "amsgrad cannot be changed after the first update. Set it when the group is made, or empty the entries of its "
-    "parameters in optimizer.state (optimizer.state[p] = {}), which then begin with zeros."
+    "amsgrad cannot be changed after the first update. Set it when you create the group, or empty the entries of its "
+    "parameters in optimizer.state (optimizer.state[p] = {}): their state then starts from zeros."
 )
 
 
@@ -28,8 +28,8 @@ class Changes:
 
     Attributes:
         kept: The homes of the parameters in the groups, by id.
-        reset: Homes of parameters in ``kept`` whose state the user removed: they begin with zeros.
-        given: Homes of parameters, and the state that the user put in place of the shard's views.
+        reset: Homes of parameters in ``kept`` whose state the user removed, so that it starts from zeros.
+        given: Homes of parameters, and the state with which the user replaced the shard's views.
         removed: Homes of the parameters that are in no group.
         described: A description of each change.
         arrangement: A description of every parameter in the groups, to compare ranks.
@@ -55,13 +55,13 @@ def find_changes(
     """Compare ``groups`` and ``state`` with the views that ``shards`` put there. Local; changes nothing.
 
     Args:
-        shown: The values that each entry of ``state`` was given, by id of the parameter.
+        shown: The values that the shards put into each entry of ``state``, by id of the parameter.
         are_local: Whether gradients are still local. They will be averaged, so ranks need not have the same ones now.
         may_wait: Whether a parameter whose state was removed has none until its next gradient, as in torch.
 
     Raises:
         ValueError: a parameter is in the groups twice, or an entry of ``state`` is not the state of its parameter, or
-            is that of another.
+            shares a tensor with another entry.
     """
     check_once(groups)
     homes = {id(param): (shard, i) for shard in shards for i, param in enumerate(shard.params)}
@@ -95,7 +95,7 @@ class _Comparison:
     ) -> None:
         self.found = Changes()
         self._groups, self._state, self._shown, self._homes = groups, state, shown, homes
-        # Parameters with a place are described by number: ranks name the same parameter alike, whatever its group.
+        # Describe placed parameters by number, so that ranks name a parameter alike whatever its group is now.
         self._numbers = {key: n for n, key in enumerate(homes)}
 
     def add_new(self, name: str, param: Tensor, *, are_local: bool) -> None:
@@ -114,7 +114,7 @@ class _Comparison:
             raise RuntimeError(AMSGRAD_CHANGED)
         self.found.kept[id(param)] = home
         self.found.arrangement.append(f"{name} is number {self._numbers[id(param)]} {param.dtype}")
-        # A group that is gone was replaced as a whole, by `load_state_dict` say: its parameters have not moved.
+        # If the old group no longer exists it was replaced as a whole, e.g. by `load_state_dict`: nothing moved.
         if shard.group is not group and any(shard.group is other for other in self._groups):
             self.found.described.append(f"{name} comes from another group")
         if not entry:
@@ -178,7 +178,7 @@ def check_once(groups: Sequence[dict[str, Any]]) -> None:
 def _check_apart(groups: Sequence[dict[str, Any]], state: Mapping[Tensor, dict[str, Any]]) -> None:
     """Refuse one tensor as the state of two parameters. Local.
 
-    torch would update it twice, once for each parameter. Shards have a copy for each, so results would differ.
+    torch would update it twice, once for each parameter. Shards keep a copy for each, so results would differ.
     """
     users: dict[int, str] = {}
     for g, group in enumerate(groups):
@@ -186,7 +186,7 @@ def _check_apart(groups: Sequence[dict[str, Any]], state: Mapping[Tensor, dict[s
             entry = peek(state, param) or {}
             for key in ("step", *MOMENTS, *MASTERS):
                 value = entry.get(key)
-                if not isinstance(value, Tensor) or not local_of(value).numel():
+                if not isinstance(value, Tensor) or not local_of(value).numel():  # all empty tensors are at address 0
                     continue
                 where = f"{key!r} of parameter {j} of group {g}"
                 other = users.setdefault(local_of(value).data_ptr(), where)
@@ -214,7 +214,7 @@ def check_new_state(
 
 
 def _given(name: str, home: Home, entry: Mapping[str, Any], shown: Shown) -> dict[str, Any]:
-    """Return what the user has replaced in ``entry``. A missing master is None, and will follow the parameter."""
+    """Return the values that the user replaced in ``entry``. A missing master is None: it will follow the parameter."""
     shard, i = home
     given = {key: entry.get(key) for key in shown.values if shown.is_replaced(key, entry.get(key))}
     share = torch.Size([sum(stop - start for start, stop in shard.owned.ranges_of(i))])
@@ -244,7 +244,7 @@ def check_given(name: str, key: str, value: Any, whole: torch.Size, share: torch
         or_share = "" if share in (None, whole) else f", or {tuple(share or ())} for this rank's share"
         raise ValueError(
             f"{where}, {_shape(value)}: a tensor of shape {tuple(whole)} is needed{or_share}. Pass such a tensor, or "
-            "empty the entry (optimizer.state[p] = {}) to begin with zeros."
+            "empty the entry (optimizer.state[p] = {}) to start from zeros."
         )
 
 
@@ -253,10 +253,10 @@ def _shape(value: Any) -> str:
 
 
 def arrange(groups: Sequence[dict[str, Any]], chosen: Collection[int]) -> list[tuple[dict[str, Any], list[Tensor]]]:
-    """Return the parameters of each shard, with their group, for those with an id in ``chosen``. Local.
+    """Return the parameters of each shard, with their group, of those with an id in ``chosen``. Local.
 
-    The order depends on the groups alone, so a resumed job has the same shards as one that never stopped. The bits of
-    the gradient norm depend on them, since it is summed run by run.
+    The order depends only on the groups, so a resumed job has the same shards as one that never stopped. The bits of
+    the gradient norm depend on the shards, since it is summed run by run.
     """
     alike: dict[tuple[Any, ...], list[Tensor]] = {}
     for g, group in enumerate(groups):

@@ -15,7 +15,7 @@ from dist_adamw.optimizer.sharding.shard import Shard
 
 
 def reset(shard: Shard, i: int) -> None:
-    """Let parameter ``i`` begin with zeros, and its exact weights with the parameter."""
+    """Reset the state of parameter ``i`` to zeros, and its master to the parameter."""
     shard.steps[i] = 0.0
     for name in shard.moments:
         if name == "master":
@@ -30,9 +30,10 @@ def _follow_param(shard: Shard, i: int, name: str) -> None:
 
 
 def put(shard: Shard, i: int, values: Mapping[str, Any]) -> None:
-    """Copy what the user put into the state of parameter ``i``, checked by `user_changes.check_given`.
+    """Copy values from the user, checked by `user_changes.check_given`, into the state of parameter ``i``.
 
-    Whole tensors, of which this rank takes its share, or shares; None: the master follows the parameter.
+    Args:
+        values: Whole tensors, of which this rank takes its share, or shares; None resets a master to the parameter.
     """
     for name, value in values.items():
         if name == "step":
@@ -48,7 +49,7 @@ def put(shard: Shard, i: int, values: Mapping[str, Any]) -> None:
 
 
 def load(shard: Shard, i: int, state: Mapping[str, Any], *, is_share: bool) -> None:
-    """Copy a state of parameter ``i``: this rank's share of it, or the whole, of which it takes its share."""
+    """Copy ``state`` into that of parameter ``i``: this rank's share, or the whole, of which it takes its share."""
     if "exp_avg" not in state:
         return
     shard.steps[i] = float(state["step"])
@@ -63,8 +64,8 @@ def load(shard: Shard, i: int, state: Mapping[str, Any], *, is_share: bool) -> N
 
 
 def exact_weights(shard: Shard, i: int) -> Tensor:
-    """This rank's fp32 weights of parameter ``i``, 1-D, in the order of its ranges; new memory."""
-    parts = [torch.empty(0, device=shard.steps.device)]
+    """Return a copy of this rank's fp32 weights of parameter ``i``, 1-D, in the order of its ranges."""
+    parts = [torch.empty(0, device=shard.steps.device)]  # torch.cat refuses an empty list
     for operands, j in shard.operands_of(i):
         exact = operands.masters[j]
         parts.append(join_master(operands.params[j], exact) if "remainder" in shard.moments else exact)
@@ -72,7 +73,7 @@ def exact_weights(shard: Shard, i: int) -> Tensor:
 
 
 def set_exact_weights(shard: Shard, i: int, values: Tensor) -> None:
-    """Let the weights of parameter ``i`` be ``values``, as `exact_weights` gives them."""
+    """Set the weights of parameter ``i`` to ``values``, as `exact_weights` returns them."""
     places = list(shard.operands_of(i))
     numels = [operands.params[j].numel() for operands, j in places]
     for (operands, j), part in zip(places, torch.split(values, numels), strict=True):

@@ -1,7 +1,7 @@
 """Dicts for ``optimizer.state`` that record whether the user has read or changed them.
 
 A parameter's entry is compared only after a change. ``state[p]["exp_avg"].data = x`` changes no dict, so once the user
-has got hold of a tensor in ``state``, addresses are compared too. Loops over tensors run in C.
+has read a tensor from ``state``, addresses are compared too. Loops over tensors run in C.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class AccessRecord:
 
     Attributes:
         was_changed: Whether they were changed since the last `Snapshot`.
-        was_read: Whether the user has ever got hold of an entry of ``state``. This package reads by dict's own methods
+        was_read: Whether the user may hold an entry of ``state``. This package reads with dict's own methods
             (``dict.get(state, param)``), which do not count.
     """
 
@@ -57,7 +57,7 @@ class WatchedEntry(dict[str, Any]):
         entry.accesses = accesses
         return entry
 
-    def __reduce__(self) -> Any:
+    def __reduce__(self) -> Any:  # a pickle that torch can load without this package
         return dict, (dict(self),)
 
 
@@ -77,7 +77,7 @@ class WatchedState(defaultdict[Tensor, dict[str, Any]]):
         return defaultdict, (dict, dict(self))
 
 
-# A user who puts something into ``state`` may keep a reference to it, so these count as reads too.
+# A user who puts something into ``state`` may keep a reference to it, so these methods count as reads too.
 for _name in ("__setitem__", "__ior__", "pop", "popitem", "update", "setdefault"):
     setattr(WatchedState, _name, _recording(_name, changes=True, reads=True))
 for _name in ("__delitem__", "clear"):
@@ -102,13 +102,14 @@ class Shown:
         return cls(values, [_address(local_of(value)) for value in values.values()])
 
     def is_replaced(self, key: str, value: Any) -> bool:
-        """Return whether ``value`` is not the tensor put there as ``key``, or has other memory since."""
+        """Return whether ``value`` is not the tensor put there as ``key``, or has moved to other memory."""
         place = list(self.values).index(key)
         return value is not self.values[key] or _address(local_of(value)) != self.addresses[place]
 
 
 def _address(tensor: Tensor) -> int:
-    """Return the address of ``tensor``; for an empty share its storage's identity, so that all ranks see a change."""
+    """Return the address of ``tensor``, or the identity of its storage if it is empty."""
+    # A rank may own no element of a parameter, and must still notice the change that other ranks notice.
     return tensor.data_ptr() or _identity(tensor.untyped_storage())
 
 
@@ -152,7 +153,7 @@ class Snapshot:
         self._values = _values(self._entries)
 
     def _note_addresses(self, shown: Collection[Shown]) -> None:
-        """Note where the shards' views lie: addresses, or for empty tensors, which have none, their storages."""
+        """Note the addresses of the shards' views; for empty tensors, which have none, the identities of storages."""
         tensors = [local_of(value) for one in shown for value in one.values.values()]
         addresses = [address for one in shown for address in one.addresses]
         is_empty = [tensor.numel() == 0 for tensor in tensors]
@@ -173,13 +174,13 @@ class Snapshot:
             return True
         if not self._is_watched and not (_same(state, self._keys) and _same(state.values(), self._all)):
             return True
-        if sum(map(len, self._entries)) != len(self._values):
+        if sum(map(len, self._entries)) != len(self._values):  # the comparison below stops at the shorter one
             return True
         return not all(map(operator.is_, _iterate(self._entries), self._values))
 
     def _are_tensors_moved(self) -> bool:
         if self._is_watched and not self._accesses.was_read:
-            return False  # the user has no reference to them
+            return False  # without a reference to a tensor, the user cannot have moved it
         if list(map(Tensor.data_ptr, self._tensors)) != self._addresses:
             return True
         return list(map(_identity, map(Tensor.untyped_storage, self._empty))) != self._empty_addresses

@@ -1,6 +1,6 @@
-"""Send slices of buckets between ranks. `make_transport` chooses the transport by the backend.
+"""Send slices of buckets between ranks. `make_transport` chooses the transport for the backend.
 
-The result is the same on every backend, up to the order of sums.
+Results are the same on every backend, up to the order of summation.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ def make_transport(
     replicas: dist.ProcessGroup | None = None,
     tag: int = 0,
 ) -> Transport:
-    """The way that suits ``group``'s backend. Local.
+    """Return a transport for ``group``'s backend. Local.
 
     Args:
-        layout: Whose buckets travel.
+        layout: The layout whose buckets are sent.
         params: The parameters, as 1-D views.
         group: The ranks that share the layout.
         replicas: The ranks that own the same slices as this one, over which gradients are averaged too.
-        tag: Tells messages of several optimizers apart; the same on all ranks.
+        tag: Distinguishes the messages of several optimizers; the same on all ranks.
     """
     kind = GlooTransport if dist.get_backend(group) == "gloo" else CollectiveTransport
     return kind(layout, params, group=group, replicas=replicas, tag=tag)

@@ -1,7 +1,4 @@
-"""The interface of a transport, which sends slices of buckets between ranks.
-
-Knows layouts, flat tensors and process groups; nothing of optimizers or autograd.
-"""
+"""The interface of a transport, which sends slices of buckets between ranks."""
 
 from __future__ import annotations
 
@@ -18,31 +15,31 @@ from dist_adamw.optimizer.transport.layout import FlatLayout, Piece
 from dist_adamw.ranks import collectives
 
 T = TypeVar("T")
-Flat = Sequence["Tensor | None"]  # one 1-D tensor a parameter, None where there is no gradient
+Flat = Sequence["Tensor | None"]  # one 1-D tensor per parameter, or None if it has no gradient
 
-MAX_IN_FLIGHT = 2  # buckets, each with its own staging
+MAX_IN_FLIGHT = 2  # buckets: one is sent while the next is computed, and each needs its own staging
 _GONE = (
-    "A rank that this one exchanges gradients or parameters with has ended, or is somewhere else: it skipped a "
-    "backward pass or a step() that others made, or left the loop before them. Every rank must make the same ones."
+    "A rank that this one exchanges gradients or parameters with has exited, skipped a backward pass or a step() that "
+    "others made, or left the training loop early. Every rank must make the same backward passes and updates."
 )
 
 
 @dataclass(slots=True)
 class InFlightBucket:
-    """A bucket that is being sent. ``held`` must outlive the transfer."""
+    """A bucket that is being sent. ``held`` keeps tensors alive until the transfer is over."""
 
     bucket: int
     works: list[dist.Work]
     staging: Any
     own: list[Tensor | None] = field(default_factory=list)
     held: list[Tensor] = field(default_factory=list)
-    gathered: Flat | None = None  # where slices are received, if not in the parameters
+    gathered: Flat | None = None  # the tensors that receive slices; None: the parameters
 
     def wait(self) -> None:
         """Wait until everything has been sent and received.
 
         Raises:
-            RuntimeError: a rank has ended, or did not take part within the process group's timeout.
+            RuntimeError: a rank has exited, or did not take part within the process group's timeout.
         """
         try:
             for work in self.works:
@@ -52,13 +49,13 @@ class InFlightBucket:
 
 
 class Transport(ABC):
-    """Moves the buckets of one layout. Every method is collective, in the same order on every rank.
+    """Sends the buckets of one layout. Every method is collective, in the same order on every rank.
 
-    At most MAX_IN_FLIGHT buckets are sent at a time.
+    At most MAX_IN_FLIGHT buckets may be in flight at a time.
 
     Attributes:
-        tag: Tells messages of several optimizers apart; the same on all ranks.
-        count: Ranks that gradients are averaged over.
+        tag: Distinguishes the messages of several optimizers; the same on all ranks.
+        count: The number of ranks that gradients are averaged over.
     """
 
     def __init__(
@@ -79,7 +76,8 @@ class Transport(ABC):
         self._views: dict[Any, list[Tensor]] = {}
 
     def _kept(self, key: Any, make: Callable[[], list[Tensor]]) -> list[Tensor]:
-        """Views that stay valid: of parameters, or of staging."""
+        """Return cached views of parameters or staging memory, which stay valid."""
+        # A view costs about a microsecond, and a bucket may have thousands.
         views = self._views.get(key)
         if views is None:
             views = self._views[key] = make()
@@ -93,43 +91,43 @@ class Transport(ABC):
 
     @abstractmethod
     def _staging(self) -> Any:
-        """Memory for one bucket on its way."""
+        """Return staging memory for one bucket."""
 
     def _empty(self, numel: int) -> Tensor:
         return torch.empty(numel, dtype=self._like.dtype, device=self._like.device)
 
     @abstractmethod
     def start_reduce(self, k: int, flat: Flat) -> InFlightBucket:
-        """Send bucket ``k`` of gradients ``flat`` to its owners. They must stay as they are until it is finished."""
+        """Start to send bucket ``k`` of gradients ``flat``, which must not change before the finish, to its owners."""
 
     @abstractmethod
     def finish_reduce(self, sent: InFlightBucket, into: list[Tensor] | None, *, add: bool = False) -> None:
-        """Average this rank's slice over all ranks.
+        """Wait for a bucket, and average this rank's slice over all ranks.
 
         Args:
-            into: Where each owned piece's average goes; None: over the local gradient it was made from.
-            add: Add it to what is there.
+            into: The tensors that receive the averages of the owned pieces; None overwrites the local gradients.
+            add: Add the averages to ``into`` instead of copying them.
         """
 
     @abstractmethod
     def start_gather(self, k: int, flat: Flat | None = None) -> InFlightBucket:
-        """Send this rank's slice of bucket ``k``, and receive the others'.
+        """Start to send this rank's slice of bucket ``k``, and to receive the others'.
 
         Args:
-            flat: Of these tensors, None at the same places on every rank; default: of the parameters.
+            flat: The tensors to gather, with None for the same ones on every rank; default: the parameters.
         """
 
     @abstractmethod
     def finish_gather(self, sent: InFlightBucket) -> None:
-        """Wait until what was gathered is what its owners have."""
+        """Wait until all slices of the bucket have arrived."""
 
     def _gathered(self, sent: InFlightBucket, key: Any, pieces: list[Piece]) -> Sequence[Tensor | None]:
-        """The runs that a gather reads or writes."""
+        """Return the runs that a gather reads or writes."""
         return self._params_of(key, pieces) if sent.gathered is None else cut(sent.gathered, pieces)
 
 
 def _copy_present(targets: Sequence[Tensor | None], sources: Sequence[Tensor]) -> None:
-    """Copy each source to its target, where there is one."""
+    """Copy each source to its target, if that is not None."""
     if any(target is None for target in targets):
         pairs = [(target, source) for target, source in zip(targets, sources, strict=True) if target is not None]
         targets, sources = [target for target, _ in pairs], [source for _, source in pairs]
@@ -138,18 +136,20 @@ def _copy_present(targets: Sequence[Tensor | None], sources: Sequence[Tensor]) -
 
 
 def cut(flat: Flat, pieces: list[Piece]) -> list[Tensor | None]:
-    """The ``pieces`` of ``flat``; a tensor itself where a piece is all of it, since a view costs a microsecond."""
+    """Return the ``pieces`` of ``flat`` as views."""
+    # A piece that is a whole tensor is returned as it is, since a view costs a microsecond.
     return [
         base if (base := flat[p.param]) is None or p.numel == base.numel() else base[p.start : p.stop] for p in pieces
     ]
 
 
 def cut_slice(flat: Flat, pieces: list[Piece]) -> list[Tensor | None]:
-    """`cut` of pieces that lie side by side, as a bucket's and a slice's: only the first and the last can be parts."""
+    """Return `cut` of adjacent pieces, such as those of a bucket or a slice."""
     if not pieces:
         return []
+    # Only the first and the last piece can be parts of a parameter, so the others need no view.
     runs = list(flat[pieces[0].param : pieces[-1].param + 1])
-    if len(runs) != len(pieces):  # tensors without elements between them
+    if len(runs) != len(pieces):  # tensors without elements have no piece
         runs = [flat[piece.param] for piece in pieces]
     runs[0], runs[-1] = cut(flat, pieces[:1])[0], cut(flat, pieces[-1:])[0]
     return runs

@@ -1,4 +1,4 @@
-"""Transport by the backend's own reduce-scatter and all-gather: a bucket is packed into one buffer."""
+"""Transport by the backend's own reduce-scatter and all-gather, with each bucket packed into one buffer."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class CollectiveTransport(Transport):
         self._known: dict[int, tuple[list[Piece], int, int, int]] = {}
 
     def _staging(self) -> Tensor:
-        return self._empty(self._layout.bucket_numel).zero_()  # padding travels too
+        return self._empty(self._layout.bucket_numel).zero_()  # padding is sent too
 
     def _pieces(self, k: int) -> tuple[list[Piece], int, int, int]:
-        """All pieces of a bucket, placed in it; the bucket's length; where this rank's slice is."""
+        """Return all pieces of a bucket by offset in it, its length, and start and stop of this rank's slice."""
         if k not in self._known:
             start, stop = self._layout.bucket(k)
             mine = self._layout.slice_of(k, self._rank)
@@ -46,8 +46,9 @@ class CollectiveTransport(Transport):
             torch._foreach_copy_(targets, sources)
         owned = self._owned(k, first, last)
         sent.own = cut_slice(flat, owned)
-        # torch 2.13 renames reduce_scatter_tensor and warns of the old name.
+        # torch 2.13 renamed reduce_scatter_tensor, and warns about the old name.
         scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+        # With replicas, sum both times and divide once at the end.
         average = dist.ReduceOp.AVG if self._replicas is None else dist.ReduceOp.SUM
         buffer = sent.staging[:numel]
         work = scatter(buffer[first:last], buffer, op=average, group=self._group, async_op=True)
@@ -55,7 +56,7 @@ class CollectiveTransport(Transport):
         return sent
 
     def _owned(self, k: int, first: int, last: int) -> list[Piece]:
-        """This rank's pieces, placed in the bucket."""
+        """Return this rank's pieces by offset in the bucket."""
         start, _ = self._layout.bucket(k)
         return self._layout.pieces(start + first, start + last, first)
 
@@ -99,7 +100,7 @@ class CollectiveTransport(Transport):
         sent.wait()
         pieces, _, first, last = self._pieces(sent.bucket)
         others = [p for p in pieces if p.offset + p.numel <= first or p.offset >= last]
-        # A piece that is partly this rank's is copied onto itself.
+        # Of a piece that is partly this rank's, the own part is copied onto itself.
         others += [p for p in pieces if p.offset < last and p.offset + p.numel > first and not _inside(p, first, last)]
         if others:
             targets = self._gathered(sent, (sent.bucket, "others"), others)

@@ -1,10 +1,11 @@
 """Transport over gloo: messages between pairs of ranks.
 
-Each large run is one message, sent from where it lies and received where it belongs; all small runs are packed into
-one message. Owners add in rank order.
+Each large run is a message, sent and received in place; all small runs are packed into one message. Owners sum in rank
+order, so that results do not depend on the owner.
 
-Measured with 2 ranks (``benchmarks/transport.py``, ns an element): messages and a local sum 2.1, all-to-all and a local
-sum 2.6, all-reduce 3.6, gloo's own reduce-scatter 11; messages 1.5, broadcasts 1.9, gloo's own all-gather 8.
+Measured with 2 ranks (``benchmarks/transport.py``, ns per element). Reducing: messages and a local sum 2.1, all-to-all
+and a local sum 2.6, all-reduce 3.6, gloo's own reduce-scatter 11. Gathering: messages 1.5, broadcasts 1.9, gloo's own
+all-gather 8.
 """
 
 from __future__ import annotations
@@ -21,13 +22,13 @@ from dist_adamw.optimizer.transport.base import Flat, InFlightBucket, T, Transpo
 from dist_adamw.optimizer.transport.layout import ALIGNMENT, Piece
 from dist_adamw.ranks import collectives
 
-DIRECT_NUMEL = 1 << 14  # shorter runs are packed: a copy costs less than a message
-BLOCK_NUMEL = 1 << 16  # elements summed at a time: few enough to stay in a core's cache between passes
+DIRECT_NUMEL = 1 << 14  # shorter runs are packed, since a copy costs less than a message
+BLOCK_NUMEL = 1 << 16  # elements summed at a time, few enough to stay in a core's cache between passes
 
 
 @dataclass(slots=True)
 class _Slice:
-    """One rank's slice of one bucket. The offset of a piece is its place in a message buffer, small pieces first."""
+    """One rank's slice of one bucket. Offsets of pieces are positions in a message buffer, small pieces first."""
 
     pieces: list[Piece]
     small: list[int]
@@ -45,6 +46,7 @@ class _Slice:
             place += pieces[i].numel
             if small and i == small[-1]:
                 small_numel = place
+                # Large runs begin at aligned offsets, as they do in the layout.
                 place = -(-place // ALIGNMENT) * ALIGNMENT
         return cls(arranged, small, large, small_numel, place)
 
@@ -66,7 +68,7 @@ class GlooTransport(Transport):
         self._slot_numel = max((slices[self._rank].numel for slices in self._slices), default=0)
         self._small_numel = max((part.small_numel for slices in self._slices for part in slices), default=0)
         peers = [(self._rank + d) % self._size for d in range(1, self._size)]
-        # Pairs (send to, receive from), in an order that keeps every rank busy at every step.
+        # Pairs (send to, receive from). In step d each rank sends to rank + d, so every rank is busy in every step.
         self._peers = list(zip(peers, reversed(peers), strict=True))
 
     def _staging(self) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
@@ -99,7 +101,7 @@ class GlooTransport(Transport):
                 view = views[i]
                 if view is None:
                     view = self._empty(theirs.pieces[i].numel).zero_()
-                sent.held.append(view)
+                sent.held.append(view)  # zeros made here must outlive the transfer
                 self._send(sent, view, to)
         return sent
 
@@ -112,11 +114,11 @@ class GlooTransport(Transport):
         target = own if into is None else into
         summed = slots[self._summed_in]
         places = self._places(summed, sent.bucket, self._rank)
-        if mine.small:  # packed, they are summed as one run
+        if mine.small:  # packed, so that they are summed as one run
             packed = outbox[self._peers[0][0]][: mine.small_numel]
             torch.cat(mine.small_of(own), out=packed)
             self._average(self._terms(slots, packed, 0), summed[: mine.small_numel])
-        # What is neither added to the target nor summed over replicas first can be written to the target at once.
+        # Averages can be written straight to the target unless they are added to it or summed over replicas first.
         if self._replicas is None and not add:
             large_averages, still_to_store = target, mine.small
         else:
@@ -132,12 +134,13 @@ class GlooTransport(Transport):
         self._free.append(sent.staging)
 
     def _zeros_for_absent(self, views: Sequence[Tensor | None], pieces: Sequence[Piece]) -> list[Tensor]:
-        """Return ``views``, with zeros for pieces that have no gradient; the average over those zeros is dropped."""
+        """Return ``views``, with zeros for pieces without a gradient."""
         return [self._empty(p.numel).zero_() if v is None else v for p, v in zip(pieces, views, strict=True)]
 
     @property
     def _summed_in(self) -> int:
-        """The rank whose message buffer holds the sums: of the first two ranks, the one that is not this one."""
+        """The rank whose message buffer holds the sums."""
+        # Of the first two ranks the other one, since `_average` begins with their terms and may overwrite them.
         return 1 if self._rank == 0 else 0
 
     def _terms(self, slots: dict[int, Tensor], own: Tensor, offset: int) -> list[Tensor]:
@@ -145,7 +148,7 @@ class GlooTransport(Transport):
         return [own if r == self._rank else slots[r][offset : offset + own.numel()] for r in range(self._size)]
 
     def _average(self, terms: list[Tensor], out: Tensor) -> None:
-        """Write the average of ``terms`` to ``out``, which may be any of them; with replicas their sum.
+        """Write the average of ``terms`` (with replicas: their sum) to ``out``, which may be any of them.
 
         Terms are added in rank order, so that the bits do not depend on the owner, and block by block, so that a block
         stays in the cache from one term to the next.
@@ -159,7 +162,7 @@ class GlooTransport(Transport):
                 total = first.float().add_(second)
             elif not rest:
                 total = torch.add(first, second, out=block)
-            else:  # addition of two is commutative to the bit, so the sum may replace either of the first two
+            else:  # a + b has the bits of b + a, so the sum may replace either term; keep this rank's own gradient
                 total = second.add_(first) if self._rank == 0 else first.add_(second)
             for term in rest:
                 total.add_(term)
@@ -169,7 +172,7 @@ class GlooTransport(Transport):
                 block.copy_(total)
 
     def _sums_in_fp32(self, num_terms: int, dtype: torch.dtype) -> bool:
-        """Return whether to sum 16-bit terms in fp32, and so to round once at the end, not once for every rank."""
+        """Return whether to sum 16-bit terms in fp32, which rounds once at the end instead of once per rank."""
         return num_terms > 2 and self._replicas is None and dtype in (torch.bfloat16, torch.float16)
 
     def start_gather(self, k: int, flat: Flat | None = None) -> InFlightBucket:
@@ -210,9 +213,9 @@ class GlooTransport(Transport):
         self._free.append(sent.staging)
 
     def _places(self, buffer: Tensor, k: int, rank: int) -> list[Tensor]:
-        """Return views of a message buffer: the places of the pieces of ``rank``'s slice."""
+        """Return views of a message buffer, one for each piece of ``rank``'s slice."""
         pieces = self._slices[k][rank].pieces
-        key = ("staged", id(buffer), k, rank)  # staging is never freed, so the id stays valid
+        key = ("staged", id(buffer), k, rank)  # staging memory is never freed, so its id is not reused
         return self._kept(key, lambda: [buffer[p.offset : p.offset + p.numel] for p in pieces])
 
     def _pack(self, k: int, rank: int, views: Sequence[Tensor | None], buffer: Tensor) -> None:
@@ -253,15 +256,15 @@ def _store(chosen: Sequence[int], averages: Sequence[Tensor], targets: Sequence[
 
 
 class Rollcall:
-    """An all-gather of a few integers, on the channel that buckets travel on. Collective.
+    """An all-gather of a few integers, on the channel of the buckets. Collective.
 
-    Messages of one tag arrive in the order in which they were sent. If one rank begins to send gradients while another
-    updates, it therefore receives the other's numbers in place of a bucket, and both see that they differ.
+    Messages with the same tag arrive in the order in which they were sent. If one rank starts to send gradients while
+    another one updates, each therefore receives the other's numbers, and both detect the difference.
 
     Args:
-        group: Ranks over gloo.
-        tag: Of the buckets.
-        width: Numbers in a message.
+        group: A gloo process group.
+        tag: The tag of the buckets.
+        width: The number of integers in a message.
     """
 
     def __init__(self, group: dist.ProcessGroup, tag: int, width: int) -> None:
@@ -270,7 +273,7 @@ class Rollcall:
         self._under_way: list[tuple[InFlightBucket, Tensor]] = []
 
     def post(self, numbers: Sequence[int]) -> None:
-        """Send ``numbers``, padded with zeros, and start to receive those of the others."""
+        """Start to send ``numbers``, padded with zeros, and to receive those of the other ranks."""
         table = torch.zeros(self._size, self._width, dtype=torch.int64)
         table[self._rank, : len(numbers)] = torch.tensor(numbers, dtype=torch.int64)
         sent = InFlightBucket(0, [], None)
@@ -286,13 +289,13 @@ class Rollcall:
 
     @property
     def is_under_way(self) -> bool:
-        """Whether a `post` has not had its `answer` yet."""
+        """Whether the `answer` of some `post` has not been read yet."""
         return bool(self._under_way)
 
     def answer(self) -> list[list[int]]:
         """Wait for the oldest `post`; return the numbers of every rank."""
         sent, table = self._under_way[0]
         sent.wait()
-        del self._under_way[0]  # not before: the transfer needs the memory
+        del self._under_way[0]  # only now, since the transfer needs the memory
         numbers: list[list[int]] = table.tolist()
         return numbers

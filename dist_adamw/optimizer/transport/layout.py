@@ -1,16 +1,16 @@
 """Divide the elements of parameters among ranks: flat layouts, buckets and slices.
 
-Whole numbers only; no tensors, no ranks of a running job, nothing allocated.
+This module computes with integers only, and needs no tensors or process group.
 
-The parameters of one group, dtype and device are thought of as laid out one after the other, each
-beginning at a multiple of ALIGNMENT, then cut into buckets. Rank r owns the r-th of ``world_size``
-equal slices of every bucket, so shares are equal whatever the sizes of the parameters; what does
-not divide is padding. The layout is for optimizer state and traffic: parameters keep their own
-storage.
+The parameters of one group, dtype and device are laid out one after the other, each starting at a
+multiple of ALIGNMENT, and cut into buckets. Rank r owns the r-th of ``world_size`` equal slices of
+every bucket, so shares are equal whatever the sizes of the parameters; the remainder is padding.
+The layout is for optimizer state and traffic: parameters keep their own storage.
 
-The alignment is what keeps the bits: torch's fused CPU kernel runs whole vectors, then single
+The alignment keeps the bits of an update: torch's fused CPU kernel runs whole vectors, then single
 elements, and the two round differently. Cuts at multiples of the widest vector (32 elements of
-bf16 under AVX-512), counted from the parameter's own start, leave every element on its side.
+bf16 under AVX-512), counted from the parameter's own start, do not move an element from one loop
+to the other.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from bisect import bisect_right
 from dataclasses import dataclass, field
 from itertools import accumulate
 
-ALIGNMENT = 32  # elements: 128 bytes of fp32, a full line for GPUs too
+ALIGNMENT = 32  # elements: 128 bytes of fp32, which is also a GPU's cache line
 BUCKET_NUMEL = 1 << 23  # 32 MiB of fp32
 
 
 def suitable_bucket_numel(numel: int, world_size: int, *, reduce_every_backward: bool = False) -> int:
-    """Elements that should travel together, of ``numel`` in all.
+    """Return a good number of elements to send together, of ``numel`` in all.
 
-    Large buckets move faster, small ones need less staging: two of them travel at a time, so that a
-    ``4 W``-th keeps staging near 4% of parameters, gradients and state. ``reduce_every_backward`` is for gradients
-    that are let go of bucket by bucket: half of that, so that few of them exist at a time. No rank's
-    slice is so short that messages cost more than what is in them, nor a bucket longer than pays.
+    Large buckets are faster, small ones need less staging. Two are in flight at a time, so a ``4 W``-th of all elements
+    keeps staging near 4% of parameters, gradients and state. With ``reduce_every_backward``, gradients are freed bucket
+    by bucket, so buckets are half as long and fewer gradients exist at a time. The lower bound keeps a rank's slice
+    worth a message; beyond the upper bound, larger buckets gain nothing.
     """
     if world_size == 1:
         return BUCKET_NUMEL
@@ -40,7 +40,7 @@ def suitable_bucket_numel(numel: int, world_size: int, *, reduce_every_backward:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A run of one parameter's elements: ``[start, stop)`` of it lies at ``offset`` of something flat."""
+    """A run of one parameter's elements: its ``[start, stop)`` lies at ``offset`` of a flat tensor."""
 
     param: int
     start: int
@@ -49,27 +49,27 @@ class Piece:
 
     @property
     def numel(self) -> int:
-        """Elements in the run."""
+        """The number of elements in the run."""
         return self.stop - self.start
 
 
 @dataclass(frozen=True, slots=True)
 class FlatLayout:
-    """Where the elements of a list of parameters lie, and which rank owns them.
+    """The position of each element of a list of parameters, and the rank that owns it.
 
     Args:
-        numels: Elements of each parameter, in order; 0 is allowed.
-        world_size: Ranks that share the state.
-        max_bucket_numel: Elements of a full bucket; rounded up to ``world_size * ALIGNMENT``.
+        numels: The number of elements of each parameter, in order; 0 is allowed.
+        world_size: The number of ranks that share the state.
+        max_bucket_numel: The number of elements of a full bucket, rounded up to ``world_size * ALIGNMENT``.
             None: `suitable_bucket_numel`.
-        reduce_every_backward: See there.
+        reduce_every_backward: See `suitable_bucket_numel`.
     """
 
     numels: tuple[int, ...]
     world_size: int = 1
     max_bucket_numel: int | None = None
     reduce_every_backward: bool = False
-    starts: tuple[int, ...] = field(init=False, repr=False)  # flat place of each, then the end
+    starts: tuple[int, ...] = field(init=False, repr=False)  # where each parameter starts, then the end
 
     def __post_init__(self) -> None:
         spans = (_round_up(n, ALIGNMENT) for n in self.numels)
@@ -77,7 +77,7 @@ class FlatLayout:
 
     @property
     def numel(self) -> int:
-        """Elements of all parameters, without padding."""
+        """The number of elements of all parameters, without padding."""
         return sum(self.numels)
 
     @property
@@ -86,7 +86,7 @@ class FlatLayout:
 
     @property
     def bucket_numel(self) -> int:
-        """Elements of every bucket but the last, which may be smaller."""
+        """The number of elements of every bucket but the last, which may be smaller."""
         most = self.max_bucket_numel or suitable_bucket_numel(
             self.starts[-1], self.world_size, reduce_every_backward=self.reduce_every_backward
         )
@@ -94,32 +94,33 @@ class FlatLayout:
 
     @property
     def padded_numel(self) -> int:
-        """Elements of the whole layout."""
+        """The number of elements of the whole layout, padding included."""
         return _round_up(self.starts[-1], self._quantum)
 
     @property
     def shard_numel(self) -> int:
-        """Elements that each rank owns, padding included."""
+        """The number of elements that each rank owns, padding included."""
         return self.padded_numel // self.world_size
 
     @property
     def num_buckets(self) -> int:
-        """Buckets in the layout."""
+        """The number of buckets."""
         return -(-self.padded_numel // self.bucket_numel)
 
     def bucket(self, k: int) -> tuple[int, int]:
-        """Flat ``[start, stop)`` of bucket ``k``, padding included."""
+        """Return the flat ``[start, stop)`` of bucket ``k``, padding included."""
         return k * self.bucket_numel, min((k + 1) * self.bucket_numel, self.padded_numel)
 
     def slice_of(self, k: int, rank: int) -> tuple[int, int]:
-        """Flat ``[start, stop)`` of what ``rank`` owns in bucket ``k``."""
+        """Return the flat ``[start, stop)`` of ``rank``'s slice of bucket ``k``."""
         start, stop = self.bucket(k)
         share = (stop - start) // self.world_size
         return start + rank * share, start + (rank + 1) * share
 
     def pieces(self, start: int, stop: int, offset: int = 0) -> list[Piece]:
-        """The runs of parameters in flat ``[start, stop)``; ``offset`` is where ``start`` shall lie."""
+        """Return the runs of parameters in flat ``[start, stop)``; ``start`` has the offset ``offset``."""
         found = []
+        # A bisection, since a layout of thousands of parameters is asked for every slice of every bucket.
         i = max(bisect_right(self.starts, start) - 1, 0)
         while i < len(self.numels) and self.starts[i] < stop:
             a, b = max(start, self.starts[i]), min(stop, self.starts[i] + self.numels[i])
@@ -129,7 +130,7 @@ class FlatLayout:
         return found
 
     def owned(self, rank: int) -> list[list[Piece]]:
-        """Return the runs that ``rank`` owns, by bucket; offsets are places in the rank's flat shard."""
+        """Return the runs that ``rank`` owns, by bucket; offsets are positions in the rank's flat shard."""
         buckets = []
         offset = 0
         for k in range(self.num_buckets):
@@ -139,7 +140,7 @@ class FlatLayout:
         return buckets
 
     def ranges(self, rank: int) -> list[list[list[int]]]:
-        """The ``[start, stop)`` of each parameter that ``rank`` owns, in ascending order."""
+        """Return the ``[start, stop)`` of each parameter that ``rank`` owns, in ascending order."""
         found: list[list[list[int]]] = [[] for _ in self.numels]
         for pieces in self.owned(rank):
             for piece in pieces:
@@ -152,7 +153,7 @@ class Footprint:
     """The memory and traffic of one rank, in bytes.
 
     Attributes:
-        staging: Buckets that travel.
+        staging: Buckets in flight.
         sent: Per update, gradients and parameters together.
     """
 
@@ -171,14 +172,14 @@ class Footprint:
 def footprint(
     layout: FlatLayout, *, param_bytes: int = 4, grad_bytes: int = 4, state_bytes: int = 8, under_way: int = 2
 ) -> Footprint:
-    """Return the memory and traffic of each rank with ``layout``, before there is a model.
+    """Return the memory and traffic of each rank with ``layout``, without a model.
 
     Args:
-        param_bytes: Of an element; 2 for bf16.
-        grad_bytes: Of an element. With ``layout.reduce_every_backward`` there are those of the shard, and of a few
-            buckets.
-        state_bytes: Of an owned element: 8 for two fp32 moments, 12 with an fp32 master.
-        under_way: Buckets that travel at a time.
+        param_bytes: Bytes per element; 2 for bf16.
+        grad_bytes: Bytes per element. With ``layout.reduce_every_backward`` only the gradients of the shard and of a
+            few buckets exist.
+        state_bytes: Bytes per owned element: 8 for two fp32 moments, 12 with an fp32 master.
+        under_way: The number of buckets in flight.
     """
     others = layout.world_size - 1
     slice_numel = layout.bucket_numel // layout.world_size
