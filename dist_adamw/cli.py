@@ -51,7 +51,7 @@ def preview(
         total_samples: Samples of the whole training, to see where in its cycle it ends.
         plot: PNG file to draw lr and the decay of one update into.
     """
-    # In the paper's convention group["weight_decay"] is the whole decay of one update, which is what users compare.
+    # In the paper's convention group["weight_decay"] is the whole decay of one update, which is to be shown.
     optimizer = DistAdamW([torch.zeros(1)], lr=lr, weight_decay=weight_decay, decay_by="schedule")
     scheduler = CyclicLRWithRestarts(
         optimizer,

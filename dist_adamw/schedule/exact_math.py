@@ -19,8 +19,8 @@ _ONE = 1 << _BITS
 # pi to 192 fractional bits, rounded.
 _PI = 0x3_243F6A88_85A308D3_13198A2E_03707344_A4093822_299F31D0
 
-# Every field is set, so that the caller's context has no influence. exp() amplifies an error in the last digit by up to
-# 745, the largest exponent whose result a double can hold: hence more digits than a double needs.
+# Every field is set, so that the caller's context has no influence. exp() multiplies the relative error of its argument
+# by up to 745, the argument of the smallest double: hence more digits than a double needs.
 _DIGITS = 34
 _DECIMAL = Context(_DIGITS, ROUND_HALF_EVEN, Emin=-999_999, Emax=999_999, capitals=1, clamp=0, flags=[], traps=[])
 
