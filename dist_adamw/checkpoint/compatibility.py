@@ -119,8 +119,7 @@ def compare(
     for name, buffer in buffers(ours.model):
         if _shares_memory(buffer):
             raise CheckpointError(
-                f"elements of the buffer {name} share memory (expand), so it cannot be loaded. Make it "
-                "contiguous()."
+                f"elements of the buffer {name} share memory (expand), so it cannot be loaded. Make it contiguous()."
             )
     if optimizer is not None:
         _check_optimizer(index, ours, optimizer, scheduler, choice)

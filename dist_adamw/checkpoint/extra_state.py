@@ -43,9 +43,7 @@ def check_extra_state(index: Index, model: nn.Module) -> None:
     """Raise if a checkpoint has extra state of other modules than this model. Local."""
     saved, ours = _saved(index), {name for name, _ in _modules(model)}
     if "modules" not in index.about and ours:  # imported, or written by an older release
-        warnings.warn(
-            f"{index.folder} has no extra state (get_extra_state), which stays as it is.", stacklevel=2
-        )
+        warnings.warn(f"{index.folder} has no extra state (get_extra_state), which stays as it is.", stacklevel=2)
         return
     for name in sorted(saved ^ ours):
         where = "is not in the checkpoint" if name in ours else "is in the checkpoint, and not in this model"

@@ -191,9 +191,7 @@ def load_safely(file: Any, what: str | Path, how_to_trust: str, **options: Any) 
         if isinstance(error, RuntimeError) and "TorchScript" not in str(error):
             raise
         if (asked := re.search(r"GLOBAL (\S+)", str(error))) is None:
-            raise CheckpointError(
-                f"{what} is damaged, or is no torch.save file of tensors and plain data."
-            ) from error
+            raise CheckpointError(f"{what} is damaged, or is no torch.save file of tensors and plain data.") from error
         raise CheckpointError(_sentence(what, asked[1], how_to_trust)) from error
 
 

@@ -96,9 +96,7 @@ def plain_group(group: Mapping[str, Any], names: list[str]) -> dict[str, Any]:
     """
     for key, value in group.items():
         if isinstance(value, Tensor) and value.numel() > 1:
-            raise CheckpointError(
-                f"{key} of a parameter group is a tensor of shape {list(value.shape)}, not a number."
-            )
+            raise CheckpointError(f"{key} of a parameter group is a tensor of shape {list(value.shape)}, not a number.")
     # DeepSpeed's FusedAdam keeps "step" in the group; ours is per parameter.
     return {"names": names, **{k: plain(v) for k, v in group.items() if k not in ("params", "param_names", "step")}}
 

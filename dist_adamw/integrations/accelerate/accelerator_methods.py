@@ -230,7 +230,7 @@ def _check_before_load(
     """Raise on every rank if the folder cannot be loaded; nothing has been changed then. Collective."""
     for one in ours:
         if one.watch is not None:
-            one.watch.settle()  # read the pending comparison of ranks before it refers to replaced state
+            one.watch.settle()  # read the last update's comparison of ranks before the state is replaced
     names = [one.name for one in ours]
     check_all_there(where, names, is_there, group)
     run_on_all_ranks(lambda: check_custom_objects(accelerator, where), group)
