@@ -1,7 +1,4 @@
-"""The ``dist-adamw`` command: look at a recipe before training; look into checkpoints, and convert them.
-
-Arguments in, text and pictures out; the arithmetic is elsewhere.
-"""
+"""The ``dist-adamw`` command: preview a recipe before training; inspect and convert checkpoints."""
 
 from __future__ import annotations
 
@@ -36,25 +33,25 @@ def preview(
     total_samples: int | None = None,
     plot: str | None = None,
 ) -> None:
-    """Print the table of restarts of a recipe, and draw it.
+    """Print a recipe's table of restarts, and draw its curves.
 
     Args:
         batch_size: Global batch, in samples.
         epoch_size: Samples in an epoch.
         restart_period: Length of the first cycle in epochs; may be a fraction.
-        t_mult: Each cycle is this many times as long as the one before.
+        t_mult: Factor from the length of one cycle to the next.
         lr: Learning rate at the peak of the first cycle.
         min_lr: Learning rate at the end of a cycle.
-        weight_decay: lambda_norm, the weight decay before it is normalised.
+        weight_decay: lambda_norm, the weight decay before normalisation.
         policy: cosine, arccosine, triangular, triangular2 or exp_range.
         gamma: Base of exp_range's amplitude.
-        triangular_step: Where in a cycle the triangular policies peak.
-        warmup_samples: Samples over which lr rises at the very start.
-        cycles: How many cycles to show; default 4, or those of total_samples.
-        total_samples: Samples that will be trained on, to see where in its cycle training ends.
-        plot: A PNG to draw lr and the decay of one update into.
+        triangular_step: Position of the triangular policies' peak in a cycle, from 0 to 1.
+        warmup_samples: Samples over which lr rises at the start.
+        cycles: Number of cycles to show; default 4, or those of total_samples.
+        total_samples: Samples of the whole training, to see where in its cycle it ends.
+        plot: PNG file to draw lr and the decay of one update into.
     """
-    # The paper's convention: what is shown is the whole decay of one update.
+    # In the paper's convention group["weight_decay"] is the whole decay of one update, which is to be shown.
     optimizer = DistAdamW([torch.zeros(1)], lr=lr, weight_decay=weight_decay, decay_by="schedule")
     scheduler = CyclicLRWithRestarts(
         optimizer,
@@ -75,12 +72,12 @@ def preview(
 
 
 def batch(size: int, micro_batch_size: int, data_parallel_size: int = 1) -> None:
-    """Find the gradient accumulation that gives a global batch.
+    """Find the gradient accumulation for a global batch.
 
     Args:
-        size: Global batch wanted, in samples.
-        micro_batch_size: Samples that one rank sees in one forward pass.
-        data_parallel_size: Ranks that see different samples.
+        size: Global batch, in samples.
+        micro_batch_size: Samples of one rank in one forward pass.
+        data_parallel_size: Number of ranks that see different samples.
     """
     found = GlobalBatch.solve(size=size, micro_batch_size=micro_batch_size, data_parallel_size=data_parallel_size)
     print(
@@ -90,7 +87,7 @@ def batch(size: int, micro_batch_size: int, data_parallel_size: int = 1) -> None
 
 
 def inspect(path: str) -> None:
-    """Print what a checkpoint holds, and whether it is whole.
+    """Describe a checkpoint, and check that it is whole.
 
     Args:
         path: Its folder.
@@ -109,14 +106,14 @@ def import_(
     names: list[str] | None = None,
     without: list[str] | None = None,
 ) -> None:
-    """Make a checkpoint from one of torch, FSDP2, DeepSpeed or safetensors. Nothing in it is executed.
+    """Convert a torch, FSDP2, DeepSpeed or safetensors checkpoint. No code in it is executed.
 
     Args:
         source: The file or folder.
         path: The folder to write the checkpoint to.
         kind: torch (torch.save, also of ZeroRedundancyOptimizer), dcp (FSDP2), universal (DeepSpeed) or safetensors.
-        optimizer: The file with the optimizer's state dict, if it has its own.
-        names: Names of the optimizer's parameters in its order, if its groups do not say them.
+        optimizer: The file with the optimizer's state dict, if that is separate.
+        names: Names of the optimizer's parameters in its order, if its groups have none.
         without: Names of weights to leave out, such as the second name of a tied one.
     """
     import_checkpoint(source, path, kind, optimizer=optimizer, names=names, without=without or ())
@@ -130,7 +127,7 @@ def export(path: str, target: str, kind: Kind | None = None, master: bool = Fals
         path: The checkpoint's folder.
         target: The file or folder to write.
         kind: torch (torch.save), dcp (FSDP2), universal (DeepSpeed) or safetensors (weights alone).
-        master: Write the fp32 weights, where the model's are less exact.
+        master: Write the fp32 weights if the model's have less precision.
     """
     if kind is None:
         raise ValueError("name the kind of file to write: --kind torch, dcp, universal or safetensors.")
@@ -139,11 +136,11 @@ def export(path: str, target: str, kind: Kind | None = None, master: bool = Fals
 
 
 def main(args: list[str] | None = None) -> int:
-    """Run the command; a user's mistake is one sentence and exit status 2."""
+    """Run the command; print a user's mistake as one sentence, with exit status 2."""
     from jsonargparse import auto_cli
 
     args = sys.argv[1:] if args is None else args
-    # Recipes have too many numbers to go without names; paths need none.
+    # A recipe's many numbers need names; paths are positional.
     of_files = {"inspect": inspect, "import": import_, "export": export}
     components: dict[str, Any] = {"preview": preview, "batch": batch, **of_files}
     try:

@@ -1,7 +1,4 @@
-"""A byte-level GPT: pre-norm blocks, learned positions, tied embedding.
-
-Part of the main job, and only its model: knows nothing of text, training or ranks.
-"""
+"""A byte-level GPT: pre-norm blocks, learned positions, tied embedding."""
 
 from __future__ import annotations
 
@@ -24,7 +21,7 @@ class ModelConfig:
         layers: Transformer blocks.
         heads: Attention heads in each block.
         width: Features of each position; a multiple of heads.
-        context: Bytes that the model sees at once; also the length of a sample.
+        context: Bytes of context; also the length of a sample.
         dropout: Probability of dropping a feature.
     """
 
@@ -45,7 +42,7 @@ class ModelConfig:
 
 
 class Block(nn.Module):
-    """Attention to earlier positions, then a two-layer perceptron, each added to the stream."""
+    """Attention to earlier positions, then a two-layer perceptron, each added to the residual stream."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -59,7 +56,7 @@ class Block(nn.Module):
         self.mlp_out = nn.Linear(4 * config.width, config.width)
 
     def forward(self, stream: Tensor) -> Tensor:
-        """``stream`` is (samples, positions, width), as is what is returned."""
+        """Return the new stream; both are (samples, positions, width)."""
         stream = stream + self._drop(self.attention_out(self._attend(self.norm_attention(stream))))
         hidden = F.gelu(self.mlp_in(self.norm_mlp(stream)), approximate="tanh")
         return stream + self._drop(self.mlp_out(hidden))
@@ -77,7 +74,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Predicts each next byte.
+    """A model that predicts each next byte.
 
     Source: Radford et al., Language Models are Unsupervised Multitask Learners, 2019.
     """
@@ -92,7 +89,7 @@ class GPT(nn.Module):
         self._initialise()
 
     def _initialise(self) -> None:
-        # Each block adds twice to the stream: their outputs start small enough to keep its variance at one.
+        # Each block adds to the stream twice: small initial outputs keep its variance from growing with depth.
         into_stream = 0.02 / math.sqrt(2 * self.config.layers)
         for name, param in self.named_parameters():
             if param.ndim == 2:
@@ -101,7 +98,7 @@ class GPT(nn.Module):
                 nn.init.zeros_(param)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Logits of the next byte, (samples, positions, 256), from bytes, (samples, positions)."""
+        """Return logits of the next byte, (samples, positions, 256), for bytes, (samples, positions)."""
         positions = torch.arange(tokens.shape[1], device=tokens.device)
         stream = self.embed_byte(tokens) + self.embed_position(positions)
         stream = F.dropout(stream, self.config.dropout, self.training)
@@ -111,11 +108,11 @@ class GPT(nn.Module):
 
 
 def next_byte_losses(model: nn.Module, windows: Tensor) -> Tensor:
-    """Mean cross-entropy of each window, in nats per byte.
+    """Return the mean cross-entropy of each window, in nats per byte.
 
     Args:
         model: Maps bytes to logits.
-        windows: Bytes, (samples, context + 1): all but the last are read, all but the first predicted.
+        windows: Bytes, (samples, context + 1): all but the last are inputs, all but the first are targets.
     """
     windows = windows.long()
     logits = model(windows[:, :-1])
@@ -123,7 +120,7 @@ def next_byte_losses(model: nn.Module, windows: Tensor) -> Tensor:
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices decay; norms and biases do not."""
+    """Return two parameter groups: matrices, which decay, and norms and biases, which do not."""
     params = list(model.named_parameters())
     return [
         {"params": [p for _, p in params if p.ndim >= 2], "weight_decay": weight_decay},

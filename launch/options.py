@@ -1,7 +1,6 @@
 """The options of the main job, from YAML files and the command line.
 
-Part of the main job. Knows what can be chosen, and which choices a resumed job must repeat; the
-choices themselves live beside those whose they are.
+Each part of the job defines its own options; this module combines them.
 """
 
 from __future__ import annotations
@@ -21,24 +20,24 @@ from text import TextConfig
 
 AUTO = "auto"
 _DESCRIPTION = "Train a byte-level GPT with DistAdamW and warm restarts, on any number of ranks."
-# More cycles are welcome; the batch may be made up otherwise, and the schedule judges its size.
+# Options that a resumed job may change: the number of cycles, and the batch, whose size the schedule checks.
 _load_yaml = get_loader("yaml")
 _FREE = ("recipe.cycles", "recipe.micro_batch", "recipe.global_batch")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunConfig:
-    """How the job runs; nothing here but the seed changes what is learned.
+    """How the job runs. Except for the seed, nothing here changes the result.
 
     Args:
-        seed: Of the initial weights and of the order of the data.
+        seed: Seed of the initial weights and of the order of the data.
         validate_every: Samples between two validations; 0 for the ends of cycles only.
         save_every: Samples between two checkpoints; 0 for the ends of cycles only.
         keep: How many of the newest checkpoints to keep.
-        overwrite: Discard the checkpoints that are in --out, and start afresh.
-        tracker: A tracker of Accelerate's, such as tensorboard or wandb; none for none.
-        timeout: Seconds after which a rank gives the others up, so that a launcher can go on without a machine
-            that is cut off; longer than writing a checkpoint takes. Null for torch's: 1800, or 600 on GPUs.
+        overwrite: Delete the checkpoints in --out, and start from the beginning.
+        tracker: One of Accelerate's trackers, such as tensorboard or wandb, or none.
+        timeout: Seconds that a rank waits for the others, so that a launcher can continue without a machine that is
+            cut off; longer than writing a checkpoint takes. Null for torch's default: 1800, or 600 on GPUs.
     """
 
     seed: int = 0
@@ -64,7 +63,7 @@ _SECTIONS: dict[str, Any] = {"model": ModelConfig, "text": TextConfig, "recipe":
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Config:
-    """All there is to choose."""
+    """All options."""
 
     data: str | None = None
     out: str = "runs/small"
@@ -75,7 +74,7 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
 
     def shaping(self) -> dict[str, Any]:
-        """What a resumed job must have alike, by option."""
+        """Return the options that a resumed job must not change."""
         sections = {name: asdict(self)[name] for name in ("model", "text", "recipe")}
         flat = {f"{name}.{key}": value for name, section in sections.items() for key, value in section.items()}
         flat |= {"recipe.betas": list(self.recipe.betas), "run.seed": self.run.seed}
@@ -83,19 +82,19 @@ class Config:
 
 
 def _load(text: str) -> Any:
-    """YAML that jsonargparse is done with soon: it writes aliases out, and is slow where lists lie in lists."""
+    """Load YAML, without aliases and deep nesting: jsonargparse expands aliases, and is slow on nested lists."""
     depth = 0
     for event in yaml.parse(text, yaml.SafeLoader):
         if isinstance(event, yaml.AliasEvent):
-            raise yaml.YAMLError("an alias (*name) cannot be here; write the value itself")
+            raise yaml.YAMLError("aliases (*name) are not supported; write the value itself")
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > 9:
-            raise yaml.YAMLError("lists in lists, ten deep")
+            raise yaml.YAMLError("lists are nested ten deep; nine is the limit")
     return _load_yaml(text)
 
 
 def parse(arguments: Sequence[str] | None = None) -> Config:
-    """Read the command line and the YAML files it names.
+    """Read the command line and the YAML files that it names.
 
     Raises:
         ValueError: an option is unknown or out of its range.
@@ -104,9 +103,9 @@ def parse(arguments: Sequence[str] | None = None) -> Config:
     parser = ArgumentParser(prog="train.py", description=_DESCRIPTION, exit_on_error=False)
     parser.add_argument("--config", action="config", help="YAML file of options, such as configs/train/small.yaml")
     parser.add_argument("--data", type=str | None, help="file or folder to train on; default: Python's own library")
-    parser.add_argument("--out", type=str, default=Config().out, help="folder for all that the run writes")
-    resume = "continue from the newest checkpoint in --out, or from the one given; auto: from the newest whole one, "
-    resume += "and begin where there is none"
+    parser.add_argument("--out", type=str, default=Config().out, help="folder for everything that the run writes")
+    resume = "continue from the newest checkpoint in --out, or from the given one; auto: from the newest whole one, "
+    resume += "or from the beginning if there is none"
     parser.add_argument("--resume", type=str, nargs="?", const=NEWEST, help=resume)
     for name, part in _SECTIONS.items():
         parser.add_class_arguments(part, name)
@@ -121,7 +120,7 @@ def parse(arguments: Sequence[str] | None = None) -> Config:
     for name, part in _SECTIONS.items():
         if not isinstance(told[name], Namespace):
             raise ValueError(f"--{name}: a section must have keys and values. See train.py --help.")
-        for one in fields(part):  # jsonargparse takes null for anything that has a default
+        for one in fields(part):  # jsonargparse accepts null for any option with a default
             if told[name][one.name] is None and "None" not in str(one.type):
                 raise ValueError(f"--{name}.{one.name} cannot be null. See train.py --help.")
     options = parser.instantiate(told)

@@ -1,7 +1,4 @@
-"""How the weights are updated: optimizer, schedule and global batch of the main job.
-
-Part of the main job. Knows DistAdamW and its schedule; nothing of text or ranks.
-"""
+"""Optimizer, schedule and global batch of the main job."""
 
 from __future__ import annotations
 
@@ -19,21 +16,21 @@ class Recipe:
     """Optimizer, schedule and global batch. A sample is one window of text.
 
     Args:
-        global_batch: Samples that one update averages over, all ranks together.
-        micro_batch: Samples that one rank sees in one forward pass; accumulation makes up the rest.
-        cycles: Train to the end of so many cycles.
+        global_batch: Samples of one update, over all ranks.
+        micro_batch: Samples of one rank in one forward pass; accumulation makes up the rest.
+        cycles: Number of cycles to train.
         lr: Learning rate at the beginning of each cycle.
         min_lr: Learning rate at the end of each cycle.
         weight_decay: AdamWR's normalised decay, lambda_norm; norms and biases do not decay.
         betas: Decay rates of the two moments.
         eps: Added to the root of the second moment.
-        max_grad_norm: Clip the global gradient to this norm; null to leave it.
-        decay_by: Whether weights shrink by lr * weight_decay (torch) or by weight_decay (the paper); same weights.
+        max_grad_norm: Clip the global gradient to this norm; null for no clipping.
+        decay_by: Whether weights decay by lr * weight_decay (torch) or by weight_decay (the paper); same result.
         restart_period: Length of the first cycle, in epochs; may be a fraction.
-        t_mult: Each cycle is this many times as long as the one before.
+        t_mult: Factor from the length of one cycle to the next.
         policy: Shape of each cycle.
-        gamma: Amplitude of exp_range shrinks by this at every update.
-        warmup_samples: The learning rate rises from 0 over so many samples, once, before the first cycle.
+        gamma: Factor on exp_range's amplitude at every update.
+        warmup_samples: Samples over which the learning rate rises from 0, before the first cycle.
     """
 
     global_batch: int = 16
@@ -70,7 +67,7 @@ class Recipe:
         )
 
     def make_scheduler(self, optimizer: DistAdamW) -> CyclicLRWithRestarts:
-        """Return the schedule; ``prepare`` tells it the global batch and the epoch size."""
+        """Return the schedule; ``prepare`` fills in the global batch and the epoch size."""
         return CyclicLRWithRestarts(
             optimizer,
             restart_period=self.restart_period,

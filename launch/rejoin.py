@@ -1,9 +1,8 @@
 #!/usr/bin/env python3
-"""``torchrun`` that joins again when it has lost the other machines; elastic.sh starts it.
+"""``torchrun`` that rejoins after it has lost the other machines; elastic.sh starts it.
 
-torchrun ends when its connection to the machine that keeps the list of machines breaks, and does not try another. Its
-ranks have failed by then, and the other machines have gone on without it: it begins anew, as a machine that is new.
-Knows torchrun; nothing of what it starts.
+torchrun ends when its connection to the rendezvous host breaks, and does not reconnect. By then its ranks have failed
+and the other machines have continued without it, so it joins again as a new machine.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ _PAUSE = 2.0  # seconds
 
 
 def main() -> None:
-    """Run torchrun's command line; up to REJOINS times more when the others are out of reach."""
+    """Run torchrun's command line, and again up to REJOINS times if the other machines are lost."""
     left = int(os.environ.get("REJOINS", "20"))
     try:
         run.main(sys.argv[1:])
@@ -29,7 +28,7 @@ def main() -> None:
         print(f"rejoin.py: lost the other machines, joining again: {str(error).splitlines()[0]}", file=sys.stderr)
         sys.stderr.flush()
         time.sleep(_PAUSE)
-        # A new process, without the connections and timers of the old one, but with its number.
+        # exec drops the old connections and timers, and keeps the process id that a supervisor watches.
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, "REJOINS": str(left - 1)})
 
 

@@ -1,7 +1,4 @@
-"""What the main job tells: its history as CSV, the curves as PNG, and short tables.
-
-Part of the main job. Knows numbers and files; nothing of models, ranks or how anything is trained.
-"""
+"""Reports of the main job: its history as CSV, the curves as PNG, and short tables."""
 
 from __future__ import annotations
 
@@ -20,11 +17,11 @@ class Row:
     """One update.
 
     Attributes:
-        samples: Global samples after it.
-        loss: Mean over its global batch, before it; nats per byte.
-        lr: What it was made with.
-        weight_decay: Of the first parameter group; what it was made with.
-        val_loss: On held-out text, after it; None where it was not measured.
+        samples: Global samples after the update.
+        loss: Mean over its global batch, before the update; nats per byte.
+        lr: The learning rate of the update.
+        weight_decay: The weight decay of the update, in the first parameter group.
+        val_loss: Loss on held-out text after the update; None if not measured.
         seconds: Training time so far.
     """
 
@@ -37,13 +34,13 @@ class Row:
 
 
 class History:
-    """``history.csv``: one row per update, on disk as soon as it is known.
+    """``history.csv``: one row per update, written at once.
 
     Floats are written with repr, so two histories can be compared bit for bit.
 
     Args:
-        path: The file; rows beyond ``samples`` are dropped from it.
-        samples: Where the job resumes; 0 for a fresh one.
+        path: The file; rows after ``samples`` are removed from it.
+        samples: The samples at which the job resumes; 0 for a new one.
     """
 
     def __init__(self, path: Path, samples: int) -> None:
@@ -59,11 +56,11 @@ class History:
 
     @property
     def seconds(self) -> float:
-        """Training time until the last row."""
+        """Training time up to the last row."""
         return self.rows[-1].seconds if self.rows else 0.0
 
     def append(self, row: Row) -> None:
-        """Keep ``row``, here and on disk."""
+        """Add ``row``, in memory and on disk."""
         self.rows.append(row)
         self._write(row)
 
@@ -73,13 +70,13 @@ class History:
 
 
 def read_history(path: Path) -> list[Row]:
-    """Rows of a history file; lines that were cut off or spoilt are left out."""
+    """Return the rows of a history file, without truncated or damaged lines."""
     if not path.exists():
         return []
     lines = [line for line in path.read_text(errors="replace").splitlines(keepends=True) if line.endswith("\n")]
     rows = []
     for line in lines[1:]:
-        with contextlib.suppress(ValueError, csv.Error):  # what a machine that lost its power has left
+        with contextlib.suppress(ValueError, csv.Error):  # a power failure can leave garbage
             samples, loss, lr, decay, val, seconds = next(csv.reader([line]))
             rows.append(
                 Row(int(samples), float(loss), float(lr), float(decay), float(val) if val else None, float(seconds))
@@ -88,7 +85,7 @@ def read_history(path: Path) -> list[Row]:
 
 
 def draw(path: Path, rows: Sequence[Row], restarts: Sequence[int], levels: Mapping[str, float], title: str) -> None:
-    """Draw loss, lr and weight decay over samples, restarts marked, into a PNG."""
+    """Draw loss, lr and weight decay over samples as a PNG, with restarts marked."""
     measured = [row for row in rows if row.val_loss is not None]
     plot_curves(
         path,
@@ -106,19 +103,19 @@ def draw(path: Path, rows: Sequence[Row], restarts: Sequence[int], levels: Mappi
 
 
 def loss_table(levels: Mapping[str, float]) -> str:
-    """A table of losses, given in nats per byte."""
+    """Return a table of losses, given in nats per byte."""
     lines = [f"{'':<34}{'nats/byte':>10}{'bits/byte':>11}"]
     lines += [f"{name:<34}{nats:>10.3f}{nats / math.log(2):>11.3f}" for name, nats in levels.items()]
     return "\n".join(lines)
 
 
 def memory_table(parameters: int, ranks: int) -> str:
-    """Bytes that each rank will hold in fp32, activations apart."""
+    """Return a table of each rank's memory in fp32, without activations."""
     parts = {"parameters": 4 * parameters, "gradients": 4 * parameters, "optimizer state": 8 * parameters / ranks}
     lines = [f"  {name:<16}{megabytes(size):>12}" for name, size in {**parts, "total": sum(parts.values())}.items()]
-    return "\n".join(["memory per rank (fp32, activations apart):", *lines])
+    return "\n".join(["memory per rank (fp32, without activations):", *lines])
 
 
 def megabytes(size: float) -> str:
-    """``size`` bytes for people."""
+    """Return ``size`` bytes as text in MB."""
     return f"{size / 1e6:,.1f} MB"

@@ -1,12 +1,10 @@
-"""What a long job needs around its training loop: agreeing, stopping when told to, checkpoints.
-
-Part of the main job. Knows Accelerate and folders; nothing of models, text or schedules.
+"""Agreement of ranks on errors, stop signals, and checkpoints for a long job.
 
 A run's folder holds its checkpoints, each named by the samples it was trained on:
 
     checkpoints/sample-000001234/
-        ...             what accelerator.save_state writes
-        progress.json   where the job stood, as plain data
+        ...             the files of accelerator.save_state
+        progress.json   the job's progress, as plain data
 """
 
 from __future__ import annotations
@@ -30,11 +28,11 @@ _PROGRESS = "progress.json"
 
 
 class JobError(ValueError):
-    """Something that every rank knows, and a sentence about it."""
+    """An error that every rank raises, with one sentence."""
 
 
 def everywhere(action: Callable[[], T]) -> T:
-    """Run ``action`` on every rank; where it fails on one, all raise its sentence. Collective.
+    """Run ``action`` on every rank; if it fails on any, raise its error on all. Collective.
 
     Raises:
         JobError: ``action`` raised anything on some rank.
@@ -47,7 +45,7 @@ def everywhere(action: Callable[[], T]) -> T:
 
 
 def on_main(accelerator: Accelerator, action: Callable[[], T]) -> T:
-    """Run ``action`` on the main rank; all ranks get its result, or raise its sentence. Collective.
+    """Run ``action`` on the main rank; return its result or raise its error on all ranks. Collective.
 
     Raises:
         JobError: ``action`` raised anything.
@@ -64,7 +62,7 @@ def _attempt(action: Callable[[], T]) -> tuple[T | None, str | None]:
         return action(), None
     except (ValueError, OSError) as error:
         return None, str(error)
-    except Exception as error:  # of a library; without the others' knowledge they would wait for ever
+    except Exception as error:  # from a library: if it were raised here, the other ranks would wait forever
         return None, f"{type(error).__name__}: {error}"
 
 
@@ -72,10 +70,10 @@ def _attempt(action: Callable[[], T]) -> tuple[T | None, str | None]:
 
 
 class StopSignals:
-    """Remembers SIGINT and SIGTERM instead of dying of them.
+    """Record SIGINT and SIGTERM in place of exiting.
 
-    A launcher may send a signal to each rank several times, and to some ranks later than to
-    others: nothing is done in the handler, and the ranks agree by adding up their `flags`.
+    A launcher may send a signal to each rank several times, and to some ranks later than to others, so the handler
+    only records it, and the ranks agree by summing their `flags`.
     """
 
     numbers = (signal.SIGINT, signal.SIGTERM)
@@ -88,15 +86,15 @@ class StopSignals:
             signal.signal(number, lambda received, _: self._received.add(received))
 
     def flags(self) -> list[float]:
-        """One number per signal: 1 where this rank has received it."""
-        # accelerate launch dies of a SIGTERM without a word to its only process: the loss of
-        # the launcher is then the signal.
+        """Return one number per signal: 1 if this rank has received it."""
+        # With a single process, accelerate launch exits on SIGTERM without forwarding it, so a new parent process
+        # counts as the signal.
         if self._launcher is not None and os.getppid() != self._launcher:
             self._received.add(signal.SIGTERM)
         return [float(number in self._received) for number in self.numbers]
 
     def agreed(self, sums: list[float]) -> signal.Signals | None:
-        """The signal that some rank has received, from the ranks' flags added up."""
+        """Return the signal that some rank has received, from the sums of the ranks' flags."""
         return next((number for number, total in zip(self.numbers, sums, strict=True) if total), None)
 
 
@@ -105,11 +103,11 @@ class StopSignals:
 
 @dataclass
 class Progress:
-    """Where a job stands: what a checkpoint tells besides weights and states.
+    """A job's progress, saved with a checkpoint.
 
     Attributes:
-        samples: Global samples of the updates applied.
-        updates: Updates applied.
+        samples: Global samples of the applied updates.
+        updates: Applied updates.
         config: The job's configuration, as plain data.
         text: Digest of the text.
     """
@@ -124,8 +122,8 @@ class Checkpoints:
     """The checkpoints of one run.
 
     Args:
-        accelerator: Saves and loads the objects it has prepared.
-        out: The run's folder; every machine sees the same.
+        accelerator: The accelerator that prepared the objects to save.
+        out: The run's folder, shared by all machines.
         keep: How many of the newest to keep.
     """
 
@@ -137,7 +135,7 @@ class Checkpoints:
         """Write a checkpoint, then delete the oldest ones. Collective.
 
         Raises:
-            CheckpointError: it could not be written; the older ones are still there.
+            CheckpointError: it could not be written; older ones are kept.
         """
 
         def write(path: Path) -> None:
@@ -150,19 +148,19 @@ class Checkpoints:
         return saved
 
     def find(self, wanted: str) -> tuple[Path, Progress]:
-        """The checkpoint to resume from, checked to the last byte. Collective.
+        """Return the checkpoint to resume from, checked to the last byte. Collective.
 
         Args:
-            wanted: `NEWEST`, or the folder of one checkpoint.
+            wanted: `NEWEST`, or a checkpoint's folder.
 
         Raises:
-            JobError: there is none, or it is damaged; the newest whole one is named.
+            JobError: there is none, or it is damaged; the message names the newest whole one.
         """
         path = on_main(self.accelerator, lambda: self._named(wanted))
         if problem := self.folder.damage_of(path):
             other = self.folder.newest(but=path)
-            cure = f"The newest whole one is {other}." if other else "There is no other whole one: start afresh."
-            raise JobError(f"{problem} {cure}")
+            advice = f"The newest whole one is {other}." if other else "There is no other whole one: start a new run."
+            raise JobError(f"{problem} {advice}")
         return path, on_main(self.accelerator, lambda: self._progress(path))
 
     def _named(self, wanted: str) -> Path:

@@ -1,7 +1,6 @@
-"""The text to train on: bytes, cut into windows, with a tail held out, and how predictable it is.
+"""The text to train on: bytes cut into windows, with a held-out tail, and its entropy.
 
-Part of the main job, and only its data: knows nothing of models or ranks. Every rank reads the
-text itself; the order of files is fixed, so all read the same.
+Every rank reads the text itself. The order of files is fixed, so all read the same.
 """
 
 from __future__ import annotations
@@ -30,8 +29,8 @@ class TextConfig:
 
     Args:
         max_bytes: Bytes to read, from the beginning; null for all of them.
-        held_out: Fraction of the text, at its end, that is never trained on.
-        max_held_out_windows: Windows of it that a validation looks at, evenly spaced.
+        held_out: Fraction at the end of the text that is never trained on.
+        max_held_out_windows: Windows of it that a validation uses, evenly spaced.
     """
 
     max_bytes: int | None = 2_000_000
@@ -48,13 +47,13 @@ class TextConfig:
 
 
 class Windows(Dataset[Tensor]):
-    """Runs of ``context + 1`` bytes; neighbours share one byte, so each byte is predicted once.
+    """Windows of ``context + 1`` bytes; neighbours share one byte, so each byte is predicted once.
 
     Args:
         text: 1-D, uint8.
-        context: Bytes that the model sees at once.
-        count: How many windows.
-        every: Take every so-many-th window only.
+        context: Bytes of context.
+        count: The number of windows.
+        every: Distance between windows, in windows.
     """
 
     def __init__(self, text: Tensor, context: int, count: int, every: int = 1) -> None:
@@ -73,7 +72,7 @@ class Windows(Dataset[Tensor]):
 
 @dataclass(frozen=True, slots=True)
 class Entropies:
-    """Nats per byte that remain when nothing (unigram) or one byte (bigram) of the past is known."""
+    """Entropy in nats per byte, given nothing (unigram) or one byte (bigram) of the past."""
 
     unigram: float
     bigram: float
@@ -84,12 +83,12 @@ class Text:
     """A text, cut for training.
 
     Attributes:
-        source: Where it came from, for people.
-        size: Bytes in all.
-        digest: Tells texts apart.
+        source: A description of its origin.
+        size: Its length in bytes.
+        digest: A checksum of the text.
         training: Windows to train on: a whole number of global batches.
         held_out: Windows from the end, never trained on.
-        entropies: Of the whole text.
+        entropies: Entropies of the whole text.
     """
 
     source: str
@@ -101,15 +100,16 @@ class Text:
 
 
 def load_text(path: str | None, config: TextConfig, *, context: int, global_batch: int) -> Text:
-    """Read a text and cut it.
+    """Read a text and cut it into windows.
 
     Training windows are a whole number of global batches, so that every number of ranks makes the
-    same updates. Local; every rank gets the same.
+    same updates. Local; the same on every rank.
 
     Args:
         path: A file or a folder; None for the source of the running Python's standard library.
-        context: Bytes that the model sees at once.
-        global_batch: Windows that one update averages over.
+        config: How much of the text to use.
+        context: Bytes of context.
+        global_batch: Windows of one update.
 
     Raises:
         ValueError: there is no such text, or too little of it.
@@ -124,7 +124,7 @@ def load_text(path: str | None, config: TextConfig, *, context: int, global_batc
         wanted = math.ceil(max((global_batch * context + 1) / (1 - config.held_out), (context + 2) / config.held_out))
         raise ValueError(
             f"{source} is too small: {len(data):,} bytes are read, and one global batch of {global_batch} windows of "
-            f"{context} bytes, beside a held-out fraction of {config.held_out:g} with at least one window, needs about "
+            f"{context} bytes, plus a held-out fraction of {config.held_out:g} with at least one window, needs about "
             f"{wanted:,}. Pass more text (--data), raise text.max_bytes, or lower recipe.global_batch or model.context."
         )
     array = np.frombuffer(data, dtype=np.uint8)
@@ -140,7 +140,7 @@ def load_text(path: str | None, config: TextConfig, *, context: int, global_batc
 
 
 def _find(path: str | None) -> tuple[list[Path], str]:
-    """The files to read, in an order that is the same everywhere, and a name for them."""
+    """Return the files to read, in the same order on every machine, and a description of them."""
     if path is None:
         library = Path(sysconfig.get_paths()["stdlib"])
         files = [file for file in library.rglob("*.py") if not _NOT_LIBRARY & set(file.relative_to(library).parts)]
@@ -169,7 +169,7 @@ def _read(files: Iterable[Path], max_bytes: int | None) -> bytearray:
 
 
 def entropies(text: np.ndarray) -> Entropies:
-    """Entropy of a byte, and of a byte given the one before it, by counting. ``text`` is uint8."""
+    """Return the entropy of a byte, and of a byte given the previous one, by counting. ``text`` is uint8."""
     pairs = np.zeros(BYTES * BYTES, dtype=np.int64)
     for start in range(0, len(text) - 1, _CHUNK):
         chunk = text[start : start + _CHUNK + 1].astype(np.int32)

@@ -13,7 +13,7 @@ if [[ -n ${ZERO:-} ]]; then
     export ACCELERATE_USE_DEEPSPEED=true ACCELERATE_DEEPSPEED_CONFIG_FILE=$ZERO
 fi
 if ((gpus == 0)); then
-    # Without this, ranks on a CPU are single processes that know nothing of one another.
+    # Without this, each rank on a CPU trains alone.
     [[ -n ${ZERO:-} ]] || export ACCELERATE_USE_CPU=true
     NPROC=${NPROC:-2} PRECISION=${PRECISION:-no}
 fi
@@ -22,7 +22,7 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
 
 if [[ ${NNODES:-1} != 1 ]]; then
-    # A rendezvous host that comes back must not share its store with the ranks' (torch issue 135712).
+    # A rendezvous host that restarts must not share its store with the ranks (torch issue 135712).
     export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
     where=(--nnodes "$NNODES" --rdzv-backend c10d --rdzv-endpoint "${RDZV:?set RDZV to host:port of one machine}")
 else

@@ -4,11 +4,11 @@
     launch/accelerate.sh --config configs/train/small.yaml    # as many as the launcher starts
     launch/accelerate.sh --data my.txt --recipe.lr 1e-3 --out runs/mine
     launch/accelerate.sh --data my.txt --recipe.lr 1e-3 --out runs/mine --resume
-    launch/elastic.sh --out runs/mine --run.save_every 1600   # goes on by itself when ranks or machines fail
+    launch/elastic.sh --out runs/mine --run.save_every 1600   # continues when ranks or machines fail
 
-The loop is Accelerate's plain one: `Job._micro_batch`. Its parts: ``options.py`` what can be chosen,
-``gpt.py`` the model, ``text.py`` the text, ``recipe.py`` the optimizer and its schedule, ``run.py``
-checkpoints and signals, ``report.py`` tables and curves.
+The loop is a plain Accelerate loop: `Job._micro_batch`. ``options.py`` has the options, ``gpt.py`` the model,
+``text.py`` the text, ``recipe.py`` the optimizer and its schedule, ``run.py`` checkpoints and signals, ``report.py``
+tables and curves.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ import dist_adamw
 
 
 def check_launch(accelerator: Accelerator) -> None:
-    """Refuse to train as many single processes as there should have been ranks. Local."""
+    """Raise if the launcher was asked for several ranks and Accelerate sees only one. Local."""
     wanted = int(os.environ.get("WORLD_SIZE", "1"))
-    # accelerate launch names a master only when it was asked for several processes.
+    # accelerate launch sets MASTER_ADDR only if it was asked for several processes.
     lost = "ACCELERATE_DYNAMO_MODE" in os.environ and "MASTER_ADDR" in os.environ and "RANK" not in os.environ
     if accelerator.num_processes == 1 and (wanted > 1 or lost):
         raise ValueError(
@@ -55,7 +55,7 @@ class Job:
     """One training run, from its configuration to its last table. Every method is collective.
 
     Raises:
-        ValueError: the configuration cannot be carried out; on every rank alike.
+        ValueError: the configuration does not work; on every rank.
     """
 
     def __init__(self, config: Config) -> None:
@@ -70,7 +70,7 @@ class Job:
             group["timeout"] = timedelta(seconds=config.run.timeout)
         if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
             dist_adamw.register_deepspeed()
-            if not torch.cuda.is_available():  # else every rank would think that it is alone
+            if not torch.cuda.is_available():  # otherwise Accelerate counts one process on each rank
                 group["backend"] = "gloo"
         if group:
             handlers.append(InitProcessGroupKwargs(**group))
@@ -81,7 +81,7 @@ class Job:
             kwargs_handlers=handlers,
         )
         check_launch(self.accelerator)
-        # Only now: a rank that still looks for one that has died is to be ended by a SIGTERM, not 30 s later.
+        # Only after the rendezvous: a rank that waits there for a dead one must end on SIGTERM, not 30 s later.
         self.stop = StopSignals()
         self.checkpoints = Checkpoints(self.accelerator, self.out, config.run.keep)
         try:
@@ -91,7 +91,7 @@ class Job:
                 self.say(f"{config.run.tracker} is not installed: nothing is tracked but history.csv.")
             self.progress = Progress()
             if not self._resume():
-                # Only now, when nothing of the configuration can be wrong any more.
+                # Only after every check: an invalid configuration must not cost any checkpoints.
                 on_main(self.accelerator, self.checkpoints.folder.discard)
             self.progress.config = config.shaping()
             self.progress.text = self.text.digest
@@ -111,7 +111,7 @@ class Job:
         self.out.mkdir(parents=True, exist_ok=True)
 
     def _build(self) -> None:
-        """Make the text, the model, the optimizer, the loaders and the schedule, and prepare them."""
+        """Create the text, model, optimizer, loaders and schedule, and prepare them."""
         config, accelerator = self.config, self.accelerator
         self.batch = dist_adamw.GlobalBatch.solve(
             size=config.recipe.global_batch,
@@ -141,7 +141,7 @@ class Job:
         self.loss_sum = torch.zeros((), device=accelerator.device)
 
     def _find_checkpoint(self) -> tuple[Path, Progress] | None:
-        """The checkpoint to resume from; None to begin. Collective."""
+        """Return the checkpoint to resume from; None to start from the beginning. Collective."""
         if self.config.resume is None:
             return None
         if self.config.resume != AUTO:
@@ -149,7 +149,7 @@ class Job:
         paths = on_main(self.accelerator, self.checkpoints.folder.all)
         if not paths:
             return None
-        for newer in reversed(paths[1:]):  # nobody is there to choose an older one
+        for newer in reversed(paths[1:]):  # unattended, so fall back to older ones; the oldest raises below
             try:
                 return self.checkpoints.find(str(newer))
             except JobError as error:
@@ -157,7 +157,7 @@ class Job:
         return self.checkpoints.find(str(paths[0]))
 
     def _resume(self) -> bool:
-        """Put everything where a checkpoint says it was; False where there is none to resume from."""
+        """Restore everything from a checkpoint; return False if there is none to resume from."""
         found = self._find_checkpoint()
         if found is None:
             return False
@@ -166,7 +166,7 @@ class Job:
         differing = [k for k in ours if progress.config.get(k) != ours[k]]
         if differing:
             lines = "; ".join(f"{k} was {progress.config.get(k)!r} and is {ours[k]!r}" for k in differing)
-            raise ValueError(f"{path} was made otherwise: {lines}. Pass the same options, or begin in another --out.")
+            raise ValueError(f"{path} has other options: {lines}. Pass the same options, or choose another --out.")
         if progress.text != self.text.digest:
             raise ValueError(f"{path} was trained on another text than {self.text.source}. Pass the same --data.")
         everywhere(lambda: self.accelerator.load_state(str(path)))
@@ -174,7 +174,7 @@ class Job:
         self.say(f"resuming from {path}")
         aside = on_main(self.accelerator, lambda: self.checkpoints.folder.set_aside(progress.samples))
         for later in aside:
-            self.say(f"set aside, since training goes on from before it: {later}")
+            self.say(f"set aside, since training continues from an earlier one: {later}")
         return True
 
     def _open_history(self) -> History | None:
@@ -185,7 +185,7 @@ class Job:
     def _start_tracking(self) -> None:
         resumed = self.progress.samples > 0
         options = {k: str(v) if isinstance(v, list) else v for k, v in self.config.shaping().items() if v is not None}
-        # TensorBoard then hides what a killed job has logged beyond its last checkpoint.
+        # Makes TensorBoard hide what a killed job logged after its last checkpoint.
         again = resumed or self.config.resume == AUTO
         purge = {"tensorboard": {"purge_step": self.progress.samples + 1}} if again else {}
         self.accelerator.init_trackers("dist_adamw", None if resumed else options, purge)
@@ -202,7 +202,7 @@ class Job:
             sys.stdout.flush()
 
     def announce(self) -> None:
-        """Say what is about to be done."""
+        """Print a summary of the job."""
         batch, sizes, text = self.batch, self.config.model, self.text
         passes = f"{batch.micro_batch_size} x {batch.gradient_accumulation_steps} accumulated"
         per_epoch = len(text.training) // batch.size
@@ -219,7 +219,7 @@ class Job:
     # ---------------------------------------------------------------- training
 
     def train(self) -> None:
-        """Train to the end of the last cycle, or until told to stop."""
+        """Train to the end of the last cycle, or until a stop signal."""
         self.began = time.perf_counter() - (self.history.seconds if self.history else 0.0)
         context = self.config.model.context
         updates = -(-self.end // self.batch.size)
@@ -229,7 +229,7 @@ class Job:
             unit=" tokens",
             unit_scale=True,
             dynamic_ncols=True,
-            # A log file gets a line now and then.
+            # In a log file every refresh is a line of its own.
             mininterval=0.5 if sys.stderr.isatty() else 15.0,
             disable=not self.accelerator.is_main_process,
         ) as self.bar:
@@ -242,7 +242,7 @@ class Job:
 
     def _micro_batch(self, windows: Tensor) -> None:
         with self.accelerator.accumulate(self.model):
-            # DeepSpeed updates, and steps the scheduler, inside backward.
+            # Read before backward: DeepSpeed updates and steps the scheduler inside it.
             lr, decay = float(self.scheduler.get_last_lr()[0]), self.scheduler.get_last_weight_decay()[0]
             loss = next_byte_losses(self.model, windows).mean()
             self.accelerator.backward(loss)
@@ -274,7 +274,7 @@ class Job:
             self.say(f"saved {path}")
 
     def _agree(self) -> float:
-        """Average the loss over the global batch, and the ranks' signals; the update's one collective of ours."""
+        """Average the loss over the global batch and sum the ranks' signals, in one collective per update."""
         mine = torch.tensor([0.0, *self.stop.flags()], device=self.accelerator.device)
         mine[0] = self.loss_sum / self.batch.gradient_accumulation_steps
         self.loss_sum.zero_()
@@ -285,7 +285,7 @@ class Job:
         if not math.isfinite(loss):
             raise JobError(
                 f"the loss became {loss} after sample {self.progress.samples:,}. Lower recipe.lr, or set "
-                "recipe.max_grad_norm, and begin again in another --out."
+                "recipe.max_grad_norm, and start again with another --out."
             )
         return loss
 
@@ -304,7 +304,7 @@ class Job:
 
     @torch.no_grad()
     def validate(self) -> float:
-        """Mean loss on the held-out windows, in nats per byte."""
+        """Return the mean loss on the held-out windows, in nats per byte."""
         self.model.eval()
         losses = [self.accelerator.gather_for_metrics(next_byte_losses(self.model, w)) for w in self.held_out]
         self.model.train()
@@ -313,7 +313,7 @@ class Job:
     # ---------------------------------------------------------------- the end
 
     def finish(self) -> None:
-        """Draw the curves, print the table, and close what was opened."""
+        """Draw the curves, print the table, and close trackers and checkpoints."""
         if self.history is not None:
             self._tell(self.history)
         self.accelerator.end_training()
@@ -341,22 +341,22 @@ def run(config: Config) -> int:
     """Train; return the exit code.
 
     Raises:
-        JobError: something that every rank knows went wrong.
+        JobError: an error that every rank raises.
     """
     try:
         job = Job(config)
-    except ValueError as error:  # until here, every rank does the same with the same
+    except ValueError as error:  # up to here, every rank raises the same errors
         raise JobError(str(error)) from error
     job.announce()
     job.train()
     if job.stopped_by is not None:
-        job.say(f"stopped by {job.stopped_by.name}; to go on, give the same command with --resume")
+        job.say(f"stopped by {job.stopped_by.name}; to continue, run the same command with --resume")
     job.finish()
     return 0 if job.stopped_by is None else 128 + job.stopped_by
 
 
 def main() -> int:
-    """Train as the command line says; a user's mistake is one sentence, said by the main rank."""
+    """Run the command line; the main rank prints a user's mistake as one sentence."""
     try:
         try:
             config = parse()

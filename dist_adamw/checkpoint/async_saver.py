@@ -34,19 +34,19 @@ class Saving:
 
     def __init__(self, path: Path, future: Future[None]) -> None:
         self.path = path
-        self.reported = False  # whether the result has been returned to, or raised for, the caller
+        self.reported = False  # whether the caller has received the result
         self._future = future
 
     @property
     def done(self) -> bool:
-        """Whether it is over, or has failed. Local."""
+        """Whether it has finished or failed. Local."""
         return self._future.done()
 
     def wait(self) -> None:
-        """Wait until the checkpoint is there. Local.
+        """Wait until the checkpoint is written. Local.
 
         Raises:
-            CheckpointError: some rank could not write; on every rank alike.
+            CheckpointError: some rank could not write; on every rank.
         """
         self.reported = True
         self._future.result()
@@ -54,6 +54,7 @@ class Saving:
     def pending_error(self, ranks: Ranks) -> CheckpointError | None:
         """Wait for the save; return its error unless every rank has already reported it. Collective."""
         error = self.join()
+        # Some ranks may have called wait() and handled the error, and others not: all must now raise, or none.
         reported_here, self.reported = self.reported, True
         problems = ranks.gather(None if error is None or reported_here else str(error))
         return next((CheckpointError(problem) for problem in problems if problem is not None), None)
@@ -66,17 +67,17 @@ class Saving:
 class AsyncSaver:
     """Save while training continues: from a copy in host memory, in a thread, over a separate process group.
 
-    A second save waits for the first. The copy takes what a rank writes: ``(b_p N + 8 N) / W`` bytes for W ranks
-    and fp32 moments, which stay allocated for the next save.
+    A second save waits for the first. The copy has the size of what a rank writes: ``(b_p N + 8 N) / W`` bytes for W
+    ranks and fp32 moments. It stays allocated for the next save.
 
-    The process group must live until a save is over: `wait`, or `close`, before it is destroyed. A save that finds it
-    gone is an error, and the checkpoints before it stay.
+    The process group must outlive the save: call `wait` or `close` before destroying it. A save that finds the group
+    destroyed fails; earlier checkpoints are unaffected.
 
-    Collective to build: every rank does.
+    The constructor is collective.
     """
 
     def __init__(self) -> None:
-        # On training's group its messages would meet training's in another order on every rank.
+        # The thread's collectives would interleave with training's in a different order on each rank, and deadlock.
         self._ranks = Ranks.now(dist.new_group(backend="gloo") if collectives.world_size() > 1 else None)
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._memory: dict[Any, Tensor] = {}
@@ -94,14 +95,14 @@ class AsyncSaver:
         extra: Mapping[str, Any] | None = None,
         then: Callable[[], None] | None = None,
     ) -> Saving:
-        """Do as `dist_adamw.save`, and return when the copy is made. Collective.
+        """Start a `dist_adamw.save`; return once the state is copied. Collective.
 
         Args:
-            then: What to do, in the thread of each rank, when all of it is written.
+            then: Called in each rank's thread once all ranks have written.
 
         Raises:
-            CheckpointError: the save before failed, or this one cannot be begun; on every rank alike.
-            AgreementError: as of `save`.
+            CheckpointError: the previous save failed, or this one cannot start; on every rank.
+            AgreementError: see `dist_adamw.save`.
         """
         last, self._last, ranks = self._last, None, self._ranks
         ranks.check()
@@ -109,11 +110,11 @@ class AsyncSaver:
         if last is not None and (error := last.pending_error(ranks)) is not None:
             raise error
         check_replicas(model, optimizer, group=ranks.group)
-        path = Path(path).absolute()  # the thread may find itself in another folder
+        path = Path(path).absolute()  # the working directory may change before the thread writes
         local_state, about = collect_state(path, model, optimizer, scheduler, extra, ranks)
         copies = ranks.run(lambda: {k: self._copy(k, tensor) for k, tensor in local_state.tensors.items()})
         if torch.cuda.is_available():
-            torch.cuda.synchronize()
+            torch.cuda.synchronize()  # the copies are non-blocking, and the next update overwrites their sources
 
         def work() -> None:
             try:
@@ -122,7 +123,8 @@ class AsyncSaver:
                     ranks.run(then)
             except Exception as error:
                 if not collectives.initialized():
-                    _forget_frames(error)  # they hold the group: see `Ranks.check`
+                    # Frames keep the destroyed group alive, and its open connections keep other ranks waiting.
+                    _forget_frames(error)
                 ranks.check()
                 if isinstance(error, CheckpointError):
                     raise
@@ -133,10 +135,10 @@ class AsyncSaver:
         return self._last
 
     def wait(self) -> None:
-        """Wait for what is on its way. Local.
+        """Wait for the save in progress. Local.
 
         Raises:
-            CheckpointError: it could not be written; on every rank alike, and once.
+            CheckpointError: it could not be written; on every rank, and only once.
         """
         last, self._last = self._last, None
         if last is not None and not last.reported:
@@ -152,21 +154,22 @@ class AsyncSaver:
     def _keep(self, where: Any, of: Values) -> Tensor:
         values = evaluated(of)
         if where[0].startswith((f"{RNG}.", f"{EXTRA}.")):
-            return values.clone()  # a few bytes, of another length each time
+            return values.clone()  # small, and of a different length each time
         if (memory := self._memory.get(where)) is None or memory.dtype != values.dtype:
+            # Pinned memory is what makes a copy from the device asynchronous.
             memory = torch.empty(values.shape, dtype=values.dtype, pin_memory=values.is_cuda)
             self._memory[where] = memory
         return memory.copy_(values, non_blocking=True)
 
     def close(self) -> None:
-        """Wait as `wait`, and release the memory. Local."""
+        """Do as `wait`, and release the memory. Local."""
         self._thread.shutdown()
         self._memory.clear()
         self.wait()
 
 
 def _forget_frames(error: BaseException | None) -> None:
-    """Release what the functions held that an error came through, and the errors before it. Local."""
+    """Clear the frames of an error and of the errors that it was raised from, and release their locals. Local."""
     errors, seen = [error], set[int]()
     while errors:
         found = errors.pop()
@@ -174,14 +177,14 @@ def _forget_frames(error: BaseException | None) -> None:
             continue
         seen.add(id(found))
         traceback.clear_frames(found.__traceback__)
-        found.__traceback__ = None  # frames keep their functions, and those what is in their closures
+        found.__traceback__ = None  # a cleared frame still references its function, and so its closure
         errors += [found.__cause__, found.__context__]
         if isinstance(found, CheckpointException):
             errors += [failure for failure, _ in found.failures.values()]
 
 
 def _warn_of_failures(savings: list[Saving]) -> None:
-    """Warn of failed saves that were not waited for, when the saver is collected."""
+    """Warn about failed saves that were never waited for, when the saver is garbage-collected."""
 
     def warn(saving: Saving) -> None:
         if not saving.reported and (error := saving._future.exception()) is not None:

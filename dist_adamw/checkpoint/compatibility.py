@@ -1,6 +1,6 @@
-"""Check that a checkpoint fits the job that loads it, and restore options of parameter groups from it.
+"""Check that a checkpoint fits the job that loads it, and choose the values that parameter groups take from it.
 
-Knows what processes hold (`state`) and what an index says; reads no tensors and changes nothing.
+Reads no tensors and changes nothing.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from dist_adamw.wrappers import unwrap
 
 
 def checked(path: Path, part: int = 0, parts: int = 1, until: contextlib.ExitStack | None = None) -> Index:
-    """Return a checkpoint's index, after checking what it says and this part of its files. Local.
+    """Return a checkpoint's index, after checking the index and this rank's part of the files. Local.
 
     Args:
         path: Its folder.
-        part: Which of the files to read, ``parts`` ranks sharing them.
-        parts: How many share them.
-        until: Closes the files, which are kept open for who reads them: those that were checked.
+        part: The number of this rank's part of the files.
+        parts: The number of parts.
+        until: Keeps the checked files open until it exits, so that the same files are read later.
 
     Raises:
         CheckpointError: names what is wrong.
@@ -50,8 +50,8 @@ def checked(path: Path, part: int = 0, parts: int = 1, until: contextlib.ExitSta
 
 
 def wrong_in(about: Mapping[str, Any]) -> str | None:
-    """Return what in a checkpoint's ``about`` no load would accept; None where all is right. Local."""
-    about = {"modules": {}, **about}  # of modules with extra state, which few have
+    """Return what in a checkpoint's ``about`` no load would accept; None if all is right. Local."""
+    about = {"modules": {}, **about}  # older releases and imports have no extra state of modules
     wrong = [name for name, is_right in _ABOUT.items() if not (name in about and is_right(about[name]))]
     return f"it does not say what it should of {', '.join(wrong)}" if wrong else None
 
@@ -72,7 +72,7 @@ def _are_groups(value: Any) -> bool:
 
 
 def _are_scalars(value: Any) -> bool:
-    """Return whether these are numbers or None by parameter name, and possible counts of updates."""
+    """Return whether these are numbers or None by parameter name, with plausible counts of updates."""
     return _is_mapping(value) and all(_is_mapping(numbers) and _are_numbers(numbers) for numbers in value.values())
 
 
@@ -80,7 +80,7 @@ def _are_numbers(numbers: Mapping[str, Any]) -> bool:
     if not all(type(value) in SCALARS for value in numbers.values()):
         return False
     step = numbers.get("step", 0)
-    return type(step) in (int, float) and 0 <= step < 1 << 53
+    return type(step) in (int, float) and 0 <= step < 1 << 53  # the integers that a float holds exactly
 
 
 _ABOUT: dict[str, Callable[[Any], bool]] = {
@@ -97,7 +97,7 @@ _ABOUT: dict[str, Callable[[Any], bool]] = {
 
 
 def samples_of(index: Index) -> int | None:
-    """Return the clock of the schedule that was saved. Local."""
+    """Return the clock of the saved schedule. Local."""
     schedule = index.about.get("schedule")
     samples = schedule.get("samples") if isinstance(schedule, dict) else None
     return samples if type(samples) is int else None
@@ -106,10 +106,10 @@ def samples_of(index: Index) -> int | None:
 def compare(
     index: Index, ours: Access, optimizer: Optimizer | None, scheduler: LRScheduler | None, choice: OnDifference
 ) -> tuple[list[dict[str, Any]], Callable[[], str]]:
-    """Check what was saved against what is here. Local.
+    """Check a checkpoint against this job's model, optimizer and scheduler. Local.
 
     Returns:
-        What the parameter groups take, and what restores the random state.
+        The values that the parameter groups take, and the function that restores the random state.
     """
     taken: list[dict[str, Any]] = []
     _check_same_model(index, ours.parameters(), with_optimizer=optimizer is not None)
@@ -119,8 +119,7 @@ def compare(
     for name, buffer in buffers(ours.model):
         if _shares_memory(buffer):
             raise CheckpointError(
-                f"elements of the buffer {name} share memory (expand), so nothing can be read into it. Make it "
-                "contiguous()."
+                f"elements of the buffer {name} share memory (expand), so it cannot be loaded. Make it contiguous()."
             )
     if optimizer is not None:
         _check_optimizer(index, ours, optimizer, scheduler, choice)
@@ -131,14 +130,14 @@ def compare(
 
 
 def _shares_memory(tensor: Tensor) -> bool:
-    """Return whether elements of a tensor lie in the same place."""
+    """Return whether several elements of a tensor have the same address."""
     if tensor.layout != torch.strided:
         return False
     return any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 def _check_schedule(index: Index, scheduler: LRScheduler, choice: OnDifference) -> None:
-    """Raise where the state that was saved of a scheduler cannot be loaded into this one."""
+    """Raise if the saved state of a scheduler cannot be loaded into this one."""
     about = index.about
     if about["scheduler"] != type(scheduler).__name__ or about["schedule"] is None:
         raise CheckpointError(
@@ -155,7 +154,7 @@ def _check_schedule(index: Index, scheduler: LRScheduler, choice: OnDifference) 
 
 
 def with_text_keys(state: Any) -> Any:
-    """Return a scheduler's state with text for keys, as JSON needs it: MultiStepLR's milestones are numbers.
+    """Return a scheduler's state with text keys, as JSON needs them: MultiStepLR's milestones are numbers.
 
     Raises:
         CheckpointError: two keys of a dict have the same text.
@@ -172,7 +171,7 @@ def with_text_keys(state: Any) -> Any:
 
 
 def with_keys_of(here: Any, saved: Any) -> Any:
-    """Return what was saved, with the keys and the kinds of dicts that a scheduler has here: the inverse."""
+    """Undo `with_text_keys`: return saved state with the keys and types of dicts that a scheduler has here."""
     if isinstance(here, dict):
         restored = {key: with_keys_of(value, saved[str(key)]) for key, value in here.items()}
         return restored if type(here) is dict else type(here)(restored)
@@ -182,7 +181,7 @@ def with_keys_of(here: Any, saved: Any) -> Any:
 
 
 def _is_like(saved: Any, here: Any) -> bool:
-    """Return whether plain data can take the place of what is here."""
+    """Return whether saved plain data has the structure and types of ``here``."""
     if isinstance(here, dict):
         if not isinstance(saved, dict) or saved.keys() != here.keys():
             return False
@@ -194,7 +193,7 @@ def _is_like(saved: Any, here: Any) -> bool:
 
 
 def _is_like_one(saved: Any, here: Any) -> bool:
-    if here is None:
+    if here is None:  # "not set yet": the saved job may have set it
         return isinstance(saved, int | float | str | None)
     if isinstance(here, bool | str):
         return type(saved) is type(here)
@@ -202,7 +201,7 @@ def _is_like_one(saved: Any, here: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    """Return whether ``value`` is a number that torch can hold; JSON has integers of any length."""
+    """Return whether ``value`` is a number that fits a tensor; JSON has integers of any length."""
     if type(value) is float:
         return not math.isnan(value)
     return type(value) is int and abs(value) < 1 << 63
@@ -210,14 +209,14 @@ def _is_number(value: Any) -> bool:
 
 def _check_same_model(index: Index, ours: Mapping[str, tuple[int, ...]], *, with_optimizer: bool) -> None:
     saved = _weights_of(index)
-    if not with_optimizer:
+    if not with_optimizer:  # parameters that only the optimizer has are no part of the model then
         saved = {name: shape for name, shape in saved.items() if name in ours or not is_outside(name)}
     if differences := _differences(saved, ours):
         raise CheckpointError(f"{index.folder} is a checkpoint of another model: {_first_three(differences)}.")
 
 
 def _differences(saved: Mapping[str, tuple[int, ...]], ours: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """Return in sentences which names and shapes differ: first what is missing, then what is unknown."""
+    """Describe names and shapes that differ: missing ones first, then unknown ones, then shapes."""
     missing, reshaped = [], []
     for name, shape in ours.items():
         if name not in saved:
@@ -229,7 +228,7 @@ def _differences(saved: Mapping[str, tuple[int, ...]], ours: Mapping[str, tuple[
 
 
 def _weights_of(index: Index) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of what was saved of a model, by name."""
+    """Return the saved shapes of a model's weights and buffers, by name."""
     prefix = f"{MODEL}."
     return {key.removeprefix(prefix): saved.shape for key, saved in index.tensors.items() if key.startswith(prefix)}
 
@@ -245,7 +244,7 @@ def _check_optimizer(
     saved_class, our_class = index.about["optimizer"], type(unwrap(optimizer)).__name__
     if not fits_family(index.about, unwrap(optimizer)):
         raise CheckpointError(
-            f"{index.folder} has the state of {saved_class or 'no optimizer'}, which means nothing to a {our_class}. "
+            f"{index.folder} has the state of {saved_class or 'no optimizer'}, which a {our_class} cannot use. "
             "Pass the same optimizer, or None to load the weights alone."
         )
     saved, here = hyper_parameters(index.about["groups"]), hyper_parameters(ours.groups())
@@ -262,7 +261,7 @@ def _check_optimizer(
 
 
 def _cycled(scheduler: LRScheduler | None) -> set[str]:
-    """Return the values besides lr that a scheduler of torch's (OneCycleLR, CyclicLR) writes into the groups."""
+    """Return the values that torch's OneCycleLR and CyclicLR write into the groups besides lr."""
     return {"betas", "momentum"} if getattr(scheduler, "cycle_momentum", False) else set()
 
 
@@ -273,11 +272,12 @@ def _to_take(
     scheduler: LRScheduler | None,
     choice: OnDifference,
 ) -> list[dict[str, Any]]:
-    """Return the saved values of parameter groups. lr and weight decay come from the schedule, where it is ours."""
+    """Return the saved values that each parameter group takes; our own schedule sets lr and weight decay itself."""
     group_of = {name: group for group in index.about["groups"] for name in group["names"]}
     taken = []
     for group, here in zip(optimizer.param_groups, ours, strict=True):
         keys = _keys_to_take(here, scheduler, choice)
+        # Groups may be split differently now, so they are matched by the names of their parameters.
         found = [group_of[name] for name in here["names"] if name in group_of]
         saved_groups = [_in_convention_of(optimizer, one, index.about.get("decay_by")) for one in found]
         values = _values_of(saved_groups[0], keys, group) if saved_groups else {}
@@ -287,7 +287,7 @@ def _to_take(
 
 
 def _keys_to_take(group: dict[str, Any], scheduler: LRScheduler | None, choice: OnDifference) -> list[str]:
-    """Return the values that a group takes from a checkpoint, if it has them."""
+    """Return the keys that a group takes from a checkpoint that has them."""
     keys: list[str] = []
     if not (isinstance(scheduler, CyclicLRWithRestarts) or choice == "new"):
         keys += ["lr", "weight_decay", "initial_lr", *_cycled(scheduler)]
@@ -297,10 +297,10 @@ def _keys_to_take(group: dict[str, Any], scheduler: LRScheduler | None, choice: 
 
 
 def _values_of(saved: dict[str, Any], keys: list[str], group: dict[str, Any]) -> dict[str, Any]:
-    """Return those of ``keys`` that a saved group has, and that a group here can take."""
+    """Return the values of ``keys`` that both the saved group and this one have."""
     values = {}
     for key in keys:
-        if key in saved and (key in group or key == "initial_lr"):
+        if key in saved and (key in group or key == "initial_lr"):  # a scheduler adds initial_lr, perhaps only there
             values[key] = saved[key]
     return values
 
@@ -308,7 +308,7 @@ def _values_of(saved: dict[str, Any], keys: list[str], group: dict[str, Any]) ->
 def _check_values(
     index: Index, values: dict[str, Any], saved_groups: list[dict[str, Any]], group: dict[str, Any]
 ) -> None:
-    """Raise where a parameter group cannot take ``values``, which were saved of its parameters."""
+    """Raise if a parameter group cannot take the ``values`` saved for its parameters."""
     for key, value in values.items():
         for other in saved_groups:
             if other.get(key, value) != value:
@@ -326,11 +326,11 @@ def _check_values(
 
 
 def _check_layout(index: Index, values: dict[str, Any], group: dict[str, Any]) -> None:
-    """Raise where state would have another layout under ``values``, or they are no hyper-parameters."""
+    """Raise if ``values`` would change the layout of the state, or are invalid hyper-parameters."""
     if values.get("amsgrad", group.get("amsgrad")) != group.get("amsgrad"):
         raise CheckpointError(
-            f"{index.folder} was made with amsgrad={values['amsgrad']}, which cannot be taken over: the state has "
-            "another layout. Pass the same."
+            f"{index.folder} was made with amsgrad={values['amsgrad']}, which cannot be taken over: it changes the "
+            "layout of the state. Pass the same."
         )
     if {"lr", "betas", "eps", "weight_decay"} <= group.keys():
         try:
@@ -340,7 +340,7 @@ def _check_layout(index: Index, values: dict[str, Any], group: dict[str, Any]) -
 
 
 def _in_convention_of(optimizer: Optimizer, group: dict[str, Any], saved: Any) -> dict[str, Any]:
-    """Return a saved group, its weight decay as this optimizer takes it: see docs/schedule.md."""
+    """Return a saved group with its weight decay in this optimizer's convention: see docs/schedule.md."""
     ours = getattr(optimizer, "decay_by", "lr")
     if not group.get("lr") or "weight_decay" not in group or saved not in ("lr", "schedule") or saved == ours:
         return group

@@ -1,4 +1,4 @@
-"""Choose the adapter that reads and writes a model's state, by the model's engine."""
+"""Choose the adapter that reads and writes a model's state, by the engine."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch.optim import Optimizer
 from dist_adamw.checkpoint.local_state import Access
 from dist_adamw.checkpoint.torch_state import TorchAccess
 
-# By the library that must be loaded for there to be such a model: a module of ours, whose ``find_access(model,
-# optimizer)`` returns None where the model is not that engine's. Named as text, so that none is imported in vain.
+# By library: the module whose ``find_access(model, optimizer)`` returns None unless the model is that engine's. Names,
+# so that nothing is imported for an engine whose library the process has not loaded: it can have no such model.
 _ENGINES = {"deepspeed": "dist_adamw.integrations.deepspeed.zero_state"}
 
 
 def access(model: nn.Module, optimizer: Optimizer | None) -> Access:
-    """Return how to reach the state of ``model``. Local."""
+    """Return the adapter for the state of ``model``. Local."""
     for library, module in _ENGINES.items():
         if library in sys.modules:
             found: Access | None = importlib.import_module(module).find_access(model, optimizer)

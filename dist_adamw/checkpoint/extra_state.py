@@ -1,6 +1,6 @@
 """Save and load what modules return from ``get_extra_state``: plain data, or a tensor.
 
-Knows modules and the index of a checkpoint. The main rank's is kept, as of all that ranks do not share out.
+The main rank's is saved, as for everything that is not sharded.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ EXTRA = "extra_state"
 
 
 def extra_state(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Plain data by module name, and tensors by key. Local.
+    """Return plain data by module name, and tensors by key. Local.
 
     Raises:
-        CheckpointError: a module's is neither.
+        CheckpointError: a module returns neither.
     """
     data: dict[str, Any] = {}
     tensors: dict[str, Tensor] = {}
@@ -40,12 +40,10 @@ def extra_state(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def check_extra_state(index: Index, model: nn.Module) -> None:
-    """Raise where a checkpoint has extra state of other modules than are here. Local."""
+    """Raise if a checkpoint has extra state of other modules than this model. Local."""
     saved, ours = _saved(index), {name for name, _ in _modules(model)}
-    if "modules" not in index.about and ours:  # of a format that has none, or an older release
-        warnings.warn(
-            f"{index.folder} says nothing of extra state (get_extra_state), which stays as it is.", stacklevel=2
-        )
+    if "modules" not in index.about and ours:  # imported, or written by an older release
+        warnings.warn(f"{index.folder} has no extra state (get_extra_state), which stays as it is.", stacklevel=2)
         return
     for name in sorted(saved ^ ours):
         where = "is not in the checkpoint" if name in ours else "is in the checkpoint, and not in this model"
@@ -55,7 +53,7 @@ def check_extra_state(index: Index, model: nn.Module) -> None:
 
 
 def restore_extra_state(index: Index, model: nn.Module) -> None:
-    """Let modules have theirs. Local."""
+    """Pass each module its saved extra state. Local."""
     data, saved = index.about.get("modules", {}), _saved(index)
     for name, module in _modules(model):
         if name in saved:

@@ -1,15 +1,13 @@
-"""Manage one run's checkpoints: keep the newest few whole, delete older ones, allow one job at a time.
-
-Knows folders, and what a whole checkpoint is.
+"""Manage one run's checkpoints: keep the newest few, delete older ones, and let one job save at a time.
 
     checkpoints/
         sample-000001234/      a checkpoint, and whatever else was written with it
-            manifest.json      sizes and checksums of what else; written last
+            manifest.json      sizes and checksums of the other files; written last
         sample-000002468/
-        latest                 the name of the newest; moves last
+        latest                 the name of the newest; updated last
         lock                   held by the job that saves here
 
-A checkpoint has another name until all of it is written, so a reader sees a whole one or none.
+A checkpoint has a temporary name until all of it is written, so a reader sees a whole one or none.
 """
 
 from __future__ import annotations
@@ -43,27 +41,27 @@ from dist_adamw.schedule.batch import check_positive_int
 _NAME = re.compile(r"sample-([0-9]+)")
 _LATEST = "latest"
 _PARTIAL, _REPLACED, _ASIDE = ".partial", ".replaced", ".superseded"
-# Names that a save or a deletion that was cut short leaves; any other folder belongs to the user.
+# Names that an interrupted save or deletion leaves behind; any other folder is the user's and is never touched.
 _LEFT_OVER = re.compile(r"sample-[0-9]+(\.deleted)?(\.partial|\.replaced)")
 _MOST_SAMPLES = 1 << 62
 
 
 class CheckpointFolder:
-    """Where a run keeps its checkpoints, each named by the samples it was trained on.
+    """The folder of a run's checkpoints, each named by the samples it was trained on.
 
     Args:
-        root: The folder; created, and the same for every rank.
+        root: The folder; created if missing, and the same on every rank.
         keep: How many of the newest to keep.
         every: Samples from one save to the next, for `is_due`.
         on_error: When a checkpoint cannot be written (a full disk, a folder that became read-only): "raise", or
-            "warn" and train on. Either way the older ones are still there.
-        patience: Seconds to wait for another job that saves here to end, such as the one that this one restarts.
-        group: Of gloo, for messages between ranks; default: the default group, or one next to it if that is NCCL.
+            "warn" and train on. Older checkpoints are kept either way.
+        patience: Seconds to wait until another job that saves here ends, such as the one that this job restarts.
+        group: A gloo group for messages between ranks; default: the default group, or one next to it if that is NCCL.
 
     Raises:
-        CheckpointError: another job saves to it, or it cannot be made; on every rank alike.
+        CheckpointError: another job saves to it, or it cannot be created; on every rank.
 
-    Collective to build, as `newest`, `damage_of`, `save` and `async_save` are; the other methods are local.
+    The constructor is collective, and so are `newest`, `damage_of`, `save` and `async_save`; other methods are local.
     """
 
     def __init__(
@@ -87,16 +85,16 @@ class CheckpointFolder:
         self._lock: JobLock | None = None
         self._running: Saving | None = None
         self.every = every
-        self._saved_at: int | None = None  # samples of the last save, or of the checkpoint that the job goes on from
-        self._damaged: set[str] = set()  # names of checkpoints that `newest` has passed by
+        self._saved_at: int | None = None  # samples of the last save, or of the checkpoint that the job resumed from
+        self._damaged: set[str] = set()  # names of checkpoints that `newest` skipped
         self._closed = False
         ranks.run(lambda: self._take(patience) if ranks.is_main else None)
 
     def _take(self, patience: float) -> None:
-        """Become the one job that saves here, and finish what a killed one was doing."""
+        """Lock the folder, and finish the renames that a killed job began."""
         self.root.mkdir(parents=True, exist_ok=True)
         self._lock = JobLock(self.root, patience)
-        for before in self._left(_REPLACED):  # of a job that was killed between two renames
+        for before in self._left(_REPLACED):  # a job was killed between the two renames of `_commit`
             final = before.with_name(before.name.removesuffix(_REPLACED))
             if final.exists():
                 shutil.rmtree(before, ignore_errors=True)
@@ -104,10 +102,10 @@ class CheckpointFolder:
                 before.rename(final)
 
     def close(self) -> None:
-        """Wait for a save beside training, then let another job save here, as the end of the process does.
+        """Wait for an asynchronous save, then release the lock; the end of the process releases it too.
 
         Raises:
-            CheckpointError: that save failed and has not been reported, and ``on_error="raise"``.
+            CheckpointError: that save failed, was not reported yet, and ``on_error="raise"``.
         """
         self._closed = True
         running, self._running = self._running, None
@@ -123,10 +121,10 @@ class CheckpointFolder:
     # ---------------------------------------------------------------- what there is
 
     def all(self) -> list[Path]:
-        """Return finished checkpoints, oldest first; whether they are whole is another question.
+        """Return finished checkpoints, oldest first, without checking that they are whole.
 
-        The order is that of the samples, however many digits a name has. Of two names with the same number (other
-        releases and other tools pad with more zeros, or with none), the one that `save` writes comes last.
+        They are ordered by samples, however many digits a name has. Of two names with the same number (other releases
+        and tools pad differently), the one that `save` writes comes last.
         """
         if not self.root.is_dir():
             return []
@@ -145,12 +143,13 @@ class CheckpointFolder:
         return int(match[1])
 
     def newest(self, but: Path | None = None) -> Path | None:
-        """Return the newest checkpoint that is whole to the last bit, leaving out ``but``; None where there is none.
+        """Return the newest checkpoint that is whole to the last bit, leaving out ``but``; None if there is none.
 
-        Collective: each rank reads its part of the files, when an asynchronous save that is under way is over.
+        Waits for an asynchronous save. Collective: each rank reads its part of the files.
         """
         if self._running is not None:
-            self._running.join()  # its end deletes older ones
+            self._running.join()  # it deletes old checkpoints when it finishes
+        # Ranks follow the main rank's listing: on a network file system theirs may be out of date.
         listed = self._ranks.run(lambda: self.all() if self._ranks.is_main else [])
         found: list[Path] = self._ranks.gather(listed)[0]
         others = (path for path in reversed(found) if but is None or path.name != but.name)
@@ -161,26 +160,26 @@ class CheckpointFolder:
         return None
 
     def damage_of(self, path: Path) -> str | None:
-        """Return what is wrong with a checkpoint, as a sentence; None when it is whole. Collective: as `newest`."""
+        """Return what is wrong with a checkpoint, as a sentence; None if it is whole. Collective: see `newest`."""
         ranks = self._ranks
         ranks.check()
-        check_alike(path, ranks.group)  # ranks that each see a disk of their own would find nothing, and start afresh
+        check_alike(path, ranks.group)  # with node-local disks no checkpoint would be whole, and the job would restart
         problems = ranks.gather(damage_of(path, ranks.rank, ranks.size))
         return next((problem for problem in problems if problem is not None), None)
 
     # ---------------------------------------------------------------- writing
 
     def is_due(self, samples: int) -> bool:
-        """Return whether ``samples`` has passed a multiple of ``every`` since the last save. For every micro-batch::
+        """Return whether ``samples`` has passed a multiple of ``every`` since the last save. Use in every micro-batch::
 
             if folder.is_due(scheduler.samples):
                 folder.save(scheduler.samples, accelerator.save_state)
 
-        One save is due for each multiple, also when it fails. The first call says where the job begins: after a resume
-        none is due at once. Call it first before the first update is applied, or up to ``every`` samples later.
+        One save is due for each multiple, even if it fails. The first call sets where the job begins, so that no save
+        is due right after a resume: make it before the first update, or at most ``every`` samples later.
 
         Args:
-            samples: What the state was trained on, the same on every rank.
+            samples: The samples that the state was trained on; the same on every rank.
 
         Raises:
             ValueError: ``every`` was not given.
@@ -193,23 +192,23 @@ class CheckpointFolder:
             listed = self._ranks.run(lambda: self.all() if self._ranks.is_main else [])
             known: list[Path] = self._ranks.gather(listed)[0]
             before = [self.samples_of(path) for path in known if path.name not in self._damaged]
-            # Later ones are of a job that went on from elsewhere.
+            # Later ones belong to a run that this job went back on.
             self._saved_at = max((n for n in before if n <= samples), default=0)
         return samples // self.every > self._saved_at // self.every
 
     def save(self, samples: int, write: Callable[[Path], object]) -> Path | None:
-        """Have ``write`` fill a folder, then let it be the newest checkpoint. Collective.
+        """Let ``write`` fill a folder, and make that the newest checkpoint. Collective.
 
         Args:
-            samples: What the state was trained on. A checkpoint of as many is replaced.
-            write: Called on every rank with the folder: `dist_adamw.save`, ``accelerator.save_state``, and what else
-                belongs to it. It may be collective.
+            samples: The samples that the state was trained on. A checkpoint with the same number is replaced.
+            write: Called on every rank with the folder: `dist_adamw.save`, ``accelerator.save_state``, or a function
+                that writes more files too. It may be collective.
 
         Returns:
-            The checkpoint; None when it could not be written and ``on_error="warn"``.
+            The checkpoint; None if it could not be written and ``on_error="warn"``.
 
         Raises:
-            CheckpointError: it could not be written; on every rank alike.
+            CheckpointError: it could not be written; on every rank.
         """
         final = self._begin(samples)
         try:
@@ -232,10 +231,10 @@ class CheckpointFolder:
         *,
         extra: Mapping[str, Any] | None = None,
     ) -> Saving | None:
-        """Do as `save`, from a copy in host memory, while training goes on. Collective.
+        """Do as `save`, from a copy in host memory, while training continues. Collective.
 
         Returns:
-            What is on its way; None when this or the save before could not be written and ``on_error="warn"``.
+            The running save; None if this or the previous save failed and ``on_error="warn"``.
         """
         final = self._begin(samples)
         try:
@@ -255,19 +254,19 @@ class CheckpointFolder:
         return self._running
 
     def _wait_for_the_last(self) -> None:
-        """Wait for a save beside training; report its error once. Collective."""
+        """Wait for an asynchronous save; report its error once. Collective."""
         running, self._running = self._running, None
         if running is not None and (error := running.pending_error(self._ranks)) is not None:
             self._failed(_final(running.path), error)
 
     def _begin(self, samples: int) -> Path:
         if self._closed:
-            raise CheckpointError(f"the CheckpointFolder of {self.root} is closed. Make another one.")
+            raise CheckpointError(f"the CheckpointFolder of {self.root} is closed. Create another one.")
         if type(samples) is not int or samples < 0:
             raise CheckpointError(f"samples must be a whole number >= 0, got {samples!r}.")
         if samples > _MOST_SAMPLES:
             raise CheckpointError(f"samples must be at most 2**62 = {_MOST_SAMPLES}, got {samples}.")
-        self._saved_at = samples
+        self._saved_at = samples  # before writing: a failed save is retried at the next multiple, not at every update
         final = self.root / _name(samples)
         folders = self._ranks.gather(str(final))
         if len(set(folders)) > 1:
@@ -275,19 +274,20 @@ class CheckpointFolder:
         return final
 
     def _sweep(self) -> None:
-        """Remove what a killed job, or a save that failed, has left."""
+        """Remove what a killed job or a failed save left behind."""
         if self._ranks.is_main:
             for left in self._left(_PARTIAL):
                 shutil.rmtree(left, ignore_errors=True)
 
     def _left(self, suffix: str) -> list[Path]:
-        """Return our folders of that name, and no others."""
+        """Return our folders with that suffix."""
         return [path for path in self.root.glob(f"*{suffix}") if _LEFT_OVER.fullmatch(path.name) and path.is_dir()]
 
     def _commit(self, final: Path) -> None:
         partial = _partial(final)
         write_text(partial / MANIFEST, json.dumps(dict(file_facts(partial)), indent=1))
         before = final.with_name(final.name + _REPLACED)
+        # A rename cannot replace a folder that is not empty, so the old checkpoint is moved away first.
         if final.exists():
             final.rename(before)
         try:
@@ -296,21 +296,21 @@ class CheckpointFolder:
             if before.exists():
                 before.rename(final)
             raise
-        sync_folder(self.root)
+        sync_folder(self.root)  # the rename must be on disk before anything older is deleted
         shutil.rmtree(before, ignore_errors=True)
         self._damaged.discard(final.name)
-        self.set_aside(self.samples_of(final))  # the job went on from an older one
+        self.set_aside(self.samples_of(final))  # later ones exist if the job resumed from an older checkpoint
         for old in self._no_longer_kept(final):
             _away(old)
         try:
             write_text(self.root / _LATEST, final.name)
-        except OSError as error:  # the checkpoint is there, and found by its name
+        except OSError as error:  # no failure: `newest` goes by the folders' names, and `latest` is for other tools
             warnings.warn(f"{self.root / _LATEST} could not be written: {error}.", stacklevel=2)
 
     def _no_longer_kept(self, final: Path) -> list[Path]:
-        """Return checkpoints beyond the newest ``keep`` that are not known to be damaged; never ``final``. Local."""
+        """Return checkpoints older than the newest ``keep`` undamaged ones; never ``final``. Local."""
         found = [path for path in self.all() if path != final]
-        # A checkpoint of as many samples under another name has been replaced, as one of the same name would be.
+        # One with the same samples under another name counts as replaced, as one with the same name would be.
         others = [path for path in found if self.samples_of(path) != self.samples_of(final)]
         whole = [path for path in others if path.name not in self._damaged]
         others_to_keep = self.keep - 1

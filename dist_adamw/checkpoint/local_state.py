@@ -1,11 +1,10 @@
-"""Describe what this process holds of a training state, keyed by parameter name: the same keys on every engine.
+"""Describe the part of a training state in this process, keyed by parameter name: the same keys on every engine.
 
-Knows models, DistAdamW and other torch optimizers; nothing of files. What an engine keeps its own way is
-given by that engine's integration (`checkpoint.engine_adapters`).
+An engine with its own layout has an adapter in its integration (`checkpoint.engine_adapters`).
 
-    model.<name>         a parameter, or a buffer that the model's state dict has
-    master.<name>        its fp32 weights, where the parameter is less exact
-    exp_avg.<name> ...   its state, by the optimizer's own names
+    model.<name>         a parameter or a persistent buffer
+    master.<name>        its fp32 weights, if the parameter has less precision
+    exp_avg.<name> ...   its state, under the optimizer's own names
 """
 
 from __future__ import annotations
@@ -29,8 +28,8 @@ from dist_adamw.ranks import collectives
 from dist_adamw.wrappers import bare, names_without_wrappers
 
 MODEL, MASTER = "model", "master"
-SCALARS = (int, float, bool, type(None))  # what the state of a parameter may have beside tensors
-# These differ between engines and schedules, or say how to compute and not what.
+SCALARS = (int, float, bool, type(None))  # the types that a parameter's state may hold next to tensors
+# These may differ between engines and schedules, or select an implementation with the same result.
 _NOT_COMPARED = {
     *("params", "param_names", "lr", "weight_decay", "initial_lr", "initial_weight_decay", "min_lr", "lr_scale"),
     *("foreach", "fused", "capturable", "differentiable", "decoupled_weight_decay"),
@@ -40,14 +39,14 @@ ADAM_FAMILY = {"DistAdamW", "AdamW", "Adam", "FusedAdam", "DeepSpeedCPUAdam"}
 
 @dataclass
 class LocalState:
-    """The part of a training state in this process, to be saved or to be filled by a load.
+    """The part of a training state in this process, to save or to fill from a checkpoint.
 
     Attributes:
-        tensors: By key: `PartialTensor`, DTensor, or whole. Of whole ones that several ranks have, one rank's is saved.
-        scalars: By parameter name, the numbers in its state, such as ``step``; or None, which some have for "not yet".
-        sources: For a load, where a key has another name in the checkpoint.
-        later: For a load, what is read after that, one after the other, and what to do then with each.
-        finish: After a load: let what follows from tensors and scalars follow.
+        tensors: By key: `PartialTensor`, DTensor, or whole. A whole tensor that several ranks hold is saved by one.
+        scalars: By parameter name, the numbers in its state, such as ``step``; some optimizers have None for "not yet".
+        sources: For a load: keys that have another name in the checkpoint, and that name.
+        later: For a load: states to read afterwards, one at a time, each with a function to call once it is read.
+        finish: For a load: called at the end to update what depends on the tensors and scalars.
     """
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
@@ -57,13 +56,14 @@ class LocalState:
     finish: Callable[[], None] = lambda: None
 
     def read(self, kind: str, name: str, target: Tensor, found: CheckpointContents) -> None:
-        """Have ``target`` filled with what a checkpoint has under this kind and name, or knows more exactly.
+        """Register ``target`` to be filled with the checkpoint's tensor of this kind and name, or a more precise one.
 
         Raises:
-            CheckpointError: it has nothing of the kind.
+            CheckpointError: the checkpoint has no such tensor.
         """
         key = source = f"{kind}.{name}"
         kinds = found.kinds.get(name, set())
+        # A bf16 run may continue in fp32, and the other way round: weights and masters stand in for each other.
         if kind == MODEL and MASTER in kinds and target.dtype.itemsize > found.dtypes[key].itemsize:
             source = f"{MASTER}.{name}"
         elif kind == MASTER and MASTER not in kinds:
@@ -78,10 +78,10 @@ class LocalState:
 
 @dataclass
 class CheckpointContents:
-    """The contents of a checkpoint, as far as a process must know them to make room.
+    """The contents of a checkpoint: what a process needs to know to allocate room for it.
 
     Attributes:
-        kinds: By parameter name, the keys' first parts: "model", "exp_avg".
+        kinds: By parameter name, the first parts of its keys: "model", "exp_avg".
         dtypes: By key.
         shapes: By key.
         scalars: As in `LocalState`.
@@ -93,7 +93,7 @@ class CheckpointContents:
     scalars: Mapping[str, Mapping[str, float]]
 
     def need(self, kind: str, name: str) -> None:
-        """Raise where the checkpoint has no such tensor. Local."""
+        """Raise if the checkpoint has no such tensor. Local."""
         kinds = self.kinds.get(name, set())
         if kind not in kinds:
             raise CheckpointError(
@@ -102,7 +102,7 @@ class CheckpointContents:
             )
 
     def need_shape(self, key: str, shape: Sequence[int]) -> None:
-        """Raise where the checkpoint's tensor has another one. Local."""
+        """Raise if the checkpoint's tensor has another shape. Local."""
         if self.shapes[key] != tuple(shape):
             raise CheckpointError(
                 f"the checkpoint's {key} has shape {self.shapes[key]}, and {tuple(shape)} is needed here: it is of "
@@ -110,7 +110,7 @@ class CheckpointContents:
             )
 
     def need_adam(self, name: str, shape: Sequence[int], amsgrad: bool) -> None:
-        """Raise where the checkpoint has not all of the state of a parameter that has some. Local."""
+        """Raise if part of the Adam state of a parameter is missing. Local."""
         for kind in MOMENTS if amsgrad else MOMENTS[:2]:
             self.need(kind, name)
             self.need_shape(f"{kind}.{name}", shape)
@@ -121,7 +121,7 @@ class CheckpointContents:
 
 
 class Access(Protocol):
-    """How the state of one model and its optimizer is reached. Local."""
+    """Access to the state of one model and its optimizer. Local."""
 
     engine: str
     model: nn.Module
@@ -130,36 +130,36 @@ class Access(Protocol):
         """Return what this process writes."""
 
     def to_load(self, found: CheckpointContents) -> Callable[[], LocalState]:
-        """Check what a checkpoint has; return what lays the optimizer's state out again, and says where to read to.
+        """Check that a checkpoint fits; return the function that allocates the state and returns where to read into.
 
-        Nothing is changed, and no memory taken, until that is called: several models are checked first.
+        Nothing is changed or allocated until that function is called: several models are checked first.
         """
 
     def parameters(self) -> dict[str, tuple[int, ...]]:
-        """Names and whole shapes of parameters and buffers."""
+        """Return names and full shapes of parameters and buffers."""
 
     def without_memory(self) -> list[str]:
-        """Names of parameters and buffers on the meta device."""
+        """Return names of parameters and buffers on the meta device."""
 
     def groups(self) -> list[dict[str, Any]]:
-        """Parameter groups as plain data, with "names" instead of "params"."""
+        """Return parameter groups as plain data, with "names" instead of "params"."""
 
 
 def outside(number: int, group: int) -> str:
-    """The name of a parameter that the optimizer has and the model does not, such as a loss's temperature. Local."""
+    """Return the name of a parameter of the optimizer that is not in the model, such as a loss's temperature. Local."""
     return f"parameter {number} of group {group}"
 
 
 def is_outside(name: str) -> bool:
-    """Return whether that is such a name. Local."""
+    """Return whether `outside` made this name. Local."""
     return re.fullmatch(r"parameter \d+ of group \d+", name) is not None
 
 
 def parameter_names(model: nn.Module) -> dict[Tensor, str]:
-    """Parameters and their names; tied ones have their first name. Local.
+    """Return parameters and their names; a tied parameter has its first name. Local.
 
     Raises:
-        CheckpointError: two have the same name without wrappers.
+        CheckpointError: two parameters have the same name once wrappers are left out.
     """
     inside = bare(model)
     clean = names_without_wrappers(inside)
@@ -176,7 +176,7 @@ def parameter_names(model: nn.Module) -> dict[Tensor, str]:
 
 
 def buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Name and tensor of the buffers that a state dict has. Local."""
+    """Yield names and tensors of the persistent buffers. Local."""
     inside = bare(model)
     clean = names_without_wrappers(inside)
     for prefix, module in inside.named_modules():
@@ -197,7 +197,7 @@ def plain_groups(
 
 
 def hyper_parameters(groups: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Return by parameter name what two jobs must have alike to go on from one another. Local."""
+    """Return by parameter name the values that must match for one job to continue another. Local."""
     found = {}
     for group in groups:
         values = {key: value for key, value in group.items() if key not in _NOT_COMPARED and key != "names"}
@@ -207,10 +207,10 @@ def hyper_parameters(groups: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def family_of(optimizer: Optimizer) -> str:
-    """The class by whose rules an optimizer keeps its state, as a checkpoint names it. Local.
+    """Return the name of the class whose state layout an optimizer has, as a checkpoint records it. Local.
 
-    A class derived from a known one keeps the state of that one, under whatever name; unless it is an Adam whose state
-    is another, by what is there.
+    A subclass has the layout of the known class that it derives from, unless it derives from an Adam and its present
+    state lacks Adam's moments.
     """
     own = type(optimizer).__name__
     for base in type(optimizer).__mro__:
@@ -222,34 +222,35 @@ def family_of(optimizer: Optimizer) -> str:
 
 
 def _has_moments(optimizer: Optimizer) -> bool:
-    """Return whether all the state there is has Adam's moments. Local."""
+    """Return whether all present state has Adam's moments. Local."""
     needed = {*MOMENTS[:2]}
     return isinstance(optimizer, DistAdamW) or all(needed <= state.keys() for state in optimizer.state.values())
 
 
 def saved_family(about: Mapping[str, Any]) -> str | None:
-    """The class by whose rules saved state is kept; None where there is none. Local."""
+    """Return the name of the class whose layout saved state has; None without an optimizer. Local."""
     saved: str | None = about["optimizer"]
-    # Older releases wrote the name of a derived class; only DistAdamW and what derives from it has decay_by.
+    # Older releases wrote the name of the subclass; only DistAdamW and its subclasses have decay_by.
     return "DistAdamW" if saved is not None and about.get("decay_by") is not None else saved
 
 
 def fits_family(about: Mapping[str, Any], optimizer: Optimizer) -> bool:
-    """Return whether saved state means the same to an optimizer. Local."""
+    """Return whether saved state has an optimizer's layout. Local."""
     saved = saved_family(about)
     known = {base.__name__ for base in type(optimizer).__mro__}
     return saved is not None and (saved in known or same_family(saved, family_of(optimizer)))
 
 
 def same_family(one: str, other: str) -> bool:
-    """Return whether the state of one class of optimizer means the same to the other."""
+    """Return whether two optimizer classes have the same state layout."""
     return one == other or {one, other} <= ADAM_FAMILY
 
 
 def only_mine(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return what this rank writes. Whole tensors are written by the first rank, since ranks' may differ. Local.
+    """Return what this rank writes: its shards, and on the first rank all whole tensors. Local.
 
-    Batch norm's statistics do, and weights of ranks that are not kept alike: pieces of several would be no model.
+    Whole tensors may differ between ranks (batch norm statistics, weights that nothing synchronizes), and a mix of
+    several ranks' would not be a consistent model.
     """
     is_first = collectives.rank() == 0
     return {

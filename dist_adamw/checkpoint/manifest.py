@@ -1,4 +1,4 @@
-"""Record and check sizes and checksums of all files of a saved folder, other libraries' files too."""
+"""Record and check sizes and checksums of all files in a saved folder, including other libraries' files."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MANIFEST = "manifest.json"
 
 
 def file_facts(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield size and checksum of the files that no index of ours knows, by name; the disk holds them then."""
+    """Yield name, size and checksum of the files that no index of ours lists, after syncing them to disk."""
     indexed = {path.parent: files for path in folder.rglob(INDEX) if (files := _files_of(path.parent))}
     known = {where / name for where, names in indexed.items() for name in names}
     for path in sorted(folder.rglob("*")):
@@ -35,11 +35,11 @@ def file_facts(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _files_of(folder: Path) -> set[str]:
-    """Return a checkpoint's files and its index; none where the index is not ours, and so a file like any."""
+    """Return a checkpoint's files and its index; nothing if the index is another program's."""
     try:
         return {INDEX, *read_index(folder).files}
     except CheckpointError:
-        if is_ours(folder):  # damaged: what it should name would be taken for whole
+        if is_ours(folder):  # damaged: its files would be recorded as they are, and pass for whole
             raise
         return set()
 
@@ -52,24 +52,24 @@ def fingerprint(path: Path) -> dict[str, Any]:
 
 
 def damage_of(path: Path, part: int = 0, parts: int = 1) -> str | None:
-    """Return what is wrong with a checkpoint of a `CheckpointFolder`, as a sentence; None when it is whole. Local.
+    """Return what is wrong with a checkpoint of a `CheckpointFolder`, as a sentence; None if it is whole. Local.
 
     Args:
         path: The checkpoint.
-        part: Which of the files to read, ``parts`` ranks sharing them.
-        parts: How many share them.
+        part: The number of this rank's part of the files.
+        parts: The number of parts.
     """
     try:
         manifest = json.loads(read_bounded(path / MANIFEST))
         for i, (name, expected) in enumerate(manifest.items()):
             inside = path / name
-            if not inside.resolve().is_relative_to(path.resolve()):  # also by a link on the way
+            if not inside.resolve().is_relative_to(path.resolve()):  # also through a symlink
                 return f"the checkpoint {path} is damaged: its manifest names {name!r}, outside of it."
             if name.endswith("/"):
                 if problem := damage(inside, part, parts):
                     return problem
             elif i % parts == part and (found := fingerprint(inside)) != expected:
-                what = "its checksum is another one" if found["bytes"] == expected["bytes"] else "it is torn"
+                what = "its checksum differs" if found["bytes"] == expected["bytes"] else "it is torn"
                 return (
                     f"the checkpoint {path} is damaged: {name} has {found['bytes']:,} bytes where "
                     f"{expected['bytes']:,} were written, and {what}."

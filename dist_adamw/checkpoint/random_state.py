@@ -1,7 +1,4 @@
-"""Store the state of random generators as a tensor of text.
-
-Knows Python's, numpy's and torch's generators, and the index of a checkpoint.
-"""
+"""Save and restore the state of Python's, numpy's and torch's random generators, as JSON in a tensor of bytes."""
 
 from __future__ import annotations
 
@@ -19,11 +16,11 @@ from dist_adamw.errors import CheckpointError
 from dist_adamw.ranks import collectives
 
 RNG = "rng"
-_LARGEST = 1 << 20  # bytes; what is written has some tens of thousands
+_LARGEST = 1 << 20  # bytes; a real one has some tens of thousands
 
 
 def current_random_state() -> Tensor:
-    """Of Python, numpy if it is there, torch and this rank's device; as text in a tensor. Local."""
+    """Return the state of Python's, numpy's (if installed), torch's and this rank's device's generators. Local."""
     version, numbers, gauss = random.getstate()
     state: dict[str, Any] = {"python": [version, list(numbers), gauss], "torch": _hex(torch.get_rng_state())}
     try:
@@ -33,6 +30,7 @@ def current_random_state() -> Tensor:
     else:
         legacy: Any = np.random.get_state()
         state["numpy"] = [legacy[0], legacy[1].tolist(), *legacy[2:]]
+    # Asking an uninitialized CUDA for its state would create a context, which takes memory.
     if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         state["cuda"] = _hex(torch.cuda.get_rng_state())
     return torch.frombuffer(bytearray(json.dumps(state).encode()), dtype=torch.uint8)
@@ -43,22 +41,22 @@ def _hex(state: Tensor) -> str:
 
 
 def restore_random_state(index: Index) -> str:
-    """Give this rank the random state that it had, or one that follows from those that were. Local.
+    """Restore this rank's random state, or derive one from the saved states if it had none. Local.
 
     Raises:
-        CheckpointError: what was saved is none. Nothing has been changed then.
+        CheckpointError: the saved data is no random state. Nothing has been changed then.
     """
     return random_state_of(index)()
 
 
 def random_state_of(index: Index) -> Callable[[], str]:
-    """Return a function that restores the saved random state, which has been checked. Local."""
+    """Check the saved random state; return the function that restores it. Local."""
     rank, before = collectives.rank(), index.about["world_size"]
     if f"{RNG}.0" not in index.tensors:
         return lambda: "left alone"
     key = f"{RNG}.{rank % before}"
     text = _text(index, key)
-    # Where all ranks drew the same numbers, a new one does so too.
+    # If all ranks drew the same numbers, a new rank draws them too.
     known = rank < before or (before > 1 and all(_text(index, f"{RNG}.{other}") == text for other in range(before)))
     try:
         state = json.loads(text)
@@ -71,6 +69,7 @@ def random_state_of(index: Index) -> Callable[[], str]:
             one()
         if known:
             return "restored"
+        # The state that it shares with another rank, plus its own number: repeatable, and different on every rank.
         seed = (torch.initial_seed() * 1_000_003 + random.getrandbits(32) + rank) % (1 << 63)
         random.seed(seed)
         torch.manual_seed(seed)
@@ -91,12 +90,12 @@ def _text(index: Index, key: str) -> bytes:
 
 
 def _generators(state: Any) -> Iterator[Callable[[], object]]:
-    """Return functions that set each generator; each has been tried on another generator. Local."""
+    """Yield functions that set each generator, after a trial on a scratch generator. Local."""
     version, numbers, gauss = state["python"]
     python = (version, tuple(numbers), gauss)
     tried = random.Random()
     tried.setstate(python)
-    if tried.getstate() != python or not (gauss is None or type(gauss) is float):  # it cuts numbers off
+    if tried.getstate() != python or not (gauss is None or type(gauss) is float):  # setstate truncates
         raise ValueError("of Python's random")
     yield lambda: random.setstate(python)
     cpu = _unhex(state["torch"])
@@ -108,7 +107,7 @@ def _generators(state: Any) -> Iterator[Callable[[], object]]:
         kind, keys, place, *rest = state["numpy"]
         legacy: Any = (kind, np.array(keys, dtype=np.uint32), place, *rest)
         np.random.RandomState().set_state(legacy)
-        if not 0 <= place <= len(keys):  # numpy does not look, and would read beyond the end of the keys
+        if not 0 <= place <= len(keys):  # numpy does not check, and would read past the end of the keys
             raise ValueError(f"place {place} of {len(keys)}")
         yield lambda: np.random.set_state(legacy)
     if "cuda" in state and torch.cuda.is_available():

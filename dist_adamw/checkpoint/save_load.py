@@ -1,7 +1,7 @@
-"""``save`` and ``load``: write a training state to disk and read it back, on any engine.
+"""Write a training state to disk and read it back, on any engine.
 
-Puts together what a process holds (`state`) and where it is kept (`storage.files`), and has all ranks succeed or
-fail together.
+Connects `local_state` (what a process holds) with `storage.files` (where it is stored); all ranks succeed or fail
+together.
 """
 
 from __future__ import annotations
@@ -50,11 +50,11 @@ class Checkpoint:
 
     Attributes:
         path: Its folder.
-        samples: The clock of the schedule; None without one.
-        engine: Which engine wrote it.
-        world_size: How many ranks wrote it.
-        extra: What was passed to `save` as ``extra``.
-        random: The result for this rank's random state: "restored", "seeded anew, since there was no such rank", or
+        samples: The schedule's clock; None without a schedule.
+        engine: The engine that wrote it.
+        world_size: The number of ranks that wrote it.
+        extra: The ``extra`` passed to `save`.
+        random: How this rank's random state was restored: "restored", "seeded anew, since there was no such rank", or
             "left alone".
     """
 
@@ -76,24 +76,24 @@ def save(
     compare_ranks: bool = True,
     group: Group = None,
 ) -> None:
-    """Write weights, optimizer state, schedule and random state to a folder, of any engine. Collective.
+    """Write weights, optimizer state, schedule and random state to a folder, from any engine. Collective.
 
-    Each rank writes what it owns, and nothing is gathered. A folder that holds a checkpoint has that one until the
-    new one is whole, whenever the job is killed. It loads on any engine and number of ranks.
+    Each rank writes what it owns; nothing is gathered. A folder that already holds a checkpoint keeps it until the new
+    one is whole, even if the job is killed. The checkpoint loads on any engine and any number of ranks.
 
     Args:
-        path: The folder; the same for every rank, on a file system that all of them see.
+        path: The folder; the same on every rank, on a shared file system.
         model: As it is trained: plain, in DistributedDataParallel, sharded by ``fully_shard``, or a DeepSpeed engine.
-        optimizer: `DistAdamW`, or any whose state is tensors and numbers by parameter.
-        scheduler: Any whose ``state_dict`` is plain data.
-        extra: Plain data of yours, such as the place in the data; the main rank's is kept.
-        compare_ranks: Whether to look first if all ranks have the same weights where they should: `check_replicas`.
-        group: Of gloo, for messages between ranks; default: the default group, or one next to it if that is NCCL.
+        optimizer: `DistAdamW`, or any optimizer whose state is tensors and numbers by parameter.
+        scheduler: Any scheduler whose ``state_dict`` is plain data.
+        extra: Your own plain data, such as the position in the data; the main rank's is saved.
+        compare_ranks: Whether to check first that replicas have the same weights on all ranks: `check_replicas`.
+        group: A gloo group for messages between ranks; default: the default group, or one next to it if that is NCCL.
 
     Raises:
-        CheckpointError: some rank could not write, or data is not plain; on every rank alike. The folder has the
+        CheckpointError: some rank could not write, or data is not plain; on every rank. The folder keeps the
             checkpoint that it had.
-        AgreementError: ranks have other weights, hyper-parameters or schedules; on every rank. Nothing is written.
+        AgreementError: weights, hyper-parameters or schedules differ between ranks; on every rank. Nothing is written.
     """
     group = collectives.host_group() if group is None else group
     if compare_ranks:
@@ -105,10 +105,10 @@ def save(
 
 
 def announce_save(optimizer: Optimizer | None) -> None:
-    """Raise where a rank goes on with training and does not save, as far as that can be seen. Collective.
+    """Raise if another rank is already in its next update instead of in this save. Collective.
 
     Raises:
-        AgreementError: as `DistAdamW.announce_save`.
+        AgreementError: see `DistAdamW.announce_save`.
     """
     if optimizer is not None and isinstance(inner := unwrap(optimizer), DistAdamW):
         inner.announce_save()
@@ -122,10 +122,10 @@ def collect_state(
     extra: Mapping[str, Any] | None,
     ranks: Ranks,
 ) -> tuple[LocalState, dict[str, Any]]:
-    """Return what this rank writes and what the index says of it. Raises on every rank. Collective.
+    """Return what this rank writes, and the index's ``about``. Raises on every rank. Collective.
 
     Args:
-        path: Where to; None: ranks are known to agree.
+        path: The folder to write to; None: skip the comparison of ranks.
     """
 
     def gather() -> tuple[LocalState, dict[str, Any]]:
@@ -139,7 +139,7 @@ def collect_state(
             "time": time.time(),
             "engine": found.engine,
             "world_size": ranks.size,
-            # The family, which is what a load compares; the class is for who reads it.
+            # A load compares the family; the class is for human readers.
             "optimizer": None if optimizer is None else family_of(unwrap(optimizer)),
             "optimizer_class": None if optimizer is None else type(unwrap(optimizer)).__qualname__,
             "decay_by": None if optimizer is None else getattr(unwrap(optimizer), "decay_by", None),
@@ -150,14 +150,14 @@ def collect_state(
             "extra": dict(extra or {}),
             "modules": modules,
         }
-        about = as_json(about)  # now: what is saved beside training must not change with it
+        about = as_json(about)  # copied here, because training may change it during an asynchronous save
         if wrong := wrong_in(about):
-            raise CheckpointError(f"{wrong}, which no load would take: nothing is saved.")
+            raise CheckpointError(f"{wrong}, which no load would accept: nothing is saved.")
         return local_state, about
 
     inner = None if optimizer is None else unwrap(optimizer)
     if isinstance(inner, DistAdamW):
-        inner.follow()
+        inner.follow()  # collective, so not in `gather`: a rank that fails there would not take part
     local_state, about = ranks.run(gather)
     if path is not None:
         alike = {name: about[name] for name in ("engine", "optimizer", "groups", "scheduler", "schedule")}
@@ -166,13 +166,15 @@ def collect_state(
 
 
 def write_state(path: Path, local_state: LocalState, about: Mapping[str, Any], ranks: Ranks) -> None:
-    """Write what `collect_state` has returned. Collective.
+    """Write what `collect_state` returned. Collective.
 
     Raises:
-        CheckpointError: it could not be written; on every rank alike.
+        CheckpointError: it could not be written; on every rank.
     """
     several = ranks.size > 1
+    # The planner holds the tensors itself, so dcp.save gets an empty state dict: see `storage.planner`.
     planner = Planner(local_state.tensors, about)
+    # Only the main rank locks: the lock keeps other jobs out, not this job's ranks.
     lock = ranks.run(lambda: _lock(path) if ranks.is_main else None)
     writer = Writer(path, about, ranks.size)
     still_there = "What it held before is still there."
@@ -183,16 +185,16 @@ def write_state(path: Path, local_state: LocalState, about: Mapping[str, Any], r
             save_alone(planner, writer)
     except CheckpointException as failed:
         writer.discard()
-        rank, (error, _) = min(failed.failures.items())
+        rank, (error, _) = min(failed.failures.items())  # the lowest rank's, so that all ranks report the same one
         what = str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
         where = f" (rank {rank})" if several else ""
         raise CheckpointError(f"could not write {path}: {what}{where}. {still_there}") from error
-    except Exception as error:  # of one process, or of messages between ranks
+    except Exception as error:  # a single process's error, or a failed collective
         writer.discard()
-        ranks.check()
+        ranks.check()  # names the cause if the process group was destroyed
         what = str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
         raise CheckpointError(f"could not write {path}: {what}. {still_there}") from error
-    except BaseException:  # Ctrl-C in one process; of several, the library has made a failure of it
+    except BaseException:  # Ctrl-C in a single process; dcp.save turns it into a CheckpointException
         writer.discard()
         raise
     finally:
@@ -217,27 +219,27 @@ def load(
     random_state: bool = True,
     group: Group = None,
 ) -> Checkpoint:
-    """Put a training state where `save` left it, on any engine and number of ranks. Collective.
+    """Restore a training state that `save` wrote, on any engine and any number of ranks. Collective.
 
-    Everything is checked, to the last bit, before anything is changed. Each rank reads the elements that it holds.
+    Everything is checked, to the last bit, before anything is changed. Each rank reads only the elements that it holds.
 
     Args:
         path: The folder.
-        model: Built and wrapped as for training; also one that another engine has.
-        optimizer: Of the same family (any Adam, say) as the one saved; None: weights alone.
-        scheduler: Of the same class. The clock goes on where it was, and lr and weight decay are in the groups at once.
-        on_difference: When hyper-parameters or the schedule's configuration are others: "strict" raises with the
+        model: Built and wrapped as for training; the engine may differ from the one that saved.
+        optimizer: Of the same family (any Adam, say) as the one saved; None: load the weights alone.
+        scheduler: Of the same class. The clock continues, and lr and weight decay are written into the groups at once.
+        on_difference: When hyper-parameters or the schedule's configuration differ: "strict" raises with the
             difference, "checkpoint" takes the saved ones, "new" keeps those of this job. Default: the scheduler's
-            ``on_difference``. lr and weight decay are the schedule's; without a `CyclicLRWithRestarts` they are taken
-            over, as by torch's ``load_state_dict``, but by "new".
-        random_state: Whether to restore it. A rank has its own back; ranks that there were not go on from the state
-            that all ranks had, or get new seeds from theirs if each had another.
-        group: As for `save`.
+            ``on_difference``. A `CyclicLRWithRestarts` sets lr and weight decay itself; without one the saved values
+            are taken, as by torch's ``load_state_dict``, except under "new".
+        random_state: Whether to restore it. Each rank gets its own back. A rank that the saved job did not have gets
+            the state that all its ranks shared, or a new seed if they differed.
+        group: See `save`.
 
     Raises:
-        CheckpointError: the checkpoint is torn, damaged, of another model, optimizer or schedule, or was not there on
-            some rank; on every rank alike. Nothing has been changed then; where a disk fails after all was checked,
-            the message says that the state is half loaded.
+        CheckpointError: the checkpoint is torn, damaged, missing on some rank, or of another model, optimizer or
+            schedule; on every rank. Nothing has been changed then, unless a disk fails after the checks: the message
+            then says that the state is half loaded.
     """
     part = Part(Path(path), model, optimizer, scheduler)
     return load_together([part], on_difference=on_difference, random_state=random_state, group=group)[0]
@@ -245,7 +247,7 @@ def load(
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A model with what belongs to it, and the folder that has their state."""
+    """A model, its optimizer and scheduler, and the folder with their state."""
 
     path: Path
     model: nn.Module
@@ -255,13 +257,13 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class _Checked:
-    """A part that fits its checkpoint, which is whole; nothing has been changed yet.
+    """A part whose checkpoint is whole and fits it; nothing has been changed yet.
 
     Attributes:
-        choice: Of what differs.
-        taken: What the parameter groups take.
+        choice: How to resolve differences.
+        taken: The values that the parameter groups take.
         restore: Restores the random state.
-        make_room: Lays the optimizer's state out again, and says where to read to.
+        make_room: Allocates the optimizer's state, and returns the tensors to read into.
     """
 
     part: Part
@@ -280,12 +282,13 @@ def load_together(
     random_state: bool = True,
     group: Group = None,
 ) -> list[Checkpoint]:
-    """Load several models as `load`: each is checked, with its tensors, before the first is changed. Collective.
+    """Load several models as `load` does; all are checked before the first is changed. Collective.
 
     Raises:
-        CheckpointError: as of `load`.
+        CheckpointError: see `load`.
     """
-    with contextlib.ExitStack() as until, torch.inference_mode(False):  # what is made here is to be trained on
+    # A tensor created in inference mode could not be trained on.
+    with contextlib.ExitStack() as until, torch.inference_mode(False):
         group = collectives.host_group() if group is None else group
         ready = [_check(part, on_difference, group, until) for part in parts]
         return [_apply(one, random_state, group) for one in ready]
@@ -306,14 +309,14 @@ def _check(part: Part, on_difference: OnDifference | None, group: Group, until: 
 
 def _apply(one: _Checked, random_state: bool, group: Group) -> Checkpoint:
     index, optimizer, scheduler = one.index, one.part.optimizer, one.part.scheduler
-    # Room is made, and what was there forgotten, when no rank has found anything wrong.
+    # This drops the old optimizer state, so it runs only after every rank's checks have passed.
     local_state = run_on_all_ranks(one.make_room, group)
     try:
         run_on_all_ranks(lambda: _fill(index, local_state), group)
     except CheckpointError as error:
         raise CheckpointError(f"{error} Model and optimizer are half loaded: load a checkpoint.") from error
     with torch.no_grad():
-        local_state.finish()  # it may be collective, so only when all ranks have read
+        local_state.finish()  # may be collective, so not inside run_on_all_ranks
     run_on_all_ranks(lambda: restore_extra_state(index, one.model), group)
     about = index.about
     if optimizer is not None:
@@ -323,16 +326,17 @@ def _apply(one: _Checked, random_state: bool, group: Group) -> Checkpoint:
         scheduler.load_state_dict(about["schedule"], one.choice)
     elif scheduler is not None:
         scheduler.load_state_dict(with_keys_of(scheduler.state_dict(), about["schedule"]))
+    # Last: set_extra_state and load_state_dict run user code, which may draw random numbers.
     state = one.restore() if random_state else "left alone"
     return Checkpoint(one.part.path, samples_of(index), about["engine"], about["world_size"], about["extra"], state)
 
 
 def _make_room(index: Index, ours: Access) -> Callable[[], LocalState]:
-    """Check what there is to read; return what makes room for it. Local; nothing is changed."""
+    """Check the saved tensors; return the function that allocates room for them. Local; changes nothing."""
     kinds: dict[str, set[str]] = {}
     for key in index.tensors:
         kind, _, name = key.partition(".")
-        if kind != RNG:  # a parameter may be called "0"
+        if kind != RNG:  # "rng.0" would look like state of a parameter named "0"
             kinds.setdefault(name, set()).add(kind)
     found = CheckpointContents(
         kinds,
@@ -355,7 +359,7 @@ def _fill(index: Index, local_state: LocalState) -> None:
 
 
 def _read(index: Index, local_state: LocalState) -> None:
-    # Every rank for itself, since what it needs to know is in the index; as dcp.load does where there is one rank.
+    # dcp.load(no_dist=True) in its parts. No collectives: the index has all that a rank needs to plan its reads.
     planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     reader = Reader(index, local_state.sources)
     planner.set_up_planner(dict(local_state.tensors), reader.read_metadata(), True)

@@ -1,4 +1,4 @@
-"""Read and write the training state of models in plain torch, in DDP, or sharded by FSDP2."""
+"""Read and write the training state of models in plain torch, DDP or FSDP2."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from dist_adamw.wrappers import bare, unwrap
 
 
 class TorchAccess:
-    """Whole parameters on every rank, or DTensors: one process, DDP, FSDP2, tensor parallelism."""
+    """Access to whole parameters on every rank, or DTensors: one process, DDP, FSDP2, tensor parallelism."""
 
     def __init__(self, model: nn.Module, optimizer: Optimizer | None) -> None:
         self.model = bare(model)
@@ -70,10 +70,11 @@ class TorchAccess:
         """See `Access`."""
         local_state = LocalState()
         if isinstance(self.optimizer, DistAdamW):
-            self.optimizer.wait()
+            self.optimizer.wait()  # parameters in flight still have their old values
             self._of_shards(self.optimizer, local_state)
         elif self.optimizer is not None:
             self._of_states(self.optimizer, local_state)
+        # Where the state is sharded, `_of_shards` has set this rank's runs: each rank writes a part of the weights.
         for param, name in self.names.items():
             local_state.tensors.setdefault(f"{MODEL}.{name}", param.detach())
         local_state.tensors |= {f"{MODEL}.{name}": buffer.detach() for name, buffer in buffers(self.model)}
@@ -120,9 +121,9 @@ class TorchAccess:
             self._check_states(self.optimizer, found)
 
         def forget_gradients() -> None:
-            self.model.zero_grad()  # of micro-batches before the load
+            self.model.zero_grad()  # accumulated before the load
             if isinstance(self.optimizer, DistAdamW):
-                self.optimizer.zero_grad()  # and what has been reduced of them
+                self.optimizer.zero_grad()  # also drops what was already reduced to owners
 
         def make_room() -> LocalState:
             local_state.finish = forget_gradients
@@ -135,7 +136,7 @@ class TorchAccess:
         return make_room
 
     def _with_state(self, found: CheckpointContents) -> list[Tensor]:
-        """Return the parameters that have state in a checkpoint."""
+        """Return the parameters with optimizer state in the checkpoint."""
         return [p for p, name in self.names.items() if found.kinds.get(name, set()) - {MODEL, MASTER}]
 
     def _check_shards(self, optimizer: DistAdamW, found: CheckpointContents) -> None:
@@ -157,7 +158,8 @@ class TorchAccess:
                     remainders.append((shard, i, name))
 
         def later() -> Iterator[tuple[LocalState, Callable[[], None]]]:
-            for shard, i, name in remainders:  # their fp32 weights take memory, so one after the other
+            # A remainder is computed from fp32 weights, which take memory: one parameter at a time.
+            for shard, i, name in remainders:
                 weights = exact_weights(shard, i)
                 one = LocalState()
                 one.read(MASTER, name, _like_param(shard, i, weights, torch.float32), found)
@@ -182,9 +184,9 @@ class TorchAccess:
                     raise CheckpointError(f"the checkpoint has {twice[0]} of {name} twice: it is damaged.")
 
     def _state_of(self, name: str, optimizer: Optimizer, found: CheckpointContents) -> tuple[set[str], dict[str, Any]]:
-        """Return which tensors and numbers of a parameter's saved state an optimizer takes."""
+        """Return the tensors and numbers of a parameter's saved state that an optimizer takes."""
         kinds, numbers = found.kinds.get(name, set()) - {MODEL, MASTER}, dict(found.scalars.get(name, {}))
-        if type(optimizer).__name__ in ADAM_FAMILY:  # a derived class may have more, and takes all
+        if type(optimizer).__name__ in ADAM_FAMILY:  # a subclass may have more state, and takes all
             return kinds & {*MOMENTS}, {kind: value for kind, value in numbers.items() if kind == "step"}
         return kinds, numbers
 
@@ -209,16 +211,16 @@ class TorchAccess:
 
 
 def _room_for(param: Tensor, before: Any, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Return a tensor to read state of ``param`` into: the one that is there, if it fits."""
+    """Return a tensor to read state of ``param`` into: the present one, if it fits."""
     if isinstance(before, Tensor) and (tuple(before.shape), before.dtype) == (shape, dtype):
-        return before  # to have both would be as much memory again
+        return before  # a second one would double the state's memory
     if shape == tuple(param.shape):
         return torch.zeros_like(param, dtype=dtype, requires_grad=False)
     return torch.zeros(shape, dtype=dtype, device=param.device)
 
 
 def _number_in_state(optimizer: Optimizer, group: dict[str, Any], param: Tensor, kind: str, value: Any) -> Any:
-    """Return a number as ``optimizer`` keeps it: Adam's steps are tensors, and lie on the device for some kernels."""
+    """Return a number as ``optimizer`` stores it: Adam's step is a tensor, on the device for some kernels."""
     is_tensor = kind == "step" and (family_of(optimizer) in ADAM_FAMILY or type(value) is float)
     if not is_tensor:
         return value
@@ -227,7 +229,7 @@ def _number_in_state(optimizer: Optimizer, group: dict[str, Any], param: Tensor,
 
 
 def _like_param(shard: Shard, i: int, values: Values, dtype: torch.dtype) -> Tensor:
-    """Return ``values``, this rank's elements of parameter ``i`` in the order of memory, as part of its tensor."""
+    """Return ``values``, this rank's elements of parameter ``i`` in memory order, as a partial tensor."""
     param = shard.params[i]
     if not isinstance(param, DTensor):
         made = PartialTensor.of_ranges(
@@ -259,13 +261,13 @@ def _master(shard: Shard, i: int) -> Tensor:
 
 
 def _runs(tensor: Tensor, ranges: Iterable[Sequence[int]]) -> PartialTensor:
-    """Return of a whole tensor the elements in ``ranges``, counted in the order of its memory."""
+    """Return the elements of a whole tensor in ``ranges``, counted in memory order."""
     flat, order = storage_order(tensor), axes_in_memory(tensor)
     parts: dict[Region, Values] = {}
     for start, stop in ranges:
         parts |= PartialTensor.of_ranges(
             tensor.shape, flat[start:stop], [(start, stop)], dtype=tensor.dtype, order=order
         ).parts
-    if not tensor.numel():
+    if not tensor.numel():  # ranges are empty, but the index must list the tensor
         return PartialTensor.of(tensor)
     return PartialTensor(tensor.shape, tensor.dtype, parts)

@@ -1,10 +1,8 @@
-"""Read pickles without executing code in them, also where another library reads them.
+"""Read pickles without executing code in them, even when another library does the reading.
 
-Knows pickles and torch's safe load; nothing of what a checkpoint holds.
-
-Python's ``pickle`` calls whatever a file names. Accelerate reads custom objects that way, and so do DeepSpeed and
-``torch.distributed.checkpoint`` their own folders. While they read for us, ``pickle`` finds no class in this thread:
-a file that needs one is refused, and says so before anything of it has run.
+Python's ``pickle`` calls whatever a file names. Accelerate reads custom objects that way, and DeepSpeed and
+``torch.distributed.checkpoint`` read their own folders so. While they read for us, ``pickle`` finds no class in this
+thread: a file that names one is refused before any of its code runs.
 """
 
 from __future__ import annotations
@@ -24,17 +22,17 @@ import torch
 
 from dist_adamw.errors import CheckpointError
 
-# torch's own switch, for code that offers no argument of ours: Trainer, for one.
+# torch's own switch, for callers such as Trainer that offer no argument for this.
 _TRUSTED_BY_ENVIRONMENT = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 
 
 class _Here(threading.local):
-    """Of this thread.
+    """The state of this thread.
 
     Attributes:
-        reading: What is being read for us, with `nothing_executed`; None elsewhere.
-        trusted: Whether the outermost reader said that it trusts the files.
-        refused: What a file asked for, since that began.
+        reading: The file or folder being read under `nothing_executed`; None otherwise.
+        trusted: Whether the outermost reader trusts the files.
+        refused: The class or function that a file named since then.
     """
 
     reading: str | None = None
@@ -44,7 +42,7 @@ class _Here(threading.local):
 
 _here = _Here()
 _lock = threading.Lock()
-_readers = 0  # threads that need the functions below in the place of pickle's
+_readers = 0  # threads that need pickle's functions replaced by the ones below
 _unpickler, _load, _loads = pickle.Unpickler, pickle.load, pickle.loads
 _find_class = pickle._Unpickler.find_class
 
@@ -56,18 +54,18 @@ def trusted_by_environment() -> bool:
 
 @contextlib.contextmanager
 def nothing_executed(what: str | Path, how_to_trust: str, *, trusted: bool = False) -> Iterator[None]:
-    """Have files be read in which ``pickle`` may name no class or function, in this thread. Local.
+    """Refuse pickles that name a class or function, in this thread. Local.
 
-    Messages between ranks and processes go on as always: those libraries hold on to pickle's own functions.
-    The outermost of several decides whether files are trusted.
+    Messages between ranks and processes are unaffected: those libraries hold references to pickle's own functions.
+    If nested, the outermost decides whether files are trusted.
 
     Args:
-        what: What is read, for the error.
-        how_to_trust: What the user can do to have the file's classes and functions called.
-        trusted: Whether that was done.
+        what: The file or folder, for the error.
+        how_to_trust: How the user can allow the file's classes and functions, for the error.
+        trusted: Whether the user did.
 
     Raises:
-        CheckpointError: a file names a class or function; also where the reader keeps that error to itself.
+        CheckpointError: a file names a class or function, even if the reader swallowed that error.
     """
     if _here.reading is not None or _here.trusted:
         yield
@@ -103,9 +101,9 @@ def _sentence(what: str | Path, asked_for: str, how_to_trust: str) -> str:
 
 
 def _install(readers: int) -> None:
-    """Put the functions below in the place of pickle's while some thread needs them. Local."""
+    """Replace pickle's functions by the ones below while some thread needs them. Local."""
     global _readers
-    with _lock:
+    with _lock:  # pickle's attributes are the process's, and several threads may read
         _readers += readers
         on = _readers > 0
         pickle.Unpickler = _Refusing if on else _unpickler  # type: ignore[misc]
@@ -120,16 +118,16 @@ def _check(module: str, name: str) -> None:
 
 
 class _Refusing(_unpickler):  # type: ignore[misc,valid-type]
-    """``pickle.Unpickler``, in which the threads that read for us find no class."""
+    """``pickle.Unpickler`` that finds no class in threads under `nothing_executed`."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """As pickle's, elsewhere."""
+        """Refuse, or do as pickle in other threads."""
         _check(module, name)
         return super().find_class(module, name)
 
 
 def _refusing_find_class(self: Any, module: str, name: str) -> Any:
-    """Of pickle's Unpickler in Python, from which other libraries derive theirs."""
+    """Stand in for the method of pickle's pure-Python Unpickler, which other libraries subclass."""
     _check(module, name)
     return _find_class(self, module, name)
 
@@ -146,14 +144,15 @@ def _forget_in_a_child() -> None:
     _here.reading = None
 
 
-os.register_at_fork(after_in_child=_forget_in_a_child)  # a data loader's worker reads for itself
+# A data loader's worker that is forked during a load unpickles the user's own objects.
+os.register_at_fork(after_in_child=_forget_in_a_child)
 
 
 # ---------------------------------------------------------------------------------------------- files of torch.save
 
 
 def _numbers_of_numpy() -> list[Any]:
-    """The classes that numpy arrays and numbers are pickled with; Accelerate's list has one kind of number."""
+    """Return the classes in pickles of numpy arrays and numbers; Accelerate allows only one type of number."""
     try:
         import numpy as np
         from numpy import dtypes
@@ -166,7 +165,7 @@ def _numbers_of_numpy() -> list[Any]:
 
 @contextlib.contextmanager
 def numbers_allowed() -> Iterator[None]:
-    """Have torch's safe load take arrays and numbers of numpy, beside tensors and plain data. Local."""
+    """Let torch's safe load accept numpy arrays and numbers too. Local."""
     import _codecs
 
     with torch.serialization.safe_globals([_codecs.encode, *_numbers_of_numpy()]):
@@ -178,9 +177,9 @@ def load_safely(file: Any, what: str | Path, how_to_trust: str, **options: Any) 
 
     Args:
         file: A path, or an open file.
-        what: It, for the error.
-        how_to_trust: What to do where the file holds anything else.
-        options: Of ``torch.load``; ``weights_only`` is True whatever they say.
+        what: Its name, for the error.
+        how_to_trust: The remedy if the file holds anything else, for the error.
+        options: Of ``torch.load``; ``weights_only`` is always True.
 
     Raises:
         CheckpointError: it holds something else, or is no such file.
@@ -192,17 +191,15 @@ def load_safely(file: Any, what: str | Path, how_to_trust: str, **options: Any) 
         if isinstance(error, RuntimeError) and "TorchScript" not in str(error):
             raise
         if (asked := re.search(r"GLOBAL (\S+)", str(error))) is None:
-            raise CheckpointError(
-                f"{what} is no file of torch.save with tensors and plain data, or damaged."
-            ) from error
+            raise CheckpointError(f"{what} is damaged, or is no torch.save file of tensors and plain data.") from error
         raise CheckpointError(_sentence(what, asked[1], how_to_trust)) from error
 
 
 def check_safe(path: Path, how_to_trust: str) -> None:
-    """Raise where `load_safely` would; tensors stay in the file. Local.
+    """Raise if `load_safely` would; tensors stay in the file. Local.
 
     Raises:
-        CheckpointError: as `load_safely`.
+        CheckpointError: see `load_safely`.
     """
     with numbers_allowed():
         load_safely(path, path, how_to_trust, mmap=zipfile.is_zipfile(path))

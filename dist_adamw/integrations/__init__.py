@@ -1,1 +1,1 @@
-"""One package per library that dist_adamw works inside of. Each library is imported where it is used."""
+"""Integrations, one package per library. Each library is imported only where it is used."""

@@ -1,4 +1,4 @@
-"""From the number of samples to learning rate and weight decay."""
+"""Map the number of trained samples to learning rate and weight decay."""
 
 from dist_adamw.schedule.restarts import (
     Cycle,

@@ -15,7 +15,7 @@ from dist_adamw.schedule.batch import shown
 
 @dataclass(frozen=True, slots=True)
 class BaseValues:
-    """The values of a parameter group before any schedule touched it."""
+    """A parameter group's values before any schedule changed them."""
 
     lr: float
     min_lr: float
@@ -36,7 +36,8 @@ class BaseValues:
             raise ValueError(f"lr_scale must be a finite number >= 0, got {self.lr_scale!r}.")
 
     def plain(self) -> list[float]:
-        """Return the numbers as plain data; a scale only where there is one."""
+        """Return the numbers as plain data; the scale only if it is not 1."""
+        # Checkpoints from before lr_scale have three numbers, and configurations are compared strictly.
         scale = [] if self.lr_scale == 1.0 else [self.lr_scale]
         return [self.lr, self.min_lr, self.weight_decay, *scale]
 
@@ -48,10 +49,10 @@ GroupCheck = Callable[[Optimizer, Mapping[str, Any], BaseValues], None]
 class ScheduledGroup:
     """A parameter group and its base values.
 
-    It refers to the group, so that no other dict can have the group's ``id`` meanwhile.
+    The reference keeps the group alive, so that no other dict can get its ``id``.
 
     Attributes:
-        marks: Of the lr and weight decay that the schedule wrote last.
+        marks: Marks of the lr and weight decay that the schedule wrote last: see `_marks`.
     """
 
     group: dict[str, Any]
@@ -60,15 +61,15 @@ class ScheduledGroup:
 
 
 class ScheduledGroups:
-    """The parameter groups of an optimizer as the schedule knows them, in the optimizer's order. Local.
+    """The parameter groups of an optimizer with their base values, in the optimizer's order. Local.
 
-    Users add, delete, reorder and replace groups. Base values follow the group by identity, and stand in it
+    Users add, delete, reorder and replace groups. Base values belong to a group by identity, and are also stored in it
     (``initial_lr``, ``initial_weight_decay``), so that copies keep them.
 
     Args:
         optimizer: The torch optimizer.
-        min_lr: Of groups without their own.
-        check: Called with each new group and its base values; raises where they cannot be scheduled.
+        min_lr: For groups without their own.
+        check: Called with each new group and its base values; raises if they cannot be scheduled.
     """
 
     def __init__(self, optimizer: Optimizer, min_lr: float, check: GroupCheck | None = None) -> None:
@@ -83,29 +84,29 @@ class ScheduledGroups:
         return len(self._known)
 
     def with_bases(self, bases: Sequence[BaseValues], check: GroupCheck | None) -> ScheduledGroups:
-        """Return the same groups with other base values and another check of new ones; writes nothing."""
+        """Return the same groups with other base values and another check of new groups; writes nothing."""
         changed = ScheduledGroups(self.optimizer, self._min_lr, check)
         changed._known = [replace(one, base=base) for one, base in zip(self._known, bases, strict=True)]
         changed._has_warned = self._has_warned
         return changed
 
     def follow(self) -> None:
-        """Follow the optimizer's groups as they are now.
+        """Update to the optimizer's current groups.
 
         Raises:
-            ValueError: a new group has no base values that could be scheduled.
+            ValueError: the base values of a new group cannot be scheduled.
         """
         known = {id(one.group): one for one in self._known}
         groups = self.optimizer.param_groups
         self._known = [known.get(id(group)) or self._learn(i, group) for i, group in enumerate(groups)]
 
     def are_known(self) -> bool:
-        """Return whether the optimizer has no group that has not been seen."""
+        """Return whether all of the optimizer's groups are known."""
         known = {id(one.group) for one in self._known}
         return all(id(group) in known for group in self.optimizer.param_groups)
 
     def take_loaded(self) -> None:
-        """Follow the new dicts that ``Optimizer.load_state_dict`` has put in place of the groups."""
+        """Switch to the new dicts by which ``Optimizer.load_state_dict`` has replaced the groups."""
         for known, group in zip(self._known, self.optimizer.param_groups, strict=True):
             known.group = group
 
@@ -118,9 +119,9 @@ class ScheduledGroups:
                     one.group[name] = getattr(one.base, name)
 
     def write(self, values: Sequence[tuple[float, float | None]]) -> None:
-        """Write lr, and weight decay but where it is None, into the groups."""
+        """Write lr, and weight decay unless it is None, into the groups."""
         for one, (lr, decay) in zip(self._known, values, strict=True):
-            if isinstance(one.group["lr"], Tensor):
+            if isinstance(one.group["lr"], Tensor):  # in place: a CUDA graph or a compiled step reads this tensor
                 one.group["lr"].fill_(lr)
             else:
                 one.group["lr"] = lr
@@ -129,7 +130,7 @@ class ScheduledGroups:
             one.marks = _marks(one.group)
 
     def find_other_writer(self, leaves_decay_alone: Callable[[Mapping[str, Any]], bool]) -> str | None:
-        """Return a warning where lr or weight decay is not what `write` has written; once."""
+        """Return a warning if other code has changed lr or weight decay since `write`; only once."""
         if self._has_warned:
             return None
         self.follow()
@@ -144,15 +145,15 @@ class ScheduledGroups:
                 value = group[name] if isinstance(group[name], float | int) else "another tensor or value"
                 return (
                     f"{name} of parameter group {i} is {value}, which CyclicLRWithRestarts has not written: another "
-                    "scheduler or your own code has. That held for the last update; from here on the schedule's own "
-                    "value is written again. Let one of them write it: shape the curve by policy_fn or callbacks, "
-                    "leave the decay alone by normalize_weight_decay=False, or drop this scheduler."
+                    "scheduler or your own code has. The last update used it; from now on the schedule's own value is "
+                    "written again. Let only one of them write it: shape the curve with policy_fn or callbacks, keep "
+                    "your own decay with normalize_weight_decay=False, or drop this scheduler."
                 )
         return None
 
     def _learn(self, index: int, group: dict[str, Any]) -> ScheduledGroup:
-        """Take down the base values of a group, in the group as well, where copies of it find them."""
-        # torch's own convention for lr: what a scheduler has annealed is never taken for a base.
+        """Record the base values of a group, also in the group itself, for its copies."""
+        # torch's convention: "initial_lr" is the base, since a scheduler may have annealed "lr" already.
         for name in ("lr", "weight_decay"):
             if f"initial_{name}" not in group:
                 self._check_not_annealed(index, name, _number(name, group.get(name, 0.0)))
@@ -168,11 +169,11 @@ class ScheduledGroups:
         return ScheduledGroup(group, base)
 
     def _check_not_annealed(self, index: int, name: str, value: float) -> None:
-        """Raise where a new group has a value that the schedule wrote into another group: its base value is unknown."""
+        """Raise if a new group has a value that the schedule wrote into another group: its base value is unknown."""
         for one in self._known:
             base = getattr(one.base, name)
             current = _number(name, one.group.get(name, 0.0))
-            # A decay of 0 is what groups of biases have.
+            # A decay of 0 is common for biases, and says nothing of a copy.
             if current == value != base and (value or name == "lr"):
                 raise ValueError(
                     f"parameter group {index} has no 'initial_{name}', and its {name} {value!r} is the current {name} "
@@ -182,17 +183,17 @@ class ScheduledGroups:
 
 
 def copy_value(value: float | Tensor) -> float | Tensor:
-    """Return a hyper-parameter that does not change with the group's own."""
+    """Return a copy of a hyper-parameter, which in-place changes of the group's tensor do not reach."""
     return value.detach().clone() if isinstance(value, Tensor) else value
 
 
 def _marks(group: Mapping[str, Any]) -> tuple[object, object]:
-    """Return values that change with lr and weight decay of a group, without waiting for a device."""
+    """Return marks that change whenever a group's lr or weight decay does, without waiting for a device."""
     return _mark(group["lr"]), _mark(group.get("weight_decay"))
 
 
 def _mark(value: object) -> object:
-    """Return a number itself; of a tensor which one it is, and how often it was written to."""
+    """Return a number itself; for a tensor its identity and version counter, since reading it would wait."""
     return (id(value), value._version) if isinstance(value, Tensor) else value
 
 

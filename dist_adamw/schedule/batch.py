@@ -1,7 +1,4 @@
-"""The global batch: micro-batch, accumulation and ranks.
-
-Plain arithmetic; knows nothing of accelerators or data loaders.
-"""
+"""The global batch: micro-batch, accumulation and ranks."""
 
 from __future__ import annotations
 
@@ -10,11 +7,12 @@ from dataclasses import dataclass, fields
 
 
 def check_whole(name: str, value: object, least: int = 0) -> int:
-    """Return ``value`` as an int when it is a whole number: Python's, numpy's, or a tensor of one integer.
+    """Return ``value`` as an int if it is a whole number: Python's, numpy's, or a tensor of one integer.
 
     Raises:
-        ValueError: anything else, or below ``least`` (0 or 1), or 2**62 and more; with the value received.
+        ValueError: anything else, or a number below ``least`` (0 or 1) or not below 2**62; with the value received.
     """
+    # bool is an int in Python, and a tensor of one bool has __index__ too: True is not a size.
     is_bool = isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool")
     try:
         number = None if is_bool else operator.index(value)  # type: ignore[arg-type]
@@ -28,7 +26,7 @@ def check_whole(name: str, value: object, least: int = 0) -> int:
 
 
 def check_positive_int(name: str, value: object) -> int:
-    """Return ``value`` as an int when it is a whole number above zero: see `check_whole`.
+    """Return ``value`` as an int if it is a whole number above zero: see `check_whole`.
 
     Raises:
         ValueError: anything else, with the value received.
@@ -37,10 +35,10 @@ def check_positive_int(name: str, value: object) -> int:
 
 
 def shown(value: object) -> str:
-    """Return ``value`` as it is written, if that is of bearable length."""
+    """Return the ``repr`` of a value, cut to 200 characters."""
     try:
         text = repr(value)
-    except ValueError:  # a number of more digits than Python writes
+    except ValueError:  # an int of more digits than Python converts to text
         return "a number of thousands of digits"
     return text if len(text) <= 200 else f"{text[:200]}..."
 
@@ -50,9 +48,9 @@ class GlobalBatch:
     """The samples that one update averages over.
 
     Args:
-        micro_batch_size: Samples that one data-parallel rank sees in one forward pass.
-        gradient_accumulation_steps: Forward passes between two updates.
-        data_parallel_size: Ranks that see different samples.
+        micro_batch_size: Samples of one rank in one forward pass.
+        gradient_accumulation_steps: Forward passes per update.
+        data_parallel_size: The number of ranks that see different samples.
 
     Raises:
         ValueError: a factor is not a whole number above 0.
@@ -73,7 +71,7 @@ class GlobalBatch:
 
     @classmethod
     def solve(cls, *, size: int, micro_batch_size: int, data_parallel_size: int = 1) -> GlobalBatch:
-        """Find the gradient accumulation that gives a global batch of ``size`` samples.
+        """Find the gradient accumulation for a global batch of ``size`` samples.
 
         Raises:
             ValueError: no whole number of accumulation steps gives ``size``; the
@@ -94,7 +92,7 @@ class GlobalBatch:
 
 
 def samples_of_batch(batch_size: int | GlobalBatch) -> int:
-    """Return the samples of a global batch.
+    """Return the number of samples in a global batch.
 
     Raises:
         ValueError: not a whole number above 0.

@@ -1,7 +1,4 @@
-"""Count the samples of all applied updates.
-
-Knows an optimizer's ``step`` and who counts its samples; nothing of learning rates.
-"""
+"""Count the samples of all applied updates."""
 
 from __future__ import annotations
 
@@ -13,48 +10,48 @@ from torch.optim import Optimizer
 
 
 class SampleSource(Protocol):
-    """A counter of the real samples of updates, in place of the rule for a plain loop.
+    """A counter of each update's real samples, used in place of the plain-loop rule (one global batch per update).
 
-    A function that returns a number, or None for that rule, serves too.
+    A function that returns a number, or None for the plain-loop rule, works too.
     """
 
     def before_update(self, *, has_closure: bool) -> None:
-        """``optimizer.step`` begins. Ranks may begin to exchange what they counted."""
+        """Handle the start of ``optimizer.step``. Ranks may start to exchange their counts."""
 
     def returned_unapplied(self) -> None:
-        """The update was skipped."""
+        """Handle a skipped update."""
 
     def __call__(self) -> Callable[[], int | None]:
-        """The update was applied. The function returned is called in `CyclicLRWithRestarts.step`."""
+        """Handle an applied update; return a function that `CyclicLRWithRestarts.step` calls for its samples."""
 
 
-# Samples of an update: a number, what will tell it, or None for the rule for a plain loop.
+# Samples of an update: a number, a function that returns it later, or None for the plain-loop rule.
 _Count = int | None | Callable[[], int | None]
 
 
 class SampleClock:
-    """Count the samples of applied updates, which `advance` adds to `samples`. Local.
+    """Count the samples of applied updates; `advance` adds them to `samples`. Local.
 
-    An update that the device decides about counts as applied until the next one begins, since to ask a device at once
-    would make the host wait for it. `retract_skipped` asks.
+    If the device decides whether to skip an update, the update counts as applied until the next one begins: asking at
+    once would make the host wait. `retract_skipped` asks later.
 
     Attributes:
         samples: Real global samples of the updates so far.
-        source: Counts an update's samples; None: the rule for a plain loop.
+        source: Counts an update's samples; None: the plain-loop rule.
     """
 
     def __init__(self) -> None:
         self.samples = 0
         self.source: SampleSource | Callable[[], int | None] | None = None
         self._applied: list[_Count] = []  # updates since the last advance, as the source counted them
-        self._stepped: set[int] = set()  # first parameters of the groups that the last of them was made of
-        self._is_in_update = False  # whether an update has begun that has not been looked at
+        self._stepped: set[int] = set()  # first parameters of the groups that the last of them has stepped
+        self._is_in_update = False  # whether `begin_update` was called without an `end_update` yet
         self._began_without_state = False
         self._is_unconfirmed = False  # whether the last update may yet turn out to have been skipped
-        self._counted_last = 0  # samples of the last update that was added
+        self._counted_last = 0  # samples of the last update added
 
     def __getstate__(self) -> dict[str, Any]:
-        # prepare's source belongs to this process; the copy's job calls prepare itself.
+        # The source belongs to this process; a job that loads the copy calls prepare itself.
         self.settle()
         return {**self.__dict__, "source": None, "_applied": [*self._applied], "_stepped": {*self._stepped}}
 
@@ -64,7 +61,7 @@ class SampleClock:
         return bool(self._applied)
 
     def begin_update(self, optimizer: Optimizer, arguments: Sequence[Any]) -> None:
-        """``optimizer.step(*arguments)`` begins; after `retract_skipped`."""
+        """Handle the start of ``optimizer.step(*arguments)``, after `retract_skipped`."""
         is_nested, self._is_in_update = self._is_in_update, True
         self._began_without_state = not optimizer.state
         begin = getattr(self.source, "before_update", None)
@@ -72,15 +69,16 @@ class SampleClock:
             begin(has_closure=any(map(callable, arguments)))
 
     def end_update(self, optimizer: Optimizer, *, has_lr: bool) -> None:
-        """``optimizer.step`` returns.
+        """Handle the return of ``optimizer.step``.
 
         Args:
             has_lr: Whether the schedule's lr of some group is not 0.
         """
-        # torch runs the hooks of a class and again of a parent whose step() it calls: one update.
+        # A step() that calls its parent class's step() runs torch's hooks twice for one update.
         if not self._is_in_update:
             return
         self._is_in_update = False
+        # get_optimizer_state_dict steps an optimizer without state once, with lr 0: not an update.
         if has_lr and self._began_without_state and _has_no_lr(optimizer):
             return
         is_known = skip_is_known(optimizer)
@@ -96,14 +94,14 @@ class SampleClock:
         self._is_unconfirmed = not is_known
 
     def _continues(self, stepped: set[int]) -> bool:
-        """Return whether a call that steps these continues the update before it, and steps nothing a second time.
+        """Return whether a call that steps these groups continues the previous call's update.
 
-        ZeRO calls its optimizer once for each group, or part of one, and shows it only those: one update.
+        For one update, ZeRO calls its optimizer once per group or part of a group, and shows it only those parameters.
         """
         return bool(self._applied) and stepped.isdisjoint(self._stepped)
 
     def retract_skipped(self, optimizer: Optimizer) -> bool:
-        """Take the last update back if it turns out that the device skipped it. Return whether `samples` changed."""
+        """Retract the last update if the device skipped it; return whether `samples` changed."""
         is_unconfirmed, self._is_unconfirmed = self._is_unconfirmed, False
         if not is_unconfirmed or was_applied(optimizer):
             return False
@@ -114,11 +112,11 @@ class SampleClock:
         return True
 
     def settle(self) -> None:
-        """Have the numbers of what was counted; other ranks may have to send theirs."""
+        """Resolve pending counts to numbers, which may wait for other ranks."""
         self._applied = [counted() if callable(counted) else counted for counted in self._applied]
 
     def take_applied(self) -> list[_Count]:
-        """Return the updates since the last advance, which begins."""
+        """Return the updates since the last advance, and start a new list."""
         applied, self._applied = self._applied, []
         return applied
 
@@ -127,41 +125,41 @@ class SampleClock:
 
         Args:
             applied: From `take_applied`.
-            samples: Of all of them together; None: as they were counted.
-            rule: From `samples` before an update that was not counted to the samples in it.
+            samples: Samples of all of them together; None: as counted.
+            rule: Returns the samples of an update without a count, given `samples` before it.
         """
         if samples is not None:
             self.samples += samples
-            self._counted_last = samples // len(applied)
+            self._counted_last = samples // len(applied)  # only their sum is known
             return
         for counted in applied:
             self._counted_last = counted if isinstance(counted, int) else rule(self.samples)
             self.samples += self._counted_last
 
     def set(self, samples: int) -> None:
-        """Go to ``samples``, forgetting updates that were not counted yet."""
+        """Set the clock, and drop updates that were not added yet."""
         self.samples, self._applied = samples, []
         self._is_unconfirmed, self._counted_last = False, 0
 
 
 def crosses_epoch(before: int, samples: int, epoch_size: int) -> bool:
-    """Return whether an update ends beyond the epoch that it began in, and not at its end."""
+    """Return whether an update ends inside a later epoch than it began in."""
     after = before + samples
     return after % epoch_size != 0 and after // epoch_size != before // epoch_size
 
 
 def crossing_warning(before: int, samples: int, epoch_size: int) -> str:
-    """Return what to say of an update for which `crosses_epoch` holds."""
+    """Return the warning for an update for which `crosses_epoch` holds."""
     beyond = (before + samples) % epoch_size
     return (
         f"an update of {samples} samples ends {beyond} samples beyond an epoch of {epoch_size}, "
-        "so restarts and epochs of the loop come apart. epoch_size is the samples that one epoch really trains on "
+        "so restarts and the loop's epochs drift apart. epoch_size is the samples that one epoch really trains on "
         "(with drop_last=True whole batches only); for data without epochs pass stream=True."
     )
 
 
 def _has_no_lr(optimizer: Optimizer) -> bool:
-    """Return whether every lr is 0: torch's get_optimizer_state_dict makes an optimizer without state step so."""
+    """Return whether every group's lr is 0."""
     return all(group["lr"] == 0 for group in optimizer.param_groups)
 
 
@@ -170,12 +168,12 @@ def _first_params(optimizer: Optimizer) -> set[int]:
 
 
 def was_applied(optimizer: Optimizer) -> bool:
-    """Return whether the step that is just returning changed the weights. Gradients are still there."""
+    """Return whether the step that is returning changed the weights. Gradients must still be there."""
     if isinstance(skipped := getattr(optimizer, "step_was_skipped", None), bool):
         if skipped:
             return False
         if isinstance(getattr(optimizer, "updates", None), int):
-            return True  # DistAdamW: it may have let go of the gradients by now
+            return True  # DistAdamW: it may have freed the gradients already
     # A fused torch optimizer skips inside the kernel; GradScaler leaves it the flag during step().
     found_inf = getattr(optimizer, "found_inf", None)
     if isinstance(found_inf, Tensor) and found_inf.item():
@@ -184,5 +182,5 @@ def was_applied(optimizer: Optimizer) -> bool:
 
 
 def skip_is_known(optimizer: Optimizer) -> bool:
-    """Return whether `was_applied` answers at once; else it waits for the device."""
+    """Return whether `was_applied` can answer without waiting for the device."""
     return bool(getattr(optimizer, "skip_is_known", True))

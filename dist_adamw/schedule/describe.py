@@ -1,4 +1,4 @@
-"""Describe a schedule in words, for ``repr``."""
+"""Describe a schedule in text, for ``repr``."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def describe_scheduler(scheduler: object, scheduled: ScheduledOptimizer) -> str:
 
 
 def describe_recipe(recipe: Recipe, min_lr: float, defaults: Mapping[str, Any]) -> list[str]:
-    """Return lines that say what is not a default, and which epoch and batch it holds for."""
+    """Return lines with the options that are not defaults, the epoch size and the batch size."""
     chosen = {
         **recipe.options,
         "min_lr": min_lr,
@@ -50,7 +50,7 @@ def describe_recipe(recipe: Recipe, min_lr: float, defaults: Mapping[str, Any]) 
 
 
 def describe_clock(recipe: Recipe, samples: int) -> str:
-    """Return a line that says where in its cycle a job is."""
+    """Return a line with the clock and the position in the cycle."""
     if not recipe.is_known:
         return f"clock: {samples:,} samples"
     point = recipe.schedule.at(samples)
@@ -70,7 +70,7 @@ def describe_restart(recipe: Recipe, samples: int, lr: float | Tensor) -> str:
 
 
 def describe_values(name: str, values: Sequence[float | Tensor]) -> str:
-    """Return a line with a value of the first few groups."""
+    """Return a line with the values of the first few groups."""
     groups = ", ".join(f"{float(value):.4g}" for value in values[:_GROUPS_SHOWN])
     more = f" and {len(values) - _GROUPS_SHOWN} more groups" if len(values) > _GROUPS_SHOWN else ""
     return f"{name}: {groups}{more}"

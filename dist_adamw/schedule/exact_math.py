@@ -1,11 +1,9 @@
 """Compute cosine, arc cosine and powers with the same bits on every processor.
 
-Imports the standard library only, and knows nothing of schedules.
-
 The C library chooses its variant of ``cos``, ``acos`` and ``pow`` by the processor's features, and their results
-differ in the last bit. Ranks on different machines would then disagree about the learning rate. Here only integers,
-`decimal` and what IEEE 754 fixes are used. A result is computed to a relative 2**-80 and rounded once: its error is
-less than 0.5001 units in the last place.
+differ in the last bit: ranks on different machines would disagree about the learning rate. This module uses only
+integers, `decimal` and operations that IEEE 754 defines exactly. A result is computed to a relative 2**-80 and rounded
+once, so its error is less than 0.5001 units in the last place.
 """
 
 from __future__ import annotations
@@ -18,29 +16,29 @@ from functools import lru_cache
 # about 2**-105, and has 87 bits left.
 _BITS = 192
 _ONE = 1 << _BITS
-# pi to 192 bits behind the point, rounded.
+# pi to 192 fractional bits, rounded.
 _PI = 0x3_243F6A88_85A308D3_13198A2E_03707344_A4093822_299F31D0
 
-# A context with everything set: the caller's own must not matter. exp() makes an error in the last of these digits up
-# to 745 times as large, where the result is as small as a double can be.
+# Every field is set, so that the caller's context has no influence. exp() multiplies the relative error of its argument
+# by up to 745, the argument of the smallest double: hence more digits than a double needs.
 _DIGITS = 34
 _DECIMAL = Context(_DIGITS, ROUND_HALF_EVEN, Emin=-999_999, Emax=999_999, capitals=1, clamp=0, flags=[], traps=[])
 
 
 @lru_cache(maxsize=64)
 def raised_cosine(x: float) -> float:
-    """(1 + cos(pi x)) / 2."""
+    """Return (1 + cos(pi x)) / 2."""
     n, d = float(x).as_integer_ratio()
     turned = (n << _BITS) // d % (2 * _ONE)
     turned = min(turned, 2 * _ONE - turned)  # in [0, 1]
-    # 1 - cos(pi v) has no cancellation as a series, and v is at most 1/2.
+    # As a series, 1 - cos(pi v) has no cancellation, which 1 + cos(pi x) near x = 1 has; v is at most 1/2.
     v = min(turned, _ONE - turned)
     small = _one_minus_cos((v * _PI) >> _BITS)
     return (small if 2 * turned > _ONE else 2 * _ONE - small) / (2 * _ONE)
 
 
 def _one_minus_cos(angle: int) -> int:
-    """1 - cos(angle) by its Taylor series, in fixed point; ``angle`` is at most pi / 2."""
+    """Return 1 - cos(angle) by its Taylor series, in fixed point; ``angle`` is at most pi / 2."""
     square = (angle * angle) >> _BITS
     term = square >> 1
     total, k, sign = 0, 2, 1
@@ -53,7 +51,7 @@ def _one_minus_cos(angle: int) -> int:
 
 @lru_cache(maxsize=64)
 def arc_cosine(x: float) -> float:
-    """acos(2 x - 1) / pi, for x in [0, 1].
+    """Return acos(2 x - 1) / pi, for x in [0, 1].
 
     Raises:
         ValueError: ``x`` lies outside.
@@ -69,8 +67,8 @@ def arc_cosine(x: float) -> float:
 
 
 def _arc_tangent(tangent: int) -> int:
-    """The angle in [0, pi / 4] with a tangent in [0, 1], in fixed point."""
-    halvings = 3
+    """Return the angle in [0, pi / 4] of a tangent in [0, 1], in fixed point."""
+    halvings = 3  # of the angle: the series converges faster for small tangents
     for _ in range(halvings):
         hypotenuse = math.isqrt(_ONE * _ONE + tangent * tangent)
         tangent = (tangent << _BITS) // (_ONE + hypotenuse)
@@ -85,7 +83,7 @@ def _arc_tangent(tangent: int) -> int:
 
 @lru_cache(maxsize=64)
 def power(base: float, exponent: float) -> float:
-    """``base ** exponent``, for a base above 0.
+    """Return ``base ** exponent``, for a base above 0.
 
     Raises:
         ValueError: ``base`` is not a finite number above 0, or ``exponent`` not finite.

@@ -1,4 +1,4 @@
-"""Read schedulers that 0.1.0 pickled."""
+"""Read schedulers that version 0.1.0 pickled."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _NOT_KEPT = _OF_THE_CLOCK | _OF_THE_RECIPE | _OF_THE_GROUPS | _COMPUTED
 
 
 def attributes_from_first_version(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the attributes of a scheduler for the state that 0.1.0 pickled."""
+    """Convert the state that 0.1.0 pickled to the attributes of a scheduler."""
     scheduled = ScheduledOptimizer(state["_optimizer"], _recipe(state), state["_min_lr"], _clock(state))
     scheduled.last_lr = state["_last_lr"]
     scheduled.has_crossed = state["_has_crossed"]

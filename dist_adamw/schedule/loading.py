@@ -1,4 +1,4 @@
-"""Prepare to load a saved schedule: what it would change, before anything is changed."""
+"""Prepare to load a saved schedule: compute and check the result before anything is changed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from dist_adamw.schedule.scheduled_optimizer import ScheduledOptimizer
 def prepare_load(
     state_dict: Mapping[str, Any], scheduled: ScheduledOptimizer, choice: OnDifference
 ) -> tuple[Recipe, ScheduledGroups]:
-    """Return the recipe and the groups that ``state_dict`` gives; ``scheduled`` stays as it is.
+    """Return the recipe and the groups to load from ``state_dict``; ``scheduled`` is not changed.
 
     Raises:
         ValueError: not a saved schedule, or one that does not fit ``scheduled`` under ``choice``.
@@ -39,7 +39,7 @@ def prepare_load(
             recipe = recipe.with_configuration(saved, differing)
             groups = groups.with_bases([BaseValues(*values) for values in saved[GROUPS]], recipe.group_check)
         if recipe.is_known:
-            # Computed only for what it raises: a saved recipe may have no value at this sample.
+            # Evaluated only for its errors: a saved recipe may fail at this sample.
             recipe.group_values(recipe.schedule.at(state_dict["samples"]), groups, scheduled.optimizer)
     except (TypeError, KeyError, ArithmeticError) as error:
         what = f"{type(error).__name__}: {error}"
@@ -48,7 +48,7 @@ def prepare_load(
 
 
 def _with_sizes(recipe: Recipe, state_dict: Mapping[str, Any], saved_epoch_size: int | None) -> Recipe:
-    """Return the recipe with sizes that this job does not know yet, and the reference batch of the run."""
+    """Return the recipe with sizes that this job does not know yet, and the run's reference batch."""
     return replace(
         recipe,
         epoch_size=recipe.epoch_size or saved_epoch_size,

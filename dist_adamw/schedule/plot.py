@@ -1,7 +1,4 @@
-"""Draw curves over samples, with restarts marked, as one PNG.
-
-Draws what it is given with matplotlib, which is imported when something is drawn.
-"""
+"""Draw curves over samples as a PNG, with restarts marked."""
 
 from __future__ import annotations
 
@@ -25,11 +22,11 @@ def plot_curves(
 
     Args:
         path: The PNG to write.
-        samples: Abscissae of the curves that do not bring their own.
+        samples: Abscissae of the curves without their own.
         curves: By label: values, or (abscissae, values). Labels that share the part before
             a colon share a panel ("loss: training", "loss: held out").
-        restarts: Samples at which to draw a dotted line.
-        levels: By panel: horizontal lines with their labels.
+        restarts: Samples at which to draw dotted lines.
+        levels: By panel, the labels and values of horizontal lines.
 
     Raises:
         ModuleNotFoundError: matplotlib is missing; install dist_adamw[tracking].
@@ -57,7 +54,7 @@ def plot_curves(
 
 
 def _points(curve: Any, samples: Sequence[float]) -> tuple[Sequence[float], Sequence[float]]:
-    """Return abscissae and values of a curve, which may bring its abscissae along."""
+    """Return abscissae and values of a curve, which may have its own abscissae."""
     if isinstance(curve, tuple) and len(curve) == 2 and not isinstance(curve[0], float):
         return curve[0], curve[1]
     return samples, curve

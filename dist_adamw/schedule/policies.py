@@ -1,7 +1,6 @@
 """Annealing policies: functions from the position in a cycle, tau, to a multiplier, eta.
 
-Arithmetic only. A policy knows nothing of samples, cycles or learning rates;
-``restarts.py`` supplies tau and uses eta. Each gives the same bits on every processor.
+``restarts.py`` supplies tau and uses eta. Each policy gives the same bits on every processor.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ Policy = Callable[[float], float]
 
 
 def cosine(tau: float) -> float:
-    """Half a cosine, from 1 to 0.
+    """Fall from 1 to 0 along half a cosine.
 
     Source: Loshchilov & Hutter, SGDR, arXiv:1608.03983, eq. 5.
     """
@@ -23,7 +22,7 @@ def cosine(tau: float) -> float:
 
 
 def arccosine(tau: float) -> float:
-    """The inverse of `cosine`: steep at both ends, flat in the middle."""
+    """Fall from 1 to 0 along the inverse of `cosine`: steep at both ends, flat in the middle."""
     return arc_cosine(float(tau))
 
 
@@ -32,7 +31,7 @@ def triangular(tau: float, peak: float = 0.5) -> float:
 
     Args:
         tau: Position in the cycle, in [0, 1).
-        peak: Where the maximum lies, in [0, 1]. 0 only falls, 1 only rises.
+        peak: The position of the maximum, in [0, 1]. 0 only falls, 1 only rises.
 
     Source: Smith, CLR, arXiv:1506.01186, section 3.
     """
@@ -41,7 +40,7 @@ def triangular(tau: float, peak: float = 0.5) -> float:
     return (1.0 - tau) / (1.0 - peak)
 
 
-# triangular2 and exp_range have triangular's shape; their amplitude is the schedule's affair.
+# triangular2 and exp_range have triangular's shape; `RestartSchedule` scales their amplitude.
 POLICIES = ("cosine", "arccosine", "triangular", "triangular2", "exp_range")
 
 
@@ -49,7 +48,7 @@ def make_policy(name: str, triangular_step: float) -> Policy:
     """Return the policy called ``name``.
 
     Raises:
-        ValueError: ``name`` is none of `POLICIES`.
+        ValueError: ``name`` is not in `POLICIES`.
     """
     if name == "cosine":
         return cosine

@@ -1,7 +1,4 @@
-"""Preview a schedule before training: its restarts, its curves, and where training ends.
-
-Knows schedules; nothing of optimizers. Draws with matplotlib when asked to.
-"""
+"""Preview a schedule before training: its restarts, its curves, and where training ends in it."""
 
 from __future__ import annotations
 
@@ -15,26 +12,26 @@ from dist_adamw.schedule.restarts import RestartSchedule, SchedulePoint
 
 GroupValues = Callable[[SchedulePoint], tuple[float, float]]
 
-_CYCLES = 4  # rows of the table where no number is given
-_MOST_CYCLES = 20  # rows of the table where total_samples decides
-_NEARLY_DONE = 0.98  # of a cycle: a cosine is then at 0.1% of its peak
+_CYCLES = 4  # default number of rows in the table
+_MOST_CYCLES = 20  # most rows if total_samples determines the number
+_NEARLY_DONE = 0.98  # of a cycle, where a cosine is at 0.1% of its peak
 
 
 @dataclass(frozen=True, slots=True)
 class TrainingEnd:
-    """Where training of ``total_samples`` ends in a schedule; ``print`` it.
+    """The place in a schedule where training of ``total_samples`` ends; ``print`` it.
 
     Attributes:
         total_samples: Real global samples, warm-up included.
         epochs: The same in epochs.
         cycle: The cycle that training ends in, from 0.
-        done: How much of that cycle is trained, in (0, 1]; 0 when training ends during warm-up.
-        lr_fraction: Where lr lies at the end, between min_lr (0) and the base lr (1).
-        is_at_cycle_end: Whether that is a cycle's end: less than one global batch beside it, or the cycle 98% done.
-        cycle_ends: The nearest ends of cycles before and after, in samples; the first is 0 when there is none before.
-        restart_periods: The nearest periods, in epochs, with which training ends at a cycle's end: the next shorter
-            than the schedule's and the next longer, as texts that `CyclicLRWithRestarts` reads exactly ("2.857").
-            May be empty where ``min_restart_period`` holds some cycles.
+        done: The fraction of that cycle that is trained, in (0, 1]; 0 if training ends during warm-up.
+        lr_fraction: The lr at the end, from 0 (min_lr) to 1 (the base lr).
+        is_at_cycle_end: Whether training ends with a cycle: within one global batch of its end, or with 98% done.
+        cycle_ends: The nearest ends of cycles before and after, in samples; 0 if there is none before.
+        restart_periods: The nearest shorter and longer periods, in epochs, with which training ends at a cycle's end,
+            as texts that `CyclicLRWithRestarts` reads exactly ("2.857"). May be empty if ``min_restart_period``
+            limits some cycles.
     """
 
     total_samples: int
@@ -56,7 +53,7 @@ class TrainingEnd:
         nearest = f"Cycles end at {before} and at {after}" if self.cycle_ends[0] else f"The first cycle ends at {after}"
         fitting = " or ".join(f"restart_period={_as_argument(period)}" for period in self.restart_periods)
         return f"{where}, {inside}, with lr at {self.lr_fraction:.1%} of its base value. {nearest}" + (
-            f"; with {fitting} one ends where training does." if fitting else "."
+            f"; with {fitting} a cycle ends where training does." if fitting else "."
         )
 
 
@@ -65,7 +62,7 @@ def _as_argument(period: str) -> str:
 
 
 def training_end(schedule: RestartSchedule, total_samples: int) -> TrainingEnd:
-    """Find where training of ``total_samples`` ends, and what would make it end at a cycle's end. Local.
+    """Find where training of ``total_samples`` ends, and the periods that would end a cycle there. Local.
 
     Args:
         schedule: ``CyclicLRWithRestarts.schedule``.
@@ -80,7 +77,7 @@ def training_end(schedule: RestartSchedule, total_samples: int) -> TrainingEnd:
     begin, end = (warmup + _ceil(edge) for edge in (cycle.start, cycle.start + cycle.length))
     done = max(0.0, float((total - warmup - cycle.start) / cycle.length))
     if cycle.index and total - begin < schedule.batch_size:
-        # The update that reached into this cycle began in the one before, with that one's lr.
+        # The last update began in the previous cycle, with its lr, and only reaches into this one.
         cycle, done = schedule.cycle(cycle.index - 1), 1.0
         begin, end = warmup + _ceil(cycle.start), begin
     is_at_end = done >= _NEARLY_DONE or (total > warmup and abs(end - total) < schedule.batch_size)
@@ -103,17 +100,18 @@ def _lr_fraction(schedule: RestartSchedule, samples: int) -> float:
 
 
 def _fitting_periods(schedule: RestartSchedule, samples: int, cycles: int) -> tuple[str, ...]:
-    """The nearest periods below and above ``schedule``'s with which a cycle ends ``samples`` after the warm-up.
+    """Return the nearest periods below and above ``schedule``'s with which a cycle ends ``samples`` after the warm-up.
 
-    ``samples`` lies in cycle number ``cycles``, counted from 1: that one ends there with a shorter period, or the one
-    before it with a longer one.
+    ``samples`` lies in cycle number ``cycles``, counted from 1. With a shorter period that cycle ends there, with a
+    longer one the previous cycle does.
     """
     periods = []
     for count in (cycles, cycles - 1):
         if samples <= 0 or count < 1:
             continue
-        # All ends move in proportion to the first period, unless a minimum holds some of them.
+        # All ends scale with the first period, unless min_restart_period limits some cycles: `_ends_at` checks.
         period = schedule.cycle(0).length * samples / schedule.cycle(count).start / schedule.epoch_size
+        # The shortest decimal that works, or else the exact fraction.
         decimals = [f"{float(period):.{digits}g}" for digits in range(1, 10)]
         for text in (*(one for one in decimals if "e" not in one), str(period)):
             if _ends_at(schedule, text, count, samples):
@@ -123,7 +121,7 @@ def _fitting_periods(schedule: RestartSchedule, samples: int, cycles: int) -> tu
 
 
 def _ends_at(schedule: RestartSchedule, period: str, count: int, samples: int) -> bool:
-    """Whether ``count`` cycles of ``schedule`` with another period end at ``samples``, to less than an update."""
+    """Return whether ``count`` cycles with another period end within one update of ``samples``."""
     try:
         changed = replace(schedule, restart_period=period)
     except ValueError:  # such as cycles too many to count
@@ -150,9 +148,9 @@ class Preview:
 
     Attributes:
         rows: One per cycle.
-        samples: Where lr and weight_decay were evaluated; the next two match it.
+        samples: The samples at which lr and weight_decay were evaluated.
         warmup_samples: Samples before the first cycle.
-        end: Where training ends, when ``total_samples`` was given.
+        end: Where training ends; None unless ``total_samples`` was given.
     """
 
     rows: tuple[CycleRow, ...]
@@ -200,7 +198,7 @@ class Preview:
         return "\n".join([*warmup, head, *lines, *end])
 
     def plot(self, path: str | Path) -> Path:
-        """Draw lr and weight decay over samples, restarts marked, into a PNG."""
+        """Draw lr and weight decay over samples as a PNG, with restarts marked."""
         from dist_adamw.schedule.plot import plot_curves
 
         restarts = [row.first_sample for row in self.rows[1:]]
@@ -209,7 +207,7 @@ class Preview:
 
 
 def _row(schedule: RestartSchedule, values: GroupValues, cycle: int, first: int, after: int) -> CycleRow:
-    """Describe the cycle of the samples from ``first`` to before ``after``."""
+    """Return the row of the cycle that begins at ``first`` and ends before ``after``."""
     length = after - first
     inside = {first + length * k // 64 for k in range(64)}
     # Where triangular policies peak.

@@ -1,6 +1,6 @@
-"""The options of a schedule, and the lr and weight decay that they give for a parameter group.
+"""Compute a parameter group's lr and weight decay from the options of a schedule.
 
-Knows no clock and writes nothing; see ``scheduled_optimizer.py``.
+It is stateless: ``scheduled_optimizer.py`` has the clock and writes the values.
 """
 
 from __future__ import annotations
@@ -32,16 +32,17 @@ _NOT_KNOWN = (
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """The options that shape lr and weight decay; neither the clock nor the base values of groups.
+    """The options that shape lr and weight decay, without the clock and the groups' base values.
 
     Attributes:
-        options: Of `RestartSchedule`, but ``epoch_size`` and ``batch_size``.
+        options: Options of `RestartSchedule` other than ``epoch_size`` and ``batch_size``.
         epoch_size: Samples in an epoch; None: not known yet.
         batch_size: The global batch of this job, in samples; None: not known yet.
-        reference_batch_size: The global batch that the run began with.
-        normalize: Whether weight decay is normalised; "auto": where the optimizer decouples it.
-        lr_scaling: How lr follows another global batch.
-        stream: Whether updates run across epoch ends.
+        reference_batch_size: The global batch that the run began with. Iterations are counted in it, so that a job
+            with another global batch continues on the same curve.
+        normalize: Whether to normalise weight decay; "auto": if the optimizer decouples it.
+        lr_scaling: How lr scales with the global batch.
+        stream: Whether updates run across the ends of epochs.
     """
 
     options: Mapping[str, Any]
@@ -60,7 +61,7 @@ class Recipe:
             raise ValueError(f"lr_scaling must be 'sqrt', 'linear' or None, got {self.lr_scaling!r}.")
         if not isinstance(self.stream, bool):
             raise ValueError(f"stream must be True or False, got {self.stream!r}.")
-        # Bad options fail here and now, also when prepare is to fill in the rest.
+        # Built with placeholder sizes if need be, so that bad options fail now and not only in prepare.
         schedule = RestartSchedule(
             epoch_size=1 << 40 if self.epoch_size is None else self.epoch_size,
             batch_size=1 if self.reference_batch_size is None else self.reference_batch_size,
@@ -80,7 +81,7 @@ class Recipe:
         stream: bool,
         **options: Any,
     ) -> Recipe:
-        """Return the recipe for arguments of `CyclicLRWithRestarts`.
+        """Return the recipe for the arguments of `CyclicLRWithRestarts`.
 
         Raises:
             ValueError: an argument is out of its range.
@@ -88,7 +89,7 @@ class Recipe:
         if epoch_size is not None:
             epoch_size = check_positive_int("epoch_size", epoch_size)
         batch = None if batch_size is None else samples_of_batch(batch_size)
-        # Replaced where it stands: the order of options is that of the configuration and of repr.
+        # Assigned in place, which keeps the order of options in the configuration and in repr.
         options["warmup_samples"] = check_whole("warmup_samples", options["warmup_samples"])
         return cls(
             options=options,
@@ -102,7 +103,7 @@ class Recipe:
 
     @property
     def is_known(self) -> bool:
-        """Whether there is a schedule: epoch size and global batch are known."""
+        """Whether epoch size and global batch are known, so that there is a schedule."""
         return self._schedule is not None
 
     @property
@@ -117,16 +118,16 @@ class Recipe:
         return self._schedule
 
     def with_batch_size(self, batch_size: int) -> Recipe:
-        """Return the recipe with another global batch, which is the reference if there was none."""
+        """Return the recipe with another global batch; it becomes the reference if there was none."""
         return replace(self, batch_size=batch_size, reference_batch_size=self.reference_batch_size or batch_size)
 
     def samples_of_update(self, samples: int) -> int:
-        """Return the samples of the update that begins at ``samples``, in a loop that nothing else counts."""
+        """Return the samples of the update that begins at ``samples``, by the plain-loop rule."""
         assert self.batch_size is not None
         assert self.epoch_size is not None
         if self.stream:
             return self.batch_size
-        return min(self.batch_size, self.epoch_size - samples % self.epoch_size)
+        return min(self.batch_size, self.epoch_size - samples % self.epoch_size)  # an epoch's last batch may be short
 
     # ---------------------------------------------------------------- lr and weight decay
 
@@ -137,7 +138,7 @@ class Recipe:
     def weight_decay(
         self, point: SchedulePoint, base: BaseValues, optimizer: Optimizer, group: Mapping[str, Any]
     ) -> float | None:
-        """Return what ``group["weight_decay"]`` is to be; None where it is left alone."""
+        """Return the value for ``group["weight_decay"]``; None to leave it unchanged."""
         convention = self.decay_convention(optimizer, group)
         if convention == "l2":
             return None
@@ -150,7 +151,7 @@ class Recipe:
     def group_values(
         self, point: SchedulePoint, groups: Iterable[ScheduledGroup], optimizer: Optimizer
     ) -> list[tuple[float, float | None]]:
-        """Return lr and weight decay of each group; None where the decay is left alone."""
+        """Return lr and weight decay of each group; None to leave the decay unchanged."""
         values = []
         for one in groups:
             values.append((self.lr(point, one.base), self.weight_decay(point, one.base, optimizer, one.group)))
@@ -162,7 +163,7 @@ class Recipe:
         return check_decoupled if self.normalize is True else None
 
     def decay_convention(self, optimizer: Optimizer, group: Mapping[str, Any]) -> DecayConvention:
-        """Return by what the weight decay of ``group`` is written; "l2": it is left alone."""
+        """Return the convention for the weight decay of ``group``; "l2" leaves it unchanged."""
         return "l2" if self.normalize is False else decay_convention(optimizer, group)
 
     def _batch_scale(self) -> float:
@@ -176,7 +177,7 @@ class Recipe:
     # ---------------------------------------------------------------- as plain data
 
     def configuration(self) -> dict[str, Any]:
-        """Return all of it but the global batch, as plain data; `with_configuration` takes it."""
+        """Return everything except the global batch as plain data, for `with_configuration`."""
         return {
             **{name: plain(value) for name, value in self.options.items()},
             "epoch_size": self.epoch_size,
@@ -186,11 +187,12 @@ class Recipe:
         }
 
     def with_configuration(self, saved: Mapping[str, Any], differing: list[str]) -> Recipe:
-        """Return the recipe with the values of ``saved``; the options that do not differ stay as they are.
+        """Return the recipe with the values of ``saved``; options that do not differ are kept.
 
         Raises:
-            ValueError: the values make no recipe.
+            ValueError: a value is out of its range.
         """
+        # Equal options are kept as objects: `saved` has functions only as text.
         return replace(
             self,
             options={key: saved[key] if key in differing else value for key, value in self.options.items()},

@@ -1,8 +1,5 @@
 """The AdamWR schedule as a pure function of samples: cycles, lr, and normalised weight decay.
 
-Knows nothing of optimizers, ranks or steps. ``scheduler.py`` holds the
-clock and writes what this module computes into the parameter groups.
-
 Notation (docs/schedule.md): E epoch size, b global batch, W warm-up, all in samples;
 T_i the length of cycle i in epochs; S_i its first sample; tau the position in it.
 """
@@ -74,7 +71,7 @@ class SchedulePoint:
     Attributes:
         cycle: The cycle and its exact boundaries.
         tau: Position in the cycle, in [0, 1).
-        multiplier: Where lr lies between min_lr (0) and base_lr (1).
+        multiplier: The lr, from 0 (min_lr) to 1 (base lr).
         warmup: Fraction of the warm-up done, in [0, 1); None once it is over.
     """
 
@@ -102,10 +99,10 @@ class _Run:
         return self.start + self.length * total
 
     def find(self, u: int) -> int:
-        """Index of the last cycle with start <= u; u is at or after the run's own start."""
+        """Return the index of the last cycle with start <= u; u is at or after the run's start."""
         if self.ratio == 1:
             return self.index + (u - self.start) // self.length
-        # Logarithms say where to look, and exact numbers what is there.
+        # Logarithms are inexact and only give a first guess; exact comparisons correct it.
         guess = _log_of_one_plus((u - self.start) * (self.ratio - 1) / self.length) / _log_of_one_plus(self.ratio - 1)
         found = self.index + max(0, int(guess))
         while self.start_of(found) > u:
@@ -119,29 +116,28 @@ class _Run:
 class RestartSchedule:
     """Cyclic learning rates with warm restarts, in samples.
 
-    Looking a sample count up is exact after any number of cycles: boundaries are rational
-    numbers, and neither logarithms nor accumulated floats are used. lr and weight decay are the same
-    bits on every processor; ``policy_fn`` and callbacks of your own are, as far as their arithmetic is
-    (``math.cos``, ``math.exp``, ``**`` and torch's functions differ in the last bit between processors;
-    +, -, *, / and ``math.sqrt`` do not).
+    The lookup of a sample is exact after any number of cycles: boundaries are rational numbers, and no floats
+    accumulate. lr and weight decay have the same bits on every processor. With your own ``policy_fn`` or callbacks that
+    depends on their arithmetic: ``math.cos``, ``math.exp``, ``**`` and torch's functions differ in the last bit between
+    processors; +, -, *, / and ``math.sqrt`` do not.
 
     Args:
         epoch_size: E, samples in an epoch.
-        batch_size: b_ref, the global batch that iteration counts are measured in.
+        batch_size: b_ref, the global batch that counts as one iteration.
         restart_period: T_0, epochs in the first cycle; may be a fraction.
-        t_mult: Each cycle is this many times as long as the one before.
+        t_mult: Factor from the length of one cycle to the next.
         policy: One of ``policies.POLICIES``; ignored when ``policy_fn`` is given.
         policy_fn: Your own function of tau.
         gamma: Base of exp_range's amplitude, gamma ** (u / b_ref), in (0, 1].
-        triangular_step: Where the triangular policies peak, in [0, 1].
-        min_restart_period: T_min, epochs below which no cycle shrinks. Default: one epoch
+        triangular_step: Position of the triangular policies' peak, in [0, 1].
+        min_restart_period: T_min, the shortest cycle in epochs. Default: one epoch
             (T_0 if that is shorter) when t_mult < 1, none otherwise.
         warmup_samples: W; lr rises linearly from warmup_start_lr to the base lr, once.
         warmup_start_lr: lr at sample 0 when W > 0.
-        eta_on_restart_cb: (eta_min, eta_max) -> (eta_min, eta_max), folded once per restart,
-            starting from (0, 1). Must be pure: its results are recomputed on resume.
+        eta_on_restart_cb: (eta_min, eta_max) -> (eta_min, eta_max), applied at each restart to
+            the result of the one before, starting from (0, 1). Must be pure: results are recomputed on resume.
         eta_on_iteration_cb: (eta_min, eta_max, iterations) -> (eta_min, eta_max), applied
-            once to the folded range; iterations = u / b_ref.
+            once to that result; iterations = u / b_ref.
         weight_decay_exponent: p_wd; 1/2 is AdamWR's.
 
     Raises:
@@ -166,8 +162,7 @@ class RestartSchedule:
     weight_decay_exponent: float = 0.5
     _eta: Policy = field(init=False, repr=False, compare=False)
     _runs: tuple[_Run, ...] = field(init=False, repr=False, compare=False)
-    # Caches, not state: (cycle, eta_min, eta_max) that the restart callback was last folded to, and
-    # the cycle last looked up.
+    # Caches, not state: the restart callback's last result as (cycle, eta_min, eta_max), and the cycle last looked up.
     _folded: list[tuple[int, float, float]] = field(init=False, repr=False, compare=False)
     _recent: list[Cycle] = field(init=False, repr=False, compare=False)
 
@@ -175,7 +170,7 @@ class RestartSchedule:
         for name, least in (("epoch_size", 1), ("batch_size", 1), ("warmup_samples", 0)):
             object.__setattr__(self, name, check_whole(name, getattr(self, name), least))
         for name in ("warmup_start_lr", "triangular_step", "weight_decay_exponent", "gamma"):
-            # A float32 of numpy's would make all that is computed with it a float32.
+            # A numpy float32 would turn everything computed with it into float32.
             object.__setattr__(self, name, _check_number(name, getattr(self, name)))
         if not 0.0 <= self.warmup_start_lr < math.inf:
             raise ValueError(f"warmup_start_lr must be a finite number >= 0, got {self.warmup_start_lr!r}.")
@@ -207,7 +202,7 @@ class RestartSchedule:
         self._check_countable(first, ratio, floor)
         if ratio == 1 or (ratio < 1 and first <= floor):
             return (_Run(0, Fraction(0), max(first, floor), Fraction(1)),)
-        # The cycles before the floor takes over (shrinking) or lets go (growing).
+        # The number of cycles before the floor applies (shrinking) or no longer applies (growing).
         turn = _first_power(first, ratio, floor)
         all_alike = Fraction(1)
         if ratio < 1:
@@ -219,7 +214,7 @@ class RestartSchedule:
         return (before, after) if turn else (after,)
 
     def _check_countable(self, first: Fraction, ratio: Fraction, floor: Fraction) -> None:
-        """Raise where looking a sample up would take long: its cycle is found by exact powers of ``t_mult``."""
+        """Raise if the lookup of a sample would take long: it computes exact powers of ``t_mult``."""
         if ratio == 1 or (ratio < 1 and first <= floor):
             return
         growth = _log_of_one_plus(ratio - 1)
@@ -240,18 +235,18 @@ class RestartSchedule:
                 )
 
     def cycle(self, index: int) -> Cycle:
-        """Cycle number ``index``, from 0."""
+        """Return cycle number ``index``, counted from 0."""
         run = self._runs[-1] if index >= self._runs[-1].index else self._runs[0]
         return run.cycle(index)
 
     def at(self, samples: int) -> SchedulePoint:
-        """Look up ``samples``, the real global samples consumed before an update."""
+        """Return the point of the schedule after ``samples``, the real global samples before an update."""
         u = max(0, samples - self.warmup_samples)
         cycle = self._recent[0]
         if not cycle.start <= u < cycle.start + cycle.length:
             run = self._runs[-1] if u >= self._runs[-1].start else self._runs[0]
             cycle = self._recent[0] = run.cycle(run.find(u))
-        tau = min(_ratio(u - cycle.start, cycle.length), _BELOW_ONE)
+        tau = min(_ratio(u - cycle.start, cycle.length), _BELOW_ONE)  # rounding may give 1.0, which no cycle contains
         warmup = samples / self.warmup_samples if samples < self.warmup_samples else None
         return SchedulePoint(cycle, tau, self._multiplier(cycle.index, tau, u), warmup)
 
@@ -276,18 +271,19 @@ class RestartSchedule:
         while done < cycle:
             before = (eta_min, eta_max)
             eta_min, eta_max = self.eta_on_restart_cb(eta_min, eta_max)
-            done = cycle if (eta_min, eta_max) == before else done + 1  # nothing moves from a fixed point
+            # At a fixed point all further calls return the same, so a late cycle need not make them.
+            done = cycle if (eta_min, eta_max) == before else done + 1
         self._folded[0] = (done, eta_min, eta_max)
         return eta_min, eta_max
 
     def lr(self, point: SchedulePoint, base_lr: float, min_lr: float) -> float:
-        """The learning rate of a group at ``point``."""
+        """Return the learning rate of a group at ``point``."""
         if point.warmup is not None:
             return self.warmup_start_lr + (base_lr - self.warmup_start_lr) * point.warmup
         return min_lr + (base_lr - min_lr) * point.multiplier
 
     def weight_decay_norm(self, point: SchedulePoint, batch_size: int) -> float:
-        """(b / (E T_i)) ** p_wd, the factor that turns lambda_norm into lambda_i.
+        """Return (b / (E T_i)) ** p_wd, the factor from lambda_norm to lambda_i.
 
         Source: AdamWR, arXiv:1711.05101, appendix on normalised weight decay.
         """
@@ -295,14 +291,14 @@ class RestartSchedule:
 
 
 def exact(name: str, value: Period) -> Fraction:
-    """Read ``value`` as it is printed, so that 0.1 means 1/10.
+    """Return the fraction that ``value`` prints as, so that 0.1 means 1/10.
 
     Raises:
         ValueError: not a finite number above 0.
     """
     try:
         text = str(value).replace("_", "")
-        # A power of ten beyond all floats would fill the memory.
+        # As a Fraction, "1e9999999" would exhaust memory.
         fraction = Fraction(0 if len(text) > 1000 or re.search(r"[eE][+-]?\d{4}", text) else text)
     except (ValueError, ZeroDivisionError):
         fraction = Fraction(0)
@@ -316,20 +312,20 @@ def _log_of_one_plus(value: Fraction) -> float:
 
 
 def _log(value: Fraction) -> float:
-    return math.log(value.numerator) - math.log(value.denominator)  # also where no float is as large
+    return math.log(value.numerator) - math.log(value.denominator)  # math.log takes ints of any size, beyond any float
 
 
 def _ratio(a: Fraction, b: Fraction) -> float:
-    # Integer division rounds correctly and, unlike Fraction's, takes no greatest common divisor.
+    # Integer division is correctly rounded and, unlike Fraction's, computes no greatest common divisor.
     return (a.numerator * b.denominator) / (a.denominator * b.numerator)
 
 
-# Bits of an exact power of t_mult that still take well under a second.
+# Bits of an exact power of t_mult that can still be computed in well under a second.
 _LARGEST_POWER = 1 << 20
 
 
 def _first_power(first: Fraction, ratio: Fraction, floor: Fraction) -> int:
-    """The first n at which first * ratio ** n has reached ``floor``, from either side."""
+    """Return the first n at which first * ratio ** n reaches ``floor``, from either side."""
 
     def reached(n: int) -> bool:
         length = first * ratio**n

@@ -1,7 +1,4 @@
-"""Validate a saved schedule before it is loaded.
-
-Knows plain data alone.
-"""
+"""Validate a saved schedule before it is loaded."""
 
 from __future__ import annotations
 
@@ -17,13 +14,13 @@ _FUNCTIONS = ("policy_fn", "eta_on_restart_cb", "eta_on_iteration_cb")
 
 
 def check_on_difference(choice: object) -> None:
-    """Raise ValueError where ``choice`` is no `OnDifference`."""
+    """Raise ValueError unless ``choice`` is an `OnDifference`."""
     if choice not in ("strict", "checkpoint", "new"):
         raise ValueError(f"on_difference must be 'strict', 'checkpoint' or 'new', got {choice!r}.")
 
 
 def check_state(state_dict: Mapping[str, Any]) -> None:
-    """Raise ValueError where ``state_dict``, which may come from anywhere, is no state of a schedule."""
+    """Raise ValueError unless ``state_dict``, which may come from an untrusted file, is the state of a schedule."""
     needed = {"samples", "batch_size", "reference_batch_size", "configuration"}
     if state_dict.get("version") != STATE_VERSION or not needed <= state_dict.keys():
         raise ValueError(
@@ -48,36 +45,36 @@ def compare_configurations(
     """Compare a saved configuration with ``ours``.
 
     Returns:
-        The saved one with the epoch size that is known on either side, and the keys that differ.
+        The saved configuration, with an epoch size if either side knows it, and the keys that differ.
 
     Raises:
-        ValueError: it has other keys, or it differs and ``choice`` is "strict".
+        ValueError: the keys are not the same, or values differ and ``choice`` is "strict".
     """
     if odd := sorted(map(str, saved.keys() ^ ours.keys())):
         raise ValueError(
             f"the configuration of a saved schedule must have the keys {', '.join(sorted(ours))}; missing or "
-            f"unknown: {shown(odd)}. The state was changed, or is of another version of dist_adamw."
+            f"unknown: {shown(odd)}. The state was edited, or is from another version of dist_adamw."
         )
-    # An epoch size that is not known yet is no difference, on either side.
+    # An epoch size that one side does not know yet is not a difference.
     saved = {**saved, "epoch_size": saved["epoch_size"] or ours["epoch_size"]}
     ours = {**ours, "epoch_size": ours["epoch_size"] or saved["epoch_size"]}
     differing = [key for key in sorted(ours) if saved[key] != ours[key]]
     if differing and choice == "strict":
         lines = "; ".join(f"{key} was {saved[key]!r} and is {ours[key]!r}" for key in differing)
         raise ValueError(
-            f"the schedule of the checkpoint is another one: {lines}. Pass the same arguments, or "
-            "choose by CyclicLRWithRestarts(on_difference='checkpoint') or 'new'."
+            f"the checkpoint has a different schedule: {lines}. Pass the same arguments, or choose with "
+            "CyclicLRWithRestarts(on_difference='checkpoint') or 'new'."
         )
     return saved, differing
 
 
 def check_takeable(saved: Mapping[str, Any], differing: list[str], group_count: int) -> None:
-    """Raise ValueError where a saved configuration cannot replace this job's.
+    """Raise ValueError if a saved configuration cannot replace this job's.
 
     Args:
         saved: The configuration.
-        differing: Its keys that differ.
-        group_count: Parameter groups of the optimizer.
+        differing: The keys that differ.
+        group_count: The number of the optimizer's parameter groups.
     """
     functions = [key for key in differing if key in _FUNCTIONS and saved[key] is not None]
     if functions:

@@ -1,4 +1,4 @@
-"""Keep lr and weight decay of an optimizer's groups at what a recipe says of its clock."""
+"""Keep an optimizer's lr and weight decay at the schedule's values for its clock."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ _NOT_HYPER_PARAMETERS = ("params", "param_names", "lr", "weight_decay")
 class ScheduledOptimizer:
     """An optimizer, the recipe for its parameter groups, and the clock of its updates. Local.
 
-    It counts the optimizer's updates by hooks, once `listen` was called, and writes lr and weight decay into the
-    groups whenever the clock or the recipe has changed.
+    After `listen`, hooks count the optimizer's updates. Whenever the clock or the recipe changes, lr and weight decay
+    are written into the groups.
 
     Args:
         optimizer: A torch optimizer, without wrappers.
         recipe: The options of the schedule.
-        min_lr: Of groups without their own.
-        clock: By default, one at sample 0.
+        min_lr: For groups without their own.
+        clock: Default: a clock at sample 0.
 
     Attributes:
         groups: The parameter groups with their base values.
-        last_lr: Of each group, as it was last written.
-        has_crossed: Whether a warning has said that updates run across epoch ends.
+        last_lr: The last written lr of each group.
+        has_crossed: Whether the warning about updates across the end of an epoch was given.
     """
 
     def __init__(self, optimizer: Optimizer, recipe: Recipe, min_lr: float, clock: SampleClock | None = None) -> None:
@@ -49,7 +49,7 @@ class ScheduledOptimizer:
         self._scheduler: weakref.ref[LRScheduler] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        # The param groups keep the base values, and a copied tensor counts its versions from 0.
+        # Not `groups`: base values are in the param groups too, and marks of tensors are invalid in a copy.
         return {
             "optimizer": self.optimizer,
             "recipe": self.recipe,
@@ -79,20 +79,20 @@ class ScheduledOptimizer:
         """Register hooks that follow every update and load of the optimizer.
 
         Args:
-            scheduler: What torch's schedulers keep of a step is kept up in it. It is not kept alive.
+            scheduler: Its attributes that torch's schedulers have are kept up to date. Held weakly.
         """
         self._scheduler = weakref.ref(scheduler)
         optimizer = self.optimizer
         optimizer.register_step_pre_hook(_weak_hook(self._before_update))
         optimizer.register_step_post_hook(_weak_hook(self._after_update))
-        # A loaded optimizer brings the lr and weight decay of the job that saved it, in new groups.
+        # Loading an optimizer replaces the groups by new ones, with the saved job's lr and weight decay.
         optimizer.register_load_state_dict_pre_hook(_weak_hook(self._before_load))
         optimizer.register_load_state_dict_post_hook(_weak_hook(self._after_load))
 
     def _before_update(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self.groups.are_known():
             self.write()
-        _ = self.recipe.schedule  # an update at an unknown lr must not happen
+        _ = self.recipe.schedule  # raises if it is not known yet: without it the lr would be wrong
         self.retract_skipped()
         self.clock.begin_update(self.optimizer, (*args, *kwargs.values()))
 
@@ -103,7 +103,7 @@ class ScheduledOptimizer:
         self.groups.follow()
 
     def _after_load(self) -> None:
-        # torch has put new dicts in the places of the groups, with the base values of the job that saved them.
+        # The new groups have the saved job's base values too; this job's are kept.
         self.groups.take_loaded()
         self.groups.restore()
         self.write()
@@ -111,24 +111,24 @@ class ScheduledOptimizer:
     # ---------------------------------------------------------------- the clock
 
     def retract_skipped(self) -> None:
-        """Take the last update back if the device turns out to have skipped it."""
+        """Retract the last update if the device skipped it."""
         if self.clock.retract_skipped(self.optimizer):
             self.write(updates=-1)
 
     def go_to(self, samples: int) -> None:
-        """Set the clock, and write what the schedule says of that sample."""
+        """Set the clock, and write that sample's values."""
         self.clock.set(samples)
         self.write()
 
     def load(self, recipe: Recipe, groups: ScheduledGroups, samples: int) -> None:
-        """Take over what `prepare_load` has made of a saved schedule."""
+        """Apply the result of `prepare_load`."""
         self.recipe, self.groups = recipe, groups
         self.clock.set(samples)
         self.groups.restore()
         self.write()
 
     def find_crossing(self, samples: int | None) -> str | None:
-        """Return a warning where the user counted an update of ``samples`` beyond what was called an epoch; once."""
+        """Return a warning if an update that the user counted runs past the end of an epoch; only once."""
         epoch_size = self.recipe.epoch_size
         if samples is None or epoch_size is None or self.clock.source is not None:
             return None
@@ -140,10 +140,10 @@ class ScheduledOptimizer:
     # ---------------------------------------------------------------- lr and weight decay
 
     def write(self, updates: int = 0) -> None:
-        """Write what the schedule says of the clock into the groups.
+        """Write the values for the current sample into the groups.
 
         Args:
-            updates: How many the clock has counted since the last time; -1: it has taken one back.
+            updates: The number of updates counted since the last call; -1: one was retracted.
         """
         self.groups.follow()
         if self.recipe.is_known:
@@ -155,33 +155,33 @@ class ScheduledOptimizer:
             _keep_for_torch(scheduler, self, updates)
 
     def use(self, recipe: Recipe) -> None:
-        """Go on by another recipe, from the same sample."""
+        """Continue with another recipe, from the same sample."""
         self.recipe = recipe
         self.write()
 
     def bases(self) -> list[BaseValues]:
-        """Return the base values of the optimizer's groups as they are now."""
+        """Return the base values of the optimizer's current groups."""
         self.groups.follow()
         return [one.base for one in self.groups]
 
     def lr(self) -> list[float]:
-        """Return the lr of each group at the clock's sample."""
+        """Return the lr of each group at the current sample."""
         point = self.recipe.schedule.at(self.clock.samples)
         return [self.recipe.lr(point, base) for base in self.bases()]
 
     def weight_decay(self) -> list[float]:
-        """Return the weight decay that stands in each group."""
+        """Return the current weight decay of each group."""
         return [group.get("weight_decay", 0.0) for group in self.optimizer.param_groups]
 
     def find_other_writer(self) -> str | None:
-        """Return a warning where lr or weight decay is not what was written; once."""
+        """Return a warning if other code has changed lr or weight decay; only once."""
         return self.groups.find_other_writer(self._leaves_decay_alone)
 
     def _leaves_decay_alone(self, group: Mapping[str, Any]) -> bool:
         return self.recipe.decay_convention(self.optimizer, group) == "l2"
 
     def values_of(self, index: int) -> Callable[[SchedulePoint], tuple[float, float]]:
-        """Return the function from a point of the schedule to lr and weight decay of one group."""
+        """Return a function from a point of the schedule to one group's lr and weight decay."""
         self.groups.follow()
         one = list(self.groups)[index]
         fixed_decay = float(self.optimizer.param_groups[index].get("weight_decay", 0.0))
@@ -195,7 +195,7 @@ class ScheduledOptimizer:
     # ---------------------------------------------------------------- as plain data
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state of a schedule, which `prepare_load` reads."""
+        """Return the state of the schedule, for `prepare_load`."""
         self.retract_skipped()
         return {
             "version": STATE_VERSION,
@@ -206,11 +206,11 @@ class ScheduledOptimizer:
         }
 
     def configuration(self) -> dict[str, Any]:
-        """Return everything that shapes the curve but the clock and the global batch."""
+        """Return everything that shapes the curve, except the clock and the global batch."""
         return {**self.recipe.configuration(), GROUPS: [base.plain() for base in self.bases()]}
 
     def agreement_record(self) -> dict[str, Any]:
-        """Return what all ranks must have alike at this update."""
+        """Return the values that must be equal on all ranks at this update."""
         groups = self.optimizer.param_groups
         return {
             "samples": self.clock.samples,
@@ -222,7 +222,7 @@ class ScheduledOptimizer:
 
 
 def _keep_for_torch(scheduler: LRScheduler, scheduled: ScheduledOptimizer, updates: int) -> None:
-    """Keep up the attributes that torch's schedulers have: users and libraries read them."""
+    """Update the attributes of torch's schedulers, which users and libraries read."""
     scheduler._step_count += updates
     scheduler._last_lr = scheduled.last_lr
     if scheduled.recipe.is_known:
@@ -230,12 +230,12 @@ def _keep_for_torch(scheduler: LRScheduler, scheduled: ScheduledOptimizer, updat
 
 
 def _hyper_parameters(group: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a group's values that no schedule writes, as plain data."""
+    """Return a group's values that the schedule does not write, as plain data."""
     return {name: plain(value) for name, value in group.items() if name not in _NOT_HYPER_PARAMETERS}
 
 
 def _weak_hook(method: Callable[..., None]) -> Callable[..., None]:
-    """Return a hook that calls ``method`` without the optimizer, and does not keep the method's object alive."""
+    """Return a hook that calls ``method`` without the optimizer argument, and holds its object weakly."""
     reference = weakref.WeakMethod(method)
 
     def hook(_: object, *call: Any) -> None:

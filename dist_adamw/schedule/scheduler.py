@@ -1,7 +1,4 @@
-"""CyclicLRWithRestarts: an ``LRScheduler`` over the clock and the schedule.
-
-Works with any torch optimizer; knows nothing of Accelerate, DeepSpeed or files.
-"""
+"""CyclicLRWithRestarts: an ``LRScheduler`` that counts samples, for any torch optimizer."""
 
 from __future__ import annotations
 
@@ -39,50 +36,50 @@ class CyclicLRWithRestarts(LRScheduler):
     ``optimizer.step()``; calls without an update in between (Accelerate makes one per process, and users one per
     micro-batch) change nothing, and neither does a skipped update.
 
-    A parameter group's own ``lr``, ``weight_decay`` and ``min_lr`` are its base values; where another
-    scheduler has been before, ``initial_lr`` is. They follow the group, which may be added, deleted, moved, or replaced
-    by a copy (``dict(group, params=[...])``) between updates. A group's ``lr_scale`` (timm's layer-wise decay)
-    multiplies the scheduled lr, ``min_lr`` and warm-up included, as under timm's schedulers; a
-    normalised weight decay does not follow it, as it follows no base lr.
+    A parameter group's own ``lr``, ``weight_decay`` and ``min_lr`` are its base values (``initial_lr``, if another
+    scheduler ran before). They stay with the group, which may be added, deleted, moved, or replaced by a copy
+    (``dict(group, params=[...])``) between updates. A group's ``lr_scale`` (timm's layer-wise decay) multiplies the
+    scheduled lr, including ``min_lr`` and warm-up, as under timm's schedulers. A normalised weight decay depends on
+    neither ``lr_scale`` nor the base lr.
 
     Args:
-        optimizer: Any torch optimizer, also one that a library has wrapped.
+        optimizer: Any torch optimizer, also if a library has wrapped it.
         batch_size: Global batch, in samples, or a `GlobalBatch`. None: ``prepare`` fills it in.
-        epoch_size: Samples that one epoch of the loop really trains on: with ``drop_last=True`` that is
+        epoch_size: Samples that one epoch actually trains on: with ``drop_last=True`` that is
             ``len(dataset) // batch_size * batch_size``. None: ``prepare`` takes it from the data loader.
         restart_period: Length of the first cycle in epochs; may be a fraction.
-        t_mult: Each cycle is this many times as long as the one before.
+        t_mult: Factor from the length of one cycle to the next.
         policy: "cosine", "arccosine", "triangular", "triangular2" or "exp_range".
         policy_fn: Your own function of tau, the position in the cycle, instead of ``policy``.
         min_lr: lr at the end of a cycle, for groups without their own.
         gamma: Amplitude of exp_range: gamma ** (samples after warm-up / batch_size).
-        triangular_step: Where in the cycle the triangular policies peak.
-        min_restart_period: Epochs below which no cycle shrinks.
-        warmup_samples: lr rises from ``warmup_start_lr`` to its base over so many samples, once.
-        eta_on_restart_cb: (eta_min, eta_max) -> (eta_min, eta_max), folded once per restart.
+        triangular_step: Position of the triangular policies' peak in the cycle, from 0 to 1.
+        min_restart_period: Shortest cycle in epochs, where cycles shrink.
+        warmup_samples: Samples over which lr rises from ``warmup_start_lr`` to its base, once.
+        eta_on_restart_cb: (eta_min, eta_max) -> (eta_min, eta_max), applied again at each restart.
         eta_on_iteration_cb: (eta_min, eta_max, iterations) -> (eta_min, eta_max), never compounded.
             Both must be pure functions: they are evaluated again after a resume.
-        normalize_weight_decay: "auto" normalises where the optimizer decouples the decay and leaves weight_decay
-            alone elsewhere; True insists; False leaves it alone everywhere.
+        normalize_weight_decay: "auto" normalises weight decay if the optimizer decouples it, and leaves weight_decay
+            unchanged otherwise; True raises if it does not; False never changes it.
         weight_decay_exponent: 1/2 is AdamWR's.
-        lr_scaling: "sqrt" or "linear" scales lr (not the decay) when the global batch is changed in mid-run; Malladi et
+        lr_scaling: "sqrt" or "linear" scales lr (not the decay) when the global batch changes during a run; Malladi et
             al., arXiv:2205.10287.
-        stream: Data without epochs: updates run across epoch ends. Otherwise the last update of an epoch counts what is
-            left of it.
+        stream: Data without epochs: updates may span epochs. Otherwise the last update of an epoch counts only the
+            rest of the epoch.
         verbose: Print one line per restart, on the main rank.
-        on_difference: When the configuration of a loaded state is not this one: "strict" raises, "checkpoint" takes
-            the saved one, "new" keeps this one. An attribute of the same name can be set later.
+        on_difference: If a loaded state has another configuration: "strict" raises, "checkpoint" takes the saved one,
+            "new" keeps this one. It can be set later through the attribute of the same name.
 
     Raises:
         ValueError: an argument is out of its range; the message has the value and what to do.
 
     Local: no collectives. Every rank calls `step`.
 
-    It writes lr (and the weight decay) into the groups itself, so it cannot be one of several schedulers: torch's
-    ``SequentialLR`` and ``ChainedScheduler`` are refused, and a change of lr by others is named by a warning.
+    It writes lr and weight decay into the groups itself, so it cannot be one of several schedulers: torch's
+    ``SequentialLR`` and ``ChainedScheduler`` raise an error, and a change of lr by other code gives a warning.
 
     Source: Loshchilov & Hutter, arXiv:1608.03983 (restarts) and arXiv:1711.05101 (AdamWR, and its
-    appendix on normalised weight decay). Departs from the paper in counting samples, not batches.
+    appendix on normalised weight decay). Unlike the paper it counts samples, not batches.
     """
 
     def __init__(
@@ -138,13 +135,14 @@ class CyclicLRWithRestarts(LRScheduler):
         super().__init__(self._scheduled.optimizer)
 
     def _initial_step(self) -> None:
-        """Write the values of sample 0; torch's constructor calls it."""
+        """Write the values of sample 0; torch's constructor calls this."""
+        # torch's own calls step(), which would advance the clock.
         self._step_count = 1
         self._scheduled.write()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state if "_scheduled" in state else attributes_from_first_version(state))
-        # A shallow copy has the original's, and must have a clock of its own.
+        # copy.copy passes the original's state here, and the copy needs its own clock.
         self._scheduled = copy.copy(self._scheduled)
         self._scheduled.listen(self)
 
@@ -153,9 +151,9 @@ class CyclicLRWithRestarts(LRScheduler):
         """The torch optimizer whose groups are written, without its wrappers.
 
         Raises:
-            ValueError: torch's SequentialLR or ChainedScheduler asks, which would call this as one of several.
+            ValueError: the caller is torch's SequentialLR or ChainedScheduler.
         """
-        # Their constructors touch nothing else of a scheduler before they change lr.
+        # Reading this attribute is all that their constructors do before they change lr, so it is the place to refuse.
         refuse_container(sys._getframe(1).f_code)
         return self._scheduled.optimizer
 
@@ -165,7 +163,7 @@ class CyclicLRWithRestarts(LRScheduler):
 
     @property
     def batch_size(self) -> int | None:
-        """The global batch, in samples. Setting it moves the weight decay's norm, not lr's clock."""
+        """The global batch, in samples. Setting it changes the weight decay's norm, not the position in the cycle."""
         return self._scheduled.recipe.batch_size
 
     @batch_size.setter
@@ -174,19 +172,19 @@ class CyclicLRWithRestarts(LRScheduler):
 
     @property
     def epoch_size(self) -> int | None:
-        """Samples in an epoch. It can be set once, when the data is known."""
+        """Samples in an epoch. It can be set once."""
         return self._scheduled.recipe.epoch_size
 
     @epoch_size.setter
     def epoch_size(self, epoch_size: int) -> None:
         epoch_size = check_positive_int("epoch_size", epoch_size)
         if self.epoch_size not in (None, epoch_size):
-            raise ValueError(f"epoch_size is {self.epoch_size} already, got {epoch_size}: cycles would move.")
+            raise ValueError(f"epoch_size is already {self.epoch_size}, got {epoch_size}: cycles would move.")
         self._scheduled.use(replace(self._scheduled.recipe, epoch_size=epoch_size))
 
     @property
     def schedule(self) -> RestartSchedule:
-        """The pure function of samples behind this scheduler.
+        """The schedule as a pure function of samples.
 
         Raises:
             ValueError: batch_size or epoch_size is not known yet.
@@ -195,7 +193,7 @@ class CyclicLRWithRestarts(LRScheduler):
 
     @property
     def cycle(self) -> int:
-        """The current cycle, from 0; also how often lr has restarted."""
+        """The current cycle, from 0: the number of restarts so far."""
         return self.schedule.at(self.samples).cycle.index
 
     @property
@@ -205,7 +203,7 @@ class CyclicLRWithRestarts(LRScheduler):
 
     @property
     def sample_source(self) -> SampleSource | Callable[[], int | None] | None:
-        """The counter of an update's samples, set by ``prepare``; None: the rule for a plain loop."""
+        """The counter of an update's samples, set by ``prepare``; None: the plain-loop rule."""
         return self._scheduled.clock.source
 
     @sample_source.setter
@@ -216,12 +214,11 @@ class CyclicLRWithRestarts(LRScheduler):
         """Advance the clock by the updates applied since the last call, and set lr and weight decay.
 
         Args:
-            samples: Real global samples (over all ranks) of those updates; by keyword only. None: the data loader's
-                count under ``prepare``; elsewhere ``batch_size``, but never past the end of an epoch unless
-                ``stream=True``.
+            samples: Real global samples (over all ranks) of those updates; keyword only. None: the data loader's count
+                under ``prepare``; otherwise ``batch_size``, but not past the end of an epoch unless ``stream=True``.
 
         Raises:
-            ValueError: ``samples`` is not a whole number >= 0, anything else was passed (torch's old
+            ValueError: ``samples`` is not a whole number >= 0, another argument was passed (torch's old
                 ``step(epoch)``), or the schedule is not known yet.
         """
         refuse_epochs(positional, others)
@@ -231,7 +228,7 @@ class CyclicLRWithRestarts(LRScheduler):
         if not clock.has_applied:
             return
         if samples is None:
-            clock.settle()
+            clock.settle()  # before anything changes: it waits for other ranks, and may raise
         applied = clock.take_applied()
         if (warning := self._scheduled.find_other_writer()) is not None:
             warnings.warn(warning, stacklevel=2)
@@ -244,10 +241,10 @@ class CyclicLRWithRestarts(LRScheduler):
             print(describe_restart(self._scheduled.recipe, self.samples, self.get_last_lr()[0]))
 
     def go_to(self, *, samples: int) -> None:
-        """Set the clock, and write lr and weight decay of that sample into the groups. Local.
+        """Set the clock, and write that sample's lr and weight decay into the groups. Local.
 
-        Every rank calls it with the same number, between two updates. Weights, the optimizer's state and the place in
-        the data stay where they are.
+        Every rank calls it with the same number, between two updates. Weights, optimizer state and the position in the
+        data do not change.
 
         Args:
             samples: Real global samples of the updates so far, warm-up included.
@@ -261,8 +258,8 @@ class CyclicLRWithRestarts(LRScheduler):
         self._scheduled.retract_skipped()
         if self._scheduled.clock.has_applied:
             raise ValueError(
-                f"go_to(samples={samples}) between optimizer.step() and scheduler.step() would lose the update in "
-                "between, or count it on top. Call it after scheduler.step()."
+                f"go_to(samples={samples}) between optimizer.step() and scheduler.step() would lose that update, or "
+                "add it to the new count. Call it after scheduler.step()."
             )
         self._scheduled.go_to(samples)
 
@@ -277,14 +274,14 @@ class CyclicLRWithRestarts(LRScheduler):
     def preview(
         self, cycles: int | None = None, points: int = 1000, group: int = 0, *, total_samples: int | None = None
     ) -> Preview:
-        """Return the table of restarts, and lr and weight decay over samples, before training. Local.
+        """Return the table of restarts, and lr and weight decay over samples. Local.
 
         Args:
-            cycles: How many cycles to show. None: 4, or those of ``total_samples``, at most 20.
-            points: Samples of the trace, evenly spaced.
-            group: Which parameter group.
-            total_samples: Samples that will be trained on, such as ``epochs * scheduler.epoch_size``. The preview then
-                says where in its cycle training ends, and which period would end there.
+            cycles: The number of cycles to show. None: 4, or those of ``total_samples``, at most 20.
+            points: The number of evenly spaced samples at which the curves are evaluated.
+            group: The index of the parameter group.
+            total_samples: Samples of the whole training, such as ``epochs * scheduler.epoch_size``. The preview then
+                says where in its cycle training ends, and which periods would end a cycle there.
 
         Raises:
             ValueError: batch_size or epoch_size is not known yet, or a number is not whole and above 0.
@@ -301,17 +298,18 @@ class CyclicLRWithRestarts(LRScheduler):
         return self._scheduled.state_dict()
 
     def configuration(self) -> dict[str, Any]:
-        """Return what shapes the curve, but the clock and the global batch, as plain data."""
+        """Return everything that shapes the curve, except the clock and the global batch, as plain data."""
         return self._scheduled.configuration()
 
     def load_state_dict(self, state_dict: Mapping[str, Any], on_difference: OnDifference | None = None) -> None:
-        """Put the clock where it was, and lr and weight decay into the groups at once.
+        """Restore the clock, and write lr and weight decay into the groups at once.
 
-        The global batch stays the one of this job: lr goes on as it was, the decay is normalised by the new one.
+        The global batch remains this job's: lr continues on the same curve, and the decay is normalised by the new
+        batch.
 
         Args:
-            on_difference: When the configuration saved is not this one: "strict" raises, "checkpoint" takes the saved
-                one, "new" keeps this one. Default: the attribute ``on_difference``, as given to the constructor.
+            on_difference: If the saved configuration differs: "strict" raises, "checkpoint" takes the saved one, "new"
+                keeps this one. Default: the attribute ``on_difference``, which the constructor sets.
 
         Raises:
             ValueError: not a state of this class, or configurations differ; nothing is changed.
@@ -325,5 +323,5 @@ class CyclicLRWithRestarts(LRScheduler):
         prepare_load(state_dict, self._scheduled, self.on_difference if on_difference is None else on_difference)
 
     def agreement_record(self) -> dict[str, Any]:
-        """Return what all ranks must have alike at this update, as plain data."""
+        """Return the values that must be equal on all ranks at this update, as plain data."""
         return self._scheduled.agreement_record()

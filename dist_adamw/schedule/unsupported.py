@@ -1,4 +1,4 @@
-"""Refuse the ways of calling torch's schedulers that do not fit a count of samples."""
+"""Refuse uses of torch schedulers that do not work with a count of samples."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from torch.optim.lr_scheduler import ChainedScheduler, SequentialLR
 
 _CONSTRUCTORS = {cls.__init__.__code__: cls.__name__ for cls in (SequentialLR, ChainedScheduler)}
 _NOT_ONE_OF_SEVERAL = (
-    "{} cannot drive CyclicLRWithRestarts, which writes lr by its count of samples: factors of other schedulers would "
+    "{} cannot drive CyclicLRWithRestarts, which sets lr by its count of samples: factors of other schedulers would "
     "be lost, and updates from before a milestone counted at once. Use it alone: it has a warm-up (warmup_samples, "
-    "warmup_start_lr), decays (eta_on_restart_cb, eta_on_iteration_cb) and takes a curve of yours (policy_fn)."
+    "warmup_start_lr), decays (eta_on_restart_cb, eta_on_iteration_cb) and accepts your own curve (policy_fn)."
 )
 
 
 def refuse_container(caller: CodeType) -> None:
-    """Raise ValueError where ``caller`` is the constructor of SequentialLR or ChainedScheduler."""
+    """Raise ValueError if ``caller`` is the constructor of SequentialLR or ChainedScheduler."""
     container = _CONSTRUCTORS.get(caller)
     if container is not None:
         raise ValueError(_NOT_ONE_OF_SEVERAL.format(container))
 
 
 def refuse_epochs(positional: Sequence[Any], others: Mapping[str, Any]) -> None:
-    """Raise ValueError where ``step`` was called with more than ``samples``, such as torch's old ``step(epoch)``."""
-    if not others and positional in ((), (None,)):
+    """Raise ValueError if ``step`` got other arguments than ``samples``, such as torch's old ``step(epoch)``."""
+    if not others and positional in ((), (None,)):  # step(None) is torch's step() in full
         return
     given = ", ".join([*map(repr, positional), *(f"{name}={value!r}" for name, value in others.items())])
-    # Never a TypeError, which DeepSpeed's engine answers by step(train_batch_size).
+    # Not a TypeError: DeepSpeed's engine catches that and calls step(train_batch_size).
     raise ValueError(
         f"step({given}) is not understood: this scheduler counts samples, not epochs. Call step() after every "
         "optimizer.step(), or step(samples=<real samples of these updates, all ranks together>)."

@@ -18,7 +18,7 @@ def decay_convention(optimizer: Optimizer, group: Mapping[str, Any]) -> DecayCon
     """Return what ``optimizer`` does with ``group["weight_decay"]``: the table of docs/schedule.md."""
     if (decay_by := getattr(optimizer, "decay_by", None)) in ("schedule", "lr"):
         return "schedule" if decay_by == "schedule" else "lr"
-    # apex and DeepSpeed say by a flag, torch's Adam family in the group.
+    # apex and DeepSpeed have a flag on the optimizer, torch's Adam family one in the group.
     for flag in (getattr(optimizer, "adam_w_mode", None), getattr(optimizer, "adamw_mode", None)):
         if flag is not None:
             return "lr" if flag else "l2"
@@ -28,17 +28,17 @@ def decay_convention(optimizer: Optimizer, group: Mapping[str, Any]) -> DecayCon
 
 
 def _is_known_to_decouple(optimizer: Optimizer) -> bool:
-    """Return whether the class, or one that it derives from, has the name of an optimizer that decouples the decay."""
+    """Return whether the class or a base class has the name of an optimizer that decouples weight decay."""
     names = {cls.__name__ for cls in type(optimizer).__mro__}
     return any("adamw" in name.lower() for name in names) or not names.isdisjoint(_DECOUPLING)
 
 
 def check_decoupled(optimizer: Optimizer, group: Mapping[str, Any], base: BaseValues) -> None:
-    """Raise ValueError where ``optimizer`` adds the group's decay to the gradient: there is nothing to normalise."""
+    """Raise ValueError if ``optimizer`` adds the group's decay to the gradient, where normalisation has no meaning."""
     if base.weight_decay > 0 and decay_convention(optimizer, group) == "l2":
         raise ValueError(
             f"normalize_weight_decay=True, but {type(optimizer).__name__} adds weight_decay="
-            f"{base.weight_decay!r} to the gradient (L2), where the norm means nothing. Use an optimizer with "
+            f"{base.weight_decay!r} to the gradient (L2), where normalisation has no meaning. Use an optimizer with "
             "decoupled decay, such as DistAdamW or torch.optim.AdamW, or leave normalize_weight_decay='auto'."
         )
 
@@ -48,13 +48,13 @@ def decay_by_schedule(base: BaseValues, *, norm: float, lr: float) -> float:
 
     Args:
         base: The group's base values; ``base.weight_decay`` is the paper's normalised lambda.
-        norm: The paper's sqrt(b / (B T)), of the cycle.
+        norm: The paper's sqrt(b / (B T)) for the current cycle.
         lr: The scheduled lr, before the group's ``lr_scale``.
 
     Source: Loshchilov & Hutter, arXiv:1711.05101, Algorithm 2 and appendix B.1.
     """
     if base.lr * base.lr_scale == 0:
-        return 0.0  # the decay follows lr, and this group's never leaves 0
+        return 0.0  # the decay is proportional to lr, which is always 0 in this group
     return base.weight_decay * norm * lr / base.lr
 
 
@@ -62,19 +62,20 @@ def decay_by_lr(base: BaseValues, *, norm: float, batch_scale: float) -> float:
     """Return the weight decay of an optimizer that computes ``p *= 1 - lr * weight_decay``, as torch's do.
 
     Args:
-        base: As of `decay_by_schedule`.
-        norm: As of `decay_by_schedule`.
-        batch_scale: By what lr is scaled for another global batch.
+        base: See `decay_by_schedule`.
+        norm: See `decay_by_schedule`.
+        batch_scale: The factor on lr for another global batch.
 
     Raises:
-        ValueError: lambda over lr is not finite.
+        ValueError: lambda / lr is not finite.
     """
     if base.lr * base.lr_scale == 0:
         return 0.0
+    # Divided by everything that multiplies lr but the curve: the decay follows the curve, not lr_scale or lr_scaling.
     decay = base.weight_decay * norm / (base.lr * base.lr_scale * batch_scale)
     if not decay < math.inf:
         raise ValueError(
-            f"weight_decay={base.weight_decay!r} over lr={base.lr * base.lr_scale!r} is no finite number. "
+            f"weight_decay={base.weight_decay!r} over lr={base.lr * base.lr_scale!r} is not a finite number. "
             "Raise lr, or pass decay_by='schedule' to DistAdamW."
         )
     return decay

@@ -255,7 +255,7 @@ def two_models(folder: str, how: str) -> list[Any]:
     else:  # what is wrong with one keeps both from being loaded
         torch._foreach_add_([p.data for model, *_ in both for p in model.parameters()], 1.0)
         before = [weights(model) for model, *_ in both]
-        with pytest.raises(CheckpointError, match="no position"):
+        with pytest.raises(CheckpointError, match="not a position"):
             accelerator.load_state(folder)
         for (model, *_), kept in zip(both, before, strict=True):
             assert all(torch.equal(a, b) for a, b in zip(kept, weights(model), strict=True))
@@ -491,7 +491,7 @@ def says_beside(folder: str, extra: Any) -> str:
         ([], r"damaged.*save_state.* \[\]"),
         ({"files": []}, r"damaged.*save_state.* \{'files': \[\]\}"),
         ({"files": 4}, r"damaged.*save_state.* \{'files': 4\}"),
-        ({"position": "here"}, "no position"),
+        ({"position": "here"}, "not a position"),
         ({"files": {"../other": [1, ""]}}, r"not of one save.*\.\./other"),
     ],
 )

@@ -129,7 +129,7 @@ def plants(root: str) -> list[str]:
                 tried.append(f"{with_index} {how} {name.rstrip('0123456789')}")
                 assert not proof.exists(), f"{tried[-1]} was executed"
                 assert isinstance(raised.value, CheckpointError), (tried[-1], raised.value)
-                says = "is no file of torch.save with" if how == "pickle" else "asks for posix.mkdir, which is neither"
+                says = "is no torch.save file of" if how == "pickle" else "asks for posix.mkdir, which is neither"
                 assert f"{says}" in str(raised.value), (tried[-1], raised.value)
                 assert all(map(torch.equal, before, bits(model))), f"{tried[-1]} changed the model"
     return tried

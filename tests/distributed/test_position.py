@@ -169,7 +169,7 @@ def cannot(state: dict[str, Any]) -> str:
 
 def test_what_cannot_be_reached_is_said() -> None:
     for text in run_ranks(2, cannot, {"epoch": 0, "samples": 6, "seed": None, "order": ""}):
-        assert re.search("6 samples .*only batches.* 4", text)
+        assert re.search("6 samples .*only whole batches.* 4", text)
 
 
 def uneven_rest(samples: int) -> str | int:
@@ -209,7 +209,7 @@ def refusals() -> None:
     place = position(loader)
     whole = {"epoch": 1, "samples": 4, "seed": None, "order": ""}
     for wrong in ({"samples": -1}, {"samples": 1.5}, {"epoch": True}, {"order": "xyz"}, {"order": "00"}, {"order": 5}):
-        with pytest.raises(CheckpointError, match="no position"):
+        with pytest.raises(CheckpointError, match="not a position"):
             place.load_state_dict({**whole, **wrong})
     assert (place.epoch, place.samples) == (0, 0)
     with pytest.raises(ValueError, match=r"position in a DataLoader .*prepare"):

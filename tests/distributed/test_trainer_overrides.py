@@ -218,7 +218,7 @@ def set_by_hand(folder: str) -> None:
             assert trainer.lr_scheduler.samples == EPOCH * EPOCHS
     with arguments_on("single", folder) as args:
         trainer = prepare_trainer(Noting(Network(), args, train_dataset=Samples()), scheduler=FITS)
-        with pytest.raises(ValueError, match=r"called .*Trainer before"):
+        with pytest.raises(ValueError, match=r"already called .*Trainer"):
             prepare_trainer(trainer, scheduler=FITS)
         trainer.create_optimizer()
         trainer.lr_scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(trainer.optimizer, 5)

@@ -19,7 +19,7 @@ from tests.random.clock_programs import dispatches, jobs_of
 from tests.random.clock_truth import Facts, Key, Log
 from tests.ranks import _forget_accelerate
 
-CANNOT_REACH = ("of which only batches", "and even_batches=False gives")
+CANNOT_REACH = ("of which only whole batches", "and even_batches=False gives")
 
 
 class Stop(Exception):  # noqa: N818 - the job is stopped

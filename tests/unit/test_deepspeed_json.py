@@ -115,7 +115,7 @@ def test_what_a_scheduler_section_says_is_taken(text: str, name: str, value: Any
         ("scheduler", '{"t_mult": "auto"}', "t_mult='auto' ... never resolved"),
         # what JSON cannot say, or DeepSpeed says
         ("optimizer", '{"params": []}', "params=[] ... passes the parameters"),
-        ("optimizer", '{"mesh": null}', "mesh=None ... DeepSpeed shares state"),
+        ("optimizer", '{"mesh": null}', "mesh=None ... DeepSpeed shards state"),
         (
             "optimizer",
             '{"master_dtype": "float32"}',

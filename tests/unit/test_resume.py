@@ -136,7 +136,7 @@ def test_a_configuration_whose_decay_is_no_number_changes_nothing() -> None:
     state = saved(scheduler.state_dict())
     state |= {"samples": 500}
     state["configuration"]["groups (lr, min_lr, weight_decay)"] = [[1e-315, 0.0, 0.05]]
-    with pytest.raises(ValueError, match="is no finite number"):
+    with pytest.raises(ValueError, match="is not a finite number"):
         scheduler.load_state_dict(state, on_difference="checkpoint")
     assert scheduler.samples == 0
     assert scheduler.get_lr() == [1e-3]

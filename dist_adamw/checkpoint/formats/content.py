@@ -1,7 +1,4 @@
-"""The common structure that every reader of a format returns.
-
-Knows our keys; reads nothing of a pickle. Local.
-"""
+"""The common structure that every format's reader returns. Local."""
 
 from __future__ import annotations
 
@@ -29,7 +26,7 @@ FP32 = "fp32"
 
 @dataclass
 class Content:
-    """A training state to be imported, under our keys; see `checkpoint.state`."""
+    """A training state to import, under our keys; see `checkpoint.local_state`."""
 
     engine: str
     tensors: dict[str, Tensor] = field(default_factory=dict)
@@ -38,7 +35,7 @@ class Content:
     modules: dict[str, Any] | None = None  # extra state by name; None: not known
 
     def add_state(self, name: str, kind: str, value: Any) -> None:
-        """Take one thing of the state that AdamW has of a parameter."""
+        """Add one entry of a parameter's AdamW state."""
         if kind not in STATE_NAMES:
             raise CheckpointError(
                 f"the optimizer's state has {kind!r} of {name}, which AdamW does not have, only "
@@ -62,23 +59,23 @@ def kind_of(source: Path) -> Kind:
         return "universal"
     if [*source.glob("*_optim_states.pt"), *source.glob("*/*_optim_states.pt")]:
         raise CheckpointError(
-            f"{source} is a checkpoint of DeepSpeed that only as many ranks could load. Convert it with `python -m "
-            "deepspeed.checkpoint.ds_to_universal --inject_missing_state --input_folder ... --output_folder ...`, "
-            "which executes what the files say, and import what that writes."
+            f"{source} is a DeepSpeed checkpoint that only the same number of ranks can load. Convert it with "
+            "`python -m deepspeed.checkpoint.ds_to_universal --inject_missing_state --input_folder ... --output_folder "
+            "...`, which executes code in the files, and import its output."
         )
     if (source / INDEX).exists():
         raise CheckpointError(f"{source} is a checkpoint of dist_adamw already. Pass it to dist_adamw.load.")
     raise CheckpointError(
-        f"{source} is a folder of no known kind: it has no .metadata of torch.distributed.checkpoint and no zero/ of "
+        f"{source} is a folder of unknown kind: it has no .metadata of torch.distributed.checkpoint and no zero/ of "
         "DeepSpeed's universal format."
     )
 
 
 def understood(source: Path, read: Callable[[], T]) -> T:
-    """Return what ``read`` returns, with any failure as a sentence. Local.
+    """Return what ``read`` returns; turn any error into a `CheckpointError`. Local.
 
     Raises:
-        CheckpointError: whatever ``read`` raised, in a sentence.
+        CheckpointError: ``read`` raised an error.
     """
     try:
         return read()
@@ -86,7 +83,7 @@ def understood(source: Path, read: Callable[[], T]) -> T:
         raise
     except OSError as error:
         raise CheckpointError(f"{source} cannot be read: {error}.") from error
-    except Exception as error:  # what damaged files make of the libraries that read them has no end
+    except Exception as error:  # on damaged files the reading libraries raise errors of any type
         first = (str(error).splitlines() or [""])[0]
         raise CheckpointError(f"{source} is damaged or of another kind: {type(error).__name__}: {first}.") from error
 
@@ -99,13 +96,11 @@ def plain_group(group: Mapping[str, Any], names: list[str]) -> dict[str, Any]:
     """
     for key, value in group.items():
         if isinstance(value, Tensor) and value.numel() > 1:
-            raise CheckpointError(
-                f"{key} of a parameter group is a tensor of shape {list(value.shape)}, and no number."
-            )
-    # "step" is what DeepSpeed's FusedAdam counts there; ours are by parameter.
+            raise CheckpointError(f"{key} of a parameter group is a tensor of shape {list(value.shape)}, not a number.")
+    # DeepSpeed's FusedAdam keeps "step" in the group; ours is per parameter.
     return {"names": names, **{k: plain(v) for k, v in group.items() if k not in ("params", "param_names", "step")}}
 
 
 def lazy(shape: Sequence[int], dtype: torch.dtype, make: Values) -> PartialTensor:
-    """Return a tensor that is read when it is saved, so that one is in memory at a time. Local."""
+    """Return a tensor that is read only when it is saved, so that one is in memory at a time. Local."""
     return PartialTensor(shape, dtype, {Region((0,) * len(shape), tuple(shape)): make})

@@ -1,4 +1,4 @@
-"""Read folders of ``torch.distributed.checkpoint``, whose index is a pickle."""
+"""Read folders of ``torch.distributed.checkpoint`` without executing their index, a pickle."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ _NEEDED = {
 
 
 class _Unpickler(pickle.Unpickler):
-    """Reads a ``.metadata`` into records; what it does not need, it refuses."""
+    """Unpickle a ``.metadata`` into records; refuse every class that it does not need."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """Return something inert in the place of a class or function."""
+        """Return an inert class in place of the named class or function."""
         if module == "torch" and name in DTYPES:
             return DTYPES[name]
         if f"{module}.{name}" in MEMBERS:
@@ -55,7 +55,7 @@ class _Unpickler(pickle.Unpickler):
         if (module, name) not in _NEEDED:
             raise CheckpointError(
                 f"its .metadata asks for {module}.{name}, which describes no tensors, and nothing is executed. Do not "
-                "load this folder with anything else, unless you know why it does."
+                "load this folder with another tool, unless you know why it does."
             )
         if name == "OrderedDict":
             return OrderedDict
@@ -63,7 +63,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _check_memo(data: bytes) -> None:
-    """Raise where a pickle would number more objects than it can have: Python makes room for the largest number."""
+    """Raise if a pickle's memo has an index beyond its length: Python allocates memory up to the largest index."""
     for opcode, number, _ in pickletools.genops(data):
         if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and (number or 0) > len(data):
             raise CheckpointError(f"its .metadata is damaged: it numbers {number:,} objects in {len(data):,} bytes.")
@@ -94,7 +94,7 @@ class _Dcp:
         return type(self.items[key]).__name__ == "TensorStorageMetadata"
 
     def tensor(self, key: str) -> Tensor:
-        """Return one that is read when it is needed, chunk by chunk."""
+        """Return a tensor that is read when it is needed, chunk by chunk."""
         item = self.items[key]
         dtype, shape = item.properties.state[0], tuple(item.size)
         regions, fit = [], True
@@ -144,7 +144,7 @@ def _lies_in(region: Region, shape: tuple[int, ...]) -> bool:
 
 
 def from_dcp(source: Path) -> Content:
-    """Read a folder of ``torch.distributed.checkpoint``, with ``get_state_dict``'s two somewhere in it. Local."""
+    """Read a folder of ``torch.distributed.checkpoint`` with both dicts of ``get_state_dict``, at any level. Local."""
     folder = _Dcp(source)
     weights: dict[tuple[Any, ...], dict[str, str]] = {}
     states: dict[tuple[Any, ...], list[tuple[str, str, str]]] = {}
@@ -158,7 +158,7 @@ def from_dcp(source: Path) -> Content:
         elif folder.is_tensor(key):
             weights.setdefault(path[:-1], {})[str(path[-1])] = key
     if len(states) > 1:
-        raise CheckpointError(f"{source} has {len(states)} optimizers, {sorted(states)}. Save one.")
+        raise CheckpointError(f"{source} has {len(states)} optimizers, {sorted(states)}. Save only one.")
     found = Content("torch.distributed.checkpoint")
     for name, kind, key in itertools.chain(*states.values()):
         read = folder.value if kind == "step" else folder.tensor
@@ -183,7 +183,8 @@ def _place(path: tuple[Any, ...], part: str) -> tuple[tuple[Any, ...], Any, str]
 def _dcp_groups(of_groups: Mapping[Any, dict[str, Any]]) -> list[dict[str, Any]]:
     if all(isinstance(number, int) for number in of_groups):
         return [plain_group(of_groups[number], of_groups[number]["params"]) for number in sorted(of_groups)]
-    groups: list[dict[str, Any]] = []  # flattened ones are by parameter
+    # Flattened state dicts have the groups' values by parameter: put those with equal values together again.
+    groups: list[dict[str, Any]] = []
     for name, values in of_groups.items():
         group = plain_group(values, [name])
         alike = next((other for other in groups if {**other, "names": 0} == {**group, "names": 0}), None)
@@ -195,10 +196,11 @@ def _dcp_groups(of_groups: Mapping[Any, dict[str, Any]]) -> list[dict[str, Any]]
 
 
 def _model_of(source: Path, weights: Mapping[tuple[Any, ...], dict[str, str]], trained: set[str]) -> dict[str, str]:
+    # The model is where all trained parameters are; an EMA copy may qualify too, and then the name decides.
     chosen = [where for where, names in weights.items() if trained <= names.keys()]
     if len(chosen) > 1:
         chosen = [where for where in chosen if where and where[-1] in MODEL_KEYS]
     if len(chosen) != 1:
         places = ", ".join(".".join(map(str, where)) or "the top" for where in weights)
-        raise CheckpointError(f"{source} has tensors at {places}: which are the model's? Save it as 'model'.")
+        raise CheckpointError(f"{source} has tensors at {places}; which are the model's? Save it as 'model'.")
     return weights[chosen[0]]

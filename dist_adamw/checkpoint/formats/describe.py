@@ -15,10 +15,10 @@ from dist_adamw.errors import printable
 
 
 def describe(path: str | Path) -> tuple[str, bool]:
-    """Describe a checkpoint in a short table, and say whether it is whole: all of it is read. Local.
+    """Return a short table that describes a checkpoint, and whether it is whole. Reads all of it. Local.
 
     Raises:
-        CheckpointError: there is no index that says.
+        CheckpointError: the index is missing or damaged.
     """
     return understood(Path(path), partial(_table, read_index(path)))
 
@@ -44,6 +44,6 @@ def _table(index: Index) -> tuple[str, bool]:
 
 
 def _most_updates(index: Index) -> float:
-    """Return the updates that a parameter has had; parameters that were frozen have had fewer."""
+    """Return the most updates that any parameter has had: parameters that were frozen have fewer."""
     by_parameter = index.about.get("scalars", {})
     return max((values["step"] for values in by_parameter.values() if "step" in values), default=0)

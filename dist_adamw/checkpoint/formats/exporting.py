@@ -1,6 +1,6 @@
-"""Export a checkpoint to a format of another library, in a single process.
+"""Export a checkpoint to another library's format, in a single process.
 
-A few tensors are in memory at a time, but for ``torch.save``, which takes all of them.
+Only a few tensors are in memory at a time, except for ``torch.save``, which needs all of them.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ from dist_adamw.optimizer.sharding.shard import MOMENTS
 
 
 def export_checkpoint(path: str | Path, target: str | Path, kind: Kind, *, master: bool = False) -> None:
-    """Write a checkpoint as another library reads it. Local.
+    """Write a checkpoint in another library's format. Local.
 
     Args:
         path: The checkpoint's folder.
-        target: What is to be written: a file of torch or safetensors, a folder of the others. Beside DeepSpeed's
-            folder a file ``latest_universal`` names it.
-        kind: Of ``target``. From its universal format, DeepSpeed loads neither buffers nor frozen parameters; and for
-            ZeRO-3, it gives every group the hyper-parameters of the first.
-        master: Whether weights are to be the fp32 ones, where the model's are less exact. DeepSpeed's always are.
+        target: The file (torch, safetensors) or folder (the others) to write. A file ``latest_universal`` next to
+            DeepSpeed's folder names it.
+        kind: The kind of ``target``. From its universal format, DeepSpeed loads neither buffers nor frozen parameters,
+            and under ZeRO-3 it gives every group the hyper-parameters of the first.
+        master: Whether to write the fp32 weights if the model's have less precision; always True for DeepSpeed.
 
     Raises:
-        CheckpointError: the checkpoint is damaged, ``target`` is there already, or the kind cannot hold it.
+        CheckpointError: the checkpoint is damaged, ``target`` already exists, or the kind cannot hold it.
     """
     target, ours = Path(target), _Ours(checked(Path(path)), master or kind == "universal")
     write = {"torch": _to_torch, "dcp": _to_dcp, "universal": _to_universal, "safetensors": _to_safetensors}
@@ -54,7 +54,7 @@ def export_checkpoint(path: str | Path, target: str | Path, kind: Kind, *, maste
     if kind != "safetensors" and optimizer is not None and not same_family(optimizer, "AdamW"):
         raise CheckpointError(f"{path} has the state of {optimizer}, and only AdamW's is exported. Use safetensors.")
     if kind == "universal" and optimizer is None:
-        raise CheckpointError(f"{path} has weights alone, of which DeepSpeed loads none. Use safetensors.")
+        raise CheckpointError(f"{path} has weights alone, which DeepSpeed does not load. Use safetensors.")
     with _taking_its_place(target) as unfinished:
         write[kind](ours, unfinished)
     if kind == "universal":
@@ -62,7 +62,7 @@ def export_checkpoint(path: str | Path, target: str | Path, kind: Kind, *, maste
 
 
 class _Ours:
-    """A checkpoint of ours, to be exported."""
+    """A checkpoint of ours to export."""
 
     def __init__(self, index: Index, master: bool) -> None:
         self.index, self.about, self.master = index, index.about, master
@@ -85,7 +85,7 @@ class _Ours:
         return self.read(self.weights_key(name))
 
     def groups(self) -> list[dict[str, Any]]:
-        """Return groups with "names", and values as a torch optimizer has them."""
+        """Return groups with "names", and with values in torch's types and conventions."""
         found = []
         for group in self.about["groups"]:
             values = {k: tuple(v) if isinstance(v, list) and k != "names" else v for k, v in group.items()}
@@ -93,17 +93,17 @@ class _Ours:
         return found
 
     def _decay(self, group: dict[str, Any]) -> float:
-        """Return the weight decay as torch means it: multiplied by lr, which DistAdamW may not do."""
+        """Return the weight decay in torch's convention, where the update multiplies it by lr."""
         decay: float = group["weight_decay"]
         return decay / group["lr"] if self.about.get("decay_by") == "schedule" and group["lr"] else decay
 
     def groups_of_adamw(self) -> list[dict[str, Any]]:
-        """Return all that ``torch.optim.AdamW`` has in a group, with names as "params"."""
+        """Return groups with all of ``torch.optim.AdamW``'s keys, and names as "params"."""
         defaults = torch.optim.AdamW([torch.zeros(1)]).param_groups[0]
         found = []
         for group in self.groups():
             names = group.pop("names")
-            # Where there is a scheduler, "initial_lr" is asked for.
+            # A torch scheduler that resumes (last_epoch >= 0) requires "initial_lr".
             found.append({**defaults, "initial_lr": group["lr"], **group, "params": names, "param_names": names})
         return found
 
@@ -122,11 +122,11 @@ class _Ours:
 
 @contextlib.contextmanager
 def _taking_its_place(target: Path) -> Iterator[Path]:
-    """Give a path to write to, which gets its name when all of it is there."""
+    """Give a temporary path to write to, and rename it to ``target`` at the end."""
     if target.exists():
-        raise CheckpointError(f"{target} is there already. Choose another name, or remove it first.")
+        raise CheckpointError(f"{target} exists already. Choose another name, or remove it first.")
     target.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = target.with_name(f"{target.name}.{secrets.token_hex(4)}.partial")  # no other process's
+    unfinished = target.with_name(f"{target.name}.{secrets.token_hex(4)}.partial")  # unique to this process
     try:
         yield unfinished
         unfinished.replace(target)
@@ -165,7 +165,7 @@ def _to_dcp(ours: _Ours, target: Path) -> None:
     state: dict[str, Any] = {"model": {name: later(ours.weights_key(name)) for name in ours.names}}
     if ours.about["optimizer"] is not None:
         state["optim"] = {"state": ours.states(later), "param_groups": ours.groups_of_adamw()}
-    # It would keep all tensors of one file in memory until that is written.
+    # With one file per rank, the writer would hold all tensors in memory until the file is written.
     save_tensors(state, FileSystemWriter(target, single_file_per_rank=False), flatten=True)
 
 
@@ -176,18 +176,18 @@ def _to_universal(ours: _Ours, target: Path) -> None:
         steps = {float(ours.step(name)) for name in names}
         if len(steps) > 1:
             warnings.warn(
-                f"parameters of one group have had {sorted(steps)} updates, and DeepSpeed counts one number for all of "
-                f"them: they go on with {max(steps):g}.",
+                f"parameters of one group have had {sorted(steps)} updates, and DeepSpeed keeps one count for all of "
+                f"them: they continue with {max(steps):g}.",
                 stacklevel=4,
             )
         step = torch.tensor(max(steps, default=0.0))
         for name in names:
             _to_universal_folder(ours, name, step, target / "zero" / inside(target, name))
-        # The step is FusedAdam's own count; "params" is not read.
+        # FusedAdam reads its step from the group; nothing reads "params".
         groups.append({**group, "step": int(step), "params": [len(groups)]})
     torch.save(_universal_optimizer(groups), target / "zero" / "optimizer_state.pt")
     model = _universal_model(ours, updates=max((group["step"] for group in groups), default=0))
-    # What stages 1 and 2 look for, and what stage 3 does.
+    # Stages 1 and 2 look for the first name, stage 3 for the second.
     for prefix in ("", "zero_pp_rank_0_"):
         torch.save(model, target / f"{prefix}mp_rank_00_model_states.pt")
 
@@ -195,10 +195,10 @@ def _to_universal(ours: _Ours, target: Path) -> None:
 def _universal_optimizer(groups: list[dict[str, Any]]) -> dict[str, Any]:
     steps = {i: {"step": torch.tensor(float(group["step"]))} for i, group in enumerate(groups)}
     return {
-        # Stages 1 and 2 read these two,
+        # Stages 1 and 2 read these two;
         "param_groups": groups,
         "ds_version": "0.19",
-        # and stage 3 this.
+        # stage 3 reads this.
         "optimizer_state_dict": {"state": steps, "param_groups": groups},
     }
 
@@ -227,14 +227,14 @@ def _to_universal_folder(ours: _Ours, name: str, step: Tensor, folder: Path) -> 
     folder.mkdir(parents=True)
     weights = ours.weights(name).float()
     torch.save({"param": weights}, folder / f"{FP32}.pt")
-    for kind in ours.kinds[name] or MOMENTS[:2]:  # without updates it has none, and DeepSpeed reads them
+    for kind in ours.kinds[name] or MOMENTS[:2]:  # DeepSpeed needs moments even if there were no updates
         found = ours.read(f"{kind}.{name}").float() if ours.kinds[name] else torch.zeros_like(weights)
         torch.save({"param": found}, folder / f"{kind}.pt")
     torch.save(step, folder / "step.pt")
 
 
 def _to_safetensors(ours: _Ours, target: Path) -> None:
-    # Wide elements first, so that all of them are aligned.
+    # The widest dtypes first, so that every tensor is aligned to its element size.
     saved = {name: ours.index.tensors[ours.weights_key(name)] for name in ours.names}
     if "__metadata__" in saved:
         raise CheckpointError(f"{ours.index.folder} has weights named '__metadata__', which safetensors cannot hold.")

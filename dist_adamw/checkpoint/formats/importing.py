@@ -1,4 +1,4 @@
-"""Import a training state of another library, in a single process."""
+"""Import a training state from another library, in a single process."""
 
 from __future__ import annotations
 
@@ -38,22 +38,22 @@ def import_checkpoint(
     names: Sequence[str] | None = None,
     without: Sequence[str] = (),
 ) -> None:
-    """Make a checkpoint that `dist_adamw.load` loads on any engine, with ``scheduler=None``. Local.
+    """Convert another library's file to a checkpoint that `dist_adamw.load` loads, with ``scheduler=None``. Local.
 
-    There is no random state in it, so loading leaves that alone.
+    It has no random state, so loading leaves that unchanged.
 
     Args:
         source: A file or folder of another library.
         path: The checkpoint's folder.
-        kind: Of ``source``; "auto" looks.
-        optimizer: Of torch: the file with the optimizer's state dict, where ``source`` has only the model's.
-        names: Of torch: the parameters' names in the optimizer's order, where its groups have no ``param_names``
-            and the order is not that of all the weights.
-        without: Names of weights that are not taken, such as the second name of a tied one.
+        kind: The kind of ``source``; "auto" detects it.
+        optimizer: For torch: the file with the optimizer's state dict, if ``source`` has only the model's.
+        names: For torch: the parameters' names in the optimizer's order, needed if its groups have no ``param_names``
+            and the order differs from that of the weights.
+        without: Names of weights to leave out, such as the second name of a tied one.
 
     Raises:
-        CheckpointError: ``source`` is not of this kind, is damaged, or asks for anything to be executed; or ``path``
-            holds a checkpoint.
+        CheckpointError: ``source`` is not of this kind, is damaged, or would execute code; or ``path`` already holds a
+            checkpoint.
     """
     source, path = Path(source), Path(path)
     if (path / INDEX).exists():
@@ -61,7 +61,7 @@ def import_checkpoint(
     content = _read(source, kind, optimizer, names)
     for name in without:
         if content.tensors.pop(f"{MODEL}.{name}", None) is None:
-            raise CheckpointError(f"without names {name!r}, and {source} has no such weights.")
+            raise CheckpointError(f"without names {name!r}, but {source} has no such weights.")
     understood(source, partial(_check, source, content))
     _write(path, content)
 
@@ -94,15 +94,15 @@ def _write(path: Path, content: Content) -> None:
                 about["modules"][name] = value
     lock = Lock(path)
     try:
-        if (path / INDEX).exists():
-            raise CheckpointError(f"{path} holds a checkpoint by now. Choose another folder.")
+        if (path / INDEX).exists():  # again, under the lock
+            raise CheckpointError(f"another job has saved a checkpoint to {path}. Choose another folder.")
         save_tensors(tensors, Writer(path, about), flatten=False)
     finally:
         lock.release()
 
 
 def _about(content: Content) -> dict[str, Any]:
-    """Return what the index says of an imported state, but its extra state."""
+    """Return the index's ``about`` of an imported state, without its extra state."""
     optimizer = None
     if content.groups:
         is_adam = content.groups[0].get("decoupled_weight_decay") is False
@@ -147,14 +147,14 @@ def _check_groups(source: Path, content: Content, keys: Collection[str]) -> None
 
 
 def save_tensors(tensors: dict[str, Any], writer: StorageWriter, *, flatten: bool) -> None:
-    """Write tensors by ``writer``, from this process alone. Local.
+    """Write tensors with ``writer``, from this process alone. Local.
 
     Raises:
         CheckpointError: they could not be written.
     """
     planner = DefaultSavePlanner(flatten_state_dict=flatten, flatten_sharded_tensors=False)
     try:
-        with warnings.catch_warnings():  # one process writes all of it, also where there are several: so it is meant
+        with warnings.catch_warnings():  # that one process writes everything is intended
             warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
             dcp_save(tensors, storage_writer=writer, planner=planner, no_dist=True)
     except CheckpointException as failed:

@@ -1,4 +1,4 @@
-"""Read weights from a file of safetensors."""
+"""Read weights from a safetensors file."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dist_adamw.errors import CheckpointError
 
 
 def from_safetensors(source: Path) -> Content:
-    """A file of weights. Local."""
+    """Read a file of weights. Local."""
     from safetensors import SafetensorError, safe_open
 
     dtypes = {code: dtype for dtype, code in CODES.items()}
@@ -33,5 +33,5 @@ def from_safetensors(source: Path) -> Content:
                     raise CheckpointError(f"{source} has {name} in {code}, which checkpoints do not hold. Convert it.")
                 found.tensors[f"{MODEL}.{name}"] = lazy(of.get_shape(), dtypes[code], partial(read, name))
     except SafetensorError as error:
-        raise CheckpointError(f"{source} is no whole safetensors file: {error}.") from error
+        raise CheckpointError(f"{source} is not a whole safetensors file: {error}.") from error
     return found

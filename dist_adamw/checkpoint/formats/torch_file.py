@@ -1,6 +1,6 @@
 """Read files of ``torch.save``.
 
-A pickle says which classes it is made of. Here it gets records in their place, or is refused: see `load_pickle`.
+A pickle names the classes of its objects. Known harmless ones become inert records; any other class is refused.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from dist_adamw.errors import CheckpointError
 from dist_adamw.wrappers import without_wrappers
 
 _OPTIMIZER_KEYS = ("optimizer", "optimizer_state_dict", "optim", "optim_state_dict")
-# By this some versions of Python (3.11.2) pickle a member of an enum, from its class and name.
+# Some versions of Python (3.11.2) pickle an enum member as a getattr call on its class.
 MEMBERS = ("getattr", "builtins.getattr", "__builtin__.getattr")
 
 
 class Record:
-    """An object in a pickle, as data. Its class is known by name only, and nothing of it is called."""
+    """An object of a pickle, as data. Only the name of its class is known, and none of its code runs."""
 
     def __init__(self, *args: Any) -> None:
         self.args = args
@@ -40,10 +40,10 @@ class Record:
 
 
 def load_pickle(file: Path) -> Any:
-    """Read a file of ``torch.save``; big tensors stay in the file until they are needed."""
+    """Read a file of ``torch.save``; tensors stay in the memory-mapped file until they are needed."""
     if not file.is_file():
         raise CheckpointError(f"there is no file {file}.")
-    # DeepSpeed adds its objects (loss scalers, enums) to what we need.
+    # DeepSpeed's files also hold its own objects (loss scalers, enums), which become records.
     is_zip = zipfile.is_zipfile(file)
     unknown = torch.serialization.get_unsafe_globals_in_checkpoint(file) if is_zip else []
     inert = (name for name in unknown if name.startswith("deepspeed.") or name in MEMBERS)
@@ -53,8 +53,8 @@ def load_pickle(file: Path) -> Any:
 
 
 def tensors_and_plain_data(file: Path | io.BytesIO, what: str, **options: Any) -> Any:
-    """Read a file of ``torch.save`` that holds nothing else. Local."""
-    return load_safely(file, what, "Where you trust it, load it with torch, and save it again without that.", **options)
+    """Read a file of ``torch.save`` that holds only tensors and plain data. Local."""
+    return load_safely(file, what, "If you trust it, load it with torch, and save it again without that.", **options)
 
 
 def _part(content: Any, keys: Sequence[str]) -> Any:
@@ -72,7 +72,7 @@ def from_torch(source: Path, optimizer: str | Path | None, names: Sequence[str] 
     weights = _part(content, MODEL_KEYS)
     if weights is None and "param_groups" in content:
         raise CheckpointError(f"{source} is an optimizer's. Pass the model's file, and this one as optimizer.")
-    # A file without a part for the weights is the weights, and has no optimizer.
+    # Without a key for the weights, the dict is itself a model's state dict: do not look for an optimizer in it.
     state = _optimizer_state({} if weights is None else content, optimizer)
     found = Content("torch")
     if state is not None and "param_groups" not in state:
@@ -85,7 +85,7 @@ def from_torch(source: Path, optimizer: str | Path | None, names: Sequence[str] 
 
 
 def _check_room(source: Path, optimizer: str | Path | None, found: Content) -> None:
-    """Raise where a tensor has more bytes than the files: its elements share memory."""
+    """Raise if a tensor has more bytes than the files: its elements share memory."""
     room = os.path.getsize(source)
     if optimizer is not None:
         room += os.path.getsize(optimizer)
@@ -98,7 +98,7 @@ def _check_room(source: Path, optimizer: str | Path | None, found: Content) -> N
 
 
 def _optimizer_state(content: Mapping[str, Any], optimizer: str | Path | None) -> Any:
-    """Return the state dict in a file of its own, or beside the weights; None where there is none."""
+    """Return the optimizer's state dict, from its own file or the model's; None if there is none."""
     if optimizer is not None:
         state = load_pickle(Path(optimizer))
         return state if "param_groups" in state else _part(state, _OPTIMIZER_KEYS) or {}
@@ -109,7 +109,7 @@ def _optimizer_state(content: Mapping[str, Any], optimizer: str | Path | None) -
 
 
 def _add_weights(source: Path, weights: Mapping[str, Any], found: Content) -> None:
-    """Add weights, buffers and extra state; tied weights by their first name."""
+    """Add weights, buffers and extra state; tied weights under their first name."""
     found.modules = {}
     seen = set()
     for name, tensor in _bare(weights).items():
@@ -118,7 +118,7 @@ def _add_weights(source: Path, weights: Mapping[str, Any], found: Content) -> No
             found.modules[module] = tensor
             continue
         if not isinstance(tensor, Tensor):
-            raise CheckpointError(f"{source} has {name!r} among the weights, which is no tensor. Save it elsewhere.")
+            raise CheckpointError(f"{source} has {name!r} among the weights, which is not a tensor. Save it elsewhere.")
         place = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
         if tensor.numel() and place in seen:
             continue
@@ -127,7 +127,7 @@ def _add_weights(source: Path, weights: Mapping[str, Any], found: Content) -> No
 
 
 def _bare(weights: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a model's state dict by the names that the bare model has."""
+    """Return a model's state dict under the names of the unwrapped model."""
     names = {name: without_wrappers(name) for name in weights}
     if all(name.startswith("module.") for name in names.values()):  # DistributedDataParallel's
         names = {name: bare.removeprefix("module.") for name, bare in names.items()}
@@ -135,7 +135,7 @@ def _bare(weights: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _number(source: Path, state: Mapping[str, Any], names: Sequence[str] | None, found: Content) -> None:
-    """Give parameters their names in a state dict of torch, which numbers them."""
+    """Translate the numbers of parameters in a torch optimizer's state dict to names."""
     groups = state["param_groups"]
     numbers = [number for group in groups for number in group["params"]]
     if names is None:
@@ -150,14 +150,15 @@ def _number(source: Path, state: Mapping[str, Any], names: Sequence[str] | None,
 
 
 def _names_in_order(source: Path, groups: Sequence[Mapping[str, Any]], count: int, found: Content) -> list[str]:
-    """Return the names of an optimizer's ``count`` parameters, in the order of its numbers."""
+    """Return the names of an optimizer's ``count`` parameters, in its own order."""
     if all("param_names" in group for group in groups):
         return [without_wrappers(name) for group in groups for name in group["param_names"]]
     weights = [key.removeprefix(f"{MODEL}.") for key in found.tensors]
+    # A single group with every weight is model.parameters(), which has the order of the state dict.
     if len(groups) == 1 and count == len(weights):
         return weights
     raise CheckpointError(
         f"{source} numbers {count} parameters in {len(groups)} group(s), and has {len(weights)} weights "
-        "and buffers: which is which is not said. Pass names, a list in the optimizer's order, or build the "
+        "and buffers, so which is which is unknown. Pass names, a list in the optimizer's order, or build the "
         "optimizer from model.named_parameters()."
     )

@@ -20,12 +20,12 @@ from dist_adamw.optimizer.sharding.shard import MOMENTS
 
 
 def from_universal(source: Path) -> Content:
-    """Read a folder of DeepSpeed's universal format, or the one with ``latest_universal``. Local."""
+    """Read a folder of DeepSpeed's universal format, or its parent with ``latest_universal``. Local."""
     latest = source / "latest_universal"
     if not (source / "zero").is_dir() and latest.is_file():
         source = source / inside(source, latest.read_text().strip())
     if any(source.glob("*mp_rank_01_model_states.pt")):
-        raise CheckpointError(f"{source} is of a model in parallel parts, which have other names on every rank.")
+        raise CheckpointError(f"{source} is of a model-parallel job, whose parameter names differ by rank.")
     model = load_pickle(_model_file(source))
     optim = load_pickle(source / "zero" / "optimizer_state.pt")
     trained: list[dict[str, Any]] = model["param_shapes"]
@@ -33,7 +33,7 @@ def from_universal(source: Path) -> Content:
     if len(groups) == 1:
         trained = [_merged(trained)]
     if len(trained) != len(groups):
-        raise CheckpointError(f"{source} has {len(groups)} groups in {len(trained)} parts: which is whose is not said.")
+        raise CheckpointError(f"{source} has {len(groups)} groups in {len(trained)} parts: which is which is unknown.")
     found = Content("DeepSpeed")
     order = {name: i for i, name in enumerate(model["module"])}  # ZeRO-1 and 2 shuffle parameters
     for shapes, group in zip(trained, groups, strict=True):
@@ -47,7 +47,7 @@ def from_universal(source: Path) -> Content:
 
 
 def _merged(parts: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return one dict with what is in all of them."""
+    """Return the union of dicts."""
     merged: dict[str, Any] = {}
     for part in parts:
         merged.update(part)
@@ -73,7 +73,7 @@ def _add_universal(source: Path, name: str, shape: tuple[int, ...], optim: Any, 
             found.tensors[key] = lazy(shape, torch.float32, partial(understood, folder, partial(read, kind)))
     if (folder / "step.pt").exists():
         step = load_pickle(folder / "step.pt")
-    else:  # of stage 3
+    else:  # stage 3 keeps one step for the whole optimizer
         step = next(iter(optim["optimizer_state_dict"]["state"].values()))["step"]
     found.add_state(name, "step", step)
 
@@ -95,7 +95,7 @@ def _rest_of_universal(source: Path, model: Mapping[str, Any]) -> Iterator[tuple
 
 
 def _frozen_parts(source: Path, model: Mapping[str, Any]) -> list[Mapping[str, Tensor]]:
-    """Return the parts of frozen parameters in the order of ranks: stage 3 leaves each in a file of its rank."""
+    """Return the parts of frozen parameters in rank order: in stage 3 each is in its rank's file."""
     files = sorted(source.glob("zero_pp_rank_*_mp_rank_00_model_states.pt"), key=lambda f: int(f.name.split("_")[3]))
     if len(files) > 1:
         return [load_pickle(file)["frozen_param_fragments"] for file in files]

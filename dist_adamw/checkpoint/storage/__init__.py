@@ -1,1 +1,1 @@
-"""Tensors in files, for torch.distributed.checkpoint. Nothing is executed when they are read."""
+"""Tensor files for torch.distributed.checkpoint. Reading them executes no code."""

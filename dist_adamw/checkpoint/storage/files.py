@@ -1,15 +1,13 @@
-"""Write and read folders of tensors, as storage of torch.distributed.checkpoint.
+"""Write and read folders of tensors: the storage interface of torch.distributed.checkpoint.
 
-Knows files and that library's storage interface; nothing of optimizers.
+Each rank writes one safetensors file; then the main rank writes an index:
 
-Each rank writes one safetensors file, and the main one then an index:
-
-    5f0c81d2e9a3b764-00000.safetensors   of one save, by one rank: regions, such as "exp_avg.0.weight[0:3,0:8]"
+    5f0c81d2e9a3b764-00000.safetensors   one save, one rank: regions, such as "exp_avg.0.weight[0:3,0:8]"
     5f0c81d2e9a3b764-00001.safetensors
-    index.json                           which region of which tensor lies where, plain data, checksums
+    index.json                           the place of each region of each tensor, plain data, checksums
 
-The index is written last, under another name, and takes its place in one step: a reader has all of one save, however
-often a folder is saved to and whenever a save is killed. Files that no index names are what such a save has left.
+The index is written last, under a temporary name, and renamed. So a reader always sees all of one save, however often
+a folder is saved to and whenever a save is killed. Files that the index does not name are left over from killed saves.
 """
 
 from __future__ import annotations
@@ -61,14 +59,14 @@ from dist_adamw.ranks import collectives
 
 
 class Writer(StorageWriter):
-    """Writes to a folder, also one that holds a checkpoint: that one is whole until this one is.
+    """Write to a folder. A checkpoint that it already holds stays readable until the new one is whole.
 
-    For ``torch.distributed.checkpoint.save(state_dict, storage_writer=...)``, whose state dict has tensors only.
+    For ``torch.distributed.checkpoint.save(state_dict, storage_writer=...)`` with a state dict of tensors only.
 
     Args:
-        folder: Created if it is not there. All ranks see the same.
-        about: Plain data, of the main rank, to be saved too.
-        ranks: How many write; None: as many as there are when it is done.
+        folder: Created if missing; on a file system that all ranks share.
+        about: Plain data to save with the tensors; the main rank's.
+        ranks: The number of ranks that must write; None: do not check it.
     """
 
     def __init__(self, folder: str | Path, about: Mapping[str, Any] | None = None, ranks: int | None = None) -> None:
@@ -79,39 +77,40 @@ class Writer(StorageWriter):
 
     @property
     def checkpoint_id(self) -> str:
-        """The folder, under the name by which the library logs it."""
+        """The folder, under the name that the library expects."""
         return str(self.folder)
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        """Take another folder."""
+        """Switch to another folder."""
         if checkpoint_id is not None:
             self.folder = Path(checkpoint_id)
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        """Return whether it can be a folder."""
+        """Return whether this can be a folder."""
         return "://" not in str(checkpoint_id)
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        """Make the folder, and see that the plain data is plain."""
+        """Create the folder, and check the plain data."""
         self.folder.mkdir(parents=True, exist_ok=True)
         if is_coordinator:
             check_place(self.folder)
             self._about = as_json(self.about)
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        """Return the plan as it is."""
+        """Return the plan unchanged."""
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         """Give every rank the name of its file."""
+        # A new token for each save: no file of the checkpoint that the folder holds is ever overwritten.
         token = secrets.token_hex(8)
         return [
             dataclasses.replace(plan, storage_data=f"{token}-{rank:05d}.safetensors") for rank, plan in enumerate(plans)
         ]
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        """Write this rank's file, and have the disk hold it."""
+        """Write this rank's file, and sync it to disk."""
         path = self._written = self.folder / plan.storage_data
         written: Future[list[WriteResult]] = Future()
         try:
@@ -122,10 +121,10 @@ class Writer(StorageWriter):
         return written
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """Write the index of all files, and let it take the place of the one before, if all of it can be read.
+        """Write the index of all files, which replaces the previous one, after checking that it can be read.
 
         Raises:
-            CheckpointError: a rank has not written, or the main one does not see all files, whole.
+            CheckpointError: a rank has not written, or the main rank does not see every file whole.
         """
         if self._ranks is not None and len(results) != self._ranks:
             raise CheckpointError(f"{len(results)} of {self._ranks} ranks have written")
@@ -145,18 +144,18 @@ class Writer(StorageWriter):
             "files": files,
             "about": self._about,
         }
-        check_index(self.folder, index)  # as a reader does; the index before is still there
+        check_index(self.folder, index)  # a reader's own checks, while the previous index is still in place
         write_index(self.folder, index)
         self._remove_others(files)
 
     def _check_seen(self, files: Mapping[str, Any]) -> None:
-        """Raise where this process does not see a file as another rank has written it."""
+        """Raise if this process does not see a file as another rank wrote it."""
         for name, facts in files.items():
             there = self.folder / name
             if not there.is_file() or there.stat().st_size != facts["bytes"]:
                 raise CheckpointError(
-                    f"{there}, which another rank has written, is not to be seen on the main one. Give all machines "
-                    "the same file system, and all ranks the same folder."
+                    f"the main rank does not see {there}, which another rank has written. Give all machines the same "
+                    "file system, and all ranks the same folder."
                 )
 
     def _remove_others(self, files: Mapping[str, Any]) -> None:
@@ -166,14 +165,15 @@ class Writer(StorageWriter):
                 left.unlink(missing_ok=True)
 
     def discard(self) -> None:
-        """Remove what this rank has written, after a failure, if no index names it. Local."""
+        """Remove what this rank wrote, after a failure, unless the index names it. Local."""
+        # `finish` may fail after it has replaced the index: the file is then part of a whole checkpoint.
         if self._written is not None and not _names(self.folder, self._written.name):
-            with contextlib.suppress(OSError):  # of a folder that can no more be written to
+            with contextlib.suppress(OSError):  # such as a folder that became read-only
                 self._written.unlink(missing_ok=True)
 
 
 def _described(metadata: Metadata, places: Mapping[str, list[list[Any]]]) -> dict[str, Any]:
-    """Return dtype, shape and chunks of each tensor, as the index has them."""
+    """Return dtype, shape and chunks of each tensor, as in the index."""
     tensors = {}
     for key, found in metadata.state_dict_metadata.items():
         assert isinstance(found, TensorStorageMetadata)
@@ -190,18 +190,18 @@ def _names(folder: Path, file: str) -> bool:
 
 
 def as_json(about: Mapping[str, Any]) -> Any:
-    """Return plain data as JSON gives it back. Local.
+    """Return plain data after a round trip through JSON. Local.
 
     Raises:
-        CheckpointError: it is not plain, or has keys that would come back as others.
+        CheckpointError: it is not plain, or has keys that JSON would change.
     """
     try:
         if not _has_text_for_keys(about):
-            raise TypeError("a dict has keys that are not text, and would come back with text for keys")
+            raise TypeError("a dict has keys that are not text, and would come back with text keys")
         return json.loads(json.dumps(about))
     except (TypeError, ValueError, RecursionError) as error:
         raise CheckpointError(
-            f"only plain data (numbers, text, lists, dicts) can be saved beside tensors: {error}."
+            f"only plain data (numbers, text, lists, dicts) can be saved with the tensors: {error}."
         ) from error
 
 
@@ -212,22 +212,22 @@ def _has_text_for_keys(value: Any) -> bool:
 
 
 def _write_file(path: Path, items: Sequence[WriteItem], planner: SavePlanner) -> list[WriteResult]:
-    """Write a safetensors file of ``items``; what lies on a device is in host memory one block at a time."""
+    """Write a safetensors file of ``items``; tensors on a device are copied to the host one block at a time."""
     header: dict[str, Any] = {}
     ends = 0
     order = []
-    # Wide elements first, so that all of them are aligned.
+    # The widest dtypes first, so that every tensor is aligned to its element size.
     for item in sorted(items, key=lambda item: -_itemsize(item)):
         region = _box_of(item)
         nbytes = region.numel * _itemsize(item)
         if nbytes == 0:
-            continue  # of a rank that has nothing of this tensor
+            continue  # this rank has no elements of the tensor
         data = {"shape": list(region.sizes), "data_offsets": [ends, ends + nbytes]}
         header[_name(item, region)] = {"dtype": CODES[_dtype(item)], **data}
         order.append((item, region, ends, nbytes))
         ends += nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-len(text) % 8)  # the format allows padding with spaces; the data then begins at a multiple of 8
     with path.open("xb", buffering=0) as file:
         writer = HashedWriter(file)
         writer.write(len(text).to_bytes(8, "little"))
@@ -241,7 +241,7 @@ def _write_file(path: Path, items: Sequence[WriteItem], planner: SavePlanner) ->
         os.fsync(file.fileno())
     fingerprint = {"bytes": 8 + len(text) + ends, "sha256": writer.sha256()}
     begin = 8 + len(text)
-    # One result a file: of objects for each of thousands of tensors, most of a save's time would be spent on pickles.
+    # One result per file: with thousands of tensors, pickling one object each would take most of a save's time.
     chunks = [(item.index.fqn, region.offsets, region.sizes, begin + start) for item, region, start, _ in order]
     return [WriteResult(MetadataIndex(path.name), ends, (fingerprint, chunks))]
 
@@ -259,7 +259,7 @@ def _dtype(item: WriteItem) -> torch.dtype:
         raise CheckpointError(f"{item.index.fqn!r} is not a tensor. Save plain data as such, not in the state dict.")
     dtype: torch.dtype = item.tensor_data.properties.dtype
     if dtype not in CODES:
-        raise CheckpointError(f"{item.index.fqn!r} is {dtype}, which safetensors files here do not hold. Convert it.")
+        raise CheckpointError(f"{item.index.fqn!r} is {dtype}, which checkpoints do not hold. Convert it.")
     return dtype
 
 
@@ -284,13 +284,13 @@ def _name(item: WriteItem, region: Region) -> str:
 
 
 class Reader(StorageReader):
-    """Reads what `Writer` wrote, the elements that are asked for and a block at a time.
+    """Read what `Writer` wrote: only the requested elements, a block at a time.
 
-    For ``torch.distributed.checkpoint.load(state_dict, storage_reader=...)``, also into other models' state dicts.
+    For ``torch.distributed.checkpoint.load(state_dict, storage_reader=...)``.
 
     Args:
-        folder: Of the checkpoint, or its index.
-        aliases: Other keys under which its tensors are to be found.
+        folder: The checkpoint's folder, or its index.
+        aliases: More keys for its tensors: from the key to the name in the checkpoint.
     """
 
     def __init__(self, folder: str | Path | Index, aliases: Mapping[str, str] | None = None) -> None:
@@ -300,22 +300,23 @@ class Reader(StorageReader):
 
     @property
     def checkpoint_id(self) -> str:
-        """The folder, under the name by which the library logs it."""
+        """The folder, under the name that the library expects."""
         return str(self.folder)
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        """Take another folder."""
+        """Switch to another folder."""
+        # dcp.load resets to the same folder; its index, which may have been checked, is kept.
         if checkpoint_id is not None and Path(checkpoint_id) != self.folder:
             self._index, self.folder = None, Path(checkpoint_id)
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        """Return whether it can be a folder."""
+        """Return whether this can be a folder."""
         return Writer.validate_checkpoint_id(checkpoint_id)
 
     @property
     def index(self) -> Index:
-        """Return the tensors of the folder."""
+        """The folder's index, read on first use."""
         if self._index is None:
             self._index = read_index(self.folder)
         return self._index
@@ -332,15 +333,15 @@ class Reader(StorageReader):
         return Metadata(found)
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        """Compare files with their checksums, each rank its part."""
+        """Compare this rank's part of the files with their checksums."""
         check_files(self.index, collectives.rank(), collectives.world_size())
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
-        """Read in the order of the files."""
+        """Sort the reads by file and offset."""
         return dataclasses.replace(plan, items=sorted(plan.items, key=lambda item: self._place(item)[0]))
 
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
-        """Return the plan as it is."""
+        """Return the plans unchanged."""
         return plans
 
     def _place(self, item: ReadItem) -> tuple[tuple[str, int], Saved, Chunk]:
@@ -351,7 +352,7 @@ class Reader(StorageReader):
         return (chunk.file, chunk.offset), saved, chunk
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """Copy what the plan asks for into the planner's tensors, in their dtype."""
+        """Copy the requested elements into the planner's tensors, converted to their dtype."""
         with contextlib.ExitStack() as opened:
             files: dict[str, BinaryIO] = {}
             for item in plan.items:
@@ -368,10 +369,10 @@ class Reader(StorageReader):
 
 
 def read_whole(index: Index, key: str) -> Tensor:
-    """A tensor of a checkpoint in new memory on the CPU. Local.
+    """Return a tensor of a checkpoint in new CPU memory. Local.
 
     Raises:
-        CheckpointError: there is none of that key.
+        CheckpointError: the checkpoint has no such key.
     """
     if key not in index.tensors:
         raise CheckpointError(f"{index.folder} has no tensor {key!r}.")
@@ -388,14 +389,14 @@ def read_whole(index: Index, key: str) -> Tensor:
 def _read_box(
     file: BinaryIO, base: int, shape: tuple[int, ...], dtype: torch.dtype, wanted: Region, target: Tensor
 ) -> None:
-    """Copy a region of a chunk, which is ``shape`` in C order from byte ``base`` on, into ``target``."""
+    """Copy a region of a chunk into ``target``; the chunk has ``shape``, in C order, and begins at byte ``base``."""
     if not wanted.numel:
         return
     if not shape:
         shape, wanted, target = (1,), Region((0,), (1,)), target.view(1)
     row = math.prod(shape[1:]) * dtype.itemsize
     rest = Region(wanted.offsets[1:], wanted.sizes[1:])
-    if row > BLOCK:
+    if row > BLOCK:  # a row alone exceeds the memory limit of a read: descend one dim
         for i in range(wanted.sizes[0]):
             _read_box(file, base + (wanted.offsets[0] + i) * row, shape[1:], dtype, rest, target[i])
         return
@@ -409,15 +410,15 @@ def _read_box(
 
 
 def read_exactly(file: BinaryIO, offset: int, nbytes: int) -> Tensor:
-    """Return that many bytes of a file. Local.
+    """Return exactly ``nbytes`` bytes of a file. Local.
 
     Raises:
-        CheckpointError: there are fewer.
+        CheckpointError: the file ends before.
     """
     data = torch.empty(nbytes, dtype=torch.uint8)
     view = memoryview(data.numpy())  # type: ignore[arg-type]
     file.seek(offset)
-    while view:
+    while view:  # an unbuffered file may return fewer bytes than asked for
         if not (read := file.readinto(view)):  # type: ignore[attr-defined]
             raise CheckpointError(f"{file.name} ended while it was read: another process is writing to it.")
         view = view[read:]
@@ -425,10 +426,10 @@ def read_exactly(file: BinaryIO, offset: int, nbytes: int) -> Tensor:
 
 
 def inside(folder: Path, name: str) -> str:
-    """Return ``name``, which a checkpoint gives to something in ``folder``. Local.
+    """Return ``name``, which a checkpoint gives for something in ``folder``. Local.
 
     Raises:
-        CheckpointError: it leads out of there.
+        CheckpointError: it leads out of the folder.
     """
     if Path(name).name != name or name in ("", ".."):
         raise CheckpointError(f"{folder} names {name!r}, which lies outside of it.")

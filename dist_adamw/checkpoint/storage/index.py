@@ -1,7 +1,4 @@
-"""The index of a checkpoint's folder of tensors: write, read and verify it, and verify every byte of its files.
-
-Knows files; nothing of optimizers, and nothing of torch but its dtypes.
-"""
+"""Write, read and verify the index of a checkpoint's folder, and verify every byte of its files."""
 
 from __future__ import annotations
 
@@ -30,9 +27,9 @@ from dist_adamw.ranks import collectives
 INDEX = "index.json"
 FORMAT, VERSION = "dist_adamw checkpoint", 2
 FILE = re.compile(r"[0-9a-f]{16}-[0-9]{5,}\.safetensors")
-_LARGEST = 1 << 30  # bytes of an index, to write and to read
+_LARGEST = 1 << 30  # bytes of an index; reading a damaged or hostile one must not exhaust memory
 _FILE_NAME = len('"0123456789abcdef-00000.safetensors"')
-_MOST_OPEN = 256  # files that a process keeps open; many systems let it have 1,024
+_MOST_OPEN = 256  # files that a process keeps open; the usual limit is 1,024
 CODES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -57,7 +54,7 @@ class Chunk:
     offset: int
 
     def end(self, dtype: torch.dtype) -> int:
-        """Return the byte after its last one."""
+        """Return the offset of the byte after the chunk."""
         return self.offset + self.region.numel * dtype.itemsize
 
 
@@ -72,15 +69,15 @@ class Saved:
 
 @dataclass(frozen=True, slots=True)
 class Index:
-    """A checkpoint's index, checked: every element of every tensor lies in exactly one place of a file.
+    """A checked index: every element of every tensor lies in exactly one place of one file.
 
     Attributes:
-        folder: Of the checkpoint.
-        save: Names this one save.
+        folder: The checkpoint's folder.
+        save: A random name of this save.
         tensors: By key.
         files: Size in bytes and SHA-256, by name.
         about: Plain data that was saved with the tensors.
-        digest: Of all of that.
+        digest: The index's checksum.
         opened: Files that are kept open; see `kept_open`.
     """
 
@@ -94,9 +91,9 @@ class Index:
 
     @contextlib.contextmanager
     def kept_open(self) -> Iterator[None]:
-        """Keep files open from the check to the read, also if they are removed or replaced meanwhile. Local.
+        """Keep files open, so that those that were checked are read, even if they are replaced in between. Local.
 
-        Files of very many ranks are opened by name again when they are read.
+        With very many files they are opened by name again instead.
 
         Raises:
             CheckpointError: a file cannot be opened.
@@ -113,7 +110,7 @@ class Index:
 
     @contextlib.contextmanager
     def file(self, name: str) -> Iterator[BinaryIO]:
-        """Open one of the checkpoint's files for reading, wherever it was read last. Local.
+        """Open one of the checkpoint's files for reading, at an arbitrary position. Local.
 
         Raises:
             OSError: as `open_plainly`.
@@ -129,17 +126,17 @@ class Index:
 
 
 def write_index(folder: Path, index: Mapping[str, Any]) -> None:
-    """Let ``index`` be the folder's, in one step. Local."""
+    """Replace the folder's index by ``index``, atomically. Local."""
     index = {**index, "sha256": _digest(index)}
     write_text(folder / INDEX, json.dumps(index))
 
 
 def check_tensors(tensors: Iterable[tuple[str, torch.dtype, Sequence[int], int]], about: Mapping[str, Any]) -> None:
-    """Raise where no index of these tensors could be read; before anything is written. Local.
+    """Raise if an index of these tensors could not be read; before anything is written. Local.
 
     Args:
-        tensors: Key, dtype, shape, and into how many regions it is cut.
-        about: What else the index says.
+        tensors: Key, dtype, shape and number of regions.
+        about: The index's plain data.
 
     Raises:
         CheckpointError: names the tensor, or the size.
@@ -147,36 +144,36 @@ def check_tensors(tensors: Iterable[tuple[str, torch.dtype, Sequence[int], int]]
     size = len(json.dumps(about))
     for key, dtype, shape, regions in tensors:
         if dtype not in CODES:
-            raise CheckpointError(f"{key!r} is {dtype}, which safetensors files here do not hold. Convert it")
+            raise CheckpointError(f"{key!r} is {dtype}, which checkpoints do not hold. Convert it")
         if not _is_shape(shape):
-            raise CheckpointError(f"{key!r} has shape {list(shape)[:64]}, and no load would take it")
-        # Each region has at least a digit for each edge, with a comma and a space, and the name of a file.
+            raise CheckpointError(f"{key!r} has shape {list(shape)[:64]}, which no load would accept")
+        # A lower bound: a region has at least a digit, comma and space for each edge, and a file name.
         size += len(json.dumps(key)) + regions * (6 * len(shape) + _FILE_NAME)
     if size > _LARGEST:
         raise CheckpointError(f"its index would have more than {size:,} bytes, and {_LARGEST:,} can be read")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Let a file hold ``text``, or what it held; and the disk, all that was written to the folder before. Local.
+    """Replace a file by ``text`` atomically, after syncing to disk what the folder already has. Local.
 
     Raises:
-        CheckpointError: it is longer than `read_bounded` reads. Nothing is written then.
+        CheckpointError: the text is longer than `read_bounded` allows. Nothing is written then.
     """
     if (size := len(text.encode())) > _LARGEST:
         raise CheckpointError(f"{path} would have {size:,} bytes, and {_LARGEST:,} can be read.")
     unfinished = path.with_name(f"{path.name}.partial")
     unfinished.unlink(missing_ok=True)
-    with unfinished.open("x") as file:  # nothing that is there, such as a link to elsewhere, is written to
+    with unfinished.open("x") as file:  # "x": never write through an existing symlink
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-    sync_folder(path.parent)
+    sync_folder(path.parent)  # the names of the data files must be on disk before the index that refers to them
     unfinished.replace(path)
     sync_folder(path.parent)
 
 
 def sync_folder(folder: Path) -> None:
-    """Have the disk hold the names in a folder. Local."""
+    """Sync the names in a folder to disk. Local."""
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(handle)
@@ -188,10 +185,10 @@ def sync_folder(folder: Path) -> None:
 
 
 def read_index(folder: str | Path) -> Index:
-    """Read and check a checkpoint's index; its files only by name and size. Local.
+    """Read and check a checkpoint's index, without reading its files. Local.
 
     Raises:
-        CheckpointError: there is none, it is damaged, of another format or version, or says what cannot be.
+        CheckpointError: it is missing, damaged, inconsistent, or of another format or version.
     """
     folder = Path(folder)
     path = folder / INDEX
@@ -231,7 +228,7 @@ def _not_whole(folder: Path) -> str:
 
 
 def check_place(folder: Path) -> None:
-    """Raise where a save would take the place of something else than a checkpoint of ours. Local.
+    """Raise if a save would replace anything but a checkpoint of ours. Local.
 
     Raises:
         CheckpointError: another program's file has the index's name.
@@ -240,10 +237,10 @@ def check_place(folder: Path) -> None:
     try:
         found = json.loads(read_bounded(path))
     except (OSError, ValueError, RecursionError):
-        return  # there is none, or it is damaged
+        return  # missing or damaged: nothing to protect
     if not isinstance(found, dict) or FORMAT not in (found.get("format"), found.get("version")):
         if isinstance(found, dict) and "shares" in found:
-            return  # of an older release
+            return  # an older release's
         raise CheckpointError(f"{path} is of another program. Choose another folder.")
 
 
@@ -253,7 +250,7 @@ def _refuse_old(path: Path, found: Any) -> None:
 
 
 def check_index(folder: Path, index: Mapping[str, Any]) -> None:
-    """Raise where an index that is about to be written could not be read. Local.
+    """Raise if an index that is about to be written could not be read. Local.
 
     Raises:
         CheckpointError: some element of a tensor is in no file, or in two.
@@ -321,7 +318,7 @@ def _have_gaps_or_overlaps(chunks: list[Chunk], shape: tuple[int, ...]) -> bool:
 
 
 def _check_places(tensors: Mapping[str, Saved], files: Iterable[str], wrong: _Wrong) -> None:
-    """Raise where two chunks lie in the same bytes: what is loaded is never more than the files are large."""
+    """Raise if two chunks overlap in a file: a small hostile file must not expand to a huge load."""
     taken: dict[str, list[tuple[int, int]]] = {name: [] for name in files}
     for saved in tensors.values():
         for chunk in saved.chunks:
@@ -350,7 +347,7 @@ def _are_sizes(value: Any) -> bool:
 
 
 def _is_shape(shape: Sequence[int]) -> bool:
-    """Return whether torch can have a tensor of that shape; also one without elements, whose strides have 64 bits."""
+    """Return whether torch can make a tensor of that shape: the strides fit 64 bits, even if it has no elements."""
     return len(shape) <= 64 and _is_size(math.prod(max(n, 1) for n in shape))
 
 
@@ -387,7 +384,7 @@ def _unreadable(path: Path, error: OSError) -> CheckpointError:
 
 
 def is_ours(folder: Path) -> bool:
-    """Return whether a folder's index says that it is one of ours, whole or not. Local."""
+    """Return whether a folder has an index of ours, whole or damaged. Local."""
     try:
         found = json.loads(read_bounded(folder / INDEX))
     except (OSError, ValueError, RecursionError):
@@ -396,7 +393,7 @@ def is_ours(folder: Path) -> bool:
 
 
 def damage(folder: str | Path, part: int = 0, parts: int = 1) -> str | None:
-    """Return what is wrong with a checkpoint, as a sentence; None when it, or that part, is whole. Local."""
+    """Return what is wrong with a checkpoint, or this part of its files, as a sentence; None if it is whole. Local."""
     try:
         check_files(read_index(folder), part, parts)
     except CheckpointError as error:
@@ -405,7 +402,7 @@ def damage(folder: str | Path, part: int = 0, parts: int = 1) -> str | None:
 
 
 def read_bounded(path: Path) -> bytes:
-    """Return all of a plain file of text, unless it is too large to be one of ours. Local.
+    """Return the contents of a plain file, unless it is too large to be one of ours. Local.
 
     Raises:
         CheckpointError: it is too large.
@@ -413,16 +410,16 @@ def read_bounded(path: Path) -> bytes:
     """
     with open_plainly(path) as file:
         if (size := os.fstat(file.fileno()).st_size) > _LARGEST:
-            raise CheckpointError(f"{path} is damaged: it has {size:,} bytes, and cannot have that many.")
+            raise CheckpointError(f"{path} is damaged: it has {size:,} bytes, more than any such file has.")
         return file.read()
 
 
 @contextlib.contextmanager
 def open_plainly(path: Path) -> Iterator[BinaryIO]:
-    """Open a file for reading that is a plain one: no link out of its folder, no pipe that never ends. Local.
+    """Open a plain file for reading; refuse symlinks (out of the folder) and pipes (which never end). Local.
 
     Raises:
-        OSError: it is something else, or cannot be read.
+        OSError: it is not a plain file, or cannot be read.
     """
     handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     if not stat.S_ISREG(os.fstat(handle).st_mode):
@@ -433,8 +430,8 @@ def open_plainly(path: Path) -> Iterator[BinaryIO]:
 
 
 def check_alike(path: Path, group: dist.ProcessGroup | None) -> None:
-    """Raise on every rank when only some of them have the folder. Collective."""
-    there = collectives.all_gather_objects(os.path.isdir(path), group)  # False also where a rank may not look
+    """Raise on every rank if only some of them see the folder. Collective."""
+    there = collectives.all_gather_objects(os.path.isdir(path), group)  # also False without permission
     if any(there) and not all(there):
         raise CheckpointError(
             f"{path} is there on some ranks and missing on rank {there.index(False)}. Save to a folder that every "

@@ -1,4 +1,4 @@
-"""Lock folders and files against other jobs, until this process ends."""
+"""Lock folders and files against other jobs, at most until this process ends."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _JOB_LOCK = "lock"
 
 
 class Lock:
-    """Keep other jobs from saving to a folder, until it is released or forgotten, or the process ends. Local.
+    """Lock a folder against saves of other jobs, until released or garbage-collected. Local.
 
     Raises:
         CheckpointError: another job saves there.
@@ -32,33 +32,33 @@ class Lock:
         try:
             is_locked = _try_lock(handle)
         except OSError:
-            return  # some file systems of networks cannot; `JobLock` says so, once
+            return  # some network file systems have no locks; `JobLock` warns of it, once
         if not is_locked:
             raise CheckpointError(f"another job is saving to {folder}. Choose another folder.")
 
 
 class JobLock:
-    """Keep other jobs from a folder of checkpoints, until this is released or forgotten, or the process ends. Local.
+    """Lock a folder of checkpoints against other jobs, until released or garbage-collected. Local.
 
-    The lock is a file in the folder, which says who has it.
+    The lock is a file in the folder, which names the process that holds it.
 
     Args:
         root: The folder.
-        patience: Seconds to wait for another job to end.
+        patience: Seconds to wait until another job ends.
 
     Raises:
-        CheckpointError: another job, or another lock of this process, has the folder.
+        CheckpointError: another job, or another lock of this process, holds the folder.
     """
 
     def __init__(self, root: Path, patience: float) -> None:
-        # No link: what it leads to would be overwritten.
+        # O_NOFOLLOW: through a symlink, the write below would overwrite some other file.
         handle = os.open(root / _JOB_LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
         self.release = weakref.finalize(self, unlock, own(handle))
         try:
             is_locked = _lock_patiently(handle, patience)
         except OSError as error:
             # Level 5 is the constructor of `CheckpointFolder`, from here through `Ranks.run`.
-            warnings.warn(f"{root} cannot be locked ({error}): see that one job saves there.", stacklevel=5)
+            warnings.warn(f"{root} cannot be locked ({error}): make sure that only one job saves there.", stacklevel=5)
             is_locked = True
         if not is_locked:
             holder = os.read(handle, 200).decode(errors="replace").strip()
@@ -89,7 +89,7 @@ def _this_process() -> str:
 
 
 def _try_lock(handle: int) -> bool:
-    """Lock an open file; return False where another job has it.
+    """Lock an open file; return False if another job has it locked.
 
     Raises:
         OSError: the file system has no locks.
@@ -101,12 +101,13 @@ def _try_lock(handle: int) -> bool:
     return True
 
 
-_handles: dict[int, int] = {}  # by numbers that are never used again
+# File descriptors, by numbers of our own: the system reuses descriptors, and a late `unlock` would close another file.
+_handles: dict[int, int] = {}
 _numbers = itertools.count()
 
 
 def own(handle: int) -> int:
-    """Register a file that is to be locked; return what `unlock` takes. Local.
+    """Register a file before it is locked; return the number for `unlock`. Local.
 
     Forked processes close their copy of it. A data loader's worker would otherwise release the lock when it exits, or
     hold it after this process ends.

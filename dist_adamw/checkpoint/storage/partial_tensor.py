@@ -1,6 +1,6 @@
 """Present a tensor of which this process holds some regions to torch.distributed.checkpoint.
 
-Knows tensors and regions, and the three methods by which DTensor talks to that library.
+It implements the three methods through which that library reads and fills DTensors.
 """
 
 from __future__ import annotations
@@ -22,22 +22,21 @@ Values = Tensor | Callable[[], Tensor]
 class PartialTensor(Tensor):
     """A tensor of ``shape`` of which only ``parts`` are stored in this process. Local.
 
-    ``torch.distributed.checkpoint`` saves it from, and loads it into, the memory of the parts. It has no elements of
-    its own, and no operation works on it.
+    ``torch.distributed.checkpoint`` saves it from, and loads it into, the memory of the parts. The tensor itself has no
+    memory and supports no operation.
 
     Args:
-        shape: Of the whole.
-        dtype: Of the elements.
-        parts: Regions of it, and a tensor of each region's sizes; or what makes that, where it is to take memory only
-            while it is needed.
+        shape: The shape of the whole tensor.
+        dtype: The dtype of its elements.
+        parts: By region, a tensor of the region's sizes, or a function that makes one when it is needed.
     """
 
     parts: Mapping[Region, Values]
-    shared = True  # whether other ranks hold the other regions; False where each has all of them
+    shared = True  # whether other ranks hold the other regions; False if each rank has all of them
 
     @staticmethod
     def __new__(cls, shape: Sequence[int], dtype: torch.dtype, parts: Mapping[Region, Values]) -> PartialTensor:
-        """Make a tensor without memory."""
+        """Create a tensor without memory."""
         made: PartialTensor = torch.Tensor._make_wrapper_subclass(
             cls, torch.Size(shape), dtype=dtype, device=torch.device("cpu")
         )
@@ -57,17 +56,17 @@ class PartialTensor(Tensor):
         dtype: torch.dtype,
         order: Sequence[int] | None = None,
     ) -> PartialTensor:
-        """Return the elements in ``ranges``, each ``[start, stop)``, which ``flat`` has end to end, 1-D.
+        """Return a tensor with the elements in ``ranges``, each ``[start, stop)``; ``flat`` has them end to end, 1-D.
 
         Args:
-            shape: Of the whole.
-            flat: The elements, or what makes them.
-            ranges: Counted in the order of memory.
-            dtype: Of the elements.
-            order: Axes in memory, from the largest step to the smallest; default: C order. Regions are of the tensor's
+            shape: The shape of the whole tensor.
+            flat: The elements, or a function that makes them.
+            ranges: Counted in memory order.
+            dtype: The dtype of the elements.
+            order: Axes in memory, from the largest stride to the smallest; default: C order. Regions use the tensor's
                 own axes, so that a checkpoint does not depend on memory formats.
         """
-        if 0 in shape:  # no rank has any of it, and it must be there
+        if 0 in shape:  # it has no ranges, but the checkpoint must list it
             return cls(shape, dtype, {Region((0,) * len(shape), tuple(shape)): torch.empty(*shape, dtype=dtype)})
         order = range(len(shape)) if order is None else order
         inverse = [list(order).index(axis) for axis in range(len(shape))]
@@ -82,12 +81,12 @@ class PartialTensor(Tensor):
 
     @classmethod
     def of(cls, tensor: Tensor) -> PartialTensor:
-        """Return the part of a DTensor, or the whole of a tensor, that is in this process."""
+        """Return the local part of a DTensor, or all of a plain tensor."""
         if isinstance(tensor, PartialTensor):
             return tensor
         if not isinstance(tensor, DTensor):
             return cls(tensor.shape, tensor.dtype, {Region((0,) * tensor.ndim, tuple(tensor.shape)): tensor})
-        if tensor.device_mesh.get_coordinate() is None:
+        if tensor.device_mesh.get_coordinate() is None:  # this rank is not in its mesh
             return cls(tensor.shape, tensor.dtype, {})
         chunks = tensor.__create_chunk_list__()  # type: ignore[no-untyped-call]
         return cls(
@@ -119,14 +118,14 @@ class PartialTensor(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        raise NotImplementedError(f"{func} of a PartialTensor: this process does not have all of it.")
+        raise NotImplementedError(f"{func} of a PartialTensor: this process has only some of its elements.")
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"PartialTensor(shape={tuple(self.shape)}, dtype={self.dtype}, parts={list(self.parts)})"
 
 
 def evaluated(values: Values) -> Tensor:
-    """Return the tensor itself. Local."""
+    """Return the tensor, made now if ``values`` is a function. Local."""
     return values if isinstance(values, Tensor) else values()
 
 

@@ -1,9 +1,7 @@
-"""Plan distributed saves. Ranks exchange numbers in place of pickled objects.
+"""Plan distributed saves with tuples of numbers in place of pickled objects.
 
-Knows tensors and that library's plans; nothing of files or optimizers.
-
-With thousands of tensors most of a save is spent on plans: pickled a dozen objects a tensor, to the main rank and back,
-and each tensor asked whether it is stateful, with two lines for a log.
+With thousands of tensors, DCP's own plans take most of a save: a dozen pickled objects per tensor go to the main rank
+and back, and ``dcp.save`` checks and logs every tensor of the state dict.
 """
 
 from __future__ import annotations
@@ -29,11 +27,11 @@ from dist_adamw.checkpoint.storage.index import check_tensors
 
 
 class Planner(DefaultSavePlanner):
-    """Saves tensors as ``DefaultSavePlanner`` does. Give ``dcp.save`` an empty state dict beside it.
+    """A ``DefaultSavePlanner`` that holds the tensors itself. Pass ``dcp.save`` an empty state dict.
 
     Args:
-        tensors: By key: plain ones, DTensors, `PartialTensor`.
-        about: What else the index will say; the main rank's.
+        tensors: By key: plain tensors, DTensors, `PartialTensor`.
+        about: The plain data that the index will have; the main rank's.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], about: Mapping[str, Any] | None = None) -> None:
@@ -42,16 +40,16 @@ class Planner(DefaultSavePlanner):
         self._items: list[WriteItem] = []
 
     def set_up_planner(self, state_dict: Any, storage_meta: Any = None, is_coordinator: bool = False) -> None:
-        """Take the tensors of this object."""
+        """Plan this object's tensors in place of the state dict."""
         super().set_up_planner(self._tensors, storage_meta, is_coordinator)
 
     def create_local_plan(self) -> SavePlan:
-        """Return the tensors of this rank, as numbers."""
+        """Return this rank's items as tuples."""
         self._items = super().create_local_plan().items
         return SavePlan([], planner_data=list(map(_numbers, self._items)))
 
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
-        """Which of its items each rank writes, as their places."""
+        """Choose the items that each rank writes, by their indices in its local plan."""
         given = [[_item(*numbers) for numbers in plan.planner_data] for plan in all_plans]
         chosen, metadata = super().create_global_plan([SavePlan(items) for items in given])
         check_tensors(_described(metadata), self._about)
@@ -63,7 +61,7 @@ class Planner(DefaultSavePlanner):
         return plans, metadata
 
     def finish_plan(self, new_plan: SavePlan) -> SavePlan:
-        """This rank's items again."""
+        """Replace the indices by this rank's items."""
         items = [self._items[i] for i in new_plan.planner_data]
         return super().finish_plan(dataclasses.replace(new_plan, items=items, planner_data=None))
 

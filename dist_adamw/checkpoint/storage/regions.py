@@ -1,7 +1,4 @@
-"""Convert runs of a tensor's elements to rectangular regions of its shape.
-
-Numbers only.
-"""
+"""Convert runs of a tensor's elements to rectangular regions of its shape."""
 
 from __future__ import annotations
 
@@ -11,21 +8,21 @@ from typing import NamedTuple
 
 
 class Region(NamedTuple):
-    """A rectangle in a tensor: where it begins and how long it is along each dim."""
+    """A rectangle of a tensor's elements: offset and size along each dim."""
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
 
     @property
     def numel(self) -> int:
-        """Elements in it."""
+        """The number of elements."""
         return math.prod(self.sizes)
 
 
 def regions_of(start: int, stop: int, shape: Sequence[int]) -> Iterator[Region]:
     """Yield elements ``start`` to ``stop`` of a tensor, counted in C order, as regions in that order.
 
-    At most ``2 * ndim - 1`` of them: what is left of a row, whole rows, and the beginning of one more, dim by dim.
+    At most ``2 * ndim - 1`` regions: the rest of a row, whole rows, and the beginning of another row, dim by dim.
     """
     if start >= stop:
         return
@@ -53,7 +50,10 @@ def _inside(index: int, found: Iterator[Region]) -> Iterator[Region]:
 
 
 def overlap_anywhere(found: Sequence[Region], ndim: int) -> bool:
-    """Return whether two of these regions share an element. A sweep along the dim in which most begin apart."""
+    """Return whether two of these regions share an element.
+
+    A sweep along the dim with the most distinct offsets keeps few regions active: comparing all pairs is quadratic.
+    """
     found = [region for region in found if region.numel]
     if len(found) < 2 or ndim == 0:
         return len(found) > 1

@@ -1,6 +1,6 @@
-"""Read Accelerate's own files in a folder of ``save_state`` without executing anything in them.
+"""Read Accelerate's own files in a folder of ``save_state`` without executing code in them.
 
-Knows Accelerate 1.15.
+The names are those of Accelerate 1.15.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ _HOW_TO_TRUST = (
 
 
 def is_trusted(load_kwargs: Any) -> bool:
-    """Return whether the user has Accelerate execute what the files say, in torch's words. Local."""
+    """Return whether the user allows code in the files, by ``weights_only=False`` or the environment. Local."""
     return (isinstance(load_kwargs, dict) and load_kwargs.get("weights_only") is False) or trusted_by_environment()
 
 
 def check_pickles(accelerator: Accelerator, folder: Path) -> None:
-    """Raise where a pickle that Accelerate is about to read would execute something. Local; nothing is changed.
+    """Raise if a pickle that Accelerate is about to read would execute code. Local; nothing is changed.
 
     Raises:
         CheckpointError: names the file, and the class or function that it asks for.
@@ -44,7 +44,7 @@ def check_pickles(accelerator: Accelerator, folder: Path) -> None:
 
 
 def _pickles(accelerator: Accelerator, folder: Path) -> Iterator[str]:
-    """Names of what ``load_accelerator_state`` unpickles, of the objects that Accelerate has now."""
+    """Yield names of the files that ``load_accelerator_state`` unpickles for Accelerate's current objects."""
 
     def numbered(stem: str, objects: list[Any]) -> Iterator[str]:
         yield from (f"{stem}.bin" if i == 0 else f"{stem}_{i}.bin" for i in range(len(objects)))
@@ -65,7 +65,7 @@ def _pickles(accelerator: Accelerator, folder: Path) -> Iterator[str]:
 
 @contextlib.contextmanager
 def reading_safely(folder: Path | str, load_kwargs: Any) -> Iterator[None]:
-    """Have Accelerate read a folder as it does, but execute nothing, unless the user trusts the folder. Local.
+    """Keep Accelerate from executing code in a folder that it reads, unless the user trusts the folder. Local.
 
     Raises:
         CheckpointError: a file names a class or function.
@@ -79,7 +79,7 @@ def reading_safely(folder: Path | str, load_kwargs: Any) -> Iterator[None]:
     before = theirs.load
 
     def load(f: Any, map_location: Any = None, **options: Any) -> Any:
-        # Accelerate asks for weights_only=False where it reads custom objects.
+        # Accelerate passes weights_only=False for custom objects; load_safely overrides it.
         with numbers_allowed():
             return load_safely(f, str(f), _HOW_TO_TRUST, **{**options, "map_location": map_location})
 

@@ -1,9 +1,7 @@
-"""Replace the accelerator's ``save_state``, ``load_state`` and gradient clipping, after ``prepare``.
+"""Replace the accelerator's ``save_state``, ``load_state``, ``backward`` and gradient clipping, after ``prepare``.
 
-Knows Accelerate.
-
-Nothing here keeps a model, an optimizer or a loader alive that ``accelerator.free_memory()`` has let go, nor an
-accelerator that is not referenced any more: where the garbage collector ends a loader's workers, that takes 5 s each.
+Everything is referenced weakly: a model, optimizer or loader that ``accelerator.free_memory()`` released must go, and
+so must an unreferenced accelerator. If the garbage collector ends a loader's workers later, that takes 5 s each.
 """
 
 from __future__ import annotations
@@ -54,7 +52,7 @@ if TYPE_CHECKING:
 
 @dataclass(eq=False, slots=True)
 class _Owned:
-    """The records of an accelerator, its attached optimizers, and what counts samples."""
+    """An accelerator's prepared objects, attached optimizers and sample counters."""
 
     prepared: list[Prepared]
     attached: list[weakref.ref[DistAdamW]]
@@ -65,7 +63,7 @@ _OF: weakref.WeakKeyDictionary[Accelerator, _Owned] = weakref.WeakKeyDictionary(
 
 
 def register(accelerator: Accelerator, prepared: Prepared) -> None:
-    """Have ``accelerator.save_state`` and the like know of what it has prepared. Local."""
+    """Make ``accelerator.save_state`` and ``load_state`` handle these objects. Local."""
     patch_accelerator(accelerator)
     owned = _OF[accelerator]
     kept = [one for one in owned.prepared if not (one.is_of(None) or one.replaced_by(prepared))]
@@ -75,12 +73,12 @@ def register(accelerator: Accelerator, prepared: Prepared) -> None:
 def patch_accelerator(
     accelerator: Accelerator, attached: DistAdamW | None = None, counter: SampleCounter | None = None
 ) -> None:
-    """Replace an accelerator's methods by the functions below, which go on to its own. Local.
+    """Replace an accelerator's methods by the functions below, which call the originals. Local.
 
     Args:
-        accelerator: Any.
+        accelerator: The accelerator; patched only once.
         attached: An optimizer whose gradients are now reduced to their owners.
-        counter: What hears of ``accelerator.backward``.
+        counter: A counter to notify of ``accelerator.backward``.
     """
     if accelerator not in _OF:
         _OF[accelerator] = _Owned([], [], weakref.WeakSet())
@@ -93,7 +91,7 @@ def patch_accelerator(
 
 
 def _wrap_method(accelerator: Accelerator, ours: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a method of an object that it does not keep; a bound one among its attributes would."""
+    """Return a replacement method that holds its accelerator weakly: a bound method would be a reference cycle."""
     theirs, owner = getattr(accelerator, ours.__name__), weakref.ref(accelerator)
     is_bound = getattr(theirs, "__self__", None) is accelerator
     function = theirs.__func__ if is_bound else theirs
@@ -101,7 +99,7 @@ def _wrap_method(accelerator: Accelerator, ours: Callable[..., Any]) -> Callable
     @wraps(function)
     def method(*args: Any, **kwargs: Any) -> Any:
         if (known := owner()) is None:
-            raise RuntimeError(f"the accelerator of this {ours.__name__} is gone. Keep it, and not its method alone.")
+            raise RuntimeError(f"the accelerator of this {ours.__name__} is gone. Keep it, not only its method.")
         return ours(known, partial(function, known) if is_bound else function, *args, **kwargs)
 
     return method
@@ -110,10 +108,10 @@ def _wrap_method(accelerator: Accelerator, ours: Callable[..., Any]) -> Callable
 def save_state(
     accelerator: Accelerator, save_rest: Callable[..., Any], output_dir: str | None = None, *args: Any, **kwargs: Any
 ) -> Any:
-    """Save as Accelerate does, and what `prepare` returned for any engine and number of ranks. Collective."""
+    """Save as Accelerate does, but `prepare`'s objects for any engine and number of ranks. Collective."""
     if not (ours := _known(accelerator)):
         return save_rest(output_dir, *args, **kwargs)
-    from dist_adamw.checkpoint.save_load import announce_save, save  # takes most of a second
+    from dist_adamw.checkpoint.save_load import announce_save, save  # slow: most of a second
 
     for one in ours:
         announce_save(one.optimizer)
@@ -130,7 +128,7 @@ def save_state(
     for one in ours:
         position = _earliest(*run_on_all_ranks(partial(_ordered_position, one), group), group)
         extra = {"position": position, "files": files, "state": token}
-        # Last: when it is whole, all of it is there.
+        # Written last: a whole checkpoint of ours means that the rest of the folder is complete too.
         objects = (one.model, one.optimizer, one.scheduler)
         save(where / one.name, *objects, extra=extra, compare_ranks=False, group=group)
     if main and limit is not None:
@@ -140,9 +138,9 @@ def save_state(
 
 @contextlib.contextmanager
 def _without_limit(accelerator: Accelerator) -> Iterator[int | None]:
-    """Have Accelerate keep all of its checkpoints; give the number that it would keep.
+    """Suspend Accelerate's limit on its checkpoints; give the limit.
 
-    It would delete the oldest before it writes.
+    Accelerate deletes the oldest before it writes the new one, which may fail.
     """
     config = accelerator.project_configuration
     limit, config.total_limit = config.total_limit, None
@@ -153,7 +151,7 @@ def _without_limit(accelerator: Accelerator) -> Iterator[int | None]:
 
 
 def _remove_oldest(accelerator: Accelerator, where: Path, limit: int) -> None:
-    """Remove the oldest of the checkpoints that Accelerate has named, beyond ``limit``; never ``where``. Local."""
+    """Remove Accelerate's oldest numbered checkpoints beyond ``limit``; never ``where``. Local."""
     if not accelerator.project_configuration.automatic_checkpoint_naming:
         return
     others = [path for path in numbered_checkpoints(where.parent) if path != where]
@@ -169,14 +167,14 @@ def load_state(
     load_kwargs: dict[str, Any] | None = None,
     **kwargs: Any,
 ) -> None:
-    """Load what was saved on any engine and number of ranks; execute nothing that is in a file. Collective.
+    """Load a state that was saved on any engine and number of ranks, without executing code in it. Collective.
 
-    What stands beside the tensors is checked for all models before any is loaded, and so are the tensors of all.
-    ``load_kwargs={"weights_only": False}`` says that the folder is trusted: Accelerate then unpickles what is in its
-    own files, as it would without `prepare`.
+    Everything is checked for all models, tensors included, before any model is changed.
+    ``load_kwargs={"weights_only": False}`` declares the folder trusted: Accelerate then unpickles its own files as it
+    would without `prepare`.
 
     Raises:
-        CheckpointError: the folder is not whole, not of this job, or a file of it asks for code to be run; on every
+        CheckpointError: the folder is not whole, not of this job, or one of its files would execute code; on every
             rank, and nothing has been changed.
     """
     if load_kwargs is not None:
@@ -198,7 +196,7 @@ def load_state(
             run_on_all_ranks(partial(check_pickles, accelerator, where), group)
         load_theirs(input_dir)
         return
-    from dist_adamw.checkpoint.random_state import restore_random_state  # these take most of a second
+    from dist_adamw.checkpoint.random_state import restore_random_state  # slow: most of a second
     from dist_adamw.checkpoint.save_load import Part, load_together
 
     _check_before_load(accelerator, where, ours, is_there, is_trusted(load_kwargs), group)
@@ -206,7 +204,7 @@ def load_state(
     loaded = load_together(parts, random_state=False, group=group)
     with _hidden(accelerator, ours):
         run_on_all_ranks(partial(load_theirs, str(where)), group)
-    # Accelerate's has the random state of some ranks.
+    # After Accelerate, which restores a random state only for the ranks of the job that saved.
     run_on_all_ranks(lambda: restore_random_state(read_index(loaded[-1].path)), group)
     for one, found in zip(ours, loaded, strict=True):
         run_on_all_ranks(partial(one.of.position.load_state_dict, found.extra.get("position")), group)
@@ -215,7 +213,7 @@ def load_state(
 
 
 def _folder_to_load(accelerator: Accelerator, input_dir: str | None, ours: list[Known]) -> Path | None:
-    """Return the folder that ``load_state`` reads; None where Accelerate chooses it, and nothing is ours. Local."""
+    """Return the folder that ``load_state`` reads; None if Accelerate is to choose it. Local."""
     if input_dir is not None:
         return Path(input_dir).expanduser()
     return newest_of(accelerator) if ours else None
@@ -229,10 +227,10 @@ def _check_before_load(
     trusted: bool,
     group: dist.ProcessGroup | None,
 ) -> None:
-    """Raise on every rank where the folder cannot be loaded; nothing has been changed then. Collective."""
+    """Raise on every rank if the folder cannot be loaded; nothing has been changed then. Collective."""
     for one in ours:
         if one.watch is not None:
-            one.watch.settle()
+            one.watch.settle()  # read the last update's comparison of ranks before the state is replaced
     names = [one.name for one in ours]
     check_all_there(where, names, is_there, group)
     run_on_all_ranks(lambda: check_custom_objects(accelerator, where), group)
@@ -245,30 +243,30 @@ def _check_before_load(
 
 
 def _check_extra(where: Path, one: Known) -> None:
-    """Raise where what `save_state` saved beside the tensors does not fit. Local."""
+    """Raise if the position or the files that `save_state` recorded do not fit. Local."""
     one.of.position.check(read_extra(where / one.name))
 
 
 def _go_on_from(accelerator: Accelerator, one: Known, found: Checkpoint) -> None:
-    """Forget what belongs to the job before the load. Local."""
+    """Reset the counters and positions of the job to the loaded state. Local."""
     one.of.loaded_at = samples_or_steps(one.scheduler)
     if engine_of(accelerator) == "DEEPSPEED":
         from dist_adamw.integrations.deepspeed.zero_state import accept_counts
 
         accept_counts(one.model, found)
     one.of.position.counter.forget()
-    accelerator.step = 0  # what was accumulated is not saved, and comes again
+    accelerator.step = 0  # accumulated gradients are not saved: their batches come again
 
 
 def _continue_numbers(accelerator: Accelerator, where: Path) -> None:
-    """Have the next checkpoint that Accelerate names be the newest, also for Accelerate. Local."""
+    """Advance Accelerate's number past all existing checkpoints, so that the next one is the newest. Local."""
     numbered = numbered_checkpoints(where.parent)
     if where in numbered and where.parent == automatic_folder(accelerator):
         accelerator.project_configuration.iteration = number_of(numbered[-1]) + 1
 
 
 def clip_grad_norm_(accelerator: Accelerator, clip_norm: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Clip as Accelerate does, by the norm of the whole model where each rank has a part. Collective."""
+    """Clip as Accelerate does, but by the global norm if each rank has only a part of it. Collective."""
     engines = [one.of.clipping for one in _known(accelerator) if one.of.clipping is not None]
     if not (engines or _attached(accelerator)):
         return clip_norm(*args, **kwargs)
@@ -278,8 +276,8 @@ def clip_grad_norm_(accelerator: Accelerator, clip_norm: Callable[..., Any], *ar
             if max_norm != engine:
                 warnings.warn(
                     f"accelerator.clip_grad_norm_(max_norm={max_norm}) does not clip under DeepSpeed, whose "
-                    f"gradient_clipping is {engine} (0.0: none). Pass max_grad_norm={max_norm} to DistAdamW, or write "
-                    "it into the DeepSpeed configuration.",
+                    f"gradient_clipping is {engine} (0.0: none). Pass max_grad_norm={max_norm} to DistAdamW, or set "
+                    "it in the DeepSpeed configuration.",
                     stacklevel=4,
                 )
         params = [parameters] if isinstance(parameters, Tensor) else list(parameters)
@@ -294,15 +292,15 @@ def clip_grad_value_(accelerator: Accelerator, clip_value: Callable[..., Any], *
     """Clip as Accelerate does. Local."""
     result = clip_value(*args, **kwargs)
     for optimizer in _attached(accelerator):
-        optimizer.accept_gradients()
+        optimizer.accept_gradients()  # elementwise clipping is right for the averages that this rank owns
     return result
 
 
 def backward(accelerator: Accelerator, run_backward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Run backward as Accelerate does, and notify what counts samples. Local, as far as Accelerate's is."""
+    """Run backward as Accelerate does, and notify the sample counters. Local if Accelerate's is."""
     counters = [*_OF[accelerator].counters]
     for counter in counters:
-        if counter.follows_engine:  # DeepSpeed updates inside
+        if counter.follows_engine:  # under DeepSpeed the update happens inside backward, so count before it
             counter.poll()
             counter.backward_began()
     result = run_backward(*args, **kwargs)
@@ -316,7 +314,7 @@ def backward(accelerator: Accelerator, run_backward: Callable[..., Any], *args: 
 
 
 def _known(accelerator: Accelerator) -> list[Known]:
-    """Return the prepared objects that Accelerate has not forgotten. Local."""
+    """Return the prepared objects that Accelerate still has. Local."""
     found = []
     for number, optimizer in enumerate(accelerator._optimizers):
         for one in _OF[accelerator].prepared:
@@ -327,7 +325,7 @@ def _known(accelerator: Accelerator) -> list[Known]:
 
 
 def _attached(accelerator: Accelerator, params: list[Tensor] | None = None) -> list[DistAdamW]:
-    """Return optimizers that have gradients (of some of these parameters) reduced to their owners. Local."""
+    """Return attached optimizers, or those attached to some of ``params``. Local."""
     found = [optimizer for one in _OF[accelerator].attached if (optimizer := one()) is not None]
     if params is None:
         return found
@@ -341,7 +339,7 @@ def _param_ids(optimizer: Optimizer) -> set[int]:
 
 @contextlib.contextmanager
 def _hidden(accelerator: Accelerator, ours: list[Known]) -> Iterator[None]:
-    """Have Accelerate save or load what is not ours. Its hooks see every model."""
+    """Hide our objects from Accelerate's save or load; the user's hooks still get every model."""
     lists = (accelerator._models, accelerator._optimizers, accelerator._schedulers)
     before = [list(known) for known in lists]
     hidden = {id(one) for known in ours for one in known.listed}
@@ -357,7 +355,7 @@ def _hidden(accelerator: Accelerator, ours: list[Known]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _hooks_with_models(accelerator: Accelerator, models: list[nn.Module]) -> Iterator[None]:
-    """Have the hooks of ``save_state`` and ``load_state`` be called with ``models``."""
+    """Call the hooks of ``save_state`` and ``load_state`` with ``models``."""
     hooks = (accelerator._save_model_state_pre_hook, accelerator._load_model_state_pre_hook)
     before = [dict(of) for of in hooks]
     for of in hooks:
@@ -373,15 +371,15 @@ def _hooks_with_models(accelerator: Accelerator, models: list[nn.Module]) -> Ite
 
 def _with_all_models(hook: Any, models: list[nn.Module], _: Any, *rest: Any) -> None:
     """Call a hook of ``save_state`` (models, weights, folder) or ``load_state`` (models, folder)."""
-    # Hooks that write adapters take one weight for each model.
+    # Hooks that save adapters pop one entry of weights per model.
     weights = [[None] * len(models)] if len(rest) == 2 else []
     hook(list(models), *weights, rest[-1])
 
 
 def _ordered_position(one: Known) -> tuple[tuple[int, int], dict[str, Any] | None]:
-    """Return where this rank stands in the data, after what orders the ranks' places. Local."""
+    """Return a key that orders the ranks' positions in the data, and this rank's position. Local."""
     position = one.of.position
-    # A job that has trained on another loader knows itself where it is.
+    # A job that trained on other loaders than the prepared one tracks its position itself.
     has_trained_elsewhere = position.idle and one.of.loaded_at not in (None, samples_or_steps(one.scheduler))
     if position.is_gone or has_trained_elsewhere:
         return (sys.maxsize, 0), None
@@ -391,7 +389,7 @@ def _ordered_position(one: Known) -> tuple[tuple[int, int], dict[str, Any] | Non
 def _earliest(
     order: tuple[int, int], position: dict[str, Any] | None, group: dist.ProcessGroup | None
 ) -> dict[str, Any] | None:
-    """Return the first of the ranks' places: samples that any rank has not updated with come again. Collective."""
+    """Return the earliest position of all ranks, so that no rank's pending samples are lost. Collective."""
     orders = collectives.all_gather_objects(order, group)
     first = min(range(len(orders)), key=orders.__getitem__)
     return position if orders[first] == orders[0] else collectives.broadcast_object(position, first, group)

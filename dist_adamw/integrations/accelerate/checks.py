@@ -1,4 +1,4 @@
-"""Refuse engines, launchers and schedulers that would silently train something else."""
+"""Refuse engines, launchers and schedulers with which training would silently go wrong."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _ENGINES = {*DATA_PARALLEL, "FSDP", "DEEPSPEED"}
 
 
 def check_scheduler(scheduler: Any) -> CyclicLRWithRestarts:
-    """Return ``scheduler``; refuse what is no `CyclicLRWithRestarts`, or is wrapped already. Local."""
+    """Return ``scheduler`` if it is an unwrapped `CyclicLRWithRestarts`; else raise ValueError. Local."""
     if not isinstance(scheduler, CyclicLRWithRestarts):
         raise ValueError(
             f"scheduler must be a CyclicLRWithRestarts that is not prepared yet, got {type(scheduler).__name__}."
@@ -27,7 +27,7 @@ def check_scheduler(scheduler: Any) -> CyclicLRWithRestarts:
 
 
 def check_engine(accelerator: Accelerator, optimizer: Optimizer) -> None:
-    """Refuse an engine that is not served, or that is not the one that was asked for. Local."""
+    """Raise ValueError if the engine is not supported, or is not the one that was requested. Local."""
     engine = engine_of(accelerator)
     if engine not in _ENGINES:
         raise ValueError(
@@ -43,29 +43,29 @@ def check_engine(accelerator: Accelerator, optimizer: Optimizer) -> None:
     for name, wanted in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DEEPSPEED")):
         if os.environ.get(name, "false").lower() == "true" and engine != wanted:
             raise ValueError(
-                f"{wanted} was asked for ({name}=true), but Accelerate trains with the engine {engine} and would not "
-                "say so: it uses FSDP on accelerators only, and needs a launcher that starts ranks. On CPU choose DDP "
+                f"{wanted} was asked for ({name}=true), but Accelerate would silently train with the engine {engine}: "
+                "it uses FSDP on accelerators only, and needs a launcher that starts ranks. On CPU choose DDP "
                 f"or DeepSpeed, or unset {name}."
             )
     _check_launch(accelerator)
     if callable(hook := getattr(accelerator.ddp_handler, "comm_hook", None)):
         raise ValueError(
-            f"Accelerate ignores comm_hook={hook!r} in silence. Give DistributedDataParallelKwargs a member of "
-            "DDPCommunicationHookType, or do accelerator.prepare and register_comm_hook yourself."
+            f"Accelerate silently ignores comm_hook={hook!r}. Give DistributedDataParallelKwargs a member of "
+            "DDPCommunicationHookType, or call accelerator.prepare and register_comm_hook yourself."
         )
 
 
 def _check_launch(accelerator: Accelerator) -> None:
-    """Refuse fewer ranks than were asked for. Local."""
+    """Raise ValueError if there are fewer ranks than were requested. Local."""
     here, asked = accelerator.num_processes, int(os.environ.get("WORLD_SIZE", "1"))
-    # What accelerate launch sets, without what ranks that it starts have.
+    # accelerate launch has set these, but RANK, which only the ranks that it starts have, is missing.
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ and "RANK" not in os.environ
     if asked > here:
         raise ValueError(
             f"{asked} ranks run (WORLD_SIZE), but Accelerate counts {here}: every rank would see all the data. With "
             'DeepSpeed on CPU pass kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] to Accelerator; with '
             'Trainer make PartialState(backend="gloo") and pass accelerator_config={"use_configured_state": True}. '
-            "Elsewhere make no Accelerator before the process group."
+            "Otherwise do not create an Accelerator before the process group."
         )
     if here == 1 and launched:
         raise ValueError(

@@ -1,37 +1,34 @@
 """Add up the real rows of micro-batches and ranks to the samples of each update.
 
-Knows autograd's hooks and torch's optimizers; nothing of schedules or checkpoints.
-
-The rule. Rows of a batch count once, in the update that their first backward pass went into:
+The rule: rows of a batch count once, in the update of their first backward pass.
 
 1. A loader hands out a batch: its real rows on this rank are *in hand*. (`loader_iteration.py` counts them.) A
-   batch that is handed out where gradients are disabled never counts.
-2. A backward pass reaches a parameter of this optimizer: of every loader, the oldest batch in hand is *accumulated*.
-3. A loader hands out the next batch, of the same epoch or of the next: the one before is dropped if no backward pass
-   has taken it, unless the script still has it (a loop that fetches several batches ahead). A batch of an iteration
-   that has ended early (``break``, ``next(iter(loader))``), or of another loader's that has ended, stays in hand until
-   any loader hands out a batch where gradients are enabled.
-4. ``zero_grad()``, or gradients that are gone at the next backward pass: what was accumulated is dropped. Of it, a
-   batch that is still the newest of its loader is in hand again (SAM, a second try).
-5. An update takes what is accumulated, summed over the data-parallel ranks. A skipped update is as 4. After a
-   ``step()`` that raised, what was accumulated still is.
+   batch that is handed out with gradients disabled never counts.
+2. A backward pass reaches a parameter of this optimizer: the oldest batch in hand of every loader is *accumulated*.
+3. A loader hands out the next batch, of the same epoch or the next: the previous one is dropped if no backward pass
+   has taken it, unless the script still references it (a loop that fetches several batches ahead). A batch of an
+   iteration that ended early (``break``, ``next(iter(loader))``), or of another loader's finished iteration, stays in
+   hand until any loader hands out a batch with gradients enabled.
+4. ``zero_grad()``, or gradients that are gone at the next backward pass: accumulated batches are dropped. One that is
+   still the newest of its loader is in hand again (SAM, a second try).
+5. An update takes the accumulated rows, summed over the data-parallel ranks. A skipped update is treated as in 4.
+   After a ``step()`` that raised, the batches are still accumulated.
 
-No observation tells a batch that a loop evaluates with gradients enabled, between a training batch and its backward
-pass, from one of a second loader that is trained on jointly: such an evaluation adds its last batch. Write
-``torch.no_grad()`` around it. Nor can it be seen whether a second loader's batch, of an iteration that is still open,
-is tried again after an update that was skipped; rule 4 says yes.
+Two cases cannot be distinguished. A batch that a loop evaluates with gradients enabled, between a training batch and
+its backward pass, looks like one of a second loader that is trained on jointly, so its rows are counted: wrap the
+evaluation in ``torch.no_grad()``. And after a skipped update, a second loader's batch of an open iteration may or may
+not be tried again: rule 4 assumes that it is.
 
 For a loop that is not Accelerate's (Trainer's, an engine's)::
 
-    counter = SampleCounter(optimizer, accelerator)   # keep it: listeners are weak
-    scheduler.sample_source = counter                 # begins exchanges in step(), waits for them in scheduler.step()
+    counter = SampleCounter(optimizer, accelerator)   # keep it: listeners are held weakly
+    scheduler.sample_source = counter                 # exchanges start in step() and end in scheduler.step()
     counter.forget()                                  # at a load: nothing is in hand or accumulated any more
 
-Batches that are fetched ahead need nothing more as long as the loop holds them until their backward pass: each
-``accelerator.backward`` takes the oldest one that is held. Where batches are not held (they are copied elsewhere),
-``SampleCounter(..., fetches_ahead=True)`` keeps all until a backward pass takes them, in order; `forget_in_hand` drops
-what was fetched and will not be trained on. `backward_began` is for an engine whose backward passes reach no parameter
-of the optimizer; ``accelerator.backward`` calls it there.
+A loop may fetch batches ahead if it holds each until its backward pass: ``accelerator.backward`` takes the oldest held
+batch. If it does not hold them (it copies them elsewhere), ``SampleCounter(..., fetches_ahead=True)`` keeps all until
+backward passes take them, in order; `forget_in_hand` drops those that will not be trained on. `backward_began` is for
+an engine whose backward passes reach no parameter of the optimizer; ``accelerator.backward`` calls it there.
 """
 
 from __future__ import annotations
@@ -60,12 +57,12 @@ if TYPE_CHECKING:
 
 @dataclass(eq=False, slots=True)
 class _Entry:
-    """The fate of a batch.
+    """The state of a batch.
 
     Attributes:
         is_waiting: No backward pass has taken it.
-        is_passed_over: Its loader has handed out another one since.
-        is_done: An update was tried with it: it need not come again after a resume.
+        is_passed_over: Its loader has handed out another batch since.
+        is_done: An update was attempted with it, so it need not come again after a resume.
     """
 
     batch: Batch
@@ -79,18 +76,18 @@ def _without_hook(params: list[Tensor], handles: Mapping[int, Any]) -> list[Tens
 
 
 def _begins_next_epoch(before: Run, now: Run) -> bool:
-    """Return whether an iteration goes on where ``before`` has come to the end of the data."""
+    """Return whether ``now`` is the same loader's next epoch after ``before``."""
     return before.is_exhausted and before.loader() is now.loader()
 
 
 class SampleCounter:
-    """The samples of one optimizer's updates. See the module.
+    """Count the samples of one optimizer's updates. See the module.
 
     Args:
-        optimizer: A torch optimizer; a weak reference is kept.
-        accelerator: Whose ranks train together.
-        group: For messages on the host, of all ranks.
-        fetches_ahead: Whether batches wait in order, however many are handed out.
+        optimizer: A torch optimizer, held weakly.
+        accelerator: The accelerator of the ranks that train together.
+        group: The process group of all ranks, for messages on the host.
+        fetches_ahead: Whether batches stay in hand until a backward pass takes them.
     """
 
     def __init__(
@@ -104,7 +101,7 @@ class SampleCounter:
         self._optimizer = weakref.ref(optimizer)
         self._fetches_ahead = fetches_ahead
         engine = str(accelerator.distributed_type.value)
-        # Their gradients come to other tensors, or only with the last micro-batch of an update.
+        # Their gradients go to other tensors than the optimizer's, or come only with an update's last micro-batch.
         self.follows_engine = engine in ("FSDP", "DEEPSPEED")
         self._hooks_parameters = engine != "DEEPSPEED"
         self._ranks = accelerator.num_processes
@@ -112,15 +109,15 @@ class SampleCounter:
         self._group = group
         self._in_hand: list[_Entry] = []
         self._accumulated: list[_Entry] = []
-        self._stepping: list[_Entry] = []  # of the update that is being made
-        self._count: _Count | None = None  # of that
-        self.tries = 0  # updates that were begun
+        self._stepping: list[_Entry] = []  # the batches of the update in progress
+        self._count: _Count | None = None  # and their count
+        self.tries = 0  # updates that were started
         self._has_heard = False  # whether a loader has handed out a batch to train on
         self._params: list[Tensor] = []
         self._handles: dict[int, Any] = {}
         self._frozen: list[Tensor] = []
         self._backwards: deque[bool] = deque(maxlen=1)
-        # A hook that runs no Python and keeps no tensor: next() of a map appends True, and returns None.
+        # Runs once per parameter in every backward, so it is all C: next() of a map that appends True to the deque.
         self._hook: Callable[[Tensor], None] = functools.partial(
             next, map(self._backwards.append, itertools.repeat(True))
         )
@@ -135,13 +132,13 @@ class SampleCounter:
     # ---------------------------------------------------------------- what loaders do
 
     def begins(self, run: Run) -> None:
-        """Ignore it: only a batch counts."""
+        """Do nothing: only batches count."""
 
     def ended(self, run: Run) -> None:
-        """Ignore it: a batch may be trained on after its loop."""
+        """Do nothing: a batch may be trained on after its loop."""
 
     def handed_out(self, batch: Batch) -> None:
-        """Take a batch in hand that a loader hands out. Local."""
+        """Put a batch in hand that a loader hands out. Local."""
         self.poll()
         counts = torch.is_grad_enabled()
         kept = []
@@ -166,7 +163,7 @@ class SampleCounter:
     # ---------------------------------------------------------------- what autograd does
 
     def poll(self) -> None:
-        """See whether a backward pass has reached a parameter since the last call. Local."""
+        """Check whether a backward pass has reached a parameter since the last call. Local."""
         if self._stepping:
             self._step_has_raised()
         is_reached = bool(self._backwards)
@@ -176,7 +173,7 @@ class SampleCounter:
             self.backward_began()
 
     def backward_began(self) -> None:
-        """Accumulate the oldest batch in hand of every loader: a backward pass has begun. Local."""
+        """Handle a backward pass: accumulate the oldest batch in hand of every loader. Local."""
         self._backwards.clear()
         self._in_hand = [entry for entry in self._in_hand if not self._is_let_go(entry)]
         taken: set[int] = set()
@@ -193,10 +190,11 @@ class SampleCounter:
             self._watch_gradients()
 
     def engine_backward_is_over(self, *, updates_inside: bool) -> None:
-        """Forget what hooks heard during a backward pass that `backward_began` has reported. Local.
+        """Clear what hooks recorded during a backward pass that `backward_began` has handled. Local.
 
         Args:
-            updates_inside: The engine makes its update in this backward pass. What is accumulated still was skipped.
+            updates_inside: Whether the engine updates in this backward pass. Batches that are still accumulated then
+                belong to an update that was skipped.
         """
         self._backwards.clear()
         if updates_inside:
@@ -205,7 +203,7 @@ class SampleCounter:
             self._drop_accumulated()
 
     def _watch_gradients(self) -> None:
-        """See later whether gradients are still there, by one parameter that has one."""
+        """Choose a parameter with a gradient, by which to tell later whether gradients are still there."""
         self._forget_witness()
         for param in self._params:
             if param.grad is not None:
@@ -216,9 +214,9 @@ class SampleCounter:
     def _gradients_are_gone(self) -> bool:
         if self._witness is None or self._witness[0].grad is not None:
             return False
-        if self._backwards:  # others may be new
+        if self._backwards:  # a backward pass has run since, so a gradient elsewhere would prove nothing
             return False
-        self._watch_gradients()  # by another parameter
+        self._watch_gradients()  # one gradient was set to None: are there others?
         return self._witness is None
 
     def _forget_witness(self) -> None:
@@ -227,12 +225,12 @@ class SampleCounter:
         self._witness, self._are_gone = None, False
 
     def _follow_parameters(self) -> None:
-        """Hear of the gradients of what is in the groups now."""
+        """Put hooks on the trainable parameters that are in the groups now."""
         optimizer = self._optimizer()
         if optimizer is None or not self._hooks_parameters:
             return
         params = [*itertools.chain.from_iterable(map(operator.itemgetter("params"), optimizer.param_groups))]
-        # This runs for every batch: most of the time nothing has changed.
+        # This runs for every batch and rarely finds a change, so the comparison avoids Python loops.
         is_known = len(params) == len(self._params) and all(map(operator.is_, params, self._params))
         if not is_known:
             self._params = params
@@ -250,24 +248,24 @@ class SampleCounter:
     # ---------------------------------------------------------------- what the optimizer does
 
     def gradients_were_dropped(self) -> None:
-        """Drop what was accumulated: ``zero_grad`` was called. Local."""
+        """Handle ``zero_grad``: drop accumulated batches. Local."""
         self.poll()
         self._drop_accumulated()
 
     def _drop_accumulated(self) -> None:
-        """Drop what was accumulated: the gradients are gone."""
+        """Drop accumulated batches, whose gradients are gone."""
         self._take_back(self._accumulated)
         self._accumulated.clear()
         self._forget_witness()
 
     def _take_back(self, entries: list[_Entry]) -> None:
-        """Let the newest batch of a loader be trained on again."""
+        """Put batches in hand again that are still the newest of their loader."""
         for entry in entries:
             if not entry.is_passed_over and any(entry is other for other in self._in_hand):
                 entry.is_waiting = True
 
     def before_update(self, *, has_closure: bool = False) -> None:
-        """Post the count, unless a closure is going to compute gradients: ``step`` begins. Collective."""
+        """Handle the start of ``step``: post the count, unless a closure is to compute gradients. Collective."""
         self.poll()
         self._follow_parameters()
         self._count = None if has_closure else self._post()
@@ -282,11 +280,11 @@ class SampleCounter:
         return _Count(self, rows)
 
     def __call__(self) -> Callable[[], int | None]:
-        """Return what gives the real samples of an applied update, all ranks together; None without a count.
+        """Return a function that returns the real samples of an applied update over all ranks, or None without a count.
 
-        The function that is returned waits for the other ranks. Collective if a closure was passed.
+        That function waits for the other ranks. Collective if a closure was passed.
         """
-        if self._count is None:
+        if self._count is None:  # a closure has computed the gradients inside step
             if self._backwards:
                 self.backward_began()
             self._count = self._post()
@@ -295,8 +293,8 @@ class SampleCounter:
         return count
 
     def follow_updates(self) -> None:
-        """Hear of updates from the optimizer itself, where no scheduler asks for their samples. Local."""
-        self._ranks = 1  # nothing is to be exchanged
+        """Follow updates by hooks on the optimizer, if no scheduler asks for their samples. Local."""
+        self._ranks = 1  # only the position needs the counts, so nothing is exchanged
         known = weakref.ref(self)
 
         def before(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -313,12 +311,12 @@ class SampleCounter:
         optimizer.register_step_post_hook(after)
 
     def returned_unapplied(self) -> None:
-        """Forget the rows of an update that was skipped, unless their batch is trained on again. Local."""
+        """Handle a skipped update: drop its rows, or put their batch in hand again. Local."""
         self._take_back(self._stepping)
         self._stepping, self._count = [], None
 
     def _step_has_raised(self) -> None:
-        """Accumulate again what ``step`` neither applied nor skipped: its gradients are still there."""
+        """Accumulate the batches of a ``step`` that raised again: their gradients are still there."""
         for entry in self._stepping:
             entry.is_done = False
         self._accumulated = [*self._stepping, *self._accumulated]
@@ -328,21 +326,21 @@ class SampleCounter:
     # ---------------------------------------------------------------- for checkpoints and loops
 
     def forget_in_hand(self) -> None:
-        """Forget batches that were handed out: they will not be trained on. Local."""
+        """Drop batches in hand, which will not be trained on. Local."""
         self._in_hand.clear()
         self._backwards.clear()
 
     def forget(self) -> None:
-        """Forget what is in hand or accumulated: a checkpoint was loaded. Local."""
+        """Drop everything in hand or accumulated, after a checkpoint was loaded. Local."""
         self.forget_in_hand()
         self._accumulated.clear()
         self._stepping, self._count = [], None
         self._forget_witness()
 
     def pending(self) -> list[Batch]:
-        """Batches in hand or accumulated, oldest first, with which no update has been tried. Local.
+        """Return the batches in hand or accumulated without an attempted update, oldest first. Local.
 
-        The last batch of a loader that is exhausted is among them only while the script still has it.
+        The last batch of an exhausted loader is included only while the script still references it.
         """
         self.poll()
         in_hand = [entry for entry in self._in_hand if entry.is_waiting and not self._is_let_go(entry)]
@@ -357,7 +355,7 @@ class SampleCounter:
 
 
 class _Count:
-    """The rows of an update, on their way to all ranks."""
+    """The rows of an update, while they are summed over ranks."""
 
     def __init__(self, counter: SampleCounter, rows: int) -> None:
         self._counter = weakref.ref(counter)
@@ -367,7 +365,7 @@ class _Count:
             self._work = dist.all_reduce(self._sum, group=counter._group, async_op=True)
 
     def __call__(self) -> int | None:
-        """Wait for all ranks. None where no loader has handed out a batch."""
+        """Wait for all ranks; return the sum, or None if no loader has handed out a batch."""
         if self._work is not None:
             self._work.wait()
             self._work = None
@@ -382,15 +380,15 @@ class _Count:
             )
             return None
         counter._warn_once(
-            "an update counts no samples: no batch was handed out for it since the update before, or it was handed out "
-            "under torch.no_grad(). Rows count once, in the update of their first backward pass; to count otherwise "
+            "an update counts no samples: no batch was handed out since the previous update, or it was handed out "
+            "under torch.no_grad(). Rows count once, in the update of their first backward pass; to count differently "
             "pass scheduler.step(samples=n)."
         )
         return 0
 
 
 def _before_gradient(counter_ref: Any, param_ref: Any, _: Tensor) -> None:
-    """Called in a backward pass before a parameter's gradient is added."""
+    """Note that gradients were dropped, if there is none when a backward pass is about to add to it."""
     counter, param = counter_ref(), param_ref()
     if counter is not None and param is not None and param.grad is None:
         counter._are_gone = True
@@ -402,14 +400,14 @@ def _remove_all(handles: dict[int, Any]) -> None:
 
 
 def _ranks_with_the_same_rows(accelerator: Accelerator) -> int:
-    """Return how many neighbouring ranks see the same samples: tensor, context and sequence parallelism."""
+    """Return the number of consecutive ranks that see the same samples (tensor, context, sequence parallelism)."""
     config = getattr(accelerator, "parallelism_config", None)
     sizes = (getattr(config, axis, 1) or 1 for axis in ("tp_size", "cp_size", "sp_size"))
     return int(functools.reduce(operator.mul, sizes, 1))
 
 
 def _after_zero_grad(optimizer: Optimizer, counter: SampleCounter) -> None:
-    """Have ``counter`` hear of the optimizer's zero_grad. torch has no hook for it."""
+    """Notify ``counter`` of the optimizer's zero_grad, for which torch has no hook."""
     known, owner = weakref.ref(counter), weakref.ref(optimizer)
     instead = vars(optimizer).get("zero_grad")
     zero_grad = type(optimizer).zero_grad if instead is None else instead

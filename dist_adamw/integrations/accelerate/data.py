@@ -1,7 +1,4 @@
-"""Read batch sizes, epoch sizes and samplers from data loaders and accelerators.
-
-Knows Accelerate's loaders.
-"""
+"""Read batch sizes, epoch sizes and samplers from data loaders and accelerators."""
 
 from __future__ import annotations
 
@@ -22,11 +19,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class LoaderFacts:
-    """Facts of a data loader and an accelerator about batches.
+    """The batches that a data loader and an accelerator make.
 
     Attributes:
-        batch: How the global batch is made up.
-        samples: Real samples of one pass over the loader; None where it has no length.
+        batch: The global batch.
+        samples: Real samples of one pass over the loader; None if it has no length.
         drop_last: Whether a last partial batch is left out.
     """
 
@@ -41,7 +38,7 @@ class LoaderFacts:
 
     @property
     def epoch_size(self) -> int | None:
-        """E: with drop_last whole global batches, so that it is the same for every number of ranks."""
+        """The epoch size E: with drop_last only whole global batches, so that it is the same on any number of ranks."""
         if self.samples is None or not self.drop_last:
             return self.samples
         return self.samples // self.batch.size * self.batch.size
@@ -53,11 +50,11 @@ def engine_of(accelerator: Accelerator) -> str:
 
 
 def loader_facts(accelerator: Accelerator, dataloader: DataLoader[Any]) -> LoaderFacts:
-    """Derive the global batch and the epoch size, as they are now. Local.
+    """Derive the current global batch and epoch size. Local.
 
     Raises:
-        ValueError: the loader has no batch size, or a batch that the ranks cannot split, or
-            would give the ranks different numbers of batches.
+        ValueError: the loader has no batch size, a batch that the ranks cannot split, or
+            different numbers of batches for the ranks.
     """
     ranks = data_parallel_size(accelerator)
     sampler = dataloader.sampler if isinstance(dataloader.sampler, BatchSampler) else dataloader.batch_sampler
@@ -81,7 +78,7 @@ def loader_facts(accelerator: Accelerator, dataloader: DataLoader[Any]) -> Loade
 
 
 def _micro_batch_size(accelerator: Accelerator, dataloader: DataLoader[Any], sampler: Any, ranks: int) -> int:
-    """Return the samples of one backward pass on one rank."""
+    """Return the number of samples in one backward pass on one rank."""
     size: int | None = dataloader.batch_size or getattr(sampler, "batch_size", None)
     if not size:
         raise ValueError(
@@ -100,14 +97,14 @@ def _micro_batch_size(accelerator: Accelerator, dataloader: DataLoader[Any], sam
 
 
 def _check_even(accelerator: Accelerator, dataloader: DataLoader[Any], sampler: Any, facts: LoaderFacts) -> None:
-    """Raise where ranks would have different numbers of batches."""
+    """Raise if ranks would have different numbers of batches."""
     if facts.samples is None or facts.drop_last or accelerator.even_batches:
         return
-    # Accelerate fills up what it reads from iterable data, or on rank 0 for all ranks, whatever even_batches says.
+    # For iterable data, and if rank 0 reads for all, Accelerate pads the last batch whatever even_batches says.
     if accelerator.dispatch_batches or isinstance(dataloader.dataset, IterableDataset):
         return
     ranks, size = facts.batch.data_parallel_size, facts.batch.micro_batch_size
-    count = -(-facts.samples // size)  # of a rank's batches, of all ranks together
+    count = -(-facts.samples // size)  # micro-batches of all ranks together
     if isinstance(sampler, Sized) and not accelerator.split_batches:
         count = len(sampler)
     if count % ranks:
@@ -115,7 +112,7 @@ def _check_even(accelerator: Accelerator, dataloader: DataLoader[Any], sampler: 
 
 
 def _short_accumulation(accelerator: Accelerator, facts: LoaderFacts) -> str | None:
-    """Return a warning where an epoch's last accumulation is short, and reaches beyond the epoch size."""
+    """Return a warning if an epoch's last accumulation is short and reaches past the epoch size."""
     if not facts.drop_last or facts.samples is None or not accelerator.gradient_state.sync_with_dataloader:
         return None
     batch = facts.batch
@@ -126,13 +123,13 @@ def _short_accumulation(accelerator: Accelerator, facts: LoaderFacts) -> str | N
     return (
         f"with drop_last=True an epoch has {whole} micro-batches, and the last {short} of them make a short "
         f"accumulation of {short * facts.pass_samples} samples beyond the epoch size of {facts.epoch_size} (whole "
-        f"global batches of {batch.size}). They are counted, so cycles end a little before their epochs. Cut the "
+        f"global batches of {batch.size}). They are counted, so cycles end slightly before epochs do. Cut the "
         f"data set to a multiple of {batch.size} samples to have the same updates on every number of ranks."
     )
 
 
 def uneven_batches(ranks: int, count: int, size: int) -> str:
-    """Say why ``count`` batches of all ranks together cannot be trained on."""
+    """Return the error for ``count`` batches, which the ranks cannot share evenly."""
     return (
         f"even_batches=False gives {ranks} ranks different numbers of batches ({count} of {size} samples), and "
         "an update needs every rank. Leave even_batches=True (repeated samples are not counted), or set "
@@ -141,9 +138,9 @@ def uneven_batches(ranks: int, count: int, size: int) -> str:
 
 
 def shuffle_by_generator(dataloader: DataLoader[Any]) -> None:
-    """Give a sampler that shuffles by the global random state a generator of its own, seeded from that. Local.
+    """Give a sampler that shuffles by the global random state its own generator, seeded from that state. Local.
 
-    Accelerate does so for several ranks. With one too, the order is the same, and can be gone on with.
+    Accelerate does so only for several ranks. With one rank it makes the order the same and resumable.
     """
     sampler = sampler_of(dataloader)
     if hasattr(sampler, "generator") and sampler.generator is None:
@@ -152,7 +149,7 @@ def shuffle_by_generator(dataloader: DataLoader[Any]) -> None:
 
 
 def data_parallel_size(accelerator: Accelerator) -> int:
-    """Return how many ranks see different samples: all but those of tensor, context and sequence parallelism."""
+    """Return the number of ranks that see different samples: excludes tensor, context and sequence parallelism."""
     config = getattr(accelerator, "parallelism_config", None)
     same = 1
     for axis in ("tp_size", "cp_size", "sp_size"):
@@ -161,14 +158,14 @@ def data_parallel_size(accelerator: Accelerator) -> int:
 
 
 def _pass_length(dataloader: DataLoader[Any]) -> int | None:
-    """Return the samples of one pass over the loader, before it is sharded."""
+    """Return the number of samples in one pass over the loader, before it is sharded."""
     dataset = dataloader.dataset
     if isinstance(dataset, IterableDataset):
         return len(dataset) if isinstance(dataset, Sized) else None
     sampler: Any = dataloader.sampler
     if isinstance(sampler, BatchSampler):
         sampler = sampler.sampler
-    elif dataloader.batch_size is None:  # a batch sampler of the user's own
+    elif dataloader.batch_size is None:  # a custom batch sampler
         sampler = getattr(dataloader.batch_sampler, "sampler", dataset)
     for sized in (sampler, dataset):
         if isinstance(sized, Sized):
@@ -177,7 +174,7 @@ def _pass_length(dataloader: DataLoader[Any]) -> int | None:
 
 
 def batch_sampler_of(loader: Any) -> Any:
-    """Return the innermost batch sampler, which knows nothing of ranks; None where samples are not sampled. Local."""
+    """Return the innermost batch sampler, before sharding over ranks; None for iterable data. Local."""
     if isinstance(loader.dataset, IterableDataset):
         return None
     found = loader.sampler if isinstance(loader.sampler, BatchSampler) else loader.batch_sampler
@@ -187,5 +184,5 @@ def batch_sampler_of(loader: Any) -> Any:
 
 
 def sampler_of(loader: Any) -> Any:
-    """Return the sampler that yields single indices; None where there is none. Local."""
+    """Return the sampler that yields single indices; None if there is none. Local."""
     return getattr(batch_sampler_of(loader), "sampler", None)

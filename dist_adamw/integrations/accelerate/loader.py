@@ -1,9 +1,7 @@
-"""Observe Accelerate's loaders: tell a listener of every batch that is handed out.
+"""Observe Accelerate's loaders: notify listeners of every batch that is handed out.
 
-Knows torch's and Accelerate's loaders and samplers; nothing of optimizers.
-
-Accelerate builds loaders in several places (``prepare``, ``prepare_data_loader``, ``skip_first_batches``, a copy), so
-`observe_loaders` wraps ``__iter__`` of its loader classes, once in a process. Where nothing listens, nothing changes.
+Accelerate builds loaders in several places (``prepare``, ``prepare_data_loader``, ``skip_first_batches``, copies), so
+`observe_loaders` wraps ``__iter__`` of its loader classes, once per process. Without listeners nothing changes.
 """
 
 from __future__ import annotations
@@ -22,23 +20,23 @@ from dist_adamw.integrations.accelerate.loader_iteration import Batch, Run, is_d
 
 
 class Listener(Protocol):
-    """Hears of the batches that loaders hand out."""
+    """An observer of loaders."""
 
     def begins(self, run: Run) -> None:
-        """An iteration over a loader begins."""
+        """Handle the start of an iteration over a loader."""
 
     def handed_out(self, batch: Batch) -> None:
-        """A loader hands out a batch."""
+        """Handle a batch that a loader hands out."""
 
     def ended(self, run: Run) -> None:
-        """No batch will come from an iteration any more."""
+        """Handle the end of an iteration."""
 
 
 _LISTENERS: weakref.WeakSet[Listener] = weakref.WeakSet()
 
 
 class _Fetching(threading.local):
-    """Iterations of this thread that fetch a batch right now, the innermost last."""
+    """The iterations of this thread that are fetching a batch, innermost last."""
 
     def __init__(self) -> None:
         self.runs: list[Run] = []
@@ -51,13 +49,13 @@ _FETCHING = _Fetching()
 
 
 class _Recorder(BatchSampler):
-    """Stands for a loader's batch sampler while an iterator is made of it, and notes what is drawn."""
+    """Replace a loader's batch sampler while its iterator is created, and record the indices that it draws."""
 
     def __init__(self, sampler: Any) -> None:
         self.recorded = sampler
 
     def __iter__(self) -> Iterator[Any]:
-        # The body runs while a batch is being fetched. Workers that persist keep the first recorder.
+        # This runs inside a fetch. Persistent workers keep the first recorder, so the iteration is looked up each time.
         if not _FETCHING.runs:
             yield from self.recorded
             return
@@ -75,7 +73,7 @@ class _Recorder(BatchSampler):
 
 
 class _Watched:
-    """Another sampler; ``before`` hears of every list before it is yielded."""
+    """A sampler that passes every list to ``before``, then yields it."""
 
     def __init__(self, sampler: Any, before: Callable[[Any], None]) -> None:
         self.sampler_itself, self.before = sampler, before
@@ -93,7 +91,7 @@ class _Watched:
 
 
 def _watched(sampler: Any, run: Run) -> Any:
-    """Return the same sampler, with copies of those that Accelerate put around the script's own."""
+    """Return a recording version of the sampler; Accelerate's samplers around the script's own are copied."""
     kind = type(sampler).__name__
     if kind == "SkipBatchSampler":
         twin = copy.copy(sampler)
@@ -109,7 +107,7 @@ def _watched(sampler: Any, run: Run) -> Any:
 
 
 class _Streamed:
-    """The script's own iterable data set; ``run`` counts what it gives to all ranks."""
+    """Wrap the script's iterable data set, and count its samples in ``run``."""
 
     def __init__(self, dataset: Any, run: Run) -> None:
         self.dataset_itself, self.run = dataset, run
@@ -126,8 +124,8 @@ class _Streamed:
 
 @contextlib.contextmanager
 def _recorded(loader: Any, run: Run) -> Iterator[None]:
-    """Have the iterator that is made in the block draw from a recorder."""
-    # torch forbids to set these by name.
+    """Make the iterator that is created in the block draw from a recorder."""
+    # DataLoader.__setattr__ forbids changing these attributes, so its __dict__ is used.
     base = vars(getattr(loader, "base_dataloader", loader))
     swapped = _recorders(loader, base, run)
     before = {name: base[name] for name in swapped}
@@ -145,13 +143,13 @@ def _recorded(loader: Any, run: Run) -> Iterator[None]:
 
 
 def _recorders(loader: Any, base: dict[str, Any], run: Run) -> dict[str, Any]:
-    """Return by name the attributes of torch's loader that are to record."""
+    """Return by name the recording replacements for attributes of torch's loader."""
     found: dict[str, Any] = {}
     name = "sampler" if base.get("batch_sampler") is None else "batch_sampler"
     if isinstance(base.get(name), BatchSampler) or name == "batch_sampler":
         found[name] = _Recorder(base[name])
     is_iterable = isinstance(loader.dataset, IterableDataset)
-    # What workers collate is not seen here, nor what rank 0 reads for other ranks.
+    # With workers, collate_fn runs in another process; a dispatcher's runs on rank 0 only.
     if is_iterable and not base.get("num_workers") and not is_dispatched(loader):
         found["collate_fn"] = functools.partial(_collate, base["collate_fn"], run)
     return found
@@ -166,14 +164,14 @@ def _collate(collate: Callable[[Any], Any], run: Run, samples: Any) -> Any:
 
 
 def listen(listener: Listener) -> None:
-    """Have ``listener`` hear of what Accelerate's loaders hand out, for as long as it lives. Local."""
+    """Notify ``listener`` of the batches that Accelerate's loaders hand out, as long as it lives. Local."""
     observe_loaders()
     _LISTENERS.add(listener)
 
 
 @functools.cache
 def observe_loaders() -> None:
-    """Observe Accelerate's loaders from now on, those that exist and those to come. Local."""
+    """Observe all of Accelerate's loaders from now on, existing and future ones. Local."""
     from accelerate.data_loader import DataLoaderDispatcher, DataLoaderShard, SkipDataLoader
 
     for kind in (DataLoaderShard, DataLoaderDispatcher, SkipDataLoader):
@@ -192,7 +190,7 @@ def _hand_out(loader: Any, batches: Iterator[Any]) -> Iterator[Any]:
     run = Run(loader)
     for listener in list(_LISTENERS):
         listener.begins(run)
-    # A stateful loader forwards its sampler by itself: what it draws is not what it hands out.
+    # A stateful loader advances its sampler itself, so its draws do not match the batches.
     is_stateful = getattr(loader, "use_stateful_dataloader", False)
     watching = contextlib.nullcontext() if is_stateful else _recorded(loader, run)
     try:
@@ -206,7 +204,7 @@ def _hand_out(loader: Any, batches: Iterator[Any]) -> Iterator[Any]:
                 return
             finally:
                 _FETCHING.runs.pop()
-            watching = contextlib.nullcontext()  # torch has made its iterator
+            watching = contextlib.nullcontext()  # torch's iterator exists now, and has taken the recorder
             run.begin()
             handed_out = run.hand_out(loader, batch)
             for listener in list(_LISTENERS):

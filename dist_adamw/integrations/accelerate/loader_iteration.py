@@ -1,15 +1,13 @@
-"""Count the real rows of each batch of one iteration over a loader, and where it ends in the epoch.
-
-Knows torch's and Accelerate's loaders and samplers. `loader.py` calls it.
+"""Count the real rows of each batch of one iteration over a loader, and the sample of the epoch at which it ends.
 
 How the real rows of a batch are found:
 
-- Data with indices: the lists of indices are noted as the sampler draws them, and matched with the batches first in,
-  first out, however many workers fetch ahead. Every rank draws all of them (Accelerate shards by leaving out), so it
-  knows which of its own rows Accelerate repeated as padding, whatever the collate function returns.
-- Iterable data: what was collated in this process. With workers, or where rank 0 reads for all ranks: the size that
-  Accelerate finds in the batch, less the padding that the loader reports at the end.
-- ``in_order=False``: the oldest list of as many indices as the batch has rows.
+- Data with indices: lists of indices are recorded as the sampler draws them, and matched with batches first in, first
+  out, however many workers fetch ahead. Every rank draws all lists (Accelerate shards by skipping), so it knows which
+  of its rows Accelerate repeated as padding, whatever the collate function returns.
+- Iterable data: the samples collated in this process. With workers, or if rank 0 reads for all ranks: the size that
+  Accelerate finds in the batch, minus the padding that the loader reports at the end.
+- ``in_order=False``: the oldest list with as many indices as the batch has rows.
 """
 
 from __future__ import annotations
@@ -26,25 +24,25 @@ from torch.utils.data import IterableDataset
 
 
 class _Drawn(NamedTuple):
-    """Of one list of indices that this rank drew."""
+    """A list of indices that this rank fetches."""
 
-    length: int  # padding included
-    rows: int  # without
-    begin: int  # samples drawn before, all ranks together
-    end: int  # and with what other ranks fetch at the same time
+    length: int  # with padding
+    rows: int  # without padding
+    begin: int  # samples drawn before it, over all ranks
+    end: int  # and after it, including the lists that other ranks fetch at the same time
 
 
 @dataclass(eq=False, slots=True)
 class Batch:
-    """A batch that a loader has handed out. It does not keep the data.
+    """A batch that a loader has handed out, without a reference to its data.
 
     Attributes:
         rows: Real rows on this rank; 0 for padding.
         run: The iteration that it came from.
-        begin: Samples of the epoch before it, all ranks together.
-        end: Samples of the epoch up to its end, all ranks together.
-        is_last: Whether the loader says that the epoch ends with it.
-        is_held: Whether the script still has it.
+        begin: Samples of the epoch before it, over all ranks.
+        end: Samples of the epoch up to its end, over all ranks.
+        is_last: Whether the loader says that it is the epoch's last.
+        is_held: Returns whether the script still references it.
     """
 
     rows: int
@@ -59,11 +57,11 @@ class Run:
     """One iteration over a loader.
 
     Attributes:
-        has_ended: No batch will come from it any more.
-        is_exhausted: It has come to the end of the data.
-        offset: Samples of the epoch that lie before the first one drawn.
-        repeated: Of the samples drawn, so many at the beginning were drawn for padding only.
-        streamed: Samples that an iterable data set has given, all ranks together; None where that is not seen.
+        has_ended: No more batches will come from it.
+        is_exhausted: It has reached the end of the data.
+        offset: Samples of the epoch before the first one drawn.
+        repeated: The number of samples at the beginning that were drawn only for padding.
+        streamed: Samples that an iterable data set has yielded, over all ranks; None if they cannot be observed.
         on_begin: Called when the sampler begins.
     """
 
@@ -77,28 +75,28 @@ class Run:
         self._skipped = int(getattr(loader, "skip_batches", 0) or 0)
         self._drawn: deque[_Drawn] = deque()
         self._collated: deque[int] = deque()
-        self._total = 0  # samples drawn, all ranks together
-        self._pass = (0, 0)  # of them, those before and after the lists that ranks fetch at the same time
-        self._end = 0  # of the last batch
+        self._total = 0  # samples drawn, over all ranks
+        self._pass = (0, 0)  # samples drawn before and after the lists that ranks fetch at the same time
+        self._end = 0  # the last batch's end
         self._shard: Any = None
-        self._own: deque[tuple[Any, int]] = deque()  # lists of this rank that have not been yielded yet
+        self._own: deque[tuple[Any, int]] = deque()  # this rank's lists that were not yielded yet
         self._number = self._newest = 0
 
     # ---------------------------------------------------------------- while indices are drawn
 
     def begin(self) -> None:
-        """Notify that the sampler is about to begin, or on a rank that draws nothing, that the first batch came."""
+        """Handle the sampler's start or, on a rank that draws nothing, the first batch."""
         if not self._has_begun:
             self._has_begun = True
             if self.on_begin is not None:
                 self.on_begin()
 
     def draws_from(self, shard: Any) -> None:
-        """Note which sampler deals lists out to ranks; None: this rank has all of them."""
+        """Record the sampler that distributes lists over ranks; None: this rank gets all of them."""
         self._shard = shard
 
     def drew(self, indices: Any) -> None:
-        """Note a list of indices that the script's own sampler has drawn, for some rank."""
+        """Record a list of indices that the script's own sampler has drawn, for some rank."""
         size = len(indices) if isinstance(indices, Sized) else 1
         self._total += size
         self._newest = size
@@ -108,11 +106,11 @@ class Run:
         self._number += 1
 
     def passed(self, _: Any) -> None:
-        """Note that every rank has a list of indices to fetch, or to leave out."""
+        """Record that every rank now has one more list to fetch or skip."""
         self._pass = (self._pass[1], self._total)
 
     def dealt(self, indices: Any) -> None:
-        """Note a list of indices that this rank is to fetch."""
+        """Record a list of indices that this rank fetches."""
         length = len(indices) if isinstance(indices, Sized) else 1
         self._drawn.append(_Drawn(length, self._real(indices, length), *self._pass))
 
@@ -120,10 +118,10 @@ class Run:
         shard = self._shard
         if shard is None:
             return length
-        if shard.split_batches:  # this rank's part of the newest list
+        if shard.split_batches:  # the list is this rank's part of the newest one
             part = int(shard.batch_size) // int(shard.num_processes)
             return min(length, max(0, self._newest - part * int(shard.process_index)))
-        # Accelerate pads a list in place, and makes others of indices from the beginning.
+        # Accelerate extends a short list in place; a list that is none of the sampler's is padding as a whole.
         for i, (own, size) in enumerate(self._own):
             if own is indices:
                 for _ in range(i + 1):
@@ -132,14 +130,14 @@ class Run:
         return 0
 
     def collated(self, samples: Any) -> None:
-        """Note samples of an iterable data set that were made into a batch in this process."""
+        """Record samples of an iterable data set that were collated in this process."""
         self._collated.append(len(samples) if isinstance(samples, Sized) else 1)
 
     # ---------------------------------------------------------------- when a batch comes
 
     def hand_out(self, loader: Any, batch: Any) -> Batch:
         """Describe a batch that is about to be handed out."""
-        for _ in range(self._skipped):  # fetched, and not handed out
+        for _ in range(self._skipped):  # the loader has fetched and dropped these
             for noted in (self._drawn, self._collated):
                 if noted:
                     noted.popleft()
@@ -172,12 +170,12 @@ class Run:
         return self._drawn.popleft()
 
     def _measure(self, loader: Any, batch: Any, is_last: bool) -> tuple[int, int]:
-        """Return real rows on this rank, and on all of them."""
+        """Return the real rows on this rank and on all ranks."""
         size = self._collated.popleft() if self._collated else batch_size_of(batch)
         if size is None:
             size = loader.batch_size or 1
             warnings.warn(
-                f"a batch of type {type(batch).__name__} has no size that can be recognised; it is counted as the "
+                f"the size of a batch of type {type(batch).__name__} is unknown; it is counted as the "
                 f"loader's batch_size, {size}. Return tensors from the collate function, or pass "
                 "scheduler.step(samples=n).",
                 stacklevel=4,
@@ -195,8 +193,8 @@ class Run:
         return _rows_of_rank(size, shard.process_index, left), min(left, size * shard.num_processes)
 
     def _left(self, shard: Any, is_last: bool) -> int | None:
-        """Return the samples that iterable data has given, or will give, after the last batch; None: not known."""
-        given = self.streamed  # at least up to this batch, and all there is at the last one
+        """Return the samples of iterable data after the previous batch; None: not known."""
+        given = self.streamed  # covers at least this batch, and at the last batch all of the data
         if given is None and isinstance(shard.dataset, Sized):
             given = len(shard.dataset)
         if given is not None:
@@ -204,7 +202,7 @@ class Run:
         if is_last and not shard.drop_last:
             warnings.warn(
                 "the data set has no length and is read by workers, so samples that were repeated to fill the "
-                "last batch cannot be told from others and are counted. Give it a __len__, or leave "
+                "last batch cannot be recognised and are counted. Give it a __len__, or leave "
                 "dispatch_batches=None.",
                 stacklevel=5,
             )
@@ -212,7 +210,7 @@ class Run:
 
 
 def _rows_of_rank(size: int, rank: int, whole: int) -> int:
-    """Return how many of ``whole`` samples, which ranks take ``size`` each in order, a rank has."""
+    """Return a rank's number of ``whole`` samples, of which ranks take ``size`` each in order."""
     return min(size, max(0, whole - rank * size))
 
 
@@ -225,7 +223,7 @@ def is_dispatched(loader: Any) -> bool:
 
 
 def _pass_size(loader: Any) -> int:
-    """Return the samples of one full batch on all ranks."""
+    """Return the number of samples in one full batch over all ranks."""
     shard = loader.dataset
     size = loader.batch_size or 1
     if is_dispatched(loader):
@@ -234,7 +232,7 @@ def _pass_size(loader: Any) -> int:
 
 
 def _left_out(loader: Any) -> int:
-    """Return how many samples ``skip_first_batches`` has a batch sampler leave out before any are drawn here."""
+    """Return the number of samples that ``skip_first_batches`` makes the batch sampler skip."""
     sampler, lists = loader.batch_sampler, 0
     while type(sampler).__name__ == "SkipBatchSampler":
         sampler, lists = sampler.batch_sampler, lists + int(sampler.skip_batches)
@@ -242,7 +240,7 @@ def _left_out(loader: Any) -> int:
 
 
 def batch_size_of(batch: Any) -> int | None:
-    """Return the rows of a batch, as Accelerate finds them; None where there is no tensor. Local."""
+    """Return the number of rows in a batch, as Accelerate finds it; None if it has no tensor. Local."""
     tensor = _first_tensor(batch)
     return tensor.shape[0] if tensor is not None and tensor.ndim else None
 
@@ -258,7 +256,7 @@ def _first_tensor(batch: Any) -> torch.Tensor | None:
 
 
 def _holder(batch: Any) -> Callable[[], bool]:
-    """Return whether anything still refers to a batch; False where that cannot be seen."""
+    """Return a function that returns whether a batch is still referenced; False if that cannot be observed."""
     tensor = _first_tensor(batch)
     try:
         known = weakref.ref(batch if tensor is None else tensor)

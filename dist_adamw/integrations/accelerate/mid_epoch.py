@@ -1,7 +1,4 @@
-"""Start a loader at a position in the middle of an epoch.
-
-Knows torch's and Accelerate's loaders and samplers.
-"""
+"""Start a loader in the middle of an epoch."""
 
 from __future__ import annotations
 
@@ -17,13 +14,13 @@ from dist_adamw.integrations.accelerate.data import LoaderFacts, batch_sampler_o
 
 
 class _Rest(Sampler[Any]):
-    """The samples of another sampler after the first ``start``.
+    """A sampler without its first ``start`` samples.
 
     Args:
-        sampler: The other one.
-        start: How many are left out.
-        head: The first so many are given nevertheless, and then not again: Accelerate pads an epoch's last batch with
-            them, and leaves them out itself.
+        sampler: The whole sampler.
+        start: The number of samples to leave out.
+        head: The number of samples at the beginning to yield anyway: Accelerate pads an epoch's last batch with the
+            first samples that it drew, and `starting_at` makes it skip them as batches.
     """
 
     def __init__(self, sampler: Any, start: int, head: int) -> None:
@@ -39,17 +36,17 @@ class _Rest(Sampler[Any]):
     def __len__(self) -> int:
         return max(0, len(self.sampler) - self.start)
 
-    def __getattr__(self, name: str) -> Any:  # set_epoch, and what else Accelerate asks its samplers
-        return getattr(vars(self).get("sampler"), name)  # none yet while it is being copied
+    def __getattr__(self, name: str) -> Any:  # set_epoch and whatever else Accelerate calls on samplers
+        return getattr(vars(self).get("sampler"), name)  # copy.copy looks attributes up before "sampler" is set
 
 
 def outer_sampler(loader: Any) -> Any:
-    """Return the batch sampler that a loader draws from."""
+    """Return the outermost batch sampler, from which a loader draws."""
     return loader.sampler if isinstance(loader.sampler, BatchSampler) else loader.batch_sampler
 
 
 def remove_rest(loader: Any) -> None:
-    """Undo `starting_at` of a loop that has not ended."""
+    """Undo the `starting_at` of a loop that was left and whose generator still exists."""
     batches = batch_sampler_of(loader)
     if isinstance(getattr(batches, "sampler", None), _Rest):
         batches.sampler = _without_rests(batches.sampler)
@@ -57,14 +54,14 @@ def remove_rest(loader: Any) -> None:
 
 
 def _without_rests(sampler: Any) -> Any:
-    """Return the sampler inside those of loops that have not ended."""
+    """Return the sampler inside any `_Rest`."""
     while isinstance(sampler, _Rest):
         sampler = sampler.sampler
     return sampler
 
 
 def check_even(loader: Any, start: int, facts: LoaderFacts) -> None:
-    """Raise where the ranks would wait for each other, because some have more of the batches that are left. Local."""
+    """Raise if ranks would have different numbers of remaining batches, and wait for each other. Local."""
     sampler, batches = outer_sampler(loader), batch_sampler_of(loader)
     if batches is None or facts.drop_last or getattr(sampler, "even_batches", True):
         return
@@ -73,7 +70,7 @@ def check_even(loader: Any, start: int, facts: LoaderFacts) -> None:
     if isinstance(samples, Sized):
         left = max(0, len(samples) - start)
         count = -(-left // size)
-    elif isinstance(batches, Sized) and not start:  # batches of the user's own making
+    elif isinstance(batches, Sized) and not start:  # a custom batch sampler
         left, count = 0, len(batches)
     else:
         return
@@ -82,7 +79,7 @@ def check_even(loader: Any, start: int, facts: LoaderFacts) -> None:
     if not start:
         raise ValueError(uneven_batches(ranks, count, size))
     raise CheckpointError(
-        f"the job stands {start} samples into an epoch of which {left} are left, and even_batches=False gives "
+        f"the position is {start} samples into an epoch of which {left} are left, and even_batches=False gives "
         f"{ranks} ranks different numbers of batches ({count} of {size} samples). Leave even_batches=True "
         "(repeated samples are not counted)."
     )
@@ -90,12 +87,12 @@ def check_even(loader: Any, start: int, facts: LoaderFacts) -> None:
 
 @contextlib.contextmanager
 def starting_at(loader: Any, start: int, facts: LoaderFacts) -> Iterator[tuple[int, int]]:
-    """Have ``loader`` begin at sample ``start``. Give that, and how many samples before it are drawn for padding.
+    """Make ``loader`` begin at sample ``start``; give the offset, and the number of samples drawn first for padding.
 
-    Where batches are skipped whole, they lie before the first sample drawn for padding: (0, 0).
+    If whole batches are skipped instead, the loader itself draws from sample 0: (0, 0).
     """
     batches = batch_sampler_of(loader)
-    if getattr(batches, "sampler", None) is None:  # an iterable data set, or batches of the user's own making
+    if getattr(batches, "sampler", None) is None:  # iterable data, or a custom batch sampler
         with _skipping_whole_batches(loader, start, facts.pass_samples):
             yield 0, 0
         return
@@ -114,11 +111,11 @@ def starting_at(loader: Any, start: int, facts: LoaderFacts) -> Iterator[tuple[i
 
 @contextlib.contextmanager
 def _skipping_whole_batches(loader: Any, start: int, size: int) -> Iterator[None]:
-    """Have ``loader`` leave out the batches of ``size`` samples, all ranks together, before sample ``start``."""
+    """Make ``loader`` skip the batches before sample ``start``, of ``size`` samples over all ranks each."""
     if start % size:
         raise CheckpointError(
-            f"the job stands {start} samples into data of which only batches can be left out, and batches of "
-            f"{size} over all ranks do not reach that. Use a global batch that divides it."
+            f"the position is {start} samples into data of which only whole batches can be skipped, and it is not a "
+            f"multiple of {size}, the batch over all ranks. Use a batch that divides it."
         )
     loader.skip_batches = start // size
     try:
@@ -128,7 +125,7 @@ def _skipping_whole_batches(loader: Any, start: int, size: int) -> Iterator[None
 
 
 def _padding(sampler: Any, start: int, facts: LoaderFacts) -> int:
-    """Return how many of the epoch's first samples must be drawn again, because its last batch is padded with them."""
+    """Return how many of the epoch's first samples must be drawn again, for the padding of its last batch."""
     size = facts.pass_samples
     if not start or start % size or facts.drop_last or facts.batch.data_parallel_size == 1:
         return 0

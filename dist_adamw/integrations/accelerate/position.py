@@ -1,10 +1,8 @@
 """Save and restore the position in the data: which samples come next.
 
-Knows Accelerate's loaders.
-
-The place that is saved lies before the first batch that is in hand or accumulated: its gradients are not saved, so it
-comes again. Everything before it has been through an update, or was skipped by the script. The last batch of a loader
-that is exhausted is in hand while the script holds it: it may have been fetched ahead.
+The saved position is before the first batch that is in hand or accumulated: its gradients are not saved, so it must
+come again. Everything before it went into an update, or was skipped by the script. The last batch of an exhausted
+loader is in hand while the script holds it: it may have been fetched ahead.
 """
 
 from __future__ import annotations
@@ -28,14 +26,15 @@ from dist_adamw.integrations.accelerate.mid_epoch import check_even, outer_sampl
 
 @dataclass(eq=False, slots=True)
 class _Pass:
-    """One time through the data, by one loop or several.
+    """One pass through the data, by one loop or several.
 
     Attributes:
-        number: Passes before it since the load. One that was left without an update has the next one's epoch.
-        epoch: Its number.
-        tries: Updates that had been tried when it began.
-        order: State of the generator that shuffles, when the sampler began; None: it has not.
-        is_over: The last batch has been handed out.
+        number: Passes before it since the load. It is not the epoch: a pass that was left without an update and the
+            next one have the same epoch.
+        epoch: The number of its epoch.
+        tries: Updates attempted before it began.
+        order: The state of the shuffling generator when the sampler began; None before that.
+        is_over: Whether the last batch was handed out.
     """
 
     number: int
@@ -47,12 +46,12 @@ class _Pass:
 
 @dataclass(frozen=True, slots=True)
 class _Order:
-    """The order of samples, as a checkpoint has it.
+    """The order of samples in a checkpoint.
 
     Attributes:
-        state: Of the generator that shuffles; empty where there is none.
-        drawn: Whether the loader had drawn what it draws when it begins. Then the state is the sampler's own; else the
-            loader draws from the same generator first.
+        state: The state of the shuffling generator; empty if there is none.
+        drawn: Whether the loader had already drawn its seed for workers. Otherwise it draws from the same generator
+            before the sampler does.
     """
 
     state: str
@@ -60,34 +59,34 @@ class _Order:
 
 
 class Position:
-    """Where in the data a job stands: as many samples into which epoch, all ranks together.
+    """A job's position in the data: the epoch, and the samples of it over all ranks.
 
-    The samples of an epoch come in one order on any number of ranks, so their number says which are left. The loader
-    has it, and it has the loader weakly: a loader without other references ends its workers at once. It follows loops
-    over the loader and over its ``skip_first_batches``, except under ``torch.no_grad()``.
+    The samples of an epoch come in the same order on any number of ranks, so their number identifies the rest. The
+    loader owns the position, which holds the loader weakly: a loader without other references ends its workers at once.
+    It follows loops over the loader and over its ``skip_first_batches``, except under ``torch.no_grad()``.
 
     Attributes:
-        epoch: Passes over the loader that are complete, or were left after an update for another one.
-        samples: Real samples of this epoch that have been handed out.
-        idle: Whether nothing has been handed out in this job, or since the load.
+        epoch: Passes over the loader that are complete, or were left for another one after an update.
+        samples: Real samples of this epoch that were handed out.
+        idle: Whether nothing was handed out in this job or since the load.
     """
 
     def __init__(self, loader: DataLoader[Any], facts: LoaderFacts, counter: SampleCounter) -> None:
         self._loader, self.facts, self.counter = weakref.ref(loader), facts, counter
         self.epoch = self.samples = 0
         self.idle = True
-        self._loads = 0  # a loop that was running when the position was loaded ends
+        self._loads = 0  # by which a loop notices that a load has made it obsolete
         self._pass: _Pass | None = None
         self._begun = 0  # passes since the load
         self._passes: weakref.WeakKeyDictionary[Run, _Pass] = weakref.WeakKeyDictionary()  # since the load
         self._resumed: _Order | None = None  # for the next pass
-        self._rest: tuple[int, int] | None = None  # of `starting_at`, for the iteration that is about to begin
-        self._random_state: tuple[Run, torch.Tensor] | None = None  # to be restored when its first batch comes
+        self._rest: tuple[int, int] | None = None  # from `starting_at`, for the iteration that is about to begin
+        self._random_state: tuple[Run, torch.Tensor] | None = None  # to restore when the iteration's first batch comes
         listen(self)
 
     @property
     def loader(self) -> Any:
-        """As `prepare` returned it.
+        """The loader that `prepare` returned.
 
         Raises:
             ValueError: it is gone.
@@ -116,13 +115,13 @@ class Position:
     # ---------------------------------------------------------------- following the loops
 
     def begins(self, run: Run) -> None:
-        """Follow an iteration over some loader that begins."""
+        """Handle the start of an iteration over any loader."""
         loader = run.loader()
         if loader is None or not torch.is_grad_enabled() or not self._serves(loader):
             return
         rest, self._rest = self._rest, None
         if rest is None:
-            check_even(self.loader, 0, self.facts)  # data may have grown since prepare
+            check_even(self.loader, 0, self.facts)  # the data set may have changed since prepare
             self._begin_plain_pass()
         else:
             run.offset, run.repeated = rest
@@ -130,10 +129,11 @@ class Position:
         if self._pass is None:
             self._pass = _Pass(self._begun, self.epoch, self.counter.tries)
             self._begun += 1
-        elif rest is not None and self._pass.order is not None:  # a loop was left, and goes on
+        elif rest is not None and self._pass.order is not None:  # another loop continues this pass
             resumed = _Order(self._pass.order, drawn=True)
         current = self._passes[run] = self._pass
-        # A loader draws a seed for its workers when it begins. One that was interrupted had done so.
+        # A loader draws a seed for its workers when it begins, and the interrupted one had already done so: drawing
+        # again would shift the global random numbers, so `handed_out` undoes it.
         if resumed is not None and resumed.drawn:
             self._random_state = (run, torch.get_rng_state())
         place = weakref.ref(self)
@@ -145,15 +145,15 @@ class Position:
         run.on_begin = begin
 
     def _begin_plain_pass(self) -> None:
-        """Go to the first sample, at which a loop begins."""
-        if self._pass is not None:  # it leaves another one
+        """Start a pass at the first sample."""
+        if self._pass is not None:  # the loop before it was left early
             self.epoch += self.counter.tries > self._pass.tries
             self._pass = None
             remove_rest(self.loader)
         self.samples = 0
 
     def _serves(self, loader: Any) -> bool:
-        """Return whether ``loader`` is this one, or what ``skip_first_batches`` made of it."""
+        """Return whether ``loader`` is this position's, or a ``skip_first_batches`` of it."""
         ours = self._loader()
         if ours is None:
             return False
@@ -169,17 +169,17 @@ class Position:
         return False
 
     def _sampler_begins(self, current: _Pass, resumed: _Order | None) -> None:
-        """Note, or restore, the state of what shuffles."""
+        """Record, or restore, the state of the shuffling generator."""
         generator = self._generator()
         if resumed is not None and resumed.state and generator is not None:
             generator.set_state(torch.frombuffer(bytearray.fromhex(resumed.state), dtype=torch.uint8))
             if not resumed.drawn and self._base().generator is generator:
-                # As the loader did that went on here, for the seed of its workers.
+                # The saved job's loader drew its workers' seed from this generator before the sampler began.
                 torch.empty((), dtype=torch.int64).random_(generator=generator)
         current.order = _state_of(generator)
 
     def handed_out(self, batch: Batch) -> None:
-        """Move beyond a batch that a loader hands out."""
+        """Advance past a batch that a loader hands out."""
         if self._random_state is not None and self._random_state[0] is batch.run:
             torch.set_rng_state(self._random_state[1])
             self._random_state = None
@@ -190,13 +190,13 @@ class Position:
         current.is_over = batch.is_last
 
     def ended(self, run: Run) -> None:
-        """Finish the pass if its iteration has come to the end of the data."""
+        """Finish the pass if its iteration has reached the end of the data."""
         if not run.is_exhausted or self._passes.get(run) is not self._pass or self._pass is None:
             return
         self._pass.is_over = True
         self._finish_pass()
         loader = self._loader()
-        if loader is not None and run.loader() is not loader:  # Accelerate's count of epochs is the other loader's
+        if loader is not None and run.loader() is not loader:  # Accelerate has counted the epoch on the skipping loader
             loader.iteration = self.epoch
 
     def _finish_pass(self) -> None:
@@ -206,15 +206,15 @@ class Position:
     # ---------------------------------------------------------------- state
 
     def state_dict(self) -> dict[str, Any] | None:
-        """Return the position as plain data; None where no loop has gone through the loader. Local.
+        """Return the position as plain data; None if no loop has used the loader. Local.
 
-        Where ranks leave different batches out, their places differ. ``save_state`` saves the earliest; see `ordered`.
+        Positions differ if ranks skip different batches. ``save_state`` saves the earliest; see `ordered`.
         """
         return self.ordered()[1]
 
     def ordered(self) -> tuple[tuple[int, int], dict[str, Any] | None]:
-        """Return a key that sorts the ranks' places, earliest first, and the place as plain data. Local."""
-        if self._resumed is not None:  # as it was loaded
+        """Return a key that sorts the ranks' positions, earliest first, and the position as plain data. Local."""
+        if self._resumed is not None:  # loaded, and no batch since
             return (-1, 0), self._described(self.epoch, self.samples, self._resumed)
         pending = [(self._passes[batch.run], batch) for batch in self.counter.pending() if batch.run in self._passes]
         first = min(pending, key=lambda both: (both[0].number, both[1].begin), default=None)
@@ -229,7 +229,8 @@ class Position:
         if self.idle:
             return (self._begun, 0), None
         # Between two epochs, or in the loop at the last batch.
-        drawn = getattr(self._base(), "_iterator", None) is not None  # of workers that persist
+        # A persistent iterator draws the workers' seed only once, so the next pass begins with the sampler's draw.
+        drawn = getattr(self._base(), "_iterator", None) is not None
         epoch = self.epoch + (current_pass is not None)
         return (self._begun, 0), self._described(epoch, 0, _Order(_state_of(self._generator()), drawn))
 
@@ -237,10 +238,10 @@ class Position:
         return {"epoch": epoch, "samples": samples, "seed": self._seed(), "order": order.state, "drawn": order.drawn}
 
     def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
-        """Go to where a job, of any number of ranks, stood. Local.
+        """Go to the position of a job with any number of ranks. Local.
 
         Raises:
-            CheckpointError: this is no position. Nothing has been changed then.
+            CheckpointError: ``state`` is not a position. Nothing has been changed then.
         """
         self.check(state)
         state = state or {"epoch": 0, "samples": 0, "seed": None, "order": None}
@@ -248,52 +249,52 @@ class Position:
         self._pass = self._rest = self._random_state = None
         self._passes.clear()
         self._begun = 0
-        # Older checkpoints have the state of before the loader began.
+        # Older checkpoints have no "drawn": their state is from before the loader drew its seed.
         self._resumed = None if state["order"] is None else _Order(state["order"], state.get("drawn", False))
         self.idle = True
         self._loads += 1
         if self.is_gone:
             return
         if self._resumed is not None:
-            self.loader.iteration = self.epoch  # Accelerate's loader sets the epoch of the samplers by it
+            self.loader.iteration = self.epoch  # Accelerate's loader passes it to set_epoch of samplers
         if state["seed"] is not None and (sampler := sampler_of(self.loader)) is not None:
             sampler.initial_seed = state["seed"]
 
     def check(self, state: Mapping[str, Any] | None) -> None:
-        """Raise where this is no position. Local.
+        """Raise unless ``state`` is a position. Local.
 
         Raises:
-            CheckpointError: with what is wrong.
+            CheckpointError: names what is wrong.
         """
         if state is None:
             return
         try:
             order = None if state["order"] is None else bytes.fromhex(state["order"])
             if not (_is_count(state["epoch"]) and _is_count(state["samples"]) and "seed" in state):
-                raise ValueError("no whole numbers")
+                raise ValueError("epoch and samples must be whole numbers")
             if order:
                 torch.Generator().set_state(torch.frombuffer(bytearray(order), dtype=torch.uint8))
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise CheckpointError(f"this is no position in the data: {error}, got {str(state)[:200]}.") from error
+            raise CheckpointError(f"not a position in the data: {error}, got {str(state)[:200]}.") from error
 
     def _seed(self) -> int | None:
         return getattr(sampler_of(self.loader), "initial_seed", None)
 
     def _generator(self) -> torch.Generator | None:
-        """Return the sampler that shuffles, as Accelerate keeps it alike on all ranks."""
+        """Return the shuffling generator, which Accelerate synchronizes over ranks."""
         found = getattr(self.loader, "synchronized_generator", None) or getattr(
             sampler_of(self.loader), "generator", None
         )
         return found if isinstance(found, torch.Generator) else None
 
     def _base(self) -> Any:
-        """Return torch's loader in Accelerate's."""
+        """Return torch's loader inside Accelerate's."""
         return getattr(self.loader, "base_dataloader", self.loader)
 
     # ---------------------------------------------------------------- the rest of an epoch
 
     def __iter__(self) -> Iterator[Any]:
-        return self._batches(self.loader)  # which it keeps from now on
+        return self._batches(self.loader)  # the generator keeps the loader alive
 
     def _batches(self, loader: Any) -> Iterator[Any]:
         if self._pass is not None and self._pass.is_over:  # a loop was left at the last batch
@@ -303,39 +304,39 @@ class Position:
         with starting_at(loader, self.samples, self.facts) as self._rest:
             for batch in loader:
                 yield batch
-                if self._loads != loads:
+                if self._loads != loads:  # the caller has loaded a checkpoint: the rest is of another position
                     return
 
 
 def rest_of_epoch(loader: DataLoader[Any]) -> Iterator[Any]:
-    """Yield the batches of this epoch that are left: all of them, or after ``load_state`` those that no rank has seen.
+    """Yield this epoch's remaining batches: all, or after ``load_state`` those after the saved position.
 
-    For loops that are to be stopped and resumed anywhere, on any number of ranks, with any global batch::
+    For loops that can be stopped and resumed anywhere, on any number of ranks, with any global batch::
 
         for epoch in range(position(loader).epoch, epochs):
             for batch in rest_of_epoch(loader):
 
     Args:
-        loader: As `prepare` returned it.
+        loader: The loader that `prepare` returned.
 
     Raises:
-        ValueError: it did not come from `prepare`.
+        ValueError: it is not from `prepare`.
 
-    Collective, as iterating over the loader is.
+    Collective, as an iteration over the loader is.
     """
     return iter(position(loader))
 
 
 def position(loader: DataLoader[Any]) -> Position:
-    """Return where in the data a job stands. Local.
+    """Return a job's position in the data. Local.
 
     Raises:
-        ValueError: the loader did not come from `prepare`.
+        ValueError: the loader is not from `prepare`.
     """
     if getattr(loader, "use_stateful_dataloader", False):
         raise ValueError(
-            "use_stateful_dataloader=True keeps a place in the data of its own, for the same number of ranks only. "
-            "Leave it out, or iterate over the loader as it is."
+            "use_stateful_dataloader=True keeps its own position in the data, for the same number of ranks only. "
+            "Leave it out, or iterate over the loader itself."
         )
     found = getattr(loader, "dist_adamw_position", None)
     if not isinstance(found, Position):

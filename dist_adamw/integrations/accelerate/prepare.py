@@ -1,7 +1,4 @@
-"""``prepare``: make the five objects of an Accelerate training script work together.
-
-Knows Accelerate; nothing below knows it.
-"""
+"""``prepare``: make the five objects of an Accelerate training script work together."""
 
 from __future__ import annotations
 
@@ -43,7 +40,7 @@ from dist_adamw.wrappers import unwrap
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-# By optimizer: the hook that compares ranks before its updates.
+# By optimizer: the hook that compares ranks before its updates, which a second `prepare` replaces.
 _WATCHING: weakref.WeakKeyDictionary[Optimizer, RemovableHandle] = weakref.WeakKeyDictionary()
 
 
@@ -83,55 +80,55 @@ def prepare(
     check_weights_every: int | None = CHECK_WEIGHTS_EVERY,
     whole_gradients: bool = False,
 ) -> tuple[nn.Module, Optimizer, DataLoader[Any], Any]:
-    """Do ``accelerator.prepare``, and tell the scheduler what the loader and the accelerator know.
+    """Call ``accelerator.prepare``, and connect the scheduler with the loader and the accelerator.
 
-    Fills in ``batch_size`` and ``epoch_size`` where they are None, has the loader tell the real
-    samples of every update, makes ``accelerator.save_state`` and ``load_state`` keep every rank's
-    share of the optimizer, and has all ranks compare their schedule and hyper-parameters, now and
-    at every update, and now and then their weights. The training loop stays as it is.
+    Fills in ``batch_size`` and ``epoch_size`` if they are None, counts the real samples of every update, makes
+    ``accelerator.save_state`` and ``load_state`` save every rank's shard of the optimizer, and makes all ranks compare
+    their schedule and hyper-parameters, now and at every update, and their weights from time to time. The training loop
+    needs no changes.
 
     Args:
-        accelerator: Its ``gradient_accumulation_steps`` counts.
+        accelerator: The accelerator. Its ``gradient_accumulation_steps`` is part of the global batch.
         model: As for ``accelerator.prepare``.
-        optimizer: A `DistAdamW`, or any torch optimizer. With a DeepSpeed configuration that names both,
-            Accelerate's ``DummyOptim``, and its ``DummyScheduler`` below.
+        optimizer: A `DistAdamW`, or any torch optimizer. With a DeepSpeed configuration that names optimizer and
+            scheduler, Accelerate's ``DummyOptim``, and its ``DummyScheduler`` below.
         dataloader: The training loader, not prepared yet.
-        scheduler: Not prepared. A `CyclicLRWithRestarts` is returned itself, since it needs no wrapper. Any other torch
-            scheduler is returned in Accelerate's wrapper, which steps it as Accelerate does: once per process at each
-            update (unless ``split_batches``). All else here holds for it too.
-        check_weights_every: Updates between two comparisons of what must be the same bits on several ranks: see
-            `check_replicas`. The first is at the first update; ``accelerator.save_state`` makes one before it writes.
-            0 or None: none at all, for ranks that are meant to differ (local SGD).
-        whole_gradients: Leave DDP's all-reduce as it is, for scripts that read or change ``param.grad`` between
-            backward and step. A third more is sent.
+        scheduler: Not prepared yet. A `CyclicLRWithRestarts` is returned without a wrapper, since it needs none. Any
+            other torch scheduler is returned in Accelerate's wrapper, which steps it once per process at each update
+            (unless ``split_batches``). Everything else here applies to it too.
+        check_weights_every: Updates between two bitwise comparisons of the ranks' replicas: see `check_replicas`. The
+            first is at the first update; ``accelerator.save_state`` makes one before it writes. 0 or None: no
+            comparisons, for ranks that are meant to differ (local SGD).
+        whole_gradients: Keep DDP's all-reduce, for scripts that read or change ``param.grad`` between backward and
+            step. It sends a third more.
 
     Returns:
-        Model, optimizer, loader and scheduler, to be used instead.
+        Model, optimizer, loader and scheduler, to use in place of those passed.
 
     Raises:
-        ValueError: the global batch or the epoch size is unknown, or the batch is not the one
-            the scheduler was given; on every rank alike, and nothing is prepared then.
-        AgreementError: ranks were given different things; on every rank. Later, the optimizer's ``step`` and
+        ValueError: the global batch or the epoch size is unknown, or the batch differs from the
+            scheduler's; on every rank, and nothing is prepared then.
+        AgreementError: ranks passed different arguments; on every rank. Later, the optimizer's ``step`` and
             ``accelerator.save_state`` raise it.
 
-    Under FSDP2 and DeepSpeed the engine shares gradients and state out; `DistAdamW` updates what it finds.
-    With DeepSpeed ``prepare`` passes ``max_grad_norm`` to the engine, which clips to 1.0 by default, and
-    keeps the optimizer where DeepSpeed would put its own (optimizer offload).
+    Under FSDP2 and DeepSpeed the engine shards gradients and state; `DistAdamW` updates the shards.
+    With DeepSpeed, ``prepare`` passes ``max_grad_norm`` to the engine, which clips to 1.0 by default, and
+    keeps DeepSpeed from replacing the optimizer (optimizer offload).
 
     A `DistAdamW` under DDP is attached (`DistAdamW.attach`): gradients are reduced to their owners, and
-    ``accelerator.clip_grad_norm_`` clips by the global norm of what they own. With a GradScaler
-    (fp16) or a communication hook of yours, DDP's all-reduce stays.
+    ``accelerator.clip_grad_norm_`` clips by their global norm. With a GradScaler (fp16) or a
+    communication hook of yours, DDP's all-reduce stays.
 
-    After backward ``param.grad`` then holds the average over ranks in the elements that this rank owns, and local
-    values in the others. ``optimizer.gather_gradients()`` (of the `DistAdamW` itself) makes it whole, as DDP leaves it;
-    with ``whole_gradients=True`` it always is. ``accelerator.clip_grad_norm_`` and ``clip_grad_value_`` are right
-    either way; other changes of gradients are refused in ``step`` unless ``optimizer.accept_gradients()`` is called.
+    After backward, ``param.grad`` then has the average over ranks in the elements that this rank owns, and local values
+    in the others. ``optimizer.gather_gradients()`` (of the `DistAdamW` itself) makes it whole, as after DDP; with
+    ``whole_gradients=True`` it always is. ``accelerator.clip_grad_norm_`` and ``clip_grad_value_`` are correct either
+    way; ``step`` refuses other changes of gradients unless ``optimizer.accept_gradients()`` is called.
 
-    May be called again, for another phase of training: with the same optimizer or a new one, and the prepared model.
+    It may be called again for another phase of training, with the same optimizer or a new one, and the prepared model.
     Accelerate's ``LocalSGD`` needs ``DistAdamW(shard=False)`` and ``check_weights_every=0``.
 
-    DDP keeps a second copy of the gradients by default, so ``prepare`` asks for
-    ``gradient_as_bucket_view`` where no ``DistributedDataParallelKwargs`` were given.
+    DDP keeps a second copy of the gradients by default, so ``prepare`` sets
+    ``gradient_as_bucket_view`` if no ``DistributedDataParallelKwargs`` were given.
 
     Collective: every rank calls it.
     """
@@ -147,11 +144,12 @@ def prepare(
     config = _deepspeed_config(accelerator)
     if config is not None:
         _complete(config, optimizer, facts)
-    groups = _hyper_parameters(optimizer)
+    groups = _hyper_parameters(optimizer)  # to compare with what the engine makes of them
     shuffle_by_generator(dataloader)
     model, wrapped, dataloader, stepped = accelerator.prepare(model, optimizer, dataloader, scheduler)
     inner = unwrap(wrapped)
     if from_json:
+        # DeepSpeed has only now made the scheduler, so `_agreed_facts` could not compare it over ranks.
         scheduler = check_scheduler(stepped.scheduler)
         check_schedules(accelerator, scheduler, group)
     else:
@@ -176,12 +174,12 @@ def prepare(
 
 
 def _deepspeed_config(accelerator: Accelerator) -> Any:
-    """Return DeepSpeed's configuration; None under other engines. Local."""
+    """Return the DeepSpeed configuration; None under other engines. Local."""
     return accelerator.deepspeed_plugin.deepspeed_config if engine_of(accelerator) == "DEEPSPEED" else None
 
 
 def _complete(config: Any, optimizer: Optimizer, facts: LoaderFacts) -> None:
-    """Write into DeepSpeed's configuration what it must do, and what the loader knows. Local."""
+    """Complete the DeepSpeed configuration from the optimizer and the loader. Local."""
     configure(config, optimizer)
     if _is_dummy(optimizer):
         register_deepspeed()
@@ -189,7 +187,7 @@ def _complete(config: Any, optimizer: Optimizer, facts: LoaderFacts) -> None:
 
 
 def _count_for(scheduler: CyclicLRWithRestarts | None, counter: SampleCounter) -> None:
-    """Have the schedule go by ``counter``; without one of ours, have that follow the updates itself. Local."""
+    """Make ``counter`` the schedule's sample source; without our schedule, let it follow updates itself. Local."""
     if scheduler is None:
         counter.follow_updates()
     else:
@@ -204,20 +202,20 @@ def _watch(
     check_weights_every: int | None,
     group: dist.ProcessGroup | None,
 ) -> ReplicaWatch | None:
-    """Have ranks compare their schedule and weights at updates of ``optimizer``; None for one rank. Local."""
+    """Make ranks compare their schedule and weights at updates of ``optimizer``; None for one rank. Local."""
     if accelerator.num_processes == 1:
         return None
     whole = accelerator.unwrap_model(model)
     record = _record_at_update(model, optimizer) if scheduler is None else scheduler.agreement_record
     watch = ReplicaWatch(group, record, lambda: check_replicas(whole, optimizer, group=group), check_weights_every)
-    if (before := _WATCHING.pop(optimizer, None)) is not None:  # of an earlier call
+    if (before := _WATCHING.pop(optimizer, None)) is not None:  # from an earlier call
         before.remove()
     _WATCHING[optimizer] = optimizer.register_step_pre_hook(watch.before_update)
     return watch
 
 
 def check_schedules(accelerator: Accelerator, scheduler: CyclicLRWithRestarts, group: dist.ProcessGroup | None) -> None:
-    """Raise on every rank when their schedules are not the same. Collective."""
+    """Raise on every rank if their schedules differ. Collective."""
     if accelerator.num_processes > 1:
         agreement.check_agreement({**scheduler.configuration(), **scheduler.agreement_record()}, group)
 
@@ -231,7 +229,7 @@ def plain_hyper_parameters(optimizer: Optimizer) -> list[dict[str, Any]]:
 
 
 def _record_at_update(model: nn.Module, optimizer: Optimizer) -> Callable[[], dict[str, Any]]:
-    """Return a record that must be the same on all ranks at an update, where the schedule is not ours. Local."""
+    """Return a function for the record that ranks compare at an update, if the schedule is not ours. Local."""
     begun = 0
 
     def count(*_: Any) -> None:
@@ -241,7 +239,7 @@ def _record_at_update(model: nn.Module, optimizer: Optimizer) -> Callable[[], di
     optimizer.register_step_pre_hook(count)
 
     def record() -> dict[str, Any]:
-        # DeepSpeed steps one group after the other, and says itself which update it is in.
+        # DeepSpeed calls step() once per group, so its own count is used.
         updates = getattr(model, "global_steps", begun)
         return {"updates": updates, "parameter groups": plain_hyper_parameters(optimizer)}
 
@@ -249,7 +247,7 @@ def _record_at_update(model: nn.Module, optimizer: Optimizer) -> Callable[[], di
 
 
 def _record_of(scheduler: LRScheduler) -> dict[str, Any]:
-    """Return a record that must be the same on all ranks when they begin. Local."""
+    """Return the record that ranks compare when they begin. Local."""
     if isinstance(scheduler, CyclicLRWithRestarts):
         return {**scheduler.configuration(), **scheduler.agreement_record()}
     return {
@@ -266,21 +264,22 @@ def _hyper_parameters(optimizer: Optimizer) -> list[dict[str, Any]]:
 
 
 def _check_kept(given: Optimizer, kept: Optimizer, groups: list[dict[str, Any]]) -> None:
-    """Refuse what Accelerate and DeepSpeed do in silence: another optimizer, other groups. Every rank alike."""
+    """Raise if the engine silently replaced the optimizer or changed its groups. The same on every rank."""
     if kept is not given:
         raise ValueError(
-            f"the engine put {type(kept).__name__} in place of {type(given).__name__}, with other arithmetic, and the "
-            'scheduler drives nothing. With DeepSpeed\'s optimizer offload set "zero_force_ds_cpu_optimizer": false.'
+            f"the engine replaced {type(given).__name__} by {type(kept).__name__}, which computes something else and "
+            "does not follow the scheduler. With DeepSpeed's optimizer offload set "
+            '"zero_force_ds_cpu_optimizer": false.'
         )
     if _hyper_parameters(kept) != groups:
         raise ValueError(
-            f"the engine changed the parameter groups from {groups} to {_hyper_parameters(kept)}. Set nothing in its "
-            "configuration that the optimizer's groups say."
+            f"the engine changed the parameter groups from {groups} to {_hyper_parameters(kept)}. Leave what the "
+            "optimizer's groups define out of its configuration."
         )
 
 
 def host_group(accelerator: Accelerator) -> dist.ProcessGroup | None:
-    """Return Accelerate's ranks, in a group for messages on the host. Collective the first time."""
+    """Return a process group of Accelerate's ranks for messages on the host. Collective on the first call."""
     return None if accelerator.num_processes == 1 else collectives.host_group()
 
 
@@ -298,7 +297,7 @@ def _agreed_facts(
     group: dist.ProcessGroup | None,
     own_options: dict[str, Any],
 ) -> LoaderFacts:
-    """Look at what each rank was given, and raise on all what is wrong on any. Collective."""
+    """Check the arguments on every rank, and raise any rank's error on all. Collective."""
     facts, problem, record = None, None, own_options
     try:
         facts = _checked_facts(accelerator, optimizer, dataloader, scheduler)
@@ -325,7 +324,7 @@ def _layout_of(optimizer: Optimizer) -> dict[str, Any]:
 def _checked_facts(
     accelerator: Accelerator, optimizer: Optimizer, dataloader: DataLoader[Any], scheduler: LRScheduler
 ) -> LoaderFacts:
-    """Refuse what does not fit together, and fill the scheduler in. Local."""
+    """Check that the arguments fit together, and fill in the scheduler's sizes. Local."""
     if _is_dummy(optimizer):
         return _checked_json(accelerator, dataloader, scheduler)
     if not isinstance(scheduler, LRScheduler):
@@ -336,7 +335,7 @@ def _checked_facts(
     if unwrap(scheduler.optimizer) is not unwrap(optimizer):
         raise ValueError(
             f"the scheduler drives another {type(scheduler.optimizer).__name__} than the one given here, "
-            "whose lr would stand still. Pass prepare the optimizer that the scheduler was built with."
+            "whose lr would never change. Pass prepare the optimizer that the scheduler was built with."
         )
     check_engine(accelerator, optimizer)
     facts = loader_facts(accelerator, dataloader)
@@ -350,7 +349,7 @@ def _checked_facts(
 
 
 def _check_batches(scheduler: CyclicLRWithRestarts, facts: LoaderFacts) -> None:
-    """Raise where the scheduler was given another batch than the loader makes, or no epoch size is known. Local."""
+    """Raise if the scheduler's batch differs from the loader's, or the epoch size is unknown. Local."""
     if scheduler.epoch_size is None and facts.epoch_size is None:
         raise ValueError(
             "the data set has no length, so the epoch size is unknown. "
@@ -361,28 +360,29 @@ def _check_batches(scheduler: CyclicLRWithRestarts, facts: LoaderFacts) -> None:
         raise ValueError(
             f"batch_size={scheduler.batch_size} was given, but the loader and the accelerator make a global batch of "
             f"{b.micro_batch_size} samples x {b.gradient_accumulation_steps} accumulation steps x "
-            f"{b.data_parallel_size} ranks = {b.size}. Leave batch_size=None, or correct one of them; who accumulates "
-            "by hand tells Accelerator(gradient_accumulation_steps=...)."
+            f"{b.data_parallel_size} ranks = {b.size}. Leave batch_size=None, or correct one of them; if you "
+            "accumulate by hand, pass Accelerator(gradient_accumulation_steps=...)."
         )
     if facts.drop_last and scheduler.epoch_size == facts.samples != facts.epoch_size:
         warnings.warn(
-            f"epoch_size={scheduler.epoch_size} is the length of the data, of which drop_last=True trains on "
-            f"{facts.epoch_size} samples an epoch: restarts would come ever later than epochs end. Leave it None.",
+            f"epoch_size={scheduler.epoch_size} is the length of the data, but drop_last=True trains on only "
+            f"{facts.epoch_size} samples per epoch: restarts would lag further behind each epoch. Leave it None.",
             stacklevel=5,
         )
 
 
 def _is_dummy(optimizer: Any) -> bool:
-    """Return whether DeepSpeed's configuration has the optimizer, and this stands for it."""
+    """Return whether this is Accelerate's placeholder for an optimizer in the DeepSpeed configuration."""
     return type(optimizer).__name__ == "DummyOptim"
 
 
 def _checked_json(accelerator: Accelerator, dataloader: DataLoader[Any], scheduler: Any) -> LoaderFacts:
-    """Check an optimizer and a scheduler that DeepSpeed will make of its configuration. Local."""
+    """Check the placeholders for an optimizer and a scheduler in the DeepSpeed configuration. Local."""
     engine = engine_of(accelerator)
     if engine != "DEEPSPEED":
         raise ValueError(
-            f"DummyOptim stands for an optimizer in a DeepSpeed configuration, and the engine is {engine}."
+            f"DummyOptim stands for an optimizer in a DeepSpeed configuration, and the engine is {engine}. Pass an "
+            "optimizer."
         )
     if not names_our_types(accelerator.deepspeed_plugin.deepspeed_config):
         raise ValueError(
@@ -395,9 +395,9 @@ def _checked_json(accelerator: Accelerator, dataloader: DataLoader[Any], schedul
 
 
 def attach(accelerator: Accelerator, model: nn.Module, optimizer: DistAdamW) -> None:
-    """Have gradients reduced to their owners, where nothing needs them whole. Collective under DDP.
+    """Attach the optimizer under DDP, unless something needs whole gradients. Collective under DDP.
 
-    A GradScaler looks at whole gradients on every rank, and DDP takes one communication hook.
+    A GradScaler checks whole gradients on every rank, and DDP accepts only one communication hook.
     """
     if engine_of(accelerator) not in DATA_PARALLEL:
         return
@@ -406,6 +406,6 @@ def attach(accelerator: Accelerator, model: nn.Module, optimizer: DistAdamW) -> 
     if not isinstance(model, DistributedDataParallel) or accelerator.scaler is not None or hooked:
         return
     if optimizer.process_group is not None and not averages_over(optimizer._ranks, model.process_group):
-        return  # state is shared among some of the ranks; DDP averages over all
+        return  # the state is sharded over some of the ranks only, and DDP averages over all of them
     optimizer.attach(model)
     patch_accelerator(accelerator, optimizer)

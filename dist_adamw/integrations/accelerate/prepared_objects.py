@@ -1,4 +1,4 @@
-"""Remember what one ``prepare`` returned, without keeping it alive."""
+"""Remember the objects that one ``prepare`` returned, without keeping them alive."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from dist_adamw.wrappers import bare
 
 
 class Prepared:
-    """The objects of one `prepare`. It holds them weakly: Accelerate keeps them, for as long as it knows them.
+    """The objects of one `prepare`, held weakly: Accelerate keeps them alive.
 
     Args:
-        model: As prepared; Accelerate has it, or what is in it.
+        model: As prepared; Accelerate has this or the module inside it.
         optimizer: As prepared.
-        stepped: What Accelerate has among its schedulers.
-        scheduler: Itself.
-        position: In the data.
-        watch: What compares ranks; None for one rank.
-        group: For messages on the host.
-        clipping: To which norm DeepSpeed clips; None where it does not run.
+        stepped: The scheduler in Accelerate's list, perhaps a wrapper.
+        scheduler: The scheduler without a wrapper.
+        position: The position in the data.
+        watch: Compares ranks; None for one rank.
+        group: The process group for messages on the host.
+        clipping: The norm to which DeepSpeed clips; None under other engines.
     """
 
     def __init__(
@@ -49,17 +49,17 @@ class Prepared:
         self.loaded_at: int | None = None  # the schedule's clock at the last load
 
     def is_of(self, optimizer: Optimizer | None) -> bool:
-        """Return whether this goes with ``optimizer``; with None: with one that is gone. Local."""
+        """Return whether this belongs to ``optimizer``; None: whether its optimizer is gone. Local."""
         return self._optimizer() is optimizer
 
     def replaced_by(self, newer: Prepared) -> bool:
-        """Return whether ``newer`` is of the same optimizer. Local."""
+        """Return whether ``newer`` belongs to the same optimizer. Local."""
         return self._optimizer() is newer._optimizer()
 
     def known(self, number: int) -> Known | None:
-        """Return the objects of the ``number``-th optimizer; None where one of them is gone. Local."""
+        """Return the objects, for Accelerate's ``number``-th optimizer; None if one of them is gone. Local."""
         model, optimizer, scheduler = self._model(), self._optimizer(), self._scheduler()
-        model = self._bare() if model is None else model  # of a wrapper that is gone
+        model = self._bare() if model is None else model  # the wrapper is gone, and its module is not
         if model is None or optimizer is None or scheduler is None:
             return None
         name = FOLDER if number == 0 else f"{FOLDER}_{number}"
@@ -69,16 +69,16 @@ class Prepared:
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """The prepared objects that Accelerate still knows.
+    """Prepared objects that still exist.
 
     Attributes:
         of: The record.
-        name: Of its folder in a checkpoint.
+        name: The name of its folder in a checkpoint.
         model: As prepared.
         optimizer: As prepared.
-        scheduler: Itself.
-        watch: What compares ranks.
-        listed: What Accelerate has in its lists.
+        scheduler: The scheduler without a wrapper.
+        watch: Compares ranks.
+        listed: The objects that may be in Accelerate's lists.
     """
 
     of: Prepared
@@ -91,5 +91,5 @@ class Known:
 
 
 def samples_or_steps(scheduler: LRScheduler) -> int:
-    """Return how far a schedule has come: samples of ours, steps of others. Local."""
+    """Return the progress of a schedule: samples for ours, steps for others. Local."""
     return int(getattr(scheduler, "samples", scheduler.last_epoch))

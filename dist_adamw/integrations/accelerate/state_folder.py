@@ -1,7 +1,4 @@
-"""Look into a folder of ``save_state``: what Accelerate wrote there, what we did, and whether it was one save.
-
-Knows how Accelerate names its files and checkpoints.
-"""
+"""Check a folder of ``save_state``: Accelerate's files, ours, and that one save wrote all of them."""
 
 from __future__ import annotations
 
@@ -22,7 +19,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 FOLDER = "dist_adamw"
-# What Accelerate writes; other files in a folder may change as they like.
+# Accelerate's files; others in the folder are the user's and may change after the save.
 _THEIRS = (
     *("custom_checkpoint_*.pkl", "scaler.pt", "random_states_*.pkl", "sampler*.bin", "dl_state_dict*.bin"),
     *("model*.safetensors", "pytorch_model*.bin", "optimizer*.bin", "scheduler*.bin"),
@@ -30,7 +27,7 @@ _THEIRS = (
 
 
 def find_models(where: Path, names: Sequence[str], group: dist.ProcessGroup | None) -> list[bool]:
-    """Return for each model whether its folder is there on some rank. Collective."""
+    """Return for each model whether some rank sees its folder. Collective."""
     is_there = []
     for name in names:
         reports = collectives.all_gather_objects(os.path.exists(where / name), group)
@@ -39,20 +36,19 @@ def find_models(where: Path, names: Sequence[str], group: dist.ProcessGroup | No
 
 
 def check_all_there(where: Path, names: Sequence[str], is_there: list[bool], group: dist.ProcessGroup | None) -> None:
-    """Raise where some of the models' folders are missing, or some rank does not see one. Collective."""
+    """Raise if a model's folder is missing, or some rank does not see it. Collective."""
     found = [name for name, there in zip(names, is_there, strict=True) if there]
     for name in names:
         if name not in found:
             raise CheckpointError(
-                f"{where} has {', '.join(found)}, and no {name}: it is of a job with other models, or was not "
-                "written to the end. Nothing has been loaded; load another checkpoint, or prepare the models that were "
-                "saved."
+                f"{where} has {', '.join(found)}, and no {name}: it is of a job with other models, or is incomplete. "
+                "Nothing has been loaded; load another checkpoint, or prepare the models that were saved."
             )
         check_alike(where / name, group)
 
 
 def check_one_save(where: Path, names: Sequence[str]) -> None:
-    """Raise where the folders of several models were not written by one ``save_state``. Local."""
+    """Raise if the folders of several models are not from the same ``save_state``. Local."""
     tokens = [read_index(where / name).about["extra"].get("state") for name in names]
     for name, token in zip(names, tokens, strict=True):
         if token != tokens[0]:
@@ -63,7 +59,7 @@ def check_one_save(where: Path, names: Sequence[str]) -> None:
 
 
 def check_custom_objects(accelerator: Accelerator, folder: Path) -> None:
-    """Check custom objects, as Accelerate would after all else has been loaded. Local."""
+    """Check the number of custom objects; Accelerate checks it only after loading everything else. Local."""
     found = len([*folder.glob("custom_checkpoint_*.pkl")])
     if found != len(accelerator._custom_objects):
         raise CheckpointError(
@@ -73,7 +69,7 @@ def check_custom_objects(accelerator: Accelerator, folder: Path) -> None:
 
 
 def remove_older_objects(accelerator: Accelerator, where: Path) -> None:
-    """Remove what an earlier save to this folder wrote of more custom objects than there are. Local."""
+    """Remove files of custom objects that an earlier save to this folder had and this one has not. Local."""
     custom = {f"custom_checkpoint_{i}.pkl" for i in range(len(accelerator._custom_objects))}
     for path in where.glob("custom_checkpoint_*.pkl"):
         if path.name not in custom:
@@ -81,15 +77,15 @@ def remove_older_objects(accelerator: Accelerator, where: Path) -> None:
 
 
 def files_of(where: Path) -> dict[str, Any]:
-    """Return size and checksum of what Accelerate has written beside ours. Local."""
+    """Return size and checksum of Accelerate's files in the folder. Local."""
     paths = [path for pattern in _THEIRS for path in where.glob(pattern)]
     return {path.name: fingerprint(path) for path in paths if path.is_file()}
 
 
 def read_extra(folder: Path) -> Any:
-    """Return the position that `save_state` saved beside the tensors, after checking the files that it named. Local.
+    """Return the position that `save_state` saved, after checking Accelerate's files against its record. Local.
 
-    Files of another save than ours are what a kill between the two leaves.
+    A kill between Accelerate's files and ours leaves a folder with files of two saves.
 
     Raises:
         CheckpointError: a file is missing or not the one that was saved.
@@ -97,7 +93,7 @@ def read_extra(folder: Path) -> Any:
     where, extra = folder.parent, read_index(folder).about.get("extra", {})
     files = extra.get("files", {}) if isinstance(extra, dict) else None
     if not isinstance(files, dict):
-        raise CheckpointError(f"{folder} is damaged: what save_state adds is {str(extra)[:200]}.")
+        raise CheckpointError(f"{folder} is damaged: the record of save_state is {str(extra)[:200]}.")
     for name, facts in files.items():
         path = where / name
         is_inside = path.resolve().is_relative_to(where.resolve())
@@ -110,14 +106,14 @@ def read_extra(folder: Path) -> Any:
 
 
 def newest_of(accelerator: Accelerator) -> Path:
-    """Return the newest complete checkpoint under automatic naming, which ``load_state()`` takes."""
+    """Return the newest complete checkpoint under automatic naming, the one that ``load_state()`` loads."""
     folder = automatic_folder(accelerator)
     numbered = numbered_checkpoints(folder)
     if not accelerator.project_configuration.automatic_checkpoint_naming or not numbered:
-        raise ValueError(f"no checkpoint was named, and {folder} has none. Pass load_state(<folder>).")
+        raise ValueError(f"load_state() got no folder, and {folder} has no checkpoint. Pass load_state(<folder>).")
     whole = [path for path in numbered if any(path.glob(f"{FOLDER}*/{INDEX}"))] or numbered
     if whole[-1] != numbered[-1]:
-        warnings.warn(f"{numbered[-1]} was not written to the end: {whole[-1]} is loaded.", stacklevel=5)
+        warnings.warn(f"{numbered[-1]} is incomplete: {whole[-1]} is loaded instead.", stacklevel=5)
     return whole[-1]
 
 

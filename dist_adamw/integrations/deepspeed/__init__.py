@@ -1,1 +1,1 @@
-"""DeepSpeed: its configuration and its ZeRO state."""
+"""DeepSpeed: configuration and ZeRO state."""

@@ -1,7 +1,4 @@
-"""Check and complete a DeepSpeed configuration, and register the types that it may name.
-
-Knows DeepSpeed's configuration and registries; nothing below knows it. Imports it lazily.
-"""
+"""Check and complete a DeepSpeed configuration, and register the types that it may name."""
 
 from __future__ import annotations
 
@@ -23,11 +20,11 @@ Config = MutableMapping[str, Any]
 T = TypeVar("T")
 CLIPPING = "gradient_clipping"
 _SCHEDULER = "CyclicLRWithRestarts"
-# What JSON cannot say, or the engine says.
+# Arguments that JSON cannot express or that the engine provides, with the advice for the error.
 _NOT_FOR_JSON = {
     "params": "DeepSpeed passes the parameters",
     "optimizer": "DeepSpeed passes the optimizer",
-    "mesh": "DeepSpeed shares state out itself",
+    "mesh": "DeepSpeed shards state itself",
     "master_dtype": "DeepSpeed keeps fp32 weights itself, so leave it out",
     "state_dtype": "DeepSpeed keeps state in fp32, so leave it out",
     "max_grad_norm": 'write "gradient_clipping" beside "optimizer"',
@@ -40,52 +37,52 @@ _FILLED_BY_PREPARE = ("batch_size", "epoch_size")
 
 
 def accumulation_of(config: Config, accumulation: int) -> int:
-    """Return the micro-batches of an update: the configuration's, where it says. Local."""
+    """Return the micro-batches of an update: the configuration's number, unless that is "auto". Local."""
     given = config.get("gradient_accumulation_steps", "auto")
     return accumulation if given == "auto" else int(given)
 
 
 def configure(config: Config, optimizer: Optimizer | None) -> None:
-    """Have the engine clip as ``optimizer`` was asked to, and keep ``optimizer``. Local, before the engine is built.
+    """Make the engine clip as ``optimizer`` would, and keep ``optimizer``. Local; before the engine is built.
 
     Args:
-        config: DeepSpeed's; changed in place.
-        optimizer: Its ``max_grad_norm`` is handed over. None: it is made later, and has none.
+        config: The DeepSpeed configuration; changed in place.
+        optimizer: Its ``max_grad_norm`` moves to the configuration. None: it is made later, without one.
 
     Raises:
-        ValueError: both name a norm, and not the same; or DeepSpeed was asked to put another optimizer there.
+        ValueError: both have a norm and they differ; or the configuration asks for another optimizer.
     """
     given = config.get(CLIPPING, "auto")
     norm = optimizer.max_grad_norm if isinstance(optimizer, DistAdamW) else None
     if norm is not None and given not in ("auto", norm):
         raise ValueError(
             f"max_grad_norm={norm} was given to DistAdamW and gradient_clipping={given} to DeepSpeed, which clips. "
-            "Name one of them, or the same norm."
+            "Set only one of them, or the same norm."
         )
     if given == "auto":
-        # DeepSpeed 0.19 clips to 1.0 where nothing is said, and Accelerate fills "auto" with 1.0.
+        # Without a value DeepSpeed 0.19 clips to 1.0, and Accelerate resolves "auto" to 1.0.
         config[CLIPPING] = norm or 0.0
     if isinstance(optimizer, DistAdamW):
         optimizer.max_grad_norm = None
     offload = config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none")
-    # Where nothing is said, Accelerate swaps a client optimizer for DeepSpeedCPUAdam, with L2 decay.
+    # Without this key Accelerate replaces a client optimizer by DeepSpeedCPUAdam, with L2 decay.
     if offload != "none" and config.setdefault("zero_force_ds_cpu_optimizer", False):
         raise ValueError(
             f'"zero_force_ds_cpu_optimizer": true asks for DeepSpeedCPUAdam in place of {type(optimizer).__name__}, '
-            "with other arithmetic. Leave it out."
+            "which computes something else. Leave it out."
         )
 
 
 def register_deepspeed() -> None:
-    """Let a DeepSpeed JSON name ``"type": "DistAdamW"`` and ``"type": "CyclicLRWithRestarts"``. Local; call it once.
+    """Register ``"type": "DistAdamW"`` and ``"type": "CyclicLRWithRestarts"`` for DeepSpeed JSON files. Local.
 
-    Before ``deepspeed.initialize`` or ``accelerator.prepare``; `dist_adamw.prepare` calls it itself. The
-    "params" of both are the arguments of the classes by name. ``"auto"`` for ``batch_size`` and ``epoch_size``
-    is what `dist_adamw.prepare` knows; for ``lr`` and ``weight_decay`` what Accelerate or transformers fill in.
+    Call it once, before ``deepspeed.initialize`` or ``accelerator.prepare``; `dist_adamw.prepare` calls it itself. The
+    "params" of both are the classes' arguments by name. `dist_adamw.prepare` resolves ``"auto"`` for ``batch_size`` and
+    ``epoch_size``; Accelerate or transformers resolve it for ``lr`` and ``weight_decay``.
 
-    On a machine without an accelerator it also has gloo do what DeepSpeed's shared-memory collectives would:
-    those are compiled when the process group is made, and a build that was killed leaves a lock on which every later
-    start waits for ever. So call it before ``Accelerator()`` there.
+    On a machine without an accelerator it also replaces DeepSpeed's shared-memory collectives by gloo's: those are
+    compiled when the process group is created, and a killed build leaves a lock on which every later start waits
+    forever. So call it before ``Accelerator()`` there.
 
     Raises:
         ImportError: DeepSpeed is not installed.
@@ -98,7 +95,7 @@ def register_deepspeed() -> None:
         raise ImportError("register_deepspeed() needs DeepSpeed: pip install 'dist_adamw[deepspeed]'.") from error
     if deepspeed.accelerator.get_accelerator().device_name() == "cpu":
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    # DeepSpeed looks for names there; it has no registry.
+    # DeepSpeed has no registry: it looks names up in these modules.
     torch.optim.DistAdamW = _optimizer_from_json  # type: ignore[attr-defined]
     lr_schedules.CyclicLRWithRestarts = _scheduler_from_json
     if DistAdamW not in zero.ZERO_SUPPORTED_OPTIMIZERS:
@@ -108,12 +105,12 @@ def register_deepspeed() -> None:
 
 
 def names_our_types(config: Mapping[str, Any]) -> bool:
-    """Return whether a DeepSpeed configuration asks for an optimizer or scheduler of this package. Local."""
+    """Return whether a DeepSpeed configuration names an optimizer or scheduler of this package. Local."""
     return any(config.get(part, {}).get("type") in ("DistAdamW", _SCHEDULER) for part in ("optimizer", "scheduler"))
 
 
 def fill(config: Config, batch_size: int, epoch_size: int | None) -> bool:
-    """Fill in ``"auto"`` from loader and accelerator; return whether both numbers are theirs. Local."""
+    """Resolve ``"auto"`` from loader and accelerator; return whether both numbers match theirs. Local."""
     section = config.get("scheduler", {})
     if section.get("type") != _SCHEDULER:
         return False
@@ -135,10 +132,10 @@ def _scheduler_from_json(optimizer: Any, /, **given: Any) -> CyclicLRWithRestart
 
 
 def _made(kind: Callable[..., T], section: str, first: Any, given: Mapping[str, Any]) -> T:
-    """Return ``kind(first, **given)``, where ``given`` is plain data from a file. Nothing that it names is imported.
+    """Return ``kind(first, **given)``, where ``given`` is plain data from a file. Names in it are not imported.
 
     Raises:
-        ValueError: names the section and the key, and says what is wrong with it.
+        ValueError: names the section, the key and the problem.
     """
     types = get_type_hints(kind.__init__)
     known = [name for name in types if name not in _NOT_FOR_JSON and name != "return"]
@@ -159,7 +156,7 @@ def _made(kind: Callable[..., T], section: str, first: Any, given: Mapping[str, 
 
 
 def _check_name(section: str, name: str, value: object, known: list[str]) -> None:
-    """Raise where a key is none of ``known``."""
+    """Raise if a key is not in ``known``."""
     if name in _NOT_FOR_JSON:
         _refuse(section, name, value, _NOT_FOR_JSON[name])
     if name not in known:
@@ -173,12 +170,12 @@ def _refuse(section: str, name: str, value: object, why: str) -> NoReturn:
 
 
 def _kinds(annotation: Any) -> tuple[Any, ...]:
-    """Return the members of a union; the annotation itself where it is none."""
+    """Return the members of a union, or the annotation itself if it is not one."""
     return get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
 
 
 def _read(value: Any, kind: Any) -> Iterator[Any]:
-    """Yield ``value``, which is plain data, as ``kind``; nothing where it is none."""
+    """Yield plain data as ``kind``; nothing if it is not of that kind."""
     if get_origin(kind) is Literal:
         yield from (member for member in get_args(kind) if member == value)
     elif get_origin(kind) is tuple:
@@ -191,7 +188,7 @@ def _read(value: Any, kind: Any) -> Iterator[Any]:
 
 
 def _may_be_number(value: Any, kind: type) -> bool:
-    """Return whether ``kind(value)`` is to be tried. What comes from YAML has 1e-3 as text."""
+    """Return whether to try ``kind(value)``. YAML reads 1e-3 as text."""
     return isinstance(value, str) or (kind is float and type(value) is int)
 
 

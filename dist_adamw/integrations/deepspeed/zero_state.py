@@ -1,10 +1,8 @@
-"""Read and write weights and optimizer state in DeepSpeed's ZeRO engines, by parameter name.
+"""Read and write weights and optimizer state in DeepSpeed 0.19's ZeRO engines, by parameter name.
 
-Knows the inside of DeepSpeed 0.19's ZeRO optimizers; imports nothing of it.
-
-Stages 1 and 2 lay the parameters of a group end to end and give each rank an interval; stage 3 cuts each parameter
-into equal parts. Either way a rank has fp32 weights and state in a few flat partitions, and this module says which
-elements of which parameter lie where in them.
+Stages 1 and 2 concatenate the parameters of a group and give each rank an interval; stage 3 cuts each parameter into
+equal parts. Either way a rank has fp32 weights and state in a few flat partitions, and this module maps the elements of
+parameters to their offsets in them. It uses internals of DeepSpeed's optimizers, without importing DeepSpeed.
 """
 
 from __future__ import annotations
@@ -46,12 +44,12 @@ from dist_adamw.wrappers import unwrap
 
 @dataclass(frozen=True, slots=True)
 class Fragment:
-    """Elements ``start`` to ``stop`` of a parameter, which lie from ``offset`` on in a flat fp32 ``partition``.
+    """Elements ``start`` to ``stop`` of a parameter, which begin at ``offset`` in a flat fp32 ``partition``.
 
     Attributes:
-        name: Of the parameter.
-        shape: Of the whole parameter.
-        weights: The same elements as the model has them, 1-D, where they lie here.
+        name: The parameter's name.
+        shape: The shape of the whole parameter.
+        weights: The same elements in the model's dtype, 1-D.
     """
 
     name: str
@@ -63,13 +61,13 @@ class Fragment:
     weights: Tensor
 
     def of(self, flat: Tensor) -> PartialTensor:
-        """Return these elements of a tensor that is laid out as the partition."""
+        """Return these elements of a tensor with the partition's layout."""
         values = flat.detach()[self.offset : self.offset + self.stop - self.start]
         return PartialTensor.of_ranges(self.shape, values, [(self.start, self.stop)], dtype=flat.dtype)
 
     @property
     def model(self) -> PartialTensor:
-        """These elements of the model's weights."""
+        """These elements of the model's weights, as a partial tensor."""
         return PartialTensor.of_ranges(self.shape, self.weights, [(self.start, self.stop)], dtype=self.weights.dtype)
 
 
@@ -77,7 +75,7 @@ class ZeroAccess:
     """Access to the state of a DeepSpeed engine with ZeRO-1, 2 or 3.
 
     Raises:
-        CheckpointError: it keeps its state where this does not find it.
+        CheckpointError: the engine keeps state outside of the partitions (NVMe, experts).
     """
 
     def __init__(self, engine: Any, with_state: bool) -> None:
@@ -90,8 +88,8 @@ class ZeroAccess:
         swaps = getattr(self.zero, "swap_optimizer", False) or getattr(self.zero, "params_in_nvme_and_cpu", False)
         if swaps or getattr(engine, "has_moe_layers", False):
             raise CheckpointError(
-                f"{self.engine} with {'state on NVMe' if swaps else 'experts'} keeps parts of the state where no other "
-                "engine could read them. Save with DeepSpeed's own engine.save_checkpoint."
+                f"{self.engine} with {'state on NVMe' if swaps else 'experts'} keeps parts of the state where other "
+                "engines cannot read them. Save with DeepSpeed's own engine.save_checkpoint."
             )
 
     def _shape(self, param: Any) -> tuple[int, ...]:
@@ -114,7 +112,7 @@ class ZeroAccess:
         return plain_groups(self.optimizer, lambda g, _: members[g])
 
     def _groups(self) -> Iterator[tuple[int, list[Any]]]:
-        """Yield parameters that share a partition, and their group."""
+        """Yield the group and the parameters of each partition."""
         if self.is_stage_3:
             for i, params in enumerate(self.zero.fp16_groups):
                 yield self.zero.sub_group_to_group_id[i], params
@@ -128,7 +126,7 @@ class ZeroAccess:
         return list(enumerate(self.zero.single_partition_of_fp32_groups))
 
     def fragments(self) -> Iterator[Fragment]:
-        """Return the part of the trained parameters in this process."""
+        """Yield this process's part of each trained parameter."""
         partitions = self._partitions()
         for i, (_, params) in enumerate(self._groups()):
             for param in params:
@@ -146,7 +144,7 @@ class ZeroAccess:
                 yield Fragment(name, shape, start, stop, partitions[i][1], offset, weights)
 
     def _part(self, param: Any) -> tuple[int, int, Tensor]:
-        """Stage 3's part of any parameter, also a frozen one: where it begins and ends, and its elements."""
+        """Return begin, end and elements of stage 3's part of a parameter, trained or frozen."""
         rank, numel = self.zero._get_param_partition_rank(param), param.ds_tensor.ds_numel
         start, stop = (min(edge, param.ds_numel) for edge in (rank * numel, (rank + 1) * numel))
         return start, stop, param.ds_tensor.detach()[: stop - start]
@@ -172,13 +170,13 @@ class ZeroAccess:
         return local_state
 
     def _let_all_know_steps(self, local_state: LocalState) -> None:
-        """Add the steps of all parameters: the main rank, which writes them, may have nothing of some."""
+        """Add the steps of all parameters: the main rank writes them, and may have no elements of some."""
         for (_, params), (_, partition) in zip(self._groups(), self._partitions(), strict=True):
             if "step" in (state := self.optimizer.state.get(partition, {})):
                 local_state.scalars |= {self.names[param]: {"step": float(state["step"])} for param in params}
 
     def _rest(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield parameters that are not trained."""
+        """Yield frozen parameters."""
         trained = {param for _, params in self._groups() for param in params}
         for param, name in self.names.items():
             if param in trained:
@@ -194,7 +192,7 @@ class ZeroAccess:
         local_state = LocalState()
         for param, name in self.names.items():
             if not self.is_stage_3:
-                local_state.read(MODEL, name, param.detach(), found)  # every rank has all of it
+                local_state.read(MODEL, name, param.detach(), found)  # every rank has whole weights
         for name, weights in self._rest():
             local_state.read(MODEL, name, weights, found)
         for name, buffer in buffers(self.model):
@@ -207,7 +205,7 @@ class ZeroAccess:
         if not self.with_state:
             return lambda: local_state
         kinds = _kinds_of_state(found)
-        # One that was never used has no state elsewhere; here it has zeros, as all of its partition.
+        # A parameter that was never updated has no saved state; ZeRO has state for whole partitions: zeros.
         used = {name for name, of in found.kinds.items() if of - {MODEL, MASTER}}
         self._check_state(found, kinds, used)  # before anything is changed
 
@@ -223,7 +221,7 @@ class ZeroAccess:
         return make_room
 
     def _check_state(self, found: CheckpointContents, kinds: list[str], used: set[str]) -> None:
-        """Raise where a checkpoint lacks state of a parameter that was used, or has it in another shape."""
+        """Raise if state of an updated parameter is missing or has another shape."""
         for _, params in self._groups():
             for param in params:
                 name = self.names[param]
@@ -232,7 +230,7 @@ class ZeroAccess:
                     found.need_shape(f"{kind}.{name}", self._shape(param))
 
     def _room_for(self, kinds: list[str]) -> dict[Tensor, dict[str, Any]]:
-        """Return state of zeros for every partition."""
+        """Allocate zeros as the state of every partition, and return it."""
         partitions, state = self._partitions(), self.optimizer.state
         if not kinds:
             state.clear()
@@ -248,7 +246,7 @@ class ZeroAccess:
 
     @contextlib.contextmanager
     def _partitions_shown(self, partitions: list[tuple[int, Tensor]]) -> Iterator[None]:
-        """Have the optimizer's groups hold the partitions: stage 3 shows them only while it steps."""
+        """Put the partitions into the optimizer's groups, where stage 3 has them only during a step."""
         shown = [group["params"] for group in self.optimizer.param_groups]
         for g, group in enumerate(self.optimizer.param_groups):
             group["params"] = [partition for of, partition in partitions if of == g]
@@ -264,8 +262,8 @@ class ZeroAccess:
             steps = {float(numbers["step"]) for numbers in numbers_of_params if "step" in numbers}
             if len(steps) > 1:
                 warnings.warn(
-                    f"parameters of one group have had {sorted(steps)} updates, and {self.engine} counts one number "
-                    f"for all of them: they go on with {max(steps):g}.",
+                    f"parameters of one group have had {sorted(steps)} updates, and {self.engine} keeps one count "
+                    f"for all of them: they continue with {max(steps):g}.",
                     stacklevel=2,
                 )
             if partition in state and steps:
@@ -275,22 +273,22 @@ class ZeroAccess:
         self._forget_gradients()
         if isinstance(self.optimizer, DistAdamW):
             self.optimizer.recount()
-        # DeepSpeed keeps views of the state that it had.
+        # DeepSpeed caches views of the previous state: link them again.
         if hasattr(self.zero, "_hp_optimizer_states_linked"):
             self.zero._hp_optimizer_states_linked = False
-        if self.is_stage_3:  # what is whole on every rank, always or since the last forward pass, has the old values
+        if self.is_stage_3:  # persistent and still gathered parameters have the old values: partition them again
             self.zero.checkpoint_event_prologue()
             self.zero.checkpoint_event_epilogue()
 
     def _forget_gradients(self) -> None:
-        """Forget gradients of micro-batches before the load, much as DeepSpeed does when an update overflows."""
+        """Drop gradients accumulated before the load, much as DeepSpeed does when an update overflows."""
         zero = self.zero
-        zero.zero_grad()  # of the model, where stage 1 accumulates
+        zero.zero_grad()  # stage 1 accumulates in the model's gradients
         if self.is_stage_3:
-            zero.grad_partitions_flat_buffer.zero_()  # also of what the next micro-batch does not use
+            zero.grad_partitions_flat_buffer.zero_()  # all of it: the next micro-batch may not overwrite every part
         else:
-            zero.all_grad_tensors.clear()  # stage 2 accumulates in these
-            zero.averaged_gradients.clear()  # or here, where gradients are more exact than weights
+            zero.all_grad_tensors.clear()  # stage 2 accumulates here,
+            zero.averaged_gradients.clear()  # or here if gradients have more precision than weights
             if zero.cpu_offload:
                 zero.reset_cpu_buffers()
                 zero.accumulated_grads_in_cpu.clear()
@@ -299,7 +297,7 @@ class ZeroAccess:
 
 
 def _kinds_of_state(found: CheckpointContents) -> list[str]:
-    """Return what a checkpoint has of parameters that an optimizer counts steps of, besides weights."""
+    """Return the kinds of state that a checkpoint has for parameters with a step, besides weights."""
     kinds: set[str] = set()
     for name, of_name in found.kinds.items():
         if name in found.scalars:
@@ -308,7 +306,7 @@ def _kinds_of_state(found: CheckpointContents) -> list[str]:
 
 
 class WholeAccess(TorchAccess):
-    """A DeepSpeed engine without ZeRO, or with a plain optimizer."""
+    """Access to the state of a DeepSpeed engine without ZeRO, or with a plain optimizer."""
 
     def __init__(self, engine: Any, optimizer: Optimizer | None) -> None:
         super().__init__(engine.module, optimizer)
@@ -333,15 +331,15 @@ class WholeAccess(TorchAccess):
 
 
 def _begin_update(engine: Any) -> None:
-    """Let the next micro-batch be the first of an update. Local."""
+    """Make the next micro-batch the first of an update. Local."""
     engine.micro_steps -= engine.micro_steps % engine.gradient_accumulation_steps()
 
 
 def find_access(model: nn.Module, optimizer: Optimizer | None) -> Access | None:
-    """Return how to reach the state of a DeepSpeed engine; None where ``model`` is none. Local.
+    """Return the adapter for a DeepSpeed engine's state; None if ``model`` is not one. Local.
 
     Raises:
-        CheckpointError: DeepSpeed keeps its weights in a way that is not known here.
+        CheckpointError: DeepSpeed keeps its weights in a way that is not supported.
     """
     inner: Any = getattr(model, "optimizer", None)
     if not hasattr(model, "zero_optimization_stage"):
@@ -351,28 +349,28 @@ def find_access(model: nn.Module, optimizer: Optimizer | None) -> Access | None:
     if inner is None or isinstance(inner, Optimizer):
         return WholeAccess(model, inner)
     raise CheckpointError(
-        f"{type(inner).__name__} keeps its weights its own way. Use ZeRO stage 1 or 2, without grad_accum_dtype: "
-        "it does the same in less memory."
+        f"{type(inner).__name__} keeps its weights in an unsupported way. Use ZeRO stage 1 or 2, without "
+        "grad_accum_dtype: it does the same in less memory."
     )
 
 
 _HOW_TO_TRUST = (
-    "It is a folder that DeepSpeed wrote, as pickles. If you trust it, pass load_checkpoint(..., weights_only=False), "
+    "DeepSpeed wrote this folder, as pickles. If you trust it, pass load_checkpoint(..., weights_only=False), "
     "or set TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1."
 )
 
 
 def prepare_deepspeed(engine: Any, scheduler: Any = None) -> None:
-    """Let ``engine.save_checkpoint`` and ``load_checkpoint`` write and read our checkpoints. Local.
+    """Make ``engine.save_checkpoint`` and ``load_checkpoint`` use our checkpoints. Local.
 
-    They keep their arguments (but frozen weights are always saved, and names must always match) and their folders:
-    ``<save_dir>/<tag>`` and a file ``latest``. A folder that DeepSpeed wrote itself is read by DeepSpeed, which
-    executes what its pickles say, and so only with ``load_checkpoint(..., weights_only=False)``.
-    `dist_adamw.prepare` and `prepare_trainer` do this themselves.
+    Arguments stay the same (but frozen weights are always saved, and names must always match), and so do the folders:
+    ``<save_dir>/<tag>`` and a file ``latest``. DeepSpeed itself reads a folder that it wrote, and executes code in its
+    pickles, so that needs ``load_checkpoint(..., weights_only=False)``.
+    `dist_adamw.prepare` and `prepare_trainer` call this themselves.
 
     Args:
-        engine: What ``deepspeed.initialize`` returned.
-        scheduler: Default: the engine's.
+        engine: The engine that ``deepspeed.initialize`` returned.
+        scheduler: Default: the engine's scheduler.
     """
     load_theirs = engine.load_checkpoint
 
@@ -389,7 +387,7 @@ def prepare_deepspeed(engine: Any, scheduler: Any = None) -> None:
     ) -> bool:
         if exclude_frozen_parameters:
             warnings.warn(
-                "exclude_frozen_parameters=True: frozen weights are saved all the same, so that the checkpoint loads "
+                "exclude_frozen_parameters=True is ignored: frozen weights are saved too, so that the checkpoint loads "
                 "on every engine.",
                 stacklevel=2,
             )
@@ -440,7 +438,7 @@ def prepare_deepspeed(engine: Any, scheduler: Any = None) -> None:
 
 
 def accept_counts(engine: Any, loaded: Checkpoint) -> None:
-    """Let an engine count on from a checkpoint, whichever engine wrote it. Local."""
+    """Set an engine's counters from a checkpoint of any engine. Local."""
     inner = unwrap(engine.optimizer)
     known = {"global_steps": getattr(inner, "updates", 0), "global_samples": loaded.samples or 0, "skipped_steps": 0}
     counts = loaded.extra.get("engine", {})

@@ -1,1 +1,1 @@
-"""The Trainer of transformers."""
+"""transformers' Trainer."""

@@ -1,7 +1,4 @@
-"""Decide what creates a Trainer's optimizer and schedule: its arguments, an override, or the user.
-
-Knows Trainer by its attributes. `prepare_trainer` asks here what it may put in the place of Trainer's own.
-"""
+"""Decide what creates a Trainer's optimizer and schedule: its arguments, an override, or the user."""
 
 from __future__ import annotations
 
@@ -22,7 +19,7 @@ from dist_adamw.schedule.saved import OnDifference
 from dist_adamw.schedule.scheduler import CyclicLRWithRestarts
 from dist_adamw.wrappers import unwrap
 
-# Arguments of DistAdamW that TrainingArguments has, where Trainer, DeepSpeed's "auto" and loggers read them.
+# Arguments of DistAdamW that must be set in TrainingArguments, since Trainer, DeepSpeed's "auto" and loggers read them.
 _IN_ARGUMENTS = {
     "lr": "learning_rate",
     "betas": "adam_beta1 and adam_beta2",
@@ -31,25 +28,25 @@ _IN_ARGUMENTS = {
     "max_grad_norm": "max_grad_norm",
 }
 _ADAMW = {"adamw_torch", "adamw_torch_fused"}
-# Arguments of torch.optim.AdamW that choose an implementation; DistAdamW has its own.
+# Arguments of torch.optim.AdamW that choose an implementation; DistAdamW has no use for them.
 _IMPLEMENTATION = ("foreach", "capturable", "differentiable")
 
 
 def replace_method(trainer: Any, name: str, function: Callable[..., Any]) -> None:
-    """Put ``function`` in the place of a method of this one Trainer, whatever its class. Local."""
+    """Replace a method of this Trainer instance. Local."""
     assert callable(getattr(trainer, name))
     setattr(trainer, name, function)
 
 
 def is_overridden(trainer: Any, name: str) -> bool:
-    """Whether a subclass of Trainer, or this instance, has a method of this name in place of Trainer's. Local."""
+    """Return whether a subclass of Trainer, or this instance, overrides a method. Local."""
     from transformers import Trainer
 
     return name in vars(trainer) or getattr(type(trainer), name) is not getattr(Trainer, name)
 
 
 def check_arguments(trainer: Any, optimizer: Mapping[str, Any], on_difference: OnDifference | None) -> None:
-    """Refuse arguments that TrainingArguments has, and TrainingArguments that would be ignored. Local.
+    """Refuse arguments that belong in TrainingArguments, and TrainingArguments that would be ignored. Local.
 
     Raises:
         ValueError: names the argument, its value and what to do.
@@ -58,7 +55,7 @@ def check_arguments(trainer: Any, optimizer: Mapping[str, Any], on_difference: O
         raise ValueError(f"on_difference must be 'strict', 'checkpoint', 'new' or None, got {on_difference!r}.")
     for name in optimizer.keys() & _IN_ARGUMENTS.keys():
         raise ValueError(
-            f"{name}={optimizer[name]!r} was given to prepare_trainer; Trainer has it from TrainingArguments. Set "
+            f"{name}={optimizer[name]!r} was given to prepare_trainer; Trainer takes it from TrainingArguments. Set "
             f"{_IN_ARGUMENTS[name]} there."
         )
     args = trainer.args
@@ -77,7 +74,7 @@ def check_arguments(trainer: Any, optimizer: Mapping[str, Any], on_difference: O
 
 
 def _was_set(args: Any, name: str) -> bool:
-    """Return whether an argument differs from the default of its class; an empty one says nothing."""
+    """Return whether an argument is neither empty nor its class's default."""
     default = next(field.default for field in dataclasses.fields(args) if field.name == name)
     value = getattr(args, name)
     return bool(value) and value != default
@@ -88,15 +85,15 @@ def _text(value: Any) -> str:
 
 
 def put_optimizer(trainer: Any, options: Mapping[str, Any]) -> bool:
-    """Have Trainer make a `DistAdamW` where it would make torch's AdamW, and check what it made. Local.
+    """Make Trainer create a `DistAdamW` in place of torch's AdamW, and check the result. Local.
 
-    The arguments are read when the optimizer is made: a hyper-parameter search changes them.
+    The arguments are read when the optimizer is created: a hyper-parameter search changes them.
 
     Returns:
-        Whether the optimizer will have the lr of ``TrainingArguments``, as far as is known now.
+        Whether the optimizer will have the lr of ``TrainingArguments``: no override can change it.
 
     Raises:
-        ValueError: ``optim`` or one of its arguments names another optimizer, or ``options`` would be ignored.
+        ValueError: ``optim`` or one of its arguments selects another optimizer, or ``options`` would be ignored.
     """
     if trainer.optimizer is not None or trainer.optimizer_cls_and_kwargs is not None:
         if options:
@@ -113,7 +110,7 @@ def put_optimizer(trainer: Any, options: Mapping[str, Any]) -> bool:
     overridden = is_overridden(trainer, "get_optimizer_cls_and_kwargs")
     if not overridden:
         _check_optim(trainer.args)
-        # Bad arguments fail here and now, not when a job of many ranks has come up.
+        # So that bad arguments fail here and not after a job of many ranks has started.
         DistAdamW([nn.Parameter(torch.zeros(1))], **_of_arguments(trainer.args), **options)
     get_theirs = trainer.get_optimizer_cls_and_kwargs if overridden else None
 
@@ -159,24 +156,24 @@ def _check_optim(args: Any) -> None:
 
 
 def _check_made(trainer: Any, options: Mapping[str, Any], by_hand: bool) -> None:
-    """Raise where ``options`` did not reach the optimizer; warn where it is not a `DistAdamW`. Every rank alike."""
+    """Raise if ``options`` did not reach the optimizer; warn if it is not a `DistAdamW`. The same on every rank."""
     made = unwrap(trainer.optimizer)
     source = "trainer.optimizer was set, and it is" if by_hand else f"{type(trainer).__name__}'s override made"
     if options and not (isinstance(made, DistAdamW) and _has(made, options)):
         raise ValueError(
-            f"{source} a {type(made).__name__} that does not have optimizer={dict(options)}, as it was given to "
+            f"{source} a {type(made).__name__} that does not have optimizer={dict(options)}, which was given to "
             "prepare_trainer. Pass these arguments where the optimizer is made, and leave them out of prepare_trainer."
         )
     if not (by_hand or isinstance(made, DistAdamW)):
         warnings.warn(
-            f"{source} a {type(made).__name__}: the schedule drives it, and its state is whole on every rank. For "
-            "DistAdamW make the optimizer of what self.get_optimizer_cls_and_kwargs(self.args) returns.",
+            f"{source} a {type(made).__name__}: the schedule drives it, and its state is not sharded. For DistAdamW, "
+            "make the optimizer from what self.get_optimizer_cls_and_kwargs(self.args) returns.",
             stacklevel=3,
         )
 
 
 def _has(optimizer: DistAdamW, options: Mapping[str, Any]) -> bool:
-    """Return whether an optimizer has the options, as arguments or in its groups' defaults."""
+    """Return whether an optimizer has the options, as attributes or in its groups' defaults."""
     missing = object()
     return all(
         optimizer.defaults.get(name, getattr(optimizer, "_mesh" if name == "mesh" else name, missing)) == value
@@ -185,7 +182,7 @@ def _has(optimizer: DistAdamW, options: Mapping[str, Any]) -> bool:
 
 
 def check_override_of_scheduler(trainer: Any, options: Mapping[str, Any]) -> Callable[..., Any] | None:
-    """Return the ``create_scheduler`` that stands in place of Trainer's, if there is one. Local.
+    """Return the override of ``create_scheduler``, if there is one. Local.
 
     Raises:
         ValueError: it would ignore ``options``.
@@ -202,40 +199,40 @@ def check_override_of_scheduler(trainer: Any, options: Mapping[str, Any]) -> Cal
 
 
 def check_made_scheduler(trainer: Any) -> CyclicLRWithRestarts:
-    """Return Trainer's scheduler. Every rank alike.
+    """Return Trainer's scheduler. The same on every rank.
 
     Raises:
-        ValueError: it is no `CyclicLRWithRestarts`, or drives another optimizer.
+        ValueError: it is not a `CyclicLRWithRestarts`, or drives another optimizer.
     """
     made = trainer.lr_scheduler
     if not isinstance(made, CyclicLRWithRestarts):
         raise ValueError(
             f"the Trainer has a {type(made).__name__} (from an override of create_scheduler, optimizers= or "
-            "trainer.lr_scheduler), and prepare_trainer serves CyclicLRWithRestarts. Make one there, or leave it out "
+            "trainer.lr_scheduler), and prepare_trainer needs a CyclicLRWithRestarts. Make one there, or leave it out "
             "and let prepare_trainer make it."
         )
     optimizer: Optimizer | None = trainer.optimizer
     if optimizer is None or made.optimizer is not unwrap(optimizer):
         raise ValueError(
-            "the Trainer's scheduler drives another optimizer than the Trainer's, whose lr would stand still. "
+            "the Trainer's scheduler drives another optimizer than the Trainer's, whose lr would never change. "
             "Pass both: optimizers=(optimizer, scheduler)."
         )
     return made
 
 
 def inner_scheduler(trainer: Any) -> CyclicLRWithRestarts:
-    """Return Trainer's scheduler, without the wrapper that one of a DeepSpeed configuration has. Local."""
+    """Return Trainer's scheduler, without the wrapper that Accelerate puts around DeepSpeed's. Local."""
     scheduler: CyclicLRWithRestarts = getattr(trainer.lr_scheduler, "scheduler", trainer.lr_scheduler)
     return scheduler
 
 
 def given_by(scheduler: Any) -> dict[str, Any]:
-    """The sizes that a scheduler has been given. Local."""
+    """Return the sizes that a scheduler was given. Local."""
     return {name: getattr(scheduler, name, None) for name in ("batch_size", "epoch_size")} if scheduler else {}
 
 
 def watch_own_loader(trainer: Any) -> Callable[[], Any]:
-    """Return a function that returns the training loader where a subclass makes it, else None. Local."""
+    """Return a function that returns the training loader if a subclass makes it, else None. Local."""
     made: weakref.ref[Any] | None = None
     if not is_overridden(trainer, "get_train_dataloader"):
         return lambda: None
@@ -252,10 +249,10 @@ def watch_own_loader(trainer: Any) -> Callable[[], Any]:
 
 
 def check_own_loader(loader: Any, facts: LoaderFacts, given: Mapping[str, Any]) -> int | None:
-    """Return the global batch of a loader that a subclass has made; None where it cannot say. Every rank alike.
+    """Return the global batch of a subclass's loader; None if it is unknown. The same on every rank.
 
     Raises:
-        ValueError: it has other batches or other data than the arguments say, and ``given`` does not say which.
+        ValueError: its batches or data differ from the arguments', and ``given`` does not resolve it.
     """
     dataset, micro_batch = getattr(loader, "dataset", None), getattr(loader, "total_batch_size", None)
     if micro_batch is None or isinstance(dataset, IterableDataset):

@@ -1,8 +1,8 @@
 """``prepare_trainer``: use DistAdamW and CyclicLRWithRestarts in transformers' Trainer, on every engine.
 
-Knows Trainer by its attributes. Trainer passes some engines by with ``optimizers=``: it is refused under FSDP,
-and dropped in silence under DeepSpeed. All of them go through ``create_optimizer``, which asks
-``get_optimizer_cls_and_kwargs``, and through ``create_scheduler``: ours stand there.
+``optimizers=`` does not work on every engine: Trainer refuses it under FSDP, and silently drops it under DeepSpeed. All
+engines call ``create_optimizer``, which calls ``get_optimizer_cls_and_kwargs``, and ``create_scheduler``: these are
+replaced.
 """
 
 from __future__ import annotations
@@ -58,30 +58,29 @@ def prepare_trainer(
     check_weights_every: int | None = CHECK_WEIGHTS_EVERY,
     on_difference: OnDifference | None = None,
 ) -> T:
-    """Have ``trainer.train()`` use `DistAdamW` and `CyclicLRWithRestarts`, on one process, DDP, FSDP2 and DeepSpeed.
+    """Make ``trainer.train()`` use `DistAdamW` and `CyclicLRWithRestarts`, on one process, DDP, FSDP2 and DeepSpeed.
 
-    lr, betas, eps, weight decay and clipping are those of ``TrainingArguments``; biases and norms are not decayed, as
-    Trainer has it. The global batch is ``per_device_train_batch_size`` x accumulation x data-parallel ranks, an epoch
-    is ``train_dataset``, and of a short last batch the real samples are counted. Without FSDP and DeepSpeed
-    a checkpoint keeps every rank's share of the optimizer, and ``resume_from_checkpoint`` loads it on any number of
-    ranks. A second ``train()`` begins the schedule again, as Trainer's own do.
+    lr, betas, eps, weight decay and clipping come from ``TrainingArguments``; biases and norms are not decayed, as in
+    Trainer. The global batch is ``per_device_train_batch_size`` x accumulation x data-parallel ranks, an epoch is
+    ``train_dataset``, and a short last batch counts its real samples. Without FSDP and DeepSpeed, a checkpoint has
+    every rank's shard of the optimizer, and ``resume_from_checkpoint`` loads it on any number of ranks. A second
+    ``train()`` starts a new schedule, as with Trainer's own.
 
-    A subclass keeps its overrides. What ``create_optimizer`` makes is trained and scheduled, whichever torch optimizer
-    it is, with a warning where it is no `DistAdamW`. Where ``get_optimizer_cls_and_kwargs`` says torch's AdamW, with
-    groups or arguments of the subclass, a `DistAdamW` gets them. A ``create_scheduler`` of the subclass must make a
-    `CyclicLRWithRestarts`.
+    A subclass keeps its overrides. Any torch optimizer that its ``create_optimizer`` makes is scheduled, with a warning
+    if it is not a `DistAdamW`. If ``get_optimizer_cls_and_kwargs`` returns torch's AdamW, a `DistAdamW` is made in its
+    place with the same groups and arguments. A ``create_scheduler`` of the subclass must make a `CyclicLRWithRestarts`.
 
-    Warns (UserWarning) where training ends inside a cycle, with the nearest periods that end with it.
+    Warns (UserWarning) if training ends inside a cycle, with the nearest periods that avoid it.
 
     Args:
-        trainer: A Trainer, or of a class derived from it, before ``train()``. Objects that it was given
+        trainer: A Trainer or an instance of a subclass, before ``train()``. Objects that it was given
             (``optimizers=``, ``optimizer_cls_and_kwargs=``) are used instead of new ones.
         optimizer: Arguments of `DistAdamW` that ``TrainingArguments`` does not have, such as ``decay_by``.
         scheduler: Arguments of `CyclicLRWithRestarts`. ``batch_size`` and ``epoch_size`` are needed only
-            where the data has no length, or a loader of your own makes other batches.
-        check_weights_every: As of `dist_adamw.prepare`. Ranks also compare before each checkpoint, and at the end.
-        on_difference: Which schedule ``resume_from_checkpoint`` goes on with where the checkpoint's is another one: see
-            ``CyclicLRWithRestarts.load_state_dict``. None: as the scheduler has it, which is "strict".
+            if the data has no length, or your own loader makes other batches.
+        check_weights_every: See `dist_adamw.prepare`. Ranks also compare before each checkpoint, and at the end.
+        on_difference: The schedule with which ``resume_from_checkpoint`` continues if the checkpoint's differs: see
+            ``CyclicLRWithRestarts.load_state_dict``. None: the scheduler's own setting, by default "strict".
 
     Returns:
         ``trainer``.
@@ -89,19 +88,19 @@ def prepare_trainer(
     Raises:
         ValueError: an argument is out of its range, is one of ``TrainingArguments``, or would be ignored, as
             ``TrainingArguments``' ``optim``, ``lr_scheduler_type``, ``lr_scheduler_kwargs`` and ``warmup_steps`` would;
-            an engine is not supported; the epoch size is not known. ``train()`` raises it, before it trains, where an
-            override made something else than these arguments ask for.
+            the engine is not supported; the epoch size is not known. ``train()`` raises it before training if the
+            result of an override does not match these arguments.
 
     A DeepSpeed configuration that names both types (`register_deepspeed`) is used instead of new objects: "auto" is
-    filled in, and all parameters decay alike, since the engine makes one group of them.
+    resolved, and all parameters are decayed, since the engine makes a single group.
 
-    Under DeepSpeed the engine clips, by ``TrainingArguments(max_grad_norm=...)`` also where its configuration says
-    nothing (DeepSpeed would clip to 1.0). Under DDP a `DistAdamW` is attached, as `dist_adamw.prepare` does it.
+    Under DeepSpeed the engine clips, to ``TrainingArguments(max_grad_norm=...)`` unless its configuration has a norm
+    (DeepSpeed's default would be 1.0). Under DDP a `DistAdamW` is attached, as by `dist_adamw.prepare`.
 
-    Local. ``train()`` is collective; in it ranks compare their schedule and hyper-parameters at every update.
+    Local. ``train()`` is collective: ranks compare their schedule and hyper-parameters at every update.
     """
     if hasattr(trainer, "_prepared_by_dist_adamw"):
-        raise ValueError("prepare_trainer was called for this Trainer before. Call it once, with all arguments.")
+        raise ValueError("prepare_trainer was already called for this Trainer. Call it once, with all arguments.")
     facts = _facts(trainer)
     optimizer, scheduler = dict(optimizer or {}), dict(scheduler or {})
     check_arguments(trainer, optimizer, on_difference)
@@ -126,7 +125,7 @@ def prepare_trainer(
 
 
 def _check_engine_makes_both(trainer: Any, optimizer: Mapping[str, Any], scheduler: Mapping[str, Any]) -> None:
-    """Raise where the script, too, says how optimizer and scheduler are made. Local."""
+    """Raise if the script defines optimizer or scheduler too. Local."""
     if optimizer or scheduler:
         raise ValueError(
             f"the DeepSpeed configuration has the optimizer and the scheduler, and optimizer={optimizer}, "
@@ -135,19 +134,19 @@ def _check_engine_makes_both(trainer: Any, optimizer: Mapping[str, Any], schedul
     for name in ("create_optimizer", "get_optimizer_cls_and_kwargs", "create_scheduler"):
         if is_overridden(trainer, name):
             raise ValueError(
-                f"{type(trainer).__name__} overrides {name}, which Trainer does not call where the DeepSpeed "
+                f"{type(trainer).__name__} overrides {name}, which Trainer does not call if the DeepSpeed "
                 "configuration has the optimizer and the scheduler. Leave one of them out."
             )
 
 
 def _try_schedule(trainer: Any, facts: LoaderFacts, given: Mapping[str, Any], lr: float) -> None:
-    """Make the schedule once, so that bad arguments fail before a job of many ranks has come up. Local."""
+    """Make the schedule once, so that bad arguments fail here and not after a job of many ranks has started. Local."""
     adamw = DistAdamW([nn.Parameter(torch.zeros(1))], lr=lr)
     _warn_of_mid_cycle(trainer, _scheduler(adamw, facts, given), facts, 4)
 
 
 def _warn_of_mid_cycle(trainer: Any, scheduler: CyclicLRWithRestarts, facts: LoaderFacts, stacklevel: int) -> None:
-    """Warn where training ends inside a cycle, with lr anywhere. Local."""
+    """Warn if training ends inside a cycle, where lr may be high. Local."""
     args = trainer.args
     assert scheduler.batch_size is not None
     if args.max_steps > 0:
@@ -161,7 +160,7 @@ def _warn_of_mid_cycle(trainer: Any, scheduler: CyclicLRWithRestarts, facts: Loa
 
 
 def _samples_of_updates(updates: int, batch_size: int, epoch_size: int | None) -> int:
-    """Real samples of so many updates, of which the last of an epoch is short. Local."""
+    """Return the real samples of a number of updates; the last one of an epoch may be short. Local."""
     if epoch_size is None:
         return updates * batch_size
     epochs, rest = divmod(updates, -(-epoch_size // batch_size))
@@ -169,14 +168,14 @@ def _samples_of_updates(updates: int, batch_size: int, epoch_size: int | None) -
 
 
 def _facts(trainer: Any) -> LoaderFacts:
-    """The global batch and the epoch as they are now; ``auto_find_batch_size`` changes them. Local."""
+    """Return the current global batch and epoch size, which ``auto_find_batch_size`` may change. Local."""
     args, data = trainer.args, trainer.train_dataset
     if data is None:
         raise ValueError("the Trainer has train_dataset=None, so the epoch size is unknown. Pass a train_dataset.")
     drop_last = args.dataloader_drop_last and not isinstance(data, IterableDataset)
     loader: DataLoader[Any] = DataLoader(data, batch_size=trainer._train_batch_size, drop_last=drop_last)
     facts = loader_facts(trainer.accelerator, loader)
-    # Trainer accumulates itself; its accelerator knows of one micro-batch.
+    # Trainer accumulates itself, and its accelerator has gradient_accumulation_steps=1.
     return replace(facts, batch=replace(facts.batch, gradient_accumulation_steps=args.gradient_accumulation_steps))
 
 
@@ -202,13 +201,14 @@ def _creator(
     on_difference: OnDifference | None,
     loader: Callable[[], Any],
 ) -> Callable[..., CyclicLRWithRestarts]:
-    """Return a ``Trainer.create_scheduler``, which every engine calls when model and optimizer are wrapped.
+    """Return a ``Trainer.create_scheduler``, which every engine calls once model and optimizer are wrapped.
 
     Args:
+        trainer: The Trainer.
         given: Arguments of the scheduler.
-        theirs: A method of a subclass that makes one.
+        theirs: A subclass's method that makes the scheduler.
         on_difference: For loading.
-        loader: Returns the loader that a subclass has made, if there is one.
+        loader: Returns the loader that a subclass has made, if any.
     """
 
     def create_scheduler(num_training_steps: int, optimizer: Optimizer | None = None) -> CyclicLRWithRestarts:
@@ -220,9 +220,9 @@ def _creator(
             else:
                 theirs(num_training_steps=num_training_steps, optimizer=optimizer)
                 _fill(trainer, facts, given)
-            trainer._created_lr_scheduler = True  # by itself, as far as Trainer knows: the next train() makes another
+            trainer._created_lr_scheduler = True  # Trainer's own flag: the next train() makes a new one
         scheduler = check_made_scheduler(trainer)
-        if scheduler.batch_size in (facts.batch.size, batch_size):  # else it counts other units, such as tokens
+        if scheduler.batch_size in (facts.batch.size, batch_size):  # otherwise it counts other units, such as tokens
             _count_samples(trainer, scheduler)
         if on_difference is not None:
             scheduler.on_difference = on_difference
@@ -233,7 +233,7 @@ def _creator(
 
 
 def _when_training_begins(trainer: Any, act: Callable[[], None], at_end: Callable[[], None] = lambda: None) -> None:
-    """Have ``act`` called once model, optimizer and scheduler are wrapped, and ``at_end`` when all is done. Local."""
+    """Call ``act`` once model, optimizer and scheduler are wrapped, and ``at_end`` after training. Local."""
     from transformers import TrainerCallback
 
     class Begin(TrainerCallback):  # type: ignore[misc,unused-ignore]
@@ -247,7 +247,7 @@ def _when_training_begins(trainer: Any, act: Callable[[], None], at_end: Callabl
 
 
 def _watch_ranks(trainer: Any, every: int | None) -> None:
-    """Have ranks compare what they have at every update, before every checkpoint and at the end. Local."""
+    """Make ranks compare their state at every update, before every checkpoint and at the end. Local."""
     if trainer.accelerator.num_processes == 1:
         return
     watch: ReplicaWatch | None = None
@@ -255,7 +255,7 @@ def _watch_ranks(trainer: Any, every: int | None) -> None:
 
     def begin() -> None:
         nonlocal watch, hook
-        if hook is not None:  # a second train() has another scheduler, and perhaps the same optimizer
+        if hook is not None:  # a second train() has a new scheduler, and perhaps the same optimizer
             hook.remove()
         optimizer, group = unwrap(trainer.optimizer), host_group(trainer.accelerator)
         model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
@@ -282,13 +282,13 @@ def _watch_ranks(trainer: Any, every: int | None) -> None:
 
 
 def _attach_when_wrapped(trainer: Any) -> None:
-    """Under DDP have gradients reduced to their owners, from when the model is wrapped on. Local."""
+    """Attach the optimizer under DDP, once the model is wrapped. Local."""
     attached: tuple[weakref.ref[nn.Module], weakref.ref[DistAdamW]] | None = None
 
     def act() -> None:
         nonlocal attached
         model, optimizer = trainer.model_wrapped, unwrap(trainer.optimizer)
-        # A second train() has the model and the optimizer of the first, unless an override makes new ones.
+        # A second train() keeps model and optimizer, unless an override makes new ones.
         known = attached is not None and attached[0]() is model and attached[1]() is optimizer
         if not known and isinstance(optimizer, DistAdamW):
             attached = weakref.ref(model), weakref.ref(optimizer)
@@ -299,7 +299,7 @@ def _attach_when_wrapped(trainer: Any) -> None:
 
 
 def _fill(trainer: Any, facts: LoaderFacts, given: Mapping[str, Any]) -> None:
-    """Fill in what a scheduler that Trainer was given, or that an override made, does not know. Local."""
+    """Fill in the sizes of a scheduler that Trainer was given or that an override made. Local."""
     made = check_made_scheduler(trainer)
     if given:
         raise ValueError(f"the Trainer was given a scheduler already, and scheduler={given} here. Choose one.")
@@ -310,10 +310,10 @@ def _fill(trainer: Any, facts: LoaderFacts, given: Mapping[str, Any]) -> None:
 
 
 def _count_samples(trainer: Any, scheduler: CyclicLRWithRestarts) -> None:
-    """Have the clock count the rows that Trainer trains on, all ranks together. Local.
+    """Make the clock count the rows that Trainer trains on, over all ranks. Local.
 
-    Trainer fetches the batches of an update at once and holds them until it has trained on them. The counter takes the
-    oldest at each backward pass, so what is fetched and left (an epoch that a callback stops) does not count.
+    Trainer fetches all batches of an update first and holds them until it has trained on them. The counter takes the
+    oldest at each backward pass, so batches that are fetched but not used (a callback stops the epoch) do not count.
     """
     counter = SampleCounter(unwrap(trainer.optimizer), trainer.accelerator, group=host_group(trainer.accelerator))
     scheduler.sample_source = counter
@@ -321,10 +321,10 @@ def _count_samples(trainer: Any, scheduler: CyclicLRWithRestarts) -> None:
 
 
 def _prepare_engine(trainer: Any, facts: LoaderFacts) -> bool:
-    """Refuse an engine that is not served, and give DeepSpeed's configuration what it needs. Local.
+    """Refuse an unsupported engine, and complete the DeepSpeed configuration. Local.
 
     Returns:
-        Whether DeepSpeed will make both objects of its configuration.
+        Whether DeepSpeed will make both objects from its configuration.
     """
     check_engine(trainer.accelerator, trainer.optimizer)
     if engine_of(trainer.accelerator) != "DEEPSPEED":
@@ -353,7 +353,7 @@ def _prepare_engine(trainer: Any, facts: LoaderFacts) -> bool:
 
 
 def _watch_scheduler_of_json(trainer: Any, facts: LoaderFacts) -> None:
-    """Have the scheduler that DeepSpeed is going to make count real samples, and ranks compare it. Local."""
+    """Make the scheduler that DeepSpeed will create count real samples, and ranks compare it. Local."""
 
     def act() -> None:
         scheduler = inner_scheduler(trainer)

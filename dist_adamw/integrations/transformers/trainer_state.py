@@ -1,7 +1,4 @@
-"""Save Trainer's checkpoints in our format, and resume them on any engine and number of ranks.
-
-Knows Trainer by its attributes.
-"""
+"""Save Trainer's checkpoints in our format, and resume them on any engine and number of ranks."""
 
 from __future__ import annotations
 
@@ -25,26 +22,26 @@ from dist_adamw.schedule.saved import OnDifference
 
 
 def keep_state(trainer: Any, on_difference: OnDifference | None) -> None:
-    """Have checkpoints keep weights, optimizer and schedule our way: they resume on any engine and number of ranks.
+    """Replace Trainer's files of weights, optimizer and schedule, which load on one engine only, by our format.
 
-    Trainer's own files of those are of one engine. The model file that it writes beside them, for everybody to load,
-    stays. The folder has the name by which Trainer looks for a state under DeepSpeed.
+    The model file that Trainer also writes, for other tools, stays. Our folder has the name that Trainer looks for
+    under DeepSpeed.
     """
     load_weights, load_rest = map(_safely, (trainer._load_from_checkpoint, trainer._load_optimizer_and_scheduler))
     load_best, load_random = map(_safely, (trainer._load_best_model, trainer._load_rng_state))
 
     def ours(checkpoint: str | None) -> Path | None:
         found = _states_in(Path(checkpoint)) if checkpoint is not None else []
-        # A folder of DeepSpeed's own has these; what is neither is one of ours that is not whole, and is to be named.
+        # DeepSpeed's own folders have these files. Any other folder is ours, perhaps damaged, and must not be skipped.
         mine = found[-1] if found and not any(found[-1].glob("*_model_states.pt")) else None
         of_ranks = collectives.all_gather_objects(mine, host_group(trainer.accelerator))
-        return next((path for path in of_ranks if path is not None), None)  # one that some do not see is refused
+        return next((path for path in of_ranks if path is not None), None)  # `load` refuses one that some do not see
 
     def save_state(output_dir: str) -> None:
         folder = Path(output_dir) / f"global_step{trainer.state.global_step}"
         save(
             folder, trainer.model_wrapped, trainer.optimizer, inner_scheduler(trainer), compare_ranks=False
-        )  # it is done by now
+        )  # `_watch_ranks` has compared them
         is_writer = trainer.args.should_save
         run_on_all_ranks(lambda: write_text(Path(output_dir) / "latest", folder.name) if is_writer else None)
 
@@ -55,21 +52,21 @@ def keep_state(trainer: Any, on_difference: OnDifference | None) -> None:
     def load_state(checkpoint: str | None) -> None:
         if (folder := ours(checkpoint)) is None:
             load_rest(checkpoint)
-        elif engine_of(trainer.accelerator) != "DEEPSPEED":  # there Trainer has the engine load
+        elif engine_of(trainer.accelerator) != "DEEPSPEED":  # there Trainer calls engine.load_checkpoint, which is ours
             load(folder, trainer.model_wrapped, trainer.optimizer, inner_scheduler(trainer), random_state=False)
 
     def load_best_model() -> None:
-        # Trainer's own way differs by engine: it looks for FSDP's files, which are not written any more, and under
-        # DeepSpeed it takes optimizer, schedule and random state back too.
+        # Trainer's own method differs by engine: it looks for FSDP's files, which are no longer written, and under
+        # DeepSpeed it also restores optimizer, schedule and random state.
         if (folder := ours(trainer.state.best_model_checkpoint)) is None:
-            load_best()  # of save_only_model, or of a job without prepare_trainer
+            load_best()  # saved with save_only_model, or without prepare_trainer
         else:
             load(folder, trainer.model_wrapped, random_state=False)
 
     def load_random_state(checkpoint: str | None) -> None:
         if (folder := ours(checkpoint)) is None:
             load_random(checkpoint)
-        else:  # Trainer's own files are of one number of ranks
+        else:  # Trainer's own files are per rank, for the same number of ranks
             run_on_all_ranks(lambda: restore_random_state(read_index(folder)), host_group(trainer.accelerator))
 
     replace_method(trainer, "_save_optimizer_and_scheduler", save_state)
@@ -82,7 +79,7 @@ def keep_state(trainer: Any, on_difference: OnDifference | None) -> None:
 
         def create_scheduler(*args: Any, **kwargs: Any) -> Any:
             made = create(*args, **kwargs)
-            engine = trainer.accelerator.deepspeed_engine_wrapped.engine  # it is there by now, and nothing is loaded
+            engine = trainer.accelerator.deepspeed_engine_wrapped.engine  # exists now, before anything is loaded
             scheduler = inner_scheduler(trainer)
             if on_difference is not None:
                 scheduler.on_difference = on_difference
@@ -93,7 +90,7 @@ def keep_state(trainer: Any, on_difference: OnDifference | None) -> None:
 
 
 def _safely(load_theirs: Callable[..., Any]) -> Callable[..., Any]:
-    """Have Trainer read a folder that is not ours as it does, and execute nothing: those of FSDP are pickles."""
+    """Wrap a method by which Trainer reads a folder that is not ours, so that it executes no code in pickles."""
     how = "If you trust the checkpoint, set TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1."
 
     def load(*args: Any, **kwargs: Any) -> Any:
@@ -104,6 +101,6 @@ def _safely(load_theirs: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _states_in(checkpoint: Path) -> list[Path]:
-    """Folders ``global_step<updates>``, in the order of the number: step 10 comes after step 9. Local."""
+    """Return the folders ``global_step<updates>`` in numerical order: step 10 comes after step 9. Local."""
     found = [path for path in checkpoint.glob("global_step*") if path.name.removeprefix("global_step").isdecimal()]
     return sorted(found, key=lambda path: int(path.name.removeprefix("global_step")))
