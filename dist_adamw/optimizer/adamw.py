@@ -193,7 +193,7 @@ class DistAdamW(AttachedOptimizer):
 
     def _begin_update(self) -> None:
         """Check that an update is possible, and count it as skipped until there is something to apply."""
-        self.wait()
+        self.wait()  # weights in flight are the input of this update
         if self.fused is False:  # a scheduler or the user may have replaced ``lr`` with a tensor
             for group in self.param_groups:
                 check_lr(group, self.fused)

@@ -25,6 +25,7 @@ _last_tag = 0
 def new_tag(ranks: ShardingRanks) -> int:
     """Return a number that no path of these ranks has used, the same on all of them. Collective."""
     global _last_tag
+    # The maximum, since ranks may be in other groups too and have used different numbers of tags.
     tag = _last_tag + 1
     for group in ranks.groups:
         tag = max(collectives.all_gather_objects(tag, group))

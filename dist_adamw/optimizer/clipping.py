@@ -43,6 +43,7 @@ def global_norm(squares: ByAxes, ranks: ShardingRanks) -> Tensor:
         squares: The result of `squares_on_this_rank`; changed in place.
     """
     total = torch.zeros_like(next(iter(squares.values())))
+    # Each sum is reduced only over the ranks that divide its elements, so replicas count once.
     for axes, of_these in squares.items():
         for group in ranks.dividing(axes):
             collectives.all_reduce_sum(of_these, group)

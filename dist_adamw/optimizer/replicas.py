@@ -183,7 +183,7 @@ def copies_on_this_rank(model: nn.Module, optimizer: Optimizer | None, world_siz
 
 
 def _named_params(model: nn.Module) -> dict[str, Tensor]:
-    """Return the parameters that DDP does not ignore, by name; without the wrappers' names where that is unique."""
+    """Return the parameters that DDP does not ignore, by name; without wrappers' components if names stay unique."""
     if isinstance(model, DistributedDataParallel):
         model = model.module
     ignored = getattr(model, "_ddp_params_and_buffers_to_ignore", ())

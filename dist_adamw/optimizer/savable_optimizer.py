@@ -209,6 +209,6 @@ class SavableOptimizer(ShardedOptimizer):
             self._adopt(share)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        if self._mesh is not None:
+        if self._mesh is not None:  # it holds process groups, which exist only in this process
             raise ValueError("a DistAdamW with a mesh cannot be pickled or copied. Use state_dict().")
         return super().__reduce_ex__(protocol)

@@ -44,6 +44,7 @@ def update_bucket(
     hyper = _hyper_parameters(shard.group, decay_by)
     params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, masters = shard.operands(k, live)
     state = (exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps)
+    # torch's own kernels are preferred, but need equal dtypes and cannot clip.
     if not (shard.is_mixed or _clips_in_pass(clip, fused, params[0].dtype)):
         clipped = _clipped(grads, clip)
         adamw_update_(params, *state, grads=clipped, fused=fused, found_inf=found_inf if fused else None, **hyper)

@@ -187,6 +187,7 @@ class DDPReducer:
         if not self._sees_forward and model is not None:
             self._sees_forward = True
             model.register_forward_pre_hook(WeakHook(self, "before_forward"))
+            # Also after a forward pass that raised: the user's require_backward_grad_sync must be restored.
             model.register_forward_hook(WeakHook(self, "after_forward"), always_call=True)
         self.follow()
 

@@ -82,6 +82,7 @@ def _gather(shard: Shard, flat: list[Tensor | None]) -> None:
     assert shard.transport is not None
     in_flight: deque[InFlightBucket] = deque()
     for k in range(shard.layout.num_buckets):
+        # The same on every rank, since ranks have agreed on which parameters have a gradient.
         if all(flat[piece.param] is None for piece in shard.layout.pieces(*shard.layout.bucket(k))):
             continue
         if len(in_flight) == MAX_IN_FLIGHT:

@@ -170,6 +170,7 @@ class RankMessages:
         assert self._rollcall is not None
         self._rollcall.post([UPDATE, self.number, self._params_digest, *report.numbers()])
         table = self._answer(self._rollcall)
+        # The first three columns are kind, number and digest, which `_answer` has compared.
         return [max(column) for column in zip(*table, strict=True)][3:]
 
     def _meet(self, kind: int) -> None:

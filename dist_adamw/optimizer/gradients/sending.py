@@ -166,6 +166,7 @@ class Sender:
                 is_sent = param.grad is not None and id(param) in self.plan.buckets_of
                 flat.append(flat_gradient(shard, i) if is_sent else None)
             self._flat[id(shard)] = flat
+        # Ranks have agreed on which parameters have a gradient, so all of them skip the same buckets.
         for (shard, k), places in rest:
             if any(param.grad is not None for _, param, _ in places):
                 self._start(shard, k)

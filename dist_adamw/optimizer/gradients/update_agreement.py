@@ -98,7 +98,7 @@ class UpdateAgreement:
         self._refuse_changed(report, agreed)
         if agreed.is_reopened and not record.is_reopened:  # another rank ran the module forward since backward
             self._sender.reopen()
-        if agreed.is_incomplete:
+        if agreed.is_incomplete:  # in few updates, so the whole list is exchanged only then
             present = list(map(bool, self._largest(present, group, replicas)))
         if agreed.prints_differ:
             self._compare_unlistened(prints, group, replicas)

@@ -49,6 +49,7 @@ def _whole(shard: Shard, moved: Sequence[Move], values: Sequence[Tensor]) -> Ite
     if shard.process_group is None:
         yield from zip(moved, values, strict=True)
         return
+    # Every rank assembles whole moments and keeps the runs that it owns in the new layout, which may be any.
     ranges = [shard.layout.ranges(rank) for rank in range(shard.layout.world_size)]
     all_indices = [i for i, *_ in moved]
     for chunk in _chunks(shard.layout, all_indices):

@@ -107,11 +107,12 @@ class OwnSharding(ShardingScheme):
         if not collectives.initialized():
             return ShardingRanks(None, None, self.mesh)
         mesh = self.mesh
+        # The last axis of a mesh shards; the first of two replicates.
         group = dist.group.WORLD if mesh is None else mesh.get_group(mesh.ndim - 1)
         if collectives.world_size(group) == 1:
             return ShardingRanks(None, None, mesh)
         replicas = None if mesh is None or mesh.ndim == 1 else mesh.get_group(0)
-        if replicas is not None and collectives.world_size(replicas) == 1:
+        if replicas is not None and collectives.world_size(replicas) == 1:  # spare the reductions over it
             replicas = None
         return ShardingRanks(group, replicas, mesh)
 

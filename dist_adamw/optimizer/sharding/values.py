@@ -38,7 +38,7 @@ def put(shard: Shard, i: int, values: Mapping[str, Any]) -> None:
     for name, value in values.items():
         if name == "step":
             shard.steps[i] = float(value)
-        elif value is None and name == "remainder":
+        elif value is None and name == "remainder":  # the weight is then exactly the parameter
             shard.owned_moment(i, name).zero_()
         elif value is None:
             _follow_param(shard, i, name)
