@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import torch
@@ -87,7 +88,7 @@ def _of_state(ours: Any, theirs: Reference, p: Tensor, q: Tensor, amsgrad: bool,
             there = mine if mine is not None else whole
             if there is not None and bool(there.any()):
                 found.append(f"{key} ({'not there' if mine is None else 'there'}, unlike in torch)")
-        elif not _same_share(ours, p, mine, whole, same):
+        elif not _same_share(ours, p, mine, whole, _allowing_for_terms(theirs, key, same)):
             found.append(key)
     if theirs.master_dtype is not None and p.dtype.itemsize == 2 and other.get("master") is not None:
         weight = theirs.effective_weight(q)
@@ -95,6 +96,14 @@ def _of_state(ours: Any, theirs: Reference, p: Tensor, q: Tensor, amsgrad: bool,
         if mine is None or not _same_share(ours, p, mine, weight, same):
             found.append("fp32 weights")
     return found
+
+
+def _allowing_for_terms(theirs: Reference, key: str, same: Any) -> Any:
+    """``same`` for a moment whose terms may cancel: clipped gradients, which are at most the largest norm."""
+    limit = theirs.max_grad_norm
+    if same is same_bits or key != "exp_avg" or limit is None or not math.isfinite(limit):
+        return same
+    return functools.partial(same, largest_term=limit)
 
 
 def fp32_weight(optimizer: Any, param: Tensor) -> Tensor | None:
