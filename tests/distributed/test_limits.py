@@ -1,4 +1,4 @@
-"""What cannot be read is not written: limits are the same both ways, and looked at before a file is."""
+"""Nothing is written that could not be read: limits are the same for both, and checked before files are touched."""
 
 from __future__ import annotations
 
