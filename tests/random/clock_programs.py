@@ -4,9 +4,9 @@ A program is plain data: a configuration, and a list of actions (the methods of 
 split it into jobs, each of which continues from what the previous one saved.
 
 `is_legal` excludes what Accelerate alone cannot run, and what no clock can know: a batch that is in hand but not
-trained on, handed out with gradients enabled, while another batch's gradients are computed. So a second loader with an open
-iterator is not combined with dropped gradients, after which its batch may be tried again. Nor is `rest_of_epoch` with
-batches without a fixed size, or with rows that cannot be distinguished.
+trained on, handed out with gradients enabled, while another batch's gradients are computed. So a second loader with an
+open iterator is not combined with dropped gradients, after which its batch may be tried again. Nor is `rest_of_epoch`
+with batches without a fixed size, or with rows that cannot be distinguished.
 """
 
 from __future__ import annotations
