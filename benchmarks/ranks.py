@@ -1,6 +1,6 @@
 """Start ranks, join their process group, and give them a separate network.
 
-It works under ``torchrun`` too: a script that finds RANK in its environment is a rank, otherwise it starts the ranks itself.
+It works under ``torchrun`` too: a script that finds RANK in its environment is a rank; otherwise it starts the ranks.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
 Run ``python -m benchmarks.where_time_goes --out results.jsonl``. Two ranks on gloo by default.
 
-Functions of dist_adamw are wrapped with timers for this run; missing ones are reported. Times are those of rank 0, exclusive of timed functions called inside, and the
-medians of the parts add up to about the median of the whole. Without timers the window is the same as
-`update_phase`'s.
+Functions of dist_adamw are wrapped with timers for this run; missing ones are reported. Times are rank 0's, without
+those of timed functions called inside, so the medians of the parts add up to about the median of the whole. Without
+timers the window is the same as `update_phase`'s.
 
 Wall is what passes; CPU is what all threads of the process use meanwhile (`time.process_time`),
 so what gloo's threads do to move messages is counted where the main thread happens to be. A part whose CPU
