@@ -527,7 +527,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert main(["import", f"{tmp_path}/theirs.pt", f"{tmp_path}/ours"]) == 0
     assert main(["export", f"{tmp_path}/ours", f"{tmp_path}/x.safetensors", "--kind=safetensors"]) == 0
     assert main(["export", f"{tmp_path}/ours", f"{tmp_path}/x.safetensors", "--kind=safetensors"]) == 2
-    assert "x.safetensors is there already" in capsys.readouterr().err
+    assert "x.safetensors exists already" in capsys.readouterr().err
     assert main(["import", f"{tmp_path}/theirs.pt", f"{tmp_path}/ours"]) == 2
     assert re.search("ours .*already", capsys.readouterr().err)
     assert main(["inspect", f"{tmp_path}/ours"]) == 0
@@ -572,7 +572,7 @@ def universal_of_another_place(path: Path) -> None:
         (lambda path: path.mkdir(), "unknown kind"),
         (lambda path: path.write_bytes(b"x" * 100), r"no torch\.save file"),
         (lambda path: torch.save(torch.ones(3), path), "holds a Tensor"),
-        (lambda path: torch.save({"model": {"weight": 3}}, path), "'weight'.*no tensor"),
+        (lambda path: torch.save({"model": {"weight": 3}}, path), "'weight'.*not a tensor"),
         (lambda path: torch.save({"model": {}, "optimizer": [3]}, path), "no state dict"),
         (
             lambda path: torch.save({"model": {"weight": torch.ones(2)}, "optimizer": OF_SGD}, path),
