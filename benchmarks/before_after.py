@@ -1,12 +1,12 @@
-"""This code beside an earlier commit's, in the same processes and the same rounds.
+"""Compare this code with an earlier commit's, in the same processes and the same rounds.
 
-Run ``python -m benchmarks.before_after <commit> --out results.jsonl``, with nothing else on the machine. Two runs one
-after the other differ by 10% on a shared machine; rounds that follow one another within a second do not.
+Run ``python -m benchmarks.before_after <commit> --out results.jsonl``, with nothing else on the machine. Two
+consecutive runs differ by 10% on a shared machine; rounds within a second of each other do not.
 
-The commit's ``dist_adamw`` and ``benchmarks`` are unpacked beside this code under other names, so both must know the
-engines that are compared. What is measured:
+The commit's ``dist_adamw`` and ``benchmarks`` are unpacked next to this code under other names, so both must have the
+engines that are compared. Measurements:
 
-    update phase   as `update_phase` has it: the slowest rank's seconds
+    update phase   as in `update_phase`: the slowest rank's seconds
     masters        a step of bf16 weights with fp32 masters, not sharded: seconds of processor time on each rank
 
 The ratio of a round is this code's time over the commit's; printed are the median and the quartiles of all rounds.
@@ -58,14 +58,14 @@ def unpack(commit: str, folder: Path) -> None:
 
 
 def update_turn(of: Any, shapes: Any, name: str, engine: str, rank: int) -> Turn:
-    """One update of ``engine`` on workload ``name``. Collective."""
+    """Run one update of ``engine`` on workload ``name``. Collective."""
     workload = shapes.Workload.named(name, rank=rank)
     built = of.build(engine, workload)
     return lambda update: max(ranks.gathered(update_phase.advance(built, workload, update)))
 
 
 def masters_turn(package: Any, name: str) -> Turn:
-    """One step of bf16 weights with fp32 masters. Local."""
+    """Run one step of bf16 weights with fp32 masters. Local."""
     params = [
         torch.nn.Parameter(torch.randn(shape).bfloat16()) for layer in workloads.WORKLOADS[name] for shape in layer
     ]
@@ -82,7 +82,7 @@ def masters_turn(package: Any, name: str) -> Turn:
 
 
 def compare(before: Turn, after: Turn, rounds: int) -> tuple[list[float], list[float]]:
-    """Seconds of each round, before and after. Collective: every rank goes by the same order."""
+    """Return seconds of each round, before and after. Collective: the order is the same on every rank."""
     turns = {0: before, 1: after}
     seconds: tuple[list[float], list[float]] = ([], [])
     shuffle = random.Random(0)
@@ -95,7 +95,7 @@ def compare(before: Turn, after: Turn, rounds: int) -> tuple[list[float], list[f
 
 
 def work(options: argparse.Namespace) -> None:
-    """What one rank does."""
+    """Run one rank."""
     sys.path.append(str(options.folder))
     old, old_engines, old_workloads = (
         importlib.import_module(name)
@@ -123,7 +123,7 @@ def work(options: argparse.Namespace) -> None:
 def report(
     options: argparse.Namespace, workload: str, case: str, size: int, before: list[float], after: list[float]
 ) -> None:
-    """Keep and print what was measured."""
+    """Save and print the measurements."""
     ratios = [b / a for a, b in zip(before, after, strict=True)]
     low, middle, high = quantiles(ratios, n=4)
     record = {"kind": "before_after", "commit_before": options.commit, "workload": workload, "case": case}
@@ -136,7 +136,7 @@ def report(
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The options of this script."""
+    """Return the options of this script."""
     parser = argparse.ArgumentParser(description="This code beside an earlier commit's.")
     parser.add_argument("commit")
     parser.add_argument("--out", type=Path, required=True, help="JSON-lines file to append to")
@@ -151,7 +151,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main() -> None:
-    """Start ranks, or be one."""
+    """Start the ranks, or run as one."""
     options = parse()
     if ranks.is_rank():
         work(options)

@@ -1,4 +1,4 @@
-"""What a checkpoint costs: peak memory, the time for which training stands still, and how far that is from the limits.
+"""Measure the cost of checkpoints: peak memory, and the time for which training stops, compared with the limits.
 
 Run ``python -m benchmarks.checkpoint --out results.jsonl``. ``--workload many`` takes 4,000 tensors of 1,024 elements
 in place of a GPT.
@@ -65,7 +65,7 @@ DCP_ASYNC = "FSDP2: dcp.async_save"
 
 
 def memory(options: argparse.Namespace, rank: int, size: int) -> records.Record:
-    """Peaks of one engine above what was there before: of a job that trains and saves, or a fresh one. Collective."""
+    """Return one engine's peaks above the memory before: of a job that trains and saves, or a new one. Collective."""
     folder, engine = options.folder / "memory", options.engine
     tiny = build("gpt", 0, engine, make_dist_adamw, rank)
     for _ in range(2):
@@ -130,14 +130,14 @@ def memory(options: argparse.Namespace, rank: int, size: int) -> records.Record:
 
 @dataclass(frozen=True)
 class Method:
-    """A way to save or load: ``call`` is timed; it may return what waits for the rest."""
+    """A way to save or load: ``call`` is timed; it may return a function that waits for the rest."""
 
     call: Callable[[Path], Callable[[], Any] | None]
     job: Job
 
 
 class Contest:
-    """The methods, their jobs, and how long each took. Collective throughout."""
+    """The methods, their jobs and their times. Every method is collective."""
 
     def __init__(self, options: argparse.Namespace, rank: int) -> None:
         self.options, self.rank = options, rank
@@ -234,7 +234,7 @@ class Contest:
     # how it is measured
 
     def timed(self, name: str, call: Callable[[], Any], keep: bool) -> Any:
-        """``call`` on every rank at once; as long as the slowest takes."""
+        """Run ``call`` on all ranks at once; return the slowest rank's time."""
         gc.collect()
         dist.barrier()
         start = time.perf_counter()
@@ -245,14 +245,14 @@ class Contest:
         return result
 
     def remove(self, path: Path) -> None:
-        """Also what was not synced yet, so that it does not reach the disk in somebody else's window."""
+        """Sync everything, so that no write reaches the disk in another method's window."""
         dist.barrier()
         if self.rank == 0:
             shutil.rmtree(path, ignore_errors=True)
         dist.barrier()
 
     def save(self, name: str, keep: bool) -> None:
-        """Time a save, and the load of what it wrote where there is one."""
+        """Time a save, and a load of its result if the method has one."""
         path = self.options.folder / "time"
         begun = time.perf_counter()
         rest = self.timed(name, lambda: self.saves[name].call(path), keep)
@@ -273,13 +273,13 @@ class Contest:
         self.remove(path)
 
     def limit(self, name: str, keep: bool) -> None:
-        """Time what no save can do without."""
+        """Time the limits: the work that no save can avoid."""
         path = self.options.folder / "limit"
         self.timed(name, lambda: self.limits[name](path), keep)
         self.remove(path)
 
     def beside(self, name: str) -> dict[str, Any]:
-        """Updates without a save, then updates while one is on its way."""
+        """Time updates without a save, then updates during one."""
         job, path = self.saves[name].job, self.options.folder / "time"
         plain = [self._update(job) for _ in range(BESIDE)]
         rest = self.saves[name].call(path)
@@ -304,7 +304,7 @@ class Contest:
 
 
 def contest(options: argparse.Namespace, rank: int) -> list[records.Record]:
-    """All methods in turn. Collective."""
+    """Run all methods in turn. Collective."""
     it = Contest(options, rank)
     shuffle = random.Random(0)
     todo: list[Callable[[bool], None]] = [lambda keep, n=name: it.save(n, keep) for name in it.saves]  # type: ignore[misc]
@@ -345,7 +345,7 @@ def contest(options: argparse.Namespace, rank: int) -> list[records.Record]:
 
 
 def work(options: argparse.Namespace) -> None:
-    """What one rank does."""
+    """Run one rank."""
     with ranks.joined() as (rank, size):
         found = contest(options, rank) if options.stage == "time" else [memory(options, rank, size)]
         if rank == 0:
@@ -353,7 +353,7 @@ def work(options: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    """Start ranks, stage after stage, or be one."""
+    """Start the ranks, stage after stage, or run as one."""
     parser = argparse.ArgumentParser(description="What a checkpoint costs.")
     parser.add_argument("--out", type=Path, required=True, help="JSON-lines file to append to")
     parser.add_argument("--workload", choices=("gpt", "many"), default="gpt")

@@ -1,4 +1,4 @@
-"""The jobs whose checkpoints are measured: a model in training, on each engine."""
+"""Jobs whose checkpoints are measured: a model in training, on each engine."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ WIDTH, CONTEXT = 512, 64
 
 @dataclass
 class Job:
-    """A model in training: on every rank the same weights, and other samples."""
+    """A model in training: the same weights and different samples on every rank."""
 
     module: Any
     optimizer: Any
@@ -38,13 +38,13 @@ class Job:
         self.optimizer.step()
 
     def locals(self) -> Iterator[Tensor]:
-        """What of the weights lies here."""
+        """Return the local part of the weights."""
         for param in self.module.parameters():
             yield local_of(param).detach()
 
 
 def build(workload: str, params: int, wrap: str, make: Callable[[Any], Optimizer], rank: int) -> Job:
-    """A job whose model is wrapped as ``wrap`` says. Collective."""
+    """Create a job whose model is wrapped by ``wrap``. Collective."""
     torch.manual_seed(0)
     model: Any
     if workload == "gpt":

@@ -1,4 +1,4 @@
-"""The tables of `benchmarks.checkpoint`."""
+"""Print the tables of `benchmarks.checkpoint`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ OURS = "dist_adamw.save"
 
 
 def memory_table(found: Sequence[records.Record]) -> list[str]:
-    """Peaks over training's."""
+    """Return the table of peaks relative to training's."""
     head = ["peak of the largest rank, over training's", "ranks", "training, MB", "save", "load", "load, fresh job"]
     head += ["AsyncSaver", "updates beside it"]
     by_key: dict[tuple[str, int], dict[str, int]] = {}
@@ -29,7 +29,7 @@ def memory_table(found: Sequence[records.Record]) -> list[str]:
 
 
 def time_tables(found: Sequence[records.Record]) -> Iterator[str]:
-    """Seconds, ratios and fractions of the limits."""
+    """Return the table of seconds, ratios and fractions of the limits."""
     timed = {r["what"]: r for r in found if r["kind"] == "checkpoint time"}
     # The fastest round: whoever else is at work only makes them slower.
     limits = {name: min(r["seconds"]) for name, r in timed.items() if r["is"] == "limit"}

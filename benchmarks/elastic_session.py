@@ -1,7 +1,7 @@
-"""One elastic job on record: ranks killed, machines that come and go, and the curve beside an undisturbed one.
+"""Record one elastic job with killed ranks and machines that leave and join, next to an undisturbed job.
 
 Run from the repository's root: ``python -m benchmarks.elastic_session --csv r.csv --png docs/elastic.png``. With
-``--draw`` the picture is drawn anew from the table. "Machines" are launchers on this machine, each with an address
+``--draw`` only the picture is drawn, from the table. "Machines" are launchers on this machine, each with an address
 of its own. All that is drawn is what the job wrote: its ``history.csv`` and, of its starts, its log.
 """
 
@@ -36,10 +36,10 @@ MARKS = {"rank killed": "#c0392b", "machine lost": "#7d3c98", "machine joins": "
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """One update of the session: its row, the ranks that made it, what befell them after it, and undisturbed jobs.
+    """One update of the session: its row, its ranks, the event after it, and the undisturbed jobs' values.
 
     Attributes:
-        event: One of `MARKS`, or a resume; several are parted by semicolons.
+        event: One of `MARKS`, or a resume; several are separated by semicolons.
     """
 
     samples: int
@@ -53,7 +53,7 @@ class Update:
 
 
 class Session:
-    """The job, the launchers it runs on, and what is done to it.
+    """The job, its launchers, and the failures to inject.
 
     Args:
         folder: For all that is written.
@@ -75,30 +75,30 @@ class Session:
         return self.agents[-1]
 
     def wait(self, condition: Callable[[], bool], what: str) -> None:
-        """Wait for something that the job reports."""
+        """Wait for a line in the job's log."""
         wait_until(condition, what, self.agents[:1], TIMEOUT)
 
     def starts(self) -> list[tuple[int, int]]:
-        """Of each start of the job: samples it went on from, and ranks."""
+        """Return for each start of the job the samples it continued from, and its ranks."""
         found = START.findall(self.agents[0].text)
         return [(int(samples or 0), int(ranks)) for samples, ranks in found]
 
     def kill(self, agent: Agent, rank: int) -> None:
-        """Kill a rank, and wait until the job goes on."""
+        """Kill a rank, and wait until the job continues."""
         before = len(self.starts())
         agent.signal_ranks(signal.SIGKILL, only=rank)
         self._note("rank killed")
         self._goes_on(before)
 
     def lose(self, agent: Agent) -> None:
-        """End a launcher and its ranks without a word, and wait until the job goes on."""
+        """Kill a launcher and its ranks without a signal to the job, and wait until the job continues."""
         before = len(self.starts())
         agent.close()
         self._note("machine lost")
         self._goes_on(before)
 
     def add(self, number: int, ranks: int) -> Agent:
-        """Let a launcher join, and wait until the job goes on."""
+        """Let a launcher join, and wait until the job continues."""
         before = len(self.starts())
         agent = self.join(number, ranks)
         self._goes_on(before)
@@ -117,7 +117,7 @@ class Session:
 
 
 def record(folder: Path) -> list[Update]:
-    """Run the job undisturbed, on one rank and on two, and disturbed."""
+    """Run the job undisturbed, on one rank and on two, and with failures."""
     launchers = {"one": [sys.executable, str(ROOT / "launch/train.py")], "two": [str(ROOT / "launch/torchrun.sh")]}
     for name, launcher in launchers.items():
         agent = Agent([*launcher, *JOB, "--out", str(folder / name)], folder / f"log-{name}", {"NPROC": "2"})
@@ -198,7 +198,7 @@ def write(path: Path, updates: Sequence[Update]) -> None:
 
 
 def read(path: Path) -> list[Update]:
-    """Read it."""
+    """Read the table."""
     with path.open() as file:
         return [_update(row, int(row["ranks"]), row["event"]) for row in csv.DictReader(file)]
 
@@ -237,12 +237,12 @@ def draw(path: Path, updates: Sequence[Update]) -> None:
 
 
 def _differences(losses: Sequence[float], expected: Sequence[float]) -> list[float]:
-    """Relative ones, at least 1e-9 for the sake of the logarithm."""
+    """Return relative differences, at least 1e-9 so that they have a logarithm."""
     return [max(1e-9, abs(a - b) / b) for a, b in zip(losses, expected, strict=True)]
 
 
 def _bands(axis: Any, updates: Sequence[Update], *, labelled: bool) -> None:
-    """Colour what each start of the job contributed, and mark what ended it."""
+    """Colour each start's part of the curve, and mark the event that ended it."""
     resumes = [update.samples for update in updates if "resumed" in update.event]
     edges = [0, *resumes, updates[-1].samples]
     ranks = {update.samples: update.ranks for update in updates}

@@ -1,7 +1,7 @@
 """The engines that are compared, each behind the same few methods.
 
-Knows how each library is set up; nothing of timing. Every library is imported when its engine is
-built, and one that cannot be used raises `Skip` with the reason.
+Each library is imported when its engine is built. An engine that cannot be used raises `Skip` with
+the reason.
 
 All of them get the same recipe (AdamW, fp32, fused where the engine lets torch's kernel run), and
 each the settings that its authors give for speed and memory.
@@ -27,18 +27,18 @@ RECIPE: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weigh
 
 
 class Skip(Exception):  # noqa: N818 - not an error
-    """This engine cannot be used here; says why."""
+    """The reason why an engine cannot be used here."""
 
 
 class Engine:
     """A model and an optimizer, wrapped in one engine's way.
 
     Args:
-        module: What forward is called on.
-        optimizer: What is stepped.
+        module: The module to call.
+        optimizer: The object to step.
         model: The bare model inside.
         inner: The optimizer that holds the state; default: ``optimizer``.
-        detail: What a reader of the results should know of the set-up.
+        detail: Notes on the set-up for readers of the results.
         sharded: Whether its state is.
         shards_gradients: Whether it promises to keep only a W-th of the gradients between backward and step.
     """
@@ -60,16 +60,16 @@ class Engine:
         self._loss: Tensor | None = None
 
     def forward(self) -> None:
-        """The forward pass before an update; engines that gather parameters here do it now."""
+        """Run the forward pass before an update, in which some engines gather parameters."""
         self._loss = self.module(torch.zeros(()))
 
     def backward(self) -> None:
-        """The backward pass: hands out gradients and starts, or does, their synchronisation."""
+        """Run the backward pass: hand out gradients, and start or finish their synchronisation."""
         assert self._loss is not None
         self._loss.backward()
 
     def step(self) -> None:
-        """The update, and the synchronisation of parameters where it belongs to it."""
+        """Run the update, and the synchronisation of parameters if it is part of it."""
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
@@ -79,12 +79,12 @@ class Engine:
             group["eps"] = eps
 
     def weights(self) -> Iterator[Tensor]:
-        """The whole parameters, in order. Collective."""
+        """Return the whole parameters, in order. Collective."""
         for param in self.model.parameters():
             yield param.full_tensor() if isinstance(param, DTensor) else param.detach()
 
     def sizes(self) -> dict[str, int]:
-        """Bytes of this rank's tensors that can be named: what is left of the peak is staging and buffers."""
+        """Return the bytes of this rank's known tensors: the rest of the peak is staging and buffers."""
         params = list(self.model.parameters())
         return {
             "parameters": _storage_bytes(params),
@@ -92,13 +92,13 @@ class Engine:
         }
 
     def gradients(self) -> Iterator[Tensor]:
-        """What is kept of gradients now."""
+        """Return the gradients that exist now."""
         for param in self.model.parameters():
             if param.grad is not None:
                 yield param.grad
 
     def grad_bytes(self) -> int:
-        """Bytes of the gradients that are kept now."""
+        """Return the bytes of the gradients that exist now."""
         return _storage_bytes(self.gradients())
 
 
@@ -120,7 +120,7 @@ def _storage_bytes(tensors: Iterable[Tensor]) -> int:
 
 
 class _DistAdamWEngine(Engine):
-    """With reduce_every_backward its gradients are in flat memory of its shards, not behind ``.grad``."""
+    """DistAdamW; with reduce_every_backward its gradients are in flat memory of its shards, not in ``.grad``."""
 
     def gradients(self) -> Iterator[Tensor]:
         yield from super().gradients()
@@ -185,7 +185,7 @@ def _fsdp2(workload: Workload) -> Engine:
 
 
 class _DeepSpeed(Engine):
-    """DeepSpeed's engine does zero_grad itself and holds the fp32 partitions."""
+    """A DeepSpeed engine, which calls zero_grad itself and holds the fp32 partitions."""
 
     def backward(self) -> None:
         self.module.backward(self._loss)
@@ -242,7 +242,7 @@ BUILDERS: dict[str, Callable[[Workload], Engine]] = {
 
 
 def build(name: str, workload: Workload) -> Engine:
-    """The engine ``name`` on ``workload``, after its first forward pass. Collective.
+    """Return the engine ``name`` on ``workload``, after its first forward pass. Collective.
 
     Raises:
         Skip: the engine cannot be used here.

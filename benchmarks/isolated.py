@@ -1,15 +1,15 @@
-"""Peak memory and bytes sent per rank of one engine, in processes and a network of its own.
+"""Measure one engine's peak memory and bytes sent per rank, in separate processes and a separate network.
 
 `update_phase` calls `measure` for every engine and workload. By hand:
 ``python -m benchmarks.isolated --out results.jsonl --workload gpt --engine "DDP + AdamW"``.
 
 Memory: the largest resident set between building the model and the end of the last update, above
 the resident set after imports, set-up of the process group and a first collective. Here backward
-allocates its gradients anew, as training does, and malloc gives memory back to the system
+allocates new gradients, as training does, and malloc gives memory back to the system
 as soon as it is freed (MALLOC_MMAP_THRESHOLD_), so the peak is what lives at once.
 
-The peak after the first WARM updates is given too: DDP packs its buckets anew, and state is laid out, in those.
-Both are compared with what has to be there: 4N bytes of parameters, 4N of gradients and 8N/W of state;
+The peak after the first WARM updates is given too, since in those DDP rebuilds its buckets and state is laid out.
+Both are compared with the minimum: 4N bytes of parameters, 4N of gradients and 8N/W of state;
 an engine that shards gradients too, with 4N/W of those. What is above that is staging, buckets, and
 gradients that live only until they have been sent.
 
@@ -125,14 +125,14 @@ def one(engine_name: str, workload_name: str, network: str, rank: int, size: int
 
 
 def ideal_memory(engine: Engine, numel: int, size: int) -> tuple[str, float]:
-    """What an engine cannot do without: as text, and in bytes."""
+    """Return the memory that an engine needs at least, as text and in bytes."""
     if engine.shards_gradients:
         return "4N + 4N/W + 8N/W", numel * (4 + 4 / size + 8 / size)
     return "4N + 4N + 8N/W", numel * (4 + 4 + 8 / size)
 
 
 def _sent(rank: int) -> int:
-    """The counter, read by rank 0 while every rank waits. Collective."""
+    """Return the counter, read by rank 0 while every rank waits. Collective."""
     dist.barrier()
     sent = ranks.loopback_sent() if rank == 0 else 0
     dist.barrier()
@@ -140,7 +140,7 @@ def _sent(rank: int) -> int:
 
 
 def show(record: records.Record) -> None:
-    """Print what was measured over what has to be."""
+    """Print the measurements relative to the minimum."""
     print(
         f"{record['workload']:10} {record['engine']:32} "
         f"peak {record['peak_over_formula']:.2f} x ({record['formula']}), "
@@ -151,7 +151,7 @@ def show(record: records.Record) -> None:
 
 
 def main() -> None:
-    """Start the ranks, or be one."""
+    """Start the ranks, or run as one."""
     parser = argparse.ArgumentParser(description="Peak memory and bytes sent of one engine.")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--workload", choices=WORKLOADS, required=True)

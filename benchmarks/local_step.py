@@ -1,4 +1,4 @@
-"""The local AdamW pass over large shards, against measured copy bandwidth.
+"""Measure the local AdamW pass over large shards, relative to copy bandwidth.
 
 Run ``python -m benchmarks.local_step --out results.jsonl``. One process, no process group, so the
 pass is alone: no traffic, and the shard is whole parameters.
@@ -10,12 +10,12 @@ Copies and passes alternate; the fraction is the median over rounds of each roun
 
 A copy may have to read the lines that it writes (12 bytes an element move then, and 8 are counted), which
 a pass in place has not: fractions above 1 are possible. So bandwidth in place (`Tensor.mul_`, 8 bytes an
-element) is reported beside it, with the fraction of that.
+element) is reported too, with the fraction of that.
 
 Clipping reads the gradients once more, and multiplies them into memory of its own where the norm is above
 its limit; the limit here stays that of the pass alone, so these fractions say what clipping costs.
 
-On CPU with one thread and with one per core; on a CUDA device too where there is one.
+It runs on the CPU with one thread and with one per core, and on a CUDA device if there is one.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def _weights(numel: int, pieces: int, device: str) -> list[Tensor]:
 
 
 def _cases(numel: int, device: str) -> dict[str, Callable[[], Any]]:
-    """What is timed. "nothing to clip": the norm is measured, and is below its limit. "clipped": far above it."""
+    """Return the timed cases. "nothing to clip": the measured norm is below its limit. "clipped": far above it."""
     cases: dict[str, Callable[[], Any]] = {}
     whole = _weights(numel, 1, device)
     cases["DistAdamW"] = DistAdamW(whole, **RECIPE).step
@@ -66,7 +66,7 @@ def _cases(numel: int, device: str) -> dict[str, Callable[[], Any]]:
 
 
 def _clip_then_step(numel: int, device: str, max_norm: float) -> Callable[[], Any]:
-    """Torch clips in place and multiplies whether it must or not, so that the second time is as long as the first."""
+    """Clip with torch, which multiplies even if it need not, so that every call takes the same time."""
     clipped = _weights(numel, 1, device)
     fused = torch.optim.AdamW(clipped, fused=True, **RECIPE)
 
@@ -91,7 +91,7 @@ def _seconds(call: Callable[[], Any], device: str) -> float:
 
 
 def measure(numel: int, *, device: str, threads: int, rounds: int) -> Iterator[records.Record]:
-    """One record per case."""
+    """Return one record per case."""
     torch.set_num_threads(threads)
     source, target = torch.randn(numel, device=device), torch.empty(numel, device=device)
     cases = _cases(numel, device)
@@ -130,7 +130,7 @@ def measure(numel: int, *, device: str, threads: int, rounds: int) -> Iterator[r
 
 
 def main() -> None:
-    """Measure on every device that is here."""
+    """Measure on every available device."""
     parser = argparse.ArgumentParser(description="The local AdamW pass against copy bandwidth.")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--numel", type=int, default=1 << 25)

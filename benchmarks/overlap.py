@@ -1,4 +1,4 @@
-"""What sending gradients during backward saves: `attach(overlap=True)` against `overlap=False`.
+"""Measure what sending gradients during backward saves: `attach(overlap=True)` and `overlap=False`.
 
 Run ``python -m benchmarks.overlap --out results.jsonl``. Two ranks on gloo by default; a real
 transformer, so that backward is computing behind which messages can hide. (`update_phase` has no computing,
@@ -8,8 +8,8 @@ Two copies of the model live in the same processes, with the same weights and da
 random order. At the end their weights must have the same bits. Timed is one update: forward,
 backward, step, zero_grad, from a barrier to the slowest rank's end.
 
-Beside the ratio stands what there is to save: the time that the reduction takes when it waits for
-backward to end. Where every core computes, moving messages takes time from computing, and there may be
+Next to the ratio is the most that can be saved: the time of the reduction if it waits for the
+end of backward. Where every core computes, moving messages takes time from computing, and there may be
 nothing to save. ``--delay-us`` makes every bucket, of gradients and of parameters, travel at least that
 long, without costing processor time: a SIMULATED slow link, marked as such in everything that is written.
 
@@ -43,7 +43,7 @@ WARM = 2
 
 
 class Language(nn.Module):
-    """A small GPT: predicts the next token."""
+    """A small GPT that predicts the next token."""
 
     def __init__(self, layers: int, width: int) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ class Trained:
         self._record = recorder
 
     def update(self, tokens: Tensor) -> tuple[float, list[Span]]:
-        """One update; its seconds on this rank and what ran when. Collective."""
+        """Run one update; return its seconds on this rank and its timeline. Collective."""
         self._record.spans.clear()
         dist.barrier()
         began = time.perf_counter()
@@ -86,13 +86,13 @@ class Trained:
 
 
 def data(options: argparse.Namespace, update: int, rank: int) -> Tensor:
-    """Other tokens on every rank and at every update, the same for both ways."""
+    """Return tokens that differ by rank and update, and are the same for both ways."""
     generator = torch.Generator().manual_seed(1000 * update + rank)
     return torch.randint(VOCABULARY, (options.batch, options.context + 1), generator=generator)
 
 
 def check_bits(trained: dict[str, Trained]) -> None:
-    """Both ways, on all ranks, have the same weights. Collective.
+    """Check that both ways have the same weights on all ranks. Collective.
 
     Raises:
         RuntimeError: they have not.
@@ -110,12 +110,12 @@ def check_bits(trained: dict[str, Trained]) -> None:
 
 
 def span_seconds(spans: Sequence[Span], name: str) -> float:
-    """Of all spans of that name together."""
+    """Return the total time of the spans of that name."""
     return sum(span.stop - span.start for span in spans if span.name == name)
 
 
 def measure(options: argparse.Namespace, rank: int, recorder: Recorder) -> tuple[records.Record, dict[str, Any]]:
-    """Train both ways; the record, and the timelines of the round that is nearest to the median. Collective."""
+    """Train both ways; return the record, and the timelines of the round closest to the median. Collective."""
     trained = {way: Trained(way, options, recorder) for way in WAYS}
     mine: dict[str, list[tuple[float, list[Span]]]] = {way: [] for way in WAYS}
     shuffle = random.Random(0)
@@ -164,7 +164,7 @@ def _of(by_rank: list[Any], way: str) -> list[list[tuple[float, list[Span]]]]:
 
 
 def trace(options: argparse.Namespace, trained: dict[str, Trained], rank: int, tokens: Tensor) -> None:
-    """One more update of each, profiled. Collective."""
+    """Profile one more update of each. Collective."""
     options.trace.mkdir(parents=True, exist_ok=True)
     simulated = f"-simulated-{options.delay_us}us" if options.delay_us else ""
     for way, one in trained.items():
@@ -176,7 +176,7 @@ def trace(options: argparse.Namespace, trained: dict[str, Trained], rank: int, t
 
 
 def report(record: records.Record, drawn: dict[str, Any], chart: Path) -> None:
-    """Print and draw."""
+    """Print the record, and draw the timelines."""
     link = f"SIMULATED link, every transfer takes at least {record['delay_us']:,} us" if record["simulated"] else "gloo"
     medians = {way: median(times) * 1e3 for way, times in record["seconds"].items()}
     saved = medians["no overlap"] - medians["overlap"]
@@ -194,7 +194,7 @@ def report(record: records.Record, drawn: dict[str, Any], chart: Path) -> None:
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The options of this script."""
+    """Return the options of this script."""
     parser = argparse.ArgumentParser(description="What sending gradients during backward saves.")
     parser.add_argument("--out", type=Path, required=True, help="JSON-lines file to append to")
     parser.add_argument("--chart", type=Path, help="default: beside --out")
@@ -217,7 +217,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main() -> None:
-    """Start ranks, or be one."""
+    """Start the ranks, or run as one."""
     options = parse()
     if not ranks.is_rank():
         ranks.start("benchmarks.overlap", sys.argv[1:], ranks=options.ranks, timeout=options.timeout)

@@ -1,7 +1,6 @@
-"""Starting ranks, joining them, and a network of their own.
+"""Start ranks, join their process group, and give them a separate network.
 
-Knows processes and process groups; nothing of what is measured. Works under ``torchrun`` too:
-a script that finds RANK in its environment is a rank, otherwise it starts the ranks itself.
+It works under ``torchrun`` too: a script that finds RANK in its environment is a rank; otherwise it starts the ranks.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ PRIVATE, SHARED = "private network namespace", "shared loopback: other processes
 
 
 def is_rank() -> bool:
-    """Whether this process is one of several ranks."""
+    """Return whether this process is one of several ranks."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
@@ -73,7 +72,7 @@ def _wait(processes: list[subprocess.Popen[bytes]], deadline: float, what: str) 
 
 @contextmanager
 def joined() -> Iterator[tuple[int, int]]:
-    """Join the gloo process group with one thread per rank; gives rank and world size."""
+    """Join the gloo process group with one thread per rank; yield rank and world size."""
     torch.set_num_threads(1)
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     dist.init_process_group(
@@ -90,14 +89,14 @@ def joined() -> Iterator[tuple[int, int]]:
 
 
 def gathered(value: Any) -> list[Any]:
-    """Every rank's ``value``, in rank order. Collective."""
+    """Return every rank's ``value``, in rank order. Collective."""
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
 
 
 def private_network() -> tuple[list[str], str]:
-    """A command prefix that gives a loopback of its own, where that is permitted, and what it is."""
+    """Return a command prefix for a separate loopback interface, if that is permitted, and its description."""
     if not (shutil.which("unshare") and shutil.which("ip")):
         return [], SHARED
     for flags in (["-n"], ["-r", "-n"]):
@@ -108,7 +107,7 @@ def private_network() -> tuple[list[str], str]:
 
 
 def loopback_sent() -> int:
-    """Bytes that the loopback interface has sent, of all processes in this network namespace."""
+    """Return the bytes that the loopback interface has sent, for all processes in this network namespace."""
     for line in Path("/proc/self/net/dev").read_text().splitlines():
         name, _, counters = line.partition(":")
         if name.strip() == "lo":

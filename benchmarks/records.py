@@ -1,7 +1,4 @@
-"""Results as JSON lines, and where they were measured.
-
-Knows files and versions; nothing of what is measured.
-"""
+"""Write and read results as JSON lines, with the environment in which they were measured."""
 
 from __future__ import annotations
 
@@ -32,7 +29,7 @@ def append(path: Path, records: Sequence[Record]) -> None:
 
 
 def read(paths: Sequence[Path]) -> list[Record]:
-    """The records of ``paths``, each told its run and commit by the environment written before it.
+    """Return the records of ``paths``, each with the run and commit of the environment record before it.
 
     A last line that was cut off is left out.
     """
@@ -49,7 +46,7 @@ def read(paths: Sequence[Path]) -> list[Record]:
 
 
 def environment() -> Record:
-    """Hardware, versions, commit and time."""
+    """Return hardware, versions, commit and time."""
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -79,7 +76,7 @@ def _cpu() -> str:
 
 
 def _commit() -> str:
-    """The commit, and whether the package differs from it."""
+    """Return the commit, and whether the package differs from it."""
     try:
         sha = _git("rev-parse", "--short=12", "HEAD")
         return sha + (" with changes in dist_adamw/" if _git("status", "--porcelain", "dist_adamw") else "")

@@ -1,10 +1,8 @@
-"""Tables and a chart from results.
+"""Make tables and a chart from results.
 
 Run ``python -m benchmarks.report results.jsonl [more.jsonl ...]``. Prints the tables, writes them to
-``benchmarks/results/<date>-<hardware>.md`` and draws the chart beside it. Where a measurement is in
-the files several times the last one counts; times are compared within one run only, the last of each workload.
-
-Knows records and files; nothing of how anything is measured.
+``benchmarks/results/<date>-<hardware>.md`` and draws the chart next to it. If a measurement is in
+the files several times, the last one counts; times are compared only within one run, the last of each workload.
 """
 
 from __future__ import annotations
@@ -28,7 +26,7 @@ TARGETS = {"gpt": 0.8, "many": 0.9, "embedding": 0.8}
 
 
 def of_kind(found: Sequence[Record], kind: str) -> list[Record]:
-    """Records of one kind, the last of each measurement."""
+    """Return the records of one kind, the last of each measurement."""
     chosen: dict[tuple[str, ...], Record] = {}
     for record in found:
         if record["kind"] == kind:
@@ -39,13 +37,13 @@ def of_kind(found: Sequence[Record], kind: str) -> list[Record]:
 
 
 def timings(found: Sequence[Record], workload: str) -> list[Record]:
-    """The last timed run of a workload: times of different runs are never compared."""
+    """Return the last timed run of a workload: times of different runs are never compared."""
     timed = [r for r in found if r["kind"] == "update_phase" and r["workload"] == workload and "seconds" in r]
     return [r for r in timed if r["run"] == timed[-1]["run"]]
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """A markdown table, aligned for reading as text too; the first column is words, the others are numbers."""
+    """Return a Markdown table, aligned for reading as text; the first column is text, the others are numbers."""
     widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
 
     def line(cells: Sequence[str]) -> str:
@@ -57,7 +55,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def ratios(record: Record, ours: Record) -> tuple[float, list[float]]:
-    """Ratio of medians to DistAdamW's, and the quartiles of the ratios within rounds.
+    """Return the ratio of medians to DistAdamW's, and the quartiles of the ratios within rounds.
 
     Where the two disagree, the machine was not quiet.
     """
@@ -66,7 +64,7 @@ def ratios(record: Record, ours: Record) -> tuple[float, list[float]]:
 
 
 def update_phase(found: Sequence[Record]) -> Iterator[str]:
-    """Times of every workload."""
+    """Return the times of every workload."""
     for workload, title in TITLES.items():
         timed = timings(found, workload)
         ours = next((r for r in timed if r["engine"] == OURS), None)
@@ -114,7 +112,7 @@ def _verdicts(workload: str, timed: Sequence[Record], ours: Record) -> Iterator[
 
 
 def memory(found: Sequence[Record]) -> Iterator[str]:
-    """Peak memory by workload."""
+    """Return the peak memory by workload."""
     for workload, title in TITLES.items():
         measured = [r for r in of_kind(found, "isolated") if r["workload"] == workload and "bytes_by_rank" in r]
         rows = []
@@ -139,7 +137,7 @@ def memory(found: Sequence[Record]) -> Iterator[str]:
 
 
 def traffic(found: Sequence[Record]) -> Iterator[str]:
-    """Bytes sent, of every engine on every workload."""
+    """Return the bytes sent by every engine on every workload."""
     measured = [r for r in of_kind(found, "isolated") if "sent_per_rank" in r]
     engines = list(dict.fromkeys(r["engine"] for r in measured))
     sent: dict[tuple[str, str], float] = {}
@@ -157,7 +155,7 @@ def traffic(found: Sequence[Record]) -> Iterator[str]:
 
 
 def local_step(found: Sequence[Record]) -> Iterator[str]:
-    """The local pass against copy bandwidth."""
+    """Return the table of the local pass relative to copy bandwidth."""
     measured = of_kind(found, "local_step")
     rows = [
         [
@@ -184,7 +182,7 @@ def local_step(found: Sequence[Record]) -> Iterator[str]:
 
 
 def overlap(found: Sequence[Record]) -> Iterator[str]:
-    """What sending during backward saves."""
+    """Return the table of what sending during backward saves."""
     chosen = {(r["delay_us"], r["ranks"]): r for r in found if r["kind"] == "overlap"}
     rows = []
     for record in chosen.values():
@@ -209,7 +207,7 @@ def overlap(found: Sequence[Record]) -> Iterator[str]:
 
 
 def details(found: Sequence[Record]) -> Iterator[str]:
-    """How engines were set up, and what was left out."""
+    """Return how engines were set up, and which were left out."""
     kinds = [*of_kind(found, "update_phase"), *of_kind(found, "isolated")]
     for engine, detail in {r["engine"]: r["detail"] for r in kinds if r.get("detail")}.items():
         yield f"- {engine}: {detail}"
@@ -221,7 +219,7 @@ def details(found: Sequence[Record]) -> Iterator[str]:
 
 
 def heading(environment: Record, commits: Sequence[str]) -> Iterator[str]:
-    """Hardware, date, versions, and every commit that was measured."""
+    """Return hardware, date, versions, and every commit that was measured."""
     gpu = environment["gpu"] or "no GPU"
     memory_gb = environment["memory_bytes"] / 2**30
     yield f"# {environment['time'][:10]}, {environment['cpu']}, {environment['cores']} cores"
@@ -232,7 +230,7 @@ def heading(environment: Record, commits: Sequence[str]) -> Iterator[str]:
 
 
 def chart(found: Sequence[Record], path: Path, caption: str) -> None:
-    """Bars of every engine's ratio to DistAdamW, one panel a workload."""
+    """Draw bars of every engine's ratio to DistAdamW, one panel per workload."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -272,7 +270,7 @@ def chart(found: Sequence[Record], path: Path, caption: str) -> None:
 
 
 def main() -> None:
-    """Print, write and draw."""
+    """Print and write the tables, and draw the chart."""
     parser = argparse.ArgumentParser(description="Tables and a chart from results.")
     parser.add_argument("files", type=Path, nargs="+")
     parser.add_argument("--into", type=Path, default=RESULTS)

@@ -1,4 +1,4 @@
-"""Storage layers for torch.distributed.checkpoint, one beside the other: time, and memory beside the tensors.
+"""Compare storage layers for torch.distributed.checkpoint: time, and memory besides the tensors.
 
 python -m benchmarks.storage
 """
@@ -36,7 +36,7 @@ LAYERS: dict[str, tuple[Callable[[str], Any], Callable[[str], Any]]] = {
 
 
 class Peak(threading.Thread):
-    """The most resident memory while it runs."""
+    """A thread that samples the peak resident memory."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
@@ -45,12 +45,12 @@ class Peak(threading.Thread):
         self.start()
 
     def run(self) -> None:
-        """Sample."""
+        """Take samples until stopped."""
         while not self._over.wait(0.001):
             self.bytes = max(self.bytes, self._now())
 
     def stop(self) -> float:
-        """MB above what it began with."""
+        """Return the peak in MB above the start."""
         self._over.set()
         self.join()
         return (self.bytes - self.before) / 1e6
@@ -61,14 +61,14 @@ class Peak(threading.Thread):
 
 
 def measured(action: Callable[[], object]) -> tuple[float, float]:
-    """Seconds, and MB beside what was there."""
+    """Return seconds, and MB above the start."""
     peak, begin = Peak(), time.perf_counter()
     action()
     return time.perf_counter() - begin, peak.stop()
 
 
 def main() -> None:
-    """Take turns, and print medians."""
+    """Time the layers in turn, and print medians."""
     tensors = {f"t{i}": torch.randn(NUMEL) for i in range(TENSORS)}
     found: dict[str, list[tuple[float, ...]]] = {name: [] for name in LAYERS}
     for name in tqdm([*LAYERS] * ROUNDS):

@@ -1,8 +1,6 @@
-"""What ran when in one update: recording it, and drawing it.
+"""Record and draw the timeline of one update.
 
-Knows where dist_adamw's parts begin and end, clocks and matplotlib; nothing of what is compared.
-
-Clocks of all ranks are one clock, since `time.perf_counter` is the machine's monotonic one: timelines of
+All ranks share one clock, since `time.perf_counter` is the machine's monotonic one: timelines of
 ranks on one machine can be put below each other.
 """
 
@@ -34,7 +32,7 @@ TRAVELS = {"gradients under way": 1, "parameters under way": 2}  # the other spa
 
 
 class Span(NamedTuple):
-    """Something that took from ``start`` to ``stop``, in seconds of `time.perf_counter`."""
+    """An activity from ``start`` to ``stop``, in seconds of `time.perf_counter`."""
 
     name: str
     start: float
@@ -43,20 +41,20 @@ class Span(NamedTuple):
 
 
 class NotBefore:
-    """Stands among the works of a bucket: who waits for it waits until then."""
+    """A work of a bucket that is done only at a given time."""
 
     def __init__(self, when: float) -> None:
         self._when = when
 
     def wait(self) -> bool:
-        """Sleep until it is time."""
+        """Sleep until that time."""
         if (left := self._when - time.perf_counter()) > 0:
             time.sleep(left)
         return True
 
 
 class Recorder:
-    """Wraps the parts of dist_adamw, for the life of the process.
+    """A recorder that wraps parts of dist_adamw, for the life of the process.
 
     Args:
         delay: Seconds that every bucket is made to travel at least: a SIMULATED slow link. It costs
@@ -75,7 +73,7 @@ class Recorder:
 
     @contextmanager
     def span(self, name: str) -> Iterator[None]:
-        """Record what is inside, for the profiler too."""
+        """Record the block as a span, for the profiler too."""
         start = time.perf_counter()
         with torch.profiler.record_function(name):
             yield
@@ -92,7 +90,7 @@ class Recorder:
         setattr(owner, attribute, recorded)
 
     def _travel(self, owner: Any, name: str, start_name: str, finish_name: str) -> None:
-        """From the call that sends a bucket to the end of the waiting for it, whenever that begins."""
+        """Record a bucket from the call that sends it to the end of the wait for it."""
         start: Callable[..., Any] = getattr(owner, start_name)
         finish: Callable[..., Any] = getattr(owner, finish_name)
         began: dict[int, float] = {}
@@ -121,7 +119,7 @@ class Recorder:
 
 
 def add_to_trace(path: Path, spans: Sequence[Span], *, anchor: str) -> None:
-    """Put the buckets under way into a Chrome trace of torch's profiler, which shows only what runs.
+    """Add buckets in flight to a Chrome trace of torch's profiler, which shows only running code.
 
     Args:
         anchor: Name of a span that is in both: it says how the two clocks lie.
@@ -147,7 +145,7 @@ def add_to_trace(path: Path, spans: Sequence[Span], *, anchor: str) -> None:
 
 
 def draw(panels: dict[str, list[list[Span]]], path: Path, title: str) -> None:
-    """One panel for each way, in it one update on every rank, on one scale.
+    """Draw one panel per way, each with one update on every rank, on a common scale.
 
     Args:
         panels: Title of a panel to the spans of each rank.

@@ -1,4 +1,4 @@
-"""What the transport can do: the floor under any update phase on this machine.
+"""Measure the transport: the lower bound of any update phase on this machine.
 
 Run ``python -m benchmarks.transport --out results.jsonl``. Two ranks on gloo by default. Every case moves the
 same number of elements, in chunks; cases alternate, and each is the slowest rank's median.
@@ -36,7 +36,7 @@ Case = Callable[[], object]
 
 
 def _others() -> list[tuple[int, int]]:
-    """To whom and from whom, in the order in which every rank is busy all the time."""
+    """Return pairs of destination and source, in an order that keeps every rank busy."""
     size, rank = dist.get_world_size(), dist.get_rank()
     return [((rank + d) % size, (rank - d) % size) for d in range(1, size)]
 
@@ -47,7 +47,7 @@ def _message(work: dist.Work | None) -> dist.Work:
 
 
 def messages_to_owners(flat: Tensor, chunk: int, depth: int) -> Case:
-    """Every rank's slice sent to it from where it lies, and averaged by it a block at a time: a reduce-scatter."""
+    """Send each rank its slice without copies, and average it there a block at a time: a reduce-scatter."""
     size, rank = dist.get_world_size(), dist.get_rank()
     parts = [part.chunk(size) for part in torch.split(flat, chunk)]
     slots = [{source: torch.empty(chunk // size) for _, source in _others()} for _ in range(depth)]
@@ -94,7 +94,7 @@ def _spare(first: Tensor, second: Tensor, rank: int) -> Tensor:
 
 
 def messages_from_owners(flat: Tensor, chunk: int, depth: int) -> Case:
-    """Every rank's slice sent to all others, straight into place: an all-gather."""
+    """Send every rank's slice to all others, received in place: an all-gather."""
     size, rank = dist.get_world_size(), dist.get_rank()
     parts = [part.chunk(size) for part in torch.split(flat, chunk)]
 
@@ -120,7 +120,7 @@ def _wait(works: list[dist.Work]) -> None:
 
 
 def engine_itself(flat: Tensor, chunk: int) -> dict[str, Case]:
-    """DistAdamW's own code for the two, on one parameter as long as the buffer: what it adds to the messages."""
+    """Run DistAdamW's own code for both, on one parameter of the buffer's size, to see what it adds to the messages."""
     assert dist.group.WORLD is not None
     layout = FlatLayout((flat.numel(),), dist.get_world_size(), chunk)
     transport = GlooTransport(layout, [flat], group=dist.group.WORLD, replicas=None, tag=1)
@@ -145,7 +145,7 @@ def engine_itself(flat: Tensor, chunk: int) -> dict[str, Case]:
 
 
 def check(chunk: int = 1 << 18) -> None:
-    """The messages do what they are said to do, in uneven chunks too. Collective.
+    """Check that every case gives averages and whole buffers, in uneven chunks too. Collective.
 
     Raises:
         RuntimeError: a case has left other numbers than averages of all ranks everywhere.
@@ -168,7 +168,7 @@ def check(chunk: int = 1 << 18) -> None:
 
 
 def reduce_to_owners(flat: Tensor, chunk: int, depth: int) -> Case:
-    """all_to_all_single chunk by chunk, up to ``depth`` under way, and a local sum: a reduce-scatter."""
+    """Run all_to_all_single chunk by chunk, up to ``depth`` in flight, and a local sum: a reduce-scatter."""
     size, rank = dist.get_world_size(), dist.get_rank()
     received = [torch.empty(chunk) for _ in range(depth)]
     parts = torch.split(flat, chunk)
@@ -196,7 +196,7 @@ def reduce_to_owners(flat: Tensor, chunk: int, depth: int) -> Case:
 
 
 def broadcasts(flat: Tensor, chunk: int) -> Case:
-    """Every rank's slice of every chunk, all asynchronous: an all-gather."""
+    """Broadcast every rank's slice of every chunk asynchronously: an all-gather."""
 
     def run() -> None:
         slices = [(r, s) for part in torch.split(flat, chunk) for r, s in enumerate(part.chunk(dist.get_world_size()))]
@@ -207,7 +207,7 @@ def broadcasts(flat: Tensor, chunk: int) -> Case:
 
 
 def all_reduce(flat: Tensor, chunk: int) -> Case:
-    """All-reduce chunk by chunk, all asynchronous, as DDP does with its buckets."""
+    """All-reduce all chunks asynchronously, as DDP does with its buckets."""
 
     def run() -> None:
         for work in [dist.all_reduce(part, async_op=True) for part in torch.split(flat, chunk)]:
@@ -217,7 +217,7 @@ def all_reduce(flat: Tensor, chunk: int) -> Case:
 
 
 def native(flat: Tensor) -> dict[str, Case]:
-    """gloo's own reduce-scatter and all-gather, in one piece."""
+    """Run gloo's own reduce-scatter and all-gather, in one piece."""
     share = flat.chunk(dist.get_world_size())[dist.get_rank()].clone()
     whole = torch.empty_like(flat)
     scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -229,7 +229,7 @@ def native(flat: Tensor) -> dict[str, Case]:
 
 
 def memory(flat: Tensor) -> dict[str, Case]:
-    """Local work that an update cannot do without: copies, one big and in many pieces, and AdamW."""
+    """Run the local work that no update can avoid: copies, in one piece and in many, and AdamW."""
     target, half = torch.empty_like(flat), flat.numel() // dist.get_world_size()
     small, small_target = torch.split(flat, 1024), torch.split(target, 1024)
     param, grad, exp_avg, exp_avg_sq = (torch.zeros(half) for _ in range(4))
@@ -292,7 +292,7 @@ def measure(numel: int, rounds: int) -> list[records.Record]:
 
 
 def main() -> None:
-    """Start ranks, or be one."""
+    """Start the ranks, or run as one."""
     parser = argparse.ArgumentParser(description="What the transport can do.")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--ranks", type=int, default=2)

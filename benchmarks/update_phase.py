@@ -1,8 +1,8 @@
-"""The update phase of every engine, side by side: gradient sync + AdamW + parameter sync.
+"""Compare the update phase of every engine: gradient sync + AdamW + parameter sync.
 
 Run ``python -m benchmarks.update_phase --out results.jsonl``, or the same under ``torchrun``.
 
-What one measured window holds, for every engine alike:
+One measured window includes, for every engine:
 
     backward   the engine's own hooks take each gradient as autograd hands it over, and reduce it
     step       AdamW, then whatever synchronisation of parameters belongs to it
@@ -11,11 +11,11 @@ What one measured window holds, for every engine alike:
                for a gather still under way do so inside the window, so none ends it with work
                left over
 
-What it does not hold: the model's arithmetic. A layer's forward is the copy of one number, and its
+It does not include the model's arithmetic. A layer's forward is the copy of one number, and its
 backward returns gradients that lie in memory already, as new tensor objects, so that autograd takes
 them without a copy; what Python and autograd spend on that is in the window, nothing is
-subtracted. Consequently there is nothing for communication to hide behind: this compares the
-work that engines do, not how well they overlap it. Gradients are written afresh before each window, since
+subtracted. So communication has no computation to overlap with: this compares the
+work that engines do, not how well they overlap it. Gradients are rewritten before each window, since
 engines overwrite them, and a barrier starts it; its length is that of the slowest rank.
 
 All engines live in the same processes. Rounds go over them in a new random order each; ratios are
@@ -48,7 +48,7 @@ TOLERANCE = 2e-6
 
 
 def advance(engine: Engine, workload: Workload, update: int) -> float:
-    """One update; returns the seconds of the window on this rank."""
+    """Run one update; return the seconds of the window on this rank."""
     workload.gradients.refill(update)
     dist.barrier()
     start = time.perf_counter()
@@ -59,7 +59,7 @@ def advance(engine: Engine, workload: Workload, update: int) -> float:
 
 
 class Reference:
-    """The weights that every engine must have: AdamW on one rank, given the averaged gradients."""
+    """Return the weights that every engine must have: AdamW on one rank, given the averaged gradients."""
 
     def __init__(self, workload: Workload) -> None:
         self._workload = workload
@@ -67,7 +67,7 @@ class Reference:
         self._optimizer = torch.optim.AdamW(self._model.parameters(), fused=True, **RECIPE)
 
     def advance(self, eps: float, updates: range) -> list[torch.Tensor]:
-        """The weights after ``updates``. Collective."""
+        """Return the weights after ``updates``. Collective."""
         self._optimizer.param_groups[0]["eps"] = eps
         for update in updates:
             self._workload.gradients.refill(update)
@@ -83,7 +83,7 @@ class Reference:
 
 
 def check(engines: dict[str, Engine], workload: Workload) -> tuple[dict[str, float], dict[str, str]]:
-    """Compare every engine's weights with the reference; take out those that cannot run. Collective.
+    """Compare every engine's weights with the reference; remove engines that cannot run. Collective.
 
     Returns:
         Largest difference by engine, and why engines were taken out.
@@ -120,7 +120,7 @@ def check(engines: dict[str, Engine], workload: Workload) -> tuple[dict[str, flo
 
 
 def time_workload(name: str, chosen: Sequence[str], *, rounds: int, rank: int) -> list[records.Record]:
-    """Build, check and time the engines on one workload. Collective; records are rank 0's to write."""
+    """Build, check and time the engines on one workload. Collective; rank 0 writes the records."""
     workload = Workload.named(name, rank=rank)
     engines: dict[str, Engine] = {}
     skipped: dict[str, str] = {}
@@ -166,7 +166,7 @@ def time_workload(name: str, chosen: Sequence[str], *, rounds: int, rank: int) -
 
 
 def work(options: argparse.Namespace) -> None:
-    """What one rank does."""
+    """Run one rank."""
     with ranks.joined() as (rank, _):
         if rank == 0:
             records.append(options.out, [records.environment()])
@@ -181,7 +181,7 @@ def work(options: argparse.Namespace) -> None:
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The options of this script."""
+    """Return the options of this script."""
     parser = argparse.ArgumentParser(description="The update phase of every engine, side by side.")
     parser.add_argument("--out", type=Path, required=True, help="JSON-lines file to append to")
     parser.add_argument("--ranks", type=int, default=2, help="when not started by torchrun")
@@ -196,7 +196,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main() -> None:
-    """Start ranks, or be one."""
+    """Start the ranks, or run as one."""
     options = parse()
     if ranks.is_rank():
         work(options)

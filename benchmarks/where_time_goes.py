@@ -1,16 +1,15 @@
-"""Where DistAdamW's update phase spends its time, part by part.
+"""Profile DistAdamW's update phase, part by part.
 
 Run ``python -m benchmarks.where_time_goes --out results.jsonl``. Two ranks on gloo by default.
 
-Functions of dist_adamw are wrapped with timers for this run; one that is not there any more is
-reported as such. Times are those of rank 0, exclusive of timed functions called inside, and the
-medians of the parts add up to about the median of the whole. Without timers the window is the same as
-`update_phase`'s.
+Functions of dist_adamw are wrapped with timers for this run; missing ones are reported. Times are rank 0's, without
+those of timed functions called inside, so the medians of the parts add up to about the median of the whole. Without
+timers the window is the same as `update_phase`'s.
 
 Wall is what passes; CPU is what all threads of the process use meanwhile (`time.process_time`),
 so what gloo's threads do to move messages is counted where the main thread happens to be. A part whose CPU
-time is the longer had transport beside it; one whose CPU time is much shorter waited. Messages are let go
-of where a bucket's last reference ends, after ``finish``: that is in the rest of step, or in the hooks.
+time is longer ran in parallel with transport; one whose CPU time is much shorter waited. Messages are freed
+with a bucket's last reference, after ``finish``: that is in the rest of step, or in the hooks.
 """
 
 from __future__ import annotations
@@ -72,7 +71,7 @@ class Clock:
         self._since = (0.0, 0.0)
 
     def clear(self) -> None:
-        """Begin anew."""
+        """Reset the times."""
         self.wall.clear()
         self.cpu.clear()
 
@@ -84,7 +83,7 @@ class Clock:
         self._since = now
 
     def __call__(self, label: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """``function``, charged to ``label``."""
+        """Wrap ``function``, and charge its time to ``label``."""
 
         @functools.wraps(function)
         def timed(*args: Any, **kwargs: Any) -> Any:
@@ -101,7 +100,7 @@ class Clock:
 
 
 def wrap(clock: Clock) -> list[str]:
-    """Put timers on PARTS; returns the labels of those that are not there."""
+    """Put timers on PARTS; return the labels of missing ones."""
     absent = []
     for label, owner, attribute in PARTS:
         function = getattr(owner, attribute, None)
@@ -116,7 +115,7 @@ def wrap(clock: Clock) -> list[str]:
 
 
 def measure(engine_name: str, workload_name: str, rounds: int, rank: int, clock: Clock) -> list[Times]:
-    """Wall and CPU seconds of every part, round by round. Collective."""
+    """Return wall and CPU seconds of every part, by round. Collective."""
     workload = Workload.named(workload_name, rank=rank)
     engine = build(engine_name, workload)
     found: list[Times] = []
@@ -136,7 +135,7 @@ def measure(engine_name: str, workload_name: str, rounds: int, rank: int, clock:
 
 
 def hand_over(workload_name: str, rounds: int, rank: int) -> Times:
-    """A backward and forward pass of the bare model: what no engine can avoid. Local."""
+    """Time a backward and forward pass of the bare model, which no engine can avoid. Local."""
     workload = Workload.named(workload_name, rank=rank)
     model = workload.model()
     loss = model(torch.zeros(()))
@@ -153,7 +152,7 @@ def hand_over(workload_name: str, rounds: int, rank: int) -> Times:
 
 
 def medians(found: list[Times]) -> Times:
-    """Of each part over the rounds; one that did not run in a round took nothing in it."""
+    """Return the medians of each part over the rounds; a part that did not run in a round counts 0."""
     labels = list(dict.fromkeys(label for times in found for label in times))
     columns = {label: [times.get(label, (0.0, 0.0)) for times in found] for label in labels}
     return {label: (median(w for w, _ in times), median(c for _, c in times)) for label, times in columns.items()}
@@ -171,7 +170,7 @@ def show(times: Times, numel: int) -> None:
 
 
 def main() -> None:
-    """Start ranks, or be one."""
+    """Start the ranks, or run as one."""
     parser = argparse.ArgumentParser(description="Where DistAdamW's update phase spends its time.")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--ranks", type=int, default=2)

@@ -1,9 +1,7 @@
-"""The workloads, as modules whose forward and backward passes cost next to nothing.
+"""Workloads: modules whose forward and backward passes cost almost nothing.
 
-Knows shapes and gradients; nothing of engines, ranks or timing.
-
-A layer's backward returns gradients that were there before, so that what remains of a training
-step is what its engine does: hooks, gradient synchronisation, AdamW, parameter synchronisation.
+A layer's backward returns prepared gradients, so that what remains of a training
+step is the engine's own work: hooks, gradient synchronisation, AdamW, parameter synchronisation.
 Layers are chained, so gradients arrive last layer first and one layer at a time, as in training.
 """
 
@@ -42,7 +40,7 @@ TITLES = {
 
 
 class Gradients:
-    """This rank's gradients of a workload.
+    """This rank's gradients in a workload.
 
     Args:
         layers: Shapes by layer.
@@ -68,18 +66,18 @@ class Gradients:
             torch.mul(self._base, 1.0 + 0.25 * (update % 3), out=self._flat)
 
     def flat(self) -> Tensor:
-        """All gradients of this rank, 1-D; only of kept ones."""
+        """Return all gradients of this rank, 1-D; only if they are kept."""
         return self._flat
 
     def of(self, layer: int) -> list[Tensor]:
-        """Gradients of one layer. New tensor objects, so that autograd takes them without a copy."""
+        """Return gradients of one layer, as new tensor objects, so that autograd takes them without a copy."""
         if self._given:
             return [grad.view_as(grad) for grad in self._given[layer]]
         return [torch.full(shape, self._value) for shape in self._shapes[layer]]
 
 
 class _Hand(torch.autograd.Function):
-    """Passes its input on, and in backward hands gradients to the parameters."""
+    """Return the input, and in backward the parameters' gradients."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, grads: Callable[[], list[Tensor]], *params: Tensor) -> Tensor:
@@ -92,7 +90,7 @@ class _Hand(torch.autograd.Function):
 
 
 class Layer(nn.Module):
-    """Some parameters, and gradients for them."""
+    """A layer with parameters and prepared gradients."""
 
     def __init__(self, index: int, shapes: Sequence[Shape], gradients: Gradients, generator: torch.Generator) -> None:
         super().__init__()
@@ -105,7 +103,7 @@ class Layer(nn.Module):
 
 
 class Model(nn.Module):
-    """A workload's layers in a chain; the same weights on every rank and in every engine."""
+    """A chain of a workload's layers, with the same weights on every rank and in every engine."""
 
     def __init__(self, layers: Sequence[Sequence[Shape]], gradients: Gradients) -> None:
         super().__init__()
@@ -128,12 +126,12 @@ class Workload:
 
     @classmethod
     def named(cls, name: str, *, rank: int, kept: bool = True) -> Workload:
-        """The workload ``name``, with the gradients of ``rank``."""
+        """Return the workload ``name``, with the gradients of ``rank``."""
         return cls.of(name, WORKLOADS[name], rank=rank, kept=kept)
 
     @classmethod
     def of(cls, name: str, layers: list[list[Shape]], *, rank: int, kept: bool) -> Workload:
-        """A workload of the given shapes."""
+        """Return a workload of the given shapes."""
         return cls(name, layers, Gradients(layers, seed=rank, kept=kept))
 
     @property

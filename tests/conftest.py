@@ -1,4 +1,4 @@
-"""What every test shares: one thread per process, and a clean Accelerate state."""
+"""Fixtures for every test: one thread per process, and a clean Accelerate state."""
 
 from __future__ import annotations
 

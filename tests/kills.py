@@ -1,11 +1,11 @@
-"""Kill a job again and again, at any instant, and see that it loses nothing.
+"""Kill a job repeatedly, at any instant, and check that it loses nothing.
 
     python -m tests.kills --kills 1000          # any number, from any --seed on
 
-Ranks are forked and killed with SIGKILL, one of them or all, while they load, train, save, or save beside training.
-After every kill the newest whole checkpoint must be at least the last one that was said to be saved; the next life, on
-another engine and number of ranks, must go on from exactly there, with the lr, weight decay and losses of a run that
-was never killed.
+Ranks are forked and killed with SIGKILL, one of them or all, while they load, train, save, or save asynchronously.
+After every kill the newest whole checkpoint must be at least the last one that was reported as saved; the next job, on
+another engine and number of ranks, must continue from exactly there, with the lr, weight decay and losses of a run
+that was never killed.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ GIVE_UP = 60.0  # seconds
 
 @dataclass
 class Tally:
-    """What came out of it."""
+    """The results."""
 
     kills: collections.Counter[str] = field(default_factory=collections.Counter)
     resumes: int = 0

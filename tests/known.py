@@ -1,4 +1,4 @@
-"""What a test knows of an object and the object's type does not say."""
+"""Narrow types where a test knows more than the object's type says."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ def run_ranks(world_size: int, function: Callable[P, T], *args: P.args, **kwargs
 def run_ranks_within(
     timeout: float, world_size: int, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs
 ) -> list[T]:
-    """`run_ranks` with seconds of its own."""
+    """Call `run_ranks` with another timeout."""
     if world_size not in _pools:
         _pools[world_size] = _Pool(world_size)
     pool = _pools[world_size]

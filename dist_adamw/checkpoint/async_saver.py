@@ -79,6 +79,7 @@ class AsyncSaver:
     def __init__(self) -> None:
         # The thread's collectives would interleave with training's in a different order on each rank, and deadlock.
         self._ranks = Ranks.now(dist.new_group(backend="gloo") if collectives.world_size() > 1 else None)
+        # A single thread: saves, which are collective, run in the same order on every rank.
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._memory: dict[Any, Tensor] = {}
         self._last: Saving | None = None
@@ -131,7 +132,7 @@ class AsyncSaver:
                 raise CheckpointError(f"could not write {path}: {type(error).__name__}: {error}.") from error
 
         self._last = Saving(path, self._thread.submit(work))
-        self._savings[:] = [self._last]
+        self._savings[:] = [self._last]  # in place: the finalizer holds this list
         return self._last
 
     def wait(self) -> None:

@@ -332,7 +332,7 @@ def _check_layout(index: Index, values: dict[str, Any], group: dict[str, Any]) -
             f"{index.folder} was made with amsgrad={values['amsgrad']}, which cannot be taken over: it changes the "
             "layout of the state. Pass the same."
         )
-    if {"lr", "betas", "eps", "weight_decay"} <= group.keys():
+    if {"lr", "betas", "eps", "weight_decay"} <= group.keys():  # an Adam
         try:
             check_hyper_parameters({**group, **values})
         except ValueError as error:
@@ -344,5 +344,6 @@ def _in_convention_of(optimizer: Optimizer, group: dict[str, Any], saved: Any) -
     ours = getattr(optimizer, "decay_by", "lr")
     if not group.get("lr") or "weight_decay" not in group or saved not in ("lr", "schedule") or saved == ours:
         return group
+    # The decay of one update is lr * weight_decay by "lr", and weight_decay itself by "schedule".
     factor = group["lr"] if ours == "schedule" else 1 / group["lr"]
     return {**group, "weight_decay": group["weight_decay"] * factor}

@@ -268,6 +268,7 @@ class CheckpointFolder:
             raise CheckpointError(f"samples must be at most 2**62 = {_MOST_SAMPLES}, got {samples}.")
         self._saved_at = samples  # before writing: a failed save is retried at the next multiple, not at every update
         final = self.root / _name(samples)
+        # The root may be relative to a rank's own working directory, and samples may differ between ranks.
         folders = self._ranks.gather(str(final))
         if len(set(folders)) > 1:
             raise CheckpointError(f"ranks save to different folders: {', '.join(sorted(set(folders)))}. Pass the same.")
@@ -337,7 +338,7 @@ class CheckpointFolder:
             _away(path)
 
     def set_aside(self, after: int) -> list[Path]:
-        """Rename checkpoints of more than ``after`` samples: a job that goes on from there will write its own."""
+        """Rename checkpoints of more than ``after`` samples: a job that continues from there writes its own."""
         aside = []
         for path in self.all():
             if self.samples_of(path) > after:
@@ -349,7 +350,7 @@ class CheckpointFolder:
 
 
 def _name(samples: int) -> str:
-    return f"sample-{samples:09d}"
+    return f"sample-{samples:09d}"  # padded only so that a directory listing is sorted
 
 
 def _free_name(path: Path) -> Path:

@@ -298,6 +298,7 @@ def _check(part: Part, on_difference: OnDifference | None, group: Group, until: 
     path, optimizer, scheduler = part.path, part.optimizer, part.scheduler
     check_alike(path, group)
     index = run_on_all_ranks(lambda: checked(path, collectives.rank(), collectives.world_size(), until), group)
+    # Each rank has read its own index: on node-local disks, two saves may have the same path.
     if len(set(collectives.all_gather_objects(index.digest, group))) > 1:
         raise CheckpointError(f"{path} is not the same on all ranks. Give all machines the same file system.")
     choice: OnDifference = on_difference or getattr(scheduler, "on_difference", None) or "strict"
@@ -368,6 +369,7 @@ def _read(index: Index, local_state: LocalState) -> None:
 
 def _take(group: dict[str, Any], values: Mapping[str, Any]) -> None:
     for key, value in values.items():
+        # A tensor is filled in place: a captured or compiled step reads this one.
         if isinstance(group.get(key), Tensor) and key != "initial_lr":
             group[key].fill_(value)
         else:

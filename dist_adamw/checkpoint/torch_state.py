@@ -206,6 +206,7 @@ class TorchAccess:
                     state[kind] = _number_in_state(optimizer, group, param, kind, value)
                 if state:
                     states[param] = state
+        # Replaced only at the end: `_room_for` reuses tensors of the old state.
         optimizer.state.clear()
         optimizer.state.update(states)
 

@@ -43,6 +43,7 @@ class _Here(threading.local):
 _here = _Here()
 _lock = threading.Lock()
 _readers = 0  # threads that need pickle's functions replaced by the ones below
+# The originals, taken before anything is replaced.
 _unpickler, _load, _loads = pickle.Unpickler, pickle.load, pickle.loads
 _find_class = pickle._Unpickler.find_class
 
@@ -188,6 +189,7 @@ def load_safely(file: Any, what: str | Path, how_to_trust: str, **options: Any) 
     try:
         return torch.load(file, weights_only=True, **{"map_location": "cpu", **others})
     except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+        # A RuntimeError about TorchScript means a file of another kind; others are not about the contents.
         if isinstance(error, RuntimeError) and "TorchScript" not in str(error):
             raise
         if (asked := re.search(r"GLOBAL (\S+)", str(error))) is None:

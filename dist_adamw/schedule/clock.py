@@ -62,7 +62,7 @@ class SampleClock:
 
     def begin_update(self, optimizer: Optimizer, arguments: Sequence[Any]) -> None:
         """Handle the start of ``optimizer.step(*arguments)``, after `retract_skipped`."""
-        is_nested, self._is_in_update = self._is_in_update, True
+        is_nested, self._is_in_update = self._is_in_update, True  # nested: a step() that a subclass's step() calls
         self._began_without_state = not optimizer.state
         begin = getattr(self.source, "before_update", None)
         if begin is not None and not is_nested and not self._continues(_first_params(optimizer)):

@@ -243,6 +243,7 @@ class RestartSchedule:
         """Return the point of the schedule after ``samples``, the real global samples before an update."""
         u = max(0, samples - self.warmup_samples)
         cycle = self._recent[0]
+        # Consecutive lookups nearly always hit the same cycle, and the search computes large powers.
         if not cycle.start <= u < cycle.start + cycle.length:
             run = self._runs[-1] if u >= self._runs[-1].start else self._runs[0]
             cycle = self._recent[0] = run.cycle(run.find(u))
@@ -267,6 +268,7 @@ class RestartSchedule:
     def _fold(self, cycle: int) -> tuple[float, float]:
         if self.eta_on_restart_cb is None:
             return 0.0, 1.0
+        # Continue from the cached cycle; for an earlier one (a preview, a load) begin again.
         done, eta_min, eta_max = self._folded[0] if self._folded[0][0] <= cycle else (0, 0.0, 1.0)
         while done < cycle:
             before = (eta_min, eta_max)

@@ -83,6 +83,7 @@ class ScheduledOptimizer:
         """
         self._scheduler = weakref.ref(scheduler)
         optimizer = self.optimizer
+        # Weak hooks: a scheduler that was replaced must not live on in the optimizer and write its lr.
         optimizer.register_step_pre_hook(_weak_hook(self._before_update))
         optimizer.register_step_post_hook(_weak_hook(self._after_update))
         # Loading an optimizer replaces the groups by new ones, with the saved job's lr and weight decay.

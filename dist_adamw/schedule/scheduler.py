@@ -130,6 +130,7 @@ class CyclicLRWithRestarts(LRScheduler):
         self._verbose = verbose
         self.on_difference: OnDifference = on_difference
         self._scheduled = ScheduledOptimizer(unwrap(optimizer), recipe, min_lr)
+        # Before torch's constructor, which adds "initial_lr": a group without one may have an annealed lr.
         self._scheduled.groups.follow()
         self._scheduled.listen(self)
         super().__init__(self._scheduled.optimizer)

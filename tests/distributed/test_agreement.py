@@ -74,7 +74,7 @@ def by_prepare(case: str) -> None:
 
 
 def messages(by: Callable[[str], None], cases: list[str]) -> list[str]:
-    """What each case raises; caught here, so that ranks live on and must still be in step."""
+    """Return the error of each case, caught so that ranks live on and must still be in step."""
     found = []
     for case in cases:
         with pytest.raises(AgreementError) as raised:
@@ -306,7 +306,7 @@ def test_ranks_are_named_as_the_job_numbers_them() -> None:
 
 
 class Counted:
-    """A value that tells how often it was written out."""
+    """A value that counts how often it was serialised."""
 
     written = 0
 

@@ -215,7 +215,7 @@ def test_large_runs_travel_from_where_they_lie(world_size: int, way: str) -> Non
 @pytest.mark.parametrize("way", ["ddp", "ddp, buckets", "plain", "every backward"])
 @pytest.mark.parametrize("world_size", WORLDS)
 def test_the_backends_own_collectives(world_size: int, way: str) -> None:
-    """What other backends than gloo take. With more than 2 ranks a backend adds in an order of its own."""
+    """Use the transport of backends other than gloo. With more than 2 ranks the order of a sum is the backend's."""
     run_ranks(world_size, check_native, WAYS[way])
 
 
@@ -261,7 +261,7 @@ def check_gradients_in_other_memory(way: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("way", ["ddp", "ddp, buckets", "ddp, buckets, no overlap", "ddp, buckets, own buffers"])
 def test_memory_of_a_gradient_that_was_replaced_and_set_to_zero(way: str) -> None:
-    """DDP's reducer would go on to send its bucket, which backward no longer writes to."""
+    """DDP's reducer would otherwise send its bucket, which backward no longer writes to."""
     run_ranks(2, check_gradients_in_other_memory, WAYS[way])
 
 
@@ -314,7 +314,7 @@ def test_join_is_refused(aside: bool) -> None:
 
 
 def check_reducer_woken(view: bool) -> None:
-    """What accelerator.trigger_sync_in_backward does. Without views DDP's reducer is not put aside."""
+    """accelerator.trigger_sync_in_backward does this. Without views DDP's reducer is not disabled."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(192, 50), nn.Linear(50, 3))
     job = Job({"ddp": True, "view": view}, {"eps": 0.1}, model=model, unused=False)
@@ -476,7 +476,7 @@ def test_new_storage_and_loaded_state_in_mid_run(way: str) -> None:
 
 
 def check_discarded(way: dict[str, Any]) -> None:
-    """Gradients that were thrown away are gone, whoever threw them."""
+    """Dropped gradients are gone, whichever code dropped them."""
     job = Job(way, {"eps": 0.1})
     for step in range(4):
         for thrower in (job.optimizer, job.model):
@@ -545,7 +545,7 @@ def test_buckets_are_sent_while_backward_goes_on(way: str, overlaps: bool) -> No
 
 
 def check_sent_without_messages(way: dict[str, Any]) -> tuple[int, int]:
-    """Ranks cannot tell each other what they are about to do, as over NCCL."""
+    """Disable announcements between ranks, as over NCCL."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(RankMessages, "open", lambda self, groups, tag: None)
         return check_sent_during_backward(way)
@@ -638,7 +638,7 @@ def check_deferred_and_compiled() -> None:
 
 
 def test_compiled_modules_get_their_parameters_at_once() -> None:
-    """Another class of parameters would have them compiled anew."""
+    """Another class of parameters would cause a recompilation."""
     run_ranks(2, check_deferred_and_compiled)
 
 

@@ -241,7 +241,7 @@ def test_preparing_again_after_free_memory(tmp_path: Path) -> None:
 
 
 def two_models(folder: str, how: str) -> list[Any]:
-    """As of a generator and a discriminator: two sets of objects of one accelerator, one of them ahead."""
+    """One accelerator with two sets of objects, such as generator and discriminator, one of them ahead."""
     accelerator, first = job(1, 48, loader={"batch_size": 2})
     _, second = job(1, 48, loader={"batch_size": 2}, width=24)
     both = [prepare(accelerator, *objects) for objects in (first, second)]
@@ -396,7 +396,7 @@ def goes_on_by_itself(folder: str, resumes: bool = True) -> tuple[Any, str]:
 
 
 def keeps_one(folder: str) -> list[Any]:
-    """With automatic names and a limit of one, the one before is there, beside the folder of the next."""
+    """With automatic names and a limit of one, the previous checkpoint is kept next to the new folder."""
     accelerator, objects = job(1, 48, loader={"batch_size": 2})
     accelerator.project_configuration = ProjectConfiguration(folder, automatic_checkpoint_naming=True, total_limit=1)
     model, optimizer, loader, scheduler = prepare(accelerator, *objects)
@@ -510,9 +510,9 @@ def killed_in_save_state(folder: str) -> str:
         torn.mkdir()
         shutil.copy(Path(folder) / "checkpoints" / first / "random_states_0.pkl", torn)
     dist.barrier()
-    with pytest.warns(UserWarning, match="checkpoint_1 .*not written") as told:
+    with pytest.warns(UserWarning, match="checkpoint_1 .*is incomplete") as told:
         name = goes_on_by_itself(folder)[1]
-    assert [one.filename for one in told if "not written" in str(one.message)] == [__file__]
+    assert [one.filename for one in told if "is incomplete" in str(one.message)] == [__file__]
     return name
 
 

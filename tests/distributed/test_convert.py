@@ -63,7 +63,7 @@ class Net(nn.Module):
 
 
 def groups(model: nn.Module, count: int) -> list[dict[str, Any]]:
-    """Of one or two; only weights decay where there are two."""
+    """Make one or two groups; of two, only the weights' decays."""
     named = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
     if count == 1:
         return [{"params": named, "weight_decay": 0.1}]
@@ -75,7 +75,7 @@ def groups(model: nn.Module, count: int) -> list[dict[str, Any]]:
 
 
 def losses(model: nn.Module, first: int, last: int) -> Iterator[Tensor]:
-    """Of every update, of this rank's part of its samples."""
+    """Return the losses of every update, on this rank's samples."""
     rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     for update in range(first, last):
         generator = torch.Generator().manual_seed(update)
@@ -357,7 +357,7 @@ class Harmless:
 
 
 def test_enums_as_python_3_11_2_pickles_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By ``getattr`` of class and name, which is read as a name, and called by nobody."""
+    """Pickle an enum by ``getattr`` of class and name, which is read as a name and never called."""
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 
@@ -462,7 +462,7 @@ def deepspeed_job(
 
 
 def to_universal(folder: Path) -> Path:
-    """What its own converter makes of DeepSpeed's folder."""
+    """Convert DeepSpeed's folder with its own converter."""
     from deepspeed.checkpoint.ds_to_universal import main as convert
 
     target = folder / "universal"
@@ -527,7 +527,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert main(["import", f"{tmp_path}/theirs.pt", f"{tmp_path}/ours"]) == 0
     assert main(["export", f"{tmp_path}/ours", f"{tmp_path}/x.safetensors", "--kind=safetensors"]) == 0
     assert main(["export", f"{tmp_path}/ours", f"{tmp_path}/x.safetensors", "--kind=safetensors"]) == 2
-    assert "x.safetensors is there already" in capsys.readouterr().err
+    assert "x.safetensors exists already" in capsys.readouterr().err
     assert main(["import", f"{tmp_path}/theirs.pt", f"{tmp_path}/ours"]) == 2
     assert re.search("ours .*already", capsys.readouterr().err)
     assert main(["inspect", f"{tmp_path}/ours"]) == 0
@@ -572,7 +572,7 @@ def universal_of_another_place(path: Path) -> None:
         (lambda path: path.mkdir(), "unknown kind"),
         (lambda path: path.write_bytes(b"x" * 100), r"no torch\.save file"),
         (lambda path: torch.save(torch.ones(3), path), "holds a Tensor"),
-        (lambda path: torch.save({"model": {"weight": 3}}, path), "'weight'.*no tensor"),
+        (lambda path: torch.save({"model": {"weight": 3}}, path), "'weight'.*not a tensor"),
         (lambda path: torch.save({"model": {}, "optimizer": [3]}, path), "no state dict"),
         (
             lambda path: torch.save({"model": {"weight": torch.ones(2)}, "optimizer": OF_SGD}, path),

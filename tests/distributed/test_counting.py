@@ -158,7 +158,7 @@ def test_the_length_of_the_data_is_no_epoch_size_with_drop_last() -> None:
 
 
 def test_batches_that_are_not_trained_on_do_not_count() -> None:
-    """Of an evaluation, and of a loop that was left without a backward pass."""
+    """Batches of an evaluation, and of a loop that was left without a backward pass."""
     loop = Loop(rows(8))
     other = loop.accelerator.prepare(DataLoader(rows(9), 3))
     batches = iter(loop.loader)
@@ -207,7 +207,7 @@ def test_a_last_batch_of_an_evaluation_with_gradients_does_not_count() -> None:
 
 
 def raising(loop: Loop, batch: Any, optimizer: Any) -> None:
-    """A micro-batch whose ``step`` raises; the script mends what was wrong, and goes on."""
+    """The ``step`` of a micro-batch raises; the script fixes the cause, and continues."""
     loop.accelerator.backward(loop.model(batch[0]).mean())
     param = optimizer.param_groups[0]["params"][0]
     entry = optimizer.state.pop(param)

@@ -1,4 +1,4 @@
-"""A process group that is destroyed while a save beside training is on its way: an error, and no checkpoint is lost."""
+"""A process group destroyed during an asynchronous save: an error, and no checkpoint is lost."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Parameters that somebody else has shared out (FSDP2, HSDP, tensor parallelism): stepped where they lie."""
+"""Parameters that an engine has sharded (FSDP2, HSDP, tensor parallelism) are stepped in place."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def network() -> nn.Sequential:
 
 
 def sharded(how: str) -> nn.Sequential:
-    """`network`, shared out."""
+    """Return `network`, sharded."""
     model, size = network(), dist.get_world_size()
     policy: dict[str, Any] = {}
     if how in ("hsdp", "tensor parallel"):
@@ -102,7 +102,7 @@ def test_the_weights_of_torchs_adamw(how: str, world_size: int, options: dict[st
 
 
 def check_overflow() -> None:
-    """On one rank, in one element: nobody updates."""
+    """One bad element on one rank: no rank updates."""
     model = sharded("fsdp2")
     optimizer = DistAdamW(model.parameters(), max_grad_norm=1.0)
     scheduler = CyclicLRWithRestarts(optimizer, 4, 100, restart_period=2)
@@ -196,7 +196,7 @@ def test_dtensors_beside_state_that_is_shared_are_refused() -> None:
 
 
 def check_moved() -> None:
-    """Module.to() swaps DTensors, which torch refuses where somebody has a weak reference to one."""
+    """Module.to() swaps DTensors, which torch refuses if there is a weak reference to one."""
     model = sharded("fsdp2")
     optimizer = DistAdamW(model.parameters(), lr=1e-2)
     model.to(torch.float64)

@@ -1,4 +1,4 @@
-"""Checkpoints and pickles that earlier versions wrote: they load, and training goes on as it did then."""
+"""Checkpoints and pickles of earlier versions load, and training continues as it did then."""
 
 from __future__ import annotations
 

@@ -133,7 +133,7 @@ def test_one_curve(engine: str, world_size: int, accumulation: int, decay_by: st
 
 @pytest.mark.parametrize("engine", ENGINES[1:])
 def test_accelerates_own_checkpoints(engine: str, tmp_path: Path) -> None:
-    """Saved in the middle of a cycle, loaded by a job that begins anew."""
+    """Save in the middle of a cycle, and load in a new job."""
     expected = reference("lr", 0.1)
     saved = str(tmp_path / "state")
     before = run_ranks(2, curve, engine, 3, "lr", 0.1, {}, saved, (0, 4))

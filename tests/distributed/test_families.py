@@ -16,11 +16,11 @@ from dist_adamw.checkpoint.storage.index import read_index, write_index
 
 
 class MyDistAdamW(DistAdamW):
-    """As users log or clip in their own."""
+    """A subclass for logging or clipping."""
 
 
 class MyAdamW(torch.optim.AdamW):
-    """With a step of its own, and state beside Adam's."""
+    """A subclass with its own step, and more state than Adam's."""
 
     def step(self, closure: Any = None) -> Any:
         loss = super().step(closure)

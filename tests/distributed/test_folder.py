@@ -1,4 +1,4 @@
-"""A run's folder: the newest few checkpoints, whole, whatever the disk does; saving beside training."""
+"""A run's folder keeps the newest few checkpoints whole, whatever the disk does; asynchronous saves."""
 
 from __future__ import annotations
 
@@ -324,7 +324,7 @@ def test_two_saves_to_one_path_refuse_each_other(tmp_path: Path) -> None:
 
 
 def test_a_forked_process_does_not_keep_a_lock(tmp_path: Path) -> None:
-    """As workers of a data loader are, that begin while a checkpoint is written."""
+    """Fork during a save, as a data loader's workers do."""
     folder, lock = CheckpointFolder(tmp_path), Lock(tmp_path / "path")
     if not (child := os.fork()):
         time.sleep(30)
@@ -614,7 +614,7 @@ def test_killed_at_any_instant_nothing_is_lost() -> None:
 
 
 def not_for_rank_1(folder: str) -> None:
-    """As where a rank's machine does not have the folder mounted, or may not look into it."""
+    """A rank's machine has not mounted the folder, or may not read it."""
     job, isdir = Job(), os.path.isdir
     save(folder, *job.all)
     hidden = mock.patch.object(os.path, "isdir", lambda path: dist.get_rank() == 0 and isdir(path))
@@ -773,7 +773,7 @@ def test_a_disk_that_takes_a_part_of_a_block_gets_the_rest(tmp_path: Path, monke
     opened = Path.open
 
     class Short:
-        """As a file on a disk that is almost full."""
+        """Write as to a disk that is almost full."""
 
         def __init__(self, file: Any) -> None:
             self.file = file

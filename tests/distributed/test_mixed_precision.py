@@ -20,7 +20,7 @@ MASTERS = [torch.float32, torch.int16]
 
 
 class Small(nn.Module):
-    """bf16 weights beside an fp32 norm."""
+    """Return bf16 weights with an fp32 norm."""
 
     def __init__(self) -> None:
         super().__init__()

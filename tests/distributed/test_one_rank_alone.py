@@ -1,4 +1,4 @@
-"""What one rank does alone, or leaves half done: torch's result on the averages, or one sentence on every rank."""
+"""One rank acts alone: the result is torch's on the averages, or one error on every rank."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_amsgrad_set_on_one_rank_alone(way: dict[str, Any] | None) -> None:
 
 
 def check_state_before(call: str) -> None:
-    """Ranks cannot tell each other what they are about to do, as over NCCL."""
+    """Disable announcements between ranks, as over NCCL."""
     model = wrap(layers(), gradient_as_bucket_view=False)
     optimizer = ours(model.parameters())
     with pytest.MonkeyPatch.context() as patch:
@@ -404,7 +404,7 @@ def test_changes_that_raised_hold_nothing() -> None:
 
 
 class Meeting(TensorDataset):
-    """Meets the other thread's data when both loaders have begun to fetch a batch, and neither has drawn anything."""
+    """Wait for the other thread's data until both loaders have begun to fetch, and neither has drawn anything."""
 
     def __init__(self, count: int, barrier: threading.Barrier) -> None:
         super().__init__(torch.arange(count))
@@ -415,7 +415,7 @@ class Meeting(TensorDataset):
 
 
 class Counter:
-    """Where in its epoch each batch of each loader ends, by the length of its data."""
+    """Return where in its epoch each batch of each loader ends, by the length of its data."""
 
     def __init__(self) -> None:
         self.ends: dict[int, list[int]] = {}

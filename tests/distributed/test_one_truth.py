@@ -1,4 +1,4 @@
-"""What users do to ``param_groups`` and ``state`` between updates, where the state is sharded over ranks."""
+"""Users change ``param_groups`` and ``state`` between updates, with the state sharded over ranks."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def memory_of_moment(optimizer: Any, model: Network) -> None:
 
 
 def take_out(optimizer: Any, model: Network) -> None:
-    """Its state stays in ``state``, as in torch, and goes on when the parameter comes back."""
+    """Its state stays in ``state``, as in torch, and is used again when the parameter comes back."""
     for group in optimizer.param_groups:
         group["params"] = [param for param in group["params"] if param is not model.first.weight]
 

@@ -1,4 +1,4 @@
-"""DistAdamW on several ranks: unsharded AdamW's bits, 1/W of the state, everyone alike."""
+"""DistAdamW on several ranks: unsharded AdamW's bits, 1/W of the state, the same weights on every rank."""
 
 from __future__ import annotations
 
@@ -286,7 +286,7 @@ def test_a_share_of_another_rank_is_refused() -> None:
 
 
 def check_one_axis_of_a_mesh() -> tuple[int, int, bool]:
-    """Ranks 0, 1 and ranks 2, 3 share the state of one model each; gradients are alike in a pair."""
+    """Ranks 0 and 1, and ranks 2 and 3, shard the state of one model each; gradients are equal in a pair."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
     torch.manual_seed(dist.get_rank() // 2)
     param = nn.Parameter(torch.randn(100))

@@ -202,7 +202,7 @@ def test_between_two_epochs_and_at_the_last_batch(tmp_path: Path) -> None:
 
 
 def left_out_on_one_rank(rank: int, folder: Path) -> int:
-    """Where a job goes on whose rank leaves out the first of the two batches that it has accumulated."""
+    """Return where a job continues if one rank skips the first of the two batches that it accumulated."""
     job = Job(4)
     for i, batch in enumerate(itertools.islice(job.loader, 2)):
         if i == 0 and job.accelerator.process_index == rank:

@@ -210,7 +210,7 @@ def test_messages_between_ranks_go_on_while_a_folder_is_read(tmp_path: Path) -> 
 
 
 def ways(data: bytes, folder: Path) -> Iterator[tuple[str, Any]]:
-    """How libraries unpickle: Accelerate and DeepSpeed by torch, torch.distributed.checkpoint by pickle, others."""
+    """Unpickle as libraries do: Accelerate and DeepSpeed by torch, torch.distributed.checkpoint by pickle, others."""
     (folder / ".metadata").write_bytes(data)
     file = folder / ".metadata"
     yield "pickle.load", lambda: pickle.load(file.open("rb"))

@@ -40,7 +40,7 @@ class Stream(IterableDataset[Tensor]):
 
 
 class Pairs(BatchSampler):
-    """Batches that somebody makes himself: a sample and its opposite."""
+    """A custom batch sampler: a sample and its opposite."""
 
     def __init__(self) -> None:
         self.batch_size, self.drop_last = 2, False
@@ -305,7 +305,7 @@ def test_samples_dropout_and_padding_of_a_resumed_epoch(kind: str, tmp_path: Pat
 
 
 def test_one_order_for_every_number_of_ranks(tmp_path: Path) -> None:
-    """Also of a shuffle that nobody has given a generator."""
+    """The same for a shuffle without a generator."""
     saves = {9: str(tmp_path / "9")}
     alone = run_ranks(1, with_dropout, "single", {}, saves, None, 14)[0]
     for ranks in (2, 4):
@@ -317,7 +317,7 @@ def test_one_order_for_every_number_of_ranks(tmp_path: Path) -> None:
 
 
 def is_left(engine: str, updates: int) -> bool:
-    """Whether a loader lives on when nobody has it any more."""
+    """Return whether a loader lives on without references."""
     gc.disable()
     try:
         with accelerator_on(engine, 1) as accelerator:

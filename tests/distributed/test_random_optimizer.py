@@ -1,4 +1,4 @@
-"""What users do between updates, on two ranks: scripts that went wrong once, and a few random ones.
+"""Scripts of users between updates, on two ranks: some that once failed, and a few random ones.
 
 ``python -m tests.random.optimizer --ranks 2`` draws others.
 """

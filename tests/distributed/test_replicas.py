@@ -94,7 +94,7 @@ def test_every_bit_counts(dtype: torch.dtype, rows: int) -> None:
 
 
 def test_a_fingerprint_is_of_the_values_alone() -> None:
-    """Not of where the memory begins, or of what is asked for beside it."""
+    """It does not depend on the address, or on what else is compared."""
     tensor = torch.randn(70, 9)
     shifted = torch.cat([torch.zeros(1), tensor.flatten()])[1:].view(70, 9)
     found = fingerprints([torch.empty(0), torch.tensor(3), tensor, tensor > 0, shifted])
@@ -129,7 +129,7 @@ class Everything(nn.Module):
         self.register_buffer("cache", torch.zeros(3), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Each rank's buffers are of its own samples."""
+        """Each rank's buffers depend on its own samples."""
         self.seen += dist.get_rank()
         self.cache = torch.zeros(3 + dist.get_rank())
         x = self.norm(self.first(x.bfloat16()).float())
@@ -182,7 +182,7 @@ def change(model: Everything, what: str) -> None:
 
 
 def message_of(check: Callable[..., object], *args: Any) -> str:
-    """What the error says; caught here, so that the ranks live on."""
+    """Return the error's text, caught so that the ranks live on."""
     with pytest.raises(AgreementError) as raised:
         check(*args)
     return str(raised.value)
@@ -500,7 +500,7 @@ def save_and_spoil(engine: str, what: str, saved: str, notes: str) -> None:
 
 
 def other_optimizer(what: str) -> None:
-    """torch's AdamW under DDP: nobody gathers weights, so a difference stays."""
+    """torch's AdamW under DDP: weights are never gathered, so a difference stays."""
     with job_on("DDP", 3, torch.optim.AdamW) as (accelerator, model, optimizer, loader, scheduler):
         for update, (x, y) in enumerate(loader):
             accelerator.backward(nn.functional.mse_loss(model(x), y))

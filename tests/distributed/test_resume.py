@@ -167,7 +167,7 @@ def test_going_on_elsewhere(index: int, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("place", [("single", 1), ("DDP", 2)])
 def test_stopped_at_the_end_of_an_epoch(place: Place, tmp_path: Path) -> None:
-    """Before the loop has noticed that there is no batch left; the next epoch has an order of its own."""
+    """Stop before the loop has noticed that no batch is left; the next epoch has a different order."""
     engine, ranks = place
     stopped, end, at = str(tmp_path / "stopped"), str(tmp_path / "end"), 2 * EPOCH // BATCH
     rows = run_ranks(ranks, train, engine, 0, at, stopped, None, {})[0]

@@ -96,7 +96,7 @@ def test_any_optimizer_goes_on(name: str, world_size: int, tmp_path: Path) -> No
 
 
 def from_torch(folder: str, ours_first: bool) -> None:
-    """torch's AdamW goes on as DistAdamW, and the other way round, to the bit."""
+    """torch's AdamW continues as DistAdamW, and the other way round, bit for bit."""
     makers = [lambda p: DistAdamW(p, lr=1e-2, shard=False), lambda p: torch.optim.AdamW(p, lr=1e-2, fused=True)]
     first, second = makers if ours_first else makers[::-1]
     model, again = network(), network()

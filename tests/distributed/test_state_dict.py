@@ -81,7 +81,7 @@ def nano_gpt(file: Path, resume: bool) -> nn.Module:
 
 
 def fabric(file: Path, resume: bool) -> nn.Module:
-    """Lightning's strategies: consolidate where there is such a method, then state_dict on rank 0."""
+    """Save as Lightning's strategies do: consolidate if there is such a method, then state_dict on rank 0."""
 
     def get_optimizer_state(optimizer: Any) -> dict[str, Any]:
         if hasattr(optimizer, "consolidate_state_dict"):

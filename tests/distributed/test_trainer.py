@@ -53,7 +53,7 @@ class Network(nn.Module):
 
 
 class Notes(TrainerCallback):
-    """What each update works with, and its loss over the global batch."""
+    """Record the values of each update, and its loss over the global batch."""
 
     def __init__(self) -> None:
         self.rows: Curve = []
@@ -237,7 +237,7 @@ def test_resume_in_mid_epoch(engine: str, world_size: int, tmp_path: Path) -> No
 
 
 def random_numbers(engine: str, folder: str, resume: str | None = None) -> list[float]:
-    """What dropout would draw at each update."""
+    """Record what dropout would draw at each update."""
     drawn = []
 
     class Draws(TrainerCallback):
@@ -370,7 +370,7 @@ def test_a_second_train_begins_the_schedule_anew(engine: str, world_size: int, t
 
 
 def norms(engine: str, folder: str, clip: float) -> list[float]:
-    """What Trainer logs."""
+    """Return Trainer's logs."""
     logs: dict[str, Any] = {"logging_strategy": "steps", "logging_steps": 1, "log_level": "error"}
     with arguments_on(engine, folder, 2, max_grad_norm=clip, **logs) as args:
         trainer = prepare_trainer(Noting(Network(), args, train_dataset=Samples()), scheduler=RECIPE)

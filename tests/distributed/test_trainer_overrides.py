@@ -42,7 +42,7 @@ class LayerWise(Noting):
 
 
 class LayerWiseByClass(Noting):
-    """As LLaVA's trainer and others do: groups of their own, Trainer's class and arguments."""
+    """An override as in LLaVA's trainer and others: their own groups, Trainer's class and arguments."""
 
     # Without model=, as older scripts have it.
     def create_optimizer(self) -> Optimizer:  # type: ignore[override]
@@ -69,7 +69,7 @@ class Extended(Noting):
 
 
 class ByKwargs(Noting):
-    """As sentence-transformers: groups through get_optimizer_cls_and_kwargs."""
+    """An override as in sentence-transformers: groups through get_optimizer_cls_and_kwargs."""
 
     # Trainer's is static, and scripts override it so.
     def get_optimizer_cls_and_kwargs(  # type: ignore[override]
@@ -93,7 +93,7 @@ class OwnSchedule(Noting):
 
 
 class NeverCalled(Noting):
-    """What Trainer's own messages advise, and transformers 5 does not call."""
+    """An override that Trainer's own messages advise, and that transformers 5 does not call."""
 
     def create_optimizer_and_scheduler(self, num_training_steps: int) -> None:
         raise AssertionError("called")

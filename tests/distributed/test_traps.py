@@ -1,4 +1,4 @@
-"""What launchers, Accelerate and DeepSpeed do in silence is an error or a warning that has the cure."""
+"""Silent traps of launchers, Accelerate and DeepSpeed give an error or a warning with the remedy."""
 
 from __future__ import annotations
 

@@ -389,7 +389,7 @@ def test_sam_without_no_sync(way: str) -> None:
 
 
 def check_second(way: dict[str, Any], second: str, *, keep: bool) -> None:
-    """Phase 2 of a fine-tune: other optimizers go on with the same module."""
+    """Phase 2 of a fine-tune: other optimizers continue with the same module."""
     pair = Pair(way)
     pair.train(range(2))
     first = pair.optimizer if keep else None
@@ -434,7 +434,7 @@ def check_all_seconds(way: dict[str, Any]) -> None:
 
 
 def check_copied(way: dict[str, Any]) -> None:
-    """A copy of a DDP module, an average over time say, is nobody's, and may be trained by DDP itself."""
+    """A copy of a DDP module, such as an EMA, belongs to no optimizer, and may be trained by DDP itself."""
     pair = Pair(way)
     pair.train(range(1))
     copied, twin = copy.deepcopy(pair.model), copy.deepcopy(pair.twin)
@@ -535,7 +535,7 @@ def test_another_optimizers_closure_is_refused() -> None:
 
 
 def check_skips_alone(way: dict[str, Any], leaves_some: bool) -> None:
-    """Rank 1 does not like its loss of update 2, after backward, and goes on with the next batch."""
+    """Rank 1 rejects its loss of update 2 after backward, and continues with the next batch."""
     pair = Pair(way)
     if leaves_some:  # DDP averages these
         del pair.optimizer.param_groups[0]["params"][:2]

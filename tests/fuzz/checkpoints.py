@@ -1,6 +1,6 @@
-"""Checkpoints with damage, and checkpoints that somebody made up, loaded into a job that is trained already.
+"""Load damaged and forged checkpoints into a job that is already trained.
 
-What a load that does not refuse must have done is told by a reading of the folder that shares no code with it.
+If a load succeeds, an independent reader of the folder checks the result.
 """
 
 from __future__ import annotations
@@ -278,7 +278,7 @@ class Checkpoints:
         return tally
 
     def judge_on_ranks(self, numbers: Iterator[int], world_size: int = 2) -> Tally:
-        """The same, loaded by several ranks: all end alike."""
+        """Load the same on several ranks: all must end in the same way."""
         tally = Tally(f"checkpoints on {world_size} ranks")
         for i in numbers:
             how, _, folder, _, choice = self.input(i, [kind for kind in KINDS if kind != "torch"])

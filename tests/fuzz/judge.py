@@ -1,4 +1,4 @@
-"""What is counted, what a sentence is, and how much time and memory an input may take."""
+"""Count results, recognise errors of ours, and bound the time and memory of an input."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Hang(BaseException):
 
 @dataclass
 class Tally:
-    """How the inputs of one kind ended."""
+    """Counts of results for one kind of input."""
 
     kind: str
     ends: Counter[str] = field(default_factory=Counter)

@@ -1,4 +1,4 @@
-"""What is done to a checkpoint's files, and to what its index says."""
+"""Mutations of a checkpoint's files and of its index."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _DEEP = "a very deep place"
 
 
 def digest(index: dict[str, Any]) -> str:
-    """As the format defines it; not the code that is tested."""
+    """Compute it by the format's definition, without the tested code."""
     return hashlib.sha256(json.dumps(index, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
@@ -271,7 +271,7 @@ OF_TENSORS = [
 
 
 def of_a_tensor(index: Tree, rng: random.Random) -> str:
-    """What nearly makes sense: shapes, chunks, places, types."""
+    """Return nearly valid values: shapes, chunks, offsets, types."""
     if not isinstance(index.get("tensors"), dict) or not index["tensors"]:
         return anywhere(index, rng)
     key = rng.choice(sorted(index["tensors"]))

@@ -110,7 +110,7 @@ JSON = st.one_of(
 
 
 def recipe(recipe: Arguments, options: Arguments) -> str:
-    """Build both, or hear why not; then look the schedule up, and update once."""
+    """Build both, or get an error; then evaluate the schedule, and update once."""
     weight = torch.nn.Parameter(torch.ones(3))
     try:
         optimizer = DistAdamW([weight], **options)
@@ -132,7 +132,7 @@ def _of_python(error: TypeError, arguments: Arguments) -> str:
 
 
 def look_up(scheduler: CyclicLRWithRestarts, recipe: Arguments) -> str:
-    """How it ends. Raises where lr or the decay leaves its bounds, or takes too long to find."""
+    """Return how it ends. Raises if lr or the decay is out of bounds, or takes too long to compute."""
     if scheduler.epoch_size is None or scheduler.batch_size is None:
         try:
             scheduler.preview()

@@ -45,11 +45,11 @@ class Agent:
 
     @property
     def text(self) -> str:
-        """What was written so far."""
+        """Return the output so far."""
         return self.log.read_text(errors="replace")
 
     def ranks(self) -> dict[int, int]:
-        """Process id by rank, of the ranks that have begun."""
+        """Return the process ids of the ranks that have started, by rank."""
         found: dict[int, int] = {}
         for pid in _children(self.process.pid):
             try:

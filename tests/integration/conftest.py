@@ -1,4 +1,4 @@
-"""What the tests of interrupted jobs compare with."""
+"""The undisturbed job that tests of interrupted jobs compare with."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.integration.test_train import History, history
 
 @pytest.fixture(scope="session")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> History:
-    """The job of `agents` in one process that nobody disturbs."""
+    """Run the job of `agents` in one process, undisturbed."""
     folder = tmp_path_factory.mktemp("uninterrupted")
     agent = Agent([sys.executable, str(ROOT / "launch/train.py"), *JOB, "--out", str(folder)], folder / "log")
     assert agent.wait(60) == 0, agent.text

@@ -45,7 +45,7 @@ class Network:
             raise
 
     def command(self, machine: int) -> list[str]:
-        """What makes the rest of a command line run on a machine."""
+        """Return the command prefix that runs a command on a machine."""
         return self._inside(self._machines[machine])
 
     def cut(self, machine: int) -> None:

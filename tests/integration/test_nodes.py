@@ -21,7 +21,7 @@ pytestmark = pytest.mark.timeout(240)  # four ranks are started three times
 
 @dataclass
 class Rehearsal:
-    """What came of one job: its folder, its log, and what its updates took before and on a slow cable."""
+    """The result of one job: its folder, its log, and the time of its updates before and on a slow cable."""
 
     out: Path
     log: str

@@ -46,7 +46,7 @@ class Found:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a program went: what was wrong, its updates, and the rows that they had."""
+    """A program's result: what was wrong, its updates, and their rows."""
 
     problems: list[str]
     updates: int = 0
@@ -55,7 +55,7 @@ class Outcome:
 
 @dataclass
 class Tally:
-    """How programs ended."""
+    """Counts of results."""
 
     loops: int = 0
     updates: int = 0
@@ -157,7 +157,7 @@ def judge(seeds: Iterable[int], world: int, tally: Tally, *, shrinks: bool = Tru
 
 
 def _problems(program: Program) -> list[str]:
-    """What goes wrong with a program that the shrinker has made; nothing if it is no legal one."""
+    """Return what goes wrong with a program from the shrinker; nothing if it is not legal."""
     try:
         return outcomes([program])[0].problems
     except (RankError, AssertionError, KeyError, IndexError, TypeError):

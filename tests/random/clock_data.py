@@ -102,7 +102,7 @@ def dataset_of(spec: Spec) -> Any:
 
 
 def loader_of(spec: Spec, dataset: Any) -> DataLoader[Any]:
-    """What a user would write."""
+    """Data as a user would write it."""
     options: dict[str, Any] = {}
     if spec["form"] == "packed":
         options["collate_fn"] = _packed
@@ -132,7 +132,7 @@ def loader_of(spec: Spec, dataset: Any) -> DataLoader[Any]:
 
 
 def draws_of(spec: Spec, rows: int) -> int:
-    """How many rows one epoch has: what the user's sampler or data set gives, before Accelerate repeats any."""
+    """Return the rows of one epoch: those of the user's sampler or data set, before Accelerate repeats any."""
     if spec["kind"] == "map" and spec["sampler"] in ("replacement", "weighted"):
         return spec["draws"]
     if spec["kind"] == "map" and spec["sampler"] == "subset":

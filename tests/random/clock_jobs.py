@@ -23,11 +23,11 @@ CANNOT_REACH = ("of which only whole batches", "and even_batches=False gives")
 
 
 class Stop(Exception):  # noqa: N818 - the job is stopped
-    """The job has been saved, and ends here."""
+    """The job was saved, and ends here."""
 
 
 def run_job(program: dict[str, Any], number: int, folder: str) -> Log:
-    """Run the ``number``-th job of a program on this rank; jobs are what its ``resume`` actions part."""
+    """Run the ``number``-th job of a program on this rank; its ``resume`` actions separate jobs."""
     _forget_accelerate()
     torch.manual_seed(number)
     job = Job(program, number, folder)
@@ -141,7 +141,7 @@ class Job:
             raise Stop from error
 
     def _pass(self, of: str, how: Any) -> tuple[int, Any]:
-        """Begin a loop: its number, and what to loop over."""
+        """Begin a loop; return its number, and the iterable."""
         loader = self.loader if of == "first" else self.second
         data, dataset = (self.data, self.dataset) if of == "first" else (self.second_data, self.second_set)
         whole = self._pass_rows(of)
@@ -242,7 +242,7 @@ class Job:
         return number, k
 
     def _next_of_second(self) -> tuple[Any, Key]:
-        """A batch of the second loader, which is begun again when it is exhausted."""
+        """Return a batch of the second loader, which restarts when it is exhausted."""
         for _ in range(2):
             if self.open is None:
                 self.open_number, batches = self._pass("second", "loader")
@@ -346,7 +346,7 @@ class Job:
         self.log.append(("backward", keys, bad))
 
     def _update(self, last: bool = False) -> None:
-        """What a script does after each backward pass."""
+        """Do what a script does after each backward pass."""
         by_hand = self.program["loop"] == "hand"
         if by_hand and not self._syncs(last):
             return

@@ -1,12 +1,12 @@
-"""Random programs for the clock: their making, their shrinking, and how they read.
+"""Make, shrink and print random programs for the clock.
 
 A program is plain data: a configuration, and a list of actions (the methods of `clock_jobs.Job`). ``resume`` actions
-part it into jobs, each of which goes on from what the one before has saved.
+split it into jobs, each of which continues from what the previous one saved.
 
-What is left out because Accelerate alone does not run it is in `is_legal`. What is left out because no clock could know
-it: a batch that is not trained on but is in hand, handed out with gradients on, while another one's gradients are made.
-So a second loader whose iterator stays open does not meet dropped gradients, after which its batch may be tried again.
-And `rest_of_epoch` where batches have no fixed size, or rows are drawn that nobody can tell apart.
+`is_legal` excludes what Accelerate alone cannot run, and what no clock can know: a batch that is in hand but not
+trained on, handed out with gradients enabled, while another batch's gradients are computed. So a second loader with an
+open iterator is not combined with dropped gradients, after which its batch may be tried again. Nor is `rest_of_epoch`
+with batches without a fixed size, or with rows that cannot be distinguished.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def dispatches(program: Program) -> bool:
 
 
 def make(seed: int, world: int) -> Program:
-    """A program that a user could have written, and that no rank waits in for ever."""
+    """Return whether a user could have written the program, and no rank waits forever in it."""
     rng = random.Random(f"{seed}/{world}")
     while not is_legal(program := _draft(rng, world)):
         pass

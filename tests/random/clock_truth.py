@@ -22,16 +22,16 @@ Key = tuple[int, int]  # number of the pass, and of the batch in it
 
 
 class Facts(NamedTuple):
-    """What a script knows of a loop.
+    """A script's knowledge of a loop.
 
     Attributes:
         rows: Rows of the whole epoch.
         repeats: Whether Accelerate fills the last batches with rows that it repeats.
-        start: So many rows are left out at the beginning; None: those that were trained on before.
+        start: The number of rows skipped at the beginning; None: those that were trained on before.
         once: No row is drawn twice in an epoch.
         of: The loader: "first" or "second".
-        whole: Only batches of so many rows can be left out, over all ranks; 0: any number of rows can be.
-        part: Batches are not evened: those of so many rows that are left must be shared out evenly; 0: they are.
+        whole: Rows of a batch over all ranks, if only whole batches can be skipped; 0: any number of rows can be.
+        part: Rows of a batch, if batches are not padded and the remaining ones must divide evenly; 0: they are padded.
     """
 
     rows: int
@@ -45,7 +45,7 @@ class Facts(NamedTuple):
 
 @dataclass(frozen=True)
 class Difference:
-    """Where a clock is not the rows of the applied updates before it."""
+    """Find where a clock differs from the rows of the applied updates before it."""
 
     job: int
     rank: int
@@ -105,10 +105,10 @@ class _Rank:
 
 @dataclass
 class Truth:
-    """What the jobs of a program, one after another, have trained on.
+    """The data that the jobs of a program have trained on, in order.
 
     Args:
-        skips: Whether the optimizer leaves an update with bad gradients out.
+        skips: Whether the optimizer skips an update with bad gradients.
     """
 
     skips: bool
@@ -144,7 +144,7 @@ class Truth:
         ]
 
     def _find_places(self, ranks: list[_Rank], counted: set[tuple[int, int, int]]) -> None:
-        """What no update has had when a job ends comes again in the next one.
+        """Find rows without an update at the end of a job that do not come again in the next one.
 
         A batch that has no gradients, or whose gradients were dropped, may come again if it is the newest, until the
         loader is exhausted and the function with the loop has returned.
@@ -161,7 +161,7 @@ class Truth:
             self.places.append(begins[0] if begins else (self.epoch, len(self.epoch.ids)))
 
     def _go_on(self, drawn: list[int], facts: Facts) -> Place:
-        """Where a loop over the rest of an epoch began, by the rows that it drew."""
+        """Find where a loop over the rest of an epoch began, by the rows that it drew."""
         places, self.places = self.places, []
         places = places or [(self.epoch, len(self.epoch.ids))]
         for epoch, begin in reversed(places):  # a batch that nobody trained on comes again, or does not

@@ -1,4 +1,4 @@
-"""What differs between the two worlds."""
+"""Compare the two worlds."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.random.worlds import Ours, Torchs
 
 
 def differences(ours: Ours, theirs: Torchs, *, gradients: bool = True) -> list[str]:
-    """What of weights, gradients, groups and state is not the same. Collective after an inexact update."""
+    """Return the differences in weights, gradients, groups and state. Collective after an inexact update."""
     inexact = any(optimizer.inexact for optimizer in theirs.optimizers)
     # A clipped gradient of 16 bits may be rounded to its other neighbour.
     rough = any(optimizer.rough for optimizer in theirs.optimizers)
@@ -107,7 +107,7 @@ def _allowing_for_terms(theirs: Reference, key: str, same: Any) -> Any:
 
 
 def fp32_weight(optimizer: Any, param: Tensor) -> Tensor | None:
-    """What this rank has of the fp32 weight, as the next update will take it."""
+    """Return this rank's part of the fp32 weight, as the next update will read it."""
     state = optimizer.state.get(param) or {}
     exact = state.get("master", state.get("remainder"))
     if exact is None:
@@ -171,7 +171,7 @@ def _put_share(whole: Tensor, share: Tensor, ranges: list[list[int]], order: lis
 
 
 def _take_over(ours: Ours, theirs: Torchs) -> None:
-    """Go on from our bits, which are known to be near torch's."""
+    """Continue torch's world from our bits, which were found to be close to torch's."""
     pairs = [
         (a, b, p, q)
         for a, b in zip(ours.optimizers, theirs.optimizers, strict=True)

@@ -1,4 +1,4 @@
-"""What users do to parameter groups, and to whole jobs: save, load, copy, begin another optimizer."""
+"""Actions of users on parameter groups and on whole jobs: save, load, copy, start another optimizer."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ class Groups(Draft):
         self.structure("add to group", f"{text}\n{line}".strip(), **self.may_change_amsgrad(name, text))
 
     def may_change_amsgrad(self, name: str, text: str) -> dict[str, Any]:
-        """Of a parameter that comes back, maybe with state, to a group that may be of the other kind."""
+        """Handle a parameter that comes back, perhaps with state, to a group that may be of the other kind."""
         if text or (all(amsgrad is False for amsgrad in self.amsgrad) and not self.had_amsgrad):
             return {}
         return {"may_refuse": True, "undo": f"optimizer.state[model.{name}] = {{}}"}
@@ -203,7 +203,7 @@ class Groups(Draft):
         self.structure("unfreeze" if to else "freeze", text)
 
     def bad_group(self) -> None:
-        """What torch refuses, too."""
+        """Do what torch refuses too."""
         text = self.one_of(
             f'optimizer.add_param_group({{"params": [model.{self.name(self.grouped() or None)}]}})',
             'optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(3))], "lr": -1.0})',

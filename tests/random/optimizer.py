@@ -31,7 +31,7 @@ TIMEOUT = 120.0  # of such a job
 
 @dataclass
 class Tally:
-    """What came of many sequences."""
+    """The results of many sequences."""
 
     sequences: int = 0
     updates: int = 0
@@ -109,7 +109,7 @@ def judge(sequences: list[Sequence], folder: Path, progress: Callable[[int], obj
 
 
 def shortest(sequence: Sequence, failure: Failure, folder: Path, seconds: float = 30.0) -> tuple[Sequence, Failure]:
-    """A shorter sequence that fails alike."""
+    """Return a shorter sequence that fails in the same way."""
     last = [failure]
 
     def fails(candidate: Sequence) -> bool:

@@ -24,13 +24,13 @@ OURS = ("RuntimeError", "ValueError", "TypeError", "CheckpointError", "Agreement
 
 @dataclass(frozen=True)
 class Failure:
-    """A third thing: neither torch's result nor a sentence.
+    """A failure: neither torch's result nor an error of ours.
 
     Attributes:
         kind: "bits": weights, gradients, groups or state are not torch's; "refused": what torch does, without need;
             "unclear": an exception that is no sentence of ours; "changed": a sentence after something was changed;
-            "one rank": not all ranks raised; "hang"; "silent": one rank did another thing, and no rank raised;
-            "torch refuses": and ours goes on.
+            "one rank": not all ranks raised; "hang"; "silent": one rank acted differently, and no rank raised;
+            "torch refuses": torch raises and ours does not.
         act: Its place in the sequence.
     """
 
@@ -39,7 +39,7 @@ class Failure:
     what: str
 
     def alike(self, other: Failure | None) -> bool:
-        """Whether it is the same mistake, as far as can be told."""
+        """Return whether it is probably the same mistake."""
         if other is None or self.kind != other.kind:
             return False
         return self.kind == "bits" or self.what[:40] == other.what[:40]
@@ -47,7 +47,7 @@ class Failure:
 
 @dataclass
 class Outcome:
-    """What came of a sequence.
+    """The result of a sequence.
 
     Attributes:
         sentences: The beginning of each sentence that was an answer.
@@ -95,7 +95,7 @@ class Raised:
 
     @property
     def beginning(self) -> str:
-        """The text without numbers, to count alike ones."""
+        """Return the text without numbers, to group similar ones."""
         return re.sub(r"\d+", "#", self.text[:70])
 
     def __str__(self) -> str:
@@ -130,7 +130,7 @@ class _Play:
                 return
 
     def exchange(self, mine: Any) -> list[Any]:
-        """What every rank has to say. Collective."""
+        """Return every rank's report. Collective."""
         if self.sequence.ranks == 1:
             return [mine]
         everyone: list[Any] = [None] * self.sequence.ranks
@@ -200,7 +200,7 @@ class _Play:
         return self.look(i, "changed", f"{error} ")
 
     def check_refused(self, i: int, act: Act, error: Raised) -> Failure | None:
-        """Weights and state may not have changed; what led to it is undone, and training must go on."""
+        """Check that weights and state have not changed, undo the cause, and check that training continues."""
         if not error.is_sentence:
             return self.check_both_refuse(i, act, error)
         # A closure has been called by then, and a backward pass has been refused half-way.
@@ -243,7 +243,7 @@ _groups: list[Any] = []
 
 
 class SequenceFailedError(AssertionError):
-    """On every rank alike, so that the pool of ranks, whose messages may be out of step now, is given up."""
+    """Fail on every rank, so that the pool of ranks, whose messages may be out of step, is discarded."""
 
 
 def play_on_ranks(sequences: list[Sequence], folder: Path) -> list[Outcome]:

@@ -1,4 +1,4 @@
-"""What is right: torch.optim.AdamW, fed the average over ranks of the gradients."""
+"""The reference: torch.optim.AdamW with the average of the gradients over ranks."""
 
 from __future__ import annotations
 
@@ -168,7 +168,7 @@ class Reference(torch.optim.AdamW):
                 del self.state[param]
 
     def _begin_state(self, params: list[Tensor]) -> None:
-        """What torch's fused update leaves where a GradScaler has found that gradients are infinite: zeros."""
+        """Return what torch's fused update leaves if a GradScaler has found infinite gradients: zeros."""
         amsgrad = {id(param): group["amsgrad"] for group in self.param_groups for param in group["params"]}
         for param in params:
             if self.state.get(param):
@@ -183,7 +183,7 @@ class Reference(torch.optim.AdamW):
                 state["master"] = param.detach().float()
 
     def _clip_factor(self, params: list[Tensor]) -> float | None:
-        """What gradients are multiplied by; None where the norm is not finite, and the update is skipped."""
+        """Return the factor on gradients; None if the norm is not finite and the update is skipped."""
         grads = [param.grad for param in params if param.grad is not None]
         if self.max_grad_norm is None:
             return 1.0
@@ -240,7 +240,7 @@ class Reference(torch.optim.AdamW):
 
 
 def _write(state: dict[str, Any], key: str, value: Tensor) -> None:
-    """As torch's update does: into the tensor that is there, which a script may hold."""
+    """Write into the existing tensor, as torch's update does: a script may hold it."""
     there = state.get(key)
     if there is not None and (there.shape, there.dtype, there.stride()) == (value.shape, value.dtype, value.stride()):
         there.copy_(value)

@@ -22,13 +22,13 @@ class Spec:
 
 @dataclass(frozen=True)
 class Act:
-    """One thing that a user does.
+    """One action of a user.
 
     Attributes:
         label: What it is called in tables.
         text: The lines, run in both worlds.
         may_refuse: Whether a sentence is an answer to it, at once or at the next update.
-        undo: What the user does after that sentence, in both worlds, beside ``zero_grad``.
+        undo: What the user does after that sentence, in both worlds, besides ``zero_grad``.
         look: Whether the worlds are compared afterwards. Looking reads everything, which may hide a mistake.
         alone: Done by one rank alone, and not by torch: every rank must raise within two updates.
     """
@@ -48,7 +48,7 @@ class Sequence:
     Attributes:
         params: By attribute of the model.
         groups: Names and options of each parameter group.
-        options: Of the constructor, beside ``params``.
+        options: Of the constructor, besides ``params``.
         way: How gradients are averaged on several ranks: see `worlds.Ours.wrap`.
         exact: Gradients are numbers of few bits, so that sums of them are exact in any order.
     """
@@ -71,7 +71,7 @@ class Sequence:
         return self.way.get("attached", False)
 
     def readable(self) -> str:
-        """As a script."""
+        """Return it as a script."""
         lines = [f"# sequence {self.number}: {self.ranks} rank(s), {self.way or 'one process'}, exact={self.exact}"]
         for name, spec in self.params.items():
             more = "" if spec.layout == "contiguous" else f", {spec.layout}"

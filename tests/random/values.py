@@ -1,4 +1,4 @@
-"""What users write to weights, gradients and optimizer state."""
+"""Actions of users on weights, gradients and optimizer state."""
 
 from __future__ import annotations
 
@@ -231,7 +231,7 @@ class Values(Draft):
         )
 
     def half_a_state(self) -> None:
-        """What torch refuses with a KeyError, or worse."""
+        """Do what torch refuses with a KeyError, or worse."""
         if self.mode != "native" or not self.grouped() or not self.between:
             return
         name = self.name(self.grouped())

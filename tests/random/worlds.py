@@ -247,7 +247,7 @@ class Ours(World):
         return DistAdamW(params, **self.sequence.options)
 
     def wrap(self) -> None:
-        """As the sequence's ``way`` has it.
+        """Wrap the model by the sequence's ``way``.
 
         ddp: in DistributedDataParallel; attached: `attach`; aside: whether DDP's reducer may stand aside; else the
         options of `attach`. Neither ddp nor attached: the user averages gradients by hand.

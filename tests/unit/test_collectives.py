@@ -20,6 +20,6 @@ began = time.perf_counter()
 
 
 def test_a_process_lingers_at_its_end_once() -> None:
-    """gloo's threads let go of tensors then; without it 1 of 10 jobs that end after a collective was aborted."""
+    """gloo's threads free tensors then; without it 1 of 10 jobs that ended after a collective was aborted."""
     done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=100, check=True)
     assert done.stdout.split("\n")[:2] == ["registered 1", "lingered True"]

@@ -1,4 +1,4 @@
-"""Inputs that nobody meant to write, and a stranger's: a part of ``python -m tests.fuzz``, and what it has found."""
+"""A part of ``python -m tests.fuzz`` (malformed and hostile inputs), and regressions that it found."""
 
 from __future__ import annotations
 
@@ -266,7 +266,7 @@ def test_a_changed_folder_is_called_damaged_or_is_as_it_was(tmp_path: Path) -> N
 
 
 def contents(folder: Path) -> dict[str, Any]:
-    """What of a checkpoint is read."""
+    """Return the parts of a checkpoint that are read."""
     files = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     del files["manifest.json"]
     return {name: json_of(content) if name.endswith(INDEX) else content for name, content in files.items()}
@@ -307,7 +307,7 @@ def test_sizes_are_checked_before_memory_is_taken(size: int, whole: Path) -> Non
 
 
 def test_a_safetensors_header_is_not_believed(whole: Path) -> None:
-    """Places are in the index alone; what a file's header claims is nobody's instruction."""
+    """Offsets come from the index alone; a file's header is not trusted."""
     (path,) = whole.glob("*.safetensors")
     content = bytearray(path.read_bytes())
     content[:8] = (1 << 60).to_bytes(8, "little")
@@ -365,7 +365,7 @@ def test_a_bomb_of_aliases_is_refused_at_once(tmp_path: Path) -> None:
     from options import parse
 
     (tmp_path / "bomb.yaml").write_text(recipes._BOMB + "data: *i")
-    with bounds(3.0, 1 << 28), pytest.raises(ValueError, match="an alias"):
+    with bounds(3.0, 1 << 28), pytest.raises(ValueError, match="aliases"):
         parse(["--config", str(tmp_path / "bomb.yaml")])
 
 

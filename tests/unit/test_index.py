@@ -1,4 +1,4 @@
-"""What an index says is checked, each thing by itself, also where its checksum fits what it says."""
+"""Every field of an index is checked, even if the index's checksum is right."""
 
 from __future__ import annotations
 

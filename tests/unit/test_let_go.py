@@ -1,4 +1,4 @@
-"""Whoever lets go of what prepare returned has it go at once: its memory, and its loaders' workers."""
+"""What prepare returned is freed with the last reference: its memory, and its loaders' workers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What github.com/mpyrozhok/adamwr gets wrong, one test each."""
+"""Mistakes of github.com/mpyrozhok/adamwr, one test each."""
 
 from __future__ import annotations
 

@@ -159,7 +159,7 @@ def stepping(scheduler: CyclicLRWithRestarts) -> Callable[[Tensor], object]:
 
 
 def timm_groups(model: nn.Sequential) -> list[dict[str, Any]]:
-    """As timm's param_groups_layer_decay: a scale per layer, no decay for vectors, no lr."""
+    """Make groups as timm's param_groups_layer_decay: a scale per layer, no decay for vectors, no lr."""
     return [
         {"params": [p for p in layer.parameters() if (p.ndim == 1) == vector], "lr_scale": scale, "weight_decay": decay}
         for layer, scale in ((model[0], 0.25), (model[2], 1.0))
@@ -181,7 +181,7 @@ def test_lr_scale_multiplies_the_scheduled_lr_as_under_timm(cls: Any) -> None:
 
 
 def test_a_normalised_decay_does_not_follow_lr_scale_and_another_does() -> None:
-    """What AdamW takes off a weight is lr * weight_decay; the base lr of a group has no part in it, nor has a scale."""
+    """AdamW decays a weight by lr * weight_decay; a group's base lr and scale have no influence."""
     for normalize, per_update in (("auto", [0.0, LAMBDA, 0.0, LAMBDA]), (False, [0.0, 1.25e-4, 0.0, 5e-4])):
         optimizer = torch.optim.AdamW(timm_groups(network()), lr=0.01)
         cycles(optimizer, normalize_weight_decay=normalize)
@@ -230,7 +230,7 @@ def test_lr_scale_is_part_of_what_a_checkpoint_must_agree_on() -> None:
 
 
 def hf_groups(model: nn.Module) -> list[dict[str, Any]]:
-    """As transformers' Trainer: decay, and no decay for biases."""
+    """Make groups as transformers' Trainer: no decay for biases."""
     named = list(model.named_parameters())
     return [
         {"params": [p for n, p in named if "bias" not in n], "weight_decay": 0.05},

@@ -56,7 +56,7 @@ class Job:
         raise AssertionError(name)
 
     def replace(self, name: str, new: Tensor) -> nn.Parameter:
-        """As Gaussian splatting's replace_tensor_to_optimizer, without the state."""
+        """Replace a parameter as Gaussian splatting's replace_tensor_to_optimizer, without the state."""
         group, i = self.find(name)
         param = nn.Parameter(new)
         group["params"][i] = param
@@ -203,7 +203,7 @@ def reset_moments_in_place(job: Job) -> None:
 
 
 def state_to_another_place_and_back(job: Job) -> None:
-    """What frameworks do that offload optimizer state between phases."""
+    """Frameworks do this to offload optimizer state between phases."""
     for state in job.optimizer.state.values():
         for key, value in state.items():
             if isinstance(value, Tensor):
@@ -631,7 +631,7 @@ WRITES: dict[str, Callable[[Tensor], Any]] = {
 @pytest.mark.parametrize("write", WRITES)
 @pytest.mark.parametrize("bucket_numel", [100, None])
 def test_what_is_written_reaches_fp32_masters(write: str, bucket_numel: int | None) -> None:
-    """A master beside a parameter that is not its rounding is the parameter; elsewhere it keeps its bits."""
+    """A master whose rounding is not the parameter is replaced by the parameter; otherwise it keeps its bits."""
     model = half_model()
     optimizer = DistAdamW(model.parameters(), lr=1e-3, master_dtype=torch.float32, bucket_numel=bucket_numel)
     half_train(model, optimizer, range(3))

@@ -52,7 +52,7 @@ OPTIONS = [{}, {"amsgrad": True}, {"maximize": True, "lr": 1e-4}, {"eps": 0.1}, 
 
 
 def test_state_begins_at_places_of_its_own_in_a_page() -> None:
-    """Where low address bits agree, a CPU takes twice as long (benchmarks.local_step)."""
+    """A CPU takes twice as long if the low address bits agree (benchmarks.local_step)."""
     param = nn.Parameter(torch.ones(1 << 18))
     param.grad = torch.ones_like(param)
     optimizer = DistAdamW([param], amsgrad=True)
@@ -456,7 +456,7 @@ def test_state_moves_with_its_parameters() -> None:
 
 
 def test_resetting_the_state_resets_it() -> None:
-    """What some do at a warm restart."""
+    """Some scripts do this at a warm restart."""
     model = network()
     optimizer = DistAdamW(model.parameters(), lr=1e-2)
     train(model, optimizer, 3)

@@ -69,7 +69,7 @@ def test_a_bucket_is_no_larger_than_what_there_is() -> None:
 
 
 def test_a_plan_for_ten_to_the_eleven_parameters_takes_seconds() -> None:
-    """Buckets, ownership, memory and traffic on 4,096 ranks, of a model that nobody allocates."""
+    """Check buckets, ownership, memory and traffic on 4,096 ranks, of a model that is not allocated."""
     start = time.perf_counter()
     width = 12288
     block = (width, 3 * width * width, width * width, width, 4 * width * width, 4 * width * width)

@@ -154,7 +154,7 @@ def test_an_epoch_size_that_was_not_known_yet_is_no_difference(choice: OnDiffere
 
 
 def test_resume_after_a_group_was_deleted(tmp_path: Path) -> None:
-    """As in an unfreezing script that drops the old head: the groups that remain go on by their own base values."""
+    """An unfreezing script drops the old head: the remaining groups keep their own base values."""
 
     def job(delete: bool = True) -> tuple[torch.nn.Module, DistAdamW, CyclicLRWithRestarts]:
         torch.manual_seed(0)

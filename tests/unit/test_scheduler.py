@@ -222,7 +222,7 @@ def test_what_is_no_integer_is_refused_everywhere(value: Any) -> None:
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("cls", [DistAdamW, torch.optim.AdamW])
 def test_an_fp16_update_that_overflows_holds_the_schedule(cls: Callable[..., Optimizer], fused: bool) -> None:
-    """accelerate #4242: with a fused optimizer the kernel skips and nobody is told."""
+    """accelerate #4242: with a fused optimizer the kernel skips, and Accelerate does not report it."""
     param = parameter()
     optimizer = cls([param], lr=1e-3, fused=fused)
     scheduler = make(optimizer)
@@ -705,7 +705,7 @@ def test_another_optimizer_is_followed() -> None:
 def test_a_skip_that_the_device_tells_later_is_taken_back_before_the_next_update(
     monkeypatch: pytest.MonkeyPatch, every: int
 ) -> None:
-    """On a GPU nobody waits for the answer: an update counts until the next one begins. Each still has its lr."""
+    """On a GPU the host does not wait for the answer: an update counts until the next one begins."""
 
     def train(known: bool) -> tuple[list[float], int, int]:
         monkeypatch.setattr(DistAdamW, "skip_is_known", known)
@@ -755,7 +755,7 @@ def written(optimizer: Optimizer) -> dict[str, tuple[float, float]]:
 
 
 def replace(optimizer: Optimizer) -> None:
-    """As Gaussian splatting and resized embeddings do it."""
+    """Gaussian splatting and resized embeddings do this."""
     old = optimizer.param_groups[1]
     optimizer.param_groups[1] = {**old, "params": [parameter()]}
 
@@ -846,7 +846,7 @@ def test_groups_that_an_engine_hides_during_its_step_keep_their_base_values() ->
 @pytest.mark.parametrize("key", ["lr", "weight_decay"])
 @pytest.mark.parametrize("tensor", [False, True])
 def test_a_rebuilt_group_with_annealed_values_is_a_sentence(key: str, tensor: bool) -> None:
-    """Its base values are lost; torch's schedulers that keep them by index would go on by them."""
+    """Its base values are lost; torch's schedulers, which keep them by index, would still use them."""
     optimizer = adamw(lr=torch.tensor(1e-3) if tensor else 1e-3)
     scheduler = make(optimizer)
     train(optimizer, scheduler, 5)

@@ -160,7 +160,7 @@ def test_torch_alone_reads_nothing_that_is_damaged(tmp_path: Path) -> None:
 
 
 def test_thousands_of_rows_of_a_wide_matrix_are_compared_in_one_sweep() -> None:
-    """As 4,096 ranks of FSDP2 have them; pair by pair it would take minutes."""
+    """Use the regions of 4,096 ranks of FSDP2; comparing all pairs would take minutes."""
     compared = 0
 
     class Counting(tuple[int, ...]):  # zip asks it for an iterator at each comparison

@@ -359,7 +359,7 @@ def test_the_kernel_is_the_plain_update(name: str, interpreted: dict[str, Any]) 
 
 @needs_triton
 def test_the_compiler_reads_and_writes_16_bytes_at_once(tmp_path: Path) -> None:
-    """What bandwidth rests on, and what an address from a table does not give by itself."""
+    """Bandwidth depends on this alignment, which an address from a table does not imply."""
     for name, (loads, stores, loads_due, stores_due) in run_as_program(
         "compile", TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path)
     ).items():

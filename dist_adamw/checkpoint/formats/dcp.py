@@ -101,7 +101,7 @@ class _Dcp:
         for chunk in item.chunks:
             region = Region(tuple(chunk.offsets), tuple(chunk.sizes))
             fit = fit and _lies_in(region, shape)
-            if region.numel:
+            if region.numel:  # a rank without elements of the tensor has an empty chunk
                 regions.append(region)
         missing = math.prod(shape) - sum(region.numel for region in regions)
         if not fit or missing or overlap_anywhere(regions, len(shape)):

@@ -145,7 +145,7 @@ def _remove(path: Path) -> None:
 def _to_torch(ours: _Ours, target: Path) -> None:
     state: dict[str, Any] = {"model": OrderedDict((name, ours.weights(name)) for name in ours.names)}
     if ours.about["optimizer"] is not None:
-        number = {name: i for i, name in enumerate(ours.trained)}
+        number = {name: i for i, name in enumerate(ours.trained)}  # torch's optimizers number parameters
         groups = ours.groups_of_adamw()
         for group in groups:
             group["params"] = [number[name] for name in group["params"]]
@@ -216,6 +216,7 @@ def _universal_model(ours: _Ours, updates: int) -> dict[str, Any]:
         "skipped_steps": counts.get("skipped_steps", 0),
         "global_steps": counts.get("global_steps", updates),
         "global_samples": counts.get("global_samples", samples_of(ours.index) or 0),
+        # Whole parameters, as if one rank had saved them.
         "dp_world_size": 1,
         "mp_world_size": 1,
         "ds_version": "0.19",

@@ -105,6 +105,7 @@ def _about(content: Content) -> dict[str, Any]:
     """Return the index's ``about`` of an imported state, without its extra state."""
     optimizer = None
     if content.groups:
+        # torch's Adam and AdamW have the same state; their groups differ in this flag.
         is_adam = content.groups[0].get("decoupled_weight_decay") is False
         optimizer = "Adam" if is_adam else "AdamW"
     return {

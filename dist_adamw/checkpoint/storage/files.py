@@ -238,7 +238,7 @@ def _write_file(path: Path, items: Sequence[WriteItem], planner: SavePlanner) ->
             assert resolved.nbytes == nbytes
             for block in _blocks(resolved.detach()):
                 writer.write(block)
-        os.fsync(file.fileno())
+        os.fsync(file.fileno())  # the data must be on disk before an index that names this file
     fingerprint = {"bytes": 8 + len(text) + ends, "sha256": writer.sha256()}
     begin = 8 + len(text)
     # One result per file: with thousands of tensors, pickling one object each would take most of a save's time.
@@ -251,6 +251,7 @@ def _blocks(tensor: Tensor) -> Iterator[memoryview]:
     if not tensor.is_contiguous():
         tensor = tensor.contiguous()
     for part in torch.split(tensor.view(-1), BLOCK // tensor.itemsize):
+        # As bytes: numpy has no bfloat16.
         yield memoryview(part.cpu().view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
@@ -392,7 +393,7 @@ def _read_box(
     """Copy a region of a chunk into ``target``; the chunk has ``shape``, in C order, and begins at byte ``base``."""
     if not wanted.numel:
         return
-    if not shape:
+    if not shape:  # a scalar: read it as a vector of one element
         shape, wanted, target = (1,), Region((0,), (1,)), target.view(1)
     row = math.prod(shape[1:]) * dtype.itemsize
     rest = Region(wanted.offsets[1:], wanted.sizes[1:])

@@ -366,7 +366,7 @@ def check_files(index: Index, part: int = 0, parts: int = 1) -> None:
         path = index.folder / name
         try:
             with index.file(name) as file:
-                file.seek(0)
+                file.seek(0)  # a file that is kept open may have been read before
                 found = os.fstat(file.fileno()).st_size
                 digest = sha256_of(file) if found == nbytes else ""
         except OSError as error:
@@ -421,6 +421,7 @@ def open_plainly(path: Path) -> Iterator[BinaryIO]:
     Raises:
         OSError: it is not a plain file, or cannot be read.
     """
+    # O_NONBLOCK: otherwise opening a pipe without a writer blocks, before its type can be checked.
     handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     if not stat.S_ISREG(os.fstat(handle).st_mode):
         os.close(handle)

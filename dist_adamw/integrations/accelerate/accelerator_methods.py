@@ -113,6 +113,7 @@ def save_state(
         return save_rest(output_dir, *args, **kwargs)
     from dist_adamw.checkpoint.save_load import announce_save, save  # slow: most of a second
 
+    # For all models, before anything is written: ranks that disagree must not replace a good checkpoint.
     for one in ours:
         announce_save(one.optimizer)
         if one.watch is not None:
@@ -131,7 +132,7 @@ def save_state(
         # Written last: a whole checkpoint of ours means that the rest of the folder is complete too.
         objects = (one.model, one.optimizer, one.scheduler)
         save(where / one.name, *objects, extra=extra, compare_ranks=False, group=group)
-    if main and limit is not None:
+    if main and limit is not None:  # only now that the new one is whole
         _remove_oldest(accelerator, where, limit)
     return where
 
@@ -191,7 +192,7 @@ def load_state(
         load_theirs(input_dir)
         return
     is_there = find_models(where, [one.name for one in ours], group)
-    if not any(is_there):
+    if not any(is_there):  # saved without `prepare`: the folder has only Accelerate's files
         if not is_trusted(load_kwargs):
             run_on_all_ranks(partial(check_pickles, accelerator, where), group)
         load_theirs(input_dir)

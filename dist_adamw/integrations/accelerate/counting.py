@@ -105,6 +105,7 @@ class SampleCounter:
         self.follows_engine = engine in ("FSDP", "DEEPSPEED")
         self._hooks_parameters = engine != "DEEPSPEED"
         self._ranks = accelerator.num_processes
+        # Of the ranks that see the same rows, one counts them.
         self._is_counted = accelerator.process_index % _ranks_with_the_same_rows(accelerator) == 0
         self._group = group
         self._in_hand: list[_Entry] = []
@@ -116,7 +117,7 @@ class SampleCounter:
         self._params: list[Tensor] = []
         self._handles: dict[int, Any] = {}
         self._frozen: list[Tensor] = []
-        self._backwards: deque[bool] = deque(maxlen=1)
+        self._backwards: deque[bool] = deque(maxlen=1)  # whether a gradient came, not how many
         # Runs once per parameter in every backward, so it is all C: next() of a map that appends True to the deque.
         self._hook: Callable[[Tensor], None] = functools.partial(
             next, map(self._backwards.append, itertools.repeat(True))
@@ -124,7 +125,7 @@ class SampleCounter:
         self._witness: tuple[Tensor, Any] | None = None  # a parameter with a gradient, and a hook on it
         self._are_gone = False
         self._warned: set[str] = set()
-        weakref.finalize(self, _remove_all, self._handles)
+        weakref.finalize(self, _remove_all, self._handles)  # parameters outlive a counter: `prepare` may run again
         _after_zero_grad(optimizer, self)
         self._follow_parameters()
         listen(self)

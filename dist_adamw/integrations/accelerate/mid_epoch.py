@@ -101,7 +101,7 @@ def starting_at(loader: Any, start: int, facts: LoaderFacts) -> Iterator[tuple[i
     check_even(loader, start, facts)
     head = _padding(whole, start, facts)
     rest = batches.sampler = _Rest(whole, start, head)
-    loader.skip_batches = head // facts.pass_samples
+    loader.skip_batches = head // facts.pass_samples  # samples drawn only for padding are not handed out
     try:
         yield start, head
     finally:

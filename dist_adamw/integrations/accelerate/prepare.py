@@ -145,7 +145,7 @@ def prepare(
     if config is not None:
         _complete(config, optimizer, facts)
     groups = _hyper_parameters(optimizer)  # to compare with what the engine makes of them
-    shuffle_by_generator(dataloader)
+    shuffle_by_generator(dataloader)  # first: Accelerate wraps the sampler
     model, wrapped, dataloader, stepped = accelerator.prepare(model, optimizer, dataloader, scheduler)
     inner = unwrap(wrapped)
     if from_json:
@@ -159,7 +159,7 @@ def prepare(
     patch_accelerator(accelerator, counter=counter)
     _count_for(ours, counter)
     position = Position(dataloader, facts, counter)
-    dataloader.dist_adamw_position = position
+    dataloader.dist_adamw_position = position  # by which `rest_of_epoch` and a copy of the loader find it
     watch = _watch(accelerator, model, inner, ours, check_weights_every, group)
     if not whole_gradients and isinstance(inner, DistAdamW):
         attach(accelerator, model, inner)

@@ -27,7 +27,7 @@ _NOT_FOR_JSON = {
     "mesh": "DeepSpeed shards state itself",
     "master_dtype": "DeepSpeed keeps fp32 weights itself, so leave it out",
     "state_dtype": "DeepSpeed keeps state in fp32, so leave it out",
-    "max_grad_norm": 'write "gradient_clipping" beside "optimizer"',
+    "max_grad_norm": 'write "gradient_clipping" next to "optimizer"',
     "policy_fn": "a function is built in code: pass the scheduler to deepspeed.initialize or to prepare",
     "eta_on_restart_cb": "a function is built in code: pass the scheduler to deepspeed.initialize or to prepare",
     "eta_on_iteration_cb": "a function is built in code: pass the scheduler to deepspeed.initialize or to prepare",
@@ -142,6 +142,7 @@ def _made(kind: Callable[..., T], section: str, first: Any, given: Mapping[str, 
     values = {}
     for name, value in given.items():
         _check_name(section, name, value, known)
+        # For these two, "auto" is one of our own values.
         if value == "auto" and name not in ("shard", "normalize_weight_decay"):
             _refuse(section, name, value, "it was never resolved; set a value")
         kinds = _kinds(types[name])

@@ -445,4 +445,5 @@ def accept_counts(engine: Any, loaded: Checkpoint) -> None:
     for name, value in known.items():
         count = counts.get(name, value) if isinstance(counts, dict) else value
         setattr(engine, name, count if type(count) is int and count >= 0 else value)
+    # At the beginning of an update: gradients of a partial accumulation are not saved.
     engine.micro_steps = engine.global_steps * engine.gradient_accumulation_steps()

@@ -343,6 +343,7 @@ def _prepare_engine(trainer: Any, facts: LoaderFacts) -> bool:
             f"the DeepSpeed configuration names an {part} ({config[part].get('type')!r}), and prepare_trainer "
             f'makes one. Leave "{part}" out of it, or write both: CyclicLRWithRestarts under "scheduler".'
         )
+    # First: `configure` sets a missing norm to 0.0, which turns clipping off.
     config.setdefault("gradient_clipping", trainer.args.max_grad_norm)
     configure(config, None)
     if from_json:

@@ -53,6 +53,7 @@ def keep_state(trainer: Any, on_difference: OnDifference | None) -> None:
         if (folder := ours(checkpoint)) is None:
             load_rest(checkpoint)
         elif engine_of(trainer.accelerator) != "DEEPSPEED":  # there Trainer calls engine.load_checkpoint, which is ours
+            # Trainer restores the random state later, by `load_random_state`.
             load(folder, trainer.model_wrapped, trainer.optimizer, inner_scheduler(trainer), random_state=False)
 
     def load_best_model() -> None:
