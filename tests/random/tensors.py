@@ -48,7 +48,7 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 def near(a: Tensor, b: Tensor, unit: float = 1e-5, largest_term: float = 0.0) -> bool:
     """Equal but for a few roundings of ``a``'s dtype, or of bf16's where that is coarser than its terms.
 
-    ``largest_term``: of the sum that ``a`` is. Terms may cancel, and what is left has their roundings: an fp32 moment of
+    ``largest_term``: of the sum that ``a`` is. Terms may cancel, and the rest has their roundings: an fp32 moment of
     one element was 3e-6, of terms of 5e-2.
     """
     if a.shape != b.shape or a.dtype != b.dtype:
