@@ -80,11 +80,10 @@ class CheckpointFolder:
             every = check_positive_int("every", every)
         if on_error not in ("raise", "warn"):
             raise ValueError(f"on_error must be 'raise' or 'warn', got {on_error!r}.")
-        self.root, self.keep, self.on_error = Path(root).absolute(), keep, on_error
+        self.root, self.keep, self.every, self.on_error = Path(root).absolute(), keep, every, on_error
         self._ranks = ranks = Ranks.now(collectives.host_group() if group is None else group)
         self._lock: JobLock | None = None
         self._running: Saving | None = None
-        self.every = every
         self._saved_at: int | None = None  # samples of the last save, or of the checkpoint that the job resumed from
         self._damaged: set[str] = set()  # names of checkpoints that `newest` skipped
         self._closed = False

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 import dist_adamw
-from tests.house import PACKAGE, Module, find_cycle, import_pairs, read_package
+from tests.house import PACKAGE, Module, find_cycle, import_pairs, measure, read_package
 
 # Lowest first: a package may import itself and those above it in this list.
 ORDER = [
@@ -107,3 +107,14 @@ def test_old_paths_forward(path: str, name: str) -> None:
     assert getattr(dist_adamw, path) is importlib.import_module(f"dist_adamw.{path}")
     with pytest.raises(AttributeError):
         importlib.import_module(f"dist_adamw.{path}").no_such_name  # noqa: B018
+
+
+def test_the_house_stays_within_its_limits() -> None:
+    figures = {name: str(value) for name, value in measure().items()}
+    numbers = {name: float(text.split()[0].rstrip("%")) for name, text in figures.items() if text[0].isdigit()}
+    assert numbers["longest file"] <= 450, figures
+    assert numbers["largest class, lines"] <= 300, figures
+    assert numbers["largest class, methods"] <= 25, figures
+    assert numbers["functions above complexity 10"] <= 0.03 * numbers["functions"], figures
+    assert numbers["public functions annotated"] == numbers["public functions documented"] == 100, figures
+    assert figures["cycle of rooms"] == "none"

@@ -284,9 +284,7 @@ class AllShards:
         # Another rank may have a gradient where this one has none, and all must have the same shards.
         all_trained = gradients and not self.shards and wanted.ranks.process_group is not None
         found = []
-        for param in (param for group in wanted.groups for param in group["params"]):
-            if id(param) in self._placed:
-                continue
+        for param in _params_without_place(wanted.groups, self._placed):
             needs_state = gradients and (param.grad is not None or (all_trained and param.requires_grad))
             if needs_state or peek(wanted.state, param):
                 found.append(param)
@@ -364,3 +362,7 @@ def _pointed_at(tensor: Any, view: Tensor) -> Tensor:
         return view
     tensor.data = view
     return tensor
+
+
+def _params_without_place(groups: Groups, placed: Collection[int]) -> list[Tensor]:
+    return [param for group in groups for param in group["params"] if id(param) not in placed]
