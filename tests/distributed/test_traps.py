@@ -138,7 +138,7 @@ def hooked() -> None:
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_a_communication_hook_that_accelerate_ignores(world_size: int) -> None:
     for error in expect_error_on_all(world_size, hooked):
-        assert "Accelerate ignores comm_hook=<function fp16_compress_hook" in error
+        assert "Accelerate silently ignores comm_hook=<function fp16_compress_hook" in error
         assert "Give DistributedDataParallelKwargs a member of DDPCommunicationHookType" in error
 
 

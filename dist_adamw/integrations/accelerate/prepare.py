@@ -267,7 +267,7 @@ def _check_kept(given: Optimizer, kept: Optimizer, groups: list[dict[str, Any]])
     """Raise if the engine silently replaced the optimizer or changed its groups. The same on every rank."""
     if kept is not given:
         raise ValueError(
-            f"the engine replaced {type(given).__name__} by {type(kept).__name__}, which computes something else and "
+            f"the engine put {type(kept).__name__} in place of {type(given).__name__}: it computes something else, and "
             "does not follow the scheduler. With DeepSpeed's optimizer offload set "
             '"zero_force_ds_cpu_optimizer": false.'
         )
