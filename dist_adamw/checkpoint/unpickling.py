@@ -8,6 +8,7 @@ thread: a file that names one is refused before any of its code runs.
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import os
 import pickle
@@ -79,6 +80,7 @@ def nothing_executed(what: str | Path, how_to_trust: str, *, trusted: bool = Fal
         finally:
             _here.trusted = False
         return
+    _watch_forks()
     _here.reading, _here.refused = f"{what}", None
     _install(1)
     try:
@@ -145,8 +147,10 @@ def _forget_in_a_child() -> None:
     _here.reading = None
 
 
-# A data loader's worker that is forked during a load unpickles the user's own objects.
-os.register_at_fork(after_in_child=_forget_in_a_child)
+@functools.cache
+def _watch_forks() -> None:
+    """Let a data loader's worker that is forked during a load unpickle the user's own objects. Once, at the first load."""
+    os.register_at_fork(after_in_child=_forget_in_a_child)
 
 
 # ---------------------------------------------------------------------------------------------- files of torch.save
