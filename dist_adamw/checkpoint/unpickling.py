@@ -149,7 +149,7 @@ def _forget_in_a_child() -> None:
 
 @functools.cache
 def _watch_forks() -> None:
-    """Let a data loader's worker that is forked during a load unpickle the user's own objects. Once, at the first load."""
+    """Let a loader's worker that is forked during a load unpickle the user's own objects. Once, at the first load."""
     os.register_at_fork(after_in_child=_forget_in_a_child)
 
 
