@@ -348,6 +348,25 @@ def test_the_last_optimizer_is_there_on_one_rank_alone(way: dict[str, Any]) -> N
     run_ranks(2, check_the_last_optimizer_is_there_on_one_rank_alone, way)
 
 
+def check_parts_of_an_optimizer_that_is_there_on_one_rank_alone(way: dict[str, Any]) -> None:
+    """Its gradients are parts of averages on the rank that still holds it, too."""
+    model, way = layers(), dict(way)
+    net = wrap(model) if way.pop("ddp", False) else model
+    first = ours(model.parameters())
+    attach(first, net, **way)
+    loss_of(net, 0).backward()
+    held = [first] * dist.get_rank()
+    del first
+    attach(ours(model.parameters()), net, **way)
+    del held
+
+
+@pytest.mark.parametrize("way", [{}, {"ddp": True}, {"ddp": True, "aside": False}], ids=str)
+def test_parts_of_an_optimizer_that_is_there_on_one_rank_alone(way: dict[str, Any]) -> None:
+    for error in expect_error_on_all(2, check_parts_of_an_optimizer_that_is_there_on_one_rank_alone, way):
+        assert "part of the average" in error
+
+
 def check_parts_of_averages(way: dict[str, Any], kind: str) -> None:
     """Gradients are left in ``param.grad`` when the optimizer that reduced them to their owners goes."""
     model, way = layers(), dict(way)
