@@ -1019,7 +1019,7 @@ def attach_what_cannot_be(case: str) -> None:
         ("every backward", "reduce_every_backward=True.*without DistributedDataParallel"),
         ("unsharded", r"attach\(\) needs sharded"),
         ("other options", r"attach\(\).*other options"),
-        ("other ranks", r"shared over \[0, 1\].*averaged"),
+        ("other ranks", r"averages over ranks .*over \[0, 1\].*state"),
         ("both", "DistributedDataParallel.* and to a plain"),
         ("ranks differ", "rank 1 disagrees with rank 0: parameters of group 0"),
     ],

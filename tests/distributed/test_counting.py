@@ -153,7 +153,7 @@ def test_the_length_of_the_data_is_no_epoch_size_with_drop_last() -> None:
     optimizer: Any = DistAdamW((model := nn.Linear(1, 1)).parameters())
     scheduler = CyclicLRWithRestarts(optimizer, epoch_size=10)
     loader = DataLoader(rows(10), 4, drop_last=True)
-    with pytest.warns(UserWarning, match="epoch_size=10 is the length .* trains on 8 samples"):
+    with pytest.warns(UserWarning, match="epoch_size=10 is the length .* trains on only 8 samples"):
         prepare(Accelerator(cpu=True), model, optimizer, loader, scheduler)
 
 

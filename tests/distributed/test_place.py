@@ -23,9 +23,10 @@ from tests.ranks import run_ranks
 class Job:
     """A shuffled epoch of 40 samples in micro-batches of 4."""
 
-    def __init__(self, accumulation: int = 1, folder: Path | None = None) -> None:
+    def __init__(self, accumulation: int = 1, folder: Path | None = None, dispatches: bool | None = None) -> None:
         torch.manual_seed(3 if folder is None else 9)
-        self.accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulation)
+        config = DataLoaderConfiguration(dispatch_batches=dispatches)
+        self.accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulation, dataloader_config=config)
         model: Any = nn.Linear(1, 1)
         optimizer: Any = DistAdamW(model.parameters())
         scheduler = CyclicLRWithRestarts(optimizer, restart_period=1)
@@ -217,6 +218,30 @@ def left_out_on_one_rank(rank: int, folder: Path) -> int:
 @pytest.mark.parametrize("rank", [0, 1])
 def test_what_any_rank_has_accumulated_comes_again(rank: int, tmp_path: Path) -> None:
     assert run_ranks(2, left_out_on_one_rank, rank, tmp_path) == [0, 0]
+
+
+def left_out_of_dispatched_data(rank: int, folder: Path) -> tuple[list[int], list[int]]:
+    """Samples of a second epoch, and of the job that goes on where a rank left out the first of two batches."""
+    job = Job(4, dispatches=True)
+    job.epoch(job.loader)
+    epoch = []
+    for i, batch in enumerate(job.loader):
+        epoch += ids(batch)
+        if i == 0 and job.accelerator.process_index == rank:
+            with job.accelerator.accumulate(job.model):
+                job.model(batch[0])
+        elif i < 2:
+            job.train(batch)
+        if i == 1:
+            job.save(folder)
+    resumed = Job(folder=folder, dispatches=True)
+    return epoch, resumed.epoch(rest_of_epoch(resumed.loader))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_dispatched_samples_that_come_again_are_of_the_same_epoch(rank: int, tmp_path: Path) -> None:
+    for epoch, resumed in run_ranks(2, left_out_of_dispatched_data, rank, tmp_path):
+        assert resumed == epoch
 
 
 def epoch_without_the_last(job: Job) -> None:

@@ -60,8 +60,9 @@ def is_legal(program: Program) -> bool:
     `prepare` refuses the latter at once, by what the loader has then, and `rest_of_epoch` needs the loader that it
     returned.
     """
-    # After a forward pass without a backward pass, DDP averages in the next backward pass even inside no_sync. A rank
-    # that leaves that one out alone then pairs other passes, also without anything of ours.
+    # After a forward pass without a backward pass, also an evaluation with gradients on, DDP averages in the next
+    # backward pass even inside no_sync. A rank that leaves that one out alone then pairs other passes, and waits for
+    # ever where rank 0 sends the next batch: also without anything of ours.
     alone = unfinished = False
     for number, actions in enumerate(jobs_of(program)):
         data, world = dict(program["data"]), world_of(program, number)
@@ -76,6 +77,7 @@ def is_legal(program: Program) -> bool:
             elif name == "again":
                 data.update(rows=arguments[0] or data["rows"], batch=arguments[1])
                 is_prepared = False
+            unfinished = unfinished or (name == "eval" and arguments[0] == "none")
             if name in ("epoch", "peek", "overfit"):
                 options = arguments[0] if name == "epoch" else {}
                 if options.get("of") != "second" and not _is_legal_loop(program, data, options, world):
@@ -96,11 +98,11 @@ def is_legal(program: Program) -> bool:
                 if any(name == "continue_on" and sum(k == other for other, _ in at) > 1 for k, name in at):
                     return False
                 alone = alone or any(name == "continue_on" for _, name in at)
-                unfinished = unfinished or any(name == "continue_in" for _, name in at)
-                if alone and unfinished:
-                    return False
+                unfinished = unfinished or any(
+                    event[1] == "continue_in" or event[1:3] == ["eval_end", "none"] for event in options.get("at", [])
+                )
                 data["rows"] += sum(event[2] for event in options.get("at", []) if event[1] == "grow")
-    return True
+    return not (alone and unfinished)
 
 
 def _is_legal_loop(program: Program, data: dict[str, Any], options: dict[str, Any], world: int) -> bool:

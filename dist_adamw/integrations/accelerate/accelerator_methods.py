@@ -127,7 +127,7 @@ def save_state(
     files = run_on_all_ranks(lambda: files_of(where) if main else {}, group)
     token = collectives.all_gather_objects(secrets.token_hex(8), group)[0]  # the same for all models of this save
     for one in ours:
-        position = _earliest(*run_on_all_ranks(partial(_ordered_position, one), group), group)
+        position = _earliest(one, *run_on_all_ranks(partial(_ordered_position, one), group), group)
         extra = {"position": position, "files": files, "state": token}
         # Written last: a whole checkpoint of ours means that the rest of the folder is complete too.
         objects = (one.model, one.optimizer, one.scheduler)
@@ -388,9 +388,15 @@ def _ordered_position(one: Known) -> tuple[tuple[int, int], dict[str, Any] | Non
 
 
 def _earliest(
-    order: tuple[int, int], position: dict[str, Any] | None, group: dist.ProcessGroup | None
+    one: Known, order: tuple[int, int], position: dict[str, Any] | None, group: dist.ProcessGroup | None
 ) -> dict[str, Any] | None:
-    """Return the earliest position of all ranks, so that no rank's pending samples are lost. Collective."""
+    """Return the earliest position of all ranks, so that no rank's pending samples are lost. Collective.
+
+    Rank 0 writes it, with the order that it drew itself: where it draws for all (dispatch_batches), others have none.
+    """
     orders = collectives.all_gather_objects(order, group)
     first = min(range(len(orders)), key=orders.__getitem__)
-    return position if orders[first] == orders[0] else collectives.broadcast_object(position, first, group)
+    if orders[first] == orders[0]:
+        return position
+    position = collectives.broadcast_object(position, first, group)
+    return None if position is None else one.of.position.as_drawn_here(orders[first][0], position)

@@ -11,6 +11,7 @@ import copy
 import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -79,6 +80,7 @@ class Position:
         self._pass: _Pass | None = None
         self._begun = 0  # passes since the load
         self._passes: weakref.WeakKeyDictionary[Run, _Pass] = weakref.WeakKeyDictionary()  # since the load
+        self._recent: list[_Pass] = []  # passes with batches that may be pending on some rank
         self._resumed: _Order | None = None  # for the next pass
         self._rest: tuple[int, int] | None = None  # from `starting_at`, for the iteration that is about to begin
         self._random_state: tuple[Run, torch.Tensor] | None = None  # to restore when the iteration's first batch comes
@@ -106,6 +108,7 @@ class Position:
         memo[id(self)] = copied
         copied._passes = weakref.WeakKeyDictionary()
         copied._pass = copy.copy(self._pass)
+        copied._recent = []
         copied._rest = copied._random_state = None
         if (theirs := memo.get(id(self._loader()))) is not None:
             copied._loader = weakref.ref(theirs)
@@ -129,6 +132,8 @@ class Position:
         if self._pass is None:
             self._pass = _Pass(self._begun, self.epoch, self.counter.tries)
             self._begun += 1
+            self._forget_updated_passes()
+            self._recent.append(self._pass)
         elif rest is not None and self._pass.order is not None:  # another loop continues this pass
             resumed = _Order(self._pass.order, drawn=True)
         current = self._passes[run] = self._pass
@@ -234,6 +239,20 @@ class Position:
         epoch = self.epoch + (current_pass is not None)
         return (self._begun, 0), self._described(epoch, 0, _Order(_state_of(self._generator()), drawn))
 
+    def _forget_updated_passes(self) -> None:
+        """Forget passes that were followed by one with an update: none of their batches is pending. Local."""
+        passes = [*self._recent, self._pass]
+        self._recent = []
+        for one, after in pairwise(passes):
+            if one is not None and after is not None and after.tries == self.counter.tries:
+                self._recent.append(one)
+
+    def as_drawn_here(self, number: int, state: dict[str, Any]) -> dict[str, Any]:
+        """Return another rank's position in pass ``number``, with the order that this rank drew. Local."""
+        orders = {one.number: one.order for one in self._recent}
+        order = orders.get(number)
+        return state if order is None else {**state, "order": order}
+
     def _described(self, epoch: int, samples: int, order: _Order) -> dict[str, Any]:
         return {"epoch": epoch, "samples": samples, "seed": self._seed(), "order": order.state, "drawn": order.drawn}
 
@@ -248,6 +267,7 @@ class Position:
         self.epoch, self.samples = state["epoch"], state["samples"]
         self._pass = self._rest = self._random_state = None
         self._passes.clear()
+        self._recent.clear()
         self._begun = 0
         # Older checkpoints have no "drawn": their state is from before the loader drew its seed.
         self._resumed = None if state["order"] is None else _Order(state["order"], state.get("drawn", False))
