@@ -200,7 +200,7 @@ class ShardedOptimizer(Optimizer):
             sharded.drop_zeros(changes, wanted)
             sharded.keep(changes.kept)
             self._place_newcomers(gradients=newcomers)
-            sharded.rearrange(changes, wanted)
+            sharded.rearrange(changes, self._wanted())
         if sharded.refresh_moved(self.state):
             changed = True
         if changed:

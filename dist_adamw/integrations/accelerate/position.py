@@ -24,6 +24,8 @@ from dist_adamw.integrations.accelerate.loader import listen
 from dist_adamw.integrations.accelerate.loader_iteration import Batch, Run
 from dist_adamw.integrations.accelerate.mid_epoch import check_even, outer_sampler, remove_rest, starting_at
 
+_KEPT = 8  # passes without an update before the present one: each has kilobytes of random state
+
 
 @dataclass(eq=False, slots=True)
 class _Pass:
@@ -35,6 +37,7 @@ class _Pass:
         epoch: The number of its epoch.
         tries: Updates attempted before it began.
         order: The state of the shuffling generator when the sampler began; None before that.
+        seed: Of a seedable sampler, at that time.
         is_over: Whether the last batch was handed out.
     """
 
@@ -42,6 +45,7 @@ class _Pass:
     epoch: int
     tries: int
     order: str | None = None
+    seed: int | None = None
     is_over: bool = False
 
 
@@ -108,7 +112,7 @@ class Position:
         memo[id(self)] = copied
         copied._passes = weakref.WeakKeyDictionary()
         copied._pass = copy.copy(self._pass)
-        copied._recent = []
+        copied._recent = [] if copied._pass is None else [copied._pass]
         copied._rest = copied._random_state = None
         if (theirs := memo.get(id(self._loader()))) is not None:
             copied._loader = weakref.ref(theirs)
@@ -133,7 +137,7 @@ class Position:
             self._pass = _Pass(self._begun, self.epoch, self.counter.tries)
             self._begun += 1
             self._forget_updated_passes()
-            self._recent.append(self._pass)
+            self._recent = [*self._recent[-_KEPT:], self._pass]
         elif rest is not None and self._pass.order is not None:  # another loop continues this pass
             resumed = _Order(self._pass.order, drawn=True)
         current = self._passes[run] = self._pass
@@ -181,7 +185,7 @@ class Position:
             if not resumed.drawn and self._base().generator is generator:
                 # The saved job's loader drew its workers' seed from this generator before the sampler began.
                 torch.empty((), dtype=torch.int64).random_(generator=generator)
-        current.order = _state_of(generator)
+        current.order, current.seed = _state_of(generator), self._seed()
 
     def handed_out(self, batch: Batch) -> None:
         """Advance past a batch that a loader hands out."""
@@ -249,9 +253,10 @@ class Position:
 
     def as_drawn_here(self, number: int, state: dict[str, Any]) -> dict[str, Any]:
         """Return another rank's position in pass ``number``, with the order that this rank drew. Local."""
-        orders = {one.number: one.order for one in self._recent}
-        order = orders.get(number)
-        return state if order is None else {**state, "order": order}
+        for one in self._recent:
+            if one.number == number and one.epoch == state["epoch"] and one.order is not None:
+                return {**state, "seed": one.seed, "order": one.order, "drawn": True}
+        return state
 
     def _described(self, epoch: int, samples: int, order: _Order) -> dict[str, Any]:
         return {"epoch": epoch, "samples": samples, "seed": self._seed(), "order": order.state, "drawn": order.drawn}
