@@ -890,3 +890,24 @@ def test_local_sgd_is_refused_with_shared_state_and_served_with_whole() -> None:
     for apart in run_ranks(2, local_sgd, False, 0):
         assert len(apart) == 4
         assert all(apart)  # each rank trains by itself between two averages
+
+
+def check_clipped_after_a_parameter_was_replaced() -> None:
+    """Of a parameter that DDP's buckets announce, and that has no shard before the update."""
+    model = layers()
+    optimizer = ours(model.parameters())
+    net = wrap(model)
+    attach(optimizer, net, aside=False)
+    loss_of(net, 0).backward()
+    model[0].weight = nn.Parameter(model[0].weight.detach().clone())
+    optimizer.param_groups[0]["params"][0] = model[0].weight
+    net = wrap(model)
+    attach(optimizer, net, aside=False)
+    loss_of(net, 1).backward()
+    nn.utils.clip_grad_norm_([model[0].weight], 1e-3)
+    optimizer.step()
+
+
+def test_a_gradient_clipped_after_its_parameter_was_replaced_is_refused() -> None:
+    for error in expect_error_on_all(2, check_clipped_after_a_parameter_was_replaced):
+        assert "gradients were changed" in error

@@ -282,7 +282,7 @@ class GradientSources:
     def watched(self, planned: Sequence[Tensor]) -> Sequence[Tensor]:
         """Return the parameters whose gradients are announced."""
         # Parameters added since the last update are announced, but not ``planned`` yet.
-        if self.are_buckets or len(planned) == len(self.ids):
+        if len(planned) == len(self.ids):
             return planned
         return [param for param in self.known if id(param) in self.ids]
 
