@@ -894,17 +894,20 @@ def test_local_sgd_is_refused_with_shared_state_and_served_with_whole() -> None:
 
 def check_clipped_after_a_parameter_was_replaced() -> None:
     """Of a parameter that DDP's buckets announce, and that has no shard before the update."""
-    model = layers()
+    model = nn.Sequential(nn.Linear(4, 3, bias=False))
     optimizer = ours(model.parameters())
     net = wrap(model)
     attach(optimizer, net, aside=False)
-    loss_of(net, 0).backward()
-    model[0].weight = nn.Parameter(model[0].weight.detach().clone())
-    optimizer.param_groups[0]["params"][0] = model[0].weight
+    loss = net(torch.full((2, 4), 1.0 + dist.get_rank())).sum()
+    loss.backward()
+    weight = nn.Parameter(torch.ones(2, 4))
+    model[0] = nn.Linear(4, 2, bias=False)
+    model[0].register_parameter("weight", weight)
+    optimizer.param_groups[0]["params"] = [weight]
     net = wrap(model)
     attach(optimizer, net, aside=False)
-    loss_of(net, 1).backward()
-    nn.utils.clip_grad_norm_([model[0].weight], 1e-3)
+    net(torch.full((2, 4), 1.0 + dist.get_rank())).square().sum().backward()
+    nn.utils.clip_grad_norm_([weight], 0.25)
     optimizer.step()
 
 
