@@ -7,7 +7,7 @@ ARGS ?=
 WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: train test check setup format clean
+.PHONY: train test check coverage setup format clean
 
 train: $(READY)  ## Train the small language model on two ranks; ARGS="--recipe.lr 2e-3" overrides.
 	PATH="$(abspath $(BIN)):$$PATH" launch/accelerate.sh --config configs/train/small.yaml $(ARGS)
@@ -23,6 +23,9 @@ test: $(READY)  ## Lint, format, strict types, and every test.
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(PYTEST)
+
+coverage: $(READY)  ## Lines that the unit tests run; those that only ranks run do not count.
+	$(PYTEST) tests/unit --cov=dist_adamw --cov-report=term:skip-covered
 
 setup: $(READY)
 
