@@ -31,7 +31,7 @@ def memory_table(found: Sequence[records.Record]) -> list[str]:
 def time_tables(found: Sequence[records.Record]) -> Iterator[str]:
     """Return the table of seconds, ratios and fractions of the limits."""
     timed = {r["what"]: r for r in found if r["kind"] == "checkpoint time"}
-    # The fastest round: whoever else is at work only makes them slower.
+    # The fastest round: other jobs on the machine only make rounds slower.
     limits = {name: min(r["seconds"]) for name, r in timed.items() if r["is"] == "limit"}
     for kind, ours in (("save", OURS), ("load", "dist_adamw.load")):
         rows = []

@@ -229,7 +229,7 @@ class Job:
             unit=" tokens",
             unit_scale=True,
             dynamic_ncols=True,
-            # In a log file every refresh is a line of its own.
+            # In a log file every refresh is a separate line.
             mininterval=0.5 if sys.stderr.isatty() else 15.0,
             disable=not self.accelerator.is_main_process,
         ) as self.bar:

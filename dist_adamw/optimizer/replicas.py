@@ -195,7 +195,7 @@ def _named_params(model: nn.Module) -> dict[str, Tensor]:
 def _may_differ(param: Tensor, has_dtensors: bool) -> bool:
     """Return whether a plain parameter may rightly differ over ranks. Local."""
     is_expert = not getattr(param, "allreduce", True)  # DeepSpeed's mark of experts
-    # FSDP2 turns all trained parameters into DTensors except those it is told to ignore, which it does not average.
+    # FSDP2 turns all trained parameters into DTensors except its ignored_params, which it does not average.
     is_ignored_by_fsdp = has_dtensors and param.requires_grad
     return is_expert or is_ignored_by_fsdp
 

@@ -15,7 +15,7 @@ from dist_adamw.optimizer.gradients.sources import GradientSources
 from dist_adamw.optimizer.gradients.unannounced import UnannouncedGradients
 from dist_adamw.optimizer.sharding.shard import Shard
 
-_gradient, _requires_grad = operator.attrgetter("grad"), operator.attrgetter("requires_grad")
+_gradient = operator.attrgetter("grad")
 
 
 class GradientsForUpdate:

@@ -6,7 +6,6 @@ gradient with the same bits on all ranks is used as it is; others are averaged.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence, Set
 
 from torch import Tensor
@@ -18,8 +17,6 @@ from dist_adamw.optimizer.gradients.sending import Sender
 from dist_adamw.optimizer.gradients.sources import GradientSources
 from dist_adamw.optimizer.sharding.fingerprints import fingerprints
 from dist_adamw.optimizer.sharding.shard import Shard
-
-_gradient = operator.attrgetter("grad")
 
 
 class UnannouncedGradients:
