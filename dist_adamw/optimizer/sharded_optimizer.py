@@ -105,7 +105,13 @@ class ShardedOptimizer(Optimizer):
             self._tag,
             self.master_dtype,
             self.state_dtype,
+            self._layout_order,
+            self._is_partitioned,
         )
+
+    def _layout_order(self) -> dict[int, int]:
+        """Return the place of attached parameters in the layout, by id: backward reaches the last ones first. Local."""
+        return {} if self._path is None else self._path.sources.order()
 
     # ---------------------------------------------------------------- follow the user
 
@@ -293,6 +299,7 @@ class ShardedOptimizer(Optimizer):
             RuntimeError: an engine's parameters were added to a sharded optimizer, or would be clipped by the norm of a
                 part; or ``shard=True`` on one rank.
         """
+        params = list(params)
         chosen = self._all_shards.unplaced(params)
         self._detect_engine_sharding(chosen)
         is_own = isinstance(self._scheme, OwnSharding)
@@ -301,7 +308,10 @@ class ShardedOptimizer(Optimizer):
                 "shard=True, but there is one rank or torch.distributed is not initialised. "
                 "Launch several ranks, or leave shard='auto'."
             )
-        self._all_shards.add(chosen, self._wanted(), are_shares=are_shares)
+        wanted = self._wanted()
+        if are_shares:  # the ranges of a share depend on the order
+            wanted.order = lambda: {id(param): place for place, param in enumerate(params)}
+        self._all_shards.add(chosen, wanted, are_shares=are_shares)
         self._consolidated = None
 
     def _detect_engine_sharding(self, chosen: set[int]) -> None:

@@ -37,32 +37,33 @@ def update_bucket(
         found_inf: 0-d fp32; if it is not 0, the update changes nothing.
         fused: See `is_fused`.
     """
-    live = [i for i, grad in enumerate(bucket) if grad is not None]
-    grads = [grad for grad in bucket if grad is not None]
-    if not grads:
-        return
-    hyper = _hyper_parameters(shard.group, decay_by)
-    params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, masters = shard.operands(k, live)
-    state = (exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps)
-    # torch's own kernels are preferred, but need equal dtypes and cannot clip.
-    if not (shard.is_mixed or _clips_in_pass(clip, fused, params[0].dtype)):
-        clipped = _clipped(grads, clip)
-        adamw_update_(params, *state, grads=clipped, fused=fused, found_inf=found_inf if fused else None, **hyper)
-    elif _can_run_triton(params[0]):
-        flat = shard.moments
-        adamw_triton.flat_adamw_update_(
-            shard.table(k, live, grads),
-            flat.get("master", flat.get("remainder")),
-            flat["exp_avg"],
-            flat["exp_avg_sq"],
-            flat.get("max_exp_avg_sq"),
-            shard.steps,
-            scale=clip,
-            found_inf=found_inf,
-            **hyper,
-        )
-    else:
-        mixed_adamw_update_(params, grads, masters, *state, scale=clip, found_inf=found_inf, **hyper)
+    for n, run in enumerate(shard.runs(k)):
+        live = [i for i in run.indices if bucket[i] is not None]
+        grads = [grad for i in live if (grad := bucket[i]) is not None]
+        if not grads:
+            continue
+        hyper = _hyper_parameters(run.group, decay_by)
+        params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, masters = run.operands_of(live)
+        state = (exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps)
+        # torch's own kernels are preferred, but need equal dtypes and cannot clip.
+        if not (shard.is_mixed or _clips_in_pass(clip, fused, params[0].dtype)):
+            clipped = _clipped(grads, clip)
+            adamw_update_(params, *state, grads=clipped, fused=fused, found_inf=found_inf if fused else None, **hyper)
+        elif _can_run_triton(params[0]):
+            flat = shard.moments
+            adamw_triton.flat_adamw_update_(
+                shard.table(k, n, live, grads),
+                flat.get("master", flat.get("remainder")),
+                flat["exp_avg"],
+                flat["exp_avg_sq"],
+                flat.get("max_exp_avg_sq"),
+                shard.steps,
+                scale=clip,
+                found_inf=found_inf,
+                **hyper,
+            )
+        else:
+            mixed_adamw_update_(params, grads, masters, *state, scale=clip, found_inf=found_inf, **hyper)
 
 
 def _hyper_parameters(group: Mapping[str, Any], decay_by: DecayBy) -> dict[str, Any]:

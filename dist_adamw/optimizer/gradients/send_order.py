@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Set
+import operator
+from collections.abc import Mapping, Sequence, Set
 
 from torch import Tensor
 
@@ -15,6 +16,7 @@ class Plan:
     Args:
         shards: All shards of an optimizer.
         listened: Ids of the parameters whose gradients are announced. Others are in no bucket here.
+        position: The place of parameters in their modules, by id: backward reaches the last ones first.
 
     Attributes:
         params: Announced parameters that have a shard.
@@ -25,7 +27,7 @@ class Plan:
         place_of: Shard and index in it of a parameter, by its id.
     """
 
-    def __init__(self, shards: Sequence[Shard], listened: Set[int]) -> None:
+    def __init__(self, shards: Sequence[Shard], listened: Set[int], position: Mapping[int, int]) -> None:
         self.shards, self.listened = list(shards), listened
         self.order: list[tuple[Shard, int]] = []
         self.members: list[set[int]] = []
@@ -38,10 +40,8 @@ class Plan:
                 if id(param) in listened:
                     self.place_of[id(param)] = (shard, i)
                     self.params.append(param)
-        # Backward computes the gradients of the last parameters first.
-        for shard in reversed(self.shards):
-            for k in reversed(range(shard.layout.num_buckets)):
-                self._add(shard, k)
+        for shard, k in _by_arrival(self.shards, position):
+            self._add(shard, k)
 
     def _add(self, shard: Shard, k: int) -> None:
         pieces = shard.layout.pieces(*shard.layout.bucket(k))
@@ -54,3 +54,20 @@ class Plan:
         self.order.append((shard, k))
         self.places.append([(i, param, param.ndim == 1 and param.is_contiguous()) for i, param in places])
         self.members.append({id(param) for _, param in places})
+
+
+def _by_arrival(shards: Sequence[Shard], position: Mapping[int, int]) -> list[tuple[Shard, int]]:
+    """Return shard and number of each bucket in the order in which backward completes them.
+
+    Those of one shard are in descending order, whatever the order of its parameters.
+    """
+    buckets: list[tuple[int, Shard, int]] = []
+    for shard in reversed(shards):
+        earliest = len(position)
+        for k in reversed(range(shard.layout.num_buckets)):
+            # Backward reaches the parameter with the earliest place last.
+            places = [position.get(id(param), earliest) for param in shard.members(k)]
+            earliest = min([earliest, *places])
+            buckets.append((earliest, shard, k))
+    buckets.sort(key=operator.itemgetter(0), reverse=True)
+    return [(shard, k) for _, shard, k in buckets]

@@ -43,7 +43,7 @@ class Sender:
         self, link: OptimizerLink, sources: GradientSources, messages: RankMessages, record: GradientRecord
     ) -> None:
         self._link, self._sources, self._messages, self._record = link, sources, messages, record
-        self.plan = Plan([], sources.ids)
+        self.plan = Plan([], sources.ids, {})
         self.owners: list[Shard] = []
         self._flat: dict[int, list[Tensor | None]] = {}  # by id of shard: the flat gradients to send
         self._in_flight: deque[tuple[Shard, InFlightBucket]] = deque()
@@ -85,7 +85,7 @@ class Sender:
             or len(shards) != len(self.plan.shards)
             or any(map(operator.is_not, shards, self.plan.shards))
         ):
-            self.plan = Plan(shards, self._sources.ids)
+            self.plan = Plan(shards, self._sources.ids, self._sources.order())
             self.owners = self.plan.shards
             self._flat = {id(shard): [None] * len(shard.params) for shard in shards}
             self._record.local &= self._sources.known_ids
@@ -94,7 +94,7 @@ class Sender:
 
     def forget_layout(self) -> None:
         """Drop the plan after the shards were replaced. Local."""
-        self.plan, self.owners, self._flat = Plan([], self._sources.ids), [], {}
+        self.plan, self.owners, self._flat = Plan([], self._sources.ids, {}), [], {}
         self.begin_round()
 
     # ---------------------------------------------------------------- gradients arrive

@@ -7,7 +7,7 @@ it into ``state``. To follow the user, they compare ``state`` with these views, 
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from dist_adamw.optimizer.sharding.moved_state import carry_state
 from dist_adamw.optimizer.sharding.schemes import ShardingRanks
 from dist_adamw.optimizer.sharding.shard import MOMENTS, Shard, peek
 from dist_adamw.optimizer.sharding.user_changes import (
+    Arrangement,
     Changes,
     Home,
     arrange,
@@ -44,6 +45,8 @@ class Wanted:
         bucket_numel: See `DistAdamW`, also for the two dtypes.
         reduce_every_backward: Whether gradients are kept in the shards, see `Shard`.
         tag: The tag of the optimizer's messages.
+        order: Returns the wanted place of parameters in the layout, by id; see `arrange`.
+        by_group: Whether no two groups may share a shard.
     """
 
     groups: Groups
@@ -54,12 +57,18 @@ class Wanted:
     tag: int
     master_dtype: torch.dtype | None
     state_dtype: torch.dtype | None
+    order: Callable[[], Mapping[int, int]]
+    by_group: bool
 
-    def make_shard(self, group: dict[str, Any], params: list[Tensor]) -> Shard:
-        """Return a shard of ``params``, with zeros for state. Local."""
+    def arrange(self, chosen: Collection[int]) -> list[Arrangement]:
+        """Divide those parameters that have an id in ``chosen`` among shards. Local."""
+        return arrange(self.groups, chosen, self.order(), by_group=self.by_group)
+
+    def make_shard(self, arrangement: Arrangement) -> Shard:
+        """Return a shard of the parameters, with zeros for state. Local."""
         return Shard(
-            params,
-            group=group,
+            arrangement.params,
+            groups=arrangement.groups,
             process_group=self.ranks.process_group,
             replicas=self.ranks.replica_group,
             max_bucket_numel=self.bucket_numel,
@@ -69,13 +78,13 @@ class Wanted:
             state_dtype=self.state_dtype,
         )
 
-    def is_shard_of(self, shard: Shard, group: dict[str, Any], params: list[Tensor]) -> bool:
+    def is_shard_of(self, shard: Shard, arrangement: Arrangement) -> bool:
         """Return whether ``shard`` is what `make_shard` would return, apart from its state. Local."""
         return (
             shard.process_group is self.ranks.process_group
-            and len(shard.params) == len(params)
-            and all(map(operator.is_, shard.params, params))
-            and shard.has_maxima == group["amsgrad"]
+            and len(shard.params) == len(arrangement.params)
+            and all(map(operator.is_, shard.params, arrangement.params))
+            and shard.has_maxima == arrangement.groups[0]["amsgrad"]
             and (not shard.has_moved() or shard.fits())
         )
 
@@ -139,10 +148,10 @@ class AllShards:
 
     def is_rearranged(self, changes: Changes, wanted: Wanted) -> bool:
         """Return whether the parameters should be divided among shards in another way than now. Local."""
-        arranged = arrange(wanted.groups, changes.kept.keys())
+        arranged = wanted.arrange(changes.kept.keys())
         if len(arranged) != len(self.shards):
             return True
-        return not all(wanted.is_shard_of(shard, *of) for shard, of in zip(self.shards, arranged, strict=True))
+        return not all(wanted.is_shard_of(shard, of) for shard, of in zip(self.shards, arranged, strict=True))
 
     def check_process_group(self, group: dist.ProcessGroup | None) -> None:
         """Refuse another process group than the one that the state is sharded over. Local.
@@ -160,7 +169,7 @@ class AllShards:
     @property
     def has_amsgrad_changed(self) -> bool:
         """Whether a group's amsgrad no longer matches the maxima in its state. Local."""
-        return any(shard.group["amsgrad"] != shard.has_maxima for shard in self.shards)
+        return any(group["amsgrad"] != shard.has_maxima for shard in self.shards for group in shard.distinct_groups)
 
     # ---------------------------------------------------------------- apply changes
 
@@ -235,12 +244,12 @@ class AllShards:
         """Return the shards of the placed parameters, and those of them that are new, with zeros for state. Local."""
         before = {id(shard.params[0]): shard for shard in self.shards}
         shards, made = [], []
-        for group, together in arrange(wanted.groups, self._placed):
-            shard = before.get(id(together[0]))
-            if shard is None or not wanted.is_shard_of(shard, group, together):
-                shard = wanted.make_shard(group, together)
+        for arrangement in wanted.arrange(self._placed):
+            shard = before.get(id(arrangement.params[0]))
+            if shard is None or not wanted.is_shard_of(shard, arrangement):
+                shard = wanted.make_shard(arrangement)
                 made.append(shard)
-            shard.group = group
+            shard.set_groups(arrangement.groups)
             shards.append(shard)
         return shards, made
 
@@ -248,7 +257,7 @@ class AllShards:
         """Return a shard for a parameter that is in no group, so is neither updated nor sent. Local."""
         if any(shard is aside for aside in self.aside):
             return shard
-        return wanted.make_shard(shard.group, [shard.params[i]])
+        return wanted.make_shard(Arrangement([shard.groups[i]], [shard.params[i]]))
 
     def refresh_moved(self, state: StateOf) -> bool:
         """Follow parameters that had moved at the last `differs`; return whether any had. Local."""
@@ -303,7 +312,7 @@ class AllShards:
         Args:
             are_shares: Whether the entries have this rank's share, not whole tensors.
         """
-        made = [wanted.make_shard(group, together) for group, together in arrange(wanted.groups, chosen)]
+        made = list(map(wanted.make_shard, wanted.arrange(chosen)))
         for shard in made:
             for i, param in enumerate(shard.params):
                 load(shard, i, peek(wanted.state, param) or {}, is_share=are_shares)

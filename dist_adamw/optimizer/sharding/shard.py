@@ -7,6 +7,7 @@ belong in a shard.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
@@ -51,6 +52,33 @@ class Operands(NamedTuple):
         """Return the column of a moment or master, by its name in ``optimizer.state``."""
         return self.masters if name in MASTERS else cast(list[Tensor], getattr(self, f"{name}s"))
 
+    def at(self, places: list[int]) -> Operands:
+        """Return the operands at these places of the lists; a list without operands stays empty."""
+        return Operands(*([column[i] for i in places] if column else [] for column in self))
+
+
+@dataclass(slots=True)
+class GroupRun:
+    """The pieces of one bucket that belong to one param group, which has their hyper-parameters.
+
+    Attributes:
+        group: The param group.
+        indices: Their indices among all pieces of the bucket.
+        operands: Their tensors.
+    """
+
+    group: dict[str, Any]
+    indices: list[int]
+    operands: Operands
+
+    def operands_of(self, live: list[int]) -> Operands:
+        """Return the tensors that an update of ``live``, some of `indices`, needs."""
+        if len(live) == len(self.indices):
+            return self.operands
+        chosen = set(live)
+        places = [place for place, i in enumerate(self.indices) if i in chosen]
+        return self.operands.at(places)
+
 
 @dataclass(slots=True)
 class _Bucket:
@@ -58,15 +86,16 @@ class _Bucket:
 
     pieces: list[Piece]
     operands: Operands
+    runs: list[GroupRun]
 
 
 class Shard:
     """The state of ``params``, of which this rank holds its share.
 
     Args:
-        params: Parameters of one group, dtype and device; all DTensors of one mesh, sharded along the same axes, or
-            none.
-        group: Their param group.
+        params: Parameters of one dtype and device, in the order of the layout; all DTensors of one mesh, sharded along
+            the same axes, or none.
+        groups: The param group of each, which all have the same ``amsgrad``.
         process_group: The ranks that the state is sharded over; None keeps it whole.
         replicas: The ranks that own the same elements, in other copies of the state.
         max_bucket_numel: Elements that are sent together; None chooses a suitable number.
@@ -82,7 +111,7 @@ class Shard:
         self,
         params: list[Tensor],
         *,
-        group: dict[str, Any],
+        groups: list[dict[str, Any]],
         process_group: dist.ProcessGroup | None,
         replicas: dist.ProcessGroup | None = None,
         max_bucket_numel: int | None,
@@ -93,7 +122,7 @@ class Shard:
     ) -> None:
         self.params = params
         self.shard_axes = shard_axes(params[0])
-        self.group = group
+        self.groups, self.distinct_groups = groups, _distinct(groups)
         self.process_group, self._replicas, self._tag = process_group, replicas, tag
         world_size = 1 if process_group is None else collectives.world_size(process_group)
         self.rank = 0 if process_group is None else collectives.rank(process_group)
@@ -102,7 +131,7 @@ class Shard:
         )
         self.owned = OwnedElements(self.layout, self.rank)
         like = self._weights()[0]
-        dtypes = _dtypes_of(like, group["amsgrad"], master_dtype, state_dtype)
+        dtypes = _dtypes_of(like, groups[0]["amsgrad"], master_dtype, state_dtype)
         self.moments = {
             name: zeros_apart(self.layout.shard_numel, place, dtype=dtype, device=like.device)
             for place, (name, dtype) in enumerate(dtypes.items(), 1)
@@ -111,7 +140,7 @@ class Shard:
         self.steps = torch.zeros(len(params), dtype=torch.float32, device=like.device)
         self.gradients = OwnedGradients(params, self.owned.pieces, self.layout.shard_numel)
         self._members: dict[int, list[Tensor]] = {}
-        self._tables: dict[tuple[int, int], tuple[list[int], BlockTable]] = {}
+        self._tables: dict[tuple[int, int, int], tuple[list[int], BlockTable]] = {}
         self._build_views()
         if "master" in self.moments:
             for views in self._buckets:
@@ -147,7 +176,28 @@ class Shard:
         masters = state.get("master") or state.get("remainder") or []
         steps_of = [self._step_of[p.param] for p in pieces]
         exp_avgs, exp_avg_sqs, maxima = (state.get(name, []) for name in MOMENTS)
-        return _Bucket(pieces, Operands(params, exp_avgs, exp_avg_sqs, maxima, steps_of, masters))
+        operands = Operands(params, exp_avgs, exp_avg_sqs, maxima, steps_of, masters)
+        return _Bucket(pieces, operands, self._runs_of(pieces, operands))
+
+    def _runs_of(self, pieces: list[Piece], operands: Operands) -> list[GroupRun]:
+        """Divide the pieces of a bucket by param group."""
+        by_group: dict[int, tuple[dict[str, Any], list[int]]] = {}
+        for j, piece in enumerate(pieces):
+            group = self.groups[piece.param]
+            by_group.setdefault(id(group), (group, []))[1].append(j)
+        if len(by_group) == 1:
+            return [GroupRun(group, indices, operands) for group, indices in by_group.values()]
+        return [GroupRun(group, indices, operands.at(indices)) for group, indices in by_group.values()]
+
+    def set_groups(self, groups: list[dict[str, Any]]) -> None:
+        """Replace the param group of each parameter. Local."""
+        if all(map(operator.is_, groups, self.groups)):
+            return
+        self.groups = groups
+        self.distinct_groups = _distinct(groups)
+        for bucket in self._buckets:
+            bucket.runs = self._runs_of(bucket.pieces, bucket.operands)
+        self._tables.clear()
 
     def has_moved(self) -> bool:
         """Return whether parameters have moved to other memory since the last `refresh`. Local."""
@@ -288,24 +338,25 @@ class Shard:
         for k, j in self.owned.places[i]:
             yield self._buckets[k].operands, j
 
-    def operands(self, k: int, live: list[int]) -> Operands:
-        """Return the tensors that an update of the pieces ``live`` of bucket ``k`` needs."""
-        operands = self._buckets[k].operands
-        if len(live) == len(operands.params):
-            return operands
-        return Operands(*([column[i] for i in live] if column else [] for column in operands))
+    def runs(self, k: int) -> list[GroupRun]:
+        """Return the pieces of bucket ``k`` by param group."""
+        return self._buckets[k].runs
 
-    def table(self, k: int, live: list[int], grads: list[Tensor]) -> BlockTable:
-        """Return the Triton kernel's table of the pieces ``live`` of bucket ``k``."""
-        params = self.operands(k, live).params
+    def table(self, k: int, run: int, live: list[int], grads: list[Tensor]) -> BlockTable:
+        """Return the Triton kernel's table of the pieces ``live`` of bucket ``k``, which are in its run ``run``."""
+        params = self._buckets[k].runs[run].operands_of(live).params
         # Kept by the number of live pieces, which mostly identifies them; rebuilt if they are others.
-        table = self._tables.get((k, len(live)))
+        table = self._tables.get((k, run, len(live)))
         pieces = [self._buckets[k].pieces[i] for i in live]
         if table is None or table[0] != live:
             made = BlockTable(params, grads, offsets=[p.offset for p in pieces], step_indices=[p.param for p in pieces])
-            table = self._tables[k, len(live)] = (live, made)
+            table = self._tables[k, run, len(live)] = (live, made)
         table[1].follow(params, grads)
         return table[1]
+
+
+def _distinct(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return list({id(group): group for group in groups}.values())
 
 
 def _dtypes_of(

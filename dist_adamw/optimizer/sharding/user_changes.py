@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -115,7 +116,8 @@ class _Comparison:
         self.found.kept[id(param)] = home
         self.found.arrangement.append(f"{name} is number {self._numbers[id(param)]} {param.dtype}")
         # If the old group no longer exists it was replaced as a whole, e.g. by `load_state_dict`: nothing moved.
-        if shard.group is not group and any(shard.group is other for other in self._groups):
+        before = shard.groups[home[1]]
+        if before is not group and any(before is other for other in self._groups):
             self.found.described.append(f"{name} comes from another group")
         if not entry:
             self.found.reset.append(home)
@@ -252,16 +254,32 @@ def _shape(value: Any) -> str:
     return f"of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"which is {value!r:.60}"
 
 
-def arrange(groups: Sequence[dict[str, Any]], chosen: Collection[int]) -> list[tuple[dict[str, Any], list[Tensor]]]:
-    """Return the parameters of each shard, with their group, of those with an id in ``chosen``. Local.
+class Arrangement(NamedTuple):
+    """The parameters of one shard, in the order of its layout, and the group of each."""
 
-    The order depends only on the groups, so a resumed job has the same shards as one that never stopped. The bits of
-    the gradient norm depend on the shards, since it is summed run by run.
+    groups: list[dict[str, Any]]
+    params: list[Tensor]
+
+
+def arrange(
+    groups: Sequence[dict[str, Any]], chosen: Collection[int], order: Mapping[int, int], *, by_group: bool
+) -> list[Arrangement]:
+    """Divide those parameters that have an id in ``chosen`` among shards. Local.
+
+    The result depends only on groups and order, so a resumed job has the same shards as one that never stopped. The
+    bits of the gradient norm depend on the shards, since it is summed run by run.
+
+    Args:
+        order: The place of parameters in the layout, by id; others come last, in the order of the groups.
+        by_group: Whether no two groups may share a shard.
     """
-    alike: dict[tuple[Any, ...], list[Tensor]] = {}
-    for g, group in enumerate(groups):
-        for param in group["params"]:
-            if id(param) in chosen:
-                key = (g, param.dtype, local_of(param).device, shard_axes(param))
-                alike.setdefault(key, []).append(param)
-    return [(groups[g], together) for (g, *_), together in alike.items()]
+    alike: dict[tuple[Any, ...], Arrangement] = {}
+    last = len(order)
+    placed = [(order.get(id(param), last), g, param) for g, group in enumerate(groups) for param in group["params"]]
+    for _, g, param in sorted(placed, key=operator.itemgetter(0)):
+        if id(param) in chosen:
+            key = (g if by_group else groups[g]["amsgrad"], param.dtype, local_of(param).device, shard_axes(param))
+            one = alike.setdefault(key, Arrangement([], []))
+            one.groups.append(groups[g])
+            one.params.append(param)
+    return list(alike.values())
