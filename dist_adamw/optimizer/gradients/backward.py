@@ -78,7 +78,8 @@ class BackwardPasses:
             # Refuse invalid ``optimizer.state`` now: an error in the middle of backward would leave DDP unusable.
             self._link.shards()
         self.look_for_changes()
-        self._sources.arrivals.take()  # arrivals of a backward pass that raised must not count for the next one
+        # Arrivals of a backward pass that raised, or inside no_sync, must not count for the next one.
+        sender.take_in(self._sources.arrivals.take())
         record.watch.clear()  # backward is about to change the gradients
         for reducer in self._sources.reducers():
             reducer.restore_views()
@@ -88,6 +89,7 @@ class BackwardPasses:
                 sender.reopen()
             else:
                 self.discard()
+        sender.prepare()
 
     def look_for_changes(self) -> None:
         """Note whether the user changed gradients since backward. The update shares this: other ranks may not have."""
@@ -113,7 +115,7 @@ class BackwardPasses:
     def backward_begins(self, grad: Tensor) -> None:
         """Begin to follow a backward pass, on the gradient of an attached module's output."""
         if not self.is_running:
-            self._sources.arrivals.take()  # left by a backward pass inside DDP's no_sync
+            self._sender.take_in(self._sources.arrivals.take())  # left by a backward pass inside DDP's no_sync
             if self._sends_now:
                 self._begin()
 
@@ -128,7 +130,10 @@ class BackwardPasses:
         run yet, and may change its gradient.
         """
         if not self._sends_now:
+            self._sender.follow_layout()
+            self._sender.take_in(self._sources.arrivals.take())
             self._record.filled.discard(id(param))  # backward has added to the zeros, so they are a gradient now
+            self._sources.arrivals.note(param)
             return
         if not self.is_running:
             self._begin()
@@ -183,6 +188,8 @@ class BackwardPasses:
             sender.send_ready(may_wait=True)
         elif self._overlap and not sources.wait_for_ddp():
             sender.send_all()
+        elif not sources.are_buckets:
+            sender.enter(sources.arrivals.take())
         sender.receive()
         # DDP's own callback may be queued after this one and write gradients, so queue the watch behind it.
         _when_backward_is_over(functools.partial(self._begin_watch, path))

@@ -22,7 +22,8 @@ class Plan:
         params: Announced parameters that have a shard.
         order: Shard and number of each bucket.
         members: Ids of the parameters in each bucket.
-        places: For each bucket and parameter: index in the shard, parameter, and whether it is 1-D and contiguous.
+        indices: The same parameters by their index in the shard.
+        params_of: The same parameters.
         buckets_of: Positions in ``order`` of a parameter's buckets, by its id.
         place_of: Shard and index in it of a parameter, by its id.
     """
@@ -31,7 +32,8 @@ class Plan:
         self.shards, self.listened = list(shards), listened
         self.order: list[tuple[Shard, int]] = []
         self.members: list[set[int]] = []
-        self.places: list[list[tuple[int, Tensor, bool]]] = []
+        self.indices: list[list[int]] = []
+        self.params_of: list[list[Tensor]] = []
         self.buckets_of: dict[int, list[int]] = {}
         self.place_of: dict[int, tuple[Shard, int]] = {}
         self.params: list[Tensor] = []
@@ -52,7 +54,8 @@ class Plan:
         for _, param in places:
             self.buckets_of.setdefault(id(param), []).append(len(self.order))
         self.order.append((shard, k))
-        self.places.append([(i, param, param.ndim == 1 and param.is_contiguous()) for i, param in places])
+        self.indices.append([i for i, _ in places])
+        self.params_of.append([param for _, param in places])
         self.members.append({id(param) for _, param in places})
 
 

@@ -21,8 +21,11 @@ from dist_adamw.optimizer.gradients.record import GradientRecord, OptimizerLink
 from dist_adamw.optimizer.gradients.refusals import too_late
 from dist_adamw.optimizer.gradients.send_order import Plan
 from dist_adamw.optimizer.gradients.sources import GradientSources
+from dist_adamw.optimizer.sharding.owned_gradients import SentGradients
 from dist_adamw.optimizer.sharding.shard import Shard
 from dist_adamw.optimizer.transport.base import MAX_IN_FLIGHT, InFlightBucket
+
+_gradient = operator.attrgetter("grad")
 
 
 class Sender:
@@ -46,7 +49,7 @@ class Sender:
         self.plan = Plan([], sources.ids, {})
         self.owners: list[Shard] = []
         self._flat: dict[int, list[Tensor | None]] = {}  # by id of shard: the flat gradients to send
-        self._in_flight: deque[tuple[Shard, InFlightBucket]] = deque()
+        self._in_flight: deque[tuple[Shard, InFlightBucket, SentGradients]] = deque()
         self.next = 0
         self.begin_round()
 
@@ -100,17 +103,40 @@ class Sender:
     # ---------------------------------------------------------------- gradients arrive
 
     def enter(self, params: Collection[Tensor]) -> None:
-        """Note that the gradients of ``params`` have arrived. Local.
+        """Note that the gradients of ``params`` have arrived, and move them to memory that stays. Local.
 
         Raises:
             RuntimeError: the bucket of one of them has been sent already.
         """
+        self.take_in(params)
         arrived = set(map(id, params))
         for members in self.plan.members[: self.next]:
             if not members.isdisjoint(arrived):
                 raise too_late(next(param for param in params if id(param) in members))
         for waiting in self._waiting[self.next :]:
             waiting.difference_update(arrived)
+
+    def prepare(self) -> None:
+        """Make sure that backward overwrites no gradient that the user holds. Local; with no bucket in flight."""
+        for shard in self._link.shards():
+            shard.gradients.prepare(may_allocate=self._moves_gradients)
+
+    def take_in(self, params: Collection[Tensor]) -> None:
+        """Move gradients that have arrived to memory that stays. Local."""
+        if not self._moves_gradients:
+            return
+        arrived: dict[int, tuple[Shard, list[int]]] = {}
+        for param in params:
+            place = self.plan.place_of.get(id(param))
+            if place is not None:
+                arrived.setdefault(id(place[0]), (place[0], []))[1].append(place[1])
+        for shard, indices in arrived.values():
+            shard.gradients.take_in(indices)
+
+    @property
+    def _moves_gradients(self) -> bool:
+        """Whether gradients are moved to memory of the shards. If DDP averages some, it expects them in its buckets."""
+        return not (self._sources.are_buckets or self._sources.wait_for_ddp())
 
     def enter_bucket(self, packed: PackedBucket) -> None:
         """Note that the gradients of one of DDP's buckets have arrived. Local; raises as `enter`."""
@@ -152,51 +178,61 @@ class Sender:
         self.enter(self._sources.arrivals.take())
         for param in self.plan.params:
             if param.grad is None and id(param) in self.plan.buckets_of:
-                param.grad = torch.zeros_like(param)
+                shard, i = self.plan.place_of[id(param)]
+                shard.gradients.fill_in_zeros(i)
                 self._record.filled.add(id(param))
         while self.next < len(self.plan.order):
             self._send_next()
 
     def send_rest(self) -> None:
         """Send the buckets that no hook has sent, except those without any gradient. Collective."""
-        rest = list(zip(self.plan.order, self.plan.places, strict=True))[self.next :]
-        for shard in {id(shard): shard for (shard, _), _ in rest}.values():
-            flat: list[Tensor | None] = []
-            for i, param in enumerate(shard.params):
-                is_sent = param.grad is not None and id(param) in self.plan.buckets_of
-                flat.append(flat_gradient(shard, i) if is_sent else None)
-            self._flat[id(shard)] = flat
         # Ranks have agreed on which parameters have a gradient, so all of them skip the same buckets.
-        for (shard, k), places in rest:
-            if any(param.grad is not None for _, param, _ in places):
-                self._start(shard, k)
-        self.next = len(self.plan.order)
+        while self.next < len(self.plan.order):
+            if any(grad is not None for grad in map(_gradient, self.plan.params_of[self.next])):
+                self._start(self.next, self._from_params(self.next))
+            self.next += 1
 
     def _send_next(self) -> None:
-        shard, k = self.plan.order[self.next]
-        if not self._sources.are_buckets:
-            flat = self._flat[id(shard)]
-            places = self.plan.places[self.next]
-            # Autograd gives a gradient the strides of its parameter, so the gradient of a 1-D one is flat already.
-            for i, param, is_flat in places:
-                grad = param.grad
-                flat[i] = grad if is_flat or grad is None else flat_gradient(shard, i)
-            self._note_sent([param for i, param, _ in places if flat[i] is not None])
+        n = self.next
+        if self._sources.are_buckets:
+            gradients = self._from_ddp(n)
+        else:
+            gradients = self._from_params(n)
+            self._note_sent([param for param in self.plan.params_of[n] if param.grad is not None])
         self.next += 1
-        self._start(shard, k)
+        self._start(n, gradients)
+
+    def _from_ddp(self, n: int) -> SentGradients:
+        """Return the gradients of a bucket of the plan from DDP's buckets."""
+        (shard, k), indices = self.plan.order[n], self.plan.indices[n]
+        assert shard.transport is not None
+        flat = [self._flat[id(shard)][i] for i in indices]
+        return shard.gradients.packed(k, indices, flat, padded=shard.transport.needs_padding)
+
+    @torch.no_grad()
+    def _from_params(self, n: int) -> SentGradients:
+        """Return the gradients of a bucket of the plan from ``param.grad``."""
+        (shard, k), indices = self.plan.order[n], self.plan.indices[n]
+        assert shard.transport is not None
+        grads = list(map(_gradient, self.plan.params_of[n]))
+        if (kept := shard.gradients.kept(k, indices, grads)) is not None:
+            return kept
+        flat = [None if grad is None else flat_gradient(shard, i) for i, grad in zip(indices, grads, strict=True)]
+        return shard.gradients.packed(k, indices, flat, padded=shard.transport.needs_padding)
 
     def _note_sent(self, params: list[Tensor]) -> None:
         pass
 
     @torch.no_grad()
-    def _start(self, shard: Shard, k: int) -> None:
+    def _start(self, n: int, gradients: SentGradients) -> None:
+        shard, k = self.plan.order[n]
         assert shard.transport is not None
         if len(self._in_flight) == MAX_IN_FLIGHT:  # each bucket in flight needs staging memory
             self.receive(1)
         self._messages.announce_round()
         if self._messages.is_news:
             self._messages.check_answer()  # gloo aborts the process when it receives a bucket of another size
-        self._in_flight.append((shard, shard.transport.start_reduce(k, self._flat[id(shard)])))
+        self._in_flight.append((shard, shard.transport.start_reduce(k, gradients.buffer), gradients))
 
     @torch.no_grad()
     def receive(self, count: int | None = None) -> None:
@@ -206,10 +242,10 @@ class Sender:
             self._take(*self._in_flight.popleft())
             count = None if count is None else count - 1
 
-    def _take(self, shard: Shard, sent: InFlightBucket) -> None:
+    def _take(self, shard: Shard, sent: InFlightBucket, gradients: SentGradients) -> None:
         assert shard.transport is not None
-        shard.transport.finish_reduce(sent, None)
-        shard.gradients.reduced[sent.bucket] = sent.own
+        shard.transport.finish_reduce(sent)
+        shard.gradients.received(sent.bucket, gradients)
 
     def drop(self) -> None:
         """Forget the buckets in flight, because no rank sends to this one any more. Local."""
@@ -284,13 +320,21 @@ class ShardSender(Sender):
     def _note_sent(self, params: list[Tensor]) -> None:
         self._record.in_shard.update(map(id, params))
 
-    def _take(self, shard: Shard, sent: InFlightBucket) -> None:
+    @property
+    def _moves_gradients(self) -> bool:
+        return False
+
+    @torch.no_grad()
+    def _start(self, n: int, gradients: SentGradients) -> None:
+        super()._start(n, gradients)
+        self._let_go(*self.plan.order[n])  # ``gradients`` keeps those that are sent without a copy
+
+    def _take(self, shard: Shard, sent: InFlightBucket, gradients: SentGradients) -> None:
         assert shard.transport is not None
-        into = shard.gradients.memory(sent.bucket)
         # The first round overwrites what the last update left there.
-        shard.transport.finish_reduce(sent, into, add=self.rounds > 0)
-        shard.gradients.reduced[sent.bucket] = list(into)
-        self._let_go(shard, sent.bucket)
+        shard.transport.finish_reduce(sent, shard.gradients.accumulated(sent.bucket), add=self.rounds > 0)
+        shard.gradients.give_back(gradients)
+        shard.gradients.reduced[sent.bucket] = list(shard.gradients.accumulated_runs(sent.bucket))
 
     def _let_go(self, shard: Shard, k: int) -> None:
         """Free the gradients that no later bucket needs."""
@@ -299,7 +343,6 @@ class ShardSender(Sender):
             param = shard.params[piece.param]
             if piece.start == 0 and id(param) in self.plan.buckets_of:
                 param.grad = None
-                self._flat[id(shard)][piece.param] = None
 
     def clear(self) -> None:
         """Forget the gradients of this update, which were used or discarded. Local; the same on every rank."""

@@ -103,15 +103,23 @@ class UnannouncedGradients:
                 continue
             # The same on all ranks: `local` and `late` follow from numbers that they have exchanged.
             if not members.isdisjoint(late):
-                shard.transport.finish_reduce(shard.transport.start_reduce(k, sent), None)
+                self._average(shard, k, sent)
             self._take_runs(shard, k, flat, late)
+
+    def _average(self, shard: Shard, k: int, flat: Sequence[Tensor | None]) -> None:
+        """Average bucket ``k`` of ``flat``; this rank has the averages of its own runs afterwards. Collective."""
+        transport, indices = shard.transport, [i for i, grad in enumerate(flat) if grad is not None]
+        assert transport is not None
+        gradients = shard.gradients.packed(k, indices, [flat[i] for i in indices], padded=transport.needs_padding)
+        transport.finish_reduce(transport.start_reduce(k, gradients.buffer))
+        shard.gradients.write_back(k, gradients)
 
     def _take_runs(self, shard: Shard, k: int, flat: Sequence[Tensor | None], late: Set[int]) -> None:
         """Give the update this rank's runs of ``flat`` in bucket ``k``; those of ``late`` may be freed afterwards."""
         into_shard = self._sender.reduces_every_backward
         pieces = shard.owned.pieces[k]
         into: list[Tensor | None] = list(shard.gradients.reduced.get(k) or [None] * len(pieces))
-        memory = shard.gradients.memory(k) if into_shard else []
+        memory = shard.gradients.accumulated_runs(k) if into_shard else []
         for j, piece in enumerate(pieces):
             whole = flat[piece.param]
             if whole is None:

@@ -138,7 +138,7 @@ class Shard:
         }
         self.is_mixed = any(dtype != like.dtype for dtype in dtypes.values())
         self.steps = torch.zeros(len(params), dtype=torch.float32, device=like.device)
-        self.gradients = OwnedGradients(params, self.owned.pieces, self.layout.shard_numel)
+        self.gradients = OwnedGradients(params, self.layout, self.owned.pieces)
         self._members: dict[int, list[Tensor]] = {}
         self._tables: dict[tuple[int, int, int], tuple[list[int], BlockTable]] = {}
         self._build_views()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
 import torch
@@ -26,14 +26,19 @@ _GONE = (
 
 @dataclass(slots=True)
 class InFlightBucket:
-    """A bucket that is being sent. ``held`` keeps tensors alive until the transfer is over."""
+    """A bucket that is being sent.
+
+    Attributes:
+        staging: Memory for messages.
+        buffer: The gradients, which must not change before the transfer is over; None in a gather.
+        gathered: The tensors that receive slices in a gather; None: the parameters.
+    """
 
     bucket: int
     works: list[dist.Work]
     staging: Any
-    own: list[Tensor | None] = field(default_factory=list)
-    held: list[Tensor] = field(default_factory=list)
-    gathered: Flat | None = None  # the tensors that receive slices; None: the parameters
+    buffer: Tensor | None = None
+    gathered: Flat | None = None
 
     def wait(self) -> None:
         """Wait until everything has been sent and received.
@@ -96,16 +101,23 @@ class Transport(ABC):
     def _empty(self, numel: int) -> Tensor:
         return torch.empty(numel, dtype=self._like.dtype, device=self._like.device)
 
-    @abstractmethod
-    def start_reduce(self, k: int, flat: Flat) -> InFlightBucket:
-        """Start to send bucket ``k`` of gradients ``flat``, which must not change before the finish, to its owners."""
+    needs_padding = False  # whether a buffer of gradients must include the padding at the end of the layout
 
     @abstractmethod
-    def finish_reduce(self, sent: InFlightBucket, into: list[Tensor] | None, *, add: bool = False) -> None:
+    def start_reduce(self, k: int, buffer: Tensor) -> InFlightBucket:
+        """Start to send gradients to their owners.
+
+        Args:
+            k: The bucket.
+            buffer: Its gradients, 1-D in the order of the layout. They must not change before the finish.
+        """
+
+    @abstractmethod
+    def finish_reduce(self, sent: InFlightBucket, into: Tensor | None = None, *, add: bool = False) -> None:
         """Wait for a bucket, and average this rank's slice over all ranks.
 
         Args:
-            into: The tensors that receive the averages of the owned pieces; None overwrites the local gradients.
+            into: 1-D, receives the averages; None overwrites the slice in the buffer.
             add: Add the averages to ``into`` instead of copying them.
         """
 

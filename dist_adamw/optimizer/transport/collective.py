@@ -8,12 +8,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dist_adamw.optimizer.transport.base import Flat, InFlightBucket, Transport, _copy_present, cut_slice
+from dist_adamw.optimizer.transport.base import Flat, InFlightBucket, Transport, _copy_present
 from dist_adamw.optimizer.transport.layout import Piece
 
 
 class CollectiveTransport(Transport):
     """The backend's reduce-scatter and all-gather; see `Transport`."""
+
+    needs_padding = True
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -30,52 +32,35 @@ class CollectiveTransport(Transport):
             self._known[k] = self._layout.pieces(start, stop), stop - start, mine[0] - start, mine[1] - start
         return self._known[k]
 
-    def start_reduce(self, k: int, flat: Flat) -> InFlightBucket:
+    def start_reduce(self, k: int, buffer: Tensor) -> InFlightBucket:
         """See `Transport`."""
-        sent = InFlightBucket(k, [], self._take())
-        pieces, numel, first, last = self._pieces(k)
-        targets, sources = [], []
-        for piece, view in zip(pieces, cut_slice(flat, pieces), strict=True):
-            target = sent.staging[piece.offset : piece.offset + piece.numel]
-            if view is None:
-                target.zero_()
-            else:
-                targets.append(target)
-                sources.append(view)
-        if targets:
-            torch._foreach_copy_(targets, sources)
-        owned = self._owned(k, first, last)
-        sent.own = cut_slice(flat, owned)
+        sent = InFlightBucket(k, [], None, buffer)
+        _, _, first, last = self._pieces(k)
         # torch 2.13 renamed reduce_scatter_tensor, and warns about the old name.
         scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
         # With replicas, sum both times and divide once at the end.
         average = dist.ReduceOp.AVG if self._replicas is None else dist.ReduceOp.SUM
-        buffer = sent.staging[:numel]
         work = scatter(buffer[first:last], buffer, op=average, group=self._group, async_op=True)
         sent.works = [] if work is None else [work]
         return sent
+
+    def finish_reduce(self, sent: InFlightBucket, into: Tensor | None = None, *, add: bool = False) -> None:
+        """See `Transport`."""
+        sent.wait()
+        assert sent.buffer is not None
+        _, _, first, last = self._pieces(sent.bucket)
+        own = sent.buffer[first:last]
+        if self._replicas is not None:
+            dist.all_reduce(own, group=self._replicas)
+            own.div_(self.count)
+        if into is not None:
+            into.add_(own) if add else into.copy_(own)
+        sent.buffer = None
 
     def _owned(self, k: int, first: int, last: int) -> list[Piece]:
         """Return this rank's pieces by offset in the bucket."""
         start, _ = self._layout.bucket(k)
         return self._layout.pieces(start + first, start + last, first)
-
-    def finish_reduce(self, sent: InFlightBucket, into: list[Tensor] | None, *, add: bool = False) -> None:
-        """See `Transport`."""
-        sent.wait()
-        _, _, first, last = self._pieces(sent.bucket)
-        if self._replicas is not None:
-            dist.all_reduce(sent.staging[first:last], group=self._replicas)
-            sent.staging[first:last].div_(self.count)
-        targets, sources = [], []
-        for i, piece in enumerate(self._owned(sent.bucket, first, last)):
-            target = sent.own[i] if into is None else into[i]
-            if target is not None:
-                targets.append(target)
-                sources.append(sent.staging[piece.offset : piece.offset + piece.numel])
-        if targets:
-            (torch._foreach_add_ if add else torch._foreach_copy_)(targets, sources)
-        self._free.append(sent.staging)
 
     def start_gather(self, k: int, flat: Flat | None = None) -> InFlightBucket:
         """See `Transport`."""

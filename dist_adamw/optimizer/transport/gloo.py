@@ -1,7 +1,7 @@
 """Transport over gloo: messages between pairs of ranks.
 
-Each large run is a message, sent and received in place; all small runs are packed into one message. Owners sum in rank
-order, so that results do not depend on the owner.
+A slice of gradients is one message. Of a slice of parameters, each large run is a message, sent and received in place,
+and all small runs are packed into one. Owners sum in rank order, so that results do not depend on the owner.
 
 Measured with 2 ranks (``benchmarks/transport.py``, ns per element). Reducing: messages and a local sum 2.1, all-to-all
 and a local sum 2.6, all-reduce 3.6, gloo's own reduce-scatter 11. Gathering: messages 1.5, broadcasts 1.9, gloo's own
@@ -18,8 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dist_adamw.optimizer.transport.base import Flat, InFlightBucket, T, Transport, _copy_present, cut_slice
-from dist_adamw.optimizer.transport.layout import ALIGNMENT, Piece
+from dist_adamw.optimizer.transport.base import Flat, InFlightBucket, T, Transport, _copy_present
+from dist_adamw.optimizer.transport.layout import Piece
 from dist_adamw.ranks import collectives
 
 DIRECT_NUMEL = 1 << 14  # shorter runs are packed, since a copy costs less than a message
@@ -34,7 +34,6 @@ class _Slice:
     small: list[int]
     large: list[int]
     small_numel: int
-    numel: int
 
     @classmethod
     def of(cls, pieces: list[Piece]) -> _Slice:
@@ -46,9 +45,7 @@ class _Slice:
             place += pieces[i].numel
             if small and i == small[-1]:
                 small_numel = place
-                # Large runs begin at aligned offsets, as they do in the layout.
-                place = -(-place // ALIGNMENT) * ALIGNMENT
-        return cls(arranged, small, large, small_numel, place)
+        return cls(arranged, small, large, small_numel)
 
     def small_of(self, views: Sequence[T]) -> list[T]:
         """Return the items of ``views`` that belong to small pieces."""
@@ -65,7 +62,10 @@ class GlooTransport(Transport):
             [_Slice.of(layout.pieces(*layout.slice_of(k, r))) for r in range(self._size)]
             for k in range(layout.num_buckets)
         ]
-        self._slot_numel = max((slices[self._rank].numel for slices in self._slices), default=0)
+        self._sent_slices = [
+            [layout.sent_slice(k, rank) for rank in range(self._size)] for k in range(layout.num_buckets)
+        ]
+        self._slot_numel = layout.bucket_numel // self._size
         self._small_numel = max((part.small_numel for slices in self._slices for part in slices), default=0)
         peers = [(self._rank + d) % self._size for d in range(1, self._size)]
         # Pairs (send to, receive from). In step d each rank sends to rank + d, so every rank is busy in every step.
@@ -78,74 +78,45 @@ class GlooTransport(Transport):
             {peer: self._empty(self._small_numel) for peer, _ in self._peers},
         )
 
-    def start_reduce(self, k: int, flat: Flat) -> InFlightBucket:
+    def start_reduce(self, k: int, buffer: Tensor) -> InFlightBucket:
         """See `Transport`."""
-        sent = InFlightBucket(k, [], self._take())
-        received, outbox = sent.staging
-        mine = self._slices[k][self._rank]
-        sent.own = cut_slice(flat, mine.pieces)
+        sent = InFlightBucket(k, [], self._take(), buffer)
+        received, _ = sent.staging
+        first, last = self._sent_slices[k][self._rank]
         for to, source in self._peers:
-            slot = received[source]
-            if mine.small:
-                self._receive(sent, slot[: mine.small_numel], source)
-            if mine.large:
-                places = self._places(slot, k, self._rank)
-                for i in mine.large:
-                    self._receive(sent, places[i], source)
-            theirs = self._slices[k][to]
-            views = cut_slice(flat, theirs.pieces)
-            if theirs.small:
-                self._pack(k, to, views, outbox[to])
-                self._send(sent, outbox[to][: theirs.small_numel], to)
-            for i in theirs.large:
-                view = views[i]
-                if view is None:
-                    view = self._empty(theirs.pieces[i].numel).zero_()
-                sent.held.append(view)  # zeros made here must outlive the transfer
-                self._send(sent, view, to)
+            if first < last:
+                self._receive(sent, received[source][: last - first], source)
+            start, stop = self._sent_slices[k][to]
+            if start < stop:
+                self._send(sent, buffer[start:stop], to)
         return sent
 
-    def finish_reduce(self, sent: InFlightBucket, into: list[Tensor] | None, *, add: bool = False) -> None:
+    def finish_reduce(self, sent: InFlightBucket, into: Tensor | None = None, *, add: bool = False) -> None:
         """See `Transport`."""
         sent.wait()
-        mine = self._slices[sent.bucket][self._rank]
-        slots, outbox = sent.staging
-        own = self._zeros_for_absent(sent.own, mine.pieces)
-        target = own if into is None else into
-        summed = slots[self._summed_in]
-        places = self._places(summed, sent.bucket, self._rank)
-        if mine.small:  # packed, so that they are summed as one run
-            packed = outbox[self._peers[0][0]][: mine.small_numel]
-            torch.cat(mine.small_of(own), out=packed)
-            self._average(self._terms(slots, packed, 0), summed[: mine.small_numel])
-        # Averages can be written straight to the target unless they are added to it or summed over replicas first.
-        if self._replicas is None and not add:
-            large_averages, still_to_store = target, mine.small
-        else:
-            large_averages, still_to_store = places, mine.small + mine.large
-        for i in mine.large:
-            terms = self._terms(slots, own[i], mine.pieces[i].offset)
-            self._average(terms, large_averages[i])
+        assert sent.buffer is not None
+        first, last = self._sent_slices[sent.bucket][self._rank]
+        own = sent.buffer[first:last]
+        slots, _ = sent.staging
+        terms = [own if rank == self._rank else slots[rank][: last - first] for rank in range(self._size)]
+        out = own if into is None else into[: last - first]
+        # Sums are added to ``into``, or to those of replicas, only when they are complete.
+        total = terms[self._summed_in] if add or self._replicas is not None else out
+        if first < last:
+            self._average(terms, total)
         if self._replicas is not None:
-            dist.all_reduce(summed[: mine.numel], group=self._replicas)
-            summed[: mine.numel].div_(self.count)
-        _store(still_to_store, places, target, add=add)
-        sent.held.clear()
+            dist.all_reduce(total, group=self._replicas)
+            total.div_(self.count)
+        if total is not out:
+            out.add_(total) if add else out.copy_(total)
+        sent.buffer = None
         self._free.append(sent.staging)
-
-    def _zeros_for_absent(self, views: Sequence[Tensor | None], pieces: Sequence[Piece]) -> list[Tensor]:
-        """Return ``views``, with zeros for pieces without a gradient."""
-        return [self._empty(p.numel).zero_() if v is None else v for p, v in zip(pieces, views, strict=True)]
 
     @property
     def _summed_in(self) -> int:
-        """The rank whose message buffer holds the sums."""
+        """The rank whose message buffer holds sums that are not complete."""
         # Of the first two ranks the other one, since `_average` begins with their terms and may overwrite them.
         return 1 if self._rank == 0 else 0
-
-    def _terms(self, slots: dict[int, Tensor], own: Tensor, offset: int) -> list[Tensor]:
-        """Return each rank's term of a run, in rank order."""
-        return [own if r == self._rank else slots[r][offset : offset + own.numel()] for r in range(self._size)]
 
     def _average(self, terms: list[Tensor], out: Tensor) -> None:
         """Write the average of ``terms`` (with replicas: their sum) to ``out``, which may be any of them.
@@ -245,14 +216,6 @@ class GlooTransport(Transport):
         work = dist.irecv(tensor, group=self._group, group_src=source, tag=self.tag)
         assert work is not None
         sent.works.append(work)
-
-
-def _store(chosen: Sequence[int], averages: Sequence[Tensor], targets: Sequence[Tensor], *, add: bool) -> None:
-    """Copy, or add, the averages of the ``chosen`` pieces to their targets."""
-    if not chosen:
-        return
-    store = torch._foreach_add_ if add else torch._foreach_copy_
-    store([targets[i] for i in chosen], [averages[i] for i in chosen])
 
 
 class Rollcall:

@@ -117,6 +117,17 @@ class FlatLayout:
         share = (stop - start) // self.world_size
         return start + rank * share, start + (rank + 1) * share
 
+    @property
+    def end(self) -> int:
+        """Where the last parameter ends: what follows is padding."""
+        return self.starts[-2] + self.numels[-1] if self.numels else 0
+
+    def sent_slice(self, k: int, rank: int) -> tuple[int, int]:
+        """Return ``[start, stop)`` of ``rank``'s slice, counted from the start of bucket ``k``, without end padding."""
+        first, _ = self.bucket(k)
+        start, stop = self.slice_of(k, rank)
+        return min(start, self.end) - first, min(stop, self.end) - first
+
     def pieces(self, start: int, stop: int, offset: int = 0) -> list[Piece]:
         """Return the runs of parameters in flat ``[start, stop)``; ``start`` has the offset ``offset``."""
         found = []
