@@ -136,7 +136,7 @@ def engine_itself(flat: Tensor, chunk: int) -> dict[str, Case]:
 
     return {
         f"DistAdamW's reduce, buckets of {chunk:,}": lambda: all_buckets(
-            lambda k: transport.start_reduce(k, [flat]), lambda sent: transport.finish_reduce(sent, None)
+            lambda k: transport.start_reduce(k, flat[slice(*layout.bucket(k))]), transport.finish_reduce
         ),
         f"DistAdamW's gather, buckets of {chunk:,}": lambda: all_buckets(
             transport.start_gather, transport.finish_gather

@@ -309,9 +309,9 @@ class ShardedOptimizer(Optimizer):
                 "Launch several ranks, or leave shard='auto'."
             )
         wanted = self._wanted()
-        if are_shares:  # the ranges of a share depend on the order
-            wanted.order = lambda: {id(param): place for place, param in enumerate(params)}
-        self._all_shards.add(chosen, wanted, are_shares=are_shares)
+        if are_shares:  # their ranges depend on the order
+            wanted.are_shares, wanted.order = True, lambda: {id(param): place for place, param in enumerate(params)}
+        self._all_shards.add(chosen, wanted)
         self._consolidated = None
 
     def _detect_engine_sharding(self, chosen: set[int]) -> None:

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dist_adamw.optimizer.sharding.moved_state import carry_state
+from dist_adamw.optimizer.sharding.owned_gradients import is_large
 from dist_adamw.optimizer.sharding.schemes import ShardingRanks
 from dist_adamw.optimizer.sharding.shard import MOMENTS, Shard, peek
 from dist_adamw.optimizer.sharding.user_changes import (
@@ -47,6 +48,7 @@ class Wanted:
         tag: The tag of the optimizer's messages.
         order: Returns the wanted place of parameters in the layout, by id; see `arrange`.
         by_group: Whether no two groups may share a shard.
+        are_shares: Whether ``state`` has shares of one shard, which may be of an earlier version's.
     """
 
     groups: Groups
@@ -59,10 +61,12 @@ class Wanted:
     state_dtype: torch.dtype | None
     order: Callable[[], Mapping[int, int]]
     by_group: bool
+    are_shares: bool = False
 
     def arrange(self, chosen: Collection[int]) -> list[Arrangement]:
         """Divide those parameters that have an id in ``chosen`` among shards. Local."""
-        return arrange(self.groups, chosen, self.order(), by_group=self.by_group)
+        is_apart = is_large if self.ranks.process_group is not None and not self.are_shares else _never
+        return arrange(self.groups, chosen, self.order(), is_apart, by_group=self.by_group)
 
     def make_shard(self, arrangement: Arrangement) -> Shard:
         """Return a shard of the parameters, with zeros for state. Local."""
@@ -306,16 +310,12 @@ class AllShards:
         """Return the ids of those of ``params`` that have no place in a shard. Local."""
         return {id(param) for param in params} - self._placed
 
-    def add(self, chosen: Collection[int], wanted: Wanted, *, are_shares: bool) -> None:
-        """Make shards of the parameters with these ids, from their entries in ``state`` or with zeros. Local.
-
-        Args:
-            are_shares: Whether the entries have this rank's share, not whole tensors.
-        """
+    def add(self, chosen: Collection[int], wanted: Wanted) -> None:
+        """Make shards of the parameters with these ids, from their entries in ``state`` or with zeros. Local."""
         made = list(map(wanted.make_shard, wanted.arrange(chosen)))
         for shard in made:
             for i, param in enumerate(shard.params):
-                load(shard, i, peek(wanted.state, param) or {}, is_share=are_shares)
+                load(shard, i, peek(wanted.state, param) or {}, is_share=wanted.are_shares)
             self._show(shard, wanted.state)
             self._placed.update(map(id, shard.params))
         self.shards = [*self.shards, *made]
@@ -371,6 +371,10 @@ def _pointed_at(tensor: Any, view: Tensor) -> Tensor:
         return view
     tensor.data = view
     return tensor
+
+
+def _never(param: Tensor) -> bool:
+    return False
 
 
 def _params_without_place(groups: Groups, placed: Collection[int]) -> list[Tensor]:

@@ -93,8 +93,10 @@ class GradientMemory:
         known, known_uses = self._references
         return uses != known_uses or list(itertools.compress(views, chosen)) != list(itertools.compress(known, chosen))
 
-    def _count_references(self) -> tuple[list[int], int]:
-        uses = torch._C._storage_Use_Count(self._flat.untyped_storage()._cdata)
+    def _count_references(self) -> tuple[list[int], tuple[int, int]]:
+        """Return the references to each view, and those to the memory: of tensors, and of Python objects."""
+        storage = self._flat.untyped_storage()
+        uses = (torch._C._storage_Use_Count(storage._cdata), sys.getrefcount(storage))
         return list(map(sys.getrefcount, self._views)), uses
 
     def _contains(self, grad: Tensor) -> bool:
@@ -139,23 +141,22 @@ class GradientMemory:
         known = self._known.get(k)
         if known is None or known.indices is not indices:
             known = self._known[k] = self._sent_in(k, indices)
-        if not all(map(operator.is_, grads, known.views)):
+        views = [self._views[i] for i in indices]
+        if not all(map(operator.is_, grads, views)):
             return None
-        return known.runs if list(map(Tensor.data_ptr, known.views)) == known.addresses else None
+        return known.runs if list(map(Tensor.data_ptr, views)) == known.addresses else None
 
     def _sent_in(self, k: int, indices: Sequence[int]) -> _Sent:
-        views = [self._views[i] for i in indices]
         chosen, owned = set(indices), zip(self._owned[k], self._runs[k], strict=True)
         runs = [run if piece.param in chosen else None for piece, run in owned]
-        return _Sent(indices, views, [self._addresses[i] for i in indices], runs)
+        return _Sent(indices, [self._addresses[i] for i in indices], runs)
 
 
 @dataclass(slots=True)
 class _Sent:
-    """The part of a bucket that is sent."""
+    """The part of a bucket that is sent. It holds none of the views, whose references are counted."""
 
     indices: Sequence[int]
-    views: list[Tensor]
     addresses: list[int]
     runs: list[Tensor | None]
 

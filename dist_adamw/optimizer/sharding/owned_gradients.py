@@ -14,9 +14,13 @@ from dist_adamw.optimizer.sharding.memory_order import check_dense, storage_orde
 from dist_adamw.optimizer.transport.base import cut_slice
 from dist_adamw.optimizer.transport.layout import FlatLayout, Piece
 
-# Elements from which on a parameter on a CPU has a shard of its own, and its gradient stays where autograd puts it:
-# malloc takes blocks of 32 MiB and more from the system each time, so a copy would save nothing.
-LARGE_NUMEL = 1 << 23
+LARGE_BYTES = 1 << 25
+
+
+def is_large(param: Tensor) -> bool:
+    """Return whether a parameter has a shard to itself, and its gradient stays where autograd puts it."""
+    # glibc takes blocks of 32 MiB and more from the system each time, so a copy of the gradient would save nothing.
+    return param.device.type == "cpu" and param.nbytes >= LARGE_BYTES
 
 
 @dataclass(slots=True)
@@ -86,9 +90,7 @@ class OwnedGradients:
             memory.prepare()
 
     def _staying_memory(self) -> GradientMemory | None:
-        first = self._params[0]
-        is_large = len(self._params) == 1 and first.numel() >= LARGE_NUMEL and first.device.type == "cpu"
-        if self._memory is None and not is_large:
+        if self._memory is None and not (len(self._params) == 1 and is_large(self._params[0])):
             self._memory = GradientMemory(self._params, self._layout, self._pieces)
         return self._memory
 

@@ -1,0 +1,298 @@
+"""Gradients live in memory of the shards from update to update, and no gradient that the user holds changes."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from dist_adamw import DistAdamW
+from dist_adamw.optimizer.sharding import owned_gradients
+from tests.ranks import run_ranks
+
+WAYS = [True, False]  # in DDP, or a plain module
+
+
+def model_of(*, ddp: bool, layers: int = 4) -> tuple[nn.Module, nn.Module]:
+    torch.manual_seed(0)
+    model = nn.Sequential(*[nn.Linear(40, 40) for _ in range(layers)])
+    return model, DistributedDataParallel(model, gradient_as_bucket_view=True) if ddp else model
+
+
+def backward(model: nn.Module, step: int) -> None:
+    generator = torch.Generator().manual_seed(100 * step + dist.get_rank())
+    model(torch.randn(8, 40, generator=generator)).square().mean().backward()
+
+
+class Pair:
+    """A model under DistAdamW, and a twin under DDP and torch.optim.AdamW. Some bits differ: sums in another order."""
+
+    def __init__(self, *, ddp: bool, **options: Any) -> None:
+        self.model, self.wrapped = model_of(ddp=ddp)
+        self.twin, self.twin_wrapped = model_of(ddp=True)
+        self.optimizer = DistAdamW(self.model.parameters(), lr=1e-2, eps=0.1)
+        self.reference = torch.optim.AdamW(self.twin.parameters(), lr=1e-2, eps=0.1)
+        self.optimizer.attach(self.wrapped, **options)
+
+    def both(self, step: int, change: Callable[[nn.Module], None] = lambda model: None) -> None:
+        for model, wrapped in ((self.model, self.wrapped), (self.twin, self.twin_wrapped)):
+            backward(wrapped, step)
+            change(model)
+
+    def step(self, *, set_to_none: bool = True) -> None:
+        for optimizer in (self.optimizer, self.reference):
+            optimizer.step()
+            optimizer.zero_grad(set_to_none)
+
+    def check(self) -> None:
+        for param, expected in zip(self.model.parameters(), self.twin.parameters(), strict=True):
+            torch.testing.assert_close(param, expected, rtol=1e-5, atol=1e-6)
+
+    def addresses(self) -> list[int]:
+        """Where the gradients lie."""
+        return [param.grad.data_ptr() for param in self.model.parameters() if param.grad is not None]
+
+
+def check_stays(ddp: bool, set_to_none: bool) -> None:
+    pair = Pair(ddp=ddp)
+    seen = set()
+    for step in range(5):
+        pair.both(step)
+        if step:
+            seen.add(tuple(pair.addresses()))
+        pair.step(set_to_none=set_to_none)
+    pair.check()
+    assert len(seen) == 1
+    assert len(next(iter(seen))) == 8
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+@pytest.mark.parametrize("ddp", WAYS)
+def test_gradients_stay_where_they_are(ddp: bool, set_to_none: bool) -> None:
+    run_ranks(2, check_stays, ddp, set_to_none)
+
+
+def check_accumulated(ddp: bool) -> None:
+    """The passes inside no_sync add to the same memory."""
+    pair = Pair(ddp=ddp)
+    seen = set()
+    for step in range(4):
+        for wrapped in (pair.wrapped, pair.twin_wrapped):
+            with wrapped.no_sync():  # type: ignore[operator]
+                backward(wrapped, 10 * step)
+                backward(wrapped, 10 * step + 1)
+        pair.both(10 * step + 2)
+        if step:
+            seen.add(tuple(pair.addresses()))
+        pair.step()
+    pair.check()
+    assert len(seen) == 1
+    assert all(shard.gradients._lent == [] for shard in pair.optimizer.shards), "a bucket was copied"
+
+
+@pytest.mark.parametrize("ddp", WAYS)
+def test_accumulation_adds_in_place(ddp: bool) -> None:
+    run_ranks(2, check_accumulated, ddp)
+
+
+HOLDS: dict[str, Callable[[Tensor], Any]] = {
+    "itself": lambda grad: grad,
+    "detached": lambda grad: grad.detach(),
+    "as numpy": lambda grad: grad.numpy(),
+    "a view": lambda grad: grad.view(-1)[3:9],
+    "its storage": lambda grad: grad.untyped_storage(),
+    "an iterator": lambda grad: iter([grad]),
+}
+
+
+def check_held(ddp: bool, how: str) -> None:
+    """Gradients that are kept over updates, for a log or a comparison, keep their values."""
+    pair = Pair(ddp=ddp)
+    held, values = [], []
+    for step in range(4):
+        pair.both(step)
+        if step < 3:
+            grads = [param.grad for param in pair.model.parameters() if param.grad is not None]
+            held.append([HOLDS[how](grad) for grad in grads[:1]])
+            values.append([grad.clone() for grad in grads[:1]])
+            del grads
+            if step == 2:
+                held.pop(0)
+                values.pop(0)
+        pair.step()
+    pair.check()
+    for kept, expected in zip(held, values, strict=True):
+        for one, value in zip(kept, expected, strict=True):
+            assert torch.equal(_values(one, how), HOLDS["a view"](value) if how == "a view" else value)
+
+
+def _values(held: Any, how: str) -> Tensor:
+    if how == "as numpy":
+        return torch.from_numpy(held)
+    if how == "an iterator":
+        return next(held)
+    if how == "its storage":  # the first gradient is at its start
+        return torch.empty(0).set_(held, 0, torch.Size((40, 40)), (40, 1))
+    return held
+
+
+@pytest.mark.parametrize("how", HOLDS)
+@pytest.mark.parametrize("ddp", WAYS)
+def test_a_gradient_that_is_held_keeps_its_values(ddp: bool, how: str) -> None:
+    run_ranks(2, check_held, ddp, how)
+
+
+def check_own_buffer() -> None:
+    """Scripts that lay gradients into a buffer of their own, and set that to zero, keep it."""
+    model, _ = model_of(ddp=False)
+    twin, twin_wrapped = model_of(ddp=True)
+    optimizer = DistAdamW(model.parameters(), lr=1e-2, eps=0.1)
+    reference = torch.optim.AdamW(twin.parameters(), lr=1e-2, eps=0.1)
+    params = list(model.parameters())
+    buffer = torch.zeros(sum(param.numel() for param in params))
+    for param, part in zip(params, buffer.split([param.numel() for param in params]), strict=True):
+        param.grad = part.view_as(param)
+    optimizer.attach(model)
+    for step in range(4):
+        buffer.zero_()
+        backward(model, step)
+        backward(twin_wrapped, step)
+        assert all(param.grad is not None for param in params)
+        assert params[0].grad is not None
+        assert params[0].grad.data_ptr() == buffer.data_ptr()
+        optimizer.step()
+        reference.step()
+        reference.zero_grad()
+        for param, expected in zip(params, twin.parameters(), strict=True):
+            torch.testing.assert_close(param, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_buffer_of_the_users_is_left_alone() -> None:
+    run_ranks(2, check_own_buffer)
+
+
+def _swap(model: nn.Module) -> None:
+    first, second = model[0], model[2]  # type: ignore[index]
+    first.weight.grad, second.weight.grad = second.weight.grad, first.weight.grad
+
+
+def _move(model: nn.Module) -> None:
+    grad = model[1].weight.grad  # type: ignore[index]
+    grad.data = grad.data * 2
+
+
+def _transpose(model: nn.Module) -> None:
+    weight = model[1].weight  # type: ignore[index]
+    weight.grad = weight.grad.t()
+
+
+def _replace(model: nn.Module) -> None:
+    weight = model[3].weight  # type: ignore[index]
+    weight.grad = weight.grad.clone()
+
+
+CHANGES = {"swapped": _swap, "moved": _move, "transposed": _transpose, "replaced": _replace}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_gradients_changed_between_micro_batches(change: str) -> None:
+    run_ranks(2, check_changed_alone, change)
+
+
+def check_changed_alone(change: str) -> None:
+    """Compared with averages of a twin's local gradients: DDP refuses gradients that have left its buckets."""
+    pair = Pair(ddp=False)
+    for step in range(4):
+        with pair.wrapped.no_sync():  # type: ignore[operator]
+            backward(pair.wrapped, 10 * step)
+        CHANGES[change](pair.model)
+        backward(pair.wrapped, 10 * step + 1)
+        backward(pair.twin, 10 * step)
+        CHANGES[change](pair.twin)
+        backward(pair.twin, 10 * step + 1)
+        for param in pair.twin.parameters():
+            assert param.grad is not None
+            grad = param.grad.contiguous()
+            dist.all_reduce(grad)
+            param.grad = grad / dist.get_world_size()
+        pair.step()
+    pair.check()
+
+
+def check_large(accumulate: bool) -> None:
+    """A large parameter has a shard to itself, and its gradient is sent from where autograd has put it."""
+    before, owned_gradients.LARGE_BYTES = owned_gradients.LARGE_BYTES, 40 * 40 * 4
+    try:
+        pair = Pair(ddp=True)
+        for step in range(4):
+            if accumulate:
+                for wrapped in (pair.wrapped, pair.twin_wrapped):
+                    with wrapped.no_sync():  # type: ignore[operator]
+                        backward(wrapped, 10 * step + 5)
+            pair.both(10 * step)
+            pair.step()
+        pair.check()
+        assert sorted(len(shard.params) for shard in pair.optimizer.shards) == [1, 1, 1, 1, 4]
+        alone = [shard.gradients for shard in pair.optimizer.shards if len(shard.params) == 1]
+        assert all(gradients._memory is None and not gradients._lent for gradients in alone)
+    finally:
+        owned_gradients.LARGE_BYTES = before
+
+
+@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_a_large_parameter_is_sent_without_a_copy(world_size: int, accumulate: bool) -> None:
+    run_ranks(world_size, check_large, accumulate)
+
+
+def check_groups(count: int) -> list[int]:
+    """Groups share one layout, and each has its own hyper-parameters."""
+    model, wrapped = model_of(ddp=True)
+    twin, twin_wrapped = model_of(ddp=True)
+    optimizers: list[Any] = []
+    for one, kind in ((model, DistAdamW), (twin, torch.optim.AdamW)):
+        params = list(one.parameters())
+        groups = [
+            {"params": params[i::count], "lr": 1e-2 / (i + 1), "weight_decay": 0.1 * i, "betas": (0.9 - 0.1 * i, 0.99)}
+            for i in range(count)
+        ]
+        optimizers.append(kind(groups, eps=0.1))
+    optimizers[0].attach(wrapped)
+    for step in range(4):
+        for one in (wrapped, twin_wrapped):
+            backward(one, step)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+            optimizer.param_groups[-1]["lr"] *= 0.5
+    for param, expected in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(param, expected, rtol=1e-5, atol=1e-6)
+    return [len(shard.params) for shard in optimizers[0].shards]
+
+
+@pytest.mark.parametrize("count", [1, 2, 8])
+def test_groups_share_one_layout(count: int) -> None:
+    assert run_ranks(2, check_groups, count) == [[8], [8]]
+
+
+def check_order() -> None:
+    """The layout has the parameters in the order of the module, whatever the groups."""
+    model, wrapped = model_of(ddp=True)
+    params = list(model.parameters())
+    groups: list[dict[str, Any]] = [{"params": params[1::2], "weight_decay": 0.0}, {"params": params[::2]}]
+    optimizer = DistAdamW(groups)
+    optimizer.attach(wrapped)
+    backward(wrapped, 0)
+    optimizer.step()
+    (shard,) = optimizer.shards
+    assert all(map(operator.is_, shard.params, params))
+
+
+def test_the_layout_follows_the_module() -> None:
+    run_ranks(2, check_order)
