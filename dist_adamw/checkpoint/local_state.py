@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from dist_adamw.checkpoint.storage.partial_tensor import PartialTensor
 from dist_adamw.errors import CheckpointError
 from dist_adamw.optimizer.adamw import DistAdamW
-from dist_adamw.optimizer.sharding.shard import MOMENTS
+from dist_adamw.optimizer.sharding.bucket_views import MOMENTS
 from dist_adamw.plain_data import plain
 from dist_adamw.ranks import collectives
 from dist_adamw.wrappers import bare, names_without_wrappers

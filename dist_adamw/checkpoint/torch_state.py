@@ -29,9 +29,10 @@ from dist_adamw.checkpoint.storage.partial_tensor import PartialTensor, Values, 
 from dist_adamw.checkpoint.storage.regions import Region
 from dist_adamw.errors import CheckpointError
 from dist_adamw.optimizer.adamw import DistAdamW
+from dist_adamw.optimizer.sharding.bucket_views import MASTERS, MOMENTS
 from dist_adamw.optimizer.sharding.dtensors import local_of
 from dist_adamw.optimizer.sharding.memory_order import axes_in_memory, storage_order
-from dist_adamw.optimizer.sharding.shard import MASTERS, MOMENTS, Shard
+from dist_adamw.optimizer.sharding.shard import Shard
 from dist_adamw.optimizer.sharding.values import exact_weights, set_exact_weights
 from dist_adamw.ranks import collectives
 from dist_adamw.wrappers import bare, unwrap

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from dist_adamw.optimizer.sharded_optimizer import OPTIONS, ShardedOptimizer
-from dist_adamw.optimizer.sharding.shard import MASTERS, MOMENTS, peek
+from dist_adamw.optimizer.sharding.bucket_views import MASTERS, MOMENTS
+from dist_adamw.optimizer.sharding.shard import peek
 from dist_adamw.optimizer.sharding.watched_state import WatchedState
 from dist_adamw.optimizer.state_dict import (
     check_entries,

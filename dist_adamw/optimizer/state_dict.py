@@ -11,8 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dist_adamw.optimizer.sharding.bucket_views import MASTERS, MOMENTS
 from dist_adamw.optimizer.sharding.memory_order import shaped_like
-from dist_adamw.optimizer.sharding.shard import MASTERS, MOMENTS, Shard, peek
+from dist_adamw.optimizer.sharding.shard import Shard, peek
 from dist_adamw.optimizer.transport.layout import FlatLayout, Piece
 from dist_adamw.ranks import collectives
 

@@ -37,13 +37,13 @@ def update_bucket(
         found_inf: 0-d fp32; if it is not 0, the update changes nothing.
         fused: See `is_fused`.
     """
-    for n, run in enumerate(shard.runs(k)):
+    for run in shard.buckets[k].runs:
         live = [i for i in run.indices if bucket[i] is not None]
         grads = [grad for i in live if (grad := bucket[i]) is not None]
         if not grads:
             continue
         hyper = _hyper_parameters(run.group, decay_by)
-        params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, masters = run.operands_of(live)
+        params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, masters = run.operands(live)
         state = (exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps)
         # torch's own kernels are preferred, but need equal dtypes and cannot clip.
         if not (shard.is_mixed or _clips_in_pass(clip, fused, params[0].dtype)):
@@ -52,7 +52,7 @@ def update_bucket(
         elif _can_run_triton(params[0]):
             flat = shard.moments
             adamw_triton.flat_adamw_update_(
-                shard.table(k, n, live, grads),
+                run.table(live, grads),
                 flat.get("master", flat.get("remainder")),
                 flat["exp_avg"],
                 flat["exp_avg_sq"],

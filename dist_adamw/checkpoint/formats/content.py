@@ -14,7 +14,7 @@ from dist_adamw.checkpoint.storage.index import INDEX
 from dist_adamw.checkpoint.storage.partial_tensor import PartialTensor, Values
 from dist_adamw.checkpoint.storage.regions import Region
 from dist_adamw.errors import CheckpointError
-from dist_adamw.optimizer.sharding.shard import MOMENTS
+from dist_adamw.optimizer.sharding.bucket_views import MOMENTS
 from dist_adamw.plain_data import plain
 
 Kind = Literal["torch", "dcp", "universal", "safetensors"]

@@ -29,7 +29,7 @@ from dist_adamw.checkpoint.local_state import MASTER, MODEL, same_family, saved_
 from dist_adamw.checkpoint.storage.files import inside, read_whole
 from dist_adamw.checkpoint.storage.index import CODES, Index, sync_folder, write_text
 from dist_adamw.errors import CheckpointError
-from dist_adamw.optimizer.sharding.shard import MOMENTS
+from dist_adamw.optimizer.sharding.bucket_views import MOMENTS
 
 
 def export_checkpoint(path: str | Path, target: str | Path, kind: Kind, *, master: bool = False) -> None:

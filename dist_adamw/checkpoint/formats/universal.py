@@ -16,7 +16,7 @@ from dist_adamw.checkpoint.formats.torch_file import load_pickle
 from dist_adamw.checkpoint.local_state import MODEL
 from dist_adamw.checkpoint.storage.files import inside
 from dist_adamw.errors import CheckpointError
-from dist_adamw.optimizer.sharding.shard import MOMENTS
+from dist_adamw.optimizer.sharding.bucket_views import MOMENTS
 
 
 def from_universal(source: Path) -> Content:

@@ -281,18 +281,10 @@ class Sender:
         for shard in self.owners:
             shard.gradients.reduced.clear()
         # These references would keep gradients alive that the user sets to None. DDP's buckets live anyway.
-        if not self._are_buckets_settled():
+        if not self._sources.are_buckets_settled():
             for shard in self.plan.shards:
                 self._flat[id(shard)] = [None] * len(shard.params)
         self._sources.tell_siblings()
-
-    def _are_buckets_settled(self) -> bool:
-        """Return whether gradients lie in DDP's buckets, and DDP will not replace these."""
-        if not self._sources.are_buckets:
-            return False
-        # A list, since every reducer must be called.
-        are_settled = [reducer.forget_unless_settled() for reducer in self._sources.reducers()]
-        return all(are_settled)
 
 
 class ShardSender(Sender):

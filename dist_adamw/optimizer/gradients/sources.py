@@ -249,6 +249,14 @@ class GradientSources:
         """Return the reducers of the attached modules that are in DDP."""
         return [reducer for ref in self._reducers if (reducer := ref()) is not None]
 
+    def are_buckets_settled(self) -> bool:
+        """Return whether gradients lie in DDP's buckets, and DDP will not replace these."""
+        if not self.are_buckets:
+            return False
+        # A list, since every reducer must be called.
+        are_settled = [reducer.forget_unless_settled() for reducer in self.reducers()]
+        return all(are_settled)
+
     # ---------------------------------------------------------------- in a backward pass
 
     @property

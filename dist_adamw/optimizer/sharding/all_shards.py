@@ -15,10 +15,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dist_adamw.optimizer.sharding.bucket_views import MOMENTS
 from dist_adamw.optimizer.sharding.moved_state import carry_state
 from dist_adamw.optimizer.sharding.owned_gradients import is_large
 from dist_adamw.optimizer.sharding.schemes import ShardingRanks
-from dist_adamw.optimizer.sharding.shard import MOMENTS, Shard, peek
+from dist_adamw.optimizer.sharding.shard import Shard, peek
 from dist_adamw.optimizer.sharding.user_changes import (
     Arrangement,
     Changes,

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from dist_adamw.optimizer.kernels.foreach import zeros_apart
 from dist_adamw.optimizer.kernels.mixed import follow_params_
-from dist_adamw.optimizer.kernels.triton import BlockTable
+from dist_adamw.optimizer.sharding.bucket_views import MASTERS, MOMENTS, BucketViews, Operands
 from dist_adamw.optimizer.sharding.dtensors import (
     as_dtensor,
     is_dtensor,
@@ -30,63 +29,8 @@ from dist_adamw.optimizer.sharding.owned_elements import OwnedElements
 from dist_adamw.optimizer.sharding.owned_gradients import OwnedGradients
 from dist_adamw.optimizer.transport import make_transport
 from dist_adamw.optimizer.transport.base import Transport, cut
-from dist_adamw.optimizer.transport.layout import FlatLayout, Piece
+from dist_adamw.optimizer.transport.layout import FlatLayout
 from dist_adamw.ranks import collectives
-
-MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
-# fp32 weights, or the 16 bits that bf16 weights lack.
-MASTERS = ("master", "remainder")
-
-
-class Operands(NamedTuple):
-    """The tensors that one bucket's update reads and writes; equally long lists of 1-D tensors (steps: 0-d)."""
-
-    params: list[Tensor]
-    exp_avgs: list[Tensor]
-    exp_avg_sqs: list[Tensor]
-    max_exp_avg_sqs: list[Tensor]
-    steps: list[Tensor]
-    masters: list[Tensor]
-
-    def named(self, name: str) -> list[Tensor]:
-        """Return the column of a moment or master, by its name in ``optimizer.state``."""
-        return self.masters if name in MASTERS else cast(list[Tensor], getattr(self, f"{name}s"))
-
-    def at(self, places: list[int]) -> Operands:
-        """Return the operands at these places of the lists; a list without operands stays empty."""
-        return Operands(*([column[i] for i in places] if column else [] for column in self))
-
-
-@dataclass(slots=True)
-class GroupRun:
-    """The pieces of one bucket that belong to one param group, which has their hyper-parameters.
-
-    Attributes:
-        group: The param group.
-        indices: Their indices among all pieces of the bucket.
-        operands: Their tensors.
-    """
-
-    group: dict[str, Any]
-    indices: list[int]
-    operands: Operands
-
-    def operands_of(self, live: list[int]) -> Operands:
-        """Return the tensors that an update of ``live``, some of `indices`, needs."""
-        if len(live) == len(self.indices):
-            return self.operands
-        chosen = set(live)
-        places = [place for place, i in enumerate(self.indices) if i in chosen]
-        return self.operands.at(places)
-
-
-@dataclass(slots=True)
-class _Bucket:
-    """Views that stay valid until a parameter moves to other memory."""
-
-    pieces: list[Piece]
-    operands: Operands
-    runs: list[GroupRun]
 
 
 class Shard:
@@ -103,6 +47,9 @@ class Shard:
         tag: Tells the messages of several optimizers apart.
         master_dtype: The dtype of masters of bf16 or fp16 parameters: fp32, or int16 for remainders.
         state_dtype: The dtype of the moments; None means fp32 with masters, else the parameters' dtype.
+
+    Attributes:
+        buckets: The operands of each bucket's update.
 
     Local to build; the methods of ``transport`` are collective.
     """
@@ -139,13 +86,16 @@ class Shard:
         self.is_mixed = any(dtype != like.dtype for dtype in dtypes.values())
         self.steps = torch.zeros(len(params), dtype=torch.float32, device=like.device)
         self.gradients = OwnedGradients(params, self.layout, self.owned.pieces)
+        self._counted = (
+            [False] * len(params),
+            torch.zeros_like(self.steps),
+        )  # which have a gradient, on host and device
         self._members: dict[int, list[Tensor]] = {}
-        self._tables: dict[tuple[int, int, int], tuple[list[int], BlockTable]] = {}
         self._build_views()
         if "master" in self.moments:
-            for views in self._buckets:
-                if views.pieces:  # the foreach function refuses empty lists
-                    torch._foreach_copy_(views.operands.masters, views.operands.params)
+            for bucket in self.buckets:
+                if bucket.runs:  # the foreach function refuses empty lists
+                    torch._foreach_copy_(bucket.operands.masters, bucket.operands.params)
 
     # ---------------------------------------------------------------- memory and views
 
@@ -169,25 +119,10 @@ class Shard:
         """Cut the state into views that match ``params``, the runs that this rank owns of each bucket."""
         self._step_of = list(self.steps.unbind())
         self._none_of = {name: moment[:0] for name, moment in self.moments.items()}
-        self._buckets = [self._bucket_views(*both) for both in zip(self.owned.pieces, params, strict=True)]
-
-    def _bucket_views(self, pieces: list[Piece], params: list[Tensor]) -> _Bucket:
-        state = {name: [moment[p.offset : p.offset + p.numel] for p in pieces] for name, moment in self.moments.items()}
-        masters = state.get("master") or state.get("remainder") or []
-        steps_of = [self._step_of[p.param] for p in pieces]
-        exp_avgs, exp_avg_sqs, maxima = (state.get(name, []) for name in MOMENTS)
-        operands = Operands(params, exp_avgs, exp_avg_sqs, maxima, steps_of, masters)
-        return _Bucket(pieces, operands, self._runs_of(pieces, operands))
-
-    def _runs_of(self, pieces: list[Piece], operands: Operands) -> list[GroupRun]:
-        """Divide the pieces of a bucket by param group."""
-        by_group: dict[int, tuple[dict[str, Any], list[int]]] = {}
-        for j, piece in enumerate(pieces):
-            group = self.groups[piece.param]
-            by_group.setdefault(id(group), (group, []))[1].append(j)
-        if len(by_group) == 1:
-            return [GroupRun(group, indices, operands) for group, indices in by_group.values()]
-        return [GroupRun(group, indices, operands.at(indices)) for group, indices in by_group.values()]
+        self.buckets = [
+            BucketViews(*both, moments=self.moments, steps=self._step_of, groups=self.groups)
+            for both in zip(self.owned.pieces, params, strict=True)
+        ]
 
     def set_groups(self, groups: list[dict[str, Any]]) -> None:
         """Replace the param group of each parameter. Local."""
@@ -195,9 +130,8 @@ class Shard:
             return
         self.groups = groups
         self.distinct_groups = _distinct(groups)
-        for bucket in self._buckets:
-            bucket.runs = self._runs_of(bucket.pieces, bucket.operands)
-        self._tables.clear()
+        for bucket in self.buckets:
+            bucket.set_groups(groups)
 
     def has_moved(self) -> bool:
         """Return whether parameters have moved to other memory since the last `refresh`. Local."""
@@ -225,7 +159,7 @@ class Shard:
         for place, (name, moment) in enumerate(self.moments.items(), 1):
             self.moments[name] = zeros_apart(len(moment), place, dtype=moment.dtype, device=moment.device).copy_(moment)
         self.steps = self.steps.clone()
-        self._cut_state([bucket.operands.params for bucket in self._buckets])
+        self._cut_state([bucket.operands.params for bucket in self.buckets])
 
     def fits(self) -> bool:
         """Return whether `refresh` can follow the parameters; otherwise their state needs other shards. Local."""
@@ -253,7 +187,7 @@ class Shard:
 
         A master is kept if its parameter is still the master rounded. Updates do this themselves.
         """
-        for bucket in self._buckets:
+        for bucket in self.buckets:
             follow_params_(bucket.operands.params, bucket.operands.masters)
 
     @property
@@ -276,7 +210,7 @@ class Shard:
             return self._none_of[name]
         if len(places) == 1:
             k, j = places[0]
-            return self._buckets[k].operands.named(name)[j]
+            return self.buckets[k].operands.named(name)[j]
         # A parameter that continues in the next bucket fills this one to its end, so its pieces are adjacent in the
         # flat shard.
         start = self.owned.offset_of(i)
@@ -330,29 +264,17 @@ class Shard:
         has_grad = self.gradients.has_grad
         if all(has_grad):
             self.steps.add_(one)
-        else:
-            self.steps.add_(torch.tensor(has_grad, dtype=torch.float32, device=self.steps.device) * one)
+            return
+        if (
+            self._counted[0] != has_grad or self._counted[1].device != self.steps.device
+        ):  # a copy that the host waits for
+            self._counted = (has_grad, torch.tensor(has_grad, dtype=torch.float32, device=self.steps.device))
+        self.steps.add_(self._counted[1] * one)
 
     def operands_of(self, i: int) -> Iterator[tuple[Operands, int]]:
         """Yield the operands of each bucket in which this rank owns a piece of parameter ``i``, and its index there."""
         for k, j in self.owned.places[i]:
-            yield self._buckets[k].operands, j
-
-    def runs(self, k: int) -> list[GroupRun]:
-        """Return the pieces of bucket ``k`` by param group."""
-        return self._buckets[k].runs
-
-    def table(self, k: int, run: int, live: list[int], grads: list[Tensor]) -> BlockTable:
-        """Return the Triton kernel's table of the pieces ``live`` of bucket ``k``, which are in its run ``run``."""
-        params = self._buckets[k].runs[run].operands_of(live).params
-        # Kept by the number of live pieces, which mostly identifies them; rebuilt if they are others.
-        table = self._tables.get((k, run, len(live)))
-        pieces = [self._buckets[k].pieces[i] for i in live]
-        if table is None or table[0] != live:
-            made = BlockTable(params, grads, offsets=[p.offset for p in pieces], step_indices=[p.param for p in pieces])
-            table = self._tables[k, run, len(live)] = (live, made)
-        table[1].follow(params, grads)
-        return table[1]
+            yield self.buckets[k].operands, j
 
 
 def _distinct(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:

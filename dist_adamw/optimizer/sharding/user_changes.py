@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from dist_adamw.optimizer.sharding.bucket_views import MASTERS, MOMENTS
 from dist_adamw.optimizer.sharding.dtensors import local_of, shard_axes
-from dist_adamw.optimizer.sharding.shard import MASTERS, MOMENTS, Shard, peek
+from dist_adamw.optimizer.sharding.shard import Shard, peek
 from dist_adamw.optimizer.sharding.watched_state import Shown
 
 AMSGRAD_CHANGED = (
