@@ -65,7 +65,8 @@ class SampleClock:
         is_nested, self._is_in_update = self._is_in_update, True  # nested: a step() that a subclass's step() calls
         self._began_without_state = not optimizer.state
         begin = getattr(self.source, "before_update", None)
-        if begin is not None and not is_nested and not self._continues(_first_params(optimizer)):
+        continues = bool(self._applied) and self._continues(_first_params(optimizer))
+        if begin is not None and not is_nested and not continues:
             begin(has_closure=any(map(callable, arguments)))
 
     def end_update(self, optimizer: Optimizer, *, has_lr: bool) -> None:

@@ -12,7 +12,7 @@ from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Any
+from typing import Any, NamedTuple
 
 from dist_adamw.schedule.batch import check_whole, shown
 from dist_adamw.schedule.exact_math import power
@@ -79,6 +79,27 @@ class SchedulePoint:
     tau: float
     multiplier: float
     warmup: float | None
+
+
+class _Place(NamedTuple):
+    """A cycle, and the integers by which to find a sample in it: tau = (u * scale - offset) / divisor."""
+
+    cycle: Cycle
+    first: int  # the first whole sample in it
+    end: int  # and the first one after it
+    scale: int
+    offset: int
+    divisor: int
+    is_scaled: bool  # whether the multiplier is anything else than eta
+
+    @classmethod
+    def of(cls, cycle: Cycle, *, is_scaled: bool) -> _Place:
+        start, length = cycle.start, cycle.length
+        scale, divisor = start.denominator * length.denominator, start.denominator * length.numerator
+        offset = start.numerator * length.denominator
+        shared = math.gcd(scale, offset, divisor)
+        end = math.ceil(start + length)
+        return cls(cycle, math.ceil(start), end, scale // shared, offset // shared, divisor // shared, is_scaled)
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,9 +183,10 @@ class RestartSchedule:
     weight_decay_exponent: float = 0.5
     _eta: Policy = field(init=False, repr=False, compare=False)
     _runs: tuple[_Run, ...] = field(init=False, repr=False, compare=False)
-    # Caches, not state: the restart callback's last result as (cycle, eta_min, eta_max), and the cycle last looked up.
+    # Caches, not state: the restart callback's last result as (cycle, eta_min, eta_max), and the cycle last looked up
+    # (its `_Place`; in pickles of earlier versions a `Cycle`).
     _folded: list[tuple[int, float, float]] = field(init=False, repr=False, compare=False)
-    _recent: list[Cycle] = field(init=False, repr=False, compare=False)
+    _recent: list[_Place] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for name, least in (("epoch_size", 1), ("batch_size", 1), ("warmup_samples", 0)):
@@ -184,7 +206,7 @@ class RestartSchedule:
         object.__setattr__(self, "_eta", self.policy_fn or make_policy(self.policy, self.triangular_step))
         object.__setattr__(self, "_runs", self._make_runs())
         object.__setattr__(self, "_folded", [(0, 0.0, 1.0)])
-        object.__setattr__(self, "_recent", [self.cycle(0)])
+        object.__setattr__(self, "_recent", [self._place_of(self.cycle(0))])
 
     def _make_runs(self) -> tuple[_Run, ...]:
         first = exact("restart_period", self.restart_period) * self.epoch_size
@@ -241,20 +263,35 @@ class RestartSchedule:
 
     def at(self, samples: int) -> SchedulePoint:
         """Return the point of the schedule after ``samples``, the real global samples before an update."""
-        u = max(0, samples - self.warmup_samples)
-        cycle = self._recent[0]
-        # Consecutive lookups nearly always hit the same cycle, and the search computes large powers.
-        if not cycle.start <= u < cycle.start + cycle.length:
-            run = self._runs[-1] if u >= self._runs[-1].start else self._runs[0]
-            cycle = self._recent[0] = run.cycle(run.find(u))
-        tau = min(_ratio(u - cycle.start, cycle.length), _BELOW_ONE)  # rounding may give 1.0, which no cycle contains
-        warmup = samples / self.warmup_samples if samples < self.warmup_samples else None
-        return SchedulePoint(cycle, tau, self._multiplier(cycle.index, tau, u), warmup)
+        return SchedulePoint(*self._look_up(samples))
 
-    def _multiplier(self, cycle: int, tau: float, u: int) -> float:
+    def _look_up(self, samples: int) -> tuple[Cycle, float, float, float | None]:
+        """Return the fields of `at` as a tuple, which is faster to make."""
+        u = max(0, samples - self.warmup_samples)
+        place = self._recent[0]
+        # Consecutive lookups nearly always hit the same cycle, and the search computes large powers.
+        if type(place) is not _Place or not place.first <= u < place.end:
+            place = self._recent[0] = self._find(u)
+        cycle, _, _, scale, offset, divisor, is_scaled = place
+        # Division of integers is correctly rounded. That may give 1.0, which no cycle contains.
+        tau = min((u * scale - offset) / divisor, _BELOW_ONE)
         eta = self._eta(tau)
         if not -math.inf < eta < math.inf:
             raise ValueError(f"the policy returned {eta!r} at tau={tau!r}; it must return a finite number.")
+        multiplier = self._multiplier(cycle.index, eta, u) if is_scaled else 0.0 + 1.0 * eta
+        warmup = samples / self.warmup_samples if samples < self.warmup_samples else None
+        return cycle, tau, multiplier, warmup
+
+    def _find(self, u: int) -> _Place:
+        run = self._runs[-1] if u >= self._runs[-1].start else self._runs[0]
+        return self._place_of(run.cycle(run.find(u)))
+
+    def _place_of(self, cycle: Cycle) -> _Place:
+        has_callbacks = self.eta_on_restart_cb is not None or self.eta_on_iteration_cb is not None
+        is_scaled = self.policy_fn is None and self.policy in ("triangular2", "exp_range")
+        return _Place.of(cycle, is_scaled=has_callbacks or is_scaled)
+
+    def _multiplier(self, cycle: int, eta: float, u: int) -> float:
         eta_min, eta_max = self._fold(cycle)
         iterations = u / self.batch_size
         if self.eta_on_iteration_cb is not None:
@@ -289,7 +326,11 @@ class RestartSchedule:
 
         Source: AdamWR, arXiv:1711.05101, appendix on normalised weight decay.
         """
-        return power(_ratio(Fraction(batch_size), point.cycle.length), float(self.weight_decay_exponent))
+        return self._norm_in(point.cycle, batch_size)
+
+    def _norm_in(self, cycle: Cycle, batch_size: int) -> float:
+        """Return `weight_decay_norm`, which is the same in the whole cycle."""
+        return power(_ratio(Fraction(batch_size), cycle.length), float(self.weight_decay_exponent))
 
 
 def exact(name: str, value: Period) -> Fraction:

@@ -12,7 +12,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from dist_adamw.plain_data import plain
-from dist_adamw.schedule.base_values import BaseValues, ScheduledGroups, copy_value
+from dist_adamw.schedule.all_values import AllValues
+from dist_adamw.schedule.base_values import BaseValues, ScheduledGroups
 from dist_adamw.schedule.clock import SampleClock, crosses_epoch, crossing_warning
 from dist_adamw.schedule.recipe import Recipe
 from dist_adamw.schedule.restarts import SchedulePoint
@@ -45,6 +46,7 @@ class ScheduledOptimizer:
         self.clock = SampleClock() if clock is None else clock
         self.groups = ScheduledGroups(optimizer, min_lr, recipe.group_check)
         self.last_lr: list[float | Tensor] = []
+        self._values = AllValues()
         self.has_crossed = False
         self._scheduler: weakref.ref[LRScheduler] | None = None
 
@@ -148,9 +150,8 @@ class ScheduledOptimizer:
         """
         self.groups.follow()
         if self.recipe.is_known:
-            point = self.recipe.schedule.at(self.clock.samples)
-            self.groups.write(self.recipe.group_values(point, self.groups, self.optimizer))
-        self.last_lr = [copy_value(group["lr"]) for group in self.optimizer.param_groups]
+            self.groups.write(*self._values.at(self.clock.samples, self.recipe, self.groups, self.optimizer))
+        self.last_lr = self.groups.current_lr()
         scheduler = None if self._scheduler is None else self._scheduler()
         if scheduler is not None:
             _keep_for_torch(scheduler, self, updates)
@@ -226,8 +227,8 @@ def _keep_for_torch(scheduler: LRScheduler, scheduled: ScheduledOptimizer, updat
     """Update the attributes of torch's schedulers, which users and libraries read."""
     scheduler._step_count += updates
     scheduler._last_lr = scheduled.last_lr
-    if scheduled.recipe.is_known:
-        scheduler.last_epoch = scheduled.clock.samples // scheduled.recipe.schedule.epoch_size
+    if scheduled.recipe.epoch_size is not None and scheduled.recipe.is_known:
+        scheduler.last_epoch = scheduled.clock.samples // scheduled.recipe.epoch_size
 
 
 def _hyper_parameters(group: Mapping[str, Any]) -> dict[str, Any]:

@@ -222,7 +222,8 @@ class CyclicLRWithRestarts(LRScheduler):
             ValueError: ``samples`` is not a whole number >= 0, another argument was passed (torch's old
                 ``step(epoch)``), or the schedule is not known yet.
         """
-        refuse_epochs(positional, others)
+        if positional or others:
+            refuse_epochs(positional, others)
         if samples is not None:
             samples = check_whole("samples", samples)
         clock = self._scheduled.clock
@@ -233,7 +234,7 @@ class CyclicLRWithRestarts(LRScheduler):
         applied = clock.take_applied()
         if (warning := self._scheduled.find_other_writer()) is not None:
             warnings.warn(warning, stacklevel=2)
-        cycle_before = self.cycle
+        cycle_before = self.cycle if self._verbose else 0
         if (warning := self._scheduled.find_crossing(samples)) is not None:
             warnings.warn(warning, stacklevel=2)
         clock.advance(applied, samples, self._scheduled.recipe.samples_of_update)
