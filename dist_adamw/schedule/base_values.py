@@ -83,8 +83,8 @@ class ScheduledGroups:
         self._known: list[ScheduledGroup] = []
         self.dicts: list[dict[str, Any]] = []
         self.bases: tuple[BaseValues, ...] = ()
-        # The lr and weight decay of each group after the last write. If none is a tensor, these objects tell whether they
-        # are still there, and marks are made only if they are not. None: there are marks.
+        # The lr and weight decay of each group after the last write. If none is a tensor, these objects tell whether
+        # they are still there, and marks are made only if they are not. None: there are marks.
         self._written: tuple[Sequence[Any], Sequence[Any]] | None = None
         self._has_warned = False
 

@@ -27,7 +27,7 @@ _DECIMAL = Context(_DIGITS, ROUND_HALF_EVEN, Emin=-999_999, Emax=999_999, capita
 
 
 # 1 - cos(a) = z (c_1 - z (c_2 - z (c_3 - ...))) with z = a**2 and c_k = 1 / (2 k)!. The angle is halved until 10 terms
-# suffice: with z < 0.039 the first one left out is below 2**-110 of the sum. The sum is near 1/2, so 120 bits are enough.
+# suffice: with z < 0.039 the first one left out is below 2**-110 of the sum, which is near 1/2: 120 bits are enough.
 _SERIES_BITS = 120
 _SERIES = [(1 << _SERIES_BITS) // math.factorial(2 * k) for k in range(10, 0, -1)]
 _HALVINGS = 3

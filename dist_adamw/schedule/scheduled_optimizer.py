@@ -11,15 +11,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from dist_adamw.plain_data import plain
 from dist_adamw.schedule.all_values import AllValues
 from dist_adamw.schedule.base_values import BaseValues, ScheduledGroups
 from dist_adamw.schedule.clock import SampleClock, crosses_epoch, crossing_warning
+from dist_adamw.schedule.group_digests import GroupDigests, other_values
 from dist_adamw.schedule.recipe import Recipe
 from dist_adamw.schedule.restarts import SchedulePoint
 from dist_adamw.schedule.saved import GROUPS, STATE_VERSION
-
-_NOT_HYPER_PARAMETERS = ("params", "param_names", "lr", "weight_decay")
 
 
 class ScheduledOptimizer:
@@ -47,6 +45,7 @@ class ScheduledOptimizer:
         self.groups = ScheduledGroups(optimizer, min_lr, recipe.group_check)
         self.last_lr: list[float | Tensor] = []
         self._values = AllValues()
+        self._digests = GroupDigests()
         self.has_crossed = False
         self._scheduler: weakref.ref[LRScheduler] | None = None
 
@@ -219,7 +218,18 @@ class ScheduledOptimizer:
             "batch_size": self.recipe.batch_size,
             "lr": [float(group["lr"]) for group in groups],
             "weight_decay": self.weight_decay(),
-            "group hyper-parameters": [_hyper_parameters(group) for group in groups],
+            "group hyper-parameters": [other_values(group) for group in groups],
+        }
+
+    def digested_record(self) -> dict[str, Any]:
+        """Return `agreement_record` with digests of what has a value per group."""
+        groups, digests = self.optimizer.param_groups, self._digests
+        return {
+            "samples": self.clock.samples,
+            "batch_size": self.recipe.batch_size,
+            "lr": digests.lr(groups),
+            "weight_decay": digests.weight_decay(groups),
+            "group hyper-parameters": digests.others(groups),
         }
 
 
@@ -229,11 +239,6 @@ def _keep_for_torch(scheduler: LRScheduler, scheduled: ScheduledOptimizer, updat
     scheduler._last_lr = scheduled.last_lr
     if scheduled.recipe.epoch_size is not None and scheduled.recipe.is_known:
         scheduler.last_epoch = scheduled.clock.samples // scheduled.recipe.epoch_size
-
-
-def _hyper_parameters(group: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a group's values that the schedule does not write, as plain data."""
-    return {name: plain(value) for name, value in group.items() if name not in _NOT_HYPER_PARAMETERS}
 
 
 def _weak_hook(method: Callable[..., None]) -> Callable[..., None]:

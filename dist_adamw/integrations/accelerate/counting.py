@@ -50,9 +50,13 @@ from torch.optim import Optimizer
 
 from dist_adamw.integrations.accelerate.loader import listen
 from dist_adamw.integrations.accelerate.loader_iteration import Batch, Run
+from dist_adamw.ranks.summing import Passenger
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+    from dist_adamw.ranks.agreement import AgreementWatch
+    from dist_adamw.schedule.scheduler import CyclicLRWithRestarts
 
 
 @dataclass(eq=False, slots=True)
@@ -88,6 +92,9 @@ class SampleCounter:
         accelerator: The accelerator of the ranks that train together.
         group: The process group of all ranks, for messages on the host.
         fetches_ahead: Whether batches stay in hand until a backward pass takes them.
+
+    Attributes:
+        rides: Whether another message takes the count along in `step`: see `send_with`.
     """
 
     def __init__(
@@ -112,6 +119,7 @@ class SampleCounter:
         self._accumulated: list[_Entry] = []
         self._stepping: list[_Entry] = []  # the batches of the update in progress
         self._count: _Count | None = None  # and their count
+        self.rides = False
         self.tries = 0  # updates that were started
         self._has_heard = False  # whether a loader has handed out a batch to train on
         self._params: list[Tensor] = []
@@ -269,9 +277,15 @@ class SampleCounter:
         """Handle the start of ``step``: post the count, unless a closure is to compute gradients. Collective."""
         self.poll()
         self._follow_parameters()
-        self._count = None if has_closure else self._post()
+        self._count = None if has_closure else self._take_rows()
+        if self._count is not None and not self.rides:
+            self._count.send()
 
-    def _post(self) -> _Count:
+    def passenger(self) -> Passenger | None:
+        """Return the count of the update in progress, if it was not sent yet. Local."""
+        return self._count.passenger if self._count is not None and self._count.is_waiting else None
+
+    def _take_rows(self) -> _Count:
         self._stepping, self._accumulated = self._accumulated, []
         self.tries += 1
         self._forget_witness()
@@ -288,8 +302,9 @@ class SampleCounter:
         if self._count is None:  # a closure has computed the gradients inside step
             if self._backwards:
                 self.backward_began()
-            self._count = self._post()
+            self._count = self._take_rows()
         count, self._count = self._count, None
+        count.send()
         self._stepping = []
         return count
 
@@ -360,17 +375,22 @@ class _Count:
 
     def __init__(self, counter: SampleCounter, rows: int) -> None:
         self._counter = weakref.ref(counter)
-        self._sum = torch.tensor([rows, int(counter._has_heard)], dtype=torch.int64)
-        self._work = None
-        if counter._ranks > 1:
-            self._work = dist.all_reduce(self._sum, group=counter._group, async_op=True)
+        self._is_alone = counter._ranks == 1
+        self.passenger = Passenger([rows, int(counter._has_heard)], counter._group)
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether other ranks need the count, and it was not sent yet."""
+        return not self._is_alone and self.passenger.is_waiting
+
+    def send(self) -> None:
+        """Send the count, unless it was sent already."""
+        if self.is_waiting:
+            self.passenger.send()
 
     def __call__(self) -> int | None:
         """Wait for all ranks; return the sum, or None if no loader has handed out a batch."""
-        if self._work is not None:
-            self._work.wait()
-            self._work = None
-        rows, heard = (int(n) for n in self._sum.tolist())
+        rows, heard = self.passenger.numbers if self._is_alone else self.passenger.sums()
         counter = self._counter()
         if rows or counter is None:
             return rows
@@ -393,6 +413,22 @@ def _before_gradient(counter_ref: Any, param_ref: Any, _: Tensor) -> None:
     counter, param = counter_ref(), param_ref()
     if counter is not None and param is not None and param.grad is None:
         counter._are_gone = True
+
+
+def send_with(watch: AgreementWatch, scheduler: CyclicLRWithRestarts) -> None:
+    """Make the ranks' comparison at each update take the scheduler's count of samples along. Local.
+
+    Args:
+        watch: Its hook must run after the scheduler's, in `step`.
+    """
+
+    def passenger() -> Passenger | None:
+        source = scheduler.sample_source
+        return source.passenger() if isinstance(source, SampleCounter) else None
+
+    watch.passenger = passenger
+    if isinstance(source := scheduler.sample_source, SampleCounter):
+        source.rides = True
 
 
 def _remove_all(handles: dict[int, Any]) -> None:
