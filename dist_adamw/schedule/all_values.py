@@ -22,7 +22,7 @@ class AllValues:
     def __init__(self) -> None:
         # What is below is valid for this recipe and these base values,
         self._recipe: Recipe | None = None
-        self._look_up: Callable[[int], tuple[Cycle, float, float, float | None]]
+        self._look_up: Callable[[int], tuple[Cycle, float, float | None]]
         self._bases: Sequence[BaseValues] = ()
         self._ranges: list[tuple[float, float]] = []  # of each group: lr at multiplier 0, and what 1 adds to it
         self._rises: list[float] = []  # what the whole warm-up adds to the lr
@@ -45,7 +45,7 @@ class AllValues:
         """
         if recipe is not self._recipe or groups.bases is not self._bases:
             self._take_bases(recipe, groups.bases)
-        cycle, _, multiplier, warmup = self._look_up(samples)
+        cycle, multiplier, warmup = self._look_up(samples)
         signs = convention_signs(optimizer, groups.dicts) if recipe.normalize else None
         if cycle is not self._cycle or signs != self._signs:
             self._take_cycle(cycle, signs, recipe, groups, optimizer)

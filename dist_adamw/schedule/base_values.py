@@ -142,8 +142,8 @@ class ScheduledGroups:
                 if one.group.get(name, default) != getattr(one.base, name):
                     one.group[name] = getattr(one.base, name)
 
-    def write(self, lrs: list[float], decays: Sequence[float | None]) -> None:
-        """Write lr, and weight decay unless it is None, into the groups."""
+    def write(self, lrs: list[float], decays: Sequence[float | None]) -> list[float | Tensor]:
+        """Write lr, and weight decay unless it is None, into the groups; return copies of their lr."""
         has_tensors = False
         for group, lr, decay in zip(self.dicts, lrs, decays, strict=True):
             if type(group["lr"]) is not float and isinstance(group["lr"], Tensor):
@@ -155,8 +155,9 @@ class ScheduledGroups:
                 group["weight_decay"] = decay
         if has_tensors or None in decays or not (lrs and type(lrs[0]) is float):
             self._note_written()
-        else:
-            self._written = (lrs, decays)
+            return self.current_lr()
+        self._written = (lrs, decays)
+        return [*lrs]
 
     def _note_written(self) -> None:
         written = _current(self.dicts)
@@ -166,12 +167,16 @@ class ScheduledGroups:
             for one in self._known:
                 one.marks = _marks(one.group)
 
-    def _is_as_written(self) -> bool:
+    def is_as_written(self) -> bool:
         """Return whether the groups have the very numbers of the last `write`, none of them a tensor."""
         if self._written is None:
             return False
-        (lrs, decays), (wrote_lrs, wrote_decays) = _current(self.dicts), self._written
-        return all(map(operator.is_, lrs, wrote_lrs)) and all(map(operator.is_, decays, wrote_decays))
+        lrs, decays = self._written
+        try:
+            has_lrs = all(map(operator.is_, map(_lr_of, self.dicts), lrs))
+            return has_lrs and all(map(operator.is_, map(_decay_of, self.dicts), decays))
+        except KeyError:  # a group without weight decay
+            return False
 
     def _make_marks(self) -> None:
         """Make the marks of what was written last, before they are compared or groups change."""
@@ -181,9 +186,7 @@ class ScheduledGroups:
             self._written = None
 
     def current_lr(self) -> list[float | Tensor]:
-        """Return copies of the groups' lr, after `write`."""
-        if self._written is not None:
-            return [*self._written[0]]
+        """Return copies of the groups' lr."""
         return [copy_value(group["lr"]) for group in self.dicts]
 
     def find_other_writer(self, leaves_decay_alone: Callable[[Mapping[str, Any]], bool]) -> str | None:
@@ -191,8 +194,6 @@ class ScheduledGroups:
         if self._has_warned:
             return None
         self.follow()
-        if self._is_as_written():
-            return None
         self._make_marks()
         for i, known in enumerate(self._known):
             if known.marks is None:
@@ -245,6 +246,9 @@ class ScheduledGroups:
 def copy_value(value: float | Tensor) -> float | Tensor:
     """Return a copy of a hyper-parameter, which in-place changes of the group's tensor do not reach."""
     return value.detach().clone() if isinstance(value, Tensor) else value
+
+
+_lr_of, _decay_of = operator.itemgetter("lr"), operator.itemgetter("weight_decay")
 
 
 def _current(groups: Sequence[Mapping[str, Any]]) -> tuple[list[Any], list[Any]]:

@@ -116,8 +116,10 @@ class SampleClock:
         """Resolve pending counts to numbers, which may wait for other ranks."""
         self._applied = [counted() if callable(counted) else counted for counted in self._applied]
 
-    def take_applied(self) -> list[_Count]:
-        """Return the updates since the last advance, and start a new list."""
+    def take_applied(self, *, settle: bool) -> list[_Count]:
+        """Return the updates since the last advance, and start a new list; `settle` first if asked."""
+        if settle and any(map(callable, self._applied)):
+            self.settle()
         applied, self._applied = self._applied, []
         return applied
 

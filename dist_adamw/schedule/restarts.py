@@ -24,6 +24,7 @@ Period = int | float | str | Fraction
 
 _SHORTEST = Fraction(1, 1_000_000)  # samples in a cycle
 _BELOW_ONE = math.nextafter(1.0, 0.0)
+_AHEAD = 32  # updates for which the policy is computed at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +82,16 @@ class SchedulePoint:
     warmup: float | None
 
 
+class _Ahead:
+    """Values of the policy in one cycle, at the samples of updates that are likely to come."""
+
+    __slots__ = ("etas", "last", "step")
+
+    def __init__(self) -> None:
+        self.etas: dict[int, float] = {}
+        self.last = self.step = 0  # the last sample without a value here, and its distance from the one before
+
+
 class _Place(NamedTuple):
     """A cycle, and the integers by which to find a sample in it: tau = (u * scale - offset) / divisor."""
 
@@ -91,6 +102,7 @@ class _Place(NamedTuple):
     offset: int
     divisor: int
     is_scaled: bool  # whether the multiplier is anything else than eta
+    ahead: _Ahead
 
     @classmethod
     def of(cls, cycle: Cycle, *, is_scaled: bool) -> _Place:
@@ -99,7 +111,12 @@ class _Place(NamedTuple):
         offset = start.numerator * length.denominator
         shared = math.gcd(scale, offset, divisor)
         end = math.ceil(start + length)
-        return cls(cycle, math.ceil(start), end, scale // shared, offset // shared, divisor // shared, is_scaled)
+        numbers = (scale // shared, offset // shared, divisor // shared)
+        return cls(cycle, math.ceil(start), end, *numbers, is_scaled, _Ahead())
+
+    def tau(self, u: int) -> float:
+        # Division of integers is correctly rounded. That may give 1.0, which no cycle contains.
+        return min((u * self.scale - self.offset) / self.divisor, _BELOW_ONE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,24 +280,41 @@ class RestartSchedule:
 
     def at(self, samples: int) -> SchedulePoint:
         """Return the point of the schedule after ``samples``, the real global samples before an update."""
-        return SchedulePoint(*self._look_up(samples))
+        cycle, multiplier, warmup = self._look_up(samples)
+        return SchedulePoint(cycle, self._recent[0].tau(max(0, samples - self.warmup_samples)), multiplier, warmup)
 
-    def _look_up(self, samples: int) -> tuple[Cycle, float, float, float | None]:
-        """Return the fields of `at` as a tuple, which is faster to make."""
+    def _look_up(self, samples: int) -> tuple[Cycle, float, float | None]:
+        """Return the cycle, the multiplier and the warm-up at ``samples``."""
         u = max(0, samples - self.warmup_samples)
         place = self._recent[0]
         # Consecutive lookups nearly always hit the same cycle, and the search computes large powers.
         if type(place) is not _Place or not place.first <= u < place.end:
             place = self._recent[0] = self._find(u)
-        cycle, _, _, scale, offset, divisor, is_scaled = place
-        # Division of integers is correctly rounded. That may give 1.0, which no cycle contains.
-        tau = min((u * scale - offset) / divisor, _BELOW_ONE)
+        eta = place.ahead.etas.get(u)
+        if eta is None:
+            eta = self._eta_at(u, place)
+        multiplier = self._multiplier(place.cycle.index, eta, u) if place.is_scaled else 0.0 + 1.0 * eta
+        return place.cycle, multiplier, samples / self.warmup_samples if samples < self.warmup_samples else None
+
+    def _eta_at(self, u: int, place: _Place) -> float:
+        """Return the policy's value; compute those of the next updates too, if updates have the same size.
+
+        One after the other they take a third of the time that each takes between two updates, with cold caches.
+        """
+        eta = self._checked_eta(place.tau(u))
+        ahead, step = place.ahead, u - place.ahead.last
+        if step == ahead.step > 0 and self.policy_fn is None:  # a user's function is called only when it is needed
+            coming = range(u + step, min(u + _AHEAD * step + 1, place.end), step)
+            ahead.etas = {at: self._checked_eta(place.tau(at)) for at in coming}
+            u = coming[-1] if coming else u
+        ahead.last, ahead.step = u, step
+        return eta
+
+    def _checked_eta(self, tau: float) -> float:
         eta = self._eta(tau)
         if not -math.inf < eta < math.inf:
             raise ValueError(f"the policy returned {eta!r} at tau={tau!r}; it must return a finite number.")
-        multiplier = self._multiplier(cycle.index, eta, u) if is_scaled else 0.0 + 1.0 * eta
-        warmup = samples / self.warmup_samples if samples < self.warmup_samples else None
-        return cycle, tau, multiplier, warmup
+        return eta
 
     def _find(self, u: int) -> _Place:
         run = self._runs[-1] if u >= self._runs[-1].start else self._runs[0]

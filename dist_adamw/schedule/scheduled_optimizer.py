@@ -129,10 +129,10 @@ class ScheduledOptimizer:
         self.groups.restore()
         self.write()
 
-    def find_crossing(self, samples: int | None) -> str | None:
+    def find_crossing(self, samples: int) -> str | None:
         """Return a warning if an update that the user counted runs past the end of an epoch; only once."""
         epoch_size = self.recipe.epoch_size
-        if samples is None or epoch_size is None or self.clock.source is not None:
+        if epoch_size is None or self.clock.source is not None:
             return None
         if self.recipe.stream or self.has_crossed or not crosses_epoch(self.clock.samples, samples, epoch_size):
             return None
@@ -149,8 +149,10 @@ class ScheduledOptimizer:
         """
         self.groups.follow()
         if self.recipe.is_known:
-            self.groups.write(*self._values.at(self.clock.samples, self.recipe, self.groups, self.optimizer))
-        self.last_lr = self.groups.current_lr()
+            values = self._values.at(self.clock.samples, self.recipe, self.groups, self.groups.optimizer)
+            self.last_lr = self.groups.write(*values)
+        else:
+            self.last_lr = self.groups.current_lr()
         scheduler = None if self._scheduler is None else self._scheduler()
         if scheduler is not None:
             _keep_for_torch(scheduler, self, updates)

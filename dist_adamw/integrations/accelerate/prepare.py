@@ -17,10 +17,11 @@ from torch.utils.hooks import RemovableHandle
 
 from dist_adamw.integrations.accelerate.accelerator_methods import patch_accelerator, register
 from dist_adamw.integrations.accelerate.checks import DATA_PARALLEL, check_engine, check_scheduler
-from dist_adamw.integrations.accelerate.counting import SampleCounter, send_with
+from dist_adamw.integrations.accelerate.counting import SampleCounter
 from dist_adamw.integrations.accelerate.data import LoaderFacts, engine_of, loader_facts, shuffle_by_generator
 from dist_adamw.integrations.accelerate.position import Position
 from dist_adamw.integrations.accelerate.prepared_objects import Prepared
+from dist_adamw.integrations.accelerate.update_count import send_counts_with
 from dist_adamw.integrations.deepspeed.configuration import (
     CLIPPING,
     configure,
@@ -210,7 +211,7 @@ def _watch(
     record = _record_at_update(model, optimizer) if scheduler is None else scheduler._scheduled.digested_record
     watch = ReplicaWatch(group, record, lambda: check_replicas(whole, optimizer, group=group), check_weights_every)
     if scheduler is not None:
-        send_with(watch, scheduler)
+        send_counts_with(watch, scheduler)
     if (before := _WATCHING.pop(optimizer, None)) is not None:  # from an earlier call
         before.remove()
     _WATCHING[optimizer] = optimizer.register_step_pre_hook(watch.before_update)

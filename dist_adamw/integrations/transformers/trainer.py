@@ -20,9 +20,10 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from dist_adamw.integrations.accelerate.accelerator_methods import patch_accelerator
 from dist_adamw.integrations.accelerate.checks import DATA_PARALLEL, check_engine, check_scheduler
-from dist_adamw.integrations.accelerate.counting import SampleCounter, send_with
+from dist_adamw.integrations.accelerate.counting import SampleCounter
 from dist_adamw.integrations.accelerate.data import LoaderFacts, engine_of, loader_facts
 from dist_adamw.integrations.accelerate.prepare import attach, check_schedules, host_group
+from dist_adamw.integrations.accelerate.update_count import send_counts_with
 from dist_adamw.integrations.deepspeed.configuration import configure, fill, names_our_types, register_deepspeed
 from dist_adamw.integrations.transformers.arguments import (
     check_arguments,
@@ -266,7 +267,7 @@ def _watch_ranks(trainer: Any, every: int | None) -> None:
             lambda: check_replicas(model, optimizer, group=group),
             every,
         )
-        send_with(watch, scheduler)
+        send_counts_with(watch, scheduler)
         hook = optimizer.register_step_pre_hook(watch.before_update)
 
     def settle() -> None:
