@@ -108,9 +108,9 @@ class ScheduledGroups:
         Raises:
             ValueError: the base values of a new group cannot be scheduled.
         """
-        groups = self.optimizer.param_groups
-        if len(groups) == len(self.dicts) and all(map(operator.is_, groups, self.dicts)):
+        if self._are_current():
             return
+        groups = self.optimizer.param_groups
         self._make_marks()
         known = {id(one.group): one for one in self._known}
         self._know([known.get(id(group)) or self._learn(i, group) for i, group in enumerate(groups)])
@@ -121,11 +121,14 @@ class ScheduledGroups:
 
     def are_known(self) -> bool:
         """Return whether all of the optimizer's groups are known."""
-        groups = self.optimizer.param_groups
-        if len(groups) == len(self.dicts) and all(map(operator.is_, groups, self.dicts)):
+        if self._are_current():
             return True
         known = set(map(id, self.dicts))
-        return all(id(group) in known for group in groups)
+        return all(id(group) in known for group in self.optimizer.param_groups)
+
+    def _are_current(self) -> bool:
+        groups = self.optimizer.param_groups
+        return len(groups) == len(self.dicts) and all(map(operator.is_, groups, self.dicts))
 
     def take_loaded(self) -> None:
         """Switch to the new dicts by which ``Optimizer.load_state_dict`` has replaced the groups."""
@@ -168,8 +171,8 @@ class ScheduledGroups:
                 one.marks = _marks(one.group)
 
     def is_as_written(self) -> bool:
-        """Return whether the groups have the very numbers of the last `write`, none of them a tensor."""
-        if self._written is None:
+        """Return whether the groups are the same, with the very numbers of the last `write`, none of them a tensor."""
+        if self._written is None or not self._are_current():
             return False
         lrs, decays = self._written
         try:

@@ -148,14 +148,22 @@ class ScheduledOptimizer:
             updates: The number of updates counted since the last call; -1: one was retracted.
         """
         self.groups.follow()
-        if self.recipe.is_known:
-            values = self._values.at(self.clock.samples, self.recipe, self.groups, self.groups.optimizer)
-            self.last_lr = self.groups.write(*values)
+        self.write_known(updates)
+
+    def write_known(self, updates: int) -> None:
+        """Do what `write` does, if the groups are known to be the optimizer's."""
+        groups, recipe, samples = self.groups, self.recipe, self.clock.samples
+        if recipe.is_known:
+            self.last_lr = groups.write(*self._values.at(samples, recipe, groups, groups.optimizer))
         else:
-            self.last_lr = self.groups.current_lr()
+            self.last_lr = groups.current_lr()
+        # Attributes of torch's schedulers, which users and libraries read.
         scheduler = None if self._scheduler is None else self._scheduler()
         if scheduler is not None:
-            _keep_for_torch(scheduler, self, updates)
+            scheduler._step_count += updates
+            scheduler._last_lr = self.last_lr
+            if recipe.epoch_size is not None and recipe.is_known:
+                scheduler.last_epoch = samples // recipe.epoch_size
 
     def use(self, recipe: Recipe) -> None:
         """Continue with another recipe, from the same sample."""
@@ -235,20 +243,13 @@ class ScheduledOptimizer:
         }
 
 
-def _keep_for_torch(scheduler: LRScheduler, scheduled: ScheduledOptimizer, updates: int) -> None:
-    """Update the attributes of torch's schedulers, which users and libraries read."""
-    scheduler._step_count += updates
-    scheduler._last_lr = scheduled.last_lr
-    if scheduled.recipe.epoch_size is not None and scheduled.recipe.is_known:
-        scheduler.last_epoch = scheduled.clock.samples // scheduled.recipe.epoch_size
-
-
 def _weak_hook(method: Callable[..., None]) -> Callable[..., None]:
     """Return a hook that calls ``method`` without the optimizer argument, and holds its object weakly."""
-    reference = weakref.WeakMethod(method)
+    owner: weakref.ref[Any] = weakref.ref(method.__self__)  # type: ignore[attr-defined]
+    function: Callable[..., None] = method.__func__  # type: ignore[attr-defined]
 
     def hook(_: object, *call: Any) -> None:
-        if (alive := reference()) is not None:
-            alive(*call)
+        if (alive := owner()) is not None:
+            function(alive, *call)
 
     return hook

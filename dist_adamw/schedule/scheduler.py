@@ -231,13 +231,17 @@ class CyclicLRWithRestarts(LRScheduler):
         # Settling waits for other ranks and may raise, so it comes before anything changes.
         if not (applied := clock.take_applied(settle=samples is None)):
             return
-        if not scheduled.groups.is_as_written() and (warning := scheduled.find_other_writer()) is not None:
+        is_as_written = scheduled.groups.is_as_written()
+        if not is_as_written and (warning := scheduled.find_other_writer()) is not None:
             warnings.warn(warning, stacklevel=2)
         cycle_before = self.cycle if self._verbose else 0
         if samples is not None and (warning := scheduled.find_crossing(samples)) is not None:
             warnings.warn(warning, stacklevel=2)
         clock.advance(applied, samples, scheduled.recipe.samples_of_update)
-        scheduled.write(updates=len(applied))
+        if is_as_written:
+            scheduled.write_known(len(applied))
+        else:
+            scheduled.write(len(applied))
         if self._verbose and self.cycle != cycle_before and collectives.rank() == 0:
             print(describe_restart(self._scheduled.recipe, self.samples, self.get_last_lr()[0]))
 
