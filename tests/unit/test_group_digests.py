@@ -58,7 +58,7 @@ WRITTEN: list[Callable[[Groups], Any]] = [lambda g: g[1].update(lr=2.1e-3), lamb
 def test_a_change_is_another_digest(change: Callable[[Groups], Any]) -> None:
     digests, found = GroupDigests(), groups()
     before = digests.all_values(found)
-    assert digests.all_values(groups()).digest == before.digest
+    assert digests.all_values(found).digest == before.digest
     change(found)
     assert digests.all_values(found).digest != before.digest == GroupDigests().all_values(groups()).digest
     assert digests.all_values(found).value() != before.value()
