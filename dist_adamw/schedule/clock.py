@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -166,8 +167,12 @@ def _has_no_lr(optimizer: Optimizer) -> bool:
     return all(group["lr"] == 0 for group in optimizer.param_groups)
 
 
+_params_of, _first_of = operator.itemgetter("params"), operator.itemgetter(0)
+
+
 def _first_params(optimizer: Optimizer) -> set[int]:
-    return {id(group["params"][0]) for group in optimizer.param_groups if group["params"]}
+    # Filter and map run in C: this is called at every update.
+    return {*map(id, map(_first_of, filter(None, map(_params_of, optimizer.param_groups))))}
 
 
 def was_applied(optimizer: Optimizer) -> bool:

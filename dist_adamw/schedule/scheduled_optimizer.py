@@ -141,17 +141,15 @@ class ScheduledOptimizer:
 
     # ---------------------------------------------------------------- lr and weight decay
 
-    def write(self, updates: int = 0) -> None:
+    def write(self, updates: int = 0, *, follow: bool = True) -> None:
         """Write the values for the current sample into the groups.
 
         Args:
             updates: The number of updates counted since the last call; -1: one was retracted.
+            follow: False if the known groups are still the optimizer's.
         """
-        self.groups.follow()
-        self.write_known(updates)
-
-    def write_known(self, updates: int) -> None:
-        """Do what `write` does, if the groups are known to be the optimizer's."""
+        if follow:
+            self.groups.follow()
         groups, recipe, samples = self.groups, self.recipe, self.clock.samples
         if recipe.is_known:
             self.last_lr = groups.write(*self._values.at(samples, recipe, groups, groups.optimizer))

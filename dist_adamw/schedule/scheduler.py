@@ -238,10 +238,7 @@ class CyclicLRWithRestarts(LRScheduler):
         if samples is not None and (warning := scheduled.find_crossing(samples)) is not None:
             warnings.warn(warning, stacklevel=2)
         clock.advance(applied, samples, scheduled.recipe.samples_of_update)
-        if is_as_written:
-            scheduled.write_known(len(applied))
-        else:
-            scheduled.write(len(applied))
+        scheduled.write(len(applied), follow=not is_as_written)
         if self._verbose and self.cycle != cycle_before and collectives.rank() == 0:
             print(describe_restart(self._scheduled.recipe, self.samples, self.get_last_lr()[0]))
 
