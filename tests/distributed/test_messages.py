@@ -24,7 +24,7 @@ def messages(num_groups: int, ours: bool) -> tuple[list[int], int]:
     scheduler: Any = CyclicLRWithRestarts(optimizer) if ours else torch.optim.lr_scheduler.StepLR(optimizer, 3)
     accelerator, loader = Accelerator(cpu=True), DataLoader(data(48), batch_size=4)
     prepared = prepare(accelerator, model, optimizer, loader, scheduler, check_weights_every=0)
-    model, optimizer, loader, scheduler = prepared  # type: ignore[assignment]
+    model, optimizer, loader, scheduler = prepared
     sent: list[int] = []
     all_reduce = dist.all_reduce
 

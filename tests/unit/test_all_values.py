@@ -24,6 +24,8 @@ def two_groups(kind: type = DistAdamW, **options: Any) -> Any:
 def check_values(scheduler: CyclicLRWithRestarts) -> None:
     """Compare the written values with those that a new schedule gives for each group alone."""
     recipe, optimizer = scheduler._scheduled.recipe, scheduler.optimizer
+    assert recipe.epoch_size is not None
+    assert recipe.reference_batch_size is not None
     schedule = RestartSchedule(epoch_size=recipe.epoch_size, batch_size=recipe.reference_batch_size, **recipe.options)
     point = schedule.at(scheduler.samples)
     wanted = recipe.group_values(point, scheduler._scheduled.groups, optimizer)
