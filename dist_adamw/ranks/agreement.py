@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,9 +17,24 @@ from torch import Tensor
 
 from dist_adamw.errors import AgreementError
 from dist_adamw.ranks.collectives import broadcast_object, end_quietly, world_size
+from dist_adamw.ranks.summing import Message, Passenger
 
 Record = Mapping[str, Any]
 _SHOWN = 200  # characters of a value in an error
+_PIECE_BITS = 21  # of a digest; the squares of a million ranks' pieces add up to less than 2**63
+
+
+@dataclass(frozen=True, slots=True)
+class Digested:
+    """A value of a record that is compared by its digest, and written out only to explain a difference.
+
+    Attributes:
+        digest: A text that is the same on all ranks exactly if the value is.
+        value: Returns the value as it was when the record was made, as plain data.
+    """
+
+    digest: str
+    value: Callable[[], Any]
 
 
 def check_agreement(record: Record, group: dist.ProcessGroup | None = None) -> None:
@@ -70,9 +86,13 @@ def _raise_disagreement(record: Record, digest: int, group: dist.ProcessGroup | 
     dist.all_gather(digests, torch.tensor([digest], dtype=torch.int64, device=device), group=group)
     found = [int(one) for one in digests]
     odd = next(rank for rank, one in enumerate(found) if one != found[0])
-    records = [broadcast_object(dict(record), rank_in_group, group) for rank_in_group in (0, odd)]
+    records = [broadcast_object(_written_out(record), rank_in_group, group) for rank_in_group in (0, odd)]
     names = range(len(found)) if group is None else dist.get_process_group_ranks(group)
     raise AgreementError(_describe(records[0], names[0], records[1], names[odd]))
+
+
+def _written_out(record: Record) -> dict[str, Any]:
+    return {name: value.value() if isinstance(value, Digested) else value for name, value in record.items()}
 
 
 def fingerprint(record: Record) -> int:
@@ -83,7 +103,14 @@ def fingerprint(record: Record) -> int:
 
 def canonical(record: Record) -> str:
     """Return ``record`` as text that is equal for equal values; floats keep every bit. Local."""
-    return json.dumps(record, sort_keys=True, default=repr)
+    return _ENCODER.encode(record)
+
+
+def _as_text(value: Any) -> str:
+    return value.digest if isinstance(value, Digested) else repr(value)
+
+
+_ENCODER = json.JSONEncoder(sort_keys=True, default=_as_text)
 
 
 def _describe(ours: Record, first: int, theirs: Record, other: int) -> str:
@@ -125,12 +152,16 @@ class AgreementWatch:
 
     Args:
         group: A group that can reduce CPU tensors (gloo).
+
+    Attributes:
+        passenger: Returns integers that the next message takes along, or None: the same on all ranks.
     """
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
         end_quietly()
         self._group = group
-        self._posted: tuple[dist.Work, Tensor, Record, int] | None = None
+        self._posted: tuple[Message, Record, int] | None = None
+        self.passenger: Callable[[], Passenger | None] = lambda: None
 
     def check(self, record: Record) -> None:
         """Read the result for the last record, then post ``record``.
@@ -140,17 +171,30 @@ class AgreementWatch:
         """
         self.settle()
         digest = fingerprint(record)
-        lowest = _lowest_and_highest(digest)
-        work = dist.all_reduce(lowest, op=dist.ReduceOp.MIN, group=self._group, async_op=True)
-        assert work is not None
-        self._posted = (work, lowest, dict(record), digest)
+        numbers, passenger = _pieces_and_squares(digest), self.passenger()
+        if passenger is None:
+            message = Message(numbers, self._group)
+        else:
+            message = Message([*numbers, *passenger.numbers], self._group)
+            passenger.board(message, len(numbers))
+        self._posted = (message, dict(record), digest)
 
     def settle(self) -> None:
         """Wait for the last result. Call it before a save, or anything else that must not use a wrong state."""
         if self._posted is None:
             return
-        work, lowest, record, digest = self._posted
+        message, record, digest = self._posted
         self._posted = None  # before waiting: after an error there is no answer left to wait for
-        work.wait()
-        if _differ(lowest):
+        if not _are_equal(message.wait(), world_size(self._group)):
             _raise_disagreement(record, digest, self._group)
+
+
+def _pieces_and_squares(digest: int) -> list[int]:
+    """Return numbers whose sums over the ranks tell whether all ranks have the same digest."""
+    pieces = [digest >> bits & (1 << _PIECE_BITS) - 1 for bits in (0, _PIECE_BITS, 2 * _PIECE_BITS)]
+    return [*pieces, *(piece * piece for piece in pieces)]
+
+
+def _are_equal(sums: Sequence[int], ranks: int) -> bool:
+    # By Cauchy and Schwarz, the square of a sum of n numbers is n times the sum of their squares only if all are equal.
+    return all(total * total == ranks * squares for total, squares in zip(sums[:3], sums[3:6], strict=True))

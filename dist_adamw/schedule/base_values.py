@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -52,7 +53,8 @@ class ScheduledGroup:
     The reference keeps the group alive, so that no other dict can get its ``id``.
 
     Attributes:
-        marks: Marks of the lr and weight decay that the schedule wrote last: see `_marks`.
+        marks: Marks of the lr and weight decay that the schedule wrote last: see `_marks`. Not up to date while
+            `ScheduledGroups` itself knows what was written.
     """
 
     group: dict[str, Any]
@@ -70,11 +72,20 @@ class ScheduledGroups:
         optimizer: The torch optimizer.
         min_lr: For groups without their own.
         check: Called with each new group and its base values; raises if they cannot be scheduled.
+
+    Attributes:
+        dicts: The groups themselves.
+        bases: Their base values. Another tuple whenever a group or a base value changes.
     """
 
     def __init__(self, optimizer: Optimizer, min_lr: float, check: GroupCheck | None = None) -> None:
         self.optimizer, self._min_lr, self._check = optimizer, min_lr, check
         self._known: list[ScheduledGroup] = []
+        self.dicts: list[dict[str, Any]] = []
+        self.bases: tuple[BaseValues, ...] = ()
+        # The lr and weight decay of each group after the last write. If none is a tensor, these objects tell whether
+        # they are still there, and marks are made only if they are not. None: there are marks.
+        self._written: tuple[Sequence[Any], Sequence[Any]] | None = None
         self._has_warned = False
 
     def __iter__(self) -> Iterator[ScheduledGroup]:
@@ -85,8 +96,9 @@ class ScheduledGroups:
 
     def with_bases(self, bases: Sequence[BaseValues], check: GroupCheck | None) -> ScheduledGroups:
         """Return the same groups with other base values and another check of new groups; writes nothing."""
+        self._make_marks()
         changed = ScheduledGroups(self.optimizer, self._min_lr, check)
-        changed._known = [replace(one, base=base) for one, base in zip(self._known, bases, strict=True)]
+        changed._know([replace(one, base=base) for one, base in zip(self._known, bases, strict=True)])
         changed._has_warned = self._has_warned
         return changed
 
@@ -96,19 +108,34 @@ class ScheduledGroups:
         Raises:
             ValueError: the base values of a new group cannot be scheduled.
         """
-        known = {id(one.group): one for one in self._known}
+        if self._are_current():
+            return
         groups = self.optimizer.param_groups
-        self._known = [known.get(id(group)) or self._learn(i, group) for i, group in enumerate(groups)]
+        self._make_marks()
+        known = {id(one.group): one for one in self._known}
+        self._know([known.get(id(group)) or self._learn(i, group) for i, group in enumerate(groups)])
+
+    def _know(self, known: list[ScheduledGroup]) -> None:
+        self._known = known
+        self.dicts, self.bases = [one.group for one in known], tuple(one.base for one in known)
 
     def are_known(self) -> bool:
         """Return whether all of the optimizer's groups are known."""
-        known = {id(one.group) for one in self._known}
+        if self._are_current():
+            return True
+        known = set(map(id, self.dicts))
         return all(id(group) in known for group in self.optimizer.param_groups)
+
+    def _are_current(self) -> bool:
+        groups = self.optimizer.param_groups
+        return len(groups) == len(self.dicts) and all(map(operator.is_, groups, self.dicts))
 
     def take_loaded(self) -> None:
         """Switch to the new dicts by which ``Optimizer.load_state_dict`` has replaced the groups."""
+        self._make_marks()
         for known, group in zip(self._known, self.optimizer.param_groups, strict=True):
             known.group = group
+        self._know(self._known)
 
     def restore(self) -> None:
         """Write the base values into the groups."""
@@ -118,22 +145,59 @@ class ScheduledGroups:
                 if one.group.get(name, default) != getattr(one.base, name):
                     one.group[name] = getattr(one.base, name)
 
-    def write(self, values: Sequence[tuple[float, float | None]]) -> None:
-        """Write lr, and weight decay unless it is None, into the groups."""
-        for one, (lr, decay) in zip(self._known, values, strict=True):
-            if isinstance(one.group["lr"], Tensor):  # in place: a CUDA graph or a compiled step reads this tensor
-                one.group["lr"].fill_(lr)
+    def write(self, lrs: list[float], decays: Sequence[float | None]) -> list[float | Tensor]:
+        """Write lr, and weight decay unless it is None, into the groups; return copies of their lr."""
+        has_tensors = False
+        for group, lr, decay in zip(self.dicts, lrs, decays, strict=True):
+            if type(group["lr"]) is not float and isinstance(group["lr"], Tensor):
+                group["lr"].fill_(lr)  # in place: a CUDA graph or a compiled step reads this tensor
+                has_tensors = True
             else:
-                one.group["lr"] = lr
+                group["lr"] = lr
             if decay is not None:
-                one.group["weight_decay"] = decay
-            one.marks = _marks(one.group)
+                group["weight_decay"] = decay
+        if has_tensors or None in decays or not (lrs and type(lrs[0]) is float):
+            self._note_written()
+            return self.current_lr()
+        self._written = (lrs, decays)
+        return [*lrs]
+
+    def _note_written(self) -> None:
+        written = _current(self.dicts)
+        has_tensors = any(isinstance(value, Tensor) for values in written for value in values)
+        self._written = None if has_tensors else written
+        if has_tensors:
+            for one in self._known:
+                one.marks = _marks(one.group)
+
+    def is_as_written(self) -> bool:
+        """Return whether the groups are the same, with the very numbers of the last `write`, none of them a tensor."""
+        if self._written is None or not self._are_current():
+            return False
+        lrs, decays = self._written
+        try:
+            has_lrs = all(map(operator.is_, map(_lr_of, self.dicts), lrs))
+            return has_lrs and all(map(operator.is_, map(_decay_of, self.dicts), decays))
+        except KeyError:  # a group without weight decay
+            return False
+
+    def _make_marks(self) -> None:
+        """Make the marks of what was written last, before they are compared or groups change."""
+        if self._written is not None:
+            for one, lr, decay in zip(self._known, *self._written, strict=True):
+                one.marks = (lr, decay)
+            self._written = None
+
+    def current_lr(self) -> list[float | Tensor]:
+        """Return copies of the groups' lr."""
+        return [copy_value(group["lr"]) for group in self.dicts]
 
     def find_other_writer(self, leaves_decay_alone: Callable[[Mapping[str, Any]], bool]) -> str | None:
         """Return a warning if other code has changed lr or weight decay since `write`; only once."""
         if self._has_warned:
             return None
         self.follow()
+        self._make_marks()
         for i, known in enumerate(self._known):
             if known.marks is None:
                 continue
@@ -185,6 +249,13 @@ class ScheduledGroups:
 def copy_value(value: float | Tensor) -> float | Tensor:
     """Return a copy of a hyper-parameter, which in-place changes of the group's tensor do not reach."""
     return value.detach().clone() if isinstance(value, Tensor) else value
+
+
+_lr_of, _decay_of = operator.itemgetter("lr"), operator.itemgetter("weight_decay")
+
+
+def _current(groups: Sequence[Mapping[str, Any]]) -> tuple[list[Any], list[Any]]:
+    return [group["lr"] for group in groups], [group.get("weight_decay") for group in groups]
 
 
 def _marks(group: Mapping[str, Any]) -> tuple[object, object]:

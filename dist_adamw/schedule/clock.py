@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -65,7 +66,8 @@ class SampleClock:
         is_nested, self._is_in_update = self._is_in_update, True  # nested: a step() that a subclass's step() calls
         self._began_without_state = not optimizer.state
         begin = getattr(self.source, "before_update", None)
-        if begin is not None and not is_nested and not self._continues(_first_params(optimizer)):
+        continues = bool(self._applied) and self._continues(_first_params(optimizer))
+        if begin is not None and not is_nested and not continues:
             begin(has_closure=any(map(callable, arguments)))
 
     def end_update(self, optimizer: Optimizer, *, has_lr: bool) -> None:
@@ -115,8 +117,10 @@ class SampleClock:
         """Resolve pending counts to numbers, which may wait for other ranks."""
         self._applied = [counted() if callable(counted) else counted for counted in self._applied]
 
-    def take_applied(self) -> list[_Count]:
-        """Return the updates since the last advance, and start a new list."""
+    def take_applied(self, *, settle: bool) -> list[_Count]:
+        """Return the updates since the last advance, and start a new list; `settle` first if asked."""
+        if settle and any(map(callable, self._applied)):
+            self.settle()
         applied, self._applied = self._applied, []
         return applied
 
@@ -163,8 +167,12 @@ def _has_no_lr(optimizer: Optimizer) -> bool:
     return all(group["lr"] == 0 for group in optimizer.param_groups)
 
 
+_params_of, _first_of = operator.itemgetter("params"), operator.itemgetter(0)
+
+
 def _first_params(optimizer: Optimizer) -> set[int]:
-    return {id(group["params"][0]) for group in optimizer.param_groups if group["params"]}
+    # Filter and map run in C: this is called at every update.
+    return {*map(id, map(_first_of, filter(None, map(_params_of, optimizer.param_groups))))}
 
 
 def was_applied(optimizer: Optimizer) -> bool:

@@ -51,7 +51,7 @@ def make_policy(name: str, triangular_step: float) -> Policy:
         ValueError: ``name`` is not in `POLICIES`.
     """
     if name == "cosine":
-        return cosine
+        return raised_cosine  # `cosine` without its conversion: tau is a float here
     if name == "arccosine":
         return arccosine
     if name in POLICIES:

@@ -133,7 +133,7 @@ class Recipe:
 
     def lr(self, point: SchedulePoint, base: BaseValues) -> float:
         """Return the lr of a group."""
-        return self.schedule.lr(point, base.lr, base.min_lr) * base.lr_scale * self._batch_scale()
+        return self.schedule.lr(point, base.lr, base.min_lr) * base.lr_scale * self.batch_scale
 
     def weight_decay(
         self, point: SchedulePoint, base: BaseValues, optimizer: Optimizer, group: Mapping[str, Any]
@@ -146,7 +146,7 @@ class Recipe:
         norm = self.schedule.weight_decay_norm(point, self.batch_size)
         if convention == "schedule":
             return decay_by_schedule(base, norm=norm, lr=self.schedule.lr(point, base.lr, base.min_lr))
-        return decay_by_lr(base, norm=norm, batch_scale=self._batch_scale())
+        return decay_by_lr(base, norm=norm, batch_scale=self.batch_scale)
 
     def group_values(
         self, point: SchedulePoint, groups: Iterable[ScheduledGroup], optimizer: Optimizer
@@ -166,7 +166,9 @@ class Recipe:
         """Return the convention for the weight decay of ``group``; "l2" leaves it unchanged."""
         return "l2" if self.normalize is False else decay_convention(optimizer, group)
 
-    def _batch_scale(self) -> float:
+    @property
+    def batch_scale(self) -> float:
+        """The factor on every lr for another global batch than the reference."""
         if self.lr_scaling is None or self.batch_size == self.reference_batch_size:
             return 1.0
         assert self.batch_size is not None

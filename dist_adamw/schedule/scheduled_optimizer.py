@@ -11,14 +11,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from dist_adamw.plain_data import plain
-from dist_adamw.schedule.base_values import BaseValues, ScheduledGroups, copy_value
+from dist_adamw.schedule.all_values import AllValues
+from dist_adamw.schedule.base_values import BaseValues, ScheduledGroups
 from dist_adamw.schedule.clock import SampleClock, crosses_epoch, crossing_warning
+from dist_adamw.schedule.group_digests import GroupDigests, other_values
 from dist_adamw.schedule.recipe import Recipe
 from dist_adamw.schedule.restarts import SchedulePoint
 from dist_adamw.schedule.saved import GROUPS, STATE_VERSION
-
-_NOT_HYPER_PARAMETERS = ("params", "param_names", "lr", "weight_decay")
 
 
 class ScheduledOptimizer:
@@ -45,6 +44,8 @@ class ScheduledOptimizer:
         self.clock = SampleClock() if clock is None else clock
         self.groups = ScheduledGroups(optimizer, min_lr, recipe.group_check)
         self.last_lr: list[float | Tensor] = []
+        self._values = AllValues()
+        self._digests = GroupDigests()
         self.has_crossed = False
         self._scheduler: weakref.ref[LRScheduler] | None = None
 
@@ -128,10 +129,10 @@ class ScheduledOptimizer:
         self.groups.restore()
         self.write()
 
-    def find_crossing(self, samples: int | None) -> str | None:
+    def find_crossing(self, samples: int) -> str | None:
         """Return a warning if an update that the user counted runs past the end of an epoch; only once."""
         epoch_size = self.recipe.epoch_size
-        if samples is None or epoch_size is None or self.clock.source is not None:
+        if epoch_size is None or self.clock.source is not None:
             return None
         if self.recipe.stream or self.has_crossed or not crosses_epoch(self.clock.samples, samples, epoch_size):
             return None
@@ -140,20 +141,27 @@ class ScheduledOptimizer:
 
     # ---------------------------------------------------------------- lr and weight decay
 
-    def write(self, updates: int = 0) -> None:
+    def write(self, updates: int = 0, *, follow: bool = True) -> None:
         """Write the values for the current sample into the groups.
 
         Args:
             updates: The number of updates counted since the last call; -1: one was retracted.
+            follow: False if the known groups are still the optimizer's.
         """
-        self.groups.follow()
-        if self.recipe.is_known:
-            point = self.recipe.schedule.at(self.clock.samples)
-            self.groups.write(self.recipe.group_values(point, self.groups, self.optimizer))
-        self.last_lr = [copy_value(group["lr"]) for group in self.optimizer.param_groups]
+        if follow:
+            self.groups.follow()
+        groups, recipe, samples = self.groups, self.recipe, self.clock.samples
+        if recipe.is_known:
+            self.last_lr = groups.write(*self._values.at(samples, recipe, groups, groups.optimizer))
+        else:
+            self.last_lr = groups.current_lr()
+        # Attributes of torch's schedulers, which users and libraries read.
         scheduler = None if self._scheduler is None else self._scheduler()
         if scheduler is not None:
-            _keep_for_torch(scheduler, self, updates)
+            scheduler._step_count += updates
+            scheduler._last_lr = self.last_lr
+            if recipe.epoch_size is not None and recipe.is_known:
+                scheduler.last_epoch = samples // recipe.epoch_size
 
     def use(self, recipe: Recipe) -> None:
         """Continue with another recipe, from the same sample."""
@@ -218,29 +226,28 @@ class ScheduledOptimizer:
             "batch_size": self.recipe.batch_size,
             "lr": [float(group["lr"]) for group in groups],
             "weight_decay": self.weight_decay(),
-            "group hyper-parameters": [_hyper_parameters(group) for group in groups],
+            "group hyper-parameters": [other_values(group) for group in groups],
         }
 
-
-def _keep_for_torch(scheduler: LRScheduler, scheduled: ScheduledOptimizer, updates: int) -> None:
-    """Update the attributes of torch's schedulers, which users and libraries read."""
-    scheduler._step_count += updates
-    scheduler._last_lr = scheduled.last_lr
-    if scheduled.recipe.is_known:
-        scheduler.last_epoch = scheduled.clock.samples // scheduled.recipe.schedule.epoch_size
-
-
-def _hyper_parameters(group: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a group's values that the schedule does not write, as plain data."""
-    return {name: plain(value) for name, value in group.items() if name not in _NOT_HYPER_PARAMETERS}
+    def digested_record(self) -> dict[str, Any]:
+        """Return `agreement_record` with digests of what has a value per group."""
+        groups, digests = self.optimizer.param_groups, self._digests
+        return {
+            "samples": self.clock.samples,
+            "batch_size": self.recipe.batch_size,
+            "lr": digests.lr(groups),
+            "weight_decay": digests.weight_decay(groups),
+            "group hyper-parameters": digests.others(groups),
+        }
 
 
 def _weak_hook(method: Callable[..., None]) -> Callable[..., None]:
     """Return a hook that calls ``method`` without the optimizer argument, and holds its object weakly."""
-    reference = weakref.WeakMethod(method)
+    owner: weakref.ref[Any] = weakref.ref(method.__self__)  # type: ignore[attr-defined]
+    function: Callable[..., None] = method.__func__  # type: ignore[attr-defined]
 
     def hook(_: object, *call: Any) -> None:
-        if (alive := reference()) is not None:
-            alive(*call)
+        if (alive := owner()) is not None:
+            function(alive, *call)
 
     return hook

@@ -222,22 +222,23 @@ class CyclicLRWithRestarts(LRScheduler):
             ValueError: ``samples`` is not a whole number >= 0, another argument was passed (torch's old
                 ``step(epoch)``), or the schedule is not known yet.
         """
-        refuse_epochs(positional, others)
+        if positional or others:
+            refuse_epochs(positional, others)
         if samples is not None:
             samples = check_whole("samples", samples)
-        clock = self._scheduled.clock
-        if not clock.has_applied:
+        scheduled = self._scheduled
+        clock = scheduled.clock
+        # Settling waits for other ranks and may raise, so it comes before anything changes.
+        if not (applied := clock.take_applied(settle=samples is None)):
             return
-        if samples is None:
-            clock.settle()  # before anything changes: it waits for other ranks, and may raise
-        applied = clock.take_applied()
-        if (warning := self._scheduled.find_other_writer()) is not None:
+        is_as_written = scheduled.groups.is_as_written()
+        if not is_as_written and (warning := scheduled.find_other_writer()) is not None:
             warnings.warn(warning, stacklevel=2)
-        cycle_before = self.cycle
-        if (warning := self._scheduled.find_crossing(samples)) is not None:
+        cycle_before = self.cycle if self._verbose else 0
+        if samples is not None and (warning := scheduled.find_crossing(samples)) is not None:
             warnings.warn(warning, stacklevel=2)
-        clock.advance(applied, samples, self._scheduled.recipe.samples_of_update)
-        self._scheduled.write(updates=len(applied))
+        clock.advance(applied, samples, scheduled.recipe.samples_of_update)
+        scheduled.write(len(applied), follow=not is_as_written)
         if self._verbose and self.cycle != cycle_before and collectives.rank() == 0:
             print(describe_restart(self._scheduled.recipe, self.samples, self.get_last_lr()[0]))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from torch.optim import Optimizer
@@ -25,6 +25,14 @@ def decay_convention(optimizer: Optimizer, group: Mapping[str, Any]) -> DecayCon
     if group.get("decoupled_weight_decay"):
         return "lr"
     return "lr" if _is_known_to_decouple(optimizer) else "l2"
+
+
+def convention_signs(optimizer: Optimizer, groups: Sequence[Mapping[str, Any]]) -> object:
+    """Return what `decay_convention` reads for all groups: while this is equal, so are its answers."""
+    if (decay_by := getattr(optimizer, "decay_by", None)) in ("schedule", "lr"):
+        return decay_by
+    flags = getattr(optimizer, "adam_w_mode", None), getattr(optimizer, "adamw_mode", None)
+    return type(optimizer), flags, [group.get("decoupled_weight_decay") for group in groups]
 
 
 def _is_known_to_decouple(optimizer: Optimizer) -> bool:
@@ -56,6 +64,11 @@ def decay_by_schedule(base: BaseValues, *, norm: float, lr: float) -> float:
     if base.lr * base.lr_scale == 0:
         return 0.0  # the decay is proportional to lr, which is always 0 in this group
     return base.weight_decay * norm * lr / base.lr
+
+
+def decay_factors(bases: Sequence[BaseValues], *, norm: float) -> list[tuple[float, float]]:
+    """Return (a, b) for each group, with which `decay_by_schedule` at some lr is ``a * lr / b``."""
+    return [(0.0, 1.0) if base.lr * base.lr_scale == 0 else (base.weight_decay * norm, base.lr) for base in bases]
 
 
 def decay_by_lr(base: BaseValues, *, norm: float, batch_scale: float) -> float:

@@ -50,6 +50,7 @@ from torch.optim import Optimizer
 
 from dist_adamw.integrations.accelerate.loader import listen
 from dist_adamw.integrations.accelerate.loader_iteration import Batch, Run
+from dist_adamw.integrations.accelerate.update_count import UpdateCount
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -88,6 +89,10 @@ class SampleCounter:
         accelerator: The accelerator of the ranks that train together.
         group: The process group of all ranks, for messages on the host.
         fetches_ahead: Whether batches stay in hand until a backward pass takes them.
+
+    Attributes:
+        update: The count of the update in progress.
+        rides: Whether another message takes the count along in `step`: see `send_counts_with`.
     """
 
     def __init__(
@@ -111,7 +116,8 @@ class SampleCounter:
         self._in_hand: list[_Entry] = []
         self._accumulated: list[_Entry] = []
         self._stepping: list[_Entry] = []  # the batches of the update in progress
-        self._count: _Count | None = None  # and their count
+        self.update: UpdateCount | None = None
+        self.rides = False
         self.tries = 0  # updates that were started
         self._has_heard = False  # whether a loader has handed out a batch to train on
         self._params: list[Tensor] = []
@@ -269,27 +275,33 @@ class SampleCounter:
         """Handle the start of ``step``: post the count, unless a closure is to compute gradients. Collective."""
         self.poll()
         self._follow_parameters()
-        self._count = None if has_closure else self._post()
+        self.update = None if has_closure else self._take_rows()
+        if self.update is not None and not self.rides:
+            self.update.send()
 
-    def _post(self) -> _Count:
+    def _take_rows(self) -> UpdateCount:
         self._stepping, self._accumulated = self._accumulated, []
         self.tries += 1
         self._forget_witness()
         rows = sum(entry.batch.rows for entry in self._stepping) if self._is_counted else 0
         for entry in self._stepping:
             entry.is_done = True
-        return _Count(self, rows)
+        is_alone = self._ranks == 1
+        return UpdateCount(
+            rows, self._has_heard, self._group, is_alone=is_alone, warn=weakref.WeakMethod(self._warn_once)
+        )
 
     def __call__(self) -> Callable[[], int | None]:
         """Return a function that returns the real samples of an applied update over all ranks, or None without a count.
 
         That function waits for the other ranks. Collective if a closure was passed.
         """
-        if self._count is None:  # a closure has computed the gradients inside step
+        if self.update is None:  # a closure has computed the gradients inside step
             if self._backwards:
                 self.backward_began()
-            self._count = self._post()
-        count, self._count = self._count, None
+            self.update = self._take_rows()
+        count, self.update = self.update, None
+        count.send()
         self._stepping = []
         return count
 
@@ -314,14 +326,14 @@ class SampleCounter:
     def returned_unapplied(self) -> None:
         """Handle a skipped update: drop its rows, or put their batch in hand again. Local."""
         self._take_back(self._stepping)
-        self._stepping, self._count = [], None
+        self._stepping, self.update = [], None
 
     def _step_has_raised(self) -> None:
         """Accumulate the batches of a ``step`` that raised again: their gradients are still there."""
         for entry in self._stepping:
             entry.is_done = False
         self._accumulated = [*self._stepping, *self._accumulated]
-        self._stepping, self._count = [], None
+        self._stepping, self.update = [], None
         self._watch_gradients()
 
     # ---------------------------------------------------------------- for checkpoints and loops
@@ -335,7 +347,7 @@ class SampleCounter:
         """Drop everything in hand or accumulated, after a checkpoint was loaded. Local."""
         self.forget_in_hand()
         self._accumulated.clear()
-        self._stepping, self._count = [], None
+        self._stepping, self.update = [], None
         self._forget_witness()
 
     def pending(self) -> list[Batch]:
@@ -353,39 +365,6 @@ class SampleCounter:
         if message not in self._warned:
             self._warned.add(message)
             warnings.warn(message, stacklevel=5)
-
-
-class _Count:
-    """The rows of an update, while they are summed over ranks."""
-
-    def __init__(self, counter: SampleCounter, rows: int) -> None:
-        self._counter = weakref.ref(counter)
-        self._sum = torch.tensor([rows, int(counter._has_heard)], dtype=torch.int64)
-        self._work = None
-        if counter._ranks > 1:
-            self._work = dist.all_reduce(self._sum, group=counter._group, async_op=True)
-
-    def __call__(self) -> int | None:
-        """Wait for all ranks; return the sum, or None if no loader has handed out a batch."""
-        if self._work is not None:
-            self._work.wait()
-            self._work = None
-        rows, heard = (int(n) for n in self._sum.tolist())
-        counter = self._counter()
-        if rows or counter is None:
-            return rows
-        if not heard:
-            counter._warn_once(
-                "no loader that Accelerate prepared has handed out a batch, so this update counts batch_size samples. "
-                "Prepare the loader that you train on, or pass scheduler.step(samples=n)."
-            )
-            return None
-        counter._warn_once(
-            "an update counts no samples: no batch was handed out since the previous update, or it was handed out "
-            "under torch.no_grad(). Rows count once, in the update of their first backward pass; to count differently "
-            "pass scheduler.step(samples=n)."
-        )
-        return 0
 
 
 def _before_gradient(counter_ref: Any, param_ref: Any, _: Tensor) -> None:

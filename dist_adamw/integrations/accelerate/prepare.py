@@ -21,6 +21,7 @@ from dist_adamw.integrations.accelerate.counting import SampleCounter
 from dist_adamw.integrations.accelerate.data import LoaderFacts, engine_of, loader_facts, shuffle_by_generator
 from dist_adamw.integrations.accelerate.position import Position
 from dist_adamw.integrations.accelerate.prepared_objects import Prepared
+from dist_adamw.integrations.accelerate.update_count import send_counts_with
 from dist_adamw.integrations.deepspeed.configuration import (
     CLIPPING,
     configure,
@@ -34,6 +35,7 @@ from dist_adamw.optimizer.replicas import CHECK_WEIGHTS_EVERY, ReplicaWatch, che
 from dist_adamw.plain_data import plain
 from dist_adamw.ranks import agreement, collectives
 from dist_adamw.ranks.run_on_all import first_problem
+from dist_adamw.schedule.group_digests import GroupDigests
 from dist_adamw.schedule.scheduler import CyclicLRWithRestarts
 from dist_adamw.wrappers import unwrap
 
@@ -206,8 +208,10 @@ def _watch(
     if accelerator.num_processes == 1:
         return None
     whole = accelerator.unwrap_model(model)
-    record = _record_at_update(model, optimizer) if scheduler is None else scheduler.agreement_record
+    record = _record_at_update(model, optimizer) if scheduler is None else scheduler._scheduled.digested_record
     watch = ReplicaWatch(group, record, lambda: check_replicas(whole, optimizer, group=group), check_weights_every)
+    if scheduler is not None:
+        send_counts_with(watch, scheduler)
     if (before := _WATCHING.pop(optimizer, None)) is not None:  # from an earlier call
         before.remove()
     _WATCHING[optimizer] = optimizer.register_step_pre_hook(watch.before_update)
@@ -230,7 +234,7 @@ def plain_hyper_parameters(optimizer: Optimizer) -> list[dict[str, Any]]:
 
 def _record_at_update(model: nn.Module, optimizer: Optimizer) -> Callable[[], dict[str, Any]]:
     """Return a function for the record that ranks compare at an update, if the schedule is not ours. Local."""
-    begun = 0
+    begun, digests = 0, GroupDigests()
 
     def count(*_: Any) -> None:
         nonlocal begun
@@ -241,7 +245,7 @@ def _record_at_update(model: nn.Module, optimizer: Optimizer) -> Callable[[], di
     def record() -> dict[str, Any]:
         # DeepSpeed calls step() once per group, so its own count is used.
         updates = getattr(model, "global_steps", begun)
-        return {"updates": updates, "parameter groups": plain_hyper_parameters(optimizer)}
+        return {"updates": updates, "parameter groups": digests.all_values(optimizer.param_groups)}
 
     return record
 

@@ -23,6 +23,7 @@ from dist_adamw.integrations.accelerate.checks import DATA_PARALLEL, check_engin
 from dist_adamw.integrations.accelerate.counting import SampleCounter
 from dist_adamw.integrations.accelerate.data import LoaderFacts, engine_of, loader_facts
 from dist_adamw.integrations.accelerate.prepare import attach, check_schedules, host_group
+from dist_adamw.integrations.accelerate.update_count import send_counts_with
 from dist_adamw.integrations.deepspeed.configuration import configure, fill, names_our_types, register_deepspeed
 from dist_adamw.integrations.transformers.arguments import (
     check_arguments,
@@ -259,12 +260,14 @@ def _watch_ranks(trainer: Any, every: int | None) -> None:
             hook.remove()
         optimizer, group = unwrap(trainer.optimizer), host_group(trainer.accelerator)
         model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
+        scheduler = inner_scheduler(trainer)
         watch = ReplicaWatch(
             group,
-            inner_scheduler(trainer).agreement_record,
+            scheduler._scheduled.digested_record,
             lambda: check_replicas(model, optimizer, group=group),
             every,
         )
+        send_counts_with(watch, scheduler)
         hook = optimizer.register_step_pre_hook(watch.before_update)
 
     def settle() -> None:
