@@ -107,8 +107,13 @@ def _decay_beside_lr(params: list[Tensor], lr: float | Tensor, decay: float, fou
         factor = 1 - decay * (lr != 0) * (1 if found_inf is None else 1 - found_inf)
         torch._foreach_mul_(params, factor.to(params[0].device, params[0].dtype))
         return 0.0
-    beside = decay / lr if lr else 0.0
-    return beside if math.isfinite(beside) else 0.0  # lr below 1e-308 counts as 0
+    return decay_over_lr(lr, decay)
+
+
+def decay_over_lr(lr: float, decay: float) -> float:
+    """Return the weight decay that, multiplied by ``lr``, is ``decay``; 0 if ``lr`` is 0."""
+    over = decay / lr if lr else 0.0
+    return over if math.isfinite(over) else 0.0  # lr below 1e-308 counts as 0
 
 
 def zeros_apart(numel: int, place: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:
