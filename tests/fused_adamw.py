@@ -1,8 +1,9 @@
 """A transcription of torch's fused AdamW kernel for CUDA, for tensors of one dtype, in numpy.
 
 Source: `adam_math` and `FusedAdamMathFunctor` in aten/src/ATen/native/cuda/fused_adam_utils.cuh, as it is since pull
-request 173224 (January 2026, torch 2.11): fp32 with one rounding per operation. Earlier, hyper-parameters were fp64. nvcc contracts the decay (``param -= lr * weight_decay * param``) into an fma, as
-it may, and compiles division and square root to ``div.rn`` and ``sqrt.rn``.
+request 173224 (January 2026, torch 2.11): fp32 with one rounding per operation. Before, hyper-parameters were fp64.
+nvcc contracts the decay (``param -= lr * weight_decay * param``) into an fma, as it may, and compiles division and
+square root to ``div.rn`` and ``sqrt.rn``.
 """
 
 from __future__ import annotations
