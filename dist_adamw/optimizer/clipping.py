@@ -109,10 +109,17 @@ def clip_owned_(
         theirs = norm_parts(others, norm_type).to(total.device)
         total = torch.maximum(total, theirs) if is_largest else total + theirs
     norm = total if is_largest else total.pow(1.0 / norm_type)
-    for grads in (owned, others):
-        if grads:
-            torch._foreach_mul_(grads, clip_factor(norm, max_norm))
+    _scale_(owned + others, clip_factor(norm, max_norm))
     return norm.to(torch.float32)
+
+
+def _scale_(grads: list[Tensor], factor: Tensor) -> None:
+    """Multiply gradients in place, on whichever devices they are."""
+    by_device: dict[torch.device, list[Tensor]] = {}
+    for grad in grads:
+        by_device.setdefault(grad.device, []).append(grad)
+    for device, together in by_device.items():
+        torch._foreach_mul_(together, factor.to(device, non_blocking=True))
 
 
 def _owned_gradients(shards: Sequence[Shard], chosen: Collection[int]) -> list[Tensor]:
