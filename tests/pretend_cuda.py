@@ -24,7 +24,16 @@ from torch.utils._pytree import tree_leaves, tree_map
 _CUDA, _META = 1, 14  # c10::DeviceType
 aten = torch.ops.aten
 _READS_RESULT = {"nonzero", "masked_select", "_unique2", "unique_dim", "equal", "is_nonzero", "_local_scalar_dense"}
-_NO_KERNEL = {"detach", "alias", "empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "_unsafe_view"}
+_NO_KERNEL = {
+    "detach",
+    "alias",
+    "empty",
+    "empty_like",
+    "new_empty",
+    "empty_strided",
+    "new_empty_strided",
+    "_unsafe_view",
+}
 
 
 @dataclass
@@ -70,7 +79,7 @@ class CudaTensor(Tensor):
 
     @staticmethod
     def __new__(cls, host: Tensor, device: torch.device, requires_grad: bool = False) -> CudaTensor:
-        made = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        made: CudaTensor = Tensor._make_wrapper_subclass(
             cls,
             host.shape,
             strides=host.stride(),
@@ -82,7 +91,7 @@ class CudaTensor(Tensor):
         made.host = host
         return made
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"CudaTensor({self.host}, {self.device})"
 
     @classmethod
@@ -94,7 +103,9 @@ class CudaTensor(Tensor):
             return func(*args, **(kwargs or {}))
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         return _run(func, args, dict(kwargs or {}))
 
 
@@ -260,7 +271,7 @@ class Model(torch.nn.Module):
         self.without_gradient: set[int] = set()  # indices
 
     def forward(self) -> Tensor:
-        made: Tensor = _Arrive.apply(torch.zeros((), requires_grad=True), self)  # type: ignore[no-untyped-call]
+        made: Tensor = _Arrive.apply(torch.zeros((), requires_grad=True), self)
         return made
 
 
@@ -293,7 +304,7 @@ def pretending() -> Iterator[Notes]:
         notes.kernels["Triton's update"] += 1
 
     _register_guard()
-    replaced = [
+    replaced: list[Any] = [
         patch.object(torch.cuda, "Event", _Event),
         patch.object(torch.cuda, "current_stream", _Stream),
         patch.object(torch.cuda, "is_current_stream_capturing", lambda: False),

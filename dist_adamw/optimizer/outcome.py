@@ -89,7 +89,8 @@ class Outcome:
     def measure(self, norm: Tensor) -> None:
         """Record that the update is applied only if ``norm``, 0-d, is finite."""
         self.norm = norm.to(torch.float32)
-        self.found_inf = (~torch.isfinite(norm)).to(torch.float32)
+        # inf - inf and nan are not 0. `torch.isfinite` would be five kernels on a GPU, and a conversion another.
+        self.found_inf = torch.ne(norm - norm, 0, out=torch.empty_like(self.norm))
         if norm.device.type == "cuda" and not is_capturing():
             self._copy = HostCopy(self.found_inf)
 
