@@ -1,4 +1,4 @@
-"""Send slices of buckets between ranks. `make_transport` chooses the transport for the backend of the parameters' device.
+"""Send slices of buckets between ranks. `make_transport` chooses by the backend that serves the parameters' device.
 
 Results are the same on every backend, up to the order of summation.
 """
