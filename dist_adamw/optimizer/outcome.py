@@ -90,9 +90,13 @@ class Outcome:
         """Record that the update is applied only if ``norm``, 0-d, is finite."""
         self.norm = norm.to(torch.float32)
         # inf - inf and nan are not 0. `torch.isfinite` would be five kernels on a GPU, and a conversion another.
-        self.found_inf = torch.ne(norm - norm, 0, out=torch.empty_like(self.norm))
-        if norm.device.type == "cuda" and not is_capturing():
-            self._copy = HostCopy(self.found_inf)
+        self.skip_if(torch.ne(norm - norm, 0, out=torch.empty_like(self.norm)))
+
+    def skip_if(self, found_inf: Tensor) -> None:
+        """Record that the update is applied only if ``found_inf``, 0-d fp32, is 0; the host does not wait for it."""
+        self.found_inf = found_inf
+        if found_inf.device.type == "cuda" and not is_capturing():
+            self._copy = HostCopy(found_inf)
 
     def on_device(self, value: Tensor | None, device: torch.device) -> Tensor | None:
         """Return a value of this update, such as ``found_inf``, on ``device``; copied once per update and device."""

@@ -179,6 +179,25 @@ def the_event_is_recorded_on_the_stream_of_the_norms_device(notes: Notes) -> Non
 
 
 @check
+def an_update_is_skipped_if_the_device_says_so(notes: Notes) -> None:
+    from dist_adamw.optimizer.outcome import Outcome
+
+    outcome = Outcome()
+    for value, updates in ((0.0, 1), (1.0, 1), (0.0, 2)):
+        flag = torch.tensor(value, device="cuda:0")
+        notes.clear()
+        outcome.begin()
+        outcome.skip_if(flag)
+        assert not notes.waits
+        assert outcome.was_skipped == bool(value)
+        assert outcome.updates == updates
+    for norm, skipped in ((1e300, False), (float("inf"), True), (float("nan"), True), (0.0, False)):
+        outcome.begin()
+        outcome.measure(torch.tensor(norm, dtype=torch.float64, device="cuda:0"))
+        assert outcome.was_skipped == skipped
+
+
+@check
 def a_value_is_copied_once_to_each_device(notes: Notes) -> None:
     from dist_adamw.optimizer.outcome import Outcome
 
