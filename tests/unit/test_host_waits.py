@@ -227,6 +227,20 @@ def gradients_on_two_devices_are_clipped(notes: Notes) -> None:
 
 
 @check
+def saving_reads_the_steps_at_once(notes: Notes) -> None:
+    from dist_adamw.checkpoint.torch_state import TorchAccess
+
+    model = Model([nn.Parameter(torch.randn(64, device="cuda:0")) for _ in range(5)])
+    optimizer = DistAdamW(model.parameters())
+    model().backward()
+    optimizer.step()
+    notes.clear()
+    saved = TorchAccess(model, optimizer).to_save()
+    assert [numbers["step"] for numbers in saved.scalars.values()] == [1.0] * 5
+    assert sum(notes.waits.values()) == 1
+
+
+@check
 def what_waits_is_noticed(notes: Notes) -> None:
     there = torch.zeros(4, device="cuda:0")
     for work in (

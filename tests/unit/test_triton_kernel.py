@@ -139,7 +139,8 @@ def compare(updates: int = 3, device: str = "cpu", options: dict[str, Any] | Non
         bits = narrow * plain.moments[0].float().abs()
         assert_near(ours.moments[0], plain.moments[0], 3e-7 * (before[0].abs() + grad.abs()) + bits, "exp_avg")
         for i, name in ((1, "exp_avg_sq"), (2, "max_exp_avg_sq"))[: len(before) - 1]:
-            allowed = (5e-7 + narrow) * plain.moments[i].float() + 3e-8 * grad.square()
+            # 3e-8 for beta rounded to fp32; the interpreter of Triton 3.6 also rounds an fma twice, a GPU does not.
+            allowed = (5e-7 + narrow) * plain.moments[i].float() + 1e-7 * grad.square()
             assert_near(ours.moments[i], plain.moments[i], allowed, name)
         weights, expected = ours.weights(), plain.weights()
         narrowed = 2**-7 if ours.master is None and ours.params[0].dtype != FP32 else 0.0
