@@ -84,9 +84,10 @@ class TorchAccess:
 
     def _of_shards(self, optimizer: DistAdamW, local_state: LocalState) -> None:
         for shard in optimizer.shards:
+            steps = shard.steps.tolist()  # at once: each transfer would wait for the device
             for i, param in enumerate(shard.params):
                 name = self.names[param]
-                local_state.scalars[name] = {"step": float(shard.steps[i])}
+                local_state.scalars[name] = {"step": steps[i]}
                 for kind in shard.moments.keys() - MASTERS:
                     local_state.tensors[f"{kind}.{name}"] = _moment(shard, i, kind)
                 if shard.has_master:

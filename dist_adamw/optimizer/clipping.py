@@ -32,8 +32,10 @@ def squares_on_this_rank(shards: Sequence[Shard], grads: Sequence[BucketGradient
     for shard, buckets in zip(shards, grads, strict=True):
         found = [grad for bucket in buckets for grad in bucket if grad is not None]
         owned.setdefault(shard.shard_axes, []).extend(found)
-    zero = torch.zeros((), dtype=torch.float64, device=device)
-    return {axes: sum_of_squares(found).to(device) if found else zero.clone() for axes, found in owned.items()}
+    return {
+        axes: sum_of_squares(found).to(device) if found else torch.zeros((), dtype=torch.float64, device=device)
+        for axes, found in owned.items()
+    }
 
 
 def global_norm(squares: ByAxes, ranks: ShardingRanks) -> Tensor:
@@ -42,13 +44,12 @@ def global_norm(squares: ByAxes, ranks: ShardingRanks) -> Tensor:
     Args:
         squares: The result of `squares_on_this_rank`; changed in place.
     """
-    total = torch.zeros_like(next(iter(squares.values())))
     # Each sum is reduced only over the ranks that divide its elements, so replicas count once.
     for axes, of_these in squares.items():
         for group in ranks.dividing(axes):
             collectives.all_reduce_sum(of_these, group)
-        total += of_these
-    return total.sqrt()
+    first, *others = squares.values()
+    return sum(others, first).sqrt()
 
 
 def non_zeros_on_this_rank(shards: Sequence[Shard], grads: Sequence[BucketGradients]) -> ByAxes:
@@ -109,10 +110,17 @@ def clip_owned_(
         theirs = norm_parts(others, norm_type).to(total.device)
         total = torch.maximum(total, theirs) if is_largest else total + theirs
     norm = total if is_largest else total.pow(1.0 / norm_type)
-    for grads in (owned, others):
-        if grads:
-            torch._foreach_mul_(grads, clip_factor(norm, max_norm))
+    _scale_(owned + others, clip_factor(norm, max_norm))
     return norm.to(torch.float32)
+
+
+def _scale_(grads: list[Tensor], factor: Tensor) -> None:
+    """Multiply gradients in place, on whichever devices they are."""
+    by_device: dict[torch.device, list[Tensor]] = {}
+    for grad in grads:
+        by_device.setdefault(grad.device, []).append(grad)
+    for device, together in by_device.items():
+        torch._foreach_mul_(together, factor.to(device, non_blocking=True))
 
 
 def _owned_gradients(shards: Sequence[Shard], chosen: Collection[int]) -> list[Tensor]:

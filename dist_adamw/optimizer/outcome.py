@@ -12,6 +12,23 @@ def is_capturing() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
+class HostCopy:
+    """A 0-d tensor's copy on the host, on its way from a CUDA device. Making it waits for nothing."""
+
+    def __init__(self, value: Tensor) -> None:
+        # From pinned memory `read` need not wait for what is queued later, as ``item()`` would.
+        self._value = torch.empty((), dtype=value.dtype, pin_memory=True)
+        self._value.copy_(value, non_blocking=True)
+        self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        # The copy runs on a stream of the value's device, which need not be the current device.
+        self._arrived.record(torch.cuda.current_stream(value.device))
+
+    def read(self) -> float:
+        """Return the value. Waits until the copy has arrived."""
+        self._arrived.synchronize()
+        return self._value.item()
+
+
 class Outcome:
     """The last update's outcome, which the device may know before the host, and the number of applied updates.
 
@@ -23,7 +40,8 @@ class Outcome:
     def __init__(self) -> None:
         self.norm: Tensor | None = None
         self.found_inf: Tensor | None = None
-        self._copy: tuple[Tensor, torch.cuda.Event] | None = None  # its copy on the host, valid after the event
+        self._copy: HostCopy | None = None  # of ``found_inf``
+        self._elsewhere: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
         self._updates = 0
         self._was_skipped = False
 
@@ -52,12 +70,8 @@ class Outcome:
         """Read from the device whether the last update was applied, unless the host knows."""
         if self.found_inf is None:
             return
-        flag = self.found_inf
-        if self._copy is not None:
-            flag, arrived = self._copy
-            arrived.synchronize()
-            self._copy = None
-        self._was_skipped = bool(flag.item())
+        self._was_skipped = bool(self.found_inf.item() if self._copy is None else self._copy.read())
+        self._copy = None
         self.found_inf = None
         self._updates += not self._was_skipped
 
@@ -65,6 +79,7 @@ class Outcome:
         """Begin an update, which counts as skipped until there is something to apply."""
         self.resolve()
         self._was_skipped = True
+        self._elsewhere.clear()
 
     def count(self, updates: int) -> None:
         """Record that the update is applied, and that it makes ``updates``."""
@@ -74,13 +89,24 @@ class Outcome:
     def measure(self, norm: Tensor) -> None:
         """Record that the update is applied only if ``norm``, 0-d, is finite."""
         self.norm = norm.to(torch.float32)
-        self.found_inf = (~torch.isfinite(norm)).to(torch.float32)
-        if norm.device.type == "cuda" and not is_capturing():
-            # Copy it now without waiting. A later ``item()`` would wait for everything queued behind this update.
-            flag = torch.empty((), dtype=torch.float32, pin_memory=True)
-            flag.copy_(self.found_inf, non_blocking=True)
-            self._copy = (flag, torch.cuda.Event())  # type: ignore[no-untyped-call]
-            self._copy[1].record()
+        # inf - inf and nan are not 0. `torch.isfinite` would be five kernels on a GPU, and a conversion another.
+        self.skip_if(torch.ne(norm - norm, 0, out=torch.empty_like(self.norm)))
+
+    def skip_if(self, found_inf: Tensor) -> None:
+        """Record that the update is applied only if ``found_inf``, 0-d fp32, is 0; the host does not wait for it."""
+        self.found_inf = found_inf
+        if found_inf.device.type == "cuda" and not is_capturing():
+            self._copy = HostCopy(found_inf)
+
+    def on_device(self, value: Tensor | None, device: torch.device) -> Tensor | None:
+        """Return a value of this update, such as ``found_inf``, on ``device``; copied once per update and device."""
+        if value is None or value.device == device:
+            return value
+        key = (id(value), device)
+        if key not in self._elsewhere:
+            # The value is kept too, so that its id stays its own.
+            self._elsewhere[key] = (value, value.to(device, non_blocking=True))
+        return self._elsewhere[key][1]
 
     def forget_captured(self) -> None:
         """Forget the outcome of a captured update, which was neither applied nor skipped."""

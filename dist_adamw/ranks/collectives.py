@@ -74,6 +74,18 @@ def serves_host(group: dist.ProcessGroup) -> bool:
     return True
 
 
+def backend_of(group: dist.ProcessGroup, device: torch.device) -> str:
+    """Return the name of the backend, such as "gloo", by which ``group`` sends tensors on ``device``. Local.
+
+    Without a backend in ``init_process_group``, a group has one for each kind of device (``cpu:gloo,cuda:nccl``), and
+    ``dist.get_backend`` names none of them. "" if the group cannot send such tensors.
+    """
+    try:
+        return str(group._get_backend(device).name())
+    except RuntimeError:
+        return ""
+
+
 def all_reduce_sum(value: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
     """Sum ``value`` over the ranks, in place."""
     if world_size(group) > 1:

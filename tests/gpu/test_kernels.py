@@ -13,9 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from dist_adamw.optimizer.kernels.foreach import adamw_update_
 from dist_adamw.optimizer.kernels.triton import available
 from tests.unit.test_mixed import Weights, assert_same_bits, gradients, torch_adamw
-from tests.unit.test_triton_kernel import BF16, FP32, INT16, Bucket, assert_near, everywhere
+from tests.unit.test_triton_kernel import BF16, DEFAULTS, FP32, INT16, Bucket, assert_near, everywhere
 
 CUDA = torch.device("cuda")
 needs_triton = pytest.mark.skipif(
@@ -90,6 +91,31 @@ def test_the_plain_update_has_torchs_bits_on_cuda(master: torch.dtype) -> None:
             copy.grad = grad.float() * scale
         reference.step()
     assert_same_bits(ours.weights(), theirs)
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    "options", [{}, {"betas": (0.8, 0.95), "eps": 0.1}, {"amsgrad": True, "maximize": True}], ids=str
+)
+@pytest.mark.parametrize("master", [FP32, INT16, None])
+def test_the_kernel_has_torchs_bits(master: torch.dtype | None, options: dict[str, Any]) -> None:
+    """fp32 weights, or masters, with clipping: what clip_grad_norm_ and torch.optim.AdamW(fused=True) do."""
+    dtype = FP32 if master is None else BF16
+    amsgrad = options.get("amsgrad", False)
+    ours = Bucket(dtype, dtype, master, amsgrad=amsgrad, device="cuda")
+    weights = [w.clone() for w in ours.weights().split(ours.sizes)]
+    moments = [[m.clone() for m in moment.split(ours.sizes)] for moment in ours.moments]
+    scale = torch.tensor(0.37, device=CUDA)
+    chosen = {k: v for k, v in options.items() if k != "amsgrad"}
+    for seed in range(10):
+        grads = ours.grads(seed)
+        ours.update(grads, scale=scale, **chosen)
+        adamw_update_(
+            weights, moments[0], moments[1], moments[2] if amsgrad else [], list(ours.steps.unbind()), fused=True,
+            grads=[g.float() * scale for g in grads],
+            **{k: v for k, v in {**DEFAULTS, **chosen}.items() if k not in ("scale", "found_inf")},
+        )  # fmt: skip
+    assert_same_bits([ours.weights(), *ours.moments], [torch.cat(column) for column in (weights, *moments)])
 
 
 @pytest.mark.parametrize("master", [FP32, INT16, None])

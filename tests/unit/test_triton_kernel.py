@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import re
 import subprocess
 import sys
 import traceback
@@ -119,16 +118,20 @@ def assert_near(actual: Tensor, expected: Tensor, allowed: Tensor | float, what:
 
 
 def compare(updates: int = 3, device: str = "cpu", options: dict[str, Any] | None = None, **bucket: Any) -> None:
-    """Each update from equal state, within the docstring's tolerance; a bf16 result may be its neighbour."""
+    """Each update from equal state, within the docstring's tolerance; a bf16 result may be its neighbour.
+
+    Betas are rounded to fp32, which is most of the tolerance; test_triton_bits.py compares bits.
+    """
     options = dict(options or {})
     amsgrad = options.pop("amsgrad", False)
     ours, plain = (Bucket(device=device, amsgrad=amsgrad, **bucket) for _ in range(2))
     narrow = 2**-7 if ours.moments[0].dtype == BF16 else 0.0
     lr, scale = float(options.get("lr", 1e-3)), float(options.get("scale") or 1.0)
+    beta_error = tolerance_of(options.get("betas", DEFAULTS["betas"]))
     for seed in range(updates):
         grads = ours.grads(seed)
         grad = torch.cat(grads).float() * scale
-        before = [m.float() for m in ours.moments]
+        before, weights_before = [m.float() for m in ours.moments], plain.weights().clone()
         kept = torch.cat(grads)
         ours.update(grads, **options)
         plain.update_plainly(grads, **options)
@@ -136,14 +139,22 @@ def compare(updates: int = 3, device: str = "cpu", options: dict[str, Any] | Non
         bits = narrow * plain.moments[0].float().abs()
         assert_near(ours.moments[0], plain.moments[0], 3e-7 * (before[0].abs() + grad.abs()) + bits, "exp_avg")
         for i, name in ((1, "exp_avg_sq"), (2, "max_exp_avg_sq"))[: len(before) - 1]:
-            assert_near(ours.moments[i], plain.moments[i], (5e-7 + narrow) * plain.moments[i].float(), name)
+            # 3e-8 for beta rounded to fp32; the interpreter of Triton 3.6 also rounds an fma twice, a GPU does not.
+            allowed = (5e-7 + narrow) * plain.moments[i].float() + 1e-7 * grad.square()
+            assert_near(ours.moments[i], plain.moments[i], allowed, name)
         weights, expected = ours.weights(), plain.weights()
         narrowed = 2**-7 if ours.master is None and ours.params[0].dtype != FP32 else 0.0
-        assert_near(weights, expected, (2e-7 + narrowed) * expected.abs() + 2e-6 * lr, "weights")
+        moved = (expected - weights_before).abs() + lr
+        assert_near(weights, expected, (2.5e-7 + narrowed) * expected.abs() + beta_error * moved, "weights")
         if ours.master is not None and ours.master.dtype == FP32:
             rounded = ours.master.to(ours.params[0].dtype)
             assert torch.equal(torch.cat(ours.params), rounded), "a parameter is not its master rounded to even"
         plain.become(ours)
+
+
+def tolerance_of(betas: tuple[float, float]) -> float:
+    """Return the relative difference of a step whose bias corrections are of betas rounded to fp32."""
+    return 2e-6 + 3e-8 / (1 - betas[1]) + 6e-8 / (1 - betas[0])
 
 
 def everywhere(device: str = "cpu") -> dict[str, Callable[[], None]]:
@@ -267,7 +278,7 @@ def check_first_steps(device: str) -> None:
         ours.update(grads, lr=1.0, betas=(0.9, 0.9999), weight_decay=0.0)
         plain.update_plainly(grads, lr=1.0, betas=(0.9, 0.9999), weight_decay=0.0)
         moved = (plain.weights() - torch.cat(Bucket(dtype=FP32, device=device).params)).abs()
-        assert_near(ours.weights(), plain.weights(), 2e-6 * moved + 1e-6, f"step {step}")
+        assert_near(ours.weights(), plain.weights(), tolerance_of((0.9, 0.9999)) * moved + 1e-6, f"step {step}")
 
 
 def check_many_updates(device: str) -> None:
@@ -280,49 +291,8 @@ def check_many_updates(device: str) -> None:
     assert_near(ours.weights(), plain.weights(), 20 * (1.2e-7 * plain.weights().abs() + 2e-9), "weights")
 
 
-def compiled_loads() -> dict[str, list[int]]:
-    """Compile for a GPU that is not here. By kind: [16-byte loads, stores] in the PTX, and those it should have."""
-    import triton.language as tl
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource, compile
-
-    from dist_adamw.optimizer.kernels import _triton_code as code
-
-    names = code.update.arg_names
-    found = {}
-    for param, master, state in (
-        (tl.bfloat16, "fp32", "fp32"),
-        (tl.bfloat16, "i16", "bf16"),
-        (tl.float32, None, "fp32"),
-    ):
-        constants = {
-            "PARAM": param, "GRAD": param, "REMAINDER": master == "i16", "MAXIMIZE": False, "DECAY_BESIDE_LR": False,
-            "LR_IN_MEMORY": True, "DECAY_IN_MEMORY": False, "ROW_NUMEL": ROW_NUMEL, "TILE": 1024,
-            "max_exp_avg_sqs": None,
-        }  # fmt: skip
-        types = dict.fromkeys(names, "fp32") | {"table": "*i64", "exp_avgs": f"*{state}", "exp_avg_sqs": f"*{state}"}
-        types |= dict.fromkeys(("steps", "scale", "found_inf", "lr"), "*fp32")
-        if master is None:
-            constants["masters"] = None
-        else:
-            types["masters"] = f"*{master}"
-        types |= dict.fromkeys(constants, "constexpr")
-        aligned = {(names.index(n),): [["tt.divisibility", 16]] for n, t in types.items() if t.startswith("*")}
-        source = ASTSource(code.update, types, {(names.index(n),): v for n, v in constants.items()}, aligned)
-        ptx = compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4}).asm["ptx"]
-        size = param.primitive_bitwidth // 8
-        state_bytes = {"fp32": 8, "bf16": 4}[state] + {"fp32": 4, "i16": 2, None: 0}[master]
-        read = state_bytes + 2 * size  # 8 elements a thread: as many half 16 bytes
-        wide = [len(re.findall(rf"{op}\.global[\w.]*\.v4\.b32", ptx)) for op in ("ld", "st")]
-        found[f"{param} {master} {state}"] = [*wide, read // 2, (state_bytes + size) // 2]
-    return found
-
-
-def main(what: str) -> None:
-    """Carry out all cases, or compile; print JSON."""
-    if what == "compile":
-        print(json.dumps(compiled_loads()))
-        return
+def main() -> None:
+    """Carry out all cases; print JSON."""
     results = {}
     for name, case in everywhere().items():
         try:
@@ -336,10 +306,11 @@ def main(what: str) -> None:
 # ---------------------------------------------------------------- the tests
 
 
-def run_as_program(what: str, **environment: str) -> dict[str, Any]:
+def run_as_program(path: str, **environment: str) -> dict[str, Any]:
+    """Run a test module as a program; return the JSON that it prints last."""
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
     done = subprocess.run(
-        [sys.executable, __file__, what], env=env, cwd=ROOT, capture_output=True, text=True, timeout=110, check=False
+        [sys.executable, path], env=env, cwd=ROOT, capture_output=True, text=True, timeout=110, check=False
     )
     assert done.returncode == 0, done.stderr
     results: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -348,22 +319,13 @@ def run_as_program(what: str, **environment: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def interpreted() -> dict[str, Any]:
-    return run_as_program("interpret", TRITON_INTERPRET="1")
+    return run_as_program(__file__, TRITON_INTERPRET="1")
 
 
 @needs_triton
 @pytest.mark.parametrize("name", list(everywhere()))
 def test_the_kernel_is_the_plain_update(name: str, interpreted: dict[str, Any]) -> None:
     assert not interpreted[name], interpreted[name]
-
-
-@needs_triton
-def test_the_compiler_reads_and_writes_16_bytes_at_once(tmp_path: Path) -> None:
-    """Bandwidth depends on this alignment, which an address from a table does not imply."""
-    for name, (loads, stores, loads_due, stores_due) in run_as_program(
-        "compile", TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path)
-    ).items():
-        assert (loads, stores) == (loads_due, stores_due), name
 
 
 def test_everything_imports_without_triton() -> None:
@@ -441,4 +403,4 @@ def test_mistakes_are_refused() -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main()

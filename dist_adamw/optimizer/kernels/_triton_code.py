@@ -8,22 +8,22 @@ and its convention is to write compile-time arguments in capitals.
 
 import triton
 import triton.language as tl
+from triton.language.extra import libdevice
 
 # The number of int64 columns of a row. A constexpr, because a kernel may read no other globals.
 ROW = tl.constexpr(6)
 
 
 @triton.jit
-def _one_minus_power(log_base, exponent):
-    """Return 1 - base ** exponent in fp32, with a relative error of 2e-7.
+def _power(base, exponent, HAS_LIBRARY: tl.constexpr):
+    """Return base ** exponent in fp32, by the device's own ``powf``, as torch's kernel has it.
 
-    The difference of 1 and 0.999 ** 1 in fp32 would have 4 correct digits, and fp64 is slow on many GPUs. So small
-    results use the Taylor series of -expm1, which has no cancellation; its ninth term is below 1e-8 of the first.
+    Triton's interpreter has no such library. There it is computed in fp64 and rounded once.
     """
-    x = log_base * exponent
-    tail = 1.0 + x / 6.0 * (1.0 + x / 7.0 * (1.0 + x / 8.0))
-    series = x * (1.0 + x / 2.0 * (1.0 + x / 3.0 * (1.0 + x / 4.0 * (1.0 + x / 5.0 * tail))))
-    return tl.where(x > -0.5, -series, 1.0 - tl.exp(x))
+    if HAS_LIBRARY:
+        return libdevice.pow(base, exponent)
+    else:
+        return tl.exp(tl.log(tl.cast(base, tl.float64)) * exponent.to(tl.float64)).to(tl.float32)
 
 
 @triton.jit
@@ -62,7 +62,7 @@ def _joined(upper, remainder):
 @triton.jit
 def _update(
     param_address, grad_address, offset, numel, masters, exp_avgs, exp_avg_sqs, max_exp_avg_sqs,
-    scale, decay, step_size, root_correction2, beta1, rest1, beta2, rest2, eps,
+    scale, decay, step_size, root_correction2, beta1, beta2, eps,
     PARAM: tl.constexpr, GRAD: tl.constexpr, REMAINDER: tl.constexpr, MAXIMIZE: tl.constexpr,
     ALIGNED: tl.constexpr, ROW_NUMEL: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
@@ -95,9 +95,10 @@ def _update(
             weight = _followed(tl.load(masters + at, mask=mask, other=0.0), param, PARAM)
         else:
             weight = tl.load(param_at, mask=mask, other=0.0).to(tl.float32)
-        weight -= decay * weight  # 1 - decay would lose most digits of a small decay
-        exp_avg = beta1 * exp_avg + rest1 * grad
-        exp_avg_sq = beta2 * exp_avg_sq + rest2 * grad * grad
+        weight = tl.fma(-decay, weight, weight)
+        exp_avg = tl.fma(beta1, exp_avg, tl.fma(-beta1, grad, grad))
+        square = grad * grad
+        exp_avg_sq = tl.fma(beta2, exp_avg_sq, tl.fma(-beta2, square, square))
         largest = exp_avg_sq
         if max_exp_avg_sqs is not None:
             before = tl.load(max_exp_avg_sqs + at, mask=mask, other=0.0).to(tl.float32)
@@ -120,15 +121,15 @@ def _update(
 @triton.jit
 def update(
     table, masters, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, scale, found_inf, lr, weight_decay,
-    log_beta1, beta1, rest1, log_beta2, beta2, rest2, eps,
+    beta1, beta2, eps,
     PARAM: tl.constexpr, GRAD: tl.constexpr, REMAINDER: tl.constexpr, MAXIMIZE: tl.constexpr,
     DECAY_BESIDE_LR: tl.constexpr, LR_IN_MEMORY: tl.constexpr, DECAY_IN_MEMORY: tl.constexpr,
-    ROW_NUMEL: tl.constexpr, TILE: tl.constexpr,
+    HAS_LIBRARY: tl.constexpr, ROW_NUMEL: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Apply AdamW to this program's row of ``table``.
 
     ``masters``, ``max_exp_avg_sqs``, ``scale`` and ``found_inf`` may be None; ``lr`` and ``weight_decay``
-    are values or addresses. ``rest1`` is 1 - beta1, rounded once.
+    are values or addresses.
     """
     applied = True
     if found_inf is not None:
@@ -138,8 +139,8 @@ def update(
         param_address, grad_address = tl.load(row), tl.load(row + 1)
         offset, numel = tl.load(row + 2), tl.load(row + 3).to(tl.int32)
         step = tl.load(steps + tl.load(row + 4))
-        rate = tl.load(lr).to(tl.float32) if LR_IN_MEMORY else lr
-        decay = tl.load(weight_decay).to(tl.float32) if DECAY_IN_MEMORY else weight_decay
+        rate = tl.cast(tl.load(lr) if LR_IN_MEMORY else lr, tl.float32)
+        decay = tl.cast(tl.load(weight_decay) if DECAY_IN_MEMORY else weight_decay, tl.float32)
         factor = 1.0
         if scale is not None:
             factor = tl.load(scale).to(tl.float32)
@@ -147,18 +148,18 @@ def update(
             decay = tl.where(rate != 0, decay, 0.0)
         else:
             decay = rate * decay
-        step_size = rate / _one_minus_power(log_beta1, step)
-        root_correction2 = tl.sqrt_rn(_one_minus_power(log_beta2, step))
+        step_size = tl.div_rn(rate, 1.0 - _power(beta1, step, HAS_LIBRARY))  # ``/`` would be approximate
+        root_correction2 = tl.sqrt_rn(1.0 - _power(beta2, step, HAS_LIBRARY))
         # Whether a row is aligned is known only at run time, and ALIGNED must be constant: hence two branches.
         if tl.load(row + 5) != 0:
             _update(
                 param_address, grad_address, offset, numel, masters, exp_avgs, exp_avg_sqs, max_exp_avg_sqs,
-                factor, decay, step_size, root_correction2, beta1, rest1, beta2, rest2, eps,
+                factor, decay, step_size, root_correction2, beta1, beta2, eps,
                 PARAM, GRAD, REMAINDER, MAXIMIZE, True, ROW_NUMEL, TILE,
             )  # fmt: skip
         else:
             _update(
                 param_address, grad_address, offset, numel, masters, exp_avgs, exp_avg_sqs, max_exp_avg_sqs,
-                factor, decay, step_size, root_correction2, beta1, rest1, beta2, rest2, eps,
+                factor, decay, step_size, root_correction2, beta1, beta2, eps,
                 PARAM, GRAD, REMAINDER, MAXIMIZE, False, ROW_NUMEL, TILE,
             )  # fmt: skip

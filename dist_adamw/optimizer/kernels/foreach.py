@@ -107,8 +107,13 @@ def _decay_beside_lr(params: list[Tensor], lr: float | Tensor, decay: float, fou
         factor = 1 - decay * (lr != 0) * (1 if found_inf is None else 1 - found_inf)
         torch._foreach_mul_(params, factor.to(params[0].device, params[0].dtype))
         return 0.0
-    beside = decay / lr if lr else 0.0
-    return beside if math.isfinite(beside) else 0.0  # lr below 1e-308 counts as 0
+    return decay_over_lr(lr, decay)
+
+
+def decay_over_lr(lr: float, decay: float) -> float:
+    """Return the weight decay that, multiplied by ``lr``, is ``decay``; 0 if ``lr`` is 0."""
+    over = decay / lr if lr else 0.0
+    return over if math.isfinite(over) else 0.0  # lr below 1e-308 counts as 0
 
 
 def zeros_apart(numel: int, place: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -131,13 +136,16 @@ def sum_of_squares(tensors: list[Tensor]) -> Tensor:
     """Return the sum of squares of all elements, as a 0-d fp64 tensor on the first tensor's device. Local."""
     device = tensors[0].device
     wide = torch.float64 if device.type != "mps" else torch.float32  # MPS has no fp64
-    total = torch.zeros((), dtype=wide, device=device)
+    parts: list[Tensor] = []
     for doubles, dtype in ((True, torch.float64), (False, torch.float32)):
         alike = [t for t in tensors if (t.dtype == torch.float64) == doubles]
         if alike:
             norms = torch._foreach_norm(alike, 2, dtype=dtype)
-            total += torch.stack([norm.to(device) for norm in norms]).to(wide).square().sum()
-    return total
+            # Few operations: on a GPU each is a launch, of a kernel that takes longer to launch than to run.
+            together = torch.stack([norm.to(device) for norm in norms])
+            norm: Tensor = torch.linalg.vector_norm(together, dtype=wide)
+            parts.append(norm.square())
+    return parts[0] if len(parts) == 1 else parts[0] + parts[1]
 
 
 def norm_parts(tensors: list[Tensor], norm_type: float) -> Tensor:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import math
 import os
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -18,7 +17,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from dist_adamw.optimizer.kernels.foreach import DecayBy
+from dist_adamw.optimizer.kernels.foreach import DecayBy, decay_over_lr
 
 # Elements of one row of the table, which one program updates in tiles. With 4096 a bucket of 2 ** 23 gives
 # 2048 programs, several for each multiprocessor; a table of 96 KiB; and tiles that fill 16 bytes a thread.
@@ -164,11 +163,11 @@ def flat_adamw_update_(
 ) -> None:
     """Apply one AdamW update in place to the weights of ``table``, in one launch.
 
-    Computes in fp32, in the order of torch's fused CUDA kernel: decay, moments, denominator, step. Division and square
-    root are correctly rounded, and nothing is contracted. The bits are not torch's, which takes some scalars from fp64
-    and fuses multiplications with additions. One update from the same state agrees with `mixed.mixed_adamw_update_`
-    to 3e-7 of the larger term in each moment, and in a weight to 2e-7 of itself plus 2e-6 lr, so 16-bit parameters may
-    be rounded to a neighbouring value.
+    Computes in fp32 what torch's fused CUDA kernel does (2.11 and later), operation by operation, so that weights and
+    fp32 moments have its bits: ``fma`` where torch has it, correctly rounded division and roots, the device's ``powf``,
+    and hyper-parameters rounded to fp32. This is `mixed.mixed_adamw_update_` on CUDA. On a CPU that follows torch's
+    CPU kernel, which takes betas and bias corrections from fp64: one update from the same state then differs by
+    3e-8 g**2 in ``exp_avg_sq``, and a weight's step by 3e-8 / (1 - betas[1]) of itself, both beside a few ulps.
 
     In a CUDA graph, each replay reads ``scale``, ``found_inf``, ``steps``, and ``lr`` and ``weight_decay`` if they are
     tensors; numbers are frozen. The first call with a new set of dtypes compiles the kernel: make it before the
@@ -207,7 +206,9 @@ def flat_adamw_update_(
         )
     code = importlib.import_module("dist_adamw.optimizer.kernels._triton_code")
     names = {torch.float32: code.tl.float32, torch.bfloat16: code.tl.bfloat16, torch.float16: code.tl.float16}
-    beta1, beta2 = map(float, betas)
+    is_beside_lr = decay_by == "schedule"
+    if is_beside_lr and not (isinstance(lr, Tensor) or isinstance(weight_decay, Tensor)):
+        weight_decay, is_beside_lr = decay_over_lr(lr, weight_decay), False  # for the bits of torch's kernel
     # Triton launches on the current device, which need not be the table's.
     with torch.cuda.device(table.rows.device) if table.rows.is_cuda else nullcontext():
         code.update[(table.rows.shape[0],)](
@@ -221,34 +222,27 @@ def flat_adamw_update_(
             found_inf,
             _kernel_argument(lr),
             _kernel_argument(weight_decay),
-            _log(beta1),
-            beta1,
-            1 - beta1,
-            _log(beta2),
-            beta2,
-            1 - beta2,
+            float(betas[0]),
+            float(betas[1]),
             float(eps),
             PARAM=names[table.param_dtype],
             GRAD=names[table.grad_dtype],
             REMAINDER=master is not None and master.dtype == torch.int16,
             MAXIMIZE=maximize,
-            DECAY_BESIDE_LR=decay_by == "schedule",
+            DECAY_BESIDE_LR=is_beside_lr,
             LR_IN_MEMORY=isinstance(lr, Tensor),
             DECAY_IN_MEMORY=isinstance(weight_decay, Tensor),
+            HAS_LIBRARY=table.rows.is_cuda,
             ROW_NUMEL=ROW_NUMEL,
             TILE=_TILE,
             num_warps=_WARPS,
-            enable_fp_fusion=False,  # the default depends on Triton's version, and so would the bits
+            enable_fp_fusion=True,  # as in nvcc's build of ``powf``; the default depends on Triton's version
         )
 
 
 def _kernel_argument(scalar: float | Tensor) -> float | Tensor:
     """Return a tensor as it is, and a number as a float, since Triton would compile another kernel for an int."""
     return scalar if isinstance(scalar, Tensor) else float(scalar)
-
-
-def _log(beta: float) -> float:
-    return math.log(beta) if beta > 0 else -1e30  # its multiples do not overflow fp32
 
 
 def _check_state(table: BlockTable, master: Tensor | None, moments: list[Tensor], steps: Tensor) -> None:

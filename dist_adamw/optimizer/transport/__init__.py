@@ -1,4 +1,4 @@
-"""Send slices of buckets between ranks. `make_transport` chooses the transport for the backend.
+"""Send slices of buckets between ranks. `make_transport` chooses by the backend that serves the parameters' device.
 
 Results are the same on every backend, up to the order of summation.
 """
@@ -12,6 +12,7 @@ from dist_adamw.optimizer.transport.base import Transport
 from dist_adamw.optimizer.transport.collective import CollectiveTransport
 from dist_adamw.optimizer.transport.gloo import GlooTransport
 from dist_adamw.optimizer.transport.layout import FlatLayout
+from dist_adamw.ranks import collectives
 
 
 def make_transport(
@@ -22,7 +23,7 @@ def make_transport(
     replicas: dist.ProcessGroup | None = None,
     tag: int = 0,
 ) -> Transport:
-    """Return a transport for ``group``'s backend. Local.
+    """Return a transport for ``group``'s backend for the device of ``params``. Local.
 
     Args:
         layout: The layout whose buckets are sent.
@@ -31,5 +32,6 @@ def make_transport(
         replicas: The ranks that own the same slices as this one, over which gradients are averaged too.
         tag: Distinguishes the messages of several optimizers; the same on all ranks.
     """
-    kind = GlooTransport if dist.get_backend(group) == "gloo" else CollectiveTransport
+    is_gloo = collectives.backend_of(group, params[0].device) == "gloo"
+    kind = GlooTransport if is_gloo else CollectiveTransport
     return kind(layout, params, group=group, replicas=replicas, tag=tag)
