@@ -224,7 +224,7 @@ class DistAdamW(AttachedOptimizer):
         self._consolidated = None
         for shard, buckets in zip(shards, grads, strict=True):
             if shard.gradients.any_grad:
-                shard.count_update(self._outcome.found_inf)
+                shard.count_update(self._outcome.on_device(self._outcome.found_inf, shard.steps.device))
                 self._update(shard, buckets, clip)
         if is_capturing():
             self._outcome.forget_captured()
@@ -252,13 +252,16 @@ class DistAdamW(AttachedOptimizer):
     def _update(self, shard: Shard, grads: BucketGradients, clip: Tensor | None) -> None:
         """Update this rank's slices of ``shard``, and send each bucket while the next one is computed. Collective."""
         sent: list[InFlightBucket] = []
+        clip, found_inf = (
+            self._outcome.on_device(value, shard.steps.device) for value in (clip, self._outcome.found_inf)
+        )
         for k, bucket in enumerate(grads):
             update_bucket(
                 shard,
                 k,
                 bucket,
                 clip=clip,
-                found_inf=self._outcome.found_inf,
+                found_inf=found_inf,
                 fused=is_fused(shard, self.fused),
                 decay_by=self.decay_by,
             )

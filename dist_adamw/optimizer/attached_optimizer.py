@@ -57,6 +57,7 @@ class AttachedOptimizer(SavableOptimizer):
             has_changes=changed,
             options=self._digest_options(),
             check_changes=self._compare,
+            hosts=self._ranks.comparing(),
         ):
             return False
         self._follow(changed, is_agreed=self._path.agreement.asks_for_changes)
@@ -178,7 +179,7 @@ class AttachedOptimizer(SavableOptimizer):
         self._tag = attaching.new_tag(self._ranks)
         for shard in self.shards:
             shard.retag(self._tag)
-        path.messages.open(self._ranks.groups, self._tag)
+        path.messages.open(self._ranks.groups, self._tag, self._all_params()[0].device)
         return path
 
     @torch.no_grad()

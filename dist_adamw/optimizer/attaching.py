@@ -131,7 +131,7 @@ def warn_of_local_gradients(
     assert group is not None
     grads = [param.grad for param in params if param.grad is not None]
     value = agreement.fingerprint({"": fingerprints([grad for grad in grads if grad.layout == torch.strided])})
-    extremes = torch.tensor([value, -value], device=None if dist.get_backend(group) == "gloo" else device)
+    extremes = torch.tensor([value, -value], device="cpu" if collectives.serves_host(group) else device)
     for one in ranks.groups:
         dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=one)
     most, minus_least = extremes.tolist()

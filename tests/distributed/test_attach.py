@@ -547,7 +547,7 @@ def test_buckets_are_sent_while_backward_goes_on(way: str, overlaps: bool) -> No
 def check_sent_without_messages(way: dict[str, Any]) -> tuple[int, int]:
     """Disable announcements between ranks, as over NCCL."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(RankMessages, "open", lambda self, groups, tag: None)
+        patch.setattr(RankMessages, "open", lambda self, groups, tag, device: None)
         return check_sent_during_backward(way)
 
 

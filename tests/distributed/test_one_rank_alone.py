@@ -88,7 +88,7 @@ def check_state_before(call: str) -> None:
     model = wrap(layers(), gradient_as_bucket_view=False)
     optimizer = ours(model.parameters())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(RankMessages, "open", lambda self, groups, tag: None)
+        patch.setattr(RankMessages, "open", lambda self, groups, tag, device: None)
         attach(optimizer, model, aside=False)
     for step in range(3):
         loss_of(model, step).backward()

@@ -44,12 +44,6 @@ ATTACHED: dict[str, dict[str, Any]] = {
     "attached, a parameter without a gradient": {"attach": True, "missing": 1},
     "attached, reduce_every_backward": {"attach": True, "reduce_every_backward": True},
 }
-# dist_adamw/optimizer/adamw.py and below have these; the reason says what is to be done.
-KNOWN = {
-    "a parameter without a gradient": "Shard.count_update copies from pageable memory",
-    "two devices, max_grad_norm": "the update does not use Outcome.on_device",
-    **dict.fromkeys(ATTACHED, "UpdateAgreement._largest reduces on the device and reads the result"),
-}
 
 
 def measured(notes: Notes, options: dict[str, Any]) -> dict[str, Any]:
@@ -135,11 +129,9 @@ def counted(world_size: int) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", [*OPTIONS, *ATTACHED])
-def test_the_host_never_waits_in_a_steady_update(name: str, found: dict[str, Any], request: Any) -> None:
+def test_the_host_never_waits_in_a_steady_update(name: str, found: dict[str, Any]) -> None:
     if name not in found:
         pytest.skip("needs several ranks")
-    if name in KNOWN:
-        request.applymarker(pytest.mark.xfail(reason=KNOWN[name], strict=False))
     counts = found[name]
     assert "error" not in counts, counts["error"]
     assert counts["waits"] == {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 import torch.distributed as dist
 
 from dist_adamw.errors import AgreementError
@@ -95,15 +96,16 @@ class RankMessages:
         self._is_announced = False
         self._rollcall: Rollcall | None = None
 
-    def open(self, groups: Sequence[dist.ProcessGroup], tag: int) -> None:
-        """Open the channel if the backend can send messages from the host (gloo). Local.
+    def open(self, groups: Sequence[dist.ProcessGroup], tag: int, device: torch.device) -> None:
+        """Open the channel if buckets are sent by messages from the host (gloo). Local.
 
         Args:
             groups: The ranks that share state, and perhaps the replicas.
             tag: A new one, the same on all ranks of ``groups``.
+            device: That of the parameters.
         """
         self.groups, self.tag = groups, tag
-        if dist.get_backend(groups[0]) == "gloo":
+        if collectives.backend_of(groups[0], device) == "gloo":
             self._rollcall = Rollcall(groups[0], tag, width=16)
 
     def close(self) -> None:

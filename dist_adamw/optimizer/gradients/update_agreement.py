@@ -18,7 +18,7 @@ from dist_adamw.optimizer.gradients.registry import Path, gather_from_owners
 from dist_adamw.optimizer.gradients.sending import Sender
 from dist_adamw.optimizer.gradients.sources import GradientSources
 from dist_adamw.optimizer.gradients.unannounced import UnannouncedGradients
-from dist_adamw.ranks import agreement
+from dist_adamw.ranks import agreement, collectives
 
 _gradient, _requires_grad = operator.attrgetter("grad"), operator.attrgetter("requires_grad")
 
@@ -51,6 +51,7 @@ class UpdateAgreement:
         self._backward, self._unannounced = backward, unannounced
         self._messages, self._record, self._overlap = messages, record, overlap
         self._has_ended = False
+        self._hosts: Sequence[dist.ProcessGroup] = ()
         self.asks_for_changes = False
         self.needed_rounds = 0
 
@@ -66,6 +67,7 @@ class UpdateAgreement:
         has_changes: bool,
         options: int,
         check_changes: Callable[[], object],
+        hosts: Sequence[dist.ProcessGroup] = (),
     ) -> bool:
         """Make sure that every rank has every gradient that some rank has. Collective.
 
@@ -74,6 +76,7 @@ class UpdateAgreement:
             options: Digest of the hyper-parameters of all groups.
             check_changes: Called on every rank if some rank has changes or other hyper-parameters; raises if ranks
                 differ.
+            hosts: Groups of the same ranks that can reduce host tensors, see `ShardingRanks.comparing`.
 
         Returns:
             Whether there is any gradient.
@@ -83,6 +86,7 @@ class UpdateAgreement:
                 inside ``no_sync``. On every rank.
         """
         record, sources = self._record, self._sources
+        self._hosts = hosts
         self._check_may_update()
         self._finish_backward()
         # DDP itself makes its ranks agree on which of its parameters have a gradient.
@@ -218,11 +222,13 @@ class UpdateAgreement:
         self, values: Sequence[int], group: dist.ProcessGroup, replicas: dist.ProcessGroup | None
     ) -> list[int]:
         """Return the largest of each value over all ranks. Collective."""
-        device = self._sources.known[0].device if dist.get_backend(group) != "gloo" else torch.device("cpu")
+        groups = [ranks for ranks in (group, replicas) if ranks is not None]
+        if not collectives.serves_host(group):
+            groups = list(self._hosts) or groups  # reading a result on the device would wait for it
+        device = torch.device("cpu") if collectives.serves_host(groups[0]) else self._sources.known[0].device
         largest = torch.tensor(values, dtype=torch.int64, device=device)
-        for ranks in (group, replicas):
-            if ranks is not None:
-                dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=ranks)
+        for ranks in groups:
+            dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=ranks)
         return [int(n) for n in largest.tolist()]
 
     def _fill_in(self, params: Sequence[Tensor], present: Sequence[bool]) -> None:

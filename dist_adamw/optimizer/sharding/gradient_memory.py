@@ -163,7 +163,7 @@ class _Sent:
 
 def _view(flat: Tensor, start: int, param: Tensor) -> Tensor:
     """Return a view like ``param`` with a version counter of its own, which shows changes to this gradient alone."""
-    return flat.new_empty(0).set_(flat.untyped_storage(), start, param.shape, param.stride())
+    return flat.as_strided(param.shape, param.stride(), start).data  # ``data`` does not share the counter
 
 
 def _is_plain(grad: Tensor, view: Tensor) -> bool:

@@ -86,10 +86,7 @@ class Shard:
         self.is_mixed = any(dtype != like.dtype for dtype in dtypes.values())
         self.steps = torch.zeros(len(params), dtype=torch.float32, device=like.device)
         self.gradients = OwnedGradients(params, self.layout, self.owned.pieces)
-        self._counted = (
-            [False] * len(params),
-            torch.zeros_like(self.steps),
-        )  # which have a gradient, on host and device
+        self._mask: tuple[list[bool], Tensor] | None = None
         self._members: dict[int, list[Tensor]] = {}
         self._build_views()
         if "master" in self.moments:
@@ -262,14 +259,16 @@ class Shard:
         # Subtracted on the device, so that the host need not wait for ``found_inf``.
         one = 1.0 if found_inf is None else 1.0 - found_inf
         has_grad = self.gradients.has_grad
-        if all(has_grad):
-            self.steps.add_(one)
-            return
-        if (
-            self._counted[0] != has_grad or self._counted[1].device != self.steps.device
-        ):  # a copy that the host waits for
-            self._counted = (has_grad, torch.tensor(has_grad, dtype=torch.float32, device=self.steps.device))
-        self.steps.add_(self._counted[1] * one)
+        self.steps.add_(one if all(has_grad) else self._mask_of(has_grad) * one)
+
+    def _mask_of(self, has_grad: list[bool]) -> Tensor:
+        """Return 1 for each parameter with a gradient, else 0; copied to the device only when that changes. Local."""
+        mask, device = self._mask, self.steps.device
+        if mask is None or mask[0] != has_grad or mask[1].device != device:
+            # From pinned memory the copy does not wait for the device.
+            host = torch.tensor(has_grad, dtype=torch.float32, pin_memory=device.type == "cuda")
+            mask = self._mask = (list(has_grad), host.to(device, non_blocking=True))
+        return mask[1]
 
     def operands_of(self, i: int) -> Iterator[tuple[Operands, int]]:
         """Yield the operands of each bucket in which this rank owns a piece of parameter ``i``, and its index there."""
