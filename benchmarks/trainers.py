@@ -12,6 +12,7 @@ trainers may live at a time, and it is built last (`build_all` does).
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import importlib
 import random
@@ -43,9 +44,8 @@ class Task:
     Attributes:
         model: Makes the model, with the same weights each time.
         groups: Makes the optimizer's groups of a model, which an engine may have changed.
-        dataset: At least ``updates`` global batches.
+        dataset: More global batches than any trainer makes updates.
         batch: Samples of a micro-batch on one rank.
-        updates: The most updates that one trainer makes.
         accumulation: Micro-batches of an update.
         bf16: Whether forward runs under autocast in bfloat16.
         clip: The largest norm of gradients; None: not clipped.
@@ -56,7 +56,6 @@ class Task:
     groups: Callable[[nn.Module], list[Group]]
     dataset: Dataset[Any]
     batch: int
-    updates: int
     accumulation: int = 1
     bf16: bool = False
     clip: float | None = None
@@ -146,6 +145,7 @@ class TorchTrainer(Trainer):
         optimizer: Its optimizer.
         accumulate: Returns a context in which backward does not synchronise gradients.
         detail: How it is set up.
+        clip: Clips the global norm, if torch's function cannot.
     """
 
     def __init__(
@@ -156,7 +156,9 @@ class TorchTrainer(Trainer):
         *,
         accumulate: Callable[[], contextlib.AbstractContextManager[None]],
         detail: str,
+        clip: Callable[[float], Any] | None = None,
     ) -> None:
+        self._clip = clip or functools.partial(torch.nn.utils.clip_grad_norm_, list(module.parameters()))
         self.task, self.module, self.optimizer, self.detail = task, module, optimizer, detail
         self.scheduler = CosineAnnealingWarmRestarts(optimizer, UPDATES_IN_A_CYCLE)
         self._accumulate = accumulate
@@ -173,7 +175,7 @@ class TorchTrainer(Trainer):
                 (loss / self.task.accumulation).backward()
             losses.append(float(loss.detach()))
         if self.task.clip is not None:
-            torch.nn.utils.clip_grad_norm_(self.module.parameters(), self.task.clip)
+            self._clip(self.task.clip)
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad()
@@ -214,7 +216,8 @@ def _fairscale(task: Task, *, sharded: bool) -> Trainer:
     if sharded:  # with its default buffer the losses are wrong from the third update on (fairscale 0.4.13)
         module = data_parallel.ShardedDataParallel(model, optimizer, reduce_buffer_size=0)
     detail = "fused, reduce_buffer_size=0" if sharded else "fused"
-    return TorchTrainer(task, module, optimizer, accumulate=module.no_sync, detail=detail)
+    clip = optimizer.clip_grad_norm if sharded else None  # a rank has gradients of its own parameters only
+    return TorchTrainer(task, module, optimizer, accumulate=module.no_sync, detail=detail, clip=clip)
 
 
 def _fsdp2(task: Task) -> Trainer:

@@ -73,7 +73,6 @@ def task(options: argparse.Namespace, groups: str) -> Task:
         groups=groups_of,
         dataset=Rows(tokens),
         batch=options.batch,
-        updates=updates,
         accumulation=options.accumulation,
         bf16=options.precision == "bf16",
         clip=options.clip,
