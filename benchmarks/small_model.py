@@ -71,9 +71,10 @@ def show(found: Sequence[records.Record]) -> None:
     seconds = {record["engine"]: record["seconds"] for record in found}
     within = [a / b for a, b in zip(seconds[OURS], seconds[ACCELERATE], strict=True)]
     low, middle, high = quantiles(within, n=4)
+    ms = {name: median(times) * 1e3 for name, times in seconds.items()}
     print(
-        f"{found[0]['number_of_groups']:4} groups: DistAdamW {median(seconds[OURS]) * 1e3:.2f} ms an update, "
-        f"Accelerate {median(seconds[ACCELERATE]) * 1e3:.2f} ms; ratio within rounds {middle:.2f} [{low:.2f} {high:.2f}]",
+        f"{found[0]['number_of_groups']:4} groups: DistAdamW {ms[OURS]:.2f} ms an update, Accelerate "
+        f"{ms[ACCELERATE]:.2f} ms; ratio within rounds {middle:.2f} [{low:.2f} {high:.2f}]",
         flush=True,
     )
 
