@@ -6,7 +6,8 @@ have 8 elements, so arithmetic is next to nothing. What is left is Python, the d
 preparation of messages. Waiting for other ranks is not in it, and neither is gloo's own path: with the fake backend the
 transport is `CollectiveTransport`, which serves NCCL too, and ranks exchange no messages about their gradients.
 
-A window is one update; its parts are timed one after the other:
+A window is one update; its parts are timed one after the other, in processor time (nothing waits here, and processor
+time does not grow with what else runs on the machine):
 
     backward   of a chain of layers with 50 tensors each, whose backward makes the gradients; an attached optimizer's
                hooks run in it. What the layers and autograd take without hooks is what the engines that are not
@@ -83,12 +84,12 @@ class Updates:
             self.optimizer.attach(self.model)
 
     def update(self) -> tuple[float, ...]:
-        """Make one update; return the seconds of PARTS."""
+        """Make one update; return the processor seconds of PARTS."""
         loss = self.model(torch.zeros(()))
-        times = [time.perf_counter()]
+        times = [time.process_time()]
         for part in (loss.backward, self.optimizer.step, self.optimizer.zero_grad):
             part()
-            times.append(time.perf_counter())
+            times.append(time.process_time())
         return tuple(b - a for a, b in itertools.pairwise(times))
 
 
@@ -139,9 +140,9 @@ def time_schedulers(groups: int, *, rounds: int) -> list[records.Record]:
     for _ in range(WARM + 20 * rounds):
         for name, (optimizer, scheduler) in schedulers.items():
             optimizer.step()
-            began = time.perf_counter()
+            began = time.process_time()
             scheduler.step()
-            seconds[name].append(time.perf_counter() - began)
+            seconds[name].append(time.process_time() - began)
     common = {"kind": "scheduler_cost", "groups": groups}
     return [{**common, "engine": name, "seconds": times[WARM:]} for name, times in seconds.items()]
 

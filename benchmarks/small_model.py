@@ -60,10 +60,10 @@ def measure(options: argparse.Namespace, count: int) -> list[records.Record]:
     difference = max(abs(a - b) for a, b in zip(*losses.values(), strict=True))
     if not difference <= LOSS_TOLERANCE:
         raise RuntimeError(f"losses differ by {difference:.3g}, tolerance {LOSS_TOLERANCE}: {losses}")
-    seconds = interleaved(trainers, warm_up=WARM, rounds=options.rounds, updates=UPDATES)
+    times = interleaved(trainers, warm_up=WARM, rounds=options.rounds, updates=UPDATES)
     common = {"kind": "small_model", "ranks": dist.get_world_size(), "number_of_groups": count}
     common |= {"tensors": 2 * LAYERS, "largest_difference": difference}
-    return [{**common, "engine": name, "seconds": times} for name, times in seconds.items()]
+    return [{**common, "engine": name, **took.fields()} for name, took in times.items()]
 
 
 def show(found: Sequence[records.Record]) -> None:

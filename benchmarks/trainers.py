@@ -16,7 +16,6 @@ import functools
 import gc
 import importlib
 import random
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,9 +28,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts
 from torch.utils.data import DataLoader, Dataset
 
-from benchmarks import ranks
 from benchmarks.engines import OURS, Skip
 from benchmarks.groups import RECIPE, Group
+from benchmarks.times import Stopwatch, Times, Took, of_all_ranks
 
 ACCELERATE = "Accelerate: DDP + AdamW"
 UPDATES_IN_A_CYCLE = 1_000_000  # the schedules run, but lr stays the same to 1e-9 in a few hundred updates
@@ -271,8 +270,8 @@ def build_all(names: Sequence[str], task: Task) -> tuple[dict[str, Trainer], dic
     return trainers, skipped
 
 
-def interleaved(trainers: dict[str, Trainer], *, warm_up: int, rounds: int, updates: int = 1) -> dict[str, list[float]]:
-    """Return the seconds of an update by trainer and round, those of the slowest rank. Collective.
+def interleaved(trainers: dict[str, Trainer], *, warm_up: int, rounds: int, updates: int = 1) -> dict[str, Times]:
+    """Return the times of an update by trainer. Collective.
 
     Args:
         trainers: The trainers; their order is random in each round, the same on all ranks.
@@ -280,19 +279,18 @@ def interleaved(trainers: dict[str, Trainer], *, warm_up: int, rounds: int, upda
         rounds: Rounds that count.
         updates: Consecutive updates in a round.
     """
-    mine: dict[str, list[float]] = {name: [] for name in trainers}
+    mine: dict[str, list[Took]] = {name: [] for name in trainers}
     order, shuffle = list(trainers), random.Random(0)
-    for k in range(warm_up + rounds):
+    for _ in range(warm_up + rounds):
         shuffle.shuffle(order)
         for name in order:
             dist.barrier()
-            began = time.perf_counter()
+            watch = Stopwatch()
             for _ in range(updates):
                 trainers[name].update()
-            if k >= warm_up:
-                mine[name].append((time.perf_counter() - began) / updates)
-    by_rank = ranks.gathered(mine)
-    return {name: [max(times) for times in zip(*(one[name] for one in by_rank), strict=True)] for name in mine}
+            wall, cpu = watch.read()
+            mine[name].append((wall / updates, cpu / updates))
+    return of_all_ranks({name: took[warm_up:] for name, took in mine.items()})
 
 
 def recipe(**changes: Any) -> dict[str, Any]:

@@ -5,8 +5,9 @@ default, one thread each. The engines are used as scripts use them: see `benchma
 
 One measured step includes fetching its micro-batches from a loader (samples lie in memory), forward and backward of
 each micro-batch with ``.item()`` of its loss, with ``--clip`` clipping the global norm, the optimizer's step, the
-schedule's, and ``zero_grad()``. A barrier starts it; its length is that of the slowest rank. No engine leaves work for
-later: all parameters are there at the end of ``step``, and FSDP2 gathers them in the forward that it is timed with.
+schedule's, and ``zero_grad()``. A barrier starts it; its length is that of the slowest rank. Records have the processor
+time of all ranks too, which other programs on the machine lengthen less. No engine leaves work for later: all
+parameters are there at the end of ``step``, and FSDP2 gathers them in the forward that it is timed with.
 
 All engines live in the same processes and train on the same batches. Rounds go over them in a new random order each;
 ratios are taken within a round. Each combination of ``--ranks``, ``--precision`` and ``--accumulation`` has processes
@@ -117,7 +118,7 @@ def measure(options: argparse.Namespace, groups: str) -> list[records.Record]:
     trainers, skipped = build_all(options.engines, todo)
     found = losses(trainers, skipped)
     differences = largest_differences(found, LOSS_TOLERANCE if options.precision == "fp32" else float("inf"))
-    seconds = interleaved(trainers, warm_up=WARM, rounds=options.rounds)
+    times = interleaved(trainers, warm_up=WARM, rounds=options.rounds)
     common = {
         "kind": "training_step",
         "ranks": dist.get_world_size(),
@@ -138,9 +139,9 @@ def measure(options: argparse.Namespace, groups: str) -> list[records.Record]:
             "number_of_groups": len(trainers[name].optimizer.param_groups),
             "losses": found[name],
             "largest_difference": differences[name],
-            "seconds": times,
+            **took.fields(),
         }
-        for name, times in seconds.items()
+        for name, took in times.items()
     ]
     return measured + [{**common, "engine": name, "skipped": reason} for name, reason in skipped.items()]
 
@@ -159,6 +160,7 @@ def show(found: Sequence[records.Record]) -> None:
             continue
         took = median(record["seconds"])
         line = f"  {record['engine']:32} {took:8.4f} s/step {record['tokens'] / took:9.0f} tokens/s"
+        line += f" {median(record['cpu_seconds']):8.4f} s of processors"
         if ours is not None and len(ours) > 1:
             within = quantiles([a / b for a, b in zip(record["seconds"], ours, strict=True)], n=4)
             line += f"   x DistAdamW within rounds {within[1]:.3f} [{within[0]:.3f} {within[2]:.3f}]"

@@ -27,8 +27,9 @@ computes nothing else. What Python and autograd spend on that is in the window, 
 has next to no computation to overlap with: this compares the work that engines do, not how well they overlap it, for
 which there are `overlap` and `training_step`. Not included either: the scheduler, clipping, the data.
 
-A barrier starts each window; its length is that of the slowest rank. ``--groups`` are the optimizer's parameter groups,
-the same for every engine: see `benchmarks.groups`.
+A barrier starts each window; its length is that of the slowest rank. Records have the processor time of all ranks too
+(from before the barrier on), which other programs on the machine lengthen less. ``--groups`` are the optimizer's
+parameter groups, the same for every engine: see `benchmarks.groups`.
 
 All engines live in the same processes. Rounds go over them in a new random order each; ratios are
 taken within a round. Before anything is timed every engine makes 3 updates with eps=0.1 and 3 with
@@ -55,8 +56,10 @@ import torch.distributed as dist
 from benchmarks import isolated, ranks, records
 from benchmarks.engines import BUILDERS, OURS, Engine, Skip, build
 from benchmarks.groups import GROUPS, RECIPE
+from benchmarks.times import Stopwatch, Took, of_all_ranks
 from benchmarks.workloads import ALLOCATED, KEPT, TITLES, WORKLOADS, Workload
 
+WARM_UP = 2  # rounds
 UPDATES_CHECKED = 3
 # The weights move by about lr = 1e-3 an update; a wrong gradient scale shows as 1e-4 and more.
 TOLERANCE = 2e-6
@@ -146,19 +149,16 @@ def time_workload(workload: Workload, chosen: Sequence[str], *, rounds: int) -> 
             skipped[engine_name] = str(reason)
     differences, failed = check(engines, workload)
     skipped |= failed
-    seconds: dict[str, list[float]] = {engine_name: [] for engine_name in engines}
+    mine: dict[str, list[Took]] = {engine_name: [] for engine_name in engines}
     order = list(engines)
     shuffle = random.Random(0)
-    for update in range(2 + rounds):  # two rounds to warm up
+    for update in range(WARM_UP + rounds):
         shuffle.shuffle(order)
         for engine_name in order:
-            took = advance(engines[engine_name], workload, update)
-            if update >= 2:
-                seconds[engine_name].append(took)
-    slowest = [
-        {k: max(times) for k, times in enumerate(zip(*by_rank, strict=True))}
-        for by_rank in zip(*[list(s.values()) for s in ranks.gathered(seconds)], strict=True)
-    ]
+            watch = Stopwatch()
+            wall = advance(engines[engine_name], workload, update)
+            mine[engine_name].append((wall, watch.read()[1]))
+    times = of_all_ranks({engine_name: took[WARM_UP:] for engine_name, took in mine.items()})
     common = {
         "kind": "update_phase",
         "workload": workload.name,
@@ -176,9 +176,9 @@ def time_workload(workload: Workload, chosen: Sequence[str], *, rounds: int) -> 
             "detail": engines[engine_name].detail,
             "sharded": engines[engine_name].sharded,
             "largest_difference": differences[engine_name],
-            "seconds": list(times.values()),
+            **took.fields(),
         }
-        for engine_name, times in zip(seconds, slowest, strict=True)
+        for engine_name, took in times.items()
     ]
     return found + [{**common, "engine": k, "skipped": reason} for k, reason in skipped.items()]
 

@@ -33,7 +33,7 @@ from benchmarks.groups import GROUPS
 from benchmarks.workloads import ALLOCATED, KEPT, TITLES, WORKLOADS, Workload
 from dist_adamw.optimizer import adamw, sharded_optimizer, update_bucket
 from dist_adamw.optimizer.gradients import backward, ddp, gradients_for_update, update_agreement
-from dist_adamw.optimizer.sharding import shard
+from dist_adamw.optimizer.sharding import owned_gradients
 from dist_adamw.optimizer.transport import gloo
 
 ENGINES = (OURS, OURS_WITHOUT_DDP)
@@ -51,7 +51,7 @@ PARTS: list[tuple[str, Any, str]] = [
     ("step: complete", update_agreement.UpdateAgreement, "complete"),
     ("step: arrive", gradients_for_update.GradientsForUpdate, "arrive"),
     ("step: follow the user", sharded_optimizer.ShardedOptimizer, "_follow"),
-    ("step: owned_grads", shard.Shard, "owned_grads"),
+    ("step: owned gradients", owned_gradients.OwnedGradients, "owned"),
     ("step: AdamW", update_bucket, "adamw_update_"),
     ("gather: start", gloo.GlooTransport, "start_gather"),
     ("gather: finish", gloo.GlooTransport, "finish_gather"),
