@@ -174,6 +174,7 @@ def main() -> None:
     parser.add_argument("--scheduled-groups", nargs="+", type=int, default=list(SCHEDULED_GROUPS))
     options = parser.parse_args()
     torch.set_num_threads(1)
+    gc.freeze()  # what was imported, so that the collections between updates are short
     records.append(options.out, [records.environment()])
     for count in options.scheduled_groups:
         found = time_schedulers(count, rounds=options.rounds)
