@@ -3,8 +3,8 @@
 Run ``python -m benchmarks.before_after <commit> --out results.jsonl``, with nothing else on the machine. Two
 consecutive runs differ by 10% on a shared machine; rounds within a second of each other do not.
 
-The commit's ``dist_adamw`` and ``benchmarks`` are unpacked next to this code under other names, so both must have the
-engines that are compared. Measurements:
+The commit's ``dist_adamw`` is unpacked next to this code under another name, and both are measured with this
+code's ``benchmarks``. Measurements:
 
     update phase   as in `update_phase`: the slowest rank's seconds
     masters        a step of bf16 weights with fp32 masters, not sharded: seconds of processor time on each rank
@@ -34,33 +34,34 @@ import torch
 
 import dist_adamw
 from benchmarks import engines, ranks, records, update_phase, workloads
+from benchmarks.groups import GROUPS
 
 BEFORE = "_before"
 MASTERS = "masters"
+CASES = (engines.OURS, engines.OURS_WITHOUT_DDP, MASTERS)
 WARM_UP = 5
 Turn = Callable[[int], float]  # seconds of one round
 
 
 def unpack(commit: str, folder: Path) -> None:
-    """Write the packages of ``commit`` into ``folder``, each under its name and ``_before``.
+    """Write the package of ``commit`` into ``folder``, under its name and ``_before``.
 
     Raises:
         subprocess.CalledProcessError: there is no such commit.
     """
-    command = ["git", "archive", commit, "dist_adamw", "benchmarks"]
+    command = ["git", "archive", commit, "dist_adamw"]
     archive = subprocess.run(command, cwd=ranks.ROOT, check=True, capture_output=True).stdout
     with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
         tar.extractall(folder, filter="data")
-    for package in ("dist_adamw", "benchmarks"):
-        (folder / package).rename(folder / f"{package}{BEFORE}")
+    (folder / "dist_adamw").rename(folder / f"dist_adamw{BEFORE}")
     for path in folder.rglob("*.py"):
-        path.write_text(re.sub(r"\b(dist_adamw|benchmarks)\b", rf"\1{BEFORE}", path.read_text()))
+        path.write_text(re.sub(r"\bdist_adamw\b", f"dist_adamw{BEFORE}", path.read_text()))
 
 
-def update_turn(of: Any, shapes: Any, name: str, engine: str, rank: int) -> Turn:
-    """Run one update of ``engine`` on workload ``name``. Collective."""
-    workload = shapes.Workload.named(name, rank=rank)
-    built = of.build(engine, workload)
+def update_turn(package: Any, workload: workloads.Workload, *, ddp: bool) -> Turn:
+    """Run one update with ``package``'s optimizer. Collective."""
+    built = engines.dist_adamw_engine(workload, ddp=ddp, package=package)
+    built.forward()
     return lambda update: max(ranks.gathered(update_phase.advance(built, workload, update)))
 
 
@@ -97,27 +98,24 @@ def compare(before: Turn, after: Turn, rounds: int) -> tuple[list[float], list[f
 def work(options: argparse.Namespace) -> None:
     """Run one rank."""
     sys.path.append(str(options.folder))
-    old, old_engines, old_workloads = (
-        importlib.import_module(name)
-        for name in (f"dist_adamw{BEFORE}", f"benchmarks{BEFORE}.engines", f"benchmarks{BEFORE}.workloads")
-    )
+    packages = importlib.import_module(f"dist_adamw{BEFORE}"), dist_adamw
     with ranks.joined() as (rank, size):
         if rank == 0:
             records.append(options.out, [records.environment()])
         for name in options.workloads:
-            for case in (engines.OURS, engines.OURS_WITHOUT_DDP, MASTERS):
-                if case == MASTERS:
-                    turns = masters_turn(old, name), masters_turn(dist_adamw, name)
-                else:
-                    turns = (
-                        update_turn(old_engines, old_workloads, name, case, rank),
-                        update_turn(engines, workloads, name, case, rank),
-                    )
-                before, after = compare(*turns, options.rounds)
-                del turns
+            workload = workloads.Workload.named(name, rank=rank, gradients=options.gradients, groups=options.groups)
+            for case in options.cases:
+                before, after = (
+                    masters_turn(package, name)
+                    if case == MASTERS
+                    else update_turn(package, workload, ddp=case == engines.OURS)
+                    for package in packages
+                )
+                seconds = compare(before, after, options.rounds)
+                del before, after
                 gc.collect()
                 if rank == 0:
-                    report(options, name, case, size, before, after)
+                    report(options, name, case, size, *seconds)
 
 
 def report(
@@ -127,6 +125,7 @@ def report(
     ratios = [b / a for a, b in zip(before, after, strict=True)]
     low, middle, high = quantiles(ratios, n=4)
     record = {"kind": "before_after", "commit_before": options.commit, "workload": workload, "case": case}
+    record |= {"gradients": options.gradients, "groups": options.groups}
     records.append(options.out, [{**record, "ranks": size, "before": before, "after": after}])
     print(
         f"{workload:10} {case:22} before {median(before):.4f} s, after {median(after):.4f} s, "
@@ -142,7 +141,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="JSON-lines file to append to")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=60)
-    parser.add_argument("--workloads", nargs="+", choices=workloads.WORKLOADS, default=list(workloads.WORKLOADS))
+    parser.add_argument("--workloads", nargs="+", choices=workloads.WORKLOADS, default=list(workloads.TITLES))
+    parser.add_argument("--groups", choices=GROUPS, default="one")
+    parser.add_argument("--gradients", choices=(workloads.ALLOCATED, workloads.KEPT), default=workloads.ALLOCATED)
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--timeout", type=float, default=900.0, help="seconds")
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)  # where ranks find the commit's packages
     options = parser.parse_args(argv)

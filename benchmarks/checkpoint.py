@@ -49,7 +49,7 @@ import dist_adamw
 from benchmarks import ranks, records
 from benchmarks.checkpoint_jobs import Job, build, make_dist_adamw
 from benchmarks.checkpoint_tables import OURS, report
-from benchmarks.engines import RECIPE
+from benchmarks.groups import RECIPE
 from benchmarks.isolated import forget_peak, status
 from dist_adamw.checkpoint.async_saver import AsyncSaver
 

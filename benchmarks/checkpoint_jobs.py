@@ -14,8 +14,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from benchmarks.engines import RECIPE
-from benchmarks.workloads import Workload
+from benchmarks.groups import RECIPE
+from benchmarks.workloads import CONSTANT, Workload
 from dist_adamw import DistAdamW
 from dist_adamw.optimizer.sharding.dtensors import local_of
 from launch.gpt import GPT, ModelConfig, next_byte_losses
@@ -52,7 +52,7 @@ def build(workload: str, params: int, wrap: str, make: Callable[[Any], Optimizer
         model = GPT(ModelConfig(layers=layers, heads=8, width=WIDTH, context=CONTEXT))
         blocks = model.blocks
     else:
-        model = Workload.named(workload, rank=rank, kept=False).model()
+        model = Workload.named(workload, rank=rank, gradients=CONSTANT).model()
         blocks = model.layers
     module: nn.Module = model
     if wrap == "DDP":

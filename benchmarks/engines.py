@@ -3,8 +3,8 @@
 Each library is imported when its engine is built. An engine that cannot be used raises `Skip` with
 the reason.
 
-All of them get the same recipe (AdamW, fp32, fused where the engine lets torch's kernel run), and
-each the settings that its authors give for speed and memory.
+All of them get the same recipe (AdamW, fp32, fused where the engine lets torch's kernel run) and the workload's
+parameter groups, and each the settings that its authors give for speed and memory.
 """
 
 from __future__ import annotations
@@ -21,9 +21,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from benchmarks.groups import RECIPE
 from benchmarks.workloads import Model, Workload
-
-RECIPE: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1}
 
 
 class Skip(Exception):  # noqa: N818 - not an error
@@ -133,12 +132,22 @@ def _ddp(model: Model) -> DistributedDataParallel:
     return DistributedDataParallel(model, gradient_as_bucket_view=True)
 
 
-def _dist_adamw(workload: Workload, *, ddp: bool = True, attach: bool = True, into_shard: bool = False) -> Engine:
-    from dist_adamw import DistAdamW
+def dist_adamw_engine(
+    workload: Workload, *, ddp: bool = True, attach: bool = True, into_shard: bool = False, package: Any = None
+) -> Engine:
+    """Return one of our engines, before its first forward pass. Collective.
 
+    Args:
+        workload: What it trains.
+        ddp: Whether the model is wrapped in DistributedDataParallel.
+        attach: Whether the optimizer reduces the gradients.
+        into_shard: reduce_every_backward.
+        package: Another version of ``dist_adamw``.
+    """
+    package = importlib.import_module("dist_adamw") if package is None else package
     model = workload.model()
     module = _ddp(model) if ddp else model
-    optimizer = DistAdamW(model.parameters(), **RECIPE)
+    optimizer = package.DistAdamW(workload.parameter_groups(model), **RECIPE)
     if attach:
         optimizer.attach(module, reduce_every_backward=into_shard)
     detail = "DDP" if ddp else "plain module"
@@ -149,7 +158,8 @@ def _dist_adamw(workload: Workload, *, ddp: bool = True, attach: bool = True, in
 
 def _ddp_adamw(workload: Workload) -> Engine:
     model = workload.model()
-    return Engine(_ddp(model), torch.optim.AdamW(model.parameters(), fused=True, **RECIPE), model, sharded=False)
+    optimizer = torch.optim.AdamW(workload.parameter_groups(model), fused=True, **RECIPE)
+    return Engine(_ddp(model), optimizer, model, sharded=False)
 
 
 def _zero_redundancy(workload: Workload) -> Engine:
@@ -158,7 +168,7 @@ def _zero_redundancy(workload: Workload) -> Engine:
     model = workload.model()
     module = _ddp(model)
     optimizer = ZeroRedundancyOptimizer(
-        model.parameters(), torch.optim.AdamW, parameters_as_bucket_view=True, fused=True, **RECIPE
+        workload.parameter_groups(model), torch.optim.AdamW, parameters_as_bucket_view=True, fused=True, **RECIPE
     )
     return Engine(module, optimizer, model, inner=optimizer.optim, detail="parameters_as_bucket_view=True, fused")
 
@@ -167,7 +177,7 @@ def _fairscale(workload: Workload) -> Engine:
     oss = _import("fairscale.optim.oss")
     model = workload.model()
     module = _ddp(model)
-    optimizer = oss.OSS(model.parameters(), optim=torch.optim.AdamW, fused=True, **RECIPE)
+    optimizer = oss.OSS(workload.parameter_groups(model), optim=torch.optim.AdamW, fused=True, **RECIPE)
     return Engine(module, optimizer, model, inner=optimizer.optim, detail="fused")
 
 
@@ -180,7 +190,7 @@ def _fsdp2(workload: Workload) -> Engine:
     for layer in model.layers:
         fully_shard(layer, mesh=mesh, reshard_after_forward=False)
     fully_shard(model, mesh=mesh, reshard_after_forward=False)
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True, **RECIPE)
+    optimizer = torch.optim.AdamW(workload.parameter_groups(model), fused=True, **RECIPE)
     return Engine(model, optimizer, model, detail="fully_shard on each layer, reshard_after_forward=False, fused")
 
 
@@ -214,7 +224,7 @@ def _deepspeed(workload: Workload, *, stage: int) -> Engine:
         "zero_allow_untested_optimizer": True,
         "zero_optimization": {"stage": stage},
     }
-    inner = torch.optim.AdamW(model.parameters(), fused=True, **RECIPE)
+    inner = torch.optim.AdamW(workload.parameter_groups(model), fused=True, **RECIPE)
     module, optimizer, *_ = deepspeed.initialize(model=model, optimizer=inner, config=config, dist_init_required=False)
     return _DeepSpeed(module, optimizer, model, inner=inner, detail=f"stage {stage}, torch's fused AdamW")
 
@@ -228,10 +238,10 @@ def _import(name: str) -> Any:
 
 OURS, OURS_WITHOUT_DDP = "DistAdamW", "DistAdamW without DDP"
 BUILDERS: dict[str, Callable[[Workload], Engine]] = {
-    OURS: _dist_adamw,
-    OURS_WITHOUT_DDP: lambda workload: _dist_adamw(workload, ddp=False),
-    "DistAdamW, reduce every backward": lambda workload: _dist_adamw(workload, ddp=False, into_shard=True),
-    "DistAdamW, all-reduce": lambda workload: _dist_adamw(workload, attach=False),
+    OURS: dist_adamw_engine,
+    OURS_WITHOUT_DDP: lambda workload: dist_adamw_engine(workload, ddp=False),
+    "DistAdamW, reduce every backward": lambda workload: dist_adamw_engine(workload, ddp=False, into_shard=True),
+    "DistAdamW, all-reduce": lambda workload: dist_adamw_engine(workload, attach=False),
     "DDP + AdamW": _ddp_adamw,
     "DDP + ZeroRedundancyOptimizer": _zero_redundancy,
     "DDP + FairScale OSS": _fairscale,

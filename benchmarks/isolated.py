@@ -34,7 +34,7 @@ import torch.distributed as dist
 
 from benchmarks import ranks, records
 from benchmarks.engines import BUILDERS, OURS, Engine, Skip, build
-from benchmarks.workloads import WORKLOADS, Workload
+from benchmarks.workloads import CONSTANT, WORKLOADS, Workload
 
 WARM, COUNTED = 3, 5  # updates; DDP packs its buckets anew after the first
 
@@ -78,7 +78,7 @@ def one(engine_name: str, workload_name: str, network: str, rank: int, size: int
     }
     try:
         # Everything lazy of the libraries and of gloo happens before the baseline is taken.
-        warm = build(engine_name, Workload.of("warm-up", [[(4096,)]] * 2, rank=rank, kept=False))
+        warm = build(engine_name, Workload.of("warm-up", [[(4096,)]] * 2, rank=rank, gradients=CONSTANT))
         for _ in range(2):
             warm.backward()
             warm.step()
@@ -93,7 +93,7 @@ def one(engine_name: str, workload_name: str, network: str, rank: int, size: int
     dist.all_reduce(torch.ones(1 << 10))
     forget_peak()
     baseline = status("VmRSS")
-    workload = Workload.named(workload_name, rank=rank, kept=False)
+    workload = Workload.named(workload_name, rank=rank, gradients=CONSTANT)
     engine = build(engine_name, workload)
     grad_bytes = before = first = 0
     for update in range(WARM + COUNTED):

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import records
-from benchmarks.engines import RECIPE
+from benchmarks.groups import RECIPE
 from dist_adamw import DistAdamW
 
 PASS_BYTES, COPY_BYTES = 28, 8  # per fp32 element

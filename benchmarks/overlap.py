@@ -33,7 +33,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from benchmarks import ranks, records
-from benchmarks.engines import RECIPE
+from benchmarks.groups import RECIPE
 from benchmarks.timeline import Recorder, Span, add_to_trace, draw
 from dist_adamw import DistAdamW
 

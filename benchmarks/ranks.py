@@ -45,6 +45,7 @@ def start(module: str, args: Sequence[str], *, ranks: int, timeout: float) -> No
                 "RANK": str(rank),
                 "LOCAL_RANK": str(rank),
                 "WORLD_SIZE": str(ranks),
+                "LOCAL_WORLD_SIZE": str(ranks),  # without it Accelerate asks for a master's address
                 "BENCH_RENDEZVOUS": f"file://{folder}/rendezvous",
             }
             processes.append(subprocess.Popen([sys.executable, "-m", module, *args], env=env, cwd=ROOT))

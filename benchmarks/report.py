@@ -8,6 +8,7 @@ the files several times, the last one counts; times are compared only within one
 from __future__ import annotations
 
 import argparse
+import itertools
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,10 +17,13 @@ from typing import Any
 
 from benchmarks import records
 from benchmarks.engines import OURS
+from benchmarks.groups import GROUPS
 from benchmarks.records import Record
-from benchmarks.workloads import TITLES
+from benchmarks.workloads import ALLOCATED, KEPT, TITLES
 
 RESULTS = Path(__file__).resolve().parent / "results"
+CASE = ("workload", "gradients", "groups")
+Case = tuple[str, str, str]
 COLOURS = {OURS: "#0b6e99", "sharded": "#b9c4cc", "unsharded": "#e0cfa8"}
 # Issue 3: DistAdamW's median over the fastest sharded peer's; on the GPT over unsharded DDP's too.
 TARGETS = {"gpt": 0.8, "many": 0.9, "embedding": 0.8}
@@ -30,15 +34,26 @@ def of_kind(found: Sequence[Record], kind: str) -> list[Record]:
     chosen: dict[tuple[str, ...], Record] = {}
     for record in found:
         if record["kind"] == kind:
-            key = tuple(str(record.get(k)) for k in ("workload", "engine", "case", "device", "threads"))
+            key = tuple(str(record.get(k)) for k in (*CASE, "engine", "case", "device", "threads"))
             chosen.pop(key, None)
             chosen[key] = record
     return list(chosen.values())
 
 
-def timings(found: Sequence[Record], workload: str) -> list[Record]:
-    """Return the last timed run of a workload: times of different runs are never compared."""
-    timed = [r for r in found if r["kind"] == "update_phase" and r["workload"] == workload and "seconds" in r]
+def case_of(record: Record) -> Case:
+    """Return workload, gradients and groups of a record; before there were such fields, gradients were kept."""
+    return record["workload"], record.get("gradients", KEPT), record.get("groups", "one")
+
+
+def cases(found: Sequence[Record]) -> list[Case]:
+    """Return the cases whose update phase was timed: by workload, allocated gradients first, one group first."""
+    timed = {case_of(r) for r in found if r["kind"] == "update_phase" and "seconds" in r}
+    return [case for case in itertools.product(TITLES, (ALLOCATED, KEPT), GROUPS) if case in timed]
+
+
+def timings(found: Sequence[Record], case: Case) -> list[Record]:
+    """Return the last timed run of a case: times of different runs or cases are never compared."""
+    timed = [r for r in found if r["kind"] == "update_phase" and "seconds" in r and case_of(r) == case]
     return [r for r in timed if r["run"] == timed[-1]["run"]]
 
 
@@ -64,9 +79,9 @@ def ratios(record: Record, ours: Record) -> tuple[float, list[float]]:
 
 
 def update_phase(found: Sequence[Record]) -> Iterator[str]:
-    """Return the times of every workload."""
-    for workload, title in TITLES.items():
-        timed = timings(found, workload)
+    """Return the times of every case."""
+    for case in cases(found):
+        timed = timings(found, case)
         ours = next((r for r in timed if r["engine"] == OURS), None)
         if ours is None:
             continue
@@ -83,7 +98,10 @@ def update_phase(found: Sequence[Record]) -> Iterator[str]:
                     " / ".join(f"{quartile:.2f}" for quartile in within),
                 ]
             )
-        yield f"### {title}: {ours['numel']:,} parameters, {ours['ranks']} ranks"
+        workload, gradients, groups = case
+        yield f"### {TITLES[workload]}: {ours['numel']:,} parameters, {ours['ranks']} ranks"
+        yield ""
+        yield f"Gradients: {gradients}. Parameter groups: {groups} ({ours.get('number_of_groups', 1)})."
         yield ""
         yield from table(["engine", "median, s", "quartiles, s", "x DistAdamW", "quartiles within rounds"], rows)
         yield ""
@@ -206,13 +224,48 @@ def overlap(found: Sequence[Record]) -> Iterator[str]:
         yield ""
 
 
+def training_step(found: Sequence[Record]) -> Iterator[str]:
+    """Return the tables of whole training steps, the last run of each case."""
+    by_case: dict[tuple[str, ...], dict[str, list[Record]]] = {}
+    for record in found:
+        if record["kind"] == "training_step" and "seconds" in record:
+            case = tuple(str(record[k]) for k in ("ranks", "precision", "accumulation", "groups", "clip", "shape"))
+            by_case.setdefault(case, {}).setdefault(record["run"], []).append(record)
+    for runs in by_case.values():
+        measured = list(runs.values())[-1]
+        ours = next((r for r in measured if r["engine"] == OURS), None)
+        if ours is not None:
+            yield from _training_steps(measured, ours)
+
+
+def _training_steps(measured: Sequence[Record], ours: Record) -> Iterator[str]:
+    """Return the table of one case."""
+    rows = []
+    for record in sorted(measured, key=lambda r: float(median(r["seconds"]))):
+        ratio, within = ratios(record, ours)
+        took = median(record["seconds"])
+        cells = [record["engine"], f"{took:.3f}", f"{record['tokens'] / took:,.0f}", f"{ratio:.2f}"]
+        rows.append([*cells, " / ".join(f"{quartile:.2f}" for quartile in within)])
+    case = f"{ours['ranks']} ranks, {ours['precision']}, accumulation {ours['accumulation']}"
+    clipped = f", clipped to {ours['clip']}" if ours["clip"] is not None else ""
+    yield f"### GPT, {case}, groups: {ours['groups']} ({ours['number_of_groups']}){clipped}"
+    yield ""
+    yield from table(["engine", "s/step", "tokens/s", "x DistAdamW", "quartiles within rounds"], rows)
+    yield ""
+    yield (
+        f"{ours['numel']:,} parameters, {ours['tokens']:,} tokens a step, {len(ours['seconds'])} rounds. Losses of the "
+        f"first {len(ours['losses'])} updates differ by at most {max(r['largest_difference'] for r in measured):.1e}."
+    )
+    yield ""
+
+
 def details(found: Sequence[Record]) -> Iterator[str]:
     """Return how engines were set up, and which were left out."""
-    kinds = [*of_kind(found, "update_phase"), *of_kind(found, "isolated")]
+    kinds = [r for kind in ("update_phase", "isolated", "training_step") for r in of_kind(found, kind)]
     for engine, detail in {r["engine"]: r["detail"] for r in kinds if r.get("detail")}.items():
         yield f"- {engine}: {detail}"
     for engine, workload, reason in dict.fromkeys(
-        (r["engine"], r["workload"], r["skipped"]) for r in kinds if "skipped" in r
+        (r["engine"], r.get("workload", "training steps"), r["skipped"]) for r in kinds if "skipped" in r
     ):
         yield f"- {engine} is left out on {workload}: {reason}"
     yield ""
@@ -241,7 +294,9 @@ def chart(found: Sequence[Record], path: Path, caption: str) -> None:
     timed = [r for r in of_kind(found, "update_phase") if "seconds" in r]
     engines = list(dict.fromkeys(r["engine"] for r in timed))
     for axis, (workload, title) in zip(axes, TITLES.items(), strict=True):
-        here: dict[str, Any] = {r["engine"]: r for r in timings(found, workload)}
+        case = next((one for one in cases(found) if one[0] == workload), None)
+        here: dict[str, Any] = {r["engine"]: r for r in timings(found, case)} if case else {}
+        drawn = f"\n{case[1]} gradients, groups: {case[2]}" if case else ""
         for y, engine in enumerate(engines):
             if engine not in here or OURS not in here:
                 continue
@@ -255,7 +310,7 @@ def chart(found: Sequence[Record], path: Path, caption: str) -> None:
             text.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 0.5})
         axis.axvline(1, color="#0b6e99", linewidth=0.8)
         axis.set_yticks(range(len(engines)), engines)
-        axis.set_title(title, fontsize=10)
+        axis.set_title(title + drawn, fontsize=10)
         axis.set_xlabel("time over DistAdamW's (less is faster)")
         axis.margins(x=0.15)
         axis.set_xlim(left=0)
@@ -285,7 +340,15 @@ def main() -> None:
     hardware = re.sub(r"[^a-z0-9]+", "-", f"{environment['cpu']} {environment['cores']} cores".lower()).strip("-")
     path = options.into / f"{environment['time'][:10]}-{hardware}.md"
     lines = [*heading(environment, commits), "## Update phase", "", f"![ratios]({path.with_suffix('.png').name})", ""]
-    lines += [*update_phase(found), "## Peak memory per rank", "", *memory(found)]
+    lines += [
+        *update_phase(found),
+        "## Training step",
+        "",
+        *training_step(found),
+        "## Peak memory per rank",
+        "",
+        *memory(found),
+    ]
     lines += ["## Bytes sent per rank", "", *traffic(found)]
     lines += ["## Overlap with backward", "", *overlap(found)]
     lines += ["## Local AdamW pass", "", *local_step(found), "## Set-up", "", *details(found)]

@@ -4,44 +4,62 @@ Run ``python -m benchmarks.update_phase --out results.jsonl``, or the same under
 
 One measured window includes, for every engine:
 
-    backward   the engine's own hooks take each gradient as autograd hands it over, and reduce it
+    backward   each layer's backward makes its gradients, and the engine's own hooks take each as autograd hands
+               it over, and reduce it
     step       AdamW, then whatever synchronisation of parameters belongs to it
-    zero_grad  to None
+    zero_grad  to None: gradients are freed, and the memory may go back to the system, to be faulted in by the
+               next backward
     forward    of the next update: engines that gather parameters here (FSDP2) or that wait here
                for a gather still under way do so inside the window, so none ends it with work
                left over
 
-It does not include the model's arithmetic. A layer's forward is the copy of one number, and its
-backward returns gradients that lie in memory already, as new tensor objects, so that autograd takes
-them without a copy; what Python and autograd spend on that is in the window, nothing is
-subtracted. So communication has no computation to overlap with: this compares the
-work that engines do, not how well they overlap it. Gradients are rewritten before each window, since
-engines overwrite them, and a barrier starts it; its length is that of the slowest rank.
+``--gradients`` says how a layer's backward makes them:
+
+    allocated  an ordinary autograd node multiplies a stored tensor by a number, into a new tensor, per parameter.
+               So gradients are fresh memory in every update and live until `zero_grad` or until the engine drops them,
+               as in training. The multiplication is in the window, the same for every engine.
+    kept       backward returns gradients that lie in memory already, as new tensor objects, so that autograd takes
+               them without a copy. Nothing is allocated, so this hides what fresh gradients cost an engine that keeps
+               them. They are rewritten before each window, since engines overwrite them; the rewriting is not in it.
+
+It does not include the rest of a model's arithmetic: a layer's forward is the copy of one number, and its backward
+computes nothing else. What Python and autograd spend on that is in the window, nothing is subtracted. So communication
+has next to no computation to overlap with: this compares the work that engines do, not how well they overlap it, for
+which there are `overlap` and `training_step`. Not included either: the scheduler, clipping, the data.
+
+A barrier starts each window; its length is that of the slowest rank. Records have the processor time of all ranks too
+(from before the barrier on), which other programs on the machine lengthen less. ``--groups`` are the optimizer's
+parameter groups, the same for every engine: see `benchmarks.groups`.
 
 All engines live in the same processes. Rounds go over them in a new random order each; ratios are
 taken within a round. Before anything is timed every engine makes 3 updates with eps=0.1 and 3 with
 eps=1e-8, and its weights must then be those of a local torch.optim.AdamW that is fed the averaged
-gradients; otherwise nothing is measured.
+gradients; otherwise nothing is measured. Gradients differ on each rank and in each update.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import os
 import random
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 
 import torch
 import torch.distributed as dist
 
 from benchmarks import isolated, ranks, records
-from benchmarks.engines import BUILDERS, OURS, RECIPE, Engine, Skip, build
-from benchmarks.workloads import WORKLOADS, Workload
+from benchmarks.engines import BUILDERS, OURS, Engine, Skip, build
+from benchmarks.groups import GROUPS, RECIPE
+from benchmarks.times import Stopwatch, Took, of_all_ranks
+from benchmarks.workloads import ALLOCATED, KEPT, TITLES, WORKLOADS, Workload
 
+WARM_UP = 2  # rounds
 UPDATES_CHECKED = 3
 # The weights move by about lr = 1e-3 an update; a wrong gradient scale shows as 1e-4 and more.
 TOLERANCE = 2e-6
@@ -64,14 +82,15 @@ class Reference:
     def __init__(self, workload: Workload) -> None:
         self._workload = workload
         self._model = workload.model()
-        self._optimizer = torch.optim.AdamW(self._model.parameters(), fused=True, **RECIPE)
+        self._optimizer = torch.optim.AdamW(workload.parameter_groups(self._model), fused=True, **RECIPE)
 
     def advance(self, eps: float, updates: range) -> list[torch.Tensor]:
         """Return the weights after ``updates``. Collective."""
-        self._optimizer.param_groups[0]["eps"] = eps
+        for group in self._optimizer.param_groups:
+            group["eps"] = eps
         for update in updates:
             self._workload.gradients.refill(update)
-            average = self._workload.gradients.flat().clone()
+            average = self._workload.gradients.flat()
             dist.all_reduce(average)
             average /= dist.get_world_size()
             start = 0
@@ -119,9 +138,8 @@ def check(engines: dict[str, Engine], workload: Workload) -> tuple[dict[str, flo
     return differences, failed
 
 
-def time_workload(name: str, chosen: Sequence[str], *, rounds: int, rank: int) -> list[records.Record]:
-    """Build, check and time the engines on one workload. Collective; rank 0 writes the records."""
-    workload = Workload.named(name, rank=rank)
+def time_workload(workload: Workload, chosen: Sequence[str], *, rounds: int) -> list[records.Record]:
+    """Build, check and time the engines on one workload; return the records. Collective."""
     engines: dict[str, Engine] = {}
     skipped: dict[str, str] = {}
     for engine_name in chosen:
@@ -131,22 +149,21 @@ def time_workload(name: str, chosen: Sequence[str], *, rounds: int, rank: int) -
             skipped[engine_name] = str(reason)
     differences, failed = check(engines, workload)
     skipped |= failed
-    seconds: dict[str, list[float]] = {engine_name: [] for engine_name in engines}
+    mine: dict[str, list[Took]] = {engine_name: [] for engine_name in engines}
     order = list(engines)
     shuffle = random.Random(0)
-    for update in range(2 + rounds):  # two rounds to warm up
+    for update in range(WARM_UP + rounds):
         shuffle.shuffle(order)
         for engine_name in order:
-            took = advance(engines[engine_name], workload, update)
-            if update >= 2:
-                seconds[engine_name].append(took)
-    slowest = [
-        {k: max(times) for k, times in enumerate(zip(*by_rank, strict=True))}
-        for by_rank in zip(*[list(s.values()) for s in ranks.gathered(seconds)], strict=True)
-    ]
+            watch = Stopwatch()
+            wall = advance(engines[engine_name], workload, update)
+            mine[engine_name].append((wall, watch.read()[1]))
+    times = of_all_ranks({engine_name: took[WARM_UP:] for engine_name, took in mine.items()})
     common = {
         "kind": "update_phase",
-        "workload": name,
+        "workload": workload.name,
+        "gradients": workload.gradients.kind,
+        "groups": workload.groups,
         "numel": workload.numel,
         "ranks": dist.get_world_size(),
         "load_average": os.getloadavg()[0],  # what is above the number of ranks is other people's work
@@ -155,12 +172,13 @@ def time_workload(name: str, chosen: Sequence[str], *, rounds: int, rank: int) -
         {
             **common,
             "engine": engine_name,
+            "number_of_groups": len(engines[engine_name].optimizer.param_groups),
             "detail": engines[engine_name].detail,
             "sharded": engines[engine_name].sharded,
             "largest_difference": differences[engine_name],
-            "seconds": list(times.values()),
+            **took.fields(),
         }
-        for engine_name, times in zip(seconds, slowest, strict=True)
+        for engine_name, took in times.items()
     ]
     return found + [{**common, "engine": k, "skipped": reason} for k, reason in skipped.items()]
 
@@ -170,14 +188,21 @@ def work(options: argparse.Namespace) -> None:
     with ranks.joined() as (rank, _):
         if rank == 0:
             records.append(options.out, [records.environment()])
-        for name in options.workloads:
-            found = time_workload(name, options.engines, rounds=options.rounds, rank=rank)
+        for name, groups, gradients in itertools.product(options.workloads, options.groups, options.gradients):
+            workload = Workload.named(name, rank=rank, gradients=gradients, groups=groups)
+            found = time_workload(workload, options.engines, rounds=options.rounds)
             gc.collect()
             if rank == 0:
                 records.append(options.out, found)
-                for record in found:
-                    median = sorted(record["seconds"])[len(record["seconds"]) // 2] if "seconds" in record else None
-                    print(f"{name:10} {record['engine']:32} {median or record['skipped']}", flush=True)
+                show(found)
+
+
+def show(found: Sequence[records.Record]) -> None:
+    """Print the medians of one workload."""
+    for record in found:
+        case = f"{record['workload']}, {record['gradients']}, groups: {record['groups']}"
+        took = f"{median(record['seconds']):.4f} s" if "seconds" in record else record["skipped"]
+        print(f"{case:36} {record['engine']:32} {took}", flush=True)
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -186,7 +211,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="JSON-lines file to append to")
     parser.add_argument("--ranks", type=int, default=2, help="when not started by torchrun")
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
+    parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(TITLES))
+    parser.add_argument("--groups", nargs="+", choices=GROUPS, default=["one", "layerwise"])
+    parser.add_argument("--gradients", nargs="+", choices=(ALLOCATED, KEPT), default=[ALLOCATED, KEPT])
     parser.add_argument("--engines", nargs="+", choices=BUILDERS, default=list(BUILDERS))
     parser.add_argument("--timeout", type=float, default=900.0, help="seconds, of each part")
     parser.add_argument("--only", choices=("time", "isolated"), help="time, or memory and traffic; default: both")

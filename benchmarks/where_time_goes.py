@@ -29,10 +29,11 @@ import torch.distributed as dist
 
 from benchmarks import ranks, records
 from benchmarks.engines import OURS, OURS_WITHOUT_DDP, build
-from benchmarks.workloads import WORKLOADS, Workload
+from benchmarks.groups import GROUPS
+from benchmarks.workloads import ALLOCATED, KEPT, TITLES, WORKLOADS, Workload
 from dist_adamw.optimizer import adamw, sharded_optimizer, update_bucket
 from dist_adamw.optimizer.gradients import backward, ddp, gradients_for_update, update_agreement
-from dist_adamw.optimizer.sharding import shard
+from dist_adamw.optimizer.sharding import owned_gradients
 from dist_adamw.optimizer.transport import gloo
 
 ENGINES = (OURS, OURS_WITHOUT_DDP)
@@ -50,7 +51,7 @@ PARTS: list[tuple[str, Any, str]] = [
     ("step: complete", update_agreement.UpdateAgreement, "complete"),
     ("step: arrive", gradients_for_update.GradientsForUpdate, "arrive"),
     ("step: follow the user", sharded_optimizer.ShardedOptimizer, "_follow"),
-    ("step: owned_grads", shard.Shard, "owned_grads"),
+    ("step: owned gradients", owned_gradients.OwnedGradients, "owned"),
     ("step: AdamW", update_bucket, "adamw_update_"),
     ("gather: start", gloo.GlooTransport, "start_gather"),
     ("gather: finish", gloo.GlooTransport, "finish_gather"),
@@ -114,9 +115,8 @@ def wrap(clock: Clock) -> list[str]:
     return absent
 
 
-def measure(engine_name: str, workload_name: str, rounds: int, rank: int, clock: Clock) -> list[Times]:
+def measure(engine_name: str, workload: Workload, rounds: int, clock: Clock) -> list[Times]:
     """Return wall and CPU seconds of every part, by round. Collective."""
-    workload = Workload.named(workload_name, rank=rank)
     engine = build(engine_name, workload)
     found: list[Times] = []
     for k in range(3 + rounds):
@@ -134,9 +134,8 @@ def measure(engine_name: str, workload_name: str, rounds: int, rank: int, clock:
     return found
 
 
-def hand_over(workload_name: str, rounds: int, rank: int) -> Times:
+def hand_over(workload: Workload, rounds: int) -> Times:
     """Time a backward and forward pass of the bare model, which no engine can avoid. Local."""
-    workload = Workload.named(workload_name, rank=rank)
     model = workload.model()
     loss = model(torch.zeros(()))
     walls, cpus = [], []
@@ -175,7 +174,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
+    parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(TITLES))
+    parser.add_argument("--groups", choices=GROUPS, default="one")
+    parser.add_argument("--gradients", choices=(ALLOCATED, KEPT), default=ALLOCATED)
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES))
     parser.add_argument("--timeout", type=float, default=300.0)
     options = parser.parse_args()
@@ -188,16 +189,19 @@ def main() -> None:
         if rank == 0:
             records.append(options.out, [records.environment()])
         for name in options.workloads:
-            numel = Workload.named(name, rank=rank, kept=False).numel
+            workload = Workload.named(name, rank=rank, gradients=options.gradients, groups=options.groups)
+            numel = workload.numel
             for engine_name in options.engines:
-                times = medians(measure(engine_name, name, options.rounds, rank, clock))
-                times |= hand_over(name, options.rounds, rank)
+                times = medians(measure(engine_name, workload, options.rounds, clock))
+                times |= hand_over(workload, options.rounds)
                 if rank:
                     continue
                 record = {"kind": "where", "workload": name, "engine": engine_name, "ranks": size, "numel": numel}
+                record |= {"gradients": options.gradients, "groups": options.groups}
                 record |= {"seconds": times, "columns": ["wall", "CPU"], "absent": absent}
                 records.append(options.out, [record])
-                print(f"\n{name}, {engine_name}: {numel:,} elements", flush=True)
+                case = f"{name}, {options.gradients} gradients, groups: {options.groups}"
+                print(f"\n{case}, {engine_name}: {numel:,} elements", flush=True)
                 show(times, numel)
         if rank == 0 and absent:
             print(f"no longer there: {absent}")

@@ -1,7 +1,8 @@
-"""Workloads: modules whose forward and backward passes cost almost nothing.
+"""Workloads: modules whose backward passes only make gradients.
 
-A layer's backward returns prepared gradients, so that what remains of a training
-step is the engine's own work: hooks, gradient synchronisation, AdamW, parameter synchronisation.
+A layer's backward multiplies a stored tensor by a number (or returns what lies in memory, see `Gradients`), so that
+what remains of a training step is the engine's own work: hooks, gradient synchronisation, AdamW, parameter
+synchronisation.
 Layers are chained, so gradients arrive last layer first and one layer at a time, as in training.
 """
 
@@ -13,6 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from benchmarks.groups import Group, parameter_groups
 
 Shape = tuple[int, ...]
 
@@ -31,53 +34,62 @@ WORKLOADS: dict[str, list[list[Shape]]] = {
     "gpt": _gpt(),
     "many": [[(1024,)] * 32] * 125,
     "embedding": [[(40_000, 512)], *[_SQUARE] * 16],
+    "tiny": _gpt(layers=2, width=32, context=32),  # to try things out
 }
 TITLES = {
     "gpt": "GPT of 25M parameters",
     "many": "4,000 tensors of 1,024 elements",
     "embedding": "40,000 x 512 embedding beside 16 square layers",
 }
+ALLOCATED, KEPT, CONSTANT = "allocated", "kept", "constant"
 
 
 class Gradients:
-    """This rank's gradients in a workload.
+    """This rank's gradients in a workload: `ALLOCATED`, `KEPT` or `CONSTANT`.
 
     Args:
         layers: Shapes by layer.
         seed: Another one on every rank.
-        kept: True: gradients lie in memory that stays (nothing is allocated or computed in
-            backward: for timing). False: each backward allocates them, and they live as long as
-            the engine keeps them, as in training (for peak memory); their values are all equal.
+        kind: ``allocated``: each backward computes them into new tensors, as a stored tensor times a number, and they
+            live as long as the engine keeps them, as in training. ``kept``: they lie in memory that stays, so backward
+            neither computes nor allocates. ``constant``: as the first, all equal, without a stored tensor (for peak
+            memory, and if only the host's time counts).
     """
 
-    def __init__(self, layers: Sequence[Sequence[Shape]], *, seed: int, kept: bool = True) -> None:
+    def __init__(self, layers: Sequence[Sequence[Shape]], *, seed: int, kind: str) -> None:
+        if kind not in (ALLOCATED, KEPT, CONSTANT):
+            raise ValueError(f"gradients must be {ALLOCATED}, {KEPT} or {CONSTANT}, got {kind!r}")
+        self.kind = kind
         self._shapes = layers
-        self._given: list[list[Tensor]] = []
-        self._value = 1.0 + seed
-        if kept:
+        self._factor = self._value = 1.0 + seed
+        self._stored: list[list[Tensor]] = []
+        if kind != CONSTANT:
             numel = sum(_numel(shape) for layer in layers for shape in layer)
             self._base = torch.randn(numel, generator=torch.Generator().manual_seed(1000 + seed))
-            self._flat = self._base.clone()
-            self._given = _views(self._flat, layers)
+            self._flat = self._base.clone() if kind == KEPT else self._base
+            self._stored = _views(self._flat, layers)
 
     def refill(self, update: int) -> None:
-        """Write the gradients of ``update``; engines may have overwritten the last ones."""
-        if self._given:
-            torch.mul(self._base, 1.0 + 0.25 * (update % 3), out=self._flat)
+        """Set the values of ``update``; engines may have overwritten the last ones."""
+        self._factor = 1.0 + 0.25 * (update % 3)
+        if self.kind == KEPT:
+            torch.mul(self._base, self._factor, out=self._flat)
 
     def flat(self) -> Tensor:
-        """Return all gradients of this rank, 1-D; only if they are kept."""
-        return self._flat
+        """Return all gradients of this rank, 1-D; not of constant ones."""
+        return self._base * self._factor
 
     def of(self, layer: int) -> list[Tensor]:
         """Return gradients of one layer, as new tensor objects, so that autograd takes them without a copy."""
-        if self._given:
-            return [grad.view_as(grad) for grad in self._given[layer]]
-        return [torch.full(shape, self._value) for shape in self._shapes[layer]]
+        if self.kind == CONSTANT:
+            return [torch.full(shape, self._value) for shape in self._shapes[layer]]
+        if self.kind == KEPT:
+            return [grad.view_as(grad) for grad in self._stored[layer]]
+        return [stored * self._factor for stored in self._stored[layer]]
 
 
 class _Hand(torch.autograd.Function):
-    """Return the input, and in backward the parameters' gradients."""
+    """Return the input, and in backward the parameters' gradients: an ordinary node, of one layer."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, grads: Callable[[], list[Tensor]], *params: Tensor) -> Tensor:
@@ -123,16 +135,19 @@ class Workload:
     name: str
     layers: list[list[Shape]]
     gradients: Gradients
+    groups: str = "one"
 
     @classmethod
-    def named(cls, name: str, *, rank: int, kept: bool = True) -> Workload:
+    def named(cls, name: str, *, rank: int, gradients: str = ALLOCATED, groups: str = "one") -> Workload:
         """Return the workload ``name``, with the gradients of ``rank``."""
-        return cls.of(name, WORKLOADS[name], rank=rank, kept=kept)
+        return cls.of(name, WORKLOADS[name], rank=rank, gradients=gradients, groups=groups)
 
     @classmethod
-    def of(cls, name: str, layers: list[list[Shape]], *, rank: int, kept: bool) -> Workload:
+    def of(
+        cls, name: str, layers: list[list[Shape]], *, rank: int, gradients: str = ALLOCATED, groups: str = "one"
+    ) -> Workload:
         """Return a workload of the given shapes."""
-        return cls(name, layers, Gradients(layers, seed=rank, kept=kept))
+        return cls(name, layers, Gradients(layers, seed=rank, kind=gradients), groups)
 
     @property
     def numel(self) -> int:
@@ -140,6 +155,10 @@ class Workload:
 
     def model(self) -> Model:
         return Model(self.layers, self.gradients)
+
+    def parameter_groups(self, model: Model) -> list[Group]:
+        """Return the groups of a model of this workload, as it is wrapped now."""
+        return parameter_groups([list(layer.parameters()) for layer in model.layers], self.groups)
 
 
 def _numel(shape: Shape) -> int:
