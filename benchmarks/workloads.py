@@ -8,6 +8,7 @@ Layers are chained, so gradients arrive last layer first and one layer at a time
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -79,17 +80,21 @@ class Gradients:
         """Return all gradients of this rank, 1-D; not of constant ones."""
         return self._base * self._factor
 
-    def of(self, layer: int) -> list[Tensor]:
-        """Return gradients of one layer, as new tensor objects, so that autograd takes them without a copy."""
+    def of(self, layer: int, places: slice) -> list[Tensor]:
+        """Return gradients of one layer, as new tensor objects, so that autograd takes them without a copy.
+
+        Args:
+            places: Of which of its parameters.
+        """
         if self.kind == CONSTANT:
-            return [torch.full(shape, self._value) for shape in self._shapes[layer]]
+            return [torch.full(shape, self._value) for shape in self._shapes[layer][places]]
         if self.kind == KEPT:
-            return [grad.view_as(grad) for grad in self._stored[layer]]
-        return [stored * self._factor for stored in self._stored[layer]]
+            return [grad.view_as(grad) for grad in self._stored[layer][places]]
+        return list(torch._foreach_mul(self._stored[layer][places], self._factor))
 
 
 class _Hand(torch.autograd.Function):
-    """Return the input, and in backward the parameters' gradients: an ordinary node, of one layer."""
+    """Return the input, and in backward the parameters' gradients: an ordinary node."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, grads: Callable[[], list[Tensor]], *params: Tensor) -> Tensor:
@@ -101,17 +106,34 @@ class _Hand(torch.autograd.Function):
         return (out[0], None, *ctx.grads())
 
 
+_NODE_NUMEL = 1 << 16
+
+
+def _nodes(shapes: Sequence[Shape]) -> list[slice]:
+    """Divide a layer's parameters among autograd's nodes: one for each matrix, and the small tensors before it."""
+    nodes, start, numel = [], 0, 0
+    for i, shape in enumerate(shapes, 1):
+        numel += _numel(shape)
+        if numel >= _NODE_NUMEL or i == len(shapes):
+            nodes.append(slice(start, i))
+            start, numel = i, 0
+    return nodes
+
+
 class Layer(nn.Module):
-    """A layer with parameters and prepared gradients."""
+    """A layer with parameters and prepared gradients, which arrive matrix by matrix."""
 
     def __init__(self, index: int, shapes: Sequence[Shape], gradients: Gradients, generator: torch.Generator) -> None:
         super().__init__()
-        self._grads = lambda: gradients.of(index)
+        self._nodes = [(places, functools.partial(gradients.of, index, places)) for places in _nodes(shapes)]
         for i, shape in enumerate(shapes):
             self.register_parameter(f"p{i}", nn.Parameter(torch.randn(shape, generator=generator) * 0.02))
 
     def forward(self, x: Tensor) -> Tensor:
-        return _Hand.apply(x, self._grads, *self._parameters.values())
+        params = list(self._parameters.values())
+        for places, gradients in self._nodes:
+            x = _Hand.apply(x, gradients, *params[places])
+        return x
 
 
 class Model(nn.Module):
