@@ -136,7 +136,10 @@ def engine_itself(flat: Tensor, chunk: int) -> dict[str, Case]:
 
     return {
         f"DistAdamW's reduce, buckets of {chunk:,}": lambda: all_buckets(
-            lambda k: transport.start_reduce(k, flat[slice(*layout.bucket(k))]), transport.finish_reduce
+            lambda k: transport.start_reduce(k, [flat[slice(*layout.bucket(k))]]),
+            lambda sent: transport.finish_reduce(
+                sent, [part.of(sent.parts) for part in transport.owned_parts(sent.bucket)]
+            ),
         ),
         f"DistAdamW's gather, buckets of {chunk:,}": lambda: all_buckets(
             transport.start_gather, transport.finish_gather

@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim.optimizer import Optimizer
 
 from dist_adamw.optimizer.gradients.gradient_path import GradientPath
+from dist_adamw.optimizer.gradients.send_order import module_order
 from dist_adamw.optimizer.kernels.foreach import DecayBy
 from dist_adamw.optimizer.options import OptionsDigest, describe_options
 from dist_adamw.optimizer.outcome import Outcome
@@ -111,7 +112,7 @@ class ShardedOptimizer(Optimizer):
 
     def _layout_order(self) -> dict[int, int]:
         """Return the place of attached parameters in the layout, by id: backward reaches the last ones first. Local."""
-        return {} if self._path is None else self._path.sources.order()
+        return {} if self._path is None else module_order(self._path.sources.modules())
 
     # ---------------------------------------------------------------- follow the user
 

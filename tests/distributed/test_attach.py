@@ -500,9 +500,9 @@ def check_sent_during_backward(way: dict[str, Any]) -> tuple[int, int]:
     sent: list[int] = []
     start = gloo.GlooTransport.start_reduce
 
-    def counted(self: Any, k: int, buffer: Tensor) -> Any:
+    def counted(self: Any, k: int, parts: Any) -> Any:
         sent.append(k)
-        return start(self, k, buffer)
+        return start(self, k, parts)
 
     gloo.GlooTransport.start_reduce = counted  # type: ignore[method-assign]
     try:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dist_adamw import DistAdamW
-from dist_adamw.optimizer.sharding import owned_gradients
+from dist_adamw.optimizer.transport import gloo
 from tests.ranks import run_ranks
 
 WAYS = [True, False]  # in DDP, or a plain module
@@ -226,28 +226,29 @@ def check_changed_alone(change: str) -> None:
 
 
 def check_large(accumulate: bool) -> None:
-    """A large parameter has a shard to itself, and its gradient is sent from where autograd has put it."""
-    before, owned_gradients.LARGE_BYTES = owned_gradients.LARGE_BYTES, 40 * 40 * 4
+    """A large gradient is sent from where autograd has put it, and let go."""
+    before, gloo.DIRECT_NUMEL = gloo.DIRECT_NUMEL, 1000
     try:
         pair = Pair(ddp=True)
+        seen: list[int] = []
         for step in range(4):
             if accumulate:
                 for wrapped in (pair.wrapped, pair.twin_wrapped):
                     with wrapped.no_sync():  # type: ignore[operator]
                         backward(wrapped, 10 * step + 5)
             pair.both(10 * step)
+            assert seen in ([], pair.addresses())
+            seen = pair.addresses()
             pair.step()
         pair.check()
-        assert sorted(len(shard.params) for shard in pair.optimizer.shards) == [1, 1, 1, 1, 4]
-        alone = [shard.gradients for shard in pair.optimizer.shards if len(shard.params) == 1]
-        assert all(gradients._memory is None and not gradients._lent for gradients in alone)
+        assert all(shard.gradients._lent == [] for shard in pair.optimizer.shards), "a bucket was copied"
     finally:
-        owned_gradients.LARGE_BYTES = before
+        gloo.DIRECT_NUMEL = before
 
 
 @pytest.mark.parametrize("accumulate", [False, True])
 @pytest.mark.parametrize("world_size", [2, 3])
-def test_a_large_parameter_is_sent_without_a_copy(world_size: int, accumulate: bool) -> None:
+def test_a_large_gradient_is_sent_without_a_copy(world_size: int, accumulate: bool) -> None:
     run_ranks(world_size, check_large, accumulate)
 
 

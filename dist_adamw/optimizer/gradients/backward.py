@@ -89,7 +89,6 @@ class BackwardPasses:
                 sender.reopen()
             else:
                 self.discard()
-        sender.prepare()
 
     def look_for_changes(self) -> None:
         """Note whether the user changed gradients since backward. The update shares this: other ranks may not have."""
@@ -118,6 +117,9 @@ class BackwardPasses:
             self._sender.take_in(self._sources.arrivals.take())  # left by a backward pass inside DDP's no_sync
             if self._sends_now:
                 self._begin()
+            else:
+                self._sender.follow_layout()
+                self._sender.prepare()
 
     @property
     def _sends_now(self) -> bool:
@@ -130,7 +132,6 @@ class BackwardPasses:
         run yet, and may change its gradient.
         """
         if not self._sends_now:
-            self._sender.follow_layout()
             self._sender.take_in(self._sources.arrivals.take())
             self._record.filled.discard(id(param))  # backward has added to the zeros, so they are a gradient now
             self._sources.arrivals.note(param)
@@ -165,6 +166,7 @@ class BackwardPasses:
         _when_backward_is_over(functools.partial(self._after_backward, self._path()))
         heard = sources.ids
         self._sender.follow_layout()
+        self._sender.prepare()
         # The forward pass has already told DDP not to average this pass, so a parameter that left since then, without
         # its hook, would keep a local gradient.
         has_left = sources.ids is not heard and not heard <= sources.known_ids

@@ -19,9 +19,9 @@ from dist_adamw.optimizer.gradients.gather_gradients import flat_gradient, turn_
 from dist_adamw.optimizer.gradients.handshake import RankMessages
 from dist_adamw.optimizer.gradients.record import GradientRecord, OptimizerLink
 from dist_adamw.optimizer.gradients.refusals import too_late
-from dist_adamw.optimizer.gradients.send_order import Plan
+from dist_adamw.optimizer.gradients.send_order import Plan, module_order
 from dist_adamw.optimizer.gradients.sources import GradientSources
-from dist_adamw.optimizer.sharding.owned_gradients import SentGradients
+from dist_adamw.optimizer.sharding.gradient_memory import SentGradients
 from dist_adamw.optimizer.sharding.shard import Shard
 from dist_adamw.optimizer.transport.base import MAX_IN_FLIGHT, InFlightBucket
 
@@ -88,7 +88,7 @@ class Sender:
             or len(shards) != len(self.plan.shards)
             or any(map(operator.is_not, shards, self.plan.shards))
         ):
-            self.plan = Plan(shards, self._sources.ids, self._sources.order())
+            self.plan = Plan(shards, self._sources.ids, module_order(self._sources.modules()))
             self.owners = self.plan.shards
             self._flat = {id(shard): [None] * len(shard.params) for shard in shards}
             self._record.local &= self._sources.known_ids
@@ -103,12 +103,12 @@ class Sender:
     # ---------------------------------------------------------------- gradients arrive
 
     def enter(self, params: Collection[Tensor]) -> None:
-        """Note that the gradients of ``params`` have arrived, and move them to memory that stays. Local.
+        """Note that the gradients of ``params`` have arrived, and move small ones to memory that stays. Local.
 
         Raises:
             RuntimeError: the bucket of one of them has been sent already.
         """
-        self.take_in(params)
+        self.take_in(params, large=False)
         arrived = set(map(id, params))
         for members in self.plan.members[: self.next]:
             if not members.isdisjoint(arrived):
@@ -118,11 +118,15 @@ class Sender:
 
     def prepare(self) -> None:
         """Make sure that backward overwrites no gradient that the user holds. Local; with no bucket in flight."""
-        for shard in self._link.shards():
-            shard.gradients.prepare(may_allocate=self._moves_gradients)
+        for shard in self.plan.shards:
+            shard.gradients.prepare(shard.transport if self._moves_gradients else None)
 
-    def take_in(self, params: Collection[Tensor]) -> None:
-        """Move gradients that have arrived to memory that stays. Local."""
+    def take_in(self, params: Collection[Tensor], *, large: bool = True) -> None:
+        """Move gradients that have arrived to memory that stays. Local.
+
+        Args:
+            large: Also large ones, because they are not sent in this pass.
+        """
         if not self._moves_gradients:
             return
         arrived: dict[int, tuple[Shard, list[int]]] = {}
@@ -131,7 +135,7 @@ class Sender:
             if place is not None:
                 arrived.setdefault(id(place[0]), (place[0], []))[1].append(place[1])
         for shard, indices in arrived.values():
-            shard.gradients.take_in(indices)
+            shard.gradients.take_in(indices, large=large)
 
     @property
     def _moves_gradients(self) -> bool:
@@ -207,7 +211,7 @@ class Sender:
         (shard, k), indices = self.plan.order[n], self.plan.indices[n]
         assert shard.transport is not None
         flat = [self._flat[id(shard)][i] for i in indices]
-        return shard.gradients.packed(k, indices, flat, padded=shard.transport.needs_padding)
+        return shard.gradients.packed(k, indices, flat, shard.transport)
 
     @torch.no_grad()
     def _from_params(self, n: int) -> SentGradients:
@@ -215,10 +219,10 @@ class Sender:
         (shard, k), indices = self.plan.order[n], self.plan.indices[n]
         assert shard.transport is not None
         grads = list(map(_gradient, self.plan.params_of[n]))
-        if (kept := shard.gradients.kept(k, indices, grads)) is not None:
+        if (kept := shard.gradients.kept(k, indices, grads, shard.order)) is not None:
             return kept
         flat = [None if grad is None else flat_gradient(shard, i) for i, grad in zip(indices, grads, strict=True)]
-        return shard.gradients.packed(k, indices, flat, padded=shard.transport.needs_padding)
+        return shard.gradients.packed(k, indices, flat, shard.transport)
 
     def _note_sent(self, params: list[Tensor]) -> None:
         pass
@@ -232,7 +236,7 @@ class Sender:
         self._messages.announce_round()
         if self._messages.is_news:
             self._messages.check_answer()  # gloo aborts the process when it receives a bucket of another size
-        self._in_flight.append((shard, shard.transport.start_reduce(k, gradients.buffer), gradients))
+        self._in_flight.append((shard, shard.transport.start_reduce(k, gradients.parts), gradients))
 
     @torch.no_grad()
     def receive(self, count: int | None = None) -> None:
@@ -244,7 +248,7 @@ class Sender:
 
     def _take(self, shard: Shard, sent: InFlightBucket, gradients: SentGradients) -> None:
         assert shard.transport is not None
-        shard.transport.finish_reduce(sent)
+        shard.transport.finish_reduce(sent, gradients.into)
         shard.gradients.received(sent.bucket, gradients)
 
     def drop(self) -> None:
@@ -281,10 +285,19 @@ class Sender:
         for shard in self.owners:
             shard.gradients.reduced.clear()
         # These references would keep gradients alive that the user sets to None. DDP's buckets live anyway.
-        if not self._sources.are_buckets_settled():
+        if not _are_buckets_settled(self._sources):
             for shard in self.plan.shards:
                 self._flat[id(shard)] = [None] * len(shard.params)
         self._sources.tell_siblings()
+
+
+def _are_buckets_settled(sources: GradientSources) -> bool:
+    """Return whether gradients lie in DDP's buckets, and DDP will not replace these."""
+    if not sources.are_buckets:
+        return False
+    # A list, since every reducer must be called.
+    are_settled = [reducer.forget_unless_settled() for reducer in sources.reducers()]
+    return all(are_settled)
 
 
 class ShardSender(Sender):
@@ -324,7 +337,9 @@ class ShardSender(Sender):
     def _take(self, shard: Shard, sent: InFlightBucket, gradients: SentGradients) -> None:
         assert shard.transport is not None
         # The first round overwrites what the last update left there.
-        shard.transport.finish_reduce(sent, shard.gradients.accumulated(sent.bucket), add=self.rounds > 0)
+        accumulated = shard.gradients.accumulated(sent.bucket)
+        into = [part.in_slice(accumulated) for part in shard.transport.owned_parts(sent.bucket)]
+        shard.transport.finish_reduce(sent, into, add=self.rounds > 0)
         shard.gradients.give_back(gradients)
         shard.gradients.reduced[sent.bucket] = list(shard.gradients.accumulated_runs(sent.bucket))
 

@@ -236,26 +236,9 @@ class GradientSources:
         """Return the attached modules that still exist."""
         return [model for ref in self._modules if (model := ref()) is not None]
 
-    def order(self) -> dict[int, int]:
-        """Return the place of each parameter in the order in which the attached modules have them, by id."""
-        # As in DDP's first buckets: a module mostly has its parameters in the order in which forward uses them.
-        order: dict[int, int] = {}
-        for model in self.modules():
-            for param in model.parameters():
-                order.setdefault(id(param), len(order))
-        return order
-
     def reducers(self) -> list[DDPReducer]:
         """Return the reducers of the attached modules that are in DDP."""
         return [reducer for ref in self._reducers if (reducer := ref()) is not None]
-
-    def are_buckets_settled(self) -> bool:
-        """Return whether gradients lie in DDP's buckets, and DDP will not replace these."""
-        if not self.are_buckets:
-            return False
-        # A list, since every reducer must be called.
-        are_settled = [reducer.forget_unless_settled() for reducer in self.reducers()]
-        return all(are_settled)
 
     # ---------------------------------------------------------------- in a backward pass
 

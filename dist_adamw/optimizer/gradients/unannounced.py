@@ -110,8 +110,8 @@ class UnannouncedGradients:
         """Average bucket ``k`` of ``flat``; this rank has the averages of its own runs afterwards. Collective."""
         transport, indices = shard.transport, [i for i, grad in enumerate(flat) if grad is not None]
         assert transport is not None
-        gradients = shard.gradients.packed(k, indices, [flat[i] for i in indices], padded=transport.needs_padding)
-        transport.finish_reduce(transport.start_reduce(k, gradients.buffer))
+        gradients = shard.gradients.packed(k, indices, [flat[i] for i in indices], transport)
+        transport.finish_reduce(transport.start_reduce(k, gradients.parts), gradients.into)
         shard.gradients.write_back(k, gradients)
 
     def _take_runs(self, shard: Shard, k: int, flat: Sequence[Tensor | None], late: Set[int]) -> None:

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from dist_adamw.optimizer.sharding.bucket_views import MOMENTS
 from dist_adamw.optimizer.sharding.moved_state import carry_state
-from dist_adamw.optimizer.sharding.owned_gradients import is_large
 from dist_adamw.optimizer.sharding.schemes import ShardingRanks
 from dist_adamw.optimizer.sharding.shard import Shard, peek
 from dist_adamw.optimizer.sharding.user_changes import (
@@ -66,8 +65,7 @@ class Wanted:
 
     def arrange(self, chosen: Collection[int]) -> list[Arrangement]:
         """Divide those parameters that have an id in ``chosen`` among shards. Local."""
-        is_apart = is_large if self.ranks.process_group is not None and not self.are_shares else _never
-        return arrange(self.groups, chosen, self.order(), is_apart, by_group=self.by_group)
+        return arrange(self.groups, chosen, self.order(), by_group=self.by_group)
 
     def make_shard(self, arrangement: Arrangement) -> Shard:
         """Return a shard of the parameters, with zeros for state. Local."""
@@ -372,10 +370,6 @@ def _pointed_at(tensor: Any, view: Tensor) -> Tensor:
         return view
     tensor.data = view
     return tensor
-
-
-def _never(param: Tensor) -> bool:
-    return False
 
 
 def _params_without_place(groups: Groups, placed: Collection[int]) -> list[Tensor]:

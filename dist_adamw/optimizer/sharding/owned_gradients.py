@@ -2,42 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from dist_adamw.optimizer.sharding.dtensors import local_gradient, local_of
-from dist_adamw.optimizer.sharding.gradient_memory import GradientMemory
-from dist_adamw.optimizer.sharding.memory_order import check_dense, storage_order
-from dist_adamw.optimizer.transport.base import cut_slice
+from dist_adamw.optimizer.sharding.gradient_memory import GradientMemory, SentGradients
+from dist_adamw.optimizer.sharding.memory_order import MemoryOrder, check_dense, storage_order
+from dist_adamw.optimizer.transport.base import Transport, cut_slice
 from dist_adamw.optimizer.transport.layout import FlatLayout, Piece
-
-LARGE_BYTES = 1 << 25
-
-
-def is_large(param: Tensor) -> bool:
-    """Return whether a parameter has a shard to itself, and its gradient stays where autograd puts it."""
-    # glibc takes blocks of 32 MiB and more from the system each time, so a copy of the gradient would save nothing.
-    return param.device.type == "cpu" and param.nbytes >= LARGE_BYTES
-
-
-@dataclass(slots=True)
-class SentGradients:
-    """The gradients of one bucket in one tensor.
-
-    Attributes:
-        buffer: The gradients, 1-D in the order of the layout.
-        runs: Those of the owned pieces, as part of the buffer; None for a piece that is not sent.
-        lent: Memory that ``buffer`` is part of, to be used again; None if it has the gradients themselves.
-        outside: The gradients of which ``lent`` has copies, 1-D, by index of the parameter.
-    """
-
-    buffer: Tensor
-    runs: list[Tensor | None]
-    lent: Tensor | None = None
-    outside: dict[int, Tensor] = field(default_factory=dict)
 
 
 class OwnedGradients:
@@ -79,26 +53,21 @@ class OwnedGradients:
 
     # ---------------------------------------------------------------- memory of gradients
 
-    def prepare(self, *, may_allocate: bool) -> None:
+    def prepare(self, transport: Transport | None) -> None:
         """Make sure that backward overwrites no gradient that the user holds. Local; with no bucket in flight.
 
         Args:
-            may_allocate: Whether the pass will move gradients to memory that stays.
+            transport: Sends the buckets, if the pass will move gradients to memory that stays.
         """
-        memory = self._staying_memory() if may_allocate else self._memory
-        if memory is not None:
-            memory.prepare()
+        if self._memory is None and transport is not None:
+            self._memory = GradientMemory(self._params, self._layout, self._pieces, transport)
+        if self._memory is not None:
+            self._memory.prepare()
 
-    def _staying_memory(self) -> GradientMemory | None:
-        if self._memory is None and not (len(self._params) == 1 and is_large(self._params[0])):
-            self._memory = GradientMemory(self._params, self._layout, self._pieces)
-        return self._memory
-
-    def take_in(self, indices: Sequence[int]) -> None:
+    def take_in(self, indices: Sequence[int], *, large: bool) -> None:
         """Move gradients that have arrived to memory that stays; see `GradientMemory.take_in`. Local."""
-        memory = self._staying_memory()
-        if memory is not None:
-            memory.take_in(indices)
+        if self._memory is not None:
+            self._memory.take_in(indices, large=large)
 
     def fill_in_zeros(self, i: int) -> None:
         """Give zeros to parameter ``i``, which has no gradient. Local."""
@@ -107,65 +76,74 @@ class OwnedGradients:
         else:
             self._memory.fill_in_zeros(i)
 
-    def kept(self, k: int, indices: Sequence[int], grads: Sequence[Tensor | None]) -> SentGradients | None:
-        """Return the gradients of bucket ``k`` if they lie in memory that stays, else None. Local.
+    def kept(
+        self, k: int, indices: Sequence[int], grads: Sequence[Tensor | None], order: MemoryOrder
+    ) -> SentGradients | None:
+        """Return the gradients of bucket ``k``, or None if they must be `packed`; see `GradientMemory.sent`. Local."""
+        return None if self._memory is None else self._memory.sent(k, indices, grads, order)
 
-        Args:
-            indices: The parameters to send; the same object at every call for ``k``.
-            grads: Their gradients.
-        """
-        if self._memory is None:
-            return None
-        runs = self._memory.runs_of(k, indices, grads)
-        return None if runs is None else SentGradients(self._memory.bucket(k), list(runs))
-
-    def packed(self, k: int, indices: Sequence[int], flat: Sequence[Tensor | None], *, padded: bool) -> SentGradients:
-        """Return the gradients of bucket ``k`` in memory that `received` takes back, or as they are. Local.
+    def packed(
+        self, k: int, indices: Sequence[int], flat: Sequence[Tensor | None], transport: Transport
+    ) -> SentGradients:
+        """Return the gradients of bucket ``k``, small ones copied to memory that `received` takes back. Local.
 
         Args:
             indices: The parameters to send; the others count as zero.
             flat: Their gradients, 1-D; None counts as zero.
-            padded: Whether the buffer must include the padding at the end of the layout.
         """
-        start, stop = self._layout.bucket(k)
-        pieces = self._layout.pieces(start, stop)
-        by_index = dict(zip(indices, flat, strict=True))
-        if len(pieces) == 1 and pieces[0].numel == (stop if padded else min(stop, self._layout.end)) - start:
-            grad = by_index.get(pieces[0].param)
-            if grad is not None:
-                buffer = grad[pieces[0].start : pieces[0].stop]
-                return SentGradients(buffer, self._runs_in(buffer, k))
         lent = self._lent.pop() if self._lent else self._params[0].new_zeros(self._layout.bucket_numel)
-        outside = {}
-        for piece in pieces:
-            grad, place = by_index.get(piece.param), lent[piece.offset : piece.offset + piece.numel]
-            if grad is None:
-                place.zero_()
+        by_index = {i: grad for i, grad in zip(indices, flat, strict=True) if grad is not None}
+        segments = transport.segments(k)
+        in_place = {segment.piece.param for segment in segments if segment.piece is not None}
+        outside = {i: grad for i, grad in by_index.items() if i not in in_place}
+        self._copy(k, outside, lent)
+        parts = []
+        for segment in segments:
+            grad = by_index.get(segment.piece.param) if segment.piece is not None else None
+            if segment.piece is None or grad is None:
+                parts.append(lent[segment.start : segment.stop])
             else:
-                place.copy_(grad[piece.start : piece.stop])
-                outside[piece.param] = grad
-        buffer = lent[: stop - start]
-        return SentGradients(buffer, self._runs_in(buffer, k), lent, outside)
+                parts.append(grad[segment.piece.start : segment.piece.stop])
+        into = [part.of(parts) for part in transport.owned_parts(k)]
+        return SentGradients(parts, into, self._runs_of(k, by_index, outside, lent), lent, outside)
 
-    def _runs_in(self, buffer: Tensor, k: int) -> list[Tensor | None]:
-        """Return the owned pieces of bucket ``k`` as views of ``buffer``, which has the whole bucket."""
+    def _copy(self, k: int, grads: Mapping[int, Tensor], lent: Tensor) -> None:
+        """Copy ``grads``, by index of the parameter, to their places in bucket ``k``; elsewhere write zeros."""
+        for piece in self._layout.pieces(*self._layout.bucket(k)):
+            place = lent[piece.offset : piece.offset + piece.numel]
+            if piece.param in grads:
+                place.copy_(grads[piece.param][piece.start : piece.stop])
+            else:
+                place.zero_()
+
+    def _runs_of(
+        self, k: int, grads: Mapping[int, Tensor], outside: Collection[int], lent: Tensor
+    ) -> list[Tensor | None]:
+        """Return the owned pieces of bucket ``k``: in ``lent`` if they are copies, else in the gradients."""
         start, _ = self._layout.bucket(k)
-        places = [(self._layout.starts[piece.param] + piece.start - start, piece.numel) for piece in self._pieces[k]]
-        return [buffer[place : place + numel] for place, numel in places]
+        runs: list[Tensor | None] = []
+        for piece in self._pieces[k]:
+            place = self._layout.starts[piece.param] + piece.start - start
+            if piece.param in outside:
+                runs.append(lent[place : place + piece.numel])
+            else:
+                grad = grads.get(piece.param)
+                runs.append(None if grad is None else grad[piece.start : piece.stop])
+        return runs
 
     def received(self, k: int, sent: SentGradients) -> None:
-        """Take the averages of bucket ``k``, which are in the owned runs of ``sent``. Local."""
+        """Take the averages of bucket ``k``, which are in ``sent``. Local."""
         self.reduced[k] = self.write_back(k, sent)
+        for i, grad in sent.released:
+            assert self._memory is not None
+            self._memory.release(i, grad)
 
     def write_back(self, k: int, sent: SentGradients) -> list[Tensor | None]:
-        """Return the owned runs of the gradients, into which averages in a copy were written. Local."""
-        if sent.lent is None:
-            return sent.runs
-        runs: list[Tensor | None] = []
-        for piece, average in zip(self._pieces[k], sent.runs, strict=True):
-            grad = sent.outside.get(piece.param)
-            assert average is not None
-            runs.append(None if grad is None else grad[piece.start : piece.stop].copy_(average))
+        """Return the owned pieces with their averages, in the gradients themselves if those were copied. Local."""
+        runs = list(sent.runs)
+        for place, (piece, average) in enumerate(zip(self._pieces[k], sent.runs, strict=True)):
+            if (grad := sent.outside.get(piece.param)) is not None and average is not None:
+                runs[place] = grad[piece.start : piece.stop].copy_(average)
         self.give_back(sent)
         return runs
 

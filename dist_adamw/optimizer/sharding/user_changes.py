@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -266,7 +266,6 @@ def arrange(
     groups: Sequence[dict[str, Any]],
     chosen: Collection[int],
     order: Mapping[int, int],
-    is_apart: Callable[[Tensor], bool],
     *,
     by_group: bool,
 ) -> list[Arrangement]:
@@ -277,7 +276,6 @@ def arrange(
 
     Args:
         order: The place of parameters in the layout, by id; others come last, in the order of the groups.
-        is_apart: Returns whether a parameter has a shard to itself.
         by_group: Whether no two groups may share a shard.
     """
     alike: dict[tuple[Any, ...], Arrangement] = {}
@@ -285,9 +283,8 @@ def arrange(
     placed = [(order.get(id(param), last), g, param) for g, group in enumerate(groups) for param in group["params"]]
     for _, g, param in sorted(placed, key=operator.itemgetter(0)):
         if id(param) in chosen:
-            alone = id(param) if is_apart(param) else None
             divided_by = g if by_group else groups[g]["amsgrad"]
-            key = (divided_by, alone, param.dtype, local_of(param).device, shard_axes(param))
+            key = (divided_by, param.dtype, local_of(param).device, shard_axes(param))
             one = alike.setdefault(key, Arrangement([], []))
             one.groups.append(groups[g])
             one.params.append(param)

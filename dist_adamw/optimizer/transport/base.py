@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dist_adamw.optimizer.transport.layout import FlatLayout, Piece
+from dist_adamw.optimizer.transport.layout import FlatLayout, Piece, Segment
 from dist_adamw.ranks import collectives
 
 T = TypeVar("T")
@@ -30,14 +30,14 @@ class InFlightBucket:
 
     Attributes:
         staging: Memory for messages.
-        buffer: The gradients, which must not change before the transfer is over; None in a gather.
+        parts: The gradients, which must not change before the transfer is over; empty in a gather.
         gathered: The tensors that receive slices in a gather; None: the parameters.
     """
 
     bucket: int
     works: list[dist.Work]
     staging: Any
-    buffer: Tensor | None = None
+    parts: Sequence[Tensor] = ()
     gathered: Flat | None = None
 
     def wait(self) -> None:
@@ -51,6 +51,36 @@ class InFlightBucket:
                 work.wait()
         except RuntimeError as error:
             raise RuntimeError(f"{error}\n{_GONE}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class OwnedPart:
+    """A rank's part of a segment.
+
+    Attributes:
+        segment: The index of the segment.
+        start: Where the part begins in the segment, and ``stop``, where it ends.
+        offset: Where it begins in the rank's slice of the bucket.
+    """
+
+    segment: int
+    start: int
+    stop: int
+    offset: int
+
+    @property
+    def numel(self) -> int:
+        """The number of elements."""
+        return self.stop - self.start
+
+    def of(self, parts: Sequence[Tensor]) -> Tensor:
+        """Return the part of a bucket's ``parts``, one for each segment."""
+        part = parts[self.segment]
+        return part if self.numel == part.numel() else part[self.start : self.stop]
+
+    def in_slice(self, of_rank: Tensor) -> Tensor:
+        """Return the part of a tensor that has the rank's slice of the bucket."""
+        return of_rank[self.offset : self.offset + self.numel]
 
 
 class Transport(ABC):
@@ -101,23 +131,30 @@ class Transport(ABC):
     def _empty(self, numel: int) -> Tensor:
         return torch.empty(numel, dtype=self._like.dtype, device=self._like.device)
 
-    needs_padding = False  # whether a buffer of gradients must include the padding at the end of the layout
+    @abstractmethod
+    def segments(self, k: int) -> list[Segment]:
+        """Return the runs of bucket ``k`` that may lie in different memory."""
 
     @abstractmethod
-    def start_reduce(self, k: int, buffer: Tensor) -> InFlightBucket:
+    def owned_parts(self, k: int) -> list[OwnedPart]:
+        """Return this rank's parts of these segments."""
+
+    @abstractmethod
+    def start_reduce(self, k: int, parts: Sequence[Tensor]) -> InFlightBucket:
         """Start to send gradients to their owners.
 
         Args:
             k: The bucket.
-            buffer: Its gradients, 1-D in the order of the layout. They must not change before the finish.
+            parts: Its gradients, 1-D, one tensor for each of its `segments`. They must not change before the finish.
         """
 
     @abstractmethod
-    def finish_reduce(self, sent: InFlightBucket, into: Tensor | None = None, *, add: bool = False) -> None:
+    def finish_reduce(self, sent: InFlightBucket, into: Sequence[Tensor], *, add: bool = False) -> None:
         """Wait for a bucket, and average this rank's slice over all ranks.
 
         Args:
-            into: 1-D, receives the averages; None overwrites the slice in the buffer.
+            into: 1-D tensors that receive the averages, one for each of the `owned_parts`: other memory than the
+                gradients, or the same.
             add: Add the averages to ``into`` instead of copying them.
         """
 

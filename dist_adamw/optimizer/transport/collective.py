@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dist_adamw.optimizer.transport.base import Flat, InFlightBucket, Transport, _copy_present
-from dist_adamw.optimizer.transport.layout import Piece
+from dist_adamw.optimizer.transport.base import Flat, InFlightBucket, OwnedPart, Transport, _copy_present
+from dist_adamw.optimizer.transport.layout import Piece, Segment
 
 
 class CollectiveTransport(Transport):
     """The backend's reduce-scatter and all-gather; see `Transport`."""
-
-    needs_padding = True
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -32,9 +31,20 @@ class CollectiveTransport(Transport):
             self._known[k] = self._layout.pieces(start, stop), stop - start, mine[0] - start, mine[1] - start
         return self._known[k]
 
-    def start_reduce(self, k: int, buffer: Tensor) -> InFlightBucket:
+    def segments(self, k: int) -> list[Segment]:
+        """See `Transport`: one, since a reduce-scatter needs one buffer, padding included."""
+        start, stop = self._layout.bucket(k)
+        return [Segment(0, stop - start)]
+
+    def owned_parts(self, k: int) -> list[OwnedPart]:
         """See `Transport`."""
-        sent = InFlightBucket(k, [], None, buffer)
+        _, _, first, last = self._pieces(k)
+        return [OwnedPart(0, first, last, 0)]
+
+    def start_reduce(self, k: int, parts: Sequence[Tensor]) -> InFlightBucket:
+        """See `Transport`."""
+        sent = InFlightBucket(k, [], None, parts)
+        (buffer,) = parts
         _, _, first, last = self._pieces(k)
         # torch 2.13 renamed reduce_scatter_tensor, and warns about the old name.
         scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -44,18 +54,19 @@ class CollectiveTransport(Transport):
         sent.works = [] if work is None else [work]
         return sent
 
-    def finish_reduce(self, sent: InFlightBucket, into: Tensor | None = None, *, add: bool = False) -> None:
+    def finish_reduce(self, sent: InFlightBucket, into: Sequence[Tensor], *, add: bool = False) -> None:
         """See `Transport`."""
         sent.wait()
-        assert sent.buffer is not None
-        _, _, first, last = self._pieces(sent.bucket)
-        own = sent.buffer[first:last]
+        (out,) = into
+        own = self.owned_parts(sent.bucket)[0].of(sent.parts)
         if self._replicas is not None:
             dist.all_reduce(own, group=self._replicas)
             own.div_(self.count)
-        if into is not None:
-            into.add_(own) if add else into.copy_(own)
-        sent.buffer = None
+        if add:
+            out.add_(own)
+        elif out.data_ptr() != own.data_ptr():
+            out.copy_(own)
+        sent.parts = ()
 
     def _owned(self, k: int, first: int, last: int) -> list[Piece]:
         """Return this rank's pieces by offset in the bucket."""

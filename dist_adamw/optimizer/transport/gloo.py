@@ -1,7 +1,8 @@
 """Transport over gloo: messages between pairs of ranks.
 
-A slice of gradients is one message. Of a slice of parameters, each large run is a message, sent and received in place,
-and all small runs are packed into one. Owners sum in rank order, so that results do not depend on the owner.
+Each large run is a message, sent in place. Small gradients lie side by side, and are one message up to the next large
+one; all small runs of parameters are packed into one. Owners sum in rank order, so that results do not depend on the
+owner.
 
 Measured with 2 ranks (``benchmarks/transport.py``, ns per element). Reducing: messages and a local sum 2.1, all-to-all
 and a local sum 2.6, all-reduce 3.6, gloo's own reduce-scatter 11. Gathering: messages 1.5, broadcasts 1.9, gloo's own
@@ -18,8 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dist_adamw.optimizer.transport.base import Flat, InFlightBucket, T, Transport, _copy_present
-from dist_adamw.optimizer.transport.layout import Piece
+from dist_adamw.optimizer.transport.base import Flat, InFlightBucket, OwnedPart, T, Transport, _copy_present
+from dist_adamw.optimizer.transport.layout import Piece, Segment
 from dist_adamw.ranks import collectives
 
 DIRECT_NUMEL = 1 << 14  # shorter runs are packed, since a copy costs less than a message
@@ -62,14 +63,24 @@ class GlooTransport(Transport):
             [_Slice.of(layout.pieces(*layout.slice_of(k, r))) for r in range(self._size)]
             for k in range(layout.num_buckets)
         ]
-        self._sent_slices = [
-            [layout.sent_slice(k, rank) for rank in range(self._size)] for k in range(layout.num_buckets)
-        ]
+        self._segments = [layout.segments(k, DIRECT_NUMEL) for k in range(layout.num_buckets)]
+        self._parts = [[self._parts_of(k, rank) for rank in range(self._size)] for k in range(layout.num_buckets)]
         self._slot_numel = layout.bucket_numel // self._size
         self._small_numel = max((part.small_numel for slices in self._slices for part in slices), default=0)
         peers = [(self._rank + d) % self._size for d in range(1, self._size)]
         # Pairs (send to, receive from). In step d each rank sends to rank + d, so every rank is busy in every step.
         self._peers = list(zip(peers, reversed(peers), strict=True))
+
+    def _parts_of(self, k: int, rank: int) -> list[OwnedPart]:
+        """Return ``rank``'s parts of the segments of bucket ``k``."""
+        first, _ = self._layout.bucket(k)
+        start, stop = (place - first for place in self._layout.slice_of(k, rank))
+        found = []
+        for n, segment in enumerate(self._segments[k]):
+            a, b = max(start, segment.start), min(stop, segment.stop)
+            if a < b:
+                found.append(OwnedPart(n, a - segment.start, b - segment.start, a - start))
+        return found
 
     def _staging(self) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
         numel = max(self._slot_numel, self._small_numel)
@@ -78,38 +89,41 @@ class GlooTransport(Transport):
             {peer: self._empty(self._small_numel) for peer, _ in self._peers},
         )
 
-    def start_reduce(self, k: int, buffer: Tensor) -> InFlightBucket:
+    def segments(self, k: int) -> list[Segment]:
         """See `Transport`."""
-        sent = InFlightBucket(k, [], self._take(), buffer)
+        return self._segments[k]
+
+    def owned_parts(self, k: int) -> list[OwnedPart]:
+        """See `Transport`."""
+        return self._parts[k][self._rank]
+
+    def start_reduce(self, k: int, parts: Sequence[Tensor]) -> InFlightBucket:
+        """See `Transport`."""
+        sent = InFlightBucket(k, [], self._take(), parts)
         received, _ = sent.staging
-        first, last = self._sent_slices[k][self._rank]
         for to, source in self._peers:
-            if first < last:
-                self._receive(sent, received[source][: last - first], source)
-            start, stop = self._sent_slices[k][to]
-            if start < stop:
-                self._send(sent, buffer[start:stop], to)
+            for part in self._parts[k][self._rank]:
+                self._receive(sent, part.in_slice(received[source]), source)
+            for part in self._parts[k][to]:
+                self._send(sent, part.of(parts), to)
         return sent
 
-    def finish_reduce(self, sent: InFlightBucket, into: Tensor | None = None, *, add: bool = False) -> None:
+    def finish_reduce(self, sent: InFlightBucket, into: Sequence[Tensor], *, add: bool = False) -> None:
         """See `Transport`."""
         sent.wait()
-        assert sent.buffer is not None
-        first, last = self._sent_slices[sent.bucket][self._rank]
-        own = sent.buffer[first:last]
         slots, _ = sent.staging
-        terms = [own if rank == self._rank else slots[rank][: last - first] for rank in range(self._size)]
-        out = own if into is None else into[: last - first]
-        # Sums are added to ``into``, or to those of replicas, only when they are complete.
-        total = terms[self._summed_in] if add or self._replicas is not None else out
-        if first < last:
+        for part, out in zip(self.owned_parts(sent.bucket), into, strict=True):
+            own = part.of(sent.parts)
+            terms = [own if rank == self._rank else part.in_slice(slots[rank]) for rank in range(self._size)]
+            # Sums are added to ``into``, or to those of replicas, only when they are complete.
+            total = terms[self._summed_in] if add or self._replicas is not None else out
             self._average(terms, total)
-        if self._replicas is not None:
-            dist.all_reduce(total, group=self._replicas)
-            total.div_(self.count)
-        if total is not out:
-            out.add_(total) if add else out.copy_(total)
-        sent.buffer = None
+            if self._replicas is not None:
+                dist.all_reduce(total, group=self._replicas)
+                total.div_(self.count)
+            if total is not out:
+                out.add_(total) if add else out.copy_(total)
+        sent.parts = ()
         self._free.append(sent.staging)
 
     @property

@@ -54,6 +54,19 @@ class Piece:
 
 
 @dataclass(frozen=True, slots=True)
+class Segment:
+    """A run of a bucket, ``[start, stop)`` in it: of one large parameter, or of any number of small ones.
+
+    Attributes:
+        piece: The run of the large parameter; None: small ones.
+    """
+
+    start: int
+    stop: int
+    piece: Piece | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class FlatLayout:
     """The position of each element of a list of parameters, and the rank that owns it.
 
@@ -122,11 +135,23 @@ class FlatLayout:
         """Where the last parameter ends: what follows is padding."""
         return self.starts[-2] + self.numels[-1] if self.numels else 0
 
-    def sent_slice(self, k: int, rank: int) -> tuple[int, int]:
-        """Return ``[start, stop)`` of ``rank``'s slice, counted from the start of bucket ``k``, without end padding."""
-        first, _ = self.bucket(k)
-        start, stop = self.slice_of(k, rank)
-        return min(start, self.end) - first, min(stop, self.end) - first
+    def segments(self, k: int, direct_numel: int) -> list[Segment]:
+        """Divide bucket ``k``, without the padding at its end, into runs that may lie in different memory.
+
+        Args:
+            direct_numel: Parameters with at least as many elements have segments of their own.
+        """
+        start, stop = self.bucket(k)
+        found: list[Segment] = []
+        place = 0
+        for piece in self.pieces(start, stop):
+            if self.numels[piece.param] >= direct_numel:
+                if place < piece.offset:
+                    found.append(Segment(place, piece.offset))
+                place = piece.offset + piece.numel
+                found.append(Segment(piece.offset, place, piece))
+        end = min(stop, self.end) - start
+        return found if place >= end else [*found, Segment(place, end)]
 
     def pieces(self, start: int, stop: int, offset: int = 0) -> list[Piece]:
         """Return the runs of parameters in flat ``[start, stop)``; ``start`` has the offset ``offset``."""
