@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 
 import torch
@@ -32,6 +33,11 @@ from dist_adamw.optimizer.state_dict import WholeState
 from dist_adamw.plain_data import plain
 
 OPTIONS = ("decay_by", "max_grad_norm", "shard", "fused", "bucket_numel", "master_dtype", "state_dtype")
+
+
+def _order_of(path: GradientPath | None) -> dict[int, int]:
+    """Return the place of attached parameters in the layout, by id: backward reaches the last ones first. Local."""
+    return {} if path is None else module_order(path.sources.modules())
 
 
 class ShardedOptimizer(Optimizer):
@@ -106,13 +112,9 @@ class ShardedOptimizer(Optimizer):
             self._tag,
             self.master_dtype,
             self.state_dtype,
-            self._layout_order,
+            functools.partial(_order_of, self._path),
             self._is_partitioned,
         )
-
-    def _layout_order(self) -> dict[int, int]:
-        """Return the place of attached parameters in the layout, by id: backward reaches the last ones first. Local."""
-        return {} if self._path is None else module_order(self._path.sources.modules())
 
     # ---------------------------------------------------------------- follow the user
 
