@@ -218,7 +218,7 @@ class BackwardPasses:
             sender.receive()
         for reducer in sources.reducers():
             reducer.note_views()
-        self._record.watch.remember(sources.watched(sender.plan.params))
+        self._record.watch.remember(sources.watched(sender.plan.params), sender.averages())
         sources.tell_siblings()
 
     def discard(self, *, leave_zeros: bool = False) -> None:

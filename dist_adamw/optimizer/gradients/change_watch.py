@@ -33,6 +33,7 @@ class GradientWatch:
     def clear(self) -> None:
         """Watch nothing."""
         self._params: Sequence[Tensor] = []
+        self._averages: Sequence[Tensor] = ()
         self._grads: list[Tensor | None] = []
         self._present: list[Tensor] = []
         self._addresses: list[int] = []
@@ -40,9 +41,13 @@ class GradientWatch:
         self._places: list[Tensor] = []
         self._sample: list[Tensor] = []
 
-    def remember(self, params: Sequence[Tensor]) -> None:
-        """Remember the gradients of ``params``, for `changed` to compare with."""
-        self._params = params
+    def remember(self, params: Sequence[Tensor], averages: Sequence[Tensor] = ()) -> None:
+        """Remember the gradients of ``params``, for `changed` to compare with.
+
+        Args:
+            averages: The parts of them that this rank owns and that have been averaged. The others may all be zero.
+        """
+        self._params, self._averages = params, averages
         self._grads = list(map(_gradient, params))
         self._present = _present(self._grads)
         try:
@@ -53,23 +58,24 @@ class GradientWatch:
             raise
         self._note_values()
 
-    def remember_written(self, params: Sequence[Tensor]) -> None:
+    def remember_written(self, params: Sequence[Tensor], averages: Sequence[Tensor]) -> None:
         """Remember gradients after this package's own writes, which do not move them; cheaper than `remember`."""
         if params is not self._params or not all(map(operator.is_, map(_gradient, params), self._grads)):
-            self.remember(params)
+            self.remember(params, averages)
             return
+        self._averages = averages
         self._note_values()
 
     def _note_values(self) -> None:
         # Version counters only grow, so their sum changes if any of them does.
         self._versions = sum(map(_version, self._present))
-        self._places = _places(self._present)
+        self._places = _places(self._averages or self._present)
         self._sample = [place.clone() for place in self._places]
 
-    def accept(self) -> None:
-        """Accept the gradients as they are now."""
+    def accept(self, averages: Sequence[Tensor] | None = None) -> None:
+        """Accept the gradients as they are now; ``averages`` as for `remember`, by default the same as before."""
         if self._params:
-            self.remember(self._params)
+            self.remember(self._params, self._averages if averages is None else averages)
 
     def replaced(self) -> bool:
         """Return whether some ``param.grad`` is another tensor or has other memory. None does not count as replaced."""
@@ -107,7 +113,7 @@ def _present(grads: Sequence[Tensor | None]) -> list[Tensor]:
     return [grad for grad in grads if grad is not None]
 
 
-def _places(grads: list[Tensor]) -> list[Tensor]:
+def _places(grads: Sequence[Tensor]) -> list[Tensor]:
     """Return views, as integers, of a few elements of a few of the gradients on a CPU."""
     # On a GPU the host would have to wait. Integer views, because torch.equal would find NaN unequal to itself.
     places = []

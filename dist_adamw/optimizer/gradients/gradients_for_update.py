@@ -58,7 +58,7 @@ class GradientsForUpdate:
         if sender.reduces_every_backward:
             self._keep_in_shards(sent if is_laid_out_again else ())
         else:
-            record.watch.remember_written(self._sources.watched(sender.plan.params))
+            record.watch.remember_written(self._sources.watched(sender.plan.params), sender.averages())
             self._sources.tell_siblings()
 
     def _send_rest(self, needed_rounds: int) -> None:
@@ -167,7 +167,7 @@ class GradientsForUpdate:
         if record.watch.replaced():
             for shard in self._sender.owners:
                 take_replaced(shard)
-        record.watch.accept()
+        record.watch.accept(self._sender.averages())
 
     def _are_any_local(self) -> bool:
         """Return whether some watched gradient is known not to have been averaged yet."""

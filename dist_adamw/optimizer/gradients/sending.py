@@ -251,6 +251,11 @@ class Sender:
         shard.transport.finish_reduce(sent, gradients.into)
         shard.gradients.received(sent.bucket, gradients)
 
+    def averages(self) -> list[Tensor]:
+        """Return the owned pieces of gradients that have been averaged. Local."""
+        reduced = [runs for shard in self.owners for runs in shard.gradients.reduced.values()]
+        return [run for runs in reduced for run in runs if run is not None]
+
     def drop(self) -> None:
         """Forget the buckets in flight, because no rank sends to this one any more. Local."""
         self._in_flight.clear()
