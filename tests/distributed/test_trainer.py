@@ -147,6 +147,8 @@ def train(engine: str, folder: str, accumulation: int = 1, resume: str | None = 
         assert (engine == "single") == (args.world_size == 1)
         trainer.train(resume_from_checkpoint=resume)
         assert (unwrap(trainer.optimizer)._path is not None) == (engine == "DDP")  # attached
+        if engine == "DDP":
+            assert trainer.model_wrapped.gradient_as_bucket_view, "gradients exist twice, and nothing overlaps"
         return trainer.notes.rows
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import subprocess
@@ -140,6 +141,19 @@ def test_a_communication_hook_that_accelerate_ignores(world_size: int) -> None:
     for error in expect_error_on_all(world_size, hooked):
         assert "Accelerate silently ignores comm_hook=<function fp16_compress_hook" in error
         assert "Give DistributedDataParallelKwargs a member of DDPCommunicationHookType" in error
+
+
+def bucket_views(**given: Any) -> tuple[bool, bool, bool]:
+    handler = DistributedDataParallelKwargs(**given)
+    model, *_ = prepared(Accelerator(kwargs_handlers=[handler]))
+    return model.gradient_as_bucket_view, model.find_unused_parameters, handler.gradient_as_bucket_view
+
+
+def test_ddp_keeps_no_second_copy_of_gradients_whatever_else_was_asked_for() -> None:
+    for views, unused, given in run_ranks(2, functools.partial(bucket_views, find_unused_parameters=True)):
+        assert views, "gradients exist twice, and nothing is sent during backward"
+        assert unused, "the script's own choice is lost"
+        assert not given, "the script's own object was changed"
 
 
 # ---------------------------------------------------------------- the optimizer and its groups

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 import weakref
 from collections.abc import Callable
@@ -129,8 +130,8 @@ def prepare(
     It may be called again for another phase of training, with the same optimizer or a new one, and the prepared model.
     Accelerate's ``LocalSGD`` needs ``DistAdamW(shard=False)`` and ``check_weights_every=0``.
 
-    DDP keeps a second copy of the gradients by default, so ``prepare`` sets
-    ``gradient_as_bucket_view`` if no ``DistributedDataParallelKwargs`` were given.
+    DDP keeps a second copy of the gradients by default, and nothing could be sent during backward, so ``prepare`` sets
+    ``gradient_as_bucket_view``, also in the ``DistributedDataParallelKwargs`` that you gave to the accelerator.
 
     Collective: every rank calls it.
     """
@@ -140,8 +141,8 @@ def prepare(
         "prepare(whole_gradients)": bool(whole_gradients),
     }
     facts = _agreed_facts(accelerator, optimizer, dataloader, scheduler, group, own_options)
-    if accelerator.ddp_handler is None:
-        accelerator.ddp_handler = _ddp_kwargs()
+    if accelerator.ddp_handler is None or isinstance(unwrap(optimizer), DistAdamW):
+        use_bucket_views(accelerator)
     from_json = _is_dummy(optimizer)
     config = _deepspeed_config(accelerator)
     if config is not None:
@@ -287,10 +288,14 @@ def host_group(accelerator: Accelerator) -> dist.ProcessGroup | None:
     return None if accelerator.num_processes == 1 else collectives.host_group()
 
 
-def _ddp_kwargs() -> Any:
+def use_bucket_views(accelerator: Accelerator) -> None:
+    """Make DDP keep gradients in its buckets only, when the model is wrapped. Local."""
     from accelerate import DistributedDataParallelKwargs
 
-    return DistributedDataParallelKwargs(gradient_as_bucket_view=True)
+    # A copy, since the script may use the same object for another accelerator.
+    handler = copy.copy(accelerator.ddp_handler or DistributedDataParallelKwargs())
+    handler.gradient_as_bucket_view = True
+    accelerator.ddp_handler = handler
 
 
 def _agreed_facts(

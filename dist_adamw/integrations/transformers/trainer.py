@@ -22,7 +22,7 @@ from dist_adamw.integrations.accelerate.accelerator_methods import patch_acceler
 from dist_adamw.integrations.accelerate.checks import DATA_PARALLEL, check_engine, check_scheduler
 from dist_adamw.integrations.accelerate.counting import SampleCounter
 from dist_adamw.integrations.accelerate.data import LoaderFacts, engine_of, loader_facts
-from dist_adamw.integrations.accelerate.prepare import attach, check_schedules, host_group
+from dist_adamw.integrations.accelerate.prepare import attach, check_schedules, host_group, use_bucket_views
 from dist_adamw.integrations.accelerate.update_count import send_counts_with
 from dist_adamw.integrations.deepspeed.configuration import configure, fill, names_our_types, register_deepspeed
 from dist_adamw.integrations.transformers.arguments import (
@@ -298,6 +298,7 @@ def _attach_when_wrapped(trainer: Any) -> None:
             attach(trainer.accelerator, model, optimizer)
 
     if engine_of(trainer.accelerator) in DATA_PARALLEL:
+        use_bucket_views(trainer.accelerator)
         _when_training_begins(trainer, act)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dist_adamw.optimizer.sharding.shard import Shard
 from dist_adamw.optimizer.transport.base import MAX_IN_FLIGHT, InFlightBucket
+from dist_adamw.optimizer.transport.layout import Piece
 
 
 def flat_gradient(shard: Shard, i: int) -> Tensor:
@@ -34,18 +35,26 @@ def turn_into_sums(shard: Shard, averages_in: Sequence[Collection[int]]) -> None
         averages_in: For each bucket, ids of the parameters whose gradients in it are averages.
     """
     assert shard.transport is not None
+    layout, own, others = shard.layout, list[Tensor](), list[Tensor]()
     for k, are_averages in enumerate(averages_in):
-        for rank in range(shard.layout.world_size):
-            for piece in shard.layout.pieces(*shard.layout.slice_of(k, rank)):
-                param = shard.params[piece.param]
-                if param.grad is None or id(param) not in are_averages:
-                    continue
-                run = flat_gradient(shard, piece.param)[piece.start : piece.stop]
-                if rank == shard.rank:
-                    run.mul_(shard.transport.count)
-                else:
-                    run.zero_()
+        (start, stop), (first, last) = layout.bucket(k), layout.slice_of(k, shard.rank)
+        own += _runs(shard, layout.pieces(first, last), are_averages)
+        others += _runs(shard, [*layout.pieces(start, first), *layout.pieces(last, stop)], are_averages)
+    if own:
+        torch._foreach_mul_(own, shard.transport.count)
+    if others:
+        torch._foreach_zero_(others)
     shard.gradients.reduced.clear()
+
+
+def _runs(shard: Shard, pieces: Sequence[Piece], chosen: Collection[int]) -> list[Tensor]:
+    """Return the runs ``pieces`` of the gradients of parameters with an id in ``chosen``, 1-D."""
+    found = []
+    for piece in pieces:
+        param = shard.params[piece.param]
+        if param.grad is not None and id(param) in chosen:
+            found.append(flat_gradient(shard, piece.param)[piece.start : piece.stop])
+    return found
 
 
 def gather_from_ranks(shard: Shard, only: Collection[int] | None) -> None:
