@@ -12,7 +12,6 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim.optimizer import Optimizer
 
 from dist_adamw.optimizer.gradients.gradient_path import GradientPath
-from dist_adamw.optimizer.gradients.send_order import module_order
 from dist_adamw.optimizer.kernels.foreach import DecayBy
 from dist_adamw.optimizer.options import OptionsDigest, describe_options
 from dist_adamw.optimizer.outcome import Outcome
@@ -37,7 +36,7 @@ OPTIONS = ("decay_by", "max_grad_norm", "shard", "fused", "bucket_numel", "maste
 
 def _order_of(path: GradientPath | None) -> dict[int, int]:
     """Return the place of attached parameters in the layout, by id: backward reaches the last ones first. Local."""
-    return {} if path is None else module_order(path.sources.modules())
+    return {} if path is None else path.sources.order
 
 
 class ShardedOptimizer(Optimizer):

@@ -59,6 +59,11 @@ class Pair:
         return [param.grad.data_ptr() for param in self.model.parameters() if param.grad is not None]
 
 
+def lent(pair: Pair) -> list[Tensor]:
+    packers: list[Any] = [shard.gradients._made_packer for shard in pair.optimizer.shards]
+    return [memory for packer in packers for memory in packer._lent]
+
+
 def check_stays(ddp: bool, set_to_none: bool) -> None:
     pair = Pair(ddp=ddp)
     seen = set()
@@ -93,7 +98,7 @@ def check_accumulated(ddp: bool) -> None:
         pair.step()
     pair.check()
     assert len(seen) == 1
-    assert all(shard.gradients._lent == [] for shard in pair.optimizer.shards), "a bucket was copied"
+    assert not lent(pair), "a bucket was copied"
 
 
 @pytest.mark.parametrize("ddp", WAYS)
@@ -241,7 +246,7 @@ def check_large(accumulate: bool) -> None:
             seen = pair.addresses()
             pair.step()
         pair.check()
-        assert all(shard.gradients._lent == [] for shard in pair.optimizer.shards), "a bucket was copied"
+        assert not lent(pair), "a bucket was copied"
     finally:
         gloo.DIRECT_NUMEL = before
 
@@ -297,3 +302,155 @@ def check_order() -> None:
 
 def test_the_layout_follows_the_module() -> None:
     run_ranks(2, check_order)
+
+
+# ---------------------------------------------------------------- small and large gradients, here and elsewhere
+
+
+class Mixed(nn.Module):
+    """A large matrix in several buckets, and small tensors, one of which has a gradient that is a part of another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(40, 40)
+        self.large = nn.Linear(40, 200)
+        self.q, self.v = nn.Parameter(torch.zeros(100)), nn.Parameter(torch.zeros(100))
+        self.unused = nn.Parameter(torch.ones(7))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.large(self.first(x)) + torch.cat([self.q, self.v])
+
+
+def _gather(pair: Any, step: int) -> None:
+    if step % 2:
+        pair.optimizer.gather_gradients()
+        total = torch.stack([p.grad.norm() for p in pair.model.parameters() if p.grad is not None]).norm()
+        expected = torch.stack([p.grad.norm() for p in pair.twin.parameters() if p.grad is not None]).norm()
+        torch.testing.assert_close(total, expected, rtol=1e-5, atol=1e-6)
+
+
+def _clamp(pair: Any, step: int) -> None:
+    for model in (pair.model, pair.twin):
+        for param in model.parameters():
+            if param.grad is not None:
+                param.grad.clamp_(-1e-3, 1e-3)
+    pair.optimizer.accept_gradients()
+
+
+def _twice(pair: Any, step: int) -> None:
+    """A second pass without no_sync adds to averages."""
+    backward(pair.wrapped, 100 + step)
+    for param in pair.twin.parameters():
+        param.grad = None
+    with pair.twin_wrapped.no_sync():
+        backward(pair.twin_wrapped, step)
+    backward(pair.twin_wrapped, 100 + step)
+
+
+USES: dict[str, Any] = {"plainly": None, "gathered": _gather, "clamped": _clamp, "twice": _twice}
+
+
+def check_mixed(ddp: bool, use: str, spoil: str, overlap: bool) -> None:
+    before, gloo.DIRECT_NUMEL = gloo.DIRECT_NUMEL, 1000
+    try:
+        torch.manual_seed(0)
+        pair = Pair.__new__(Pair)
+        pair.model, pair.twin = Mixed(), Mixed()
+        pair.twin.load_state_dict(pair.model.state_dict())
+        options: Any = {"gradient_as_bucket_view": True, "find_unused_parameters": True}
+        pair.wrapped = DistributedDataParallel(pair.model, **options) if ddp else pair.model
+        pair.twin_wrapped = DistributedDataParallel(pair.twin, find_unused_parameters=True)
+        pair.optimizer = DistAdamW(pair.model.parameters(), lr=1e-2, eps=0.1, bucket_numel=3000)
+        pair.reference = torch.optim.AdamW(pair.twin.parameters(), lr=1e-2, eps=0.1)
+        pair.optimizer.attach(pair.wrapped, overlap=overlap)
+        for step in range(6):
+            if spoil == "given":  # a gradient that was there before the pass
+                for model in (pair.model, pair.twin):
+                    model.first.bias.grad = torch.zeros(40)
+            pair.both(step)
+            if USES[use] is not None:
+                USES[use](pair, step)
+            pair.step(set_to_none=step != 3)
+            pair.check()
+    finally:
+        gloo.DIRECT_NUMEL = before
+
+
+# A change of gradients that are local until step() is refused.
+CASES = [(use, overlap) for use in USES for overlap in (True, False) if overlap or use != "clamped"]
+
+
+@pytest.mark.parametrize("spoil", ["part", "given"])
+@pytest.mark.parametrize(("use", "overlap"), CASES)
+@pytest.mark.parametrize("ddp", WAYS)
+def test_small_gradients_elsewhere_beside_a_large_one(ddp: bool, use: str, spoil: str, overlap: bool) -> None:
+    run_ranks(2, check_mixed, ddp, use, spoil, overlap)
+
+
+def check_moved_all() -> None:
+    """``module.to()`` and ``grad.data = x`` move gradients between micro-batches, all of them at once."""
+    pair = Pair(ddp=False)
+    for step in range(3):
+        with pair.wrapped.no_sync():  # type: ignore[operator]
+            backward(pair.wrapped, 10 * step)
+        for param in pair.model.parameters():
+            assert param.grad is not None
+            param.grad.data = param.grad.data.clone()
+        backward(pair.wrapped, 10 * step + 1)
+        with pair.twin_wrapped.no_sync():  # type: ignore[operator]
+            backward(pair.twin_wrapped, 10 * step)
+        backward(pair.twin_wrapped, 10 * step + 1)
+        pair.step()
+        pair.check()
+
+
+def test_all_gradients_moved_between_micro_batches() -> None:
+    run_ranks(2, check_moved_all)
+
+
+def check_no_stale_values() -> None:
+    """Local values of a pass that copied a large gradient do not stay in elements of other ranks."""
+    before, gloo.DIRECT_NUMEL = gloo.DIRECT_NUMEL, 1000
+    try:
+        model, _ = model_of(ddp=False)
+        optimizer = DistAdamW(model.parameters(), max_grad_norm=1.0)
+        optimizer.attach(model)
+        with model.no_sync():  # type: ignore[operator]
+            (model(torch.full((2, 40), float("inf"))).sum()).backward()
+        backward(model, 0)
+        optimizer.step()
+        assert optimizer.step_was_skipped
+        optimizer.zero_grad()
+        for step in range(2):
+            backward(model, step)
+            assert all(param.grad is not None and param.grad.isfinite().all() for param in model.parameters())
+            optimizer.step()
+            assert not optimizer.step_was_skipped
+            optimizer.zero_grad()
+    finally:
+        gloo.DIRECT_NUMEL = before
+
+
+def test_values_of_a_skipped_update_do_not_stay() -> None:
+    run_ranks(2, check_no_stale_values)
+
+
+def check_held_without_a_pass() -> None:
+    """One rank has no backward pass in an update, and holds a gradient of the last one."""
+    model, _ = model_of(ddp=False)
+    optimizer = DistAdamW(model.parameters())
+    optimizer.attach(model)
+    backward(model, 0)
+    held = next(model.parameters()).grad
+    assert held is not None
+    value = held.clone()
+    optimizer.step()
+    optimizer.zero_grad()
+    if dist.get_rank() == 0:
+        backward(model, 1)
+    optimizer.step()
+    assert torch.equal(held[: 20 if dist.get_rank() == 0 else 40], value[: 20 if dist.get_rank() == 0 else 40])
+
+
+def test_a_gradient_held_by_a_rank_without_a_pass_keeps_its_values() -> None:
+    run_ranks(2, check_held_without_a_pass)

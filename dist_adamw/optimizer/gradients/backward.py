@@ -17,7 +17,7 @@ from dist_adamw.optimizer.gradients.ddp import PackedBucket
 from dist_adamw.optimizer.gradients.handshake import RankMessages
 from dist_adamw.optimizer.gradients.record import GradientRecord, OptimizerLink
 from dist_adamw.optimizer.gradients.refusals import left_before_backward
-from dist_adamw.optimizer.gradients.sending import Sender, ShardSender
+from dist_adamw.optimizer.gradients.sending import Sender, ShardSender, averages_in
 from dist_adamw.optimizer.gradients.sources import GradientSources, accumulates_now
 from dist_adamw.optimizer.gradients.weak_hooks import WeakHook
 
@@ -79,7 +79,8 @@ class BackwardPasses:
             self._link.shards()
         self.look_for_changes()
         # Arrivals of a backward pass that raised, or inside no_sync, must not count for the next one.
-        sender.take_in(self._sources.arrivals.take())
+        self.keep_arrivals()
+        sender.is_prepared = False
         record.watch.clear()  # backward is about to change the gradients
         for reducer in self._sources.reducers():
             reducer.restore_views()
@@ -114,7 +115,7 @@ class BackwardPasses:
     def backward_begins(self, grad: Tensor) -> None:
         """Begin to follow a backward pass, on the gradient of an attached module's output."""
         if not self.is_running:
-            self._sender.take_in(self._sources.arrivals.take())  # left by a backward pass inside DDP's no_sync
+            self.keep_arrivals()  # of a backward pass inside DDP's no_sync
             if self._sends_now:
                 self._begin()
             else:
@@ -125,6 +126,10 @@ class BackwardPasses:
     def _sends_now(self) -> bool:
         return self._sources.synchronises or self._sender.reduces_every_backward
 
+    def keep_arrivals(self) -> None:
+        """Keep gradients that have arrived in a pass that does not send them, and forget that they have. Local."""
+        self._sender.take_in(self._sources.arrivals.take())
+
     def look_at_arrivals(self, param: Tensor) -> None:
         """Send the buckets that are ready. A hook on some parameters; the others only record their arrival.
 
@@ -132,6 +137,9 @@ class BackwardPasses:
         run yet, and may change its gradient.
         """
         if not self._sends_now:
+            if not self._sender.is_prepared:  # the pass did not begin at an attached module's output
+                self._sender.follow_layout()
+                self._sender.prepare()
             self._sender.take_in(self._sources.arrivals.take())
             self._record.filled.discard(id(param))  # backward has added to the zeros, so they are a gradient now
             self._sources.arrivals.note(param)
@@ -218,7 +226,7 @@ class BackwardPasses:
             sender.receive()
         for reducer in sources.reducers():
             reducer.note_views()
-        self._record.watch.remember(sources.watched(sender.plan.params), sender.averages())
+        self._record.watch.remember(sources.watched(sender.plan.params), averages_in(sender.owners))
         sources.tell_siblings()
 
     def discard(self, *, leave_zeros: bool = False) -> None:

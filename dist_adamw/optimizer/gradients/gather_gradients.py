@@ -35,6 +35,9 @@ def turn_into_sums(shard: Shard, averages_in: Sequence[Collection[int]]) -> None
         averages_in: For each bucket, ids of the parameters whose gradients in it are averages.
     """
     assert shard.transport is not None
+    # In a pass that raised, averages may not lie in ``param.grad`` yet.
+    flat = [None if param.grad is None else flat_gradient(shard, i) for i, param in enumerate(shard.params)]
+    _write_own_runs(shard, flat)
     layout, own, others = shard.layout, list[Tensor](), list[Tensor]()
     for k, are_averages in enumerate(averages_in):
         (start, stop), (first, last) = layout.bucket(k), layout.slice_of(k, shard.rank)

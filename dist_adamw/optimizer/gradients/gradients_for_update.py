@@ -10,7 +10,7 @@ from torch import Tensor
 from dist_adamw.optimizer.gradients.gather_gradients import gather_from_ranks, take_replaced, zeros_for
 from dist_adamw.optimizer.gradients.handshake import RankMessages
 from dist_adamw.optimizer.gradients.record import GradientRecord, OptimizerLink
-from dist_adamw.optimizer.gradients.sending import Sender, ShardSender
+from dist_adamw.optimizer.gradients.sending import Sender, ShardSender, averages_in
 from dist_adamw.optimizer.gradients.sources import GradientSources
 from dist_adamw.optimizer.gradients.unannounced import UnannouncedGradients
 from dist_adamw.optimizer.sharding.shard import Shard
@@ -58,7 +58,7 @@ class GradientsForUpdate:
         if sender.reduces_every_backward:
             self._keep_in_shards(sent if is_laid_out_again else ())
         else:
-            record.watch.remember_written(self._sources.watched(sender.plan.params), sender.averages())
+            record.watch.remember_written(self._sources.watched(sender.plan.params), averages_in(sender.owners))
             self._sources.tell_siblings()
 
     def _send_rest(self, needed_rounds: int) -> None:
@@ -167,7 +167,7 @@ class GradientsForUpdate:
         if record.watch.replaced():
             for shard in self._sender.owners:
                 take_replaced(shard)
-        record.watch.accept(self._sender.averages())
+        record.watch.accept(averages_in(self._sender.owners))
 
     def _are_any_local(self) -> bool:
         """Return whether some watched gradient is known not to have been averaged yet."""

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from dist_adamw.optimizer.sharding.shard import Shard
 
@@ -66,7 +66,7 @@ def _by_arrival(shards: Sequence[Shard], position: Mapping[int, int]) -> list[tu
     """
     buckets: list[tuple[int, Shard, int]] = []
     for shard in reversed(shards):
-        earliest = len(position)
+        earliest = max(position.values(), default=0)
         for k in reversed(range(shard.layout.num_buckets)):
             # Backward reaches the parameter with the earliest place last.
             places = [position.get(id(param), earliest) for param in shard.members(k)]
@@ -74,13 +74,3 @@ def _by_arrival(shards: Sequence[Shard], position: Mapping[int, int]) -> list[tu
             buckets.append((earliest, shard, k))
     buckets.sort(key=operator.itemgetter(0), reverse=True)
     return [(shard, k) for _, shard, k in buckets]
-
-
-def module_order(models: Iterable[nn.Module]) -> dict[int, int]:
-    """Return the place of each parameter in the order in which ``models`` have them, by id. Local."""
-    # As in DDP's first buckets: a module mostly has its parameters in the order in which forward uses them.
-    order: dict[int, int] = {}
-    for model in models:
-        for param in model.parameters():
-            order.setdefault(id(param), len(order))
-    return order

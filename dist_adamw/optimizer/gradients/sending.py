@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections import deque
-from collections.abc import Collection, Set
+from collections.abc import Collection, Sequence, Set
 
 import torch
 from torch import Tensor
@@ -19,9 +19,9 @@ from dist_adamw.optimizer.gradients.gather_gradients import flat_gradient, turn_
 from dist_adamw.optimizer.gradients.handshake import RankMessages
 from dist_adamw.optimizer.gradients.record import GradientRecord, OptimizerLink
 from dist_adamw.optimizer.gradients.refusals import too_late
-from dist_adamw.optimizer.gradients.send_order import Plan, module_order
+from dist_adamw.optimizer.gradients.send_order import Plan
 from dist_adamw.optimizer.gradients.sources import GradientSources
-from dist_adamw.optimizer.sharding.gradient_memory import SentGradients
+from dist_adamw.optimizer.sharding.bucket_gradients import BucketGradients
 from dist_adamw.optimizer.sharding.shard import Shard
 from dist_adamw.optimizer.transport.base import MAX_IN_FLIGHT, InFlightBucket
 
@@ -29,12 +29,13 @@ _gradient = operator.attrgetter("grad")
 
 
 class Sender:
-    """Reduces gradients in place, in ``param.grad`` or DDP's buckets. One round per update.
+    """Reduces gradients into memory of the shards, or in DDP's buckets. One round per update.
 
     Attributes:
         plan: The plan of the present round.
         owners: The shards whose layout averages have: the plan's, or those of the last update.
         next: The position in the plan of the next bucket to send.
+        is_prepared: Whether `prepare` was called for the present pass.
         rounds: Rounds into the shard since the last update; 0 here.
         reduces_every_backward: Whether averages are kept in the shard and ``param.grad`` is freed.
     """
@@ -49,8 +50,9 @@ class Sender:
         self.plan = Plan([], sources.ids, {})
         self.owners: list[Shard] = []
         self._flat: dict[int, list[Tensor | None]] = {}  # by id of shard: the flat gradients to send
-        self._in_flight: deque[tuple[Shard, InFlightBucket, SentGradients]] = deque()
+        self._in_flight: deque[tuple[Shard, InFlightBucket, BucketGradients]] = deque()
         self.next = 0
+        self.is_prepared = False
         self.begin_round()
 
     def __del__(self) -> None:  # the optimizer is gone, and with it the only way to gather its gradients
@@ -88,7 +90,7 @@ class Sender:
             or len(shards) != len(self.plan.shards)
             or any(map(operator.is_not, shards, self.plan.shards))
         ):
-            self.plan = Plan(shards, self._sources.ids, module_order(self._sources.modules()))
+            self.plan = Plan(shards, self._sources.ids, self._sources.order)
             self.owners = self.plan.shards
             self._flat = {id(shard): [None] * len(shard.params) for shard in shards}
             self._record.local &= self._sources.known_ids
@@ -117,9 +119,11 @@ class Sender:
             waiting.difference_update(arrived)
 
     def prepare(self) -> None:
-        """Make sure that backward overwrites no gradient that the user holds. Local; with no bucket in flight."""
-        for shard in self.plan.shards:
-            shard.gradients.prepare(shard.transport if self._moves_gradients else None)
+        """Make sure that a pass overwrites no gradient that the user holds. Local; with no bucket in flight."""
+        self.is_prepared = True
+        for shard in {id(shard): shard for shard, _ in self.plan.order}.values():
+            assert shard.transport is not None
+            shard.gradients.prepare(shard.transport, moves=self._moves_gradients)
 
     def take_in(self, params: Collection[Tensor], *, large: bool = True) -> None:
         """Move gradients that have arrived to memory that stays. Local.
@@ -127,7 +131,7 @@ class Sender:
         Args:
             large: Also large ones, because they are not sent in this pass.
         """
-        if not self._moves_gradients:
+        if not (self._moves_gradients and self.is_prepared):
             return
         arrived: dict[int, tuple[Shard, list[int]]] = {}
         for param in params:
@@ -180,6 +184,8 @@ class Sender:
         """
         self.follow_layout()
         self.enter(self._sources.arrivals.take())
+        if not self.is_prepared:  # there was no backward pass here
+            self.prepare()
         for param in self.plan.params:
             if param.grad is None and id(param) in self.plan.buckets_of:
                 shard, i = self.plan.place_of[id(param)]
@@ -190,6 +196,8 @@ class Sender:
 
     def send_rest(self) -> None:
         """Send the buckets that no hook has sent, except those without any gradient. Collective."""
+        if not self.is_prepared:  # there was no backward pass here
+            self.prepare()
         # Ranks have agreed on which parameters have a gradient, so all of them skip the same buckets.
         while self.next < len(self.plan.order):
             if any(grad is not None for grad in map(_gradient, self.plan.params_of[self.next])):
@@ -206,29 +214,31 @@ class Sender:
         self.next += 1
         self._start(n, gradients)
 
-    def _from_ddp(self, n: int) -> SentGradients:
+    def _from_ddp(self, n: int) -> BucketGradients:
         """Return the gradients of a bucket of the plan from DDP's buckets."""
         (shard, k), indices = self.plan.order[n], self.plan.indices[n]
         assert shard.transport is not None
-        flat = [self._flat[id(shard)][i] for i in indices]
-        return shard.gradients.packed(k, indices, flat, shard.transport)
+        flat = {i: grad for i in indices if (grad := self._flat[id(shard)][i]) is not None}
+        return shard.gradients.packed(k, flat, shard.transport)
 
     @torch.no_grad()
-    def _from_params(self, n: int) -> SentGradients:
+    def _from_params(self, n: int) -> BucketGradients:
         """Return the gradients of a bucket of the plan from ``param.grad``."""
         (shard, k), indices = self.plan.order[n], self.plan.indices[n]
         assert shard.transport is not None
         grads = list(map(_gradient, self.plan.params_of[n]))
-        if (kept := shard.gradients.kept(k, indices, grads, shard.order)) is not None:
-            return kept
-        flat = [None if grad is None else flat_gradient(shard, i) for i, grad in zip(indices, grads, strict=True)]
-        return shard.gradients.packed(k, indices, flat, shard.transport)
+        if self._moves_gradients:
+            moved = shard.gradients.to_send(k, indices, grads, shard.order)
+            if moved is not None:
+                return moved
+        there = [i for i, grad in zip(indices, grads, strict=True) if grad is not None]
+        return shard.gradients.packed(k, {i: flat_gradient(shard, i) for i in there}, shard.transport)
 
     def _note_sent(self, params: list[Tensor]) -> None:
         pass
 
     @torch.no_grad()
-    def _start(self, n: int, gradients: SentGradients) -> None:
+    def _start(self, n: int, gradients: BucketGradients) -> None:
         shard, k = self.plan.order[n]
         assert shard.transport is not None
         if len(self._in_flight) == MAX_IN_FLIGHT:  # each bucket in flight needs staging memory
@@ -246,15 +256,10 @@ class Sender:
             self._take(*self._in_flight.popleft())
             count = None if count is None else count - 1
 
-    def _take(self, shard: Shard, sent: InFlightBucket, gradients: SentGradients) -> None:
+    def _take(self, shard: Shard, sent: InFlightBucket, gradients: BucketGradients) -> None:
         assert shard.transport is not None
         shard.transport.finish_reduce(sent, gradients.into)
         shard.gradients.received(sent.bucket, gradients)
-
-    def averages(self) -> list[Tensor]:
-        """Return the owned pieces of gradients that have been averaged. Local."""
-        reduced = [runs for shard in self.owners for runs in shard.gradients.reduced.values()]
-        return [run for runs in reduced for run in runs if run is not None]
 
     def drop(self) -> None:
         """Forget the buckets in flight, because no rank sends to this one any more. Local."""
@@ -285,6 +290,7 @@ class Sender:
     def clear(self) -> None:
         """Forget the gradients of this update, which were used or discarded. Local; the same on every rank."""
         self._record.clear_round()
+        self.is_prepared = False
         self._sources.arrivals.take()
         self._record.watch.clear()
         for shard in self.owners:
@@ -294,6 +300,12 @@ class Sender:
             for shard in self.plan.shards:
                 self._flat[id(shard)] = [None] * len(shard.params)
         self._sources.tell_siblings()
+
+
+def averages_in(shards: Sequence[Shard]) -> list[Tensor]:
+    """Return the owned pieces of gradients that have been averaged. Local."""
+    reduced = [runs for shard in shards for runs in shard.gradients.reduced.values()]
+    return [run for runs in reduced for run in runs if run is not None]
 
 
 def _are_buckets_settled(sources: GradientSources) -> bool:
@@ -335,11 +347,11 @@ class ShardSender(Sender):
         return False
 
     @torch.no_grad()
-    def _start(self, n: int, gradients: SentGradients) -> None:
+    def _start(self, n: int, gradients: BucketGradients) -> None:
         super()._start(n, gradients)
         self._let_go(*self.plan.order[n])  # ``gradients`` keeps those that are sent without a copy
 
-    def _take(self, shard: Shard, sent: InFlightBucket, gradients: SentGradients) -> None:
+    def _take(self, shard: Shard, sent: InFlightBucket, gradients: BucketGradients) -> None:
         assert shard.transport is not None
         # The first round overwrites what the last update left there.
         accumulated = shard.gradients.accumulated(sent.bucket)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
 import weakref
 from collections.abc import Iterator, Sequence, Set
@@ -43,6 +44,9 @@ class Hearer(Protocol):
     def look_at_arrivals(self, param: Tensor) -> None:
         """Called after the gradients of ``param`` and of the parameters in the inboxes have arrived."""
 
+    def keep_arrivals(self) -> None:
+        """Called when passes end that do not send the gradients that have arrived."""
+
     def before_forward(self, module: nn.Module, args: Any) -> None:
         """Called before a forward pass of an attached module."""
 
@@ -66,6 +70,8 @@ class GradientSources:
         revision: Counts these changes.
         known: The optimizer's parameters, when `follow_params` last looked.
         known_ids: Their ids.
+        order: By id, the place of those that were in a module when it was attached. A module mostly has its parameters
+            in the order in which forward uses them, so backward reaches the last ones first.
         are_buckets: Whether DDP's buckets announce every gradient.
         is_ddp: Whether the modules are in DDP; None before the first.
         arrivals: The parameters whose gradients hooks have noted.
@@ -79,6 +85,8 @@ class GradientSources:
         self.revision = 0
         self.known: list[Tensor] = []
         self.known_ids: Set[int] = frozenset()
+        self.order: dict[int, int] = {}
+        self._places = itertools.count()
         self.are_buckets = True
         self.is_ddp: bool | None = None
         self._are_copied = False  # whether DDP copies some gradients from its own buffers at the end of backward
@@ -116,6 +124,9 @@ class GradientSources:
             )
         self.is_ddp = is_ddp
         self.follow_params()
+        for param in model.parameters():  # now, since the module may be collected sooner on one rank than on another
+            if id(param) in self.known_ids and id(param) not in self.order:
+                self.order[id(param)] = next(self._places)
         params = [param for param in _own_parameters(model) if param.requires_grad and id(param) in self.known_ids]
         if isinstance(model, DistributedDataParallel):
             if reduces_every_backward:
@@ -225,6 +236,7 @@ class GradientSources:
         if len(params) == len(self.known) and all(map(operator.is_, params, self.known)):
             return
         self.known, self.known_ids = params, frozenset(map(id, params))
+        self.order = {key: place for key, place in self.order.items() if key in self.known_ids}  # ids are used again
         self._params_changes += 1
         # The count is part of the digest: after equally many changes, ranks must have the same shapes.
         shapes = [[list(param.shape), str(param.dtype)] for param in params if not is_lazy(param)]
@@ -258,7 +270,9 @@ class GradientSources:
             yield
         finally:
             self._synchronises = before
-            self.arrivals.take()  # backward passes inside must not make buckets of the next one ready
+            hearer = None if self._hearer is None else self._hearer()
+            if hearer is not None:
+                hearer.keep_arrivals()  # backward passes inside must not make buckets of the next one ready
 
     def has_company(self) -> bool:
         """Return whether others also send in this backward pass: attached optimizers, or DDP itself."""

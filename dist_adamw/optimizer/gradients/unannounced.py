@@ -108,9 +108,9 @@ class UnannouncedGradients:
 
     def _average(self, shard: Shard, k: int, flat: Sequence[Tensor | None]) -> None:
         """Average bucket ``k`` of ``flat``; this rank has the averages of its own runs afterwards. Collective."""
-        transport, indices = shard.transport, [i for i, grad in enumerate(flat) if grad is not None]
+        transport = shard.transport
         assert transport is not None
-        gradients = shard.gradients.packed(k, indices, [flat[i] for i in indices], transport)
+        gradients = shard.gradients.packed(k, {i: grad for i, grad in enumerate(flat) if grad is not None}, transport)
         transport.finish_reduce(transport.start_reduce(k, gradients.parts), gradients.into)
         shard.gradients.write_back(k, gradients)
 

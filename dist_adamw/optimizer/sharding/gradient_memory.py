@@ -16,38 +16,17 @@ from __future__ import annotations
 import itertools
 import operator
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from dist_adamw.optimizer.sharding.bucket_gradients import BucketGradients, BucketPacker
 from dist_adamw.optimizer.sharding.memory_order import MemoryOrder
-from dist_adamw.optimizer.transport.base import Transport
 from dist_adamw.optimizer.transport.layout import FlatLayout, Piece
 
-_gradient = operator.attrgetter("grad")
-
-
-@dataclass(slots=True)
-class SentGradients:
-    """The gradients of one bucket.
-
-    Attributes:
-        parts: The gradients, 1-D, one tensor for each segment of the bucket.
-        into: What receives the averages, one tensor for each owned part of these segments.
-        runs: The owned pieces with their averages; None for a piece that is not sent.
-        lent: Memory that some parts are in, to be used again, if they are copies.
-        outside: The gradients that ``lent`` has copies of, 1-D, by index of the parameter.
-        released: Parameters, by index, and their gradients, that are not needed after this bucket.
-    """
-
-    parts: list[Tensor]
-    into: list[Tensor]
-    runs: list[Tensor | None]
-    lent: Tensor | None = None
-    outside: dict[int, Tensor] = field(default_factory=dict)
-    released: list[tuple[int, Tensor]] = field(default_factory=list)
+_gradient, _version = operator.attrgetter("grad"), operator.attrgetter("_version")
 
 
 class GradientMemory:
@@ -56,28 +35,30 @@ class GradientMemory:
     Args:
         params: Plain tensors of one dtype and device.
         owned: For each bucket, the pieces that this rank owns.
-        transport: Sends the buckets.
+        packer: Lays out buckets of which some small gradients are elsewhere.
     """
 
     def __init__(
-        self, params: Sequence[Tensor], layout: FlatLayout, owned: Sequence[Sequence[Piece]], transport: Transport
+        self, params: Sequence[Tensor], layout: FlatLayout, owned: Sequence[Sequence[Piece]], packer: BucketPacker
     ) -> None:
-        self._params, self._layout, self._owned, self._transport = params, layout, owned, transport
-        segments = [segment for k in range(layout.num_buckets) for segment in transport.segments(k)]
-        self._large = {segment.piece.param for segment in segments if segment.piece is not None}
+        self._params, self._layout, self._owned, self._packer = params, layout, owned, packer
+        self._left: set[int] = set()  # parameters whose gradient is elsewhere and stays there
         self._allocate()
 
     def _allocate(self) -> None:
         like, layout = self._params[0], self._layout
         self._flat = torch.zeros(layout.padded_numel, dtype=like.dtype, device=like.device)
-        self._views = [
-            _view(self._flat, start, param) for start, param in zip(layout.starts, self._params, strict=False)
-        ]
+        self._views = [self._view(i) for i in range(len(self._params))]
         self._addresses = list(map(Tensor.data_ptr, self._views))
-        self._known: dict[int, _Sent] = {}
-        self._left: set[int] = set()  # parameters whose gradient is elsewhere and stays there
+        self._zero_at = list(map(_version, self._views))  # versions at which elements of other ranks were zero
+        self._known: dict[int, _Known] = {}
         self._references = list(map(sys.getrefcount, self._views))
         self._known_uses = self._uses()
+
+    def _view(self, i: int) -> Tensor:
+        """Return a view like parameter ``i`` with its own version counter, which shows changes to this gradient."""
+        param = self._params[i]
+        return self._flat.as_strided(param.shape, param.stride(), self._layout.starts[i]).data
 
     def _run(self, piece: Piece) -> Tensor:
         start = self._layout.starts[piece.param]
@@ -91,31 +72,22 @@ class GradientMemory:
     # ---------------------------------------------------------------- between passes
 
     def prepare(self) -> None:
-        """Make sure that backward overwrites no gradient that the user holds. Local; with no bucket in flight."""
+        """Make sure that a pass overwrites no gradient that the user holds. Local; with no bucket in flight."""
+        if list(map(Tensor.data_ptr, self._views)) != self._addresses:  # moved by ``param.grad.data = x``
+            self._allocate()
         grads = list(map(_gradient, self._params))
         are_here = list(map(operator.is_, grads, self._views))
-        self._left = set()
+        elsewhere = list(map(operator.not_, are_here))
+        self._left = {i for i in itertools.compress(range(len(grads)), elsewhere) if grads[i] is not None}
+        del grads  # its references would count
         if all(are_here):  # backward adds to them in place, as in torch
             return
-        self._left = {
-            i for i, (grad, here) in enumerate(zip(grads, are_here, strict=True)) if grad is not None and not here
-        }
-        del grads
-        elsewhere = list(map(operator.not_, are_here))
-        has_moved = list(map(Tensor.data_ptr, self._views)) != self._addresses  # by ``param.grad.data = x``
-        if has_moved or self._are_held(elsewhere):
+        if self._are_held(elsewhere):
             self._allocate()
-            return
-        # A gradient that the user gave to another parameter must not be overwritten by this one's next gradient.
-        params = [self._params[i] for i in self._left]
-        inside = [
-            (param, grad.clone()) for param in params if (grad := param.grad) is not None and self._contains(grad)
-        ]
-        for param, clone in inside:
-            param.grad = clone
 
     def _are_held(self, chosen: Sequence[bool]) -> bool:
         """Return whether other objects refer to some of the ``chosen`` views, or to any part of the memory."""
+        # The count of a view includes torch's own references, such as that of another parameter's ``grad``.
         if self._uses() != self._known_uses:
             return True
         now = map(sys.getrefcount, self._views)
@@ -125,9 +97,6 @@ class GradientMemory:
         """Return the number of references to the memory: of tensors, and of Python objects."""
         storage = self._flat.untyped_storage()
         return torch._C._storage_Use_Count(storage._cdata) + sys.getrefcount(storage)
-
-    def _contains(self, grad: Tensor) -> bool:
-        return grad.layout == torch.strided and grad.untyped_storage().data_ptr() == self._flat.data_ptr()
 
     # ---------------------------------------------------------------- gradients arrive
 
@@ -142,7 +111,7 @@ class GradientMemory:
         for i in indices:
             param, view = self._params[i], self._views[i]
             grad = param.grad
-            if grad is None or grad is view or i in self._left or not (large or i not in self._large):
+            if grad is None or grad is view or i in self._left or not (large or i not in self._packer.large):
                 continue
             if not _is_plain(grad, view):
                 continue
@@ -162,10 +131,10 @@ class GradientMemory:
 
     # ---------------------------------------------------------------- gradients are sent
 
-    def sent(
+    def to_send(
         self, k: int, indices: Sequence[int], grads: Sequence[Tensor | None], order: MemoryOrder
-    ) -> SentGradients | None:
-        """Return the gradients of bucket ``k``, or None if they have to be copied together. Local.
+    ) -> BucketGradients:
+        """Lay out the gradients of bucket ``k``. Local.
 
         Args:
             indices: The parameters that are sent; the same object at every call for ``k``, or it takes longer.
@@ -175,44 +144,67 @@ class GradientMemory:
         known = self._known.get(k)
         if known is None or known.indices is not indices:
             uses = self._uses()
-            known = self._known[k] = self._sent_in(k, indices)
+            known = self._known[k] = self._look_up(k, indices)
             self._known_uses += self._uses() - uses
-        views = [self._views[indices[place]] for place in known.small]
-        if not all(map(operator.is_, map(grads.__getitem__, known.small), views)):
-            return None
-        if list(map(Tensor.data_ptr, views)) != known.addresses:
-            return None
-        gradients = SentGradients(list(known.parts), list(known.into), list(known.runs))
+        if self._are_small_here(known, grads):
+            gradients = BucketGradients(list(known.parts), list(known.into), list(known.runs))
+        else:
+            small = [(indices[place], grad) for place in known.small if (grad := grads[place]) is not None]
+            gradients = self._packer.packed(k, {i: self._flattened(i, grad, order) for i, grad in small})
         for n, place, piece in known.large:
-            grad = grads[place]
-            if grad is None or not self._add_large(gradients, k, n, piece, grad, order):
-                return None
+            self._add_large(gradients, k, n, piece, grads[place], order)
         return gradients
 
-    def _add_large(
-        self, gradients: SentGradients, k: int, n: int, piece: Piece, grad: Tensor, order: MemoryOrder
-    ) -> bool:
-        """Send segment ``n`` of bucket ``k``, ``piece``, from ``grad``; return whether that is possible."""
-        i = piece.param
-        if grad is self._views[i] and grad.data_ptr() == self._addresses[i]:
-            return True
-        flat = order.flatten(i, grad)
-        if flat.data_ptr() != grad.data_ptr() or flat.dtype != self._flat.dtype:
+    def _are_small_here(self, known: _Known, grads: Sequence[Tensor | None]) -> bool:
+        views = [self._views[known.indices[place]] for place in known.small]
+        if not all(map(operator.is_, map(grads.__getitem__, known.small), views)):
             return False
-        gradients.parts[n] = flat[piece.start : piece.stop]
-        if i in self._left or not _is_plain(grad, self._views[i]):
-            self._average_in_place(gradients, k, n, i, flat)
-        elif piece.start == 0:  # in the bucket that is sent last
-            gradients.released.append((i, grad))
-        return True
+        return list(map(Tensor.data_ptr, views)) == known.addresses
 
-    def _average_in_place(self, gradients: SentGradients, k: int, n: int, i: int, flat: Tensor) -> None:
-        for place, part in enumerate(self._transport.owned_parts(k)):
-            if part.segment == n:
-                gradients.into[place] = part.of(gradients.parts)
+    def _flattened(self, i: int, grad: Tensor, order: MemoryOrder) -> Tensor:
+        """Return the gradient of parameter ``i`` as 1-D, and give the parameter a copy if it has another order."""
+        flat = order.flatten(i, grad)
+        if flat.data_ptr() != grad.data_ptr():
+            self._params[i].grad = order.unflatten(i, flat)
+            self._left.add(i)
+        return flat
+
+    def _add_large(
+        self, gradients: BucketGradients, k: int, n: int, piece: Piece, grad: Tensor | None, order: MemoryOrder
+    ) -> None:
+        """Lay out segment ``n`` of bucket ``k``, which is ``piece``; alike in all buckets of its parameter."""
+        i, view = piece.param, self._views[piece.param]
+        start = self._layout.starts[i]
+        here = self._flat[start + piece.start : start + piece.stop]
+        if grad is None:
+            zeros = torch.zeros_like(here)
+            self._set_large(gradients, k, n, i, zeros, zeros, None)
+        elif grad is view and grad.data_ptr() == self._addresses[i]:
+            self._set_large(gradients, k, n, i, here, here, self._flat[start:])
+        else:
+            flat = self._flattened(i, grad, order)
+            part = flat[piece.start : piece.stop]
+            if i in self._left or grad is view or not _is_plain(grad, view):
+                self._set_large(gradients, k, n, i, part, part, flat)
+                return
+            if view._version != self._zero_at[i]:  # local values that an earlier pass has left
+                view.zero_()
+                self._zero_at[i] = view._version
+            self._set_large(gradients, k, n, i, part, here, self._flat[start:])
+            if piece.start == 0:  # in the bucket that is sent last
+                gradients.released.append((i, grad))
+
+    def _set_large(
+        self, gradients: BucketGradients, k: int, n: int, i: int, part: Tensor, into: Tensor, flat: Tensor | None
+    ) -> None:
+        """Send ``part`` as segment ``n``, of parameter ``i``; averages go to ``into``, which ``flat`` contains."""
+        gradients.parts[n] = part
+        for place, owned in enumerate(self._packer.parts[k]):
+            if owned.segment == n:
+                gradients.into[place] = into[owned.start : owned.stop]
         for place, piece in enumerate(self._owned[k]):
             if piece.param == i:
-                gradients.runs[place] = flat[piece.start : piece.stop]
+                gradients.runs[place] = None if flat is None else flat[piece.start : piece.stop]
 
     def release(self, i: int, grad: Tensor) -> None:
         """Let ``grad`` go, the gradient of parameter ``i``, of which the averages are here now. Local."""
@@ -220,37 +212,45 @@ class GradientMemory:
         if param.grad is grad:
             param.grad = self._views[i]
 
-    def _sent_in(self, k: int, indices: Sequence[int]) -> _Sent:
+    def _look_up(self, k: int, indices: Sequence[int]) -> _Known:
         start, _ = self._layout.bucket(k)
         place_of = {i: place for place, i in enumerate(indices)}
-        segments = self._transport.segments(k)
+        self._clear_of_others(k, place_of)
+        segments = self._packer.segments[k]
         large = [
             (n, place_of[segment.piece.param], segment.piece)
             for n, segment in enumerate(segments)
             if segment.piece is not None and segment.piece.param in place_of
         ]
-        small = [place for i, place in place_of.items() if i not in self._large]
+        small = [place for i, place in place_of.items() if i not in self._packer.large]
         parts = [self._flat[start + segment.start : start + segment.stop] for segment in segments]
-        return _Sent(
+        return _Known(
             indices=indices,
             small=small,
             addresses=[self._addresses[indices[place]] for place in small],
             large=large,
             parts=parts,
-            into=[part.of(parts) for part in self._transport.owned_parts(k)],
+            into=[part.of(parts) for part in self._packer.parts[k]],
             runs=[self._run(piece) if piece.param in place_of else None for piece in self._owned[k]],
         )
 
+    def _clear_of_others(self, k: int, sent: Collection[int]) -> None:
+        """Move gradients of parameters that are not ``sent`` out of bucket ``k``, which averages overwrite."""
+        for piece in self._layout.pieces(*self._layout.bucket(k)):
+            param = self._params[piece.param]
+            if piece.param not in sent and param.grad is self._views[piece.param]:
+                param.grad = self._views[piece.param].clone()
+
 
 @dataclass(slots=True)
-class _Sent:
+class _Known:
     """The part of a bucket that is sent. It holds none of the views, whose references are counted.
 
     Attributes:
         indices: The parameters.
         small: Places in ``indices`` of small ones, and ``addresses``, those of their views.
         large: Segment, place in ``indices``, and piece of large ones.
-        parts: The segments, and ``into``, the owned parts of them, and ``runs``, the owned pieces.
+        parts: The segments in this memory, and ``into``, the owned parts of them, and ``runs``, the owned pieces.
     """
 
     indices: Sequence[int]
@@ -262,11 +262,6 @@ class _Sent:
     runs: list[Tensor | None]
 
 
-def _view(flat: Tensor, start: int, param: Tensor) -> Tensor:
-    """Return a view like ``param`` with a version counter of its own, which shows changes to this gradient alone."""
-    return flat.as_strided(param.shape, param.stride(), start).data  # ``data`` does not share the counter
-
-
 def _is_plain(grad: Tensor, view: Tensor) -> bool:
     """Return whether a copy in ``view`` can replace ``grad``."""
     return (
@@ -275,5 +270,6 @@ def _is_plain(grad: Tensor, view: Tensor) -> bool:
         and not grad.requires_grad
         and grad.shape == view.shape
         and grad.dtype == view.dtype
-        and grad.untyped_storage().nbytes() == grad.nbytes  # not a part of DDP's buckets, if the user has woken DDP
+        # Not a part of something else, such as DDP's buckets if the user has woken DDP.
+        and grad.untyped_storage().nbytes() == grad.nbytes
     )

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from dist_adamw.optimizer.sharding.bucket_gradients import BucketGradients, BucketPacker
 from dist_adamw.optimizer.sharding.dtensors import local_gradient, local_of
-from dist_adamw.optimizer.sharding.gradient_memory import GradientMemory, SentGradients
+from dist_adamw.optimizer.sharding.gradient_memory import GradientMemory
 from dist_adamw.optimizer.sharding.memory_order import MemoryOrder, check_dense, storage_order
 from dist_adamw.optimizer.transport.base import Transport, cut_slice
 from dist_adamw.optimizer.transport.layout import FlatLayout, Piece
@@ -32,7 +33,7 @@ class OwnedGradients:
         self.has_grad = [False] * len(params)
         self.reduced: dict[int, list[Tensor | None]] = {}
         self._memory: GradientMemory | None = None
-        self._lent: list[Tensor] = []
+        self._made_packer: BucketPacker | None = None
         self._accumulated: Tensor | None = None
         self._views: list[list[Tensor]] = []
 
@@ -43,9 +44,10 @@ class OwnedGradients:
 
     def move(self, device: torch.device, dtype: torch.dtype) -> None:
         """Follow parameters that have moved, perhaps to another device or dtype. Local."""
-        self._lent.clear()
         if self._memory is not None and not self._memory.fits():
             self._memory = None
+        if self._memory is None:
+            self._made_packer = None
         if self._accumulated is not None:
             self._accumulated = self._accumulated.to(device, dtype)
             self._cut()
@@ -53,16 +55,22 @@ class OwnedGradients:
 
     # ---------------------------------------------------------------- memory of gradients
 
-    def prepare(self, transport: Transport | None) -> None:
-        """Make sure that backward overwrites no gradient that the user holds. Local; with no bucket in flight.
+    def prepare(self, transport: Transport, *, moves: bool) -> None:
+        """Make sure that a pass overwrites no gradient that the user holds. Local; with no bucket in flight.
 
         Args:
-            transport: Sends the buckets, if the pass will move gradients to memory that stays.
+            transport: Sends the buckets.
+            moves: Whether the pass moves gradients to memory that stays.
         """
-        if self._memory is None and transport is not None:
-            self._memory = GradientMemory(self._params, self._layout, self._pieces, transport)
+        if self._memory is None and moves:
+            self._memory = GradientMemory(self._params, self._layout, self._pieces, self._packer(transport))
         if self._memory is not None:
             self._memory.prepare()
+
+    def _packer(self, transport: Transport) -> BucketPacker:
+        if self._made_packer is None:
+            self._made_packer = BucketPacker(self._layout, self._pieces, transport, self._params[0])
+        return self._made_packer
 
     def take_in(self, indices: Sequence[int], *, large: bool) -> None:
         """Move gradients that have arrived to memory that stays; see `GradientMemory.take_in`. Local."""
@@ -76,81 +84,31 @@ class OwnedGradients:
         else:
             self._memory.fill_in_zeros(i)
 
-    def kept(
+    def to_send(
         self, k: int, indices: Sequence[int], grads: Sequence[Tensor | None], order: MemoryOrder
-    ) -> SentGradients | None:
-        """Return the gradients of bucket ``k``, or None if they must be `packed`; see `GradientMemory.sent`. Local."""
-        return None if self._memory is None else self._memory.sent(k, indices, grads, order)
+    ) -> BucketGradients | None:
+        """Lay out gradients of bucket ``k``, or return None without memory that stays; see `GradientMemory`. Local."""
+        return None if self._memory is None else self._memory.to_send(k, indices, grads, order)
 
-    def packed(
-        self, k: int, indices: Sequence[int], flat: Sequence[Tensor | None], transport: Transport
-    ) -> SentGradients:
-        """Return the gradients of bucket ``k``, small ones copied to memory that `received` takes back. Local.
+    def packed(self, k: int, flat: Mapping[int, Tensor], transport: Transport) -> BucketGradients:
+        """Lay out gradients of bucket ``k``, copying small ones. Local; ``flat`` as for `BucketPacker.packed`."""
+        return self._packer(transport).packed(k, flat)
 
-        Args:
-            indices: The parameters to send; the others count as zero.
-            flat: Their gradients, 1-D; None counts as zero.
-        """
-        lent = self._lent.pop() if self._lent else self._params[0].new_zeros(self._layout.bucket_numel)
-        by_index = {i: grad for i, grad in zip(indices, flat, strict=True) if grad is not None}
-        segments = transport.segments(k)
-        in_place = {segment.piece.param for segment in segments if segment.piece is not None}
-        outside = {i: grad for i, grad in by_index.items() if i not in in_place}
-        self._copy(k, outside, lent)
-        parts = []
-        for segment in segments:
-            grad = by_index.get(segment.piece.param) if segment.piece is not None else None
-            if segment.piece is None or grad is None:
-                parts.append(lent[segment.start : segment.stop])
-            else:
-                parts.append(grad[segment.piece.start : segment.piece.stop])
-        into = [part.of(parts) for part in transport.owned_parts(k)]
-        return SentGradients(parts, into, self._runs_of(k, by_index, outside, lent), lent, outside)
-
-    def _copy(self, k: int, grads: Mapping[int, Tensor], lent: Tensor) -> None:
-        """Copy ``grads``, by index of the parameter, to their places in bucket ``k``; elsewhere write zeros."""
-        for piece in self._layout.pieces(*self._layout.bucket(k)):
-            place = lent[piece.offset : piece.offset + piece.numel]
-            if piece.param in grads:
-                place.copy_(grads[piece.param][piece.start : piece.stop])
-            else:
-                place.zero_()
-
-    def _runs_of(
-        self, k: int, grads: Mapping[int, Tensor], outside: Collection[int], lent: Tensor
-    ) -> list[Tensor | None]:
-        """Return the owned pieces of bucket ``k``: in ``lent`` if they are copies, else in the gradients."""
-        start, _ = self._layout.bucket(k)
-        runs: list[Tensor | None] = []
-        for piece in self._pieces[k]:
-            place = self._layout.starts[piece.param] + piece.start - start
-            if piece.param in outside:
-                runs.append(lent[place : place + piece.numel])
-            else:
-                grad = grads.get(piece.param)
-                runs.append(None if grad is None else grad[piece.start : piece.stop])
-        return runs
-
-    def received(self, k: int, sent: SentGradients) -> None:
-        """Take the averages of bucket ``k``, which are in ``sent``. Local."""
-        self.reduced[k] = self.write_back(k, sent)
-        for i, grad in sent.released:
+    def received(self, k: int, gradients: BucketGradients) -> None:
+        """Take the averages of bucket ``k``. Local."""
+        self.reduced[k] = self.write_back(k, gradients)
+        for i, grad in gradients.released:
             assert self._memory is not None
             self._memory.release(i, grad)
 
-    def write_back(self, k: int, sent: SentGradients) -> list[Tensor | None]:
-        """Return the owned pieces with their averages, in the gradients themselves if those were copied. Local."""
-        runs = list(sent.runs)
-        for place, (piece, average) in enumerate(zip(self._pieces[k], sent.runs, strict=True)):
-            if (grad := sent.outside.get(piece.param)) is not None and average is not None:
-                runs[place] = grad[piece.start : piece.stop].copy_(average)
-        self.give_back(sent)
-        return runs
+    def write_back(self, k: int, gradients: BucketGradients) -> list[Tensor | None]:
+        """Write averages of copies into the gradients; return the owned pieces, which are there now. Local."""
+        return gradients.runs if self._made_packer is None else self._made_packer.write_back(k, gradients)
 
-    def give_back(self, sent: SentGradients) -> None:
-        """Use the memory of ``sent`` for other buckets. Local."""
-        if sent.lent is not None:
-            self._lent.append(sent.lent)
+    def give_back(self, gradients: BucketGradients) -> None:
+        """Use the memory of ``gradients`` for other buckets. Local."""
+        if self._made_packer is not None:
+            self._made_packer.give_back(gradients)
 
     # ---------------------------------------------------------------- gradients of several passes, kept in the shard
 

@@ -279,7 +279,7 @@ def arrange(
         by_group: Whether no two groups may share a shard.
     """
     alike: dict[tuple[Any, ...], Arrangement] = {}
-    last = len(order)
+    last = max(order.values(), default=0) + 1
     placed = [(order.get(id(param), last), g, param) for g, group in enumerate(groups) for param in group["params"]]
     for _, g, param in sorted(placed, key=operator.itemgetter(0)):
         if id(param) in chosen:

@@ -82,12 +82,9 @@ class GlooTransport(Transport):
                 found.append(OwnedPart(n, a - segment.start, b - segment.start, a - start))
         return found
 
-    def _staging(self) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+    def _staging(self) -> tuple[dict[int, Tensor], Tensor]:
         numel = max(self._slot_numel, self._small_numel)
-        return (
-            {peer: self._empty(numel) for peer, _ in self._peers},
-            {peer: self._empty(self._small_numel) for peer, _ in self._peers},
-        )
+        return {peer: self._empty(numel) for peer, _ in self._peers}, self._empty(self._small_numel)
 
     def segments(self, k: int) -> list[Segment]:
         """See `Transport`."""
@@ -163,10 +160,9 @@ class GlooTransport(Transport):
     def start_gather(self, k: int, flat: Flat | None = None) -> InFlightBucket:
         """See `Transport`."""
         sent = InFlightBucket(k, [], self._take(), gathered=flat)
-        received, outbox = sent.staging
+        received, buffer = sent.staging
         mine = self._slices[k][self._rank]
         views = self._gathered(sent, (k, self._rank), mine.pieces)
-        buffer = outbox[self._peers[0][0]]
         if mine.small:
             self._pack(k, self._rank, views, buffer)
         for to, source in self._peers:

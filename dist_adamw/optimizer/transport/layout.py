@@ -2,7 +2,7 @@
 
 This module computes with integers only, and needs no tensors or process group.
 
-The parameters of one group, dtype and device are laid out one after the other, each starting at a
+The parameters of one dtype and device are laid out one after the other, each starting at a
 multiple of ALIGNMENT, and cut into buckets. Rank r owns the r-th of ``world_size`` equal slices of
 every bucket, so shares are equal whatever the sizes of the parameters; the remainder is padding.
 The layout is for optimizer state and traffic: parameters keep their own storage.
@@ -130,28 +130,24 @@ class FlatLayout:
         share = (stop - start) // self.world_size
         return start + rank * share, start + (rank + 1) * share
 
-    @property
-    def end(self) -> int:
-        """Where the last parameter ends: what follows is padding."""
-        return self.starts[-2] + self.numels[-1] if self.numels else 0
-
     def segments(self, k: int, direct_numel: int) -> list[Segment]:
-        """Divide bucket ``k``, without the padding at its end, into runs that may lie in different memory.
+        """Divide bucket ``k`` into runs that may lie in different memory, leaving out padding between them.
 
         Args:
             direct_numel: Parameters with at least as many elements have segments of their own.
         """
-        start, stop = self.bucket(k)
         found: list[Segment] = []
-        place = 0
-        for piece in self.pieces(start, stop):
-            if self.numels[piece.param] >= direct_numel:
-                if place < piece.offset:
-                    found.append(Segment(place, piece.offset))
-                place = piece.offset + piece.numel
-                found.append(Segment(piece.offset, place, piece))
-        end = min(stop, self.end) - start
-        return found if place >= end else [*found, Segment(place, end)]
+        small: list[Piece] = []
+        for piece in [*self.pieces(*self.bucket(k)), None]:
+            if piece is not None and self.numels[piece.param] < direct_numel:
+                small.append(piece)
+                continue
+            if small:
+                found.append(Segment(small[0].offset, small[-1].offset + small[-1].numel))
+                small = []
+            if piece is not None:
+                found.append(Segment(piece.offset, piece.offset + piece.numel, piece))
+        return found
 
     def pieces(self, start: int, stop: int, offset: int = 0) -> list[Piece]:
         """Return the runs of parameters in flat ``[start, stop)``; ``start`` has the offset ``offset``."""
