@@ -153,33 +153,43 @@ def test_a_gradient_that_is_held_keeps_its_values(ddp: bool, how: str) -> None:
     run_ranks(2, check_held, ddp, how)
 
 
-def check_own_buffer() -> None:
-    """Scripts that lay gradients into a buffer of their own, and set that to zero, keep it."""
-    model, _ = model_of(ddp=False)
-    twin, twin_wrapped = model_of(ddp=True)
-    optimizer = DistAdamW(model.parameters(), lr=1e-2, eps=0.1)
-    reference = torch.optim.AdamW(twin.parameters(), lr=1e-2, eps=0.1)
-    params = list(model.parameters())
-    buffer = torch.zeros(sum(param.numel() for param in params))
-    for param, part in zip(params, buffer.split([param.numel() for param in params]), strict=True):
-        param.grad = part.view_as(param)
-    optimizer.attach(model)
-    for step in range(4):
-        buffer.zero_()
-        backward(model, step)
-        backward(twin_wrapped, step)
-        assert all(param.grad is not None for param in params)
-        assert params[0].grad is not None
-        assert params[0].grad.data_ptr() == buffer.data_ptr()
-        optimizer.step()
-        reference.step()
-        reference.zero_grad()
-        for param, expected in zip(params, twin.parameters(), strict=True):
-            torch.testing.assert_close(param, expected, rtol=1e-5, atol=1e-6)
+def check_own_gradients(kind: str, direct_numel: int) -> None:
+    """Scripts that give gradients memory of their own, and set that to zero, keep it."""
+    before, gloo.DIRECT_NUMEL = gloo.DIRECT_NUMEL, direct_numel
+    try:
+        model, _ = model_of(ddp=False)
+        twin, twin_wrapped = model_of(ddp=True)
+        optimizer = DistAdamW(model.parameters(), lr=1e-2, eps=0.1)
+        reference = torch.optim.AdamW(twin.parameters(), lr=1e-2, eps=0.1)
+        params = list(model.parameters())
+        if kind == "one buffer":
+            numels = [param.numel() for param in params]
+            parts = torch.zeros(sum(numels)).split(numels)
+            given = [part.view_as(param) for part, param in zip(parts, params, strict=True)]
+        else:
+            given = [torch.zeros_like(param) for param in params]
+        for param, grad in zip(params, given, strict=True):
+            param.grad = grad
+        optimizer.attach(model)
+        for step in range(4):
+            for grad in given:
+                grad.zero_()
+            backward(model, step)
+            backward(twin_wrapped, step)
+            assert all(param.grad is grad for param, grad in zip(params, given, strict=True))
+            optimizer.step()
+            reference.step()
+            reference.zero_grad()
+            for param, expected in zip(params, twin.parameters(), strict=True):
+                torch.testing.assert_close(param, expected, rtol=1e-5, atol=1e-6)
+    finally:
+        gloo.DIRECT_NUMEL = before
 
 
-def test_a_buffer_of_the_users_is_left_alone() -> None:
-    run_ranks(2, check_own_buffer)
+@pytest.mark.parametrize("direct_numel", [1 << 14, 1000])
+@pytest.mark.parametrize("kind", ["one buffer", "a tensor each"])
+def test_gradients_of_the_users_stay_where_they_are(kind: str, direct_numel: int) -> None:
+    run_ranks(2, check_own_gradients, kind, direct_numel)
 
 
 def _swap(model: nn.Module) -> None:
@@ -390,13 +400,19 @@ def test_small_gradients_elsewhere_beside_a_large_one(ddp: bool, use: str, spoil
 def check_moved_all() -> None:
     """``module.to()`` and ``grad.data = x`` move gradients between micro-batches, all of them at once."""
     pair = Pair(ddp=False)
+    moved: list[Tensor] = []
+    values: list[Tensor] = []
     for step in range(3):
         with pair.wrapped.no_sync():  # type: ignore[operator]
             backward(pair.wrapped, 10 * step)
+        assert all(map(torch.equal, moved, values)), "memory of the user's was overwritten"
+        moved = []
         for param in pair.model.parameters():
             assert param.grad is not None
-            param.grad.data = param.grad.data.clone()
+            moved.append(param.grad.data.clone())
+            param.grad.data = moved[-1]
         backward(pair.wrapped, 10 * step + 1)
+        values = [memory.clone() for memory in moved]
         with pair.twin_wrapped.no_sync():  # type: ignore[operator]
             backward(pair.twin_wrapped, 10 * step)
         backward(pair.twin_wrapped, 10 * step + 1)
@@ -454,3 +470,65 @@ def check_held_without_a_pass() -> None:
 
 def test_a_gradient_held_by_a_rank_without_a_pass_keeps_its_values() -> None:
     run_ranks(2, check_held_without_a_pass)
+
+
+def check_broken_pass() -> None:
+    """Gradients from before an error in backward count, as in torch; some have been averaged by then."""
+    before, gloo.DIRECT_NUMEL = gloo.DIRECT_NUMEL, 1000
+    try:
+        model, _ = model_of(ddp=False)
+        twin, _ = model_of(ddp=False)
+        optimizer = DistAdamW(model.parameters(), lr=1e-2, eps=0.1, bucket_numel=700)
+        reference = torch.optim.AdamW(twin.parameters(), lr=1e-2, eps=0.1)
+        optimizer.attach(model)
+        for step in range(3):
+            for one in (model, twin):
+                handle = one.get_parameter("1.weight").register_hook(_fail)
+                with pytest.raises(RuntimeError, match="planned"):
+                    backward(one, 10 * step)
+                handle.remove()
+                backward(one, 10 * step + 1)
+            for param in twin.parameters():
+                assert param.grad is not None
+                dist.all_reduce(param.grad)
+                param.grad /= dist.get_world_size()
+            for adamw in (optimizer, reference):
+                adamw.step()
+                adamw.zero_grad()
+            for param, expected in zip(model.parameters(), twin.parameters(), strict=True):
+                torch.testing.assert_close(param, expected, rtol=1e-5, atol=1e-6)
+    finally:
+        gloo.DIRECT_NUMEL = before
+
+
+def _fail(grad: Tensor) -> None:
+    raise RuntimeError("planned")
+
+
+def test_gradients_from_before_an_error_count() -> None:
+    run_ranks(2, check_broken_pass)
+
+
+def check_taken_over() -> None:
+    """Another optimizer takes some parameters over, while their gradients lie in the first one's memory."""
+    model, _ = model_of(ddp=False)
+    twin, twin_wrapped = model_of(ddp=True)
+    first = DistAdamW(model.parameters())
+    first.attach(model)
+    backward(model, 0)
+    first.step()
+    first.zero_grad(set_to_none=False)
+    theirs = [*model.get_submodule("1").parameters(), *model.get_submodule("3").parameters()]
+    second = DistAdamW(theirs)
+    second.attach(model)
+    twin.load_state_dict(model.state_dict())
+    backward(model, 1)
+    backward(twin_wrapped, 1)
+    first.gather_gradients()
+    second.gather_gradients()
+    for param, expected in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(param.grad, expected.grad, rtol=1e-5, atol=1e-6)
+
+
+def test_parameters_that_another_optimizer_takes_over() -> None:
+    run_ranks(2, check_taken_over)
