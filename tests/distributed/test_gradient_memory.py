@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -13,8 +14,21 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dist_adamw import DistAdamW
+from dist_adamw.optimizer.gradients import sources
 from dist_adamw.optimizer.transport import gloo
 from tests.ranks import run_ranks
+
+
+@contextlib.contextmanager
+def large_from(numel: int) -> Iterator[None]:
+    """Treat parameters of that many elements as large, and look for full buckets at every gradient."""
+    before = gloo.DIRECT_NUMEL, sources._LOOK_EVERY
+    gloo.DIRECT_NUMEL, sources._LOOK_EVERY = numel, 1
+    try:
+        yield
+    finally:
+        gloo.DIRECT_NUMEL, sources._LOOK_EVERY = before
+
 
 WAYS = [True, False]  # in DDP, or a plain module
 
@@ -155,8 +169,7 @@ def test_a_gradient_that_is_held_keeps_its_values(ddp: bool, how: str) -> None:
 
 def check_own_gradients(kind: str, direct_numel: int) -> None:
     """Scripts that give gradients memory of their own, and set that to zero, keep it."""
-    before, gloo.DIRECT_NUMEL = gloo.DIRECT_NUMEL, direct_numel
-    try:
+    with large_from(direct_numel):
         model, _ = model_of(ddp=False)
         twin, twin_wrapped = model_of(ddp=True)
         optimizer = DistAdamW(model.parameters(), lr=1e-2, eps=0.1)
@@ -182,8 +195,6 @@ def check_own_gradients(kind: str, direct_numel: int) -> None:
             reference.zero_grad()
             for param, expected in zip(params, twin.parameters(), strict=True):
                 torch.testing.assert_close(param, expected, rtol=1e-5, atol=1e-6)
-    finally:
-        gloo.DIRECT_NUMEL = before
 
 
 @pytest.mark.parametrize("direct_numel", [1 << 14, 1000])
@@ -242,8 +253,7 @@ def check_changed_alone(change: str) -> None:
 
 def check_large(accumulate: bool) -> None:
     """A large gradient is sent from where autograd has put it, and let go."""
-    before, gloo.DIRECT_NUMEL = gloo.DIRECT_NUMEL, 1000
-    try:
+    with large_from(1000):
         pair = Pair(ddp=True)
         seen: list[int] = []
         for step in range(4):
@@ -257,8 +267,6 @@ def check_large(accumulate: bool) -> None:
             pair.step()
         pair.check()
         assert not lent(pair), "a bucket was copied"
-    finally:
-        gloo.DIRECT_NUMEL = before
 
 
 @pytest.mark.parametrize("accumulate", [False, True])
@@ -361,8 +369,7 @@ USES: dict[str, Any] = {"plainly": None, "gathered": _gather, "clamped": _clamp,
 
 
 def check_mixed(ddp: bool, use: str, spoil: str, overlap: bool) -> None:
-    before, gloo.DIRECT_NUMEL = gloo.DIRECT_NUMEL, 1000
-    try:
+    with large_from(1000):
         torch.manual_seed(0)
         pair = Pair.__new__(Pair)
         pair.model, pair.twin = Mixed(), Mixed()
@@ -382,8 +389,6 @@ def check_mixed(ddp: bool, use: str, spoil: str, overlap: bool) -> None:
                 USES[use](pair, step)
             pair.step(set_to_none=step != 3)
             pair.check()
-    finally:
-        gloo.DIRECT_NUMEL = before
 
 
 # A change of gradients that are local until step() is refused.
@@ -426,8 +431,7 @@ def test_all_gradients_moved_between_micro_batches() -> None:
 
 def check_no_stale_values() -> None:
     """Local values of a pass that copied a large gradient do not stay in elements of other ranks."""
-    before, gloo.DIRECT_NUMEL = gloo.DIRECT_NUMEL, 1000
-    try:
+    with large_from(1000):
         model, _ = model_of(ddp=False)
         optimizer = DistAdamW(model.parameters(), max_grad_norm=1.0)
         optimizer.attach(model)
@@ -443,8 +447,6 @@ def check_no_stale_values() -> None:
             optimizer.step()
             assert not optimizer.step_was_skipped
             optimizer.zero_grad()
-    finally:
-        gloo.DIRECT_NUMEL = before
 
 
 def test_values_of_a_skipped_update_do_not_stay() -> None:
@@ -474,8 +476,7 @@ def test_a_gradient_held_by_a_rank_without_a_pass_keeps_its_values() -> None:
 
 def check_broken_pass() -> None:
     """Gradients from before an error in backward count, as in torch; some have been averaged by then."""
-    before, gloo.DIRECT_NUMEL = gloo.DIRECT_NUMEL, 1000
-    try:
+    with large_from(1000):
         model, _ = model_of(ddp=False)
         twin, _ = model_of(ddp=False)
         optimizer = DistAdamW(model.parameters(), lr=1e-2, eps=0.1, bucket_numel=700)
@@ -497,8 +498,6 @@ def check_broken_pass() -> None:
                 adamw.zero_grad()
             for param, expected in zip(model.parameters(), twin.parameters(), strict=True):
                 torch.testing.assert_close(param, expected, rtol=1e-5, atol=1e-6)
-    finally:
-        gloo.DIRECT_NUMEL = before
 
 
 def _fail(grad: Tensor) -> None:

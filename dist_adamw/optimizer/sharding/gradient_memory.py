@@ -73,8 +73,6 @@ class GradientMemory:
 
     def prepare(self) -> None:
         """Make sure that a pass overwrites no gradient that the user holds. Local; with no bucket in flight."""
-        if list(map(Tensor.data_ptr, self._views)) != self._addresses:  # moved by ``param.grad.data = x``
-            self._allocate()
         grads = list(map(_gradient, self._params))
         are_here = list(map(operator.is_, grads, self._views))
         elsewhere = list(map(operator.not_, are_here))
@@ -87,7 +85,8 @@ class GradientMemory:
 
     def _are_held(self, chosen: Sequence[bool]) -> bool:
         """Return whether other objects refer to some of the ``chosen`` views, or to any part of the memory."""
-        # The count of a view includes torch's own references, such as that of another parameter's ``grad``.
+        # After ``param.grad.data = x`` a view no longer refers to the memory. The count of a view includes torch's own
+        # references, such as that of another parameter's ``grad``.
         if self._uses() != self._known_uses:
             return True
         now = map(sys.getrefcount, self._views)
