@@ -226,7 +226,7 @@ class AttachedOptimizer(SavableOptimizer):
     def gather_gradients(self) -> None:
         """Make every ``param.grad`` the whole gradient, averaged over all ranks. Collective.
 
-        After `attach` a rank has the averages of the elements that it owns, and local values elsewhere. Call this after
+        After `attach` a rank has the averages of the elements that it owns; the others have no meaning. Call this after
         backward and before anything that reads gradients: SAM's first pass, per-layer norms for a log, gradient
         surgery. `step` then uses ``param.grad``, which must be the same on every rank. Sends ``f N b_g`` bytes.
 
