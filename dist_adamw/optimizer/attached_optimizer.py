@@ -107,8 +107,8 @@ class AttachedOptimizer(SavableOptimizer):
         module needs nothing else to average its gradients: it gets a ``no_sync()``, and, as in DDP,
         the first rank's parameters and buffers are broadcast to all ranks now.
 
-        After backward, ``param.grad`` holds the average in the elements that this rank owns and local
-        values elsewhere. For a norm, use ``max_grad_norm`` or `clip_grad_norm_`. To read or change whole
+        After backward, ``param.grad`` holds the average in the elements that this rank owns; the others have no
+        meaning. For a norm, use ``max_grad_norm`` or `clip_grad_norm_`. To read or change whole
         gradients, call `gather_gradients` first. After a change that treats every element alike (a clamp), call
         `accept_gradients`. Other changes between backward and `step` raise an error if they can be detected: by
         another tensor or address in ``param.grad``, by its version counter, and on a CPU by a sample of the values. A

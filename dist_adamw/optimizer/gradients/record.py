@@ -15,7 +15,7 @@ from dist_adamw.optimizer.sharding.shard import Shard
 class GradientRecord:
     """The state of gradients between two updates. The sets hold ids of parameters.
 
-    A gradient is local until it is sent; then its owner has the average, and other ranks keep what they sent.
+    A gradient is local until it is sent; then each rank has the average of the elements that it owns.
 
     Attributes:
         watch: The gradients as backward, or the last accepted change, left them.

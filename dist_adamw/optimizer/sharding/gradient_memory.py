@@ -22,10 +22,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dist_adamw.optimizer.kernels.foreach import zeros_apart
 from dist_adamw.optimizer.sharding.bucket_gradients import BucketGradients, BucketPacker
 from dist_adamw.optimizer.sharding.memory_order import MemoryOrder
 from dist_adamw.optimizer.transport.layout import FlatLayout, Piece
 
+_PLACE = 5  # in a memory page; state has 1 to 4
 _gradient, _version = operator.attrgetter("grad"), operator.attrgetter("_version")
 
 
@@ -47,7 +49,7 @@ class GradientMemory:
 
     def _allocate(self) -> None:
         like, layout = self._params[0], self._layout
-        self._flat = torch.zeros(layout.padded_numel, dtype=like.dtype, device=like.device)
+        self._flat = zeros_apart(layout.padded_numel, _PLACE, dtype=like.dtype, device=like.device)
         self._views = [self._view(i) for i in range(len(self._params))]
         self._addresses = list(map(Tensor.data_ptr, self._views))
         self._zero_at = list(map(_version, self._views))  # versions at which elements of other ranks were zero
@@ -58,7 +60,8 @@ class GradientMemory:
     def _view(self, i: int) -> Tensor:
         """Return a view like parameter ``i`` with its own version counter, which shows changes to this gradient."""
         param = self._params[i]
-        return self._flat.as_strided(param.shape, param.stride(), self._layout.starts[i]).data
+        start = self._flat.storage_offset() + self._layout.starts[i]
+        return self._flat.as_strided(param.shape, param.stride(), start).data
 
     def _run(self, piece: Piece) -> Tensor:
         start = self._layout.starts[piece.param]
