@@ -125,7 +125,7 @@ HOLDS: dict[str, Callable[[Tensor], Any]] = {
     "detached": lambda grad: grad.detach(),
     "as numpy": lambda grad: grad.numpy(),
     "a view": lambda grad: grad.view(-1)[3:9],
-    "its storage": lambda grad: grad.untyped_storage(),
+    "its storage": lambda grad: (grad.untyped_storage(), grad.storage_offset()),
     "an iterator": lambda grad: iter([grad]),
 }
 
@@ -156,8 +156,9 @@ def _values(held: Any, how: str) -> Tensor:
         return torch.from_numpy(held)
     if how == "an iterator":
         return next(held)
-    if how == "its storage":  # the first gradient is at its start
-        return torch.empty(0).set_(held, 0, torch.Size((40, 40)), (40, 1))
+    if how == "its storage":
+        storage, offset = held
+        return torch.empty(0).set_(storage, offset, torch.Size((40, 40)), (40, 1))
     return held
 
 

@@ -122,8 +122,8 @@ def prepare(
     ``accelerator.clip_grad_norm_`` clips by their global norm. With a GradScaler (fp16) or a
     communication hook of yours, DDP's all-reduce stays.
 
-    After backward, ``param.grad`` then has the average over ranks in the elements that this rank owns; the others have no
-    meaning. ``optimizer.gather_gradients()`` (of the `DistAdamW` itself) makes it whole, as after DDP; with
+    After backward, ``param.grad`` then has the average over ranks in the elements that this rank owns; the others have
+    no meaning. ``optimizer.gather_gradients()`` (of the `DistAdamW` itself) makes it whole, as after DDP; with
     ``whole_gradients=True`` it always is. ``accelerator.clip_grad_norm_`` and ``clip_grad_value_`` are correct either
     way; ``step`` refuses other changes of gradients unless ``optimizer.accept_gradients()`` is called.
 
