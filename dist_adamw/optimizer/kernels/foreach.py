@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import mmap
 from typing import Literal, cast
 
 import torch
@@ -116,8 +117,10 @@ def decay_over_lr(lr: float, decay: float) -> float:
     return over if math.isfinite(over) else 0.0  # lr below 1e-308 counts as 0
 
 
-def zeros_apart(numel: int, place: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+def zeros_apart(numel: int, place: int, *, dtype: torch.dtype, device: torch.device, untouched: bool = False) -> Tensor:
     """Return ``numel`` zeros, 1-D, for state that one pass reads and writes together with other state.
+
+    With ``untouched``, elements on a CPU take memory only once they are written.
 
     On a CPU, ``place`` (0 to 5) selects the offset within the memory page. Most large tensors start at the same offset
     (place 0, so state does not use it), and a pass over several of them then takes up to twice as long: the processor
@@ -126,10 +129,17 @@ def zeros_apart(numel: int, place: int, *, dtype: torch.dtype, device: torch.dev
     if device.type != "cpu":
         return torch.zeros(numel, dtype=dtype, device=device)
     spare = _PAGE // dtype.itemsize
-    memory = torch.zeros(numel + spare, dtype=dtype)
+    memory = (_untouched_zeros if untouched else torch.zeros)(numel + spare, dtype=dtype)
     wanted = 64 + _APART * place  # torch aligns to 64
     shift = (wanted - memory.data_ptr()) % _PAGE // dtype.itemsize
     return memory[shift : shift + numel]
+
+
+def _untouched_zeros(numel: int, dtype: torch.dtype) -> Tensor:
+    if not hasattr(mmap, "MAP_PRIVATE"):  # not on Windows
+        return torch.zeros(numel, dtype=dtype)
+    pages = mmap.mmap(-1, numel * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=dtype)
 
 
 def sum_of_squares(tensors: list[Tensor]) -> Tensor:

@@ -49,7 +49,7 @@ class GradientMemory:
 
     def _allocate(self) -> None:
         like, layout = self._params[0], self._layout
-        self._flat = zeros_apart(layout.padded_numel, _PLACE, dtype=like.dtype, device=like.device)
+        self._flat = zeros_apart(layout.padded_numel, _PLACE, dtype=like.dtype, device=like.device, untouched=True)
         self._views = [self._view(i) for i in range(len(self._params))]
         self._addresses = list(map(Tensor.data_ptr, self._views))
         self._zero_at = list(map(_version, self._views))  # versions at which elements of other ranks were zero
