@@ -46,7 +46,7 @@ def environment(session: Session) -> dict[str, Any]:
 
 
 def conduct(session: Session, parts: list[str], minutes: float) -> None:
-    """Run the parts, each in a process of its own."""
+    """Run each part in a separate process."""
     end = time.monotonic() + 60 * minutes
     records.append(session.results, [environment(session)])
     for part in parts:

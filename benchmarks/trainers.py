@@ -16,6 +16,7 @@ import functools
 import gc
 import importlib
 import random
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -66,15 +67,15 @@ class Task:
         return self.batch * self.accumulation * dist.get_world_size()
 
 
-class Trainer:
+class Trainer(ABC):
     """A model, its optimizer, its schedule and its data."""
 
     optimizer: Any
     detail = ""
 
+    @abstractmethod
     def update(self) -> float:
         """Run one training step, from fetching its data to ``zero_grad``; return this rank's mean loss. Collective."""
-        raise NotImplementedError
 
 
 class AccelerateTrainer(Trainer):
@@ -215,7 +216,7 @@ def _fairscale(task: Task, *, sharded: bool) -> Trainer:
     if sharded:  # with its default buffer the losses are wrong from the third update on (fairscale 0.4.13)
         module = data_parallel.ShardedDataParallel(model, optimizer, reduce_buffer_size=0)
     detail = "fused, reduce_buffer_size=0" if sharded else "fused"
-    clip = optimizer.clip_grad_norm if sharded else None  # a rank has gradients of its own parameters only
+    clip = optimizer.clip_grad_norm if sharded else None  # a rank has gradients only of the parameters that it updates
     return TorchTrainer(task, module, optimizer, accumulate=module.no_sync, detail=detail, clip=clip)
 
 

@@ -10,8 +10,8 @@ time of all ranks too, which other programs on the machine lengthen less. No eng
 parameters are there at the end of ``step``, and FSDP2 gathers them in the forward that it is timed with.
 
 All engines live in the same processes and train on the same batches. Rounds go over them in a new random order each;
-ratios are taken within a round. Each combination of ``--ranks``, ``--precision`` and ``--accumulation`` has processes
-of its own.
+ratios are taken within a round. Each combination of ``--ranks``, ``--precision`` and ``--accumulation`` runs in
+separate processes.
 
 Checked first: the losses of the first CHECKED updates of every engine, as means over micro-batches and ranks, are those
 of DDP with torch.optim.AdamW in fp32 to LOSS_TOLERANCE. eps is 1e-3, about the size of a gradient, so that a wrong

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -39,9 +39,9 @@ def update_bucket(
     """
     for run in shard.buckets[k].runs:
         live = [i for i in run.indices if bucket[i] is not None]
-        grads = [grad for i in live if (grad := bucket[i]) is not None]
-        if not grads:
+        if not live:
             continue
+        grads = cast(list[Tensor], [bucket[i] for i in live])
         hyper = _hyper_parameters(run.group, decay_by)
         params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, masters = run.operands(live)
         state = (exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps)

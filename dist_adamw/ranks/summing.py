@@ -57,7 +57,7 @@ class Passenger:
         self._message, self._place = message, place
 
     def send(self) -> None:
-        """Send the integers by a message of their own. Collective."""
+        """Send the integers by themselves. Collective."""
         self.board(Message(self.numbers, self._group), 0)
 
     def sums(self) -> list[int]:

@@ -41,8 +41,8 @@ def turn_into_sums(shard: Shard, averages_in: Sequence[Collection[int]]) -> None
     layout, own, others = shard.layout, list[Tensor](), list[Tensor]()
     for k, are_averages in enumerate(averages_in):
         (start, stop), (first, last) = layout.bucket(k), layout.slice_of(k, shard.rank)
-        own += _runs(shard, layout.pieces(first, last), are_averages)
-        others += _runs(shard, [*layout.pieces(start, first), *layout.pieces(last, stop)], are_averages)
+        own += _runs(shard, flat, layout.pieces(first, last), are_averages)
+        others += _runs(shard, flat, [*layout.pieces(start, first), *layout.pieces(last, stop)], are_averages)
     if own:
         torch._foreach_mul_(own, shard.transport.count)
     if others:
@@ -50,13 +50,15 @@ def turn_into_sums(shard: Shard, averages_in: Sequence[Collection[int]]) -> None
     shard.gradients.reduced.clear()
 
 
-def _runs(shard: Shard, pieces: Sequence[Piece], chosen: Collection[int]) -> list[Tensor]:
-    """Return the runs ``pieces`` of the gradients of parameters with an id in ``chosen``, 1-D."""
+def _runs(
+    shard: Shard, flat: Sequence[Tensor | None], pieces: Sequence[Piece], chosen: Collection[int]
+) -> list[Tensor]:
+    """Return the runs ``pieces`` of ``flat``, the gradients, for parameters with an id in ``chosen``."""
     found = []
     for piece in pieces:
-        param = shard.params[piece.param]
-        if param.grad is not None and id(param) in chosen:
-            found.append(flat_gradient(shard, piece.param)[piece.start : piece.stop])
+        grad = flat[piece.param]
+        if grad is not None and id(shard.params[piece.param]) in chosen:
+            found.append(grad[piece.start : piece.stop])
     return found
 
 

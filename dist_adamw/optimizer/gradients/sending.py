@@ -357,7 +357,7 @@ class ShardSender(Sender):
         accumulated = shard.gradients.accumulated(sent.bucket)
         into = [part.in_slice(accumulated) for part in shard.transport.owned_parts(sent.bucket)]
         shard.transport.finish_reduce(sent, into, add=self.rounds > 0)
-        shard.gradients.give_back(gradients)
+        gradients.packer.give_back(gradients)
         shard.gradients.reduced[sent.bucket] = list(shard.gradients.accumulated_runs(sent.bucket))
 
     def _let_go(self, shard: Shard, k: int) -> None:

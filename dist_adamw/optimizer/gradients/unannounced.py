@@ -107,12 +107,12 @@ class UnannouncedGradients:
             self._take_runs(shard, k, flat, late)
 
     def _average(self, shard: Shard, k: int, flat: Sequence[Tensor | None]) -> None:
-        """Average bucket ``k`` of ``flat``; this rank has the averages of its own runs afterwards. Collective."""
+        """Average bucket ``k`` of ``flat``, and write the averages to the runs that this rank owns. Collective."""
         transport = shard.transport
         assert transport is not None
         gradients = shard.gradients.packed(k, {i: grad for i, grad in enumerate(flat) if grad is not None}, transport)
         transport.finish_reduce(transport.start_reduce(k, gradients.parts), gradients.into)
-        shard.gradients.write_back(k, gradients)
+        gradients.packer.write_back(k, gradients)
 
     def _take_runs(self, shard: Shard, k: int, flat: Sequence[Tensor | None], late: Set[int]) -> None:
         """Give the update this rank's runs of ``flat`` in bucket ``k``; those of ``late`` may be freed afterwards."""

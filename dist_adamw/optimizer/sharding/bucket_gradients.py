@@ -23,15 +23,17 @@ class BucketGradients:
         runs: The owned pieces with their averages; None for a piece that is not sent.
         lent: Memory with copies of small gradients, to be used again; None: they were not copied.
         copied: The gradients that ``lent`` has copies of, 1-D, by index of the parameter.
-        released: Parameters, by index, and their gradients, which are not needed after this bucket.
+        released: Parameters, their gradients, which are not needed after this bucket, and the views with the averages
+            that take their place.
     """
 
+    packer: BucketPacker
     parts: list[Tensor]
     into: list[Tensor]
     runs: list[Tensor | None]
     lent: Tensor | None = None
     copied: Mapping[int, Tensor] = field(default_factory=dict)
-    released: list[tuple[int, Tensor]] = field(default_factory=list)
+    released: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
 
 
 class BucketPacker:
@@ -46,7 +48,7 @@ class BucketPacker:
     Attributes:
         segments: For each bucket, the runs that may lie in different memory.
         parts: For each bucket, the owned parts of these segments.
-        large: The parameters that have segments of their own, by index.
+        large: The parameters that have separate segments, by index.
     """
 
     def __init__(
@@ -78,7 +80,7 @@ class BucketPacker:
             else:
                 parts.append(grad[segment.piece.start : segment.piece.stop])
         into = [part.of(parts) for part in self.parts[k]]
-        return BucketGradients(parts, into, self._runs(k, flat, copied, lent), lent, copied)
+        return BucketGradients(self, parts, into, self._runs(k, flat, copied, lent), lent, copied)
 
     def _copy(self, k: int, grads: Mapping[int, Tensor], lent: Tensor) -> None:
         """Copy ``grads``, by index of the parameter, to their places in bucket ``k``; elsewhere write zeros."""

@@ -152,7 +152,7 @@ class GradientMemory:
             known = self._known[k] = self._look_up(k, indices)
             self._known_uses += self._uses() - uses
         if self._are_small_here(known, grads):
-            gradients = BucketGradients(list(known.parts), list(known.into), list(known.runs))
+            gradients = BucketGradients(self._packer, list(known.parts), list(known.into), list(known.runs))
         else:
             small = [(indices[place], grad) for place in known.small if (grad := grads[place]) is not None]
             gradients = self._packer.packed(k, {i: self._flattened(i, grad, order) for i, grad in small})
@@ -198,7 +198,7 @@ class GradientMemory:
                 self._zero_at[i] = view._version
             self._set_large(gradients, k, n, i, part, here, self._flat[start:])
             if piece.start == 0:  # in the bucket that is sent last
-                gradients.released.append((i, grad))
+                gradients.released.append((self._params[i], grad, view))
 
     def _set_large(
         self, gradients: BucketGradients, k: int, n: int, i: int, part: Tensor, into: Tensor, flat: Tensor | None
@@ -211,12 +211,6 @@ class GradientMemory:
         for place, piece in enumerate(self._owned[k]):
             if piece.param == i:
                 gradients.runs[place] = None if flat is None else flat[piece.start : piece.stop]
-
-    def release(self, i: int, grad: Tensor) -> None:
-        """Let ``grad`` go, the gradient of parameter ``i``, of which the averages are here now. Local."""
-        param = self._params[i]
-        if param.grad is grad:
-            param.grad = self._views[i]
 
     def _look_up(self, k: int, indices: Sequence[int]) -> _Known:
         start, _ = self._layout.bucket(k)

@@ -96,19 +96,10 @@ class OwnedGradients:
 
     def received(self, k: int, gradients: BucketGradients) -> None:
         """Take the averages of bucket ``k``. Local."""
-        self.reduced[k] = self.write_back(k, gradients)
-        for i, grad in gradients.released:
-            assert self._memory is not None
-            self._memory.release(i, grad)
-
-    def write_back(self, k: int, gradients: BucketGradients) -> list[Tensor | None]:
-        """Write averages of copies into the gradients; return the owned pieces, which are there now. Local."""
-        return gradients.runs if self._made_packer is None else self._made_packer.write_back(k, gradients)
-
-    def give_back(self, gradients: BucketGradients) -> None:
-        """Use the memory of ``gradients`` for other buckets. Local."""
-        if self._made_packer is not None:
-            self._made_packer.give_back(gradients)
+        self.reduced[k] = gradients.packer.write_back(k, gradients)
+        for param, grad, view in gradients.released:
+            if param.grad is grad:
+                param.grad = view
 
     # ---------------------------------------------------------------- gradients of several passes, kept in the shard
 

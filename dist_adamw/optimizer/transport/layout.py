@@ -134,7 +134,7 @@ class FlatLayout:
         """Divide bucket ``k`` into runs that may lie in different memory, leaving out padding between them.
 
         Args:
-            direct_numel: Parameters with at least as many elements have segments of their own.
+            direct_numel: Parameters with at least as many elements have separate segments.
         """
         found: list[Segment] = []
         small: list[Piece] = []
