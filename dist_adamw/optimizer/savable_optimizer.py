@@ -13,6 +13,7 @@ from dist_adamw.optimizer.sharding.bucket_views import MASTERS, MOMENTS
 from dist_adamw.optimizer.sharding.shard import peek
 from dist_adamw.optimizer.sharding.watched_state import WatchedState
 from dist_adamw.optimizer.state_dict import (
+    bucket_numels_of,
     check_entries,
     check_share,
     describe_share,
@@ -176,8 +177,9 @@ class SavableOptimizer(ShardedOptimizer):
         if share is None:
             self._init_state([param for param in params if peek(self.state, param)])
         else:
-            for members in share["shards"]:
-                self._init_state([params[i] for i in members], are_shares=True)
+            numels = bucket_numels_of(share, params, reduce_every_backward=self._wanted().reduce_every_backward)
+            for members, numel in zip(share["shards"], numels, strict=True):
+                self._init_state([params[i] for i in members], bucket_numel_of_share=self.bucket_numel or numel)
         self.recount()
 
     def recount(self) -> None:

@@ -289,13 +289,13 @@ class ShardedOptimizer(Optimizer):
         if newcomers := self._all_shards.newcomers(self._wanted(), gradients=gradients):
             self._init_state(newcomers)
 
-    def _init_state(self, params: Iterable[Tensor], *, are_shares: bool = False) -> None:
+    def _init_state(self, params: Iterable[Tensor], *, bucket_numel_of_share: int | None = None) -> None:
         """Lay out the state of ``params`` from their entries in ``self.state``, or else with zeros. Local.
 
         Every rank must lay out the same parameters in the same order.
 
         Args:
-            are_shares: Whether ``self.state`` has this rank's share, not the whole.
+            bucket_numel_of_share: If ``self.state`` has this rank's share, not the whole, how that was cut.
 
         Raises:
             RuntimeError: an engine's parameters were added to a sharded optimizer, or would be clipped by the norm of a
@@ -311,8 +311,9 @@ class ShardedOptimizer(Optimizer):
                 "Launch several ranks, or leave shard='auto'."
             )
         wanted = self._wanted()
-        if are_shares:  # their ranges depend on the order
-            wanted.are_shares, wanted.order = True, lambda: {id(param): place for place, param in enumerate(params)}
+        if bucket_numel_of_share is not None:  # its ranges depend on the order too
+            wanted.are_shares, wanted.bucket_numel = True, bucket_numel_of_share
+            wanted.order = lambda: {id(param): place for place, param in enumerate(params)}
         self._all_shards.add(chosen, wanted)
         self._consolidated = None
 

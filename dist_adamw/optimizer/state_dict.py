@@ -14,7 +14,7 @@ from torch import Tensor
 from dist_adamw.optimizer.sharding.bucket_views import MASTERS, MOMENTS
 from dist_adamw.optimizer.sharding.memory_order import shaped_like
 from dist_adamw.optimizer.sharding.shard import Shard, peek
-from dist_adamw.optimizer.transport.layout import FlatLayout, Piece
+from dist_adamw.optimizer.transport.layout import FlatLayout, Piece, earlier_bucket_numel
 from dist_adamw.ranks import collectives
 
 _MESSAGE_BYTES = 16 << 20  # of one step of a gather, all ranks together
@@ -37,6 +37,7 @@ def describe_share(shards: Sequence[Shard], params: Sequence[Tensor]) -> dict[st
         "rank": shards[0].rank,
         "world_size": shards[0].layout.world_size,
         "shards": [[index[id(param)] for param in shard.params] for shard in shards],
+        "bucket_numels": [shard.layout.bucket_numel for shard in shards],
         "ranges": ranges,
     }
 
@@ -52,7 +53,7 @@ def check_share(
 
     Args:
         here: This rank, and the number of ranks that the state is sharded over.
-        bucket_numel: That of the optimizer's layout, as is ``reduce_every_backward``.
+        bucket_numel: The optimizer's option, as is ``reduce_every_backward``.
 
     Raises:
         ValueError: the share does not fit; names its origin and what would fit.
@@ -64,14 +65,27 @@ def check_share(
             f"{world_size}. Save and load with accelerator.save_state and load_state after dist_adamw.prepare, or call "
             "consolidate_state_dict() on every rank before state_dict(): both load on any number of ranks."
         )
-    for members in share["shards"]:
-        layout = FlatLayout(tuple(params[i].numel() for i in members), world_size, bucket_numel, reduce_every_backward)
+    numels = bucket_numels_of(share, params, reduce_every_backward=reduce_every_backward)
+    for members, saved in zip(share["shards"], numels, strict=True):
+        layout = FlatLayout(tuple(params[i].numel() for i in members), world_size, bucket_numel or saved)
         for i, ranges in zip(members, layout.ranges(rank), strict=True):
             if ranges != share["ranges"][i]:
                 raise ValueError(
                     f"this share has elements {share['ranges'][i]} of parameter {i}, but this rank owns {ranges}. "
                     "It is from another model or another bucket_numel: load it with those of the job that saved it."
                 )
+
+
+def bucket_numels_of(share: Mapping[str, Any], params: Sequence[Tensor], *, reduce_every_backward: bool) -> list[int]:
+    """Return the elements that each shard of a share sends together."""
+    saved: list[int] | None = share.get("bucket_numels")
+    if saved is not None:
+        return saved
+    numels = [FlatLayout(tuple(params[i].numel() for i in members)).starts[-1] for members in share["shards"]]
+    return [
+        earlier_bucket_numel(numel, share["world_size"], reduce_every_backward=reduce_every_backward)
+        for numel in numels
+    ]
 
 
 def check_entries(state_dict: Mapping[str, Any], params: Sequence[Tensor]) -> None:

@@ -220,7 +220,7 @@ def test_the_backends_own_collectives(world_size: int, way: str) -> None:
 
 
 def check_native(way: dict[str, Any]) -> None:
-    with constants(transport, GlooTransport=CollectiveTransport):
+    with constants(transport, SharedMemoryTransport=CollectiveTransport):
         job = Job(way, {"eps": 0.1})
         job.train(range(8), 2)
     if dist.get_world_size() == 2:

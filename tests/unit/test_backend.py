@@ -58,7 +58,7 @@ def test_a_group_without_a_named_backend_sends_from_the_host_by_messages(tmp_pat
     assert [rank.returncode for rank in ranks] == [0, 0], found
     said = [out.splitlines()[-1] for out, _ in found]
     assert said[0] == said[1]
-    assert said[0].startswith("gloo '' GlooTransport "), said
+    assert said[0].startswith("gloo '' SharedMemoryTransport "), said
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: torch.cuda.is_available() is False")

@@ -8,7 +8,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dist_adamw.optimizer.transport.layout import ALIGNMENT, BUCKET_NUMEL, FlatLayout, footprint, suitable_bucket_numel
+from dist_adamw.optimizer.transport.layout import (
+    ALIGNMENT,
+    BUCKET_NUMEL,
+    FlatLayout,
+    earlier_bucket_numel,
+    footprint,
+    suitable_bucket_numel,
+)
 
 
 @settings(max_examples=200, deadline=None)
@@ -106,8 +113,25 @@ def test_the_footprint_is_that_of_the_formulas(reduce_every_backward: bool) -> N
 
 def test_buckets_suit_the_model_and_the_ranks() -> None:
     assert suitable_bucket_numel(25_000_000, 1) == BUCKET_NUMEL
-    assert suitable_bucket_numel(25_000_000, 2) == 3_125_000
-    assert suitable_bucket_numel(25_000_000, 2, reduce_every_backward=True) == 1_562_500
-    assert suitable_bucket_numel(10**6, 2) == 2 << 19  # no shorter
-    assert suitable_bucket_numel(10**9, 2) == BUCKET_NUMEL  # no longer
+    assert suitable_bucket_numel(25_000_000, 2) == 1_562_500
+    assert suitable_bucket_numel(25_000_000, 2, reduce_every_backward=True) == 781_250
+    assert suitable_bucket_numel(10**6, 2) == 2 << 18  # no shorter
+    assert suitable_bucket_numel(10**9, 2) == 1 << 22  # no longer
     assert suitable_bucket_numel(10**11, 4096) == 4096 << 15
+
+
+def test_buckets_suit_collectives() -> None:
+    """Check that 8B parameters are some 200 buckets, and that no slice is short on thousands of ranks."""
+    buckets = [-(-8 * 10**9 // suitable_bucket_numel(8 * 10**9, ranks, by_collectives=True)) for ranks in (8, 64)]
+    assert buckets == [200, 239]
+    for world_size in (1024, 4096):
+        slice_numel = suitable_bucket_numel(8 * 10**9, world_size, by_collectives=True) // world_size
+        assert slice_numel == 1 << 18
+    layout = FlatLayout((512,) * 50_000, 4, by_collectives=True)
+    assert footprint(layout).staging == 2 * 4 * layout.bucket_numel
+
+
+def test_an_earlier_version_cut_otherwise() -> None:
+    assert earlier_bucket_numel(25_000_000, 2) == 3_125_000
+    assert earlier_bucket_numel(25_000_000, 2, reduce_every_backward=True) == 1_562_500
+    assert earlier_bucket_numel(10**9, 2) == 1 << 23

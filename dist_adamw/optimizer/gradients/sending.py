@@ -244,7 +244,7 @@ class Sender:
         if len(self._in_flight) == MAX_IN_FLIGHT:  # each bucket in flight needs staging memory
             self.receive(1)
         self._messages.announce_round()
-        if self._messages.is_news:
+        if self._messages.is_news or not shard.transport.is_open:
             self._messages.check_answer()  # gloo aborts the process when it receives a bucket of another size
         self._in_flight.append((shard, shard.transport.start_reduce(k, gradients.parts), gradients))
 

@@ -27,7 +27,7 @@ from dist_adamw.optimizer.sharding.dtensors import (
 from dist_adamw.optimizer.sharding.memory_order import MemoryOrder, shaped_like, storage_order
 from dist_adamw.optimizer.sharding.owned_elements import OwnedElements
 from dist_adamw.optimizer.sharding.owned_gradients import OwnedGradients
-from dist_adamw.optimizer.transport import make_transport
+from dist_adamw.optimizer.transport import make_transport, sends_from_host
 from dist_adamw.optimizer.transport.base import Transport, cut
 from dist_adamw.optimizer.transport.layout import FlatLayout
 from dist_adamw.ranks import collectives
@@ -73,11 +73,15 @@ class Shard:
         self.process_group, self._replicas, self._tag = process_group, replicas, tag
         world_size = 1 if process_group is None else collectives.world_size(process_group)
         self.rank = 0 if process_group is None else collectives.rank(process_group)
+        like = self._weights()[0]
         self.layout = FlatLayout(
-            tuple(p.numel() for p in self._weights()), world_size, max_bucket_numel, reduce_every_backward
+            tuple(p.numel() for p in self._weights()),
+            world_size,
+            max_bucket_numel,
+            reduce_every_backward,
+            by_collectives=process_group is not None and not sends_from_host(process_group, like.device),
         )
         self.owned = OwnedElements(self.layout, self.rank)
-        like = self._weights()[0]
         dtypes = _dtypes_of(like, groups[0]["amsgrad"], master_dtype, state_dtype)
         self.moments = {
             name: zeros_apart(self.layout.shard_numel, place, dtype=dtype, device=like.device)
@@ -88,6 +92,7 @@ class Shard:
         self.gradients = OwnedGradients(params, self.layout, self.owned.pieces)
         self._mask: tuple[list[bool], Tensor] | None = None
         self._members: dict[int, list[Tensor]] = {}
+        self.transport: Transport | None = None
         self._build_views()
         if "master" in self.moments:
             for bucket in self.buckets:
@@ -106,10 +111,14 @@ class Shard:
         self.order = MemoryOrder(weights)
         flat = [storage_order(p.detach()) for p in weights]
         self._cut_state([cast(list[Tensor], cut(flat, pieces)) for pieces in self.owned.pieces])
-        self.transport: Transport | None = None
         if self.process_group is not None:
             self.transport = make_transport(
-                self.layout, flat, group=self.process_group, replicas=self._replicas, tag=self._tag
+                self.layout,
+                flat,
+                group=self.process_group,
+                replicas=self._replicas,
+                tag=self._tag,
+                replaces=self.transport,
             )
 
     def _cut_state(self, params: list[list[Tensor]]) -> None:

@@ -5,13 +5,14 @@ Results are the same on every backend, up to the order of summation.
 
 from __future__ import annotations
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from dist_adamw.optimizer.transport.base import Transport
 from dist_adamw.optimizer.transport.collective import CollectiveTransport
-from dist_adamw.optimizer.transport.gloo import GlooTransport
 from dist_adamw.optimizer.transport.layout import FlatLayout
+from dist_adamw.optimizer.transport.shared_memory import SharedMemoryTransport
 from dist_adamw.ranks import collectives
 
 
@@ -22,6 +23,7 @@ def make_transport(
     group: dist.ProcessGroup,
     replicas: dist.ProcessGroup | None = None,
     tag: int = 0,
+    replaces: Transport | None = None,
 ) -> Transport:
     """Return a transport for ``group``'s backend for the device of ``params``. Local.
 
@@ -31,7 +33,13 @@ def make_transport(
         group: The ranks that share the layout.
         replicas: The ranks that own the same slices as this one, over which gradients are averaged too.
         tag: Distinguishes the messages of several optimizers; the same on all ranks.
+        replaces: The transport of the same layout before parameters moved.
     """
-    is_gloo = collectives.backend_of(group, params[0].device) == "gloo"
-    kind = GlooTransport if is_gloo else CollectiveTransport
-    return kind(layout, params, group=group, replicas=replicas, tag=tag)
+    if not sends_from_host(group, params[0].device):
+        return CollectiveTransport(layout, params, group=group, replicas=replicas, tag=tag)
+    return SharedMemoryTransport(layout, params, group=group, replicas=replicas, tag=tag, replaces=replaces)
+
+
+def sends_from_host(group: dist.ProcessGroup, device: torch.device) -> bool:
+    """Return whether ranks send tensors on ``device`` by messages from the host (gloo). Local."""
+    return collectives.backend_of(group, device) == "gloo"

@@ -124,6 +124,12 @@ class Transport(ABC):
     def _take(self) -> Any:
         return self._free.pop() if self._free else self._staging()
 
+    @property
+    def is_open(self) -> bool:
+        """Whether ranks have agreed on how they send. The first transfer of a transport that is not open needs ranks
+        that are known to begin the same one."""
+        return True
+
     @abstractmethod
     def _staging(self) -> Any:
         """Return staging memory for one bucket."""

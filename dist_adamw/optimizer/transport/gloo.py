@@ -107,11 +107,11 @@ class GlooTransport(Transport):
 
     def finish_reduce(self, sent: InFlightBucket, into: Sequence[Tensor], *, add: bool = False) -> None:
         """See `Transport`."""
-        sent.wait()
-        slots, _ = sent.staging
+        self._await_parts(sent)
+        received, _ = sent.staging
         for part, out in zip(self.owned_parts(sent.bucket), into, strict=True):
             own = part.of(sent.parts)
-            terms = [own if rank == self._rank else part.in_slice(slots[rank]) for rank in range(self._size)]
+            terms = [own if rank == self._rank else part.in_slice(received[rank]) for rank in range(self._size)]
             # Sums are added to ``into``, or to those of replicas, only when they are complete.
             total = terms[self._summed_in] if add or self._replicas is not None else out
             self._average(terms, total)
@@ -121,6 +121,14 @@ class GlooTransport(Transport):
             if total is not out:
                 out.add_(total) if add else out.copy_(total)
         sent.parts = ()
+        self._give_back(sent)
+
+    def _await_parts(self, sent: InFlightBucket) -> None:
+        """Wait until the parts of every rank have arrived."""
+        sent.wait()
+
+    def _give_back(self, sent: InFlightBucket) -> None:
+        """Use the staging memory of ``sent`` for other buckets."""
         self._free.append(sent.staging)
 
     @property

@@ -23,19 +23,55 @@ ALIGNMENT = 32  # elements: 128 bytes of fp32, which is also a GPU's cache line
 BUCKET_NUMEL = 1 << 23  # 32 MiB of fp32
 
 
-def suitable_bucket_numel(numel: int, world_size: int, *, reduce_every_backward: bool = False) -> int:
+@dataclass(frozen=True, slots=True)
+class _BucketRule:
+    """Limits of the number of elements in a bucket of W ranks.
+
+    Attributes:
+        part: At most a ``part * W``-th of all elements, so that staging is small beside parameters and state;
+        shortest_slice: but at least this number for each rank, so that a slice is worth a message.
+        largest: At most this number, beyond which larger buckets gain nothing;
+        longest_slice: but this number for each rank, if that is more.
+    """
+
+    part: int
+    shortest_slice: int
+    largest: int
+    longest_slice: int
+
+    def numel(self, numel: int, world_size: int, *, is_halved: bool) -> int:
+        """Return the number of elements in a bucket, of ``numel`` in all."""
+        half = 2 if is_halved else 1
+        least = max(numel // (half * self.part * world_size), world_size * self.shortest_slice // half)
+        return min(least, max(self.largest, world_size * self.longest_slice))
+
+
+_BY_HOST = _BucketRule(8, 1 << 18, 1 << 22, 1 << 15)  # four are staged, see `slots`
+# Megatron's 40M elements, with slices of 1 MiB of fp32 on thousands of ranks; two are staged.
+_BY_COLLECTIVES = _BucketRule(4, 1 << 19, 40_000_000, 1 << 18)
+_EARLIER = _BucketRule(4, 1 << 19, 1 << 23, 1 << 15)
+
+
+def suitable_bucket_numel(
+    numel: int, world_size: int, *, reduce_every_backward: bool = False, by_collectives: bool = False
+) -> int:
     """Return a good number of elements to send together, of ``numel`` in all.
 
-    Large buckets are faster, small ones need less staging. Two are in flight at a time, so a ``4 W``-th of all elements
-    keeps staging near 4% of parameters, gradients and state. With ``reduce_every_backward``, gradients are freed bucket
-    by bucket, so buckets are half as long and fewer gradients exist at a time. The lower bound keeps a rank's slice
-    worth a message; beyond the upper bound, larger buckets gain nothing.
+    With ``reduce_every_backward``, gradients are freed bucket by bucket, so buckets are half as long and fewer
+    gradients exist at a time.
+
+    Args:
+        by_collectives: Whether the backend's collectives send them, such as NCCL's, not messages from the host.
     """
     if world_size == 1:
         return BUCKET_NUMEL
-    part, shortest = (8, world_size << 18) if reduce_every_backward else (4, world_size << 19)
-    largest = max(BUCKET_NUMEL, world_size << 15)
-    return min(max(numel // (part * world_size), shortest), largest)
+    rule = _BY_COLLECTIVES if by_collectives else _BY_HOST
+    return rule.numel(numel, world_size, is_halved=reduce_every_backward)
+
+
+def earlier_bucket_numel(numel: int, world_size: int, *, reduce_every_backward: bool = False) -> int:
+    """Return what `suitable_bucket_numel` returned in versions whose shares do not say how they were cut."""
+    return _EARLIER.numel(numel, world_size, is_halved=reduce_every_backward)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,13 +111,14 @@ class FlatLayout:
         world_size: The number of ranks that share the state.
         max_bucket_numel: The number of elements of a full bucket, rounded up to ``world_size * ALIGNMENT``.
             None: `suitable_bucket_numel`.
-        reduce_every_backward: See `suitable_bucket_numel`.
+        reduce_every_backward: See `suitable_bucket_numel`, also for ``by_collectives``.
     """
 
     numels: tuple[int, ...]
     world_size: int = 1
     max_bucket_numel: int | None = None
     reduce_every_backward: bool = False
+    by_collectives: bool = False
     starts: tuple[int, ...] = field(init=False, repr=False)  # where each parameter starts, then the end
 
     def __post_init__(self) -> None:
@@ -101,7 +138,10 @@ class FlatLayout:
     def bucket_numel(self) -> int:
         """The number of elements of every bucket but the last, which may be smaller."""
         most = self.max_bucket_numel or suitable_bucket_numel(
-            self.starts[-1], self.world_size, reduce_every_backward=self.reduce_every_backward
+            self.starts[-1],
+            self.world_size,
+            reduce_every_backward=self.reduce_every_backward,
+            by_collectives=self.by_collectives,
         )
         return _round_up(max(min(most, self.starts[-1]), 1), self._quantum)
 
@@ -215,12 +255,13 @@ def footprint(
     """
     others = layout.world_size - 1
     slice_numel = layout.bucket_numel // layout.world_size
+    staged = under_way * layout.bucket_numel if layout.by_collectives else 2 * under_way * others * slice_numel
     kept = layout.shard_numel + (1 + under_way) * layout.bucket_numel if layout.reduce_every_backward else layout.numel
     return Footprint(
         parameters=layout.numel * param_bytes,
         gradients=kept * grad_bytes,
         state=layout.shard_numel * state_bytes,
-        staging=under_way * others * slice_numel * max(param_bytes, grad_bytes),
+        staging=staged * max(param_bytes, grad_bytes),
         sent=others * layout.shard_numel * (param_bytes + grad_bytes),
     )
 
