@@ -18,7 +18,7 @@ import torch
 
 from dist_adamw.optimizer import update_bucket
 from dist_adamw.optimizer.gradients import gradients_for_update
-from dist_adamw.optimizer.transport import gloo
+from dist_adamw.optimizer.transport.shared_memory import SharedMemoryTransport
 
 COLOURS = {
     "forward": "#d8dee2",
@@ -64,7 +64,7 @@ class Recorder:
     def __init__(self, delay: float) -> None:
         self.spans: list[Span] = []
         self._delay = delay
-        kind = gloo.GlooTransport
+        kind = SharedMemoryTransport
         self._travel(kind, "gradients under way", "start_reduce", "finish_reduce")
         self._travel(kind, "parameters under way", "start_gather", "finish_gather")
         self._part(kind, "averaging", "_average")

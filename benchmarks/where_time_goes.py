@@ -34,7 +34,7 @@ from benchmarks.workloads import ALLOCATED, KEPT, TITLES, WORKLOADS, Workload
 from dist_adamw.optimizer import adamw, sharded_optimizer, update_bucket
 from dist_adamw.optimizer.gradients import backward, ddp, gradients_for_update, update_agreement
 from dist_adamw.optimizer.sharding import owned_gradients
-from dist_adamw.optimizer.transport import gloo
+from dist_adamw.optimizer.transport.shared_memory import SharedMemoryTransport
 
 ENGINES = (OURS, OURS_WITHOUT_DDP)
 WHOLE, BARE = "whole", "(a bare model's backward and forward)"
@@ -45,16 +45,16 @@ PARTS: list[tuple[str, Any, str]] = [
     ("backward: hooks of parameters", backward.BackwardPasses, "look_at_arrivals"),
     ("backward: its end", backward.BackwardPasses, "_after_backward"),
     ("backward: watch for changes", backward.BackwardPasses, "_begin_watch"),
-    ("reduce: start", gloo.GlooTransport, "start_reduce"),
-    ("reduce: finish", gloo.GlooTransport, "finish_reduce"),
-    ("reduce: averaging", gloo.GlooTransport, "_average"),
+    ("reduce: start", SharedMemoryTransport, "start_reduce"),
+    ("reduce: finish", SharedMemoryTransport, "finish_reduce"),
+    ("reduce: averaging", SharedMemoryTransport, "_average"),
     ("step: complete", update_agreement.UpdateAgreement, "complete"),
     ("step: arrive", gradients_for_update.GradientsForUpdate, "arrive"),
     ("step: follow the user", sharded_optimizer.ShardedOptimizer, "_follow"),
     ("step: owned gradients", owned_gradients.OwnedGradients, "owned"),
     ("step: AdamW", update_bucket, "adamw_update_"),
-    ("gather: start", gloo.GlooTransport, "start_gather"),
-    ("gather: finish", gloo.GlooTransport, "finish_gather"),
+    ("gather: start", SharedMemoryTransport, "start_gather"),
+    ("gather: finish", SharedMemoryTransport, "finish_gather"),
     ("discard", backward.BackwardPasses, "discard"),
     (WAIT, dist.Work, "wait"),
     ("step: rest", adamw.DistAdamW, "step"),

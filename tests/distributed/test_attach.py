@@ -24,7 +24,7 @@ from dist_adamw.optimizer import transport
 from dist_adamw.optimizer.gradients import ddp
 from dist_adamw.optimizer.gradients.handshake import RankMessages
 from dist_adamw.optimizer.transport import gloo
-from dist_adamw.optimizer.transport.collective import CollectiveTransport
+from dist_adamw.optimizer.transport.shared_memory import SharedMemoryTransport
 from tests.distributed.test_optimizer import Network
 from tests.ranks import expect_error_on_all, run_ranks
 
@@ -220,7 +220,7 @@ def test_the_backends_own_collectives(world_size: int, way: str) -> None:
 
 
 def check_native(way: dict[str, Any]) -> None:
-    with constants(transport, SharedMemoryTransport=CollectiveTransport):
+    with constants(transport, sends_from_host=lambda *_: False):
         job = Job(way, {"eps": 0.1})
         job.train(range(8), 2)
     if dist.get_world_size() == 2:
@@ -498,13 +498,13 @@ def test_discarded_gradients_are_forgotten(way: str) -> None:
 def check_sent_during_backward(way: dict[str, Any]) -> tuple[int, int]:
     """Buckets sent until backward was over, and by the update."""
     sent: list[int] = []
-    start = gloo.GlooTransport.start_reduce
+    start = SharedMemoryTransport.start_reduce
 
     def counted(self: Any, k: int, parts: Any) -> Any:
         sent.append(k)
         return start(self, k, parts)
 
-    gloo.GlooTransport.start_reduce = counted  # type: ignore[method-assign]
+    SharedMemoryTransport.start_reduce = counted  # type: ignore[method-assign]
     try:
         torch.manual_seed(0)
         model = nn.Sequential(*[nn.Linear(300, 300) for _ in range(8)])
@@ -524,7 +524,7 @@ def check_sent_during_backward(way: dict[str, Any]) -> tuple[int, int]:
             optimizer.step()
             optimizer.zero_grad()
     finally:
-        gloo.GlooTransport.start_reduce = start  # type: ignore[method-assign]
+        SharedMemoryTransport.start_reduce = start  # type: ignore[method-assign]
     return inside, len(sent)
 
 
