@@ -8,7 +8,7 @@ and data_ptr are handled here too, since torch without CUDA refuses them. Works 
 from __future__ import annotations
 
 import ctypes
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -45,25 +45,35 @@ class Notes:
         waits: What makes the host wait for everything queued so far.
         event_waits: Waits for an event, which was recorded earlier.
         events: The devices of the streams that events were recorded on.
+        by_stream: Operations by the stream that they run on: 0 is the device's first one.
+        order: What streams waited for each other: "2 after 0", in order.
     """
 
     kernels: Counter[str] = field(default_factory=Counter)
     waits: Counter[str] = field(default_factory=Counter)
     event_waits: int = 0
     events: list[torch.device] = field(default_factory=list)
+    by_stream: dict[int, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
+    order: list[str] = field(default_factory=list)
 
     def clear(self) -> None:
         self.kernels.clear()
         self.waits.clear()
         self.event_waits = 0
         self.events.clear()
+        self.by_stream.clear()
+        self.order.clear()
+
+    def launched(self, name: str) -> None:
+        self.kernels[name] += 1
+        self.by_stream[_Stream.current.number][name] += 1
 
     def copied(self, source: Tensor, target: Tensor | None, *, non_blocking: bool) -> None:
         """Note a copy; ``target`` None is new pageable memory on the host."""
         there = isinstance(source, CudaTensor), isinstance(target, CudaTensor)
         if there == (False, False):
             return
-        self.kernels["copy"] += 1
+        self.launched("copy")
         host = target if there[0] else source
         if there != (True, True) and not (non_blocking and getattr(host, "is_pretended_pinned", False)):
             self.waits["copy to the host" if there[0] else "copy from pageable memory"] += 1
@@ -159,9 +169,9 @@ def _note(func: Any, name: str, args: Any, kwargs: dict[str, Any], *, to_host: b
         notes.copied(args[0], None, non_blocking=bool(kwargs.get("non_blocking")))
     elif name in _READS_RESULT:
         notes.waits[name] += 1
-        notes.kernels[name] += 1
+        notes.launched(name)
     elif not (func.is_view or name in _NO_KERNEL):
-        notes.kernels[name] += 1
+        notes.launched(name)
 
 
 _FACTORIES = ("empty", "zeros", "ones", "full", "tensor", "as_tensor", "arange", "randn", "zeros_like", "empty_like")
@@ -238,15 +248,48 @@ def _moved(func: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
 
 class _Stream:
+    current: _Stream  # of every device
+    made = 0
+
     def __init__(self, device: Any = None) -> None:
         self.device = _cuda(device) or torch.device("cuda:0")
+        _Stream.made += 1
+        self.number = _Stream.made
+
+    @classmethod
+    def first(cls, device: Any = None) -> _Stream:
+        """Return the current stream of ``device``."""
+        found = cls(device)
+        found.number = cls.current.number if hasattr(cls, "current") else 0
+        return found
+
+    def wait_stream(self, other: _Stream) -> None:
+        notes.order.append(f"{self.number} after {other.number}")
+
+    def wait_event(self, event: _Event) -> None:
+        notes.order.append(f"{self.number} after {event.stream.number}")
+
+
+_Stream.current = _Stream.first()
+
+
+@contextmanager
+def _on_stream(stream: _Stream) -> Iterator[None]:
+    before, _Stream.current = _Stream.current, stream
+    try:
+        yield
+    finally:
+        _Stream.current = before
 
 
 class _Event:
+    stream: _Stream
+
     def __init__(self, **_: Any) -> None: ...
 
     def record(self, stream: _Stream | None = None) -> None:
-        notes.events.append((stream or _Stream()).device)
+        self.stream = stream or _Stream.first()
+        notes.events.append(self.stream.device)
 
     def synchronize(self) -> None:
         notes.event_waits += 1
@@ -301,12 +344,14 @@ def pretending() -> Iterator[Notes]:
 
     def launched(table: Any, *state: Any, **options: Any) -> None:
         _check_devices("Triton's update", [table.rows, *state], options)
-        notes.kernels["Triton's update"] += 1
+        notes.launched("Triton's update")
 
     _register_guard()
     replaced: list[Any] = [
         patch.object(torch.cuda, "Event", _Event),
-        patch.object(torch.cuda, "current_stream", _Stream),
+        patch.object(torch.cuda, "Stream", _Stream),
+        patch.object(torch.cuda, "stream", _on_stream),
+        patch.object(torch.cuda, "current_stream", _Stream.first),
         patch.object(torch.cuda, "is_current_stream_capturing", lambda: False),
         patch.object(kernel, "available", lambda device: True),
         patch.object(kernel, "flat_adamw_update_", launched),

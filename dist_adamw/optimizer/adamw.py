@@ -252,6 +252,7 @@ class DistAdamW(AttachedOptimizer):
     def _update(self, shard: Shard, grads: BucketGradients, clip: Tensor | None) -> None:
         """Update this rank's slices of ``shard``, and send each bucket while the next one is computed. Collective."""
         sent: list[InFlightBucket] = []
+        may_defer = self._defer_gather and not self._is_compiled()
         clip, found_inf = (
             self._outcome.on_device(value, shard.steps.device) for value in (clip, self._outcome.found_inf)
         )
@@ -265,12 +266,16 @@ class DistAdamW(AttachedOptimizer):
                 fused=is_fused(shard, self.fused),
                 decay_by=self.decay_by,
             )
-            if shard.transport is not None:
-                if len(sent) == MAX_IN_FLIGHT:
-                    shard.transport.finish_gather(sent.pop(0))
-                sent.append(shard.transport.start_gather(k))
+            if shard.transport is None:
+                continue
+            if may_defer and (aside := shard.transport.gather_aside(k)) is not None:
+                sent.append(aside)
+                continue
+            if len(sent) == MAX_IN_FLIGHT:
+                shard.transport.finish_gather(sent.pop(0))
+            sent.append(shard.transport.start_gather(k))
         if sent:
-            self._pending.add(shard, sent, may_defer=self._defer_gather and not self._is_compiled())
+            self._pending.add(shard, sent, may_defer=may_defer)
 
     def _is_compiled(self) -> bool:
         compiled = getattr(sys.modules.get("torch._dynamo"), "OptimizedModule", ())

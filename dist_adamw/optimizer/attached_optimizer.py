@@ -130,9 +130,9 @@ class AttachedOptimizer(SavableOptimizer):
                 backward passes must reach the module equally often. To discard gradients, call this
                 optimizer's ``zero_grad``, not the module's; ``zero_grad(set_to_none=False)``
                 leaves zeros in ``param.grad``, as in torch.
-            defer_gather: Return from `step` while the last buckets of parameters are in flight. Any torch
-                function that reads one of these parameters waits for it. Compiled modules do not
-                defer.
+            defer_gather: Return from `step` while the last buckets of parameters are in flight (on CUDA: all of
+                them, on a separate stream). Any torch function that reads one of these parameters waits for it (on
+                CUDA the device does). Compiled modules do not defer.
 
         Raises:
             ValueError: this module's wrapper is not supported.

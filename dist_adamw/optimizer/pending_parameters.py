@@ -7,6 +7,7 @@ memory waits first. So no reference to the parameter shows an old value.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -115,6 +116,7 @@ class PendingBuckets:
 
     def __init__(self) -> None:
         self.buckets: list[tuple[Shard, InFlightBucket]] = []
+        self._coming: Counter[int] = Counter()  # by id of parameter, in how many of these buckets it lies
 
     def add(self, shard: Shard, sent: list[InFlightBucket], *, may_defer: bool) -> None:
         """Wait for ``sent``, or make reads of its parameters wait if all of them can be guarded.
@@ -122,7 +124,9 @@ class PendingBuckets:
         Args:
             may_defer: Whether reads may wait.
         """
-        self.buckets += [(shard, bucket) for bucket in sent]
+        for bucket in sent:
+            self.buckets.append((shard, bucket))
+            self._coming.update(map(id, shard.members(bucket.bucket)))
         if not may_defer:
             self.wait()
             return
@@ -149,6 +153,7 @@ class PendingBuckets:
         shard, sent = self.buckets.pop(0)
         assert shard.transport is not None
         shard.transport.finish_gather(sent)
+        members = shard.members(sent.bucket)
+        self._coming.subtract(map(id, members))
         # A parameter may lie in several buckets, and is complete with the last one.
-        coming = {id(param) for other, rest in self.buckets if other is shard for param in shard.members(rest.bucket)}
-        release([param for param in shard.members(sent.bucket) if id(param) not in coming])
+        release([param for param in members if not self._coming[id(param)]])

@@ -233,6 +233,32 @@ def saving_reads_the_steps_at_once(notes: Notes) -> None:
 
 
 @check
+def parameters_are_gathered_on_a_stream_of_their_own(notes: Notes) -> None:
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
+    model = Model([nn.Parameter(torch.randn(6400, device="cuda:0")) for _ in range(3)])
+    optimizer = DistAdamW(model.parameters(), bucket_numel=6400)
+    optimizer.attach(model, defer_gather=True)
+    for _ in range(3):
+        notes.clear()
+        model().backward()
+        optimizer.step()
+    dist.destroy_process_group()
+    side = next(number for number in notes.by_stream if number)
+    # A bucket is packed and unpacked there, after its update; the update, and what reads parameters, runs elsewhere.
+    assert notes.by_stream.keys() == {0, side}
+    assert notes.by_stream[side] == {"_foreach_copy_": 6, "_allgather_base_": 3}
+    assert notes.by_stream[0]["_fused_adamw_"] == 3
+    assert "_allgather_base_" not in notes.by_stream[0]
+    # Nothing waits until all buckets are under way. Parameters of a subclass, as here, are never deferred.
+    assert notes.order[:3] == [f"{side} after 0"] * 3
+    assert set(notes.order[3:]) == {f"0 after {side}"}
+    assert len(notes.order) >= 6
+    assert not notes.waits
+
+
+@check
 def what_waits_is_noticed(notes: Notes) -> None:
     there = torch.zeros(4, device="cuda:0")
     for work in (

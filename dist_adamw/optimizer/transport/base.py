@@ -176,6 +176,13 @@ class Transport(ABC):
     def finish_gather(self, sent: InFlightBucket) -> None:
         """Wait until all slices of the bucket have arrived."""
 
+    def gather_aside(self, k: int) -> InFlightBucket | None:
+        """Gather bucket ``k`` of the parameters on a stream of its own, if the device has streams; else return None.
+
+        Any number of these may be in flight. `finish_gather` makes the device wait for one, and not the host.
+        """
+        return None
+
     def _gathered(self, sent: InFlightBucket, key: Any, pieces: list[Piece]) -> Sequence[Tensor | None]:
         """Return the runs that a gather reads or writes."""
         return self._params_of(key, pieces) if sent.gathered is None else cut(sent.gathered, pieces)

@@ -13,12 +13,31 @@ from dist_adamw.optimizer.transport.base import Flat, InFlightBucket, OwnedPart,
 from dist_adamw.optimizer.transport.layout import Piece, Segment
 
 
+class _Arrival:
+    """The end of work that runs on its own stream.
+
+    Args:
+        begun_on: The stream that the results belong to.
+    """
+
+    def __init__(self, stream: torch.cuda.Stream, begun_on: torch.cuda.Stream) -> None:
+        self._begun_on = begun_on
+        self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._event.record(stream)
+
+    def wait(self) -> None:
+        """Make the current stream wait, and the one on which the work was begun, in case that is another."""
+        self._begun_on.wait_event(self._event)
+        torch.cuda.current_stream(self._begun_on.device).wait_event(self._event)
+
+
 class CollectiveTransport(Transport):
     """The backend's reduce-scatter and all-gather; see `Transport`."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._known: dict[int, tuple[list[Piece], int, int, int]] = {}
+        self._stream: torch.cuda.Stream | None = None
 
     def _staging(self) -> Tensor:
         return self._empty(self._layout.bucket_numel).zero_()  # padding is sent too
@@ -94,6 +113,8 @@ class CollectiveTransport(Transport):
     def finish_gather(self, sent: InFlightBucket) -> None:
         """See `Transport`."""
         sent.wait()
+        if sent.staging is None:  # it was gathered aside
+            return
         pieces, _, first, last = self._pieces(sent.bucket)
         others = [p for p in pieces if p.offset + p.numel <= first or p.offset >= last]
         # Of a piece that is partly this rank's, the own part is copied onto itself.
@@ -102,6 +123,20 @@ class CollectiveTransport(Transport):
             targets = self._gathered(sent, (sent.bucket, "others"), others)
             _copy_present(targets, [sent.staging[p.offset : p.offset + p.numel] for p in others])
         self._free.append(sent.staging)
+
+    def gather_aside(self, k: int) -> InFlightBucket | None:
+        """See `Transport`."""
+        device = self._like.device
+        if device.type != "cuda":
+            return None
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(device)
+        current = torch.cuda.current_stream(device)
+        self._stream.wait_stream(current)  # which computes the bucket
+        # Packing and unpacking are on that stream too, so two staging buffers serve any number of buckets.
+        with torch.cuda.stream(self._stream):
+            self.finish_gather(self.start_gather(k))
+        return InFlightBucket(k, [cast(dist.Work, _Arrival(self._stream, current))], None)
 
 
 def _inside(piece: Piece, first: int, last: int) -> bool:
