@@ -98,6 +98,7 @@ def check_options(
     bucket_numel: int | None,
     master_dtype: torch.dtype | None,
     state_dtype: torch.dtype | None,
+    reduce_dtype: torch.dtype | None,
 ) -> None:
     """Refuse invalid options of the constructor. Local; see `DistAdamW`.
 
@@ -114,16 +115,20 @@ def check_options(
         raise ValueError(f"mesh must have one axis or two, got {mesh.ndim}: {mesh}. Pass mesh['axis name'].")
     if bucket_numel is not None and bucket_numel < 1:
         raise ValueError(f"bucket_numel must be above 0, got {bucket_numel!r}.")
-    _check_dtypes(master_dtype, state_dtype)
+    _check_dtypes(master_dtype, state_dtype, reduce_dtype)
 
 
-def _check_dtypes(master_dtype: torch.dtype | None, state_dtype: torch.dtype | None) -> None:
+def _check_dtypes(
+    master_dtype: torch.dtype | None, state_dtype: torch.dtype | None, reduce_dtype: torch.dtype | None
+) -> None:
     if master_dtype not in (None, torch.float32, torch.int16):
         raise ValueError(
             f"master_dtype must be torch.float32, torch.int16 (remainders of bf16) or None, got {master_dtype!r}."
         )
     if state_dtype not in (None, torch.float32, torch.bfloat16):
         raise ValueError(f"state_dtype must be torch.float32, torch.bfloat16 or None, got {state_dtype!r}.")
+    if reduce_dtype not in (None, torch.float32, torch.bfloat16):
+        raise ValueError(f"reduce_dtype must be torch.float32, torch.bfloat16 or None, got {reduce_dtype!r}.")
 
 
 def warn_of_lasting_moments(state_dtype: torch.dtype | None, beta2: float) -> None:

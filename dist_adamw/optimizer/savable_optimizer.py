@@ -197,9 +197,12 @@ class SavableOptimizer(ShardedOptimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         state = dict(state)
         share = state.pop("share", None)
-        for name, value in state.pop("options", {}).items():
-            setattr(self, name, value)
+        options = state.pop("options", {})
         unpickled = not hasattr(self, "_all_shards")  # __init__ has not run
+        if unpickled:
+            self.reduce_dtype = None  # pickles of 0.1.0 do not have it
+        for name, value in options.items():
+            setattr(self, name, value)
         if unpickled:
             self._reset()
         super().__setstate__(state)

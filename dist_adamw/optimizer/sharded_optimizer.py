@@ -31,7 +31,16 @@ from dist_adamw.optimizer.sharding.watched_state import AccessRecord
 from dist_adamw.optimizer.state_dict import WholeState
 from dist_adamw.plain_data import plain
 
-OPTIONS = ("decay_by", "max_grad_norm", "shard", "fused", "bucket_numel", "master_dtype", "state_dtype")
+OPTIONS = (
+    "decay_by",
+    "max_grad_norm",
+    "shard",
+    "fused",
+    "bucket_numel",
+    "master_dtype",
+    "state_dtype",
+    "reduce_dtype",
+)
 
 
 def _order_of(path: GradientPath | None) -> dict[int, int]:
@@ -53,6 +62,7 @@ class ShardedOptimizer(Optimizer):
     bucket_numel: int | None
     master_dtype: torch.dtype | None
     state_dtype: torch.dtype | None
+    reduce_dtype: torch.dtype | None
     # Defaults for an unpickled optimizer, whose __init__ has not run.
     _tag = 0
     _mesh: DeviceMesh | None = None
@@ -111,6 +121,7 @@ class ShardedOptimizer(Optimizer):
             self._tag,
             self.master_dtype,
             self.state_dtype,
+            self.reduce_dtype,
             functools.partial(_order_of, self._path),
             self._is_partitioned,
         )
@@ -331,4 +342,10 @@ class ShardedOptimizer(Optimizer):
                 f"max_grad_norm={self.max_grad_norm} would clip each of the engine's partitions by its own norm. "
                 'Set "gradient_clipping" in the DeepSpeed configuration and leave max_grad_norm=None; '
                 "dist_adamw.prepare does it for you."
+            )
+        if self.reduce_dtype is not None and not isinstance(self._scheme, OwnSharding):
+            raise RuntimeError(
+                f"reduce_dtype={self.reduce_dtype} is for gradients that DistAdamW averages, but here the engine does. "
+                "Set MixedPrecisionPolicy(reduce_dtype=...) of FSDP2, or "
+                '"communication_data_type" in the DeepSpeed configuration, and leave reduce_dtype=None.'
             )

@@ -23,6 +23,7 @@ OPTIONS: dict[str, tuple[Any, Any]] = {
     "max_grad_norm of another size": (1.0, 2.0),
     "master_dtype": (None, torch.float32),
     "state_dtype": (None, torch.float32),
+    "reduce_dtype": (None, torch.bfloat16),
     "bucket_numel": (64, 128),
     "fused": (None, False),
     "decay_by": ("lr", "schedule"),

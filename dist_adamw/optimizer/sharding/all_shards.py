@@ -43,7 +43,7 @@ class Wanted:
         groups: ``optimizer.param_groups``.
         state: ``optimizer.state``.
         ranks: The ranks that the state is sharded over.
-        bucket_numel: See `DistAdamW`, also for the two dtypes.
+        bucket_numel: See `DistAdamW`, also for the three dtypes.
         reduce_every_backward: Whether gradients are kept in the shards, see `Shard`.
         tag: The tag of the optimizer's messages.
         order: Returns the wanted place of parameters in the layout, by id; see `arrange`.
@@ -59,6 +59,7 @@ class Wanted:
     tag: int
     master_dtype: torch.dtype | None
     state_dtype: torch.dtype | None
+    reduce_dtype: torch.dtype | None
     order: Callable[[], Mapping[int, int]]
     by_group: bool
     are_shares: bool = False
@@ -79,6 +80,7 @@ class Wanted:
             tag=self.tag,
             master_dtype=self.master_dtype,
             state_dtype=self.state_dtype,
+            reduce_dtype=self.reduce_dtype,
         )
 
     def is_shard_of(self, shard: Shard, arrangement: Arrangement) -> bool:

@@ -47,6 +47,7 @@ class Shard:
         tag: Tells the messages of several optimizers apart.
         master_dtype: The dtype of masters of bf16 or fp16 parameters: fp32, or int16 for remainders.
         state_dtype: The dtype of the moments; None means fp32 with masters, else the parameters' dtype.
+        reduce_dtype: The dtype in which gradients are averaged, see `DistAdamW`.
 
     Attributes:
         buckets: The operands of each bucket's update.
@@ -66,11 +67,13 @@ class Shard:
         tag: int = 0,
         master_dtype: torch.dtype | None = None,
         state_dtype: torch.dtype | None = None,
+        reduce_dtype: torch.dtype | None = None,
     ) -> None:
         self.params = params
         self.shard_axes = shard_axes(params[0])
         self.groups, self.distinct_groups = groups, _distinct(groups)
         self.process_group, self._replicas, self._tag = process_group, replicas, tag
+        self._reduce_dtype = reduce_dtype
         world_size = 1 if process_group is None else collectives.world_size(process_group)
         self.rank = 0 if process_group is None else collectives.rank(process_group)
         like = self._weights()[0]
@@ -118,6 +121,7 @@ class Shard:
                 group=self.process_group,
                 replicas=self._replicas,
                 tag=self._tag,
+                reduce_dtype=self._reduce_dtype,
                 replaces=self.transport,
             )
 

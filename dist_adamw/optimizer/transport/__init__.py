@@ -5,6 +5,8 @@ Results are the same on every backend, up to the order of summation.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -23,6 +25,7 @@ def make_transport(
     group: dist.ProcessGroup,
     replicas: dist.ProcessGroup | None = None,
     tag: int = 0,
+    reduce_dtype: torch.dtype | None = None,
     replaces: Transport | None = None,
 ) -> Transport:
     """Return a transport for ``group``'s backend for the device of ``params``. Local.
@@ -33,11 +36,13 @@ def make_transport(
         group: The ranks that share the layout.
         replicas: The ranks that own the same slices as this one, over which gradients are averaged too.
         tag: Distinguishes the messages of several optimizers; the same on all ranks.
+        reduce_dtype: See `DistAdamW`.
         replaces: The transport of the same layout before parameters moved.
     """
+    options: dict[str, Any] = {"group": group, "replicas": replicas, "tag": tag, "reduce_dtype": reduce_dtype}
     if not sends_from_host(group, params[0].device):
-        return CollectiveTransport(layout, params, group=group, replicas=replicas, tag=tag)
-    return SharedMemoryTransport(layout, params, group=group, replicas=replicas, tag=tag, replaces=replaces)
+        return CollectiveTransport(layout, params, **options)
+    return SharedMemoryTransport(layout, params, **options, replaces=replaces)
 
 
 def sends_from_host(group: dist.ProcessGroup, device: torch.device) -> bool:

@@ -101,12 +101,14 @@ class Transport(ABC):
         group: dist.ProcessGroup,
         replicas: dist.ProcessGroup | None,
         tag: int,
+        reduce_dtype: torch.dtype | None = None,
     ) -> None:
         self._layout, self._params = layout, params
         self._group, self._replicas, self.tag = group, replicas, tag
         self._rank, self._size = collectives.rank(group), layout.world_size
         self.count = self._size * (1 if replicas is None else collectives.world_size(replicas))
         self._like = params[0]
+        self._reduce_dtype = params[0].dtype if reduce_dtype is None else reduce_dtype
         self._free: list[Any] = []
         self._views: dict[Any, list[Tensor]] = {}
 

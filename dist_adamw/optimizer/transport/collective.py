@@ -62,8 +62,10 @@ class CollectiveTransport(Transport):
 
     def start_reduce(self, k: int, parts: Sequence[Tensor]) -> InFlightBucket:
         """See `Transport`."""
-        sent = InFlightBucket(k, [], None, parts)
         (buffer,) = parts
+        if buffer.dtype != self._reduce_dtype:
+            buffer = buffer.to(self._reduce_dtype)
+        sent = InFlightBucket(k, [], None, [buffer])
         _, _, first, last = self._pieces(k)
         # torch 2.13 renamed reduce_scatter_tensor, and warns about the old name.
         scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -130,7 +132,7 @@ class CollectiveTransport(Transport):
         if device.type != "cuda":
             return None
         if self._stream is None:
-            self._stream = torch.cuda.Stream(device)
+            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         current = torch.cuda.current_stream(device)
         self._stream.wait_stream(current)  # which computes the bucket
         # Packing and unpacking are on that stream too, so two staging buffers serve any number of buckets.

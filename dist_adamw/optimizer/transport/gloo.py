@@ -67,6 +67,9 @@ class GlooTransport(Transport):
         self._parts = [[self._parts_of(k, rank) for rank in range(self._size)] for k in range(layout.num_buckets)]
         self._slot_numel = layout.bucket_numel // self._size
         self._small_numel = max((part.small_numel for slices in self._slices for part in slices), default=0)
+        self._is_recast = self._reduce_dtype != self._like.dtype
+        # Sums of 16-bit gradients are in fp32 anyway, so wider messages would only have more zeros.
+        self._sent_dtype = min(self._like.dtype, self._reduce_dtype, key=lambda dtype: dtype.itemsize)
         peers = [(self._rank + d) % self._size for d in range(1, self._size)]
         # Pairs (send to, receive from). In step d each rank sends to rank + d, so every rank is busy in every step.
         self._peers = list(zip(peers, reversed(peers), strict=True))
@@ -97,23 +100,26 @@ class GlooTransport(Transport):
     def start_reduce(self, k: int, parts: Sequence[Tensor]) -> InFlightBucket:
         """See `Transport`."""
         sent = InFlightBucket(k, [], self._take(), parts)
-        received, _ = sent.staging
+        received = {source: slot.view(self._sent_dtype) for source, slot in sent.staging[0].items()}
         for to, source in self._peers:
             for part in self._parts[k][self._rank]:
                 self._receive(sent, part.in_slice(received[source]), source)
             for part in self._parts[k][to]:
-                self._send(sent, part.of(parts), to)
+                self._send(sent, part.of(parts).to(self._sent_dtype), to)
         return sent
 
     def finish_reduce(self, sent: InFlightBucket, into: Sequence[Tensor], *, add: bool = False) -> None:
         """See `Transport`."""
         self._await_parts(sent)
-        received, _ = sent.staging
+        received = {source: slot.view(self._sent_dtype) for source, slot in sent.staging[0].items()}
         for part, out in zip(self.owned_parts(sent.bucket), into, strict=True):
-            own = part.of(sent.parts)
+            own = part.of(sent.parts).to(self._sent_dtype)  # rounded as the others', whoever owns it
             terms = [own if rank == self._rank else part.in_slice(received[rank]) for rank in range(self._size)]
             # Sums are added to ``into``, or to those of replicas, only when they are complete.
-            total = terms[self._summed_in] if add or self._replicas is not None else out
+            if self._is_recast:
+                total = torch.empty_like(out, dtype=torch.float32)
+            else:
+                total = terms[self._summed_in] if add or self._replicas is not None else out
             self._average(terms, total)
             if self._replicas is not None:
                 dist.all_reduce(total, group=self._replicas)
@@ -144,7 +150,7 @@ class GlooTransport(Transport):
         stays in the cache from one term to the next.
         """
         scale = 1.0 if self._replicas is not None else float(self.count)
-        wide = self._sums_in_fp32(len(terms), out.dtype)
+        wide = self._is_recast or self._sums_in_fp32(len(terms), out.dtype)
         for start in range(0, out.numel(), BLOCK_NUMEL):
             first, second, *rest = [term[start : start + BLOCK_NUMEL] for term in terms]
             block = out[start : start + BLOCK_NUMEL]

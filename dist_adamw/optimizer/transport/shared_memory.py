@@ -68,7 +68,10 @@ class SharedMemoryTransport(GlooTransport):
         """Return the places for parts of bucket ``k`` that ``to`` owns."""
         return self._kept(
             ("outgoing", slot, k, to),
-            lambda: [part.in_slice(self._region(slots, slot, self._rank, to)) for part in self._parts[k][to]],
+            lambda: [
+                part.in_slice(self._region(slots, slot, self._rank, to).view(self._sent_dtype))
+                for part in self._parts[k][to]
+            ],
         )
 
     def start_gather(self, k: int, flat: Flat | None = None) -> InFlightBucket:
