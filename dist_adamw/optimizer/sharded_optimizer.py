@@ -343,9 +343,4 @@ class ShardedOptimizer(Optimizer):
                 'Set "gradient_clipping" in the DeepSpeed configuration and leave max_grad_norm=None; '
                 "dist_adamw.prepare does it for you."
             )
-        if self.reduce_dtype is not None and not isinstance(self._scheme, OwnSharding):
-            raise RuntimeError(
-                f"reduce_dtype={self.reduce_dtype} is for gradients that DistAdamW averages, but here the engine does. "
-                "Set MixedPrecisionPolicy(reduce_dtype=...) of FSDP2, or "
-                '"communication_data_type" in the DeepSpeed configuration, and leave reduce_dtype=None.'
-            )
+        self._scheme.check_reduce_dtype(self.reduce_dtype)

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -94,6 +95,19 @@ class ShardingScheme:
     def forget_counts(self) -> None:
         """Read counts from the shards again at the next update. Local."""
 
+    def check_reduce_dtype(self, reduce_dtype: torch.dtype | None) -> None:
+        """Refuse ``reduce_dtype`` if the engine averages gradients. Local.
+
+        Raises:
+            RuntimeError: says what to do instead.
+        """
+        if reduce_dtype is not None:
+            raise RuntimeError(
+                f"reduce_dtype={reduce_dtype} is for gradients that DistAdamW averages, but here the engine does. Set "
+                'MixedPrecisionPolicy(reduce_dtype=...) of FSDP2, or "communication_data_type" in the DeepSpeed '
+                "configuration, and leave reduce_dtype=None."
+            )
+
     def describe(self, ranks: ShardingRanks) -> str:
         """Describe where the state is, for ``repr``. Local."""
         raise NotImplementedError
@@ -115,6 +129,9 @@ class OwnSharding(ShardingScheme):
         if replicas is not None and collectives.world_size(replicas) == 1:  # spare the reductions over it
             replicas = None
         return ShardingRanks(group, replicas, mesh)
+
+    def check_reduce_dtype(self, reduce_dtype: torch.dtype | None) -> None:
+        """Accept any: DistAdamW averages them, or `DistAdamW.step` refuses. Local."""
 
     def describe(self, ranks: ShardingRanks) -> str:
         """Describe where the state is, for ``repr``. Local."""
