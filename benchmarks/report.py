@@ -141,16 +141,18 @@ def memory(found: Sequence[Record]) -> Iterator[str]:
             over = record.get("peak_over_formula", largest["peak"] / record["numel"] / (4 + 4 + 8 / record["ranks"]))
             cells = [largest["peak"], largest["parameters"], largest["gradients"], largest["state"]]
             cells.append(largest["peak"] - named)
-            later = f"{record['later_peak_over_formula']:.2f}" if "later_peak_over_formula" in record else "-"
-            rows.append([record["engine"], *[f"{c / 1e6:.1f}" for c in cells], formula, f"{over:.2f}", later])
+            more = [record.get(key) for key in ("later_peak_over_formula", "beyond_objects_over_formula")]
+            ratios_ = [f"{over:.2f}", *("-" if ratio is None else f"{ratio:.2f}" for ratio in more)]
+            rows.append([record["engine"], *[f"{c / 1e6:.1f}" for c in cells], formula, *ratios_])
         if rows:
             yield f"### {title}"
             yield ""
             head = ["engine, MB per rank", "peak", "parameters", "gradients", "state", "rest of the peak"]
-            yield from table([*head, "formula", "peak / formula", "later"], rows)
+            yield from table([*head, "formula", "peak / formula", "later", "without objects"], rows)
             yield ""
             yield "The rest of the peak: staging, buckets, and gradients that live only until they have been sent."
             yield "Later: the peak after the first updates, in which buckets and state are laid out, over the formula."
+            yield "Without objects: the peak less what tensor objects of plain torch cost beyond their elements."
             yield ""
 
 
