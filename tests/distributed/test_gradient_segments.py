@@ -40,6 +40,26 @@ def test_a_large_gradient_is_sent_without_a_copy(world_size: int, accumulate: bo
     run_ranks(world_size, check_large, accumulate)
 
 
+def check_no_copies() -> None:
+    """Buckets that have only large gradients take no memory for copies of small ones."""
+    with large_from(1000):
+        model = nn.Sequential(*[nn.Linear(40, 40, bias=False) for _ in range(3)])
+        optimizer = DistAdamW(model.parameters())
+        optimizer.attach(model, reduce_every_backward=True)
+        for step in range(2):
+            backward(model, step)
+            optimizer.step()
+        (shard,) = optimizer.shards
+        packer = shard.gradients._made_packer
+        assert packer is not None
+        assert len(packer.large) == 3
+        assert packer._lent == []
+
+
+def test_large_gradients_alone_take_no_memory_for_copies() -> None:
+    run_ranks(2, check_no_copies)
+
+
 def check_groups(count: int) -> list[int]:
     """Groups share one layout, and each has its own hyper-parameters."""
     model, wrapped = model_of(ddp=True)
