@@ -60,6 +60,32 @@ def test_large_gradients_alone_take_no_memory_for_copies() -> None:
     run_ranks(2, check_no_copies)
 
 
+def check_missing_on_one_rank() -> None:
+    """A large gradient that one rank lacks counts as zeros there."""
+    with large_from(1000):
+        model = nn.ModuleList(nn.Linear(40, 40, bias=False) for _ in range(2))
+        twin = nn.ModuleList(nn.Linear(40, 40, bias=False) for _ in range(2))
+        twin.load_state_dict(model.state_dict())
+        optimizer = DistAdamW(model.parameters(), lr=1e-2, eps=0.1)
+        reference = torch.optim.AdamW(twin.parameters(), lr=1e-2, eps=0.1)
+        optimizer.attach(model, reduce_every_backward=True)
+        layers = 2 if dist.get_rank() == 0 else 1
+        for modules in (model, twin):
+            sum(layer(torch.ones(2, 40)).square().sum() for layer in list(modules)[:layers]).backward()
+        for param in twin.parameters():
+            grad = torch.zeros_like(param) if param.grad is None else param.grad
+            dist.all_reduce(grad)
+            param.grad = grad / 2
+        optimizer.step()
+        reference.step()
+        for param, expected in zip(model.parameters(), twin.parameters(), strict=True):
+            torch.testing.assert_close(param, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_large_gradient_that_one_rank_lacks_counts_as_zeros() -> None:
+    run_ranks(2, check_missing_on_one_rank)
+
+
 def check_groups(count: int) -> list[int]:
     """Groups share one layout, and each has its own hyper-parameters."""
     model, wrapped = model_of(ddp=True)
