@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from statistics import median, quantiles
 
 from benchmarks import records
-from benchmarks.report import table
+from benchmarks.markdown import table
 
 OURS = "dist_adamw.save"
 

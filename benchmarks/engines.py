@@ -124,8 +124,8 @@ class _DistAdamWEngine(Engine):
     def gradients(self) -> Iterator[Tensor]:
         yield from super().gradients()
         for shard in self.optimizer.shards:
-            if shard._flat_grads is not None:
-                yield shard._flat_grads
+            if shard.gradients._accumulated is not None:
+                yield shard.gradients._accumulated
 
 
 def _ddp(model: Model) -> DistributedDataParallel:

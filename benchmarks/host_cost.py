@@ -21,14 +21,19 @@ ranks and is measured in each case beside it.
 
 The schedulers drive torch's AdamW over one tensor per group; each ``scheduler.step()`` follows an update, which is not
 in the window.
+
+With ``--before COMMIT``, DistAdamW and the scheduler of that commit take turns with these.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import importlib
 import itertools
 import random
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -43,10 +48,10 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from benchmarks import records
+import dist_adamw
+from benchmarks import before_after, records
 from benchmarks.groups import RECIPE, equal_groups
 from benchmarks.workloads import CONSTANT, Model, Shape, Workload
-from dist_adamw import CyclicLRWithRestarts, DistAdamW
 
 TENSORS, GROUP_COUNTS, RANKS = (100, 1_000, 10_000), (1, 8, 32, 200), (1, 8, 1_024, 4_096)
 SCHEDULED_GROUPS = (1, 10, 100)
@@ -93,19 +98,29 @@ class Updates:
         return tuple(b - a for a, b in itertools.pairwise(times))
 
 
-ENGINES: dict[str, tuple[Callable[[Any], Optimizer], bool]] = {
-    "DistAdamW, attached": (lambda groups: DistAdamW(groups, **RECIPE), True),
-    "DistAdamW, not attached": (lambda groups: DistAdamW(groups, **RECIPE), False),
-    "AdamW(foreach=True)": (lambda groups: AdamW(groups, foreach=True, **RECIPE), False),
-    "AdamW(fused=True)": (lambda groups: AdamW(groups, fused=True, **RECIPE), False),
-}
+Packages = dict[str, Any]  # versions of dist_adamw, by what is added to the names of engines
 
 
-def time_updates(tensors: int, groups: int, ranks: int, *, rounds: int) -> list[records.Record]:
+def engines(packages: Packages) -> dict[str, tuple[Callable[[Any], Optimizer], bool]]:
+    """Return by name what makes the optimizer, and whether it is attached."""
+
+    def ours(package: Any) -> Callable[[Any], Optimizer]:
+        return lambda groups: package.DistAdamW(groups, **RECIPE)
+
+    found: dict[str, tuple[Callable[[Any], Optimizer], bool]] = {}
+    for version, package in packages.items():
+        found[f"DistAdamW{version}, attached"] = (ours(package), True)
+        found[f"DistAdamW{version}, not attached"] = (ours(package), False)
+    found["AdamW(foreach=True)"] = (lambda groups: AdamW(groups, foreach=True, **RECIPE), False)
+    found["AdamW(fused=True)"] = (lambda groups: AdamW(groups, fused=True, **RECIPE), False)
+    return found
+
+
+def time_updates(tensors: int, groups: int, ranks: int, packages: Packages, *, rounds: int) -> list[records.Record]:
     """Time all engines in one case; return the records. Local."""
     with pretended(ranks):
-        chosen = [name for name, (_, attach) in ENGINES.items() if ranks > 1 or not attach]
-        updates = {name: Updates(tensors, ENGINES[name][0], groups, attach=ENGINES[name][1]) for name in chosen}
+        chosen = {name: how for name, how in engines(packages).items() if ranks > 1 or not how[1]}
+        updates = {name: Updates(tensors, make, groups, attach=attach) for name, (make, attach) in chosen.items()}
         found: dict[str, list[tuple[float, ...]]] = {name: [] for name in updates}
         order, shuffle = list(updates), random.Random(0)
         for k in range(WARM + rounds):
@@ -123,12 +138,14 @@ def time_updates(tensors: int, groups: int, ranks: int, *, rounds: int) -> list[
     ]
 
 
-def time_schedulers(groups: int, *, rounds: int) -> list[records.Record]:
-    """Time ``scheduler.step()`` of both schedulers with ``groups`` groups; return the records. Local."""
-    makers: dict[str, Callable[[Optimizer], Any]] = {
-        "CyclicLRWithRestarts": lambda optimizer: CyclicLRWithRestarts(optimizer, 32, 10_000, restart_period=1),
-        "CosineAnnealingWarmRestarts": lambda optimizer: CosineAnnealingWarmRestarts(optimizer, 300, 2),
-    }
+def time_schedulers(groups: int, packages: Packages, *, rounds: int) -> list[records.Record]:
+    """Time ``scheduler.step()`` of the schedulers with ``groups`` groups; return the records. Local."""
+
+    def ours(package: Any) -> Callable[[Optimizer], Any]:
+        return lambda optimizer: package.CyclicLRWithRestarts(optimizer, 32, 10_000, restart_period=1)
+
+    makers = {f"CyclicLRWithRestarts{version}": ours(package) for version, package in packages.items()}
+    makers["CosineAnnealingWarmRestarts"] = lambda optimizer: CosineAnnealingWarmRestarts(optimizer, 300, 2)
     schedulers = {}
     for name, make in makers.items():
         params = [nn.Parameter(torch.zeros(SHAPE)) for _ in range(groups)]
@@ -154,7 +171,7 @@ def show_updates(found: Sequence[records.Record]) -> None:
     for record in found:
         parts = {part: median(record["seconds"][part]) * 1e3 for part in PARTS}
         text = ", ".join(f"{part} {ms:8.2f}" for part, ms in parts.items())
-        print(f"  {record['engine']:24} ms: {text}", flush=True)
+        print(f"  {record['engine']:31} ms: {text}", flush=True)
 
 
 def show_schedulers(found: Sequence[records.Record]) -> None:
@@ -163,29 +180,43 @@ def show_schedulers(found: Sequence[records.Record]) -> None:
     print(f"{found[0]['groups']:4} groups: scheduler.step() of {text}", flush=True)
 
 
-def main() -> None:
+def measure(options: argparse.Namespace, packages: Packages) -> None:
     """Measure every case."""
+    torch.set_num_threads(1)
+    gc.freeze()  # what was imported, so that the collections between updates are short
+    records.append(options.out, [records.environment()])
+    for count in options.scheduled_groups:
+        found = time_schedulers(count, packages, rounds=options.rounds)
+        records.append(options.out, found)
+        show_schedulers(found)
+    for tensors, groups, ranks in itertools.product(options.tensors, options.groups, options.ranks):
+        if groups <= tensors:
+            found = time_updates(tensors, groups, ranks, packages, rounds=options.rounds)
+            records.append(options.out, found)
+            show_updates(found)
+            gc.collect()
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure this version, and another one beside it."""
     parser = argparse.ArgumentParser(description="What the host spends on an update.")
     parser.add_argument("--out", type=Path, required=True, help="JSON-lines file to append to")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--tensors", nargs="+", type=int, default=list(TENSORS))
     parser.add_argument("--groups", nargs="+", type=int, default=list(GROUP_COUNTS))
     parser.add_argument("--ranks", nargs="+", type=int, default=list(RANKS))
-    parser.add_argument("--scheduled-groups", nargs="+", type=int, default=list(SCHEDULED_GROUPS))
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    gc.freeze()  # what was imported, so that the collections between updates are short
-    records.append(options.out, [records.environment()])
-    for count in options.scheduled_groups:
-        found = time_schedulers(count, rounds=options.rounds)
-        records.append(options.out, found)
-        show_schedulers(found)
-    for tensors, groups, ranks in itertools.product(options.tensors, options.groups, options.ranks):
-        if groups <= tensors:
-            found = time_updates(tensors, groups, ranks, rounds=options.rounds)
-            records.append(options.out, found)
-            show_updates(found)
-            gc.collect()
+    parser.add_argument("--scheduled-groups", nargs="*", type=int, default=list(SCHEDULED_GROUPS))
+    parser.add_argument("--before", metavar="COMMIT", help="measure an earlier version too")
+    options = parser.parse_args(argv)
+    packages: Packages = {"": dist_adamw}
+    if options.before is None:
+        measure(options, packages)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        before_after.unpack(options.before, Path(folder))
+        sys.path.append(folder)
+        packages[f" {options.before}"] = importlib.import_module(f"dist_adamw{before_after.BEFORE}")
+        measure(options, packages)
 
 
 if __name__ == "__main__":

@@ -9,9 +9,11 @@ allocates new gradients, as training does, and malloc gives memory back to the s
 as soon as it is freed (MALLOC_MMAP_THRESHOLD_), so the peak is what lives at once.
 
 The peak after the first WARM updates is given too, since in those DDP rebuilds its buckets and state is laid out.
-Both are compared with the minimum: 4N bytes of parameters, 4N of gradients and 8N/W of state;
-an engine that shards gradients too, with 4N/W of those. What is above that is staging, buckets, and
-gradients that live only until they have been sent.
+Both are compared with the minimum: 4N bytes of parameters, 4N of gradients and 8N/W of state; an engine that shards
+gradients too, with 4N/W of those and 4L of the largest parameter's, since autograd returns a gradient whole. What is
+above that is staging, buckets, gradients that live only until they have been sent, and objects: a tensor costs
+kilobytes beyond its elements. What those of plain torch cost (a parameter, its gradient and AdamW's state, on one rank
+without DDP) is measured in a process of its own, and taken off the peak in ``beyond_objects_over_formula``.
 
 Traffic: what the loopback interface says that it sent, over the ranks and the updates. That is
 counted by the kernel, headers and acknowledgements included. Where the kernel permits, the ranks have a
@@ -34,19 +36,23 @@ import torch.distributed as dist
 
 from benchmarks import ranks, records
 from benchmarks.engines import BUILDERS, OURS, Engine, Skip, build
+from benchmarks.groups import RECIPE
 from benchmarks.workloads import CONSTANT, WORKLOADS, Workload
 
 WARM, COUNTED = 3, 5  # updates; DDP packs its buckets anew after the first
+_OBJECTS = "many"  # the workload whose tensors are counted
 
 
 def measure(out: Path, workloads: Sequence[str], engines: Sequence[str], *, world_size: int, timeout: float) -> None:
     """Measure every engine on every workload, one after the other."""
     records.append(out, [records.environment()])
     prefix, network = ranks.private_network()
+    objects = str(object_bytes())
     for workload in workloads:
         for engine in engines:
             command = [sys.executable, "-m", "benchmarks.isolated", "--out", str(out), "--ranks", str(world_size)]
             command += ["--workload", workload, "--engine", engine, "--network", network, "--timeout", str(timeout)]
+            command += ["--object-bytes", objects]
             env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
             ended = subprocess.run([*prefix, *command], env=env, cwd=ranks.ROOT, check=False).returncode
             if ended:  # a peer's processes may not end well; the others are still worth measuring
@@ -67,8 +73,39 @@ def forget_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM becomes VmRSS
 
 
-def one(engine_name: str, workload_name: str, network: str, rank: int, size: int) -> records.Record:
-    """Measure one engine on one workload. Collective."""
+def object_bytes() -> float:
+    """Return what the objects of a parameter, its gradient and its state cost in torch, without their elements."""
+    command = [sys.executable, "-c", "from benchmarks import isolated; isolated._print_object_bytes()"]
+    # The least of three, since a heap with gaps holds more than the objects.
+    runs = [subprocess.run(command, cwd=ranks.ROOT, check=True, capture_output=True, text=True) for _ in range(3)]
+    return min(float(done.stdout) for done in runs)
+
+
+def _print_object_bytes() -> None:
+    def trained(workload: Workload) -> object:
+        model = workload.model()
+        optimizer = torch.optim.AdamW(workload.parameter_groups(model), fused=True, **RECIPE)
+        model(torch.zeros(())).backward()
+        optimizer.step()
+        return model, optimizer
+
+    trained(Workload.of("warm-up", [[(4096,)]] * 2, rank=0, gradients=CONSTANT))
+    forget_peak()
+    baseline = status("VmRSS")
+    workload = Workload.named(_OBJECTS, rank=0, gradients=CONSTANT)
+    kept = trained(workload)
+    print((status("VmHWM") - baseline - 16 * workload.numel) / sum(map(len, workload.layers)))
+    del kept
+
+
+def one(
+    engine_name: str, workload_name: str, network: str, rank: int, size: int, *, object_bytes: float
+) -> records.Record:
+    """Measure one engine on one workload. Collective.
+
+    Args:
+        object_bytes: See the function.
+    """
     record: records.Record = {
         "kind": "isolated",
         "workload": workload_name,
@@ -108,7 +145,9 @@ def one(engine_name: str, workload_name: str, network: str, rank: int, size: int
     sent = (_sent(rank) - before) / COUNTED / size
     later = status("VmHWM") - baseline
     facts = ranks.gathered({"peak": max(first, later), "later_peak": later, **engine.sizes(), "gradients": grad_bytes})
-    formula, ideal = ideal_memory(engine, workload.numel, size)
+    formula, ideal = ideal_memory(engine, workload, size)
+    objects = object_bytes * sum(map(len, workload.layers))
+    peak = max(one["peak"] for one in facts)
     traffic = (size - 1) / size * workload.numel * 8
     return {
         **record,
@@ -117,17 +156,21 @@ def one(engine_name: str, workload_name: str, network: str, rank: int, size: int
         "detail": engine.detail,
         "bytes_by_rank": facts,
         "formula": formula,
-        "peak_over_formula": max(one["peak"] for one in facts) / ideal,
+        "objects": objects,
+        "peak_over_formula": peak / ideal,
+        "beyond_objects_over_formula": (peak - objects) / ideal,
         "later_peak_over_formula": max(one["later_peak"] for one in facts) / ideal,
         "sent_per_rank": (of_all := ranks.gathered(sent)[0]),
         "sent_over_formula": of_all / traffic if traffic else 0.0,
     }
 
 
-def ideal_memory(engine: Engine, numel: int, size: int) -> tuple[str, float]:
+def ideal_memory(engine: Engine, workload: Workload, size: int) -> tuple[str, float]:
     """Return the memory that an engine needs at least, as text and in bytes."""
+    numel = workload.numel
     if engine.shards_gradients:
-        return "4N + 4N/W + 8N/W", numel * (4 + 4 / size + 8 / size)
+        largest = max(param.numel() for param in engine.model.parameters())
+        return "4N + 4N/W + 4L + 8N/W", numel * (4 + 4 / size + 8 / size) + 4 * largest
     return "4N + 4N + 8N/W", numel * (4 + 4 + 8 / size)
 
 
@@ -144,7 +187,8 @@ def show(record: records.Record) -> None:
     print(
         f"{record['workload']:10} {record['engine']:32} "
         f"peak {record['peak_over_formula']:.2f} x ({record['formula']}), "
-        f"{record['later_peak_over_formula']:.2f} after {WARM} updates; "
+        f"{record['later_peak_over_formula']:.2f} after {WARM} updates, "
+        f"{record['beyond_objects_over_formula']:.2f} without objects; "
         f"sent {record['sent_over_formula']:.3f} x f N (b_g + b_p)",
         flush=True,
     )
@@ -159,12 +203,15 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--network", default=ranks.SHARED)
     parser.add_argument("--timeout", type=float, default=300.0)
+    parser.add_argument("--object-bytes", type=float, help="of a parameter; default: they are measured")
     options = parser.parse_args()
     if not ranks.is_rank():
-        ranks.start("benchmarks.isolated", sys.argv[1:], ranks=options.ranks, timeout=options.timeout)
+        args = [*sys.argv[1:], "--object-bytes", str(options.object_bytes or object_bytes())]
+        ranks.start("benchmarks.isolated", args, ranks=options.ranks, timeout=options.timeout)
         return
     with ranks.joined() as (rank, size):
-        record = one(options.engine, options.workload, options.network, rank, size)
+        which = options.engine, options.workload, options.network
+        record = one(*which, rank, size, object_bytes=options.object_bytes)
         if rank == 0:
             records.append(options.out, [record])
             print({k: v for k, v in record.items() if k != "kind"})

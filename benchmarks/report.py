@@ -18,6 +18,8 @@ from typing import Any
 from benchmarks import records
 from benchmarks.engines import OURS
 from benchmarks.groups import GROUPS
+from benchmarks.host_tables import host_cost, small_model
+from benchmarks.markdown import table
 from benchmarks.records import Record
 from benchmarks.workloads import ALLOCATED, KEPT, TITLES
 
@@ -55,18 +57,6 @@ def timings(found: Sequence[Record], case: Case) -> list[Record]:
     """Return the last timed run of a case: times of different runs or cases are never compared."""
     timed = [r for r in found if r["kind"] == "update_phase" and "seconds" in r and case_of(r) == case]
     return [r for r in timed if r["run"] == timed[-1]["run"]]
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Return a Markdown table, aligned for reading as text; the first column is text, the others are numbers."""
-    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
-
-    def line(cells: Sequence[str]) -> str:
-        padded = [c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True))]
-        return "| " + " | ".join(padded) + " |"
-
-    rule = "|" + "|".join("-" * (w + 2) if i == 0 else "-" * (w + 1) + ":" for i, w in enumerate(widths)) + "|"
-    return [line(head), rule, *map(line, rows)]
 
 
 def ratios(record: Record, ours: Record) -> tuple[float, list[float]]:
@@ -141,16 +131,18 @@ def memory(found: Sequence[Record]) -> Iterator[str]:
             over = record.get("peak_over_formula", largest["peak"] / record["numel"] / (4 + 4 + 8 / record["ranks"]))
             cells = [largest["peak"], largest["parameters"], largest["gradients"], largest["state"]]
             cells.append(largest["peak"] - named)
-            later = f"{record['later_peak_over_formula']:.2f}" if "later_peak_over_formula" in record else "-"
-            rows.append([record["engine"], *[f"{c / 1e6:.1f}" for c in cells], formula, f"{over:.2f}", later])
+            more = [record.get(key) for key in ("later_peak_over_formula", "beyond_objects_over_formula")]
+            ratios_ = [f"{over:.2f}", *("-" if ratio is None else f"{ratio:.2f}" for ratio in more)]
+            rows.append([record["engine"], *[f"{c / 1e6:.1f}" for c in cells], formula, *ratios_])
         if rows:
             yield f"### {title}"
             yield ""
             head = ["engine, MB per rank", "peak", "parameters", "gradients", "state", "rest of the peak"]
-            yield from table([*head, "formula", "peak / formula", "later"], rows)
+            yield from table([*head, "formula", "peak / formula", "later", "without objects"], rows)
             yield ""
             yield "The rest of the peak: staging, buckets, and gradients that live only until they have been sent."
             yield "Later: the peak after the first updates, in which buckets and state are laid out, over the formula."
+            yield "Without objects: the peak less what tensor objects of plain torch cost beyond their elements."
             yield ""
 
 
@@ -345,6 +337,10 @@ def main() -> None:
         "## Training step",
         "",
         *training_step(found),
+        "## Overhead of the host",
+        "",
+        *host_cost(found),
+        *small_model(found),
         "## Peak memory per rank",
         "",
         *memory(found),

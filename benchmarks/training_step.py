@@ -15,7 +15,7 @@ separate processes.
 
 Checked first: the losses of the first CHECKED updates of every engine, as means over micro-batches and ranks, are those
 of DDP with torch.optim.AdamW in fp32 to LOSS_TOLERANCE. eps is 1e-3, about the size of a gradient, so that a wrong
-scale of gradients changes the weights; with 1e-8 AdamW would not see it. Under bf16 the differences are only recorded.
+scale of gradients changes the weights; with 1e-8 AdamW would not see it. Under bf16 the tolerance is wider.
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ from benchmarks.trainers import (
 )
 
 CHECKED = 4  # updates whose losses are compared
-LOSS_TOLERANCE = 1e-5
+# In bf16 a last bit of a weight, which depends on the order of sums, may round an activation the other way.
+LOSS_TOLERANCE = {"fp32": 1e-5, "bf16": 1e-3}
 WARM = 2  # rounds
 EPS = 1e-3
 PRECISIONS = ("fp32", "bf16")
@@ -117,7 +118,7 @@ def measure(options: argparse.Namespace, groups: str) -> list[records.Record]:
     todo = task(options, groups)
     trainers, skipped = build_all(options.engines, todo)
     found = losses(trainers, skipped)
-    differences = largest_differences(found, LOSS_TOLERANCE if options.precision == "fp32" else float("inf"))
+    differences = largest_differences(found, LOSS_TOLERANCE[options.precision])
     times = interleaved(trainers, warm_up=WARM, rounds=options.rounds)
     common = {
         "kind": "training_step",

@@ -1,10 +1,12 @@
 """The benchmarks run, in a tiny form, check what they compare, and write what the report reads.
 
-Nothing here is about speed.
+Nothing here is about speed. Most run as ranks of the pool, since starting ranks is what takes time.
 """
 
 from __future__ import annotations
 
+import gc
+import importlib
 import os
 import subprocess
 import sys
@@ -13,31 +15,48 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import records, report, workloads
+from benchmarks import host_cost, host_tables, records, report, workloads
 from benchmarks.engines import OURS
 from benchmarks.groups import GROUPS, RECIPE, equal_groups, parameter_groups
 from benchmarks.models import GPT
 from benchmarks.ranks import ROOT
 from benchmarks.trainers import ACCELERATE
+from tests.ranks import run_ranks
 
-PEER = "DDP + AdamW"
-TIMEOUT = ["--timeout", "250"]  # of the ranks, which the benchmark then ends itself
+PEER, INTO_SHARD = "DDP + AdamW", "DistAdamW, reduce every backward"
 
 
 def run(out: Path, module: str, *args: str) -> list[records.Record]:
-    """Run a benchmark; return its records without the environment."""
-    command = [sys.executable, "-m", f"benchmarks.{module}", "--out", str(out), *args]
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    """Run a benchmark on two ranks; return its records."""
+    run_ranks(2, as_a_rank, f"benchmarks.{module}", ["--out", str(out), *args])
+    return measured(out)
+
+
+def measured(out: Path) -> list[records.Record]:
+    """Return the records without the environment."""
     return [record for record in records.read([out]) if record["kind"] != "environment"]
+
+
+def as_a_rank(module: str, args: list[str]) -> None:
+    before, sys.argv = sys.argv, [module, *args]
+    try:
+        importlib.import_module(module).main()
+    finally:
+        sys.argv = before
+        gc.collect()
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_update_phase(tmp_path: Path) -> None:
-    args = ["--only", "time", "--workloads", "tiny", "--rounds", "2", "--groups", "one", "layerwise"]
-    found = run(tmp_path / "r.jsonl", "update_phase", *args, *TIMEOUT, "--engines", OURS, PEER)
+    """As a program, which starts its ranks."""
+    out = tmp_path / "r.jsonl"
+    args = ["--out", str(out), "--only", "time", "--workloads", "tiny", "--rounds", "2", "--groups", "one", "layerwise"]
+    command = [sys.executable, "-m", "benchmarks.update_phase", *args, "--timeout", "250", "--engines", OURS, PEER]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = measured(out)
     cases = [(r["groups"], r["gradients"], r["engine"], r["number_of_groups"]) for r in found]
     counts = {"one": 1, "layerwise": 6}
     assert cases == [(g, k, e, counts[g]) for g in counts for k in ("allocated", "kept") for e in (OURS, PEER)]
@@ -45,30 +64,42 @@ def test_update_phase(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
-def test_training_step(tmp_path: Path) -> None:
-    args = ["--small", "--rounds", "2", "--accumulation", "2", "--groups", "one", "decay", "--clip", "0.5"]
-    found = run(tmp_path / "r.jsonl", "training_step", *args, *TIMEOUT)
-    assert {OURS, ACCELERATE, "DDP + ZeroRedundancyOptimizer", "FSDP2 + AdamW"} <= {
-        r["engine"] for r in found if "seconds" in r
-    }
-    assert [r["number_of_groups"] for r in found if r["engine"] == OURS] == [1, 2]
+@pytest.mark.parametrize("engine", [OURS, INTO_SHARD])
+def test_isolated(engine: str, tmp_path: Path) -> None:
+    args = ["--workload", "tiny", "--engine", engine, "--object-bytes", "3000"]
+    (found,) = run(tmp_path / "r.jsonl", "isolated", *args)
+    owned = found["numel"] * 4 // 2
+    assert (found["bytes_by_rank"][0]["gradients"] >= 2 * owned) == (engine == OURS)
+    assert found["bytes_by_rank"][0]["gradients"] >= owned
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+def test_training_step(tmp_path: Path) -> None:
+    args = ["--small", "--rounds", "2", "--accumulation", "2", "--groups", "decay", "--clip", "0.5"]
+    found = run(tmp_path / "r.jsonl", "training_step", *args)
+    assert {OURS, ACCELERATE, "DDP + ZeroRedundancyOptimizer", "FSDP2 + AdamW"} <= {
+        r["engine"] for r in found if "seconds" in r
+    }
+    assert [r["number_of_groups"] for r in found if r["engine"] == OURS] == [2]
+
+
+@pytest.mark.slow
 def test_small_model(tmp_path: Path) -> None:
-    found = run(tmp_path / "r.jsonl", "small_model", "--rounds", "2", "--groups", "1", "2", *TIMEOUT)
+    found = run(tmp_path / "r.jsonl", "small_model", "--rounds", "2", "--groups", "1", "2")
     assert [(r["number_of_groups"], r["engine"]) for r in found] == [
         (count, engine) for count in (1, 2) for engine in (ACCELERATE, OURS)
     ]
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_host_cost(tmp_path: Path) -> None:
+    out = tmp_path / "r.jsonl"
     args = ["--rounds", "2", "--tensors", "60", "--groups", "1", "2", "--ranks", "1", "16", "--scheduled-groups", "3"]
-    found = run(tmp_path / "r.jsonl", "host_cost", *args)
+    try:
+        host_cost.main(["--out", str(out), *args])
+    finally:
+        gc.unfreeze()
+    found = measured(out)
     assert [r["engine"] for r in found[:2]] == ["CyclicLRWithRestarts", "CosineAnnealingWarmRestarts"]
     assert len([r for r in found if r["kind"] == "host_cost"]) == 2 * (3 + 4)
 
@@ -114,3 +145,27 @@ def test_the_report_keeps_gradients_and_groups_apart() -> None:
     ]
     tables = [line for line in report.update_phase(found) if line.startswith(f"| {OURS}")]
     assert [line.split("|")[2].strip() for line in tables] == ["3.000", "1.000", "2.000"]
+
+
+def test_the_report_has_a_row_for_each_number_of_tensors_groups_and_ranks() -> None:
+    parts = {"backward": [0.001, 0.003, 0.002], "step": [0.004] * 3, "zero_grad": [0.001] * 3}
+    cost = {"kind": "host_cost", "tensors": 60, "groups": 2, "ranks": 16, "seconds": parts, "run": "r"}
+    found = [
+        {**cost, "engine": "left out of the next run"},
+        {**cost, "engine": "A", "ranks": 1},
+        {**cost, "engine": "A", "run": "next"},
+    ]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in host_tables.host_cost(found)]
+    assert rows[0] == ["ms, tensors / groups / ranks", "A"]
+    assert rows[2:4] == [["60 / 2 / 1", "2.00 + 5.00"], ["60 / 2 / 16", "2.00 + 5.00"]]
+
+
+def test_the_report_compares_small_models_within_rounds() -> None:
+    step = {"kind": "small_model", "number_of_groups": 8, "ranks": 2, "run": "r"}
+    found = [
+        {**step, "engine": ACCELERATE, "seconds": [0.001, 0.002], "cpu_seconds": [0.001, 0.001]},
+        {**step, "engine": OURS, "seconds": [0.003, 0.006], "cpu_seconds": [0.002, 0.002]},
+    ]
+    cells = [cell.strip() for cell in list(host_tables.small_model(found))[2].split("|")[1:-1]]
+    ratio, of_processors = "3.00 / 3.00 / 3.00", "2.00 / 2.00 / 2.00"
+    assert cells == ["8, 2 ranks", "4.50", "1.50", ratio, "2.00", "1.00", of_processors]

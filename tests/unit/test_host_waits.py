@@ -1,15 +1,18 @@
 """What the host launches, and waits for, in a steady update on a GPU: counted on tensors that pretend to be there.
 
-Run as a program (``python -m tests.unit.test_host_waits``), this file prints the counts of every case as a table; the
-tests run it with ``json``. It is a process of its own because pretending changes torch for good.
+Run as a program (``python -m tests.unit.test_host_waits 1 8``), this file prints the counts of every case as a table
+for each number of ranks; the tests run it with ``json``. It is a process of its own because pretending changes torch
+for good, and one for several numbers of ranks because starting it takes most of the time.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -85,15 +88,33 @@ def _measured(
     }
 
 
-def main(world_size: int) -> dict[str, Any]:
+def counts_of(notes: Notes, world_size: int) -> dict[str, Any]:
     """Return the counts of every case, on rank 0 of a process group that sends nothing."""
-    if world_size > 1:
-        from torch.testing._internal.distributed.fake_pg import FakeStore
+    if world_size == 1:
+        return {name: measured(notes, options) for name, options in OPTIONS.items()}
+    from torch.testing._internal.distributed.fake_pg import FakeStore
 
-        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
-    cases = OPTIONS | (ATTACHED if world_size > 1 else {})
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
+    try:
+        return {name: measured(notes, options) for name, options in (OPTIONS | ATTACHED).items()}
+    finally:
+        dist.destroy_process_group()
+
+
+def main(world_sizes: list[int]) -> dict[str, Any]:
+    """Return the counts by number of ranks, and by name what is wrong with the parts."""
     with pretending() as notes:
-        return {name: measured(notes, options) for name, options in cases.items()}
+        found = {str(size): counts_of(notes, size) for size in world_sizes}
+        return found | {name: _error(function, notes) for name, function in CHECKS.items()}
+
+
+def _error(function: Callable[[Notes], None], notes: Notes) -> str:
+    notes.clear()
+    try:
+        function(notes)
+    except Exception:
+        return traceback.format_exc()
+    return ""
 
 
 def table(found: dict[str, Any]) -> str:
@@ -111,16 +132,18 @@ def table(found: dict[str, Any]) -> str:
 # ---------------------------------------------------------------- the tests
 
 
-@pytest.fixture(
-    scope="module",
-    params=[1, 8, pytest.param(1024, marks=pytest.mark.slow), pytest.param(4096, marks=pytest.mark.slow)],
-)
+FEW, MANY = (1, 8), (1024, 4096)
+
+
+@pytest.fixture(scope="module", params=[*FEW, *(pytest.param(size, marks=pytest.mark.slow) for size in MANY)])
 def found(request: pytest.FixtureRequest) -> dict[str, Any]:
-    return counted(request.param)
+    counts: dict[str, Any] = counted(FEW if request.param in FEW else MANY)[str(request.param)]
+    return counts
 
 
-def counted(world_size: int) -> dict[str, Any]:
-    command = [sys.executable, "-W", "ignore", "-m", "tests.unit.test_host_waits", str(world_size), "json"]
+@functools.cache
+def counted(world_sizes: tuple[int, ...]) -> dict[str, Any]:
+    command = [sys.executable, "-W", "ignore", "-m", "tests.unit.test_host_waits", *map(str, world_sizes), "json"]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=110, check=False)
     assert done.returncode == 0, done.stderr
@@ -282,19 +305,16 @@ def what_waits_is_noticed(notes: Notes) -> None:
     assert not notes.waits
 
 
-def test_the_parts() -> None:
-    command = [sys.executable, "-W", "ignore", "-m", "tests.unit.test_host_waits", "checks"]
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=110, check=False)
-    assert done.returncode == 0, done.stderr
+@pytest.mark.parametrize("part", CHECKS)
+def test_the_parts(part: str) -> None:
+    assert counted(FEW)[part] == ""
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["checks"]:
-        with pretending() as notes:
-            for function in CHECKS.values():
-                notes.clear()
-                function(notes)
+    sizes = [int(arg) for arg in sys.argv[1:] if arg != "json"] or [1]
+    everything = main(sizes)
+    if "json" in sys.argv:
+        print(json.dumps(everything))
     else:
-        counts = main(int(sys.argv[1]) if sys.argv[1:] else 1)
-        print(json.dumps(counts) if sys.argv[2:] else table(counts))
+        for size in sizes:
+            print(f"\n{size} ranks\n\n{table(everything[str(size)])}")

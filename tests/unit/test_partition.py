@@ -111,6 +111,13 @@ def test_the_footprint_is_that_of_the_formulas(reduce_every_backward: bool) -> N
     assert plan.sent == 3 * n / 4 * 8
 
 
+def test_a_large_parameters_gradient_exists_whole() -> None:
+    """The footprint of an embedding with `reduce_every_backward`: autograd returns its gradient at once."""
+    large, small = 40_000 * 512, (512 * 512,) * 16
+    layout = FlatLayout((large, *small), 2, reduce_every_backward=True)
+    assert footprint(layout).gradients == 4 * (layout.shard_numel + 2 * layout.bucket_numel + large)
+
+
 def test_buckets_suit_the_model_and_the_ranks() -> None:
     assert suitable_bucket_numel(25_000_000, 1) == BUCKET_NUMEL
     assert suitable_bucket_numel(25_000_000, 2) == 1_562_500

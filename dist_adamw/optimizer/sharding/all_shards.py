@@ -219,7 +219,7 @@ class AllShards:
 
     def _is_as_shown(self, param: Tensor, entry: dict[str, Any]) -> bool:
         """Return whether the parameter's entry has only the shard's own views."""
-        shown = self._shown[id(param)].values
+        shown = self._shown[id(param)]
         return all(shown.get(key) is value for key, value in entry.items())
 
     def keep(self, params: Collection[int]) -> None:

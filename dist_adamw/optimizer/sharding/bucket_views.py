@@ -93,7 +93,10 @@ class BucketViews:
         groups: Sequence[dict[str, Any]],
     ) -> None:
         self._pieces = pieces
-        state = {name: [moment[p.offset : p.offset + p.numel] for p in pieces] for name, moment in moments.items()}
+        # Detached: a view that autograd could follow takes 320 bytes more, and there may be thousands.
+        state = {
+            name: [moment[p.offset : p.offset + p.numel].detach() for p in pieces] for name, moment in moments.items()
+        }
         masters = state.get("master") or state.get("remainder") or []
         exp_avgs, exp_avg_sqs, maxima = (state.get(name, []) for name in MOMENTS)
         self.operands = Operands(params, exp_avgs, exp_avg_sqs, maxima, [steps[p.param] for p in pieces], masters)

@@ -68,7 +68,8 @@ class GradientMemory:
 
     def _run(self, piece: Piece) -> Tensor:
         start = self._layout.starts[piece.param]
-        return self._flat[start + piece.start : start + piece.stop]
+        # Detached: a view that autograd could follow takes 320 bytes more, and there may be thousands.
+        return self._flat[start + piece.start : start + piece.stop].detach()
 
     def fits(self) -> bool:
         """Return whether the gradients of the parameters as they are now can lie here. Local."""

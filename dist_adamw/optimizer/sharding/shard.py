@@ -127,7 +127,7 @@ class Shard:
 
     def _cut_state(self, params: list[list[Tensor]]) -> None:
         """Cut the state into views that match ``params``, the runs that this rank owns of each bucket."""
-        self._step_of = list(self.steps.unbind())
+        self._step_of = list(map(Tensor.detach, self.steps.unbind()))
         self._none_of = {name: moment[:0] for name, moment in self.moments.items()}
         self.buckets = [
             BucketViews(*both, moments=self.moments, steps=self._step_of, groups=self.groups)

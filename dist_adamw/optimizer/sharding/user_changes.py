@@ -219,7 +219,7 @@ def check_new_state(
 def _given(name: str, home: Home, entry: Mapping[str, Any], shown: Shown) -> dict[str, Any]:
     """Return the values that the user replaced in ``entry``. A missing master is None: it will follow the parameter."""
     shard, i = home
-    given = {key: entry.get(key) for key in shown.values if shown.is_replaced(key, entry.get(key))}
+    given = {key: entry.get(key) for key in shown.keys if shown.is_replaced(key, entry.get(key))}
     share = torch.Size([sum(stop - start for start, stop in shard.owned.ranges_of(i))])
     for key, value in given.items():
         if key not in MASTERS or value is not None:

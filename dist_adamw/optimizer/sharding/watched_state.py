@@ -48,7 +48,14 @@ def _recording(name: str, *, changes: bool, reads: bool) -> Any:
 class WatchedEntry(dict[str, Any]):
     """A parameter's entry in ``state``: a dict that records changes. Copies and pickles are plain dicts."""
 
-    accesses: AccessRecord | None = None
+    __slots__ = ("accesses",)  # with a ``__dict__`` each would take 350 bytes more
+
+    accesses: AccessRecord | None
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> WatchedEntry:  # noqa: D102
+        entry = super().__new__(cls)
+        entry.accesses = None
+        return entry
 
     @classmethod
     def of(cls, accesses: AccessRecord, values: Mapping[str, Any]) -> WatchedEntry:
@@ -93,18 +100,30 @@ for _name in ("__getitem__", "__iter__", "get", "items", "values"):
 class Shown:
     """The values put into a parameter's entry in ``state``, and their addresses, which ``.data = x`` changes."""
 
-    values: dict[str, Tensor]
-    addresses: list[int]
+    keys: tuple[str, ...]
+    values: tuple[Tensor, ...]
+    addresses: tuple[int, ...]
 
     @classmethod
     def of(cls, values: dict[str, Tensor]) -> Shown:
         """Return ``values`` with their current addresses."""
-        return cls(values, [_address(local_of(value)) for value in values.values()])
+        tensors = tuple(values.values())
+        return cls(_shared(tuple(values)), tensors, tuple(_address(local_of(tensor)) for tensor in tensors))
+
+    def get(self, key: str) -> Tensor | None:
+        """Return the tensor put there as ``key``."""
+        return self.values[self.keys.index(key)] if key in self.keys else None
 
     def is_replaced(self, key: str, value: Any) -> bool:
         """Return whether ``value`` is not the tensor put there as ``key``, or has moved to other memory."""
-        place = list(self.values).index(key)
-        return value is not self.values[key] or _address(local_of(value)) != self.addresses[place]
+        place = self.keys.index(key)
+        return value is not self.values[place] or _address(local_of(value)) != self.addresses[place]
+
+
+@functools.cache
+def _shared(keys: tuple[str, ...]) -> tuple[str, ...]:
+    """Return one and the same tuple for equal ``keys``."""
+    return keys
 
 
 def _address(tensor: Tensor) -> int:
@@ -154,7 +173,7 @@ class Snapshot:
 
     def _note_addresses(self, shown: Collection[Shown]) -> None:
         """Note the addresses of the shards' views; for empty tensors, which have none, the identities of storages."""
-        tensors = [local_of(value) for one in shown for value in one.values.values()]
+        tensors = [local_of(value) for one in shown for value in one.values]
         addresses = [address for one in shown for address in one.addresses]
         is_empty = [tensor.numel() == 0 for tensor in tensors]
         self._empty = list(itertools.compress(tensors, is_empty))

@@ -248,15 +248,19 @@ def footprint(
 
     Args:
         param_bytes: Bytes per element; 2 for bf16.
-        grad_bytes: Bytes per element. With ``layout.reduce_every_backward`` only the gradients of the shard and of a
-            few buckets exist.
+        grad_bytes: Bytes per element. With ``layout.reduce_every_backward`` only the averages of the shard exist after
+            backward; during it also the gradients of the buckets in flight, and of the next bucket or of one parameter,
+            since autograd returns its gradient whole.
         state_bytes: Bytes per owned element: 8 for two fp32 moments, 12 with an fp32 master.
         under_way: The number of buckets in flight.
     """
     others = layout.world_size - 1
     slice_numel = layout.bucket_numel // layout.world_size
     staged = under_way * layout.bucket_numel if layout.by_collectives else 2 * under_way * others * slice_numel
-    kept = layout.shard_numel + (1 + under_way) * layout.bucket_numel if layout.reduce_every_backward else layout.numel
+    kept = layout.numel
+    if layout.reduce_every_backward:
+        arriving = max(layout.bucket_numel, *layout.numels)
+        kept = layout.shard_numel + under_way * layout.bucket_numel + arriving
     return Footprint(
         parameters=layout.numel * param_bytes,
         gradients=kept * grad_bytes,
