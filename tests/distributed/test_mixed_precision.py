@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from dist_adamw import DistAdamW, load, save
 from dist_adamw.optimizer.sharding.values import exact_weights
@@ -195,3 +197,31 @@ def check_state_dict() -> None:
 def test_a_state_dict_keeps_fp32_state_of_bf16_parameters() -> None:
     """torch's load_state_dict rounds state to the parameter's dtype."""
     run_ranks(1, check_state_dict)
+
+
+def check_loss_scaling(max_grad_norm: float | None) -> None:
+    """Under DDP, whose average is inf on all ranks if one rank overflows. The state is sharded."""
+    nets = [nn.Sequential(*Small().float().children()) for _ in range(2)]
+    optimizers: list[Any] = [
+        DistAdamW(nets[0].parameters(), lr=0.1, eps=1e-3, bucket_numel=500, max_grad_norm=max_grad_norm),
+        torch.optim.AdamW(nets[1].parameters(), lr=0.1, eps=1e-3, fused=True),
+    ]
+    scalers = [torch.amp.GradScaler("cpu", init_scale=2.0**16, growth_interval=2) for _ in nets]  # type: ignore[attr-defined,unused-ignore]
+    wrapped = [DistributedDataParallel(net) for net in nets]
+    for step in range(6):
+        x = torch.randn(4, 37, generator=torch.Generator().manual_seed(10 * step + dist.get_rank()))
+        overflows = step in (1, 4) and dist.get_rank() == 1
+        for net, optimizer, scaler in zip(wrapped, optimizers, scalers, strict=True):
+            scaler.scale(net(x).square().mean() * (math.inf if overflows else 1.0)).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+        assert scalers[0].get_scale() == scalers[1].get_scale()
+        assert optimizers[0].step_was_skipped == (step in (1, 4))
+        for mine, theirs in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
+            assert torch.equal(mine, theirs)
+
+
+def test_scaled_losses_are_torchs_on_sharded_state() -> None:
+    run_ranks(2, check_loss_scaling, None)
+    run_ranks(2, check_loss_scaling, 1e6)
