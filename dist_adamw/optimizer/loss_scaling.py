@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
+from dist_adamw.optimizer.sharding.dtensors import local_of
+
 _ACCELERATE = "accelerate.optimizer"
 
 
@@ -47,7 +49,8 @@ def unscale_(optimizer: Optimizer) -> None:
     for group in optimizer.param_groups:
         for param in group["params"]:
             if param.grad is not None and not param.grad.is_sparse:  # the update itself refuses sparse gradients
-                grads[param.grad.device, param.grad.dtype].append(param.grad)
+                grad = local_of(param.grad)  # a DTensor's operation would be collective
+                grads[grad.device, grad.dtype].append(grad)
     inverse = scale.double().reciprocal().float()
     for (device, _), of_device in grads.items():
         unused = torch.zeros((), device=device)  # the scaler itself has looked for inf and nan
