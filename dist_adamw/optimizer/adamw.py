@@ -198,7 +198,7 @@ class DistAdamW(AttachedOptimizer):
                 loss = closure()
         self._begin_update()
         unscale_(self)
-        if self._collect_gradients():
+        if self._collect_gradients(for_update=True):
             self._warn_of_local_gradients()
             self._apply(self._scheme.present(self.shards, self.param_groups))
         return loss

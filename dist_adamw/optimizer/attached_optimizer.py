@@ -38,8 +38,12 @@ class AttachedOptimizer(SavableOptimizer):
     _attach_options: dict[str, bool] | None = None
     _attached: Sequence[weakref.ref[nn.Module]] = ()
 
-    def _collect_gradients(self) -> bool:
-        """Follow the user's changes and reduce gradients to their owners; return whether there are any. Collective."""
+    def _collect_gradients(self, *, for_update: bool = False) -> bool:
+        """Follow the user's changes and reduce gradients to their owners; return whether there are any. Collective.
+
+        Args:
+            for_update: Whether an update follows at once.
+        """
         changed = self._differs()
         if self._path is None:
             gather_from_owners(None, self._all_params())
@@ -62,7 +66,7 @@ class AttachedOptimizer(SavableOptimizer):
         ):
             return False
         self._follow(changed, is_agreed=self._path.agreement.asks_for_changes)
-        self._path.update.arrive(self._path.agreement.needed_rounds)
+        self._path.update.arrive(self._path.agreement.needed_rounds, for_update=for_update)
         return True
 
     def _report_exchange(self) -> RankMessages | None:
