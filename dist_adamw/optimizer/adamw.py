@@ -22,6 +22,7 @@ from dist_adamw.optimizer.clipping import (
     squares_on_this_rank,
 )
 from dist_adamw.optimizer.kernels.foreach import DecayBy
+from dist_adamw.optimizer.loss_scaling import found_inf_of, is_scaler, must_leave_step_out, unscale_
 from dist_adamw.optimizer.options import (
     as_number,
     check_group,
@@ -163,6 +164,16 @@ class DistAdamW(AttachedOptimizer):
         """The global gradient norm of the last update before clipping, 0-d; None without ``max_grad_norm``."""
         return self._outcome.norm
 
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether `step` takes scaled gradients from a ``GradScaler`` and skips on the device. Local."""
+        # Lightning reads this too, to refuse clipping, which works here. fp16 gradients are left to the scaler's error.
+        if not is_scaler(sys._getframe(1).f_code) or must_leave_step_out(self):
+            return False
+        # After `attach` only owned elements of a gradient have a meaning, and the scaler would check all.
+        is_whole = self._path is None and not self._is_partitioned
+        return is_whole and all(param.dtype != torch.float16 for param in self._all_params())
+
     # ---------------------------------------------------------------- the update
 
     @overload
@@ -191,7 +202,8 @@ class DistAdamW(AttachedOptimizer):
             with torch.enable_grad():
                 loss = closure()
         self._begin_update()
-        if self._collect_gradients():
+        unscale_(self)
+        if self._collect_gradients(for_update=True):
             self._warn_of_local_gradients()
             self._check_reduce_dtype()
             self._apply(self._scheme.present(self.shards, self.param_groups))
@@ -230,8 +242,9 @@ class DistAdamW(AttachedOptimizer):
         if self._only_initialises(shards, grads):
             return
         clip = self._clip_factor(shards, grads)
-        # Foreach arithmetic cannot skip on the device, so the host has to wait for the norm.
-        must_know = self.max_grad_norm is not None and not all(is_fused(shard, self.fused) for shard in shards)
+        # Foreach arithmetic cannot skip on the device, so the host has to wait for the norm or the scaler's flag.
+        may_skip = self._outcome.found_inf is not None
+        must_know = may_skip and not all(is_fused(shard, self.fused) for shard in shards)
         if not (must_know and self.step_was_skipped):
             self._update_all(shards, grads, clip)
         if self._path is not None:
@@ -252,16 +265,18 @@ class DistAdamW(AttachedOptimizer):
         Returns:
             The factor for gradients, 0-d fp32; None: 1.
         """
-        outcome = self._outcome
+        outcome, found_inf = self._outcome, found_inf_of(self)
         if self.max_grad_norm is None:
             self._settle()
-            if not is_capturing():  # a capture applies nothing
+            if found_inf is not None:
+                outcome.skip_if(found_inf)
+            elif not is_capturing():  # a capture applies nothing
                 outcome.count(self._scheme.count_update(outcome.updates, shards))
             return None
         squares = squares_on_this_rank(shards, grads)
         self._settle()  # after the squares, so that the other ranks' answer arrives while they are computed
         norm = global_norm(squares, self._ranks)
-        outcome.measure(norm)
+        outcome.measure(norm, found_inf)
         clip = clip_factor(norm, self.max_grad_norm)
         is_one = clip.device.type == "cpu" and clip == 1  # on a GPU the host would have to wait
         return None if is_one else clip

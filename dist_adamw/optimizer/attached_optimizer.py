@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from dist_adamw.optimizer import attaching
 from dist_adamw.optimizer.clipping import clip_owned_
 from dist_adamw.optimizer.gradients.gradient_path import GradientPath
+from dist_adamw.optimizer.gradients.handshake import RankMessages
 from dist_adamw.optimizer.gradients.registry import end_unless_everywhere, gather_from_owners
 from dist_adamw.optimizer.options import describe_groups
 from dist_adamw.optimizer.outcome import is_capturing
@@ -37,8 +38,12 @@ class AttachedOptimizer(SavableOptimizer):
     _attach_options: dict[str, bool] | None = None
     _attached: Sequence[weakref.ref[nn.Module]] = ()
 
-    def _collect_gradients(self) -> bool:
-        """Follow the user's changes and reduce gradients to their owners; return whether there are any. Collective."""
+    def _collect_gradients(self, *, for_update: bool = False) -> bool:
+        """Follow the user's changes and reduce gradients to their owners; return whether there are any. Collective.
+
+        Args:
+            for_update: Whether an update follows at once.
+        """
         changed = self._differs()
         if self._path is None:
             gather_from_owners(None, self._all_params())
@@ -61,8 +66,16 @@ class AttachedOptimizer(SavableOptimizer):
         ):
             return False
         self._follow(changed, is_agreed=self._path.agreement.asks_for_changes)
-        self._path.update.arrive(self._path.agreement.needed_rounds)
+        self._path.update.arrive(self._path.agreement.needed_rounds, for_update=for_update)
         return True
+
+    def _report_exchange(self) -> RankMessages | None:
+        """Return the exchange of reports in which the next `step` takes part; None: there will be none.
+
+        Local, and the same on every rank.
+        """
+        path = self._path
+        return None if path is None or path.is_whole or not path.messages.is_open else path.messages
 
     def _warn_of_local_gradients(self) -> None:
         """Compare gradients once, at the second update, if nothing is known to average them. Collective."""

@@ -86,11 +86,14 @@ class Outcome:
         self._was_skipped = False
         self._updates = updates
 
-    def measure(self, norm: Tensor) -> None:
-        """Record that the update is applied only if ``norm``, 0-d, is finite."""
+    def measure(self, norm: Tensor, found_inf: Tensor | None = None) -> None:
+        """Record that the update is applied only if ``norm``, 0-d, is finite, and ``found_inf``, 0-d fp32, is 0."""
         self.norm = norm.to(torch.float32)
         # inf - inf and nan are not 0. `torch.isfinite` would be five kernels on a GPU, and a conversion another.
-        self.skip_if(torch.ne(norm - norm, 0, out=torch.empty_like(self.norm)))
+        is_infinite = torch.ne(norm - norm, 0, out=torch.empty_like(self.norm))
+        if found_inf is not None:
+            is_infinite = torch.maximum(is_infinite, found_inf.to(is_infinite.device, non_blocking=True))
+        self.skip_if(is_infinite)
 
     def skip_if(self, found_inf: Tensor) -> None:
         """Record that the update is applied only if ``found_inf``, 0-d fp32, is 0; the host does not wait for it."""

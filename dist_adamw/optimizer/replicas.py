@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
@@ -30,6 +31,7 @@ from dist_adamw.optimizer.sharding.dtensors import is_dtensor, local_of
 from dist_adamw.optimizer.sharding.fingerprints import fingerprints
 from dist_adamw.ranks import agreement, collectives
 from dist_adamw.ranks.agreement import AgreementWatch, Record
+from dist_adamw.ranks.piggyback import Exchange
 from dist_adamw.wrappers import unwrap, without_wrappers
 
 # On two CPU ranks a comparison takes 2 % of an update of the default GPT, 15 % of an update without a model (140 % with
@@ -39,7 +41,9 @@ CHECK_WEIGHTS_EVERY = 100
 _PRIME = 2**48 - 59  # sums over up to 2**15 ranks fit into 64 bits
 _MAX_NAMED = 3  # parameters that an error names
 _SENDERS = 32  # ranks that send all their fingerprints to explain a difference
-_NEXT = "what comes next"  # a field of the record: one rank may save while others begin the next update
+# Fields of the record.
+_NEXT = "what comes next"  # one rank may save while others begin the next update
+_EVERY = "check_weights_every"
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -127,28 +131,47 @@ class ReplicaWatch(AgreementWatch):
     def _agree_once(self) -> None:
         """Raise on every rank if ``every`` differs: some would wait for a comparison that others skip. Collective."""
         if not self._is_agreed:
-            agreement.check_agreement({"check_weights_every": self._every or 0}, self._group)
+            agreement.check_agreement({_EVERY: self._every or 0}, self._group)
             self._is_agreed = True
 
-    def before_update(self, *_: Any) -> None:
+    def before_update(
+        self, optimizer: Any = None, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] = MappingProxyType({})
+    ) -> None:
         """Compare the record, and replicas if they are due. A step pre-hook of the optimizer.
 
+        If the optimizer exchanges reports at this update, these take the record along.
+
         Raises:
-            AgreementError: on every rank.
+            AgreementError: on every rank; in the exchange of reports if that takes the record along.
         """
-        self._agree_once()
         record = {**self._record(), _NEXT: "an update"}
-        self.check(record)
         before, self._samples = self._samples, record["samples" if "samples" in record else "updates"]
-        if not self._every or self._begun % self._every:
-            self._begun += before != self._samples
-            return
-        # All ranks must make the same decision to compare, so wait until the clocks are known to be the same.
-        self.settle()
         # DeepSpeed steps once for each group: in all but the first of these calls the weights are partly updated.
-        if before != self._samples:
-            self._begun += 1
+        is_first_call = before != self._samples
+        is_due = self._every is not None and self._every > 0 and self._begun % self._every == 0
+        # A closure computes its gradients later; until then it is not known whether there will be reports.
+        has_closure = any(map(callable, (*args, *kwargs.values())))
+        exchange = None if has_closure else self._exchange_of(optimizer)
+        if exchange is not None:
+            self._begun += is_first_call
+            compare = self._compare if is_due and is_first_call else _do_nothing
+            self.check_with(exchange, {**record, _EVERY: self._every or 0}, compare)
+            return
+        self._agree_once()
+        self.check(record)
+        # All ranks must make the same decision to compare, so wait until the clocks are known to be the same.
+        if is_due:
+            self.settle()
+        self._begun += is_first_call
+        if is_due and is_first_call:
             self._compare()
+
+    def _exchange_of(self, optimizer: Any) -> Exchange | None:
+        """Return an exchange between the ranks of this watch in which ``step`` takes part. The same on every rank."""
+        exchange = optimizer._report_exchange() if isinstance(optimizer, DistAdamW) else None
+        if exchange is None or not exchange.is_between(collectives.world_size(self._group)):
+            return None
+        return exchange
 
     def before_save(self) -> None:
         """Compare the record and, unless ``every`` is 0, replicas, before anything is written.
@@ -161,6 +184,10 @@ class ReplicaWatch(AgreementWatch):
         self.settle()
         if self._every:
             self._compare()
+
+
+def _do_nothing() -> None:
+    pass
 
 
 # ---------------------------------------------------------------- find replicas

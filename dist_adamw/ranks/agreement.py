@@ -17,7 +17,8 @@ from torch import Tensor
 
 from dist_adamw.errors import AgreementError
 from dist_adamw.ranks.collectives import broadcast_object, end_quietly, world_size
-from dist_adamw.ranks.summing import Message, Passenger
+from dist_adamw.ranks.piggyback import Exchange
+from dist_adamw.ranks.summing import KnownSums, Message, Passenger
 
 Record = Mapping[str, Any]
 _SHOWN = 200  # characters of a value in an error
@@ -179,6 +180,18 @@ class AgreementWatch:
             passenger.board(message, len(numbers))
         self._posted = (message, dict(record), digest)
 
+    def check_with(self, exchange: Exchange, record: Record, then: Callable[[], None]) -> None:
+        """Read the result for the last record; have ``exchange`` take ``record`` along, so that no message is posted.
+
+        That exchange raises AgreementError on every rank if the record is not the same on all.
+
+        Args:
+            exchange: An exchange between the ranks of this watch.
+            then: Called once the record is known to be the same on all ranks.
+        """
+        self.settle()
+        exchange.carry(_CarriedRecord(record, self.passenger(), self._group, then))
+
     def settle(self) -> None:
         """Wait for the last result. Call it before a save, or anything else that must not use a wrong state."""
         if self._posted is None:
@@ -187,6 +200,31 @@ class AgreementWatch:
         self._posted = None  # before waiting: after an error there is no answer left to wait for
         if not _are_equal(message.wait(), world_size(self._group)):
             _raise_disagreement(record, digest, self._group)
+
+
+class _CarriedRecord:
+    """A record's fingerprint and a passenger, which an exchange of other numbers takes along: see `Piggyback`."""
+
+    def __init__(
+        self, record: Record, passenger: Passenger | None, group: dist.ProcessGroup | None, then: Callable[[], None]
+    ) -> None:
+        self._record, self._passenger, self._group, self._then = dict(record), passenger, group, then
+        self._digest = fingerprint(record)
+        self.numbers: Sequence[int] = [self._digest, *(() if passenger is None else passenger.numbers)]
+        self._is_same = False
+
+    def received(self, of_ranks: Sequence[Sequence[int]]) -> None:
+        """See `Piggyback`."""
+        digests, *columns = zip(*of_ranks, strict=True)
+        self._is_same = len(set(digests)) == 1
+        if self._passenger is not None:
+            self._passenger.board(KnownSums([sum(column) for column in columns]), 0)
+
+    def check(self) -> None:
+        """Raise AgreementError on every rank if their records differ; otherwise do what follows. Collective."""
+        if not self._is_same:
+            _raise_disagreement(self._record, self._digest, self._group)
+        self._then()
 
 
 def _pieces_and_squares(digest: int) -> list[int]:

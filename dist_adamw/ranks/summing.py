@@ -3,11 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
 
 WIDTH = 8  # integers in every message, so that messages of ranks that are out of step fit each other
+
+
+class Sums(Protocol):
+    """Sums over all ranks, which may be under way."""
+
+    def wait(self) -> Sequence[int]:
+        """Wait for the sums, and return them."""
+
+
+class KnownSums:
+    """Sums over all ranks that this rank knows already."""
+
+    def __init__(self, sums: Sequence[int]) -> None:
+        self._sums = sums
+
+    def wait(self) -> Sequence[int]:
+        """Return the sums. Local."""
+        return self._sums
 
 
 class Message:
@@ -44,7 +63,7 @@ class Passenger:
     def __init__(self, numbers: Sequence[int], group: dist.ProcessGroup | None) -> None:
         self.numbers = numbers
         self._group = group
-        self._message: Message | None = None
+        self._message: Sums | None = None
         self._place = 0
 
     @property
@@ -52,7 +71,7 @@ class Passenger:
         """Whether the integers were not sent yet."""
         return self._message is None
 
-    def board(self, message: Message, place: int) -> None:
+    def board(self, message: Sums, place: int) -> None:
         """Note that ``message`` has these integers from its number ``place`` on. Local."""
         self._message, self._place = message, place
 
@@ -60,7 +79,7 @@ class Passenger:
         """Send the integers by themselves. Collective."""
         self.board(Message(self.numbers, self._group), 0)
 
-    def sums(self) -> list[int]:
+    def sums(self) -> Sequence[int]:
         """Wait for the sums, and return them."""
         assert self._message is not None
         return self._message.wait()[self._place : self._place + len(self.numbers)]

@@ -172,14 +172,14 @@ class ScheduledGroups:
 
     def is_as_written(self) -> bool:
         """Return whether the groups are the same, with the very numbers of the last `write`, none of them a tensor."""
-        if self._written is None or not self._are_current():
+        groups = self.optimizer.param_groups
+        if self._written is None or len(groups) != len(self.dicts):
             return False
-        lrs, decays = self._written
-        try:
-            has_lrs = all(map(operator.is_, map(_lr_of, self.dicts), lrs))
-            return has_lrs and all(map(operator.is_, map(_decay_of, self.dicts), decays))
-        except KeyError:  # a group without weight decay
-            return False
+        # One loop for everything, since this runs at every update.
+        for group, known, lr, decay in zip(groups, self.dicts, *self._written, strict=True):
+            if group is not known or group["lr"] is not lr or group.get("weight_decay") is not decay:
+                return False
+        return True
 
     def _make_marks(self) -> None:
         """Make the marks of what was written last, before they are compared or groups change."""
@@ -249,9 +249,6 @@ class ScheduledGroups:
 def copy_value(value: float | Tensor) -> float | Tensor:
     """Return a copy of a hyper-parameter, which in-place changes of the group's tensor do not reach."""
     return value.detach().clone() if isinstance(value, Tensor) else value
-
-
-_lr_of, _decay_of = operator.itemgetter("lr"), operator.itemgetter("weight_decay")
 
 
 def _current(groups: Sequence[Mapping[str, Any]]) -> tuple[list[Any], list[Any]]:

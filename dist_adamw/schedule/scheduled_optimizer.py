@@ -150,8 +150,8 @@ class ScheduledOptimizer:
         """
         if follow:
             self.groups.follow()
-        groups, recipe, samples = self.groups, self.recipe, self.clock.samples
-        if recipe.is_known:
+        groups, recipe, samples, is_known = self.groups, self.recipe, self.clock.samples, self.recipe.is_known
+        if is_known:
             self.last_lr = groups.write(*self._values.at(samples, recipe, groups, groups.optimizer))
         else:
             self.last_lr = groups.current_lr()
@@ -160,7 +160,7 @@ class ScheduledOptimizer:
         if scheduler is not None:
             scheduler._step_count += updates
             scheduler._last_lr = self.last_lr
-            if recipe.epoch_size is not None and recipe.is_known:
+            if is_known and recipe.epoch_size is not None:
                 scheduler.last_epoch = samples // recipe.epoch_size
 
     def use(self, recipe: Recipe) -> None:

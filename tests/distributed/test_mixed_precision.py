@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 
 from dist_adamw import DistAdamW, load, save
+from dist_adamw.optimizer.sharding.dtensors import local_of
 from dist_adamw.optimizer.sharding.values import exact_weights
 from tests.distributed.test_attach import averaged
 from tests.ranks import run_ranks
@@ -195,3 +200,37 @@ def check_state_dict() -> None:
 def test_a_state_dict_keeps_fp32_state_of_bf16_parameters() -> None:
     """torch's load_state_dict rounds state to the parameter's dtype."""
     run_ranks(1, check_state_dict)
+
+
+def check_loss_scaling(max_grad_norm: float | None, *, fsdp: bool = False) -> None:
+    """The average is inf on all ranks if one rank overflows. DistAdamW under DDP shards the state."""
+    nets: list[nn.Module] = [nn.Sequential(*Small().float().children()) for _ in range(2)]
+    wrapped: list[nn.Module] = [*nets]
+    for i, net in enumerate(nets):
+        if fsdp:
+            fully_shard(net, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+        else:
+            wrapped[i] = DistributedDataParallel(net)
+    optimizers: list[Any] = [
+        DistAdamW(nets[0].parameters(), lr=0.1, eps=1e-3, bucket_numel=500, max_grad_norm=max_grad_norm),
+        torch.optim.AdamW(nets[1].parameters(), lr=0.1, eps=1e-3, fused=True),
+    ]
+    scalers = [torch.amp.GradScaler("cpu", init_scale=2.0**16, growth_interval=2) for _ in nets]  # type: ignore[attr-defined,unused-ignore]
+    for step in range(6):
+        x = torch.randn(4, 37, generator=torch.Generator().manual_seed(10 * step + dist.get_rank()))
+        overflows = step in (1, 4) and dist.get_rank() == 1
+        for net, optimizer, scaler in zip(wrapped, optimizers, scalers, strict=True):
+            scaler.scale(net(x).square().mean() * (math.inf if overflows else 1.0)).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+        assert scalers[0].get_scale() == scalers[1].get_scale()
+        assert optimizers[0].step_was_skipped == (step in (1, 4))
+        for mine, theirs in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
+            assert torch.equal(local_of(mine), local_of(theirs))
+
+
+@pytest.mark.parametrize("fsdp", [False, True])
+@pytest.mark.parametrize("max_grad_norm", [None, 1e6])
+def test_scaled_losses_are_torchs_on_several_ranks(max_grad_norm: float | None, fsdp: bool) -> None:
+    run_ranks(2, check_loss_scaling, max_grad_norm, fsdp=fsdp)

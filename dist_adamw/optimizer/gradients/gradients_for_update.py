@@ -36,11 +36,12 @@ class GradientsForUpdate:
         self._link, self._sources, self._sender, self._unannounced = link, sources, sender, unannounced
         self._messages, self._record = messages, record
 
-    def arrive(self, needed_rounds: int) -> None:
+    def arrive(self, needed_rounds: int, *, for_update: bool) -> None:
         """Send and receive the remaining gradients. Collective; after `UpdateAgreement.complete` and the layout.
 
         Args:
             needed_rounds: Rounds into the shard of the rank with the most.
+            for_update: Whether an update follows at once, so that the user cannot change them before it.
         """
         sender, record = self._sender, self._record
         is_averaged = bool(sender.next or sender.rounds or record.late or record.kept)
@@ -57,6 +58,9 @@ class GradientsForUpdate:
         sender.owners = list(shards)
         if sender.reduces_every_backward:
             self._keep_in_shards(sent if is_laid_out_again else ())
+        elif for_update:
+            record.watch.clear()
+            self._sources.tell_siblings()
         else:
             record.watch.remember_written(self._sources.watched(sender.plan.params), averages_in(sender.owners))
             self._sources.tell_siblings()

@@ -12,8 +12,12 @@ from dist_adamw.errors import AgreementError
 from dist_adamw.optimizer.gradients.refusals import CHANGE, ROUND, SAVE, UPDATE, out_of_step
 from dist_adamw.optimizer.transport.gloo import Rollcall
 from dist_adamw.ranks import collectives
+from dist_adamw.ranks.piggyback import MAX_NUMBERS, Piggyback
 
 NOT_CHANGED, ACCEPTED, CHANGED = 0, 1, 2  # gradients between backward and the update; ranks take the largest
+
+
+_HEADER, _REPORT = 3, 13  # numbers in a message: kind, update and digest of the parameters; `UpdateReport.numbers`
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +99,8 @@ class RankMessages:
         self._is_news = False
         self._is_announced = False
         self._rollcall: Rollcall | None = None
+        self._piggyback: Piggyback | None = None  # to take along in the next report
+        self._carried: Piggyback | None = None  # taken along in the last one, and not checked yet
 
     def open(self, groups: Sequence[dist.ProcessGroup], tag: int, device: torch.device) -> None:
         """Open the channel if buckets are sent by messages from the host (gloo). Local.
@@ -106,11 +112,11 @@ class RankMessages:
         """
         self.groups, self.tag = groups, tag
         if collectives.backend_of(groups[0], device) == "gloo":
-            self._rollcall = Rollcall(groups[0], tag, width=16)
+            self._rollcall = Rollcall(groups[0], tag, width=_HEADER + _REPORT + 1 + MAX_NUMBERS)
 
     def close(self) -> None:
         """Stop sending and receiving. Local."""
-        self._rollcall = None
+        self._rollcall = self._piggyback = self._carried = None
 
     @property
     def is_open(self) -> bool:
@@ -170,10 +176,40 @@ class RankMessages:
             AgreementError: a rank does not make this update. On every rank.
         """
         assert self._rollcall is not None
-        self._rollcall.post([UPDATE, self.number, self._params_digest, *report.numbers()])
+        carried, self._piggyback = self._piggyback, None
+        more = [0] if carried is None else [1, *carried.numbers]
+        self._rollcall.post([UPDATE, self.number, self._params_digest, *report.numbers(), *more])
         table = self._answer(self._rollcall)
-        # The first three columns are kind, number and digest, which `_answer` has compared.
-        return [max(column) for column in zip(*table, strict=True)][3:]
+        end = _HEADER + _REPORT
+        self._check_all_carry([bool(row[end]) for row in table])
+        if carried is not None:
+            carried.received([row[end + 1 : end + len(more)] for row in table])
+            self._carried = carried
+        return [*map(max, zip(*(row[_HEADER:end] for row in table), strict=True))]
+
+    def carry(self, piggyback: Piggyback) -> None:
+        """Take ``piggyback`` along in the next report: see `Exchange`. Local."""
+        self._piggyback = piggyback
+
+    def is_between(self, ranks: int) -> bool:
+        """Return whether reports are exchanged by messages between ``ranks`` ranks, and no others. Local."""
+        return self.is_open and len(self.groups) == 1 and collectives.world_size(self.groups[0]) == ranks
+
+    def check_carried(self) -> None:
+        """Raise what a piggyback that came with the last report shows. Collective."""
+        carried, self._carried = self._carried, None
+        if carried is not None:
+            carried.check()
+
+    def _check_all_carry(self, carries: Sequence[bool]) -> None:
+        """Raise AgreementError on every rank if only some of them take numbers along, which `step` does."""
+        if any(carries) and not all(carries):
+            one, other = carries.index(True), carries.index(False)
+            raise AgreementError(
+                f"rank {one} calls step() for update {self.number + 1}, and rank {other} does not, or calls it in "
+                "another way: with a closure, without dist_adamw.prepare, or after gather_gradients() or "
+                "clip_grad_norm_(). Make the same calls on every rank."
+            )
 
     def _meet(self, kind: int) -> None:
         self.check_all_answers()  # answers come in the order of the posts

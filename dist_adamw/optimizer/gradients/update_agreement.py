@@ -100,6 +100,7 @@ class UpdateAgreement:
         if (agreed.has_changes or agreed.options_differ) and self.asks_for_changes:
             check_changes()
         self._refuse_changed(report, agreed)
+        self._messages.check_carried()
         if agreed.is_reopened and not record.is_reopened:  # another rank ran the module forward since backward
             self._sender.reopen()
         if agreed.is_incomplete:  # in few updates, so the whole list is exchanged only then
