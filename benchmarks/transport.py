@@ -29,6 +29,7 @@ from benchmarks import ranks, records
 from dist_adamw.optimizer.transport.base import MAX_IN_FLIGHT, InFlightBucket
 from dist_adamw.optimizer.transport.gloo import BLOCK_NUMEL, GlooTransport
 from dist_adamw.optimizer.transport.layout import FlatLayout
+from dist_adamw.optimizer.transport.rollcall import Channel
 
 CHUNKS = (1 << 16, 1 << 18, 1 << 20, 1 << 22, 1 << 23)
 MESSAGE_CHUNKS = tuple(1 << n for n in range(18, 24))
@@ -123,7 +124,7 @@ def engine_itself(flat: Tensor, chunk: int) -> dict[str, Case]:
     """Run DistAdamW's own code for both, on one parameter of the buffer's size, to see what it adds to the messages."""
     assert dist.group.WORLD is not None
     layout = FlatLayout((flat.numel(),), dist.get_world_size(), chunk)
-    transport = GlooTransport(layout, [flat], group=dist.group.WORLD, replicas=None, tag=1)
+    transport = GlooTransport(layout, [flat], group=dist.group.WORLD, replicas=None, channel=Channel(1))
 
     def all_buckets(start: Callable[[int], InFlightBucket], finish: Callable[[InFlightBucket], None]) -> None:
         under_way: list[InFlightBucket] = []

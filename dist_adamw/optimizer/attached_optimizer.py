@@ -189,10 +189,10 @@ class AttachedOptimizer(SavableOptimizer):
             overlap=overlap,
             reduce_every_backward=reduce_every_backward,
         )
-        self._tag = attaching.new_tag(self._ranks)
+        self._channel = attaching.open_channel(self._ranks, self._all_params()[0].device)
         for shard in self.shards:
-            shard.retag(self._tag)
-        path.messages.open(self._ranks.groups, self._tag, self._all_params()[0].device)
+            shard.use(self._channel)
+        path.messages.open(self._ranks.groups, self._channel, self._all_params()[0].device)
         return path
 
     @torch.no_grad()

@@ -17,6 +17,9 @@ from dist_adamw.optimizer.gradients.gradient_path import GradientPath
 from dist_adamw.optimizer.gradients.registry import gather_from_owners
 from dist_adamw.optimizer.sharding.fingerprints import fingerprints
 from dist_adamw.optimizer.sharding.schemes import ShardingRanks
+from dist_adamw.optimizer.transport import sends_from_host
+from dist_adamw.optimizer.transport.pipes import open_pipes
+from dist_adamw.optimizer.transport.rollcall import Channel
 from dist_adamw.ranks import agreement, collectives
 
 _last_tag = 0
@@ -31,6 +34,13 @@ def new_tag(ranks: ShardingRanks) -> int:
         tag = max(collectives.all_gather_objects(tag, group))
     _last_tag = tag
     return tag
+
+
+def open_channel(ranks: ShardingRanks, device: torch.device) -> Channel:
+    """Return a channel for the messages of a path. Collective."""
+    group, tag = ranks.process_group, new_tag(ranks)
+    assert group is not None
+    return Channel(tag, open_pipes(group) if sends_from_host(group, device) else None)
 
 
 def check_options_alike(record: dict[str, Any], ranks: ShardingRanks) -> None:

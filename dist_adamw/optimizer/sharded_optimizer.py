@@ -29,6 +29,7 @@ from dist_adamw.optimizer.sharding.shard import Shard
 from dist_adamw.optimizer.sharding.user_changes import AMSGRAD_CHANGED, Changes, check_new_state
 from dist_adamw.optimizer.sharding.watched_state import AccessRecord
 from dist_adamw.optimizer.state_dict import WholeState
+from dist_adamw.optimizer.transport.rollcall import Channel
 from dist_adamw.plain_data import plain
 
 OPTIONS = (
@@ -64,7 +65,7 @@ class ShardedOptimizer(Optimizer):
     state_dtype: torch.dtype | None
     reduce_dtype: torch.dtype | None
     # Defaults for an unpickled optimizer, whose __init__ has not run.
-    _tag = 0
+    _channel = Channel()
     _mesh: DeviceMesh | None = None
     _path: GradientPath | None = None
 
@@ -118,7 +119,7 @@ class ShardedOptimizer(Optimizer):
             self._ranks,
             self.bucket_numel,
             self._path is not None and self._path.reduce_every_backward,
-            self._tag,
+            self._channel,
             self.master_dtype,
             self.state_dtype,
             self.reduce_dtype,

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from dist_adamw import CyclicLRWithRestarts, DistAdamW, prepare
-from dist_adamw.optimizer.transport.gloo import Rollcall
+from dist_adamw.optimizer.transport.rollcall import Rollcall
 from tests.distributed.jobs import data
 from tests.ranks import expect_error_on_all, run_ranks
 
@@ -107,9 +107,12 @@ def nothing(n: int, *_: Any) -> None:
 
 
 def test_reports_take_the_comparison_and_the_count_along() -> None:
-    """An update announces its backward pass and reports its gradients; each second one compares weights as well."""
+    """An update announces its backward pass and reports its gradients; each second one compares weights as well.
+
+    Two more messages say that a bucket of gradients, and one of parameters, is in shared memory, and two open that.
+    """
     for sent, samples in run_ranks(2, attached_job, nothing):
-        assert sent == [102, 2, 102, 2, 102]
+        assert sent == [106, 4, 104, 4, 104]
         assert samples == 40
 
 

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dist_adamw import DistAdamW
-from dist_adamw.optimizer.transport import gloo, slots
+from dist_adamw.optimizer.transport import gloo, pipes, slots
 from dist_adamw.optimizer.transport.shared_memory import SharedMemoryTransport
 from tests.distributed.test_attach import WAYS, WORLDS, Job, constants
 from tests.ranks import end_pool, expect_error_on_all, run_ranks
@@ -80,7 +80,7 @@ def check_no_descriptor() -> bool:
 
 def check_other_place() -> bool:
     """Let rank 1 be on another host, as far as it knows."""
-    with constants(slots, _place=dist.get_rank):
+    with constants(slots, place=dist.get_rank), constants(pipes, place=dist.get_rank):
         return shares(check_bits({}, {}).optimizer)
 
 

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from dist_adamw.errors import AgreementError
 from dist_adamw.optimizer.gradients.refusals import CHANGE, ROUND, SAVE, UPDATE, out_of_step
-from dist_adamw.optimizer.transport.gloo import Rollcall
+from dist_adamw.optimizer.transport.rollcall import Channel, Rollcall
 from dist_adamw.ranks import collectives
 from dist_adamw.ranks.piggyback import MAX_NUMBERS, Piggyback
 
@@ -102,17 +102,17 @@ class RankMessages:
         self._piggyback: Piggyback | None = None  # to take along in the next report
         self._carried: Piggyback | None = None  # taken along in the last one, and not checked yet
 
-    def open(self, groups: Sequence[dist.ProcessGroup], tag: int, device: torch.device) -> None:
+    def open(self, groups: Sequence[dist.ProcessGroup], channel: Channel, device: torch.device) -> None:
         """Open the channel if buckets are sent by messages from the host (gloo). Local.
 
         Args:
             groups: The ranks that share state, and perhaps the replicas.
-            tag: A new one, the same on all ranks of ``groups``.
+            channel: A new one.
             device: That of the parameters.
         """
-        self.groups, self.tag = groups, tag
+        self.groups, self.tag = groups, channel.tag
         if collectives.backend_of(groups[0], device) == "gloo":
-            self._rollcall = Rollcall(groups[0], tag, width=_HEADER + _REPORT + 1 + MAX_NUMBERS)
+            self._rollcall = Rollcall(groups[0], channel, width=_HEADER + _REPORT + 1 + MAX_NUMBERS)
 
     def close(self) -> None:
         """Stop sending and receiving. Local."""

@@ -30,6 +30,7 @@ from dist_adamw.optimizer.sharding.user_changes import (
 )
 from dist_adamw.optimizer.sharding.values import load, put, reset
 from dist_adamw.optimizer.sharding.watched_state import AccessRecord, Shown, Snapshot, WatchedEntry
+from dist_adamw.optimizer.transport.rollcall import Channel
 
 Groups = list[dict[str, Any]]
 StateOf = dict[Tensor, dict[str, Any]]
@@ -45,7 +46,7 @@ class Wanted:
         ranks: The ranks that the state is sharded over.
         bucket_numel: See `DistAdamW`, also for the three dtypes.
         reduce_every_backward: Whether gradients are kept in the shards, see `Shard`.
-        tag: The tag of the optimizer's messages.
+        channel: The channel of the optimizer's messages.
         order: Returns the wanted place of parameters in the layout, by id; see `arrange`.
         by_group: Whether no two groups may share a shard.
         are_shares: Whether ``state`` has shares of one shard, which may be of an earlier version's.
@@ -56,7 +57,7 @@ class Wanted:
     ranks: ShardingRanks
     bucket_numel: int | None
     reduce_every_backward: bool
-    tag: int
+    channel: Channel
     master_dtype: torch.dtype | None
     state_dtype: torch.dtype | None
     reduce_dtype: torch.dtype | None
@@ -77,7 +78,7 @@ class Wanted:
             replicas=self.ranks.replica_group,
             max_bucket_numel=self.bucket_numel,
             reduce_every_backward=self.reduce_every_backward,
-            tag=self.tag,
+            channel=self.channel,
             master_dtype=self.master_dtype,
             state_dtype=self.state_dtype,
             reduce_dtype=self.reduce_dtype,

@@ -30,6 +30,7 @@ from dist_adamw.optimizer.sharding.owned_gradients import OwnedGradients
 from dist_adamw.optimizer.transport import make_transport, sends_from_host
 from dist_adamw.optimizer.transport.base import Transport, cut
 from dist_adamw.optimizer.transport.layout import FlatLayout
+from dist_adamw.optimizer.transport.rollcall import Channel
 from dist_adamw.ranks import collectives
 
 
@@ -44,7 +45,7 @@ class Shard:
         replicas: The ranks that own the same elements, in other copies of the state.
         max_bucket_numel: Elements that are sent together; None chooses a suitable number.
         reduce_every_backward: See `layout.suitable_bucket_numel`.
-        tag: Tells the messages of several optimizers apart.
+        channel: Distinguishes the messages of several optimizers.
         master_dtype: The dtype of masters of bf16 or fp16 parameters: fp32, or int16 for remainders.
         state_dtype: The dtype of the moments; None means fp32 with masters, else the parameters' dtype.
         reduce_dtype: The dtype in which gradients are averaged, see `DistAdamW`.
@@ -64,7 +65,7 @@ class Shard:
         replicas: dist.ProcessGroup | None = None,
         max_bucket_numel: int | None,
         reduce_every_backward: bool = False,
-        tag: int = 0,
+        channel: Channel | None = None,
         master_dtype: torch.dtype | None = None,
         state_dtype: torch.dtype | None = None,
         reduce_dtype: torch.dtype | None = None,
@@ -72,7 +73,7 @@ class Shard:
         self.params = params
         self.shard_axes = shard_axes(params[0])
         self.groups, self.distinct_groups = groups, _distinct(groups)
-        self.process_group, self._replicas, self._tag = process_group, replicas, tag
+        self.process_group, self._replicas, self._channel = process_group, replicas, channel or Channel()
         self._reduce_dtype = reduce_dtype
         world_size = 1 if process_group is None else collectives.world_size(process_group)
         self.rank = 0 if process_group is None else collectives.rank(process_group)
@@ -120,7 +121,7 @@ class Shard:
                 flat,
                 group=self.process_group,
                 replicas=self._replicas,
-                tag=self._tag,
+                channel=self._channel,
                 reduce_dtype=self._reduce_dtype,
                 replaces=self.transport,
             )
@@ -186,11 +187,11 @@ class Shard:
         # ``.to()`` moves all parameters of a module, so checking the first one is enough before backward.
         return local_of(self.params[0]).device != self.steps.device
 
-    def retag(self, tag: int) -> None:
-        """Use ``tag`` for messages from now on."""
-        self._tag = tag
+    def use(self, channel: Channel) -> None:
+        """Send by ``channel`` from now on. Local."""
+        self._channel = channel
         if self.transport is not None:
-            self.transport.tag = tag
+            self.transport.channel = channel
 
     def follow_weights(self) -> None:
         """Update masters of parameters that were written to since the last update, e.g. by loading a model. Local.

@@ -14,6 +14,7 @@ from torch import Tensor
 from dist_adamw.optimizer.transport.base import Transport
 from dist_adamw.optimizer.transport.collective import CollectiveTransport
 from dist_adamw.optimizer.transport.layout import FlatLayout
+from dist_adamw.optimizer.transport.rollcall import Channel
 from dist_adamw.optimizer.transport.shared_memory import SharedMemoryTransport
 from dist_adamw.ranks import collectives
 
@@ -24,7 +25,7 @@ def make_transport(
     *,
     group: dist.ProcessGroup,
     replicas: dist.ProcessGroup | None = None,
-    tag: int = 0,
+    channel: Channel,
     reduce_dtype: torch.dtype | None = None,
     replaces: Transport | None = None,
 ) -> Transport:
@@ -35,11 +36,11 @@ def make_transport(
         params: The parameters, as 1-D views.
         group: The ranks that share the layout.
         replicas: The ranks that own the same slices as this one, over which gradients are averaged too.
-        tag: Distinguishes the messages of several optimizers; the same on all ranks.
+        channel: Distinguishes the messages of several optimizers.
         reduce_dtype: See `DistAdamW`.
         replaces: The transport of the same layout before parameters moved.
     """
-    options: dict[str, Any] = {"group": group, "replicas": replicas, "tag": tag, "reduce_dtype": reduce_dtype}
+    options: dict[str, Any] = {"group": group, "replicas": replicas, "channel": channel, "reduce_dtype": reduce_dtype}
     if not sends_from_host(group, params[0].device):
         return CollectiveTransport(layout, params, **options)
     return SharedMemoryTransport(layout, params, **options, replaces=replaces)

@@ -18,7 +18,7 @@ T = TypeVar("T")
 Flat = Sequence["Tensor | None"]  # one 1-D tensor per parameter, or None if it has no gradient
 
 MAX_IN_FLIGHT = 2  # buckets: one is sent while the next is computed, and each needs its own staging
-_GONE = (
+GONE = (
     "A rank that this one exchanges gradients or parameters with has exited, skipped a backward pass or a step() that "
     "others made, or left the training loop early. Every rank must make the same backward passes and updates."
 )
@@ -50,7 +50,7 @@ class InFlightBucket:
             for work in self.works:
                 work.wait()
         except RuntimeError as error:
-            raise RuntimeError(f"{error}\n{_GONE}") from error
+            raise RuntimeError(f"{error}\n{GONE}") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +89,7 @@ class Transport(ABC):
     At most MAX_IN_FLIGHT buckets may be in flight at a time.
 
     Attributes:
-        tag: Distinguishes the messages of several optimizers; the same on all ranks.
+        channel: Distinguishes the messages of several optimizers.
         count: The number of ranks that gradients are averaged over.
     """
 
@@ -100,11 +100,11 @@ class Transport(ABC):
         *,
         group: dist.ProcessGroup,
         replicas: dist.ProcessGroup | None,
-        tag: int,
+        channel: Any,
         reduce_dtype: torch.dtype | None = None,
     ) -> None:
         self._layout, self._params = layout, params
-        self._group, self._replicas, self.tag = group, replicas, tag
+        self._group, self._replicas, self.channel = group, replicas, channel
         self._rank, self._size = collectives.rank(group), layout.world_size
         self.count = self._size * (1 if replicas is None else collectives.world_size(replicas))
         self._like = params[0]

@@ -21,7 +21,6 @@ from torch import Tensor
 
 from dist_adamw.optimizer.transport.base import Flat, InFlightBucket, OwnedPart, T, Transport, _copy_present
 from dist_adamw.optimizer.transport.layout import Piece, Segment
-from dist_adamw.ranks import collectives
 
 DIRECT_NUMEL = 1 << 14  # shorter runs are packed, since a copy costs less than a message
 BLOCK_NUMEL = 1 << 16  # elements summed at a time, few enough to stay in a core's cache between passes
@@ -231,58 +230,12 @@ class GlooTransport(Transport):
 
     def _send(self, sent: InFlightBucket, tensor: Tensor | None, to: int) -> None:
         assert tensor is not None
-        work = dist.isend(tensor, group=self._group, group_dst=to, tag=self.tag)
+        work = dist.isend(tensor, group=self._group, group_dst=to, tag=self.channel.tag)
         assert work is not None
         sent.works.append(work)
 
     def _receive(self, sent: InFlightBucket, tensor: Tensor | None, source: int) -> None:
         assert tensor is not None
-        work = dist.irecv(tensor, group=self._group, group_src=source, tag=self.tag)
+        work = dist.irecv(tensor, group=self._group, group_src=source, tag=self.channel.tag)
         assert work is not None
         sent.works.append(work)
-
-
-class Rollcall:
-    """An all-gather of a few integers, on the channel of the buckets. Collective.
-
-    Messages with the same tag arrive in the order in which they were sent. If one rank starts to send gradients while
-    another one updates, each therefore receives the other's numbers, and both detect the difference.
-
-    Args:
-        group: A gloo process group.
-        tag: The tag of the buckets.
-        width: The number of integers in a message.
-    """
-
-    def __init__(self, group: dist.ProcessGroup, tag: int, width: int) -> None:
-        self.group, self.tag, self._width = group, tag, width
-        self._rank, self._size = collectives.rank(group), collectives.world_size(group)
-        self._under_way: list[tuple[InFlightBucket, Tensor]] = []
-
-    def post(self, numbers: Sequence[int]) -> None:
-        """Start to send ``numbers``, padded with zeros, and to receive those of the other ranks."""
-        table = torch.zeros(self._size, self._width, dtype=torch.int64)
-        table[self._rank, : len(numbers)] = torch.tensor(numbers, dtype=torch.int64)
-        sent = InFlightBucket(0, [], None)
-        for distance in range(1, self._size):
-            to, source = (self._rank + distance) % self._size, (self._rank - distance) % self._size
-            for work in (
-                dist.irecv(table[source], group=self.group, group_src=source, tag=self.tag),
-                dist.isend(table[self._rank], group=self.group, group_dst=to, tag=self.tag),
-            ):
-                assert work is not None
-                sent.works.append(work)
-        self._under_way.append((sent, table))
-
-    @property
-    def is_under_way(self) -> bool:
-        """Whether the `answer` of some `post` has not been read yet."""
-        return bool(self._under_way)
-
-    def answer(self) -> list[list[int]]:
-        """Wait for the oldest `post`; return the numbers of every rank."""
-        sent, table = self._under_way[0]
-        sent.wait()
-        del self._under_way[0]  # only now, since the transfer needs the memory
-        numbers: list[list[int]] = table.tolist()
-        return numbers

@@ -42,7 +42,7 @@ class SharedMemoryTransport(GlooTransport):
         """Return the shared memory, opened at the first transfer; None if some rank cannot share. Collective."""
         if not self._is_open:
             numel = self._slot_numel * (self._size - 1)
-            self._slots = open_slots(numel, self._like.dtype, group=self._group, tag=self.tag)
+            self._slots = open_slots(numel, self._like.dtype, group=self._group, channel=self.channel)
             self._is_open = True
         return self._slots
 
@@ -60,7 +60,7 @@ class SharedMemoryTransport(GlooTransport):
         for to, _ in self._peers:
             if theirs := self._parts[k][to]:
                 torch._foreach_copy_(self._outgoing(slots, slot, k, to), [part.of(parts) for part in theirs])
-        slots.tell(self.tag)
+        slots.tell(self.channel)
         received = {source: self._region(slots, slot, source, self._rank) for _, source in self._peers}
         return InFlightBucket(k, [], (received, slots), parts)
 
@@ -85,7 +85,7 @@ class SharedMemoryTransport(GlooTransport):
         mine = _present(self._gathered(sent, (k, self._rank), self._slices[k][self._rank].pieces))
         if mine:
             torch.cat(mine, out=slots.of[self._rank][slot][: sum(map(Tensor.numel, mine))])
-        slots.tell(self.tag)
+        slots.tell(self.channel)
         return sent
 
     def finish_gather(self, sent: InFlightBucket) -> None:

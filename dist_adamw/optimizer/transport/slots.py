@@ -15,7 +15,6 @@ import mmap
 import os
 import secrets
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -23,7 +22,8 @@ from torch import Tensor
 
 from dist_adamw.errors import AgreementError
 from dist_adamw.optimizer.transport.base import MAX_IN_FLIGHT
-from dist_adamw.optimizer.transport.gloo import Rollcall
+from dist_adamw.optimizer.transport.pipes import place
+from dist_adamw.optimizer.transport.rollcall import Channel, Rollcall
 
 SLOTS = 2 * MAX_IN_FLIGHT
 _NAME = "dist_adamw"
@@ -49,9 +49,9 @@ class Slots:
         self._begun += 1
         return self._begun % SLOTS
 
-    def tell(self, tag: int) -> None:
+    def tell(self, channel: Channel) -> None:
         """Tell the peers that this rank has written to the slot that `begin` returned. Local."""
-        self._messages.tag = tag
+        self._messages.channel = channel
         self._messages.post([_HAS_WRITTEN, self._begun])
 
     def wait(self) -> None:
@@ -64,19 +64,19 @@ class Slots:
         _check(self._messages, self._messages.answer(), [_HAS_WRITTEN, self._ended])
 
 
-def open_slots(numel: int, dtype: torch.dtype, *, group: dist.ProcessGroup, tag: int) -> Slots | None:
+def open_slots(numel: int, dtype: torch.dtype, *, group: dist.ProcessGroup, channel: Channel) -> Slots | None:
     """Share memory with the ranks of ``group``; return None, on every rank, if one of them cannot. Collective.
 
     Args:
         numel: Elements of a slot, of ``dtype``; the same on every rank.
         group: A gloo group.
-        tag: Distinguishes the messages of several optimizers.
+        channel: Distinguishes the messages of several optimizers.
     """
-    messages = Rollcall(group, tag, width=6)
+    messages = Rollcall(group, channel, width=6)
     nbytes = _HEADER + SLOTS * numel * dtype.itemsize
     key = secrets.randbits(62) + 1  # not 0, which says that there is no memory
     with _Memory(nbytes, key) as mine:
-        messages.post([_OPENS, nbytes, key if mine.fd is not None else 0, _place(), os.getpid(), mine.fd or 0])
+        messages.post([_OPENS, nbytes, key if mine.fd is not None else 0, place() or 0, os.getpid(), mine.fd or 0])
         table = _check(messages, messages.answer(), [_OPENS, nbytes])
         maps = _map_all(table, nbytes, mine)
         messages.post([_HAS_MAPPED, nbytes, maps is not None])
@@ -119,18 +119,9 @@ class _Memory:
             self.fd = None
 
 
-def _place() -> int:
-    """Return a number that is the same on ranks that can see each other's processes."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text()
-        return int(boot.replace("-", ""), 16) % (1 << 31) << 31 | os.stat("/proc/self/ns/pid").st_ino % (1 << 31)
-    except (OSError, ValueError):
-        return 0
-
-
 def _map_all(table: Sequence[Sequence[int]], nbytes: int, mine: _Memory) -> list[Tensor] | None:
     """Map the memory of every rank, by its row of ``table``; None if that is not possible. Local."""
-    places = {place for _, _, _, place, _, _ in table}
+    places = {where for _, _, _, where, _, _ in table}
     if mine.bytes is None or len(places) > 1 or not all(key for _, _, key, *_ in table):
         return None
     try:

@@ -1,0 +1,133 @@
+"""Short messages between the ranks of one host, through pipes.
+
+A message over gloo wakes a thread of gloo on both sides, which on a busy machine takes more processor time than the
+rest of a small update. A rank writes to a pipe itself, and the reader wakes up from it.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import stat
+import struct
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from dist_adamw.ranks import collectives
+
+WIDTH = 24  # integers in a message; far below PIPE_BUF, so a message is written and read as a whole
+_FORMAT = struct.Struct(f"={WIDTH}q")
+_SLICE_MS = 1000
+
+
+class Pipes:
+    """A pipe from each of the ranks to each other one. Messages arrive in the order in which they were posted."""
+
+    def __init__(self, rank: int, readers: dict[int, int], writers: dict[int, int], timeout: float) -> None:
+        self._rank, self._readers, self._writers, self._timeout = rank, readers, writers, timeout
+        self._posted = 0
+        self._read = dict.fromkeys(readers, 0)
+        self._rows: dict[tuple[int, int], tuple[int, ...]] = {}  # messages that were read early, by sender and number
+
+    def __del__(self) -> None:
+        for fd in (*self._readers.values(), *self._writers.values()):
+            os.close(fd)
+
+    def post(self, numbers: Sequence[int]) -> int:
+        """Send ``numbers``, at most WIDTH, to every other rank; return the number of the message. Local.
+
+        Raises:
+            RuntimeError: a rank has exited.
+        """
+        message = _FORMAT.pack(*numbers, *[0] * (WIDTH - len(numbers)))
+        for there, fd in self._writers.items():
+            try:
+                os.write(fd, message)
+            except BrokenPipeError as error:
+                raise RuntimeError(f"rank {there} has exited.") from error
+        self._posted += 1
+        return self._posted - 1
+
+    def wait(self, number: int) -> dict[int, tuple[int, ...]]:
+        """Wait for the messages with this number; return the integers of the other ranks. Collective; once for each.
+
+        Raises:
+            RuntimeError: a rank has exited, or sent nothing within the process group's timeout.
+        """
+        for there in self._readers:
+            while self._read[there] <= number:
+                self._rows[there, self._read[there]] = self._next(there)
+                self._read[there] += 1
+        return {there: self._rows.pop((there, number)) for there in self._readers}
+
+    def _next(self, there: int) -> tuple[int, ...]:
+        fd, deadline = self._readers[there], time.monotonic() + self._timeout
+        arrives = select.poll()
+        arrives.register(fd, select.POLLIN)
+        while not arrives.poll(_SLICE_MS):
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"rank {there} sent nothing for {self._timeout:g} s.")
+        message = os.read(fd, _FORMAT.size)
+        if not message:
+            raise RuntimeError(f"rank {there} has exited.")
+        return _FORMAT.unpack(message)
+
+
+def open_pipes(group: dist.ProcessGroup) -> Pipes | None:
+    """Open pipes between the ranks of ``group``; return None, on every rank, if one of them cannot. Collective."""
+    rank, size = collectives.rank(group), collectives.world_size(group)
+    others = [there for there in range(size) if there != rank]
+    readers: dict[int, int] = {}
+    ends: dict[int, int] = {}  # that others write to
+    writers: dict[int, int] = {}
+    if _is_wanted():
+        try:
+            for there in others:
+                readers[there], ends[there] = os.pipe()
+        except OSError:  # no descriptors are left
+            pass
+    paths = {there: (f"/proc/{os.getpid()}/fd/{fd}", os.fstat(fd).st_ino) for there, fd in ends.items()}
+    table = collectives.all_gather_objects((place() if len(ends) == len(others) else None, paths), group)
+    places = {where for where, _ in table}
+    if len(places) == 1 and None not in places:
+        try:
+            for there in others:
+                writers[there] = _open(*table[there][1][rank])
+        except OSError:  # another user's process, or no descriptors are left
+            pass
+    can = all(collectives.all_gather_objects(len(writers) == len(others) and bool(others), group))
+    for fd in ends.values():
+        os.close(fd)
+    pipes = Pipes(rank, readers, writers, _timeout_of(group))
+    return pipes if can else None
+
+
+def place() -> int | None:
+    """Return a number that is the same on ranks that can see each other's processes; None: no others can."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text()
+        return int(boot.replace("-", ""), 16) % (1 << 31) << 31 | os.stat("/proc/self/ns/pid").st_ino % (1 << 31)
+    except (OSError, ValueError):  # not Linux
+        return None
+
+
+def _is_wanted() -> bool:
+    return os.environ.get("DIST_ADAMW_SHARED_MEMORY") != "0"
+
+
+def _open(path: str, inode: int) -> int:
+    found = os.stat(path)
+    if not stat.S_ISFIFO(found.st_mode) or found.st_ino != inode:  # before it is opened, which may have effects
+        raise OSError(f"{path} is not the pipe of a rank.")
+    return os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+
+
+def _timeout_of(group: dist.ProcessGroup) -> float:
+    options: Any = getattr(group._get_backend(torch.device("cpu")), "options", None)
+    timeout = getattr(options, "_timeout", None)
+    return 1800.0 if timeout is None else float(timeout.total_seconds())
