@@ -49,19 +49,22 @@ class AttachedOptimizer(SavableOptimizer):
         if self._path.is_whole:
             self._follow(changed)
             return self._path.update.take_whole()
-        group = self.process_group
-        assert group is not None
-        if not self._path.agreement.complete(
-            group,
-            self.replica_group,
+        ranks, agreement = self._ranks, self._path.agreement
+        assert ranks.process_group is not None
+        hosts = ranks.comparing()
+        if not agreement.complete(
+            ranks.process_group,
+            ranks.replica_group,
             has_changes=changed,
             options=self._digest_options(),
             check_changes=self._compare,
-            hosts=self._ranks.comparing(),
+            hosts=hosts,
         ):
             return False
-        self._follow(changed, is_agreed=self._path.agreement.asks_for_changes)
-        self._path.update.arrive(self._path.agreement.needed_rounds)
+        if self._path.order.is_due and not is_capturing():
+            changed |= self._path.order.adopt(hosts or ranks.groups, agreement.needed_rounds)
+        self._follow(changed, is_agreed=agreement.asks_for_changes)
+        self._path.update.arrive(agreement.needed_rounds)
         return True
 
     def _warn_of_local_gradients(self) -> None:

@@ -152,6 +152,7 @@ class Sender:
             packed.enter(self.plan)
         if packed.buckets and packed.buckets[0] < self.next:
             raise too_late(packed.params[0])
+        self._sources.arrivals.bucket_arrived(packed.params, self._sources.order)
         packed.reorder()
         for shard, i, flat in packed.places:
             self._flat[id(shard)][i] = flat

@@ -70,8 +70,9 @@ class GradientSources:
         revision: Counts these changes.
         known: The optimizer's parameters, when `follow_params` last looked.
         known_ids: Their ids.
-        order: By id, the place of those that were in a module when it was attached. A module mostly has its parameters
-            in the order in which forward uses them, so backward reaches the last ones first.
+        order: By id, the place in the layout of those that were in a module when it was attached. Backward reaches the
+            last ones first: a module mostly has its parameters in the order in which forward uses them. If not, the
+            order of arrival in the first update replaces that of the modules, see `ArrivalOrder`.
         are_buckets: Whether DDP's buckets announce every gradient.
         is_ddp: Whether the modules are in DDP; None before the first.
         arrivals: The parameters whose gradients hooks have noted.
@@ -86,7 +87,6 @@ class GradientSources:
         self.known: list[Tensor] = []
         self.known_ids: Set[int] = frozenset()
         self.order: dict[int, int] = {}
-        self._places = itertools.count()
         self.are_buckets = True
         self.is_ddp: bool | None = None
         self._are_copied = False  # whether DDP copies some gradients from its own buffers at the end of backward
@@ -124,9 +124,10 @@ class GradientSources:
             )
         self.is_ddp = is_ddp
         self.follow_params()
+        places = itertools.count(max(self.order.values(), default=-1) + 1)
         for param in model.parameters():  # now, since the module may be collected sooner on one rank than on another
             if id(param) in self.known_ids and id(param) not in self.order:
-                self.order[id(param)] = next(self._places)
+                self.order[id(param)] = next(places)
         params = [param for param in _own_parameters(model) if param.requires_grad and id(param) in self.known_ids]
         if isinstance(model, DistributedDataParallel):
             if reduces_every_backward:
@@ -141,6 +142,7 @@ class GradientSources:
             self._add_hooks(params)
         if all(ref() is not model for ref in self._modules):
             self._hang_on_module(model, aside=aside)
+        self.arrivals.record_order(1 if aside else 2)
 
     def _add_hooks(self, params: list[Tensor]) -> None:
         """Put hooks on ``params``."""

@@ -338,7 +338,11 @@ class AllShards:
         if entry is None:
             entry = WatchedEntry.of(self._accesses, {})
             dict.__setitem__(state, param, entry)  # dict's own method does not count as a change by the user
-        values = {key: _pointed_at(entry.get(key), view) for key, view in views.items()}
+        shown = self._shown[id(param)].values if id(param) in self._shown else {}
+        values = {
+            key: _pointed_at(given := entry.get(key), view, is_shown=given is not None and given is shown.get(key))
+            for key, view in views.items()
+        }
         entry.update(values)  # not replaced: the user may keep other values in it
         self._shown[id(param)] = Shown.of(values)
 
@@ -362,11 +366,15 @@ def _agree_on_largest(flags: Tensor, ranks: ShardingRanks) -> None:
         dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=group)
 
 
-def _pointed_at(tensor: Any, view: Tensor) -> Tensor:
-    """Return ``tensor`` with ``view``'s memory if possible, since the user may hold it and write to it later."""
+def _pointed_at(tensor: Any, view: Tensor, *, is_shown: bool) -> Tensor:
+    """Return ``tensor`` with ``view``'s memory if possible, since the user may hold it and write to it later.
+
+    Args:
+        is_shown: Whether a shard has put ``tensor`` there, so that its shape may follow the share.
+    """
     if type(tensor) is not Tensor or type(view) is not Tensor or tensor.requires_grad or tensor.is_inference():
         return view
-    if (tensor.shape, tensor.dtype, tensor.device) != (view.shape, view.dtype, view.device):
+    if (tensor.dtype, tensor.device) != (view.dtype, view.device) or not (is_shown or tensor.shape == view.shape):
         return view
     tensor.data = view
     return tensor
