@@ -237,19 +237,50 @@ def _moved(func: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     return copy if device is None else CudaTensor(copy, device)
 
 
-class _Stream:
+class Stream:
+    """A stream. What it waits for is noted."""
+
     def __init__(self, device: Any = None) -> None:
         self.device = _cuda(device) or torch.device("cuda:0")
+        self.waited_for: list[Stream] = []
+
+    def wait_event(self, event: _Event) -> None:
+        assert event.stream is not None, "an event that was never recorded"
+        self.waited_for.append(event.stream)
 
 
 class _Event:
-    def __init__(self, **_: Any) -> None: ...
+    def __init__(self, **_: Any) -> None:
+        self.stream: Stream | None = None
 
-    def record(self, stream: _Stream | None = None) -> None:
-        notes.events.append((stream or _Stream()).device)
+    def record(self, stream: Stream | None = None) -> None:
+        self.stream = stream or current_stream()
+        notes.events.append(self.stream.device)
 
     def synchronize(self) -> None:
         notes.event_waits += 1
+
+
+_main: dict[torch.device, Stream] = {}
+_entered: list[Stream] = []
+
+
+def current_stream(device: Any = None) -> Stream:
+    """Return the stream that was entered last on ``device``, or its first one."""
+    place = _cuda(device) or torch.device("cuda:0")
+    for stream in reversed(_entered):
+        if stream.device == place:
+            return stream
+    return _main.setdefault(place, Stream(place))
+
+
+@contextmanager
+def _entering(stream: Stream) -> Iterator[None]:
+    _entered.append(stream)
+    try:
+        yield
+    finally:
+        _entered.pop()
 
 
 def _register_guard() -> None:
@@ -306,7 +337,9 @@ def pretending() -> Iterator[Notes]:
     _register_guard()
     replaced: list[Any] = [
         patch.object(torch.cuda, "Event", _Event),
-        patch.object(torch.cuda, "current_stream", _Stream),
+        patch.object(torch.cuda, "Stream", Stream),
+        patch.object(torch.cuda, "current_stream", current_stream),
+        patch.object(torch.cuda, "stream", _entering),
         patch.object(torch.cuda, "is_current_stream_capturing", lambda: False),
         patch.object(kernel, "available", lambda device: True),
         patch.object(kernel, "flat_adamw_update_", launched),

@@ -6,11 +6,12 @@ tests run it with ``json``. It is a process of its own because pretending change
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 
 from dist_adamw import DistAdamW
-from tests.pretend_cuda import Model, Notes, pretending
+from tests.pretend_cuda import Model, Notes, current_stream, pretending
 
 ROOT = Path(__file__).parents[2]
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -43,6 +45,7 @@ ATTACHED: dict[str, dict[str, Any]] = {
     "attached, bf16, fp32 masters": {"attach": True, "dtype": BF16, "master_dtype": FP32},
     "attached, a parameter without a gradient": {"attach": True, "missing": 1},
     "attached, reduce_every_backward": {"attach": True, "reduce_every_backward": True},
+    "attached, replicas": {"attach": True, "replicas": 2},
 }
 
 
@@ -63,26 +66,48 @@ def _measured(
     lr: float | str = 1e-3,
     attach: bool = False,
     reduce_every_backward: bool = False,
+    replicas: int = 0,
     **options: Any,
 ) -> dict[str, Any]:
+    if replicas:
+        shape = (replicas, dist.get_world_size() // replicas)
+        options["mesh"] = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard"))
     params = [nn.Parameter(torch.randn(6400, device=f"cuda:{i % devices}").to(dtype)) for i in range(4)]
     model = Model(params)
     rate = torch.tensor(1e-3, device=lr) if isinstance(lr, str) else lr
     optimizer = DistAdamW(model.parameters(), lr=rate, **options)
     if attach:
         optimizer.attach(model, reduce_every_backward=reduce_every_backward)
-    for update in range(UPDATES):
-        notes.clear()
-        model.without_gradient = set(range(missing)) if update else set()
-        model().backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    with reduced_over(optimizer.replica_group) as streams:
+        for update in range(UPDATES):
+            notes.clear()
+            model.without_gradient = set(range(missing)) if update else set()
+            model().backward()
+            optimizer.step()
+            optimizer.zero_grad()
     return {
+        "streams of replicas": [stream is current_stream(stream.device) for stream in streams],
         "kernels": dict(notes.kernels),
         "waits": dict(notes.waits),
         "event waits": notes.event_waits,
         "events": [str(device) for device in notes.events],
     }
+
+
+@contextlib.contextmanager
+def reduced_over(group: Any) -> Iterator[list[Any]]:
+    """Yield the streams on which buckets are all-reduced over ``group``."""
+    streams: list[Any] = []
+    reduce = dist.all_reduce
+
+    def noted(tensor: torch.Tensor, *args: Any, **options: Any) -> Any:
+        if group is not None and options.get("group") is group and tensor.is_cuda and options.get("async_op"):
+            streams.append(torch.cuda.current_stream(tensor.device))
+        return reduce(tensor, *args, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "all_reduce", noted)
+        yield streams
 
 
 def main(world_size: int) -> dict[str, Any]:
@@ -137,6 +162,15 @@ def test_the_host_never_waits_in_a_steady_update(name: str, found: dict[str, Any
     assert counts["waits"] == {}
     # One event, recorded in the update before: the host is at most an update ahead.
     assert counts["event waits"] == ("max_grad_norm" in name)
+
+
+def test_backward_does_not_wait_for_sums_over_replicas(found: dict[str, Any]) -> None:
+    """Another stream waits for the reduce-scatter before the all-reduce."""
+    if "attached, replicas" not in found:
+        pytest.skip("needs several ranks")
+    are_current = found["attached, replicas"]["streams of replicas"]
+    assert len(are_current) == UPDATES
+    assert not any(are_current)
 
 
 def test_an_update_launches_few_kernels(found: dict[str, Any]) -> None:

@@ -19,6 +19,8 @@ class CollectiveTransport(Transport):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._known: dict[int, tuple[list[Piece], int, int, int]] = {}
+        self._unchained: InFlightBucket | None = None  # its all-reduce over replicas has not been started yet
+        self._side: torch.cuda.Stream | None = None
 
     def _staging(self) -> Tensor:
         return self._empty(self._layout.bucket_numel).zero_()  # padding is sent too
@@ -43,6 +45,7 @@ class CollectiveTransport(Transport):
 
     def start_reduce(self, k: int, parts: Sequence[Tensor]) -> InFlightBucket:
         """See `Transport`."""
+        self._chain()
         sent = InFlightBucket(k, [], None, parts)
         (buffer,) = parts
         _, _, first, last = self._pieces(k)
@@ -52,15 +55,41 @@ class CollectiveTransport(Transport):
         average = dist.ReduceOp.AVG if self._replicas is None else dist.ReduceOp.SUM
         work = scatter(buffer[first:last], buffer, op=average, group=self._group, async_op=True)
         sent.works = [] if work is None else [work]
+        if self._replicas is not None:
+            self._unchained = sent
+            if buffer.is_cuda:  # streams wait for each other, so the host need not come back for it
+                with torch.cuda.stream(self._side_stream(buffer.device)):
+                    self._chain()
         return sent
+
+    def _side_stream(self, device: torch.device) -> torch.cuda.Stream:
+        """Return a stream that may wait for a reduce-scatter while backward computes on the current one."""
+        if self._side is None:
+            self._side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        return self._side
+
+    def _chain(self) -> None:
+        """Start to sum over the replicas what the last reduce-scatter has summed over the shards. Collective.
+
+        In the same order on every rank: a bucket's all-reduce comes before the next bucket's reduce-scatter. On a host
+        it waits for the reduce-scatter, which is mostly over when the next bucket is complete.
+        """
+        sent, self._unchained = self._unchained, None
+        if sent is None:
+            return
+        sent.wait()
+        own = self.owned_parts(sent.bucket)[0].of(sent.parts)
+        work = dist.all_reduce(own, group=self._replicas, async_op=True)
+        sent.works = [] if work is None else [work]
 
     def finish_reduce(self, sent: InFlightBucket, into: Sequence[Tensor], *, add: bool = False) -> None:
         """See `Transport`."""
+        if sent is self._unchained:
+            self._chain()
         sent.wait()
         (out,) = into
         own = self.owned_parts(sent.bucket)[0].of(sent.parts)
         if self._replicas is not None:
-            dist.all_reduce(own, group=self._replicas)
             own.div_(self.count)
         if add:
             out.add_(own)
