@@ -238,24 +238,36 @@ def _moved(func: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
 
 class Stream:
-    """A stream. What it waits for is noted."""
+    """A stream of work.
+
+    Attributes:
+        behind: For each stream, how much of its work comes before all that is queued on this one from now on.
+    """
 
     def __init__(self, device: Any = None) -> None:
         self.device = _cuda(device) or torch.device("cuda:0")
-        self.waited_for: list[Stream] = []
+        self.behind: Counter[Stream] = Counter()
+
+    def work(self) -> tuple[Stream, int]:
+        """Queue some work; return what `Stream.is_behind` needs."""
+        self.behind[self] += 1
+        return self, self.behind[self]
+
+    def is_behind(self, work: tuple[Stream, int]) -> bool:
+        return self.behind[work[0]] >= work[1]
 
     def wait_event(self, event: _Event) -> None:
-        assert event.stream is not None, "an event that was never recorded"
-        self.waited_for.append(event.stream)
+        self.behind |= event.behind  # the larger of each
 
 
 class _Event:
     def __init__(self, **_: Any) -> None:
-        self.stream: Stream | None = None
+        self.behind: Counter[Stream] = Counter()
 
     def record(self, stream: Stream | None = None) -> None:
-        self.stream = stream or current_stream()
-        notes.events.append(self.stream.device)
+        stream = stream or current_stream()
+        self.behind = Counter(stream.behind)
+        notes.events.append(stream.device)
 
     def synchronize(self) -> None:
         notes.event_waits += 1
@@ -300,6 +312,8 @@ class Model(torch.nn.Module):
         super().__init__()
         self.weights = torch.nn.ParameterList(params)
         self.without_gradient: set[int] = set()  # indices
+        self.streams: dict[int, Stream] = {}  # by index, that on which the gradient is written
+        self.written: dict[int, tuple[Stream, int]] = {}  # by id of the parameter
 
     def forward(self) -> Tensor:
         made: Tensor = _Arrive.apply(torch.zeros((), requires_grad=True), self)
@@ -315,8 +329,11 @@ class _Arrive(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> Any:
         for i, param in reversed(list(enumerate(ctx.model.weights))):
-            if i not in ctx.model.without_gradient:
+            if i in ctx.model.without_gradient:
+                continue
+            with _entering(ctx.model.streams.get(i) or current_stream(param.device)):
                 param.grad = CudaTensor(torch.full_like(param.host, 0.5), param.device)
+                ctx.model.written[id(param)] = current_stream(param.device).work()
                 for hook in (param._post_accumulate_grad_hooks or {}).values():
                     hook(param)
         return None, None

@@ -22,7 +22,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from dist_adamw import DistAdamW
-from tests.pretend_cuda import Model, Notes, current_stream, pretending
+from tests.pretend_cuda import Model, Notes, Stream, current_stream, pretending
 
 ROOT = Path(__file__).parents[2]
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -110,12 +110,17 @@ def reduced_over(group: Any) -> Iterator[list[Any]]:
         yield streams
 
 
+def join(world_size: int) -> None:
+    """Make this process rank 0 of a process group that sends nothing."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
+
+
 def main(world_size: int) -> dict[str, Any]:
     """Return the counts of every case, on rank 0 of a process group that sends nothing."""
     if world_size > 1:
-        from torch.testing._internal.distributed.fake_pg import FakeStore
-
-        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
+        join(world_size)
     cases = OPTIONS | (ATTACHED if world_size > 1 else {})
     with pretending() as notes:
         return {name: measured(notes, options) for name, options in cases.items()}
@@ -181,6 +186,56 @@ def test_an_update_launches_few_kernels(found: dict[str, Any]) -> None:
     # The kernel's table is copied to the device again if gradients have moved.
     assert launched["bf16, fp32 masters"] in (2 + gather, 3 + gather)
     assert launched["fp32, max_grad_norm"] <= 19 + gather
+
+
+STREAMS: dict[str, dict[str, Any]] = {
+    "copied when they are sent": {},
+    "into the shard": {"reduce_every_backward": True},
+    "sent in step": {"overlap": False},
+}
+
+
+def check_streams(**attach: Any) -> None:
+    """Gradients that were written on several streams are read behind them, and let go before these go on."""
+    model = Model([nn.Parameter(torch.randn(6400, device="cuda:0")) for _ in range(9)])
+    model.streams = {i: Stream("cuda:0") for i in range(9) if i % 3}
+    optimizer = DistAdamW(model.parameters(), bucket_numel=12800)
+    optimizer.attach(model, **attach)
+    read: dict[int, Any] = {}
+
+    def reads(name: str) -> Any:
+        method = getattr(torch, name)
+
+        def noted(targets: Any, sources: Any) -> None:
+            for param in model.weights:
+                grad = param.grad
+                if any(grad is not None and source.data_ptr() == grad.data_ptr() for source in sources):
+                    here = current_stream("cuda:0")
+                    assert here.is_behind(model.written[id(param)])
+                    read.setdefault(id(param), here.work())  # later its values are in memory that stays
+            method(targets, sources)
+
+        return noted
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "_foreach_copy_", reads("_foreach_copy_"))
+        for _ in range(3):
+            read.clear()
+            model().backward()
+            optimizer.step()
+            assert len(read) == 9
+            for param in model.weights:
+                if attach.get("overlap", True):
+                    assert model.written[id(param)][0].is_behind(read[id(param)])
+            optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("name", STREAMS)
+def test_gradients_written_on_several_streams(name: str) -> None:
+    command = [sys.executable, "-W", "ignore", "-m", "tests.unit.test_host_waits", "streams", name]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=110, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 CHECKS: dict[str, Callable[[Notes], None]] = {}
@@ -303,6 +358,10 @@ if __name__ == "__main__":
             for function in CHECKS.values():
                 notes.clear()
                 function(notes)
+    elif sys.argv[1:2] == ["streams"]:
+        join(8)
+        with pretending():
+            check_streams(**STREAMS[sys.argv[2]])
     else:
         counts = main(int(sys.argv[1]) if sys.argv[1:] else 1)
         print(json.dumps(counts) if sys.argv[2:] else table(counts))

@@ -21,6 +21,7 @@ from dist_adamw.optimizer.gradients.ddp import BucketListener, DDPReducer
 from dist_adamw.optimizer.gradients.handshake import RankMessages
 from dist_adamw.optimizer.gradients.record import GradientRecord, OptimizerLink
 from dist_adamw.optimizer.gradients.registry import Path, live_paths, take_over
+from dist_adamw.optimizer.gradients.streams import GradientStreams, NotedArrival
 from dist_adamw.optimizer.gradients.weak_hooks import NoSync, WeakHook, remove
 from dist_adamw.ranks import agreement
 
@@ -76,11 +77,13 @@ class GradientSources:
         are_buckets: Whether DDP's buckets announce every gradient.
         is_ddp: Whether the modules are in DDP; None before the first.
         arrivals: The parameters whose gradients hooks have noted.
+        streams: The streams on which these gradients were written.
     """
 
     def __init__(self, path: Sibling, link: OptimizerLink, messages: RankMessages, record: GradientRecord) -> None:
         self._path, self._link, self._messages = weakref.ref(path), link, messages
         self.arrivals = Arrivals(record)
+        self.streams = GradientStreams()
         self._hearer: weakref.ref[Hearer] | None = None
         self.ids: Set[int] = frozenset()
         self.revision = 0
@@ -186,7 +189,10 @@ class GradientSources:
         if not params:
             return
         # There may be thousands of small parameters, so most of them get a hook that runs in C: ``deque.append``.
-        look, enter = self._hook("look_at_arrivals"), self.arrivals.new_inbox(len(params)).append
+        # On a GPU it must also note on which stream the gradient was written.
+        inbox = self.arrivals.new_inbox(len(params))
+        enter = NotedArrival(self.streams, inbox) if any(param.is_cuda for param in params) else inbox.append
+        look = self._hook("look_at_arrivals")
         quiet = _LOOK_EVERY
         for param in reversed(params):
             quiet += param.numel()
