@@ -9,6 +9,7 @@ import math
 import operator
 import pickle
 import random
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -193,7 +194,9 @@ def check_state(way: dict[str, Any]) -> None:
     job.twin_backward(0, last=True)
     held = [dict(job.optimizer.state[param]) for param in params]
     before = [entry["exp_avg"].shape for entry in held]
+    memory = weakref.ref(job.optimizer.shards[0].moments["exp_avg"])
     job.update()
+    assert memory() is None, "the state is there twice until the next backward pass"
     job.train(range(1, 3))
     assert layers_in_layout(job.optimizer, job.model) == AS_USED
     assert all(map(operator.is_, groups, job.optimizer.param_groups))

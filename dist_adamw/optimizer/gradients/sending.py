@@ -9,7 +9,6 @@ from __future__ import annotations
 import operator
 from collections import deque
 from collections.abc import Collection, Sequence, Set
-from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
@@ -140,12 +139,8 @@ class Sender:
             if place is not None:
                 arrived.setdefault(id(place[0]), (place[0], []))[1].append(place[1])
         for shard, indices in arrived.values():
-            with self._joined(shard):
+            with self._sources.streams.joined(shard.steps.device):
                 shard.gradients.take_in(indices, large=large)
-
-    def _joined(self, shard: Shard) -> AbstractContextManager[None]:
-        """Return a context in which gradients of ``shard`` may be read, whatever stream they were written on."""
-        return self._sources.streams.joined(shard.steps.device)
 
     @property
     def _moves_gradients(self) -> bool:
@@ -208,13 +203,13 @@ class Sender:
         # Ranks have agreed on which parameters have a gradient, so all of them skip the same buckets.
         while self.next < len(self.plan.order):
             if any(grad is not None for grad in map(_gradient, self.plan.params_of[self.next])):
-                with self._joined(self.plan.order[self.next][0]):
+                with self._sources.streams.joined(self.plan.order[self.next][0].steps.device):
                     self._start(self.next, self._from_params(self.next))
             self.next += 1
 
     def _send_next(self) -> None:
         n = self.next
-        with self._joined(self.plan.order[n][0]):
+        with self._sources.streams.joined(self.plan.order[n][0].steps.device):
             if self._sources.are_buckets:
                 gradients = self._from_ddp(n)
             else:

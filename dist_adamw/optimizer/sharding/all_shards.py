@@ -242,6 +242,8 @@ class AllShards:
         self.shards, self.aside = shards, aside
         for shard in (*made, *aside):
             self._show(shard, wanted.state)
+        for old in replaced:  # the gradient path may hold it until the next backward pass
+            old.release()
 
     def _arranged_shards(self, wanted: Wanted) -> tuple[list[Shard], list[Shard]]:
         """Return the shards of the placed parameters, and those of them that are new, with zeros for state. Local."""
