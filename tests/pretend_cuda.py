@@ -45,16 +45,16 @@ class Notes:
         waits: What makes the host wait for everything queued so far.
         event_waits: Waits for an event, which was recorded earlier.
         events: The devices of the streams that events were recorded on.
-        by_stream: Operations by the stream that they run on: 0 is the device's first one.
-        order: What streams waited for each other: "2 after 0", in order.
+        by_stream: Operations by the stream of the first device that they run on.
+        order: Pairs of streams of which the first waited for the second.
     """
 
     kernels: Counter[str] = field(default_factory=Counter)
     waits: Counter[str] = field(default_factory=Counter)
     event_waits: int = 0
     events: list[torch.device] = field(default_factory=list)
-    by_stream: dict[int, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
-    order: list[str] = field(default_factory=list)
+    by_stream: dict[Stream, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
+    order: list[tuple[Stream, Stream]] = field(default_factory=list)
 
     def clear(self) -> None:
         self.kernels.clear()
@@ -66,7 +66,7 @@ class Notes:
 
     def launched(self, name: str) -> None:
         self.kernels[name] += 1
-        self.by_stream[_Stream.current.number][name] += 1
+        self.by_stream[current_stream()][name] += 1
 
     def copied(self, source: Tensor, target: Tensor | None, *, non_blocking: bool) -> None:
         """Note a copy; ``target`` None is new pageable memory on the host."""
@@ -247,52 +247,70 @@ def _moved(func: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     return copy if device is None else CudaTensor(copy, device)
 
 
-class _Stream:
-    current: _Stream  # of every device
-    made = 0
+class Stream:
+    """A stream of work.
+
+    Attributes:
+        behind: For each stream, how much of its work comes before all that is queued on this one from now on.
+    """
 
     def __init__(self, device: Any = None) -> None:
         self.device = _cuda(device) or torch.device("cuda:0")
-        _Stream.made += 1
-        self.number = _Stream.made
+        self.behind: Counter[Stream] = Counter()
 
-    @classmethod
-    def first(cls, device: Any = None) -> _Stream:
-        """Return the current stream of ``device``."""
-        found = cls(device)
-        found.number = cls.current.number if hasattr(cls, "current") else 0
-        return found
+    def work(self) -> tuple[Stream, int]:
+        """Queue some work; return what `Stream.is_behind` needs."""
+        self.behind[self] += 1
+        return self, self.behind[self]
 
-    def wait_stream(self, other: _Stream) -> None:
-        notes.order.append(f"{self.number} after {other.number}")
+    def is_behind(self, work: tuple[Stream, int]) -> bool:
+        return self.behind[work[0]] >= work[1]
 
     def wait_event(self, event: _Event) -> None:
-        notes.order.append(f"{self.number} after {event.stream.number}")
+        self.behind |= event.behind  # the larger of each
+        notes.order.append((self, event.stream))
 
-
-_Stream.current = _Stream.first()
-
-
-@contextmanager
-def _on_stream(stream: _Stream) -> Iterator[None]:
-    before, _Stream.current = _Stream.current, stream
-    try:
-        yield
-    finally:
-        _Stream.current = before
+    def wait_stream(self, other: Stream) -> None:
+        event = _Event()
+        event.behind, event.stream = Counter(other.behind), other
+        self.wait_event(event)
 
 
 class _Event:
-    stream: _Stream
+    stream: Stream
 
-    def __init__(self, **_: Any) -> None: ...
+    def __init__(self, **_: Any) -> None:
+        self.behind: Counter[Stream] = Counter()
 
-    def record(self, stream: _Stream | None = None) -> None:
-        self.stream = stream or _Stream.first()
-        notes.events.append(self.stream.device)
+    def record(self, stream: Stream | None = None) -> None:
+        stream = stream or current_stream()
+        self.stream, self.behind = stream, Counter(stream.behind)
+        notes.events.append(stream.device)
 
     def synchronize(self) -> None:
         notes.event_waits += 1
+
+
+_main: dict[torch.device, Stream] = {}
+_entered: list[Stream] = []
+
+
+def current_stream(device: Any = None) -> Stream:
+    """Return the stream that was entered last on ``device``, or its first one."""
+    place = _cuda(device) or torch.device("cuda:0")
+    for stream in reversed(_entered):
+        if stream.device == place:
+            return stream
+    return _main.setdefault(place, Stream(place))
+
+
+@contextmanager
+def _entering(stream: Stream) -> Iterator[None]:
+    _entered.append(stream)
+    try:
+        yield
+    finally:
+        _entered.pop()
 
 
 def _register_guard() -> None:
@@ -312,6 +330,8 @@ class Model(torch.nn.Module):
         super().__init__()
         self.weights = torch.nn.ParameterList(params)
         self.without_gradient: set[int] = set()  # indices
+        self.streams: dict[int, Stream] = {}  # by index, that on which the gradient is written
+        self.written: dict[int, tuple[Stream, int]] = {}  # by id of the parameter
 
     def forward(self) -> Tensor:
         made: Tensor = _Arrive.apply(torch.zeros((), requires_grad=True), self)
@@ -327,8 +347,11 @@ class _Arrive(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> Any:
         for i, param in reversed(list(enumerate(ctx.model.weights))):
-            if i not in ctx.model.without_gradient:
+            if i in ctx.model.without_gradient:
+                continue
+            with _entering(ctx.model.streams.get(i) or current_stream(param.device)):
                 param.grad = CudaTensor(torch.full_like(param.host, 0.5), param.device)
+                ctx.model.written[id(param)] = current_stream(param.device).work()
                 for hook in (param._post_accumulate_grad_hooks or {}).values():
                     hook(param)
         return None, None
@@ -349,9 +372,9 @@ def pretending() -> Iterator[Notes]:
     _register_guard()
     replaced: list[Any] = [
         patch.object(torch.cuda, "Event", _Event),
-        patch.object(torch.cuda, "Stream", _Stream),
-        patch.object(torch.cuda, "stream", _on_stream),
-        patch.object(torch.cuda, "current_stream", _Stream.first),
+        patch.object(torch.cuda, "Stream", Stream),
+        patch.object(torch.cuda, "current_stream", current_stream),
+        patch.object(torch.cuda, "stream", _entering),
         patch.object(torch.cuda, "is_current_stream_capturing", lambda: False),
         patch.object(kernel, "available", lambda device: True),
         patch.object(kernel, "flat_adamw_update_", launched),

@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim.optimizer import ParamsT
 
-from dist_adamw.optimizer import attaching
 from dist_adamw.optimizer.attached_optimizer import AttachedOptimizer
 from dist_adamw.optimizer.clipping import (
     BucketGradients,
@@ -209,17 +208,6 @@ class DistAdamW(AttachedOptimizer):
             self._apply(self._scheme.present(self.shards, self.param_groups))
         return loss
 
-    def _check_reduce_dtype(self) -> None:
-        """Refuse ``reduce_dtype`` if something else has averaged the gradients. Collective if it raises."""
-        if self.reduce_dtype is None or self._path is not None or self.process_group is None:
-            return
-        self._settle()  # if only some ranks have the option, this raises on all
-        raise RuntimeError(
-            f"reduce_dtype={self.reduce_dtype} is for gradients that DistAdamW averages, but nothing is attached. Call "
-            "dist_adamw.prepare (without whole_gradients=True) or optimizer.attach(model). Or leave reduce_dtype=None, "
-            "and register one of DDP's compression hooks."
-        )
-
     def _begin_update(self) -> None:
         """Check that an update is possible, and count it as skipped until there is something to apply."""
         self.wait()  # weights in flight are the input of this update
@@ -308,10 +296,6 @@ class DistAdamW(AttachedOptimizer):
             sent.append(shard.transport.start_gather(k))
         if sent:
             self._pending.add(shard, sent, may_defer=may_defer)
-
-    def _is_compiled(self) -> bool:
-        compiled = getattr(sys.modules.get("torch._dynamo"), "OptimizedModule", ())
-        return any(attaching.reads_compiled(ref(), compiled) for ref in self._attached)
 
     def _only_initialises(self, shards: list[Shard], grads: Sequence[BucketGradients]) -> bool:
         """Return whether this step only creates state, and is not an update. Collective while lr is 0.

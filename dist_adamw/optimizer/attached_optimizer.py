@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -54,20 +55,38 @@ class AttachedOptimizer(SavableOptimizer):
         if self._path.is_whole:
             self._follow(changed)
             return self._path.update.take_whole()
-        group = self.process_group
-        assert group is not None
-        if not self._path.agreement.complete(
-            group,
-            self.replica_group,
+        ranks, agreement = self._ranks, self._path.agreement
+        assert ranks.process_group is not None
+        hosts = ranks.comparing()
+        if not agreement.complete(
+            ranks.process_group,
+            ranks.replica_group,
             has_changes=changed,
             options=self._digest_options(),
             check_changes=self._compare,
-            hosts=self._ranks.comparing(),
+            hosts=hosts,
         ):
             return False
-        self._follow(changed, is_agreed=self._path.agreement.asks_for_changes)
-        self._path.update.arrive(self._path.agreement.needed_rounds, for_update=for_update)
+        if self._path.order.is_due and not is_capturing():
+            changed |= self._path.order.adopt(hosts or ranks.groups, agreement.needed_rounds)
+        self._follow(changed, is_agreed=agreement.asks_for_changes)
+        self._path.update.arrive(agreement.needed_rounds, for_update=for_update)
         return True
+
+    def _check_reduce_dtype(self) -> None:
+        """Refuse ``reduce_dtype`` if something else has averaged the gradients. Collective if it raises."""
+        if self.reduce_dtype is None or self._path is not None or self.process_group is None:
+            return
+        self._settle()  # if only some ranks have the option, this raises on all
+        raise RuntimeError(
+            f"reduce_dtype={self.reduce_dtype} is for gradients that DistAdamW averages, but nothing is attached. Call "
+            "dist_adamw.prepare (without whole_gradients=True) or optimizer.attach(model). Or leave reduce_dtype=None, "
+            "and register one of DDP's compression hooks."
+        )
+
+    def _is_compiled(self) -> bool:
+        compiled = getattr(sys.modules.get("torch._dynamo"), "OptimizedModule", ())
+        return any(attaching.reads_compiled(ref(), compiled) for ref in self._attached)
 
     def _report_exchange(self) -> RankMessages | None:
         """Return the exchange of reports in which the next `step` takes part; None: there will be none.

@@ -117,6 +117,7 @@ class Job:
         loss: Callable[[nn.Module, int], Tensor] = loss_of,
         unused: bool = True,
         bucket_numel: int = 1000,
+        ddp_bucket_mb: float | None = None,
     ) -> None:
         way, self.loss = dict(way), loss
         self.model: Any = Network() if model is None else model
@@ -124,7 +125,10 @@ class Job:
         self.wrapped: Any = self.model
         if way.pop("ddp", False):
             self.wrapped = DistributedDataParallel(
-                self.model, find_unused_parameters=unused, gradient_as_bucket_view=way.pop("view", True)
+                self.model,
+                find_unused_parameters=unused,
+                gradient_as_bucket_view=way.pop("view", True),
+                bucket_cap_mb=ddp_bucket_mb,
             )
         options = options or {}
         self.optimizer = DistAdamW(self.model.parameters(), lr=1e-2, bucket_numel=bucket_numel, **options)

@@ -7,13 +7,14 @@ for good, and one for several numbers of ranks because starting it takes most of
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 
 from dist_adamw import DistAdamW
-from tests.pretend_cuda import Model, Notes, pretending
+from tests.pretend_cuda import Model, Notes, Stream, current_stream, pretending
 
 ROOT = Path(__file__).parents[2]
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -46,6 +48,7 @@ ATTACHED: dict[str, dict[str, Any]] = {
     "attached, bf16, fp32 masters": {"attach": True, "dtype": BF16, "master_dtype": FP32},
     "attached, a parameter without a gradient": {"attach": True, "missing": 1},
     "attached, reduce_every_backward": {"attach": True, "reduce_every_backward": True},
+    "attached, replicas": {"attach": True, "replicas": 2},
 }
 
 
@@ -66,21 +69,27 @@ def _measured(
     lr: float | str = 1e-3,
     attach: bool = False,
     reduce_every_backward: bool = False,
+    replicas: int = 0,
     **options: Any,
 ) -> dict[str, Any]:
+    if replicas:
+        shape = (replicas, dist.get_world_size() // replicas)
+        options["mesh"] = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard"))
     params = [nn.Parameter(torch.randn(6400, device=f"cuda:{i % devices}").to(dtype)) for i in range(4)]
     model = Model(params)
     rate = torch.tensor(1e-3, device=lr) if isinstance(lr, str) else lr
     optimizer = DistAdamW(model.parameters(), lr=rate, **options)
     if attach:
         optimizer.attach(model, reduce_every_backward=reduce_every_backward)
-    for update in range(UPDATES):
-        notes.clear()
-        model.without_gradient = set(range(missing)) if update else set()
-        model().backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    with reduced_over(optimizer.replica_group) as streams:
+        for update in range(UPDATES):
+            notes.clear()
+            model.without_gradient = set(range(missing)) if update else set()
+            model().backward()
+            optimizer.step()
+            optimizer.zero_grad()
     return {
+        "streams of replicas": [stream is current_stream(stream.device) for stream in streams],
         "kernels": dict(notes.kernels),
         "waits": dict(notes.waits),
         "event waits": notes.event_waits,
@@ -88,13 +97,34 @@ def _measured(
     }
 
 
+@contextlib.contextmanager
+def reduced_over(group: Any) -> Iterator[list[Any]]:
+    """Yield the streams on which buckets are all-reduced over ``group``."""
+    streams: list[Any] = []
+    reduce = dist.all_reduce
+
+    def noted(tensor: torch.Tensor, *args: Any, **options: Any) -> Any:
+        if group is not None and options.get("group") is group and tensor.is_cuda and options.get("async_op"):
+            streams.append(torch.cuda.current_stream(tensor.device))
+        return reduce(tensor, *args, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "all_reduce", noted)
+        yield streams
+
+
+def join(world_size: int) -> None:
+    """Make this process rank 0 of a process group that sends nothing."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
+
+
 def counts_of(notes: Notes, world_size: int) -> dict[str, Any]:
     """Return the counts of every case, on rank 0 of a process group that sends nothing."""
     if world_size == 1:
         return {name: measured(notes, options) for name, options in OPTIONS.items()}
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
+    join(world_size)
     try:
         return {name: measured(notes, options) for name, options in (OPTIONS | ATTACHED).items()}
     finally:
@@ -162,6 +192,15 @@ def test_the_host_never_waits_in_a_steady_update(name: str, found: dict[str, Any
     assert counts["event waits"] == ("max_grad_norm" in name)
 
 
+def test_backward_does_not_wait_for_sums_over_replicas(found: dict[str, Any]) -> None:
+    """Another stream waits for the reduce-scatter before the all-reduce."""
+    if "attached, replicas" not in found:
+        pytest.skip("needs several ranks")
+    are_current = found["attached, replicas"]["streams of replicas"]
+    assert len(are_current) == UPDATES
+    assert not any(are_current)
+
+
 def test_an_update_launches_few_kernels(found: dict[str, Any]) -> None:
     """As many for any number of parameters and ranks."""
     launched = {name: sum(counts["kernels"].values()) for name, counts in found.items() if "kernels" in counts}
@@ -172,12 +211,64 @@ def test_an_update_launches_few_kernels(found: dict[str, Any]) -> None:
     assert launched["fp32, max_grad_norm"] <= 19 + gather
 
 
+STREAMS: dict[str, dict[str, Any]] = {
+    "copied when they are sent": {},
+    "into the shard": {"reduce_every_backward": True},
+    "sent in step": {"overlap": False},
+}
+
+
+def check_streams(**attach: Any) -> None:
+    """Gradients that were written on several streams are read behind them, and let go before these go on."""
+    model = Model([nn.Parameter(torch.randn(6400, device="cuda:0")) for _ in range(9)])
+    model.streams = {i: Stream("cuda:0") for i in range(9) if i % 3}
+    optimizer = DistAdamW(model.parameters(), bucket_numel=12800)
+    optimizer.attach(model, **attach)
+    read: dict[int, Any] = {}
+
+    def reads(name: str) -> Any:
+        method = getattr(torch, name)
+
+        def noted(targets: Any, sources: Any) -> None:
+            for param in model.weights:
+                grad = param.grad
+                if any(grad is not None and source.data_ptr() == grad.data_ptr() for source in sources):
+                    here = current_stream("cuda:0")
+                    assert here.is_behind(model.written[id(param)])
+                    read.setdefault(id(param), here.work())  # later its values are in memory that stays
+            method(targets, sources)
+
+        return noted
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "_foreach_copy_", reads("_foreach_copy_"))
+        for _ in range(3):
+            read.clear()
+            model().backward()
+            optimizer.step()
+            assert len(read) == 9
+            for param in model.weights:
+                if attach.get("overlap", True):
+                    assert model.written[id(param)][0].is_behind(read[id(param)])
+            optimizer.zero_grad()
+
+
 CHECKS: dict[str, Callable[[Notes], None]] = {}
 
 
 def check(function: Callable[[Notes], None]) -> Callable[[Notes], None]:
     CHECKS[function.__name__] = function
     return function
+
+
+@check
+def gradients_written_on_several_streams_are_read_behind_them(_: Notes) -> None:
+    for options in STREAMS.values():
+        join(8)
+        try:
+            check_streams(**options)
+        finally:
+            dist.destroy_process_group()
 
 
 @check
@@ -257,9 +348,7 @@ def saving_reads_the_steps_at_once(notes: Notes) -> None:
 
 @check
 def parameters_are_gathered_on_a_stream_of_their_own(notes: Notes) -> None:
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
+    join(4)
     model = Model([nn.Parameter(torch.randn(6400, device="cuda:0")) for _ in range(3)])
     optimizer = DistAdamW(model.parameters(), bucket_numel=6400)
     optimizer.attach(model, defer_gather=True)
@@ -268,15 +357,16 @@ def parameters_are_gathered_on_a_stream_of_their_own(notes: Notes) -> None:
         model().backward()
         optimizer.step()
     dist.destroy_process_group()
-    side = next(number for number in notes.by_stream if number)
+    first = current_stream()
+    side = next(stream for stream in notes.by_stream if stream is not first)
     # A bucket is packed and unpacked there, after its update; the update, and what reads parameters, runs elsewhere.
-    assert notes.by_stream.keys() == {0, side}
+    assert notes.by_stream.keys() == {first, side}
     assert notes.by_stream[side] == {"_foreach_copy_": 6, "_allgather_base_": 3}
-    assert notes.by_stream[0]["_fused_adamw_"] == 3
-    assert "_allgather_base_" not in notes.by_stream[0]
+    assert notes.by_stream[first]["_fused_adamw_"] == 3
+    assert "_allgather_base_" not in notes.by_stream[first]
     # Nothing waits until all buckets are under way. Parameters of a subclass, as here, are never deferred.
-    assert notes.order[:3] == [f"{side} after 0"] * 3
-    assert set(notes.order[3:]) == {f"0 after {side}"}
+    assert notes.order[:3] == [(side, first)] * 3
+    assert set(notes.order[3:]) == {(first, side)}
     assert len(notes.order) >= 6
     assert not notes.waits
 

@@ -78,6 +78,7 @@ class BackwardPasses:
             # Refuse invalid ``optimizer.state`` now: an error in the middle of backward would leave DDP unusable.
             self._link.shards()
         self.look_for_changes()
+        self._sources.streams.clear()
         # Arrivals of a backward pass that raised, or inside no_sync, must not count for the next one.
         self.keep_arrivals()
         sender.is_prepared = False
@@ -136,6 +137,7 @@ class BackwardPasses:
         ``param`` itself counts from the next call on: hooks that were registered on it later than this one have not
         run yet, and may change its gradient.
         """
+        self._sources.streams.note(param)
         if not self._sends_now:
             if not self._sender.is_prepared:  # the pass did not begin at an attached module's output
                 self._sender.follow_layout()

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Set
 
 from torch import Tensor, nn
 
+from dist_adamw.optimizer.gradients.arrival_order import ArrivalOrder
 from dist_adamw.optimizer.gradients.backward import BackwardPasses
 from dist_adamw.optimizer.gradients.ddp import PackedBucket
 from dist_adamw.optimizer.gradients.gradients_for_update import GradientsForUpdate
@@ -33,6 +34,7 @@ class GradientPath:
         sender: Sends buckets to their owners.
         backward: The callbacks of forward and backward passes.
         agreement: The ranks' agreement on the gradients of an update.
+        order: The order in which parameters are laid out.
         update: Provides the update's gradients.
         messages: Tells other ranks what this one is about to do.
         record: The state of the gradients since the last update.
@@ -61,6 +63,7 @@ class GradientPath:
         self.agreement = UpdateAgreement(
             self, self.sources, self.sender, self.backward, unannounced, *parts, overlap=overlap
         )
+        self.order = ArrivalOrder(self.sources, self.sender)
         self.update = GradientsForUpdate(self._link, self.sources, self.sender, unannounced, *parts)
 
     @property

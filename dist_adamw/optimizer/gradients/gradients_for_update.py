@@ -13,6 +13,7 @@ from dist_adamw.optimizer.gradients.record import GradientRecord, OptimizerLink
 from dist_adamw.optimizer.gradients.sending import Sender, ShardSender, averages_in
 from dist_adamw.optimizer.gradients.sources import GradientSources
 from dist_adamw.optimizer.gradients.unannounced import UnannouncedGradients
+from dist_adamw.optimizer.sharding.moved_state import carry_averages
 from dist_adamw.optimizer.sharding.shard import Shard
 
 _gradient = operator.attrgetter("grad")
@@ -49,6 +50,8 @@ class GradientsForUpdate:
             sender.follow_layout(again=True)
         shards = self._link.shards()
         is_laid_out_again = not {id(shard) for shard in sender.owners} <= {id(shard) for shard in shards}
+        if is_laid_out_again and is_averaged:
+            is_laid_out_again = not self._carry_averages(shards)
         self._send_rest(0 if is_laid_out_again else needed_rounds)
         # Only these have been averaged; the rest may be whole gradients that another optimizer still needs.
         sent = sender.plan.buckets_of.keys() | record.late | record.kept
@@ -93,6 +96,24 @@ class GradientsForUpdate:
                 param.grad = None
         for shard in self._link.shards():
             shard.gradients.has_grad = [id(param) in self._record.in_shard for param in shard.params]
+
+    def _carry_averages(self, shards: Sequence[Shard]) -> bool:
+        """Move averages that are kept in shards to ``shards``, if these have the same parameters. Collective.
+
+        Whole gradients would take the memory that ``reduce_every_backward`` saves.
+
+        Returns:
+            Whether they have.
+        """
+        sender = self._sender
+        before, now = ({id(param) for shard in some for param in shard.params} for some in (sender.owners, shards))
+        if not isinstance(sender, ShardSender) or before != now:
+            return False
+        carry_averages(sender.owners, shards)
+        sender.follow_layout(again=True)
+        for shard, k in sender.plan.order:
+            shard.gradients.reduced[k] = list(shard.gradients.accumulated_runs(k))
+        return True
 
     def _gather_from_former_owners(self, sent: Collection[int]) -> None:
         """Make gradients whole that were averaged with a layout that has been replaced. Collective."""

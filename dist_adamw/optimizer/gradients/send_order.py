@@ -74,3 +74,26 @@ def _by_arrival(shards: Sequence[Shard], position: Mapping[int, int]) -> list[tu
             buckets.append((earliest, shard, k))
     buckets.sort(key=operator.itemgetter(0), reverse=True)
     return [(shard, k) for _, shard, k in buckets]
+
+
+def longest_wait(plan: Plan, arrived: Sequence[int]) -> int:
+    """Return how many elements of later buckets, at most, arrive while a bucket waits for its last gradient. Local.
+
+    Args:
+        arrived: Ids of parameters, in the order in which their gradients arrived. Others are left out of account.
+    """
+    numels = {id(param): param.numel() for param in plan.params}
+    by_now: dict[int, int] = {}  # elements that have arrived with each parameter, those before it included
+    total = 0
+    for key in arrived:
+        total += numels.get(key, 0)
+        by_now[key] = total
+    ready = needed = longest = 0
+    seen: set[int] = set()
+    for members in plan.members:
+        new = (members & by_now.keys()) - seen
+        seen |= new
+        ready = max([ready, *map(by_now.__getitem__, new)])
+        needed += sum(map(numels.__getitem__, new))
+        longest = max(longest, ready - needed)
+    return longest

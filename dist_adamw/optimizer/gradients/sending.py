@@ -139,7 +139,8 @@ class Sender:
             if place is not None:
                 arrived.setdefault(id(place[0]), (place[0], []))[1].append(place[1])
         for shard, indices in arrived.values():
-            shard.gradients.take_in(indices, large=large)
+            with self._sources.streams.joined(shard.steps.device):
+                shard.gradients.take_in(indices, large=large)
 
     @property
     def _moves_gradients(self) -> bool:
@@ -152,6 +153,7 @@ class Sender:
             packed.enter(self.plan)
         if packed.buckets and packed.buckets[0] < self.next:
             raise too_late(packed.params[0])
+        self._sources.arrivals.bucket_arrived(packed.params, self._sources.order)
         packed.reorder()
         for shard, i, flat in packed.places:
             self._flat[id(shard)][i] = flat
@@ -201,18 +203,20 @@ class Sender:
         # Ranks have agreed on which parameters have a gradient, so all of them skip the same buckets.
         while self.next < len(self.plan.order):
             if any(grad is not None for grad in map(_gradient, self.plan.params_of[self.next])):
-                self._start(self.next, self._from_params(self.next))
+                with self._sources.streams.joined(self.plan.order[self.next][0].steps.device):
+                    self._start(self.next, self._from_params(self.next))
             self.next += 1
 
     def _send_next(self) -> None:
         n = self.next
-        if self._sources.are_buckets:
-            gradients = self._from_ddp(n)
-        else:
-            gradients = self._from_params(n)
-            self._note_sent([param for param in self.plan.params_of[n] if param.grad is not None])
-        self.next += 1
-        self._start(n, gradients)
+        with self._sources.streams.joined(self.plan.order[n][0].steps.device):
+            if self._sources.are_buckets:
+                gradients = self._from_ddp(n)
+            else:
+                gradients = self._from_params(n)
+                self._note_sent([param for param in self.plan.params_of[n] if param.grad is not None])
+            self.next += 1
+            self._start(n, gradients)
 
     def _from_ddp(self, n: int) -> BucketGradients:
         """Return the gradients of a bucket of the plan from DDP's buckets."""

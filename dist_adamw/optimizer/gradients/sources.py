@@ -21,6 +21,7 @@ from dist_adamw.optimizer.gradients.ddp import BucketListener, DDPReducer
 from dist_adamw.optimizer.gradients.handshake import RankMessages
 from dist_adamw.optimizer.gradients.record import GradientRecord, OptimizerLink
 from dist_adamw.optimizer.gradients.registry import Path, live_paths, take_over
+from dist_adamw.optimizer.gradients.streams import GradientStreams, NotedArrival
 from dist_adamw.optimizer.gradients.weak_hooks import NoSync, WeakHook, remove
 from dist_adamw.ranks import agreement
 
@@ -70,23 +71,25 @@ class GradientSources:
         revision: Counts these changes.
         known: The optimizer's parameters, when `follow_params` last looked.
         known_ids: Their ids.
-        order: By id, the place of those that were in a module when it was attached. A module mostly has its parameters
-            in the order in which forward uses them, so backward reaches the last ones first.
+        order: By id, the place in the layout of those that were in a module when it was attached. Backward reaches the
+            last ones first: a module mostly has its parameters in the order in which forward uses them. If not, the
+            order of arrival in the first update replaces that of the modules, see `ArrivalOrder`.
         are_buckets: Whether DDP's buckets announce every gradient.
         is_ddp: Whether the modules are in DDP; None before the first.
         arrivals: The parameters whose gradients hooks have noted.
+        streams: The streams on which these gradients were written.
     """
 
     def __init__(self, path: Sibling, link: OptimizerLink, messages: RankMessages, record: GradientRecord) -> None:
         self._path, self._link, self._messages = weakref.ref(path), link, messages
         self.arrivals = Arrivals(record)
+        self.streams = GradientStreams()
         self._hearer: weakref.ref[Hearer] | None = None
         self.ids: Set[int] = frozenset()
         self.revision = 0
         self.known: list[Tensor] = []
         self.known_ids: Set[int] = frozenset()
         self.order: dict[int, int] = {}
-        self._places = itertools.count()
         self.are_buckets = True
         self.is_ddp: bool | None = None
         self._are_copied = False  # whether DDP copies some gradients from its own buffers at the end of backward
@@ -124,9 +127,10 @@ class GradientSources:
             )
         self.is_ddp = is_ddp
         self.follow_params()
+        places = itertools.count(max(self.order.values(), default=-1) + 1)
         for param in model.parameters():  # now, since the module may be collected sooner on one rank than on another
             if id(param) in self.known_ids and id(param) not in self.order:
-                self.order[id(param)] = next(self._places)
+                self.order[id(param)] = next(places)
         params = [param for param in _own_parameters(model) if param.requires_grad and id(param) in self.known_ids]
         if isinstance(model, DistributedDataParallel):
             if reduces_every_backward:
@@ -141,6 +145,7 @@ class GradientSources:
             self._add_hooks(params)
         if all(ref() is not model for ref in self._modules):
             self._hang_on_module(model, aside=aside)
+        self.arrivals.record_order(1 if aside else 2)
 
     def _add_hooks(self, params: list[Tensor]) -> None:
         """Put hooks on ``params``."""
@@ -184,7 +189,10 @@ class GradientSources:
         if not params:
             return
         # There may be thousands of small parameters, so most of them get a hook that runs in C: ``deque.append``.
-        look, enter = self._hook("look_at_arrivals"), self.arrivals.new_inbox(len(params)).append
+        # On a GPU it must also note on which stream the gradient was written.
+        inbox = self.arrivals.new_inbox(len(params))
+        enter = NotedArrival(self.streams, inbox) if any(param.is_cuda for param in params) else inbox.append
+        look = self._hook("look_at_arrivals")
         quiet = _LOOK_EVERY
         for param in reversed(params):
             quiet += param.numel()

@@ -245,6 +245,8 @@ class AllShards:
         self.shards, self.aside = shards, aside
         for shard in (*made, *aside):
             self._show(shard, wanted.state)
+        for old in replaced:  # the gradient path may hold it until the next backward pass
+            old.release()
 
     def _arranged_shards(self, wanted: Wanted) -> tuple[list[Shard], list[Shard]]:
         """Return the shards of the placed parameters, and those of them that are new, with zeros for state. Local."""
@@ -341,7 +343,12 @@ class AllShards:
         if entry is None:
             entry = WatchedEntry.of(self._accesses, {})
             dict.__setitem__(state, param, entry)  # dict's own method does not count as a change by the user
-        values = {key: _pointed_at(entry.get(key), view) for key, view in views.items()}
+        known = self._shown.get(id(param))
+        values = {}
+        for key, view in views.items():
+            given = entry.get(key)
+            is_shown = known is not None and given is not None and given is known.get(key)
+            values[key] = _pointed_at(given, view, is_shown=is_shown)
         entry.update(values)  # not replaced: the user may keep other values in it
         self._shown[id(param)] = Shown.of(values)
 
@@ -365,11 +372,15 @@ def _agree_on_largest(flags: Tensor, ranks: ShardingRanks) -> None:
         dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=group)
 
 
-def _pointed_at(tensor: Any, view: Tensor) -> Tensor:
-    """Return ``tensor`` with ``view``'s memory if possible, since the user may hold it and write to it later."""
+def _pointed_at(tensor: Any, view: Tensor, *, is_shown: bool) -> Tensor:
+    """Return ``tensor`` with ``view``'s memory if possible, since the user may hold it and write to it later.
+
+    Args:
+        is_shown: Whether a shard has put ``tensor`` there, so that its shape may follow the share.
+    """
     if type(tensor) is not Tensor or type(view) is not Tensor or tensor.requires_grad or tensor.is_inference():
         return view
-    if (tensor.shape, tensor.dtype, tensor.device) != (view.shape, view.dtype, view.device):
+    if (tensor.dtype, tensor.device) != (view.dtype, view.device) or not (is_shown or tensor.shape == view.shape):
         return view
     tensor.data = view
     return tensor

@@ -29,6 +29,25 @@ def carry_state(old: Sequence[Shard], new: Sequence[Shard]) -> None:
             _carry_moment(shard, name, moved)
 
 
+def carry_averages(old: Sequence[Shard], new: Sequence[Shard]) -> None:
+    """Give the shards ``new`` the averages that ``old`` have accumulated. Collective; as `carry_state`."""
+    targets = {id(param): (shard, j) for shard in new for j, param in enumerate(shard.params)}
+    for shard in old:
+        moved = [(i, *targets[id(param)]) for i, param in enumerate(shard.params) if id(param) in targets]
+        owned = [_accumulated(shard, i) for i, *_ in moved]
+        for (i, target, j), flat in _whole(shard, moved, owned):
+            flat = reorder(flat, shard, i, target, j)
+            runs = [flat[start:stop] for start, stop in target.owned.ranges_of(j)]
+            if runs:
+                torch.cat(runs, out=_accumulated(target, j))
+
+
+def _accumulated(shard: Shard, i: int) -> Tensor:
+    """Return this rank's elements of the accumulated average of parameter ``i``, 1-D. Local."""
+    start = shard.owned.offset_of(i)  # they are adjacent, as those of moments are
+    return shard.gradients.all_accumulated()[start : start + shard.owned.numel_of(i)]
+
+
 def _carry_moment(shard: Shard, name: str, moved: Sequence[Move]) -> None:
     owned = [shard.owned_moment(i, name) for i, *_ in moved]
     # Every rank must iterate, since `_whole` is collective, even if the target has no such moment.

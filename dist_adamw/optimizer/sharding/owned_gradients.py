@@ -105,13 +105,18 @@ class OwnedGradients:
 
     def accumulated(self, k: int) -> Tensor:
         """Return memory for the averages of this rank's slice of bucket ``k``, 1-D. Local."""
+        memory = self.all_accumulated()
+        share = self._layout.bucket_numel // self._layout.world_size
+        start, stop = self._layout.slice_of(k, 0)
+        return memory[k * share : k * share + stop - start]
+
+    def all_accumulated(self) -> Tensor:
+        """Return memory for the averages of all that this rank owns, 1-D, with the offsets of the moments. Local."""
         if self._accumulated is None:
             like = self._params[0]
             self._accumulated = torch.zeros(self._layout.shard_numel, dtype=like.dtype, device=like.device)
             self._cut()
-        share = self._layout.bucket_numel // self._layout.world_size
-        start, stop = self._layout.slice_of(k, 0)
-        return self._accumulated[k * share : k * share + stop - start]
+        return self._accumulated
 
     def accumulated_runs(self, k: int) -> list[Tensor]:
         """Return `accumulated` by owned piece. Local."""

@@ -172,6 +172,13 @@ class Shard:
         self.steps = self.steps.clone()
         self._cut_state([bucket.operands.params for bucket in self.buckets])
 
+    def release(self) -> None:
+        """Free the state, which other shards have by now. Local.
+
+        Gradients that were averaged with this layout may still need the layout and the transport.
+        """
+        self.moments, self.buckets = {}, []
+
     def fits(self) -> bool:
         """Return whether `refresh` can follow the parameters; otherwise their state needs other shards. Local."""
         weights = self._weights()

@@ -37,7 +37,8 @@ class CollectiveTransport(Transport):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._known: dict[int, tuple[list[Piece], int, int, int]] = {}
-        self._stream: torch.cuda.Stream | None = None
+        self._unchained: InFlightBucket | None = None  # its all-reduce over replicas has not been started yet
+        self._side: torch.cuda.Stream | None = None
 
     def _staging(self) -> Tensor:
         return self._empty(self._layout.bucket_numel).zero_()  # padding is sent too
@@ -62,6 +63,7 @@ class CollectiveTransport(Transport):
 
     def start_reduce(self, k: int, parts: Sequence[Tensor]) -> InFlightBucket:
         """See `Transport`."""
+        self._chain()
         (buffer,) = parts
         if buffer.dtype != self._reduce_dtype:
             buffer = buffer.to(self._reduce_dtype)
@@ -73,15 +75,41 @@ class CollectiveTransport(Transport):
         average = dist.ReduceOp.AVG if self._replicas is None else dist.ReduceOp.SUM
         work = scatter(buffer[first:last], buffer, op=average, group=self._group, async_op=True)
         sent.works = [] if work is None else [work]
+        if self._replicas is not None:
+            self._unchained = sent
+            if buffer.is_cuda:  # streams wait for each other, so the host need not come back for it
+                with torch.cuda.stream(self._side_stream(buffer.device)):
+                    self._chain()
         return sent
+
+    def _side_stream(self, device: torch.device) -> torch.cuda.Stream:
+        """Return a stream that may wait for a collective while the current one computes."""
+        if self._side is None:
+            self._side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        return self._side
+
+    def _chain(self) -> None:
+        """Start to sum over the replicas what the last reduce-scatter has summed over the shards. Collective.
+
+        In the same order on every rank: a bucket's all-reduce comes before the next bucket's reduce-scatter. On a host
+        it waits for the reduce-scatter, which is mostly over when the next bucket is complete.
+        """
+        sent, self._unchained = self._unchained, None
+        if sent is None:
+            return
+        sent.wait()
+        own = self.owned_parts(sent.bucket)[0].of(sent.parts)
+        work = dist.all_reduce(own, group=self._replicas, async_op=True)
+        sent.works = [] if work is None else [work]
 
     def finish_reduce(self, sent: InFlightBucket, into: Sequence[Tensor], *, add: bool = False) -> None:
         """See `Transport`."""
+        if sent is self._unchained:
+            self._chain()
         sent.wait()
         (out,) = into
         own = self.owned_parts(sent.bucket)[0].of(sent.parts)
         if self._replicas is not None:
-            dist.all_reduce(own, group=self._replicas)
             own.div_(self.count)
         if add:
             out.add_(own)
@@ -131,14 +159,13 @@ class CollectiveTransport(Transport):
         device = self._like.device
         if device.type != "cuda":
             return None
-        if self._stream is None:
-            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         current = torch.cuda.current_stream(device)
-        self._stream.wait_stream(current)  # which computes the bucket
+        side = self._side_stream(device)
+        side.wait_stream(current)  # which computes the bucket
         # Packing and unpacking are on that stream too, so two staging buffers serve any number of buckets.
-        with torch.cuda.stream(self._stream):
+        with torch.cuda.stream(side):
             self.finish_gather(self.start_gather(k))
-        return InFlightBucket(k, [cast(dist.Work, _Arrival(self._stream, current))], None)
+        return InFlightBucket(k, [cast(dist.Work, _Arrival(side, current))], None)
 
 
 def _inside(piece: Piece, first: int, last: int) -> bool:
