@@ -52,6 +52,7 @@ class AttachedOptimizer(SavableOptimizer):
                 self._check_alike({})  # before anything is changed or sent
             self._follow(changed)
             return True
+        self._path.messages.check_groups()
         if self._path.is_whole:
             self._follow(changed)
             return self._path.update.take_whole()

@@ -40,7 +40,8 @@ def open_channel(ranks: ShardingRanks, device: torch.device) -> Channel:
     """Return a channel for the messages of a path. Collective."""
     group, tag = ranks.process_group, new_tag(ranks)
     assert group is not None
-    return Channel(tag, open_pipes(group) if sends_from_host(group, device) else None)
+    pipes = open_pipes(group) if sends_from_host(group, device) else None
+    return Channel(tag, pipes, may_share=pipes is not None)
 
 
 def check_options_alike(record: dict[str, Any], ranks: ShardingRanks) -> None:

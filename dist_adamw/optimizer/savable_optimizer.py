@@ -121,7 +121,7 @@ class SavableOptimizer(ShardedOptimizer):
         )
 
     def load_state_dict(self, state_dict: StateDict) -> None:
-        """Load a state dict of this class or of ``torch.optim.AdamW``. Local.
+        """Load a state dict of this class or of ``torch.optim.AdamW``. Local; on every rank before the same update.
 
         This rank keeps its share of whole state.
 

@@ -30,6 +30,15 @@ def rank(group: dist.ProcessGroup | None = None) -> int:
     return dist.get_rank(group) if initialized() else 0
 
 
+def exists(group: dist.ProcessGroup) -> bool:
+    """Return whether ``group`` has not been destroyed. Local."""
+    try:
+        dist.get_process_group_ranks(group)
+    except (KeyError, ValueError):
+        return False
+    return True
+
+
 @functools.cache
 def end_quietly() -> None:
     """Prevent an abort when the process exits right after a collective. Local; call it once ranks start to communicate.

@@ -89,3 +89,73 @@ def test_a_rank_stays_what_it_was() -> None:
         with pytest.raises(CheckpointError, match="group of 2 ranks was destroyed"):
             ask()
     assert not done
+
+
+def trained_twice(rank: int, root: str, is_same: bool, answers: Any) -> None:
+    """Train, destroy the group, make another, and train again, with the first optimizer alive; then with that one."""
+    import torch
+    import torch.distributed as dist
+    from torch import nn
+
+    from dist_adamw import DistAdamW
+
+    torch.set_num_threads(1)
+
+    def begin(number: int) -> None:
+        store = f"file://{root}.rendezvous{number}"
+        dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=timedelta(seconds=20))
+
+    def update(model: nn.Module, optimizer: Any) -> None:
+        model(torch.full((2, 8), 1.0 + rank)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def trained(model: nn.Module) -> tuple[Any, float]:
+        optimizer = DistAdamW(model.parameters(), lr=1e-2)
+        optimizer.attach(model)
+        update(model, optimizer)
+        return optimizer, sum(float(param.detach().double().sum()) for param in model.parameters())
+
+    torch.manual_seed(0)
+    model = nn.Linear(8, 8)
+    begin(0)
+    first, before = trained(model)
+    dist.destroy_process_group()
+    begin(1)
+    if is_same:
+        with pytest.raises(RuntimeError, match="was destroyed"):
+            update(model, first)
+        first.zero_grad()
+    else:
+        torch.manual_seed(0)
+        model = nn.Linear(8, 8)
+    _, after = trained(model)
+    said = ""
+    try:
+        update(model, first)
+    except RuntimeError as error:
+        said = str(error)
+    answers.put((rank, before, after, said))
+
+
+@pytest.mark.parametrize("is_same", [False, True])
+def test_training_goes_on_with_another_group(is_same: bool, tmp_path: Path) -> None:
+    _context.set_forkserver_preload(["torch", "torch.distributed", "accelerate", "deepspeed", "dist_adamw"])
+    answers = _context.Queue()
+    processes = [
+        _context.Process(target=trained_twice, args=(rank, str(tmp_path / "store"), is_same, answers))
+        for rank in range(2)
+    ]
+    for process in processes:
+        process.start()
+    try:
+        found = sorted(answers.get(timeout=45) for _ in processes)
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+    (_, before, after, said), (_, *other) = found
+    assert other == [before, after, said]
+    assert (before == after) != is_same
+    assert "process group" in said
+    assert "was destroyed" in said

@@ -156,7 +156,7 @@ def begin_apart() -> None:
 
 def test_ranks_that_differ_are_stopped() -> None:
     for error in expect_error_on_all(2, diverge):
-        assert error.startswith("AgreementError: rank 1 disagrees with rank 0: parameter groups is")
+        assert error.startswith("AgreementError: rank 1 disagrees with rank 0: lr of group 0 is 0.01 on rank 0 and ")
     for error in expect_error_on_all(2, begin_apart):
         assert "'step_size': 2" in error
 

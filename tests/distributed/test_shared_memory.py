@@ -268,3 +268,73 @@ def test_a_rank_that_is_killed_is_told_to_the_others(tmp_path: Path) -> None:
     finally:
         end_pool(2)
     assert "has exited" in said.read_text()
+
+
+def check_loaded_alone_without_memory() -> bool:
+    os.environ[NO] = "0"
+    try:
+        job = Job({}, {"eps": 0.1})
+        job.train(range(2))
+        if dist.get_rank() == 0:
+            job.optimizer.load_state_dict(job.optimizer._share_state_dict())
+        job.train(range(2, 5))
+        job.check()
+        return shares(job.optimizer)
+    finally:
+        del os.environ[NO]
+
+
+def test_without_shared_memory_state_may_be_laid_out_alone() -> None:
+    assert not any(run_ranks(2, check_loaded_alone_without_memory))
+
+
+def check_no_descriptor_for_pipes() -> bool:
+    """Let rank 1 have no file descriptors when the optimizer is attached."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    before = len(os.listdir("/proc/self/fd"))
+    if dist.get_rank() == 1:
+        free = os.dup(0)
+        os.close(free)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (free + 1, hard))  # one, but pipes take more
+    try:
+        job = Job({}, {"eps": 0.1})
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert len(os.listdir("/proc/self/fd")) == before
+    job.train(range(4))
+    job.check()
+    return shares(job.optimizer)
+
+
+def test_without_descriptors_for_pipes_all_send_by_gloo() -> None:
+    assert run_ranks(3, check_no_descriptor_for_pipes) == [False] * 3
+
+
+def check_pipes() -> tuple[int, int, int]:
+    """Count the descriptors of pipes: with an optimizer, in a child that is forked, and without the optimizer."""
+    gc.collect()
+
+    def count() -> int:
+        return sum(_target(fd).startswith("pipe:") for fd in os.listdir("/proc/self/fd"))
+
+    before = count()
+    job = check_bits({}, {})
+    here = count() - before
+    ours, theirs = os.pipe()
+    child = os.fork()
+    if not child:
+        os.write(theirs, bytes([count() - before - 2]))
+        os._exit(0)
+    in_child = os.read(ours, 1)[0]
+    os.waitpid(child, 0)
+    os.close(ours)
+    os.close(theirs)
+    job.train(range(5, 7))
+    job.check()
+    del job
+    gc.collect()
+    return here, in_child, count() - before
+
+
+def test_pipes_are_closed_with_the_optimizer_and_in_children() -> None:
+    assert run_ranks(3, check_pipes) == [(4, 0, 0)] * 3

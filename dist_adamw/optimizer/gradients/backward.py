@@ -71,6 +71,7 @@ class BackwardPasses:
     def _prepare_gradients(self) -> None:
         """Make gradients safe for backward to add to: either none, or sums of local ones."""
         sender, record = self._sender, self._record
+        self._messages.check_groups()
         if self.is_running:  # the last backward raised before its end
             self.is_running = False
             sender.receive()

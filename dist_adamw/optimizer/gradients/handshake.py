@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from dist_adamw.errors import AgreementError
-from dist_adamw.optimizer.gradients.refusals import CHANGE, ROUND, SAVE, UPDATE, out_of_step
+from dist_adamw.optimizer.gradients.refusals import CHANGE, KINDS, ROUND, SAVE, UPDATE, out_of_step
 from dist_adamw.optimizer.transport.rollcall import Channel, Rollcall
 from dist_adamw.ranks import collectives
 from dist_adamw.ranks.piggyback import MAX_NUMBERS, Piggyback
@@ -113,6 +113,18 @@ class RankMessages:
         self.groups, self.tag = groups, channel.tag
         if collectives.backend_of(groups[0], device) == "gloo":
             self._rollcall = Rollcall(groups[0], channel, width=_HEADER + _REPORT + 1 + MAX_NUMBERS)
+
+    def check_groups(self) -> None:
+        """Refuse to go on after a process group was destroyed. Local.
+
+        Raises:
+            RuntimeError: says what to do.
+        """
+        if not all(map(collectives.exists, self.groups)):
+            raise RuntimeError(
+                "the process group over which the optimizer's state is sharded was destroyed. Save before that, and "
+                "load into an optimizer that is attached after the new group was made."
+            )
 
     def close(self) -> None:
         """Stop sending and receiving. Local."""
@@ -223,7 +235,7 @@ class RankMessages:
         self._is_news = False
         here = collectives.rank(rollcall.group)
         for there, (kind, number, digest, *_) in enumerate(table):
-            if digest != table[here][2]:
+            if kind in KINDS and digest != table[here][2]:
                 raise AgreementError(
                     f"rank {there} has other parameters in its groups than rank {here}, or changed them before another "
                     "update. Add, replace and remove the same parameters on every rank, before the same update."

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from dist_adamw.errors import AgreementError
 
-UPDATE, ROUND, SAVE, CHANGE = 1, 2, 3, 4  # what a rank announces that it is about to do
+UPDATE, ROUND, SAVE, CHANGE = KINDS = 1, 2, 3, 4  # what a rank announces that it is about to do
 
 
 def out_of_step(here: int, mine: list[int], there: int, theirs: list[int]) -> AgreementError:
@@ -17,7 +17,10 @@ def out_of_step(here: int, mine: list[int], there: int, theirs: list[int]) -> Ag
         CHANGE: "has changed the optimizer's parameters before update {}",
         SAVE: "saves or consolidates state before update {}",
     }
-    said = [f"rank {r} {does[kind].format(number + 1)}" for r, (kind, number, *_) in ((here, mine), (there, theirs))]
+    said = [
+        f"rank {r} {does.get(kind, 'sends gradients or parameters').format(number + 1)}"
+        for r, (kind, number, *_) in ((here, mine), (there, theirs))
+    ]
     if SAVE in (mine[0], theirs[0]):
         return AgreementError(
             f"{said[0]} while {said[1]}. Each rank has a share of the state: save_state, dist_adamw.save and "

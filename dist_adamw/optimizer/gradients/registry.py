@@ -78,11 +78,15 @@ def end_unless_everywhere(reader: Path, model: nn.Module) -> list[Any]:
     """End other paths to ``model`` that exist only on some of the ranks of ``reader``. Collective over these.
 
     On the other ranks their optimizer no longer exists. On this one, a logger of the main rank may still hold it, or
-    the garbage collector has not run yet. Paths between other ranks are left alone.
+    the garbage collector has not run yet. Paths between other ranks are left alone. Those of a process group that was
+    destroyed are ended too.
 
     Returns:
         Objects that keep the remaining paths and their optimizers alive.
     """
+    for path in live_paths():
+        if not all(map(collectives.exists, path.messages.groups)):
+            path.end()
     paths = _others_of_same_ranks(reader)
     # An optimizer that is collected during the exchange would be counted as alive on this rank.
     kept = [path.keep_alive() for path in paths]
@@ -98,10 +102,15 @@ def end_unless_everywhere(reader: Path, model: nn.Module) -> list[Any]:
 
 def _others_of_same_ranks(reader: Path) -> list[Path]:
     groups = reader.messages.groups
-    return [path for path in live_paths() if path is not reader and _same_ranks(path.messages.groups, groups)]
+    others = [
+        path for path in live_paths() if path is not reader and all(map(collectives.exists, path.messages.groups))
+    ]
+    return [path for path in others if _same_ranks(path.messages.groups, groups)]
 
 
 def _same_ranks(groups: Sequence[dist.ProcessGroup], others: Sequence[dist.ProcessGroup]) -> bool:
+    if not all(map(collectives.exists, groups)):
+        return False
     return [*map(dist.get_process_group_ranks, groups)] == [*map(dist.get_process_group_ranks, others)]
 
 

@@ -177,7 +177,10 @@ class Sender:
     def _must_not_wait(self) -> bool:
         if self._messages.is_news:  # must be compared first, which waits for the other ranks
             return True
-        return len(self._in_flight) == MAX_IN_FLIGHT and self._sources.has_company()
+        transport = self.plan.order[self.next][0].transport
+        assert transport is not None
+        is_full = len(self._in_flight) == MAX_IN_FLIGHT
+        return (is_full or not transport.is_open) and self._sources.has_company()
 
     def send_all(self) -> None:
         """Send the remaining buckets, with zeros for missing gradients. Collective.

@@ -6,11 +6,14 @@ rest of a small update. A rank writes to a pipe itself, and the reader wakes up 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import stat
 import struct
 import time
+import weakref
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,20 +26,46 @@ from dist_adamw.ranks import collectives
 WIDTH = 24  # integers in a message; far below PIPE_BUF, so a message is written and read as a whole
 _FORMAT = struct.Struct(f"={WIDTH}q")
 _SLICE_MS = 1000
+_all_open: weakref.WeakSet[Pipes] = weakref.WeakSet()
+
+
+def _close_all() -> None:
+    for pipes in list(_all_open):
+        pipes.close()
+
+
+# A child that is forked, such as a data loader's worker, would keep the pipes of a rank open that has been killed.
+os.register_at_fork(after_in_child=_close_all)
 
 
 class Pipes:
-    """A pipe from each of the ranks to each other one. Messages arrive in the order in which they were posted."""
+    """A pipe from each of the ranks to each other one. Messages arrive in the order in which they were posted.
 
-    def __init__(self, rank: int, readers: dict[int, int], writers: dict[int, int], timeout: float) -> None:
-        self._rank, self._readers, self._writers, self._timeout = rank, readers, writers, timeout
+    Args:
+        timeout: Seconds to wait for a rank.
+
+    Attributes:
+        readers: By rank, the file descriptor from which its messages are read.
+        writers: By rank, that to which messages for it are written.
+    """
+
+    def __init__(self, timeout: float) -> None:
+        self.readers: dict[int, int] = {}
+        self.writers: dict[int, int] = {}
+        self._timeout = timeout
         self._posted = 0
-        self._read = dict.fromkeys(readers, 0)
+        self._read: Counter[int] = Counter()
         self._rows: dict[tuple[int, int], tuple[int, ...]] = {}  # messages that were read early, by sender and number
+        _all_open.add(self)
+
+    def close(self) -> None:
+        """Close the descriptors of this process. Local."""
+        for fds in (self.readers, self.writers):
+            while fds:
+                os.close(fds.popitem()[1])
 
     def __del__(self) -> None:
-        for fd in (*self._readers.values(), *self._writers.values()):
-            os.close(fd)
+        self.close()
 
     def post(self, numbers: Sequence[int]) -> int:
         """Send ``numbers``, at most WIDTH, to every other rank; return the number of the message. Local.
@@ -45,11 +74,11 @@ class Pipes:
             RuntimeError: a rank has exited.
         """
         message = _FORMAT.pack(*numbers, *[0] * (WIDTH - len(numbers)))
-        for there, fd in self._writers.items():
+        for there, fd in self.writers.items():
             try:
                 os.write(fd, message)
             except BrokenPipeError as error:
-                raise RuntimeError(f"rank {there} has exited.") from error
+                raise RuntimeError(f"rank {there} has exited, or its optimizer no longer exists.") from error
         self._posted += 1
         return self._posted - 1
 
@@ -59,14 +88,14 @@ class Pipes:
         Raises:
             RuntimeError: a rank has exited, or sent nothing within the process group's timeout.
         """
-        for there in self._readers:
+        for there in self.readers:
             while self._read[there] <= number:
                 self._rows[there, self._read[there]] = self._next(there)
                 self._read[there] += 1
-        return {there: self._rows.pop((there, number)) for there in self._readers}
+        return {there: self._rows.pop((there, number)) for there in self.readers}
 
     def _next(self, there: int) -> tuple[int, ...]:
-        fd, deadline = self._readers[there], time.monotonic() + self._timeout
+        fd, deadline = self.readers[there], time.monotonic() + self._timeout
         arrives = select.poll()
         arrives.register(fd, select.POLLIN)
         while not arrives.poll(_SLICE_MS):
@@ -74,7 +103,7 @@ class Pipes:
                 raise RuntimeError(f"rank {there} sent nothing for {self._timeout:g} s.")
         message = os.read(fd, _FORMAT.size)
         if not message:
-            raise RuntimeError(f"rank {there} has exited.")
+            raise RuntimeError(f"rank {there} has exited, or its optimizer no longer exists.")
         return _FORMAT.unpack(message)
 
 
@@ -82,29 +111,26 @@ def open_pipes(group: dist.ProcessGroup) -> Pipes | None:
     """Open pipes between the ranks of ``group``; return None, on every rank, if one of them cannot. Collective."""
     rank, size = collectives.rank(group), collectives.world_size(group)
     others = [there for there in range(size) if there != rank]
-    readers: dict[int, int] = {}
-    ends: dict[int, int] = {}  # that others write to
-    writers: dict[int, int] = {}
-    if _is_wanted():
-        try:
+    # First of all, since ranks on thousands of hosts should not make pipes to each other.
+    places = set(collectives.all_gather_objects(place() if _is_wanted() else None, group))
+    if not others or len(places) > 1 or None in places:
+        return None
+    pipes = Pipes(_timeout_of(group))
+    ends: dict[int, int] = {}  # that the others open and write to
+    try:
+        with contextlib.suppress(OSError):  # no descriptors are left
             for there in others:
-                readers[there], ends[there] = os.pipe()
-        except OSError:  # no descriptors are left
-            pass
-    paths = {there: (f"/proc/{os.getpid()}/fd/{fd}", os.fstat(fd).st_ino) for there, fd in ends.items()}
-    table = collectives.all_gather_objects((place() if len(ends) == len(others) else None, paths), group)
-    places = {where for where, _ in table}
-    if len(places) == 1 and None not in places:
-        try:
+                pipes.readers[there], ends[there] = os.pipe()
+        paths = {there: (f"/proc/{os.getpid()}/fd/{fd}", os.fstat(fd).st_ino) for there, fd in ends.items()}
+        table = collectives.all_gather_objects(paths, group)
+        with contextlib.suppress(OSError, KeyError):  # another user's process; or a rank had no descriptors
             for there in others:
-                writers[there] = _open(*table[there][1][rank])
-        except OSError:  # another user's process, or no descriptors are left
-            pass
-    can = all(collectives.all_gather_objects(len(writers) == len(others) and bool(others), group))
-    for fd in ends.values():
-        os.close(fd)
-    pipes = Pipes(rank, readers, writers, _timeout_of(group))
-    return pipes if can else None
+                pipes.writers[there] = _open(*table[there][rank])
+        can = collectives.all_gather_objects(len(pipes.writers) == len(others), group)
+    finally:
+        for fd in ends.values():
+            os.close(fd)
+    return pipes if all(can) else None
 
 
 def place() -> int | None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -21,10 +22,21 @@ class Channel:
     Attributes:
         tag: The tag of its messages over gloo; the same on all ranks.
         pipes: What its short messages go through; None: gloo.
+        may_share: Whether ranks may try to share memory. Not if they were found on several hosts: a rank that lays
+            out its state again, alone, would try again alone.
     """
 
     tag: int = 0
     pipes: Pipes | None = None
+    may_share: bool = True
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise RuntimeError(f"{error}\n{GONE}") from error
 
 
 class Rollcall:
@@ -51,7 +63,8 @@ class Rollcall:
             self._under_way.append(_Posted(mine, self._send(mine), None, 0))
         else:
             pipes = self.channel.pipes
-            self._under_way.append(_Posted(mine, None, pipes, pipes.post(mine)))
+            with _explained():
+                self._under_way.append(_Posted(mine, None, pipes, pipes.post(mine)))
 
     def _send(self, mine: list[int]) -> tuple[InFlightBucket, torch.Tensor]:
         table = torch.zeros(self._size, self._width, dtype=torch.int64)
@@ -97,8 +110,6 @@ class _Posted:
             rows: list[list[int]] = table.tolist()
             return rows
         assert self.pipes is not None
-        try:
+        with _explained():
             theirs = self.pipes.wait(self.number)
-        except RuntimeError as error:
-            raise RuntimeError(f"{error}\n{GONE}") from error
         return [self.mine if there == rank else list(theirs[there][:width]) for there in range(size)]

@@ -28,22 +28,22 @@ class SharedMemoryTransport(GlooTransport):
     def __init__(self, *args: Any, replaces: Transport | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._slots: Slots | None = None
-        self._is_open = self._size == 1  # nothing is sent
+        self._was_opened = False
         if isinstance(replaces, SharedMemoryTransport) and replaces._like.dtype == self._like.dtype:
             # Parameters may have moved on this rank alone, and then no other rank would open its memory again.
-            self._slots, self._is_open = replaces._slots, replaces._is_open
+            self._slots, self._was_opened = replaces._slots, replaces._was_opened
 
     @property
     def is_open(self) -> bool:
         """Whether ranks have agreed on how they send."""
-        return self._is_open
+        return self._was_opened or self._size == 1 or not self.channel.may_share
 
     def _opened(self) -> Slots | None:
         """Return the shared memory, opened at the first transfer; None if some rank cannot share. Collective."""
-        if not self._is_open:
+        if not self.is_open:
             numel = self._slot_numel * (self._size - 1)
             self._slots = open_slots(numel, self._like.dtype, group=self._group, channel=self.channel)
-            self._is_open = True
+            self._was_opened = True
         return self._slots
 
     def _region(self, slots: Slots, slot: int, owner: int, reader: int) -> Tensor:

@@ -28,7 +28,7 @@ from dist_adamw.optimizer.transport.rollcall import Channel, Rollcall
 SLOTS = 2 * MAX_IN_FLIGHT
 _NAME = "dist_adamw"
 _HEADER = mmap.PAGESIZE  # before the slots; begins with the key
-_OPENS, _HAS_MAPPED, _HAS_WRITTEN = 1, 2, 3  # the first number of a message; all have the same length
+_OPENS, _HAS_MAPPED, _HAS_WRITTEN = 11, 12, 13  # the first number of a message, which no other message has
 
 
 class Slots:
