@@ -338,3 +338,25 @@ def check_pipes() -> tuple[int, int, int]:
 
 def test_pipes_are_closed_with_the_optimizer_and_in_children() -> None:
     assert run_ranks(3, check_pipes) == [(4, 0, 0)] * 3
+
+
+def check_last_words() -> list[int]:
+    """Let rank 0 send a message and go, before rank 1 sends its own."""
+    group = dist.group.WORLD
+    assert group is not None
+    opened = pipes.open_pipes(group)
+    assert opened is not None
+    if dist.get_rank() == 0:
+        opened.post([7])
+        opened.close()
+        dist.barrier()
+        return []
+    dist.barrier()
+    heard = list(opened.wait(opened.post([8]))[0][:2])
+    with pytest.raises(RuntimeError, match="rank 0 has exited"):
+        opened.wait(opened.post([9]))
+    return heard
+
+
+def test_the_last_message_of_a_rank_is_read() -> None:
+    assert run_ranks(2, check_last_words) == [[], [7, 0]]

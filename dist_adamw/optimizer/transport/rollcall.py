@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,14 +30,6 @@ class Channel:
     may_share: bool = True
 
 
-@contextmanager
-def _explained() -> Iterator[None]:
-    try:
-        yield
-    except RuntimeError as error:
-        raise RuntimeError(f"{error}\n{GONE}") from error
-
-
 class Rollcall:
     """An all-gather of a few integers, on the channel of the buckets. Collective.
 
@@ -63,8 +54,7 @@ class Rollcall:
             self._under_way.append(_Posted(mine, self._send(mine), None, 0))
         else:
             pipes = self.channel.pipes
-            with _explained():
-                self._under_way.append(_Posted(mine, None, pipes, pipes.post(mine)))
+            self._under_way.append(_Posted(mine, None, pipes, pipes.post(mine)))
 
     def _send(self, mine: list[int]) -> tuple[InFlightBucket, torch.Tensor]:
         table = torch.zeros(self._size, self._width, dtype=torch.int64)
@@ -110,6 +100,8 @@ class _Posted:
             rows: list[list[int]] = table.tolist()
             return rows
         assert self.pipes is not None
-        with _explained():
+        try:
             theirs = self.pipes.wait(self.number)
+        except RuntimeError as error:
+            raise RuntimeError(f"{error}\n{GONE}") from error
         return [self.mine if there == rank else list(theirs[there][:width]) for there in range(size)]
