@@ -13,7 +13,7 @@ Both are compared with the minimum: 4N bytes of parameters, 4N of gradients and 
 gradients too, with 4N/W of those and 4L of the largest parameter's, since autograd returns a gradient whole. What is
 above that is staging, buckets, gradients that live only until they have been sent, and objects: a tensor costs
 kilobytes beyond its elements. What those of plain torch cost (a parameter, its gradient and AdamW's state, on one rank
-without DDP) is measured in a process of its own, and taken off the peak in ``beyond_objects_over_formula``.
+without DDP) is measured in a separate process, and taken off the peak in ``beyond_objects_over_formula``.
 
 Traffic: what the loopback interface says that it sent, over the ranks and the updates. That is
 counted by the kernel, headers and acknowledgements included. Where the kernel permits, the ranks have a

@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from dist_adamw.errors import AgreementError
 from dist_adamw.optimizer.gradients.refusals import CHANGE, KINDS, ROUND, SAVE, UPDATE, out_of_step
+from dist_adamw.optimizer.transport import sends_from_host
 from dist_adamw.optimizer.transport.rollcall import Channel, Rollcall
 from dist_adamw.ranks import collectives
 from dist_adamw.ranks.piggyback import MAX_NUMBERS, Piggyback
@@ -111,7 +112,7 @@ class RankMessages:
             device: That of the parameters.
         """
         self.groups, self.tag = groups, channel.tag
-        if collectives.backend_of(groups[0], device) == "gloo":
+        if sends_from_host(groups[0], device):
             self._rollcall = Rollcall(groups[0], channel, width=_HEADER + _REPORT + 1 + MAX_NUMBERS)
 
     def check_groups(self) -> None:

@@ -1,7 +1,7 @@
 """Order work on gradients that a backward pass writes on several CUDA streams.
 
 Autograd accumulates a gradient on the stream of the forward pass that used the parameter, and calls its hooks there. It
-orders these streams before the caller's only at the end of backward, so whoever reads gradients earlier must wait.
+orders these streams before the caller's only at the end of backward, so code that reads gradients earlier must wait.
 """
 
 from __future__ import annotations

@@ -179,7 +179,7 @@ class Transport(ABC):
         """Wait until all slices of the bucket have arrived."""
 
     def gather_aside(self, k: int) -> InFlightBucket | None:
-        """Gather bucket ``k`` of the parameters on a stream of its own, if the device has streams; else return None.
+        """Gather bucket ``k`` of the parameters on a separate stream, if the device has streams; else return None.
 
         Any number of these may be in flight. `finish_gather` makes the device wait for one, and not the host.
         """

@@ -112,7 +112,7 @@ class GlooTransport(Transport):
         self._await_parts(sent)
         received = {source: slot.view(self._sent_dtype) for source, slot in sent.staging[0].items()}
         for part, out in zip(self.owned_parts(sent.bucket), into, strict=True):
-            own = part.of(sent.parts).to(self._sent_dtype)  # rounded as the others', whoever owns it
+            own = part.of(sent.parts).to(self._sent_dtype)  # rounded as the others' are, so the owner does not matter
             terms = [own if rank == self._rank else part.in_slice(received[rank]) for rank in range(self._size)]
             # Sums are added to ``into``, or to those of replicas, only when they are complete.
             if self._is_recast:

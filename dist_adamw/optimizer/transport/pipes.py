@@ -107,7 +107,7 @@ def open_pipes(group: dist.ProcessGroup) -> Pipes | None:
     rank, size = collectives.rank(group), collectives.world_size(group)
     others = [there for there in range(size) if there != rank]
     # First of all, since ranks on thousands of hosts should not make pipes to each other.
-    places = set(collectives.all_gather_objects(place() if _is_wanted() else None, group))
+    places = set(collectives.all_gather_objects(place() if is_wanted() else None, group))
     if not others or len(places) > 1 or None in places:
         return None
     pipes = Pipes(_timeout_of(group))
@@ -137,7 +137,8 @@ def place() -> int | None:
         return None
 
 
-def _is_wanted() -> bool:
+def is_wanted() -> bool:
+    """Return whether ranks of one host may share pipes and memory. Local."""
     return os.environ.get("DIST_ADAMW_SHARED_MEMORY") != "0"
 
 

@@ -1,7 +1,7 @@
-"""Transport between ranks of one host: slices go through memory that all of them map, and gloo says when.
+"""Transport between ranks of one host: slices go through memory that all of them map, and short messages say when.
 
 gloo copies every message into the system and out of it again, which is about half of an update on a CPU. Here a rank
-writes what its peers need to memory of its own, sends each of them a short message, and they read it there. The sums,
+writes what its peers need to its own memory, sends each of them a short message, and they read it there. The sums,
 their order and so their bits are those of `GlooTransport`.
 """
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from dist_adamw.errors import AgreementError
 from dist_adamw.optimizer.transport.base import MAX_IN_FLIGHT
-from dist_adamw.optimizer.transport.pipes import place
+from dist_adamw.optimizer.transport.pipes import is_wanted, place
 from dist_adamw.optimizer.transport.rollcall import Channel, Rollcall
 
 SLOTS = 2 * MAX_IN_FLIGHT
@@ -61,7 +61,7 @@ class Slots:
             AgreementError: a rank does something else. On every rank.
         """
         self._ended += 1
-        _check(self._messages, self._messages.answer(), [_HAS_WRITTEN, self._ended])
+        _check(self._messages.answer(), [_HAS_WRITTEN, self._ended])
 
 
 def open_slots(numel: int, dtype: torch.dtype, *, group: dist.ProcessGroup, channel: Channel) -> Slots | None:
@@ -77,10 +77,10 @@ def open_slots(numel: int, dtype: torch.dtype, *, group: dist.ProcessGroup, chan
     key = secrets.randbits(62) + 1  # not 0, which says that there is no memory
     with _Memory(nbytes, key) as mine:
         messages.post([_OPENS, nbytes, key if mine.fd is not None else 0, place() or 0, os.getpid(), mine.fd or 0])
-        table = _check(messages, messages.answer(), [_OPENS, nbytes])
+        table = _check(messages.answer(), [_OPENS, nbytes])
         maps = _map_all(table, nbytes, mine)
         messages.post([_HAS_MAPPED, nbytes, maps is not None])
-        has_all = all(row[2] for row in _check(messages, messages.answer(), [_HAS_MAPPED, nbytes]))
+        has_all = all(row[2] for row in _check(messages.answer(), [_HAS_MAPPED, nbytes]))
     if maps is None or not has_all:
         return None
     return Slots([list(torch.split(memory[_HEADER:].view(dtype), numel)) for memory in maps], messages)
@@ -96,7 +96,7 @@ class _Memory:
     def __init__(self, nbytes: int, key: int) -> None:
         self.fd: int | None = None
         self.bytes: Tensor | None = None
-        if os.environ.get("DIST_ADAMW_SHARED_MEMORY") == "0" or not hasattr(os, "memfd_create"):
+        if not is_wanted() or not hasattr(os, "memfd_create"):
             return
         try:
             self.fd = os.memfd_create(_NAME)
@@ -147,7 +147,7 @@ def _map(path: str, nbytes: int) -> Tensor:
     return torch.from_file(path, shared=True, size=nbytes, dtype=torch.uint8)
 
 
-def _check(messages: Rollcall, table: list[list[int]], expected: list[int]) -> list[list[int]]:
+def _check(table: list[list[int]], expected: list[int]) -> list[list[int]]:
     """Return ``table``; raise if some rank's message does not begin with ``expected``."""
     for there, row in enumerate(table):
         if row[: len(expected)] != expected:
