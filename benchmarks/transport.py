@@ -27,9 +27,10 @@ from torch import Tensor
 
 from benchmarks import ranks, records
 from dist_adamw.optimizer.transport.base import MAX_IN_FLIGHT, InFlightBucket
-from dist_adamw.optimizer.transport.gloo import BLOCK_NUMEL, GlooTransport
+from dist_adamw.optimizer.transport.gloo import GlooTransport
 from dist_adamw.optimizer.transport.layout import FlatLayout
 from dist_adamw.optimizer.transport.rollcall import Channel
+from dist_adamw.optimizer.transport.tree_sum import BLOCK_NUMEL
 
 CHUNKS = (1 << 16, 1 << 18, 1 << 20, 1 << 22, 1 << 23)
 MESSAGE_CHUNKS = tuple(1 << n for n in range(18, 24))

@@ -157,7 +157,7 @@ def _serve(pipe: Connection, rank: int, world_size: int, rendezvous: str) -> Non
 
     torch.set_num_threads(1)
     # A loader's workers start as in a rank that a launcher has started, and not as this process did.
-    multiprocessing.set_start_method(None, force=True)  # type: ignore[arg-type]
+    multiprocessing.set_start_method(None, force=True)
     dist.init_process_group(
         "gloo", init_method=rendezvous, rank=rank, world_size=world_size, timeout=timedelta(seconds=TIMEOUT)
     )

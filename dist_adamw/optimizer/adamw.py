@@ -67,6 +67,8 @@ class DistAdamW(AttachedOptimizer):
         reduce_dtype: dtype in which gradients are averaged after `attach`. ``torch.float32`` for bf16 gradients, whose
             sum in bf16 has a relative error of 0.01 on 64 ranks with NCCL (gloo sums in fp32 anyway), at twice the
             bytes; ``torch.bfloat16`` for half the bytes of fp32 gradients. None: the gradients' dtype.
+        reproducible: Average the micro-batches of an update in one order, whatever the number of ranks, so that the
+            weights have the same bits on any. See "The same bits on any number of ranks" in the README.
         shard: "auto" shards over ``mesh``, or over all ranks if ``torch.distributed`` is
             initialised at the first update. False keeps the whole state on every rank. True is
             "auto", but raises instead of running unsharded.
@@ -103,6 +105,7 @@ class DistAdamW(AttachedOptimizer):
         master_dtype: torch.dtype | None = None,
         state_dtype: torch.dtype | None = None,
         reduce_dtype: torch.dtype | None = None,
+        reproducible: bool = False,
         shard: bool | str = "auto",
         mesh: DeviceMesh | None = None,
         fused: bool | None = None,
@@ -117,6 +120,7 @@ class DistAdamW(AttachedOptimizer):
             master_dtype=master_dtype,
             state_dtype=state_dtype,
             reduce_dtype=reduce_dtype,
+            reproducible=reproducible,
         )
         defaults = {
             "lr": lr,
@@ -131,10 +135,8 @@ class DistAdamW(AttachedOptimizer):
         warn_of_lasting_moments(state_dtype, betas[1])
         self.master_dtype, self.state_dtype, self.reduce_dtype = master_dtype, state_dtype, reduce_dtype
         self.decay_by: DecayBy = decay_by
-        self.max_grad_norm = max_grad_norm
-        self.shard = shard
-        self.fused = fused
-        self.bucket_numel = bucket_numel
+        self.max_grad_norm, self.reproducible = max_grad_norm, reproducible
+        self.shard, self.fused, self.bucket_numel = shard, fused, bucket_numel
         self._mesh = mesh
         self._reset()
         super().__init__(params, defaults)
@@ -235,8 +237,7 @@ class DistAdamW(AttachedOptimizer):
         must_know = may_skip and not all(is_fused(shard, self.fused) for shard in shards)
         if not (must_know and self.step_was_skipped):
             self._update_all(shards, grads, clip)
-        if self._path is not None:
-            self._path.update.used()
+        self._gradients_were_used()
 
     def _update_all(self, shards: list[Shard], grads: Sequence[BucketGradients], clip: Tensor | None) -> None:
         self._consolidated = None
@@ -261,9 +262,9 @@ class DistAdamW(AttachedOptimizer):
             elif not is_capturing():  # a capture applies nothing
                 outcome.count(self._scheme.count_update(outcome.updates, shards))
             return None
-        squares = squares_on_this_rank(shards, grads)
+        squares = squares_on_this_rank(shards, grads, reproducible=self.reproducible)
         self._settle()  # after the squares, so that the other ranks' answer arrives while they are computed
-        norm = global_norm(squares, self._ranks)
+        norm = global_norm(squares, self._ranks, reproducible=self.reproducible)
         outcome.measure(norm, found_inf)
         clip = clip_factor(norm, self.max_grad_norm)
         is_one = clip.device.type == "cpu" and clip == 1  # on a GPU the host would have to wait

@@ -15,6 +15,7 @@ from dist_adamw.optimizer import attaching
 from dist_adamw.optimizer.clipping import clip_owned_
 from dist_adamw.optimizer.gradients.gradient_path import GradientPath
 from dist_adamw.optimizer.gradients.handshake import RankMessages
+from dist_adamw.optimizer.gradients.one_process import MicroBatches
 from dist_adamw.optimizer.gradients.registry import end_unless_everywhere, gather_from_owners
 from dist_adamw.optimizer.options import describe_groups
 from dist_adamw.optimizer.outcome import is_capturing
@@ -38,6 +39,7 @@ class AttachedOptimizer(SavableOptimizer):
     _is_agreed = False  # whether ranks have compared their options
     _attach_options: dict[str, bool] | None = None
     _attached: Sequence[weakref.ref[nn.Module]] = ()
+    _micro_batches: MicroBatches | None = None  # of one process, with ``reproducible``
 
     def _collect_gradients(self, *, for_update: bool = False) -> bool:
         """Follow the user's changes and reduce gradients to their owners; return whether there are any. Collective.
@@ -71,8 +73,15 @@ class AttachedOptimizer(SavableOptimizer):
         if self._path.order.is_due and not is_capturing():
             changed |= self._path.order.adopt(hosts or ranks.groups, agreement.needed_rounds)
         self._follow(changed, is_agreed=agreement.asks_for_changes)
-        self._path.update.arrive(agreement.needed_rounds, for_update=for_update)
+        self._path.update.arrive(agreement.needed_rounds, agreement.micro_batches, for_update=for_update)
         return True
+
+    def _gradients_were_used(self) -> None:
+        """Record that an update has used the gradients. Local."""
+        if self._path is not None:
+            self._path.update.used()
+        elif self._micro_batches is not None:
+            self._micro_batches.used()
 
     def _check_reduce_dtype(self) -> None:
         """Refuse ``reduce_dtype`` if something else has averaged the gradients. Collective if it raises."""
@@ -180,6 +189,9 @@ class AttachedOptimizer(SavableOptimizer):
         ranks = self._ranks
         attaching.check_averaging(model, ranks)
         if ranks.process_group is None:
+            if self.reproducible:
+                self._micro_batches = self._micro_batches or MicroBatches(self._all_params)
+                self._micro_batches.listen(model)
             return
         collectives.end_quietly()
         if self._path is None:
@@ -208,12 +220,31 @@ class AttachedOptimizer(SavableOptimizer):
             self.gather_gradients,
             overlap=overlap,
             reduce_every_backward=reduce_every_backward,
+            reproducible=self.reproducible,
         )
         self._channel = attaching.open_channel(self._ranks, self._all_params()[0].device)
         for shard in self.shards:
             shard.use(self._channel)
         path.messages.open(self._ranks.groups, self._channel, self._all_params()[0].device)
         return path
+
+    @torch.no_grad()
+    def join_backward(self) -> None:
+        """Take part in a backward pass of the other ranks without a micro-batch. Collective.
+
+        With ``reproducible``, where the micro-batches of an update do not divide among the ranks: those that have none
+        left call this in place of a backward pass. They are the last ones, since micro-batch j of rank r is number
+        ``j W + r``.
+
+        Raises:
+            RuntimeError: the optimizer is not attached, or ``reproducible`` is not set.
+        """
+        if not self.reproducible or self._path is None:
+            raise RuntimeError(
+                "join_backward() is for DistAdamW(..., reproducible=True) that is attached on several ranks. Otherwise "
+                "give every rank as many micro-batches."
+            )
+        self._path.join_backward()
 
     @torch.no_grad()
     def clip_grad_norm_(

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dist_adamw.optimizer.kernels.exact_squares import digits_of_squares, value_of
 from dist_adamw.optimizer.kernels.foreach import norm_parts, sum_of_squares
 from dist_adamw.optimizer.sharding.schemes import ShardingRanks
 from dist_adamw.optimizer.sharding.shard import Shard
@@ -25,31 +26,40 @@ def clip_factor(norm: Tensor, max_norm: float) -> Tensor:
     return (max_norm / (norm + 1e-6)).clamp(max=1.0).to(torch.float32)
 
 
-def squares_on_this_rank(shards: Sequence[Shard], grads: Sequence[BucketGradients]) -> ByAxes:
-    """Return the sum of squares of this rank's gradients, 0-d fp64. Local."""
+def squares_on_this_rank(
+    shards: Sequence[Shard], grads: Sequence[BucketGradients], *, reproducible: bool = False
+) -> ByAxes:
+    """Return the sum of squares of this rank's gradients, 0-d fp64. Local.
+
+    Args:
+        reproducible: Return the digits of the sum instead, see `exact_squares`.
+    """
     device = shards[0].steps.device
     owned: dict[Any, list[Tensor]] = {}
     for shard, buckets in zip(shards, grads, strict=True):
         found = [grad for bucket in buckets for grad in bucket if grad is not None]
         owned.setdefault(shard.shard_axes, []).extend(found)
+    if reproducible:
+        return {axes: digits_of_squares([grad.flatten() for grad in found], device) for axes, found in owned.items()}
     return {
         axes: sum_of_squares(found).to(device) if found else torch.zeros((), dtype=torch.float64, device=device)
         for axes, found in owned.items()
     }
 
 
-def global_norm(squares: ByAxes, ranks: ShardingRanks) -> Tensor:
+def global_norm(squares: ByAxes, ranks: ShardingRanks, *, reproducible: bool = False) -> Tensor:
     """Return the norm of all elements of all gradients, each counted once, 0-d fp64. Collective.
 
     Args:
-        squares: The result of `squares_on_this_rank`; changed in place.
+        squares: The result of `squares_on_this_rank`, with the same ``reproducible``; changed in place.
     """
     # Each sum is reduced only over the ranks that divide its elements, so replicas count once.
     for axes, of_these in squares.items():
         for group in ranks.dividing(axes):
             collectives.all_reduce_sum(of_these, group)
     first, *others = squares.values()
-    return sum(others, first).sqrt()
+    total = sum(others, first)
+    return (value_of(total) if reproducible else total).sqrt()
 
 
 def non_zeros_on_this_rank(shards: Sequence[Shard], grads: Sequence[BucketGradients]) -> ByAxes:

@@ -99,6 +99,7 @@ def check_options(
     master_dtype: torch.dtype | None,
     state_dtype: torch.dtype | None,
     reduce_dtype: torch.dtype | None,
+    reproducible: bool,
 ) -> None:
     """Refuse invalid options of the constructor. Local; see `DistAdamW`.
 
@@ -116,6 +117,12 @@ def check_options(
     if bucket_numel is not None and bucket_numel < 1:
         raise ValueError(f"bucket_numel must be above 0, got {bucket_numel!r}.")
     _check_dtypes(master_dtype, state_dtype, reduce_dtype)
+    if reproducible and shard is False:
+        raise ValueError("reproducible=True averages gradients while it shards. Leave shard='auto'.")
+    if reproducible and mesh is not None and mesh.ndim > 1:
+        raise ValueError(
+            f"reproducible=True averages over one group of ranks, got a mesh of two axes: {mesh}. Pass one axis of it."
+        )
 
 
 def _check_dtypes(

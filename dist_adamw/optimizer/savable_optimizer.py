@@ -200,7 +200,7 @@ class SavableOptimizer(ShardedOptimizer):
         options = state.pop("options", {})
         unpickled = not hasattr(self, "_all_shards")  # __init__ has not run
         if unpickled:
-            self.reduce_dtype = None  # pickles of 0.1.0 do not have it
+            self.reduce_dtype, self.reproducible = None, False  # pickles of 0.1.0 do not have them
         for name, value in options.items():
             setattr(self, name, value)
         if unpickled:

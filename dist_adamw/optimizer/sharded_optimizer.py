@@ -41,6 +41,7 @@ OPTIONS = (
     "master_dtype",
     "state_dtype",
     "reduce_dtype",
+    "reproducible",
 )
 
 
@@ -64,6 +65,7 @@ class ShardedOptimizer(Optimizer):
     master_dtype: torch.dtype | None
     state_dtype: torch.dtype | None
     reduce_dtype: torch.dtype | None
+    reproducible: bool
     # Defaults for an unpickled optimizer, whose __init__ has not run.
     _channel = Channel()
     _mesh: DeviceMesh | None = None
@@ -123,6 +125,7 @@ class ShardedOptimizer(Optimizer):
             self.master_dtype,
             self.state_dtype,
             self.reduce_dtype,
+            self.reproducible,
             functools.partial(_order_of, self._path),
             self._is_partitioned,
         )

@@ -12,7 +12,7 @@ from dist_adamw.optimizer.gradients.ddp import PackedBucket
 from dist_adamw.optimizer.gradients.gradients_for_update import GradientsForUpdate
 from dist_adamw.optimizer.gradients.handshake import RankMessages
 from dist_adamw.optimizer.gradients.record import GradientRecord, OptimizerLink
-from dist_adamw.optimizer.gradients.sending import Sender, ShardSender
+from dist_adamw.optimizer.gradients.sending import MicroBatchSender, Sender, ShardSender
 from dist_adamw.optimizer.gradients.sources import GradientSources
 from dist_adamw.optimizer.gradients.unannounced import UnannouncedGradients
 from dist_adamw.optimizer.gradients.update_agreement import UpdateAgreement
@@ -28,6 +28,7 @@ class GradientPath:
         gather: Its method that makes every gradient whole. Collective.
         overlap: Send during backward.
         reduce_every_backward: Keep averages in flat memory of the shards, and free ``param.grad``.
+        reproducible: Do so, and average micro-batches in the order of their numbers.
 
     Attributes:
         sources: The modules and hooks that announce gradients.
@@ -48,14 +49,16 @@ class GradientPath:
         *,
         overlap: bool,
         reduce_every_backward: bool,
+        reproducible: bool = False,
     ) -> None:
-        self.overlap, self.reduce_every_backward = overlap, reduce_every_backward
+        self.overlap, self.reproducible = overlap, reproducible
+        self.reduce_every_backward = reduce_every_backward or reproducible
         self.messages = RankMessages()
         self.record = GradientRecord()
         self._link = OptimizerLink(params, shards, gather)
         self.sources = GradientSources(self, self._link, self.messages, self.record)
         kind = ShardSender if reduce_every_backward else Sender
-        self.sender = kind(self._link, self.sources, self.messages, self.record)
+        self.sender = (MicroBatchSender if reproducible else kind)(self._link, self.sources, self.messages, self.record)
         parts = (self.messages, self.record)
         self.backward = BackwardPasses(self, self._link, self.sources, self.sender, *parts, overlap=overlap)
         self.sources.call(self.backward)
@@ -77,13 +80,18 @@ class GradientPath:
         Raises:
             ValueError: ``model`` is wrapped so that this path cannot serve it.
         """
-        self.sources.add(model, reduces_every_backward=self.reduce_every_backward)
+        self.sources.add(model, reduces_every_backward=self.reduce_every_backward, reproducible=self.reproducible)
 
     def forget_layout(self) -> None:
         """Discard gradients and the plan after the shards were replaced. Local."""
         self.sources.look_at_siblings()
         self.backward.discard()
         self.sender.forget_layout()
+
+    def join_backward(self) -> None:
+        """Take part in a backward pass of the other ranks, with zeros. Collective."""
+        assert isinstance(self.sender, ShardSender)
+        self.sender.finish_round(is_micro_batch=False)
 
     # ---------------------------------------------------------------- for other optimizers' paths
 

@@ -18,7 +18,7 @@ from dist_adamw.ranks.piggyback import MAX_NUMBERS, Piggyback
 NOT_CHANGED, ACCEPTED, CHANGED = 0, 1, 2  # gradients between backward and the update; ranks take the largest
 
 
-_HEADER, _REPORT = 3, 13  # numbers in a message: kind, update and digest of the parameters; `UpdateReport.numbers`
+_HEADER, _REPORT = 3, 15  # numbers in a message: kind, update and digest of the parameters; `UpdateReport.numbers`
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +27,7 @@ class UpdateReport:
 
     Attributes:
         rounds: How often all buckets were sent, of gradients that are kept in the shard.
+        micro_batches: In how many of these rounds this rank had a backward pass.
         is_missing: Whether some parameter has no gradient here.
         is_reopened: Whether averages have become sums again.
         change: NOT_CHANGED, ACCEPTED or CHANGED.
@@ -38,6 +39,7 @@ class UpdateReport:
     """
 
     rounds: int
+    micro_batches: int
     is_missing: bool
     is_reopened: bool
     change: int
@@ -51,7 +53,7 @@ class UpdateReport:
         """Return the numbers to exchange."""
         # Digests are sent with their negatives, so that one maximum over ranks gives the largest and the smallest.
         largest = [self.rounds, self.is_missing, self.is_reopened, self.change, self.has_changes]
-        digests = (self.prints, self.options, self.pattern, self.dropped)
+        digests = (self.micro_batches, self.prints, self.options, self.pattern, self.dropped)
         return [*map(int, largest), *digests, *(-digest for digest in digests)]
 
 
@@ -64,6 +66,7 @@ class Agreed:
     is_reopened: bool
     change: int
     has_changes: bool
+    micro_batches_differ: bool
     prints_differ: bool
     options_differ: bool
     patterns_differ: bool
@@ -78,7 +81,7 @@ class Agreed:
     def of(cls, numbers: Sequence[int]) -> Agreed:
         """Read the largest of each number of `UpdateReport.numbers`."""
         rounds, is_missing, is_reopened, change, has_changes = numbers[:5]
-        highest, minus_lowest = numbers[5:9], numbers[9:13]
+        highest, minus_lowest = numbers[5:10], numbers[10:15]
         differ = [high != -low for high, low in zip(highest, minus_lowest, strict=True)]
         return cls(rounds, bool(is_missing), bool(is_reopened), change, bool(has_changes), *differ)
 

@@ -37,11 +37,13 @@ class Sender:
         next: The position in the plan of the next bucket to send.
         is_prepared: Whether `prepare` was called for the present pass.
         rounds: Rounds into the shard since the last update; 0 here.
+        micro_batches: Those rounds in which this rank had a backward pass; 0 here.
         reduces_every_backward: Whether averages are kept in the shard and ``param.grad`` is freed.
     """
 
     reduces_every_backward = False
     rounds = 0
+    micro_batches = 0
 
     def __init__(
         self, link: OptimizerLink, sources: GradientSources, messages: RankMessages, record: GradientRecord
@@ -329,6 +331,7 @@ class ShardSender(Sender):
 
     Attributes:
         rounds: Rounds since the last update.
+        micro_batches: Those in which this rank had a backward pass.
     """
 
     reduces_every_backward = True
@@ -337,13 +340,18 @@ class ShardSender(Sender):
         """Leave nothing to mark, since ``param.grad`` holds no part of a gradient. Local."""
         self.next = 0
 
-    def finish_round(self) -> None:
-        """Send the remaining buckets, with zeros for missing gradients, and wait for all of them. Collective."""
+    def finish_round(self, *, is_micro_batch: bool = True) -> None:
+        """Send the remaining buckets, with zeros for missing gradients, and wait for all of them. Collective.
+
+        Args:
+            is_micro_batch: Whether this rank had a backward pass.
+        """
         self.follow_layout()
         while self.next < len(self.plan.order):
             self._send_next()
         self.receive()
         self.rounds += 1
+        self.micro_batches += is_micro_batch
         self.begin_round()
 
     def _note_sent(self, params: list[Tensor]) -> None:
@@ -352,6 +360,13 @@ class ShardSender(Sender):
     @property
     def _moves_gradients(self) -> bool:
         return False
+
+    def complete(self, micro_batches: int) -> None:
+        """Make averages of what the rounds have left in the shards. Local, before the averages are read.
+
+        Args:
+            micro_batches: Those of this update, over all ranks.
+        """
 
     @torch.no_grad()
     def _start(self, n: int, gradients: BucketGradients) -> None:
@@ -377,6 +392,29 @@ class ShardSender(Sender):
 
     def clear(self) -> None:
         """Forget the gradients of this update, which were used or discarded. Local; the same on every rank."""
-        self.rounds = 0
+        self.rounds = self.micro_batches = 0
         super().clear()
         self.begin_round()
+
+
+class MicroBatchSender(ShardSender):
+    """Averages micro-batches, one for each backward pass of each rank, in the order of their numbers.
+
+    Micro-batch j of rank r has the number ``j W + r``. A round brings W of them, so their order does not depend on W.
+    """
+
+    def _take(self, shard: Shard, sent: InFlightBucket, gradients: BucketGradients) -> None:
+        assert shard.transport is not None
+        shard.transport.finish_terms(sent, shard.gradients.tree_sum(sent.bucket))
+        gradients.packer.give_back(gradients)
+
+    def complete(self, micro_batches: int) -> None:
+        """See `ShardSender`."""
+        for shard in self.owners:
+            shard.gradients.finish_tree_sums(micro_batches)
+
+    def clear(self) -> None:
+        """Forget the gradients of this update, which were used or discarded. Local; the same on every rank."""
+        for shard in self.owners:
+            shard.gradients.clear_tree_sums()
+        super().clear()

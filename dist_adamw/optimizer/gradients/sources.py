@@ -111,7 +111,7 @@ class GradientSources:
 
     # ---------------------------------------------------------------- add and remove sources
 
-    def add(self, model: nn.Module, *, reduces_every_backward: bool) -> None:
+    def add(self, model: nn.Module, *, reduces_every_backward: bool, reproducible: bool) -> None:
         """Receive the gradients of ``model`` from now on, in place of any other path. Local.
 
         Raises:
@@ -133,12 +133,12 @@ class GradientSources:
                 self.order[id(param)] = next(places)
         params = [param for param in _own_parameters(model) if param.requires_grad and id(param) in self.known_ids]
         if isinstance(model, DistributedDataParallel):
-            if reduces_every_backward:
+            if reduces_every_backward and not reproducible:
                 raise ValueError(
                     "reduce_every_backward=True is for modules without DistributedDataParallel. DDP keeps whole "
                     "gradients in its buckets, so it would only send more. Attach the plain module, or leave it False."
                 )
-            aside = self._add_ddp(model, path, params)
+            aside = self._add_ddp(model, path, params, reproducible=reproducible)
         else:
             aside = True
             take_over(path, params)
@@ -152,10 +152,18 @@ class GradientSources:
         self._hang_on_parameters([param for param in params if self._hook_of.get(id(param)) is None])
         self._kinds_changed()
 
-    def _add_ddp(self, model: DistributedDataParallel, path: Sibling, params: list[Tensor]) -> bool:
+    def _add_ddp(
+        self, model: DistributedDataParallel, path: Sibling, params: list[Tensor], *, reproducible: bool
+    ) -> bool:
         """Receive ``params`` from DDP's buckets, or by hooks if DDP can stand aside; return whether it does."""
         reducer = DDPReducer.of(model)
         aside = reducer.can_stand_aside(self.known_ids)
+        if reproducible and not aside:
+            raise ValueError(
+                "reproducible=True needs the gradients of every micro-batch, and DistributedDataParallel would add "
+                "them up. Pass it gradient_as_bucket_view=True, neither static_graph nor mixed_precision, and give "
+                "DistAdamW all of its parameters. Or attach the module without DistributedDataParallel."
+            )
         take_over(path, params)
         self._reducers.append(weakref.ref(reducer))
         if aside:

@@ -33,6 +33,7 @@ class UpdateAgreement:
     Attributes:
         asks_for_changes: Whether the last `complete` has asked all ranks if there are changes.
         needed_rounds: Rounds into the shard of the rank with the most.
+        micro_batches: Those of the update over all ranks, if gradients are kept in the shards.
     """
 
     def __init__(
@@ -53,7 +54,7 @@ class UpdateAgreement:
         self._has_ended = False
         self._hosts: Sequence[dist.ProcessGroup] = ()
         self.asks_for_changes = False
-        self.needed_rounds = 0
+        self.needed_rounds = self.micro_batches = 0
 
     def end(self) -> None:
         """Refuse updates from now on, because the optimizer no longer exists on other ranks. Local."""
@@ -95,7 +96,7 @@ class UpdateAgreement:
         prints = self._unannounced.prints()
         report = self._report(subject, present, prints, has_changes=has_changes, options=options)
         agreed = self._agree(report, group, replicas)
-        self.needed_rounds = agreed.rounds
+        self.needed_rounds, self.micro_batches = agreed.rounds, report.micro_batches * collectives.world_size(group)
         # Checked first: these raise before anything else is sent, and name the cause of other differences.
         if (agreed.has_changes or agreed.options_differ) and self.asks_for_changes:
             check_changes()
@@ -109,6 +110,8 @@ class UpdateAgreement:
             self._compare_unlistened(prints, group, replicas)
         if agreed.change and self._unannounced.are_local_used(subject, present):
             raise accepted_local()
+        if agreed.micro_batches_differ:
+            self.micro_batches = sum(collectives.all_gather_objects(report.micro_batches, group))
         record.is_compared = True
         is_all_there = not (agreed.is_incomplete or record.filled or self._sender.reduces_every_backward)
         if not is_all_there:
@@ -194,6 +197,7 @@ class UpdateAgreement:
         has_leftover = sender.reduces_every_backward and any(param.grad is not None for param in sender.plan.params)
         return UpdateReport(
             rounds=sender.rounds + has_leftover,
+            micro_batches=sender.micro_batches,
             is_missing=_is_missing(subject, present),
             is_reopened=record.is_reopened,
             change=change,

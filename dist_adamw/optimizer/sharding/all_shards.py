@@ -44,7 +44,7 @@ class Wanted:
         groups: ``optimizer.param_groups``.
         state: ``optimizer.state``.
         ranks: The ranks that the state is sharded over.
-        bucket_numel: See `DistAdamW`, also for the three dtypes.
+        bucket_numel: See `DistAdamW`, also for the three dtypes and ``reproducible``.
         reduce_every_backward: Whether gradients are kept in the shards, see `Shard`.
         channel: The channel of the optimizer's messages.
         order: Returns the wanted place of parameters in the layout, by id; see `arrange`.
@@ -61,6 +61,7 @@ class Wanted:
     master_dtype: torch.dtype | None
     state_dtype: torch.dtype | None
     reduce_dtype: torch.dtype | None
+    reproducible: bool
     order: Callable[[], Mapping[int, int]]
     by_group: bool
     are_shares: bool = False
@@ -82,6 +83,7 @@ class Wanted:
             master_dtype=self.master_dtype,
             state_dtype=self.state_dtype,
             reduce_dtype=self.reduce_dtype,
+            reproducible=self.reproducible,
         )
 
     def is_shard_of(self, shard: Shard, arrangement: Arrangement) -> bool:

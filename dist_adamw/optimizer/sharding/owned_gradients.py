@@ -13,6 +13,7 @@ from dist_adamw.optimizer.sharding.gradient_memory import GradientMemory
 from dist_adamw.optimizer.sharding.memory_order import MemoryOrder, check_dense, storage_order
 from dist_adamw.optimizer.transport.base import Transport, cut_slice
 from dist_adamw.optimizer.transport.layout import FlatLayout, Piece
+from dist_adamw.optimizer.transport.tree_sum import TreeSum
 
 
 class OwnedGradients:
@@ -36,6 +37,7 @@ class OwnedGradients:
         self._made_packer: BucketPacker | None = None
         self._accumulated: Tensor | None = None
         self._views: list[list[Tensor]] = []
+        self._tree_sums: dict[int, TreeSum] = {}  # by bucket
 
     @property
     def any_grad(self) -> bool:
@@ -127,6 +129,29 @@ class OwnedGradients:
         assert self._accumulated is not None
         flat = self._accumulated
         self._views = [[flat[p.offset : p.offset + p.numel] for p in bucket] for bucket in self._pieces]
+
+    # ---------------------------------------------------------------- micro-batches in the order of their numbers
+
+    def tree_sum(self, k: int) -> TreeSum:
+        """Return the sum of this rank's slices of bucket ``k``. Local."""
+        if k not in self._tree_sums:
+            like, (start, stop) = self._params[0], self._layout.slice_of(k, 0)
+            wide = torch.promote_types(like.dtype, torch.float32)
+            self._tree_sums[k] = TreeSum(stop - start, dtype=wide, device=like.device)
+        return self._tree_sums[k]
+
+    def finish_tree_sums(self, divisor: int) -> None:
+        """Divide the sums that have terms by ``divisor``, and make them the averages of their buckets. Local."""
+        for k, sums in self._tree_sums.items():
+            if sums.count:
+                sums.write([(0, self.accumulated(k))], divisor)
+                sums.clear()
+                self.reduced[k] = list(self.accumulated_runs(k))
+
+    def clear_tree_sums(self) -> None:
+        """Forget the terms of all sums. Local."""
+        for sums in self._tree_sums.values():
+            sums.clear()
 
     # ---------------------------------------------------------------- the update
 

@@ -49,6 +49,7 @@ class Shard:
         master_dtype: The dtype of masters of bf16 or fp16 parameters: fp32, or int16 for remainders.
         state_dtype: The dtype of the moments; None means fp32 with masters, else the parameters' dtype.
         reduce_dtype: The dtype in which gradients are averaged, see `DistAdamW`.
+        reproducible: See `Transport`.
 
     Attributes:
         buckets: The operands of each bucket's update.
@@ -69,12 +70,13 @@ class Shard:
         master_dtype: torch.dtype | None = None,
         state_dtype: torch.dtype | None = None,
         reduce_dtype: torch.dtype | None = None,
+        reproducible: bool = False,
     ) -> None:
         self.params = params
         self.shard_axes = shard_axes(params[0])
         self.groups, self.distinct_groups = groups, _distinct(groups)
         self.process_group, self._replicas, self._channel = process_group, replicas, channel or Channel()
-        self._reduce_dtype = reduce_dtype
+        self._reduce_dtype, self._reproducible = reduce_dtype, reproducible
         world_size = 1 if process_group is None else collectives.world_size(process_group)
         self.rank = 0 if process_group is None else collectives.rank(process_group)
         like = self._weights()[0]
@@ -123,6 +125,7 @@ class Shard:
                 replicas=self._replicas,
                 channel=self._channel,
                 reduce_dtype=self._reduce_dtype,
+                reproducible=self._reproducible,
                 replaces=self.transport,
             )
 

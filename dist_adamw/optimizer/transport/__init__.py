@@ -27,6 +27,7 @@ def make_transport(
     replicas: dist.ProcessGroup | None = None,
     channel: Channel,
     reduce_dtype: torch.dtype | None = None,
+    reproducible: bool = False,
     replaces: Transport | None = None,
 ) -> Transport:
     """Return a transport for ``group``'s backend for the device of ``params``. Local.
@@ -38,9 +39,16 @@ def make_transport(
         replicas: The ranks that own the same slices as this one, over which gradients are averaged too.
         channel: Distinguishes the messages of several optimizers.
         reduce_dtype: See `DistAdamW`.
+        reproducible: See `Transport`.
         replaces: The transport of the same layout before parameters moved.
     """
-    options: dict[str, Any] = {"group": group, "replicas": replicas, "channel": channel, "reduce_dtype": reduce_dtype}
+    options: dict[str, Any] = {
+        "group": group,
+        "replicas": replicas,
+        "channel": channel,
+        "reduce_dtype": reduce_dtype,
+        "reproducible": reproducible,
+    }
     if not sends_from_host(group, params[0].device):
         return CollectiveTransport(layout, params, **options)
     return SharedMemoryTransport(layout, params, **options, replaces=replaces)

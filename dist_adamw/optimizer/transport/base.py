@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dist_adamw.optimizer.transport.layout import FlatLayout, Piece, Segment
+from dist_adamw.optimizer.transport.tree_sum import TreeSum
 from dist_adamw.ranks import collectives
 
 T = TypeVar("T")
@@ -88,6 +89,9 @@ class Transport(ABC):
 
     At most MAX_IN_FLIGHT buckets may be in flight at a time.
 
+    Args:
+        reproducible: Whether gradients are finished by `finish_terms`, and not by `finish_reduce`.
+
     Attributes:
         channel: Distinguishes the messages of several optimizers.
         count: The number of ranks that gradients are averaged over.
@@ -102,8 +106,10 @@ class Transport(ABC):
         replicas: dist.ProcessGroup | None,
         channel: Any,
         reduce_dtype: torch.dtype | None = None,
+        reproducible: bool = False,
     ) -> None:
         self._layout, self._params = layout, params
+        self._reproducible = reproducible
         self._group, self._replicas, self.channel = group, replicas, channel
         self._rank, self._size = collectives.rank(group), layout.world_size
         self.count = self._size * (1 if replicas is None else collectives.world_size(replicas))
@@ -165,6 +171,10 @@ class Transport(ABC):
                 gradients, or the same.
             add: Add the averages to ``into`` instead of copying them.
         """
+
+    @abstractmethod
+    def finish_terms(self, sent: InFlightBucket, sums: TreeSum) -> None:
+        """Wait for a bucket, and add every rank's gradient of this rank's slice to ``sums``, in rank order."""
 
     @abstractmethod
     def start_gather(self, k: int, flat: Flat | None = None) -> InFlightBucket:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dist_adamw.optimizer.transport.base import Flat, InFlightBucket, OwnedPart, Transport, _copy_present
 from dist_adamw.optimizer.transport.layout import Piece, Segment
+from dist_adamw.optimizer.transport.tree_sum import TreeSum
 
 
 class _Arrival:
@@ -68,6 +69,11 @@ class CollectiveTransport(Transport):
         if buffer.dtype != self._reduce_dtype:
             buffer = buffer.to(self._reduce_dtype)
         sent = InFlightBucket(k, [], None, [buffer])
+        if self._reproducible:
+            sent.staging = torch.empty_like(buffer)
+            work = dist.all_to_all_single(sent.staging, buffer, group=self._group, async_op=True)
+            sent.works = [] if work is None else [work]
+            return sent
         _, _, first, last = self._pieces(k)
         # torch 2.13 renamed reduce_scatter_tensor, and warns about the old name.
         scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -115,6 +121,12 @@ class CollectiveTransport(Transport):
             out.add_(own)
         elif out.data_ptr() != own.data_ptr():
             out.copy_(own)
+        sent.parts = ()
+
+    def finish_terms(self, sent: InFlightBucket, sums: TreeSum) -> None:
+        """See `Transport`."""
+        sent.wait()
+        sums.add([(0, sent.staging.chunk(self._size))])
         sent.parts = ()
 
     def _owned(self, k: int, first: int, last: int) -> list[Piece]:

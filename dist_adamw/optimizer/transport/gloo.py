@@ -21,9 +21,9 @@ from torch import Tensor
 
 from dist_adamw.optimizer.transport.base import Flat, InFlightBucket, OwnedPart, T, Transport, _copy_present
 from dist_adamw.optimizer.transport.layout import Piece, Segment
+from dist_adamw.optimizer.transport.tree_sum import BLOCK_NUMEL, TreeSum
 
 DIRECT_NUMEL = 1 << 14  # shorter runs are packed, since a copy costs less than a message
-BLOCK_NUMEL = 1 << 16  # elements summed at a time, few enough to stay in a core's cache between passes
 
 
 @dataclass(slots=True)
@@ -109,11 +109,7 @@ class GlooTransport(Transport):
 
     def finish_reduce(self, sent: InFlightBucket, into: Sequence[Tensor], *, add: bool = False) -> None:
         """See `Transport`."""
-        self._await_parts(sent)
-        received = {source: slot.view(self._sent_dtype) for source, slot in sent.staging[0].items()}
-        for part, out in zip(self.owned_parts(sent.bucket), into, strict=True):
-            own = part.of(sent.parts).to(self._sent_dtype)  # rounded as the others' are, so the owner does not matter
-            terms = [own if rank == self._rank else part.in_slice(received[rank]) for rank in range(self._size)]
+        for (_, terms), out in zip(self._await_terms(sent), into, strict=True):
             # Sums are added to ``into``, or to those of replicas, only when they are complete.
             if self._is_recast:
                 total = torch.empty_like(out, dtype=torch.float32)
@@ -127,6 +123,23 @@ class GlooTransport(Transport):
                 out.add_(total) if add else out.copy_(total)
         sent.parts = ()
         self._give_back(sent)
+
+    def finish_terms(self, sent: InFlightBucket, sums: TreeSum) -> None:
+        """See `Transport`."""
+        sums.add([(part.offset, terms) for part, terms in self._await_terms(sent)])
+        sent.parts = ()
+        self._give_back(sent)
+
+    def _await_terms(self, sent: InFlightBucket) -> list[tuple[OwnedPart, list[Tensor]]]:
+        """Wait for a bucket; return the owned parts with the gradient of every rank, in rank order."""
+        self._await_parts(sent)
+        received = {source: slot.view(self._sent_dtype) for source, slot in sent.staging[0].items()}
+        found = []
+        for part in self.owned_parts(sent.bucket):
+            own = part.of(sent.parts).to(self._sent_dtype)  # rounded as the others' are, so the owner does not matter
+            terms = [own if rank == self._rank else part.in_slice(received[rank]) for rank in range(self._size)]
+            found.append((part, terms))
+        return found
 
     def _await_parts(self, sent: InFlightBucket) -> None:
         """Wait until the parts of every rank have arrived."""
