@@ -143,11 +143,6 @@ class DistAdamW(AttachedOptimizer):
         self.state = WatchedState.of(self._accesses, {})
 
     @property
-    def updates(self) -> int:
-        """The number of applied updates; skipped ones do not count. Local."""
-        return self._outcome.updates
-
-    @property
     def step_was_skipped(self) -> bool:
         """Whether the last `step` changed no weights, because gradients were inf, nan or missing. Local.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import weakref
 from collections.abc import Iterable, Sequence
@@ -12,9 +13,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dist_adamw.optimizer import attaching
-from dist_adamw.optimizer.clipping import clip_owned_
+from dist_adamw.optimizer.clipping import clip_owned_, owned_gradients
 from dist_adamw.optimizer.gradients.gradient_path import GradientPath
 from dist_adamw.optimizer.gradients.handshake import RankMessages
+from dist_adamw.optimizer.gradients.keyed_random import KeyedRandom
 from dist_adamw.optimizer.gradients.one_process import MicroBatches
 from dist_adamw.optimizer.gradients.registry import end_unless_everywhere, gather_from_owners
 from dist_adamw.optimizer.options import describe_groups
@@ -40,6 +42,7 @@ class AttachedOptimizer(SavableOptimizer):
     _attach_options: dict[str, bool] | None = None
     _attached: Sequence[weakref.ref[nn.Module]] = ()
     _micro_batches: MicroBatches | None = None  # of one process, with ``reproducible``
+    _random: KeyedRandom | None = None  # with ``reproducible``
 
     def _collect_gradients(self, *, for_update: bool = False) -> bool:
         """Follow the user's changes and reduce gradients to their owners; return whether there are any. Collective.
@@ -48,6 +51,11 @@ class AttachedOptimizer(SavableOptimizer):
             for_update: Whether an update follows at once.
         """
         changed = self._differs()
+        if self.reproducible and self._random is None and not self._is_partitioned:
+            raise RuntimeError(
+                "reproducible=True, but no module is attached, so micro-batches are added up as they come. Call "
+                "dist_adamw.prepare, or optimizer.attach(model) before the first forward pass."
+            )
         if self._path is None:
             gather_from_owners(None, self._all_params())
             if self.process_group is not None and not self._is_agreed:
@@ -188,10 +196,9 @@ class AttachedOptimizer(SavableOptimizer):
         self._check_alike({f"attach({name})": value for name, value in options.items()} | {"attach to DDP": is_ddp})
         ranks = self._ranks
         attaching.check_averaging(model, ranks)
+        if self.reproducible:
+            self._reproduce(model)
         if ranks.process_group is None:
-            if self.reproducible:
-                self._micro_batches = self._micro_batches or MicroBatches(self._all_params)
-                self._micro_batches.listen(model)
             return
         collectives.end_quietly()
         if self._path is None:
@@ -212,6 +219,32 @@ class AttachedOptimizer(SavableOptimizer):
         del others
         self._attached = [*(ref for ref in self._attached if ref() not in (None, model)), weakref.ref(model)]
 
+    def _reproduce(self, model: nn.Module) -> None:
+        """Follow the forward passes of ``model``, and in one process its backward passes. Collective."""
+        attaching.check_reproducible(model)
+        group = self.process_group
+        if self._random is None:
+            seed = attaching.agree_on_seed(group)
+            self._random = KeyedRandom(seed, self._place_of_forward)
+        self._random.listen(model)
+        if group is None:
+            self._micro_batches = self._micro_batches or MicroBatches(self._all_params)
+            self._micro_batches.listen(model)
+
+    def _place_of_forward(self) -> tuple[int, int]:
+        """Return the number of the update, and in it that of the micro-batch that runs forward now. Local."""
+        if self._path is None:
+            return self.updates, 0 if self._micro_batches is None else self._micro_batches.number
+        rank, ranks = self._ranks.place
+        return self.updates, self._path.sender.rounds * ranks + rank
+
+    @property
+    def kept_micro_batches(self) -> int:
+        """The micro-batches of the present update whose gradients this rank has sent or set aside. Local."""
+        if self._path is not None:
+            return self._path.sender.micro_batches
+        return 0 if self._micro_batches is None else self._micro_batches.number
+
     def _open_path(self, *, overlap: bool, reduce_every_backward: bool) -> GradientPath:
         """Make a path, and open its channel to the other ranks. Collective."""
         path = GradientPath(
@@ -227,6 +260,11 @@ class AttachedOptimizer(SavableOptimizer):
             shard.use(self._channel)
         path.messages.open(self._ranks.groups, self._channel, self._all_params()[0].device)
         return path
+
+    @property
+    def updates(self) -> int:
+        """The number of applied updates; skipped ones do not count. Local."""
+        return self._outcome.updates
 
     @torch.no_grad()
     def join_backward(self) -> None:
@@ -267,24 +305,36 @@ class AttachedOptimizer(SavableOptimizer):
         ours = self._all_params()
         params = list(ours if parameters is None else parameters)
         gather_from_owners(self._path, params)
+        if self.reproducible and norm_type not in (2.0, math.inf):
+            raise ValueError(f"with reproducible=True norm_type must be 2 or inf, got {norm_type!r}.")
         if self._path is None or self._path.is_whole:
-            return torch.nn.utils.clip_grad_norm_(params, max_norm, norm_type)
+            return self._clip_whole(params, max_norm, norm_type)
         known = {id(param) for param in ours}
         others = [p.grad for p in params if id(p) not in known and p.grad is not None]  # whole on every rank
         self._collect_gradients()
         self._settle()
         assert self.process_group is not None
         norm = clip_owned_(
-            self.shards,
-            {id(param) for param in params},
+            owned_gradients(self.shards, {id(param) for param in params}),
             others,
             max_norm=max_norm,
             norm_type=norm_type,
             group=self.process_group,
             device=self.shards[0].params[0].device if self.shards else params[0].device,
+            reproducible=self.reproducible,
         )
         self._path.update.accept_changes()
         return norm
+
+    def _clip_whole(self, params: list[Tensor], max_norm: float, norm_type: float) -> Tensor:
+        """Clip gradients that are whole on every rank. Local."""
+        grads = [param.grad for param in params if param.grad is not None]
+        if not (self.reproducible and grads):
+            return torch.nn.utils.clip_grad_norm_(params, max_norm, norm_type)
+        device = grads[0].device
+        return clip_owned_(
+            [], grads, max_norm=max_norm, norm_type=norm_type, group=None, device=device, reproducible=True
+        )
 
     @torch.no_grad()
     def gather_gradients(self) -> None:

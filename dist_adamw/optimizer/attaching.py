@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
 from dist_adamw.optimizer.gradients.gradient_path import GradientPath
+from dist_adamw.optimizer.gradients.keyed_random import find_running_statistics
 from dist_adamw.optimizer.gradients.registry import gather_from_owners
 from dist_adamw.optimizer.sharding.fingerprints import fingerprints
 from dist_adamw.optimizer.sharding.schemes import ShardingRanks
@@ -86,6 +87,40 @@ def check_averaging(model: nn.Module, ranks: ShardingRanks) -> None:
 def averages_over(ranks: ShardingRanks, group: dist.ProcessGroup) -> bool:
     """Return whether gradients that `DistAdamW.attach` averages are averaged over the ranks of ``group``. Local."""
     return ranks.averaged() == sorted(dist.get_process_group_ranks(group))
+
+
+def check_reproducible(model: nn.Module) -> None:
+    """Refuse a module whose results depend on which rank computes which micro-batches. Local.
+
+    Raises:
+        ValueError: names the module.
+    """
+    name = find_running_statistics(model)
+    if name is not None:
+        raise ValueError(
+            f"reproducible=True cannot keep the running statistics of {name!r}, a "
+            f"{type(model.get_submodule(name)).__name__}: a rank knows only its micro-batches. Use GroupNorm or "
+            "LayerNorm, track_running_stats=False, or freeze it with eval() before attach() or dist_adamw.prepare."
+        )
+
+
+def agree_on_seed(group: dist.ProcessGroup | None) -> int:
+    """Return the first rank's seed of torch's random numbers, and warn if ranks may compute other bits. Collective."""
+    facts = {
+        "torch": torch.__version__,
+        "threads (OMP_NUM_THREADS, torch.set_num_threads)": torch.get_num_threads(),
+        "instruction set (torch.backends.cpu.get_cpu_capability)": torch.backends.cpu.get_cpu_capability(),
+    }
+    if group is None:
+        return torch.initial_seed()
+    (seed, first), *others = collectives.all_gather_objects((torch.initial_seed(), facts), group)
+    differ = {
+        name: (first[name], theirs[name]) for _, theirs in others for name in first if theirs[name] != first[name]
+    }
+    if differ and collectives.rank(group) == 0:
+        text = "; ".join(f"{name}: {ours!r} and {theirs!r}" for name, (ours, theirs) in differ.items())
+        warnings.warn(f"reproducible=True: ranks may compute other bits, because they differ in {text}.", stacklevel=4)
+    return int(seed)
 
 
 def copy_first_rank(model: nn.Module, ranks: ShardingRanks) -> None:

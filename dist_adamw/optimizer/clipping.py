@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dist_adamw.optimizer.kernels.exact_squares import digits_of_squares, value_of
 from dist_adamw.optimizer.kernels.foreach import norm_parts, sum_of_squares
+from dist_adamw.optimizer.sharding.memory_order import storage_order
 from dist_adamw.optimizer.sharding.schemes import ShardingRanks
 from dist_adamw.optimizer.sharding.shard import Shard
 from dist_adamw.ranks import collectives
@@ -88,35 +89,40 @@ def are_all_zero(non_zeros: ByAxes, ranks: ShardingRanks) -> bool:
 
 
 def clip_owned_(
-    shards: Sequence[Shard],
-    chosen: Collection[int],
+    owned: list[Tensor],
     others: list[Tensor],
     *,
     max_norm: float,
     norm_type: float,
-    group: dist.ProcessGroup,
+    group: dist.ProcessGroup | None,
     device: torch.device,
+    reproducible: bool = False,
 ) -> Tensor:
     """Clip gradients in place by their norm over all ranks. Collective over ``group``.
 
     Args:
-        shards: Hold this rank's gradients.
-        chosen: Ids of the parameters whose gradients are clipped.
+        owned: This rank's gradients, 1-D; see `owned_gradients`.
         others: Gradients that are whole on every rank, clipped together with these.
         max_norm: A larger norm is scaled down to this.
         norm_type: The p of the norm; may be inf.
-        group: The ranks that gradients are sharded over.
+        group: The ranks that gradients are sharded over; None: one process has all.
         device: Where to compute if this rank has no gradient.
+        reproducible: Compute a norm that does not depend on how elements are divided.
 
     Returns:
         The norm before clipping, 0-d fp32.
     """
-    owned = _owned_gradients(shards, chosen)
     # A rank without gradients still takes part, with zero. ``others`` are whole on every rank, so add them afterwards.
     is_largest = norm_type == math.inf
-    total = norm_parts(owned, norm_type) if owned else torch.zeros((), dtype=torch.float64, device=device)
-    dist.all_reduce(total, op=dist.ReduceOp.MAX if is_largest else dist.ReduceOp.SUM, group=group)
-    if others:
+    if reproducible and norm_type == 2.0:
+        total = digits_of_squares(owned, device)
+    else:
+        total = norm_parts(owned, norm_type) if owned else torch.zeros((), dtype=torch.float64, device=device)
+    if group is not None:
+        dist.all_reduce(total, op=dist.ReduceOp.MAX if is_largest else dist.ReduceOp.SUM, group=group)
+    if reproducible and norm_type == 2.0:
+        total = value_of(total + digits_of_squares([storage_order(grad) for grad in others], device))
+    elif others:
         theirs = norm_parts(others, norm_type).to(total.device)
         total = torch.maximum(total, theirs) if is_largest else total + theirs
     norm = total if is_largest else total.pow(1.0 / norm_type)
@@ -133,7 +139,7 @@ def _scale_(grads: list[Tensor], factor: Tensor) -> None:
         torch._foreach_mul_(together, factor.to(device, non_blocking=True))
 
 
-def _owned_gradients(shards: Sequence[Shard], chosen: Collection[int]) -> list[Tensor]:
+def owned_gradients(shards: Sequence[Shard], chosen: Collection[int]) -> list[Tensor]:
     """Return this rank's gradients of the parameters with an id in ``chosen``. Local."""
     owned = []
     for shard in shards:

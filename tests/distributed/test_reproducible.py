@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from accelerate.utils import DataLoaderConfiguration
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, TensorDataset
 
-from dist_adamw import DistAdamW
+from dist_adamw import CyclicLRWithRestarts, DistAdamW, prepare, rest_of_epoch
 from dist_adamw.optimizer import transport
+from tests.distributed.engines import accelerator_on
 from tests.distributed.test_attach import constants
-from tests.ranks import run_ranks
+from tests.ranks import expect_error_on_all, run_ranks
 
 K = 24  # micro-batches of an update
 UPDATES = 3
@@ -29,7 +35,11 @@ class Model(nn.Module):
         torch.manual_seed(0)
         self.embedding = nn.Embedding(300, 97, dtype=dtype)
         self.layers = nn.Sequential(
-            nn.Linear(97, 181, dtype=dtype), nn.LayerNorm(181, dtype=dtype), nn.GELU(), nn.Linear(181, 300, dtype=dtype)
+            nn.Linear(97, 181, dtype=dtype),
+            nn.LayerNorm(181, dtype=dtype),
+            nn.GELU(),
+            nn.Dropout(0.1),
+            nn.Linear(181, 300, dtype=dtype),
         )
         self.scale = nn.Parameter(torch.ones(3, dtype=dtype))
 
@@ -115,3 +125,184 @@ def test_one_digest_for_every_transport(by: str, ranks: int) -> None:
 def test_one_digest_with_ddp(ranks: int, case: str) -> None:
     options, dtype = CASES[case]
     assert run_ranks(ranks, train, "ddp", options, dtype) == [in_one_process(options, dtype)] * ranks
+
+
+# ---------------------------------------------------------------- Accelerate's loop
+
+
+MICRO_BATCH, MICRO_BATCHES = 2, 12  # samples, and micro-batches of an update
+
+
+def accelerates_loop(
+    engine: str,
+    clip: bool,
+    last: int,
+    *,
+    reproducible: bool = True,
+    load: str | None = None,
+    save: str | None = None,
+    shuffle: bool = True,
+    config: dict[str, Any] | None = None,
+    size: int = 96,
+) -> list[str]:
+    """Train through `prepare` until update ``last``; return a digest of the weights after each update."""
+    ranks = dist.get_world_size()
+    with accelerator_on(engine, MICRO_BATCHES // ranks, **(config or {})) as accelerator:
+        torch.manual_seed(0)
+        model: Any = Model()
+        ours = DistAdamW(model.parameters(), 1e-2, weight_decay=0.1, reproducible=reproducible)
+        optimizer: Any = ours
+        scheduler: Any = CyclicLRWithRestarts(optimizer, restart_period=1)
+        tokens = torch.randint(0, 300, (size, 9), generator=torch.Generator().manual_seed(1))
+        loader: Any = DataLoader(TensorDataset(tokens), MICRO_BATCH, shuffle=shuffle)
+        model, optimizer, loader, scheduler = prepare(accelerator, model, optimizer, loader, scheduler)
+        if load is not None:
+            accelerator.load_state(load)
+        digests: list[str] = []
+        while True:
+            for (batch,) in rest_of_epoch(loader):
+                with accelerator.accumulate(model):
+                    logits = model(batch[:, :-1], True)
+                    loss = nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+                    accelerator.backward(loss)
+                    if clip and accelerator.sync_gradients:
+                        accelerator.clip_grad_norm_(model.parameters(), 0.5)
+                    optimizer.step()
+                    scheduler.step()
+                    optimizer.zero_grad()
+                if accelerator.sync_gradients:
+                    digests.append(digest(accelerator.unwrap_model(model)))
+                    if ours.updates == last:
+                        if save is not None:
+                            accelerator.save_state(save)
+                        return digests
+
+
+@pytest.mark.parametrize("clip", [False, True])
+def test_one_digest_with_accelerate(clip: bool) -> None:
+    (expected,) = run_ranks(1, accelerates_loop, "single", clip, 10)
+    assert len(set(expected)) == 10
+    for ranks in (2, 3, 4, 6):
+        assert run_ranks(ranks, accelerates_loop, "DDP", clip, 10) == [expected] * ranks
+    plain = [run_ranks(ranks, accelerates_loop, "DDP", clip, 10, reproducible=False)[0] for ranks in (2, 3)]
+    assert plain[0] != plain[1]
+
+
+def test_one_digest_across_stops(tmp_path: Path) -> None:
+    """Stopped twice in an epoch, and resumed on other numbers of ranks."""
+    (expected,) = run_ranks(1, accelerates_loop, "single", True, 10)
+    first, second = str(tmp_path / "first"), str(tmp_path / "second")
+    assert run_ranks(3, accelerates_loop, "DDP", True, 3, save=first) == [expected[:3]] * 3
+    assert run_ranks(2, accelerates_loop, "DDP", True, 7, load=first, save=second) == [expected[3:7]] * 2
+    assert run_ranks(4, accelerates_loop, "DDP", True, 10, load=second) == [expected[7:]] * 4
+    assert run_ranks(1, accelerates_loop, "single", True, 10, load=second) == [expected[7:]]
+
+
+def test_a_discarded_micro_batch_does_not_count() -> None:
+    """However it is discarded."""
+    for way in ("optimizer", "optimizer to zero", "model", "model to zero"):
+        assert run_ranks(1, discarding, "single", way) == [(24, 0.0)], way
+    for way in ("optimizer", "optimizer to zero"):
+        assert run_ranks(2, discarding, "DDP", way) == [(24, 0.0)] * 2, way
+
+
+def discarding(engine: str, way: str) -> tuple[int, float]:
+    """Discard the gradients of one micro-batch; return the clock after the update, and what the discarded one added."""
+    ranks = dist.get_world_size()
+    with accelerator_on(engine, MICRO_BATCHES // ranks) as accelerator:
+        torch.manual_seed(0)
+        model: Any = nn.Linear(5, 1, bias=False)
+        ours = DistAdamW(model.parameters(), 1e-2, reproducible=True)
+        optimizer: Any = ours
+        scheduler: Any = CyclicLRWithRestarts(optimizer, restart_period=1)
+        # Only the discarded micro-batches have a gradient.
+        data = torch.zeros(48, 5)
+        data[: 2 * ranks] = 1.0
+        loader: Any = DataLoader(TensorDataset(data), MICRO_BATCH)
+        model, optimizer, loader, scheduler = prepare(accelerator, model, optimizer, loader, scheduler)
+        for i, (batch,) in enumerate(rest_of_epoch(loader)):
+            with accelerator.accumulate(model):
+                accelerator.backward(model(batch).square().sum())
+                if i == 0:
+                    (ours if "optimizer" in way else model).zero_grad(set_to_none="to zero" not in way)
+                optimizer.step()
+                scheduler.step()
+                if accelerator.sync_gradients:
+                    break
+        moments = ours.state[next(iter(ours.state))]["exp_avg"]
+        return scheduler.samples + MICRO_BATCH * ranks, float(moments.abs().sum())
+
+
+# ---------------------------------------------------------------- refused
+
+
+def refused(ranks: int, job: Callable[..., object], *args: Any, match: str, **options: Any) -> None:
+    for error in expect_error_on_all(ranks, job, *args, **options):
+        assert re.match(match, error), error
+
+
+class Normed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(4)
+
+
+def attach(model: nn.Module, **options: Any) -> None:
+    DistAdamW(model.parameters(), reproducible=True, **options).attach(model)
+
+
+def test_running_statistics_are_refused() -> None:
+    refused(2, attach, Normed(), match="ValueError: .*running statistics of 'norm', a BatchNorm1d")
+    frozen = Normed()
+    frozen.norm.eval()
+    run_ranks(2, attach, frozen)
+
+
+def without_views() -> None:
+    attach(DistributedDataParallel(nn.Linear(3, 3)))
+
+
+def not_attached() -> None:
+    model = nn.Linear(3, 3)
+    optimizer = DistAdamW(model.parameters(), reproducible=True)
+    model(torch.ones(3)).sum().backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize(
+    ("job", "match"),
+    [
+        (without_views, "ValueError: .*gradient_as_bucket_view=True"),
+        (not_attached, "RuntimeError: .*no module is attached"),
+    ],
+)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_what_would_add_micro_batches_up_is_refused(job: Any, match: str, ranks: int) -> None:
+    if job is without_views and ranks == 1:
+        pytest.skip("in one process DDP has nothing to add up")
+    refused(ranks, job, match=match)
+
+
+SPLIT = DataLoaderConfiguration(split_batches=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"size": 97}, "ValueError: .*48 micro-batches of 2 and 1 samples, which do not .*to 96 or 120 samples"),
+        ({"size": 94}, "ValueError: .*47 micro-batches of 2"),
+        ({"config": {"dataloader_config": SPLIT}}, "ValueError: .*split_batches=True would compute .* of 1 samples"),
+    ],
+)
+def test_what_depends_on_the_ranks_is_refused(options: dict[str, Any], match: str) -> None:
+    refused(2, accelerates_loop, "DDP", False, 1, **options, match=match)
+
+
+def test_deepspeed_is_refused() -> None:
+    refused(2, accelerates_loop, "ZeRO-1", False, 1, match="ValueError: .*DeepSpeed, which adds")
+
+
+def test_options_that_exclude_it() -> None:
+    param = nn.Parameter(torch.zeros(3))
+    with pytest.raises(ValueError, match="shard='auto'"):
+        DistAdamW([param], reproducible=True, shard=False)

@@ -38,7 +38,7 @@ def summed(terms: list[Tensor], sizes: list[int], divisor: int) -> Tensor:
     for size in sizes:
         together = list(itertools.islice(arriving, size))
         cut = terms[0].numel() // 3
-        sums.add([(0, [term[:cut] for term in together]), (cut, [term[cut:] for term in together])])
+        sums.add(len(together), [(0, [term[:cut] for term in together]), (cut, [term[cut:] for term in together])])
     assert sums.count == len(terms)
     out = torch.empty_like(terms[0])
     sums.write([(0, out[:7]), (7, out[7:])], divisor)
@@ -79,7 +79,7 @@ def test_16_bit_terms_are_summed_in_fp32() -> None:
     terms = random_terms(12, dtype=torch.bfloat16)
     sums = TreeSum(NUMEL, dtype=torch.float32, device=torch.device("cpu"))
     for first in range(0, 12, 3):
-        sums.add([(0, terms[first : first + 3])])
+        sums.add(3, [(0, terms[first : first + 3])])
     out = torch.empty(NUMEL, dtype=torch.bfloat16)
     sums.write([(0, out)], 12)
     assert torch.equal(out, (by_definition([term.float() for term in terms]) / 12).bfloat16())
@@ -91,7 +91,7 @@ def test_longer_than_a_block_and_used_again() -> None:
     for number in (5, 3, 6):
         terms = random_terms(number, numel)
         for term in terms:
-            sums.add([(0, [term])])
+            sums.add(1, [(0, [term])])
         out = torch.empty(numel)
         for _ in range(2):
             sums.write([(0, out)], number)

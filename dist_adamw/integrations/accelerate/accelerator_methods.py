@@ -27,6 +27,7 @@ from dist_adamw.integrations.accelerate.accelerate_files import check_pickles, i
 from dist_adamw.integrations.accelerate.counting import SampleCounter
 from dist_adamw.integrations.accelerate.data import engine_of
 from dist_adamw.integrations.accelerate.prepared_objects import Known, Prepared, samples_or_steps
+from dist_adamw.integrations.accelerate.reproducible import undivided
 from dist_adamw.integrations.accelerate.state_folder import (
     automatic_folder,
     check_all_there,
@@ -304,7 +305,9 @@ def backward(accelerator: Accelerator, run_backward: Callable[..., Any], *args: 
         if counter.follows_engine:  # under DeepSpeed the update happens inside backward, so count before it
             counter.poll()
             counter.backward_began()
-    result = run_backward(*args, **kwargs)
+    is_reproducible = any(optimizer.reproducible for optimizer in _attached(accelerator))
+    with undivided(accelerator) if is_reproducible else contextlib.nullcontext():
+        result = run_backward(*args, **kwargs)
     for counter in counters:
         if counter.follows_engine:
             inside = engine_of(accelerator) == "DEEPSPEED" and accelerator.sync_gradients

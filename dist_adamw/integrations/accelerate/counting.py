@@ -212,13 +212,22 @@ class SampleCounter:
     def _watch_gradients(self) -> None:
         """Choose a parameter with a gradient, by which to tell later whether gradients are still there."""
         self._forget_witness()
+        if self._kept_elsewhere() is not None:
+            return
         for param in self._params:
             if param.grad is not None:
                 before = functools.partial(_before_gradient, weakref.ref(self), weakref.ref(param))
                 self._witness = (param, param.register_hook(before))  # type: ignore[no-untyped-call]
                 return
 
+    def _kept_elsewhere(self) -> int | None:
+        """Return how many micro-batches the optimizer keeps outside ``param.grad``; None: that is where it has them."""
+        optimizer: Any = self._optimizer()
+        return int(optimizer.kept_micro_batches) if getattr(optimizer, "reproducible", False) else None
+
     def _gradients_are_gone(self) -> bool:
+        if self._kept_elsewhere() == 0:
+            return not self._backwards
         if self._witness is None or self._witness[0].grad is not None:
             return False
         if self._backwards:  # a backward pass has run since, so a gradient elsewhere would prove nothing

@@ -22,6 +22,7 @@ from dist_adamw.integrations.accelerate.counting import SampleCounter
 from dist_adamw.integrations.accelerate.data import LoaderFacts, engine_of, loader_facts, shuffle_by_generator
 from dist_adamw.integrations.accelerate.position import Position
 from dist_adamw.integrations.accelerate.prepared_objects import Prepared
+from dist_adamw.integrations.accelerate.reproducible import check_reproducible
 from dist_adamw.integrations.accelerate.update_count import send_counts_with
 from dist_adamw.integrations.deepspeed.configuration import (
     CLIPPING,
@@ -139,8 +140,11 @@ def prepare(
     own_options = {
         "prepare(check_weights_every)": check_weights_every or 0,
         "prepare(whole_gradients)": bool(whole_gradients),
+        "DistAdamW(reproducible)": getattr(unwrap(optimizer), "reproducible", False),
     }
     facts = _agreed_facts(accelerator, optimizer, dataloader, scheduler, group, own_options)
+    if own_options["DistAdamW(reproducible)"]:
+        check_reproducible(accelerator, facts, whole_gradients=whole_gradients)
     if accelerator.ddp_handler is None or isinstance(unwrap(optimizer), DistAdamW):
         use_bucket_views(accelerator)
     from_json = _is_dummy(optimizer)
@@ -409,6 +413,10 @@ def attach(accelerator: Accelerator, model: nn.Module, optimizer: DistAdamW) -> 
     A GradScaler checks whole gradients on every rank, and DDP accepts only one communication hook.
     """
     if engine_of(accelerator) not in DATA_PARALLEL:
+        return
+    if optimizer.reproducible and accelerator.num_processes == 1:
+        optimizer.attach(model)
+        patch_accelerator(accelerator, optimizer)
         return
     chosen = getattr(accelerator.ddp_handler, "comm_hook", None)
     hooked = chosen is not None and chosen.value != "no"

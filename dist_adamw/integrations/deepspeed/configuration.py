@@ -28,6 +28,7 @@ _NOT_FOR_JSON = {
     "master_dtype": "DeepSpeed keeps fp32 weights itself, so leave it out",
     "state_dtype": "DeepSpeed keeps state in fp32, so leave it out",
     "reduce_dtype": 'write "communication_data_type" next to "optimizer"',
+    "reproducible": "DeepSpeed adds gradients up itself, so leave it out",
     "max_grad_norm": 'write "gradient_clipping" next to "optimizer"',
     "policy_fn": "a function is built in code: pass the scheduler to deepspeed.initialize or to prepare",
     "eta_on_restart_cb": "a function is built in code: pass the scheduler to deepspeed.initialize or to prepare",

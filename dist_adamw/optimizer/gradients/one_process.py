@@ -119,8 +119,8 @@ class MicroBatches:
             grad = storage_order(param.grad, like=param)
             sums = self._sum_of(param)
             while sums.count < self.count:  # it had no gradient in earlier micro-batches
-                sums.add([(0, [grad.new_zeros(()).expand_as(grad)])])
-            sums.add([(0, [grad])])
+                sums.add(1, [(0, [grad.new_zeros(()).expand_as(grad)])])
+            sums.add(1, [(0, [grad])])
         self.count += 1
         self._show()
 
@@ -143,6 +143,11 @@ class MicroBatches:
     def used(self) -> None:
         """Record that an update has used the averages, so that the next backward pass begins with none."""
         self._is_used = True
+
+    @property
+    def number(self) -> int:
+        """The number of the micro-batch in its update that the next backward pass will be."""
+        return 0 if self._is_used or self._are_discarded() else self.count
 
     def forget(self) -> None:
         """Forget all micro-batches."""

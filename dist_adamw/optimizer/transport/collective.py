@@ -126,7 +126,7 @@ class CollectiveTransport(Transport):
     def finish_terms(self, sent: InFlightBucket, sums: TreeSum) -> None:
         """See `Transport`."""
         sent.wait()
-        sums.add([(0, sent.staging.chunk(self._size))])
+        sums.add(self._size, [(0, sent.staging.chunk(self._size))])
         sent.parts = ()
 
     def _owned(self, k: int, first: int, last: int) -> list[Piece]:

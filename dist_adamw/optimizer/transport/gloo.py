@@ -126,7 +126,7 @@ class GlooTransport(Transport):
 
     def finish_terms(self, sent: InFlightBucket, sums: TreeSum) -> None:
         """See `Transport`."""
-        sums.add([(part.offset, terms) for part, terms in self._await_terms(sent)])
+        sums.add(self._size, [(part.offset, terms) for part, terms in self._await_terms(sent)])
         sent.parts = ()
         self._give_back(sent)
 

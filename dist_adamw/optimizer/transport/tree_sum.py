@@ -96,14 +96,14 @@ class TreeSum:
         # On a GPU each operation is a launch, and nothing is gained by small ones.
         self._block = BLOCK_NUMEL if device.type == "cpu" else max(numel, 1)
 
-    def add(self, parts: Sequence[tuple[int, Sequence[Tensor]]]) -> None:
-        """Add the next terms.
+    def add(self, number: int, parts: Sequence[tuple[int, Sequence[Tensor]]]) -> None:
+        """Add the next ``number`` terms.
 
         Args:
+            number: The number of new terms.
             parts: Runs of elements, which together are all that have a meaning: where each begins in a term, and the
                 run of every new term, in order. The terms are not changed.
         """
-        number = len(parts[0][1]) if parts else 0
         plan = _plan(self.count, number)
         for level in self._written(plan):
             if level not in self._levels:

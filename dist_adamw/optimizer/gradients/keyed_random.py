@@ -1,0 +1,73 @@
+"""Random numbers of a forward pass that depend on the micro-batch, and not on the rank that computes it."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from dist_adamw.optimizer.gradients.weak_hooks import WeakHook, remove
+from dist_adamw.ranks import agreement
+
+
+class KeyedRandom:
+    """Seeds torch's generators for each forward pass of a training module, and restores them afterwards. Local.
+
+    Args:
+        seed: The same on all ranks.
+        place: The optimizer's method that returns the number of the update and that of the micro-batch in it.
+    """
+
+    def __init__(self, seed: int, place: Callable[[], tuple[int, int]]) -> None:
+        self._seed, self._place = seed, weakref.WeakMethod(place)
+        self._last = (-1, -1)
+        self._passes = 0  # forward passes of this micro-batch so far
+        # A stack, since forward passes may nest.
+        self._before: list[tuple[Tensor, dict[torch.device, Tensor]] | None] = []
+        self._modules: list[weakref.ref[nn.Module]] = []
+        self._handles: list[RemovableHandle] = []
+        weakref.finalize(self, remove, self._handles).atexit = False
+
+    def listen(self, model: nn.Module) -> None:
+        """Seed the forward passes of ``model``."""
+        if any(ref() is model for ref in self._modules):
+            return
+        self._modules.append(weakref.ref(model))
+        self._handles.append(model.register_forward_pre_hook(WeakHook(self, "before_forward")))
+        self._handles.append(model.register_forward_hook(WeakHook(self, "after_forward"), always_call=True))
+
+    def before_forward(self, module: nn.Module, args: Any) -> None:
+        """Seed the generators by the micro-batch and the number of forward passes since it began."""
+        method = self._place()
+        if method is None or not (module.training and torch.is_grad_enabled()):
+            self._before.append(None)
+            return
+        place = method()
+        self._passes = self._passes + 1 if place == self._last else 0
+        self._last = place
+        devices = {param.device for param in module.parameters() if param.device.type not in ("cpu", "meta")}
+        of_devices = {device: getattr(torch, device.type).get_rng_state(device) for device in devices}
+        self._before.append((torch.get_rng_state(), of_devices))
+        torch.manual_seed(agreement.fingerprint({"": [self._seed, *place, self._passes]}))
+
+    def after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Restore the generators."""
+        before = self._before.pop() if self._before else None
+        if before is None:
+            return
+        state, of_devices = before
+        torch.set_rng_state(state)
+        for device, device_state in of_devices.items():
+            getattr(torch, device.type).set_rng_state(device_state, device)
+
+
+def find_running_statistics(model: nn.Module) -> str | None:
+    """Return the name of a BatchNorm in ``model`` that changes running statistics; None if there is none. Local."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training and module.track_running_stats:
+            return str(name)
+    return None
