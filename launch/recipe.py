@@ -31,6 +31,7 @@ class Recipe:
         policy: Shape of each cycle.
         gamma: Factor on exp_range's amplitude at every update.
         warmup_samples: Samples over which the learning rate rises from 0, before the first cycle.
+        reproducible: Compute the same bits on any number of ranks; the last line is then a hash of the weights.
     """
 
     global_batch: int = 16
@@ -48,6 +49,7 @@ class Recipe:
     policy: Literal["cosine", "arccosine", "triangular", "triangular2", "exp_range"] = "cosine"
     gamma: float = 1.0
     warmup_samples: int = 320
+    reproducible: bool = False
 
     def __post_init__(self) -> None:
         for name in ("global_batch", "micro_batch", "cycles"):
@@ -64,6 +66,7 @@ class Recipe:
             weight_decay=self.weight_decay,
             decay_by=self.decay_by,
             max_grad_norm=self.max_grad_norm,
+            reproducible=self.reproducible,
         )
 
     def make_scheduler(self, optimizer: DistAdamW) -> CyclicLRWithRestarts:

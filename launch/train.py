@@ -13,6 +13,7 @@ tables and curves.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import signal
@@ -31,7 +32,7 @@ from options import AUTO, Config, parse
 from report import History, Row, draw, loss_table, megabytes, memory_table
 from run import Checkpoints, JobError, Progress, StopSignals, everywhere, on_main
 from text import load_text
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -138,7 +139,9 @@ class Job:
         self.preview = self.scheduler.preview(cycles=config.recipe.cycles)
         self.restarts = [row.first_sample for row in self.preview.rows[1:]]
         self.end = self.preview.rows[-1].first_sample + self.preview.rows[-1].samples
-        self.loss_sum = torch.zeros((), device=accelerator.device)
+        # In fp64, in which sums of a few fp32 losses are exact: the mean does not depend on the number of ranks.
+        self.wide = torch.float32 if accelerator.device.type == "mps" else torch.float64
+        self.loss_sum = torch.zeros((), dtype=self.wide, device=accelerator.device)
 
     def _find_checkpoint(self) -> tuple[Path, Progress] | None:
         """Return the checkpoint to resume from; None to start from the beginning. Collective."""
@@ -275,13 +278,13 @@ class Job:
 
     def _agree(self) -> float:
         """Average the loss over the global batch and sum the ranks' signals, in one collective per update."""
-        mine = torch.tensor([0.0, *self.stop.flags()], device=self.accelerator.device)
-        mine[0] = self.loss_sum / self.batch.gradient_accumulation_steps
+        mine = torch.tensor([0.0, *self.stop.flags()], dtype=self.wide, device=self.accelerator.device)
+        mine[0] = self.loss_sum
         self.loss_sum.zero_()
         total: float
         total, *flags = self.accelerator.reduce(mine, reduction="sum").tolist()
         self.stopped_by = self.stop.agreed(flags)
-        loss = total / self.batch.data_parallel_size
+        loss = total / (self.batch.gradient_accumulation_steps * self.batch.data_parallel_size)
         if not math.isfinite(loss):
             raise JobError(
                 f"the loss became {loss} after sample {self.progress.samples:,}. Lower recipe.lr, or set "
@@ -335,6 +338,16 @@ class Job:
         held_out = [row.val_loss for row in history.rows if row.val_loss is not None][-1]
         training = {f"training loss, last {len(last)} updates": sum(row.loss for row in last) / len(last)}
         self.say(f"\n{loss_table(known | training | {'held-out loss': held_out})}")
+        if self.config.recipe.reproducible:
+            self.say(f"\nsha256 of the weights after {len(history.rows)} updates: {digest_of(self.model)}")
+
+
+def digest_of(model: nn.Module) -> str:
+    """Return a hash of the bits of all parameters, in their order. Local; every rank has whole ones."""
+    found = hashlib.sha256()
+    for param in model.parameters():
+        found.update(param.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
 
 
 def run(config: Config) -> int:

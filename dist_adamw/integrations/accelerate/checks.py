@@ -55,6 +55,12 @@ def check_engine(accelerator: Accelerator, optimizer: Optimizer) -> None:
         )
 
 
+def has_communication_hook(accelerator: Accelerator) -> bool:
+    """Return whether Accelerate registers a communication hook on DDP modules. Local."""
+    chosen = getattr(accelerator.ddp_handler, "comm_hook", None)
+    return chosen is not None and chosen.value != "no"
+
+
 def _check_launch(accelerator: Accelerator) -> None:
     """Raise ValueError if there are fewer ranks than were requested. Local."""
     here, asked = accelerator.num_processes, int(os.environ.get("WORLD_SIZE", "1"))

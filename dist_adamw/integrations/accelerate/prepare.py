@@ -17,7 +17,12 @@ from torch.utils.data import DataLoader
 from torch.utils.hooks import RemovableHandle
 
 from dist_adamw.integrations.accelerate.accelerator_methods import patch_accelerator, register
-from dist_adamw.integrations.accelerate.checks import DATA_PARALLEL, check_engine, check_scheduler
+from dist_adamw.integrations.accelerate.checks import (
+    DATA_PARALLEL,
+    check_engine,
+    check_scheduler,
+    has_communication_hook,
+)
 from dist_adamw.integrations.accelerate.counting import SampleCounter
 from dist_adamw.integrations.accelerate.data import LoaderFacts, engine_of, loader_facts, shuffle_by_generator
 from dist_adamw.integrations.accelerate.position import Position
@@ -418,9 +423,9 @@ def attach(accelerator: Accelerator, model: nn.Module, optimizer: DistAdamW) -> 
         optimizer.attach(model)
         patch_accelerator(accelerator, optimizer)
         return
-    chosen = getattr(accelerator.ddp_handler, "comm_hook", None)
-    hooked = chosen is not None and chosen.value != "no"
-    if not isinstance(model, DistributedDataParallel) or accelerator.scaler is not None or hooked:
+    if accelerator.scaler is not None or has_communication_hook(accelerator):
+        return
+    if not isinstance(model, DistributedDataParallel):
         return
     if optimizer.process_group is not None and not averages_over(optimizer._ranks, model.process_group):
         return  # the state is sharded over some of the ranks only, and DDP averages over all of them

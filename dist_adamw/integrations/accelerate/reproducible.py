@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from dist_adamw.integrations.accelerate.checks import has_communication_hook
 from dist_adamw.integrations.accelerate.data import LoaderFacts, engine_of
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ def check_reproducible(accelerator: Accelerator, facts: LoaderFacts, *, whole_gr
             "reproducible=True is not supported with a GradScaler (fp16), whose scale depends on the gradients that a "
             "rank has seen. Use mixed_precision='bf16' or 'no'."
         )
-    if whole_gradients or getattr(accelerator.ddp_handler, "comm_hook", "no") not in ("no", None):
+    if whole_gradients or has_communication_hook(accelerator):
         raise ValueError(
             "reproducible=True averages gradients itself, in place of DistributedDataParallel. Leave whole_gradients "
             "and the communication hook out."
