@@ -1,4 +1,4 @@
-"""Third base class of `DistAdamW`: gradients reduced to their owners; attach, clip, gather."""
+"""Fourth base class of `DistAdamW`: gradients reduced to their owners; attach, clip, gather."""
 
 from __future__ import annotations
 
@@ -16,19 +16,17 @@ from dist_adamw.optimizer import attaching
 from dist_adamw.optimizer.clipping import clip_owned_, owned_gradients
 from dist_adamw.optimizer.gradients.gradient_path import GradientPath
 from dist_adamw.optimizer.gradients.handshake import RankMessages
-from dist_adamw.optimizer.gradients.keyed_random import KeyedRandom
-from dist_adamw.optimizer.gradients.one_process import MicroBatches
 from dist_adamw.optimizer.gradients.registry import end_unless_everywhere, gather_from_owners
 from dist_adamw.optimizer.options import describe_groups
 from dist_adamw.optimizer.outcome import is_capturing
-from dist_adamw.optimizer.savable_optimizer import SavableOptimizer
+from dist_adamw.optimizer.reproducible_optimizer import ReproducibleOptimizer
 from dist_adamw.optimizer.sharded_optimizer import OPTIONS
 from dist_adamw.optimizer.sharding.dtensors import is_dtensor
 from dist_adamw.plain_data import plain
 from dist_adamw.ranks import collectives
 
 
-class AttachedOptimizer(SavableOptimizer):
+class AttachedOptimizer(ReproducibleOptimizer):
     """An optimizer that gets gradients of attached modules reduced to their owners.
 
     Other gradients must be the same on every rank.
@@ -41,8 +39,6 @@ class AttachedOptimizer(SavableOptimizer):
     _is_agreed = False  # whether ranks have compared their options
     _attach_options: dict[str, bool] | None = None
     _attached: Sequence[weakref.ref[nn.Module]] = ()
-    _micro_batches: MicroBatches | None = None  # of one process, with ``reproducible``
-    _random: KeyedRandom | None = None  # with ``reproducible``
 
     def _collect_gradients(self, *, for_update: bool = False) -> bool:
         """Follow the user's changes and reduce gradients to their owners; return whether there are any. Collective.
@@ -51,11 +47,7 @@ class AttachedOptimizer(SavableOptimizer):
             for_update: Whether an update follows at once.
         """
         changed = self._differs()
-        if self.reproducible and self._random is None and not self._is_partitioned:
-            raise RuntimeError(
-                "reproducible=True, but no module is attached, so micro-batches are added up as they come. Call "
-                "dist_adamw.prepare, or optimizer.attach(model) before the first forward pass."
-            )
+        self._check_reproducible()
         if self._path is None:
             gather_from_owners(None, self._all_params())
             if self.process_group is not None and not self._is_agreed:
@@ -83,13 +75,6 @@ class AttachedOptimizer(SavableOptimizer):
         self._follow(changed, is_agreed=agreement.asks_for_changes)
         self._path.update.arrive(agreement.needed_rounds, agreement.micro_batches, for_update=for_update)
         return True
-
-    def _gradients_were_used(self) -> None:
-        """Record that an update has used the gradients. Local."""
-        if self._path is not None:
-            self._path.update.used()
-        elif self._micro_batches is not None:
-            self._micro_batches.used()
 
     def _check_reduce_dtype(self) -> None:
         """Refuse ``reduce_dtype`` if something else has averaged the gradients. Collective if it raises."""
@@ -219,32 +204,6 @@ class AttachedOptimizer(SavableOptimizer):
         del others
         self._attached = [*(ref for ref in self._attached if ref() not in (None, model)), weakref.ref(model)]
 
-    def _reproduce(self, model: nn.Module) -> None:
-        """Follow the forward passes of ``model``, and in one process its backward passes. Collective."""
-        attaching.check_reproducible(model)
-        group = self.process_group
-        if self._random is None:
-            seed = attaching.agree_on_seed(group)
-            self._random = KeyedRandom(seed, self._place_of_forward)
-        self._random.listen(model)
-        if group is None:
-            self._micro_batches = self._micro_batches or MicroBatches(self._all_params)
-            self._micro_batches.listen(model)
-
-    def _place_of_forward(self) -> tuple[int, int]:
-        """Return the number of the update, and in it that of the micro-batch that runs forward now. Local."""
-        if self._path is None:
-            return self.updates, 0 if self._micro_batches is None else self._micro_batches.number
-        rank, ranks = self._ranks.place
-        return self.updates, self._path.sender.rounds * ranks + rank
-
-    @property
-    def kept_micro_batches(self) -> int:
-        """The micro-batches of the present update whose gradients this rank has sent or set aside. Local."""
-        if self._path is not None:
-            return self._path.sender.micro_batches
-        return 0 if self._micro_batches is None else self._micro_batches.number
-
     def _open_path(self, *, overlap: bool, reduce_every_backward: bool) -> GradientPath:
         """Make a path, and open its channel to the other ranks. Collective."""
         path = GradientPath(
@@ -260,11 +219,6 @@ class AttachedOptimizer(SavableOptimizer):
             shard.use(self._channel)
         path.messages.open(self._ranks.groups, self._channel, self._all_params()[0].device)
         return path
-
-    @property
-    def updates(self) -> int:
-        """The number of applied updates; skipped ones do not count. Local."""
-        return self._outcome.updates
 
     @torch.no_grad()
     def join_backward(self) -> None:
@@ -325,16 +279,6 @@ class AttachedOptimizer(SavableOptimizer):
         )
         self._path.update.accept_changes()
         return norm
-
-    def _clip_whole(self, params: list[Tensor], max_norm: float, norm_type: float) -> Tensor:
-        """Clip gradients that are whole on every rank. Local."""
-        grads = [param.grad for param in params if param.grad is not None]
-        if not (self.reproducible and grads):
-            return torch.nn.utils.clip_grad_norm_(params, max_norm, norm_type)
-        device = grads[0].device
-        return clip_owned_(
-            [], grads, max_norm=max_norm, norm_type=norm_type, group=None, device=device, reproducible=True
-        )
 
     @torch.no_grad()
     def gather_gradients(self) -> None:

@@ -347,9 +347,4 @@ class ShardedOptimizer(Optimizer):
                 'Set "gradient_clipping" in the DeepSpeed configuration and leave max_grad_norm=None; '
                 "dist_adamw.prepare does it for you."
             )
-        if self._is_partitioned and self.reproducible:
-            raise RuntimeError(
-                "reproducible=True is not supported under DeepSpeed, which adds gradients up itself, in an order that "
-                "depends on the number of ranks. Leave it out, or use DDP."
-            )
-        self._scheme.check_reduce_dtype(self.reduce_dtype)
+        self._scheme.check_options(self.reduce_dtype, reproducible=self.reproducible)

@@ -223,7 +223,7 @@ class SampleCounter:
     def _kept_elsewhere(self) -> int | None:
         """Return how many micro-batches the optimizer keeps outside ``param.grad``; None: that is where it has them."""
         optimizer: Any = self._optimizer()
-        return int(optimizer.kept_micro_batches) if getattr(optimizer, "reproducible", False) else None
+        return int(optimizer._kept_micro_batches) if getattr(optimizer, "reproducible", False) else None
 
     def _gradients_are_gone(self) -> bool:
         if self._kept_elsewhere() == 0:

@@ -95,8 +95,8 @@ class ShardingScheme:
     def forget_counts(self) -> None:
         """Read counts from the shards again at the next update. Local."""
 
-    def check_reduce_dtype(self, reduce_dtype: torch.dtype | None) -> None:
-        """Refuse ``reduce_dtype`` if the engine averages gradients. Local.
+    def check_options(self, reduce_dtype: torch.dtype | None, *, reproducible: bool) -> None:
+        """Refuse options that do nothing if the engine averages gradients. Local.
 
         Raises:
             RuntimeError: says what to do instead.
@@ -130,7 +130,7 @@ class OwnSharding(ShardingScheme):
             replicas = None
         return ShardingRanks(group, replicas, mesh)
 
-    def check_reduce_dtype(self, reduce_dtype: torch.dtype | None) -> None:
+    def check_options(self, reduce_dtype: torch.dtype | None, *, reproducible: bool) -> None:
         """Accept any: DistAdamW averages them, or `DistAdamW.step` refuses. Local."""
 
     def describe(self, ranks: ShardingRanks) -> str:
@@ -154,6 +154,15 @@ class PartitionSharding(ShardingScheme):
     def __init__(self, mesh: DeviceMesh | None) -> None:
         super().__init__(mesh)
         self._updates_of: dict[int, int] = {}  # by id of shard
+
+    def check_options(self, reduce_dtype: torch.dtype | None, *, reproducible: bool) -> None:
+        """See `ShardingScheme`."""
+        super().check_options(reduce_dtype, reproducible=reproducible)
+        if reproducible:
+            raise RuntimeError(
+                "reproducible=True is not supported under DeepSpeed, which adds gradients up itself, in an order that "
+                "depends on the number of ranks. Leave it out, or use DDP."
+            )
 
     def present(self, shards: list[Shard], groups: Groups) -> list[Shard]:
         """Return the shards of the partitions that are in ``groups`` now. Local."""
