@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor, nn
 
@@ -10,6 +12,7 @@ from dist_adamw.optimizer.clipping import clip_owned_
 from dist_adamw.optimizer.gradients.keyed_random import KeyedRandom
 from dist_adamw.optimizer.gradients.one_process import MicroBatches
 from dist_adamw.optimizer.savable_optimizer import SavableOptimizer
+from dist_adamw.ranks import collectives
 
 
 class ReproducibleOptimizer(SavableOptimizer):
@@ -18,6 +21,7 @@ class ReproducibleOptimizer(SavableOptimizer):
     # Defaults for an unpickled optimizer, whose __init__ has not run.
     _micro_batches: MicroBatches | None = None  # of one process
     _random: KeyedRandom | None = None
+    _is_loss_whole = False  # whether the loop is known not to divide the loss by the accumulation
 
     @property
     def updates(self) -> int:
@@ -45,10 +49,25 @@ class ReproducibleOptimizer(SavableOptimizer):
 
     def _gradients_were_used(self) -> None:
         """Record that an update has used the gradients. Local."""
+        if self.reproducible and not self._is_loss_whole:
+            self._tell_of_division()
         if self._path is not None:
             self._path.update.used()
         elif self._micro_batches is not None:
             self._micro_batches.used()
+
+    def _tell_of_division(self) -> None:
+        """Say once that the loss must not be divided, if this rank had several micro-batches. Local."""
+        count = self._kept_micro_batches
+        if count > 1:
+            self._is_loss_whole = True
+            if collectives.rank() == 0:
+                warnings.warn(
+                    f"reproducible=True: this update is the average of {count} micro-batches on each rank. If your "
+                    "loop divides the loss by the accumulation, take that out: 1/3 and 1/4 round differently. "
+                    "accelerator.backward does it for you after dist_adamw.prepare.",
+                    stacklevel=7,
+                )
 
     def _reproduce(self, model: nn.Module) -> None:
         """Follow the forward passes of ``model``, and in one process its backward passes. Collective."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -231,6 +232,21 @@ def discarding(engine: str, way: str) -> tuple[int, float]:
                     break
         moments = ours.state[next(iter(ours.state))]["exp_avg"]
         return scheduler.samples + MICRO_BATCH * ranks, float(moments.abs().sum())
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_loop_that_may_divide_the_loss_is_told_once(ranks: int) -> None:
+    told, *others = run_ranks(ranks, warned_of, train, "plain", {"reproducible": True})
+    assert [*map(len, (told, *others))] == [1] + [0] * (ranks - 1)
+    assert told[0].startswith(f"reproducible=True: this update is the average of {K // ranks} micro-batches")
+    assert run_ranks(2, warned_of, accelerates_loop, "DDP", False, 2) == [[], []]
+
+
+def warned_of(job: Callable[..., object], *args: Any) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        job(*args)
+    return [text for one in caught if (text := str(one.message)).startswith("reproducible")]
 
 
 # ---------------------------------------------------------------- refused

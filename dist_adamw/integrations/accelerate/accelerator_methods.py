@@ -305,8 +305,10 @@ def backward(accelerator: Accelerator, run_backward: Callable[..., Any], *args: 
         if counter.follows_engine:  # under DeepSpeed the update happens inside backward, so count before it
             counter.poll()
             counter.backward_began()
-    is_reproducible = any(optimizer.reproducible for optimizer in _attached(accelerator))
-    with undivided(accelerator) if is_reproducible else contextlib.nullcontext():
+    reproducible = [optimizer for optimizer in _attached(accelerator) if optimizer.reproducible]
+    for optimizer in reproducible:
+        optimizer._is_loss_whole = True
+    with undivided(accelerator) if reproducible else contextlib.nullcontext():
         result = run_backward(*args, **kwargs)
     for counter in counters:
         if counter.follows_engine:

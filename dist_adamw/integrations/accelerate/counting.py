@@ -212,7 +212,7 @@ class SampleCounter:
     def _watch_gradients(self) -> None:
         """Choose a parameter with a gradient, by which to tell later whether gradients are still there."""
         self._forget_witness()
-        if self._kept_elsewhere() is not None:
+        if _kept_elsewhere(self._optimizer()) is not None:
             return
         for param in self._params:
             if param.grad is not None:
@@ -220,13 +220,8 @@ class SampleCounter:
                 self._witness = (param, param.register_hook(before))  # type: ignore[no-untyped-call]
                 return
 
-    def _kept_elsewhere(self) -> int | None:
-        """Return how many micro-batches the optimizer keeps outside ``param.grad``; None: that is where it has them."""
-        optimizer: Any = self._optimizer()
-        return int(optimizer._kept_micro_batches) if getattr(optimizer, "reproducible", False) else None
-
     def _gradients_are_gone(self) -> bool:
-        if self._kept_elsewhere() == 0:
+        if _kept_elsewhere(self._optimizer()) == 0:
             return not self._backwards
         if self._witness is None or self._witness[0].grad is not None:
             return False
@@ -374,6 +369,11 @@ class SampleCounter:
         if message not in self._warned:
             self._warned.add(message)
             warnings.warn(message, stacklevel=5)
+
+
+def _kept_elsewhere(optimizer: Any) -> int | None:
+    """Return how many micro-batches ``optimizer`` keeps outside ``param.grad``; None: that is where they are. Local."""
+    return int(optimizer._kept_micro_batches) if getattr(optimizer, "reproducible", False) else None
 
 
 def _before_gradient(counter_ref: Any, param_ref: Any, _: Tensor) -> None:
