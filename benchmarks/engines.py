@@ -9,6 +9,7 @@ parameter groups, and each the settings that its authors give for speed and memo
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import tempfile
@@ -72,6 +73,11 @@ class Engine:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
+    def accumulating(self) -> contextlib.AbstractContextManager[None]:
+        """Return a context in which backward passes are not the last of an update."""
+        no_sync: Any = getattr(self.module, "no_sync", contextlib.nullcontext)
+        return no_sync()
+
     def set_eps(self, eps: float) -> None:
         """Change AdamW's eps from the next update on."""
         for group in self.optimizer.param_groups:
@@ -133,7 +139,13 @@ def _ddp(model: Model) -> DistributedDataParallel:
 
 
 def dist_adamw_engine(
-    workload: Workload, *, ddp: bool = True, attach: bool = True, into_shard: bool = False, package: Any = None
+    workload: Workload,
+    *,
+    ddp: bool = True,
+    attach: bool = True,
+    into_shard: bool = False,
+    package: Any = None,
+    **options: Any,
 ) -> Engine:
     """Return one of our engines, before its first forward pass. Collective.
 
@@ -143,16 +155,18 @@ def dist_adamw_engine(
         attach: Whether the optimizer reduces the gradients.
         into_shard: reduce_every_backward.
         package: Another version of ``dist_adamw``.
+        options: More options of DistAdamW.
     """
     package = importlib.import_module("dist_adamw") if package is None else package
     model = workload.model()
     module = _ddp(model) if ddp else model
-    optimizer = package.DistAdamW(workload.parameter_groups(model), **RECIPE)
+    optimizer = package.DistAdamW(workload.parameter_groups(model), **RECIPE, **options)
     if attach:
         optimizer.attach(module, reduce_every_backward=into_shard)
     detail = "DDP" if ddp else "plain module"
     detail += ", attached" if attach else ", not attached: DDP's own all-reduce"
     detail += ", reduce_every_backward=True" if into_shard else ""
+    detail += "".join(f", {name}={value}" for name, value in options.items())
     return _DistAdamWEngine(module, optimizer, model, detail=detail, shards_gradients=into_shard)
 
 
@@ -237,10 +251,12 @@ def _import(name: str) -> Any:
 
 
 OURS, OURS_WITHOUT_DDP = "DistAdamW", "DistAdamW without DDP"
+REPRODUCIBLE = "DistAdamW, reproducible"
 BUILDERS: dict[str, Callable[[Workload], Engine]] = {
     OURS: dist_adamw_engine,
     OURS_WITHOUT_DDP: lambda workload: dist_adamw_engine(workload, ddp=False),
     "DistAdamW, reduce every backward": lambda workload: dist_adamw_engine(workload, ddp=False, into_shard=True),
+    REPRODUCIBLE: lambda workload: dist_adamw_engine(workload, reproducible=True),
     "DistAdamW, all-reduce": lambda workload: dist_adamw_engine(workload, attach=False),
     "DDP + AdamW": _ddp_adamw,
     "DDP + ZeroRedundancyOptimizer": _zero_redundancy,

@@ -29,7 +29,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts
 from torch.utils.data import DataLoader, Dataset
 
-from benchmarks.engines import OURS, Skip
+from benchmarks.engines import OURS, REPRODUCIBLE, Skip
 from benchmarks.groups import RECIPE, Group
 from benchmarks.times import Stopwatch, Times, Took, of_all_ranks
 
@@ -84,9 +84,10 @@ class AccelerateTrainer(Trainer):
     Args:
         task: What to train.
         ours: Through ``dist_adamw.prepare``.
+        options: More options of DistAdamW.
     """
 
-    def __init__(self, task: Task, *, ours: bool) -> None:
+    def __init__(self, task: Task, *, ours: bool, **options: Any) -> None:
         from accelerate import Accelerator, DistributedDataParallelKwargs
 
         self.task = task
@@ -97,17 +98,17 @@ class AccelerateTrainer(Trainer):
             kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
         )
         loader = DataLoader(task.dataset, batch_size=task.batch)
-        prepared = self._ours(loader) if ours else self._torch(loader)
+        prepared = self._ours(loader, options) if ours else self._torch(loader)
         self.model, self.optimizer, loader, self.scheduler = prepared
         self.batches: Iterator[Any] = iter(loader)
 
-    def _ours(self, loader: DataLoader[Any]) -> Any:
+    def _ours(self, loader: DataLoader[Any], options: dict[str, Any]) -> Any:
         from dist_adamw import CyclicLRWithRestarts, DistAdamW, prepare
 
         self.detail = "dist_adamw.prepare, CyclicLRWithRestarts"
         task = self.task
         model = task.model()
-        optimizer = DistAdamW(task.groups(model), **task.recipe)
+        optimizer = DistAdamW(task.groups(model), **task.recipe, **options)
         epochs = UPDATES_IN_A_CYCLE * task.global_batch / len(task.dataset)  # type: ignore[arg-type]
         scheduler = CyclicLRWithRestarts(optimizer, restart_period=epochs, normalize_weight_decay=False)
         return prepare(self.accelerator, model, optimizer, loader, scheduler)
@@ -244,6 +245,7 @@ def _fsdp2(task: Task) -> Trainer:
 
 BUILDERS: dict[str, Callable[[Task], Trainer]] = {
     OURS: lambda task: AccelerateTrainer(task, ours=True),
+    REPRODUCIBLE: lambda task: AccelerateTrainer(task, ours=True, reproducible=True),
     ACCELERATE: lambda task: AccelerateTrainer(task, ours=False),
     "DDP + ZeroRedundancyOptimizer": _zero_redundancy,
     "DDP + FairScale OSS": lambda task: _fairscale(task, sharded=False),
@@ -265,7 +267,7 @@ def build_all(names: Sequence[str], task: Task) -> tuple[dict[str, Trainer], dic
         try:
             trainers[name] = BUILDERS[name](task)
         except Exception as problem:  # a peer that does not run is left out, saying so
-            if name in (OURS, ACCELERATE):
+            if name in (OURS, REPRODUCIBLE, ACCELERATE):
                 raise
             skipped[name] = str(problem) if isinstance(problem, Skip) else f"{type(problem).__name__}: {problem}"
     return trainers, skipped

@@ -65,11 +65,15 @@ UPDATES_CHECKED = 3
 TOLERANCE = 2e-6
 
 
-def advance(engine: Engine, workload: Workload, update: int) -> float:
-    """Run one update; return the seconds of the window on this rank."""
+def advance(engine: Engine, workload: Workload, update: int, accumulation: int = 1) -> float:
+    """Run one update of ``accumulation`` backward passes; return the seconds of the window on this rank."""
     workload.gradients.refill(update)
     dist.barrier()
     start = time.perf_counter()
+    for _ in range(accumulation - 1):
+        with engine.accumulating():
+            engine.backward()
+            engine.forward()
     engine.backward()
     engine.step()
     engine.forward()
@@ -138,7 +142,7 @@ def check(engines: dict[str, Engine], workload: Workload) -> tuple[dict[str, flo
     return differences, failed
 
 
-def time_workload(workload: Workload, chosen: Sequence[str], *, rounds: int) -> list[records.Record]:
+def time_workload(workload: Workload, chosen: Sequence[str], *, rounds: int, accumulation: int) -> list[records.Record]:
     """Build, check and time the engines on one workload; return the records. Collective."""
     engines: dict[str, Engine] = {}
     skipped: dict[str, str] = {}
@@ -156,7 +160,7 @@ def time_workload(workload: Workload, chosen: Sequence[str], *, rounds: int) -> 
         shuffle.shuffle(order)
         for engine_name in order:
             watch = Stopwatch()
-            wall = advance(engines[engine_name], workload, update)
+            wall = advance(engines[engine_name], workload, update, accumulation)
             mine[engine_name].append((wall, watch.read()[1]))
     times = of_all_ranks({engine_name: took[WARM_UP:] for engine_name, took in mine.items()})
     common = {
@@ -166,6 +170,7 @@ def time_workload(workload: Workload, chosen: Sequence[str], *, rounds: int) -> 
         "groups": workload.groups,
         "numel": workload.numel,
         "ranks": dist.get_world_size(),
+        "accumulation": accumulation,
         "load_average": os.getloadavg()[0],  # what is above the number of ranks is other people's work
     }
     found: list[records.Record] = [
@@ -190,7 +195,7 @@ def work(options: argparse.Namespace) -> None:
             records.append(options.out, [records.environment()])
         for name, groups, gradients in itertools.product(options.workloads, options.groups, options.gradients):
             workload = Workload.named(name, rank=rank, gradients=gradients, groups=groups)
-            found = time_workload(workload, options.engines, rounds=options.rounds)
+            found = time_workload(workload, options.engines, rounds=options.rounds, accumulation=options.accumulation)
             gc.collect()
             if rank == 0:
                 records.append(options.out, found)
@@ -215,6 +220,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--groups", nargs="+", choices=GROUPS, default=["one", "layerwise"])
     parser.add_argument("--gradients", nargs="+", choices=(ALLOCATED, KEPT), default=[ALLOCATED, KEPT])
     parser.add_argument("--engines", nargs="+", choices=BUILDERS, default=list(BUILDERS))
+    parser.add_argument("--accumulation", type=int, default=1, help="backward passes of an update")
     parser.add_argument("--timeout", type=float, default=900.0, help="seconds, of each part")
     parser.add_argument("--only", choices=("time", "isolated"), help="time, or memory and traffic; default: both")
     options = parser.parse_args(argv)

@@ -217,6 +217,10 @@ def set_by_hand(folder: str) -> None:
             assert type(wrappers.unwrap(trainer.optimizer)) is torch.optim.AdamW
             assert trainer.lr_scheduler.samples == EPOCH * EPOCHS
     with arguments_on("single", folder) as args:
+        with pytest.raises(ValueError, match="reproducible=True is not supported under Trainer"):
+            prepare_trainer(
+                Noting(Network(), args, train_dataset=Samples()), scheduler=FITS, optimizer={"reproducible": True}
+            )
         trainer = prepare_trainer(Noting(Network(), args, train_dataset=Samples()), scheduler=FITS)
         with pytest.raises(ValueError, match=r"already called .*Trainer"):
             prepare_trainer(trainer, scheduler=FITS)

@@ -105,6 +105,7 @@ def prepare_trainer(
     facts = _facts(trainer)
     optimizer, scheduler = dict(optimizer or {}), dict(scheduler or {})
     check_arguments(trainer, optimizer, on_difference)
+    _refuse_reproducible(bool(optimizer.get("reproducible")))
     if _prepare_engine(trainer, facts):
         _check_engine_makes_both(trainer, optimizer, scheduler)
         _when_training_begins(trainer, lambda: _warn_of_mid_cycle(trainer, inner_scheduler(trainer), facts, 5))
@@ -295,11 +296,20 @@ def _attach_when_wrapped(trainer: Any) -> None:
         known = attached is not None and attached[0]() is model and attached[1]() is optimizer
         if not known and isinstance(optimizer, DistAdamW):
             attached = weakref.ref(model), weakref.ref(optimizer)
+            _refuse_reproducible(optimizer.reproducible)
             attach(trainer.accelerator, model, optimizer)
 
     if engine_of(trainer.accelerator) in DATA_PARALLEL:
         use_bucket_views(trainer.accelerator)
         _when_training_begins(trainer, act)
+
+
+def _refuse_reproducible(reproducible: bool) -> None:
+    if reproducible:
+        raise ValueError(
+            "reproducible=True is not supported under Trainer, which divides losses by the accumulation or by the "
+            "number of tokens of all ranks. Leave it out, or write the loop with Accelerate and dist_adamw.prepare."
+        )
 
 
 def _fill(trainer: Any, facts: LoaderFacts, given: Mapping[str, Any]) -> None:
