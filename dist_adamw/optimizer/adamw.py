@@ -273,6 +273,7 @@ class DistAdamW(AttachedOptimizer):
             self._outcome.on_device(value, shard.steps.device) for value in (clip, self._outcome.found_inf)
         )
         for k, bucket in enumerate(grads):
+            shard.gradients.finish_tree_sum(k)
             update_bucket(
                 shard,
                 k,

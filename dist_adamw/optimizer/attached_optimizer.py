@@ -73,7 +73,11 @@ class AttachedOptimizer(ReproducibleOptimizer):
         if self._path.order.is_due and not is_capturing():
             changed |= self._path.order.adopt(hosts or ranks.groups, agreement.needed_rounds)
         self._follow(changed, is_agreed=agreement.asks_for_changes)
-        self._path.update.arrive(agreement.needed_rounds, agreement.micro_batches, for_update=for_update)
+        # Bucket by bucket the update finds them in the cache; but a norm needs all of them before.
+        divides = for_update and self.max_grad_norm is None and any(group["lr"] != 0 for group in self.param_groups)
+        self._path.update.arrive(
+            agreement.needed_rounds, agreement.micro_batches, for_update=for_update, divides=divides
+        )
         return True
 
     def _check_reduce_dtype(self) -> None:

@@ -120,7 +120,7 @@ class ShardedOptimizer(Optimizer):
             self.state,
             self._ranks,
             self.bucket_numel,
-            self._path is not None and self._path.reduce_every_backward,
+            self._path is not None and self._path.reduce_every_backward and not self.reproducible,
             self._channel,
             self.master_dtype,
             self.state_dtype,

@@ -37,13 +37,14 @@ class GradientsForUpdate:
         self._link, self._sources, self._sender, self._unannounced = link, sources, sender, unannounced
         self._messages, self._record = messages, record
 
-    def arrive(self, needed_rounds: int, micro_batches: int, *, for_update: bool) -> None:
+    def arrive(self, needed_rounds: int, micro_batches: int, *, for_update: bool, divides: bool) -> None:
         """Send and receive the remaining gradients. Collective; after `UpdateAgreement.complete` and the layout.
 
         Args:
             needed_rounds: Rounds into the shard of the rank with the most.
             micro_batches: Those of this update over all ranks, if gradients are kept in the shards.
             for_update: Whether an update follows at once, so that the user cannot change them before it.
+            divides: Whether it finishes sums bucket by bucket, see `ShardSender.complete`.
         """
         sender, record = self._sender, self._record
         is_averaged = bool(sender.next or sender.rounds or record.late or record.kept)
@@ -52,10 +53,10 @@ class GradientsForUpdate:
         shards = self._link.shards()
         is_laid_out_again = not {id(shard) for shard in sender.owners} <= {id(shard) for shard in shards}
         if is_laid_out_again and is_averaged:
-            self._complete(micro_batches)
+            self._complete(micro_batches, later=False)
             is_laid_out_again = not self._carry_averages(shards)
         self._send_rest(0 if is_laid_out_again else needed_rounds)
-        self._complete(micro_batches)
+        self._complete(micro_batches, later=divides)
         # Only these have been averaged; the rest may be whole gradients that another optimizer still needs.
         sent = sender.plan.buckets_of.keys() | record.late | record.kept
         if is_laid_out_again and is_averaged:  # the averages lie with owners of the old layout
@@ -80,9 +81,9 @@ class GradientsForUpdate:
         while sender.rounds < needed_rounds:
             sender.finish_round()
 
-    def _complete(self, micro_batches: int) -> None:
+    def _complete(self, micro_batches: int, *, later: bool) -> None:
         if isinstance(self._sender, ShardSender):
-            self._sender.complete(micro_batches)
+            self._sender.complete(micro_batches, later=later)
 
     def _not_taken_yet(self, is_laid_out_again: bool) -> Sequence[Tensor]:
         """Return the parameters whose gradients no owner has received."""

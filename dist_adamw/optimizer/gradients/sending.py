@@ -361,11 +361,12 @@ class ShardSender(Sender):
     def _moves_gradients(self) -> bool:
         return False
 
-    def complete(self, micro_batches: int) -> None:
+    def complete(self, micro_batches: int, *, later: bool) -> None:
         """Make averages of what the rounds have left in the shards. Local, before the averages are read.
 
         Args:
             micro_batches: Those of this update, over all ranks.
+            later: Whether the update calls `OwnedGradients.finish_tree_sum` before it reads a bucket.
         """
 
     @torch.no_grad()
@@ -408,10 +409,10 @@ class MicroBatchSender(ShardSender):
         shard.transport.finish_terms(sent, shard.gradients.tree_sum(sent.bucket))
         gradients.packer.give_back(gradients)
 
-    def complete(self, micro_batches: int) -> None:
+    def complete(self, micro_batches: int, *, later: bool) -> None:
         """See `ShardSender`."""
         for shard in self.owners:
-            shard.gradients.finish_tree_sums(micro_batches)
+            shard.gradients.finish_tree_sums(micro_batches, later=later)
 
     def clear(self) -> None:
         """Forget the gradients of this update, which were used or discarded. Local; the same on every rank."""

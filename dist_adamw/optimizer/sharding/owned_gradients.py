@@ -38,6 +38,7 @@ class OwnedGradients:
         self._accumulated: Tensor | None = None
         self._views: list[list[Tensor]] = []
         self._tree_sums: dict[int, TreeSum] = {}  # by bucket
+        self._divisor = 1
 
     @property
     def any_grad(self) -> bool:
@@ -52,6 +53,8 @@ class OwnedGradients:
             self._made_packer = None
         if self._accumulated is not None:
             self._accumulated = self._accumulated.to(device, dtype)
+            for sums in self._tree_sums.values():
+                sums.move(device)
             self._cut()
             self.reduced = {k: list(self._views[k]) for k in self.reduced}  # the old views have the old memory
 
@@ -137,16 +140,29 @@ class OwnedGradients:
         if k not in self._tree_sums:
             like, (start, stop) = self._params[0], self._layout.slice_of(k, 0)
             wide = torch.promote_types(like.dtype, torch.float32)
-            self._tree_sums[k] = TreeSum(stop - start, dtype=wide, device=like.device)
+            home = self.accumulated(k)
+            self._tree_sums[k] = TreeSum(stop - start, dtype=wide, device=like.device, home=home)
         return self._tree_sums[k]
 
-    def finish_tree_sums(self, divisor: int) -> None:
-        """Divide the sums that have terms by ``divisor``, and make them the averages of their buckets. Local."""
+    def finish_tree_sums(self, divisor: int, *, later: bool) -> None:
+        """Divide the sums that have terms by ``divisor``, and make them the averages of their buckets. Local.
+
+        Args:
+            later: Leave the division to `finish_tree_sum`.
+        """
+        self._divisor = divisor
         for k, sums in self._tree_sums.items():
             if sums.count:
-                sums.write([(0, self.accumulated(k))], divisor)
-                sums.clear()
                 self.reduced[k] = list(self.accumulated_runs(k))
+                if not later:
+                    self.finish_tree_sum(k)
+
+    def finish_tree_sum(self, k: int) -> None:
+        """Divide the sum of bucket ``k`` if that is still to be done. Local; just before the update reads it."""
+        sums = self._tree_sums.get(k)
+        if sums is not None and sums.count:
+            sums.write([(0, self.accumulated(k))], self._divisor)
+            sums.clear()
 
     def clear_tree_sums(self) -> None:
         """Forget the terms of all sums. Local."""

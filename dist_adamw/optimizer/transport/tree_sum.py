@@ -83,13 +83,16 @@ class TreeSum:
         numel: The number of elements of a term.
         dtype: The dtype of the sums: at least fp32.
         device: The device of the terms.
+        home: Memory of ``numel`` elements that `write` will write to, for one of the partial sums. With it, `write` may
+            be called once, and `clear` follows.
 
     Attributes:
         count: The number of terms so far.
     """
 
-    def __init__(self, numel: int, *, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, numel: int, *, dtype: torch.dtype, device: torch.device, home: Tensor | None = None) -> None:
         self.count = 0
+        self._home = home if home is not None and home.dtype == dtype else None
         self._numel, self._dtype, self._device = numel, dtype, device
         self._levels: dict[int, Tensor] = {}
         self._scratch: dict[int, Tensor] = {}
@@ -105,14 +108,18 @@ class TreeSum:
                 run of every new term, in order. The terms are not changed.
         """
         plan = _plan(self.count, number)
-        for level in self._written(plan):
-            if level not in self._levels:
-                self._levels[level] = torch.zeros(self._numel, dtype=self._dtype, device=self._device)
+        for level in sorted(self._written(plan) - self._levels.keys()):
+            # Of all levels, the lowest that is needed first: with one round of 2^n ranks it is the only one.
+            is_first = self._home is not None and not self._levels
+            self._levels[level] = self._home if is_first else self._empty()  # type: ignore[assignment]
         for offset, terms in parts:
             for start in range(0, terms[0].numel(), self._block):
                 blocks = [term[start : start + self._block] for term in terms]
                 self._add_block(plan, blocks, offset + start)
         self.count += number
+
+    def _empty(self) -> Tensor:
+        return torch.zeros(self._numel, dtype=self._dtype, device=self._device)
 
     @staticmethod
     def _written(plan: _Plan) -> set[int]:
@@ -165,6 +172,11 @@ class TreeSum:
         if index not in self._scratch:
             self._scratch[index] = torch.empty(self._block, dtype=self._dtype, device=self._device)
         return self._scratch[index][:numel]
+
+    def move(self, device: torch.device) -> None:
+        """Follow the terms to another device."""
+        self._device, self._home, self._scratch = device, None, {}
+        self._levels = {level: total.to(device) for level, total in self._levels.items()}
 
     def clear(self) -> None:
         """Forget all terms."""
