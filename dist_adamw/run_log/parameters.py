@@ -19,78 +19,66 @@ if TYPE_CHECKING:
 
 
 class LoggedParameters:
-    """The parameters of a model at the time of a call; an engine may replace them in between.
+    """The parameters of a model, as they were when it was last read; an engine may replace them in between.
 
     Args:
         model: With or without its wrapper.
         ranks: All ranks.
+
+    Attributes:
+        names: Their names, in the model's order; a tied parameter has its first one.
     """
 
     def __init__(self, model: nn.Module, ranks: Ranks) -> None:
         self._model, self._ranks = model, ranks
-        self._known: list[Tensor] = []
-        self._names: tuple[str, ...] = ()
+        self._params: list[Tensor] = []
+        self.names: tuple[str, ...] = ()
+        self.read()
 
-    def check(self) -> None:
-        """Check that parameters can be hashed. Local.
+    def read(self) -> None:
+        """Read the model's parameters. Local.
 
         Raises:
             ValueError: DeepSpeed ZeRO-3 or FSDP1 has partitioned them, so that no rank has their elements in order.
         """
-        for param in self._params():
-            if hasattr(param, "ds_id"):
-                raise ValueError(
-                    "RunLog cannot read the parameters of DeepSpeed ZeRO-3, of which each rank has a partition. Use "
-                    "ZeRO-1, ZeRO-2, FSDP2 or DDP."
-                )
-        if any(type(module).__name__ == "FullyShardedDataParallel" for module in self._model.modules()):
+        model = bare(self._model)
+        if hasattr(model, "zero_optimization_stage"):  # DeepSpeed's engine is a module around the model
+            model = bare(model.module)  # type: ignore[arg-type]
+        params = list(model.parameters())
+        if len(params) == len(self._params) and all(map(operator.is_, params, self._params)):
+            return
+        if any(hasattr(param, "ds_id") for param in params):
+            raise ValueError(
+                "RunLog cannot read the parameters of DeepSpeed ZeRO-3, of which each rank has a partition. Use "
+                "ZeRO-1, ZeRO-2, FSDP2 or DDP."
+            )
+        if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
             raise ValueError("RunLog cannot read the flat parameters of FSDP1. Use fully_shard (FSDP2) or DDP.")
+        clean = names_without_wrappers(model)
+        self.names = tuple(clean(name) for name, _ in model.named_parameters())
+        self._params = params
 
-    def names(self) -> tuple[str, ...]:
-        """Return the names, in the model's order; a tied parameter has its first one. Local."""
-        params = self._params()
-        is_known = len(params) == len(self._known) and all(map(operator.is_, params, self._known))
-        if not is_known:
-            self._names = self._cleaned()
-            self._known = params
-        return self._names
+    @property
+    def are_sharded(self) -> bool:
+        """Whether the sums of ranks have to be added up."""
+        return any(map(is_dtensor, self._params))
 
     def sums(self) -> list[int]:
         """Return this rank's term of the sum that stands for each parameter. Collective if some are sharded.
 
         Without sharded parameters rank 0 has whole ones and their sums, and the other ranks have none.
         """
-        params = self._params()
-        if not any(map(is_dtensor, params)):
-            return read_numbers([position_sum(param) for param in params]) if self._ranks.is_main else []
-        terms = [self._term(param) for param in params]
-        return read_numbers(terms)
-
-    def is_sharded(self) -> bool:
-        """Return whether the sums of ranks have to be added up. Local."""
-        return any(map(is_dtensor, self._params()))
+        if not self.are_sharded:
+            return read_numbers([position_sum(param) for param in self._params]) if self._ranks.is_main else []
+        return read_numbers([self._term(param) for param in self._params])
 
     def facts(self) -> dict[str, Any]:
         """Return what explains different digests of all parameters. Local."""
-        params = self._params()
         return {
-            "parameter dtypes": sorted({str(param.dtype).removeprefix("torch.") for param in params}),
-            "elements": sum(param.numel() for param in params),
-            "devices": sorted({_device(param.device) for param in params}),
+            "parameter dtypes": sorted({str(param.dtype).removeprefix("torch.") for param in self._params}),
+            "elements": sum(param.numel() for param in self._params),
+            "devices": sorted({_device(param.device) for param in self._params}),
         }
-
-    def _inside(self) -> nn.Module:
-        model = bare(self._model)
-        # DeepSpeed's engine is a module around the model, and `bare` does not know it.
-        return bare(model.module) if hasattr(model, "zero_optimization_stage") else model  # type: ignore[arg-type]
-
-    def _params(self) -> list[Tensor]:
-        return list(self._inside().parameters())
-
-    def _cleaned(self) -> tuple[str, ...]:
-        inside = self._inside()
-        clean = names_without_wrappers(inside)
-        return tuple(clean(name) for name, _ in inside.named_parameters())
 
     def _term(self, param: Tensor) -> Tensor:
         if not is_dtensor(param):

@@ -172,7 +172,7 @@ def test_other_engines_log_the_same_batches(engine: str, tmp_path: Path) -> None
     assert len({record.root for record in other.values()}) == 8  # the first update of the warm-up has lr 0
 
 
-def deepspeed(path: str, engine: str) -> None:
+def deepspeed(path: str, engine: str, calls: bool = True) -> None:
     accumulation = 6 // dist.get_world_size()
     with accelerator_on(engine, accumulation):
         accelerator, objects = job(accumulation, 48, loader={"batch_size": 2, "shuffle": True})
@@ -182,11 +182,22 @@ def deepspeed(path: str, engine: str) -> None:
             for x, y in loader:
                 with accelerator.accumulate(model):
                     accelerator.backward(nn.functional.mse_loss(model(x), y))
-                    log.update()
+                    if calls:
+                        log.update()
                     optimizer.step()
                     scheduler.step()
                     optimizer.zero_grad()
         log.close()
+
+
+def test_deepspeed_without_update_is_warned_of(tmp_path: Path) -> None:
+    run_ranks(2, not_called, str(tmp_path))
+
+
+def not_called(path: str) -> None:
+    with pytest.warns(UserWarning, match=r"under DeepSpeed call log.update\(\) after each update") as found:
+        deepspeed(path, "ZeRO-2", False)
+    assert len([one for one in found if "log.update" in str(one.message)]) == 1
 
 
 # ---------------------------------------------------------------- sharded parameters
