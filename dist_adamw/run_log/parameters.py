@@ -44,7 +44,7 @@ class LoggedParameters:
         model = bare(self._model)
         if hasattr(model, "zero_optimization_stage"):  # DeepSpeed's engine is a module around the model
             model = bare(model.module)  # type: ignore[arg-type]
-        params = list(model.parameters())
+        params: list[Tensor] = list(model.parameters())
         if len(params) == len(self._params) and all(map(operator.is_, params, self._params)):
             return
         if any(hasattr(param, "ds_id") for param in params):
