@@ -11,6 +11,7 @@ from torch import Tensor
 from dist_adamw.ranks.run_on_all import Ranks
 
 _SIGN = 1 << 63
+_FAILED = -1  # in place of a number of sums
 
 
 class DigestExchange:
@@ -24,21 +25,27 @@ class DigestExchange:
         self._ranks = ranks
         self._capacity = 1  # micro-batches of a rank for which the message has room
 
-    def gather(self, batches: Sequence[int], sums: Sequence[int]) -> tuple[list[int], list[int]]:
+    def gather(
+        self, batches: Sequence[int], sums: Sequence[int], problem: Exception | None = None
+    ) -> tuple[list[int], list[int]]:
         """Return the digests of all micro-batches by number, and ``sums`` added up modulo 2**64. Collective.
 
         Args:
             batches: Digests of this rank's micro-batches: the j-th of rank r on W ranks is number ``j W + r``.
             sums: This rank's terms, as many on every rank.
+            problem: Why this rank has no digests.
 
         Raises:
-            RuntimeError: ranks have different numbers of ``sums``; on every rank.
+            RuntimeError: some rank has a problem, or ranks have different numbers of ``sums``; on every rank.
         """
         size = self._ranks.size
-        if size == 1:
+        if size == 1 and problem is None:
             return list(batches), list(sums)
-        message = self._all_reduce(batches, len(sums))
+        message = self._all_reduce(batches, _FAILED if problem is not None else len(sums))
         counts, widths = message[:size], message[size : 2 * size]
+        if _FAILED in widths:
+            why = f"{type(problem).__name__}: {problem}" if problem is not None else "see the error of that rank"
+            raise RuntimeError(f"rank {widths.index(_FAILED)} could not hash an update for RunLog: {why}.") from problem
         if max(counts) > self._capacity:  # every rank knows, so all send once more
             self._capacity = max(counts)
             message = self._all_reduce(batches, len(sums))
@@ -63,7 +70,8 @@ class DigestExchange:
         message[size + rank] = width
         for j, digest in enumerate(batches[: self._capacity]):
             message[2 * size + j * size + rank] = _signed(digest)
-        dist.all_reduce(message, group=self._ranks.group)
+        if size > 1:
+            dist.all_reduce(message, group=self._ranks.group)
         numbers: list[int] = message.tolist()
         return numbers
 

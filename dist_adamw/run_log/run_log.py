@@ -130,7 +130,8 @@ class RunLog:
         after ``accelerator.backward``.
 
         Raises:
-            RuntimeError: ranks have different parameters, or a process group was created after this log.
+            RuntimeError: on every rank: ranks have different parameters, or one cannot read them. Also if a process
+                group was created after this log.
         """
         if not self._has_stepped:
             return
@@ -191,10 +192,17 @@ class RunLog:
                 "dist.init_process_group(), and close it before the group is destroyed."
             )
         self._optimizer.wait()  # parameters in flight are partly old
-        self._parameters.read()
-        sums = self._parameters.sums() if with_parameters else []
+        found: list[int] = []
+        sums: list[int] = []
+        problem = None
+        try:
+            self._parameters.read()
+            found = [value() for value in batches]
+            sums = self._parameters.sums() if with_parameters else []
+        except Exception as error:  # must reach the exchange: the other ranks wait there
+            problem = error
         shared = sums if self._parameters.are_sharded else []
-        numbers, totals = self._exchange.gather([value() for value in batches], shared)
+        numbers, totals = self._exchange.gather(found, shared, problem)
         if not self._ranks.is_main:
             return None
         digests = [as_digest(total) for total in totals or sums]

@@ -289,6 +289,27 @@ def test_different_numbers_of_parameters() -> None:
         assert "ranks log different numbers of parameters: [2, 3]." in error
 
 
+def unreadable(path: str) -> None:
+    model = nn.Linear(2, 2)
+    optimizer = DistAdamW(model.parameters(), shard=False)
+    log = RunLog(path, model, optimizer)
+    if dist.get_rank() == 0:
+        model.bias = nn.Parameter(torch.ones(2, device="meta"))
+    model.weight.grad = torch.ones(2, 2)
+    try:
+        optimizer.step()
+    finally:
+        log.close()
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_rank_that_cannot_read_its_parameters(ranks: int, tmp_path: Path) -> None:
+    first, *others = expect_error_on_all(ranks, unreadable, str(tmp_path))
+    assert first.startswith("RuntimeError: rank 0 could not hash an update for RunLog: ")
+    for error in others:
+        assert error == "RuntimeError: rank 0 could not hash an update for RunLog: see the error of that rank."
+
+
 def later_group(path: str) -> None:
     model = nn.Linear(2, 2)
     optimizer = DistAdamW(model.parameters(), shard=False)
