@@ -77,11 +77,11 @@ class RunLog:
         self._has_warned = False
         inner = unwrap(optimizer)
         problem = None
+        if (earlier := _OPEN.pop(os.path.realpath(path), None)) is not None:
+            earlier.close()  # on every rank, before one may find a mistake
         try:
             self._check(inner, every)
             self._parameters = LoggedParameters(model, self._ranks)
-            if (earlier := _OPEN.pop(os.path.realpath(path), None)) is not None:
-                earlier.close()
             if self._ranks.is_main:
                 self._writer = Writer(Path(path))
         except (ValueError, OSError) as error:
