@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from dist_adamw.integrations.transformers.trainer import prepare_trainer
     from dist_adamw.optimizer.adamw import DistAdamW
     from dist_adamw.optimizer.replicas import check_replicas
+    from dist_adamw.run_log.run_log import RunLog
     from dist_adamw.schedule.batch import GlobalBatch
     from dist_adamw.schedule.preview import Preview
     from dist_adamw.schedule.restarts import ExpReduceMaxLROnIteration, ReduceMaxLROnRestart, RestartSchedule
@@ -40,6 +41,7 @@ _MODULE_OF = {
     "Preview": "schedule.preview",
     "ReduceMaxLROnRestart": "schedule.restarts",
     "RestartSchedule": "schedule.restarts",
+    "RunLog": "run_log.run_log",
     "check_replicas": "optimizer.replicas",
     "export_checkpoint": "checkpoint.formats.exporting",
     "import_checkpoint": "checkpoint.formats.importing",
@@ -52,7 +54,7 @@ _MODULE_OF = {
     "rest_of_epoch": "integrations.accelerate.position",
     "save": "checkpoint.save_load",
 }
-_PACKAGES = ("checkpoint", "integrations", "optimizer", "ranks", "schedule")
+_PACKAGES = ("checkpoint", "integrations", "optimizer", "ranks", "run_log", "schedule")
 _MOVED = ("batch", "hooks", "policies", "scheduler", "storage")  # modules of 0.1.0, which forward
 
 __all__ = [
@@ -68,6 +70,7 @@ __all__ = [
     "Preview",
     "ReduceMaxLROnRestart",
     "RestartSchedule",
+    "RunLog",
     "__version__",
     "check_replicas",
     "export_checkpoint",

@@ -1,4 +1,4 @@
-"""The ``dist-adamw`` command: preview a recipe before training; inspect and convert checkpoints."""
+"""The ``dist-adamw`` command: preview a recipe; inspect and convert checkpoints; compare run logs."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from dist_adamw.checkpoint.formats.exporting import export_checkpoint
 from dist_adamw.checkpoint.formats.importing import import_checkpoint
 from dist_adamw.errors import CheckpointError
 from dist_adamw.optimizer.adamw import DistAdamW
+from dist_adamw.run_log.comparison import compare_runs
 from dist_adamw.schedule.batch import GlobalBatch
 from dist_adamw.schedule.scheduler import CyclicLRWithRestarts
 
@@ -135,17 +136,29 @@ def export(path: str, target: str, kind: Kind | None = None, master: bool = Fals
     print(f"written to {target}")
 
 
+def diff(run_a: str, run_b: str) -> int:
+    """Name the first update, and the first parameter or micro-batch, at which two runs differ; exit status 1 then.
+
+    Args:
+        run_a: The folder that was given to dist_adamw.RunLog.
+        run_b: That of the other run. The same folder: compare updates before a resume with those after it.
+    """
+    text, is_equal = compare_runs(run_a, run_b)
+    print(text)
+    return 0 if is_equal else 1
+
+
 def main(args: list[str] | None = None) -> int:
-    """Run the command; print a user's mistake as one sentence, with exit status 2."""
+    """Run the command and return its exit status; print a user's mistake as one sentence, with exit status 2."""
     from jsonargparse import auto_cli
 
     args = sys.argv[1:] if args is None else args
     # A recipe's many numbers need names; paths are positional.
-    of_files = {"inspect": inspect, "import": import_, "export": export}
+    of_files = {"inspect": inspect, "import": import_, "export": export, "diff": diff}
     components: dict[str, Any] = {"preview": preview, "batch": batch, **of_files}
     try:
-        auto_cli(components, args=args, prog="dist-adamw", as_positional=bool(args) and args[0] in of_files)
+        status = auto_cli(components, args=args, prog="dist-adamw", as_positional=bool(args) and args[0] in of_files)
     except (ValueError, ModuleNotFoundError, OSError, ArithmeticError) as error:
         print(f"dist-adamw: {error}", file=sys.stderr)
         return 2
-    return 0
+    return status or 0

@@ -39,7 +39,7 @@ import operator
 import warnings
 import weakref
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -51,6 +51,8 @@ from torch.optim import Optimizer
 from dist_adamw.integrations.accelerate.loader import listen
 from dist_adamw.integrations.accelerate.loader_iteration import Batch, Run
 from dist_adamw.integrations.accelerate.update_count import UpdateCount
+from dist_adamw.run_log import batch_sources
+from dist_adamw.run_log.digests import joint_digest
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -64,12 +66,14 @@ class _Entry:
         is_waiting: No backward pass has taken it.
         is_passed_over: Its loader has handed out another batch since.
         is_done: An update was attempted with it, so it need not come again after a resume.
+        backward: The number of the backward pass that has taken it.
     """
 
     batch: Batch
     is_waiting: bool = True
     is_passed_over: bool = False
     is_done: bool = False
+    backward: int = 0
 
 
 def _without_hook(params: list[Tensor], handles: Mapping[int, Any]) -> list[Tensor]:
@@ -79,6 +83,13 @@ def _without_hook(params: list[Tensor], handles: Mapping[int, Any]) -> list[Tens
 def _begins_next_epoch(before: Run, now: Run) -> bool:
     """Return whether ``now`` is the same loader's next epoch after ``before``."""
     return before.is_exhausted and before.loader() is now.loader()
+
+
+def _digests(entries: Iterable[_Entry]) -> list[Callable[[], int]]:
+    """Return the digest of each backward pass's batches, of several loaders together, as far as they were hashed."""
+    passes = itertools.groupby(entries, operator.attrgetter("backward"))
+    found = ([entry.batch.digest for entry in group if entry.batch.digest is not None] for _, group in passes)
+    return [joint_digest(digests) for digests in found if digests]
 
 
 class SampleCounter:
@@ -93,6 +104,7 @@ class SampleCounter:
     Attributes:
         update: The count of the update in progress.
         rides: Whether another message takes the count along in `step`: see `send_counts_with`.
+        batch_digests: See `BatchSource`.
     """
 
     def __init__(
@@ -119,6 +131,8 @@ class SampleCounter:
         self.update: UpdateCount | None = None
         self.rides = False
         self.tries = 0  # updates that were started
+        self.batch_digests: Sequence[Callable[[], int]] = ()
+        self._backward = 0
         self._has_heard = False  # whether a loader has handed out a batch to train on
         self._params: list[Tensor] = []
         self._handles: dict[int, Any] = {}
@@ -135,6 +149,7 @@ class SampleCounter:
         _after_zero_grad(optimizer, self)
         self._follow_parameters()
         listen(self)
+        batch_sources.provide(optimizer, self)
 
     # ---------------------------------------------------------------- what loaders do
 
@@ -182,6 +197,7 @@ class SampleCounter:
     def backward_began(self) -> None:
         """Handle a backward pass: accumulate the oldest batch in hand of every loader. Local."""
         self._backwards.clear()
+        self._backward += 1
         self._in_hand = [entry for entry in self._in_hand if not self._is_let_go(entry)]
         taken: set[int] = set()
         for entry in self._in_hand:
@@ -191,7 +207,7 @@ class SampleCounter:
                 taken.add(id(run))
                 if run.is_exhausted and loader is not None:  # batches of its next epoch come after this one
                     taken.add(id(loader))
-                entry.is_waiting = False
+                entry.is_waiting, entry.backward = False, self._backward
                 self._accumulated.append(entry)
         if self._accumulated and self._witness is None:
             self._watch_gradients()
@@ -279,12 +295,14 @@ class SampleCounter:
         """Handle the start of ``step``: post the count, unless a closure is to compute gradients. Collective."""
         self.poll()
         self._follow_parameters()
+        self.batch_digests = ()
         self.update = None if has_closure else self._take_rows()
         if self.update is not None and not self.rides:
             self.update.send()
 
     def _take_rows(self) -> UpdateCount:
         self._stepping, self._accumulated = self._accumulated, []
+        self.batch_digests = _digests(self._stepping)
         self.tries += 1
         self._forget_witness()
         rows = sum(entry.batch.rows for entry in self._stepping) if self._is_counted else 0

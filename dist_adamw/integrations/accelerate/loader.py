@@ -14,9 +14,12 @@ import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
+import torch
 from torch.utils.data import BatchSampler, IterableDataset
 
 from dist_adamw.integrations.accelerate.loader_iteration import Batch, Run, is_dispatched
+from dist_adamw.run_log import batch_sources
+from dist_adamw.run_log.digests import batch_digest
 
 
 class Listener(Protocol):
@@ -207,6 +210,8 @@ def _hand_out(loader: Any, batches: Iterator[Any]) -> Iterator[Any]:
             watching = contextlib.nullcontext()  # torch's iterator exists now, and has taken the recorder
             run.begin()
             handed_out = run.hand_out(loader, batch)
+            if batch_sources.are_read() and torch.is_grad_enabled():
+                handed_out.digest = batch_digest(batch)  # now, since the script may change it
             for listener in list(_LISTENERS):
                 listener.handed_out(handed_out)
             yield batch

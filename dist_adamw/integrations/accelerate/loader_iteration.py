@@ -43,6 +43,7 @@ class Batch:
         end: Samples of the epoch up to its end, over all ranks.
         is_last: Whether the loader says that it is the epoch's last.
         is_held: Returns whether the script still references it.
+        digest: Returns a hash of its values; None if no run log needs it.
     """
 
     rows: int
@@ -51,6 +52,7 @@ class Batch:
     end: int
     is_last: bool
     is_held: Callable[[], bool]
+    digest: Callable[[], int] | None = None
 
 
 class Run:
