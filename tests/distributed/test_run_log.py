@@ -115,7 +115,8 @@ def accelerated(path: str, engine: str = "DDP", skip: bool = False) -> None:
     """The loop of every Accelerate user, with 6 micro-batches of 2 samples per update."""
     accumulation = 6 // dist.get_world_size()
     with accelerator_on(engine, accumulation):
-        accelerator, objects = job(accumulation, 48, loader={"batch_size": 2, "shuffle": True})
+        options: dict[str, Any] = {"optimizer": {"reproducible": engine == "DDP"}}
+        accelerator, objects = job(accumulation, 48, loader={"batch_size": 2, "shuffle": True}, **options)
         before = RunLog(path, objects[0], objects[1]) if skip else None
         model, optimizer, loader, scheduler = prepare(accelerator, *objects)
         log = before or RunLog(path, model, optimizer)
@@ -133,6 +134,9 @@ def test_prepare_tells_the_batches(tmp_path: Path) -> None:
         run_ranks(ranks, accelerated, str(tmp_path / str(ranks)))
     batches = [[r.batches for r in read_log(tmp_path / str(ranks)).records.values()] for ranks in (1, 2, 3)]
     assert batches[0] == batches[1] == batches[2]
+    roots = [[r.root for r in read_log(tmp_path / str(ranks)).records.values()] for ranks in (1, 2, 3)]
+    assert roots[0] == roots[1] == roots[2]
+    assert len(set(roots[0])) == 8  # lr is 0 at the first update, the beginning of warm-up
     assert len(set(batches[0])) == 9  # the data is shuffled, and no two updates have the same
     assert [len(found) for found in batches[0]] == [0, *[2 * 6] * 8]
     # Batches that no backward pass takes are not logged.
