@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dist_adamw.optimizer import attaching
 from dist_adamw.optimizer.clipping import clip_owned_
+from dist_adamw.optimizer.gradients.fsdp import FSDPMicroBatches, complete_gradients, why_not_join
 from dist_adamw.optimizer.gradients.gradient_path import GradientPath
 from dist_adamw.optimizer.gradients.handshake import RankMessages
 from dist_adamw.optimizer.gradients.one_process import MicroBatches
@@ -40,6 +41,7 @@ class AttachedOptimizer(SavableOptimizer):
     _attach_options: dict[str, bool] | None = None
     _attached: Sequence[weakref.ref[nn.Module]] = ()
     _micro_batches: MicroBatches | None = None  # of one process, with ``reproducible``
+    _fsdp_micro_batches: FSDPMicroBatches | None = None  # under FSDP2, with ``reproducible``
 
     def _collect_gradients(self, *, for_update: bool = False) -> bool:
         """Follow the user's changes and reduce gradients to their owners; return whether there are any. Collective.
@@ -49,6 +51,8 @@ class AttachedOptimizer(SavableOptimizer):
         """
         changed = self._differs()
         if self._path is None:
+            if self.reproducible:
+                complete_gradients(self._fsdp_micro_batches, self._all_params())
             gather_from_owners(None, self._all_params())
             if self.process_group is not None and not self._is_agreed:
                 self._check_alike({})  # before anything is changed or sent
@@ -80,8 +84,9 @@ class AttachedOptimizer(SavableOptimizer):
         """Record that an update has used the gradients. Local."""
         if self._path is not None:
             self._path.update.used()
-        elif self._micro_batches is not None:
-            self._micro_batches.used()
+        for micro_batches in (self._micro_batches, self._fsdp_micro_batches):
+            if micro_batches is not None:
+                micro_batches.used()
 
     def _check_reduce_dtype(self) -> None:
         """Refuse ``reduce_dtype`` if something else has averaged the gradients. Collective if it raises."""
@@ -182,6 +187,9 @@ class AttachedOptimizer(SavableOptimizer):
                 sent.
         """
         if any(is_dtensor(param) for param in model.parameters()):
+            if self.reproducible:
+                self._fsdp_micro_batches = self._fsdp_micro_batches or FSDPMicroBatches()
+                self._fsdp_micro_batches.listen(model, self._all_params())
             return  # the engine that shards the parameters reduces their gradients
         options = {"overlap": overlap, "reduce_every_backward": reduce_every_backward, "defer_gather": defer_gather}
         is_ddp = isinstance(model, DistributedDataParallel)
@@ -240,10 +248,7 @@ class AttachedOptimizer(SavableOptimizer):
             RuntimeError: the optimizer is not attached, or ``reproducible`` is not set.
         """
         if not self.reproducible or self._path is None:
-            raise RuntimeError(
-                "join_backward() is for DistAdamW(..., reproducible=True) that is attached on several ranks. Otherwise "
-                "give every rank as many micro-batches."
-            )
+            raise RuntimeError(why_not_join(self._fsdp_micro_batches))
         self._path.join_backward()
 
     @torch.no_grad()
