@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch import nn
-from torch.distributed.fsdp import fully_shard
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from dist_adamw import DistAdamW
 from tests.distributed.test_reproducible import CASES, UPDATES, K, Model, digest, in_one_process, loss_of
@@ -57,3 +61,239 @@ def train(wrapping: str, options: dict[str, Any], dtype: torch.dtype = torch.flo
 def test_one_digest_for_every_number_of_ranks(ranks: int, case: str, wrapping: str) -> None:
     options, dtype = CASES[case]
     assert run_ranks(ranks, train, wrapping, options, dtype) == [in_one_process(options, dtype)] * ranks
+
+
+def train_loop(
+    wrapping: str,
+    dtype: torch.dtype,
+    events: list[str],
+    passes: int,
+    policy: dict[str, Any],
+    reproducible: bool = True,
+    max_grad_norm: float | None = 0.5,
+) -> list[str]:
+    """Train with ``events`` before every update; return a digest of the weights after each."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    mixed = MixedPrecisionPolicy(**policy) if policy else MixedPrecisionPolicy()
+    model = sharded(wrapping, dtype, mp_policy=mixed)
+    if not reproducible:  # which does this itself; without it, FSDP2's messages mismatch if ranks use other parameters
+        model.set_reduce_scatter_unused_params(True)
+    optimizer = DistAdamW(model.parameters(), 1e-2, max_grad_norm=max_grad_norm, reproducible=reproducible)
+    optimizer.attach(model)
+    digests = []
+    for update in range(UPDATES):
+        if "discarded" in events:
+            loss_of(model, 7, rank).backward()
+            optimizer.zero_grad(set_to_none=update == 0)
+        for j in range(passes // ranks):
+            if "no sync" in events:
+                model.set_requires_gradient_sync(j == passes // ranks - 1)
+            if "last" in events:
+                model.set_is_last_backward(j == passes // ranks - 1)
+            loss_of(model, update, j * ranks + rank).backward()
+        optimizer.step()
+        if "not zeroed" not in events:
+            optimizer.zero_grad()
+        digests.append(digest(whole(model)))
+    return digests
+
+
+def one_digest(*args: Any, ranks: tuple[int, ...] = (1, 2, 3), **options: Any) -> bool:
+    found = [one for n in ranks for one in run_ranks(n, train_loop, *args, **options)]
+    assert all(len(set(digests)) == UPDATES for digests in found)
+    return all(digests == found[0] for digests in found)
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32},
+        {"param_dtype": torch.bfloat16},
+        {"param_dtype": torch.float16, "reduce_dtype": torch.float16},
+        {"reduce_dtype": torch.float64},
+    ],
+)
+def test_mixed_precision(policy: dict[str, Any]) -> None:
+    assert one_digest("layers", torch.float32, [], 6, policy)
+
+
+@pytest.mark.parametrize("events", [["discarded"], ["no sync"], ["last"], ["not zeroed"]])
+def test_events_between_passes(events: list[str]) -> None:
+    expected = run_ranks(1, train_loop, "layers", torch.float32, [], 6, {})[0]
+    assert run_ranks(3, train_loop, "layers", torch.float32, events, 6, {}) == [expected] * 3
+
+
+def test_without_the_option_the_bits_depend_on_the_number_of_ranks() -> None:
+    assert not one_digest("layers", torch.float32, [], 6, {}, reproducible=False, max_grad_norm=None)
+
+
+class Partial(nn.Module):
+    """Parameters that no micro-batch uses, that only one uses, and that have gradients of zeros."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.body, self.head = nn.Linear(5, 37), nn.Linear(37, 3)
+        self.never, self.once, self.frozen = nn.Linear(3, 11), nn.Linear(37, 3), nn.Linear(37, 3)
+        self.zero = nn.Parameter(torch.ones(45))
+        self.frozen.requires_grad_(False)
+
+    def forward(self, x: Tensor, number: int) -> Tensor:
+        x = torch.tanh(self.body(x))
+        y: Tensor = self.head(x) + self.frozen(x) + 0 * self.zero.sum()
+        return y + self.once(x) if number == 2 else y
+
+
+def check_partial(is_sharded: bool) -> list[list[float]]:
+    rank, ranks = (dist.get_rank(), dist.get_world_size()) if is_sharded else (0, 1)
+    model: Any = Partial()
+    if is_sharded:
+        for layer in (model.body, model.never):  # FSDP2 needs all ranks to call a module that it has wrapped
+            fully_shard(layer)
+        fully_shard(model)
+    optimizer = DistAdamW(model.parameters(), 1e-1, weight_decay=0.3, max_grad_norm=1.0, reproducible=True)
+    optimizer.attach(model)
+    for update in range(2):
+        for j in range(6 // ranks):
+            number = j * ranks + rank
+            x = torch.randn(4, 5, generator=torch.Generator().manual_seed(10 * update + number))
+            model(x, number).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    values: list[list[float]] = []
+    for param in model.parameters():
+        full: Any = param.detach()
+        values.append((full.full_tensor() if is_sharded else full).flatten().tolist())
+    return values
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_parameters_that_no_rank_uses_are_not_decayed(ranks: int) -> None:
+    (expected,) = run_ranks(1, check_partial, False)
+    assert expected[0] != expected[2]
+    assert run_ranks(ranks, check_partial, True) == [expected] * ranks
+
+
+def check_shown() -> None:
+    """Between passes ``param.grad`` is the average of the micro-batches so far."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    model, plain = sharded("layers"), Model()
+    optimizer = DistAdamW(model.parameters(), reproducible=True)
+    optimizer.attach(model)
+    for j in range(3):
+        for number in range(j * ranks, (j + 1) * ranks):
+            loss_of(plain, 0, number).backward()
+        loss_of(model, 0, j * ranks + rank).backward()
+        for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+            assert theirs.grad is not None
+            torch.testing.assert_close(ours.grad.full_tensor(), theirs.grad / ((j + 1) * ranks))
+    next(model.parameters()).grad.mul_(2)
+    with pytest.raises(RuntimeError, match="between two backward passes"):
+        loss_of(model, 0, 1).backward()
+
+
+def test_gradients_between_passes() -> None:
+    run_ranks(2, check_shown)
+
+
+def check_refusals() -> None:
+    model = sharded("layers")
+    optimizer = DistAdamW(model.parameters(), reproducible=True)
+    loss_of(model, 0, 1).backward()
+    before = digest(whole(model))
+    with pytest.raises(RuntimeError, match=r"attach\(model\) after fully_shard\(\)"):
+        optimizer.step()
+    assert digest(whole(model)) == before
+    assert not optimizer.state
+    optimizer.zero_grad()
+    optimizer.attach(model)
+    optimizer.attach(model)  # no difference
+    with pytest.raises(RuntimeError, match="as many micro-batches"):
+        optimizer.join_backward()
+    with pytest.raises(ValueError, match="a second optimizer"):
+        DistAdamW(model.parameters(), reproducible=True).attach(model)
+    optimizer.zero_grad()
+    x = torch.ones(2, 181, requires_grad=True)
+    with pytest.raises(RuntimeError, match="reached no parameter"):
+        torch.autograd.grad(model.layers[3](x).sum(), x)
+
+
+def test_refusals() -> None:
+    run_ranks(2, check_refusals)
+
+
+def refused(how: str) -> str:
+    """Return why a model that is sharded in another way cannot be attached."""
+    ranks = dist.get_world_size()
+    model: Any = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))
+    options: dict[str, Any] = {}
+    if how == "hsdp":
+        options["mesh"] = init_device_mesh("cpu", (ranks // 2, 2), mesh_dim_names=("outer", "inner"))
+    elif how == "tensor parallel":
+        mesh = init_device_mesh("cpu", (ranks // 2, 2), mesh_dim_names=("outer", "inner"))
+        parallelize_module(model, mesh["inner"], {"0": ColwiseParallel(), "1": RowwiseParallel()})
+        options["mesh"] = mesh["outer"]
+    elif how == "tensor parallel alone":
+        parallelize_module(model, init_device_mesh("cpu", (ranks,)), {"0": ColwiseParallel(), "1": RowwiseParallel()})
+    elif how == "offload":
+        options["offload_policy"] = CPUOffloadPolicy(pin_memory=False)
+    elif how == "columns":
+        options["shard_placement_fn"] = lambda param: Shard(param.ndim - 1)
+    elif how == "ignored":
+        options["ignored_params"] = {model[0].bias}
+    if how == "two meshes":
+        fully_shard(model[0], mesh=init_device_mesh("cpu", (ranks // 2, 2), mesh_dim_names=("a", "b"))["b"])
+    if how != "tensor parallel alone":
+        fully_shard(model, **options)
+    if how == "hook":
+        model.set_all_reduce_hook(lambda output: None)
+    elif how == "factor":
+        model.set_gradient_divide_factor(2.0)
+    elif how == "comm":
+        model.set_custom_reduce_scatter(object())
+    optimizer = DistAdamW(model.parameters(), reproducible=True)
+    with pytest.raises(ValueError, match="reproducible=True") as error:
+        optimizer.attach(model)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ("hsdp", "several axes"),
+        ("tensor parallel", "several axes"),
+        ("tensor parallel alone", "0.weight is in none"),
+        ("offload", "CPUOffloadPolicy"),
+        ("columns", "along their first dimension"),
+        ("ignored", "0.bias is in none"),
+        ("two meshes", "over the same ranks"),
+        ("hook", "set_all_reduce_hook"),
+        ("factor", "set_gradient_divide_factor"),
+        ("comm", "set_custom_reduce_scatter"),
+    ],
+)
+def test_other_ways_of_sharding_are_refused(how: str, words: str) -> None:
+    assert all(words in error for error in run_ranks(4, refused, how))
+
+
+def check_end_of_the_optimizer() -> None:
+    """FSDP2 reduces as before once the optimizer no longer exists."""
+    rank = dist.get_rank()
+    model, other = sharded("layers"), sharded("layers")
+    for one in (model, other):
+        one.set_reduce_scatter_unused_params(True)
+    optimizer = DistAdamW(model.parameters(), reproducible=True)
+    optimizer.attach(model)
+    loss_of(model, 0, rank).backward()
+    optimizer.zero_grad()
+    del optimizer
+    gc.collect()
+    for number in (rank, 2 + rank):
+        for one in (model, other):
+            loss_of(one, 0, number).backward()
+    for ours, theirs in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(ours.grad.to_local(), theirs.grad.to_local())
+
+
+def test_the_end_of_the_optimizer() -> None:
+    run_ranks(2, check_end_of_the_optimizer)

@@ -23,13 +23,13 @@ from dist_adamw.optimizer.sharding.dtensors import is_dtensor, local_of
 
 
 class _Written(NamedTuple):
-    """An average that was written to ``param.grad``, and the version of its local part."""
+    """An average that was written to ``param.grad``, and its version."""
 
     sums: GroupSum
     place: int  # in its group
     param: Tensor
     grad: Tensor | None
-    version: int
+    version: tuple[int, ...]
 
 
 class FSDPMicroBatches:
@@ -209,8 +209,9 @@ class FSDPMicroBatches:
             sums.clear()
 
 
-def _version(grad: Tensor | None) -> int:
-    return 0 if grad is None else local_of(grad)._version
+def _version(grad: Tensor | None) -> tuple[int, ...]:
+    # An operation on a DTensor counts in its own version, one on its local tensor in that one's.
+    return () if grad is None else (grad._version, local_of(grad)._version)
 
 
 def complete_gradients(micro_batches: FSDPMicroBatches | None, params: Sequence[Tensor]) -> None:
