@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
@@ -22,7 +23,11 @@ from tests.ranks import run_ranks
 def sharded(wrapping: str, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
     """Return the model of `test_reproducible`; its layers have rows that no number of ranks divides."""
     model = Model(dtype)
-    if wrapping == "layers":
+    if wrapping == "checkpointed inside":
+        model.layers[3] = fully_shard(checkpoint_wrapper(model.layers[3]), **options)
+    elif wrapping == "checkpointed outside":
+        model.layers[3] = checkpoint_wrapper(fully_shard(model.layers[3], **options))
+    elif wrapping == "layers":
         for layer in (model.embedding, *model.layers):
             if next(layer.parameters(), None) is not None:
                 fully_shard(layer, **options)
@@ -123,6 +128,12 @@ def test_events_between_passes(events: list[str]) -> None:
     assert run_ranks(3, train_loop, "layers", torch.float32, events, 6, {}) == [expected] * 3
 
 
+@pytest.mark.parametrize("wrapping", ["checkpointed inside", "checkpointed outside"])
+def test_activation_checkpointing(wrapping: str) -> None:
+    expected = run_ranks(1, train_loop, "layers", torch.float32, [], 6, {})[0]
+    assert run_ranks(3, train_loop, wrapping, torch.float32, [], 6, {}) == [expected] * 3
+
+
 def test_without_the_option_the_bits_depend_on_the_number_of_ranks() -> None:
     assert not one_digest("layers", torch.float32, [], 6, {}, reproducible=False, max_grad_norm=None)
 
@@ -216,6 +227,19 @@ def check_refusals() -> None:
     x = torch.ones(2, 181, requires_grad=True)
     with pytest.raises(RuntimeError, match="reached no parameter"):
         torch.autograd.grad(model.layers[3](x).sum(), x)
+
+
+def check_called_twice() -> None:
+    layer: Any = fully_shard(nn.Linear(6, 6))
+    model: Any = fully_shard(nn.Sequential(layer, nn.Tanh(), layer))
+    optimizer = DistAdamW(model.parameters(), reproducible=True)
+    optimizer.attach(model)
+    with pytest.raises(RuntimeError, match="twice in one backward pass"):
+        model(torch.ones(3, 6)).sum().backward()
+
+
+def test_a_module_that_is_called_twice_is_refused() -> None:
+    run_ranks(2, check_called_twice)
 
 
 def test_refusals() -> None:

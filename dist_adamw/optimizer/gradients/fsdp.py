@@ -96,15 +96,17 @@ class FSDPMicroBatches:
                 )
         for module, group in new:
             check_group(module, group)
+        ranks = self._ranks
         for param in sharded:
             assert is_dtensor(param)
-            ranks = dist.get_process_group_ranks(param.device_mesh.get_group())
-            if ranks != (self._ranks or ranks):
+            here = dist.get_process_group_ranks(param.device_mesh.get_group())
+            ranks = ranks or here
+            if here != ranks:
                 raise ValueError(
-                    f"reproducible=True needs all modules to be sharded over the same ranks, but some are over "
-                    f"{self._ranks} and some over {ranks}."
+                    f"reproducible=True needs all modules to be sharded over the same ranks, but some are over {ranks} "
+                    f"and some over {here}."
                 )
-            self._ranks = ranks
+        self._ranks = ranks
 
     def follows(self, params: Sequence[Tensor]) -> bool:
         """Return whether all DTensors in ``params`` with a gradient are parameters of the attached modules. Local."""

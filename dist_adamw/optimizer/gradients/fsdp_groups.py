@@ -204,7 +204,9 @@ def check_group(module: Any, group: Any) -> None:
         ValueError: says in which.
     """
     known = group._reduce_scatter_comm
-    if len(param_groups_of(module)) > 1:
+    if not hasattr(module, "set_custom_reduce_scatter") or not hasattr(module, "set_force_sum_reduction_for_comms"):
+        problem = f"torch {torch.__version__}, whose reduce-scatter cannot be replaced,"
+    elif len(param_groups_of(module)) > 1:
         problem = "a module whose parameters shard_placement_fn puts on several meshes"
     elif group.fsdp_params and group.fsdp_params[0].sharded_param.device_mesh.ndim > 1:
         problem = "a mesh of several axes (HSDP, or tensor parallelism)"
