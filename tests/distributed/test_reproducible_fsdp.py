@@ -68,6 +68,18 @@ def test_one_digest_for_every_number_of_ranks(ranks: int, case: str, wrapping: s
     assert run_ranks(ranks, train, wrapping, options, dtype) == [in_one_process(options, dtype)] * ranks
 
 
+class Raising(torch.autograd.Function):
+    """The identity, whose gradient cannot be computed."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise ZeroDivisionError
+
+
 def train_loop(
     wrapping: str,
     dtype: torch.dtype,
@@ -87,6 +99,15 @@ def train_loop(
     optimizer.attach(model)
     digests = []
     for update in range(UPDATES):
+        if "raised" in events and update == 1:
+            loss_of(model, 6, rank).backward()
+            handle = model.layers[2].register_forward_hook(lambda module, args, output: Raising.apply(output))
+            with pytest.raises(ZeroDivisionError):
+                loss_of(model, 7, 1).backward()
+            handle.remove()
+            with pytest.raises(RuntimeError, match="the last backward pass raised"):
+                optimizer.step()
+            model.reset_iter_state()
         if "discarded" in events:
             loss_of(model, 7, rank).backward()
             optimizer.zero_grad(set_to_none=update == 0)
@@ -122,7 +143,7 @@ def test_mixed_precision(policy: dict[str, Any]) -> None:
     assert one_digest("layers", torch.float32, [], 6, policy)
 
 
-@pytest.mark.parametrize("events", [["discarded"], ["no sync"], ["last"], ["not zeroed"]])
+@pytest.mark.parametrize("events", [["discarded"], ["raised"], ["no sync"], ["last"], ["not zeroed"]])
 def test_events_between_passes(events: list[str]) -> None:
     expected = run_ranks(1, train_loop, "layers", torch.float32, [], 6, {})[0]
     assert run_ranks(3, train_loop, "layers", torch.float32, events, 6, {}) == [expected] * 3
@@ -139,19 +160,21 @@ def test_without_the_option_the_bits_depend_on_the_number_of_ranks() -> None:
 
 
 class Partial(nn.Module):
-    """Parameters that no micro-batch uses, that only one uses, and that have gradients of zeros."""
+    """Parameters that no micro-batch uses, only one, or only later ones, and such that have gradients of zeros."""
 
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(3)
         self.body, self.head = nn.Linear(5, 37), nn.Linear(37, 3)
         self.never, self.once, self.frozen = nn.Linear(3, 11), nn.Linear(37, 3), nn.Linear(37, 3)
+        self.late = nn.Linear(37, 3)
         self.zero = nn.Parameter(torch.ones(45))
         self.frozen.requires_grad_(False)
 
     def forward(self, x: Tensor, number: int) -> Tensor:
         x = torch.tanh(self.body(x))
         y: Tensor = self.head(x) + self.frozen(x) + 0 * self.zero.sum()
+        y = y + self.late(x) if number >= 6 else y
         return y + self.once(x) if number == 2 else y
 
 
@@ -159,13 +182,17 @@ def check_partial(is_sharded: bool) -> list[list[float]]:
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if is_sharded else (0, 1)
     model: Any = Partial()
     if is_sharded:
-        for layer in (model.body, model.never):  # FSDP2 needs all ranks to call a module that it has wrapped
+        for layer in (
+            model.body,
+            model.never,
+            model.late,
+        ):  # FSDP2 needs all ranks to call a module that it has wrapped
             fully_shard(layer)
         fully_shard(model)
     optimizer = DistAdamW(model.parameters(), 1e-1, weight_decay=0.3, max_grad_norm=1.0, reproducible=True)
     optimizer.attach(model)
     for update in range(2):
-        for j in range(6 // ranks):
+        for j in range(12 // ranks):
             number = j * ranks + rank
             x = torch.randn(4, 5, generator=torch.Generator().manual_seed(10 * update + number))
             model(x, number).square().sum().backward()

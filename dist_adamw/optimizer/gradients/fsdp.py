@@ -116,10 +116,10 @@ class FSDPMicroBatches:
     # ---------------------------------------------------------------- backward passes
 
     def before_forward(self, module: nn.Module, args: Any) -> None:
-        """Count a backward pass that raised, as FSDP2 keeps the gradients from before the error."""
-        is_recomputing = torch._C._current_graph_task_id() != -1  # activation checkpointing
-        if self._is_running and torch.is_grad_enabled() and not is_recomputing:
-            self._after_backward()
+        """Discard all micro-batches after a backward pass that raised."""
+        if self._is_running and not _is_in_backward():  # activation checkpointing calls forward in backward
+            self._is_running = False
+            self.forget()
 
     def after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
         """Hook the output's gradient, which marks the beginning of the backward pass."""
@@ -188,8 +188,17 @@ class FSDPMicroBatches:
 
     @torch.no_grad()
     def complete(self) -> None:
-        """Set gradients to None of parameters that no rank has used, for which FSDP2 reduced zeros. Collective."""
-        if not self.passes or self._is_used or not self._written:
+        """Set gradients to None of parameters that no rank has used, for which FSDP2 reduced zeros. Collective.
+
+        Raises:
+            RuntimeError: the last backward pass raised an error.
+        """
+        if self._is_running:
+            raise RuntimeError(
+                "the last backward pass raised an error, and FSDP2 has reduced only some of its gradients. With "
+                "reproducible=True repeat all micro-batches of this update."
+            )
+        if not self.passes or self._is_used:
             return
         first = self._written[0].param
         assert is_dtensor(first)
@@ -211,6 +220,10 @@ class FSDPMicroBatches:
             sums.clear()
 
 
+def _is_in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1
+
+
 def _version(grad: Tensor | None) -> tuple[int, ...]:
     # An operation on a DTensor counts in its own version, one on its local tensor in that one's.
     return () if grad is None else (grad._version, local_of(grad)._version)
@@ -224,7 +237,8 @@ def complete_gradients(micro_batches: FSDPMicroBatches | None, params: Sequence[
         params: The optimizer's parameters.
 
     Raises:
-        RuntimeError: nothing is attached that adds their gradients in the right order. Nothing is changed.
+        RuntimeError: nothing is attached that adds their gradients in the right order, or the last backward pass raised
+            an error. Nothing is changed.
     """
     if not any(map(is_dtensor, params)):
         return
