@@ -68,6 +68,33 @@ def test_one_digest_for_every_number_of_ranks(ranks: int, case: str, wrapping: s
     assert run_ranks(ranks, train, wrapping, options, dtype) == [in_one_process(options, dtype)] * ranks
 
 
+def norms(is_sharded: bool, dtype: torch.dtype, max_norm: float) -> list[str]:
+    """Return the norms of two updates of 24 micro-batches, and a digest of the weights."""
+    rank, ranks = (dist.get_rank(), dist.get_world_size()) if is_sharded else (0, 1)
+    model = sharded("layers", dtype) if is_sharded else Model(dtype)
+    options: dict[str, Any] = {"master_dtype": torch.float32} if dtype == torch.bfloat16 else {}
+    optimizer = DistAdamW(model.parameters(), 1e-2, eps=0.1, max_grad_norm=max_norm, reproducible=True, **options)
+    optimizer.attach(model)
+    found = []
+    for update in range(2):
+        for j in range(K // ranks):
+            loss_of(model, update, j * ranks + rank).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        norm = optimizer.grad_norm
+        assert norm is not None
+        found.append(norm.item().hex())
+        assert norm > max_norm
+    return [*found, digest(whole(model) if is_sharded else model)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("ranks", [1, 2, 3, 8])
+def test_every_bit_of_the_norm(ranks: int, dtype: torch.dtype) -> None:
+    """The norm exceeds the limit, and a large eps lets its bits reach the weights."""
+    assert run_ranks(ranks, norms, True, dtype, 0.01) == run_ranks(1, norms, False, dtype, 0.01) * ranks
+
+
 class Raising(torch.autograd.Function):
     """The identity, whose gradient cannot be computed."""
 
@@ -168,7 +195,7 @@ class Partial(nn.Module):
         self.body, self.head = nn.Linear(5, 37), nn.Linear(37, 3)
         self.never, self.once, self.frozen = nn.Linear(3, 11), nn.Linear(37, 3), nn.Linear(37, 3)
         self.late = nn.Linear(37, 3)
-        self.zero = nn.Parameter(torch.ones(45))
+        self.zero, self.unused = nn.Parameter(torch.ones(45)), nn.Parameter(torch.ones(50))
         self.frozen.requires_grad_(False)
 
     def forward(self, x: Tensor, number: int) -> Tensor:
@@ -208,7 +235,7 @@ def check_partial(is_sharded: bool) -> list[list[float]]:
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_parameters_that_no_rank_uses_are_not_decayed(ranks: int) -> None:
     (expected,) = run_ranks(1, check_partial, False)
-    assert expected[0] != expected[2]
+    assert expected[0][0] < 1 == expected[1][0]  # `zero` is decayed, `unused` is not
     assert run_ranks(ranks, check_partial, True) == [expected] * ranks
 
 
