@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import Shard
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from dist_adamw import DistAdamW
+from dist_adamw.optimizer.kernels.exact_squares import digits_of_squares, value_of
+from dist_adamw.optimizer.sharding.cut_blocks import CutBlocks
 from tests.distributed.test_reproducible import CASES, UPDATES, K, Model, digest, in_one_process, loss_of
 from tests.ranks import run_ranks
 
@@ -93,6 +95,39 @@ def norms(is_sharded: bool, dtype: torch.dtype, max_norm: float) -> list[str]:
 def test_every_bit_of_the_norm(ranks: int, dtype: torch.dtype) -> None:
     """The norm exceeds the limit, and a large eps lets its bits reach the weights."""
     assert run_ranks(ranks, norms, True, dtype, 0.01) == run_ranks(1, norms, False, dtype, 0.01) * ranks
+
+
+def sum_over_ranks(runs: list[Tensor]) -> Tensor:
+    digits = digits_of_squares(runs, torch.device("cpu"))
+    dist.all_reduce(digits)
+    return value_of(digits)
+
+
+def check_digits() -> bool:
+    """Compare sums of squares of gradients; return whether sums within blocks of the local shards are others."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    generator = torch.Generator().manual_seed(5)
+    whole_grads, params, differs = [], [], False
+    for rows in (1, 2, 7, 20, 50, 97, 333):
+        for columns in (1, 5, 13, 32):
+            scales = 2.0 ** torch.randint(-8, 9, (rows, columns), generator=generator)
+            whole_grads.append((torch.randn(rows, columns, generator=generator) * scales).flatten())
+            params.append(nn.Parameter(distribute_tensor(torch.zeros(rows, columns), mesh, [Shard(0)])))
+            grad: Any = distribute_tensor(whole_grads[-1].view(rows, columns), mesh, [Shard(0)])
+            params[-1].grad = grad
+            expected = value_of(digits_of_squares(whole_grads[-1:], torch.device("cpu")))
+            assert torch.equal(sum_over_ranks(CutBlocks(params[-1:]).gradients()), expected)
+            differs |= not torch.equal(sum_over_ranks([grad.to_local().flatten()]), expected)
+    params[3].grad = params[9].grad = None  # as on every rank
+    fewer = [grad for i, grad in enumerate(whole_grads) if i not in (3, 9)]
+    expected = value_of(digits_of_squares(fewer, torch.device("cpu")))
+    assert torch.equal(sum_over_ranks(CutBlocks(params).gradients()), expected)
+    return differs
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 5, 8])
+def test_sums_of_squares_of_cut_blocks(ranks: int) -> None:
+    assert run_ranks(ranks, check_digits) == [ranks > 1] * ranks
 
 
 class Raising(torch.autograd.Function):
