@@ -130,6 +130,35 @@ def test_sums_of_squares_of_cut_blocks(ranks: int) -> None:
     assert run_ranks(ranks, check_digits) == [ranks > 1] * ranks
 
 
+class Weighted(nn.Module):
+    """A loss whose gradient is the input."""
+
+    def __init__(self, rows: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(rows, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.weight * x).sum()
+
+
+def check_norms_of_few_elements() -> None:
+    for seed in range(8):
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.randn(20, 5, generator=generator) * 2.0 ** torch.randint(-8, 9, (20, 5), generator=generator)
+        model: Any = fully_shard(Weighted(20))
+        optimizer = DistAdamW(model.parameters(), max_grad_norm=float("inf"), reproducible=True)
+        optimizer.attach(model)
+        model(x).backward()
+        optimizer.step()
+        assert optimizer.grad_norm is not None
+        expected = value_of(digits_of_squares([x.flatten()], torch.device("cpu"))).sqrt()
+        assert torch.equal(optimizer.grad_norm, expected)
+
+
+def test_norms_of_few_elements() -> None:
+    run_ranks(2, check_norms_of_few_elements)  # the mean of two equal gradients is exact
+
+
 class Raising(torch.autograd.Function):
     """The identity, whose gradient cannot be computed."""
 
