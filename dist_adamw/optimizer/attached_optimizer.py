@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dist_adamw.optimizer import attaching
 from dist_adamw.optimizer.clipping import clip_owned_, owned_gradients
+from dist_adamw.optimizer.gradients.fsdp import complete_gradients, why_not_join
 from dist_adamw.optimizer.gradients.gradient_path import GradientPath
 from dist_adamw.optimizer.gradients.handshake import RankMessages
 from dist_adamw.optimizer.gradients.registry import end_unless_everywhere, gather_from_owners
@@ -49,6 +50,8 @@ class AttachedOptimizer(ReproducibleOptimizer):
         changed = self._differs()
         self._check_reproducible()
         if self._path is None:
+            if self.reproducible:
+                complete_gradients(self._fsdp_micro_batches, self._all_params())
             gather_from_owners(None, self._all_params())
             if self.process_group is not None and not self._is_agreed:
                 self._check_alike({})  # before anything is changed or sent
@@ -179,6 +182,9 @@ class AttachedOptimizer(ReproducibleOptimizer):
                 sent.
         """
         if any(is_dtensor(param) for param in model.parameters()):
+            self._check_alike({})
+            if self.reproducible:
+                self._reproduce(model)
             return  # the engine that shards the parameters reduces their gradients
         options = {"overlap": overlap, "reduce_every_backward": reduce_every_backward, "defer_gather": defer_gather}
         is_ddp = isinstance(model, DistributedDataParallel)
@@ -236,10 +242,7 @@ class AttachedOptimizer(ReproducibleOptimizer):
             RuntimeError: the optimizer is not attached, or ``reproducible`` is not set.
         """
         if not self.reproducible or self._path is None:
-            raise RuntimeError(
-                "join_backward() is for DistAdamW(..., reproducible=True) that is attached on several ranks. Otherwise "
-                "give every rank as many micro-batches."
-            )
+            raise RuntimeError(why_not_join(self._fsdp_micro_batches))
         self._path.join_backward()
 
     @torch.no_grad()

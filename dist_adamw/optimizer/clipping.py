@@ -30,7 +30,7 @@ def clip_factor(norm: Tensor, max_norm: float) -> Tensor:
 def squares_on_this_rank(
     shards: Sequence[Shard], grads: Sequence[BucketGradients], *, reproducible: bool = False
 ) -> ByAxes:
-    """Return the sum of squares of this rank's gradients, 0-d fp64. Local.
+    """Return the sum of squares of this rank's gradients, 0-d fp64. Local, except for `Shard.cut_blocks`.
 
     Args:
         reproducible: Return the digits of the sum instead, see `exact_squares`.
@@ -38,7 +38,10 @@ def squares_on_this_rank(
     device = shards[0].steps.device
     owned: dict[Any, list[Tensor]] = {}
     for shard, buckets in zip(shards, grads, strict=True):
-        found = [grad for bucket in buckets for grad in bucket if grad is not None]
+        if shard.cut_blocks is not None:
+            found = shard.cut_blocks.gradients()
+        else:
+            found = [grad for bucket in buckets for grad in bucket if grad is not None]
         owned.setdefault(shard.shard_axes, []).extend(found)
     if reproducible:
         return {axes: digits_of_squares([grad.flatten() for grad in found], device) for axes, found in owned.items()}

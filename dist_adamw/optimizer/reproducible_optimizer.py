@@ -5,13 +5,16 @@ from __future__ import annotations
 import warnings
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from dist_adamw.optimizer import attaching
 from dist_adamw.optimizer.clipping import clip_owned_
+from dist_adamw.optimizer.gradients.fsdp import FSDPMicroBatches
 from dist_adamw.optimizer.gradients.keyed_random import KeyedRandom
 from dist_adamw.optimizer.gradients.one_process import MicroBatches
 from dist_adamw.optimizer.savable_optimizer import SavableOptimizer
+from dist_adamw.optimizer.sharding.dtensors import is_dtensor
 from dist_adamw.ranks import collectives
 
 
@@ -20,6 +23,7 @@ class ReproducibleOptimizer(SavableOptimizer):
 
     # Defaults for an unpickled optimizer, whose __init__ has not run.
     _micro_batches: MicroBatches | None = None  # of one process
+    _fsdp_micro_batches: FSDPMicroBatches | None = None
     _random: KeyedRandom | None = None
     _is_loss_whole = False  # whether the loop is known not to divide the loss by the accumulation
 
@@ -33,7 +37,8 @@ class ReproducibleOptimizer(SavableOptimizer):
         """The micro-batches of the present update whose gradients this rank has sent or set aside. Local."""
         if self._path is not None:
             return self._path.sender.micro_batches
-        return 0 if self._micro_batches is None else self._micro_batches.number
+        kept = self._fsdp_micro_batches or self._micro_batches
+        return 0 if kept is None else kept.number
 
     def _check_reproducible(self) -> None:
         """Refuse an update whose micro-batches were not summed in order. Local.
@@ -53,8 +58,9 @@ class ReproducibleOptimizer(SavableOptimizer):
             self._tell_of_division()
         if self._path is not None:
             self._path.update.used()
-        elif self._micro_batches is not None:
-            self._micro_batches.used()
+        for kept in (self._micro_batches, self._fsdp_micro_batches):
+            if kept is not None:
+                kept.used()
 
     def _tell_of_division(self) -> None:
         """Say once that the loss must not be divided, if this rank had several micro-batches. Local."""
@@ -70,23 +76,33 @@ class ReproducibleOptimizer(SavableOptimizer):
                 )
 
     def _reproduce(self, model: nn.Module) -> None:
-        """Follow the forward passes of ``model``, and in one process its backward passes. Collective."""
+        """Follow the forward passes of ``model``, and its backward passes in one process or under FSDP2. Collective."""
         attaching.check_reproducible(model)
-        group = self.process_group
-        if self._random is None:
-            seed = attaching.agree_on_seed(group)
-            self._random = KeyedRandom(seed, self._place_of_forward)
-        self._random.listen(model)
-        if group is None:
+        is_sharded = any(map(is_dtensor, model.parameters()))
+        if is_sharded:
+            self._fsdp_micro_batches = self._fsdp_micro_batches or FSDPMicroBatches()
+            self._fsdp_micro_batches.listen(model, self._all_params())
+        elif self.process_group is None:
             self._micro_batches = self._micro_batches or MicroBatches(self._all_params)
             self._micro_batches.listen(model)
+        if self._random is None:
+            self._random = KeyedRandom(attaching.agree_on_seed(self._averaging_group), self._place_of_forward)
+        self._random.listen(model)
+
+    @property
+    def _averaging_group(self) -> dist.ProcessGroup | None:
+        """The ranks over which gradients are averaged; None: there is one."""
+        if self._fsdp_micro_batches is not None:
+            return dist.group.WORLD
+        return self.process_group
 
     def _place_of_forward(self) -> tuple[int, int]:
         """Return the number of the update, and in it that of the micro-batch that runs forward now. Local."""
-        if self._path is None:
-            return self.updates, 0 if self._micro_batches is None else self._micro_batches.number
-        rank, ranks = self._ranks.place
-        return self.updates, self._path.sender.rounds * ranks + rank
+        passes = self._kept_micro_batches if self._path is None else self._path.sender.rounds
+        group = self._averaging_group
+        if group is None:
+            return self.updates, passes
+        return self.updates, passes * collectives.world_size(group) + collectives.rank(group)
 
     def _clip_whole(self, params: list[Tensor], max_norm: float, norm_type: float) -> Tensor:
         """Clip gradients that are whole on every rank. Local."""

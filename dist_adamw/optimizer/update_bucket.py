@@ -11,6 +11,8 @@ from torch import Tensor
 from dist_adamw.optimizer.kernels import triton as adamw_triton
 from dist_adamw.optimizer.kernels.foreach import DecayBy, adamw_update_, can_fuse
 from dist_adamw.optimizer.kernels.mixed import mixed_adamw_update_
+from dist_adamw.optimizer.kernels.ragged import RaggedRuns, Run
+from dist_adamw.optimizer.sharding.bucket_views import Operands
 from dist_adamw.optimizer.sharding.shard import Shard
 
 
@@ -43,7 +45,10 @@ def update_bucket(
             continue
         grads = cast(list[Tensor], [bucket[i] for i in live])
         hyper = _hyper_parameters(run.group, decay_by)
-        params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, masters = run.operands(live)
+        operands, ragged = run.operands(live), _ragged_runs(shard, k, live)
+        if ragged is not None:
+            operands, grads = _divide(operands, ragged), ragged.divide(grads)
+        params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, masters = operands
         state = (exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps)
         # torch's own kernels are preferred, but need equal dtypes and cannot clip.
         if not (shard.is_mixed or _clips_in_pass(clip, fused, params[0].dtype)):
@@ -64,6 +69,23 @@ def update_bucket(
             )
         else:
             mixed_adamw_update_(params, grads, masters, *state, scale=clip, found_inf=found_inf, **hyper)
+        if ragged is not None:
+            ragged.write_back()
+
+
+def _ragged_runs(shard: Shard, k: int, live: list[int]) -> RaggedRuns | None:
+    """Return the pieces ``live`` of bucket ``k`` as runs of whole parameters, if it matters where they are cut."""
+    cuts = shard.cuts
+    if cuts is None or shard.steps.device.type != "cpu":  # on other devices all elements are computed alike
+        return None
+    pieces = [shard.owned.pieces[k][i] for i in live]
+    runs = [Run(cuts[p.param].start + p.start, cuts[p.param].start + p.stop, cuts[p.param].numel) for p in pieces]
+    return RaggedRuns(runs)
+
+
+def _divide(operands: Operands, ragged: RaggedRuns) -> Operands:
+    changed = operands._replace(steps=[])
+    return Operands(*map(ragged.divide_to_change, changed))._replace(steps=ragged.repeat(operands.steps))
 
 
 def _hyper_parameters(group: Mapping[str, Any], decay_by: DecayBy) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from dist_adamw.optimizer.gradients.weak_hooks import WeakHook, remove
@@ -24,8 +25,7 @@ class KeyedRandom:
 
     def __init__(self, seed: int, place: Callable[[], tuple[int, int]]) -> None:
         self._seed, self._place = seed, weakref.WeakMethod(place)
-        self._last = (-1, -1)
-        self._passes = 0  # forward passes of this micro-batch so far
+        self._passes = 0  # forward passes since the last backward pass
         # A stack, since forward passes may nest.
         self._before: list[tuple[Tensor, dict[torch.device, Tensor]] | None] = []
         self._modules: list[weakref.ref[nn.Module]] = []
@@ -46,13 +46,11 @@ class KeyedRandom:
         if method is None or not (module.training and torch.is_grad_enabled()):
             self._before.append(None)
             return
-        place = method()
-        self._passes = self._passes + 1 if place == self._last else 0
-        self._last = place
         devices = {param.device for param in module.parameters() if param.device.type not in ("cpu", "meta")}
         of_devices = {device: getattr(torch, device.type).get_rng_state(device) for device in devices}
         self._before.append((torch.get_rng_state(), of_devices))
-        torch.manual_seed(agreement.fingerprint({"": [self._seed, *place, self._passes]}))
+        torch.manual_seed(agreement.fingerprint({"": [self._seed, *method(), self._passes]}))
+        self._passes += 1
 
     def after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
         """Restore the generators."""
@@ -63,6 +61,13 @@ class KeyedRandom:
         torch.set_rng_state(state)
         for device, device_state in of_devices.items():
             getattr(torch, device.type).set_rng_state(device_state, device)
+        for leaf in tree_leaves(output):
+            if isinstance(leaf, Tensor) and leaf.requires_grad:
+                leaf.register_hook(WeakHook(self, "backward_came"))  # type: ignore[no-untyped-call]
+
+    def backward_came(self, grad: Tensor) -> None:
+        """Note that a backward pass has begun, so that the next forward pass is the first of its micro-batch."""
+        self._passes = 0
 
 
 def find_running_statistics(model: nn.Module) -> str | None:

@@ -18,6 +18,8 @@ from torch import Tensor
 from dist_adamw.optimizer.kernels.foreach import zeros_apart
 from dist_adamw.optimizer.kernels.mixed import follow_params_
 from dist_adamw.optimizer.sharding.bucket_views import MASTERS, MOMENTS, BucketViews, Operands
+from dist_adamw.optimizer.sharding.cut_blocks import CutBlocks
+from dist_adamw.optimizer.sharding.cuts import Cut, cut_of, is_cut_by_rows
 from dist_adamw.optimizer.sharding.dtensors import (
     as_dtensor,
     is_dtensor,
@@ -53,6 +55,8 @@ class Shard:
 
     Attributes:
         buckets: The operands of each bucket's update.
+        cuts: With ``reproducible``, where an engine has cut each parameter by rows; None: nowhere.
+        cut_blocks: The blocks that such cuts divide.
 
     Local to build; the methods of ``transport`` are collective.
     """
@@ -88,6 +92,9 @@ class Shard:
             by_collectives=process_group is not None and not sends_from_host(process_group, like.device),
         )
         self.owned = OwnedElements(self.layout, self.rank)
+        is_cut = reproducible and all(map(is_cut_by_rows, params))
+        self.cuts: list[Cut] | None = list(map(cut_of, params)) if is_cut else None
+        self.cut_blocks = CutBlocks(params) if is_cut else None
         dtypes = _dtypes_of(like, groups[0]["amsgrad"], master_dtype, state_dtype)
         self.moments = {
             name: zeros_apart(self.layout.shard_numel, place, dtype=dtype, device=like.device)
