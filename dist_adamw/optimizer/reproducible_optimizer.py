@@ -109,6 +109,11 @@ class ReproducibleOptimizer(SavableOptimizer):
         grads = [param.grad for param in params if param.grad is not None]
         if not (self.reproducible and grads):
             return torch.nn.utils.clip_grad_norm_(params, max_norm, norm_type)
+        if any(map(is_dtensor, grads)):
+            raise ValueError(
+                "clip_grad_norm_ under FSDP2 adds squares in an order that depends on the number of ranks. With "
+                "reproducible=True pass max_grad_norm to DistAdamW instead."
+            )
         device = grads[0].device
         return clip_owned_(
             [], grads, max_norm=max_norm, norm_type=norm_type, group=None, device=device, reproducible=True

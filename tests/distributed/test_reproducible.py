@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from accelerate.utils import DataLoaderConfiguration
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -60,7 +61,10 @@ def loss_of(model: nn.Module, update: int, number: int) -> Tensor:
 def digest(model: nn.Module) -> str:
     sums = hashlib.sha256()
     for param in model.parameters():
-        sums.update(param.detach().contiguous().view(torch.uint8).numpy().tobytes())
+        whole: Any = param.detach()
+        if isinstance(whole, DTensor):
+            whole = whole.full_tensor()
+        sums.update(whole.contiguous().view(torch.uint8).numpy().tobytes())
     return sums.hexdigest()[:16]
 
 
@@ -145,6 +149,7 @@ def accelerates_loop(
     shuffle: bool = True,
     config: dict[str, Any] | None = None,
     size: int = 96,
+    max_grad_norm: float | None = None,
 ) -> list[str]:
     """Train through `prepare` until update ``last``; return a digest of the weights after each update."""
     ranks = dist.get_world_size()
@@ -152,6 +157,7 @@ def accelerates_loop(
         torch.manual_seed(0)
         model: Any = Model()
         ours = DistAdamW(model.parameters(), 1e-2, weight_decay=0.1, reproducible=reproducible)
+        ours.max_grad_norm = max_grad_norm
         optimizer: Any = ours
         scheduler: Any = CyclicLRWithRestarts(optimizer, restart_period=1)
         tokens = torch.randint(0, 300, (size, 9), generator=torch.Generator().manual_seed(1))
@@ -187,6 +193,18 @@ def test_one_digest_with_accelerate(clip: bool) -> None:
         assert run_ranks(ranks, accelerates_loop, "DDP", clip, 10) == [expected] * ranks
     plain = [run_ranks(ranks, accelerates_loop, "DDP", clip, 10, reproducible=False)[0] for ranks in (2, 3)]
     assert plain[0] != plain[1]
+
+
+def test_one_digest_with_accelerate_under_fsdp2(tmp_path: Path) -> None:
+    """Also resumed from DDP."""
+    (expected,) = run_ranks(1, accelerates_loop, "single", False, 8, max_grad_norm=0.01)
+    path = str(tmp_path / "ddp")
+    for ranks in (2, 3):
+        assert run_ranks(ranks, accelerates_loop, "FSDP2", False, 5, max_grad_norm=0.01) == [expected[:5]] * ranks
+    run_ranks(3, accelerates_loop, "DDP", False, 5, max_grad_norm=0.01, save=path)
+    found = run_ranks(2, accelerates_loop, "FSDP2", False, 8, max_grad_norm=0.01, load=path)
+    assert found == [expected[5:]] * 2
+    refused(2, accelerates_loop, "FSDP2", True, 1, match="ValueError: .*pass max_grad_norm to DistAdamW")
 
 
 def test_one_digest_across_stops(tmp_path: Path) -> None:

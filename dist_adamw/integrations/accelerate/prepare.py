@@ -417,11 +417,11 @@ def attach(accelerator: Accelerator, model: nn.Module, optimizer: DistAdamW) -> 
 
     A GradScaler checks whole gradients on every rank, and DDP accepts only one communication hook.
     """
-    if engine_of(accelerator) not in DATA_PARALLEL:
-        return
-    if optimizer.reproducible and accelerator.num_processes == 1:
+    if optimizer.reproducible and (accelerator.num_processes == 1 or engine_of(accelerator) == "FSDP"):
         optimizer.attach(model)
         patch_accelerator(accelerator, optimizer)
+        return
+    if engine_of(accelerator) not in DATA_PARALLEL:
         return
     if accelerator.scaler is not None or has_communication_hook(accelerator):
         return

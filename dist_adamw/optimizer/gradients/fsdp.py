@@ -7,6 +7,7 @@ passes of an update.
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -149,7 +150,7 @@ class FSDPMicroBatches:
         self._is_running, self.is_reached = True, False
         for sums in self._groups:
             for _, param in sums.trainable():
-                if getattr(param, "_post_accumulate_grad_hooks", None):
+                if not all(map(_only_counts, (getattr(param, "_post_accumulate_grad_hooks", None) or {}).values())):
                     raise RuntimeError(
                         "reproducible=True under FSDP2 writes gradients when the backward pass has ended: a "
                         "post-accumulate-grad hook would not see them. Change gradients before step() instead."
@@ -223,6 +224,11 @@ class FSDPMicroBatches:
         self.passes, self._is_used, self._written = 0, False, []
         for sums in self._groups:
             sums.clear()
+
+
+def _only_counts(hook: Any) -> bool:
+    """Return whether ``hook`` is that of `SampleCounter`, which does not read the gradient."""
+    return isinstance(hook, functools.partial) and hook.func is next
 
 
 def _is_in_backward() -> bool:
