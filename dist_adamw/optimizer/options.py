@@ -119,6 +119,8 @@ def check_options(
     _check_dtypes(master_dtype, state_dtype, reduce_dtype)
     if reproducible and shard is False:
         raise ValueError("reproducible=True averages gradients while it shards. Leave shard='auto'.")
+    if reproducible and reduce_dtype is not None:
+        raise ValueError(f"reproducible=True sums in fp32. Leave reduce_dtype=None, got {reduce_dtype!r}.")
     if reproducible and mesh is not None and mesh.ndim > 1:
         raise ValueError(
             f"reproducible=True averages over one group of ranks, got a mesh of two axes: {mesh}. Pass one axis of it."

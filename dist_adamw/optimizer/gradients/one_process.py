@@ -44,6 +44,7 @@ class MicroBatches:
         self._synchronises: list[bool] = []  # the user's ``require_backward_grad_sync``, while it is overridden
         self._modules: list[weakref.ref[nn.Module]] = []
         self._handles: list[RemovableHandle] = []
+        self._hooked: dict[int, weakref.ref[Tensor]] = {}  # parameters with a hook, by id
         weakref.finalize(self, remove, self._handles).atexit = False
 
     def listen(self, model: nn.Module) -> None:
@@ -53,10 +54,28 @@ class MicroBatches:
             self._handles.append(model.register_forward_pre_hook(WeakHook(self, "before_forward")))
             self._handles.append(model.register_forward_hook(WeakHook(self, "after_forward"), always_call=True))
 
+        self._hook_parameters()
+
+    def _hook_parameters(self) -> None:
+        """Have each parameter mark the beginning of a pass too: it may be used outside of the modules."""
+        for param in [] if (method := self._all()) is None else method():
+            known = self._hooked.get(id(param))
+            if param.requires_grad and (known is None or known() is not param):
+                self._hooked[id(param)] = weakref.ref(param)
+                # Called before autograd adds to ``param.grad``.
+                self._handles.append(param.register_hook(WeakHook(self, "backward_begins")))  # type: ignore[no-untyped-call]
+
     def before_forward(self, module: nn.Module, args: Any) -> None:
         """Count a backward pass that raised, as torch keeps the gradients from before the error."""
-        if self._is_running and torch.is_grad_enabled():
-            self._after_backward()
+        if not torch.is_grad_enabled():
+            return
+        self._hook_parameters()
+        if self._is_running:
+            self._is_running = False
+            if all(param.grad is None for param in self._params):  # discarded
+                self.forget()
+            else:
+                self._after_backward()
         if isinstance(module, DistributedDataParallel):
             self._synchronises.append(module.require_backward_grad_sync)
             module.require_backward_grad_sync = False  # its reducer expects gradients to stay in its buckets
@@ -97,7 +116,7 @@ class MicroBatches:
             param.grad = None
 
     def _are_as_written(self) -> bool:
-        return all(
+        return len(self._params) == len(self._written) and all(
             param.grad is grad and (grad is None or grad._version == version)
             for param, (grad, version) in zip(self._params, self._written, strict=True)
         )

@@ -13,7 +13,7 @@ from torch import Tensor
 from dist_adamw.optimizer.gradients.gather_gradients import flat_gradient
 from dist_adamw.optimizer.gradients.record import GradientRecord, OptimizerLink
 from dist_adamw.optimizer.gradients.send_order import Plan
-from dist_adamw.optimizer.gradients.sending import Sender
+from dist_adamw.optimizer.gradients.sending import MicroBatchSender, Sender
 from dist_adamw.optimizer.gradients.sources import GradientSources
 from dist_adamw.optimizer.sharding.fingerprints import fingerprints
 from dist_adamw.optimizer.sharding.shard import Shard
@@ -76,6 +76,13 @@ class UnannouncedGradients:
         record, into_shard = self._record, self._sender.reduces_every_backward
         taken = {id(param) for param in params if param.grad is not None}
         late = (taken & record.local) - record.late - self._sender.plan.buckets_of.keys()
+        if late and isinstance(self._sender, MicroBatchSender):
+            raise RuntimeError(
+                f"reproducible=True: {len(late)} parameters have gradients that were not summed in the order of the "
+                "micro-batches, because they were frozen or in no group when their module was attached, or are in a "
+                "module that is not. Attach every module, with requires_grad=True and all parameters in the groups; "
+                "freeze parameters only afterwards."
+            )
         for shard in self._link.shards() if taken else []:
             self._take_in_shard(shard, taken, late)
         record.late |= late
