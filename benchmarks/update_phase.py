@@ -117,7 +117,9 @@ def check(engines: dict[str, Engine], workload: Workload) -> tuple[dict[str, flo
     reference = Reference(workload)
     differences: dict[str, float] = {}
     failed: dict[str, str] = {}
-    for number, eps in enumerate((0.1, 1e-8)):
+    # On more than two ranks engines add in different orders. Where terms cancel, AdamW with a small eps makes updates
+    # as large as lr of what is left, so that eps compares nothing there.
+    for number, eps in enumerate((0.1, 1e-8) if dist.get_world_size() <= 2 else (0.1,)):
         updates = range(number * UPDATES_CHECKED, (number + 1) * UPDATES_CHECKED)
         expected = reference.advance(eps, updates)
         for name, engine in list(engines.items()):

@@ -64,7 +64,7 @@ def digest(model: nn.Module) -> str:
         whole: Any = param.detach()
         if isinstance(whole, DTensor):
             whole = whole.full_tensor()
-        sums.update(whole.contiguous().view(torch.uint8).numpy().tobytes())
+        sums.update(whole.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return sums.hexdigest()[:16]
 
 
@@ -313,6 +313,68 @@ def not_attached() -> None:
 )
 def test_what_would_add_micro_batches_up_is_refused(job: Any, ranks: int, match: str) -> None:
     refused(ranks, job, match=match)
+
+
+class Used(nn.Module):
+    """A parameter that forward does not use, and one that is frozen; `buffer` changes if asked to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(5, 5)
+        self.outside = nn.Parameter(torch.ones(()))
+        self.late = nn.Parameter(torch.ones(5), requires_grad=False)
+        self.register_buffer("average", torch.zeros(5))
+
+    def forward(self, x: Tensor, *, average: bool = False) -> Tensor:
+        if average:
+            self.get_buffer("average").lerp_(x.mean(0), 0.1)
+        return torch.as_tensor(self.layer(x) * self.late)
+
+
+def use(thaw: bool, average: bool = False) -> str:
+    """Two updates of 4 micro-batches, with a parameter that is used in the loss alone, or before forward."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    model = Used()
+    optimizer = DistAdamW(model.parameters(), 1e-2, eps=0.1, reproducible=True)
+    optimizer.attach(model)
+    for update in range(2):
+        model.late.requires_grad_(thaw and update == 1)
+        for number in range(rank, 4, ranks):
+            x = torch.randn(3, 5, generator=torch.Generator().manual_seed(10 * update + number))
+            (model(x, average=average).sum() * model.outside.exp()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert model.outside != 1.0
+    return digest(model)
+
+
+def test_a_parameter_that_is_used_in_the_loss_alone() -> None:
+    assert len({found for ranks in (1, 2, 4) for found in run_ranks(ranks, use, False)}) == 1
+
+
+def test_a_parameter_that_was_frozen_when_attached_is_refused() -> None:
+    refused(2, use, True, match="RuntimeError: .*1 parameters have gradients that were not summed in the order")
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_forward_pass_that_changes_a_buffer_is_refused(ranks: int) -> None:
+    refused(ranks, use, False, True, match="RuntimeError: forward has changed the buffer 'average'")
+
+
+def drawn_with_two_optimizers() -> int:
+    """Return a number drawn after a forward pass that two optimizers follow."""
+    model = Model()
+    halves = [*model.layers.parameters()], [model.embedding.weight, model.scale]
+    for params in halves:
+        DistAdamW(params, reproducible=True).attach(model)
+    torch.manual_seed(5)
+    loss_of(model, 0, dist.get_rank())
+    return int(torch.randint(1 << 40, ()))
+
+
+def test_random_numbers_outside_of_forward_stay_as_they_were() -> None:
+    assert len(set(run_ranks(2, drawn_with_two_optimizers))) == 1
 
 
 SPLIT = DataLoaderConfiguration(split_batches=True)
