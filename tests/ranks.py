@@ -184,6 +184,7 @@ def _forget_accelerate() -> None:
 
 
 @atexit.register
-def _close_all() -> None:
-    for pool in _pools.values():
-        pool.close()
+def close_all() -> None:
+    """End all ranks; later jobs start new ones."""
+    while _pools:
+        _pools.popitem()[1].close()
