@@ -106,13 +106,13 @@ def check_reproducible(model: nn.Module) -> None:
 
 def agree_on_seed(group: dist.ProcessGroup | None) -> int:
     """Return the first rank's seed of torch's random numbers, and warn if ranks may compute other bits. Collective."""
+    if group is None:
+        return torch.initial_seed()
     facts = {
         "torch": torch.__version__,
         "threads (OMP_NUM_THREADS, torch.set_num_threads)": torch.get_num_threads(),
         "instruction set (torch.backends.cpu.get_cpu_capability)": torch.backends.cpu.get_cpu_capability(),
     }
-    if group is None:
-        return torch.initial_seed()
     (seed, first), *others = collectives.all_gather_objects((torch.initial_seed(), facts), group)
     differ = {
         name: (first[name], theirs[name]) for _, theirs in others for name in first if theirs[name] != first[name]
