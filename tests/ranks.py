@@ -156,6 +156,8 @@ def _serve(pipe: Connection, rank: int, world_size: int, rendezvous: str) -> Non
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    # Under ZeRO-3, DeepSpeed replaces it for the rest of the process, with another rounding in bf16.
+    linear = torch.nn.functional.linear
     # A loader's workers start as in a rank that a launcher has started, and not as this process did.
     multiprocessing.set_start_method(None, force=True)
     dist.init_process_group(
@@ -168,6 +170,7 @@ def _serve(pipe: Connection, rank: int, world_size: int, rendezvous: str) -> Non
             return
         try:
             _forget_accelerate()
+            torch.nn.functional.linear = linear
             torch.manual_seed(0)
             answer = (True, job())
         except BaseException as error:  # a rank reports whatever ended its job

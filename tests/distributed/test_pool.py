@@ -42,3 +42,18 @@ def test_a_rank_that_hangs_after_anothers_failure_is_ended() -> None:
     assert time.monotonic() - start < 20
     assert raised.value.errors[1].startswith("Timeout")
     assert run_ranks(2, _sum_of_ranks, 0) == [1.0, 2.0]
+
+
+def replace_linear_as_zero3_does() -> None:
+    from deepspeed.runtime.zero.linear import zero3_linear_wrap
+
+    torch.nn.functional.linear = zero3_linear_wrap
+
+
+def linear_is_torchs() -> bool:
+    return torch.nn.functional.linear is torch._C._nn.linear
+
+
+def test_a_job_under_zero3_leaves_torchs_linear_to_the_next() -> None:
+    run_ranks(1, replace_linear_as_zero3_does)
+    assert run_ranks(1, linear_is_torchs) == [True]

@@ -23,16 +23,10 @@ from dist_adamw import CyclicLRWithRestarts, DistAdamW, prepare, rest_of_epoch
 from dist_adamw.optimizer import transport
 from tests.distributed.engines import accelerator_on
 from tests.distributed.test_attach import constants
-from tests.ranks import close_all, expect_error_on_all, run_ranks
+from tests.ranks import expect_error_on_all, run_ranks
 
 K = 24  # micro-batches of an update
 UPDATES = 3
-
-
-@pytest.fixture(scope="module", autouse=True)
-def fresh_ranks() -> None:
-    """In a whole run of the suite, ranks that had run other tests had other bits in bf16: see ADR 17."""
-    close_all()
 
 
 class Model(nn.Module):

@@ -20,13 +20,7 @@ from dist_adamw.optimizer.clipping import global_norm, squares_on_this_rank
 from dist_adamw.optimizer.kernels.exact_squares import digits_of_squares, value_of
 from dist_adamw.optimizer.sharding.cut_blocks import CutBlocks
 from tests.distributed.test_reproducible import CASES, UPDATES, K, Model, digest, in_one_process, loss_of
-from tests.ranks import close_all, run_ranks
-
-
-@pytest.fixture(scope="module", autouse=True)
-def fresh_ranks() -> None:
-    """In a whole run of the suite, ranks that had run other tests had other bits in bf16: see ADR 17."""
-    close_all()
+from tests.ranks import run_ranks
 
 
 def sharded(wrapping: str, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
