@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import host_cost, host_tables, records, report, reproducible_table, workloads
-from benchmarks.engines import OURS
+from benchmarks import bytes_sent, host_cost, host_tables, records, report, reproducible_table, workloads
+from benchmarks.engines import OURS, REPRODUCIBLE
 from benchmarks.groups import GROUPS, RECIPE, equal_groups, parameter_groups
 from benchmarks.models import GPT
 from benchmarks.ranks import ROOT
@@ -71,6 +71,20 @@ def test_isolated(engine: str, tmp_path: Path) -> None:
     owned = found["numel"] * 4 // 2
     assert (found["bytes_by_rank"][0]["gradients"] >= 2 * owned) == (engine == OURS)
     assert found["bytes_by_rank"][0]["gradients"] >= owned
+
+
+def sent_with(engine: str, by: str, accumulation: int) -> records.Record:
+    workload = workloads.Workload.named("tiny", rank=0, gradients=workloads.CONSTANT)
+    return bytes_sent.measure(engine, workload, by, accumulation)
+
+
+@pytest.mark.filterwarnings("ignore:reproducible=True")  # nothing divides the loss
+@pytest.mark.parametrize("by", [bytes_sent.SHARED, bytes_sent.MESSAGES, bytes_sent.COLLECTIVES])
+def test_a_reproducible_update_sends_a_gradient_for_every_backward_pass_and_no_more(by: str) -> None:
+    for accumulation in (1, 2):
+        plain, ours = (run_ranks(2, sent_with, engine, by, accumulation)[0] for engine in (OURS, REPRODUCIBLE))
+        assert plain["sent"] == pytest.approx(1.0, rel=0.01)
+        assert ours["sent"] == pytest.approx((accumulation + 1) / 2, rel=0.01)
 
 
 @pytest.mark.slow
