@@ -3,6 +3,9 @@
 Run from the repository's root: ``python -m benchmarks.elastic_session --csv r.csv --png docs/elastic.png``. With
 ``--draw`` only the picture is drawn, from the table. "Machines" are launchers on this machine, each with an address
 of its own. All that is drawn is what the job wrote: its ``history.csv`` and, of its starts, its log.
+
+With ``--reproducible`` the job is shorter, has dropout and ``DistAdamW(reproducible=True)``, and the exit status is 1
+if one bit of a loss or of the final weights differs.
 """
 
 from __future__ import annotations
@@ -28,7 +31,12 @@ JOB = [
     *["--recipe.restart_period", "0.4", "--recipe.warmup_samples", "240", "--run.tracker", "none"],
     *["--run.save_every", "480", "--run.validate_every", "0", "--recipe.lr", "3e-3"],
 ]
-TIMEOUT = 300.0
+REPRODUCIBLE = [
+    *["--recipe.reproducible", "true", "--model.dropout", "0.1"],
+    *["--text.max_bytes", "60000", "--run.save_every", "240"],
+]
+TIMEOUT = 900.0
+DIGEST = re.compile(r"sha256 of the weights after (\d+) updates: (\w{64})")
 START = re.compile(r"(?:resuming from \S*sample-(\d+)\n(?:.*\n)*?)?global batch .* x (\d+) ranks")
 COLOURS = {1: "#f3ecf7", 2: "#e3eef4", 3: "#e9f3df", 4: "#fbead2"}
 MARKS = {"rank killed": "#c0392b", "machine lost": "#7d3c98", "machine joins": "#1e8449"}
@@ -57,10 +65,11 @@ class Session:
 
     Args:
         folder: For all that is written.
+        job: The options of the job.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, job: Sequence[str]) -> None:
+        self.folder, self.job = folder, job
         self.out = folder / "session"
         self.agents: list[Agent] = []
         self.events: list[tuple[int, str]] = []
@@ -70,7 +79,7 @@ class Session:
         port = 29700  # fixed, as it would be on machines of their own
         variables = {"NNODES": "1:3", "RDZV": f"127.0.0.1:{port}", "ADDRESS": f"127.0.0.{number}", "NPROC": str(ranks)}
         variables |= {"WAIT": "1", "GONE": "3"}
-        command = [*ELASTIC, *JOB, "--out", str(self.out)]
+        command = [*ELASTIC, *self.job, "--out", str(self.out)]
         self.agents.append(Agent(command, self.folder / f"log{number}", variables))
         return self.agents[-1]
 
@@ -116,17 +125,22 @@ class Session:
             agent.close()
 
 
-def record(folder: Path) -> list[Update]:
-    """Run the job undisturbed, on one rank and on two, and with failures."""
+def record(folder: Path, *, reproducible: bool) -> list[Update]:
+    """Run the job undisturbed, on one rank and on two, and with failures.
+
+    Raises:
+        RuntimeError: it failed; or it is reproducible, and some bit differs.
+    """
+    job = JOB + REPRODUCIBLE * reproducible
     launchers = {"one": [sys.executable, str(ROOT / "launch/train.py")], "two": [str(ROOT / "launch/torchrun.sh")]}
     for name, launcher in launchers.items():
-        agent = Agent([*launcher, *JOB, "--out", str(folder / name)], folder / f"log-{name}", {"NPROC": "2"})
+        agent = Agent([*launcher, *job, "--out", str(folder / name)], folder / f"log-{name}", {"NPROC": "2"})
         try:
             if agent.wait(TIMEOUT):
                 raise RuntimeError(agent.text)
         finally:
             agent.close()
-    session = Session(folder)
+    session = Session(folder, job)
     total = rows(folder / "one")
 
     def reach(share: float) -> None:
@@ -146,9 +160,22 @@ def record(folder: Path) -> list[Update]:
         session.add(3, ranks=1)
         if first.wait(TIMEOUT):
             raise RuntimeError(first.text)
-        return _updates(session)
+        updates = _updates(session)
+        if reproducible:
+            _check_bits(updates, [first.text, *((folder / f"log-{name}").read_text() for name in launchers)])
+        return updates
     finally:
         session.close()
+
+
+def _check_bits(updates: Sequence[Update], logs: Sequence[str]) -> None:
+    for update in updates:
+        if not update.loss == update.loss_one_rank == update.loss_two_ranks:
+            raise RuntimeError(f"the losses differ: {update}")
+    digests = {digest for log in logs for digest in DIGEST.findall(log)[-1:]}
+    if len(digests) != 1:
+        raise RuntimeError(f"the weights differ, or have no hash: {digests}")
+    print("in all three jobs, after {} updates the sha256 of the weights is {}".format(*digests.pop()))
 
 
 def _updates(session: Session) -> list[Update]:
@@ -194,7 +221,7 @@ def write(path: Path, updates: Sequence[Update]) -> None:
         writer.writeheader()
         for update in updates:
             row = asdict(update)
-            writer.writerow({k: f"{v:.9g}" if isinstance(v, float) else v for k, v in row.items()})
+            writer.writerow({k: repr(v) if isinstance(v, float) else v for k, v in row.items()})
 
 
 def read(path: Path) -> list[Update]:
@@ -218,10 +245,12 @@ def draw(path: Path, updates: Sequence[Update]) -> None:
     loss.plot(samples, one, color="black", linewidth=0.6, label="one rank, undisturbed")
     loss.set_ylabel("training loss, nats per byte")
     ours, two = (_differences([getattr(u, name) for u in updates], one) for name in ("loss", "loss_two_ranks"))
-    difference.semilogy(samples, two, color="#e0912f", linewidth=2.2, label="two ranks, undisturbed")
-    difference.semilogy(samples, ours, color="#0b6e99", linewidth=0.9, label="this job")
+    difference.plot(samples, two, color="#e0912f", linewidth=2.2, label="two ranks, undisturbed")
+    difference.plot(samples, ours, color="#0b6e99", linewidth=0.9, label="this job")
     difference.set_ylabel("difference from\none rank, relative")
-    difference.set_ylim(1e-9, 1e-3)
+    difference.set_yscale("symlog", linthresh=1e-9)  # it has a zero
+    difference.set_ylim(-3e-10, 1e-3)
+    difference.set_yticks([0, 1e-9, 1e-7, 1e-5, 1e-3])
     difference.legend(loc="upper right", ncols=2, framealpha=1.0, fontsize=9)
     lr.plot(samples, [update.lr for update in updates], color="#0b6e99", linewidth=1.6)
     lr.set_ylabel("lr")
@@ -230,15 +259,16 @@ def draw(path: Path, updates: Sequence[Update]) -> None:
     loss.legend(loc="upper right", framealpha=1.0, fontsize=9)
     events = [event for update in updates for event in update.event.split("; ")]
     told = ", ".join(f"{events.count(event)} x {event}" for event in MARKS)
-    same = f"lr and weight decay are the same as undisturbed, the loss within {max(ours):.1e}"
+    loss_too = "to the last bit" if max(ours) == 0 else f"within {max(ours):.1e}"
+    same = f"lr and weight decay are the same as undisturbed, the loss {loss_too}"
     figure.suptitle(f"One job of {len(updates)} updates: {told}.\nEvery update is there once; {same}")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
 
 
 def _differences(losses: Sequence[float], expected: Sequence[float]) -> list[float]:
-    """Return relative differences, at least 1e-9 so that they have a logarithm."""
-    return [max(1e-9, abs(a - b) / b) for a, b in zip(losses, expected, strict=True)]
+    """Return relative differences."""
+    return [abs(a - b) / b for a, b in zip(losses, expected, strict=True)]
 
 
 def _bands(axis: Any, updates: Sequence[Update], *, labelled: bool) -> None:
@@ -266,11 +296,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--csv", type=Path, required=True, help="the table: written, or read with --draw")
     parser.add_argument("--png", type=Path, required=True)
+    parser.add_argument("--reproducible", action="store_true", help="DistAdamW(reproducible=True)")
     parser.add_argument("--draw", action="store_true", help="draw what was recorded")
     options = parser.parse_args()
     if not options.draw:
         with tempfile.TemporaryDirectory() as folder:
-            write(options.csv, record(Path(folder)))
+            write(options.csv, record(Path(folder), reproducible=options.reproducible))
     draw(options.png, read(options.csv))
 
 

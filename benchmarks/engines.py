@@ -10,6 +10,7 @@ parameter groups, and each the settings that its authors give for speed and memo
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import os
 import tempfile
@@ -67,6 +68,14 @@ class Engine:
         """Run the backward pass: hand out gradients, and start or finish their synchronisation."""
         assert self._loss is not None
         self._loss.backward()
+
+    def backward_passes(self, accumulation: int) -> None:
+        """Run all backward passes of an update, with a forward pass before each but the first."""
+        for _ in range(accumulation - 1):
+            with self.accumulating():
+                self.backward()
+                self.forward()
+        self.backward()
 
     def step(self) -> None:
         """Run the update, and the synchronisation of parameters if it is part of it."""
@@ -145,6 +154,7 @@ def dist_adamw_engine(
     attach: bool = True,
     into_shard: bool = False,
     package: Any = None,
+    kind: type[Engine] = _DistAdamWEngine,
     **options: Any,
 ) -> Engine:
     """Return one of our engines, before its first forward pass. Collective.
@@ -155,6 +165,7 @@ def dist_adamw_engine(
         attach: Whether the optimizer reduces the gradients.
         into_shard: reduce_every_backward.
         package: Another version of ``dist_adamw``.
+        kind: The class of the engine.
         options: More options of DistAdamW.
     """
     package = importlib.import_module("dist_adamw") if package is None else package
@@ -167,7 +178,60 @@ def dist_adamw_engine(
     detail += ", attached" if attach else ", not attached: DDP's own all-reduce"
     detail += ", reduce_every_backward=True" if into_shard else ""
     detail += "".join(f", {name}={value}" for name, value in options.items())
-    return _DistAdamWEngine(module, optimizer, model, detail=detail, shards_gradients=into_shard)
+    return kind(module, optimizer, model, detail=detail, shards_gradients=into_shard)
+
+
+class _SumsInsideFirst(_DistAdamWEngine):
+    """Reproducible in another order: each rank adds its own backward passes up in a tree, and sends only their sum.
+
+    A trial of what ADR 17 did not choose. The last gradient is added to the tree as autograd hands it over, so the sum
+    is sent during that backward pass.
+    """
+
+    def __init__(self, module: Any, optimizer: Any, model: Model, **options: Any) -> None:
+        super().__init__(module, optimizer, model, **options)
+        self._params = list(model.parameters())
+        self._levels: list[list[Tensor] | None] = []  # a binary counter: at l, the sum of 2^l passes or nothing
+        self._passes, self._is_last, self._nothing = 0, True, torch.empty(0)
+        for n, param in enumerate(self._params):
+            param.register_hook(functools.partial(self._with_others, n))
+
+    def _with_others(self, n: int, grad: Tensor) -> Tensor | None:
+        if not (self._is_last and self._passes):
+            return None
+        for level in self._levels:  # the lowest first, as a binary tree of 2^n passes has it
+            if level is not None:
+                grad, level[n] = level[n].add_(grad), self._nothing  # with another reference autograd would copy it
+        return grad.div_(self._passes + 1)
+
+    def accumulating(self) -> contextlib.AbstractContextManager[None]:
+        return self._add_up()
+
+    @contextlib.contextmanager
+    def _add_up(self) -> Iterator[None]:
+        self._is_last = False
+        yield
+        self._is_last = True
+
+    def backward(self) -> None:
+        if self._is_last:
+            super().backward()
+            return
+        assert self._loss is not None
+        carry: list[Tensor] | None = list(torch.autograd.grad(self._loss, self._params))
+        self._passes += 1
+        for n, level in enumerate(self._levels):
+            if carry is None or level is None:
+                self._levels[n], carry = carry or level, None
+                continue
+            torch._foreach_add_(level, carry)
+            carry, self._levels[n] = level, None
+        if carry is not None:
+            self._levels.append(carry)
+
+    def step(self) -> None:
+        super().step()
+        self._levels, self._passes = [], 0
 
 
 def _ddp_adamw(workload: Workload) -> Engine:
@@ -251,12 +315,13 @@ def _import(name: str) -> Any:
 
 
 OURS, OURS_WITHOUT_DDP = "DistAdamW", "DistAdamW without DDP"
-REPRODUCIBLE = "DistAdamW, reproducible"
+REPRODUCIBLE, SUMS_INSIDE = "DistAdamW, reproducible", "DistAdamW, sums inside the rank first"
 BUILDERS: dict[str, Callable[[Workload], Engine]] = {
     OURS: dist_adamw_engine,
     OURS_WITHOUT_DDP: lambda workload: dist_adamw_engine(workload, ddp=False),
     "DistAdamW, reduce every backward": lambda workload: dist_adamw_engine(workload, ddp=False, into_shard=True),
     REPRODUCIBLE: lambda workload: dist_adamw_engine(workload, reproducible=True),
+    SUMS_INSIDE: lambda workload: dist_adamw_engine(workload, ddp=False, reproducible=True, kind=_SumsInsideFirst),
     "DistAdamW, all-reduce": lambda workload: dist_adamw_engine(workload, attach=False),
     "DDP + AdamW": _ddp_adamw,
     "DDP + ZeroRedundancyOptimizer": _zero_redundancy,

@@ -43,7 +43,15 @@ WARM, COUNTED = 3, 5  # updates; DDP packs its buckets anew after the first
 _OBJECTS = "many"  # the workload whose tensors are counted
 
 
-def measure(out: Path, workloads: Sequence[str], engines: Sequence[str], *, world_size: int, timeout: float) -> None:
+def measure(
+    out: Path,
+    workloads: Sequence[str],
+    engines: Sequence[str],
+    *,
+    world_size: int,
+    timeout: float,
+    accumulation: int = 1,
+) -> None:
     """Measure every engine on every workload, one after the other."""
     records.append(out, [records.environment()])
     prefix, network = ranks.private_network()
@@ -52,7 +60,7 @@ def measure(out: Path, workloads: Sequence[str], engines: Sequence[str], *, worl
         for engine in engines:
             command = [sys.executable, "-m", "benchmarks.isolated", "--out", str(out), "--ranks", str(world_size)]
             command += ["--workload", workload, "--engine", engine, "--network", network, "--timeout", str(timeout)]
-            command += ["--object-bytes", objects]
+            command += ["--object-bytes", objects, "--accumulation", str(accumulation)]
             env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
             ended = subprocess.run([*prefix, *command], env=env, cwd=ranks.ROOT, check=False).returncode
             if ended:  # a peer's processes may not end well; the others are still worth measuring
@@ -99,18 +107,27 @@ def _print_object_bytes() -> None:
 
 
 def one(
-    engine_name: str, workload_name: str, network: str, rank: int, size: int, *, object_bytes: float
+    engine_name: str,
+    workload_name: str,
+    network: str,
+    rank: int,
+    size: int,
+    *,
+    object_bytes: float,
+    accumulation: int = 1,
 ) -> records.Record:
     """Measure one engine on one workload. Collective.
 
     Args:
         object_bytes: See the function.
+        accumulation: Backward passes of an update.
     """
     record: records.Record = {
         "kind": "isolated",
         "workload": workload_name,
         "engine": engine_name,
         "ranks": size,
+        "accumulation": accumulation,
         "network": network,
     }
     try:
@@ -138,7 +155,7 @@ def one(
             first = status("VmHWM") - baseline
             forget_peak()
             before = _sent(rank)
-        engine.backward()
+        engine.backward_passes(accumulation)
         grad_bytes = max(grad_bytes, engine.grad_bytes())
         engine.step()
         engine.forward()
@@ -201,6 +218,7 @@ def main() -> None:
     parser.add_argument("--workload", choices=WORKLOADS, required=True)
     parser.add_argument("--engine", choices=BUILDERS, required=True)
     parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--accumulation", type=int, default=1, help="backward passes of an update")
     parser.add_argument("--network", default=ranks.SHARED)
     parser.add_argument("--timeout", type=float, default=300.0)
     parser.add_argument("--object-bytes", type=float, help="of a parameter; default: they are measured")
@@ -211,7 +229,7 @@ def main() -> None:
         return
     with ranks.joined() as (rank, size):
         which = options.engine, options.workload, options.network
-        record = one(*which, rank, size, object_bytes=options.object_bytes)
+        record = one(*which, rank, size, object_bytes=options.object_bytes, accumulation=options.accumulation)
         if rank == 0:
             records.append(options.out, [record])
             print({k: v for k, v in record.items() if k != "kind"})

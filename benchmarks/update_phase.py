@@ -70,11 +70,7 @@ def advance(engine: Engine, workload: Workload, update: int, accumulation: int =
     workload.gradients.refill(update)
     dist.barrier()
     start = time.perf_counter()
-    for _ in range(accumulation - 1):
-        with engine.accumulating():
-            engine.backward()
-            engine.forward()
-    engine.backward()
+    engine.backward_passes(accumulation)
     engine.step()
     engine.forward()
     return time.perf_counter() - start
@@ -240,7 +236,12 @@ def main() -> None:
         ranks.start("benchmarks.update_phase", sys.argv[1:], ranks=options.ranks, timeout=options.timeout)
     if options.only != "time":
         isolated.measure(
-            options.out, options.workloads, options.engines, world_size=options.ranks, timeout=options.timeout
+            options.out,
+            options.workloads,
+            options.engines,
+            world_size=options.ranks,
+            timeout=options.timeout,
+            accumulation=options.accumulation,
         )
 
 

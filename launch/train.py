@@ -33,6 +33,7 @@ from report import History, Row, draw, loss_table, megabytes, memory_table
 from run import Checkpoints, JobError, Progress, StopSignals, everywhere, on_main
 from text import load_text
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -317,12 +318,13 @@ class Job:
 
     def finish(self) -> None:
         """Draw the curves, print the table, and close trackers and checkpoints."""
+        digest = digest_of(self.model) if self.config.recipe.reproducible and self.stopped_by is None else None
         if self.history is not None:
-            self._tell(self.history)
+            self._tell(self.history, digest)
         self.accelerator.end_training()
         self.checkpoints.folder.close()
 
-    def _tell(self, history: History) -> None:
+    def _tell(self, history: History, digest: str | None) -> None:
         if not history.rows:
             return
         known = {"unigram entropy": self.text.entropies.unigram, "bigram entropy": self.text.entropies.bigram}
@@ -338,15 +340,20 @@ class Job:
         held_out = [row.val_loss for row in history.rows if row.val_loss is not None][-1]
         training = {f"training loss, last {len(last)} updates": sum(row.loss for row in last) / len(last)}
         self.say(f"\n{loss_table(known | training | {'held-out loss': held_out})}")
-        if self.config.recipe.reproducible:
-            self.say(f"\nsha256 of the weights after {len(history.rows)} updates: {digest_of(self.model)}")
+        if digest is not None:
+            self.say(f"\nsha256 of the weights after {len(history.rows)} updates: {digest}")
 
 
 def digest_of(model: nn.Module) -> str:
-    """Return a hash of the bits of all parameters, in their order. Local; every rank has whole ones."""
+    """Return a hash of the bits of all parameters, in their order. Collective under FSDP2."""
     found = hashlib.sha256()
     for param in model.parameters():
-        found.update(param.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        whole = param.detach()
+        if isinstance(whole, DTensor):
+            whole = whole.full_tensor()
+        # A copy: FSDP2 could no longer resize memory that numpy has seen.
+        copy = whole.to("cpu", copy=True, memory_format=torch.contiguous_format)
+        found.update(copy.view(torch.uint8).numpy().tobytes())
     return found.hexdigest()
 
 

@@ -17,6 +17,9 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin, InitProcessGroupKwargs
 
+from dist_adamw import prepare
+from dist_adamw.integrations.accelerate.accelerator_methods import patch_accelerator
+
 ZERO: dict[str, dict[str, Any]] = {
     "ZeRO-1": {"stage": 1},
     "ZeRO-2": {"stage": 2},
@@ -65,13 +68,31 @@ def accelerator_on(engine: str, accumulation: int = 1, **config: Any) -> Iterato
         yield Accelerator(gradient_accumulation_steps=accumulation, **config)
 
 
+def prepare_plain(accelerator: Accelerator, model: Any, optimizer: Any, loader: Any, scheduler: Any) -> Any:
+    """Call ``prepare`` with a module that Accelerate leaves as it is, without DDP, and attach the optimizer to it."""
+    model._is_accelerate_prepared = True
+    prepared = prepare(accelerator, model, optimizer, loader, scheduler)
+    optimizer.attach(model)
+    patch_accelerator(accelerator, optimizer)
+    return prepared
+
+
 @contextlib.contextmanager
-def _fsdp2(accumulation: int, config: dict[str, Any]) -> Iterator[Accelerator]:
+def fsdp2_on_a_cpu() -> Iterator[None]:
+    """Have Accelerate take FSDP2 on a CPU, where it would not."""
     from accelerate.state import DistributedType, PartialState
 
     patch = mock.patch.object(PartialState, "_prepare_backend", return_value=("gloo", DistributedType.MULTI_GPU))
     machine = {"ACCELERATE_USE_CPU": "false", "ACCELERATE_TORCH_DEVICE": "cpu", "ACCELERATE_USE_FSDP": None}
     with environment(**machine), patch:
+        yield
+
+
+@contextlib.contextmanager
+def _fsdp2(accumulation: int, config: dict[str, Any]) -> Iterator[Accelerator]:
+    from accelerate.state import DistributedType
+
+    with fsdp2_on_a_cpu():
         told = {
             "fsdp_version": 2,
             "auto_wrap_policy": "size_based_wrap",

@@ -40,7 +40,7 @@ from dist_adamw.checkpoint.storage.index import damage, read_index
 from dist_adamw.checkpoint.storage.locks import Lock
 from dist_adamw.optimizer import replicas
 from dist_adamw.optimizer.sharding.fingerprints import fingerprints
-from tests.kills import kill_often
+from tests.kills import Mode, kill_often
 from tests.ranks import expect_error_on_all, run_ranks
 
 
@@ -608,6 +608,15 @@ def test_killed_at_any_instant_nothing_is_lost() -> None:
     assert tally.resumes
     assert tally.updates
     assert len(tally.kills) > 1
+
+
+def test_killed_at_any_instant_a_reproducible_run_has_the_bits_of_one_never_killed() -> None:
+    """``python -m tests.kills --kills 200 --reproducible`` is the long version; ``--same-bits`` alone fails."""
+    mode = Mode(reproducible=True, same_bits=True)
+    tally = kill_often(6, 7, ["single", "plain", "DDP", "FSDP2"], mode, show=False)
+    assert not tally.problems
+    assert tally.resumes
+    assert tally.updates
 
 
 # ---------------------------------------------------------------------------------------------- one rank or process

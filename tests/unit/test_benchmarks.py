@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import host_cost, host_tables, records, report, workloads
-from benchmarks.engines import OURS
+from benchmarks import bytes_sent, host_cost, host_tables, records, report, reproducible_table, workloads
+from benchmarks.engines import OURS, REPRODUCIBLE
 from benchmarks.groups import GROUPS, RECIPE, equal_groups, parameter_groups
 from benchmarks.models import GPT
 from benchmarks.ranks import ROOT
@@ -71,6 +71,20 @@ def test_isolated(engine: str, tmp_path: Path) -> None:
     owned = found["numel"] * 4 // 2
     assert (found["bytes_by_rank"][0]["gradients"] >= 2 * owned) == (engine == OURS)
     assert found["bytes_by_rank"][0]["gradients"] >= owned
+
+
+def sent_with(engine: str, by: str, accumulation: int) -> records.Record:
+    workload = workloads.Workload.named("tiny", rank=0, gradients=workloads.CONSTANT)
+    return bytes_sent.measure(engine, workload, by, accumulation)
+
+
+@pytest.mark.filterwarnings("ignore:reproducible=True")  # nothing divides the loss
+@pytest.mark.parametrize("by", [bytes_sent.SHARED, bytes_sent.MESSAGES, bytes_sent.COLLECTIVES])
+def test_a_reproducible_update_sends_a_gradient_for_every_backward_pass_and_no_more(by: str) -> None:
+    for accumulation in (1, 2):
+        plain, ours = (run_ranks(2, sent_with, engine, by, accumulation)[0] for engine in (OURS, REPRODUCIBLE))
+        assert plain["sent"] == pytest.approx(1.0, rel=0.01)
+        assert ours["sent"] == pytest.approx((accumulation + 1) / 2, rel=0.01)
 
 
 @pytest.mark.slow
@@ -169,3 +183,23 @@ def test_the_report_compares_small_models_within_rounds() -> None:
     cells = [cell.strip() for cell in list(host_tables.small_model(found))[2].split("|")[1:-1]]
     ratio, of_processors = "3.00 / 3.00 / 3.00", "2.00 / 2.00 / 2.00"
     assert cells == ["8, 2 ranks", "4.50", "1.50", ratio, "2.00", "1.00", of_processors]
+
+
+def test_a_hash_that_differs_where_it_must_not_is_reported_and_one_that_agrees_where_it_must_not() -> None:
+    def run(engine: str, ranks: int, *digests: str) -> records.Record:
+        on = engine != reproducible_table.OFF
+        rows = list(enumerate(digests, 1))
+        return {"engine": engine, "ranks": ranks, "dtype": "fp32", "reproducible": on, "digests": rows}
+
+    right = [
+        run("DDP", 1, "a", "b"),
+        run("DDP", 2, "a", "b"),
+        *(run(reproducible_table.OFF, n, str(n)) for n in (1, 2)),
+    ]
+    assert reproducible_table.problems_of(right) == []
+    wrong = [*right, run("plain", 3, "a", "c"), run("FSDP2", 2, "a"), run(reproducible_table.OFF, 3, "2")]
+    assert reproducible_table.problems_of(wrong) == [
+        "plain, 3 ranks, fp32: another hash than in one process, first after update 2",
+        "FSDP2, 2 ranks, fp32: no hash of update 2",
+        f"{reproducible_table.OFF}, 3 ranks, fp32: the hash of 2 ranks, without the option",
+    ]
