@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from dist_adamw import CyclicLRWithRestarts, DistAdamW
+from dist_adamw import CyclicLRWithRestarts, DistAdamW, load, save
 from tests.ranks import expect_error_on_all, run_ranks
 
 
@@ -229,3 +230,26 @@ def check_zero_head() -> None:
 
 def test_gradients_of_zeros_on_one_rank_are_an_update() -> None:
     run_ranks(2, check_zero_head)
+
+
+def save_after_validation(folder: str) -> None:
+    model: Any = network()
+    fully_shard(model[0])
+    fully_shard(model)  # the root has parameters, which a forward pass without backward leaves whole
+    optimizer = DistAdamW(model.parameters())
+    scheduler = CyclicLRWithRestarts(optimizer, 10, 100)
+    for step in range(2):
+        loss_of(model, step, dist.get_rank()).backward()
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            expected = loss_of(model, 9, 0)
+        save(folder, model, optimizer, scheduler)
+    load(folder, model, optimizer, scheduler)
+    with torch.no_grad():
+        assert torch.equal(loss_of(model, 9, 0), expected)
+
+
+def test_training_goes_on_after_a_validation_and_a_save(tmp_path: Path) -> None:
+    run_ranks(2, save_after_validation, str(tmp_path / "saved"))

@@ -13,6 +13,7 @@ a folder is saved to and whenever a save is killed. Files that the index does no
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
 import itertools
 import json
@@ -251,8 +252,9 @@ def _blocks(tensor: Tensor) -> Iterator[memoryview]:
     if not tensor.is_contiguous():
         tensor = tensor.contiguous()
     for part in torch.split(tensor.view(-1), BLOCK // tensor.itemsize):
-        # As bytes: numpy has no bfloat16.
-        yield memoryview(part.cpu().view(torch.uint8).numpy())  # type: ignore[arg-type]
+        host = part.cpu()
+        # Not by numpy: memory that it has seen cannot be resized, and FSDP2 resizes that of whole parameters.
+        yield memoryview((ctypes.c_char * host.nbytes).from_address(host.data_ptr())).cast("B")
 
 
 def _dtype(item: WriteItem) -> torch.dtype:
