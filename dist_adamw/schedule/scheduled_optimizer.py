@@ -206,12 +206,14 @@ class ScheduledOptimizer:
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the schedule, for `prepare_load`."""
         self.retract_skipped()
+        cooldown = self.recipe.cooldown
         return {
             "version": STATE_VERSION,
             "samples": self.clock.samples,
             "batch_size": self.recipe.batch_size,
             "reference_batch_size": self.recipe.reference_batch_size,
             "configuration": self.configuration(),
+            **({} if cooldown is None else {"cooldown": cooldown.plain()}),
         }
 
     def configuration(self) -> dict[str, Any]:
