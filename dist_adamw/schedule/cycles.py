@@ -81,6 +81,13 @@ class Cycles:
             raise ValueError(f"cycle {index} does not exist: the schedule ends after {self.count} cycles.")
         return self.runs[bisect_right(self.runs, index, key=lambda run: run.index) - 1].cycle(index)
 
+    def start_of(self, index: int) -> Fraction:
+        """Return the start of a cycle, or the end of the last one for ``count``."""
+        if index == self.count:
+            last = self.cycle(index - 1)
+            return last.start + last.length
+        return self.cycle(index).start
+
     def find(self, u: int | Fraction) -> Cycle:
         """Return the last cycle with start <= u, for u >= 0; the last of all if u is past the end."""
         run = self.runs[bisect_right(self.runs, u, key=lambda run: run.start) - 1]
@@ -90,10 +97,7 @@ class Cycles:
     @property
     def end(self) -> Fraction | None:
         """The end of the last cycle, in samples after warm-up; None: endless."""
-        if self.count is None:
-            return None
-        last = self.cycle(self.count - 1)
-        return last.start + last.length
+        return None if self.count is None else self.start_of(self.count)
 
     @property
     def shortest(self) -> Cycle:

@@ -113,6 +113,9 @@ class RestartSchedule:
         tokens_per_sample: For lengths in tokens.
         cooldown: A fall of the lr that ends the schedule.
 
+    Attributes:
+        last_sample: The clock at which the last cycle or the cool-down ends; None: endless.
+
     Raises:
         ValueError: an argument is out of its range.
 
@@ -147,6 +150,7 @@ class RestartSchedule:
     _cycles: Cycles = field(init=False, repr=False, compare=False)
     _phases: Phases = field(init=False, repr=False, compare=False)
     _end: Fraction | None = field(init=False, repr=False, compare=False)  # of the last cycle
+    last_sample: int | None = field(init=False, repr=False, compare=False)
     _is_scaled: bool = field(init=False, repr=False, compare=False)  # whether the multiplier is anything else than eta
     # Caches, not state: the restart callback's last result as (cycle, eta_min, eta_max), and the last segment.
     _folded: list[tuple[int, float, float]] = field(init=False, repr=False, compare=False)
@@ -176,9 +180,14 @@ class RestartSchedule:
         object.__setattr__(self, "_is_scaled", is_scaled)
         object.__setattr__(self, "_cycles", self._make_cycles(sizes))
         object.__setattr__(self, "_end", self._cycles.end)
+        last = None if self.count is None else self.first_sample(self.count)
+        object.__setattr__(self, "last_sample", last if self.cooldown is None else self.cooldown.end)
         object.__setattr__(self, "_phases", Phases(self.rewarmup, decay, curve, sizes))
         object.__setattr__(self, "_folded", [(0, 0.0, 1.0)])
-        self._check_lengths(sizes)
+        shortest = self._cycles.shortest
+        self._phases.edges(shortest)
+        self._phases.edges(Cycle(max(shortest.index, 1), shortest.start, shortest.length))  # cycle 0 has no rise
+        self.check_timescale(self.batch_size)
         object.__setattr__(self, "_recent", [self._phases.find(self.cycle(0), 0)])
 
     def _is(self, *policies: str) -> bool:
@@ -196,14 +205,6 @@ class RestartSchedule:
                 f"total_samples={shown(self.total_samples)} ends within the warm-up of {self.warmup_samples:,} samples."
             )
         return fitted(cycles, total, self.fit)
-
-    def _check_lengths(self, sizes: Sizes) -> None:
-        """Raise ValueError if lengths do not fit into the shortest cycle, or a time scale is below an update."""
-        shortest = self._cycles.shortest
-        self._phases.edges(shortest)
-        self._phases.edges(Cycle(max(shortest.index, 1), shortest.start, shortest.length))  # not cycle 0: it may rise
-        if self.weight_decay_timescale is not None:
-            self.check_timescale(self.batch_size)
 
     def check_timescale(self, batch_size: int) -> None:
         """Raise ValueError if ``weight_decay_timescale`` is shorter than an update of ``batch_size`` samples."""
@@ -238,13 +239,6 @@ class RestartSchedule:
         """The number of cycles; None: endless."""
         return self._cycles.count
 
-    @property
-    def last_sample(self) -> int | None:
-        """The clock at which the last cycle or the cool-down ends; None: endless."""
-        if self.cooldown is not None:
-            return self.cooldown.end
-        return None if self._end is None else self.warmup_samples + math.ceil(self._end)
-
     def cycle(self, index: int) -> Cycle:
         """Return cycle number ``index``, counted from 0.
 
@@ -252,6 +246,10 @@ class RestartSchedule:
             ValueError: there are fewer cycles.
         """
         return self._cycles.cycle(index)
+
+    def first_sample(self, index: int) -> int:
+        """Return the clock at which cycle number ``index`` begins; for ``count``, at which the last one ends."""
+        return self.warmup_samples + math.ceil(self._cycles.start_of(index))
 
     def at(self, samples: int) -> SchedulePoint:
         """Return the point of the schedule after ``samples``, the real global samples before an update."""
@@ -372,7 +370,7 @@ def _check_choices(schedule: RestartSchedule) -> None:
     if schedule.decay_length is not None and not schedule._is("wsd"):
         raise ValueError(f"decay_length={shown(schedule.decay_length)} is for policy='wsd', got {schedule.policy!r}.")
     if schedule.rewarmup is not None and schedule._is(*RISING):
-        raise ValueError(f"rewarmup={shown(schedule.rewarmup)}, but policy={schedule.policy!r} rises itschedule.")
+        raise ValueError(f"rewarmup={shown(schedule.rewarmup)}, but policy={schedule.policy!r} rises itself.")
     if schedule.cycle_ends is not None and schedule.total_samples is not None:
         raise ValueError("pass cycle_ends or total_samples, not both: the last of cycle_ends ends training.")
 

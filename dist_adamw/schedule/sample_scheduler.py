@@ -136,8 +136,11 @@ class SampleScheduler(LRScheduler):
             warnings.warn(warning, stacklevel=2)
         clock.advance(applied, samples, scheduled.recipe.samples_of_update)
         scheduled.write(len(applied), follow=not is_as_written)
+        if (warning := scheduled.find_end_passed()) is not None:
+            warnings.warn(warning, stacklevel=2)
         if self._verbose and self.cycle != cycle_before and collectives.rank() == 0:
-            print(describe_restart(self._scheduled.recipe, self.samples, self.get_last_lr()[0]))
+            lr, decay = scheduled.values_of(0)(self.schedule.at(self.samples))
+            print(describe_restart(scheduled.recipe, self.samples, lr, decay))
 
     def go_to(self, *, samples: int) -> None:
         """Set the clock, and write that sample's lr and weight decay into the groups. Local.

@@ -215,19 +215,22 @@ class CyclicLRWithRestarts(SampleScheduler):
         self._scheduled.use(replace(recipe, cooldown=wanted))
 
     def preview(
-        self, cycles: int | None = None, points: int = 1000, group: int = 0, *, total_samples: int | None = None
+        self, cycles: int | None = None, points: int = 1000, group: int = 0, *, total_samples: Length | None = None
     ) -> Preview:
-        """Return the table of restarts, and lr and weight decay over samples. Local.
+        """Return the table of restarts, with weight decay in its three readings, and the curves. Local.
 
         Args:
             cycles: The number of cycles to show. None: 4, or those of ``total_samples``, at most 20.
             points: The number of evenly spaced samples at which the curves are evaluated.
             group: The index of the parameter group.
-            total_samples: Samples of the whole training, such as ``epochs * scheduler.epoch_size``. The preview then
-                says where in its cycle training ends, and which periods would end a cycle there.
+            total_samples: Samples of the whole training, or "15 epochs". The preview then says where in its cycle
+                training ends, and which periods would end a cycle there. Default: that of the schedule, if it has one.
 
         Raises:
             ValueError: batch_size or epoch_size is not known yet, or a number is not whole and above 0.
         """
-        values = self._scheduled.values_of(group)
-        return Preview.compute(self.schedule, values, cycles=cycles, points=points, total_samples=total_samples)
+        schedule, values = self.schedule, self._scheduled.values_of(group)
+        assert self.batch_size is not None  # or there would be no schedule
+        return Preview.compute(
+            schedule, values, batch_size=self.batch_size, cycles=cycles, points=points, total_samples=total_samples
+        )

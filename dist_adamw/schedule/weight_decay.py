@@ -27,6 +27,13 @@ def decay_convention(optimizer: Optimizer, group: Mapping[str, Any]) -> DecayCon
     return "lr" if _is_known_to_decouple(optimizer) else "l2"
 
 
+def decay_of_update(convention: DecayConvention, lr: float, weight_decay: float) -> float | None:
+    """Return the part of the weights that an update takes away; None if decay enters the gradient."""
+    if convention == "l2":
+        return None
+    return weight_decay if convention == "schedule" else lr * weight_decay
+
+
 def convention_signs(optimizer: Optimizer, groups: Sequence[Mapping[str, Any]]) -> object:
     """Return what `decay_convention` reads for all groups: while this is equal, so are its answers."""
     if (decay_by := getattr(optimizer, "decay_by", None)) in ("schedule", "lr"):

@@ -537,7 +537,7 @@ def test_preview_shows_the_restarts_and_the_trace(tmp_path: Path) -> None:
     assert [row.first_sample for row in preview.rows] == [500, 1500, 3500]
     assert [row.updates for row in preview.rows] == [10, 20, 40]
     assert [row.peak_lr for row in preview.rows] == pytest.approx([1e-3, 5e-4, 2.5e-4])
-    assert len(preview.lr) == len(preview.weight_decay) == 75
+    assert len(preview.lr) == len(preview.decay) == 75
     assert preview.lr[5] == pytest.approx(1e-3)  # sample 500
     assert "first sample" in str(preview)
     assert len(str(preview).splitlines()) == 5
