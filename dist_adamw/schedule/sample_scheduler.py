@@ -163,7 +163,8 @@ class SampleScheduler(LRScheduler):
                 f"go_to(samples={samples}) between optimizer.step() and scheduler.step() would lose that update, or "
                 "add it to the new count. Call it after scheduler.step()."
             )
-        self._scheduled.go_to(samples)
+        self._scheduled.clock.set(samples)
+        self._scheduled.write()
 
     def get_lr(self) -> list[float | Tensor]:
         """Return the learning rate of each group at ``samples``."""

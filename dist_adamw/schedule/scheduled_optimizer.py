@@ -120,11 +120,6 @@ class ScheduledOptimizer:
         if self.clock.retract_skipped(self.optimizer):
             self.write(updates=-1)
 
-    def go_to(self, samples: int) -> None:
-        """Set the clock, and write that sample's values."""
-        self.clock.set(samples)
-        self.write()
-
     def load(self, recipe: Recipe, groups: ScheduledGroups, samples: int) -> None:
         """Apply the result of `prepare_load`."""
         self.recipe, self.groups = recipe, groups
