@@ -170,20 +170,36 @@ def by_ends(ends: Sequence[Length], warmup: int, sizes: Sizes) -> Cycles:
         if at < start + _SHORTEST:
             before = f"{shown(ends[index - 1])}, the one before" if index else f"the warm-up of {warmup:,} samples"
             raise ValueError(f"cycle_ends[{index}]={shown(end)} must come after {before}. Sort the ends.")
+        if at - start < sizes.batch_size:
+            raise ValueError(
+                f"cycle_ends[{index}]={shown(end)} makes a cycle of {float(at - start):g} samples, less than an update "
+                f"of {sizes.batch_size:,}. {_hint(end)}"
+            )
         runs.append(_Run(index, start, at - start, Fraction(1)))
         start = at
     return Cycles(tuple(runs), len(runs))
 
 
-def fitted(cycles: Cycles, total: Fraction, fit: Fit) -> Cycles:
-    """Return cycles of which the last ends at ``total``.
+def fitted(cycles: Cycles, total_samples: Length, fit: Fit, warmup: int, sizes: Sizes) -> Cycles:
+    """Return cycles of which the last ends with training.
 
     Args:
         cycles: Endless.
-        total: Samples after warm-up, above 0.
-        fit: "last" cuts the cycle that contains ``total`` there, or extends the one before it if less than half of a
-            cycle would be left; "scale" multiplies all lengths by the factor nearest to 1.
+        total_samples: All of training, warm-up included; a number is samples.
+        fit: "last" cuts the cycle in which training ends, or extends the one before it if less than half of a cycle
+            would be left; "scale" multiplies all lengths by the factor nearest to 1.
+        warmup: Samples.
+        sizes: What units are worth.
+
+    Raises:
+        ValueError: training ends before the first update after the warm-up.
     """
+    total = in_samples("total_samples", total_samples, "samples", sizes) - warmup
+    if total < sizes.batch_size:
+        raise ValueError(
+            f"total_samples={shown(total_samples)} ends before the first update after the warm-up of {warmup:,} samples. "
+            f"{_hint(total_samples)}"
+        )
     last = cycles.find(total)
     if last.start == total and last.index:
         last = cycles.cycle(last.index - 1)
@@ -220,6 +236,12 @@ def _check_countable(
                 f"t_mult={shown(t_mult)} is so close to 1 that {count:,.0f} cycles pass {when}, which cannot "
                 "be counted exactly. Round it, or pass 1."
             )
+
+
+def _hint(length: Length) -> str:
+    if isinstance(length, str):
+        return "Make it longer."
+    return f"Numbers are samples: write '{shown(length)} epochs' for epochs."
 
 
 def _with_unit(period: Length | None) -> str:

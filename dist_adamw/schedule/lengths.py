@@ -72,7 +72,7 @@ def parse(name: str, value: Length, default_unit: str) -> tuple[Fraction, str]:
     if unit is None:
         return amount, default_unit
     for known in _UNITS:
-        if unit in (known, known.removesuffix("s")):
+        if unit.lower() in (known, known.removesuffix("s")):
             return amount, known
     raise ValueError(f"{name}={shown(value)} has an unknown unit. Units are {', '.join(_UNITS[:-1])} and %.")
 
@@ -99,6 +99,11 @@ def in_samples(name: str, value: Length, default_unit: str, sizes: Sizes, cycle:
     """
     amount, unit = parse(name, value, default_unit)
     if unit == "samples":
+        if amount < 1 and default_unit == "samples":
+            raise ValueError(
+                f"{name}={shown(value)} is less than one sample. Write a unit, such as '{float(amount):g} epochs', or "
+                f"'{float(100 * amount):g}%' for a share of a cycle."
+            )
         return amount
     if unit == "updates":
         return amount * sizes.batch_size

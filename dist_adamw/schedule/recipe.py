@@ -211,10 +211,16 @@ class Recipe:
         return self.schedule._norm_in(cycle, self.batch_size, since_first=self.decay_norm == "first_cycle")
 
     def check_bases(self, bases: Iterable[BaseValues]) -> None:
-        """Raise ValueError if groups have different weight decays, none of them 0, beside a time scale."""
+        """Raise ValueError if groups have different weight decays above 0, or none, beside a time scale."""
         if self.decay_reading != "timescale":
             return
-        decays = sorted({base.weight_decay for base in bases} - {0.0})
+        found = {base.weight_decay for base in bases}
+        decays = sorted(found - {0.0})
+        if found and not decays:
+            raise ValueError(
+                "weight_decay_timescale replaces weight decays above 0, but every group's is 0. Pass any weight_decay "
+                "above 0 to the optimizer."
+            )
         if len(decays) > 1:
             raise ValueError(
                 f"weight_decay_timescale replaces weight decays above 0, but groups have {decays}. Give them the same "

@@ -170,6 +170,7 @@ class RestartSchedule:
             # A numpy float32 would turn everything computed with it into float32.
             object.__setattr__(self, name, _check_number(name, getattr(self, name)))
         object.__setattr__(self, "peak_factor", _check_factors(self.peak_factor))
+        object.__setattr__(self, "rewarmup", self.rewarmup or None)
         _check_choices(self)
         curve = self.policy_fn or make_policy(self.policy, self.triangular_step, self.decay_shape)
         decay = self.decay_length
@@ -199,12 +200,7 @@ class RestartSchedule:
         cycles = geometric(self.restart_period, self.t_mult, self.min_restart_period, sizes)
         if self.total_samples is None:
             return cycles
-        total = in_samples("total_samples", self.total_samples, "samples", sizes) - self.warmup_samples
-        if total <= 0:
-            raise ValueError(
-                f"total_samples={shown(self.total_samples)} ends within the warm-up of {self.warmup_samples:,} samples."
-            )
-        return fitted(cycles, total, self.fit)
+        return fitted(cycles, self.total_samples, self.fit, self.warmup_samples, sizes)
 
     def check_timescale(self, batch_size: int) -> None:
         """Raise ValueError if ``weight_decay_timescale`` is shorter than an update of ``batch_size`` samples."""
@@ -371,6 +367,14 @@ def _check_choices(schedule: RestartSchedule) -> None:
         raise ValueError(f"decay_length={shown(schedule.decay_length)} is for policy='wsd', got {schedule.policy!r}.")
     if schedule.rewarmup is not None and schedule._is(*RISING):
         raise ValueError(f"rewarmup={shown(schedule.rewarmup)}, but policy={schedule.policy!r} rises itself.")
+    if schedule.fit != "last" and schedule.total_samples is None:
+        raise ValueError(f"fit={schedule.fit!r} needs total_samples, where the last cycle is to end.")
+    others = (schedule.restart_period, schedule.t_mult, schedule.min_restart_period)
+    if schedule.cycle_ends is not None and others != (100, 2, None):
+        raise ValueError(
+            "cycle_ends stands in place of restart_period, t_mult and min_restart_period, got "
+            f"restart_period={shown(others[0])}, t_mult={shown(others[1])}, min_restart_period={shown(others[2])}."
+        )
     if schedule.cycle_ends is not None and schedule.total_samples is not None:
         raise ValueError("pass cycle_ends or total_samples, not both: the last of cycle_ends ends training.")
 

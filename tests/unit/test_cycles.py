@@ -24,7 +24,9 @@ E, B = 1000, 96
 
 
 def make(**options: Any) -> RestartSchedule:
-    return RestartSchedule(**{"epoch_size": E, "batch_size": B, "restart_period": 1, "t_mult": 2, **options})
+    if "cycle_ends" not in options:
+        options = {"restart_period": 1, **options}
+    return RestartSchedule(epoch_size=E, batch_size=B, **options)
 
 
 # ---------------------------------------------------------------- the definition
@@ -100,8 +102,10 @@ def test_every_policy_beside_its_definition(
     samples: list[int],
 ) -> None:
     sums = None if ends is None else [Fraction(sum(ends[: i + 1])) for i in range(len(ends))]
-    options: dict[str, Any] = {"policy": policy, "warmup_samples": warmup, "restart_period": period, "t_mult": t_mult}
-    if sums is not None:
+    options: dict[str, Any] = {"policy": policy, "warmup_samples": warmup}
+    if sums is None:
+        options |= {"restart_period": period, "t_mult": t_mult}
+    else:
         options["cycle_ends"] = [f"{end + warmup} samples" for end in sums]
     if rise:
         options["rewarmup"] = as_length(rise)
@@ -198,8 +202,9 @@ def test_one_recipe_in_every_unit(updates: list[int], tokens: int, samples: list
 
 def test_numbers_keep_their_units() -> None:
     assert make(restart_period=2.5, warmup_samples=7) == make(restart_period=2.5, warmup_samples="7 samples")
-    same = [make(restart_period=period).cycle(0).length for period in (2.5, "2.5", "2.5 epochs", "2_500 samples")]
-    assert same == [2500] * 4
+    forms = (2.5, "2.5", "2.5 epochs", "2.5 Epochs", "2_500 samples")
+    assert [make(restart_period=period).cycle(0).length for period in forms] == [2500] * 5
+    assert make(rewarmup=0) == make()
 
 
 @pytest.mark.parametrize(
@@ -214,8 +219,14 @@ def test_numbers_keep_their_units() -> None:
         ({"cycle_ends": "3 epochs"}, "cycle_ends must be a list"),
         ({"cycle_ends": ["2 epochs", 1500]}, r"cycle_ends\[1\]=1500 must come after '2 epochs', the one before"),
         ({"cycle_ends": [100], "warmup_samples": 100}, r"cycle_ends\[0\]=100 must come after the warm-up of 100"),
+        ({"cycle_ends": [1, 3, 7]}, r"cycle_ends\[0\]=1 makes a cycle of 1 samples, less than an update of 96"),
+        ({"cycle_ends": [0.5, 1]}, r"cycle_ends\[0\]=0.5 is less than one sample. Write a unit, such as '0.5 epochs'"),
+        ({"cycle_ends": [1000], "t_mult": 3}, "stands in place of restart_period, t_mult"),
+        ({"fit": "scale"}, "fit='scale' needs total_samples"),
+        ({"policy": "wsd", "decay_length": 0.1}, "decay_length=0.1 is less than one sample.* '10%' for a share"),
+        ({"total_samples": 15}, "total_samples=15 ends before the first update .* write '15 epochs'"),
         ({"cycle_ends": [1000], "total_samples": 1000}, "pass cycle_ends or total_samples, not both"),
-        ({"total_samples": 100, "warmup_samples": 100}, "total_samples=100 ends within the warm-up of 100 samples"),
+        ({"total_samples": 100, "warmup_samples": 100}, "total_samples=100 ends before .* the warm-up of 100 samples"),
         ({"total_samples": 100, "fit": "first"}, "fit must be 'last' or 'scale', got 'first'"),
         ({"policy": "wsd", "decay_length": "2 epochs"}, "too few for decay_length='2 epochs'. Shorten"),
         ({"policy": "wsd", "rewarmup": "95%"}, "too few for rewarmup='95%' and decay_length='10%'"),
@@ -233,7 +244,7 @@ def test_bad_input_is_one_sentence(options: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         make(**options)
     with pytest.raises(ValueError, match=said):
-        scheduled(AdamW, **{"t_mult": 2, **options})
+        scheduled(AdamW, **options)
 
 
 def test_options_are_checked_before_sizes_are_known() -> None:
@@ -242,7 +253,7 @@ def test_options_are_checked_before_sizes_are_known() -> None:
             CyclicLRWithRestarts(adamw(AdamW), **options)
     # In epochs of unknown size these could be anything.
     later = CyclicLRWithRestarts(
-        adamw(AdamW), cycle_ends=["1 epoch", 1500], warmup_samples="10 updates", weight_decay_timescale="2 epochs"
+        adamw(AdamW), cycle_ends=["1 epoch", 1500], warmup_samples="2 updates", weight_decay_timescale="2 epochs"
     )
     later.batch_size, later.epoch_size = B, E
     assert later.schedule.last_sample == 1500
@@ -260,7 +271,9 @@ def adamw(cls: Any, lr: float = 2e-3, weight_decay: float = 0.1, **options: Any)
 
 def scheduled(cls: Any, optimizer: Any = None, **options: Any) -> CyclicLRWithRestarts:
     optimizer = adamw(cls) if optimizer is None else optimizer
-    return CyclicLRWithRestarts(optimizer, B, E, **{"restart_period": 1, **options})
+    if "cycle_ends" not in options:
+        options = {"restart_period": 1, **options}
+    return CyclicLRWithRestarts(optimizer, B, E, **options)
 
 
 def update(optimizer: Optimizer, scheduler: CyclicLRWithRestarts, count: int = 1) -> None:
@@ -340,6 +353,11 @@ def test_a_time_scale_leaves_groups_without_decay_alone() -> None:
     optimizer.add_param_group({"params": [nn.Parameter(torch.ones(3))], "weight_decay": 0.2})
     with pytest.raises(ValueError, match=r"replaces weight decays above 0, but groups have \[0.1, 0.2\]"):
         update(optimizer, scheduler)
+
+
+def test_a_time_scale_needs_something_that_decays() -> None:
+    with pytest.raises(ValueError, match=r"but every group's is 0\. Pass any weight_decay above 0"):
+        scheduled(AdamW, adamw(AdamW, weight_decay=0.0), weight_decay_timescale="1 cycle")
 
 
 @pytest.mark.parametrize(
@@ -510,7 +528,7 @@ def test_resume_at_every_update(name: str) -> None:
         resumed = scheduled(AdamW, warmup_samples=100, **RECIPES[name])
         resumed.load_state_dict(state)
         assert (resumed.get_last_lr(), resumed.get_last_weight_decay()) == values
-        taken = scheduled(AdamW, on_difference="checkpoint")
+        taken = CyclicLRWithRestarts(adamw(AdamW), B, E, on_difference="checkpoint")
         taken.load_state_dict(state)
         assert (taken.get_last_lr(), taken.get_last_weight_decay()) == values
 
