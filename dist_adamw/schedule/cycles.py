@@ -197,8 +197,8 @@ def fitted(cycles: Cycles, total_samples: Length, fit: Fit, warmup: int, sizes: 
     total = in_samples("total_samples", total_samples, "samples", sizes) - warmup
     if total < sizes.batch_size:
         raise ValueError(
-            f"total_samples={shown(total_samples)} ends before the first update after the warm-up of {warmup:,} samples. "
-            f"{_hint(total_samples)}"
+            f"total_samples={shown(total_samples)} ends before the first update after the warm-up of {warmup:,} "
+            f"samples. {_hint(total_samples)}"
         )
     last = cycles.find(total)
     if last.start == total and last.index:
