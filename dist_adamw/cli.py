@@ -21,7 +21,7 @@ from dist_adamw.schedule.scheduler import CyclicLRWithRestarts
 def preview(
     batch_size: int,
     epoch_size: int,
-    restart_period: float = 100.0,
+    restart_period: float | str = 100.0,
     t_mult: float = 2.0,
     lr: float = 1e-3,
     min_lr: float = 1e-7,
@@ -29,12 +29,23 @@ def preview(
     policy: str = "cosine",
     gamma: float = 1.0,
     triangular_step: float = 0.5,
-    warmup_samples: int = 0,
+    warmup_samples: int | str = 0,
+    decay_length: int | str | None = None,
+    decay_shape: Literal["linear", "one_minus_sqrt", "cosine"] = "linear",
+    rewarmup: int | str | None = None,
+    peak_factor: float | list[float] = 1.0,
+    cycle_ends: list[int | str] | None = None,
+    weight_decay_norm: Literal["paper", "first_cycle"] = "paper",
+    weight_decay_timescale: int | str | None = None,
+    tokens_per_sample: int | None = None,
     cycles: int | None = None,
-    total_samples: int | None = None,
+    total_samples: int | str | None = None,
+    fit: Literal["last", "scale"] | None = None,
     plot: str | None = None,
 ) -> None:
     """Print a recipe's table of restarts, and draw its curves.
+
+    Lengths may have a unit: "2.5 epochs", "10_000 samples", "500 updates", "1e9 tokens", or "10%" of a cycle.
 
     Args:
         batch_size: Global batch, in samples.
@@ -43,17 +54,25 @@ def preview(
         t_mult: Factor from the length of one cycle to the next.
         lr: Learning rate at the peak of the first cycle.
         min_lr: Learning rate at the end of a cycle.
-        weight_decay: lambda_norm, the weight decay before normalisation.
-        policy: cosine, arccosine, triangular, triangular2 or exp_range.
+        weight_decay: AdamWR's normalised lambda, or torch's weight decay with weight_decay_norm first_cycle.
+        policy: cosine, arccosine, triangular, triangular2, exp_range, linear, one_minus_sqrt or wsd.
         gamma: Base of exp_range's amplitude.
         triangular_step: Position of the triangular policies' peak in a cycle, from 0 to 1.
         warmup_samples: Samples over which lr rises at the start.
+        decay_length: For wsd, the samples at a cycle's end over which lr falls; default 10% of the cycle.
+        decay_shape: For wsd, the shape of that fall.
+        rewarmup: Samples over which lr rises after each restart.
+        peak_factor: Factor on the peak at every restart, or a list with one for each cycle.
+        cycle_ends: Ends of the cycles, in samples, in place of restart_period and t_mult.
+        weight_decay_norm: first_cycle keeps torch's weight decay in the first cycle.
+        weight_decay_timescale: Samples over which updates are averaged, in place of weight_decay; also "1 cycle".
+        tokens_per_sample: For lengths in tokens.
         cycles: Number of cycles to show; default 4, or those of total_samples.
         total_samples: Samples of the whole training, to see where in its cycle it ends.
+        fit: Make a cycle end with total_samples: cut or extend the last one, or scale all of them.
         plot: PNG file to draw lr and the decay of one update into.
     """
-    # In the paper's convention group["weight_decay"] is the whole decay of one update, which is to be shown.
-    optimizer = DistAdamW([torch.zeros(1)], lr=lr, weight_decay=weight_decay, decay_by="schedule")
+    optimizer = DistAdamW([torch.zeros(1)], lr=lr, weight_decay=weight_decay)
     scheduler = CyclicLRWithRestarts(
         optimizer,
         batch_size,
@@ -65,6 +84,16 @@ def preview(
         gamma=gamma,
         triangular_step=triangular_step,
         warmup_samples=warmup_samples,
+        decay_length=decay_length,
+        decay_shape=decay_shape,
+        rewarmup=rewarmup,
+        peak_factor=peak_factor,
+        cycle_ends=cycle_ends,
+        total_samples=None if fit is None else total_samples,
+        fit=fit or "last",
+        weight_decay_norm=weight_decay_norm,
+        weight_decay_timescale=weight_decay_timescale,
+        tokens_per_sample=tokens_per_sample,
     )
     shown = scheduler.preview(cycles=cycles, total_samples=total_samples)
     print(shown)

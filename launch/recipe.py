@@ -21,16 +21,22 @@ class Recipe:
         cycles: Number of cycles to train.
         lr: Learning rate at the beginning of each cycle.
         min_lr: Learning rate at the end of each cycle.
-        weight_decay: AdamWR's normalised decay, lambda_norm; norms and biases do not decay.
+        weight_decay: AdamWR's normalised decay, lambda_norm; norms and biases do not decay. See weight_decay_norm.
         betas: Decay rates of the two moments.
         eps: Added to the root of the second moment.
         max_grad_norm: Clip the global gradient to this norm; null for no clipping.
         decay_by: Whether weights decay by lr * weight_decay (torch) or by weight_decay (the paper); same result.
-        restart_period: Length of the first cycle, in epochs; may be a fraction.
+        restart_period: Length of the first cycle, in epochs; may be a fraction, or have a unit ("5_000 samples").
         t_mult: Factor from the length of one cycle to the next.
         policy: Shape of each cycle.
         gamma: Factor on exp_range's amplitude at every update.
         warmup_samples: Samples over which the learning rate rises from 0, before the first cycle.
+        decay_length: For wsd, the samples at each cycle's end over which lr falls, or "10%", the default.
+        decay_shape: For wsd, the shape of that fall.
+        rewarmup: Samples over which lr rises after each restart, or "10%" of the cycle.
+        peak_factor: Factor on the peak at every restart, or a list with one for each cycle.
+        weight_decay_norm: paper, or first_cycle: weight_decay is torch's in the first cycle, normalised from there.
+        weight_decay_timescale: Samples over which updates are averaged, or "1 cycle", in place of weight_decay.
         reproducible: Compute the same bits on any number of ranks; the last line is then a hash of the weights.
     """
 
@@ -44,11 +50,19 @@ class Recipe:
     eps: float = 1e-8
     max_grad_norm: float | None = 1.0
     decay_by: Literal["lr", "schedule"] = "lr"
-    restart_period: float = 0.13
+    restart_period: float | str = 0.13
     t_mult: float = 2.0
-    policy: Literal["cosine", "arccosine", "triangular", "triangular2", "exp_range"] = "cosine"
+    policy: Literal[
+        "cosine", "arccosine", "triangular", "triangular2", "exp_range", "linear", "one_minus_sqrt", "wsd"
+    ] = "cosine"
     gamma: float = 1.0
-    warmup_samples: int = 320
+    warmup_samples: int | str = 320
+    decay_length: int | str | None = None
+    decay_shape: Literal["linear", "one_minus_sqrt", "cosine"] = "linear"
+    rewarmup: int | str | None = None
+    peak_factor: float | list[float] = 1.0
+    weight_decay_norm: Literal["paper", "first_cycle"] = "paper"
+    weight_decay_timescale: int | str | None = None
     reproducible: bool = False
 
     def __post_init__(self) -> None:
@@ -79,5 +93,11 @@ class Recipe:
             min_lr=self.min_lr,
             gamma=self.gamma,
             warmup_samples=self.warmup_samples,
+            decay_length=self.decay_length,
+            decay_shape=self.decay_shape,
+            rewarmup=self.rewarmup,
+            peak_factor=self.peak_factor,
+            weight_decay_norm=self.weight_decay_norm,
+            weight_decay_timescale=self.weight_decay_timescale,
             verbose=False,
         )

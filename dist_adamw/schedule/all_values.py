@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 from torch.optim import Optimizer
 
 from dist_adamw.schedule.base_values import BaseValues, ScheduledGroups
+from dist_adamw.schedule.cycles import Cycle
 from dist_adamw.schedule.recipe import Recipe
-from dist_adamw.schedule.restarts import Cycle
 from dist_adamw.schedule.weight_decay import convention_signs, decay_by_lr, decay_factors
 
 
@@ -56,10 +56,11 @@ class AllValues:
             lrs = [start + rise * warmup for rise in self._rises]
         decays = self._decays
         if self._factors is not None:
-            decays = [norm * lr / base_lr for (norm, base_lr), lr in zip(self._factors, lrs, strict=True)]
+            decays = [a * lr / b for (a, b), lr in zip(self._factors, lrs, strict=True)]
         return self._scaled(lrs) if self._is_scaled else lrs, decays
 
     def _take_bases(self, recipe: Recipe, bases: Sequence[BaseValues]) -> None:
+        recipe.check_bases(bases)
         start = recipe.schedule.warmup_start_lr
         self._ranges = [(base.min_lr, base.lr - base.min_lr) for base in bases]
         self._rises = [base.lr - start for base in bases]
@@ -75,14 +76,13 @@ class AllValues:
         conventions = [recipe.decay_convention(optimizer, group) for group in groups.dicts]
         self._cycle, self._factors, self._decays = None, None, [None] * len(conventions)  # in case of an error below
         if any(convention != "l2" for convention in conventions):
-            assert recipe.batch_size is not None
-            norm = recipe.schedule._norm_in(cycle, recipe.batch_size)
+            norm, reading = recipe.decay_norm_in(cycle), recipe.decay_reading
             if conventions[0] == "schedule":  # an optimizer's, so all are
-                self._factors = decay_factors(self._bases, norm=norm)
+                self._factors = [decay_factors(base, reading, norm=norm) for base in self._bases]
             else:
                 for i, base in enumerate(self._bases):
                     if conventions[i] == "lr":
-                        self._decays[i] = decay_by_lr(base, norm=norm, batch_scale=self._batch_scale)
+                        self._decays[i] = decay_by_lr(base, reading, norm=norm, batch_scale=self._batch_scale)
         self._cycle, self._signs = cycle, signs
 
     def _scaled(self, lrs: list[float]) -> list[float]:

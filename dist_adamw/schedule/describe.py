@@ -37,6 +37,7 @@ def describe_recipe(recipe: Recipe, min_lr: float, defaults: Mapping[str, Any]) 
         "normalize_weight_decay": recipe.normalize,
         "lr_scaling": recipe.lr_scaling,
         "stream": recipe.stream,
+        "weight_decay_norm": recipe.decay_norm,
     }
     options = [
         f"{name}={plain(value)!r}"
@@ -57,15 +58,30 @@ def describe_clock(recipe: Recipe, samples: int) -> str:
     where = f"{point.tau:.1%} into cycle {point.cycle.index}"
     if point.warmup is not None:
         where = f"{point.warmup:.1%} of the warm-up"
+    if recipe.cooldown is not None:
+        where = f"{where}; {recipe.cooldown}"
     return f"clock: {samples:,} samples (epoch {samples / recipe.schedule.epoch_size:.4g}), {where}"
 
 
-def describe_restart(recipe: Recipe, samples: int, lr: float | Tensor) -> str:
-    """Return the line that ``verbose=True`` prints at a warm restart."""
+def describe_restart(recipe: Recipe, samples: int, lr: float | Tensor, decay: float | None) -> str:
+    """Return the line that ``verbose=True`` prints at a warm restart.
+
+    Args:
+        recipe: The recipe.
+        samples: The clock.
+        lr: Of the first group.
+        decay: The part of its weights that an update takes away; None if decay enters the gradient.
+    """
     cycle, epoch_size = recipe.schedule.at(samples).cycle, recipe.schedule.epoch_size
-    return (
+    text = (
         f"warm restart {cycle.index} at sample {samples:,} (epoch {samples / epoch_size:.2f}): "
         f"the next {float(cycle.length / epoch_size):g} epochs start from lr {lr:.3g}"
+    )
+    if not decay or not lr or recipe.batch_size is None:
+        return text
+    return (
+        f"{text}, and decay {decay:.3g} of the weights an update (torch's weight_decay {decay / float(lr):.3g}, "
+        f"time scale {recipe.batch_size / decay / epoch_size:.3g} epochs)"
     )
 
 

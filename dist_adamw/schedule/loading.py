@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from dist_adamw.schedule.base_values import BaseValues, ScheduledGroups
+from dist_adamw.schedule.cooldown import Cooldown
 from dist_adamw.schedule.recipe import Recipe
 from dist_adamw.schedule.saved import (
     GROUPS,
@@ -33,6 +34,7 @@ def prepare_load(
     takes_saved = choice == "checkpoint" and bool(differing)
     try:
         recipe = _with_sizes(scheduled.recipe, state_dict, saved["epoch_size"])
+        recipe = replace(recipe, cooldown=_cooldown(state_dict, recipe.cooldown, scheduled.clock.samples))
         groups = scheduled.groups
         if takes_saved:
             check_takeable(saved, differing, len(groups))
@@ -55,3 +57,25 @@ def _with_sizes(recipe: Recipe, state_dict: Mapping[str, Any], saved_epoch_size:
         batch_size=recipe.batch_size or state_dict["batch_size"],
         reference_batch_size=state_dict["reference_batch_size"] or recipe.reference_batch_size,
     )
+
+
+def _cooldown(state_dict: Mapping[str, Any], ours: Cooldown | None, our_samples: int) -> Cooldown | None:
+    """Return the cool-down after loading.
+
+    A state of the trunk returns a job in its branch to the trunk, but keeps a branch that is still to begin.
+    """
+    saved = state_dict.get("cooldown")
+    theirs = None if saved is None else Cooldown.from_plain(saved)
+    if ours is None or (theirs is None and our_samples > ours.at):
+        return theirs
+    if theirs is not None and theirs != ours:
+        raise ValueError(
+            f"the checkpoint is in the {theirs}, and this job asks for the {ours}. Load a checkpoint of the trunk, or "
+            "leave out scheduler.cooldown(...)."
+        )
+    if theirs is None and state_dict["samples"] > ours.at:
+        raise ValueError(
+            f"the checkpoint is at sample {state_dict['samples']:,}, after the beginning of the {ours}. Load an "
+            "earlier checkpoint, or begin the cool-down later."
+        )
+    return ours

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -35,21 +36,61 @@ def triangular(tau: float, peak: float = 0.5) -> float:
 
     Source: Smith, CLR, arXiv:1506.01186, section 3.
     """
-    if tau < peak:
+    if tau < peak or peak == 1.0:
         return tau / peak
     return (1.0 - tau) / (1.0 - peak)
 
 
+def linear(tau: float) -> float:
+    """Fall linearly from 1 to 0."""
+    return 1.0 - tau
+
+
+def one_minus_sqrt(tau: float) -> float:
+    """Fall from 1 to 0, fastest at the beginning.
+
+    Source: Hägele et al., arXiv:2405.18392, section 3.
+    """
+    return 1.0 - math.sqrt(tau)
+
+
+def stable(tau: float) -> float:
+    """Stay at 1."""
+    return 1.0
+
+
+def rise(tau: float) -> float:
+    """Rise linearly from 0 to 1."""
+    return tau
+
+
+SHAPES = {"linear": linear, "one_minus_sqrt": one_minus_sqrt, "cosine": cosine}  # of a decay after a stable lr
 # triangular2 and exp_range have triangular's shape; `RestartSchedule` scales their amplitude.
-POLICIES = ("cosine", "arccosine", "triangular", "triangular2", "exp_range")
+POLICIES = ("cosine", "arccosine", "triangular", "triangular2", "exp_range", "linear", "one_minus_sqrt", "wsd")
+RISING = ("triangular", "triangular2", "exp_range")  # policies that rise themselves after a restart
 
 
-def make_policy(name: str, triangular_step: float) -> Policy:
-    """Return the policy called ``name``.
+def make_shape(name: str, shape: str) -> Policy:
+    """Return the shape of a decay, for the argument ``name``.
+
+    Raises:
+        ValueError: ``shape`` is not in `SHAPES`.
+    """
+    if shape not in SHAPES:
+        raise ValueError(f"{name} must be one of {', '.join(SHAPES)}, got {shape!r}.")
+    return SHAPES[shape]
+
+
+def make_policy(name: str, triangular_step: float, decay_shape: str = "linear") -> Policy:
+    """Return the policy called ``name``; of "wsd", the part that falls.
 
     Raises:
         ValueError: ``name`` is not in `POLICIES`.
     """
+    if name == "wsd":
+        return make_shape("decay_shape", decay_shape)
+    if name in ("linear", "one_minus_sqrt"):
+        return SHAPES[name]
     if name == "cosine":
         return raised_cosine  # `cosine` without its conversion: tau is a float here
     if name == "arccosine":

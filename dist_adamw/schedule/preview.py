@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from pathlib import Path
 
 from dist_adamw.schedule.batch import check_positive_int
+from dist_adamw.schedule.lengths import Length, in_samples
 from dist_adamw.schedule.restarts import RestartSchedule, SchedulePoint
 
-GroupValues = Callable[[SchedulePoint], tuple[float, float]]
+# lr, and the part of the weights that decays in an update; None if decay enters the gradient.
+GroupValues = Callable[[SchedulePoint], tuple[float, float | None]]
 
 _CYCLES = 4  # default number of rows in the table
 _MOST_CYCLES = 20  # most rows if total_samples determines the number
@@ -31,7 +35,8 @@ class TrainingEnd:
         cycle_ends: The nearest ends of cycles before and after, in samples; 0 if there is none before.
         restart_periods: The nearest shorter and longer periods, in epochs, with which training ends at a cycle's end,
             as texts that `CyclicLRWithRestarts` reads exactly ("2.857"). May be empty if ``min_restart_period``
-            limits some cycles.
+            limits some cycles, or cycles are given by their ends.
+        cooldown_done: The fraction of the cool-down that is trained; None: it has not begun, or there is none.
     """
 
     total_samples: int
@@ -42,10 +47,14 @@ class TrainingEnd:
     is_at_cycle_end: bool
     cycle_ends: tuple[int, int]
     restart_periods: tuple[str, ...]
+    cooldown_done: float | None
     _epoch_size: int
 
     def __str__(self) -> str:
         where = f"training ends at sample {self.total_samples:,} (epoch {self.epochs:.6g})"
+        if self.cooldown_done is not None:
+            is_over = self.cooldown_done == 1.0
+            return f"{where}, {'at the end of' if is_over else f'{self.cooldown_done:.1%} into'} its cool-down"
         if self.is_at_cycle_end:
             return f"{where}, at the end of cycle {self.cycle}"
         inside = f"{self.done:.1%} into cycle {self.cycle}" if self.done else "before the warm-up is over"
@@ -61,16 +70,18 @@ def _as_argument(period: str) -> str:
     return repr(period) if "/" in period else period
 
 
-def training_end(schedule: RestartSchedule, total_samples: int) -> TrainingEnd:
+def training_end(schedule: RestartSchedule, total_samples: Length) -> TrainingEnd:
     """Find where training of ``total_samples`` ends, and the periods that would end a cycle there. Local.
 
     Args:
         schedule: ``CyclicLRWithRestarts.schedule``.
-        total_samples: Real global samples of all updates, warm-up included: ``epochs * epoch_size``.
+        total_samples: Real global samples of all updates, warm-up included: ``epochs * epoch_size``, or "15 epochs".
 
     Raises:
-        ValueError: ``total_samples`` is not a whole number above 0.
+        ValueError: ``total_samples`` is not a length above 0.
     """
+    if isinstance(total_samples, str):
+        total_samples = math.ceil(in_samples("total_samples", total_samples, "samples", schedule.sizes))
     total = check_positive_int("total_samples", total_samples)
     warmup = schedule.warmup_samples
     cycle = schedule.at(total - 1).cycle  # of the last sample
@@ -90,6 +101,7 @@ def training_end(schedule: RestartSchedule, total_samples: int) -> TrainingEnd:
         is_at_cycle_end=is_at_end,
         cycle_ends=(begin if cycle.index else 0, end),
         restart_periods=() if is_at_end else _fitting_periods(schedule, total - warmup, cycle.index + 1),
+        cooldown_done=_cooldown_done(schedule, total),
         _epoch_size=schedule.epoch_size,
     )
 
@@ -99,13 +111,22 @@ def _lr_fraction(schedule: RestartSchedule, samples: int) -> float:
     return point.multiplier if point.warmup is None else point.warmup
 
 
+def _cooldown_done(schedule: RestartSchedule, total: int) -> float | None:
+    cooldown = schedule.cooldown
+    if cooldown is None or total <= cooldown.at:
+        return None
+    return min(1.0, (total - cooldown.at) / cooldown.length)
+
+
 def _fitting_periods(schedule: RestartSchedule, samples: int, cycles: int) -> tuple[str, ...]:
     """Return the nearest periods below and above ``schedule``'s with which a cycle ends ``samples`` after the warm-up.
 
     ``samples`` lies in cycle number ``cycles``, counted from 1. With a shorter period that cycle ends there, with a
     longer one the previous cycle does.
     """
-    periods = []
+    periods: list[str] = []
+    if schedule.cycle_ends is not None or not isinstance(schedule.restart_period, int | float | Fraction):
+        return ()  # a period in other units cannot be compared with one in epochs
     for count in (cycles, cycles - 1):
         if samples <= 0 or count < 1:
             continue
@@ -131,7 +152,21 @@ def _ends_at(schedule: RestartSchedule, period: str, count: int, samples: int) -
 
 @dataclass(frozen=True, slots=True)
 class CycleRow:
-    """One line of the table of restarts."""
+    """One line of the table of restarts.
+
+    Weight decay has three readings, all at the peak lr; None if the optimizer adds it to the gradient.
+
+    Attributes:
+        cycle: From 0.
+        first_sample: The clock at which the cycle begins.
+        samples: In the cycle.
+        epochs: The same in epochs.
+        updates: The same in updates.
+        peak_lr: The largest lr in the cycle.
+        decay: The part of the weights that one update takes away.
+        weight_decay: What ``torch.optim.AdamW(weight_decay=...)`` would have to be for that.
+        timescale: The epochs over which AdamW averages its updates with that decay (arXiv:2405.13698).
+    """
 
     cycle: int
     first_sample: int
@@ -139,7 +174,9 @@ class CycleRow:
     epochs: float
     updates: int
     peak_lr: float
-    peak_weight_decay: float
+    decay: float | None
+    weight_decay: float | None
+    timescale: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +185,9 @@ class Preview:
 
     Attributes:
         rows: One per cycle.
-        samples: The samples at which lr and weight_decay were evaluated.
+        samples: The samples at which lr and decay were evaluated.
+        lr: The learning rate there.
+        decay: The part of the weights that decays in an update there; None as in `CycleRow`.
         warmup_samples: Samples before the first cycle.
         end: Where training ends; None unless ``total_samples`` was given.
     """
@@ -156,7 +195,7 @@ class Preview:
     rows: tuple[CycleRow, ...]
     samples: tuple[int, ...]
     lr: tuple[float, ...]
-    weight_decay: tuple[float, ...]
+    decay: tuple[float | None, ...]
     warmup_samples: int
     end: TrainingEnd | None = None
 
@@ -166,62 +205,89 @@ class Preview:
         schedule: RestartSchedule,
         values: GroupValues,
         *,
+        batch_size: int,
         cycles: int | None,
         points: int,
-        total_samples: int | None = None,
+        total_samples: Length | None = None,
     ) -> Preview:
-        """Evaluate ``values`` (lr, weight decay) over the first ``cycles`` cycles, or over ``total_samples``."""
+        """Evaluate ``values`` over the first ``cycles`` cycles, or over ``total_samples``."""
         points = check_positive_int("points", points)
+        if total_samples is None and cycles is None:
+            total_samples = schedule.last_sample
         end = None if total_samples is None else training_end(schedule, total_samples)
         if cycles is None:
             cycles = _CYCLES if end is None else min(end.cycle + 1, _MOST_CYCLES)
         cycles = check_positive_int("cycles", cycles)
+        if schedule.count is not None:
+            cycles = min(cycles, schedule.count)
         warmup = schedule.warmup_samples
-        starts = [warmup + _ceil(schedule.cycle(i).start) for i in range(cycles + 1)]
+        starts = [schedule.first_sample(i) for i in range(cycles + 1)]
         last = starts[-1] if end is None else end.total_samples
         samples = tuple(last * k // points for k in range(points))
         trace = [values(schedule.at(s)) for s in samples]
-        rows = [_row(schedule, values, i, *ends) for i, ends in enumerate(itertools.pairwise(starts))]
-        lr, weight_decay = zip(*trace, strict=True)
-        return cls(tuple(rows), samples, lr, weight_decay, warmup, end)
+        rows = [_row(schedule, values, batch_size, i, *ends) for i, ends in enumerate(itertools.pairwise(starts))]
+        lr, decay = zip(*trace, strict=True)
+        return cls(tuple(rows), samples, lr, decay, warmup, end)
 
     def __str__(self) -> str:
-        titles = ("cycle", "first sample", "samples", "epochs", "updates", "peak lr", "peak decay")
-        head = "{:>5}  {:>14}  {:>14}  {:>9}  {:>9}  {:>10}  {:>12}".format(*titles)
+        titles = ("cycle", "first sample", "samples", "epochs", "updates", "peak lr")
+        head = "{:>5}  {:>14}  {:>14}  {:>9}  {:>9}  {:>10}".format(*titles)
         lines = [
             f"{r.cycle:>5}  {r.first_sample:>14,}  {r.samples:>14,}  {r.epochs:>9.4g}  {r.updates:>9,}  "
-            f"{r.peak_lr:>10.4g}  {r.peak_weight_decay:>12.4g}"
+            f"{r.peak_lr:>10.4g}"
             for r in self.rows
         ]
+        if any(row.decay is not None for row in self.rows):
+            head += "  {:>12}  {:>12}  {:>18}".format("decay/update", "weight_decay", "time scale, epochs")
+            lines = [line + _decays(row) for line, row in zip(lines, self.rows, strict=True)]
         warmup = [f"warm-up over the first {self.warmup_samples:,} samples"] if self.warmup_samples else []
         end = [] if self.end is None else [str(self.end)]
         return "\n".join([*warmup, head, *lines, *end])
 
     def plot(self, path: str | Path) -> Path:
-        """Draw lr and weight decay over samples as a PNG, with restarts marked."""
+        """Draw lr, and the decay of one update, over samples as a PNG, with restarts marked."""
         from dist_adamw.schedule.plot import plot_curves
 
         restarts = [row.first_sample for row in self.rows[1:]]
-        curves = {"lr": self.lr, "weight decay": self.weight_decay}
+        curves = {"lr": self.lr}
+        decay = tuple(value for value in self.decay if value is not None)
+        if decay:
+            curves["decay of one update"] = decay
         return plot_curves(path, self.samples, curves, restarts)
 
 
-def _row(schedule: RestartSchedule, values: GroupValues, cycle: int, first: int, after: int) -> CycleRow:
+def _row(
+    schedule: RestartSchedule, values: GroupValues, batch_size: int, cycle: int, first: int, after: int
+) -> CycleRow:
     """Return the row of the cycle that begins at ``first`` and ends before ``after``."""
     length = after - first
     inside = {first + length * k // 64 for k in range(64)}
     # Where triangular policies peak.
     inside.add(min(first + int(length * schedule.triangular_step), after - 1))
-    found = [values(schedule.at(sample)) for sample in inside]
+    if schedule.rewarmup is not None:
+        inside |= {first + length * k // 1024 for k in range(1024)}  # the peak follows the rise
+    peak_lr, decay = max((values(schedule.at(sample)) for sample in inside), key=lambda found: found[0])
+    weight_decay = timescale = None
+    if decay is not None:
+        weight_decay = decay / peak_lr if peak_lr else 0.0
+        timescale = batch_size / decay / schedule.epoch_size if decay else math.inf
     return CycleRow(
         cycle=cycle,
         first_sample=first,
         samples=length,
         epochs=float(schedule.cycle(cycle).length / schedule.epoch_size),
-        updates=-(-length // schedule.batch_size),
-        peak_lr=max(lr for lr, _ in found),
-        peak_weight_decay=max(decay for _, decay in found),
+        updates=-(-length // batch_size),
+        peak_lr=peak_lr,
+        decay=decay,
+        weight_decay=weight_decay,
+        timescale=timescale,
     )
+
+
+def _decays(row: CycleRow) -> str:
+    if row.decay is None:
+        return ""
+    return f"  {row.decay:>12.4g}  {row.weight_decay:>12.4g}  {row.timescale:>18.4g}"
 
 
 def _ceil(value: object) -> int:

@@ -15,18 +15,33 @@ from torch.optim import Optimizer
 from dist_adamw.plain_data import plain
 from dist_adamw.schedule.base_values import BaseValues, GroupCheck, ScheduledGroup
 from dist_adamw.schedule.batch import GlobalBatch, check_positive_int, check_whole, samples_of_batch
+from dist_adamw.schedule.cooldown import Cooldown
+from dist_adamw.schedule.cycles import Cycle
+from dist_adamw.schedule.lengths import check_length
 from dist_adamw.schedule.restarts import RestartSchedule, SchedulePoint
+from dist_adamw.schedule.saved import LATER_OPTIONS
 from dist_adamw.schedule.weight_decay import (
     DecayConvention,
+    DecayReading,
     check_decoupled,
     decay_by_lr,
-    decay_by_schedule,
     decay_convention,
+    decay_factors,
 )
 
 _NOT_KNOWN = (
     "{} is not known, so the schedule cannot be computed. Pass it to CyclicLRWithRestarts, or let "
     "dist_adamw.prepare(accelerator, model, optimizer, dataloader, scheduler) fill it in."
+)
+_LENGTHS = (
+    "restart_period",
+    "min_restart_period",
+    "warmup_samples",
+    "decay_length",
+    "rewarmup",
+    "cycle_ends",
+    "total_samples",
+    "weight_decay_timescale",
 )
 
 
@@ -43,6 +58,8 @@ class Recipe:
         normalize: Whether to normalise weight decay; "auto": if the optimizer decouples it.
         lr_scaling: How lr scales with the global batch.
         stream: Whether updates run across the ends of epochs.
+        decay_norm: What weight decays are: "paper", AdamWR's normalised ones, or "first_cycle", torch's in that cycle.
+        cooldown: A fall of the lr that ends the run; not part of the configuration.
     """
 
     options: Mapping[str, Any]
@@ -52,6 +69,8 @@ class Recipe:
     normalize: bool | Literal["auto"]
     lr_scaling: Literal["sqrt", "linear"] | None
     stream: bool
+    decay_norm: Literal["paper", "first_cycle"] = "paper"
+    cooldown: Cooldown | None = None
     _schedule: RestartSchedule | None = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -61,14 +80,44 @@ class Recipe:
             raise ValueError(f"lr_scaling must be 'sqrt', 'linear' or None, got {self.lr_scaling!r}.")
         if not isinstance(self.stream, bool):
             raise ValueError(f"stream must be True or False, got {self.stream!r}.")
-        # Built with placeholder sizes if need be, so that bad options fail now and not only in prepare.
-        schedule = RestartSchedule(
-            epoch_size=1 << 40 if self.epoch_size is None else self.epoch_size,
-            batch_size=1 if self.reference_batch_size is None else self.reference_batch_size,
-            **self.options,
-        )
-        is_known = self.epoch_size is not None and self.reference_batch_size is not None
-        object.__setattr__(self, "_schedule", schedule if is_known else None)
+        if self.decay_norm not in ("paper", "first_cycle"):
+            raise ValueError(f"weight_decay_norm must be 'paper' or 'first_cycle', got {self.decay_norm!r}.")
+        chosen = [name for name, is_set in self._chosen_readings() if is_set]
+        if len(chosen) > 1:
+            raise ValueError(f"pass {' or '.join(chosen)}, not both.")
+        if chosen and self.normalize is False:
+            raise ValueError(
+                f"{chosen[0]} normalises weight decay, and normalize_weight_decay is False: leave one out."
+            )
+        object.__setattr__(self, "_schedule", self._make_schedule())
+
+    def _chosen_readings(self) -> list[tuple[str, bool]]:
+        return [
+            ("weight_decay_norm", self.decay_norm != "paper"),
+            ("weight_decay_timescale", self.options.get("weight_decay_timescale") is not None),
+        ]
+
+    def _make_schedule(self) -> RestartSchedule | None:
+        """Return the schedule, or None if a size is not known yet; bad options raise in any case."""
+        if self.epoch_size is not None and self.reference_batch_size is not None:
+            schedule = RestartSchedule(
+                epoch_size=self.epoch_size,
+                batch_size=self.reference_batch_size,
+                cooldown=self.cooldown,
+                **self.options,
+            )
+            if self.batch_size is not None:
+                schedule.check_timescale(self.batch_size)
+            return schedule
+        # With placeholder sizes lengths may contradict each other, so each is only checked alone.
+        lengths = {name: self.options[name] for name in _LENGTHS if self.options.get(name) is not None}
+        for name, length in lengths.items():
+            check_length(name, length)
+        numbers = {name: length for name, length in lengths.items() if isinstance(length, int | float)}
+        checked: dict[str, Any] = {name: value for name, value in self.options.items() if name not in _LENGTHS}
+        checked |= {name: numbers[name] for name in ("restart_period", "min_restart_period") if name in numbers}
+        RestartSchedule(epoch_size=1 << 40, batch_size=1, **checked)
+        return None
 
     @classmethod
     def from_arguments(
@@ -79,6 +128,7 @@ class Recipe:
         normalize_weight_decay: bool | Literal["auto"],
         lr_scaling: Literal["sqrt", "linear"] | None,
         stream: bool,
+        weight_decay_norm: Literal["paper", "first_cycle"] = "paper",
         **options: Any,
     ) -> Recipe:
         """Return the recipe for the arguments of `CyclicLRWithRestarts`.
@@ -90,7 +140,8 @@ class Recipe:
             epoch_size = check_positive_int("epoch_size", epoch_size)
         batch = None if batch_size is None else samples_of_batch(batch_size)
         # Assigned in place, which keeps the order of options in the configuration and in repr.
-        options["warmup_samples"] = check_whole("warmup_samples", options["warmup_samples"])
+        if not isinstance(options["warmup_samples"], str):
+            options["warmup_samples"] = check_whole("warmup_samples", options["warmup_samples"])
         return cls(
             options=options,
             epoch_size=epoch_size,
@@ -99,6 +150,7 @@ class Recipe:
             normalize=normalize_weight_decay,
             lr_scaling=lr_scaling,
             stream=stream,
+            decay_norm=weight_decay_norm,
         )
 
     @property
@@ -142,11 +194,38 @@ class Recipe:
         convention = self.decay_convention(optimizer, group)
         if convention == "l2":
             return None
-        assert self.batch_size is not None
-        norm = self.schedule.weight_decay_norm(point, self.batch_size)
+        norm, reading = self.decay_norm_in(point.cycle), self.decay_reading
         if convention == "schedule":
-            return decay_by_schedule(base, norm=norm, lr=self.schedule.lr(point, base.lr, base.min_lr))
-        return decay_by_lr(base, norm=norm, batch_scale=self.batch_scale)
+            a, b = decay_factors(base, reading, norm=norm)
+            return a * self.schedule.lr(point, base.lr, base.min_lr) / b
+        return decay_by_lr(base, reading, norm=norm, batch_scale=self.batch_scale)
+
+    @property
+    def decay_reading(self) -> DecayReading:
+        """What the groups' weight decays are."""
+        return "timescale" if self.options.get("weight_decay_timescale") is not None else self.decay_norm
+
+    def decay_norm_in(self, cycle: Cycle) -> float:
+        """Return the norm for `decay_factors` in a cycle."""
+        assert self.batch_size is not None
+        return self.schedule._norm_in(cycle, self.batch_size, since_first=self.decay_norm == "first_cycle")
+
+    def check_bases(self, bases: Iterable[BaseValues]) -> None:
+        """Raise ValueError if groups have different weight decays above 0, or none, beside a time scale."""
+        if self.decay_reading != "timescale":
+            return
+        found = {base.weight_decay for base in bases}
+        decays = sorted(found - {0.0})
+        if found and not decays:
+            raise ValueError(
+                "weight_decay_timescale replaces weight decays above 0, but every group's is 0. Pass any weight_decay "
+                "above 0 to the optimizer."
+            )
+        if len(decays) > 1:
+            raise ValueError(
+                f"weight_decay_timescale replaces weight decays above 0, but groups have {decays}. Give them the same "
+                "weight_decay, or 0 to groups without decay."
+            )
 
     def group_values(
         self, point: SchedulePoint, groups: Iterable[ScheduledGroup], optimizer: Optimizer
@@ -160,7 +239,8 @@ class Recipe:
     @property
     def group_check(self) -> GroupCheck | None:
         """The check that new parameter groups must pass."""
-        return check_decoupled if self.normalize is True else None
+        needs_decoupled = self.normalize is True or self.decay_reading != "paper"
+        return check_decoupled if needs_decoupled else None
 
     def decay_convention(self, optimizer: Optimizer, group: Mapping[str, Any]) -> DecayConvention:
         """Return the convention for the weight decay of ``group``; "l2" leaves it unchanged."""
@@ -180,12 +260,18 @@ class Recipe:
 
     def configuration(self) -> dict[str, Any]:
         """Return everything except the global batch as plain data, for `with_configuration`."""
-        return {
+        configuration = {
             **{name: plain(value) for name, value in self.options.items()},
             "epoch_size": self.epoch_size,
             "normalize_weight_decay": self.normalize,
             "lr_scaling": self.lr_scaling,
             "stream": self.stream,
+            "weight_decay_norm": self.decay_norm,
+        }
+        return {
+            name: value
+            for name, value in configuration.items()
+            if name not in LATER_OPTIONS or value != LATER_OPTIONS[name]
         }
 
     def with_configuration(self, saved: Mapping[str, Any], differing: list[str]) -> Recipe:
@@ -202,4 +288,5 @@ class Recipe:
             normalize=saved["normalize_weight_decay"],
             lr_scaling=saved["lr_scaling"],
             stream=saved["stream"],
+            decay_norm=saved["weight_decay_norm"],
         )

@@ -7,24 +7,21 @@ T_i the length of cycle i in epochs; S_i its first sample; tau the position in i
 from __future__ import annotations
 
 import math
-import re
-from bisect import bisect_right
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from fractions import Fraction
-from typing import Any, NamedTuple
+from typing import Any
 
 from dist_adamw.schedule.batch import check_whole, shown
+from dist_adamw.schedule.cooldown import Cooldown
+from dist_adamw.schedule.cycles import Cycle, Cycles, Fit, by_ends, fitted, geometric
 from dist_adamw.schedule.exact_math import power
-from dist_adamw.schedule.policies import Policy, make_policy
+from dist_adamw.schedule.lengths import Length, Sizes, in_samples
+from dist_adamw.schedule.policies import RISING, Policy, make_policy, make_shape
+from dist_adamw.schedule.segments import Phases, Segment
 
 RestartCallback = Callable[[float, float], tuple[float, float]]
 IterationCallback = Callable[[float, float, float], tuple[float, float]]
-Period = int | float | str | Fraction
-
-_SHORTEST = Fraction(1, 1_000_000)  # samples in a cycle
-_BELOW_ONE = math.nextafter(1.0, 0.0)
-_AHEAD = 32  # updates for which the policy is computed at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,21 +54,12 @@ class ExpReduceMaxLROnIteration:
 
 
 @dataclass(frozen=True, slots=True)
-class Cycle:
-    """One cycle of the schedule; ``start`` and ``length`` are exact, in samples after warm-up."""
-
-    index: int
-    start: Fraction
-    length: Fraction
-
-
-@dataclass(frozen=True, slots=True)
 class SchedulePoint:
     """The schedule at one sample count.
 
     Attributes:
         cycle: The cycle and its exact boundaries.
-        tau: Position in the cycle, in [0, 1).
+        tau: Position in the cycle, in [0, 1); 1 after the last cycle.
         multiplier: The lr, from 0 (min_lr) to 1 (base lr).
         warmup: Fraction of the warm-up done, in [0, 1); None once it is over.
     """
@@ -82,75 +70,7 @@ class SchedulePoint:
     warmup: float | None
 
 
-class _Ahead:
-    """Values of the policy in one cycle, at the samples of updates that are likely to come."""
-
-    __slots__ = ("etas", "last", "step")
-
-    def __init__(self) -> None:
-        self.etas: dict[int, float] = {}
-        self.last = self.step = 0  # the last sample without a value here, and its distance from the one before
-
-
-class _Place(NamedTuple):
-    """A cycle, and the integers by which to find a sample in it: tau = (u * scale - offset) / divisor."""
-
-    cycle: Cycle
-    first: int  # the first whole sample in it
-    end: int  # and the first one after it
-    scale: int
-    offset: int
-    divisor: int
-    is_scaled: bool  # whether the multiplier is anything else than eta
-    ahead: _Ahead
-
-    @classmethod
-    def of(cls, cycle: Cycle, *, is_scaled: bool) -> _Place:
-        start, length = cycle.start, cycle.length
-        scale, divisor = start.denominator * length.denominator, start.denominator * length.numerator
-        offset = start.numerator * length.denominator
-        shared = math.gcd(scale, offset, divisor)
-        end = math.ceil(start + length)
-        numbers = (scale // shared, offset // shared, divisor // shared)
-        return cls(cycle, math.ceil(start), end, *numbers, is_scaled, _Ahead())
-
-    def tau(self, u: int) -> float:
-        # Division of integers is correctly rounded. That may give 1.0, which no cycle contains.
-        return min((u * self.scale - self.offset) / self.divisor, _BELOW_ONE)
-
-
-@dataclass(frozen=True, slots=True)
-class _Run:
-    """Consecutive cycles whose lengths are a geometric sequence (constant when ratio is 1)."""
-
-    index: int
-    start: Fraction
-    length: Fraction
-    ratio: Fraction
-
-    def cycle(self, index: int) -> Cycle:
-        return Cycle(index, self.start_of(index), self.length * self.ratio ** (index - self.index))
-
-    def start_of(self, index: int) -> Fraction:
-        n = index - self.index
-        total = Fraction(n) if self.ratio == 1 else (self.ratio**n - 1) / (self.ratio - 1)
-        return self.start + self.length * total
-
-    def find(self, u: int) -> int:
-        """Return the index of the last cycle with start <= u; u is at or after the run's start."""
-        if self.ratio == 1:
-            return self.index + (u - self.start) // self.length
-        # Logarithms are inexact and only give a first guess; exact comparisons correct it.
-        guess = _log_of_one_plus((u - self.start) * (self.ratio - 1) / self.length) / _log_of_one_plus(self.ratio - 1)
-        found = self.index + max(0, int(guess))
-        while self.start_of(found) > u:
-            found -= 1
-        while self.start_of(found + 1) <= u:
-            found += 1
-        return found
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class RestartSchedule:
     """Cyclic learning rates with warm restarts, in samples.
 
@@ -162,7 +82,8 @@ class RestartSchedule:
     Args:
         epoch_size: E, samples in an epoch.
         batch_size: b_ref, the global batch that counts as one iteration.
-        restart_period: T_0, epochs in the first cycle; may be a fraction.
+        restart_period: T_0, epochs in the first cycle; may be a fraction. This and other lengths may have a unit: "2.5
+            epochs", "10_000 samples", "500 updates" of b_ref, "1e9 tokens".
         t_mult: Factor from the length of one cycle to the next.
         policy: One of ``policies.POLICIES``; ignored when ``policy_fn`` is given.
         policy_fn: Your own function of tau.
@@ -170,171 +91,217 @@ class RestartSchedule:
         triangular_step: Position of the triangular policies' peak, in [0, 1].
         min_restart_period: T_min, the shortest cycle in epochs. Default: one epoch
             (T_0 if that is shorter) when t_mult < 1, none otherwise.
-        warmup_samples: W; lr rises linearly from warmup_start_lr to the base lr, once.
+        warmup_samples: W; lr rises linearly from warmup_start_lr to the base lr, once. Rounded up to whole samples.
         warmup_start_lr: lr at sample 0 when W > 0.
         eta_on_restart_cb: (eta_min, eta_max) -> (eta_min, eta_max), applied at each restart to
             the result of the one before, starting from (0, 1). Must be pure: results are recomputed on resume.
         eta_on_iteration_cb: (eta_min, eta_max, iterations) -> (eta_min, eta_max), applied
             once to that result; iterations = u / b_ref.
         weight_decay_exponent: p_wd; 1/2 is AdamWR's.
+        decay_length: For policy "wsd", the part at the end of a cycle in which lr falls, in samples; "10%" is a share
+            of the cycle, and the default.
+        decay_shape: For policy "wsd", the shape of that fall: "linear", "one_minus_sqrt" or "cosine".
+        rewarmup: Samples, or a share of the cycle, over which lr rises from its minimum after each restart.
+        peak_factor: The peak of cycle i is multiplied by peak_factor ** i; a list has a factor of each cycle, and its
+            last one serves for further cycles.
+        cycle_ends: Training so far at the end of each cycle, in samples with the warm-up, in place of restart_period
+            and t_mult. After the last end the lr stays where that cycle ends.
+        total_samples: Samples of the whole training with the warm-up: the last cycle ends there, and the lr stays.
+        fit: How: "last" cuts or extends the last cycle, "scale" scales all cycles.
+        weight_decay_timescale: Samples over which AdamW's weights average their updates at the peak lr, in place of
+            weight decays above 0; "1 cycle" and "2 epochs" work.
+        tokens_per_sample: For lengths in tokens.
+        cooldown: A fall of the lr that ends the schedule.
+
+    Attributes:
+        last_sample: The clock at which the last cycle or the cool-down ends; None: endless.
 
     Raises:
         ValueError: an argument is out of its range.
 
-    Source: SGDR arXiv:1608.03983; AdamWR arXiv:1711.05101, appendix B; CLR arXiv:1506.01186.
+    Source: SGDR arXiv:1608.03983; AdamWR arXiv:1711.05101, appendix B; CLR arXiv:1506.01186; WSD-S arXiv:2410.05192;
+    time scale of weight decay arXiv:2405.13698 and arXiv:2505.13738.
     """
 
     epoch_size: int
     batch_size: int
-    restart_period: Period = 100
-    t_mult: Period = 2
+    restart_period: Length = 100
+    t_mult: Length = 2
     policy: str = "cosine"
     policy_fn: Policy | None = None
     gamma: float = 1.0
     triangular_step: float = 0.5
-    min_restart_period: Period | None = None
+    min_restart_period: Length | None = None
     warmup_samples: int = 0
     warmup_start_lr: float = 0.0
     eta_on_restart_cb: RestartCallback | None = None
     eta_on_iteration_cb: IterationCallback | None = None
     weight_decay_exponent: float = 0.5
-    _eta: Policy = field(init=False, repr=False, compare=False)
-    _runs: tuple[_Run, ...] = field(init=False, repr=False, compare=False)
-    # Caches, not state: the restart callback's last result as (cycle, eta_min, eta_max), and the cycle last looked up
-    # (its `_Place`; in pickles of earlier versions a `Cycle`).
+    decay_length: Length | None = None
+    decay_shape: str = "linear"
+    rewarmup: Length | None = None
+    peak_factor: float | Sequence[float] = 1.0
+    cycle_ends: Sequence[Length] | None = None
+    total_samples: Length | None = None
+    fit: Fit = "last"
+    weight_decay_timescale: Length | None = None
+    tokens_per_sample: int | None = None
+    cooldown: Cooldown | None = None
+    _cycles: Cycles = field(init=False, repr=False, compare=False)
+    _phases: Phases = field(init=False, repr=False, compare=False)
+    _end: Fraction | None = field(init=False, repr=False, compare=False)  # of the last cycle
+    last_sample: int | None = field(init=False, repr=False, compare=False)
+    _is_scaled: bool = field(init=False, repr=False, compare=False)  # whether the multiplier is anything else than eta
+    # Caches, not state: the restart callback's last result as (cycle, eta_min, eta_max), and the last segment.
     _folded: list[tuple[int, float, float]] = field(init=False, repr=False, compare=False)
-    _recent: list[_Place] = field(init=False, repr=False, compare=False)
+    _recent: list[Segment] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        for name, least in (("epoch_size", 1), ("batch_size", 1), ("warmup_samples", 0)):
-            object.__setattr__(self, name, check_whole(name, getattr(self, name), least))
+        for name in ("epoch_size", "batch_size"):
+            object.__setattr__(self, name, check_whole(name, getattr(self, name), 1))
+        if self.tokens_per_sample is not None:
+            object.__setattr__(self, "tokens_per_sample", check_whole("tokens_per_sample", self.tokens_per_sample, 1))
+        sizes = Sizes(self.epoch_size, self.batch_size, self.tokens_per_sample)
+        warmup: Any = self.warmup_samples
+        if isinstance(warmup, str):
+            warmup = math.ceil(in_samples("warmup_samples", warmup, "samples", sizes))
+        object.__setattr__(self, "warmup_samples", check_whole("warmup_samples", warmup))
         for name in ("warmup_start_lr", "triangular_step", "weight_decay_exponent", "gamma"):
             # A numpy float32 would turn everything computed with it into float32.
             object.__setattr__(self, name, _check_number(name, getattr(self, name)))
-        if not 0.0 <= self.warmup_start_lr < math.inf:
-            raise ValueError(f"warmup_start_lr must be a finite number >= 0, got {self.warmup_start_lr!r}.")
-        if not 0.0 <= self.triangular_step <= 1.0:
-            raise ValueError(f"triangular_step must lie in [0, 1], got {self.triangular_step!r}.")
-        if not 0.0 <= self.weight_decay_exponent <= 10.0:
-            raise ValueError(f"weight_decay_exponent must lie in [0, 10], got {self.weight_decay_exponent!r}.")
-        _check_gamma(self.gamma)
-        if self.policy_fn is not None and not callable(self.policy_fn):
-            raise ValueError(f"policy_fn must be a function of tau, got {self.policy_fn!r}.")
-        object.__setattr__(self, "_eta", self.policy_fn or make_policy(self.policy, self.triangular_step))
-        object.__setattr__(self, "_runs", self._make_runs())
+        object.__setattr__(self, "peak_factor", _check_factors(self.peak_factor))
+        object.__setattr__(self, "rewarmup", self.rewarmup or None)
+        _check_choices(self)
+        curve = self.policy_fn or make_policy(self.policy, self.triangular_step, self.decay_shape)
+        decay = self.decay_length
+        if self._is("wsd") and decay is None:
+            decay = "10%"
+        has_callbacks = self.eta_on_restart_cb is not None or self.eta_on_iteration_cb is not None
+        is_scaled = has_callbacks or self._is("triangular2", "exp_range") or self.peak_factor != 1.0
+        object.__setattr__(self, "_is_scaled", is_scaled)
+        object.__setattr__(self, "_cycles", self._make_cycles(sizes))
+        object.__setattr__(self, "_end", self._cycles.end)
+        last = None if self.count is None else self.first_sample(self.count)
+        object.__setattr__(self, "last_sample", last if self.cooldown is None else self.cooldown.end)
+        object.__setattr__(self, "_phases", Phases(self.rewarmup, decay, curve, sizes))
         object.__setattr__(self, "_folded", [(0, 0.0, 1.0)])
-        object.__setattr__(self, "_recent", [self._place_of(self.cycle(0))])
+        shortest = self._cycles.shortest
+        self._phases.edges(shortest)
+        self._phases.edges(Cycle(max(shortest.index, 1), shortest.start, shortest.length))  # cycle 0 has no rise
+        self.check_timescale(self.batch_size)
+        object.__setattr__(self, "_recent", [self._phases.find(self.cycle(0), 0)])
 
-    def _make_runs(self) -> tuple[_Run, ...]:
-        first = exact("restart_period", self.restart_period) * self.epoch_size
-        ratio = exact("t_mult", self.t_mult)
-        if self.min_restart_period is not None:
-            floor = exact("min_restart_period", self.min_restart_period) * self.epoch_size
-        else:
-            floor = min(first, Fraction(self.epoch_size)) if ratio < 1 else Fraction(0)
-        shortest = max(floor, first) if ratio >= 1 else floor
-        if shortest < _SHORTEST:
-            raise ValueError(
-                f"restart_period={shown(self.restart_period)} and min_restart_period={shown(self.min_restart_period)} "
-                f"make cycles of less than a millionth of a sample, in epochs of {self.epoch_size:,}. Raise them."
-            )
-        self._check_countable(first, ratio, floor)
-        if ratio == 1 or (ratio < 1 and first <= floor):
-            return (_Run(0, Fraction(0), max(first, floor), Fraction(1)),)
-        # The number of cycles before the floor applies (shrinking) or no longer applies (growing).
-        turn = _first_power(first, ratio, floor)
-        all_alike = Fraction(1)
-        if ratio < 1:
-            before = _Run(0, Fraction(0), first, ratio)
-            after = _Run(turn, before.start_of(turn), floor, all_alike)
-        else:
-            before = _Run(0, Fraction(0), floor, all_alike)
-            after = _Run(turn, before.start_of(turn), first * ratio**turn, ratio)
-        return (before, after) if turn else (after,)
+    def _is(self, *policies: str) -> bool:
+        return self.policy_fn is None and self.policy in policies
 
-    def _check_countable(self, first: Fraction, ratio: Fraction, floor: Fraction) -> None:
-        """Raise if the lookup of a sample would take long: it computes exact powers of ``t_mult``."""
-        if ratio == 1 or (ratio < 1 and first <= floor):
+    def _make_cycles(self, sizes: Sizes) -> Cycles:
+        if self.cycle_ends is not None:
+            return by_ends(self.cycle_ends, self.warmup_samples, sizes)
+        cycles = geometric(self.restart_period, self.t_mult, self.min_restart_period, sizes)
+        if self.total_samples is None:
+            return cycles
+        return fitted(cycles, self.total_samples, self.fit, self.warmup_samples, sizes)
+
+    def check_timescale(self, batch_size: int) -> None:
+        """Raise ValueError if ``weight_decay_timescale`` is shorter than an update of ``batch_size`` samples."""
+        if self.weight_decay_timescale is None:
             return
-        growth = _log_of_one_plus(ratio - 1)
-        turns = (
-            {f"before the floor of {shown(self.min_restart_period)} epochs": abs(_log(floor / first) / growth)}
-            if floor
-            else {}
-        )
-        if ratio > 1:
-            length = max(first, floor)
-            turns["in a thousand epochs"] = _log_of_one_plus(1000 * self.epoch_size * (ratio - 1) / length) / growth
-        for when, count in turns.items():
-            largest = _LARGEST_POWER if when.startswith("before") else _LARGEST_POWER >> 3
-            if count * ratio.denominator.bit_length() > largest:
-                raise ValueError(
-                    f"t_mult={shown(self.t_mult)} is so close to 1 that {count:,.0f} cycles pass {when}, which cannot "
-                    "be counted exactly. Round it, or pass 1."
-                )
+        timescale = self._timescale(self._cycles.shortest)
+        if timescale < batch_size:
+            raise ValueError(
+                f"weight_decay_timescale={shown(self.weight_decay_timescale)} is {float(timescale):,.6g} samples, less "
+                f"than an update of {batch_size:,}: weights would change their sign. Make it longer."
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {one.name: getattr(self, one.name) for one in fields(self) if one.init}
+
+    def __setstate__(self, state: Mapping[str, Any] | Sequence[Any]) -> None:
+        if not isinstance(state, Mapping):  # from an earlier version: the values of the first fields, and caches
+            names = [one.name for one in fields(self)]
+            state = dict(zip(names[: names.index("decay_length")], state, strict=False))
+        for one in fields(self):
+            if one.init:
+                object.__setattr__(self, one.name, state.get(one.name, one.default))
+        self.__post_init__()
+
+    @property
+    def sizes(self) -> Sizes:
+        """What the units of lengths are worth."""
+        return self._phases.sizes
+
+    @property
+    def count(self) -> int | None:
+        """The number of cycles; None: endless."""
+        return self._cycles.count
 
     def cycle(self, index: int) -> Cycle:
-        """Return cycle number ``index``, counted from 0."""
-        run = self._runs[-1] if index >= self._runs[-1].index else self._runs[0]
-        return run.cycle(index)
+        """Return cycle number ``index``, counted from 0.
+
+        Raises:
+            ValueError: there are fewer cycles.
+        """
+        return self._cycles.cycle(index)
+
+    def first_sample(self, index: int) -> int:
+        """Return the clock at which cycle number ``index`` begins; for ``count``, at which the last one ends."""
+        return self.warmup_samples + math.ceil(self._cycles.start_of(index))
 
     def at(self, samples: int) -> SchedulePoint:
         """Return the point of the schedule after ``samples``, the real global samples before an update."""
         cycle, multiplier, warmup = self._look_up(samples)
-        return SchedulePoint(cycle, self._recent[0].tau(max(0, samples - self.warmup_samples)), multiplier, warmup)
+        if self.cooldown is not None:
+            samples = min(samples, self.cooldown.at)
+        u = max(0, samples - self.warmup_samples)
+        is_over = self._end is not None and u >= self._end
+        return SchedulePoint(cycle, 1.0 if is_over else self._recent[0].tau(u), multiplier, warmup)
 
     def _look_up(self, samples: int) -> tuple[Cycle, float, float | None]:
         """Return the cycle, the multiplier and the warm-up at ``samples``."""
+        if self.cooldown is not None and samples >= self.cooldown.at:
+            cycle, multiplier, warmup = self._look_up_cycle(self.cooldown.at)
+            return cycle, multiplier * self.cooldown.factor(samples), warmup
+        return self._look_up_cycle(samples)
+
+    def _look_up_cycle(self, samples: int) -> tuple[Cycle, float, float | None]:
         u = max(0, samples - self.warmup_samples)
-        place = self._recent[0]
-        # Consecutive lookups nearly always hit the same cycle, and the search computes large powers.
-        if type(place) is not _Place or not place.first <= u < place.end:
-            place = self._recent[0] = self._find(u)
-        eta = place.ahead.etas.get(u)
-        if eta is None:
-            eta = self._eta_at(u, place)
-        multiplier = self._multiplier(place.cycle.index, eta, u) if place.is_scaled else 0.0 + 1.0 * eta
-        return place.cycle, multiplier, samples / self.warmup_samples if samples < self.warmup_samples else None
+        if self._end is not None and u >= self._end:
+            return self._after_the_end()
+        segment = self._recent[0]
+        # Consecutive lookups nearly always hit the same segment, and the search computes large powers.
+        if not segment.first <= u < segment.end:
+            segment = self._recent[0] = self._phases.find(self._cycles.find(u), u)
+        eta = segment.ahead.etas.get(u)
+        if eta is None:  # a user's function is called only when it is needed
+            eta = segment.value(u, _checked, may_compute_ahead=self.policy_fn is None)
+        multiplier = self._multiplier(segment.cycle.index, eta, u) if self._is_scaled else 0.0 + 1.0 * eta
+        return segment.cycle, multiplier, samples / self.warmup_samples if samples < self.warmup_samples else None
 
-    def _eta_at(self, u: int, place: _Place) -> float:
-        """Return the policy's value; compute those of the next updates too, if updates have the same size.
-
-        One after the other they take a third of the time that each takes between two updates, with cold caches.
-        """
-        eta = self._checked_eta(place.tau(u))
-        ahead, step = place.ahead, u - place.ahead.last
-        if step == ahead.step > 0 and self.policy_fn is None:  # a user's function is called only when it is needed
-            coming = range(u + step, min(u + _AHEAD * step + 1, place.end), step)
-            ahead.etas = {at: self._checked_eta(place.tau(at)) for at in coming}
-            u = coming[-1] if coming else u
-        ahead.last, ahead.step = u, step
-        return eta
-
-    def _checked_eta(self, tau: float) -> float:
-        eta = self._eta(tau)
-        if not -math.inf < eta < math.inf:
-            raise ValueError(f"the policy returned {eta!r} at tau={tau!r}; it must return a finite number.")
-        return eta
-
-    def _find(self, u: int) -> _Place:
-        run = self._runs[-1] if u >= self._runs[-1].start else self._runs[0]
-        return self._place_of(run.cycle(run.find(u)))
-
-    def _place_of(self, cycle: Cycle) -> _Place:
-        has_callbacks = self.eta_on_restart_cb is not None or self.eta_on_iteration_cb is not None
-        is_scaled = self.policy_fn is None and self.policy in ("triangular2", "exp_range")
-        return _Place.of(cycle, is_scaled=has_callbacks or is_scaled)
+    def _after_the_end(self) -> tuple[Cycle, float, float | None]:
+        assert self.count is not None
+        assert self._end is not None
+        cycle = self.cycle(self.count - 1)
+        eta = _checked(self._phases.curve, 1.0)
+        multiplier = self._multiplier(cycle.index, eta, math.ceil(self._end)) if self._is_scaled else 0.0 + 1.0 * eta
+        return cycle, multiplier, None
 
     def _multiplier(self, cycle: int, eta: float, u: int) -> float:
         eta_min, eta_max = self._fold(cycle)
         iterations = u / self.batch_size
         if self.eta_on_iteration_cb is not None:
             eta_min, eta_max = self.eta_on_iteration_cb(eta_min, eta_max, iterations)
-        if self.policy_fn is None and self.policy == "triangular2":
+        if self._is("triangular2"):
             eta_max *= math.ldexp(1.0, -min(cycle, 2000))  # 2000: past the smallest float
-        elif self.policy_fn is None and self.policy == "exp_range":
+        elif self._is("exp_range"):
             eta_max *= power(self.gamma, iterations)
+        eta_max *= self._peak(cycle)
         return eta_min + (eta_max - eta_min) * eta
+
+    def _peak(self, cycle: int) -> float:
+        factor = self.peak_factor
+        if isinstance(factor, Sequence):
+            return factor[min(cycle, len(factor) - 1)]
+        return power(factor, float(cycle)) if factor else float(cycle == 0)
 
     def _fold(self, cycle: int) -> tuple[float, float]:
         if self.eta_on_restart_cb is None:
@@ -356,40 +323,67 @@ class RestartSchedule:
         return min_lr + (base_lr - min_lr) * point.multiplier
 
     def weight_decay_norm(self, point: SchedulePoint, batch_size: int) -> float:
-        """Return (b / (E T_i)) ** p_wd, the factor from lambda_norm to lambda_i.
+        """Return (b / (E T_i)) ** p_wd, the factor from lambda_norm to lambda_i; with a time scale tau, b / tau.
 
         Source: AdamWR, arXiv:1711.05101, appendix on normalised weight decay.
         """
         return self._norm_in(point.cycle, batch_size)
 
-    def _norm_in(self, cycle: Cycle, batch_size: int) -> float:
-        """Return `weight_decay_norm`, which is the same in the whole cycle."""
-        return power(_ratio(Fraction(batch_size), cycle.length), float(self.weight_decay_exponent))
+    def _norm_in(self, cycle: Cycle, batch_size: int, *, since_first: bool = False) -> float:
+        """Return `weight_decay_norm`, which is the same in the whole cycle.
+
+        Args:
+            cycle: The cycle.
+            batch_size: b.
+            since_first: Divide by its value in the first cycle with the batch of the beginning.
+        """
+        if self.weight_decay_timescale is not None:
+            return _ratio(Fraction(batch_size), self._timescale(cycle))
+        length = cycle.length * self.batch_size / self.cycle(0).length if since_first else cycle.length
+        return power(_ratio(Fraction(batch_size), length), float(self.weight_decay_exponent))
+
+    def _timescale(self, cycle: Cycle) -> Fraction:
+        """Return the time scale in samples."""
+        assert self.weight_decay_timescale is not None
+        sizes, name = self.sizes, "weight_decay_timescale"
+        return in_samples(name, self.weight_decay_timescale, "samples", sizes, cycle.length)
 
 
-def exact(name: str, value: Period) -> Fraction:
-    """Return the fraction that ``value`` prints as, so that 0.1 means 1/10.
+def _check_choices(schedule: RestartSchedule) -> None:
+    """Raise ValueError for values out of their range, and options that exclude each other."""
+    if not 0.0 <= schedule.warmup_start_lr < math.inf:
+        raise ValueError(f"warmup_start_lr must be a finite number >= 0, got {schedule.warmup_start_lr!r}.")
+    if not 0.0 <= schedule.triangular_step <= 1.0:
+        raise ValueError(f"triangular_step must lie in [0, 1], got {schedule.triangular_step!r}.")
+    if not 0.0 <= schedule.weight_decay_exponent <= 10.0:
+        raise ValueError(f"weight_decay_exponent must lie in [0, 10], got {schedule.weight_decay_exponent!r}.")
+    _check_gamma(schedule.gamma)
+    if schedule.policy_fn is not None and not callable(schedule.policy_fn):
+        raise ValueError(f"policy_fn must be a function of tau, got {schedule.policy_fn!r}.")
+    make_shape("decay_shape", schedule.decay_shape)
+    if schedule.fit not in ("last", "scale"):
+        raise ValueError(f"fit must be 'last' or 'scale', got {schedule.fit!r}.")
+    if schedule.decay_length is not None and not schedule._is("wsd"):
+        raise ValueError(f"decay_length={shown(schedule.decay_length)} is for policy='wsd', got {schedule.policy!r}.")
+    if schedule.rewarmup is not None and schedule._is(*RISING):
+        raise ValueError(f"rewarmup={shown(schedule.rewarmup)}, but policy={schedule.policy!r} rises itself.")
+    if schedule.fit != "last" and schedule.total_samples is None:
+        raise ValueError(f"fit={schedule.fit!r} needs total_samples, where the last cycle is to end.")
+    others = (schedule.restart_period, schedule.t_mult, schedule.min_restart_period)
+    if schedule.cycle_ends is not None and others != (100, 2, None):
+        raise ValueError(
+            "cycle_ends stands in place of restart_period, t_mult and min_restart_period, got "
+            f"restart_period={shown(others[0])}, t_mult={shown(others[1])}, min_restart_period={shown(others[2])}."
+        )
+    if schedule.cycle_ends is not None and schedule.total_samples is not None:
+        raise ValueError("pass cycle_ends or total_samples, not both: the last of cycle_ends ends training.")
 
-    Raises:
-        ValueError: not a finite number above 0.
-    """
-    try:
-        text = str(value).replace("_", "")
-        # As a Fraction, "1e9999999" would exhaust memory.
-        fraction = Fraction(0 if len(text) > 1000 or re.search(r"[eE][+-]?\d{4}", text) else text)
-    except (ValueError, ZeroDivisionError):
-        fraction = Fraction(0)
-    if fraction <= 0:
-        raise ValueError(f"{name} must be a finite number above 0, got {shown(value)}.")
-    return fraction
 
-
-def _log_of_one_plus(value: Fraction) -> float:
-    return math.log1p(value) if -0.5 < value < 1 else _log(1 + value)
-
-
-def _log(value: Fraction) -> float:
-    return math.log(value.numerator) - math.log(value.denominator)  # math.log takes ints of any size, beyond any float
+def _checked(curve: Policy, tau: float) -> float:
+    eta = curve(tau)
+    if not -math.inf < eta < math.inf:
+        raise ValueError(f"the policy returned {eta!r} at tau={tau!r}; it must return a finite number.")
+    return eta
 
 
 def _ratio(a: Fraction, b: Fraction) -> float:
@@ -397,21 +391,12 @@ def _ratio(a: Fraction, b: Fraction) -> float:
     return (a.numerator * b.denominator) / (a.denominator * b.numerator)
 
 
-# Bits of an exact power of t_mult that can still be computed in well under a second.
-_LARGEST_POWER = 1 << 20
-
-
-def _first_power(first: Fraction, ratio: Fraction, floor: Fraction) -> int:
-    """Return the first n at which first * ratio ** n reaches ``floor``, from either side."""
-
-    def reached(n: int) -> bool:
-        length = first * ratio**n
-        return length <= floor if ratio < 1 else length >= floor
-
-    above = 1
-    while not reached(above):
-        above *= 2
-    return bisect_right(range(above + 1), False, key=reached)
+def _check_factors(factor: Any) -> float | tuple[float, ...]:
+    is_list = isinstance(factor, Sequence) and not isinstance(factor, str)
+    factors = tuple(_check_number("peak_factor", one) for one in (factor if is_list else [factor]))
+    if not factors or not all(0.0 <= one < math.inf for one in factors):
+        raise ValueError(f"peak_factor must be a finite number >= 0, or a list of them, got {factor!r}.")
+    return factors if is_list else factors[0]
 
 
 def _check_number(name: str, value: Any) -> float:

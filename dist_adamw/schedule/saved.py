@@ -10,6 +10,20 @@ from dist_adamw.schedule.batch import check_positive_int, shown
 OnDifference = Literal["strict", "checkpoint", "new"]
 STATE_VERSION = 1
 GROUPS = "groups (lr, min_lr, weight_decay)"  # the key of the base values in a configuration
+# Options that 0.1.0 did not have. A configuration has them only if they are not these defaults, since the keys of
+# configurations must be the same.
+LATER_OPTIONS: dict[str, Any] = {
+    "decay_length": None,
+    "decay_shape": "linear",
+    "rewarmup": None,
+    "peak_factor": 1.0,
+    "cycle_ends": None,
+    "total_samples": None,
+    "fit": "last",
+    "weight_decay_timescale": None,
+    "weight_decay_norm": "paper",
+    "tokens_per_sample": None,
+}
 _FUNCTIONS = ("policy_fn", "eta_on_restart_cb", "eta_on_iteration_cb")
 
 
@@ -45,11 +59,12 @@ def compare_configurations(
     """Compare a saved configuration with ``ours``.
 
     Returns:
-        The saved configuration, with an epoch size if either side knows it, and the keys that differ.
+        The saved configuration with all options, and an epoch size if either side knows it; and the keys that differ.
 
     Raises:
         ValueError: the keys are not the same, or values differ and ``choice`` is "strict".
     """
+    saved, ours = {**LATER_OPTIONS, **saved}, {**LATER_OPTIONS, **ours}
     if odd := sorted(map(str, saved.keys() ^ ours.keys())):
         raise ValueError(
             f"the configuration of a saved schedule must have the keys {', '.join(sorted(ours))}; missing or "

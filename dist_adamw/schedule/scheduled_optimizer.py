@@ -18,6 +18,7 @@ from dist_adamw.schedule.group_digests import GroupDigests, other_values
 from dist_adamw.schedule.recipe import Recipe
 from dist_adamw.schedule.restarts import SchedulePoint
 from dist_adamw.schedule.saved import GROUPS, STATE_VERSION
+from dist_adamw.schedule.weight_decay import decay_convention, decay_of_update
 
 
 class ScheduledOptimizer:
@@ -36,6 +37,7 @@ class ScheduledOptimizer:
         groups: The parameter groups with their base values.
         last_lr: The last written lr of each group.
         has_crossed: Whether the warning about updates across the end of an epoch was given.
+        has_passed_end: Whether the warning about training after the end of the schedule was given.
     """
 
     def __init__(self, optimizer: Optimizer, recipe: Recipe, min_lr: float, clock: SampleClock | None = None) -> None:
@@ -47,6 +49,7 @@ class ScheduledOptimizer:
         self._values = AllValues()
         self._digests = GroupDigests()
         self.has_crossed = False
+        self.has_passed_end = False
         self._scheduler: weakref.ref[LRScheduler] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -117,11 +120,6 @@ class ScheduledOptimizer:
         if self.clock.retract_skipped(self.optimizer):
             self.write(updates=-1)
 
-    def go_to(self, samples: int) -> None:
-        """Set the clock, and write that sample's values."""
-        self.clock.set(samples)
-        self.write()
-
     def load(self, recipe: Recipe, groups: ScheduledGroups, samples: int) -> None:
         """Apply the result of `prepare_load`."""
         self.recipe, self.groups = recipe, groups
@@ -138,6 +136,20 @@ class ScheduledOptimizer:
             return None
         self.has_crossed = True
         return crossing_warning(self.clock.samples, samples, epoch_size)
+
+    def find_end_passed(self) -> str | None:
+        """Return a warning if training goes on after the end of the schedule; only once."""
+        last = self.recipe.schedule.last_sample
+        if last is None or self.has_passed_end:
+            return None
+        assert self.recipe.batch_size is not None
+        if self.clock.samples - last < self.recipe.batch_size:  # the last update reaches beyond it
+            return None
+        self.has_passed_end = True
+        return (
+            f"the schedule ended at sample {last:,}, and training has reached {self.clock.samples:,}: lr stays at its "
+            "last value. Stop there, or pass a larger total_samples, more cycle_ends or a longer cool-down."
+        )
 
     # ---------------------------------------------------------------- lr and weight decay
 
@@ -189,15 +201,19 @@ class ScheduledOptimizer:
     def _leaves_decay_alone(self, group: Mapping[str, Any]) -> bool:
         return self.recipe.decay_convention(self.optimizer, group) == "l2"
 
-    def values_of(self, index: int) -> Callable[[SchedulePoint], tuple[float, float]]:
-        """Return a function from a point of the schedule to one group's lr and weight decay."""
+    def values_of(self, index: int) -> Callable[[SchedulePoint], tuple[float, float | None]]:
+        """Return a function from a point of the schedule to one group's lr, and the part of its weights that decays in
+        an update there; None: decay enters the gradient.
+        """
         self.groups.follow()
         one = list(self.groups)[index]
         fixed_decay = float(self.optimizer.param_groups[index].get("weight_decay", 0.0))
+        convention = decay_convention(self.optimizer, one.group)
 
-        def values(point: SchedulePoint) -> tuple[float, float]:
+        def values(point: SchedulePoint) -> tuple[float, float | None]:
             lr, decay = self.recipe.group_values(point, [one], self.optimizer)[0]
-            return lr, fixed_decay if decay is None else decay
+            decay = fixed_decay if decay is None else decay
+            return lr, decay_of_update(convention, lr, decay)
 
         return values
 
@@ -206,12 +222,14 @@ class ScheduledOptimizer:
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the schedule, for `prepare_load`."""
         self.retract_skipped()
+        cooldown = self.recipe.cooldown
         return {
             "version": STATE_VERSION,
             "samples": self.clock.samples,
             "batch_size": self.recipe.batch_size,
             "reference_batch_size": self.recipe.reference_batch_size,
             "configuration": self.configuration(),
+            **({} if cooldown is None else {"cooldown": cooldown.plain()}),
         }
 
     def configuration(self) -> dict[str, Any]:

@@ -2,34 +2,28 @@
 
 from __future__ import annotations
 
-import copy
-import sys
-import warnings
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Literal
 
-from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
-from dist_adamw.ranks import collectives
-from dist_adamw.schedule.batch import GlobalBatch, check_positive_int, check_whole, samples_of_batch
-from dist_adamw.schedule.clock import SampleSource
-from dist_adamw.schedule.describe import describe_restart, describe_scheduler
-from dist_adamw.schedule.legacy_pickles import attributes_from_first_version
-from dist_adamw.schedule.loading import prepare_load
+from dist_adamw.schedule.batch import GlobalBatch
+from dist_adamw.schedule.cooldown import Cooldown
+from dist_adamw.schedule.cycles import Fit
+from dist_adamw.schedule.lengths import Length, in_samples
 from dist_adamw.schedule.policies import Policy
 from dist_adamw.schedule.preview import Preview
 from dist_adamw.schedule.recipe import Recipe
-from dist_adamw.schedule.restarts import IterationCallback, Period, RestartCallback, RestartSchedule
+from dist_adamw.schedule.restarts import IterationCallback, RestartCallback
+from dist_adamw.schedule.sample_scheduler import SampleScheduler
 from dist_adamw.schedule.saved import OnDifference, check_on_difference
 from dist_adamw.schedule.scheduled_optimizer import ScheduledOptimizer
-from dist_adamw.schedule.unsupported import refuse_container, refuse_epochs
 from dist_adamw.wrappers import unwrap
 
 
-class CyclicLRWithRestarts(LRScheduler):
+class CyclicLRWithRestarts(SampleScheduler):
     """Cyclic learning rates with warm restarts and normalised weight decay, in samples (AdamWR).
 
     The clock, ``samples``, counts the real global samples of applied updates. Call `step` after every
@@ -42,6 +36,9 @@ class CyclicLRWithRestarts(LRScheduler):
     scheduled lr, including ``min_lr`` and warm-up, as under timm's schedulers. A normalised weight decay depends on
     neither ``lr_scale`` nor the base lr.
 
+    Lengths may have a unit: "2.5 epochs", "10_000 samples", "500 updates" (of the global batch that the run begins
+    with), "1e9 tokens"; "10%" and "1 cycle" where a share of the cycle makes sense. Numbers have the unit named below.
+
     Args:
         optimizer: Any torch optimizer, also if a library has wrapped it.
         batch_size: Global batch, in samples, or a `GlobalBatch`. None: ``prepare`` fills it in.
@@ -49,7 +46,8 @@ class CyclicLRWithRestarts(LRScheduler):
             ``len(dataset) // batch_size * batch_size``. None: ``prepare`` takes it from the data loader.
         restart_period: Length of the first cycle in epochs; may be a fraction.
         t_mult: Factor from the length of one cycle to the next.
-        policy: "cosine", "arccosine", "triangular", "triangular2" or "exp_range".
+        policy: "cosine", "arccosine", "triangular", "triangular2", "exp_range", "linear", "one_minus_sqrt", or "wsd":
+            stable, then a decay.
         policy_fn: Your own function of tau, the position in the cycle, instead of ``policy``.
         min_lr: lr at the end of a cycle, for groups without their own.
         gamma: Amplitude of exp_range: gamma ** (samples after warm-up / batch_size).
@@ -64,6 +62,20 @@ class CyclicLRWithRestarts(LRScheduler):
         weight_decay_exponent: 1/2 is AdamWR's.
         lr_scaling: "sqrt" or "linear" scales lr (not the decay) when the global batch changes during a run; Malladi et
             al., arXiv:2205.10287.
+        decay_length: For "wsd": the part at the end of each cycle in which lr falls, in samples or "10%", the default.
+        decay_shape: For "wsd": "linear", "one_minus_sqrt" or "cosine".
+        rewarmup: Samples, or a share of the cycle, over which lr rises from ``min_lr`` after each restart.
+        peak_factor: A number f multiplies the peak of cycle i by f ** i; a list has a factor for each cycle.
+        cycle_ends: Training so far at each cycle's end, in samples with the warm-up, in place of ``restart_period`` and
+            ``t_mult``. After the last one the lr stays.
+        total_samples: Samples of the whole training with the warm-up: the last cycle ends there, and the lr stays.
+        fit: How ``total_samples`` ends a cycle: "last" cuts or extends the last cycle, "scale" scales all cycles.
+        weight_decay_norm: "paper": the groups' ``weight_decay`` is AdamWR's normalised lambda, another quantity than
+            torch's; "first_cycle": it is torch's in the first cycle, multiplied by (T_0 / T_i) ** weight_decay_exponent
+            in cycle i, so that only later cycles differ from torch's AdamW.
+        weight_decay_timescale: The number of samples over which AdamW averages its updates at the peak lr ("1 cycle",
+            "0.5 epochs"), in place of every group's ``weight_decay`` above 0; arXiv:2405.13698.
+        tokens_per_sample: For lengths in tokens.
         stream: Data without epochs: updates may span epochs. Otherwise the last update of an epoch counts only the
             rest of the epoch.
         verbose: Print one line per restart, on the main rank.
@@ -87,22 +99,32 @@ class CyclicLRWithRestarts(LRScheduler):
         optimizer: Optimizer,
         batch_size: int | GlobalBatch | None = None,
         epoch_size: int | None = None,
-        restart_period: Period = 100,
-        t_mult: Period = 2,
+        restart_period: Length = 100,
+        t_mult: Length = 2,
         *,
         policy: str = "cosine",
         policy_fn: Policy | None = None,
         min_lr: float = 1e-7,
         gamma: float = 1.0,
         triangular_step: float = 0.5,
-        min_restart_period: Period | None = None,
-        warmup_samples: int = 0,
+        min_restart_period: Length | None = None,
+        warmup_samples: Length = 0,
         warmup_start_lr: float = 0.0,
         eta_on_restart_cb: RestartCallback | None = None,
         eta_on_iteration_cb: IterationCallback | None = None,
         normalize_weight_decay: bool | Literal["auto"] = "auto",
         weight_decay_exponent: float = 0.5,
         lr_scaling: Literal["sqrt", "linear"] | None = None,
+        decay_length: Length | None = None,
+        decay_shape: Literal["linear", "one_minus_sqrt", "cosine"] = "linear",
+        rewarmup: Length | None = None,
+        peak_factor: float | Sequence[float] = 1.0,
+        cycle_ends: Sequence[Length] | None = None,
+        total_samples: Length | None = None,
+        fit: Fit = "last",
+        weight_decay_norm: Literal["paper", "first_cycle"] = "paper",
+        weight_decay_timescale: Length | None = None,
+        tokens_per_sample: int | None = None,
         stream: bool = False,
         verbose: bool = False,
         on_difference: OnDifference = "strict",
@@ -126,6 +148,16 @@ class CyclicLRWithRestarts(LRScheduler):
             weight_decay_exponent=weight_decay_exponent,
             lr_scaling=lr_scaling,
             stream=stream,
+            decay_length=decay_length,
+            decay_shape=decay_shape,
+            rewarmup=rewarmup,
+            peak_factor=peak_factor,
+            cycle_ends=cycle_ends,
+            total_samples=total_samples,
+            fit=fit,
+            weight_decay_norm=weight_decay_norm,
+            weight_decay_timescale=weight_decay_timescale,
+            tokens_per_sample=tokens_per_sample,
         )
         self._verbose = verbose
         self.on_difference: OnDifference = on_difference
@@ -135,195 +167,70 @@ class CyclicLRWithRestarts(LRScheduler):
         self._scheduled.listen(self)
         super().__init__(self._scheduled.optimizer)
 
-    def _initial_step(self) -> None:
-        """Write the values of sample 0; torch's constructor calls this."""
-        # torch's own calls step(), which would advance the clock.
-        self._step_count = 1
-        self._scheduled.write()
+    def cooldown(
+        self,
+        *,
+        at: Length,
+        length: Length,
+        shape: Literal["linear", "one_minus_sqrt", "cosine"] = "one_minus_sqrt",
+    ) -> None:
+        """End this run: from ``at`` on the lr falls to ``min_lr``, and stays there. Local; every rank calls it.
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state if "_scheduled" in state else attributes_from_first_version(state))
-        # copy.copy passes the original's state here, and the copy needs its own clock.
-        self._scheduled = copy.copy(self._scheduled)
-        self._scheduled.listen(self)
-
-    @property
-    def optimizer(self) -> Optimizer:
-        """The torch optimizer whose groups are written, without its wrappers.
-
-        Raises:
-            ValueError: the caller is torch's SequentialLR or ChainedScheduler.
-        """
-        # Reading this attribute is all that their constructors do before they change lr, so it is the place to refuse.
-        refuse_container(sys._getframe(1).f_code)
-        return self._scheduled.optimizer
-
-    @optimizer.setter
-    def optimizer(self, optimizer: Optimizer) -> None:
-        self._scheduled.optimizer = optimizer
-
-    @property
-    def batch_size(self) -> int | None:
-        """The global batch, in samples. Setting it changes the weight decay's norm, not the position in the cycle."""
-        return self._scheduled.recipe.batch_size
-
-    @batch_size.setter
-    def batch_size(self, batch_size: int | GlobalBatch) -> None:
-        self._scheduled.use(self._scheduled.recipe.with_batch_size(samples_of_batch(batch_size)))
-
-    @property
-    def epoch_size(self) -> int | None:
-        """Samples in an epoch. It can be set once."""
-        return self._scheduled.recipe.epoch_size
-
-    @epoch_size.setter
-    def epoch_size(self, epoch_size: int) -> None:
-        epoch_size = check_positive_int("epoch_size", epoch_size)
-        if self.epoch_size not in (None, epoch_size):
-            raise ValueError(f"epoch_size is already {self.epoch_size}, got {epoch_size}: cycles would move.")
-        self._scheduled.use(replace(self._scheduled.recipe, epoch_size=epoch_size))
-
-    @property
-    def schedule(self) -> RestartSchedule:
-        """The schedule as a pure function of samples.
-
-        Raises:
-            ValueError: batch_size or epoch_size is not known yet.
-        """
-        return self._scheduled.recipe.schedule
-
-    @property
-    def cycle(self) -> int:
-        """The current cycle, from 0: the number of restarts so far."""
-        return self.schedule.at(self.samples).cycle.index
-
-    @property
-    def samples(self) -> int:
-        """Real global samples of the applied updates so far."""
-        return self._scheduled.clock.samples
-
-    @property
-    def sample_source(self) -> SampleSource | Callable[[], int | None] | None:
-        """The counter of an update's samples, set by ``prepare``; None: the plain-loop rule."""
-        return self._scheduled.clock.source
-
-    @sample_source.setter
-    def sample_source(self, source: SampleSource | Callable[[], int | None] | None) -> None:
-        self._scheduled.clock.source = source
-
-    def step(self, *positional: Any, samples: int | None = None, **others: Any) -> None:
-        """Advance the clock by the updates applied since the last call, and set lr and weight decay.
+        A trunk's checkpoint is loaded into any number of runs, of which each calls this: one trunk, several finished
+        models. The checkpoints of such a run have its cool-down, and a call with the same arguments changes nothing.
+        The weight decay remains normalised by the cycle that contains ``at``.
 
         Args:
-            samples: Real global samples (over all ranks) of those updates; keyword only. None: the data loader's count
-                under ``prepare``; otherwise ``batch_size``, but not past the end of an epoch unless ``stream=True``.
+            at: The clock at which the fall begins, in samples, such as ``scheduler.samples``; rounded up.
+            length: Samples; rounded up.
+            shape: "linear", "one_minus_sqrt" or "cosine".
 
         Raises:
-            ValueError: ``samples`` is not a whole number >= 0, another argument was passed (torch's old
-                ``step(epoch)``), or the schedule is not known yet.
+            ValueError: ``at`` lies in the past or in the warm-up, there is another cool-down, or the schedule is not
+                known yet.
+
+        Source: Hägele et al., arXiv:2405.18392.
         """
-        if positional or others:
-            refuse_epochs(positional, others)
-        if samples is not None:
-            samples = check_whole("samples", samples)
-        scheduled = self._scheduled
-        clock = scheduled.clock
-        # Settling waits for other ranks and may raise, so it comes before anything changes.
-        if not (applied := clock.take_applied(settle=samples is None)):
+        schedule = self.schedule
+        sizes = schedule.sizes
+        begin = 0 if at == 0 else math.ceil(in_samples("at", at, "samples", sizes))
+        wanted = Cooldown(begin, math.ceil(in_samples("length", length, "samples", sizes)), shape)
+        recipe = self._scheduled.recipe
+        if recipe.cooldown == wanted:
             return
-        is_as_written = scheduled.groups.is_as_written()
-        if not is_as_written and (warning := scheduled.find_other_writer()) is not None:
-            warnings.warn(warning, stacklevel=2)
-        cycle_before = self.cycle if self._verbose else 0
-        if samples is not None and (warning := scheduled.find_crossing(samples)) is not None:
-            warnings.warn(warning, stacklevel=2)
-        clock.advance(applied, samples, scheduled.recipe.samples_of_update)
-        scheduled.write(len(applied), follow=not is_as_written)
-        if self._verbose and self.cycle != cycle_before and collectives.rank() == 0:
-            print(describe_restart(self._scheduled.recipe, self.samples, self.get_last_lr()[0]))
-
-    def go_to(self, *, samples: int) -> None:
-        """Set the clock, and write that sample's lr and weight decay into the groups. Local.
-
-        Every rank calls it with the same number, between two updates. Weights, optimizer state and the position in the
-        data do not change.
-
-        Args:
-            samples: Real global samples of the updates so far, warm-up included.
-
-        Raises:
-            ValueError: ``samples`` is not a whole number >= 0, the schedule is not known yet, or `step` has not been
-                called since the last update.
-        """
-        samples = check_whole("samples", samples)
-        _ = self.schedule
-        self._scheduled.retract_skipped()
-        if self._scheduled.clock.has_applied:
+        if recipe.cooldown is not None:
             raise ValueError(
-                f"go_to(samples={samples}) between optimizer.step() and scheduler.step() would lose that update, or "
-                "add it to the new count. Call it after scheduler.step()."
+                f"cooldown: there is a {recipe.cooldown} already, got a {wanted}. Load a checkpoint of the trunk first."
             )
-        self._scheduled.go_to(samples)
-
-    def get_lr(self) -> list[float | Tensor]:
-        """Return the learning rate of each group at ``samples``."""
-        return [*self._scheduled.lr()]
-
-    def get_last_weight_decay(self) -> list[float]:
-        """Return each group's ``weight_decay`` for the next update."""
-        return self._scheduled.weight_decay()
+        earliest = max(self.samples, schedule.warmup_samples)
+        if wanted.at < earliest:
+            raise ValueError(
+                f"cooldown(at={at!r}) must begin at or after {earliest:,} samples: the clock is at {self.samples:,}, "
+                f"and the warm-up takes {schedule.warmup_samples:,}. Load an earlier checkpoint, or begin later."
+            )
+        if schedule.last_sample is not None and wanted.at >= schedule.last_sample:
+            raise ValueError(
+                f"cooldown(at={at!r}) begins after the last cycle, which ends at {schedule.last_sample:,} samples."
+            )
+        self._scheduled.use(replace(recipe, cooldown=wanted))
 
     def preview(
-        self, cycles: int | None = None, points: int = 1000, group: int = 0, *, total_samples: int | None = None
+        self, cycles: int | None = None, points: int = 1000, group: int = 0, *, total_samples: Length | None = None
     ) -> Preview:
-        """Return the table of restarts, and lr and weight decay over samples. Local.
+        """Return the table of restarts, with weight decay in its three readings, and the curves. Local.
 
         Args:
             cycles: The number of cycles to show. None: 4, or those of ``total_samples``, at most 20.
             points: The number of evenly spaced samples at which the curves are evaluated.
             group: The index of the parameter group.
-            total_samples: Samples of the whole training, such as ``epochs * scheduler.epoch_size``. The preview then
-                says where in its cycle training ends, and which periods would end a cycle there.
+            total_samples: Samples of the whole training, or "15 epochs". The preview then says where in its cycle
+                training ends, and which periods would end a cycle there. Default: that of the schedule, if it has one.
 
         Raises:
             ValueError: batch_size or epoch_size is not known yet, or a number is not whole and above 0.
         """
-        values = self._scheduled.values_of(group)
-        return Preview.compute(self.schedule, values, cycles=cycles, points=points, total_samples=total_samples)
-
-    def __repr__(self) -> str:
-        return describe_scheduler(self, self._scheduled)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return ``samples`` and the configuration as plain data; it loads with ``weights_only=True``."""
-        self._scheduled.retract_skipped()
-        return self._scheduled.state_dict()
-
-    def configuration(self) -> dict[str, Any]:
-        """Return everything that shapes the curve, except the clock and the global batch, as plain data."""
-        return self._scheduled.configuration()
-
-    def load_state_dict(self, state_dict: Mapping[str, Any], on_difference: OnDifference | None = None) -> None:
-        """Restore the clock, and write lr and weight decay into the groups at once.
-
-        The global batch remains this job's: lr continues on the same curve, and the decay is normalised by the new
-        batch.
-
-        Args:
-            on_difference: If the saved configuration differs: "strict" raises, "checkpoint" takes the saved one, "new"
-                keeps this one. Default: the attribute ``on_difference``, which the constructor sets.
-
-        Raises:
-            ValueError: not a state of this class, or configurations differ; nothing is changed.
-        """
-        choice = self.on_difference if on_difference is None else on_difference
-        recipe, groups = prepare_load(state_dict, self._scheduled, choice)
-        self._scheduled.load(recipe, groups, state_dict["samples"])
-
-    def check_loadable(self, state_dict: Mapping[str, Any], on_difference: OnDifference | None = None) -> None:
-        """Raise what `load_state_dict` would raise, and change nothing. Local."""
-        prepare_load(state_dict, self._scheduled, self.on_difference if on_difference is None else on_difference)
-
-    def agreement_record(self) -> dict[str, Any]:
-        """Return the values that must be equal on all ranks at this update, as plain data."""
-        return self._scheduled.agreement_record()
+        schedule, values = self.schedule, self._scheduled.values_of(group)
+        assert self.batch_size is not None  # or there would be no schedule
+        return Preview.compute(
+            schedule, values, batch_size=self.batch_size, cycles=cycles, points=points, total_samples=total_samples
+        )

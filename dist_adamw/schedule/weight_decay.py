@@ -27,6 +27,13 @@ def decay_convention(optimizer: Optimizer, group: Mapping[str, Any]) -> DecayCon
     return "lr" if _is_known_to_decouple(optimizer) else "l2"
 
 
+def decay_of_update(convention: DecayConvention, lr: float, weight_decay: float) -> float | None:
+    """Return the part of the weights that an update takes away; None if decay enters the gradient."""
+    if convention == "l2":
+        return None
+    return weight_decay if convention == "schedule" else lr * weight_decay
+
+
 def convention_signs(optimizer: Optimizer, groups: Sequence[Mapping[str, Any]]) -> object:
     """Return what `decay_convention` reads for all groups: while this is equal, so are its answers."""
     if (decay_by := getattr(optimizer, "decay_by", None)) in ("schedule", "lr"):
@@ -45,47 +52,61 @@ def check_decoupled(optimizer: Optimizer, group: Mapping[str, Any], base: BaseVa
     """Raise ValueError if ``optimizer`` adds the group's decay to the gradient, where normalisation has no meaning."""
     if base.weight_decay > 0 and decay_convention(optimizer, group) == "l2":
         raise ValueError(
-            f"normalize_weight_decay=True, but {type(optimizer).__name__} adds weight_decay="
+            f"weight decay is to be normalised, but {type(optimizer).__name__} adds weight_decay="
             f"{base.weight_decay!r} to the gradient (L2), where normalisation has no meaning. Use an optimizer with "
-            "decoupled decay, such as DistAdamW or torch.optim.AdamW, or leave normalize_weight_decay='auto'."
+            "decoupled decay, such as DistAdamW or torch.optim.AdamW, or leave normalize_weight_decay='auto' and no "
+            "weight_decay_norm or weight_decay_timescale."
         )
 
 
-def decay_by_schedule(base: BaseValues, *, norm: float, lr: float) -> float:
-    """Return the weight decay of an optimizer that computes ``p *= 1 - weight_decay``.
+# What a group's weight_decay is: AdamWR's normalised lambda, torch's in the first cycle, or, beside a time scale, only
+# a sign whether the group decays.
+DecayReading = Literal["paper", "first_cycle", "timescale"]
+
+
+def decay_factors(base: BaseValues, reading: DecayReading, *, norm: float) -> tuple[float, float]:
+    """Return (a, b) with which the decay of one update, of ``p *= 1 - decay``, is ``a * lr / b``.
 
     Args:
-        base: The group's base values; ``base.weight_decay`` is the paper's normalised lambda.
-        norm: The paper's sqrt(b / (B T)) for the current cycle.
-        lr: The scheduled lr, before the group's ``lr_scale``.
+        base: The group's base values.
+        reading: What ``base.weight_decay`` is.
+        norm: `RestartSchedule.weight_decay_norm` of the current cycle, over that of the first one if ``reading`` is
+            "first_cycle".
+
+    Here lr is the scheduled one, before the group's ``lr_scale``.
 
     Source: Loshchilov & Hutter, arXiv:1711.05101, Algorithm 2 and appendix B.1.
     """
     if base.lr * base.lr_scale == 0:
-        return 0.0  # the decay is proportional to lr, which is always 0 in this group
-    return base.weight_decay * norm * lr / base.lr
+        return 0.0, 1.0  # the decay is proportional to lr, which is always 0 in this group
+    if reading == "first_cycle":
+        return base.weight_decay * norm * base.lr_scale, 1.0
+    if reading == "timescale":
+        return norm if base.weight_decay else 0.0, base.lr
+    return base.weight_decay * norm, base.lr
 
 
-def decay_factors(bases: Sequence[BaseValues], *, norm: float) -> list[tuple[float, float]]:
-    """Return (a, b) for each group, with which `decay_by_schedule` at some lr is ``a * lr / b``."""
-    return [(0.0, 1.0) if base.lr * base.lr_scale == 0 else (base.weight_decay * norm, base.lr) for base in bases]
-
-
-def decay_by_lr(base: BaseValues, *, norm: float, batch_scale: float) -> float:
+def decay_by_lr(base: BaseValues, reading: DecayReading, *, norm: float, batch_scale: float) -> float:
     """Return the weight decay of an optimizer that computes ``p *= 1 - lr * weight_decay``, as torch's do.
 
     Args:
-        base: See `decay_by_schedule`.
-        norm: See `decay_by_schedule`.
+        base: See `decay_factors`.
+        reading: See `decay_factors`.
+        norm: See `decay_factors`.
         batch_scale: The factor on lr for another global batch.
 
     Raises:
-        ValueError: lambda / lr is not finite.
+        ValueError: the result is not finite.
     """
     if base.lr * base.lr_scale == 0:
         return 0.0
     # Divided by everything that multiplies lr but the curve: the decay follows the curve, not lr_scale or lr_scaling.
-    decay = base.weight_decay * norm / (base.lr * base.lr_scale * batch_scale)
+    if reading == "first_cycle":
+        return base.weight_decay * norm / batch_scale
+    weight_decay = base.weight_decay
+    if reading == "timescale":
+        weight_decay = 1.0 if weight_decay else 0.0
+    decay = weight_decay * norm / (base.lr * base.lr_scale * batch_scale)
     if not decay < math.inf:
         raise ValueError(
             f"weight_decay={base.weight_decay!r} over lr={base.lr * base.lr_scale!r} is not a finite number. "

@@ -87,7 +87,7 @@ def test_what_a_scheduler_section_says_is_taken(text: str, name: str, value: Any
         # text for a number
         ("optimizer", '{"lr": "fast"}', "lr='fast' ... number"),
         ("optimizer", '{"eps": ""}', "eps='' ... number"),
-        ("scheduler", '{"warmup_samples": "ten"}', "warmup_samples='ten' ... whole number"),
+        ("scheduler", '{"warmup_samples": "ten"}', "warmup_samples ... number above 0, got 'ten'"),
         ("scheduler", '{"restart_period": "long"}', "restart_period ... finite ... 'long'"),
         # out of range
         ("optimizer", '{"lr": -1}', "{'lr': -1}: Invalid learning rate: -1.0"),

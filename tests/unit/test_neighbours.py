@@ -113,7 +113,7 @@ def test_our_scheduler_drives_it_as_by_hand(name: str) -> None:
     torch.testing.assert_close(weights(model), weights(twin), rtol=1e-6, atol=1e-7)
     assert scheduler.samples == 100 * UPDATES
     if not decoupled:
-        with pytest.raises(ValueError, match=r"normalize_weight_decay=True, but .* adds weight_decay=0\.05"):
+        with pytest.raises(ValueError, match=r"is to be normalised, but .* adds weight_decay=0\.05"):
             cycles(make(network().parameters()), normalize_weight_decay=True)
 
 

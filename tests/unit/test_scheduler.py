@@ -212,7 +212,7 @@ def test_what_is_no_integer_is_refused_everywhere(value: Any) -> None:
         lambda: scheduler.go_to(samples=value),
         lambda: make(adamw(), batch_size=value),
         lambda: make(adamw(), epoch_size=value),
-        lambda: make(adamw(), warmup_samples=value),
+        lambda: make(adamw(), warmup_samples=2.5 if value == "2" else value),  # "2" is a length
         lambda: GlobalBatch(value),
     ):
         with pytest.raises(ValueError, match="whole number"):
@@ -300,7 +300,7 @@ def test_l2_optimizers_get_lr_only() -> None:
         train(optimizer, scheduler, 5)
         assert scheduler.get_last_lr() == [pytest.approx(0.05)]
         assert scheduler.get_last_weight_decay() == [0.01]
-        with pytest.raises(ValueError, match=r"normalize_weight_decay=True, but .* adds weight_decay=0\.01"):
+        with pytest.raises(ValueError, match=r"is to be normalised, but .* adds weight_decay=0\.01"):
             make(optimizer, normalize_weight_decay=True)
 
 
@@ -537,7 +537,7 @@ def test_preview_shows_the_restarts_and_the_trace(tmp_path: Path) -> None:
     assert [row.first_sample for row in preview.rows] == [500, 1500, 3500]
     assert [row.updates for row in preview.rows] == [10, 20, 40]
     assert [row.peak_lr for row in preview.rows] == pytest.approx([1e-3, 5e-4, 2.5e-4])
-    assert len(preview.lr) == len(preview.weight_decay) == 75
+    assert len(preview.lr) == len(preview.decay) == 75
     assert preview.lr[5] == pytest.approx(1e-3)  # sample 500
     assert "first sample" in str(preview)
     assert len(str(preview).splitlines()) == 5
