@@ -21,7 +21,7 @@ from dist_adamw.checkpoint.local_state import MODEL, SCALARS, Access, buffers, f
 from dist_adamw.checkpoint.random_state import random_state_of
 from dist_adamw.checkpoint.storage.index import Index, check_files, read_index
 from dist_adamw.errors import CheckpointError
-from dist_adamw.optimizer.options import check_hyper_parameters
+from dist_adamw.optimizer.options import KEPT, check_hyper_parameters
 from dist_adamw.plain_data import plain
 from dist_adamw.schedule.saved import OnDifference
 from dist_adamw.schedule.scheduler import CyclicLRWithRestarts
@@ -277,6 +277,8 @@ def _to_take(
     taken = []
     for group, here in zip(optimizer.param_groups, ours, strict=True):
         keys = _keys_to_take(here, scheduler, choice)
+        if getattr(optimizer, "reproducible", False):
+            keys += KEPT
         # Groups may be split differently now, so they are matched by the names of their parameters.
         found = [group_of[name] for name in here["names"] if name in group_of]
         saved_groups = [_in_convention_of(optimizer, one, index.about.get("decay_by")) for one in found]
@@ -300,7 +302,8 @@ def _values_of(saved: dict[str, Any], keys: list[str], group: dict[str, Any]) ->
     """Return the values of ``keys`` that both the saved group and this one have."""
     values = {}
     for key in keys:
-        if key in saved and (key in group or key == "initial_lr"):  # a scheduler adds initial_lr, perhaps only there
+        # A scheduler adds initial_lr, and `attach` what reproducible=True keeps, perhaps only there.
+        if key in saved and (key in group or key == "initial_lr" or key in KEPT):
             values[key] = saved[key]
     return values
 
@@ -316,7 +319,7 @@ def _check_values(
                     f"{index.folder} has parameters of one group here in several groups, with {key} {value!r} and "
                     f"{other[key]!r}. Make the same groups, or pass on_difference='new'."
                 )
-        fits = _is_like(value, plain(group.get(key, group["lr"])))
+        fits = _is_like(value, plain(KEPT[key] if key in KEPT else group.get(key, group["lr"])))
         is_amount = key in ("lr", "weight_decay", "initial_lr")
         if not fits or (is_amount and not 0 <= value < math.inf):
             raise CheckpointError(

@@ -48,10 +48,10 @@ class AttachedOptimizer(ReproducibleOptimizer):
             for_update: Whether an update follows at once.
         """
         changed = self._differs()
-        self._check_reproducible()
+        problem = self._find_problem(for_update=for_update)
         if self._path is None:
             if self.reproducible:
-                complete_gradients(self._fsdp_micro_batches, self._all_params())
+                complete_gradients(self._fsdp_micro_batches, self._all_params(), problem)
             gather_from_owners(None, self._all_params())
             if self.process_group is not None and not self._is_agreed:
                 self._check_alike({})  # before anything is changed or sent
@@ -60,7 +60,7 @@ class AttachedOptimizer(ReproducibleOptimizer):
         self._path.messages.check_groups()
         if self._path.is_whole:
             self._follow(changed)
-            return self._path.update.take_whole()
+            return self._path.update.take_whole()  # `gather_gradients` has raised any problem
         ranks, agreement = self._ranks, self._path.agreement
         assert ranks.process_group is not None
         hosts = ranks.comparing()
@@ -70,6 +70,7 @@ class AttachedOptimizer(ReproducibleOptimizer):
             has_changes=changed,
             options=self._digest_options(),
             check_changes=self._compare,
+            problem=problem,
             hosts=hosts,
         ):
             return False

@@ -104,23 +104,41 @@ def check_reproducible(model: nn.Module) -> None:
         )
 
 
-def agree_on_seed(group: dist.ProcessGroup | None) -> int:
-    """Return the first rank's seed of torch's random numbers, and warn if ranks may compute other bits. Collective."""
-    if group is None:
-        return torch.initial_seed()
+def agree_on_seed(group: dist.ProcessGroup | None) -> tuple[int, str]:
+    """Return the first rank's seed of torch's random numbers and its machine; warn if ranks differ. Collective."""
+    here = (torch.initial_seed() & ((1 << 63) - 1), describe_machine())
+    (seed, machine), *others = [here] if group is None else collectives.all_gather_objects(here, group)
+    for other in dict.fromkeys(theirs for _, theirs in others if theirs != machine):
+        if collectives.rank(group) == 0:
+            warn_of_other_bits("ranks may compute other bits", machine, other, stacklevel=5)
+    return seed, machine
+
+
+def describe_machine() -> str:
+    """Return what the last bits of results on a CPU depend on. Local."""
     facts = {
         "torch": torch.__version__,
         "threads (OMP_NUM_THREADS, torch.set_num_threads)": torch.get_num_threads(),
         "instruction set (torch.backends.cpu.get_cpu_capability)": torch.backends.cpu.get_cpu_capability(),
     }
-    (seed, first), *others = collectives.all_gather_objects((torch.initial_seed(), facts), group)
-    differ = {
-        name: (first[name], theirs[name]) for _, theirs in others for name in first if theirs[name] != first[name]
-    }
-    if differ and collectives.rank(group) == 0:
-        text = "; ".join(f"{name}: {ours!r} and {theirs!r}" for name, (ours, theirs) in differ.items())
-        warnings.warn(f"reproducible=True: ranks may compute other bits, because they differ in {text}.", stacklevel=4)
-    return int(seed)
+    return "; ".join(f"{name}: {value}" for name, value in facts.items())
+
+
+def warn_of_other_bits(what: str, one: str, other: str, *, stacklevel: int) -> None:
+    """Warn of two machines that differ, and name in what. Local.
+
+    Args:
+        what: What may happen.
+        one: The result of `describe_machine` on one of them.
+        other: On the other.
+        stacklevel: That of the warning, counted from the caller.
+    """
+    ours, theirs = (dict(fact.partition(": ")[::2] for fact in text.split("; ")) for text in (one, other))
+    differ = [f"{name}: {ours[name]} and {theirs.get(name)}" for name in ours if ours[name] != theirs.get(name)]
+    warnings.warn(
+        f"reproducible=True: {what}, because they differ in {'; '.join(differ)}.",
+        stacklevel=stacklevel + 1,
+    )
 
 
 def copy_first_rank(model: nn.Module, ranks: ShardingRanks) -> None:

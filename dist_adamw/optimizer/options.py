@@ -20,6 +20,9 @@ from dist_adamw.optimizer.sharding.memory_order import axes_in_memory
 from dist_adamw.plain_data import plain
 from dist_adamw.ranks import agreement
 
+# What reproducible=True keeps in the parameter groups, so that every kind of checkpoint has it, and the types.
+SEED, MACHINE = "random_seed", "computed_with"
+KEPT: Mapping[str, Any] = {SEED: 0, MACHINE: ""}
 _NAMES = ("lr", "eps", "weight_decay", "amsgrad", "maximize", "betas")
 _options = operator.itemgetter(*_NAMES)
 _chain = itertools.chain.from_iterable

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
+from collections.abc import Iterator
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -11,11 +14,24 @@ from torch import Tensor, nn
 from dist_adamw.optimizer import attaching
 from dist_adamw.optimizer.clipping import clip_owned_
 from dist_adamw.optimizer.gradients.fsdp import FSDPMicroBatches
-from dist_adamw.optimizer.gradients.keyed_random import KeyedRandom
+from dist_adamw.optimizer.gradients.keyed_random import KeyedRandom, Place
 from dist_adamw.optimizer.gradients.one_process import MicroBatches
+from dist_adamw.optimizer.options import MACHINE, SEED
 from dist_adamw.optimizer.savable_optimizer import SavableOptimizer
 from dist_adamw.optimizer.sharding.dtensors import is_dtensor
 from dist_adamw.ranks import collectives
+
+
+class MicroBatchData(Protocol):
+    """The data that micro-batches come from, as far as an integration follows it."""
+
+    def problem(self, kept: int, *, for_update: bool) -> str | None:
+        """Return why an update of ``kept`` micro-batches on this rank depends on the number of ranks, or None. Local.
+
+        Args:
+            kept: The backward passes of the update on this rank.
+            for_update: Whether `DistAdamW.step` asks.
+        """
 
 
 class ReproducibleOptimizer(SavableOptimizer):
@@ -25,6 +41,9 @@ class ReproducibleOptimizer(SavableOptimizer):
     _micro_batches: MicroBatches | None = None  # of one process
     _fsdp_micro_batches: FSDPMicroBatches | None = None
     _random: KeyedRandom | None = None
+    _seed = 0
+    _machine = ""
+    _data: MicroBatchData | None = None
     _is_loss_whole = False  # whether the loop is known not to divide the loss by the accumulation
 
     @property
@@ -40,12 +59,36 @@ class ReproducibleOptimizer(SavableOptimizer):
         kept = self._fsdp_micro_batches or self._micro_batches
         return 0 if kept is None else kept.number
 
-    def _check_reproducible(self) -> None:
-        """Refuse an update whose micro-batches were not summed in order. Local.
+    @contextlib.contextmanager
+    def forward_pass(self) -> Iterator[None]:
+        """Treat the block as one forward pass of the attached modules, with ``reproducible``. Local.
+
+        For a loop that calls other methods than the module itself, such as ``vae.encode(x)`` and ``vae.decode(z)``:
+        random numbers drawn in the block are then those of the micro-batch. Without ``reproducible`` it does nothing.
+
+        Raises:
+            RuntimeError: no module is attached, or the block has changed a buffer.
+        """
+        self._check_attached()
+        with contextlib.nullcontext() if self._random is None else self._random.forward_pass():
+            yield
+
+    def _find_problem(self, *, for_update: bool) -> str | None:
+        """Return why the update would depend on the number of ranks, as far as this rank knows, or None. Local.
 
         Raises:
             RuntimeError: nothing is attached.
         """
+        self._check_attached()
+        if self._random is None:
+            return None
+        kept = self._kept_micro_batches
+        problem = self._random.problem(kept)
+        if problem is None and self._data is not None:
+            problem = self._data.problem(kept, for_update=for_update)
+        return problem
+
+    def _check_attached(self) -> None:
         if self.reproducible and self._random is None and not self._is_partitioned:
             raise RuntimeError(
                 "reproducible=True, but no module is attached, so micro-batches are added up as they come. Call "
@@ -56,6 +99,8 @@ class ReproducibleOptimizer(SavableOptimizer):
         """Record that an update has used the gradients. Local."""
         if self.reproducible and not self._is_loss_whole:
             self._tell_of_division()
+        if self._random is not None:
+            self._random.used()
         if self._path is not None:
             self._path.update.used()
         for kept in (self._micro_batches, self._fsdp_micro_batches):
@@ -86,8 +131,28 @@ class ReproducibleOptimizer(SavableOptimizer):
             self._micro_batches = self._micro_batches or MicroBatches(self._all_params)
             self._micro_batches.listen(model)
         if self._random is None:
-            self._random = KeyedRandom(attaching.agree_on_seed(self._averaging_group), self._place_of_forward)
+            self._seed, self._machine = attaching.agree_on_seed(self._averaging_group)
+            self._random = KeyedRandom(self._place_of_forward)
+            self._follow_groups()
         self._random.listen(model)
+
+    def _follow_groups(self) -> None:
+        """Take the seed that a load has brought, and warn if the saved job may have computed other bits. Local."""
+        self._seed = self._in_groups(SEED, self._seed)
+        before = self._in_groups(MACHINE, self._machine)
+        if before != self._machine:
+            for group in self.param_groups:
+                group[MACHINE] = self._machine
+            if collectives.rank() == 0:
+                what = "this job may compute other bits than the one that it continues"
+                attaching.warn_of_other_bits(what, self._machine, before, stacklevel=4)
+
+    def _in_groups(self, key: str, known: Any) -> Any:
+        """Return the value in the parameter groups that is not ``known``, if there is one; write it to all of them."""
+        value = next((found for group in self.param_groups if (found := group.get(key, known)) != known), known)
+        for group in self.param_groups:
+            group[key] = value
+        return value
 
     @property
     def _averaging_group(self) -> dist.ProcessGroup | None:
@@ -96,13 +161,19 @@ class ReproducibleOptimizer(SavableOptimizer):
             return dist.group.WORLD
         return self.process_group
 
-    def _place_of_forward(self) -> tuple[int, int]:
-        """Return the number of the update, and in it that of the micro-batch that runs forward now. Local."""
-        passes = self._kept_micro_batches if self._path is None else self._path.sender.rounds
-        group = self._averaging_group
-        if group is None:
-            return self.updates, passes
-        return self.updates, passes * collectives.world_size(group) + collectives.rank(group)
+    def _place_of_forward(self) -> Place:
+        """Return the place of the micro-batch that runs forward now. Local."""
+        self._follow_groups()
+        kept = self._kept_micro_batches
+        number = kept if self._path is None else self._path.sender.rounds
+        if (group := self._averaging_group) is not None:
+            number = number * collectives.world_size(group) + collectives.rank(group)
+        return Place(self._seed, self.updates, number, kept)
+
+    def _batch_came(self) -> None:
+        """Count forward passes from 0 again, since a loader hands out a batch. Local."""
+        if self._random is not None:
+            self._random.start_again()
 
     def _clip_whole(self, params: list[Tensor], max_norm: float, norm_type: float) -> Tensor:
         """Clip gradients that are whole on every rank. Local."""

@@ -389,6 +389,19 @@ class SampleCounter:
             warnings.warn(message, stacklevel=5)
 
 
+def passes_with_batches(counter: SampleCounter, *, in_step: bool) -> int:
+    """Return how many backward passes of the update in progress took a batch. Local.
+
+    Args:
+        counter: Counts the update's samples.
+        in_step: Whether the optimizer's ``step`` is running.
+    """
+    if not in_step:
+        counter.poll()
+    entries = counter._stepping if in_step else counter._accumulated
+    return len({entry.backward for entry in entries})
+
+
 def _kept_elsewhere(optimizer: Any) -> int | None:
     """Return how many micro-batches ``optimizer`` keeps outside ``param.grad``; None: that is where they are. Local."""
     return int(optimizer._kept_micro_batches) if getattr(optimizer, "reproducible", False) else None

@@ -134,15 +134,18 @@ def _recorded(loader: Any, run: Run) -> Iterator[None]:
     before = {name: base[name] for name in swapped}
     base.update(swapped)
     shard = loader.dataset
-    is_counted = type(shard).__name__ == "IterableDatasetShard" and not base.get("num_workers")
-    if is_counted:
+    is_shard = type(shard).__name__ == "IterableDatasetShard"
+    whole = shard.dataset if is_shard else None
+    if is_shard and run.wrap is not None:
+        shard.dataset = run.wrap(shard.dataset)
+    if is_shard and not base.get("num_workers"):
         shard.dataset = _Streamed(shard.dataset, run)
     try:
         yield
     finally:
         base.update(before)
-        if is_counted:
-            shard.dataset = shard.dataset.dataset_itself
+        if is_shard:
+            shard.dataset = whole
 
 
 def _recorders(loader: Any, base: dict[str, Any], run: Run) -> dict[str, Any]:
@@ -153,6 +156,8 @@ def _recorders(loader: Any, base: dict[str, Any], run: Run) -> dict[str, Any]:
         found[name] = _Recorder(base[name])
     is_iterable = isinstance(loader.dataset, IterableDataset)
     # With workers, collate_fn runs in another process; a dispatcher's runs on rank 0 only.
+    if is_iterable and run.wrap is not None and type(loader.dataset).__name__ != "IterableDatasetShard":
+        found["dataset"] = run.wrap(loader.dataset)
     if is_iterable and not base.get("num_workers") and not is_dispatched(loader):
         found["collate_fn"] = functools.partial(_collate, base["collate_fn"], run)
     return found
@@ -209,6 +214,8 @@ def _hand_out(loader: Any, batches: Iterator[Any]) -> Iterator[Any]:
                 _FETCHING.runs.pop()
             watching = contextlib.nullcontext()  # torch's iterator exists now, and has taken the recorder
             run.begin()
+            if run.convert is not None:
+                batch = run.convert(batch)
             handed_out = run.hand_out(loader, batch)
             if batch_sources.are_read() and torch.is_grad_enabled():
                 handed_out.digest = batch_digest(batch)  # now, since the script may change it

@@ -65,6 +65,8 @@ class Run:
         repeated: The number of samples at the beginning that were drawn only for padding.
         streamed: Samples that an iterable data set has yielded, over all ranks; None if they cannot be observed.
         on_begin: Called when the sampler begins.
+        wrap: Replaces the script's iterable data set in this iteration; not the one that is read for other ranks.
+        convert: Applied to each batch before it is handed out.
     """
 
     def __init__(self, loader: Any) -> None:
@@ -73,6 +75,8 @@ class Run:
         self.offset = self.repeated = 0
         self.streamed: int | None = None
         self.on_begin: Callable[[], None] | None = None
+        self.wrap: Callable[[Any], Any] | None = None
+        self.convert: Callable[[Any], Any] | None = None
         self._has_begun = self._has_handed_out = False
         self._skipped = int(getattr(loader, "skip_batches", 0) or 0)
         self._drawn: deque[_Drawn] = deque()

@@ -27,7 +27,7 @@ from dist_adamw.integrations.accelerate.counting import SampleCounter
 from dist_adamw.integrations.accelerate.data import LoaderFacts, engine_of, loader_facts, shuffle_by_generator
 from dist_adamw.integrations.accelerate.position import Position
 from dist_adamw.integrations.accelerate.prepared_objects import Prepared
-from dist_adamw.integrations.accelerate.reproducible import check_reproducible
+from dist_adamw.integrations.accelerate.reproducible import ReproducibleLoading, check_reproducible
 from dist_adamw.integrations.accelerate.update_count import send_counts_with
 from dist_adamw.integrations.deepspeed.configuration import (
     CLIPPING,
@@ -131,7 +131,8 @@ def prepare(
     After backward, ``param.grad`` then has the average over ranks in the elements that this rank owns; the others have
     no meaning. ``optimizer.gather_gradients()`` (of the `DistAdamW` itself) makes it whole, as after DDP; with
     ``whole_gradients=True`` it always is. ``accelerator.clip_grad_norm_`` and ``clip_grad_value_`` are correct either
-    way; ``step`` refuses other changes of gradients unless ``optimizer.accept_gradients()`` is called.
+    way (with ``reproducible`` the latter is refused); ``step`` refuses other changes of gradients unless
+    ``optimizer.accept_gradients()`` is called.
 
     It may be called again for another phase of training, with the same optimizer or a new one, and the prepared model.
     Accelerate's ``LocalSGD`` needs ``DistAdamW(shard=False)`` and ``check_weights_every=0``.
@@ -149,7 +150,7 @@ def prepare(
     }
     facts = _agreed_facts(accelerator, optimizer, dataloader, scheduler, group, own_options)
     if own_options["DistAdamW(reproducible)"]:
-        check_reproducible(accelerator, facts, whole_gradients=whole_gradients)
+        check_reproducible(accelerator, dataloader, facts, whole_gradients=whole_gradients)
     if accelerator.ddp_handler is None or isinstance(unwrap(optimizer), DistAdamW):
         use_bucket_views(accelerator)
     from_json = _is_dummy(optimizer)
@@ -175,6 +176,8 @@ def prepare(
     watch = _watch(accelerator, model, inner, ours, check_weights_every, group)
     if not whole_gradients and isinstance(inner, DistAdamW):
         attach(accelerator, model, inner)
+        if inner.reproducible:
+            ReproducibleLoading(inner, counter, facts)
     clipping = None
     if config is not None:
         from dist_adamw.integrations.deepspeed.zero_state import prepare_deepspeed

@@ -19,7 +19,7 @@ from dist_adamw.optimizer.gradients.record import GradientRecord, OptimizerLink
 from dist_adamw.optimizer.gradients.refusals import left_before_backward
 from dist_adamw.optimizer.gradients.sending import Sender, ShardSender, averages_in
 from dist_adamw.optimizer.gradients.sources import GradientSources, accumulates_now
-from dist_adamw.optimizer.gradients.weak_hooks import WeakHook
+from dist_adamw.optimizer.gradients.weak_hooks import WeakHook, is_in_backward
 
 _gradient = operator.attrgetter("grad")
 
@@ -58,6 +58,8 @@ class BackwardPasses:
     def before_forward(self, module: nn.Module, args: Any) -> None:
         """Prepare gradients for the backward pass of the forward pass that begins."""
         if not torch.is_grad_enabled():  # no backward pass will follow
+            return
+        if self.is_running and is_in_backward():
             return
         if isinstance(module, DistributedDataParallel) and module._join_config.enable:
             raise RuntimeError(

@@ -19,8 +19,10 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from dist_adamw.optimizer.gradients.fsdp_groups import GroupSum, check_group, fsdp_modules, install, param_groups_of
-from dist_adamw.optimizer.gradients.weak_hooks import WeakHook, remove
+from dist_adamw.optimizer.gradients.weak_hooks import WeakHook, is_in_backward, remove
 from dist_adamw.optimizer.sharding.dtensors import is_dtensor, local_of
+from dist_adamw.ranks import collectives
+from dist_adamw.ranks.run_on_all import first_problem
 
 
 class _Written(NamedTuple):
@@ -118,7 +120,7 @@ class FSDPMicroBatches:
 
     def before_forward(self, module: nn.Module, args: Any) -> None:
         """Discard all micro-batches after a backward pass that raised."""
-        if self._is_running and not _is_in_backward():  # activation checkpointing calls forward in backward
+        if self._is_running and not is_in_backward():
             self._is_running = False
             self.forget()
 
@@ -188,11 +190,14 @@ class FSDPMicroBatches:
     # ---------------------------------------------------------------- the update
 
     @torch.no_grad()
-    def complete(self) -> None:
+    def complete(self, problem: str | None) -> None:
         """Set gradients to None of parameters that no rank has used, for which FSDP2 reduced zeros. Collective.
 
+        Args:
+            problem: Why this rank refuses the update.
+
         Raises:
-            RuntimeError: the last backward pass raised an error.
+            RuntimeError: the last backward pass raised an error; or some rank has a problem, on every rank.
         """
         if self._is_running:
             raise RuntimeError(
@@ -204,9 +209,13 @@ class FSDPMicroBatches:
         first = self._written[0].param
         assert is_dtensor(first)
         is_used = [w.place in w.sums.used for w in self._written]
-        flags = torch.tensor(is_used, dtype=torch.int32, device=local_of(first).device)
-        dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=first.device_mesh.get_group())
-        for written, flag in zip(self._written, flags.tolist(), strict=True):
+        flags = torch.tensor([*is_used, problem is not None], dtype=torch.int32, device=local_of(first).device)
+        group = first.device_mesh.get_group()
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=group)
+        *found, has_problem = flags.tolist()
+        if has_problem:
+            raise RuntimeError(first_problem(collectives.all_gather_objects(problem, group)))
+        for written, flag in zip(self._written, found, strict=True):
             if not flag and written.param.grad is written.grad:
                 written.param.grad = None
 
@@ -231,34 +240,33 @@ def _only_counts(hook: Any) -> bool:
     return isinstance(hook, functools.partial) and hook.func is next
 
 
-def _is_in_backward() -> bool:
-    return torch._C._current_graph_task_id() != -1
-
-
 def _version(grad: Tensor | None) -> tuple[int, ...]:
     # An operation on a DTensor counts in its own version, one on its local tensor in that one's.
     return () if grad is None else (grad._version, local_of(grad)._version)
 
 
-def complete_gradients(micro_batches: FSDPMicroBatches | None, params: Sequence[Tensor]) -> None:
+def complete_gradients(micro_batches: FSDPMicroBatches | None, params: Sequence[Tensor], problem: str | None) -> None:
     """Make the gradients of FSDP2's parameters those of the update. Collective.
 
     Args:
         micro_batches: What `DistAdamW.attach` has made, if anything.
         params: The optimizer's parameters.
+        problem: Why this rank refuses the update.
 
     Raises:
-        RuntimeError: nothing is attached that adds their gradients in the right order, or the last backward pass raised
-            an error. Nothing is changed.
+        RuntimeError: nothing is attached that adds their gradients in the right order, the last backward pass raised
+            an error, or some rank has a problem. Nothing is changed.
     """
     if not any(map(is_dtensor, params)):
+        if problem is not None:  # in one process
+            raise RuntimeError(problem)
         return
     if micro_batches is None or not micro_batches.follows(params):
         raise RuntimeError(
             "reproducible=True needs to add the gradients of DTensor parameters itself, and some are in no attached "
             "module. Call optimizer.attach(model) after fully_shard() and before the first backward pass."
         )
-    micro_batches.complete()
+    micro_batches.complete(problem)
 
 
 def why_not_join(micro_batches: FSDPMicroBatches | None) -> str:

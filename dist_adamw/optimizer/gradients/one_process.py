@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
-from dist_adamw.optimizer.gradients.weak_hooks import WeakHook, remove
+from dist_adamw.optimizer.gradients.weak_hooks import WeakHook, is_in_backward, remove
 from dist_adamw.optimizer.sharding.memory_order import shaped_like, storage_order
 from dist_adamw.optimizer.transport.tree_sum import TreeSum
 
@@ -67,7 +67,7 @@ class MicroBatches:
 
     def before_forward(self, module: nn.Module, args: Any) -> None:
         """Count a backward pass that raised, as torch keeps the gradients from before the error."""
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() or (self._is_running and is_in_backward()):
             return
         self._hook_parameters()
         if self._is_running:

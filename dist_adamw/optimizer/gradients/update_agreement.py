@@ -19,6 +19,7 @@ from dist_adamw.optimizer.gradients.sending import Sender
 from dist_adamw.optimizer.gradients.sources import GradientSources
 from dist_adamw.optimizer.gradients.unannounced import UnannouncedGradients
 from dist_adamw.ranks import agreement, collectives
+from dist_adamw.ranks.run_on_all import first_problem
 
 _gradient, _requires_grad = operator.attrgetter("grad"), operator.attrgetter("requires_grad")
 
@@ -68,6 +69,7 @@ class UpdateAgreement:
         has_changes: bool,
         options: int,
         check_changes: Callable[[], object],
+        problem: str | None = None,
         hosts: Sequence[dist.ProcessGroup] = (),
     ) -> bool:
         """Make sure that every rank has every gradient that some rank has. Collective.
@@ -77,14 +79,15 @@ class UpdateAgreement:
             options: Digest of the hyper-parameters of all groups.
             check_changes: Called on every rank if some rank has changes or other hyper-parameters; raises if ranks
                 differ.
+            problem: With ``reproducible``, why this rank refuses the update.
             hosts: Groups of the same ranks that can reduce host tensors, see `ShardingRanks.comparing`.
 
         Returns:
             Whether there is any gradient.
 
         Raises:
-            RuntimeError: gradients were changed between backward and update, on some rank; or a module is
-                inside ``no_sync``. On every rank.
+            RuntimeError: gradients were changed between backward and update, or there is a problem, on some rank; or a
+                module is inside ``no_sync``. On every rank.
         """
         record, sources = self._record, self._sources
         self._hosts = hosts
@@ -94,14 +97,22 @@ class UpdateAgreement:
         subject = self._unannounced.params() if sources.are_buckets else sources.known
         present = self._present(subject)
         prints = self._unannounced.prints()
-        report = self._report(subject, present, prints, has_changes=has_changes, options=options)
+        # No rank has a negative count, so a problem on some ranks is a difference.
+        count = self._sender.micro_batches if problem is None else -1
+        report = self._report(subject, present, prints, count, has_changes=has_changes, options=options)
         agreed = self._agree(report, group, replicas)
-        self.needed_rounds, self.micro_batches = agreed.rounds, report.micro_batches * collectives.world_size(group)
+        self.needed_rounds, self.micro_batches = agreed.rounds, count * collectives.world_size(group)
         # Checked first: these raise before anything else is sent, and name the cause of other differences.
         if (agreed.has_changes or agreed.options_differ) and self.asks_for_changes:
             check_changes()
         self._refuse_changed(report, agreed)
         self._messages.check_carried()
+        reports = [(count, problem)]
+        if agreed.micro_batches_differ:
+            reports = collectives.all_gather_objects((count, problem), group)
+            self.micro_batches = sum(number for number, _ in reports)
+        if (refused := first_problem([one for _, one in reports])) is not None:
+            raise RuntimeError(refused)
         if agreed.is_reopened and not record.is_reopened:  # another rank ran the module forward since backward
             self._sender.reopen()
         if agreed.is_incomplete:  # in few updates, so the whole list is exchanged only then
@@ -110,8 +121,6 @@ class UpdateAgreement:
             self._compare_unlistened(prints, group, replicas)
         if agreed.change and self._unannounced.are_local_used(subject, present):
             raise accepted_local()
-        if agreed.micro_batches_differ:
-            self.micro_batches = sum(collectives.all_gather_objects(report.micro_batches, group))
         record.is_compared = True
         is_all_there = not (agreed.is_incomplete or record.filled or self._sender.reduces_every_backward)
         if not is_all_there:
@@ -183,6 +192,7 @@ class UpdateAgreement:
         subject: Sequence[Tensor],
         present: Sequence[bool],
         prints: Sequence[int],
+        micro_batches: int,
         *,
         has_changes: bool,
         options: int,
@@ -197,7 +207,7 @@ class UpdateAgreement:
         has_leftover = sender.reduces_every_backward and any(param.grad is not None for param in sender.plan.params)
         return UpdateReport(
             rounds=sender.rounds + has_leftover,
-            micro_batches=sender.micro_batches,
+            micro_batches=micro_batches,
             is_missing=_is_missing(subject, present),
             is_reopened=record.is_reopened,
             change=change,

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, Protocol
 
+import torch
 from torch.utils.hooks import RemovableHandle
 
 
@@ -58,6 +60,19 @@ class NoSync:
 
     def __reduce__(self) -> Any:
         return NoSync, ()
+
+
+@functools.cache
+def exclude_from_compilation(kind: type, *names: str) -> None:
+    """Keep torch.compile out of the methods ``names`` of a class, which are module hooks. Local."""
+    # Called when the first object is made, not at import: torch.compiler.disable imports torch._dynamo.
+    for name in names:
+        setattr(kind, name, torch.compiler.disable(getattr(kind, name)))  # type: ignore[no-untyped-call]
+
+
+def is_in_backward() -> bool:
+    """Return whether a backward pass runs in this thread: activation checkpointing calls forward there. Local."""
+    return torch._C._current_graph_task_id() != -1
 
 
 def remove(handles: Iterable[RemovableHandle]) -> None:

@@ -19,6 +19,10 @@ from dist_adamw.optimizer.sharding.shard import Shard
 from dist_adamw.ranks import collectives
 
 Groups = Sequence[dict[str, Any]]
+NOT_UNDER_DEEPSPEED = (
+    "reproducible=True is not supported under DeepSpeed, which adds gradients up itself, in an order that depends on "
+    "the number of ranks. Use DDP, FSDP2 or one process."
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,10 +163,7 @@ class PartitionSharding(ShardingScheme):
         """See `ShardingScheme`."""
         super().check_options(reduce_dtype, reproducible=reproducible)
         if reproducible:
-            raise RuntimeError(
-                "reproducible=True is not supported under DeepSpeed, which adds gradients up itself, in an order that "
-                "depends on the number of ranks. Leave it out, or use DDP."
-            )
+            raise RuntimeError(NOT_UNDER_DEEPSPEED)
 
     def present(self, shards: list[Shard], groups: Groups) -> list[Shard]:
         """Return the shards of the partitions that are in ``groups`` now. Local."""
