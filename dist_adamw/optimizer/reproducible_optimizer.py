@@ -72,6 +72,8 @@ class ReproducibleOptimizer(SavableOptimizer):
         self._check_attached()
         with contextlib.nullcontext() if self._random is None else self._random.forward_pass():
             yield
+        if self._fsdp_micro_batches is not None and torch.is_grad_enabled():
+            self._fsdp_micro_batches.after_block()
 
     def _find_problem(self, *, for_update: bool) -> str | None:
         """Return why the update would depend on the number of ranks, as far as this rank knows, or None. Local.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -121,11 +124,55 @@ def test_random_numbers_without_gradients_belong_to_the_micro_batch() -> None:
     assert len({str(found) for ranks in (1, 2, 3) for found in run_ranks(ranks, calling, "weighted")}) == 1
 
 
+def under_fsdp(way: str) -> str:
+    """Train for two updates; return a digest."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    model: Any = Dropped()
+    fully_shard(model, mesh=init_device_mesh("cpu", (ranks,)))
+    register_fsdp_forward_method(model, "loss")
+    optimizer = optimizer_of(model)
+    optimizer.attach(model)
+    for update in range(2):
+        for number in range(rank, MICRO_BATCHES, ranks):
+            with optimizer.forward_pass() if way == "context" else nullcontext():
+                loss = (model if way == "module" else model.loss)(rows(update, number))
+            loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return digest(model)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_another_method_under_fsdp2(ranks: int) -> None:
+    (expected,) = run_ranks(1, under_fsdp, "module")
+    assert run_ranks(ranks, under_fsdp, "context") == [expected] * ranks
+    for error in expect_error_on_all(ranks, under_fsdp, "method"):
+        assert "put the calls into `with optimizer.forward_pass():`" in error, error
+
+
 @pytest.mark.parametrize(("way", "ranks"), [("method", 1), ("method", 2), ("method on rank 1", 3)])
 def test_a_backward_pass_without_a_forward_pass_is_refused(way: str, ranks: int) -> None:
     for error in expect_error_on_all(ranks, calling, way):
         assert error.startswith("RuntimeError: reproducible=True: a backward pass had no forward pass"), error
         assert ("(rank 1)" in error) == (way == "method on rank 1")
+
+
+def test_a_refused_update_can_be_repeated() -> None:
+    model = Dropped()
+    optimizer = optimizer_of(model)
+    optimizer.attach(model)
+    model(rows(0, 0)).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    before = digest(model)
+    model.loss(rows(0, 1)).backward()
+    with pytest.raises(RuntimeError, match="a backward pass had no forward pass"):
+        optimizer.step()
+    assert digest(model) == before
+    optimizer.zero_grad()
+    model(rows(0, 1)).backward()
+    optimizer.step()
+    assert digest(model) != before
 
 
 def checkpointing_one_of_two() -> None:

@@ -131,6 +131,11 @@ class FSDPMicroBatches:
                 if isinstance(leaf, Tensor) and leaf.requires_grad:
                     leaf.register_hook(WeakHook(self, "backward_begins"))  # type: ignore[no-untyped-call]
 
+    def after_block(self) -> None:
+        """Follow the backward pass of a block whose output is not known."""
+        for sums in self._groups:
+            sums.hook_parameters()
+
     def backward_begins(self, grad: Tensor | None = None) -> None:
         """Take the average of earlier micro-batches out of ``param.grad``, to which FSDP2 would add.
 
@@ -176,7 +181,8 @@ class FSDPMicroBatches:
         if not self.is_reached:
             raise RuntimeError(
                 "a backward pass reached no parameter, as that of torch.autograd.grad(). FSDP2 reduces zeros then, and "
-                "with reproducible=True they would count as a micro-batch."
+                "with reproducible=True they would count as a micro-batch. If forward was another method than the "
+                "module, put the calls into `with optimizer.forward_pass():`."
             )
         self.passes += 1
         for sums in self._groups:

@@ -87,6 +87,10 @@ class GroupSum:
         if group is None:
             return
         group.reduce_grads = True  # set_requires_gradient_sync(False) would add up micro-batches in another order
+        self.hook_parameters()
+
+    def hook_parameters(self) -> None:
+        """Have unsharded parameters call `gradient_came`. Local; after a forward pass."""
         for index, member in enumerate(self._members):
             whole = getattr(member, "_unsharded_param", None)  # exists from the first forward pass on
             known = self._hooked.get(index)
@@ -96,9 +100,10 @@ class GroupSum:
 
     def gradient_came(self, index: int) -> None:
         """Note that backward has reached a parameter. Local."""
-        self.used.add(index)
         if (owner := self._owner()) is not None:
+            owner.backward_begins()  # no output's hook has, if forward was another method than the module
             owner.is_reached = True
+        self.used.add(index)
 
     # ---------------------------------------------------------------- what FSDP2 calls
 
