@@ -294,8 +294,9 @@ def clip_grad_value_(accelerator: Accelerator, clip_value: Callable[..., Any], *
     """Clip as Accelerate does. Local."""
     if any(optimizer.reproducible for optimizer in _attached(accelerator)):
         raise ValueError(
-            "accelerator.clip_grad_value_ is not supported with reproducible=True: on several ranks param.grad is not "
-            "the average. Pass max_grad_norm to DistAdamW, or use accelerator.clip_grad_norm_."
+            "accelerator.clip_grad_value_ is not supported with reproducible=True: on several ranks param.grad is the "
+            "rank's own gradient, which has been sent. Pass max_grad_norm to DistAdamW, or use "
+            "accelerator.clip_grad_norm_."
         )
     result = clip_value(*args, **kwargs)
     for optimizer in _attached(accelerator):

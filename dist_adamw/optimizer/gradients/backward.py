@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
-from torch.utils._pytree import tree_leaves
 
 from dist_adamw.optimizer.gradients.ddp import PackedBucket
+from dist_adamw.optimizer.gradients.forward_passes import on_backward
 from dist_adamw.optimizer.gradients.handshake import RankMessages
 from dist_adamw.optimizer.gradients.record import GradientRecord, OptimizerLink
 from dist_adamw.optimizer.gradients.refusals import left_before_backward
@@ -109,10 +109,7 @@ class BackwardPasses:
         """Hook the output's gradient, which marks the beginning of the backward pass."""
         # Autograd calls back at the end of the graph task in which the callback is queued. A parameter's hook may run
         # in an inner one, that of a segment checkpointed with use_reentrant=True; the output's hook does not.
-        if torch.is_grad_enabled():
-            for leaf in tree_leaves(output):
-                if isinstance(leaf, Tensor) and leaf.requires_grad:
-                    leaf.register_hook(WeakHook(self, "backward_begins"))  # type: ignore[no-untyped-call]
+        on_backward(output, WeakHook(self, "backward_begins"))
 
     # ---------------------------------------------------------------- backward
 
@@ -233,6 +230,10 @@ class BackwardPasses:
             reducer.note_views()
         self._record.watch.remember(sources.watched(sender.plan.params), averages_in(sender.owners))
         sources.tell_siblings()
+
+    def refusal(self) -> int:
+        """Return why the update must be refused, as `UpdateReport.change`; 0 if nothing is known. Local."""
+        return self._record.refusal
 
     def discard(self, *, leave_zeros: bool = False) -> None:
         """Drop gradients that arrived. The same on every rank; after `look_at_siblings`.

@@ -102,11 +102,15 @@ class GradientWatch:
         )
 
     def dropped(self) -> list[int]:
-        """Return the indices of the parameters whose gradients were set to None."""
+        """Return the indices of `dropped_params`."""
         now = list(map(_gradient, self._params))
         if all(map(operator.is_, now, self._grads)):
             return []
         return [i for i, (new, old) in enumerate(zip(now, self._grads, strict=True)) if new is None and old is not None]
+
+    def dropped_params(self) -> list[Tensor]:
+        """Return the parameters whose gradients were set to None."""
+        return [self._params[i] for i in self.dropped()]
 
 
 def _present(grads: Sequence[Tensor | None]) -> list[Tensor]:

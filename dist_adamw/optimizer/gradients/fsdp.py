@@ -15,10 +15,11 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
+from dist_adamw.optimizer.gradients.forward_passes import ForwardPasses, on_backward
 from dist_adamw.optimizer.gradients.fsdp_groups import GroupSum, check_group, fsdp_modules, install, param_groups_of
+from dist_adamw.optimizer.gradients.refusals import changed_between_passes, second_pass
 from dist_adamw.optimizer.gradients.weak_hooks import WeakHook, is_in_backward, remove
 from dist_adamw.optimizer.sharding.dtensors import is_dtensor, local_of
 from dist_adamw.ranks import collectives
@@ -49,6 +50,7 @@ class FSDPMicroBatches:
 
     def __init__(self) -> None:
         self.passes = 0
+        self._forwards = ForwardPasses()
         self.is_reached = False
         self._groups: list[GroupSum] = []
         self._ranks: list[int] = []
@@ -77,6 +79,7 @@ class FSDPMicroBatches:
         if not new:
             return
         self._handles.append(model.register_forward_pre_hook(WeakHook(self, "before_forward")))
+        self._handles.append(model.register_forward_hook(WeakHook(self, "after_whole_forward"), always_call=True))
         for module in modules:
             self._handles.append(module.register_forward_hook(WeakHook(self, "after_forward"), always_call=True))
         for module, group in new:
@@ -126,10 +129,11 @@ class FSDPMicroBatches:
 
     def after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
         """Hook the output's gradient, which marks the beginning of the backward pass."""
-        if torch.is_grad_enabled():
-            for leaf in tree_leaves(output):
-                if isinstance(leaf, Tensor) and leaf.requires_grad:
-                    leaf.register_hook(WeakHook(self, "backward_begins"))  # type: ignore[no-untyped-call]
+        on_backward(output, WeakHook(self, "backward_begins"))
+
+    def after_whole_forward(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Have the output show which forward pass a backward pass belongs to."""
+        on_backward(output, self._forwards.hook())
 
     def after_block(self) -> None:
         """Follow the backward pass of a block whose output is not known."""
@@ -149,11 +153,7 @@ class FSDPMicroBatches:
         if self._is_used or self._are_discarded():
             self.forget()
         elif self.passes and not self._are_as_written():
-            raise RuntimeError(
-                "gradients were changed between two backward passes of one update. With reproducible=True they are the "
-                "average of the micro-batches so far, which the next pass computes again: change them after the last "
-                "backward pass, before step()."
-            )
+            raise changed_between_passes()
         self._is_running, self.is_reached = True, False
         for sums in self._groups:
             for _, param in sums.trainable():
@@ -184,6 +184,9 @@ class FSDPMicroBatches:
                 "with reproducible=True they would count as a micro-batch. If forward was another method than the "
                 "module, put the calls into `with optimizer.forward_pass():`."
             )
+        if not self._forwards.end_pass(is_first=not self.passes):
+            self.forget()
+            raise second_pass()
         self.passes += 1
         for sums in self._groups:
             sums.show(self.passes * len(self._ranks))

@@ -11,8 +11,10 @@ from dist_adamw.optimizer.gradients.backward import BackwardPasses
 from dist_adamw.optimizer.gradients.ddp import PackedBucket
 from dist_adamw.optimizer.gradients.gradients_for_update import GradientsForUpdate
 from dist_adamw.optimizer.gradients.handshake import RankMessages
+from dist_adamw.optimizer.gradients.micro_batch_passes import MicroBatchPasses
+from dist_adamw.optimizer.gradients.micro_batch_sender import MicroBatchSender
 from dist_adamw.optimizer.gradients.record import GradientRecord, OptimizerLink
-from dist_adamw.optimizer.gradients.sending import MicroBatchSender, Sender, ShardSender
+from dist_adamw.optimizer.gradients.sending import Sender, ShardSender
 from dist_adamw.optimizer.gradients.sources import GradientSources
 from dist_adamw.optimizer.gradients.unannounced import UnannouncedGradients
 from dist_adamw.optimizer.gradients.update_agreement import UpdateAgreement
@@ -57,10 +59,16 @@ class GradientPath:
         self.record = GradientRecord()
         self._link = OptimizerLink(params, shards, gather)
         self.sources = GradientSources(self, self._link, self.messages, self.record)
-        kind = ShardSender if reduce_every_backward else Sender
-        self.sender = (MicroBatchSender if reproducible else kind)(self._link, self.sources, self.messages, self.record)
         parts = (self.messages, self.record)
-        self.backward = BackwardPasses(self, self._link, self.sources, self.sender, *parts, overlap=overlap)
+        self.sender: Sender
+        self.backward: BackwardPasses
+        if reproducible:
+            self.sender = micro_batches = MicroBatchSender(self._link, self.sources, *parts)
+            self.backward = MicroBatchPasses(self, self._link, self.sources, micro_batches, *parts, overlap=overlap)
+        else:
+            kind = ShardSender if reduce_every_backward else Sender
+            self.sender = kind(self._link, self.sources, *parts)
+            self.backward = BackwardPasses(self, self._link, self.sources, self.sender, *parts, overlap=overlap)
         self.sources.call(self.backward)
         unannounced = UnannouncedGradients(self._link, self.sources, self.sender, self.record)
         self.agreement = UpdateAgreement(
@@ -81,6 +89,8 @@ class GradientPath:
             ValueError: ``model`` is wrapped so that this path cannot serve it.
         """
         self.sources.add(model, reduces_every_backward=self.reduce_every_backward, reproducible=self.reproducible)
+        if isinstance(self.backward, MicroBatchPasses):
+            self.backward.hook_parameters()  # forward passes of the module may go past its hooks
 
     def forget_layout(self) -> None:
         """Discard gradients and the plan after the shards were replaced. Local."""

@@ -9,7 +9,9 @@ from torch import Tensor
 
 from dist_adamw.optimizer.gradients.gather_gradients import gather_from_ranks, take_replaced, zeros_for
 from dist_adamw.optimizer.gradients.handshake import RankMessages
+from dist_adamw.optimizer.gradients.micro_batch_sender import MicroBatchSender
 from dist_adamw.optimizer.gradients.record import GradientRecord, OptimizerLink
+from dist_adamw.optimizer.gradients.refusals import CHANGED, refused
 from dist_adamw.optimizer.gradients.sending import Sender, ShardSender, averages_in
 from dist_adamw.optimizer.gradients.sources import GradientSources
 from dist_adamw.optimizer.gradients.unannounced import UnannouncedGradients
@@ -187,6 +189,8 @@ class GradientsForUpdate:
             RuntimeError: they have not been averaged yet.
         """
         record = self._record
+        if isinstance(self._sender, MicroBatchSender) and (record.was_changed or record.watch.changed()):
+            raise refused(CHANGED, on_this_rank=True, is_reproducible=True)
         # A change of local gradients is fine only if it commutes with averaging, and nothing shows whether it does.
         if self._are_any_local() and (record.was_changed or record.watch.changed()):
             raise RuntimeError(

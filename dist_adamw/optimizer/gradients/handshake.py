@@ -15,9 +15,6 @@ from dist_adamw.optimizer.transport.rollcall import Channel, Rollcall
 from dist_adamw.ranks import collectives
 from dist_adamw.ranks.piggyback import MAX_NUMBERS, Piggyback
 
-NOT_CHANGED, ACCEPTED, CHANGED = 0, 1, 2  # gradients between backward and the update; ranks take the largest
-
-
 _HEADER, _REPORT = 3, 15  # numbers in a message: kind, update and digest of the parameters; `UpdateReport.numbers`
 
 
@@ -30,7 +27,7 @@ class UpdateReport:
         micro_batches: In how many of these rounds this rank had a backward pass.
         is_missing: Whether some parameter has no gradient here.
         is_reopened: Whether averages have become sums again.
-        change: NOT_CHANGED, ACCEPTED or CHANGED.
+        change: NOT_CHANGED, ACCEPTED, or why the gradients are refused.
         has_changes: Whether the user has changed the optimizer's groups or state.
         prints: Digest of the gradients that may be the same on all ranks.
         options: Digest of the hyper-parameters.

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
+from dist_adamw.optimizer.gradients.forward_passes import ForwardPasses, on_backward
+from dist_adamw.optimizer.gradients.refusals import changed_between_passes, second_pass
 from dist_adamw.optimizer.gradients.weak_hooks import WeakHook, is_in_backward, remove
 from dist_adamw.optimizer.sharding.memory_order import shaped_like, storage_order
 from dist_adamw.optimizer.transport.tree_sum import TreeSum
@@ -35,12 +36,16 @@ class MicroBatches:
 
     def __init__(self, params: Callable[[], Sequence[Tensor]]) -> None:
         self.count = 0
+        self._forwards = ForwardPasses()
         self._all = weakref.WeakMethod(params)
         self._sums: dict[int, TreeSum] = {}  # by id of parameter, which `_params` keeps alive
         self._params: list[Tensor] = []
         self._written: list[tuple[Tensor | None, int]] = []  # the average of each parameter, and its version
         self._is_used = False  # whether an update has used the averages
         self._is_running = False
+        self._refusal: RuntimeError | None = None  # of the running pass, if it turns out to produce gradients
+        self._zeros: list[Tensor] = []  # parameters with zeros as gradient before that pass, which count, as in torch
+        self._refused: list[Tensor | None] = []  # the gradients before that pass
         self._synchronises: list[bool] = []  # the user's ``require_backward_grad_sync``, while it is overridden
         self._modules: list[weakref.ref[nn.Module]] = []
         self._handles: list[RemovableHandle] = []
@@ -84,17 +89,10 @@ class MicroBatches:
         """Hook the output's gradient, which marks the beginning of the backward pass."""
         if isinstance(module, DistributedDataParallel) and self._synchronises:
             module.require_backward_grad_sync = self._synchronises.pop()
-        if torch.is_grad_enabled():
-            for leaf in tree_leaves(output):
-                if isinstance(leaf, Tensor) and leaf.requires_grad:
-                    leaf.register_hook(WeakHook(self, "backward_begins"))  # type: ignore[no-untyped-call]
+        on_backward(output, WeakHook(self, "backward_begins"), self._forwards.hook())
 
     def backward_begins(self, grad: Tensor) -> None:
-        """Take the average of earlier micro-batches out of ``param.grad``.
-
-        Raises:
-            RuntimeError: gradients were changed since the last backward pass.
-        """
+        """Take the average of earlier micro-batches out of ``param.grad``."""
         if self._is_running:
             return
         self._is_running = True
@@ -103,14 +101,14 @@ class MicroBatches:
 
     def _take_out(self) -> None:
         params = [] if (method := self._all()) is None else list(method())
+        self._refusal = None
+        self._zeros = []
         if self._is_used or self._are_discarded():
             self.forget()
+            self._zeros = [param for param in params if param.grad is not None and not bool(param.grad.any())]
         elif self.count and not self._are_as_written():
-            raise RuntimeError(
-                "gradients were changed between two backward passes of one update. With reproducible=True they are the "
-                "average of the micro-batches so far, which the next pass computes again: change them after the last "
-                "backward pass, before step()."
-            )
+            self._refusal = changed_between_passes()
+        self._refused = [] if self._refusal is None else list(map(_gradient, params))
         self._params = params
         for param in params:
             param.grad = None
@@ -130,9 +128,19 @@ class MicroBatches:
     def _after_backward(self) -> None:
         self._is_running = False
         there = [param for param in self._params if param.grad is not None]
-        if not there:  # this was torch.autograd.grad
-            self._show()
+        refusal = self._refusal
+        if there and refusal is None and not self._forwards.end_pass(is_first=not self.count):
+            refusal = second_pass()
+        if not there or refusal is not None:  # without gradients this was torch.autograd.grad
+            self._forwards.forget_pass()
+            self._put_back()
+            if there and refusal is not None:
+                raise refusal
             return
+        for param in self._zeros:
+            if param.grad is None:
+                param.grad = torch.zeros_like(param)
+                there.append(param)
         for param in there:
             assert param.grad is not None
             grad = storage_order(param.grad, like=param)
@@ -142,6 +150,15 @@ class MicroBatches:
             sums.add(1, [(0, [grad])])
         self.count += 1
         self._show()
+
+    def _put_back(self) -> None:
+        """Leave gradients as they were before the pass."""
+        if self._refusal is None:
+            self._show()
+            return
+        for param, grad in zip(self._params, self._refused, strict=True):
+            param.grad = grad
+        self._refused = []
 
     def _sum_of(self, param: Tensor) -> TreeSum:
         if id(param) not in self._sums:

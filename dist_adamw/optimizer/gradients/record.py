@@ -23,6 +23,7 @@ class GradientRecord:
         is_whole: Whether every ``param.grad`` is the average over all ranks, which the update uses as it is.
         is_reopened: Whether averages have been turned back into sums of local gradients.
         was_changed: Whether a forward pass has found that the user changed gradients. The update tells all ranks.
+        refusal: Why the update must be refused, as `UpdateReport.change`; 0 if nothing is known.
         is_accepted: Whether the user accepted changes before unannounced gradients were compared.
         is_compared: Whether unannounced gradients were compared over ranks since the last backward pass.
         has_let_go: Whether an update has used gradients and freed them, so that no ``param.grad`` has them.
@@ -38,6 +39,7 @@ class GradientRecord:
         self.watch = GradientWatch()
         self.has_begun = self.is_whole = self.is_reopened = False
         self.was_changed = self.is_accepted = self.is_compared = self.has_let_go = False
+        self.refusal = 0
         self.filled: set[int] = set()
         self.in_shard: set[int] = set()
         self.used: set[int] = set()
@@ -48,6 +50,7 @@ class GradientRecord:
     def clear_round(self) -> None:
         """Forget gradients that were used or discarded. ``param.grad`` still holds averages until it is set to zero."""
         self.has_begun = self.is_accepted = self.is_reopened = False
+        self.refusal = 0
         self.filled.clear()
         self.in_shard.clear()
         self.kept.clear()

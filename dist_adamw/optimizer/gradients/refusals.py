@@ -8,6 +8,9 @@ from dist_adamw.errors import AgreementError
 
 UPDATE, ROUND, SAVE, CHANGE = KINDS = 1, 2, 3, 4  # what a rank announces that it is about to do
 
+# Gradients between backward and the update; ranks take the largest. From CHANGED on they are refused.
+NOT_CHANGED, ACCEPTED, CHANGED, SECOND_PASS, AFTER_GATHER, USED_TWICE = range(6)
+
 
 def out_of_step(here: int, mine: list[int], there: int, theirs: list[int]) -> AgreementError:
     """Return the error for ranks that are about to do different things."""
@@ -73,14 +76,65 @@ def dropped_alone(count: int) -> AgreementError:
     )
 
 
-def changed(*, on_this_rank: bool) -> RuntimeError:
-    """Return the error for gradients that were changed between backward and the update."""
+def refused(why: int, *, on_this_rank: bool, is_reproducible: bool) -> RuntimeError:
+    """Return the error for gradients that an update refuses.
+
+    Args:
+        why: See `UpdateReport.change`.
+        on_this_rank: Whether the reason lies on this rank; it may on others.
+        is_reproducible: Whether the optimizer has ``reproducible=True``.
+    """
+    if why != CHANGED:
+        return RuntimeError(_SENTENCES[why])
+    where = "" if on_this_rank else " on another rank"
+    return RuntimeError(f"gradients were changed {(_AFTER_SENT if is_reproducible else _BEFORE_STEP).format(where)}")
+
+
+def second_pass() -> RuntimeError:
+    """Return the error for a second backward pass of one micro-batch."""
+    return RuntimeError(_SENTENCES[SECOND_PASS])
+
+
+def changed_between_passes() -> RuntimeError:
+    """Return the error for averages that were changed before another micro-batch."""
     return RuntimeError(
-        f"gradients were changed between backward and step(){'' if on_this_rank else ' on another rank'}. After "
-        "attach() each rank has averages only of the elements that it owns, so a norm taken there is not the model's, "
-        "and ranks would clip or unscale differently. To clip, pass max_grad_norm to DistAdamW, or call its "
-        "clip_grad_norm_ (after dist_adamw.prepare, accelerator.clip_grad_norm_ calls it). After a change that treats "
-        "every element alike, call accept_gradients(). To read or change whole averages, call gather_gradients() "
-        "first. Or train without attach() (dist_adamw.prepare(..., whole_gradients=True)): DDP's all-reduce leaves "
-        "whole averages. GradScaler needs that too."
+        "gradients were changed between two backward passes of one update. With reproducible=True they are the average "
+        "of the micro-batches so far, which the next pass computes again: change them after the last backward pass, "
+        "before step()."
     )
+
+
+_SENTENCES = {
+    SECOND_PASS: (
+        "a backward pass went through no forward pass of an attached module since the backward pass before it. With "
+        "reproducible=True every backward pass is a micro-batch, and the update divides by their number: add the "
+        "losses of a micro-batch and call backward() once."
+    ),
+    AFTER_GATHER: (
+        "a backward pass began while averages from gather_gradients() were still in param.grad. torch would add to "
+        "them, but with reproducible=True the update is the average of its micro-batches: call gather_gradients() "
+        "after the last backward pass, and zero_grad() after step()."
+    ),
+    USED_TWICE: (
+        "step() was called twice without a backward pass in between. With reproducible=True on several ranks an update "
+        "frees the averages that it has used, and param.grad is only this rank's own gradient. Call gather_gradients() "
+        "before the first step() to use them twice."
+    ),
+}
+
+
+_AFTER_SENT = (
+    "after backward{}. With reproducible=True each backward pass sends its gradients to their owners, and param.grad "
+    "is this rank's own, so a norm taken there is not the model's, and the update would not see the change. To clip, "
+    "pass max_grad_norm to DistAdamW, or call its clip_grad_norm_ (accelerator.clip_grad_norm_ does, after "
+    "dist_adamw.prepare) after the last backward pass. To read or change whole averages, call gather_gradients() first."
+)
+
+_BEFORE_STEP = (
+    "between backward and step(){}. After attach() each rank has averages only of the elements that it owns, so a norm "
+    "taken there is not the model's, and ranks would clip or unscale differently. To clip, pass max_grad_norm to "
+    "DistAdamW, or call its clip_grad_norm_ (after dist_adamw.prepare, accelerator.clip_grad_norm_ calls it). After a "
+    "change that treats every element alike, call accept_gradients(). To read or change whole averages, call "
+    "gather_gradients() first. Or train without attach() (dist_adamw.prepare(..., whole_gradients=True)): DDP's "
+    "all-reduce leaves whole averages. GradScaler needs that too."
+)

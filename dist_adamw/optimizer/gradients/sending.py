@@ -125,7 +125,7 @@ class Sender:
         self.is_prepared = True
         for shard in {id(shard): shard for shard, _ in self.plan.order}.values():
             assert shard.transport is not None
-            shard.gradients.prepare(shard.transport, moves=self._moves_gradients)
+            shard.gradients.prepare(shard.transport, self.unsent, moves=self._moves_gradients)
 
     def take_in(self, params: Collection[Tensor], *, large: bool = True) -> None:
         """Move gradients that have arrived to memory that stays. Local.
@@ -215,11 +215,7 @@ class Sender:
     def _send_next(self) -> None:
         n = self.next
         with self._sources.streams.joined(self.plan.order[n][0].steps.device):
-            if self._sources.are_buckets:
-                gradients = self._from_ddp(n)
-            else:
-                gradients = self._from_params(n)
-                self._note_sent([param for param in self.plan.params_of[n] if param.grad is not None])
+            gradients = self._from_ddp(n) if self._sources.are_buckets else self._from_params(n)
             self.next += 1
             self._start(n, gradients)
 
@@ -235,7 +231,7 @@ class Sender:
         """Return the gradients of a bucket of the plan from ``param.grad``."""
         (shard, k), indices = self.plan.order[n], self.plan.indices[n]
         assert shard.transport is not None
-        grads = list(map(_gradient, self.plan.params_of[n]))
+        grads = self.unsent(self.plan.params_of[n])
         if self._moves_gradients:
             moved = shard.gradients.to_send(k, indices, grads, shard.order)
             if moved is not None:
@@ -243,8 +239,9 @@ class Sender:
         there = [i for i, grad in zip(indices, grads, strict=True) if grad is not None]
         return shard.gradients.packed(k, {i: flat_gradient(shard, i) for i in there}, shard.transport)
 
-    def _note_sent(self, params: list[Tensor]) -> None:
-        pass
+    def unsent(self, params: Sequence[Tensor]) -> list[Tensor | None]:
+        """Return the gradients of ``params`` that are still to be sent; None for those without one. Local."""
+        return list(map(_gradient, params))
 
     @torch.no_grad()
     def _start(self, n: int, gradients: BucketGradients) -> None:
@@ -354,9 +351,6 @@ class ShardSender(Sender):
         self.micro_batches += is_micro_batch
         self.begin_round()
 
-    def _note_sent(self, params: list[Tensor]) -> None:
-        self._record.in_shard.update(map(id, params))
-
     @property
     def _moves_gradients(self) -> bool:
         return False
@@ -371,6 +365,9 @@ class ShardSender(Sender):
 
     @torch.no_grad()
     def _start(self, n: int, gradients: BucketGradients) -> None:
+        params = self.plan.params_of[n]
+        sent = [param for param, grad in zip(params, self.unsent(params), strict=True) if grad is not None]
+        self._record.in_shard.update(map(id, sent))
         super()._start(n, gradients)
         self._let_go(*self.plan.order[n])  # ``gradients`` keeps those that are sent without a copy
 
@@ -385,37 +382,18 @@ class ShardSender(Sender):
 
     def _let_go(self, shard: Shard, k: int) -> None:
         """Free the gradients that no later bucket needs."""
+        for param in self._in_no_later_bucket(shard, k):
+            param.grad = None
+
+    def _in_no_later_bucket(self, shard: Shard, k: int) -> list[Tensor]:
+        """Return the parameters of bucket ``k`` that are in none of those sent after it."""
         # The last bucket is sent first, so the bucket with a parameter's first element is the last to need it.
-        for piece in shard.layout.pieces(*shard.layout.bucket(k)):
-            param = shard.params[piece.param]
-            if piece.start == 0 and id(param) in self.plan.buckets_of:
-                param.grad = None
+        pieces = shard.layout.pieces(*shard.layout.bucket(k))
+        params = [shard.params[piece.param] for piece in pieces if piece.start == 0]
+        return [param for param in params if id(param) in self.plan.buckets_of]
 
     def clear(self) -> None:
         """Forget the gradients of this update, which were used or discarded. Local; the same on every rank."""
         self.rounds = self.micro_batches = 0
         super().clear()
         self.begin_round()
-
-
-class MicroBatchSender(ShardSender):
-    """Averages micro-batches, one for each backward pass of each rank, in the order of their numbers.
-
-    Micro-batch j of rank r has the number ``j W + r``. A round brings W of them, so their order does not depend on W.
-    """
-
-    def _take(self, shard: Shard, sent: InFlightBucket, gradients: BucketGradients) -> None:
-        assert shard.transport is not None
-        shard.transport.finish_terms(sent, shard.gradients.tree_sum(sent.bucket))
-        gradients.packer.give_back(gradients)
-
-    def complete(self, micro_batches: int, *, later: bool) -> None:
-        """See `ShardSender`."""
-        for shard in self.owners:
-            shard.gradients.finish_tree_sums(micro_batches, later=later)
-
-    def clear(self) -> None:
-        """Forget the gradients of this update, which were used or discarded. Local; the same on every rank."""
-        for shard in self.owners:
-            shard.gradients.clear_tree_sums()
-        super().clear()

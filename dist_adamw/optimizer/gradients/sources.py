@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import Node, get_gradient_edge
+from torch.autograd.graph import get_gradient_edge
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
@@ -346,15 +346,15 @@ def accumulates_now(modules: Sequence[nn.Module]) -> bool:
     """
     for model in modules:
         for param in model.parameters():
-            if param.requires_grad and _will_run(get_gradient_edge(param).node):
+            if param.requires_grad and accumulates_into(param):
                 return True
     return False
 
 
-def _will_run(accumulation: Node) -> bool:
-    """Return whether the backward pass that runs, or has just run, executes the node ``accumulation``."""
+def accumulates_into(param: Tensor) -> bool:
+    """Return whether the pass that autograd runs, or has just run, adds to ``param.grad``. ``param`` requires one."""
     try:
-        return bool(torch._C._will_engine_execute_node(accumulation))
+        return bool(torch._C._will_engine_execute_node(get_gradient_edge(param).node))
     except RuntimeError:  # torch.autograd.grad with respect to that parameter, which returns its gradient
         return False
 

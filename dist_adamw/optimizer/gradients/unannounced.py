@@ -11,9 +11,10 @@ from collections.abc import Sequence, Set
 from torch import Tensor
 
 from dist_adamw.optimizer.gradients.gather_gradients import flat_gradient
+from dist_adamw.optimizer.gradients.micro_batch_sender import MicroBatchSender
 from dist_adamw.optimizer.gradients.record import GradientRecord, OptimizerLink
 from dist_adamw.optimizer.gradients.send_order import Plan
-from dist_adamw.optimizer.gradients.sending import MicroBatchSender, Sender
+from dist_adamw.optimizer.gradients.sending import Sender
 from dist_adamw.optimizer.gradients.sources import GradientSources
 from dist_adamw.optimizer.sharding.fingerprints import fingerprints
 from dist_adamw.optimizer.sharding.shard import Shard

@@ -11,9 +11,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dist_adamw.optimizer.gradients.backward import BackwardPasses
-from dist_adamw.optimizer.gradients.handshake import ACCEPTED, CHANGED, NOT_CHANGED, Agreed, RankMessages, UpdateReport
+from dist_adamw.optimizer.gradients.handshake import Agreed, RankMessages, UpdateReport
+from dist_adamw.optimizer.gradients.micro_batch_sender import MicroBatchSender
 from dist_adamw.optimizer.gradients.record import GradientRecord
-from dist_adamw.optimizer.gradients.refusals import accepted_local, changed, dropped_alone
+from dist_adamw.optimizer.gradients.refusals import (
+    ACCEPTED,
+    CHANGED,
+    NOT_CHANGED,
+    accepted_local,
+    dropped_alone,
+    refused,
+)
 from dist_adamw.optimizer.gradients.registry import Path, gather_from_owners
 from dist_adamw.optimizer.gradients.sending import Sender
 from dist_adamw.optimizer.gradients.sources import GradientSources
@@ -105,7 +113,7 @@ class UpdateAgreement:
         # Checked first: these raise before anything else is sent, and name the cause of other differences.
         if (agreed.has_changes or agreed.options_differ) and self.asks_for_changes:
             check_changes()
-        self._refuse_changed(report, agreed)
+        self._refuse_changed(report, agreed, group, replicas)
         self._messages.check_carried()
         reports = [(count, problem)]
         if agreed.micro_batches_differ:
@@ -127,11 +135,24 @@ class UpdateAgreement:
             self._fill_in(subject, present)
         return any(present) or self._has_any_in_buckets()
 
-    def _refuse_changed(self, report: UpdateReport, agreed: Agreed) -> None:
-        if agreed.change == CHANGED:
-            raise changed(on_this_rank=report.change == CHANGED)
-        if agreed.dropped_differ:
+    def _refuse_changed(
+        self, report: UpdateReport, agreed: Agreed, group: dist.ProcessGroup, replicas: dist.ProcessGroup | None
+    ) -> None:
+        if agreed.change >= CHANGED:
+            on_this_rank = report.change == agreed.change
+            is_reproducible = isinstance(self._sender, MicroBatchSender)
+            raise refused(agreed.change, on_this_rank=on_this_rank, is_reproducible=is_reproducible)
+        if agreed.dropped_differ and self._are_dropped_alone(group, replicas):
             raise dropped_alone(len(self._record.watch.dropped()))
+
+    def _are_dropped_alone(self, group: dist.ProcessGroup, replicas: dist.ProcessGroup | None) -> bool:
+        """Return whether a rank has a gradient that another one has set to None. Collective."""
+        if not isinstance(self._sender, MicroBatchSender):  # zeros were filled in, so all ranks had the same gradients
+            return True
+        known, dropped = self._sources.known, set(map(id, self._record.watch.dropped_params()))
+        kept = [id(param) in self._record.in_shard for param in known]
+        largest = self._largest([*kept, *(id(param) in dropped for param in known)], group, replicas)
+        return any(map(operator.and_, largest[: len(known)], largest[len(known) :]))
 
     def _compare_unlistened(
         self, prints: list[int], group: dist.ProcessGroup, replicas: dist.ProcessGroup | None
@@ -179,7 +200,9 @@ class UpdateAgreement:
 
     def _present(self, params: Sequence[Tensor]) -> list[bool]:
         """Return which of ``params`` have a gradient from backward, as opposed to zeros that were filled in."""
-        present = [grad is not None for grad in map(_gradient, params)]
+        present = [grad is not None for grad in self._sender.unsent(params)]
+        for param in self._record.watch.dropped_params():
+            self._record.in_shard.discard(id(param))
         filled, in_shard = self._record.filled, self._record.in_shard
         if not (filled or in_shard):
             return present
@@ -199,12 +222,12 @@ class UpdateAgreement:
     ) -> UpdateReport:
         """Return this rank's report to the others. Local."""
         record, sender = self._record, self._sender
-        change = ACCEPTED if record.is_accepted else NOT_CHANGED
+        change = max(ACCEPTED if record.is_accepted else NOT_CHANGED, self._backward.refusal())
         if record.was_changed or record.watch.changed():
-            change = CHANGED
+            change = max(change, CHANGED)
         dropped = record.watch.dropped()
         # A round frees ``param.grad``, so a gradient that is there now was set since and needs one more round.
-        has_leftover = sender.reduces_every_backward and any(param.grad is not None for param in sender.plan.params)
+        has_leftover = sender.reduces_every_backward and any(g is not None for g in sender.unsent(sender.plan.params))
         return UpdateReport(
             rounds=sender.rounds + has_leftover,
             micro_batches=micro_batches,
