@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
+from dist_adamw.optimizer.gradients.refusals import NO_FORWARD_PASS
 from dist_adamw.optimizer.gradients.weak_hooks import WeakHook, exclude_from_compilation, is_in_backward, remove
 from dist_adamw.ranks import agreement
 
@@ -182,12 +183,7 @@ class KeyedRandom:
         self._look(kept)
         if not self._is_unannounced:
             return None
-        return (
-            "reproducible=True: a backward pass had no forward pass of an attached module before it. After several "
-            "backward passes of one forward pass the order of the sum depends on the number of ranks: add the losses, "
-            "and call backward once. If forward was another method, its random numbers do: call the module, or put the "
-            "calls into `with optimizer.forward_pass():`."
-        )
+        return NO_FORWARD_PASS
 
     def used(self) -> None:
         """Record that an update has used the gradients."""

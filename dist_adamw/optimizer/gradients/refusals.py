@@ -104,12 +104,15 @@ def changed_between_passes() -> RuntimeError:
     )
 
 
+NO_FORWARD_PASS = (
+    "a backward pass went through no forward pass of an attached module since the backward pass before it. With "
+    "reproducible=True every backward pass is a micro-batch: the update divides by their number, and each has random "
+    "numbers by its own. Add the losses of a micro-batch, and call backward() once. If forward was another method than "
+    "the module, put the calls into `with optimizer.forward_pass():`."
+)
+
 _SENTENCES = {
-    SECOND_PASS: (
-        "a backward pass went through no forward pass of an attached module since the backward pass before it. With "
-        "reproducible=True every backward pass is a micro-batch, and the update divides by their number: add the "
-        "losses of a micro-batch and call backward() once."
-    ),
+    SECOND_PASS: NO_FORWARD_PASS,
     AFTER_GATHER: (
         "a backward pass began while averages from gather_gradients() were still in param.grad. torch would add to "
         "them, but with reproducible=True the update is the average of its micro-batches: call gather_gradients() "
