@@ -116,6 +116,8 @@ class Recipe:
         numbers = {name: length for name, length in lengths.items() if isinstance(length, int | float)}
         checked: dict[str, Any] = {name: value for name, value in self.options.items() if name not in _LENGTHS}
         checked |= {name: numbers[name] for name in ("restart_period", "min_restart_period") if name in numbers}
+        if "total_samples" in lengths:
+            checked.pop("fit", None)
         RestartSchedule(epoch_size=1 << 40, batch_size=1, **checked)
         return None
 

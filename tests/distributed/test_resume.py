@@ -67,13 +67,15 @@ def train(engine: str, first: int, last: int, saved: str, loaded: str | None, op
         ranks = accelerator.num_processes
         model = network(options.get("lora", False))
         optimizer = DistAdamW(model.parameters(), lr=1e-2, weight_decay=0.1, eps=0.1)
-        scheduler = CyclicLRWithRestarts(optimizer, **RECIPE)
+        scheduler = CyclicLRWithRestarts(optimizer, **options.get("recipe", RECIPE))
         micro_batch = options.get("batch", BATCH) // (ranks * accumulation)
         order = torch.Generator().manual_seed(11 if loaded is None else 12)
         loader = DataLoader(data(), micro_batch, shuffle=True, generator=order)
         model, wrapped, loader, scheduler = prepare(accelerator, model, optimizer, loader, scheduler)
         if loaded is not None:
             accelerator.load_state(loaded)
+        if "cooldown" in options:
+            scheduler.cooldown(**options["cooldown"])
         rows = list(itertools.islice(updates(accelerator, model, wrapped, loader, scheduler), last - first))
         accelerator.save_state(saved)
         assert unwrap(wrapped).updates == last

@@ -255,6 +255,9 @@ def test_options_are_checked_before_sizes_are_known() -> None:
     later = CyclicLRWithRestarts(
         adamw(AdamW), cycle_ends=["1 epoch", 1500], warmup_samples="2 updates", weight_decay_timescale="2 epochs"
     )
+    CyclicLRWithRestarts(adamw(AdamW), total_samples="2 epochs", fit="scale")
+    with pytest.raises(ValueError, match="needs total_samples"):
+        CyclicLRWithRestarts(adamw(AdamW), fit="scale")
     later.batch_size, later.epoch_size = B, E
     assert later.schedule.last_sample == 1500
     scheduler = CyclicLRWithRestarts(adamw(AdamW), B, cycle_ends=["2 epochs", 1500])
