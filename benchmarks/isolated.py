@@ -16,7 +16,8 @@ kilobytes beyond its elements. What those of plain torch cost (a parameter, its 
 without DDP) is measured in a separate process, and taken off the peak in ``beyond_objects_over_formula``.
 
 Traffic: what the loopback interface says that it sent, over the ranks and the updates. That is
-counted by the kernel, headers and acknowledgements included. Where the kernel permits, the ranks have a
+counted by the kernel, headers and acknowledgements included; what ranks of one host send through shared memory, as
+DistAdamW does, is not (see `bytes_sent`, or set DIST_ADAMW_SHARED_MEMORY=0). Where the kernel permits, the ranks have a
 network namespace of their own, so that nothing else is counted. It is compared with f N (b_g + b_p),
 f = (W - 1) / W: gradients sent to their owners, and parameters sent back, once.
 """
