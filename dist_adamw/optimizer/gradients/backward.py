@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import operator
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from dist_adamw.optimizer.gradients.record import GradientRecord, OptimizerLink
 from dist_adamw.optimizer.gradients.refusals import left_before_backward
 from dist_adamw.optimizer.gradients.sending import Sender, ShardSender, averages_in
 from dist_adamw.optimizer.gradients.sources import GradientSources, accumulates_now
-from dist_adamw.optimizer.gradients.weak_hooks import WeakHook, is_in_backward
+from dist_adamw.optimizer.gradients.weak_hooks import WeakHook, exclude_from_compilation, is_in_backward
 
 _gradient = operator.attrgetter("grad")
 
@@ -46,7 +47,7 @@ class BackwardPasses:
         *,
         overlap: bool,
     ) -> None:
-        _exclude_from_compilation()
+        exclude_from_compilation(BackwardPasses, "before_forward", "after_forward")
         self._path, self._link, self._sources, self._sender = weakref.ref(path), link, sources, sender
         self._messages, self._record, self._overlap = messages, record, overlap
         self.is_running = False
@@ -109,7 +110,10 @@ class BackwardPasses:
         """Hook the output's gradient, which marks the beginning of the backward pass."""
         # Autograd calls back at the end of the graph task in which the callback is queued. A parameter's hook may run
         # in an inner one, that of a segment checkpointed with use_reentrant=True; the output's hook does not.
-        on_backward(output, WeakHook(self, "backward_begins"))
+        on_backward(output, *self._output_hooks())
+
+    def _output_hooks(self) -> list[Callable[[Tensor], object]]:
+        return [WeakHook(self, "backward_begins")]
 
     # ---------------------------------------------------------------- backward
 
@@ -264,12 +268,3 @@ class BackwardPasses:
 
 def _when_backward_is_over(callback: Any) -> None:
     torch.autograd.Variable._execution_engine.queue_callback(callback)
-
-
-@functools.cache
-def _exclude_from_compilation() -> None:
-    """Keep torch.compile out of the module hooks."""
-    # Done when the first path is made, not at import: torch.compiler.disable imports torch._dynamo.
-    for name in ("before_forward", "after_forward"):
-        hook = getattr(BackwardPasses, name)
-        setattr(BackwardPasses, name, torch.compiler.disable(hook))  # type: ignore[no-untyped-call]
