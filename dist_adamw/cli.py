@@ -63,15 +63,17 @@ def preview(
         decay_shape: For wsd, the shape of that fall.
         rewarmup: Samples over which lr rises after each restart.
         peak_factor: Factor on the peak at every restart, or a list with one for each cycle.
-        cycle_ends: Ends of the cycles, in samples, in place of restart_period and t_mult.
+        cycle_ends: Ends of the cycles, in samples, in place of restart_period and t_mult: "[1 epoch, 3 epochs]".
         weight_decay_norm: first_cycle keeps torch's weight decay in the first cycle.
         weight_decay_timescale: Samples over which updates are averaged, in place of weight_decay; also "1 cycle".
         tokens_per_sample: For lengths in tokens.
         cycles: Number of cycles to show; default 4, or those of total_samples.
-        total_samples: Samples of the whole training, to see where in its cycle it ends.
+        total_samples: Samples of the whole training, to see where in its cycle it ends; with fit, a cycle ends there.
         fit: Make a cycle end with total_samples: cut or extend the last one, or scale all of them.
         plot: PNG file to draw lr and the decay of one update into.
     """
+    if fit is not None and total_samples is None:
+        raise ValueError(f"--fit {fit} needs --total_samples, where the last cycle is to end.")
     optimizer = DistAdamW([torch.zeros(1)], lr=lr, weight_decay=weight_decay)
     scheduler = CyclicLRWithRestarts(
         optimizer,

@@ -200,6 +200,7 @@ def fitted(cycles: Cycles, total_samples: Length, fit: Fit, warmup: int, sizes: 
             f"total_samples={shown(total_samples)} ends before the first update after the warm-up of {warmup:,} "
             f"samples. {_hint(total_samples)}"
         )
+    _check_reachable(cycles, total, sizes)
     last = cycles.find(total)
     if last.start == total and last.index:
         last = cycles.cycle(last.index - 1)
@@ -236,6 +237,19 @@ def _check_countable(
                 f"t_mult={shown(t_mult)} is so close to 1 that {count:,.0f} cycles pass {when}, which cannot "
                 "be counted exactly. Round it, or pass 1."
             )
+
+
+def _check_reachable(cycles: Cycles, total: Fraction, sizes: Sizes) -> None:
+    """Raise ValueError if so many cycles of a growing length end before ``total`` that exact powers take long."""
+    run = cycles.runs[-1]
+    if run.ratio == 1 or total <= run.start:
+        return
+    count = _log_of_one_plus((total - run.start) * (run.ratio - 1) / run.length) / _log_of_one_plus(run.ratio - 1)
+    if count * run.ratio.denominator.bit_length() > _LARGEST_POWER >> 3:
+        raise ValueError(
+            f"t_mult={float(run.ratio)!r} is so close to 1 that {count:,.0f} cycles end in "
+            f"{float(total / sizes.epoch_size):g} epochs, which cannot be counted exactly. Round it, or pass 1."
+        )
 
 
 def _hint(length: Length) -> str:

@@ -23,7 +23,9 @@ from dist_adamw.schedule.saved import LATER_OPTIONS
 from dist_adamw.schedule.weight_decay import (
     DecayConvention,
     DecayReading,
+    check_beside_timescale,
     check_decoupled,
+    check_one_decay,
     decay_by_lr,
     decay_convention,
     decay_factors,
@@ -214,20 +216,8 @@ class Recipe:
 
     def check_bases(self, bases: Iterable[BaseValues]) -> None:
         """Raise ValueError if groups have different weight decays above 0, or none, beside a time scale."""
-        if self.decay_reading != "timescale":
-            return
-        found = {base.weight_decay for base in bases}
-        decays = sorted(found - {0.0})
-        if found and not decays:
-            raise ValueError(
-                "weight_decay_timescale replaces weight decays above 0, but every group's is 0. Pass any weight_decay "
-                "above 0 to the optimizer."
-            )
-        if len(decays) > 1:
-            raise ValueError(
-                f"weight_decay_timescale replaces weight decays above 0, but groups have {decays}. Give them the same "
-                "weight_decay, or 0 to groups without decay."
-            )
+        if self.decay_reading == "timescale":
+            check_one_decay([base.weight_decay for base in bases])
 
     def group_values(
         self, point: SchedulePoint, groups: Iterable[ScheduledGroup], optimizer: Optimizer
@@ -241,8 +231,9 @@ class Recipe:
     @property
     def group_check(self) -> GroupCheck | None:
         """The check that new parameter groups must pass."""
-        needs_decoupled = self.normalize is True or self.decay_reading != "paper"
-        return check_decoupled if needs_decoupled else None
+        if self.decay_reading == "timescale":
+            return check_beside_timescale
+        return check_decoupled if self.normalize is True or self.decay_reading == "first_cycle" else None
 
     def decay_convention(self, optimizer: Optimizer, group: Mapping[str, Any]) -> DecayConvention:
         """Return the convention for the weight decay of ``group``; "l2" leaves it unchanged."""

@@ -108,7 +108,7 @@ class RestartSchedule:
             and t_mult. After the last end the lr stays where that cycle ends.
         total_samples: Samples of the whole training with the warm-up: the last cycle ends there, and the lr stays.
         fit: How: "last" cuts or extends the last cycle, "scale" scales all cycles.
-        weight_decay_timescale: Samples over which AdamW's weights average their updates at the peak lr, in place of
+        weight_decay_timescale: Samples over which AdamW's weights average their updates at the base lr, in place of
             weight decays above 0; "1 cycle" and "2 epochs" work.
         tokens_per_sample: For lengths in tokens.
         cooldown: A fall of the lr that ends the schedule.
@@ -361,6 +361,13 @@ def _check_choices(schedule: RestartSchedule) -> None:
     if schedule.policy_fn is not None and not callable(schedule.policy_fn):
         raise ValueError(f"policy_fn must be a function of tau, got {schedule.policy_fn!r}.")
     make_shape("decay_shape", schedule.decay_shape)
+    if schedule.decay_shape != "linear" and not schedule._is("wsd"):
+        raise ValueError(f"decay_shape={schedule.decay_shape!r} is for policy='wsd', got {schedule.policy!r}.")
+    if schedule.weight_decay_timescale is not None and schedule.weight_decay_exponent != 0.5:
+        raise ValueError(
+            f"weight_decay_exponent={schedule.weight_decay_exponent!r} has no effect with weight_decay_timescale: "
+            "leave one of them out."
+        )
     if schedule.fit not in ("last", "scale"):
         raise ValueError(f"fit must be 'last' or 'scale', got {schedule.fit!r}.")
     if schedule.decay_length is not None and not schedule._is("wsd"):

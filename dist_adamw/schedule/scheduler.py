@@ -34,7 +34,7 @@ class CyclicLRWithRestarts(SampleScheduler):
     scheduler ran before). They stay with the group, which may be added, deleted, moved, or replaced by a copy
     (``dict(group, params=[...])``) between updates. A group's ``lr_scale`` (timm's layer-wise decay) multiplies the
     scheduled lr, including ``min_lr`` and warm-up, as under timm's schedulers. A normalised weight decay depends on
-    neither ``lr_scale`` nor the base lr.
+    neither ``lr_scale`` nor the base lr, unless it is torch's by ``weight_decay_norm="first_cycle"``.
 
     Lengths may have a unit: "2.5 epochs", "10_000 samples", "500 updates" (of the global batch that the run begins
     with), "1e9 tokens"; "10%" and "1 cycle" where a share of the cycle makes sense. Numbers have the unit named below.
@@ -52,7 +52,8 @@ class CyclicLRWithRestarts(SampleScheduler):
         min_lr: lr at the end of a cycle, for groups without their own.
         gamma: Amplitude of exp_range: gamma ** (samples after warm-up / batch_size).
         triangular_step: Position of the triangular policies' peak in the cycle, from 0 to 1.
-        min_restart_period: Shortest cycle in epochs, where cycles shrink.
+        min_restart_period: Shortest cycle in epochs, where cycles shrink: one epoch, or the first cycle if that is
+            shorter, unless you pass it.
         warmup_samples: Samples over which lr rises from ``warmup_start_lr`` to its base, once.
         eta_on_restart_cb: (eta_min, eta_max) -> (eta_min, eta_max), applied again at each restart.
         eta_on_iteration_cb: (eta_min, eta_max, iterations) -> (eta_min, eta_max), never compounded.
@@ -65,7 +66,8 @@ class CyclicLRWithRestarts(SampleScheduler):
         decay_length: For "wsd": the part at the end of each cycle in which lr falls, in samples or "10%", the default.
         decay_shape: For "wsd": "linear", "one_minus_sqrt" or "cosine".
         rewarmup: Samples, or a share of the cycle, over which lr rises from ``min_lr`` after each restart.
-        peak_factor: A number f multiplies the peak of cycle i by f ** i; a list has a factor for each cycle.
+        peak_factor: A number f multiplies the peak of cycle i by f ** i; a list has a factor for each cycle, of which
+            the last serves for all further ones.
         cycle_ends: Training so far at each cycle's end, in samples with the warm-up, in place of ``restart_period`` and
             ``t_mult``. After the last one the lr stays.
         total_samples: Samples of the whole training with the warm-up: the last cycle ends there, and the lr stays.
@@ -73,8 +75,9 @@ class CyclicLRWithRestarts(SampleScheduler):
         weight_decay_norm: "paper": the groups' ``weight_decay`` is AdamWR's normalised lambda, another quantity than
             torch's; "first_cycle": it is torch's in the first cycle, multiplied by (T_0 / T_i) ** weight_decay_exponent
             in cycle i, so that only later cycles differ from torch's AdamW.
-        weight_decay_timescale: The number of samples over which AdamW averages its updates at the peak lr ("1 cycle",
-            "0.5 epochs"), in place of every group's ``weight_decay`` above 0; arXiv:2405.13698.
+        weight_decay_timescale: The number of samples over which AdamW averages its updates at the base lr ("1 cycle",
+            "0.5 epochs"), in place of the groups' ``weight_decay``, which is 0 for groups without decay and any other
+            number, the same, for the rest; arXiv:2405.13698.
         tokens_per_sample: For lengths in tokens.
         stream: Data without epochs: updates may span epochs. Otherwise the last update of an epoch counts only the
             rest of the epoch.
@@ -200,7 +203,8 @@ class CyclicLRWithRestarts(SampleScheduler):
             return
         if recipe.cooldown is not None:
             raise ValueError(
-                f"cooldown: there is a {recipe.cooldown} already, got a {wanted}. Load a checkpoint of the trunk first."
+                f"cooldown: there is a {recipe.cooldown} already, got a {wanted}. A branch's checkpoint brings its "
+                "cool-down: leave out this call to continue it, or load a checkpoint of the trunk for another one."
             )
         earliest = max(self.samples, schedule.warmup_samples)
         if wanted.at < earliest:

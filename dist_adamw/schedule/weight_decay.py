@@ -59,6 +59,29 @@ def check_decoupled(optimizer: Optimizer, group: Mapping[str, Any], base: BaseVa
         )
 
 
+def check_beside_timescale(optimizer: Optimizer, group: Mapping[str, Any], base: BaseValues) -> None:
+    """Raise ValueError if a new group's decay is another one than that of other groups, or enters the gradient."""
+    check_decoupled(optimizer, group, base)
+    known = [float(one["initial_weight_decay"]) for one in optimizer.param_groups if "initial_weight_decay" in one]
+    if base.weight_decay > 0:
+        check_one_decay([*known, base.weight_decay])
+
+
+def check_one_decay(decays: Sequence[float]) -> None:
+    """Raise ValueError unless groups have one weight decay above 0, with which a time scale says all."""
+    found = sorted(set(decays) - {0.0})
+    if decays and not found:
+        raise ValueError(
+            "weight_decay_timescale replaces weight decays above 0, but every group's is 0. Pass any weight_decay "
+            "above 0 to the optimizer."
+        )
+    if len(found) > 1:
+        raise ValueError(
+            f"weight_decay_timescale replaces weight decays above 0, but groups have {found}. Give them the same "
+            "weight_decay, or 0 to groups without decay."
+        )
+
+
 # What a group's weight_decay is: AdamWR's normalised lambda, torch's in the first cycle, or, beside a time scale, only
 # a sign whether the group decays.
 DecayReading = Literal["paper", "first_cycle", "timescale"]
