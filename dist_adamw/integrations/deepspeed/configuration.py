@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from types import NoneType, UnionType
 from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -148,7 +148,7 @@ def _made(kind: Callable[..., T], section: str, first: Any, given: Mapping[str, 
         if value == "auto" and name not in ("shard", "normalize_weight_decay"):
             _refuse(section, name, value, "it was never resolved; set a value")
         kinds = _kinds(types[name])
-        readings = [*itertools.chain.from_iterable(_read(value, one) for one in kinds)]
+        readings = _readings(value, kinds)
         if not readings:
             _refuse(section, name, value, f"it must be {' or '.join(filter(None, map(_in_words, kinds)))}")
         values[name] = readings[0]
@@ -177,12 +177,18 @@ def _kinds(annotation: Any) -> tuple[Any, ...]:
     return get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
 
 
+def _readings(value: Any, kinds: tuple[Any, ...]) -> list[Any]:
+    return [*itertools.chain.from_iterable(_read(value, one) for one in kinds)]
+
+
 def _read(value: Any, kind: Any) -> Iterator[Any]:
     """Yield plain data as ``kind``; nothing if it is not of that kind."""
     if get_origin(kind) is Literal:
         yield from (member for member in get_args(kind) if member == value)
     elif get_origin(kind) is tuple:
         yield from _read_tuple(value, get_args(kind))
+    elif get_origin(kind) is Sequence:
+        yield from _read_list(value, _kinds(*get_args(kind)))
     elif kind in (int, float) and _may_be_number(value, kind):
         with contextlib.suppress(ValueError, OverflowError):
             yield kind(value)
@@ -203,9 +209,18 @@ def _read_tuple(value: Any, members: tuple[Any, ...]) -> Iterator[Any]:
         yield tuple(one for (one,) in readings)
 
 
+def _read_list(value: Any, kinds: tuple[Any, ...]) -> Iterator[Any]:
+    if isinstance(value, list | tuple):
+        readings = [_readings(one, kinds) for one in value]
+        if all(readings):
+            yield [one[0] for one in readings]
+
+
 def _in_words(kind: Any) -> str:
     if get_origin(kind) is Literal:
         return " or ".join(map(repr, get_args(kind)))
     if get_origin(kind) is tuple:
         return f"a list of {len(get_args(kind))} numbers"
+    if get_origin(kind) is Sequence:
+        return f"a list, each {' or '.join(filter(None, map(_in_words, _kinds(*get_args(kind)))))}"
     return _WORDS.get(kind, "")
