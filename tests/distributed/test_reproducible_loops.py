@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 from dist_adamw import CyclicLRWithRestarts, DistAdamW, prepare
@@ -163,6 +164,11 @@ def clip(run: Run) -> None:
     nn.utils.clip_grad_norm_(run.params, 0.1)
 
 
+def look_and_clip(run: Run) -> None:
+    torch.autograd.grad(output_of(run.model, run.update, 7).sum(), [run.net.first.weight])
+    clip(run)
+
+
 def log_norms(run: Run) -> None:
     for param in run.params:
         assert param.grad is None or param.grad.norm() > 0
@@ -237,13 +243,28 @@ def look_first(run: Run, output: Tensor) -> None:
     """Differentiate without a gradient for any parameter, also while old ones are there."""
     torch.autograd.grad(output.sum(), [run.net.first.weight, run.net.last.bias], retain_graph=True)
     output.square().mean().backward()
+    before = [param.grad for param in run.params]
     torch.autograd.grad(output_of(run.model, run.update, 7).sum(), [run.net.first.weight])
+    assert all(param.grad is grad for param, grad in zip(run.params, before, strict=True)) or run.ranks == 1
 
 
 def both_at_once(run: Run, output: Tensor) -> None:
     """Two forward passes of one micro-batch, and one backward pass."""
     again = output_of(run.model, run.update, run.j * run.ranks + run.rank)
     ((output.square().mean() + again.square().mean()) / 2).backward()
+
+
+def checkpointed(run: Run, output: Tensor, *, reentrant: bool = False) -> None:
+    """Let backward call the attached module again."""
+    number = run.j * run.ranks + run.rank
+    x = torch.randn(4, 6, generator=torch.Generator().manual_seed(100 * run.update + number)).requires_grad_()
+    again = checkpoint(run.model, x, number, use_reentrant=reentrant)
+    assert isinstance(again, Tensor)
+    again.square().mean().backward()
+
+
+def checkpointed_reentrant(run: Run, output: Tensor) -> None:
+    checkpointed(run, output, reentrant=True)
 
 
 ORDINARY = Loop()
@@ -253,9 +274,12 @@ SAME: dict[str, tuple[Loop, Loop]] = {
     "gradients are read after step()": (do(read_afterwards), ORDINARY),
     "no zero_grad()": (zero(lambda run: None), ORDINARY),  # an update has used the gradients
     "zeros are left": (zero(lambda run: run.optimizer.zero_grad(set_to_none=False)), ORDINARY),
+    "zeros are left by the model": (zero(lambda run: run.model.zero_grad(set_to_none=False)), ORDINARY),
     "model.zero_grad()": (zero(lambda run: run.model.zero_grad()), ORDINARY),
     "gather_gradients()": (do(gather_and_step), ORDINARY),
     "torch.autograd.grad": (passes(look_first), ORDINARY),
+    "a checkpointed module": (passes(checkpointed), ORDINARY),
+    "a checkpointed module, reentrant": (passes(checkpointed_reentrant), ORDINARY),
     "two forward passes": (passes(both_at_once), ORDINARY),
     "model.zero_grad() after the first pass": (on_first(lambda run: run.model.zero_grad()), SkipFirst()),
     "model.zero_grad(False) after the first pass": (
@@ -346,6 +370,7 @@ REFUSED: dict[str, tuple[Loop, str, str]] = {
     "clip_grad_norm_": (change(clip), CHANGED, NOT_REFUSED),
     "clip_grad_norm_ in every pass": (change(clip, lambda run: True), CHANGED, "RuntimeError: gradients were changed"),
     "clip_grad_norm_ in the first pass": (on_first(clip), CHANGED, "RuntimeError: gradients were changed"),
+    "clip_grad_norm_ after torch.autograd.grad": (change(look_and_clip), CHANGED, NOT_REFUSED),
     "noise": (change(add_noise), CHANGED, NOT_REFUSED),
     "other tensors": (change(replace), CHANGED, NOT_REFUSED),
     "None in the first pass": (on_first(lambda run: drop_first(run.params)), CHANGED, "RuntimeError: .* were changed"),
@@ -512,23 +537,26 @@ def test_gradients_of_an_optimizer_that_no_longer_exists_are_refused() -> None:
         assert re.search("reduced to their owners for an attached DistAdamW that no longer exists", error), error
 
 
-def leave_zeros(by_model: bool) -> bool:
-    """Return whether an update has changed a parameter that it does not use, whose gradient was set to zero."""
+def use_once(name: str) -> bool:
+    """Return whether an update has changed a parameter that only the update before it uses."""
     run = Run("plain")
     scale = run.net.scale
     for update in range(2):
         before = scale.clone()
         for number in range(run.rank, K, run.ranks):
-            output_of(run.model, update, number if update == 0 else 2 * number + 1).square().mean().backward()
+            output_of(run.model, update, 2 * number + update).square().mean().backward()
         run.optimizer.step()
-        (run.model if by_model else run.optimizer).zero_grad(set_to_none=False)
+        SAME[name][0].zero_grad(run)
     return not torch.equal(scale, before)
 
 
-@pytest.mark.parametrize("by_model", [True, False])
-def test_zeros_count_as_gradients(by_model: bool) -> None:
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [("zeros are left", True), ("zeros are left by the model", True), ("no zero_grad()", False)],
+)
+def test_zeros_count_as_gradients_as_in_torch(name: str, changes: bool) -> None:
     for ranks in (1, 2, 4):
-        assert run_ranks(ranks, leave_zeros, by_model) == [True] * ranks
+        assert run_ranks(ranks, use_once, name) == [changes] * ranks
 
 
 # ---------------------------------------------------------------- Accelerate

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import operator
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -107,7 +108,10 @@ class BackwardPasses:
         """Hook the output's gradient, which marks the beginning of the backward pass."""
         # Autograd calls back at the end of the graph task in which the callback is queued. A parameter's hook may run
         # in an inner one, that of a segment checkpointed with use_reentrant=True; the output's hook does not.
-        on_backward(output, WeakHook(self, "backward_begins"))
+        on_backward(output, *self._output_hooks())
+
+    def _output_hooks(self) -> list[Callable[[Tensor], object]]:
+        return [WeakHook(self, "backward_begins")]
 
     # ---------------------------------------------------------------- backward
 

@@ -28,6 +28,11 @@ def on_backward(output: Any, *hooks: Callable[[Tensor], object]) -> None:
                 leaf.register_hook(hook)  # type: ignore[no-untyped-call]
 
 
+def is_in_backward() -> bool:
+    """Return whether autograd runs a backward pass in this thread: checkpointed segments call forward there. Local."""
+    return torch._C._current_graph_task_id() != -1
+
+
 class ForwardPasses:
     """Detects a second backward pass of one micro-batch, which would count as another micro-batch. Local.
 

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from dist_adamw.optimizer.gradients.forward_passes import ForwardPasses, on_backward
+from dist_adamw.optimizer.gradients.forward_passes import ForwardPasses, is_in_backward, on_backward
 from dist_adamw.optimizer.gradients.fsdp_groups import GroupSum, check_group, fsdp_modules, install, param_groups_of
 from dist_adamw.optimizer.gradients.refusals import changed_between_passes, second_pass
 from dist_adamw.optimizer.gradients.weak_hooks import WeakHook, remove
@@ -121,7 +121,7 @@ class FSDPMicroBatches:
 
     def before_forward(self, module: nn.Module, args: Any) -> None:
         """Discard all micro-batches after a backward pass that raised."""
-        if self._is_running and not _is_in_backward():  # activation checkpointing calls forward in backward
+        if self._is_running and not is_in_backward():  # activation checkpointing calls forward in backward
             self._is_running = False
             self.forget()
 
@@ -232,10 +232,6 @@ class FSDPMicroBatches:
 def _only_counts(hook: Any) -> bool:
     """Return whether ``hook`` is that of `SampleCounter`, which does not read the gradient."""
     return isinstance(hook, functools.partial) and hook.func is next
-
-
-def _is_in_backward() -> bool:
-    return torch._C._current_graph_task_id() != -1
 
 
 def _version(grad: Tensor | None) -> tuple[int, ...]:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import operator
 import weakref
-from typing import Any
+from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from dist_adamw.optimizer.gradients.backward import BackwardPasses
-from dist_adamw.optimizer.gradients.forward_passes import ForwardPasses, on_backward
+from dist_adamw.optimizer.gradients.forward_passes import ForwardPasses, is_in_backward
 from dist_adamw.optimizer.gradients.handshake import RankMessages
 from dist_adamw.optimizer.gradients.micro_batch_sender import MicroBatchSender
 from dist_adamw.optimizer.gradients.record import GradientRecord, OptimizerLink
@@ -63,6 +63,8 @@ class MicroBatchPasses(BackwardPasses):
                 self._handles.append(param.register_hook(hook))  # type: ignore[no-untyped-call]
 
     def _prepare_gradients(self) -> None:
+        if self.is_running and is_in_backward():  # the running pass calls a checkpointed module again
+            return
         self.hook_parameters()
         self._look_at_last_pass()
         super()._prepare_gradients()
@@ -78,10 +80,8 @@ class MicroBatchPasses(BackwardPasses):
             self.discard()
             self._micro_batches.forget_zeros()
 
-    def after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
-        """Hook the output's gradient, which marks the beginning of the backward pass."""
-        super().after_forward(module, args, output)
-        on_backward(output, self._forwards.hook())
+    def _output_hooks(self) -> list[Callable[[Tensor], object]]:
+        return [*super()._output_hooks(), self._forwards.hook()]
 
     # ---------------------------------------------------------------- backward
 

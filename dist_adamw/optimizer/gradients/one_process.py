@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
-from dist_adamw.optimizer.gradients.forward_passes import ForwardPasses, on_backward
+from dist_adamw.optimizer.gradients.forward_passes import ForwardPasses, is_in_backward, on_backward
 from dist_adamw.optimizer.gradients.refusals import changed_between_passes, second_pass
 from dist_adamw.optimizer.gradients.weak_hooks import WeakHook, remove
 from dist_adamw.optimizer.sharding.memory_order import shaped_like, storage_order
@@ -75,7 +75,7 @@ class MicroBatches:
         if not torch.is_grad_enabled():
             return
         self._hook_parameters()
-        if self._is_running:
+        if self._is_running and not is_in_backward():
             self._is_running = False
             if all(param.grad is None for param in self._params):  # discarded
                 self.forget()
