@@ -479,28 +479,8 @@ def gradient_bytes(way: str) -> tuple[int, int, int]:
 
 def test_no_more_than_one_set_of_gradients_stays() -> None:
     for one_set, most, left in run_ranks(2, gradient_bytes, "plain"):
-        assert one_set <= left <= 1.1 * one_set
+        assert 0.99 * one_set <= left <= one_set  # a rank may not use ``scale``
         assert most <= 1.2 * one_set, most / one_set
-
-
-def addresses(keep: bool) -> bool:
-    """Return whether the gradients of the last two passes have the same memory."""
-    run = Run("plain")
-    found: list[list[int]] = []
-    kept: list[Any] = []
-
-    def note(run: Run) -> None:
-        found.append([param.grad.data_ptr() for param in run.params[1:] if param.grad is not None])
-        if keep:
-            kept.append(run.net.first.weight.grad)
-
-    run.train(change(note, lambda run: True))
-    return found[-1] == found[-2]
-
-
-def test_memory_of_gradients_stays_unless_the_script_keeps_one() -> None:
-    assert run_ranks(2, addresses, False) == [True] * 2
-    assert run_ranks(2, addresses, True) == [False] * 2
 
 
 def without_its_optimizer() -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
 from torch import Tensor
 
@@ -13,7 +13,6 @@ from dist_adamw.optimizer.gradients.record import GradientRecord, OptimizerLink
 from dist_adamw.optimizer.gradients.sending import ShardSender
 from dist_adamw.optimizer.gradients.sources import GradientSources
 from dist_adamw.optimizer.sharding.bucket_gradients import BucketGradients
-from dist_adamw.optimizer.sharding.gradient_memory import OWN_BLOCK_BYTES
 from dist_adamw.optimizer.sharding.shard import Shard
 from dist_adamw.optimizer.transport.base import InFlightBucket
 
@@ -45,7 +44,7 @@ class MicroBatchSender(ShardSender):
         """Remove a gradient that was sent before autograd adds the next one to it. Local."""
         if self.is_sent(param):
             param.grad = None
-        self._sent.pop(id(param), None)  # the next one may become the same tensor, which stays in memory
+        self._sent.pop(id(param), None)
 
     def forget_zeros(self) -> None:
         """Treat gradients that were set to zero as new ones, which count as gradients of the next update. Local."""
@@ -54,14 +53,6 @@ class MicroBatchSender(ShardSender):
     def unsent(self, params: Sequence[Tensor]) -> list[Tensor | None]:
         """See `Sender`."""
         return [None if self.is_sent(param) else param.grad for param in params]
-
-    @property
-    def _moves_gradients(self) -> bool:
-        return True
-
-    def take_in(self, params: Collection[Tensor], *, large: bool = True) -> None:
-        """Move gradients that have arrived to memory that stays, and large ones always: they stay there. Local."""
-        super().take_in([param for param in params if param.grad is not None and param.grad.nbytes < OWN_BLOCK_BYTES])
 
     def finish_round(self, *, is_micro_batch: bool = True) -> None:
         """See `ShardSender`."""

@@ -125,7 +125,7 @@ class Sender:
         self.is_prepared = True
         for shard in {id(shard): shard for shard, _ in self.plan.order}.values():
             assert shard.transport is not None
-            shard.gradients.prepare(shard.transport, self.unsent, moves=self._moves_gradients)
+            shard.gradients.prepare(shard.transport, moves=self._moves_gradients)
 
     def take_in(self, params: Collection[Tensor], *, large: bool = True) -> None:
         """Move gradients that have arrived to memory that stays. Local.

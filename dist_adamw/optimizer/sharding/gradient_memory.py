@@ -16,7 +16,7 @@ from __future__ import annotations
 import itertools
 import operator
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,9 +30,8 @@ from dist_adamw.optimizer.transport.layout import FlatLayout, Piece
 _PLACE = 5  # in a memory page; state has 1 to 4
 # glibc takes larger blocks from the system each time, and gives them back when they are freed: letting such a gradient
 # go during backward would spare no page, and its average would be written to memory that is not in the cache.
-OWN_BLOCK_BYTES = 32 << 20
-_version = operator.attrgetter("_version")
-GradientsOf = Callable[[Sequence[Tensor]], list[Tensor | None]]
+_OWN_BLOCK_BYTES = 32 << 20
+_gradient, _version = operator.attrgetter("grad"), operator.attrgetter("_version")
 
 
 class GradientMemory:
@@ -79,27 +78,17 @@ class GradientMemory:
 
     # ---------------------------------------------------------------- between passes
 
-    def prepare(self, gradients_of: GradientsOf) -> None:
-        """Make sure that a pass overwrites no gradient that the user holds. Local; with no bucket in flight.
-
-        Args:
-            gradients_of: Returns the gradients of parameters to which the pass adds; None for those that it replaces.
-        """
-        grads = gradients_of(self._params)
+    def prepare(self) -> None:
+        """Make sure that a pass overwrites no gradient that the user holds. Local; with no bucket in flight."""
+        grads = list(map(_gradient, self._params))
         are_here = list(map(operator.is_, grads, self._views))
         elsewhere = list(map(operator.not_, are_here))
         self._left = {i for i in itertools.compress(range(len(grads)), elsewhere) if grads[i] is not None}
         del grads  # its references would count
         if all(are_here):  # backward adds to them in place, as in torch
             return
-        params, views = self._params, self._views
-        replaced = [i for i in itertools.compress(range(len(params)), elsewhere) if params[i].grad is views[i]]
-        for i in replaced:  # torch's reference would count
-            params[i].grad = None
         if self._are_held(elsewhere):
             self._allocate()
-        for i in replaced:
-            params[i].grad = views[i]
 
     def _are_held(self, chosen: Sequence[bool]) -> bool:
         """Return whether other objects refer to some of the ``chosen`` views, or to any part of the memory."""
@@ -201,7 +190,7 @@ class GradientMemory:
         else:
             flat = self._flattened(i, grad, order)
             part = flat[piece.start : piece.stop]
-            stays = i in self._left or grad is view or grad.nbytes >= OWN_BLOCK_BYTES
+            stays = i in self._left or grad is view or grad.nbytes >= _OWN_BLOCK_BYTES
             if stays or not _is_plain(grad, view):
                 self._set_large(gradients, k, n, i, part, part, flat)
                 return

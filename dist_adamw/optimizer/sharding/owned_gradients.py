@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dist_adamw.optimizer.sharding.bucket_gradients import BucketGradients, BucketPacker
 from dist_adamw.optimizer.sharding.dtensors import local_gradient, local_of
-from dist_adamw.optimizer.sharding.gradient_memory import GradientMemory, GradientsOf
+from dist_adamw.optimizer.sharding.gradient_memory import GradientMemory
 from dist_adamw.optimizer.sharding.memory_order import MemoryOrder, check_dense, storage_order
 from dist_adamw.optimizer.transport.base import Transport, cut_slice
 from dist_adamw.optimizer.transport.layout import FlatLayout, Piece
@@ -60,18 +60,17 @@ class OwnedGradients:
 
     # ---------------------------------------------------------------- memory of gradients
 
-    def prepare(self, transport: Transport, gradients_of: GradientsOf, *, moves: bool) -> None:
+    def prepare(self, transport: Transport, *, moves: bool) -> None:
         """Make sure that a pass overwrites no gradient that the user holds. Local; with no bucket in flight.
 
         Args:
             transport: Sends the buckets.
-            gradients_of: See `GradientMemory.prepare`.
             moves: Whether the pass moves gradients to memory that stays.
         """
         if self._memory is None and moves:
             self._memory = GradientMemory(self._params, self._layout, self._pieces, self._packer(transport))
         if self._memory is not None:
-            self._memory.prepare(gradients_of)
+            self._memory.prepare()
 
     def _packer(self, transport: Transport) -> BucketPacker:
         if self._made_packer is None:
