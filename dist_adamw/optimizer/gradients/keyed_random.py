@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
+from dist_adamw.optimizer.gradients.forward_passes import on_backward
 from dist_adamw.optimizer.gradients.refusals import NO_FORWARD_PASS
 from dist_adamw.optimizer.gradients.weak_hooks import WeakHook, exclude_from_compilation, is_in_backward, remove
 from dist_adamw.ranks import agreement
@@ -86,10 +86,8 @@ class KeyedRandom:
         Raises:
             RuntimeError: the forward pass has changed a buffer.
         """
-        if self._end() and torch.is_grad_enabled():
-            for leaf in tree_leaves(output):
-                if isinstance(leaf, Tensor) and leaf.requires_grad:
-                    leaf.register_hook(WeakHook(self, "start_again"))  # type: ignore[no-untyped-call]
+        if self._end():
+            on_backward(output, WeakHook(self, "start_again"))
 
     @contextlib.contextmanager
     def forward_pass(self) -> Iterator[None]:
