@@ -1,0 +1,287 @@
+"""Pictures of `recipes`: means over seeds, with bars of one standard error."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import numpy as np
+
+from benchmarks import recipes_tables as tables
+from benchmarks.recipes import Scale, final
+from benchmarks.recipes_tables import Estimate, Rows, Sweep, difference, losses
+from benchmarks.recipes_training import LAST
+from benchmarks.records import Record
+
+BLUE, ORANGE, GREEN, RED, PURPLE, GREY = "#0b6e99", "#e0912f", "#1e8449", "#c0392b", "#7d3c98", "#777777"
+COLOURS = {"cosine restarts": BLUE, "WSD-S": ORANGE, "one cosine": GREEN, "trunk": PURPLE, "planned": "black"}
+LOSS = "held-out loss, nats per byte"
+BARS = {"capsize": 3, "elinewidth": 1.0}
+
+
+def _figure(width: float, height: float) -> Any:
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _save(figure: Any, path: Path) -> None:
+    for axis in figure.axes:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(alpha=0.25)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+
+
+def _plain_ticks(axis: Any, ticks: Sequence[float]) -> None:
+    axis.set_xticks(ticks, [f"{tick:,g}" for tick in ticks])
+    axis.set_xticks([], minor=True)
+
+
+# -------------------------------------------------------------------- weight decay
+
+
+def draw_decay(path: Path, sweeps: Mapping[tuple[int, int], Sweep], scale: Scale) -> None:
+    """Draw held-out loss over decay, and the best values of each reading over length and batch."""
+    optima = {case: tables.optimum(sweep) for case, sweep in sweeps.items()}
+    axes = tables.by_length_and_batch(list(optima.values()))
+    figure = _figure(12, 9)
+    panels = figure.subplots(2, 2, height_ratios=[1.15, 1])
+    for column, (by, cases) in enumerate(axes.items()):
+        top, bottom = panels[:, column]
+        for colour, one in zip((BLUE, GREEN, ORANGE), cases, strict=False):
+            _draw_sweep(top, sweeps[one.samples, one.batch], one, colour, by)
+        top.set_xscale("log")
+        top.set_xlabel("torch's weight decay")
+        top.set_ylabel("held-out loss above the best, nats per byte")
+        same = f"batch {cases[0].batch}" if by == "length" else f"{cases[0].samples:,} samples"
+        varied = "Length of the run varied" if by == "length" else "Batch varied, lr by its square root"
+        top.set_title(f"{varied} ({same})")
+        top.legend(loc="upper center", fontsize=9, title="diamond: minimum of the fit")
+        _draw_readings(bottom, cases, by)
+    heads = panels[0]
+    highest = max(axis.get_ylim()[1] for axis in heads)
+    for axis in heads:
+        axis.set_ylim(-0.02 * highest, highest * 1.25)
+    figure.suptitle("Which reading of the best weight decay stays put?")
+    _save(figure, path)
+
+
+def _draw_sweep(axis: Any, sweep: Sweep, one: tables.Optimum, colour: str, by: str) -> None:
+    a, b, c = one.curve
+    lowest = c - b * b / (4 * a)
+    label = f"{one.samples:,} samples" if by == "length" else f"batch {one.batch}"
+    decays = sorted(sweep)
+    # Seeds differ more than decays do: bars are the errors after each seed's own mean is taken away.
+    centre = [mean(final(sweep[decay][seed]) for decay in decays) for seed in range(len(one.by_seed))]
+    shifted = [[final(row) - centre[seed] for seed, row in enumerate(sweep[decay])] for decay in decays]
+    estimates = [Estimate.of(values) for values in shifted]
+    heights = [estimate.value + mean(centre) - lowest for estimate in estimates]
+    axis.errorbar(decays, heights, [e.error for e in estimates], fmt="o", color=colour, label=label, **BARS)
+    axis.plot(decays, heights, color=colour, linewidth=0.8, alpha=0.5)
+    x = np.geomspace(one.fitted[0], one.fitted[-1], 50)
+    axis.plot(x, a * np.log(x) ** 2 + b * np.log(x) + c - lowest, color=colour, linewidth=2.0)
+    axis.plot([one.decay], [0], marker="D", markersize=9, color=colour, markeredgecolor="black", zorder=5)
+
+
+def _draw_readings(axis: Any, cases: Sequence[tables.Optimum], by: str) -> None:
+    """Draw the best value of each reading over that of the first case, so that what stays put is a flat line."""
+    positions = [one.samples if by == "length" else one.batch for one in cases]
+    styles = dict(zip(tables.READINGS, ((BLUE, "o"), (ORANGE, "s"), (GREEN, "^"), (PURPLE, "v")), strict=True))
+    for shift, (reading, (colour, marker)) in enumerate(styles.items()):
+        values = np.array([one.readings(one.decay)[reading] for one in cases])
+        errors = np.array([tables.factor_error(one.by_seed) for one in cases])
+        ratios = values / values[0]
+        bars = [ratios - ratios / errors, ratios * errors - ratios]
+        moved = [position * 1.025 ** (shift - 1.5) for position in positions]  # so that no bar hides another
+        label = f"{reading}: {values.min():.2g} to {values.max():.2g}"
+        axis.errorbar(moved, ratios, bars, marker=marker, color=colour, label=label, **BARS)
+    axis.axhline(1.0, color=GREY, linewidth=0.9, linestyle="--")
+    axis.set_xscale("log")
+    axis.set_yscale("log")
+    _plain_ticks(axis, positions)
+    ticks = [10.0**n * m for n in range(-3, 4) for m in (1, 3)]
+    low, high = axis.get_ylim()
+    axis.set_yticks([tick for tick in ticks if low <= tick <= high], [f"{t:g}" for t in ticks if low <= t <= high])
+    axis.set_yticks([], minor=True)
+    axis.set_xlabel("samples of the run" if by == "length" else "batch, samples of one update")
+    axis.set_ylabel("best value, over that of the first point")
+    axis.legend(loc="upper left", fontsize=9, title="reading: its best values")
+    axis.set_ylim(low, high * (high / low) ** 0.55)
+
+
+# -------------------------------------------------------------------- held-out losses
+
+
+def _curve(axis: Any, rows: Sequence[Record], colour: str, label: str, **style: Any) -> None:
+    """Draw the last weights' loss at all marks."""
+    marks = rows[0]["settings"]["marks"]
+    means = [mean(losses(rows, samples)) for samples in marks]
+    axis.plot(marks, means, color=colour, marker=".", linewidth=1.3, label=label, **style)
+
+
+def _points(axis: Any, places: Sequence[float], values: Sequence[Estimate], colour: str, **style: Any) -> None:
+    errors = [value.error for value in values]
+    axis.errorbar(places, [value.value for value in values], errors, color=colour, **{**BARS, **style})
+
+
+def _lr(axis: Any, row: Record, colour: str, label: str, until: float = math.inf) -> None:
+    x, y = zip(*[point for point in row["lr_curve"] if point[0] <= until], strict=True)
+    axis.plot(x, y, color=colour, linewidth=1.4, label=label)
+
+
+def _samples_axis(axis: Any, scale: Scale) -> None:
+    axis.set_xlim(0, scale.total * 1.02)
+    axis.set_xticks(scale.ends, [f"{end:,}" for end in scale.ends])
+
+
+def draw_anytime(path: Path, rows: Rows, scale: Scale) -> None:
+    """Draw lr, held-out loss, and its difference from a run that was planned for each end."""
+    names = ("cosine restarts", "WSD-S", "one cosine")
+    figure = _figure(11, 11)
+    lr, loss, gap = figure.subplots(3, 1, height_ratios=[1, 2.2, 2])
+    planned = {end: tables.dedicated(rows, scale, end) for end in scale.ends}
+    for name in names:
+        peak = rows[name][0]["settings"]["lr"]
+        _lr(lr, rows[name][0], COLOURS[name], f"{name}, peak {peak:g}")
+        _curve(loss, rows[name], COLOURS[name], name)
+    best = [Estimate.of(losses(found, end)) for end, found in planned.items()]
+    label = "a cosine planned for that end, tuned"
+    _points(loss, scale.ends, best, "black", fmt="*", markersize=13, label=label, zorder=5)
+    width = 0.22
+    for i, name in enumerate(names):
+        gaps = [difference(losses(rows[name], end), losses(planned[end], end)) for end in scale.ends]
+        places = [n + (i - 1) * width for n in range(len(gaps))]
+        gap.bar(places, [g.value for g in gaps], width * 0.9, color=COLOURS[name], label=name)
+        _points(gap, places, gaps, "black", fmt="none")
+    gap.axhline(0, color="black", linewidth=0.8)
+    gap.set_yscale("symlog", linthresh=0.01)
+    gap.set_yticks([-0.01, 0, 0.01, 0.03, 0.1, 0.3], ["-0.01", "0", "0.01", "0.03", "0.1", "0.3"])
+    gap.set_yticks([], minor=True)
+    gap.set_xticks(range(len(scale.ends)), [f"after {end:,} samples" for end in scale.ends])
+    gap.set_ylabel("loss above a cosine planned\nfor that end, nats per byte")
+    gap.set_xlabel("ends of cycles (linear below 0.01, logarithmic above)")
+    for axis in (lr, loss):
+        _samples_axis(axis, scale)
+        for end in scale.ends:
+            axis.axvline(end, color=GREY, linewidth=0.8, linestyle=":")
+    lr.set_ylabel("lr")
+    loss.set_ylabel(LOSS)
+    loss.set_xlabel("samples (dotted: ends of cycles)")
+    loss.set_ylim(*_loss_limits(rows, names))
+    lr.legend(loc="upper center", bbox_to_anchor=(0.5, 1.28), ncols=3, fontsize=9)
+    loss.legend(loc="upper right", fontsize=9, framealpha=1.0)
+    gap.legend(loc="upper right", fontsize=9)
+    figure.suptitle(f"Held-out loss at any time: {_seeds(rows['WSD-S'])}")
+    _save(figure, path)
+
+
+def _loss_limits(rows: Rows, names: Sequence[str]) -> tuple[float, float]:
+    values = [one["held_out"] for name in names for row in rows[name] for one in row["held_out"] if one["what"] == LAST]
+    low, high = min(values), max(values)
+    return low - 0.05 * (high - low), high + 0.03 * (high - low)
+
+
+def _seeds(rows: Sequence[Record]) -> str:
+    return f"mean of {len(rows)} seeds, bars: one standard error"
+
+
+def draw_branches(path: Path, rows: Rows, scale: Scale) -> None:
+    """Draw the trunk with its branches next to dedicated cosines: held-out loss, differences, and samples."""
+    trunk = rows["trunk"]
+    figure = _figure(12, 7)
+    grid = figure.add_gridspec(2, 2, width_ratios=[2.2, 1])
+    loss, gap, cost = (figure.add_subplot(place) for place in (grid[:, 0], grid[0, 1], grid[1, 1]))
+    _curve(loss, trunk, PURPLE, "trunk, constant lr")
+    ours = {end: tables.branch_losses(trunk, end) for end in scale.ends}
+    theirs = {end: losses(tables.dedicated(rows, scale, end), end) for end in scale.ends}
+    for i, (at, end) in enumerate(trunk[0]["settings"]["branches"]):
+        line = [mean(losses(trunk, at)), mean(ours[end])]
+        loss.plot([at, end], line, color=ORANGE, linewidth=1.6, label=None if i else "cool-down branches")
+    _points(loss, scale.ends, [Estimate.of(v) for v in ours.values()], ORANGE, fmt="o", markersize=7)
+    label = "dedicated cosines, each tuned"
+    best = [Estimate.of(values) for values in theirs.values()]
+    _points(loss, scale.ends, best, "black", fmt="*", markersize=12, label=label)
+    _samples_axis(loss, scale)
+    loss.set_ylabel(LOSS)
+    loss.set_xlabel("samples")
+    loss.legend(loc="upper right")
+    gaps = [difference(ours[end], theirs[end]) for end in scale.ends]
+    gap.bar(range(len(gaps)), [g.value for g in gaps], 0.6, color=ORANGE)
+    _points(gap, range(len(gaps)), gaps, "black", fmt="none")
+    gap.axhline(0, color="black", linewidth=0.8)
+    gap.set_xticks(range(len(gaps)), [f"{end:,}" for end in scale.ends])
+    gap.set_xlabel("samples at the end")
+    gap.set_ylabel("branch minus\ndedicated, nats per byte")
+    bars = [
+        ("one trunk,\nfour branches", trunk[0]["trained_samples"], ORANGE),
+        ("four dedicated", sum(scale.ends), GREY),
+    ]
+    for name, samples, colour in bars:
+        cost.barh([name], [samples], color=colour)
+        cost.annotate(f"{samples:,} ", (samples, name), ha="right", va="center", color="white")
+    cost.set_xlabel("samples trained in all")
+    cost.set_xticks([0, 25_000, 50_000, 75_000] if scale.total > 10_000 else [0])
+    figure.suptitle(f"One trunk with cool-down branches, or a run for each end: {_seeds(trunk)}")
+    _save(figure, path)
+
+
+def draw_snapshots(path: Path, rows: Rows, scale: Scale) -> None:
+    """Draw what averages of weights and of probabilities change, at the end of restarts and along the trunk."""
+    figure = _figure(14, 5.2)
+    panels = figure.subplots(1, 3)
+    for axis, name in zip(panels, ("cosine restarts", "equal restarts"), strict=False):
+        found = rows[name]
+        end = found[0]["settings"]["marks"][-1]
+        last = losses(found, end)
+        for kind, colour, label in (
+            ("mean", BLUE, "mean of the weights"),
+            ("ensemble", ORANGE, "mean of probabilities"),
+        ):
+            whats = [what for what in tables.kinds(found, end) if what.startswith(kind)]
+            counts = [int(what.split()[-1]) for what in whats]
+            values = [difference(losses(found, end, what), last) for what in whats]
+            _points(axis, counts, values, colour, marker="o", label=f"snapshots: {label}")
+        for what, colour, place in zip(_moving(found, end), (GREEN, PURPLE), (0.86, 1.14), strict=True):
+            values = [difference(losses(found, end, what), last)]
+            _points(axis, [place], values, colour, fmt="s", label=what)
+        axis.axhline(0, color="black", linewidth=0.9, linestyle="--")
+        ends = found[0]["settings"]["ends"]
+        axis.set_xticks(range(1, len(ends) + 1), ["last\nweights", *(f"last {n}" for n in range(2, len(ends) + 1))])
+        axis.set_title(
+            f"{name}: cycles end at\n" + ", ".join(f"{e / 1000:.1f}" for e in ends) + " thousand samples", fontsize=10
+        )
+        axis.set_ylabel("held-out loss minus that of the last weights,\nnats per byte")
+        axis.legend(loc="upper left", fontsize=9)
+    low = min(axis.get_ylim()[0] for axis in panels[:2])
+    high = max(axis.get_ylim()[1] for axis in panels[:2])
+    for axis in panels[:2]:
+        axis.set_ylim(low, high + 0.3 * (high - low))
+    _draw_trunk_averages(panels[2], rows["trunk"], scale)
+    figure.suptitle(f"Averages next to the last weights: {_seeds(rows['trunk'])}")
+    _save(figure, path)
+
+
+def _moving(rows: Sequence[Record], samples: int) -> list[str]:
+    return [what for what in tables.kinds(rows, samples) if what.startswith("EMA")]
+
+
+def _draw_trunk_averages(axis: Any, trunk: Sequence[Record], scale: Scale) -> None:
+    ends = [end for end in scale.ends if end in trunk[0]["settings"]["marks"]]
+    last = {end: losses(trunk, end) for end in ends}
+    for colour, what in zip((GREEN, PURPLE), _moving(trunk, ends[0]), strict=True):
+        values = [difference(losses(trunk, end, what), last[end]) for end in ends]
+        _points(axis, ends, values, colour, marker="s", label=what)
+    values = [difference(tables.branch_losses(trunk, end), last[end]) for end in ends]
+    _points(axis, ends, values, ORANGE, marker="o", label="cool-down branch to the same sample")
+    axis.axhline(0, color="black", linewidth=0.9, linestyle="--")
+    axis.set_xscale("log")
+    _plain_ticks(axis, ends)
+    axis.set_yscale("symlog", linthresh=0.1)
+    axis.set_xlabel("samples of a trunk at constant lr")
+    axis.set_title("a trunk at constant lr", fontsize=10)
+    axis.set_ylabel("held-out loss minus that of the last weights,\nnats per byte")
+    axis.legend(loc="upper right", fontsize=9)
