@@ -85,13 +85,29 @@ def final(row: Record) -> float:
 # -------------------------------------------------------------------- experiments
 
 
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One sweep of weight decay.
+
+    Attributes:
+        task: Little text, so that the run has several epochs.
+        samples: Of the run.
+        batch: Samples of an update.
+        guess: Where among `DECAYS` to begin.
+    """
+
+    task: Task
+    samples: int
+    batch: int
+    guess: float
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scale:
     """The sizes of all experiments.
 
     Attributes:
-        decay_task: For `decay`: little text, so that runs have several epochs.
-        decay_cases: (samples, batch, where among `DECAYS` to begin).
+        decay_cases: Of `decay`; the others are compared with the first.
         decay_lr: At `BATCH`; sqrt(batch / BATCH) times this at another batch.
         task: For the other experiments.
         unit: Samples of the first cycle; cycles end after 1, 3, 7 and 15 of them.
@@ -100,8 +116,7 @@ class Scale:
         decay_seeds: Those of `decay`.
     """
 
-    decay_task: Task
-    decay_cases: tuple[tuple[int, int, float], ...]
+    decay_cases: tuple[Case, ...]
     decay_lr: float
     task: Task
     unit: int
@@ -120,25 +135,35 @@ class Scale:
         return self.ends[-1]
 
 
+TEXT = Task(max_bytes=132_500, held_out=0.5, multiple=64)  # 1,024 windows to train on
+HALF_TEXT = replace(TEXT, max_bytes=99_000, held_out=2 / 3)
+QUARTER_TEXT = replace(TEXT, max_bytes=82_500, held_out=0.8)
 SCALE = Scale(
-    decay_task=Task(max_bytes=132_500, held_out=0.5, multiple=64),
-    decay_cases=((10_240, 16, 0.3), (20_480, 16, 1.0), (40_960, 16, 3.0), (20_480, 4, 0.3), (20_480, 64, 3.0)),
+    decay_cases=(
+        Case(TEXT, 20_480, 16, 1.0),
+        Case(TEXT, 10_240, 16, 0.3),
+        Case(TEXT, 40_960, 16, 3.0),
+        Case(TEXT, 20_480, 4, 0.3),
+        Case(TEXT, 20_480, 64, 3.0),
+        Case(HALF_TEXT, 10_240, 16, 1.0),
+        Case(QUARTER_TEXT, 5_120, 16, 1.0),
+    ),
     decay_lr=4e-3,
     task=Task(max_bytes=2_000_000, held_out=0.05, held_out_windows=512),
     unit=1_536,
 )
+TINY_TASK = Task(max_bytes=12_000, held_out=0.3, held_out_windows=8, multiple=8, width=16, context=16)
 TINY = Scale(
-    decay_task=Task(max_bytes=12_000, held_out=0.3, held_out_windows=8, multiple=8, width=16, context=16),
-    decay_cases=((64, 4, 1.0), (64, 8, 1.0), (128, 4, 1.0)),
+    decay_cases=(Case(TINY_TASK, 64, 4, 1.0), Case(TINY_TASK, 64, 8, 1.0), Case(TINY_TASK, 128, 4, 1.0)),
     decay_lr=1e-2,
-    task=Task(max_bytes=12_000, held_out=0.3, held_out_windows=8, multiple=8, width=16, context=16),
+    task=TINY_TASK,
     unit=80,
     lrs=(1e-2,),
     seeds=(0, 1),
 )
 
 
-def decay_run(scale: Scale, samples: int, batch: int, weight_decay: float, seed: int) -> Run:
+def decay_run(scale: Scale, case: Case, weight_decay: float, seed: int) -> Run:
     """Return a run of the sweep: one cosine after a warm-up of a tenth of the run.
 
     ``weight_decay_norm="first_cycle"`` is torch's reading, and with one cycle it is torch's AdamW. With another batch,
@@ -146,34 +171,32 @@ def decay_run(scale: Scale, samples: int, batch: int, weight_decay: float, seed:
     """
     return Run(
         recipe="decay",
-        task=scale.decay_task,
+        task=case.task,
         seed=seed,
-        lr=scale.decay_lr * math.sqrt(batch / BATCH),
-        batch=batch,
-        marks=(samples,),
+        lr=scale.decay_lr * math.sqrt(case.batch / BATCH),
+        batch=case.batch,
+        marks=(case.samples,),
         schedule={
             "policy": "cosine",
-            "cycle_ends": [samples],
-            "warmup_samples": samples // 10,
+            "cycle_ends": [case.samples],
+            "warmup_samples": case.samples // 10,
             "weight_decay_norm": "first_cycle",
         },
         weight_decay=weight_decay,
     )
 
 
-def sweep(
-    sheet: Sheet, scale: Scale, samples: int, batch: int, guess: float, seeds: Sequence[int]
-) -> dict[float, list[Record]]:
+def sweep(sheet: Sheet, scale: Scale, case: Case, seeds: Sequence[int]) -> dict[float, list[Record]]:
     """Return rows by weight decay: of all seeds the best of `DECAYS` and its neighbours, of the first seed two more.
 
     The best is that of the mean over seeds. More decays are there if the best was another one with fewer seeds.
     """
 
     def rows_of(decay: float, seeds: Sequence[int]) -> list[Record]:
-        return [sheet.row(decay_run(scale, samples, batch, decay, seed)) for seed in seeds]
+        return [sheet.row(decay_run(scale, case, decay, seed)) for seed in seeds]
 
     found: dict[float, list[Record]] = {}
-    best = DECAYS.index(guess)
+    best = DECAYS.index(case.guess)
     for tried, reach in ((seeds[:1], 2), (seeds, 1)):
         while wanted := [
             decay for decay in DECAYS[max(0, best - reach) : best + reach + 1] if len(found.get(decay, [])) < len(tried)
@@ -247,15 +270,15 @@ def reported(sheet: Sheet, scale: Scale, recipe: str, samples: int | None = None
     return [sheet.row(make_run(scale, recipe, lr=lr, seed=seed, samples=samples)) for seed in scale.seeds]
 
 
-def decay(sheet: Sheet, scale: Scale) -> dict[tuple[int, int], dict[float, list[Record]]]:
-    """Which reading of weight decay stays put when the length of the run or the batch changes?
+def decay(sheet: Sheet, scale: Scale) -> list[dict[float, list[Record]]]:
+    """Which reading of weight decay stays put when the epochs, the text or the batch change?
 
-    One sweep of torch's weight decay for each (samples, batch): the other readings are conversions of the same runs.
+    One sweep of torch's weight decay for each case: the other readings are conversions of the same runs.
     """
     for count in range(1, len(scale.decay_seeds)):  # all cases with one seed first, in case there is no time for more
         for case in scale.decay_cases:
-            sweep(sheet, scale, *case, scale.decay_seeds[:count])
-    return {case[:2]: sweep(sheet, scale, *case, scale.decay_seeds) for case in scale.decay_cases}
+            sweep(sheet, scale, case, scale.decay_seeds[:count])
+    return [sweep(sheet, scale, case, scale.decay_seeds) for case in scale.decay_cases]
 
 
 def anytime(sheet: Sheet, scale: Scale) -> dict[str, list[Record]]:

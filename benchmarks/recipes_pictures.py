@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -44,52 +44,63 @@ def _plain_ticks(axis: Any, ticks: Sequence[float]) -> None:
 # -------------------------------------------------------------------- weight decay
 
 
-def draw_decay(path: Path, sweeps: Mapping[tuple[int, int], Sweep], scale: Scale) -> None:
-    """Draw held-out loss over decay, and the best values of each reading over length and batch."""
-    optima = {case: tables.optimum(sweep) for case, sweep in sweeps.items()}
-    axes = tables.by_length_and_batch(list(optima.values()))
-    figure = _figure(12, 9)
-    panels = figure.subplots(2, 2, height_ratios=[1.15, 1])
-    for column, (by, cases) in enumerate(axes.items()):
+def draw_decay(path: Path, sweeps: Sequence[Sweep], scale: Scale) -> None:
+    """Draw held-out loss over decay, and the best values of each reading over what varies."""
+    axes = tables.by_what_varies([tables.optimum(sweep) for sweep in sweeps])
+    figure = _figure(16, 9)
+    panels = figure.subplots(2, len(axes), height_ratios=[1.15, 1], sharey="row")
+    for column, (what, cases) in enumerate(axes.items()):
         top, bottom = panels[:, column]
         for colour, one in zip((BLUE, GREEN, ORANGE), cases, strict=False):
-            _draw_sweep(top, sweeps[one.samples, one.batch], one, colour, by)
+            _draw_sweep(
+                top, one, colour, f"batch {one.batch}" if what == "larger batch" else f"{one.samples:,} samples"
+            )
         top.set_xscale("log")
         top.set_xlabel("torch's weight decay")
-        top.set_ylabel("held-out loss above the best, nats per byte")
-        same = f"batch {cases[0].batch}" if by == "length" else f"{cases[0].samples:,} samples"
-        varied = "Length of the run varied" if by == "length" else "Batch varied, lr by its square root"
-        top.set_title(f"{varied} ({same})")
-        top.legend(loc="upper center", fontsize=9, title="diamond: minimum of the fit")
-        _draw_readings(bottom, cases, by)
-    heads = panels[0]
-    highest = max(axis.get_ylim()[1] for axis in heads)
-    for axis in heads:
-        axis.set_ylim(-0.02 * highest, highest * 1.25)
-    figure.suptitle("Which reading of the best weight decay stays put?")
+        first = cases[0]
+        same = {
+            "more epochs": f"batch {first.batch}, {first.epoch_size:,} windows of text",
+            "more text": f"batch {first.batch}, {first.epochs:.0f} epochs",
+            "larger batch": f"{first.samples:,} samples, lr by the batch's square root",
+        }[what]
+        top.set_title(f"{what.capitalize()}\n({same})")
+        top.legend(loc="upper center", fontsize=9, title="diamond: minimum of the fit; hollow: one seed")
+        _draw_readings(bottom, cases, what)
+    panels[0, 0].set_ylabel("held-out loss above the best, nats per byte")
+    panels[1, 0].set_ylabel("best value, over that of the first point")
+    panels[0, 0].set_ylim(-0.02, 0.75)
+    low, high = panels[1, 0].get_ylim()
+    ticks = [tick for tick in (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100) if low <= tick <= high]
+    panels[1, 0].set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    panels[1, 0].set_yticks([], minor=True)
+    panels[1, 0].set_ylim(low, high * (high / low) ** 0.5)
+    figure.suptitle("Which reading of the best weight decay stays put? (Bottom: a flat line does)")
     _save(figure, path)
 
 
-def _draw_sweep(axis: Any, sweep: Sweep, one: tables.Optimum, colour: str, by: str) -> None:
+def _draw_sweep(axis: Any, one: tables.Optimum, colour: str, label: str) -> None:
+    sweep = one.sweep
     a, b, c = one.curve
     lowest = c - b * b / (4 * a)
-    label = f"{one.samples:,} samples" if by == "length" else f"batch {one.batch}"
-    decays = sorted(sweep)
-    # Seeds differ more than decays do: bars are the errors after each seed's own mean is taken away.
-    centre = [mean(final(sweep[decay][seed]) for decay in decays) for seed in range(len(one.by_seed))]
-    shifted = [[final(row) - centre[seed] for seed, row in enumerate(sweep[decay])] for decay in decays]
-    estimates = [Estimate.of(values) for values in shifted]
-    heights = [estimate.value + mean(centre) - lowest for estimate in estimates]
-    axis.errorbar(decays, heights, [e.error for e in estimates], fmt="o", color=colour, label=label, **BARS)
-    axis.plot(decays, heights, color=colour, linewidth=0.8, alpha=0.5)
+    # Seeds differ more than decays do: from each its mean over the fitted decays is taken away.
+    centre = [mean(final(sweep[decay][seed]) for decay in one.fitted) for seed in range(len(one.by_seed))]
+    level = mean(centre) - lowest
+    heights = {
+        decay: Estimate.of([final(row) - centre[seed] + level for seed, row in enumerate(rows)])
+        for decay, rows in sorted(sweep.items())
+    }
+    axis.plot(heights.keys(), [one.value for one in heights.values()], color=colour, linewidth=0.8, alpha=0.5)
+    for seeds, style in ((len(centre), {"label": label}), (1, {"markerfacecolor": "white"})):
+        decays = [decay for decay in heights if len(sweep[decay]) == seeds]
+        _points(axis, decays, [heights[decay] for decay in decays], colour, fmt="o", **style)
     x = np.geomspace(one.fitted[0], one.fitted[-1], 50)
     axis.plot(x, a * np.log(x) ** 2 + b * np.log(x) + c - lowest, color=colour, linewidth=2.0)
     axis.plot([one.decay], [0], marker="D", markersize=9, color=colour, markeredgecolor="black", zorder=5)
 
 
-def _draw_readings(axis: Any, cases: Sequence[tables.Optimum], by: str) -> None:
+def _draw_readings(axis: Any, cases: Sequence[tables.Optimum], what: str) -> None:
     """Draw the best value of each reading over that of the first case, so that what stays put is a flat line."""
-    positions = [one.samples if by == "length" else one.batch for one in cases]
+    positions = [one.batch if what == "larger batch" else one.samples for one in cases]
     styles = dict(zip(tables.READINGS, ((BLUE, "o"), (ORANGE, "s"), (GREEN, "^"), (PURPLE, "v")), strict=True))
     for shift, (reading, (colour, marker)) in enumerate(styles.items()):
         values = np.array([one.readings(one.decay)[reading] for one in cases])
@@ -103,14 +114,8 @@ def _draw_readings(axis: Any, cases: Sequence[tables.Optimum], by: str) -> None:
     axis.set_xscale("log")
     axis.set_yscale("log")
     _plain_ticks(axis, positions)
-    ticks = [10.0**n * m for n in range(-3, 4) for m in (1, 3)]
-    low, high = axis.get_ylim()
-    axis.set_yticks([tick for tick in ticks if low <= tick <= high], [f"{t:g}" for t in ticks if low <= t <= high])
-    axis.set_yticks([], minor=True)
-    axis.set_xlabel("samples of the run" if by == "length" else "batch, samples of one update")
-    axis.set_ylabel("best value, over that of the first point")
+    axis.set_xlabel("batch, samples of one update" if what == "larger batch" else "samples of the run")
     axis.legend(loc="upper left", fontsize=9, title="reading: its best values")
-    axis.set_ylim(low, high * (high / low) ** 0.55)
 
 
 # -------------------------------------------------------------------- held-out losses

@@ -58,6 +58,7 @@ class Optimum:
         by_seed: Of each seed, with the same three decays, and not beyond them.
         curve: The parabola's coefficients over log decay, the highest power first.
         fitted: The decays that it is fitted to.
+        sweep: All rows.
     """
 
     samples: int
@@ -69,6 +70,12 @@ class Optimum:
     by_seed: tuple[float, ...]
     curve: tuple[float, float, float]
     fitted: tuple[float, ...]
+    sweep: Sweep
+
+    @property
+    def epochs(self) -> float:
+        """The length of the run."""
+        return self.samples / self.epoch_size
 
     def readings(self, decay: float) -> dict[str, float]:
         """Return torch's ``decay`` of this run in all readings. Source: docs/schedule.md."""
@@ -116,6 +123,7 @@ def optimum(sweep: Sweep) -> Optimum:
         ),
         curve=(a, b, c),
         fitted=tuple(fitted),
+        sweep=sweep,
     )
 
 
@@ -141,34 +149,41 @@ def movement(optima: Sequence[Optimum], reading: str) -> tuple[float, float]:
     return max(values) / min(values), factor_error(ratios)
 
 
-def by_length_and_batch(optima: Sequence[Optimum]) -> dict[str, list[Optimum]]:
-    """Return the optima of one batch by length, and of one length by batch: the batch and length of most cases."""
-    batches, lengths = [one.batch for one in optima], [one.samples for one in optima]
-    batch, length = max(batches, key=batches.count), max(lengths, key=lengths.count)
+def by_what_varies(optima: Sequence[Optimum]) -> dict[str, list[Optimum]]:
+    """Return the cases that differ from the first one in one respect, with it, in order."""
+    first = optima[0]
     return {
-        "length": sorted((one for one in optima if one.batch == batch), key=lambda one: one.samples),
-        "batch": sorted((one for one in optima if one.samples == length), key=lambda one: one.batch),
+        "more epochs": sorted(
+            (one for one in optima if (one.batch, one.epoch_size) == (first.batch, first.epoch_size)),
+            key=lambda one: one.samples,
+        ),
+        "more text": sorted(
+            (one for one in optima if (one.batch, round(one.epochs)) == (first.batch, round(first.epochs))),
+            key=lambda one: one.samples,
+        ),
+        "larger batch": sorted(
+            (one for one in optima if (one.samples, one.epoch_size) == (first.samples, first.epoch_size)),
+            key=lambda one: one.batch,
+        ),
     }
 
 
-def decay_table(sweeps: Mapping[tuple[int, int], Sweep]) -> Iterator[str]:
+def decay_table(sweeps: Sequence[Sweep]) -> Iterator[str]:
     """Return the best decay of each case in all readings, and by how much each reading moves."""
-    optima = [optimum(sweep) for sweep in sweeps.values()]
+    optima = [optimum(sweep) for sweep in sweeps]
     rows = []
     for one in optima:
         error = factor_error(one.by_seed)
         values = one.readings(one.decay)
-        head = f"{one.samples:,} samples ({one.samples / one.epoch_size:.0f} epochs), batch {one.batch}"
+        head = f"{one.samples:,} samples, {one.epochs:.0f} epochs, batch {one.batch}"
         rows.append([head, *(f"{values[reading]:.3g}" for reading in READINGS), f"{error:.2f}"])
     yield from table(["best value", *READINGS, "uncertain by a factor of"], rows)
     yield ""
     rows = []
-    for by, cases in by_length_and_batch(optima).items():
+    for what, cases in by_what_varies(optima).items():
+        span = cases[-1].batch / cases[0].batch if what == "larger batch" else cases[-1].samples / cases[0].samples
         cells = ["{:.1f} (x/÷ {:.2f})".format(*movement(cases, reading)) for reading in READINGS]
-        span = cases[-1].samples / cases[0].samples if by == "length" else cases[-1].batch / cases[0].batch
-        rows.append([f"{by}, {span:g} times", *cells])
-    cells = ["{:.1f} (x/÷ {:.2f})".format(*movement(optima, reading)) for reading in READINGS]
-    rows.append(["all", *cells])
+        rows.append([f"{what}, {span:g} times", *cells])
     yield from table(["largest / smallest best value", *READINGS], rows)
 
 
