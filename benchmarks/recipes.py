@@ -120,7 +120,7 @@ class Scale:
     decay_lr: float
     task: Task
     unit: int
-    lrs: tuple[float, ...] = (4e-3, 8e-3, 1.6e-2)
+    lrs: tuple[float, ...] = (2e-3, 4e-3, 8e-3)
     seeds: tuple[int, ...] = (0, 1, 2)
     decay_seeds: tuple[int, ...] = (0, 1)
 

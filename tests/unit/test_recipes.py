@@ -15,7 +15,6 @@ from benchmarks.recipes_training import KIND, LAST, Job, target_losses, text_of
 from benchmarks.records import Record
 from tests.conftest import ROOT
 
-
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 
