@@ -27,6 +27,7 @@ from benchmarks.recipes_training import BATCH, KIND, LAST, Run, Task, execute
 from benchmarks.records import Record
 
 DECAYS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)  # torch's
+LONG_WARMUP = "one cosine, warm-up of a tenth"
 TUNING_SEED = 100  # lr is chosen on it, and on no seed that is reported
 
 
@@ -210,7 +211,7 @@ def sweep(sheet: Sheet, scale: Scale, case: Case, seeds: Sequence[int]) -> dict[
 def make_run(scale: Scale, recipe: str, *, lr: float, seed: int, samples: int | None = None) -> Run:
     """Return a run of one of the recipes, of ``samples`` instead of the scale's.
 
-    All have the same model, text, order of data, warm-up, and time scale of weight decay.
+    All have the same model, text, order of data, and time scale of weight decay; and, but for `LONG_WARMUP`, warm-up.
     """
     total = samples or scale.total
     run = Run(
@@ -229,10 +230,11 @@ def make_run(scale: Scale, recipe: str, *, lr: float, seed: int, samples: int | 
         "equal restarts": {"policy": "cosine", "cycle_ends": [scale.unit * n for n in (3, 6, 9, 12, 15)]},
         "WSD-S": {"policy": "wsd", "cycle_ends": list(scale.ends), "rewarmup": "2%", **falls},
         "one cosine": {"policy": "cosine", "cycle_ends": [total]},
+        LONG_WARMUP: {"policy": "cosine", "cycle_ends": [total], "warmup_samples": total // 10},
         "trunk": {"policy": "wsd", "restart_period": "1_000_000 epochs"},  # its decay is far away
     }
     common = {"warmup_samples": min(320, scale.unit // 4), "weight_decay_timescale": "1 epoch"}
-    run = replace(run, schedule=schedules[recipe] | common)
+    run = replace(run, schedule=common | schedules[recipe])
     if recipe.endswith("restarts"):
         ends = tuple(run.schedule["cycle_ends"])
         run = replace(run, snapshots=True, ends=ends, marks=tuple(sorted({*run.marks, *ends})))
@@ -286,9 +288,20 @@ def anytime(sheet: Sheet, scale: Scale) -> dict[str, list[Record]]:
 
     The shorter cosines, each tuned, show what a run that was planned for that length would have.
     """
-    rows = {recipe: reported(sheet, scale, recipe) for recipe in ("cosine restarts", "WSD-S", "one cosine")}
+    recipes = ("cosine restarts", "WSD-S", "one cosine", LONG_WARMUP)
+    rows = {recipe: reported(sheet, scale, recipe) for recipe in recipes}
     for end in scale.ends[:-1]:
         rows[f"one cosine, {end}"] = reported(sheet, scale, "one cosine", end)
+    return rows
+
+
+def longer(sheet: Sheet, scale: Scale) -> dict[str, list[Record]]:
+    """Does what `anytime` finds hold for runs four times as long, with the lr of the shorter ones?"""
+    rows: dict[str, list[Record]] = {}
+    for seed in scale.seeds[:2]:
+        for recipe in ("cosine restarts", "WSD-S", "one cosine"):
+            run = make_run(replace(scale, unit=4 * scale.unit), recipe, lr=tuned_lr(sheet, scale, recipe), seed=seed)
+            rows.setdefault(recipe, []).append(sheet.row(run))
     return rows
 
 
@@ -311,6 +324,7 @@ def snapshots(sheet: Sheet, scale: Scale) -> dict[str, list[Record]]:
 EXPERIMENTS: dict[str, Callable[[Sheet, Scale], object]] = {
     "decay": decay,
     "anytime": anytime,
+    "longer": longer,
     "branches": branches,
     "snapshots": snapshots,
 }
