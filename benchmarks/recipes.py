@@ -28,6 +28,7 @@ from benchmarks.records import Record
 
 DECAYS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)  # torch's
 LONG_WARMUP = "one cosine, warm-up of a tenth"
+LITTLE_TEXT = "equal restarts, little text"
 TUNING_SEED = 100  # lr is chosen on it, and on no seed that is reported
 
 
@@ -317,8 +318,18 @@ def branches(sheet: Sheet, scale: Scale) -> dict[str, list[Record]]:
 
 
 def snapshots(sheet: Sheet, scale: Scale) -> dict[str, list[Record]]:
-    """Are averages of the weights, or of the predictions, at the ends of cycles better than the last weights?"""
-    return {recipe: reported(sheet, scale, recipe) for recipe in ("cosine restarts", "equal restarts", "trunk")}
+    """Are averages of the weights, or of the predictions, at the ends of cycles better than the last weights?
+
+    On the text of the other experiments, seen less than once, and on that of `decay`, with about its best decay.
+    """
+    rows = {recipe: reported(sheet, scale, recipe) for recipe in ("cosine restarts", "equal restarts")}
+    little = replace(scale, task=scale.decay_cases[0].task)
+    runs = [make_run(little, "equal restarts", lr=scale.decay_lr, seed=seed) for seed in scale.seeds]
+    rows[LITTLE_TEXT] = [
+        sheet.row(replace(run, recipe=LITTLE_TEXT, schedule={**run.schedule, "weight_decay_timescale": "3 epochs"}))
+        for run in runs
+    ]
+    return {**rows, "trunk": reported(sheet, scale, "trunk")}
 
 
 EXPERIMENTS: dict[str, Callable[[Sheet, Scale], object]] = {

@@ -13,7 +13,6 @@ import numpy as np
 from benchmarks import recipes_tables as tables
 from benchmarks.recipes import Scale, final
 from benchmarks.recipes_tables import Estimate, Rows, Sweep, difference, losses
-from benchmarks.recipes_training import LAST
 from benchmarks.records import Record
 
 BLUE, ORANGE, GREEN, RED, PURPLE, GREY = "#0b6e99", "#e0912f", "#1e8449", "#c0392b", "#7d3c98", "#777777"
@@ -162,13 +161,22 @@ def draw_anytime(path: Path, rows: Rows, scale: Scale) -> None:
         places = [n + (i - 1) * width for n in range(len(gaps))]
         gap.bar(places, [g.value for g in gaps], width * 0.9, color=COLOURS[name], label=name)
         _points(gap, places, gaps, "black", fmt="none")
+        for place, g in zip(places, gaps, strict=True):
+            below = g.value < 0
+            at = g.value - g.error if below else g.value + g.error
+            gap.annotate(
+                f"{g.value:+.3f}",
+                (place, at),
+                xytext=(0, -3 if below else 3),
+                textcoords="offset points",
+                ha="center",
+                va="top" if below else "bottom",
+                fontsize=9,
+            )
     gap.axhline(0, color="black", linewidth=0.8)
-    gap.set_yscale("symlog", linthresh=0.01)
-    gap.set_yticks([-0.01, 0, 0.01, 0.03, 0.1, 0.3], ["-0.01", "0", "0.01", "0.03", "0.1", "0.3"])
-    gap.set_yticks([], minor=True)
+    gap.margins(y=0.12)
     gap.set_xticks(range(len(scale.ends)), [f"after {end:,} samples" for end in scale.ends])
-    gap.set_ylabel("loss above a cosine planned\nfor that end, nats per byte")
-    gap.set_xlabel("ends of cycles (linear below 0.01, logarithmic above)")
+    gap.set_ylabel("loss minus that of a cosine planned\nfor that end (below 0 is better)")
     for axis in (lr, loss):
         _samples_axis(axis, scale)
         for end in scale.ends:
@@ -176,18 +184,12 @@ def draw_anytime(path: Path, rows: Rows, scale: Scale) -> None:
     lr.set_ylabel("lr")
     loss.set_ylabel(LOSS)
     loss.set_xlabel("samples (dotted: ends of cycles)")
-    loss.set_ylim(*_loss_limits(rows, names))
+    loss.margins(y=0.05)
     lr.legend(loc="upper center", bbox_to_anchor=(0.5, 1.28), ncols=3, fontsize=9)
     loss.legend(loc="upper right", fontsize=9, framealpha=1.0)
-    gap.legend(loc="upper right", fontsize=9)
+    gap.legend(loc="lower right", fontsize=9)
     figure.suptitle(f"Held-out loss at any time: {_seeds(rows['WSD-S'])}")
     _save(figure, path)
-
-
-def _loss_limits(rows: Rows, names: Sequence[str]) -> tuple[float, float]:
-    values = [one["held_out"] for name in names for row in rows[name] for one in row["held_out"] if one["what"] == LAST]
-    low, high = min(values), max(values)
-    return low - 0.05 * (high - low), high + 0.03 * (high - low)
 
 
 def _seeds(rows: Sequence[Record]) -> str:
@@ -209,7 +211,7 @@ def draw_branches(path: Path, rows: Rows, scale: Scale) -> None:
     _points(loss, scale.ends, [Estimate.of(v) for v in ours.values()], ORANGE, fmt="o", markersize=7)
     label = "dedicated cosines, each tuned"
     best = [Estimate.of(values) for values in theirs.values()]
-    _points(loss, scale.ends, best, "black", fmt="*", markersize=12, label=label)
+    _points(loss, scale.ends, best, "black", fmt="*", markersize=15, label=label, markerfacecolor="none", zorder=5)
     _samples_axis(loss, scale)
     loss.set_ylabel(LOSS)
     loss.set_xlabel("samples")
@@ -229,45 +231,46 @@ def draw_branches(path: Path, rows: Rows, scale: Scale) -> None:
         cost.barh([name], [samples], color=colour)
         cost.annotate(f"{samples:,} ", (samples, name), ha="right", va="center", color="white")
     cost.set_xlabel("samples trained in all")
-    cost.set_xticks([0, 25_000, 50_000, 75_000] if scale.total > 10_000 else [0])
+    cost.set_xticks([0])
     figure.suptitle(f"One trunk with cool-down branches, or a run for each end: {_seeds(trunk)}")
     _save(figure, path)
 
 
 def draw_snapshots(path: Path, rows: Rows, scale: Scale) -> None:
     """Draw what averages of weights and of probabilities change, at the end of restarts and along the trunk."""
-    figure = _figure(14, 5.2)
-    panels = figure.subplots(1, 3)
-    for axis, name in zip(panels, ("cosine restarts", "equal restarts"), strict=False):
-        found = rows[name]
-        end = found[0]["settings"]["marks"][-1]
-        last = losses(found, end)
-        for kind, colour, label in (
-            ("mean", BLUE, "mean of the weights"),
-            ("ensemble", ORANGE, "mean of probabilities"),
-        ):
-            whats = [what for what in tables.kinds(found, end) if what.startswith(kind)]
-            counts = [int(what.split()[-1]) for what in whats]
-            values = [difference(losses(found, end, what), last) for what in whats]
-            _points(axis, counts, values, colour, marker="o", label=f"snapshots: {label}")
-        for what, colour, place in zip(_moving(found, end), (GREEN, PURPLE), (0.86, 1.14), strict=True):
-            values = [difference(losses(found, end, what), last)]
-            _points(axis, [place], values, colour, fmt="s", label=what)
-        axis.axhline(0, color="black", linewidth=0.9, linestyle="--")
-        ends = found[0]["settings"]["ends"]
-        axis.set_xticks(range(1, len(ends) + 1), ["last\nweights", *(f"last {n}" for n in range(2, len(ends) + 1))])
-        axis.set_title(
-            f"{name}: cycles end at\n" + ", ".join(f"{e / 1000:.1f}" for e in ends) + " thousand samples", fontsize=10
-        )
-        axis.set_ylabel("held-out loss minus that of the last weights,\nnats per byte")
-        axis.legend(loc="upper left", fontsize=9)
-    low = min(axis.get_ylim()[0] for axis in panels[:2])
-    high = max(axis.get_ylim()[1] for axis in panels[:2])
-    for axis in panels[:2]:
-        axis.set_ylim(low, high + 0.3 * (high - low))
-    _draw_trunk_averages(panels[2], rows["trunk"], scale)
-    figure.suptitle(f"Averages next to the last weights: {_seeds(rows['trunk'])}")
+    figure = _figure(13, 9.5)
+    panels = figure.subplots(2, 2).flat
+    for axis, (name, found) in zip(panels, rows.items(), strict=True):
+        if name == "trunk":
+            _draw_trunk_averages(axis, found, scale)
+        else:
+            _draw_snapshots_of(axis, name, found)
+    figure.suptitle(f"Averages next to the last weights (below 0 is better): {_seeds(rows['trunk'])}")
     _save(figure, path)
+
+
+def _draw_snapshots_of(axis: Any, name: str, found: Sequence[Record]) -> None:
+    ends = found[0]["settings"]["ends"]
+    last = losses(found, ends[-1])
+    means = {"mean": (BLUE, "mean of the weights"), "ensemble": (ORANGE, "mean of the probabilities")}
+    for kind, (colour, label) in means.items():
+        whats = [what for what in tables.kinds(found, ends[-1]) if what.startswith(kind)]
+        counts = [int(what.split()[-1]) for what in whats]
+        values = [difference(losses(found, ends[-1], what), last) for what in whats]
+        _points(axis, counts, values, colour, marker="o", label=f"snapshots: {label}")
+    for what, colour, place in zip(_moving(found, ends[-1]), (GREEN, PURPLE), (0.9, 1.1), strict=True):
+        _points(axis, [place], [difference(losses(found, ends[-1], what), last)], colour, fmt="s", label=what)
+    axis.axhline(0, color="black", linewidth=0.9, linestyle="--")
+    axis.set_xticks(range(1, len(ends) + 1), ["last\nweights", *(f"last {n}" for n in range(2, len(ends) + 1))])
+    thousands = ", ".join(f"{end / 1000:.1f}" for end in ends)
+    epochs = ends[-1] / found[0]["epoch_size"]
+    axis.set_title(
+        f"{name.partition(',')[0]}, {epochs:.1f} epochs: cycles end at\n{thousands} thousand samples", fontsize=10
+    )
+    axis.set_ylabel("held-out loss minus that of\nthe last weights, nats per byte")
+    low, high = axis.get_ylim()
+    axis.set_ylim(low, high + 0.35 * (high - low))
+    axis.legend(loc="upper left", fontsize=9)
 
 
 def _moving(rows: Sequence[Record], samples: int) -> list[str]:
@@ -278,6 +281,7 @@ def _draw_trunk_averages(axis: Any, trunk: Sequence[Record], scale: Scale) -> No
     ends = [end for end in scale.ends if end in trunk[0]["settings"]["marks"]]
     last = {end: losses(trunk, end) for end in ends}
     for colour, what in zip((GREEN, PURPLE), _moving(trunk, ends[0]), strict=True):
+        # The long average still has the initial weights at the first end, far above the rest.
         values = [difference(losses(trunk, end, what), last[end]) for end in ends]
         _points(axis, ends, values, colour, marker="s", label=what)
     values = [difference(tables.branch_losses(trunk, end), last[end]) for end in ends]
@@ -288,5 +292,5 @@ def _draw_trunk_averages(axis: Any, trunk: Sequence[Record], scale: Scale) -> No
     axis.set_yscale("symlog", linthresh=0.1)
     axis.set_xlabel("samples of a trunk at constant lr")
     axis.set_title("a trunk at constant lr", fontsize=10)
-    axis.set_ylabel("held-out loss minus that of the last weights,\nnats per byte")
+    axis.set_ylabel("held-out loss minus that of\nthe last weights, nats per byte")
     axis.legend(loc="upper right", fontsize=9)
