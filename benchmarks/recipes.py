@@ -27,7 +27,9 @@ from benchmarks.recipes_training import BATCH, KIND, LAST, Run, Task, execute
 from benchmarks.records import Record
 
 DECAYS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)  # torch's
-LONG_WARMUP = "one cosine, warm-up of a tenth"
+RECIPES = ("cosine restarts", "WSD-S", "one cosine")
+LONG_WARMUP = ", warm-up of a tenth"  # after the name of a recipe
+WARMUPS = ("", LONG_WARMUP)
 LITTLE_TEXT = "equal restarts, little text"
 TUNING_SEED = 100  # lr is chosen on it, and on no seed that is reported
 
@@ -209,12 +211,20 @@ def sweep(sheet: Sheet, scale: Scale, case: Case, seeds: Sequence[int]) -> dict[
     return dict(sorted(found.items()))
 
 
+def ends_of(scale: Scale, warmup: str) -> list[int]:
+    """Return the ends of cycles, in samples, with one of `WARMUPS`."""
+    return list(scale.ends[1:] if warmup else scale.ends)
+
+
 def make_run(scale: Scale, recipe: str, *, lr: float, seed: int, samples: int | None = None) -> Run:
     """Return a run of one of the recipes, of ``samples`` instead of the scale's.
 
-    All have the same model, text, order of data, and time scale of weight decay; and, but for `LONG_WARMUP`, warm-up.
+    All have the same model, text, order of data, and time scale of weight decay. With `LONG_WARMUP` the warm-up is a
+    tenth of the run, which leaves no room for the first cycle: it is part of the second.
     """
     total = samples or scale.total
+    name, is_long = recipe.removesuffix(LONG_WARMUP), recipe.endswith(LONG_WARMUP)
+    ends = ends_of(scale, LONG_WARMUP if is_long else "")
     run = Run(
         recipe=recipe,
         task=scale.task,
@@ -227,22 +237,23 @@ def make_run(scale: Scale, recipe: str, *, lr: float, seed: int, samples: int | 
     )
     falls = {"decay_length": "20%", "decay_shape": "one_minus_sqrt"}
     schedules: dict[str, dict[str, Any]] = {
-        "cosine restarts": {"policy": "cosine", "cycle_ends": list(scale.ends)},
+        "cosine restarts": {"policy": "cosine", "cycle_ends": ends},
         "equal restarts": {"policy": "cosine", "cycle_ends": [scale.unit * n for n in (3, 6, 9, 12, 15)]},
-        "WSD-S": {"policy": "wsd", "cycle_ends": list(scale.ends), "rewarmup": "2%", **falls},
+        "WSD-S": {"policy": "wsd", "cycle_ends": ends, "rewarmup": "2%", **falls},
         "one cosine": {"policy": "cosine", "cycle_ends": [total]},
-        LONG_WARMUP: {"policy": "cosine", "cycle_ends": [total], "warmup_samples": total // 10},
         "trunk": {"policy": "wsd", "restart_period": "1_000_000 epochs"},  # its decay is far away
     }
     common = {"warmup_samples": min(320, scale.unit // 4), "weight_decay_timescale": "1 epoch"}
-    run = replace(run, schedule=common | schedules[recipe])
-    if recipe.endswith("restarts"):
-        ends = tuple(run.schedule["cycle_ends"])
-        run = replace(run, snapshots=True, ends=ends, marks=tuple(sorted({*run.marks, *ends})))
-    if recipe == "trunk":
-        points = tuple((math.ceil(0.8 * end / run.batch) * run.batch, end) for end in scale.ends)
+    if is_long:
+        common["warmup_samples"] = total // 10
+    run = replace(run, schedule=common | schedules[name])
+    if name.endswith("restarts"):
+        cycles = tuple(run.schedule["cycle_ends"])
+        run = replace(run, snapshots=True, ends=cycles, marks=tuple(sorted({*run.marks, *cycles})))
+    if name == "trunk":
+        points = tuple((math.ceil(0.8 * end / run.batch) * run.batch, end) for end in ends)
         trunk = points[-1][0]
-        marks = tuple(sorted({at for at, _ in points} | {end for end in scale.ends if end <= trunk}))
+        marks = tuple(sorted({at for at, _ in points} | {end for end in ends if end <= trunk}))
         run = replace(run, branches=points, marks=marks, ends=marks)
     return run
 
@@ -287,20 +298,30 @@ def decay(sheet: Sheet, scale: Scale) -> list[dict[float, list[Record]]]:
 def anytime(sheet: Sheet, scale: Scale) -> dict[str, list[Record]]:
     """What has each recipe at every cycle's end, in one run?
 
-    The shorter cosines, each tuned, show what a run that was planned for that length would have.
+    The shorter cosines, each tuned, show what a run that was planned for that length would have. All with two warm-ups:
+    the longer one was added when the result with the shorter one was known, since it left cosines at lr 8e-3 worse.
     """
-    recipes = ("cosine restarts", "WSD-S", "one cosine", LONG_WARMUP)
-    rows = {recipe: reported(sheet, scale, recipe) for recipe in recipes}
-    for end in scale.ends[:-1]:
-        rows[f"one cosine, {end}"] = reported(sheet, scale, "one cosine", end)
+    rows = planned(sheet, scale)
+    for warmup in WARMUPS:
+        rows |= {recipe + warmup: reported(sheet, scale, recipe + warmup) for recipe in RECIPES}
+    return rows
+
+
+def planned(sheet: Sheet, scale: Scale) -> dict[str, list[Record]]:
+    """Return the rows of cosines of each length, each tuned."""
+    rows = {}
+    for warmup in WARMUPS:
+        for end in ends_of(scale, warmup):
+            samples = None if end == scale.total else end
+            rows[f"one cosine{warmup}, {end}"] = reported(sheet, scale, f"one cosine{warmup}", samples)
     return rows
 
 
 def longer(sheet: Sheet, scale: Scale) -> dict[str, list[Record]]:
-    """Does what `anytime` finds hold for runs four times as long, with the lr of the shorter ones?"""
+    """Does what `anytime` finds hold for runs four times as long, with the lr and share of warm-up of shorter ones?"""
     rows: dict[str, list[Record]] = {}
     for seed in scale.seeds[:2]:
-        for recipe in ("cosine restarts", "WSD-S", "one cosine"):
+        for recipe in (recipe + LONG_WARMUP for recipe in RECIPES):
             run = make_run(replace(scale, unit=4 * scale.unit), recipe, lr=tuned_lr(sheet, scale, recipe), seed=seed)
             rows.setdefault(recipe, []).append(sheet.row(run))
     return rows
@@ -311,10 +332,7 @@ def branches(sheet: Sheet, scale: Scale) -> dict[str, list[Record]]:
 
     A dedicated run with the same cool-down would have the bits of the branch, so the dedicated runs are cosines.
     """
-    rows = {"trunk": reported(sheet, scale, "trunk")}
-    for end in scale.ends:
-        rows[f"one cosine, {end}"] = reported(sheet, scale, "one cosine", None if end == scale.total else end)
-    return rows
+    return planned(sheet, scale) | {f"trunk{one}": reported(sheet, scale, f"trunk{one}") for one in WARMUPS}
 
 
 def snapshots(sheet: Sheet, scale: Scale) -> dict[str, list[Record]]:

@@ -10,7 +10,7 @@ from statistics import mean, stdev
 import numpy as np
 
 from benchmarks.markdown import table
-from benchmarks.recipes import LONG_WARMUP, Scale, final
+from benchmarks.recipes import LONG_WARMUP, RECIPES, Scale, final
 from benchmarks.recipes_training import LAST
 from benchmarks.records import Record
 
@@ -219,7 +219,7 @@ def anytime_table(rows: Rows, scale: Scale) -> Iterator[str]:
     head = ["held-out loss", "peak lr", *(f"after {end:,} samples" for end in scale.ends)]
     planned = {end: dedicated(rows, scale, end) for end in scale.ends}
     lines = [["a cosine planned for that end", "tuned", *(str(Estimate.of(losses(r, e))) for e, r in planned.items())]]
-    for recipe in ("cosine restarts", "WSD-S", "one cosine", LONG_WARMUP):
+    for recipe in (*RECIPES, *(recipe + LONG_WARMUP for recipe in RECIPES)):
         found = rows[recipe]
         differences = (difference(losses(found, end), losses(planned[end], end)).signed() for end in scale.ends)
         lines.append([recipe, f"{found[0]['settings']['lr']:g}", *differences])
@@ -229,7 +229,7 @@ def anytime_table(rows: Rows, scale: Scale) -> Iterator[str]:
 def longer_table(rows: Rows, scale: Scale) -> Iterator[str]:
     """Return held-out loss at the ends of cycles, and its difference from one cosine's at the last one."""
     ends = [4 * end for end in scale.ends]
-    cosine = losses(rows["one cosine"], ends[-1])
+    cosine = losses(rows["one cosine" + LONG_WARMUP], ends[-1])
     lines = []
     for recipe, found in rows.items():
         cells = [str(Estimate.of(losses(found, end))) for end in ends]
