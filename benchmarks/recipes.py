@@ -116,6 +116,7 @@ class Scale:
         task: For the other experiments.
         unit: Samples of the first cycle; cycles end after 1, 3, 7 and 15 of them.
         lrs: From which each recipe's peak is chosen.
+        more_lrs: How many more are tried, if the best is at an edge.
         seeds: Reported.
         decay_seeds: Those of `decay`.
     """
@@ -125,6 +126,7 @@ class Scale:
     task: Task
     unit: int
     lrs: tuple[float, ...] = (2e-3, 4e-3, 8e-3)
+    more_lrs: int = 2
     seeds: tuple[int, ...] = (0, 1, 2)
     decay_seeds: tuple[int, ...] = (0, 1)
 
@@ -163,6 +165,7 @@ TINY = Scale(
     task=TINY_TASK,
     unit=80,
     lrs=(1e-2,),
+    more_lrs=0,
     seeds=(0, 1),
 )
 
@@ -272,7 +275,7 @@ def tuned_lr(sheet: Sheet, scale: Scale, recipe: str, samples: int | None = None
     while True:
         best = min(losses, key=lambda lr: losses[lr])
         beyond = {min(losses): best / 2, max(losses): best * 2}.get(best)
-        if beyond is None or len(losses) >= len(scale.lrs) + 2:
+        if beyond is None or len(losses) >= len(scale.lrs) + scale.more_lrs:
             return best
         losses[beyond] = loss(beyond)
 

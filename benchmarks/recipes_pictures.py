@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 
 from benchmarks import recipes_tables as tables
-from benchmarks.recipes import Scale, final
+from benchmarks.recipes import RECIPES, WARMUPS, Scale, ends_of, final
 from benchmarks.recipes_tables import Estimate, Rows, Sweep, difference, losses
 from benchmarks.records import Record
 
 BLUE, ORANGE, GREEN, RED, PURPLE, GREY = "#0b6e99", "#e0912f", "#1e8449", "#c0392b", "#7d3c98", "#777777"
-COLOURS = {"cosine restarts": BLUE, "WSD-S": ORANGE, "one cosine": GREEN, "trunk": PURPLE, "planned": "black"}
+COLOURS = {"cosine restarts": BLUE, "WSD-S": ORANGE, "one cosine": GREEN, "branches": ORANGE}
 LOSS = "held-out loss, nats per byte"
 BARS = {"capsize": 3, "elinewidth": 1.0}
 
@@ -143,53 +143,60 @@ def _samples_axis(axis: Any, scale: Scale) -> None:
 
 
 def draw_anytime(path: Path, rows: Rows, scale: Scale) -> None:
-    """Draw lr, held-out loss, and its difference from a run that was planned for each end."""
-    names = ("cosine restarts", "WSD-S", "one cosine")
-    figure = _figure(11, 11)
-    lr, loss, gap = figure.subplots(3, 1, height_ratios=[1, 2.2, 2])
-    planned = {end: tables.dedicated(rows, scale, end) for end in scale.ends}
-    for name in names:
-        peak = rows[name][0]["settings"]["lr"]
-        _lr(lr, rows[name][0], COLOURS[name], f"{name}, peak {peak:g}")
-        _curve(loss, rows[name], COLOURS[name], name)
-    best = [Estimate.of(losses(found, end)) for end, found in planned.items()]
-    label = "a cosine planned for that end, tuned"
-    _points(loss, scale.ends, best, "black", fmt="*", markersize=13, label=label, zorder=5)
-    width = 0.22
-    for i, name in enumerate(names):
-        gaps = [difference(losses(rows[name], end), losses(planned[end], end)) for end in scale.ends]
-        places = [n + (i - 1) * width for n in range(len(gaps))]
-        gap.bar(places, [g.value for g in gaps], width * 0.9, color=COLOURS[name], label=name)
-        _points(gap, places, gaps, "black", fmt="none")
-        for place, g in zip(places, gaps, strict=True):
-            below = g.value < 0
-            at = g.value - g.error if below else g.value + g.error
-            gap.annotate(
-                f"{g.value:+.3f}",
-                (place, at),
-                xytext=(0, -3 if below else 3),
-                textcoords="offset points",
-                ha="center",
-                va="top" if below else "bottom",
-                fontsize=9,
-            )
-    gap.axhline(0, color="black", linewidth=0.8)
-    gap.margins(y=0.12)
-    gap.set_xticks(range(len(scale.ends)), [f"after {end:,} samples" for end in scale.ends])
-    gap.set_ylabel("loss minus that of a cosine planned\nfor that end (below 0 is better)")
-    for axis in (lr, loss):
-        _samples_axis(axis, scale)
-        for end in scale.ends:
-            axis.axvline(end, color=GREY, linewidth=0.8, linestyle=":")
-    lr.set_ylabel("lr")
-    loss.set_ylabel(LOSS)
-    loss.set_xlabel("samples (dotted: ends of cycles)")
-    loss.margins(y=0.05)
-    lr.legend(loc="upper center", bbox_to_anchor=(0.5, 1.28), ncols=3, fontsize=9)
-    loss.legend(loc="upper right", fontsize=9, framealpha=1.0)
-    gap.legend(loc="lower right", fontsize=9)
+    """Draw lr, held-out loss, and its difference from a run that was planned for each end, with both warm-ups."""
+    figure = _figure(15, 11)
+    panels = figure.subplots(3, len(WARMUPS), height_ratios=[1, 2.2, 2], sharey="row")
+    for column, warmup in enumerate(WARMUPS):
+        lr, loss, gap = panels[:, column]
+        ends = ends_of(scale, warmup)
+        best = {end: tables.planned(rows, end, warmup) for end in ends}
+        for name in RECIPES:
+            found = rows[name + warmup]
+            _lr(lr, found[0], COLOURS[name], f"{name}, peak {tables.peak(found)}")
+            _curve(loss, found, COLOURS[name], name)
+        stars = [Estimate.of(losses(found, end)) for end, found in best.items()]
+        label = "a cosine planned for that end, tuned"
+        _points(loss, ends, stars, "black", fmt="*", markersize=13, label=label, zorder=5)
+        gaps = {
+            name: [difference(losses(rows[name + warmup], end), losses(best[end], end)) for end in ends]
+            for name in RECIPES
+        }
+        _bars(gap, gaps, 0.25)
+        gap.set_xticks(range(len(ends)), [f"after {end:,} samples" for end in ends])
+        for axis in (lr, loss):
+            _samples_axis(axis, scale)
+            for end in ends:
+                axis.axvline(end, color=GREY, linewidth=0.8, linestyle=":")
+        loss.set_xlabel("samples (dotted: ends of cycles)")
+        lr.legend(loc="upper center", bbox_to_anchor=(0.5, 1.32), ncols=3, fontsize=9, title=tables.described(warmup))
+        loss.legend(loc="upper right", fontsize=9, framealpha=1.0)
+        gap.legend(loc="lower right", fontsize=9)
+    panels[0, 0].set_ylabel("lr")
+    panels[1, 0].set_ylabel(LOSS)
+    panels[2, 0].set_ylabel("loss minus that of a cosine planned\nfor that end (below 0 is better)")
     figure.suptitle(f"Held-out loss at any time: {_seeds(rows['WSD-S'])}")
     _save(figure, path)
+
+
+def _bars(axis: Any, gaps: Mapping[str, Sequence[Estimate]], width: float) -> None:
+    """Draw bars in groups, each with its value."""
+    for i, (name, values) in enumerate(gaps.items()):
+        places = [n + (i - (len(gaps) - 1) / 2) * width for n in range(len(values))]
+        axis.bar(places, [one.value for one in values], width * 0.9, color=COLOURS[name], label=name)
+        _points(axis, places, values, "black", fmt="none")
+        for place, one in zip(places, values, strict=True):
+            sign = -1 if one.value < 0 else 1
+            axis.annotate(
+                f"{one.value:+.3f}",
+                (place, one.value + sign * one.error),
+                xytext=(0, 3 * sign),
+                textcoords="offset points",
+                ha="center",
+                va="top" if sign < 0 else "bottom",
+                fontsize=9,
+            )
+    axis.axhline(0, color="black", linewidth=0.8)
+    axis.margins(y=0.12)
 
 
 def _seeds(rows: Sequence[Record]) -> str:
@@ -197,42 +204,33 @@ def _seeds(rows: Sequence[Record]) -> str:
 
 
 def draw_branches(path: Path, rows: Rows, scale: Scale) -> None:
-    """Draw the trunk with its branches next to dedicated cosines: held-out loss, differences, and samples."""
-    trunk = rows["trunk"]
-    figure = _figure(12, 7)
-    grid = figure.add_gridspec(2, 2, width_ratios=[2.2, 1])
-    loss, gap, cost = (figure.add_subplot(place) for place in (grid[:, 0], grid[0, 1], grid[1, 1]))
-    _curve(loss, trunk, PURPLE, "trunk, constant lr")
-    ours = {end: tables.branch_losses(trunk, end) for end in scale.ends}
-    theirs = {end: losses(tables.dedicated(rows, scale, end), end) for end in scale.ends}
-    for i, (at, end) in enumerate(trunk[0]["settings"]["branches"]):
-        line = [mean(losses(trunk, at)), mean(ours[end])]
-        loss.plot([at, end], line, color=ORANGE, linewidth=1.6, label=None if i else "cool-down branches")
-    _points(loss, scale.ends, [Estimate.of(v) for v in ours.values()], ORANGE, fmt="o", markersize=7)
-    label = "dedicated cosines, each tuned"
-    best = [Estimate.of(values) for values in theirs.values()]
-    _points(loss, scale.ends, best, "black", fmt="*", markersize=15, label=label, markerfacecolor="none", zorder=5)
-    _samples_axis(loss, scale)
-    loss.set_ylabel(LOSS)
-    loss.set_xlabel("samples")
-    loss.legend(loc="upper right")
-    gaps = [difference(ours[end], theirs[end]) for end in scale.ends]
-    gap.bar(range(len(gaps)), [g.value for g in gaps], 0.6, color=ORANGE)
-    _points(gap, range(len(gaps)), gaps, "black", fmt="none")
-    gap.axhline(0, color="black", linewidth=0.8)
-    gap.set_xticks(range(len(gaps)), [f"{end:,}" for end in scale.ends])
-    gap.set_xlabel("samples at the end")
-    gap.set_ylabel("branch minus\ndedicated, nats per byte")
-    bars = [
-        ("one trunk,\nfour branches", trunk[0]["trained_samples"], ORANGE),
-        ("four dedicated", sum(scale.ends), GREY),
-    ]
-    for name, samples, colour in bars:
-        cost.barh([name], [samples], color=colour)
-        cost.annotate(f"{samples:,} ", (samples, name), ha="right", va="center", color="white")
-    cost.set_xlabel("samples trained in all")
-    cost.set_xticks([0])
-    figure.suptitle(f"One trunk with cool-down branches, or a run for each end: {_seeds(trunk)}")
+    """Draw trunks with their branches next to dedicated cosines, and the differences, with both warm-ups."""
+    figure = _figure(13, 9)
+    panels = figure.subplots(2, len(WARMUPS), height_ratios=[2, 1], sharey="row")
+    for column, warmup in enumerate(WARMUPS):
+        loss, gap = panels[:, column]
+        ends = ends_of(scale, warmup)
+        trunk = rows[f"trunk{warmup}"]
+        _curve(loss, trunk, PURPLE, f"trunk, constant lr {tables.peak(trunk)}")
+        ours = {end: tables.branch_losses(trunk, end) for end in ends}
+        theirs = {end: losses(tables.planned(rows, end, warmup), end) for end in ends}
+        for i, (at, end) in enumerate(trunk[0]["settings"]["branches"]):
+            line = [mean(losses(trunk, at)), mean(ours[end])]
+            loss.plot([at, end], line, color=ORANGE, linewidth=1.6, label=None if i else "cool-down branches")
+        _points(loss, ends, [Estimate.of(values) for values in ours.values()], ORANGE, fmt="o", markersize=7)
+        best = [Estimate.of(values) for values in theirs.values()]
+        style = {"fmt": "*", "markersize": 15, "markerfacecolor": "none", "zorder": 5}
+        _points(loss, ends, best, "black", label="dedicated cosines, each tuned", **style)
+        _samples_axis(loss, scale)
+        loss.set_xlabel("samples")
+        cost = f"{trunk[0]['trained_samples']:,} samples in all, dedicated runs {sum(ends):,}"
+        loss.set_title(f"{tables.described(warmup).capitalize()}\ntrunk and branches train {cost}", fontsize=10)
+        loss.legend(loc="upper right")
+        _bars(gap, {"branches": [difference(ours[end], theirs[end]) for end in ends]}, 0.6)
+        gap.set_xticks(range(len(ends)), [f"{end:,} samples" for end in ends])
+    panels[0, 0].set_ylabel(LOSS)
+    panels[1, 0].set_ylabel("branch minus dedicated run\n(below 0 is better)")
+    figure.suptitle(f"One trunk with cool-down branches, or a run for each end: {_seeds(rows['trunk'])}")
     _save(figure, path)
 
 
@@ -281,7 +279,6 @@ def _draw_trunk_averages(axis: Any, trunk: Sequence[Record], scale: Scale) -> No
     ends = [end for end in scale.ends if end in trunk[0]["settings"]["marks"]]
     last = {end: losses(trunk, end) for end in ends}
     for colour, what in zip((GREEN, PURPLE), _moving(trunk, ends[0]), strict=True):
-        # The long average still has the initial weights at the first end, far above the rest.
         values = [difference(losses(trunk, end, what), last[end]) for end in ends]
         _points(axis, ends, values, colour, marker="s", label=what)
     values = [difference(tables.branch_losses(trunk, end), last[end]) for end in ends]
@@ -289,8 +286,12 @@ def _draw_trunk_averages(axis: Any, trunk: Sequence[Record], scale: Scale) -> No
     axis.axhline(0, color="black", linewidth=0.9, linestyle="--")
     axis.set_xscale("log")
     _plain_ticks(axis, ends)
-    axis.set_yscale("symlog", linthresh=0.1)
-    axis.set_xlabel("samples of a trunk at constant lr")
-    axis.set_title("a trunk at constant lr", fontsize=10)
+    axis.set_yscale("symlog", linthresh=0.1)  # long averages still have the initial weights at the first ends
+    low, high = axis.get_ylim()
+    ticks = [tick for tick in (-1, -0.3, -0.1, -0.05, 0, 0.05, 0.1, 0.3, 1) if low <= tick <= high]
+    axis.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    axis.set_yticks([], minor=True)
+    axis.set_xlabel("samples (vertical axis: logarithmic beyond 0.1)")
+    axis.set_title(f"a trunk at constant lr {tables.peak(trunk)}", fontsize=10)
     axis.set_ylabel("held-out loss minus that of\nthe last weights, nats per byte")
     axis.legend(loc="upper right", fontsize=9)

@@ -10,7 +10,7 @@ from statistics import mean, stdev
 import numpy as np
 
 from benchmarks.markdown import table
-from benchmarks.recipes import LONG_WARMUP, RECIPES, Scale, final
+from benchmarks.recipes import LONG_WARMUP, RECIPES, WARMUPS, Scale, ends_of, final
 from benchmarks.recipes_training import LAST
 from benchmarks.records import Record
 
@@ -209,21 +209,34 @@ def branch_losses(rows: Sequence[Record], end: int) -> list[float]:
     return [one["held_out"] for one, _ in found if one["samples"] == end]
 
 
-def dedicated(rows: Rows, scale: Scale, end: int) -> Sequence[Record]:
+def planned(rows: Rows, end: int, warmup: str) -> Sequence[Record]:
     """Return the rows of the cosine that was planned for ``end``."""
-    return rows["one cosine"] if end == scale.total and "one cosine" in rows else rows[f"one cosine, {end}"]
+    return rows[f"one cosine{warmup}, {end}"]
+
+
+def described(warmup: str) -> str:
+    """Return one of `WARMUPS` in words."""
+    return warmup.removeprefix(", ") or "warm-up of 320 samples"
+
+
+def peak(rows: Sequence[Record]) -> str:
+    """Return the peak lr."""
+    return f"{rows[0]['settings']['lr']:g}"
 
 
 def anytime_table(rows: Rows, scale: Scale) -> Iterator[str]:
     """Return held-out loss at each end of a cycle, and its difference from a cosine that was planned for that end."""
-    head = ["held-out loss", "peak lr", *(f"after {end:,} samples" for end in scale.ends)]
-    planned = {end: dedicated(rows, scale, end) for end in scale.ends}
-    lines = [["a cosine planned for that end", "tuned", *(str(Estimate.of(losses(r, e))) for e, r in planned.items())]]
-    for recipe in (*RECIPES, *(recipe + LONG_WARMUP for recipe in RECIPES)):
-        found = rows[recipe]
-        differences = (difference(losses(found, end), losses(planned[end], end)).signed() for end in scale.ends)
-        lines.append([recipe, f"{found[0]['settings']['lr']:g}", *differences])
-    yield from table(head, lines)
+    for warmup in WARMUPS:
+        ends = ends_of(scale, warmup)
+        best = {end: planned(rows, end, warmup) for end in ends}
+        cells = [f"{Estimate.of(losses(found, end))} (lr {peak(found)})" for end, found in best.items()]
+        lines = [["a cosine planned for that end", "", *cells]]
+        for recipe in RECIPES:
+            found = rows[recipe + warmup]
+            differences = (difference(losses(found, end), losses(best[end], end)).signed() for end in ends)
+            lines.append([recipe, peak(found), *differences])
+        yield from table([described(warmup), "peak lr", *(f"after {end:,} samples" for end in ends)], lines)
+        yield ""
 
 
 def longer_table(rows: Rows, scale: Scale) -> Iterator[str]:
@@ -241,22 +254,21 @@ def longer_table(rows: Rows, scale: Scale) -> Iterator[str]:
 
 def branches_table(rows: Rows, scale: Scale) -> Iterator[str]:
     """Return held-out loss and samples of the branches and of dedicated runs."""
-    trunk = rows["trunk"]
-    lines = []
-    total = 0
-    for end in scale.ends:
-        theirs = dedicated(rows, scale, end)
-        total += end
-        ours, cosine = branch_losses(trunk, end), losses(theirs, end)
-        cells = [str(Estimate.of(ours)), str(Estimate.of(cosine)), difference(ours, cosine).signed()]
-        lines.append([f"{end:,}", *cells, f"{theirs[0]['settings']['lr']:g}", f"{end:,}"])
-    trained = trunk[0]["trained_samples"]
-    lr = f"{trunk[0]['settings']['lr']:g}"
-    head = ["branch ends at", "branch of the trunk", "dedicated cosine", "difference", "cosine's lr", "samples"]
-    yield from table(head, lines)
-    yield ""
-    share = f"{trained / total:.2f} of the {total:,} of the dedicated runs"
-    yield f"Trunk (lr {lr}) and branches: {trained:,} samples, {share}."
+    costs = []
+    for warmup in WARMUPS:
+        trunk, ends = rows[f"trunk{warmup}"], ends_of(scale, warmup)
+        lines = []
+        for end in ends:
+            theirs = planned(rows, end, warmup)
+            ours, cosine = branch_losses(trunk, end), losses(theirs, end)
+            cells = [str(Estimate.of(ours)), f"{Estimate.of(cosine)} (lr {peak(theirs)})"]
+            lines.append([f"{end:,} samples", *cells, difference(ours, cosine).signed()])
+        title = f"{described(warmup)}, branch ends at"
+        yield from table([title, f"branch (lr {peak(trunk)})", "dedicated cosine", "difference"], lines)
+        yield ""
+        trained = trunk[0]["trained_samples"]
+        costs.append(f"{trained:,} samples for {sum(ends):,} ({trained / sum(ends):.2f})")
+    yield f"Trained in all, trunk and branches for dedicated runs: {' and '.join(costs)}."
 
 
 def kinds(rows: Sequence[Record], samples: int) -> list[str]:

@@ -63,8 +63,8 @@ def test_the_report_is_made_from_the_rows(rows: Path, tmp_path: Path, capsys: py
     assert {path.name for path in tmp_path.glob("*.png")} == {"recipes-branches.png", "recipes-snapshots.png"}
     trunk = recipes.reported(Sheet(rows, may_run=False), TINY, "trunk")
     losses = recipes_tables.branch_losses(trunk, TINY.ends[0])
-    assert f"| {sum(losses) / 2:.4f} ± {abs(losses[0] - losses[1]) / 2:.4f} |" in page.read_text()
-    assert f"{trunk[0]['trained_samples']:,} samples, 0.6" in page.read_text()
+    assert f" {sum(losses) / 2:.4f} ± {abs(losses[0] - losses[1]) / 2:.4f} |" in page.read_text()
+    assert f"{trunk[0]['trained_samples']:,} samples for 2,080 (0.6" in page.read_text()
 
 
 def test_the_best_decay_and_its_readings() -> None:
@@ -83,6 +83,7 @@ def test_the_best_decay_and_its_readings() -> None:
     assert found.by_seed == pytest.approx([best / 1.1, best * 1.1])
     assert recipes_tables.factor_error(found.by_seed) == pytest.approx(1.1)
     shown = Job(run).scheduler.preview(cycles=1).rows[0]
+    assert shown.timescale is not None
     readings = found.readings(run.weight_decay)
     epoch = len(text_of(run.task).training)
     assert readings[TORCH] == pytest.approx(shown.weight_decay)
