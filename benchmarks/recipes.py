@@ -320,16 +320,6 @@ def planned(sheet: Sheet, scale: Scale) -> dict[str, list[Record]]:
     return rows
 
 
-def longer(sheet: Sheet, scale: Scale) -> dict[str, list[Record]]:
-    """Does what `anytime` finds hold for runs four times as long, with the lr and share of warm-up of shorter ones?"""
-    rows: dict[str, list[Record]] = {}
-    for seed in scale.seeds[:2]:
-        for recipe in (recipe + LONG_WARMUP for recipe in RECIPES):
-            run = make_run(replace(scale, unit=4 * scale.unit), recipe, lr=tuned_lr(sheet, scale, recipe), seed=seed)
-            rows.setdefault(recipe, []).append(sheet.row(run))
-    return rows
-
-
 def branches(sheet: Sheet, scale: Scale) -> dict[str, list[Record]]:
     """What have the cool-down branches of one trunk, next to dedicated runs?
 
@@ -356,7 +346,6 @@ def snapshots(sheet: Sheet, scale: Scale) -> dict[str, list[Record]]:
 EXPERIMENTS: dict[str, Callable[[Sheet, Scale], object]] = {
     "decay": decay,
     "anytime": anytime,
-    "longer": longer,
     "branches": branches,
     "snapshots": snapshots,
 }

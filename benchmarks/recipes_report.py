@@ -18,11 +18,10 @@ from benchmarks import recipes_tables as tables
 from benchmarks.recipes import Scale, Sheet
 from benchmarks.recipes_training import KIND
 
-Draw = Callable[[Path, Any, Scale], None] | None
+Draw = Callable[[Path, Any, Scale], None]
 SECTIONS: dict[str, tuple[Callable[[Sheet, Scale], Any], Callable[[Any, Scale], Iterator[str]], Draw]] = {
     "decay": (recipes.decay, lambda rows, _: tables.decay_table(rows), pictures.draw_decay),
     "anytime": (recipes.anytime, tables.anytime_table, pictures.draw_anytime),
-    "longer": (recipes.longer, tables.longer_table, None),
     "branches": (recipes.branches, tables.branches_table, pictures.draw_branches),
     "snapshots": (recipes.snapshots, tables.snapshots_table, pictures.draw_snapshots),
 }
@@ -73,8 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(f"{name}: left out. {error}")
             continue
         text = replace_table(text, name, lines)
-        if draw is not None:
-            draw(options.docs / f"recipes-{name}.png", rows, scale)
+        draw(options.docs / f"recipes-{name}.png", rows, scale)
         print("\n".join([f"{name}:", *lines, ""]))
     page.write_text(text)
 

@@ -239,19 +239,6 @@ def anytime_table(rows: Rows, scale: Scale) -> Iterator[str]:
         yield ""
 
 
-def longer_table(rows: Rows, scale: Scale) -> Iterator[str]:
-    """Return held-out loss at the ends of cycles, and its difference from one cosine's at the last one."""
-    ends = [4 * end for end in scale.ends]
-    cosine = losses(rows["one cosine" + LONG_WARMUP], ends[-1])
-    lines = []
-    for recipe, found in rows.items():
-        cells = [str(Estimate.of(losses(found, end))) for end in ends]
-        lines.append([recipe, *cells, difference(losses(found, ends[-1]), cosine).signed()])
-    yield from table(
-        ["held-out loss", *(f"after {end:,} samples" for end in ends), "at the end, from one cosine"], lines
-    )
-
-
 def branches_table(rows: Rows, scale: Scale) -> Iterator[str]:
     """Return held-out loss and samples of the branches and of dedicated runs."""
     costs = []
