@@ -30,6 +30,7 @@ DECAYS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)  # to
 RECIPES = ("cosine restarts", "WSD-S", "one cosine")
 LONG_WARMUP = ", warm-up of a tenth"  # after the name of a recipe
 WARMUPS = ("", LONG_WARMUP)
+LR_OF = {"equal restarts": "cosine restarts", "trunk" + LONG_WARMUP: "WSD-S" + LONG_WARMUP}  # to save time
 LITTLE_TEXT = "equal restarts, little text"
 TUNING_SEED = 100  # lr is chosen on it, and on no seed that is reported
 
@@ -281,9 +282,8 @@ def tuned_lr(sheet: Sheet, scale: Scale, recipe: str, samples: int | None = None
 
 
 def reported(sheet: Sheet, scale: Scale, recipe: str, samples: int | None = None) -> list[Record]:
-    """Return the rows of a recipe with its tuned lr, one for each seed; equal restarts have that of cosine restarts."""
-    tuned = "cosine restarts" if recipe == "equal restarts" else recipe
-    lr = tuned_lr(sheet, scale, tuned, samples)
+    """Return the rows of a recipe with its tuned lr, or that of `LR_OF`, one for each seed."""
+    lr = tuned_lr(sheet, scale, LR_OF.get(recipe, recipe), samples)
     return [sheet.row(make_run(scale, recipe, lr=lr, seed=seed, samples=samples)) for seed in scale.seeds]
 
 

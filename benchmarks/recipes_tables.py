@@ -10,7 +10,7 @@ from statistics import mean, stdev
 import numpy as np
 
 from benchmarks.markdown import table
-from benchmarks.recipes import LONG_WARMUP, RECIPES, WARMUPS, Scale, ends_of, final
+from benchmarks.recipes import RECIPES, WARMUPS, Scale, ends_of, final
 from benchmarks.recipes_training import LAST
 from benchmarks.records import Record
 
