@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from dist_adamw.integrations.deepspeed.zero_state import prepare_deepspeed
     from dist_adamw.integrations.transformers.trainer import prepare_trainer
     from dist_adamw.optimizer.adamw import DistAdamW
+    from dist_adamw.optimizer.averages import EMA, Mean
     from dist_adamw.optimizer.replicas import check_replicas
     from dist_adamw.run_log.run_log import RunLog
     from dist_adamw.schedule.batch import GlobalBatch
@@ -36,8 +37,10 @@ _MODULE_OF = {
     "CheckpointFolder": "checkpoint.folder",
     "CyclicLRWithRestarts": "schedule.scheduler",
     "DistAdamW": "optimizer.adamw",
+    "EMA": "optimizer.averages",
     "ExpReduceMaxLROnIteration": "schedule.restarts",
     "GlobalBatch": "schedule.batch",
+    "Mean": "optimizer.averages",
     "Preview": "schedule.preview",
     "ReduceMaxLROnRestart": "schedule.restarts",
     "RestartSchedule": "schedule.restarts",
@@ -58,6 +61,7 @@ _PACKAGES = ("checkpoint", "integrations", "optimizer", "ranks", "run_log", "sch
 _MOVED = ("batch", "hooks", "policies", "scheduler", "storage")  # modules of 0.1.0, which forward
 
 __all__ = [
+    "EMA",
     "AgreementError",
     "AsyncSaver",
     "Checkpoint",
@@ -67,6 +71,7 @@ __all__ = [
     "DistAdamW",
     "ExpReduceMaxLROnIteration",
     "GlobalBatch",
+    "Mean",
     "Preview",
     "ReduceMaxLROnRestart",
     "RestartSchedule",

@@ -17,11 +17,22 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from dist_adamw.checkpoint.extra_state import check_extra_state
-from dist_adamw.checkpoint.local_state import MODEL, SCALARS, Access, buffers, fits_family, hyper_parameters, is_outside
+from dist_adamw.checkpoint.local_state import (
+    MASTER,
+    MODEL,
+    SCALARS,
+    Access,
+    buffers,
+    fits_family,
+    hyper_parameters,
+    is_outside,
+)
 from dist_adamw.checkpoint.random_state import random_state_of
 from dist_adamw.checkpoint.storage.index import Index, check_files, read_index
 from dist_adamw.errors import CheckpointError
+from dist_adamw.optimizer.averages import AVERAGED, dtypes_of
 from dist_adamw.optimizer.options import KEPT, check_hyper_parameters
+from dist_adamw.optimizer.sharding.bucket_views import MOMENTS
 from dist_adamw.plain_data import plain
 from dist_adamw.schedule.saved import OnDifference
 from dist_adamw.schedule.scheduler import CyclicLRWithRestarts
@@ -258,6 +269,23 @@ def _check_optimizer(
             f"{index.folder} was made with other hyper-parameters: {_first_three([*lines])}. Pass the same, "
             "or choose by on_difference='checkpoint' or 'new'."
         )
+    averages, wanted = _averages_of(index), {*dtypes_of(getattr(unwrap(optimizer), "averages", {}))}
+    if averages != wanted and choice != "new":
+        there, here_too = (", ".join(sorted(names)) or "none" for names in (averages, wanted))
+        raise CheckpointError(
+            f"{index.folder} has these averages of the weights: {there}; and this optimizer keeps: {here_too}. Pass "
+            "the same to DistAdamW, or on_difference='new': those that the checkpoint lacks begin then, and others are "
+            "dropped."
+        )
+
+
+def _averages_of(index: Index) -> set[str]:
+    """Return the names of the saved tensors that are averages of weights."""
+    if not any(AVERAGED in group for group in index.about["groups"]):
+        return set()
+    trained = {name for group in index.about["groups"] for name in group["names"]}
+    parts = (key.partition(".") for key in index.tensors)
+    return {kind for kind, _, name in parts if name in trained} - {MODEL, MASTER, *MOMENTS}
 
 
 def _cycled(scheduler: LRScheduler | None) -> set[str]:
@@ -279,11 +307,18 @@ def _to_take(
         keys = _keys_to_take(here, scheduler, choice)
         if getattr(optimizer, "reproducible", False):
             keys += KEPT
+        averages = getattr(optimizer, "averages", {})
+        if averages:
+            keys.append(AVERAGED)
         # Groups may be split differently now, so they are matched by the names of their parameters.
         found = [group_of[name] for name in here["names"] if name in group_of]
         saved_groups = [_in_convention_of(optimizer, one, index.about.get("decay_by")) for one in found]
         values = _values_of(saved_groups[0], keys, group) if saved_groups else {}
         _check_values(index, values, saved_groups, group)
+        if AVERAGED in values:  # an average that the checkpoint lacks begins at the next update
+            there = _averages_of(index)
+            kept = {name for name, average in averages.items() if there.issuperset(average.slots(name))}
+            values[AVERAGED] = {name: count for name, count in values[AVERAGED].items() if name in kept}
         taken.append(values)
     return taken
 
@@ -302,8 +337,8 @@ def _values_of(saved: dict[str, Any], keys: list[str], group: dict[str, Any]) ->
     """Return the values of ``keys`` that both the saved group and this one have."""
     values = {}
     for key in keys:
-        # A scheduler adds initial_lr, and `attach` what reproducible=True keeps, perhaps only there.
-        if key in saved and (key in group or key == "initial_lr" or key in KEPT):
+        # A scheduler adds initial_lr, `attach` what reproducible=True keeps, and a save counts; perhaps only there.
+        if key in saved and (key in group or key == "initial_lr" or key in (*KEPT, AVERAGED)):
             values[key] = saved[key]
     return values
 
@@ -319,7 +354,10 @@ def _check_values(
                     f"{index.folder} has parameters of one group here in several groups, with {key} {value!r} and "
                     f"{other[key]!r}. Make the same groups, or pass on_difference='new'."
                 )
-        fits = _is_like(value, plain(KEPT[key] if key in KEPT else group.get(key, group["lr"])))
+        if key == AVERAGED:
+            fits = _is_mapping(value) and all(type(n) is int and 0 <= n < 1 << 53 for n in value.values())
+        else:
+            fits = _is_like(value, plain(KEPT[key] if key in KEPT else group.get(key, group["lr"])))
         is_amount = key in ("lr", "weight_decay", "initial_lr")
         if not fits or (is_amount and not 0 <= value < math.inf):
             raise CheckpointError(

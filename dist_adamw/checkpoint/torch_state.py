@@ -154,7 +154,8 @@ class TorchAccess:
             for i, param in enumerate(shard.params):
                 name = self.names[param]
                 shard.steps[i] = found.scalars.get(name, {}).get("step", 0.0)
-                for kind in shard.moments.keys() - {"remainder"}:
+                lacking = shard.averages - found.kinds.get(name, set())  # they begin at the next update
+                for kind in shard.moments.keys() - {"remainder", *lacking}:
                     local_state.read(kind, name, _moment(shard, i, kind), found)
                 if "remainder" in shard.moments:
                     remainders.append((shard, i, name))

@@ -1,4 +1,4 @@
-"""Fourth base class of `DistAdamW`: gradients reduced to their owners; attach, clip, gather."""
+"""Fifth base class of `DistAdamW`: gradients reduced to their owners; attach, clip, gather."""
 
 from __future__ import annotations
 

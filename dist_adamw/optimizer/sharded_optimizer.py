@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 import torch.distributed as dist
@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim.optimizer import Optimizer
 
+from dist_adamw.optimizer.averages import Average, dtypes_of
 from dist_adamw.optimizer.gradients.gradient_path import GradientPath
 from dist_adamw.optimizer.kernels.foreach import DecayBy
 from dist_adamw.optimizer.options import OptionsDigest, describe_options
@@ -33,15 +34,8 @@ from dist_adamw.optimizer.transport.rollcall import Channel
 from dist_adamw.plain_data import plain
 
 OPTIONS = (
-    "decay_by",
-    "max_grad_norm",
-    "shard",
-    "fused",
-    "bucket_numel",
-    "master_dtype",
-    "state_dtype",
-    "reduce_dtype",
-    "reproducible",
+    *("decay_by", "max_grad_norm", "shard", "fused", "bucket_numel", "master_dtype", "state_dtype", "reduce_dtype"),
+    *("reproducible", "averages"),
 )
 
 
@@ -66,6 +60,7 @@ class ShardedOptimizer(Optimizer):
     state_dtype: torch.dtype | None
     reduce_dtype: torch.dtype | None
     reproducible: bool
+    averages: Mapping[str, Average]
     # Defaults for an unpickled optimizer, whose __init__ has not run.
     _channel = Channel()
     _mesh: DeviceMesh | None = None
@@ -128,6 +123,7 @@ class ShardedOptimizer(Optimizer):
             self.reproducible,
             functools.partial(_order_of, self._path),
             self._is_partitioned,
+            dtypes_of(self.averages),
         )
 
     # ---------------------------------------------------------------- follow the user

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from dist_adamw.ranks import collectives
+from dist_adamw.schedule.averaging import tell_clock
 from dist_adamw.schedule.batch import GlobalBatch, check_positive_int, check_whole, samples_of_batch
 from dist_adamw.schedule.clock import SampleSource
 from dist_adamw.schedule.describe import describe_restart, describe_scheduler
@@ -134,8 +135,10 @@ class SampleScheduler(LRScheduler):
         cycle_before = self.cycle if self._verbose else 0
         if samples is not None and (warning := scheduled.find_crossing(samples)) is not None:
             warnings.warn(warning, stacklevel=2)
+        before = clock.samples
         clock.advance(applied, samples, scheduled.recipe.samples_of_update)
         scheduled.write(len(applied), follow=not is_as_written)
+        tell_clock(scheduled.optimizer, scheduled.recipe, before, clock.samples)
         if (warning := scheduled.find_end_passed()) is not None:
             warnings.warn(warning, stacklevel=2)
         if self._verbose and self.cycle != cycle_before and collectives.rank() == 0:

@@ -1,0 +1,36 @@
+"""What shows other weights in a model for a while: its buffers are kept, and FSDP2 forgets unsharded copies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import TracebackType
+
+import torch
+from torch import Tensor, nn
+
+from dist_adamw.optimizer.gradients.fsdp_groups import fsdp_modules
+from dist_adamw.optimizer.sharding.shard import Shard
+
+# Writes, for each parameter of each shard, what the function in its argument returns: this rank's elements, 1-D.
+WeightsOf = Callable[[Callable[[Shard, int], Tensor]], None]
+
+
+class Backup:
+    """Restore a model's buffers at the end of a block, in place. Local; None: nothing to restore."""
+
+    def __init__(self, model: nn.Module | None) -> None:
+        self._buffers = [] if model is None else list(model.buffers())
+
+    def __enter__(self) -> None:
+        self._before = [buffer.detach().clone() for buffer in self._buffers]
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        with torch.no_grad():
+            for buffer, before in zip(self._buffers, self._before, strict=True):
+                buffer.copy_(before)
+
+
+def reshard(model: nn.Module | None) -> None:
+    """Have FSDP2 gather weights again in the next forward pass: it may have kept unsharded ones. Local."""
+    for module in [] if model is None else fsdp_modules(model):
+        module.reshard()
