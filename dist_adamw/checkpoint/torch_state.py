@@ -34,6 +34,7 @@ from dist_adamw.optimizer.sharding.dtensors import local_of
 from dist_adamw.optimizer.sharding.memory_order import axes_in_memory, storage_order
 from dist_adamw.optimizer.sharding.shard import Shard
 from dist_adamw.optimizer.sharding.values import exact_weights, set_exact_weights
+from dist_adamw.optimizer.shown_weights import reshard
 from dist_adamw.ranks import collectives
 from dist_adamw.wrappers import bare, unwrap
 
@@ -43,6 +44,7 @@ class TorchAccess:
 
     def __init__(self, model: nn.Module, optimizer: Optimizer | None) -> None:
         self.model = bare(model)
+        reshard(self.model)  # the last forward pass, of a validation, may have left other parameters in the modules
         self.optimizer = None if optimizer is None else unwrap(optimizer)
         self.names = parameter_names(model)
         for g, group in enumerate([] if self.optimizer is None else self.optimizer.param_groups):

@@ -38,7 +38,8 @@ class AveragedOptimizer(SavableOptimizer):
     def _reset(self) -> None:
         super()._reset()
         self._contributions = Contributions()
-        self._decays = {name: average.decay for name, average in self.averages.items() if isinstance(average, EMA)}
+        if not hasattr(self, "_decays"):  # kept otherwise: the schedule may have set them
+            self._decays = {name: average.decay for name, average in self.averages.items() if isinstance(average, EMA)}
 
     def _known_contributions(self) -> Contributions:
         self._contributions.load(self.param_groups, self.averages, self._outcome.updates)
@@ -124,6 +125,8 @@ class AveragedOptimizer(SavableOptimizer):
     def _check_averages(self) -> None:
         """Raise before an update that could not move an average. Local."""
         self._refuse_inside("step()")
+        if self.averages:  # now, since counts of a load refer to the updates before this one
+            self._known_contributions()
         for name, decay in self._decays.items():
             if decay is None:
                 raise RuntimeError(

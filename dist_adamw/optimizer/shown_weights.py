@@ -31,6 +31,9 @@ class Backup:
 
 
 def reshard(model: nn.Module | None) -> None:
-    """Have FSDP2 gather weights again in the next forward pass: it may have kept unsharded ones. Local."""
+    """Have FSDP2 drop the whole weights that it keeps after a forward pass without a backward pass. Local.
+
+    Until then they are the modules' parameters, in place of those that the optimizer updates.
+    """
     for module in [] if model is None else fsdp_modules(model):
         module.reshard()

@@ -37,6 +37,7 @@ from dist_adamw.integrations.deepspeed.configuration import (
     register_deepspeed,
 )
 from dist_adamw.optimizer.adamw import DistAdamW
+from dist_adamw.optimizer.averages import AVERAGED
 from dist_adamw.optimizer.attaching import averages_over
 from dist_adamw.optimizer.replicas import CHECK_WEIGHTS_EVERY, ReplicaWatch, check_replicas
 from dist_adamw.plain_data import plain
@@ -286,7 +287,7 @@ def _record_of(scheduler: LRScheduler) -> dict[str, Any]:
 def _hyper_parameters(optimizer: Optimizer) -> list[dict[str, Any]]:
     if _is_dummy(optimizer):
         return []
-    return [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    return [{k: v for k, v in group.items() if k not in ("params", AVERAGED)} for group in optimizer.param_groups]
 
 
 def _check_kept(given: Optimizer, kept: Optimizer, groups: list[dict[str, Any]]) -> None:

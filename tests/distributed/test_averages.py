@@ -1,0 +1,156 @@
+"""Averages of the weights on every engine, through resumes: the bits of torch's functions, fed the same weights."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim.swa_utils import get_ema_multi_avg_fn, get_swa_multi_avg_fn
+from torch.utils.data import DataLoader, TensorDataset
+
+import dist_adamw
+from dist_adamw import EMA, AgreementError, CheckpointError, CyclicLRWithRestarts, DistAdamW, Mean, prepare
+from tests.distributed.engines import accelerator_on
+from tests.known import unwrap
+from tests.ranks import run_ranks
+
+BATCH, EPOCH = 24, 120
+AVERAGES = {
+    "ema": EMA(decay=0.9),
+    "slow": EMA(timescale="20 updates"),
+    "ends": Mean(),
+    "swa": Mean(every="3 updates", start="4 updates"),
+    "lawa": Mean(every="2 updates", last=3),
+}
+RECIPE: dict[str, Any] = {"restart_period": "6 updates", "t_mult": 1}
+Place = tuple[str, int]
+Weights = list[Tensor]
+
+
+def network() -> nn.Module:
+    torch.manual_seed(2)
+    return nn.Sequential(nn.Linear(8, 33), nn.Tanh(), nn.Linear(33, 33), nn.Tanh(), nn.Linear(33, 2))
+
+
+def whole(model: Any) -> Weights:
+    """The whole weights, on any engine. Collective."""
+    params = list(model.parameters())
+    gathered: Any = contextlib.nullcontext()
+    if hasattr(params[0], "ds_tensor"):
+        import deepspeed
+
+        gathered = deepspeed.zero.GatheredParameters(params)
+    with gathered:
+        return [(p.full_tensor() if isinstance(p, DTensor) else p).detach().clone() for p in params]
+
+
+def job(engine: str, first: int, last: int, saved: str, loaded: str | None, options: dict[str, Any]) -> dict[str, Any]:
+    """Train updates ``first`` to ``last``; return the weights after each, and what the averages showed at the end."""
+    with accelerator_on(engine, 2) as accelerator:
+        model = network()
+        optimizer = DistAdamW(model.parameters(), lr=1e-2, weight_decay=0.1, averages=options.get("averages", AVERAGES))
+        scheduler = CyclicLRWithRestarts(optimizer, **RECIPE)
+        x = torch.randn(EPOCH, 8, generator=torch.Generator().manual_seed(5))
+        micro_batch = BATCH // (2 * accelerator.num_processes)
+        loader = DataLoader(TensorDataset(x, 5 * torch.sin(x[:, :2] * 3)), micro_batch)
+        model, optimizer, loader, scheduler = prepare(accelerator, model, optimizer, loader, scheduler)
+        if loaded is not None:
+            accelerator.load_state(loaded)
+        after: list[Weights] = []
+        while len(after) < last - first:
+            for inputs, targets in dist_adamw.rest_of_epoch(loader):
+                with accelerator.accumulate(model):
+                    accelerator.backward(nn.functional.mse_loss(model(inputs), targets))
+                    optimizer.step()
+                    scheduler.step()
+                    optimizer.zero_grad()
+                if accelerator.sync_gradients:
+                    after.append(whole(model))
+                if len(after) == last - first:
+                    break
+        shown = {}
+        model.eval()
+        with torch.no_grad():
+            before = model(x)
+            for name in options.get("shown", []):
+                with optimizer.averaged(name):
+                    shown[name] = (whole(model), model(x))
+                    refused = [pytest.raises(RuntimeError, match=rf"inside .*averaged\('{name}'\)") for _ in range(2)]
+                    with refused[0]:
+                        unwrap(optimizer).step()
+                    with refused[1]:
+                        accelerator.save_state(saved)
+            assert torch.equal(model(x), before)
+        assert all(map(torch.equal, whole(model), after[-1]))
+        model.train()
+        accelerator.save_state(saved)
+        counts = {name: unwrap(optimizer).contributions(name) for name in AVERAGES if name in options.get("shown", [])}
+        return {"after": after, "shown": shown, "x": x, "counts": counts}
+
+
+def ema_of(weights: list[Weights], decay: float) -> Weights:
+    average = [w.clone() for w in weights[0]]
+    for current in weights[1:]:
+        get_ema_multi_avg_fn(decay)(average, current, torch.tensor(1))
+    return average
+
+
+def mean_of(weights: list[Weights]) -> Weights:
+    average = [w.clone() for w in weights[0]]
+    for n, current in enumerate(weights[1:], 1):
+        get_swa_multi_avg_fn()(average, current, n)
+    return average
+
+
+def expected(after: list[Weights]) -> dict[str, tuple[Weights, int]]:
+    """The averages by torch's functions, of the weights after updates 1, 2, ..., and how many each is of."""
+    at: dict[str, list[int]] = {
+        "ends": [6, 12, 18, 24],
+        "swa": [4, 7, 10, 13, 16, 19, 22],
+        "lawa": [2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22],
+    }
+    made = {name: [after[k - 1] for k in updates if k <= len(after)] for name, updates in at.items()}
+    found = {name: (mean_of(made[name]), len(made[name])) for name in ("ends", "swa")}
+    found["lawa"] = (mean_of(made["lawa"][-3:]), len(made["lawa"]))
+    decay = torch.exp(torch.tensor(-1 / 20, dtype=torch.float64)).item()
+    return {**found, "ema": (ema_of(after, 0.9), len(after)), "slow": (ema_of(after, decay), len(after))}
+
+
+def check(result: dict[str, Any], after: list[Weights]) -> None:
+    for name, (average, count) in expected(after).items():
+        weights, outputs = result["shown"][name]
+        assert all(map(torch.equal, weights, average)), name
+        assert result["counts"][name] == count, name
+        model = network()
+        with torch.no_grad():
+            for param, value in zip(model.parameters(), average, strict=True):
+                param.copy_(value)
+            torch.testing.assert_close(outputs, model(result["x"]), rtol=1e-5, atol=1e-6)  # ranks' own blocking
+    assert not all(map(torch.equal, result["shown"]["ema"][0], after[-1]))
+
+
+CHAINS: dict[str, list[tuple[Place, int]]] = {
+    "one": [(("single", 1), 3), (("DDP", 2), 7), (("FSDP2", 3), 11), (("ZeRO-2", 2), 14), (("DDP", 3), 19)],
+    "two": [(("ZeRO-3", 2), 5), (("DDP", 4), 8), (("ZeRO-1", 3), 13), (("FSDP2", 2), 17), (("single", 1), 20)],
+    "three": [(("FSDP2", 4), 7), (("ZeRO-3", 3), 13)],
+    "four": [(("DDP", 1), 5), (("ZeRO-2", 4), 9)],
+}
+
+
+@pytest.mark.parametrize("chain", CHAINS)
+def test_the_bits_of_torch_on_every_engine_through_resumes(chain: str, tmp_path: Path) -> None:
+    after: list[Weights] = []
+    loaded = None
+    for place, last in CHAINS[chain]:
+        saved, options = str(tmp_path / str(last)), {"shown": [*AVERAGES] if last > 5 else []}
+        result = run_ranks(place[1], job, place[0], len(after), last, saved, loaded, options)[0]
+        after += result["after"]
+        loaded = saved
+        if options["shown"]:
+            check(result, after)
