@@ -152,7 +152,7 @@ def import_(
     inspect(path)
 
 
-def export(path: str, target: str, kind: Kind | None = None, master: bool = False) -> None:
+def export(path: str, target: str, kind: Kind | None = None, master: bool = False, average: str | None = None) -> None:
     """Write a checkpoint for torch, FSDP2, DeepSpeed or as safetensors.
 
     Args:
@@ -160,10 +160,11 @@ def export(path: str, target: str, kind: Kind | None = None, master: bool = Fals
         target: The file or folder to write.
         kind: torch (torch.save), dcp (FSDP2), universal (DeepSpeed) or safetensors (weights alone).
         master: Write the fp32 weights if the model's have less precision.
+        average: Write this average of the weights in their place, as safetensors.
     """
     if kind is None:
         raise ValueError("name the kind of file to write: --kind torch, dcp, universal or safetensors.")
-    export_checkpoint(path, target, kind, master=master)
+    export_checkpoint(path, target, kind, master=master, average=average)
     print(f"written to {target}")
 
 

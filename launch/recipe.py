@@ -37,6 +37,8 @@ class Recipe:
         peak_factor: Factor on the peak at every restart, or a list with one for each cycle.
         weight_decay_norm: paper, or first_cycle: weight_decay is torch's in the first cycle, normalised from there.
         weight_decay_timescale: Samples over which updates are averaged, or "1 cycle", in place of weight_decay.
+        averages: Averages of the weights, by name: "{ema: {decay: 0.999}, ends: {every: cycle}, last: {every: 1 epoch,
+            last: 3}}"; the job reports their held-out losses.
         reproducible: Compute the same bits on any number of ranks; the last line is then a hash of the weights.
     """
 
@@ -63,6 +65,7 @@ class Recipe:
     peak_factor: float | list[float] = 1.0
     weight_decay_norm: Literal["paper", "first_cycle"] = "paper"
     weight_decay_timescale: int | str | None = None
+    averages: dict[str, dict[str, int | float | str | None]] | None = None
     reproducible: bool = False
 
     def __post_init__(self) -> None:
@@ -80,6 +83,7 @@ class Recipe:
             weight_decay=self.weight_decay,
             decay_by=self.decay_by,
             max_grad_norm=self.max_grad_norm,
+            averages=self.averages,
             reproducible=self.reproducible,
         )
 

@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from dist_adamw.checkpoint.averages import averages_in
 from dist_adamw.checkpoint.extra_state import check_extra_state
 from dist_adamw.checkpoint.local_state import (
-    MASTER,
     MODEL,
     SCALARS,
     Access,
@@ -32,7 +32,6 @@ from dist_adamw.checkpoint.storage.index import Index, check_files, read_index
 from dist_adamw.errors import CheckpointError
 from dist_adamw.optimizer.averages import AVERAGED, dtypes_of
 from dist_adamw.optimizer.options import KEPT, check_hyper_parameters
-from dist_adamw.optimizer.sharding.bucket_views import MOMENTS
 from dist_adamw.plain_data import plain
 from dist_adamw.schedule.saved import OnDifference
 from dist_adamw.schedule.scheduler import CyclicLRWithRestarts
@@ -269,7 +268,7 @@ def _check_optimizer(
             f"{index.folder} was made with other hyper-parameters: {_first_three([*lines])}. Pass the same, "
             "or choose by on_difference='checkpoint' or 'new'."
         )
-    averages, wanted = _averages_of(index), {*dtypes_of(getattr(unwrap(optimizer), "averages", {}))}
+    averages, wanted = averages_in(index), {*dtypes_of(getattr(unwrap(optimizer), "averages", {}))}
     if averages != wanted and choice != "new":
         there, here_too = (", ".join(sorted(names)) or "none" for names in (averages, wanted))
         raise CheckpointError(
@@ -277,15 +276,6 @@ def _check_optimizer(
             "the same to DistAdamW, or on_difference='new': those that the checkpoint lacks begin then, and others are "
             "dropped."
         )
-
-
-def _averages_of(index: Index) -> set[str]:
-    """Return the names of the saved tensors that are averages of weights."""
-    if not any(AVERAGED in group for group in index.about["groups"]):
-        return set()
-    trained = {name for group in index.about["groups"] for name in group["names"]}
-    parts = (key.partition(".") for key in index.tensors)
-    return {kind for kind, _, name in parts if name in trained} - {MODEL, MASTER, *MOMENTS}
 
 
 def _cycled(scheduler: LRScheduler | None) -> set[str]:
@@ -316,7 +306,7 @@ def _to_take(
         values = _values_of(saved_groups[0], keys, group) if saved_groups else {}
         _check_values(index, values, saved_groups, group)
         if AVERAGED in values:  # an average that the checkpoint lacks begins at the next update
-            there = _averages_of(index)
+            there = averages_in(index)
             kept = {name for name, average in averages.items() if there.issuperset(average.slots(name))}
             values[AVERAGED] = {name: count for name, count in values[AVERAGED].items() if name in kept}
         taken.append(values)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dist_adamw.optimizer.averages import AVERAGED, EMA, Average, Contributions, Mean
-from dist_adamw.optimizer.kernels.averaging import move_toward_
+from dist_adamw.optimizer.kernels.averaging import mean_of
 from dist_adamw.optimizer.outcome import is_capturing
 from dist_adamw.optimizer.savable_optimizer import SavableOptimizer, StateDict
 from dist_adamw.optimizer.sharding.dtensors import is_dtensor, local_of
@@ -32,6 +33,15 @@ class AveragedOptimizer(SavableOptimizer):
     _shown_average: str | None = None
     _module: weakref.ref[nn.Module] | None = None
     _engine_weights: Callable[[], contextlib.AbstractContextManager[WeightsOf]] | None = None
+
+    @property
+    def averages(self) -> Mapping[str, Average]:
+        """The averages of the weights, by name; read-only."""
+        return MappingProxyType(self._averages)
+
+    @averages.setter
+    def averages(self, averages: Mapping[str, Average]) -> None:
+        self._averages = dict(averages)
 
     # ---------------------------------------------------------------- contributions
 
@@ -258,7 +268,9 @@ class AveragedOptimizer(SavableOptimizer):
     def __getstate__(self) -> dict[str, Any]:
         self._refuse_inside("pickling or copying the optimizer")
         self._write_counts()
-        return super().__getstate__()
+        state = super().__getstate__()
+        state["options"]["averages"] = dict(self.averages)  # a read-only mapping cannot be pickled
+        return state
 
 
 def _not_begun(name: str, average: Average) -> str:
@@ -275,13 +287,7 @@ def _not_begun(name: str, average: Average) -> str:
 
 def _average_of(shard: Shard, i: int, slots: list[str]) -> Tensor:
     """Return this rank's elements of an average of parameter ``i``, 1-D: the mean of ``slots``, oldest first. Local."""
-    first, *others = [shard.owned_moment(i, slot) for slot in slots]
-    if not others:
-        return first
-    mean = first.float() if first.dtype.itemsize < 4 else first.clone()
-    for n, other in enumerate(others, 2):
-        move_toward_([mean], [other.to(mean.dtype)], 1 / n)
-    return mean
+    return mean_of([shard.owned_moment(i, slot) for slot in slots])
 
 
 def _write_owned(shard: Shard, i: int, values: Tensor) -> None:

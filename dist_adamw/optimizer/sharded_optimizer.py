@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim.optimizer import Optimizer
 
-from dist_adamw.optimizer.averages import Average, dtypes_of
+from dist_adamw.optimizer.averages import dtypes_of
 from dist_adamw.optimizer.gradients.gradient_path import GradientPath
 from dist_adamw.optimizer.kernels.foreach import DecayBy
 from dist_adamw.optimizer.options import OptionsDigest, describe_options
@@ -60,7 +61,7 @@ class ShardedOptimizer(Optimizer):
     state_dtype: torch.dtype | None
     reduce_dtype: torch.dtype | None
     reproducible: bool
-    averages: Mapping[str, Average]
+    averages: Any  # by name, see `AveragedOptimizer`
     # Defaults for an unpickled optimizer, whose __init__ has not run.
     _channel = Channel()
     _mesh: DeviceMesh | None = None

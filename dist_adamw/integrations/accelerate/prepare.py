@@ -37,8 +37,8 @@ from dist_adamw.integrations.deepspeed.configuration import (
     register_deepspeed,
 )
 from dist_adamw.optimizer.adamw import DistAdamW
-from dist_adamw.optimizer.averages import AVERAGED
 from dist_adamw.optimizer.attaching import averages_over
+from dist_adamw.optimizer.averages import AVERAGED
 from dist_adamw.optimizer.replicas import CHECK_WEIGHTS_EVERY, ReplicaWatch, check_replicas
 from dist_adamw.plain_data import plain
 from dist_adamw.ranks import agreement, collectives

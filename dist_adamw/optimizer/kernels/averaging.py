@@ -8,6 +8,17 @@ from torch import Tensor
 _BLOCK = 1 << 17  # elements widened at a time: 512 KiB of fp32
 
 
+def mean_of(tensors: list[Tensor]) -> Tensor:
+    """Return the mean of tensors of one shape, in fp32 at least, as `move_toward_` adds them up one by one. Local."""
+    first, *others = tensors
+    if not others:
+        return first
+    mean = first.to(torch.promote_types(first.dtype, torch.float32), copy=True)
+    for n, other in enumerate(others, 2):
+        move_toward_([mean], [other.to(mean.dtype)], 1 / n)
+    return mean
+
+
 def move_toward_(averages: list[Tensor], weights: list[Tensor], by: float | Tensor) -> None:
     """Set each average a to a + by (w - a), in place. Local.
 
