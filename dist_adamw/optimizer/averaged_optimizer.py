@@ -49,7 +49,8 @@ class AveragedOptimizer(SavableOptimizer):
         super()._reset()
         self._contributions = Contributions()
         if not hasattr(self, "_decays"):  # kept otherwise: the schedule may have set them
-            self._decays = {name: average.decay for name, average in self.averages.items() if isinstance(average, EMA)}
+            emas = {name: average for name, average in self.averages.items() if isinstance(average, EMA)}
+            self._decays = {name: average.decay for name, average in emas.items()}
 
     def _known_contributions(self) -> Contributions:
         self._contributions.load(self.param_groups, self.averages, self._outcome.updates)
@@ -128,7 +129,7 @@ class AveragedOptimizer(SavableOptimizer):
         """Return how far each EMA moves in the update in progress, by name. Local; once the outcome was measured."""
         moves = {}
         for name, decay in self._decays.items():
-            is_first = self._known_contributions().begins(name, self._outcome.number)
+            is_first = self._contributions.begins(name, self._outcome.number)
             moves[name] = 1.0 if is_first else 1.0 - decay  # type: ignore[operator]
         return moves
 

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn, get_swa_multi_avg_fn
 from torch.utils.data import DataLoader, TensorDataset
 
 import dist_adamw
-from dist_adamw import EMA, CyclicLRWithRestarts, DistAdamW, Mean, prepare
+from dist_adamw import EMA, AgreementError, CheckpointError, CyclicLRWithRestarts, DistAdamW, Mean, prepare
+from dist_adamw.checkpoint.storage.files import read_whole
+from dist_adamw.checkpoint.storage.index import read_index
 from tests.distributed.engines import accelerator_on
 from tests.ranks import run_ranks
 
@@ -31,7 +37,7 @@ Place = tuple[str, int]
 Weights = list[Tensor]
 
 
-def network() -> nn.Module:
+def network() -> Any:
     torch.manual_seed(2)
     return nn.Sequential(nn.Linear(8, 33), nn.Tanh(), nn.Linear(33, 33), nn.Tanh(), nn.Linear(33, 2))
 
@@ -153,3 +159,124 @@ def test_the_bits_of_torch_on_every_engine_through_resumes(chain: str, tmp_path:
         loaded = saved
         if options["shown"]:
             check(result, after)
+
+
+def ranks_do_different_things() -> None:
+    model = network()
+    optimizer = DistAdamW(model.parameters(), averages={"ema": EMA(decay=0.9)})
+    optimizer.attach(model)
+    for k in range(3):
+        model(torch.randn(4, 8, generator=torch.Generator().manual_seed(k))).sum().backward()
+        if k < 2:
+            optimizer.step()
+            optimizer.zero_grad()
+    before = whole(model)
+    act: Any = optimizer.step if dist.get_rank() == 1 else optimizer.averaged("ema").__enter__
+    with pytest.raises(AgreementError, match=r"rank 1"):
+        act()
+    assert all(map(torch.equal, whole(model), before))
+
+
+def test_an_average_is_shown_by_all_ranks_or_none() -> None:
+    run_ranks(2, ranks_do_different_things)
+
+
+def options_differ() -> None:
+    optimizer = DistAdamW(network().parameters(), averages={"ema": EMA(decay=0.9 + 0.01 * dist.get_rank())})
+    with pytest.raises(AgreementError, match=r"averages.*0\.9.*0\.91"):
+        optimizer.attach(network())
+
+
+def test_ranks_keep_the_same_averages() -> None:
+    run_ranks(2, options_differ)
+
+
+def of_another_job(folder: str) -> None:
+    model = network()
+    optimizer = DistAdamW(model.parameters(), averages={"swa": Mean()})
+    scheduler = CyclicLRWithRestarts(optimizer, BATCH, EPOCH, **RECIPE)
+    before = whole(model)
+    with pytest.raises(CheckpointError, match=r"these averages of the weights: ema; and this optimizer keeps: swa"):
+        dist_adamw.load(folder, model, optimizer, scheduler)
+    assert all(map(torch.equal, whole(model), before))
+
+
+def save_with_ema(folder: str) -> None:
+    model = network()
+    optimizer = DistAdamW(model.parameters(), averages={"ema": EMA(decay=0.9)})
+    scheduler = CyclicLRWithRestarts(optimizer, BATCH, EPOCH, **RECIPE)
+    model(torch.ones(4, 8)).sum().backward()
+    optimizer.step()
+    scheduler.step()
+    dist_adamw.save(folder, model, optimizer, scheduler)
+
+
+def test_a_checkpoint_with_other_averages_is_refused_on_every_rank(tmp_path: Path) -> None:
+    run_ranks(3, save_with_ema, str(tmp_path))
+    run_ranks(2, of_another_job, str(tmp_path))
+
+
+def without_prepare() -> None:
+    model = network()
+    mesh = init_device_mesh("cpu", (2,))
+    fully_shard(model, mesh=mesh)
+    optimizer = DistAdamW(model.parameters(), averages={"ema": EMA(decay=0.5)})
+    series = []
+    for k in range(3):
+        model(torch.randn(4, 8, generator=torch.Generator().manual_seed(k))).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        series.append(whole(model))
+    with pytest.raises(RuntimeError, match=r"under FSDP2 averaged\(\) needs the model.*use_model"):
+        optimizer.averaged("ema").__enter__()
+    optimizer.use_model(model)
+    with torch.no_grad():
+        before = model(torch.ones(4, 8))
+    with optimizer.averaged("ema"):
+        assert all(map(torch.equal, whole(model), ema_of(series, 0.5)))
+        with torch.no_grad():
+            assert not torch.equal(model(torch.ones(4, 8)), before)
+    with torch.no_grad():
+        assert torch.equal(model(torch.ones(4, 8)), before)
+
+
+def test_fsdp2_without_prepare() -> None:
+    run_ranks(2, without_prepare)
+
+
+def in_bf16(engine: str) -> tuple[list[Tensor], list[Tensor]]:
+    """The masters' average by the engine's state, and what the model showed, of a run in bf16."""
+    with accelerator_on(engine, 1, bf16={"enabled": True}) as accelerator:
+        model = network()
+        optimizer = DistAdamW(model.parameters(), lr=1e-2, averages={"ema": EMA(decay=0.5)})
+        scheduler = CyclicLRWithRestarts(optimizer, **RECIPE)
+        x = torch.randn(EPOCH, 8, generator=torch.Generator().manual_seed(5))
+        loader = DataLoader(TensorDataset(x), BATCH // accelerator.num_processes)
+        prepared: Any = prepare(accelerator, model, optimizer, loader, scheduler)
+        model, wrapped, loader, scheduler = prepared
+        for (inputs,) in loader:
+            accelerator.backward(model(inputs.bfloat16()).float().square().mean())
+            wrapped.step()
+            scheduler.step()
+            wrapped.zero_grad()
+        before = whole(model)
+        with wrapped.averaged("ema"):
+            shown = whole(model)
+        assert all(map(torch.equal, whole(model), before))
+        with tempfile.TemporaryDirectory() as folder:
+            everybodys = [folder]
+            dist.broadcast_object_list(everybodys)
+            dist_adamw.save(everybodys[0], model, wrapped, scheduler)
+            index = read_index(Path(everybodys[0]))
+            names = [name for name, _ in network().named_parameters()]
+            saved = [read_whole(index, f"ema.{name}") for name in names]
+            dist.barrier()
+        return saved, shown
+
+
+@pytest.mark.parametrize("engine", ["ZeRO-1", "ZeRO-3"])
+def test_deepspeed_in_bf16_shows_the_rounded_average_of_fp32_weights(engine: str) -> None:
+    saved, shown = run_ranks(2, in_bf16, engine)[0]
+    assert shown[0].dtype == torch.bfloat16
+    assert all(torch.equal(average.bfloat16(), weight) for average, weight in zip(saved, shown, strict=True))
+    assert not all(torch.equal(average, average.bfloat16().float()) for average in saved)
