@@ -161,6 +161,51 @@ def test_the_bits_of_torch_on_every_engine_through_resumes(chain: str, tmp_path:
             check(result, after)
 
 
+WAYS: dict[str, dict[str, Any]] = {
+    "overlap": {},
+    "reduce every backward": {"attach": {"reduce_every_backward": True}},
+    "deferred gather": {"attach": {"defer_gather": True}},
+    "small buckets": {"options": {"bucket_numel": 64}},
+    "whole state": {"options": {"shard": False}, "attach": None},
+    "mesh": {"mesh": (2, 2)},
+    "reproducible": {"options": {"reproducible": True}},
+    "clipping": {"options": {"max_grad_norm": 0.1}},
+    "two dtypes": {"double": True},
+}
+
+
+def attached(way: dict[str, Any]) -> None:
+    model = network()
+    if way.get("double"):
+        model.append(nn.Linear(2, 3).double())
+        model[4].register_forward_hook(lambda *call: call[2].double())
+    options = {"averages": {"ema": EMA(decay=0.9), "lawa": Mean(every=None, last=2)}, **way.get("options", {})}
+    if "mesh" in way:
+        options["mesh"] = init_device_mesh("cpu", way["mesh"])
+    optimizer = DistAdamW(model.parameters(), lr=1e-2, **options)
+    if way.get("attach", {}) is not None:
+        optimizer.attach(model, **way.get("attach", {}))
+    series = []
+    for k in range(5):
+        seed = k if way.get("attach", {}) is None else 10 * k + dist.get_rank()
+        inputs = torch.randn(4, 8, generator=torch.Generator().manual_seed(seed))
+        model(inputs).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        optimizer.add_to_average("lawa")
+        series.append(whole(model))
+    for name, expected in {"ema": ema_of(series, 0.9), "lawa": mean_of(series[-2:])}.items():
+        with optimizer.averaged(name):
+            assert all(map(torch.equal, whole(model), expected))
+    assert all(map(torch.equal, whole(model), series[-1]))
+    dist_adamw.check_replicas(model, optimizer)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_to_attach(way: str) -> None:
+    run_ranks(4 if way == "mesh" else 2, attached, WAYS[way])
+
+
 def ranks_do_different_things() -> None:
     model = network()
     optimizer = DistAdamW(model.parameters(), averages={"ema": EMA(decay=0.9)})
