@@ -123,7 +123,7 @@ class Mean:
             has_ended = last is not None and before < last <= after
             return has_ended or schedule.at(before).cycle.index != schedule.at(after).cycle.index
         every = in_samples("Mean's every", self.every, "samples", sizes)
-        return before < start or (before - start) // every != (after - start) // every
+        return (before - start) // every != (after - start) // every
 
     def slots(self, name: str) -> list[str]:
         """Return the names of its tensors in ``state``. Local."""

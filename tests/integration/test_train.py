@@ -14,7 +14,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
+import dist_adamw
 from tests.conftest import ROOT
 
 TINY = ["--config", str(ROOT / "configs/train/tiny.yaml")]
@@ -258,3 +260,31 @@ def test_one_process_where_several_were_asked_for_is_refused(tmp_path: Path) -> 
     process = start(script, tmp_path / "run")
     assert "Accelerate sees one" in finish(process)
     assert process.returncode != 0
+
+
+def test_averages_and_snapshots_are_reported_with_the_losses_that_they_have(tmp_path: Path) -> None:
+    """Averages, cycle ends and their ensemble, evaluated here by other means than the job's."""
+    from gpt import GPT, ModelConfig, byte_losses
+    from text import TextConfig, load_text
+
+    averages = "{ema: {decay: 0.9}, ends: {every: cycle}}"
+    options = ("--recipe.averages", averages, "--run.snapshots", "true")
+    reported = train(TORCHRUN, tmp_path, *options).partition("bits/byte")[2]
+    model = GPT(ModelConfig(layers=2, heads=2, width=32, context=32, dropout=0.0)).eval()
+    text = load_text(None, TextConfig(max_bytes=6000, held_out=0.1, max_held_out_windows=8), context=32, global_batch=8)
+    windows = torch.stack([text.held_out[i] for i in range(len(text.held_out))])
+
+    @torch.no_grad()
+    def losses(path: Path, average: str | None = None) -> torch.Tensor:
+        dist_adamw.load(path, model, average=average)
+        return byte_losses(model, windows).double()
+
+    snapshots = sorted((tmp_path / "snapshots").glob("sample-*"))
+    last = sorted((tmp_path / "checkpoints").glob("sample-*"))[-1] / "dist_adamw"
+    ends = [losses(path) for path in snapshots]
+    expected = {f"cycle {i} ends": float(end.mean()) for i, end in enumerate(ends)}
+    expected |= {f"average {name}": float(losses(last, name).mean()) for name in ("ema", "ends")}
+    expected["ensemble of 3 cycle ends"] = -float(torch.stack([(-end).exp() for end in ends]).mean(0).log().mean())
+    found = {name: float(nats) for name, nats in re.findall(r"held-out loss, (.+?) +(\d+\.\d+) ", reported)}
+    assert found == pytest.approx(expected, abs=1e-3)  # the table has three digits
+    assert expected["ensemble of 3 cycle ends"] < expected["cycle 0 ends"]

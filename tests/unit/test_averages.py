@@ -143,6 +143,19 @@ def test_parameters_without_a_gradient_are_averaged_too() -> None:
     assert not torch.equal(expected[0], series[-1][0])
 
 
+def test_a_shard_without_any_gradient_is_averaged_too() -> None:
+    single, double = nn.Parameter(torch.ones(5)), nn.Parameter(torch.ones(3, dtype=torch.float64))
+    optimizer = DistAdamW([single, double], averages={"ema": EMA(decay=0.9)})
+    series = []
+    for k in range(6):
+        optimizer.zero_grad()
+        ((k + 1) * single.sum() if k % 2 else single.square().sum() + double.square().sum()).backward()
+        optimizer.step()
+        series.append([single.detach().clone(), double.detach().clone()])
+    with optimizer.averaged("ema"):
+        assert same([single, double], ema_of(series))
+
+
 def test_a_group_that_is_added_later_counts_as_constant_before() -> None:
     model = network()
     optimizer = DistAdamW(model[0].parameters(), averages={"ema": EMA(decay=0.9), "mean": Mean(every=None)})
@@ -314,7 +327,7 @@ def test_means_take_the_weights_at_their_moments(average: Mean, moments: list[in
 
 def test_a_mean_waits_to_hear_from_the_device_whether_the_update_was_skipped() -> None:
     """On a GPU the clock moves before that is known, and is moved back later: here the outcome is set by hand."""
-    model, optimizer, scheduler = trained({"it": Mean(every="1 update")}, 2)
+    _, optimizer, scheduler = trained({"it": Mean(every="1 update")}, 2)
     for skipped, count in ((1.0, 2), (0.0, 3)):
         optimizer._outcome.found_inf = torch.tensor(skipped)
         optimizer.follow_clock(scheduler.schedule, 16, 24)
