@@ -44,7 +44,7 @@ class TorchAccess:
 
     def __init__(self, model: nn.Module, optimizer: Optimizer | None) -> None:
         self.model = bare(model)
-        reshard(self.model)  # the last forward pass, of a validation, may have left other parameters in the modules
+        reshard([self.model])  # the last forward pass, of a validation, may have left other parameters in the modules
         self.optimizer = None if optimizer is None else unwrap(optimizer)
         self.names = parameter_names(model)
         for g, group in enumerate([] if self.optimizer is None else self.optimizer.param_groups):

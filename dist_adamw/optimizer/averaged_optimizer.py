@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -31,7 +31,7 @@ class AveragedOptimizer(SavableOptimizer):
 
     # Defaults for an unpickled optimizer, whose __init__ has not run.
     _shown_average: str | None = None
-    _module: weakref.ref[nn.Module] | None = None
+    _modules: Sequence[weakref.ref[nn.Module]] = ()
     _engine_weights: Callable[[], contextlib.AbstractContextManager[WeightsOf]] | None = None
 
     @property
@@ -153,17 +153,24 @@ class AveragedOptimizer(SavableOptimizer):
     # ---------------------------------------------------------------- show an average
 
     def use_model(self, model: nn.Module) -> None:
-        """Remember the module whose buffers and unsharded weights `averaged` looks after. Local; held weakly."""
-        self._module = weakref.ref(model)
+        """Have `averaged` restore the buffers of ``model``, too, and under FSDP2 gather its weights again. Local.
+
+        ``prepare``, ``prepare_trainer`` and `attach` call it. The module is held weakly.
+        """
+        if not any(ref() is model for ref in self._modules):
+            self._modules = [*(ref for ref in self._modules if ref() is not None), weakref.ref(model)]
+
+    def _known_modules(self) -> list[nn.Module]:
+        return [model for ref in self._modules if (model := ref()) is not None]
 
     @contextlib.contextmanager
     def averaged(self, name: str) -> Iterator[None]:
-        """Train on the weights, and evaluate, save or export with an average: ``with optimizer.averaged("ema"):``.
+        """Put an average into the model, to evaluate or save it: ``with optimizer.averaged("ema"):``.
 
-        Inside, the model's parameters are the average ``name``; afterwards they have their own bits again, and so have
-        the buffers of a model that ``prepare`` or `attach` knows, so that ``torch.optim.swa_utils.update_bn`` may run
-        inside. `step`, ``state_dict`` and saving the optimizer are refused inside. Sends each parameter once, and keeps
-        a copy of this rank's parameters. Collective; leaving the block is local, except under ZeRO-3.
+        Inside, the parameters are the average; afterwards they have the bits that they had before, and so have the
+        buffers (see `use_model`), so that ``torch.optim.swa_utils.update_bn`` may run inside. `step`, ``state_dict``
+        and saving the optimizer are refused inside. Sends each parameter once, and keeps a copy of this rank's
+        parameters. Collective; leaving the block is local, except under ZeRO-3.
 
         Raises:
             ValueError: there is no such average.
@@ -182,10 +189,9 @@ class AveragedOptimizer(SavableOptimizer):
                 "DeepSpeed keeps the model's weights apart from this optimizer's. Call dist_adamw.prepare, or "
                 "dist_adamw.prepare_deepspeed(engine), before averaged()."
             )
-        model = None if self._module is None else self._module()
-        self._check_unsharded(model)
+        self._check_unsharded()
         slots = [average.slots(name)[0]] if isinstance(average, EMA) else average.oldest_first(name, count)
-        with Backup(model), (self._engine_weights or self._own_weights)() as write:
+        with Backup(self._known_modules()), (self._engine_weights or self._own_weights)() as write:
             with torch.no_grad():
                 write(lambda shard, i: _average_of(shard, i, slots))
             self._shown_average = name
@@ -197,7 +203,7 @@ class AveragedOptimizer(SavableOptimizer):
     @contextlib.contextmanager
     def _own_weights(self) -> Iterator[WeightsOf]:
         """Give a function that writes this rank's part of the parameters and gathers the rest; undo it at the end."""
-        model = None if self._module is None else self._module()
+        models = self._known_modules()
         params = [local_of(param) for shard in self.shards for param in shard.params]
         with torch.no_grad():
             before = [param.detach().clone() for param in params]
@@ -208,7 +214,7 @@ class AveragedOptimizer(SavableOptimizer):
                     _write_owned(shard, i, values(shard, i))
             for shard in self.shards:
                 _gather(shard)
-            reshard(model)
+            reshard(models)
 
         try:
             yield write
@@ -216,11 +222,11 @@ class AveragedOptimizer(SavableOptimizer):
             with torch.no_grad():
                 for param, kept in zip(params, before, strict=True):
                     param.copy_(kept)
-            reshard(model)
+            reshard(models)
 
-    def _check_unsharded(self, model: nn.Module | None) -> None:
+    def _check_unsharded(self) -> None:
         """Raise if FSDP2 may keep unsharded weights that nobody can find. Local."""
-        if model is None and any(map(is_dtensor, self._all_params())):
+        if not self._known_modules() and any(map(is_dtensor, self._all_params())):
             raise RuntimeError(
                 "under FSDP2 averaged() needs the model, which may hold unsharded weights. Call dist_adamw.prepare or "
                 "optimizer.use_model(model) first."

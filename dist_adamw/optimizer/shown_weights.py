@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import TracebackType
 
 import torch
@@ -16,10 +16,10 @@ WeightsOf = Callable[[Callable[[Shard, int], Tensor]], None]
 
 
 class Backup:
-    """Restore a model's buffers at the end of a block, in place. Local; None: nothing to restore."""
+    """Restore the buffers of modules at the end of a block, in place. Local."""
 
-    def __init__(self, model: nn.Module | None) -> None:
-        self._buffers = [] if model is None else list(model.buffers())
+    def __init__(self, models: Iterable[nn.Module]) -> None:
+        self._buffers = [buffer for model in models for buffer in model.buffers()]
 
     def __enter__(self) -> None:
         self._before = [buffer.detach().clone() for buffer in self._buffers]
@@ -30,10 +30,11 @@ class Backup:
                 buffer.copy_(before)
 
 
-def reshard(model: nn.Module | None) -> None:
+def reshard(models: Iterable[nn.Module]) -> None:
     """Have FSDP2 drop the whole weights that it keeps after a forward pass without a backward pass. Local.
 
     Until then they are the modules' parameters, in place of those that the optimizer updates.
     """
-    for module in [] if model is None else fsdp_modules(model):
-        module.reshard()
+    for model in models:
+        for module in fsdp_modules(model):
+            module.reshard()

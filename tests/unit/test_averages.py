@@ -259,7 +259,7 @@ def test_an_average_that_the_user_replaces_or_removes() -> None:
 def test_the_block_restores_weights_and_buffers_whatever_happens_inside() -> None:
     model: Any = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4))
     optimizer = DistAdamW(model.parameters(), averages={"ema": EMA(decay=0.5)})
-    optimizer.use_model(model)
+    optimizer.attach(model)
     for k in range(3):
         update(model, optimizer, k)
     before = {name: value.clone() for name, value in model.state_dict().items()}
