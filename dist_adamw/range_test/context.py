@@ -148,8 +148,8 @@ class RangeTest:
 
     def _is_inside_accumulation(self, optimizer: Optimizer) -> bool:
         accelerator = accelerator_of(optimizer)
-        if accelerator is not None and not accelerator.sync_gradients:
-            return True
+        if accelerator is not None:
+            return not accelerator.sync_gradients
         steps = getattr(self._model, "gradient_accumulation_steps", None)
         micro_steps = getattr(self._model, "micro_steps", 0)
         return callable(steps) and micro_steps % steps() != 0

@@ -12,7 +12,7 @@ from typing import Any
 
 MIN_UPDATES = 20  # with fewer the levels below are of single losses
 _BEGIN, _END = 0.1, 0.9  # of the fall of the loss, between which it falls fast
-_SIGNIFICANT = 4.0  # standard errors
+_SIGNIFICANT = 5.0  # standard errors; of 1,000 curves of noise alone, fewer than 1 falls so far
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,11 +61,22 @@ class RangeResult:
 
 
 def make_result(
-    lrs: Sequence[float], losses: Sequence[float], updates: int, ended_by: str, *, has_diverged: bool
+    lrs: Sequence[float], losses: Sequence[float], updates: int, ended_by: str, *, has_diverged: bool, was_left: bool
 ) -> RangeResult:
-    """Return the result of a test of at most ``updates`` updates, of which those in ``losses`` were made. Local."""
+    """Return the result of a test of at most ``updates`` updates, of which those in ``losses`` were made. Local.
+
+    Args:
+        lrs: See `RangeResult`.
+        losses: See `RangeResult`.
+        updates: The number of updates that were planned.
+        ended_by: See `RangeResult`.
+        has_diverged: Whether the test ended by divergence.
+        was_left: Whether the loop ended before the test.
+    """
     smoothed = smooth(losses, updates)
-    low, high, problem = suggest(lrs, losses, smoothed, has_diverged=has_diverged)
+    low, high, problem = suggest(lrs, losses, updates, has_diverged=has_diverged)
+    if problem is not None and was_left:
+        problem = f"the loop must run for all {updates} updates, or until the loss diverges; at its end, {problem}"
     return RangeResult(tuple(lrs), tuple(losses), tuple(smoothed), low, high, problem, ended_by)
 
 
@@ -111,7 +122,7 @@ def _width(updates: int) -> float:
 
 
 def suggest(
-    lrs: Sequence[float], losses: Sequence[float], smoothed: Sequence[float], *, has_diverged: bool
+    lrs: Sequence[float], losses: Sequence[float], updates: int, *, has_diverged: bool
 ) -> tuple[float | None, float | None, str | None]:
     """Return the suggested minimum and maximum, or (None, None, why there are none).
 
@@ -120,19 +131,19 @@ def suggest(
     (the median of the first tenth) to the smallest value, 10% lie before the minimum and 90% before the maximum. These
     levels depend less on noise than slopes do, or than the place of the smallest value on a flat bottom.
 
-    There is no suggestion if the fall is not significant (below 4 standard errors), or if the range ends before the
+    There is no suggestion if the fall is not significant (below 5 standard errors), or if the range ends before the
     loss has turned up, or begins where it falls already.
 
     Source: Smith, arXiv:1506.01186, section 3.3.
     """
     if len(losses) < MIN_UPDATES:
         return _none(f"{len(losses)} updates are too few, and {MIN_UPDATES} needed: start with a smaller lowest")
+    smoothed = smooth(losses, updates)
     head = max(4, len(losses) // 10)
     start = statistics.median(losses[:head])
     bottom = min(range(len(smoothed)), key=smoothed.__getitem__)
     fall = start - smoothed[bottom]
-    error = _standard_error(losses[: bottom + 1], smoothed, head)
-    if bottom == 0 or not fall > max(_SIGNIFICANT * error, 1e-9 * abs(start)):
+    if bottom == 0 or not fall > max(_SIGNIFICANT * _standard_error(losses[: bottom + 1], updates), 1e-9 * abs(start)):
         return _none(
             f"the loss never fell below its level at the start, {start:.4g}: raise highest, start with a "
             "smaller lowest, or test the model earlier in its training"
@@ -140,27 +151,26 @@ def suggest(
     # On the last points the smallest value is that of a curve that still falls.
     if not has_diverged and bottom >= len(losses) - 1 - len(losses) // 20:
         return _none(f"the loss was still falling at the largest lr, {lrs[-1]:.3g}: raise highest")
-    begin = _first_below(smoothed, start - max(_BEGIN * fall, 3 * error))
-    end = _first_below(smoothed, start - _END * fall)
-    if begin < min(head // 2, 3):
+    # From half of the fall to both sides, so that a dip on the flat part before it is not taken for its beginning.
+    half = next(i for i, value in enumerate(smoothed) if value <= start - 0.5 * fall)
+    begin = max((i + 1 for i in range(half) if smoothed[i] > start - _BEGIN * fall), default=0)
+    end = next(i for i in range(half, len(smoothed)) if smoothed[i] <= start - _END * fall)
+    if begin < 3 or smoothed[0] - smoothed[head] > 2 * _BEGIN * fall:
         return _none(f"the loss falls from the first update on, at lr {lrs[0]:.3g}: lower lowest")
-    return lrs[min(begin, end)], lrs[end], None
+    return lrs[begin], lrs[end], None
 
 
 def _none(problem: str) -> tuple[None, None, str]:
     return None, None, f"{problem}."
 
 
-def _first_below(values: Sequence[float], level: float) -> int:
-    return next(i for i, value in enumerate(values) if value <= level)
-
-
-def _standard_error(losses: Sequence[float], smoothed: Sequence[float], head: int) -> float:
-    """Return the standard error of the level at the start, from the differences of consecutive losses."""
-    # Differences hardly contain the fall itself. Their median is not moved by outliers.
+def _standard_error(losses: Sequence[float], updates: int) -> float:
+    """Return the standard error of the difference of two smoothed losses, from the differences of consecutive
+    losses."""  # Differences hardly contain the fall itself. Their median is not moved by outliers.
     steps = [abs(after - before) for before, after in itertools.pairwise(losses)]
     deviation = 1.4826 * statistics.median(steps) / math.sqrt(2) if steps else 0.0
-    return deviation * math.sqrt(math.pi / 2 / head)
+    averaged = 2 * math.sqrt(math.pi) * _width(updates)  # losses of a Gaussian window, in effect
+    return deviation * math.sqrt(2 / averaged)
 
 
 class Divergence:

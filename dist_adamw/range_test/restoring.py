@@ -8,9 +8,11 @@ checkpoint has the main rank's buffers, and nothing of a data loader that no loo
 from __future__ import annotations
 
 import contextlib
+import operator
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from dist_adamw.ranks import collectives
 from dist_adamw.ranks.run_on_all import run_on_all_ranks
 from dist_adamw.schedule.scheduler import CyclicLRWithRestarts
+from dist_adamw.wrappers import unwrap
 
 _COUNTERS = ("global_steps", "global_samples", "skipped_steps", "micro_steps")  # of a DeepSpeed engine
 _OF_LOADERS = ("iteration", "epoch", "initial_seed", "_num_yielded")  # numbers in Accelerate's loaders and samplers
@@ -58,7 +61,7 @@ class Restorer:
         self._model, self._optimizer, self._scheduler = model, optimizer, scheduler
         self._accelerator, self._group = accelerator, group
         self._buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers() if not buffer.is_meta]
-        self._undo = [*_counters(model), *_flags(scheduler)]
+        self._undo = [*_counters(model), *_flags(scheduler), *_group_options(unwrap(optimizer))]
         for loader in loaders:
             self._undo += _loader_state(loader, set())
         self._folder = _shared_folder(folder, group)
@@ -144,23 +147,32 @@ def _shared_folder(parent: str | Path | None, group: dist.ProcessGroup | None) -
     return folder
 
 
-def _counters(model: Any) -> Iterator[Callable[[], None]]:
+def _counters(model: Any) -> Iterator[Callable[[], object]]:
     """Yield functions that restore a DeepSpeed engine's counters. Local."""
     if hasattr(model, "zero_optimization_stage"):
         for name in _COUNTERS:
             if hasattr(model, name):
-                yield _setter(model, name, getattr(model, name))
+                yield partial(setattr, model, name, getattr(model, name))
 
 
-def _flags(scheduler: Any) -> Iterator[Callable[[], None]]:
+def _flags(scheduler: Any) -> Iterator[Callable[[], object]]:
     """Yield functions that restore what no checkpoint has of a schedule. Local."""
     if isinstance(scheduler, CyclicLRWithRestarts):
-        yield _setter(scheduler, "_step_count", scheduler._step_count)
+        yield partial(setattr, scheduler, "_step_count", scheduler._step_count)
         for name in ("has_crossed", "has_passed_end"):
-            yield _setter(scheduler._scheduled, name, getattr(scheduler._scheduled, name))
+            yield partial(setattr, scheduler._scheduled, name, getattr(scheduler._scheduled, name))
 
 
-def _loader_state(part: Any, seen: set[int]) -> Iterator[Callable[[], None]]:
+def _group_options(optimizer: Optimizer) -> Iterator[Callable[[], object]]:
+    """Yield functions that restore the groups' options, which a load converts to plain numbers. Local."""
+    # lr and weight decay are the schedule's, which knows the very objects that it wrote.
+    for group in optimizer.param_groups:
+        for name, value in group.items():
+            if name not in ("params", "lr", "weight_decay"):
+                yield partial(operator.setitem, group, name, value)
+
+
+def _loader_state(part: Any, seen: set[int]) -> Iterator[Callable[[], object]]:
     """Yield functions that restore generators and counters of a loader and of what is inside it. Local."""
     if part is None or id(part) in seen or isinstance(part, Tensor):
         return
@@ -169,25 +181,9 @@ def _loader_state(part: Any, seen: set[int]) -> Iterator[Callable[[], None]]:
         generator = getattr(part, name, None)
         if isinstance(generator, torch.Generator) and id(generator) not in seen:
             seen.add(id(generator))
-            yield _generator_setter(generator)
+            yield partial(generator.set_state, generator.get_state())
     for name in _OF_LOADERS:
         if type(value := getattr(part, name, None)) is int:
-            yield _setter(part, name, value)
+            yield partial(setattr, part, name, value)
     for name in _PARTS_OF_LOADERS:
         yield from _loader_state(getattr(part, name, None), seen)
-
-
-def _setter(owner: Any, name: str, value: Any) -> Callable[[], None]:
-    def put_back() -> None:
-        setattr(owner, name, value)
-
-    return put_back
-
-
-def _generator_setter(generator: torch.Generator) -> Callable[[], None]:
-    state = generator.get_state()
-
-    def put_back() -> None:
-        generator.set_state(state)
-
-    return put_back

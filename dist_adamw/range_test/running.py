@@ -78,7 +78,15 @@ class RunningTest:
         """The result; None while the test runs, or if it had no update."""
         if self.ended_by is None or not self._lrs:
             return None
-        return make_result(self._lrs, self._losses, self._planned, self.ended_by, has_diverged=self._has_diverged)
+        was_left = self._counted < self._planned and not self._has_diverged
+        return make_result(
+            self._lrs,
+            self._losses,
+            self._planned,
+            self.ended_by,
+            has_diverged=self._has_diverged,
+            was_left=was_left,
+        )
 
     def _take_update(self) -> None:
         """If an update was applied since the last call, the pending losses were its losses. The same on every rank."""

@@ -233,6 +233,8 @@ class ZeroAccess:
         """Allocate zeros as the state of every partition, and return it."""
         partitions, state = self._partitions(), self.optimizer.state
         if not kinds:
+            if isinstance(self.optimizer, DistAdamW):
+                self.optimizer._lay_out([])  # also forgets how many updates there were
             state.clear()
             return {}
         if isinstance(self.optimizer, DistAdamW):
