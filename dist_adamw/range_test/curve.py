@@ -45,7 +45,8 @@ class RangeResult:
         """
         from dist_adamw.range_test.drawing import draw_range
 
-        return draw_range(path, self)
+        suggested = self.suggested_min, self.suggested_max
+        return draw_range(path, self.lrs, self.losses, self.smoothed, suggested, self.ended_by)
 
     def __str__(self) -> str:
         lines = ["          lr        loss    smoothed"]

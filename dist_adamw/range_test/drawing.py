@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from dist_adamw.range_test.curve import RangeResult
 
 
-def draw_range(path: str | Path, result: RangeResult) -> Path:
+def draw_range(
+    path: str | Path,
+    lrs: Sequence[float],
+    losses: Sequence[float],
+    smoothed: Sequence[float],
+    suggested: tuple[float | None, float | None],
+    title: str,
+) -> Path:
     """Draw loss over lr, with the suggested range. Local.
 
     Raises:
@@ -22,22 +26,22 @@ def draw_range(path: str | Path, result: RangeResult) -> Path:
         raise ModuleNotFoundError("drawing needs matplotlib: pip install 'dist_adamw[tracking]'") from error
     figure = Figure(figsize=(9, 4.5), layout="constrained")
     axis = figure.subplots()
-    axis.plot(result.lrs, result.losses, linewidth=0.9, alpha=0.45, color="tab:blue", label="loss")
-    axis.plot(result.lrs, result.smoothed, linewidth=1.8, color="tab:blue", label="smoothed")
+    axis.plot(lrs, losses, linewidth=0.9, alpha=0.45, color="tab:blue", label="loss")
+    axis.plot(lrs, smoothed, linewidth=1.8, color="tab:blue", label="smoothed")
     axis.set_xscale("log")
-    low, high = result.suggested_min, result.suggested_max
+    low, high = suggested
     if low is not None and high is not None:
         axis.axvspan(low, high, color="tab:green", alpha=0.12, label=f"suggested: {low:.1e} to {high:.1e}")
         for edge in (low, high):
             axis.axvline(edge, color="tab:green", linewidth=1.0, linestyle="--")
-    if result.losses:
+    if losses:
         # A loss that explodes would flatten the curve.
-        start, best = statistics.median(result.losses[: max(4, len(result.losses) // 10)]), min(result.smoothed)
+        start, best = statistics.median(losses[: max(4, len(losses) // 10)]), min(smoothed)
         room = max(start - best, 0.05 * abs(start), 1e-12)
-        axis.set_ylim(min(*result.losses, best) - 0.1 * room, start + 0.6 * room)
+        axis.set_ylim(min(*losses, best) - 0.1 * room, start + 0.6 * room)
     axis.set_xlabel("learning rate")
     axis.set_ylabel("loss")
-    axis.set_title(f"{len(result.lrs)} updates; {result.ended_by}", fontsize=10)
+    axis.set_title(title, fontsize=10)
     axis.grid(alpha=0.25)
     axis.legend(loc="lower left", fontsize=9)
     path = Path(path).expanduser()

@@ -24,6 +24,7 @@ from dist_adamw import CyclicLRWithRestarts, DistAdamW, lr_range, prepare, rest_
 from dist_adamw.checkpoint.engine_adapters import access
 from dist_adamw.checkpoint.storage.partial_tensor import PartialTensor, evaluated
 from dist_adamw.optimizer.sharding.dtensors import local_of
+from dist_adamw.range_test.curve import lr_of
 from tests.distributed.engines import accelerator_on
 from tests.distributed.jobs import job
 from tests.known import unwrap
@@ -105,6 +106,11 @@ def updates(accelerator: Any, model: Any, wrapped: Any, loader: Any, scheduler: 
             yield loss, rows.tolist(), random.random(), float(np.random.rand())
 
 
+def lrs_shown(optimizer: Any) -> list[float]:
+    """The lr of the groups that this call of ``step`` updates."""
+    return [group["lr"] for group in optimizer.param_groups if group["params"]]
+
+
 def train(engine: str, before: int, after: int, has_test: bool, folder: str) -> tuple[list[Any], Any, dict[str, str]]:
     """Micro-batches ``before`` a range test, or none, and ``after``; what they saw, the result, and the end."""
     accumulation = 2
@@ -121,14 +127,21 @@ def train(engine: str, before: int, after: int, has_test: bool, folder: str) -> 
         prepared: Any = prepare(accelerator, model, optimizer, loader, scheduler)
         model, wrapped, loader, scheduler = prepared
         seen = list(itertools.islice(updates(accelerator, *prepared), before))
-        result = None
+        result: Any = None
+        used: list[float] = []
         if has_test:
             state = state_of(model, wrapped, scheduler)
             with lr_range(model, wrapped, **RANGE, folder=folder) as test:
+                hook = unwrap(wrapped).register_step_pre_hook(lambda one, *_: used.extend(lrs_shown(one)))
                 for loss, *_ in updates(accelerator, *prepared):
                     if test.record(loss):
                         break
             result = test.result
+            hook.remove()
+            lrs = [lr_of(i, **RANGE) for i in range(len(result.losses))]
+            assert result.lrs == tuple(lrs)
+            # Of each group once in every update, also where the engine steps one group after the other.
+            assert used[: 2 * len(lrs)] == pytest.approx([ratio * lr for lr in lrs for ratio in (0.3, 1.0)])
             assert state_of(model, wrapped, scheduler) == state
             assert not any(Path(folder).iterdir())
         seen += itertools.islice(updates(accelerator, *prepared), after)

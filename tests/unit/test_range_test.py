@@ -148,7 +148,7 @@ def quadratic(curvature: float, optimizer: Callable[[list[Tensor]], Optimizer], 
     return test.result
 
 
-@pytest.mark.parametrize("curvature", [0.5, 30.0, 4000.0])
+@pytest.mark.parametrize("curvature", [0.5, 4000.0])
 def test_gradient_descent_on_a_quadratic_diverges_where_it_must(curvature: float) -> None:
     make = lambda params: torch.optim.SGD(params, lr=0.1)  # noqa: E731
     result = quadratic(curvature, make, lowest=1e-6 / curvature, highest=100 / curvature, updates=200)
@@ -266,17 +266,18 @@ def test_groups_keep_their_ratios_and_the_normalised_decay_stays() -> None:
     optimizer = DistAdamW(groups, lr=4e-3, weight_decay=0.3)
     scheduler = CyclicLRWithRestarts(optimizer, 16, 160, 1, warmup_samples=32, min_lr=0.0)
     seen: list[list[tuple[float, float]]] = []
+    outside: list[bool] = []
     with lr_range(model, optimizer, scheduler=scheduler, updates=30, lowest=1e-4, highest=1e-1, divergence=1e9) as test:
         optimizer.register_step_pre_hook(
             lambda one, *_: seen.append([(g["lr"], g["weight_decay"]) for g in one.param_groups])
         )
-        for update in range(100):
-            train(model, optimizer, range(update, update + 1), scheduler)  # a warning of another writer is an error
-            if test.record(1.0):
-                break
-            # Outside of step the groups are the schedule's.
-            assert optimizer.param_groups[1]["lr"] == scheduler.get_last_lr()[1] == scheduler.get_lr()[1]
+        # Outside of step the groups are the schedule's.
+        optimizer.register_step_post_hook(
+            lambda one, *_: outside.append([g["lr"] for g in one.param_groups] == scheduler.get_last_lr())
+        )
+        train(model, optimizer, range(100), scheduler, test)  # a warning of another writer is an error
     assert len(seen) == 30
+    assert outside == [True] * 30
     decay = 0.3 * math.sqrt(16 / 160)
     for i, ((first, first_decay), (second, second_decay), (third, third_decay)) in enumerate(seen):
         assert second == lr_of(i, 1e-4, 1e-1, 30)
@@ -429,7 +430,7 @@ def test_the_picture_and_the_table(tmp_path: Path) -> None:
 def test_a_bad_option_is_one_sentence(options: dict[str, Any], sentence: str) -> None:
     model = network()
     with (
-        pytest.raises(ValueError, match="^lr_range") as raised,
+        pytest.raises(ValueError, match=r"^lr_range") as raised,
         lr_range(model, DistAdamW(model.parameters()), **options),
     ):
         pass
@@ -451,7 +452,7 @@ def test_bad_use_is_one_sentence(tmp_path: Path) -> None:
     assert torch.equal(weights(model), before)
     with pytest.raises(ValueError, match="entered before"), test:
         pass
-    with pytest.raises(ValueError, match="ended before its first update"), lr_range(model, optimizer) as test:
+    with pytest.raises(ValueError, match="before its first update"), lr_range(model, optimizer) as test:
         test.record(1.0)
     with pytest.raises(ValueError, match="another range test of this optimizer"):  # noqa: SIM117
         with lr_range(model, optimizer), lr_range(model, optimizer):
