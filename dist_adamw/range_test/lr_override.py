@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from dist_adamw.range_test.curve import lr_of
 from dist_adamw.schedule.base_values import BaseValues
 from dist_adamw.schedule.clock import was_applied
+from dist_adamw.schedule.scheduled_optimizer import ScheduledOptimizer
 from dist_adamw.schedule.scheduler import CyclicLRWithRestarts
 from dist_adamw.schedule.weight_decay import decay_by_lr, decay_factors
 
@@ -64,7 +65,9 @@ class LROverride:
         groups = optimizer.param_groups
         bases = [float(group.get("initial_lr", group["lr"])) for group in groups]
         decays: list[Callable[[float], float] | None] = [None] * len(groups)
+        self._schedule: ScheduledOptimizer | None = None
         if isinstance(scheduler, CyclicLRWithRestarts):
+            self._schedule = scheduler._scheduled
             known = scheduler._scheduled.bases()
             bases = [base.lr * base.lr_scale for base in known]
             decays = [_decay_for(scheduler, base, group) for base, group in zip(known, groups, strict=True)]
@@ -75,6 +78,10 @@ class LROverride:
             )
         known_groups = [_Known(*values) for values in zip(groups, bases, decays, strict=True)]
         self._known = {id(one.group): one for one in known_groups}
+        # No warning while the test runs on past the end of the schedule.
+        self._had_passed_end = self._schedule is not None and self._schedule.has_passed_end
+        if self._schedule is not None:
+            self._schedule.has_passed_end = True
         self._before: list[_Values] = []
         self._is_in_step = False
         self._stepped: set[int] = set()
@@ -97,6 +104,8 @@ class LROverride:
         """Remove the hooks, and put back the values of a ``step`` that raised. Local."""
         for hook in self._hooks:
             hook.remove()
+        if self._schedule is not None:
+            self._schedule.has_passed_end = self._had_passed_end
         self._put_back()
 
     def _before_step(self, optimizer: Optimizer, *_: Any) -> None:

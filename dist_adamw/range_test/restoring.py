@@ -159,8 +159,7 @@ def _flags(scheduler: Any) -> Iterator[Callable[[], object]]:
     """Yield functions that restore what no checkpoint has of a schedule. Local."""
     if isinstance(scheduler, CyclicLRWithRestarts):
         yield partial(setattr, scheduler, "_step_count", scheduler._step_count)
-        for name in ("has_crossed", "has_passed_end"):
-            yield partial(setattr, scheduler._scheduled, name, getattr(scheduler._scheduled, name))
+        yield partial(setattr, scheduler._scheduled, "has_crossed", scheduler._scheduled.has_crossed)
 
 
 def _group_options(optimizer: Optimizer) -> Iterator[Callable[[], object]]:

@@ -88,7 +88,7 @@ def state_of(model: Any, optimizer: Any, scheduler: Any) -> dict[str, str]:
         "buffers": digest(iter(model.buffers())),
         "groups": digest(iter([groups])),
         "schedule": digest(iter([scheduler and scheduler.state_dict(), scheduler and scheduler._step_count])),
-        "random": digest(iter([torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()])),
+        "random": digest(iter([torch.get_rng_state(), random.getstate(), str(np.random.get_state())])),
         "updates": str(getattr(inner, "updates", None)),
     }
 

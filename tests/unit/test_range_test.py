@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from dist_adamw import CyclicLRWithRestarts, DistAdamW, lr_range
 from dist_adamw.range_test.curve import Divergence, RangeResult, lr_of, make_result
+from tests.known import grad_of
 
 UPDATES = 100
 
@@ -256,6 +257,7 @@ def test_training_continues_with_the_same_bits(kind: str, name: str, before: int
     assert ends[0] == ends[1]
 
 
+@pytest.mark.filterwarnings("error:.*has not written")
 def test_groups_keep_their_ratios_and_the_normalised_decay_stays() -> None:
     model = network()
     groups = [
@@ -275,7 +277,7 @@ def test_groups_keep_their_ratios_and_the_normalised_decay_stays() -> None:
         optimizer.register_step_post_hook(
             lambda one, *_: outside.append([g["lr"] for g in one.param_groups] == scheduler.get_last_lr())
         )
-        train(model, optimizer, range(100), scheduler, test)  # a warning of another writer is an error
+        train(model, optimizer, range(100), scheduler, test)
     assert len(seen) == 30
     assert outside == [True] * 30
     decay = 0.3 * math.sqrt(16 / 160)
@@ -298,6 +300,18 @@ def test_a_decay_of_the_schedule_is_that_of_the_peak() -> None:
         train(model, optimizer, range(100), scheduler, test)
     assert len(seen) == 20
     assert seen == [pytest.approx(0.3 * math.sqrt(16 / 160))] * 20
+
+
+@pytest.mark.filterwarnings("error:the schedule ended")
+def test_the_end_of_the_schedule_is_no_matter_of_the_test() -> None:
+    model = network()
+    optimizer = DistAdamW(model.parameters())
+    scheduler = CyclicLRWithRestarts(optimizer, 16, 160, 1, total_samples=96)
+    train(model, optimizer, range(5), scheduler)
+    with lr_range(model, optimizer, scheduler=scheduler, updates=20, divergence=1e9) as test:
+        train(model, optimizer, range(100), scheduler, test)
+    with pytest.warns(UserWarning, match="the schedule ended at sample 96"):
+        train(model, optimizer, range(5, 9), scheduler)
 
 
 # ---------------------------------------------------------------- which loss belongs to which update
@@ -344,7 +358,7 @@ def test_skipped_updates_do_not_advance_it_and_many_end_it() -> None:
             loss = loss_of(model, update)
             loss.backward()
             if update % 2 or update >= 10:
-                model[0].weight.grad.fill_(math.nan)
+                grad_of(next(model.parameters())).fill_(math.nan)
             lr = test.lr
             optimizer.step()
             assert (test.lr == lr) == bool(update % 2 or update >= 10)
