@@ -1,8 +1,12 @@
-"""The ``dist-adamw`` command: preview a recipe; inspect and convert checkpoints; compare run logs."""
+"""The ``dist-adamw`` command: preview a recipe, find lr for it; inspect and convert checkpoints; compare run logs."""
 
 from __future__ import annotations
 
+import json
+import os
 import sys
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -180,6 +184,62 @@ def diff(run_a: str, run_b: str) -> int:
     return 0 if is_equal else 1
 
 
+def lr_range(
+    script: str,
+    args: list[str] | None = None,
+    lowest: float = 1e-6,
+    highest: float = 1.0,
+    updates: int = 100,
+    divergence: float = 4.0,
+    out: str = "lr_range.png",
+    ranks: int | None = None,
+) -> Callable[[], int]:
+    """Find the learning rates that a script trains with: run it while lr rises, until its loss diverges.
+
+    The script is unmodified, and uses dist_adamw.prepare and accelerator.backward. It ends when the loss diverges or
+    all updates were made. Nothing that it saves is written, and checkpoints are not deleted; pass it another output
+    folder if it writes other files. Everything after SCRIPT is passed to it. Without ranks it runs in this process, so
+    a launcher can start this command: torchrun --nproc-per-node 8 $(which dist-adamw) lr-range SCRIPT.
+
+    Args:
+        script: The Python file.
+        args: Its arguments: those after SCRIPT.
+        lowest: lr of the first update, in the group with the largest lr; others keep their ratio to it.
+        highest: lr of the last update.
+        updates: Updates from the one to the other.
+        divergence: End when the smoothed loss exceeds its smallest value by this factor.
+        out: PNG file to draw the curve into.
+        ranks: Processes to start on this machine.
+    """
+    from dist_adamw.range_test.script import ScriptRange, run_on_ranks, run_script
+
+    options = ScriptRange(lowest, highest, updates, divergence, out)
+    if not Path(script).is_file():
+        raise ValueError(f"{script}: there is no such script.")
+    if ranks is None:
+        return lambda: run_script(script, args or [], options)
+    if ranks < 1:
+        raise ValueError(f"--ranks must be at least 1, got {ranks}.")
+    if "RANK" in os.environ:
+        raise ValueError(
+            f"--ranks {ranks}: a launcher has already started this process as one of several. Leave it out."
+        )
+    numbers = {"lowest": lowest, "highest": highest, "updates": updates, "divergence": divergence, "out": out}
+    command = ["lr-range", *(f"--{name}={value}" for name, value in numbers.items()), script, *(args or [])]
+    return lambda: run_on_ranks(command, ranks)
+
+
+def _with_script_args(args: list[str]) -> list[str]:
+    """Make everything after SCRIPT the value of one option of ``lr-range``."""
+    rest = iter(range(1, len(args)))
+    for i in rest:
+        if not args[i].startswith("-"):
+            return [*args[: i + 1], f"--args={json.dumps(args[i + 1 :])}"]
+        if args[i].startswith("--") and "=" not in args[i] and args[i] != "--help":
+            next(rest, None)  # its value
+    return args
+
+
 def main(args: list[str] | None = None) -> int:
     """Run the command and return its exit status; print a user's mistake as one sentence, with exit status 2."""
     from jsonargparse import auto_cli
@@ -187,10 +247,18 @@ def main(args: list[str] | None = None) -> int:
     args = sys.argv[1:] if args is None else args
     # A recipe's many numbers need names; paths are positional.
     of_files = {"inspect": inspect, "import": import_, "export": export, "diff": diff}
-    components: dict[str, Any] = {"preview": preview, "batch": batch, **of_files}
+    components: dict[str, Any] = {"preview": preview, "batch": batch, "lr-range": lr_range, **of_files}
+    if args[:1] == ["lr-range"]:
+        args = _with_script_args(args)
+    is_positional = bool(args) and (args[0] in of_files or args[0] == "lr-range")
     try:
-        status = auto_cli(components, args=args, prog="dist-adamw", as_positional=bool(args) and args[0] in of_files)
+        status = auto_cli(components, args=args, prog="dist-adamw", as_positional=is_positional)
     except (ValueError, ModuleNotFoundError, OSError, ArithmeticError) as error:
         print(f"dist-adamw: {error}", file=sys.stderr)
         return 2
-    return status or 0
+    # Outside of the `try`: the errors of a script are its own.
+    return status() if callable(status) else status or 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -42,6 +42,7 @@ from dist_adamw.integrations.accelerate.state_folder import (
     remove_older_objects,
 )
 from dist_adamw.optimizer.adamw import DistAdamW
+from dist_adamw.range_test.prepared import note_backward
 from dist_adamw.ranks import collectives
 from dist_adamw.ranks.run_on_all import run_on_all_ranks
 
@@ -306,6 +307,7 @@ def clip_grad_value_(accelerator: Accelerator, clip_value: Callable[..., Any], *
 
 def backward(accelerator: Accelerator, run_backward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Run backward as Accelerate does, and notify the sample counters. Local if Accelerate's is."""
+    note_backward(accelerator, args, kwargs)
     counters = [*_OF[accelerator].counters]
     for counter in counters:
         if counter.follows_engine:  # under DeepSpeed the update happens inside backward, so count before it

@@ -41,6 +41,7 @@ from dist_adamw.optimizer.attaching import averages_over
 from dist_adamw.optimizer.averages import AVERAGED
 from dist_adamw.optimizer.replicas import CHECK_WEIGHTS_EVERY, ReplicaWatch, check_replicas
 from dist_adamw.plain_data import plain
+from dist_adamw.range_test.prepared import note_prepared
 from dist_adamw.ranks import agreement, collectives
 from dist_adamw.ranks.run_on_all import first_problem
 from dist_adamw.schedule.group_digests import GroupDigests
@@ -187,6 +188,7 @@ def prepare(
         clipping = float(config[CLIPPING])
     _let_average(model, wrapped, inner, config is not None)
     register(accelerator, Prepared(model, wrapped, stepped, scheduler, position, watch, group, clipping))
+    note_prepared(accelerator, inner, scheduler)
     return model, wrapped, dataloader, stepped if ours is None else ours
 
 

@@ -236,11 +236,8 @@ class ZeroAccess:
                     found.need_shape(f"{kind}.{name}", self._shape(param))
 
     def _room_for(self, kinds: list[str]) -> dict[Tensor, dict[str, Any]]:
-        """Allocate zeros as the state of every partition, and return it."""
-        partitions, state = self._partitions(), self.optimizer.state
-        if not kinds:
-            state.clear()
-            return {}
+        """Allocate zeros as the state of every partition, and return it; without ``kinds`` clear all state."""
+        partitions, state = self._partitions() if kinds else [], self.optimizer.state
         if isinstance(self.optimizer, DistAdamW):
             with self._partitions_shown(partitions):
                 self.optimizer._lay_out([partition for _, partition in partitions])
