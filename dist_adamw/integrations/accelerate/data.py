@@ -12,6 +12,7 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
 from dist_adamw.integrations.deepspeed.configuration import accumulation_of
 from dist_adamw.schedule.batch import GlobalBatch
+from dist_adamw.schedule.batch_schedule import GivenBatches, solve_each
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -22,7 +23,7 @@ class LoaderFacts:
     """The batches that a data loader and an accelerator make.
 
     Attributes:
-        batch: The global batch.
+        batch: The global batch; the first one of a batch-size schedule.
         samples: Real samples of one pass over the loader; None if it has no length.
         drop_last: Whether a last partial batch is left out.
     """
@@ -49,12 +50,20 @@ def engine_of(accelerator: Accelerator) -> str:
     return str(accelerator.distributed_type.value)
 
 
-def loader_facts(accelerator: Accelerator, dataloader: DataLoader[Any]) -> LoaderFacts:
+def loader_facts(
+    accelerator: Accelerator, dataloader: DataLoader[Any], batches: GivenBatches | None = None
+) -> LoaderFacts:
     """Derive the current global batch and epoch size. Local.
+
+    Args:
+        accelerator: Its accumulation is used, unless there are ``batches``.
+        dataloader: The loader.
+        batches: The batch-size schedule, which determines the accumulation.
 
     Raises:
         ValueError: the loader has no batch size, a batch that the ranks cannot split, or
-            different numbers of batches for the ranks.
+            different numbers of batches for the ranks; a batch of the schedule is no multiple of a micro-batch of all
+            ranks.
     """
     ranks = data_parallel_size(accelerator)
     sampler = dataloader.sampler if isinstance(dataloader.sampler, BatchSampler) else dataloader.batch_sampler
@@ -63,6 +72,8 @@ def loader_facts(accelerator: Accelerator, dataloader: DataLoader[Any]) -> Loade
     if engine_of(accelerator) == "DEEPSPEED":
         accumulation = accumulation_of(accelerator.deepspeed_plugin.deepspeed_config, accumulation)
     batch = GlobalBatch(size, accumulation, ranks)
+    if batches is not None:
+        batch = _first_batch(batches, batch)
     samples = _pass_length(dataloader)
     drop_last = bool(getattr(sampler, "drop_last", False) or dataloader.drop_last)
     facts = LoaderFacts(batch, samples, drop_last)
@@ -94,6 +105,19 @@ def _micro_batch_size(accelerator: Accelerator, dataloader: DataLoader[Any], sam
             f"The nearest sizes that work: {' and '.join(str(n) for n in (below, above) if n)}."
         )
     return size // ranks
+
+
+def _first_batch(batches: GivenBatches, batch: GlobalBatch) -> GlobalBatch:
+    """Return the first global batch of a schedule; ``batch`` is the one that the accelerator would make."""
+    solved = solve_each(batches, micro_batch_size=batch.micro_batch_size, data_parallel_size=batch.data_parallel_size)
+    # 1 is the default. Later ones of the schedule are there when `prepare` is called again.
+    if batch.gradient_accumulation_steps != 1 and batch not in solved:
+        raise ValueError(
+            f"gradient_accumulation_steps={batch.gradient_accumulation_steps} makes a global batch of {batch.size}, "
+            f"which is none of the schedule's ({', '.join(str(one.size) for one in solved)}). Leave it out: the "
+            "accumulation follows batch_size."
+        )
+    return solved[0]
 
 
 def _check_even(accelerator: Accelerator, dataloader: DataLoader[Any], sampler: Any, facts: LoaderFacts) -> None:

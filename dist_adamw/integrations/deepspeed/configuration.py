@@ -44,6 +44,19 @@ def accumulation_of(config: Config, accumulation: int) -> int:
     return accumulation if given == "auto" else int(given)
 
 
+def batch_sizes_of(config: Config) -> Any:
+    """Return the ``batch_size`` of the configuration's scheduler; None if it has none. Local."""
+    section = config.get("scheduler", {})
+    return section.get("params", {}).get("batch_size") if section.get("type") == _SCHEDULER else None
+
+
+def set_accumulation(engine: Any, steps: int) -> None:
+    """Make a DeepSpeed engine accumulate ``steps`` micro-batches, from its next update on. Local."""
+    engine.set_train_batch_size(steps * engine.train_micro_batch_size_per_gpu() * engine.dp_world_size)
+    if hasattr(engine.optimizer, "gradient_accumulation_steps"):  # ZeRO keeps a copy
+        engine.optimizer.gradient_accumulation_steps = steps
+
+
 def configure(config: Config, optimizer: Optimizer | None) -> None:
     """Make the engine clip as ``optimizer`` would, and keep ``optimizer``. Local; before the engine is built.
 
@@ -189,6 +202,8 @@ def _read(value: Any, kind: Any) -> Iterator[Any]:
         yield from _read_tuple(value, get_args(kind))
     elif get_origin(kind) is Sequence:
         yield from _read_list(value, _kinds(*get_args(kind)))
+    elif get_origin(kind) is Mapping:
+        yield from _read_mapping(value, _kinds(get_args(kind)[1]))
     elif kind in (int, float) and _may_be_number(value, kind):
         with contextlib.suppress(ValueError, OverflowError):
             yield kind(value)
@@ -216,6 +231,13 @@ def _read_list(value: Any, kinds: tuple[Any, ...]) -> Iterator[Any]:
             yield [one[0] for one in readings]
 
 
+def _read_mapping(value: Any, kinds: tuple[Any, ...]) -> Iterator[Any]:
+    if isinstance(value, Mapping):
+        readings = {key: _readings(one, kinds) for key, one in value.items()}
+        if all(readings.values()):
+            yield {key: one[0] for key, one in readings.items()}
+
+
 def _in_words(kind: Any) -> str:
     if get_origin(kind) is Literal:
         return " or ".join(map(repr, get_args(kind)))
@@ -223,4 +245,6 @@ def _in_words(kind: Any) -> str:
         return f"a list of {len(get_args(kind))} numbers"
     if get_origin(kind) is Sequence:
         return f"a list, each {' or '.join(filter(None, map(_in_words, _kinds(*get_args(kind)))))}"
+    if get_origin(kind) is Mapping:
+        return f"an object of {_in_words(get_args(kind)[1])} by samples"
     return _WORDS.get(kind, "")
