@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,17 +52,14 @@ class BatchSchedule:
         return count, samples
 
 
-def read_batch_sizes(given: BatchSizes | Sequence[Any]) -> GivenBatches:
+def read_batch_sizes(given: BatchSizes) -> GivenBatches:
     """Return a batch-size schedule as plain data: samples as numbers, other lengths as texts.
-
-    Args:
-        given: A mapping, or the pairs of one.
 
     Raises:
         ValueError: fewer than two batches, a key that is not a length, a first key other than 0, or a batch that is not
             a whole number above 0.
     """
-    pairs = list(given.items() if isinstance(given, Mapping) else given)
+    pairs = list(given.items())
     if not pairs:
         raise ValueError("batch_size={} is empty. Pass a number, or a mapping such as {0: 256, 1_000_000: 512}.")
     read = tuple((_key(key), check_positive_int(f"batch_size[{shown(key)}]", size)) for key, size in pairs)
@@ -93,6 +90,18 @@ def resolve(given: GivenBatches, sizes: Sizes | None) -> BatchSchedule:
                 f"{shown(given[i - 1][0])}, which is sample {starts[i - 1]:,}. Sort the keys, each sample once."
             )
     return BatchSchedule(tuple(starts), tuple(size for _, size in given))
+
+
+def read_saved_batches(saved: Any) -> GivenBatches:
+    """Return the batch-size schedule of a saved configuration, which may come from an untrusted file.
+
+    Raises:
+        ValueError: it is not one.
+    """
+    is_list = isinstance(saved, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in saved)
+    if not is_list or not all(isinstance(key, int | str) for key, _ in saved):
+        raise ValueError(f"batch_size_schedule of a saved schedule must be a list of pairs, got {shown(saved)}.")
+    return read_batch_sizes(dict(saved))
 
 
 def read_batch(batch_size: int | GlobalBatch | BatchSizes) -> tuple[int, GivenBatches | None]:

@@ -20,7 +20,7 @@ from dist_adamw.schedule.batch_schedule import (
     BatchSizes,
     GivenBatches,
     read_batch,
-    read_batch_sizes,
+    read_saved_batches,
     resolve,
 )
 from dist_adamw.schedule.cooldown import Cooldown
@@ -318,7 +318,7 @@ class Recipe:
         """
         batch_schedule = self.batch_schedule
         if BATCHES in differing:
-            batch_schedule = None if saved[BATCHES] is None else read_batch_sizes(saved[BATCHES])
+            batch_schedule = None if saved[BATCHES] is None else read_saved_batches(saved[BATCHES])
             batch_size = batch_size if batch_schedule is None else batch_schedule[0][1]
         else:
             batch_size = self.batch_size
