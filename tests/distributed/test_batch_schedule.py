@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from accelerate.utils import GradientAccumulationPlugin
+from accelerate.utils import DummyOptim, DummyScheduler, GradientAccumulationPlugin
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -18,7 +18,7 @@ from dist_adamw import CyclicLRWithRestarts, DistAdamW, prepare
 from tests.distributed.engines import accelerator_on, prepare_plain
 from tests.distributed.test_resume import EPOCH, Row, check, data, network, tensors, updates
 from tests.known import unwrap
-from tests.ranks import run_ranks
+from tests.ranks import expect_error_on_all, run_ranks
 
 # An epoch has 60 samples. The boundary lies inside an update of the second epoch; epochs then end with half a batch.
 BATCHES: dict[int | str, int] = {0: 12, 100: 24}
@@ -193,3 +193,215 @@ def test_reproducible_has_the_same_bits_on_any_number_of_ranks(engine: str, tmp_
         )
         assert expected
         assert equal(found, expected)
+
+
+# ---------------------------------------------------------------- other loops
+
+
+def objects(accelerator: Any, batch_size: Any = BATCHES, micro_batch: int = 2, **options: Any) -> tuple[Any, ...]:
+    """Model, optimizer, loader and scheduler, not prepared yet."""
+    model = network()
+    optimizer = options.pop("optimizer", DistAdamW)(model.parameters(), lr=1e-2, weight_decay=0.1)
+    scheduler = CyclicLRWithRestarts(optimizer, batch_size, **{**RECIPE, **options})
+    return model, optimizer, DataLoader(data(), micro_batch), scheduler
+
+
+def train_json(engine: str) -> tuple[list[int], int, int]:
+    """The recipe is DeepSpeed's JSON: keys are texts. Return the clocks, the epoch size, and the engine's own count."""
+    told = {
+        "optimizer": {"type": "DistAdamW", "params": {"lr": 1e-2}},
+        "scheduler": {
+            "type": "CyclicLRWithRestarts",
+            "params": {"batch_size": {"0": 12, "100": 24}, "restart_period": 1, "epoch_size": "auto"},
+        },
+    }
+    with accelerator_on(engine, **told) as accelerator:
+        model, _, loader, _ = objects(accelerator)
+        optimizer = DummyOptim(model.parameters())
+        model, wrapped, loader, scheduler = prepare(accelerator, model, optimizer, loader, DummyScheduler(optimizer))
+        rows = itertools.islice(updates(accelerator, model, wrapped, loader, scheduler), UPDATES)
+        return [row[0] for row in rows], scheduler.epoch_size, model.train_batch_size()
+
+
+def test_a_deepspeed_json() -> None:
+    for found in run_ranks(2, train_json, "ZeRO-2"):
+        assert found == ([*itertools.islice(clocks(), UPDATES)], EPOCH, 24)
+
+
+class SkipsOnTheDevice(torch.optim.AdamW):
+    """Its update is decided on the device, as that of a fused optimizer under a GradScaler: the host learns later."""
+
+    skip_is_known = False
+    step_was_skipped = False
+    updates = 0
+
+    def step(self, closure: Any = None) -> Any:
+        SkipsOnTheDevice.updates += 1
+        self.step_was_skipped = SkipsOnTheDevice.updates in (9, 11)  # the one that would pass the boundary, and a later
+        return None if self.step_was_skipped else super().step(closure)
+
+
+def train_with_skips() -> list[tuple[int, int]]:
+    """Return the clock before each update, and its number of micro-batches."""
+    SkipsOnTheDevice.updates = 0
+    with accelerator_on("single") as accelerator:
+        model, wrapped, loader, scheduler = prepare(accelerator, *objects(accelerator, optimizer=SkipsOnTheDevice))
+        seen, count = [], 0
+        inner = wrapped.optimizer
+        while len(seen) < 13:
+            for x, y, _ in loader:
+                with accelerator.accumulate(model):
+                    accelerator.backward(nn.functional.mse_loss(model(x), y))
+                    count += 1
+                    if accelerator.sync_gradients:
+                        before = scheduler.samples
+                    wrapped.step()
+                    scheduler.step()
+                    wrapped.zero_grad()
+                if accelerator.sync_gradients:
+                    seen.append((before, count))
+                    count = 0
+        scheduler.state_dict()
+        assert inner.state[next(iter(model.parameters()))]["step"] == len(seen) - 2
+        return seen[:13]
+
+
+def test_an_update_that_the_device_skips_does_not_pass_the_boundary() -> None:
+    seen = run_ranks(1, train_with_skips)[0]
+    sizes = [count for _, count in seen]
+    # The 9th begins at 96, and would end at 108; it is skipped, so the 10th begins at 96 too. In Accelerate's loop the
+    # data go on: an epoch has 30 micro-batches.
+    assert sizes[:10] == [6] * 10
+    assert sizes[10:] == [12, 12, 6]
+
+
+def loop_without_accumulate(accelerator: Any) -> None:
+    model, wrapped, loader, _scheduler = prepare(accelerator, *objects(accelerator))
+    for x, y, _ in loader:
+        accelerator.backward(nn.functional.mse_loss(model(x), y))
+        wrapped.step()
+
+
+def loop_with_a_late_clock(accelerator: Any) -> None:
+    model, wrapped, loader, scheduler = prepare(accelerator, *objects(accelerator))
+    for _ in range(3):
+        for x, y, _ in loader:
+            with accelerator.accumulate(model):
+                accelerator.backward(nn.functional.mse_loss(model(x), y))
+                if accelerator.sync_gradients:
+                    scheduler.step()  # of the update before
+                    wrapped.step()
+                    wrapped.zero_grad()
+
+
+def two_optimizers(accelerator: Any) -> None:
+    prepare(accelerator, *objects(accelerator))
+    prepare(accelerator, *objects(accelerator, None))
+
+
+def two_optimizers_the_other_way_round(accelerator: Any) -> None:
+    accelerator.gradient_accumulation_steps = 3
+    prepare(accelerator, *objects(accelerator, None))
+    prepare(accelerator, *objects(accelerator))
+
+
+def a_batch_that_does_not_divide(accelerator: Any) -> None:
+    prepare(accelerator, *objects(accelerator, {0: 12, "1 epoch": 26}, epoch_size=None))
+
+
+def another_accumulation(accelerator: Any) -> None:
+    accelerator.gradient_accumulation_steps = 4
+    prepare(accelerator, *objects(accelerator))
+
+
+def set_later(accelerator: Any) -> None:
+    *_, scheduler = prepare(accelerator, *objects(accelerator, None))
+    scheduler.batch_size = {0: 4, 100: 6}
+
+
+def loaded_with_another(accelerator: Any) -> None:
+    *_, scheduler = prepare(accelerator, *objects(accelerator))
+    state = scheduler.state_dict()
+    state["configuration"]["batch_size_schedule"] = [[0, 12], [100, 18]]
+    scheduler.load_state_dict(state, on_difference="checkpoint")
+
+
+REFUSED: list[tuple[Callable[[Any], None], str]] = [
+    (
+        loop_without_accumulate,
+        "batch_size is a schedule (12 samples, 24 from sample 100 on), which needs accelerator.acc",
+    ),
+    (
+        loop_with_a_late_clock,
+        "the update that begins at sample 108 has a global batch of 24 by the schedule, and the accelerator "
+        "accumulates 3 micro-batches, that is 12 samples. Call scheduler.step() after every optimizer.step()",
+    ),
+    (two_optimizers, "changes the accumulation of all optimizers of the process"),
+    (two_optimizers_the_other_way_round, "changes the accumulation of all optimizers of the process"),
+    (a_batch_that_does_not_divide, "batch_size['1 epoch']: global batch size 26 is not a multiple"),
+    (
+        another_accumulation,
+        "gradient_accumulation_steps=4 makes a global batch of 16, which is none of the schedule's (12",
+    ),
+    (set_later, "batch_size[100]: global batch size 6 is not a multiple of"),
+    (loaded_with_another, "batch_size[100]: global batch size 18 is not a multiple of"),
+]
+
+
+def refuse(attempt: Callable[[Any], None], engine: str) -> None:
+    with accelerator_on(engine) as accelerator:
+        attempt(accelerator)
+
+
+@pytest.mark.parametrize(("attempt", "said"), REFUSED, ids=lambda value: getattr(value, "__name__", ""))
+def test_one_sentence_on_every_rank(attempt: Callable[[Any], None], said: str) -> None:
+    for error in expect_error_on_all(2, refuse, attempt, "DDP"):
+        assert error.startswith("ValueError: ")
+        assert said in error
+        assert "\n" not in error
+
+
+def phases() -> list[tuple[int, int]]:
+    """Train with a schedule, then with one batch and the same optimizer, then with another schedule; an update each."""
+    seen = []
+    with accelerator_on("DDP") as accelerator:
+        model, optimizer, data_loader = objects(accelerator)[:3]
+        for batch_size in ({0: 12, 4: 20}, None, {0: 4, 20: 12}, {0: 40, 10: 4}):
+            scheduler = CyclicLRWithRestarts(optimizer, batch_size, restart_period=1)
+            model, wrapped, loader, scheduler = prepare(accelerator, model, optimizer, data_loader, scheduler)
+            for _ in itertools.islice(updates(accelerator, model, wrapped, loader, scheduler), 2):
+                pass
+            seen.append((scheduler.samples, accelerator.gradient_accumulation_steps))
+    return seen
+
+
+def test_phases_of_training() -> None:
+    # One batch: the accumulation stays as it is.
+    for seen in run_ranks(2, phases):
+        assert seen == [(32, 5), (40, 5), (8, 1), (44, 1)]
+
+
+def load_and_take_its_schedule(folder: str, saved: bool) -> tuple[list[int], Any, int]:
+    with accelerator_on("DDP", 3) as accelerator:
+        mine = None if saved else BATCHES
+        model, wrapped, loader, scheduler = prepare(accelerator, *objects(accelerator, mine))
+        scheduler.on_difference = "checkpoint"
+        accelerator.load_state(folder)
+        steps = accelerator.gradient_accumulation_steps
+        rows = itertools.islice(updates(accelerator, model, wrapped, loader, scheduler), 3)
+        return [row[0] for row in rows], scheduler.configuration().get("batch_size_schedule"), steps
+
+
+@pytest.mark.parametrize("saved", [True, False], ids=["taken", "dropped"])
+def test_a_checkpoints_schedule_is_taken(saved: bool, tmp_path: Path) -> None:
+    """With ``on_difference="checkpoint"`` a job follows the schedule of the checkpoint, or drops its own."""
+    folder = str(tmp_path / "stopped")
+    if saved:
+        run(("DDP", 3), 0, SMALL + 1, folder, None, BATCHES)
+    else:
+        run(("DDP", 3), 0, SMALL + 1, folder, accumulation=4, micro_batch=1)
+    for seen, batches, steps in run_ranks(2, load_and_take_its_schedule, folder, saved):
+        if saved:
+            assert (seen, batches, steps) == ([120, 144, 168], [[0, 12], [100, 24]], 6)
+        else:
+            assert (seen, batches, steps) == ([120, 132, 144], None, 3)

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import DataLoader
 
-from dist_adamw.integrations.accelerate.data import LoaderFacts, engine_of
+from dist_adamw.integrations.accelerate.data import LoaderFacts, accumulation_steps, engine_of, loader_facts
 from dist_adamw.integrations.deepspeed.configuration import batch_sizes_of, set_accumulation
 from dist_adamw.schedule.batch_schedule import GivenBatches, read_batch_sizes, solve_each
 from dist_adamw.schedule.recipe import Recipe
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 
 # By accelerator: what sets its accumulation, which a second `prepare` replaces.
 _FOLLOWING: weakref.WeakKeyDictionary[Accelerator, Accumulation] = weakref.WeakKeyDictionary()
+# By accelerator: the accumulation that was set here last, and so was not chosen by the script.
+_SET: weakref.WeakKeyDictionary[Accelerator, int] = weakref.WeakKeyDictionary()
 
 
 def batches_of(accelerator: Accelerator, optimizer: Any, scheduler: Any) -> GivenBatches | None:
@@ -56,16 +59,43 @@ def batches_of(accelerator: Accelerator, optimizer: Any, scheduler: Any) -> Give
     return None if given is None else tuple(given)
 
 
+def loader_facts_of(
+    accelerator: Accelerator, optimizer: Any, dataloader: DataLoader[Any], scheduler: Any
+) -> LoaderFacts:
+    """Return `loader_facts` with the scheduler's batch-size schedule, if it has one. Local.
+
+    Raises:
+        ValueError: as `loader_facts` and `batches_of`; or the script has chosen an accumulation that makes none of the
+            schedule's global batches.
+    """
+    batches = batches_of(accelerator, optimizer, scheduler)
+    facts = loader_facts(accelerator, dataloader, batches)
+    steps = accumulation_steps(accelerator)
+    if batches is None or steps in (1, _SET.get(accelerator)):  # 1 is the default
+        return facts
+    size, sizes = steps * facts.pass_samples, [size for _, size in batches]
+    if size not in sizes:
+        raise ValueError(
+            f"gradient_accumulation_steps={steps} makes a global batch of {size}, which is none of the schedule's "
+            f"({', '.join(map(str, sizes))}). Leave it out: the accumulation follows batch_size."
+        )
+    return facts
+
+
 def begin_accumulation(accelerator: Accelerator, optimizer: Any, scheduler: Any, facts: LoaderFacts) -> None:
     """Set the accumulation of a schedule's first global batch, before the engine is built. Local."""
     if batches_of(accelerator, optimizer, scheduler) is None:
         return
     steps = facts.batch.gradient_accumulation_steps
-    if accelerator.gradient_accumulation_steps != steps:
-        accelerator.gradient_accumulation_steps = steps
-        accelerator.step = 0
+    _set(accelerator, steps)
     if engine_of(accelerator) == "DEEPSPEED":
         accelerator.deepspeed_plugin.deepspeed_config["gradient_accumulation_steps"] = steps
+
+
+def _set(accelerator: Accelerator, steps: int) -> None:
+    """Accumulate ``steps`` micro-batches from the next one on. Local."""
+    accelerator.gradient_accumulation_steps = _SET[accelerator] = steps
+    accelerator.step = 0
 
 
 def follow_batches(accelerator: Accelerator, scheduler: LRScheduler, facts: LoaderFacts) -> None:
@@ -110,7 +140,8 @@ class Accumulation:
         known = weakref.ref(self)
 
         def before_update(optimizer: Optimizer, *_: Any) -> None:
-            if (alive := known()) is not None:
+            alive = known()
+            if alive is not None and _FOLLOWING.get(alive._accelerator()) is alive:
                 alive._check_update(optimizer)
 
         scheduler.optimizer.register_step_pre_hook(before_update)
@@ -155,8 +186,7 @@ class Accumulation:
         steps = self._steps(scheduler)
         if steps == accelerator.gradient_accumulation_steps:
             return
-        accelerator.gradient_accumulation_steps = steps
-        accelerator.step = 0
+        _set(accelerator, steps)
         if engine_of(accelerator) == "DEEPSPEED":
             set_accumulation(accelerator.deepspeed_engine_wrapped.engine, steps)
 

@@ -68,12 +68,9 @@ def loader_facts(
     ranks = data_parallel_size(accelerator)
     sampler = dataloader.sampler if isinstance(dataloader.sampler, BatchSampler) else dataloader.batch_sampler
     size = _micro_batch_size(accelerator, dataloader, sampler, ranks)
-    accumulation = accelerator.gradient_accumulation_steps
-    if engine_of(accelerator) == "DEEPSPEED":
-        accumulation = accumulation_of(accelerator.deepspeed_plugin.deepspeed_config, accumulation)
-    batch = GlobalBatch(size, accumulation, ranks)
+    batch = GlobalBatch(size, accumulation_steps(accelerator), ranks)
     if batches is not None:
-        batch = _first_batch(batches, batch)
+        batch = solve_each(batches, micro_batch_size=size, data_parallel_size=ranks)[0]
     samples = _pass_length(dataloader)
     drop_last = bool(getattr(sampler, "drop_last", False) or dataloader.drop_last)
     facts = LoaderFacts(batch, samples, drop_last)
@@ -86,6 +83,14 @@ def loader_facts(
     if (warning := _short_accumulation(accelerator, facts)) is not None:
         warnings.warn(warning, stacklevel=3)
     return facts
+
+
+def accumulation_steps(accelerator: Accelerator) -> int:
+    """Return the micro-batches of an update: the engine's number, if its configuration has one. Local."""
+    steps: int = accelerator.gradient_accumulation_steps
+    if engine_of(accelerator) == "DEEPSPEED":
+        return accumulation_of(accelerator.deepspeed_plugin.deepspeed_config, steps)
+    return steps
 
 
 def _micro_batch_size(accelerator: Accelerator, dataloader: DataLoader[Any], sampler: Any, ranks: int) -> int:
@@ -105,19 +110,6 @@ def _micro_batch_size(accelerator: Accelerator, dataloader: DataLoader[Any], sam
             f"The nearest sizes that work: {' and '.join(str(n) for n in (below, above) if n)}."
         )
     return size // ranks
-
-
-def _first_batch(batches: GivenBatches, batch: GlobalBatch) -> GlobalBatch:
-    """Return the first global batch of a schedule; ``batch`` is the one that the accelerator would make."""
-    solved = solve_each(batches, micro_batch_size=batch.micro_batch_size, data_parallel_size=batch.data_parallel_size)
-    # 1 is the default. Later ones of the schedule are there when `prepare` is called again.
-    if batch.gradient_accumulation_steps != 1 and batch not in solved:
-        raise ValueError(
-            f"gradient_accumulation_steps={batch.gradient_accumulation_steps} makes a global batch of {batch.size}, "
-            f"which is none of the schedule's ({', '.join(str(one.size) for one in solved)}). Leave it out: the "
-            "accumulation follows batch_size."
-        )
-    return solved[0]
 
 
 def _check_even(accelerator: Accelerator, dataloader: DataLoader[Any], sampler: Any, facts: LoaderFacts) -> None:

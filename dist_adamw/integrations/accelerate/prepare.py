@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from torch.utils.hooks import RemovableHandle
 
 from dist_adamw.integrations.accelerate.accelerator_methods import patch_accelerator, register
-from dist_adamw.integrations.accelerate.accumulation import batches_of, begin_accumulation, follow_batches
+from dist_adamw.integrations.accelerate.accumulation import begin_accumulation, follow_batches, loader_facts_of
 from dist_adamw.integrations.accelerate.checks import (
     DATA_PARALLEL,
     check_engine,
@@ -25,7 +25,7 @@ from dist_adamw.integrations.accelerate.checks import (
     has_communication_hook,
 )
 from dist_adamw.integrations.accelerate.counting import SampleCounter
-from dist_adamw.integrations.accelerate.data import LoaderFacts, engine_of, loader_facts, shuffle_by_generator
+from dist_adamw.integrations.accelerate.data import LoaderFacts, engine_of, shuffle_by_generator
 from dist_adamw.integrations.accelerate.position import Position
 from dist_adamw.integrations.accelerate.prepared_objects import Prepared
 from dist_adamw.integrations.accelerate.reproducible import ReproducibleLoading, check_reproducible
@@ -363,7 +363,7 @@ def _checked_facts(
             "whose lr would never change. Pass prepare the optimizer that the scheduler was built with."
         )
     check_engine(accelerator, optimizer)
-    facts = loader_facts(accelerator, dataloader, batches_of(accelerator, optimizer, scheduler))
+    facts = loader_facts_of(accelerator, optimizer, dataloader, scheduler)
     if isinstance(scheduler, CyclicLRWithRestarts):
         _check_batches(scheduler, facts)
         if scheduler.epoch_size is None:
@@ -416,7 +416,7 @@ def _checked_json(accelerator: Accelerator, optimizer: Any, dataloader: DataLoad
         )
     if type(scheduler).__name__ != "DummyScheduler":
         raise ValueError(f"with DummyOptim pass accelerate.utils.DummyScheduler too, got {type(scheduler).__name__}.")
-    return loader_facts(accelerator, dataloader, batches_of(accelerator, optimizer, scheduler))
+    return loader_facts_of(accelerator, optimizer, dataloader, scheduler)
 
 
 def attach(accelerator: Accelerator, model: nn.Module, optimizer: DistAdamW) -> None:
