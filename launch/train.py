@@ -115,11 +115,9 @@ class Job:
     def _build(self) -> None:
         """Create the text, model, optimizer, loaders and schedule, and prepare them."""
         config, accelerator = self.config, self.accelerator
-        self.batch = dist_adamw.GlobalBatch.solve(
-            size=config.recipe.batch_sizes[0],
-            micro_batch_size=config.recipe.micro_batch,
-            data_parallel_size=accelerator.num_processes,
-        )
+        one_pass = {"micro_batch_size": config.recipe.micro_batch, "data_parallel_size": accelerator.num_processes}
+        # All are checked; `prepare` follows a schedule from the first one on.
+        self.batch, *_ = (dist_adamw.GlobalBatch.solve(size=size, **one_pass) for size in config.recipe.batch_sizes)
         accelerator.gradient_accumulation_steps = self.batch.gradient_accumulation_steps
         # Every epoch is then whole updates, whatever their size.
         sizes = {"context": config.model.context, "global_batch": math.lcm(*config.recipe.batch_sizes)}

@@ -12,8 +12,9 @@ from typing import Any
 from dist_adamw.schedule.batch import GlobalBatch, check_positive_int, check_whole, samples_of_batch, shown
 from dist_adamw.schedule.lengths import Sizes, in_samples, parse
 
-# From a number of samples, or a length with a unit, to a global batch.
-BatchSizes = Mapping[int | str, int]
+# From numbers of samples, or lengths with a unit, to global batches. (With int | str for keys, mypy would refuse a
+# dict[int, int].)
+BatchSizes = Mapping[Any, int]
 # The same as plain data, checked as far as that is possible without an epoch size.
 GivenBatches = tuple[tuple[int | str, int], ...]
 

@@ -197,13 +197,13 @@ def test_a_mistake_is_one_sentence(batch_size: Any, said: str) -> None:
 
 def test_a_batch_that_grows_beyond_the_time_scale_of_its_cycles() -> None:
     # Cycles of 1, 2 and 4 epochs end at 1,000, 3,000 and 7,000 samples.
-    options = {"weight_decay_timescale": "1 cycle"}
+    options: dict[str, Any] = {"weight_decay_timescale": "1 cycle"}
     make({0: 1000, 1000: 2000, 3000: 4000}, **options)
     for batches in ({0: 1000, 999: 2000}, {0: 1000, 1000: 2001}, {0: 1000, 2999: 4000}):
         with pytest.raises(ValueError, match=r"weight_decay_timescale='1 cycle' is .* less than an update"):
             make(batches, **options)
     # Cycles of 1,000, 500 and 100 samples.
-    ends = {"cycle_ends": [1000, 1500, 1600], "restart_period": 100, "t_mult": 2, **options}
+    ends: dict[str, Any] = {"cycle_ends": [1000, 1500, 1600], "restart_period": 100, "t_mult": 2, **options}
     make({0: 100, 10: 500, 1500: 100}, **ends)
     with pytest.raises(ValueError, match="100 samples, less than an update of 101"):
         make({0: 100, 10: 101, 1501: 100}, **ends)
@@ -285,7 +285,7 @@ def test_preview_counts_updates_and_shows_batches(tmp_path: Path) -> None:
     batches, lengths = [64, 64, 300], [1000, 2000, 4000]
     for row, batch, length in zip(preview.rows, batches, lengths, strict=True):
         assert row.decay == pytest.approx(0.5 * math.sqrt(batch / length))
-        assert row.timescale == pytest.approx(batch / row.decay / E)
+        assert row.timescale == pytest.approx(batch / math.sqrt(batch / length) / 0.5 / E)
     assert preview.plot(tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
     assert "global batch" not in str(make(64).preview())
 
@@ -313,7 +313,7 @@ def test_verbose_says_when_the_batch_changes(capsys: pytest.CaptureFixture[str])
 def test_both_conventions_decay_alike() -> None:
     found = []
     for decay_by in ("lr", "schedule"):
-        optimizer = DistAdamW([nn.Parameter(torch.zeros(1))], lr=LR, weight_decay=0.5, decay_by=decay_by)  # type: ignore[arg-type]
+        optimizer = DistAdamW([nn.Parameter(torch.zeros(1))], lr=LR, weight_decay=0.5, decay_by=decay_by)
         scheduler = CyclicLRWithRestarts(optimizer, BATCHES, E, restart_period=1, lr_scaling="sqrt")
         values = scheduler._scheduled.values_of(0)
         decays = [values(scheduler.schedule.at(samples))[1] for samples in (0, 1499, 1500, 4000)]
