@@ -23,19 +23,22 @@ from tests.ranks import expect_error_on_all, run_ranks
 # An epoch has 60 samples. The boundary lies inside an update of the second epoch; epochs then end with half a batch.
 BATCHES: dict[int | str, int] = {0: 12, 100: 24}
 RECIPE: dict[str, Any] = {"restart_period": 1.5, "t_mult": 1.5, "min_lr": 1e-5, "lr_scaling": "sqrt"}
-SMALL = 9  # updates of 12 samples
+SMALL = 9  # updates before the boundary
 UPDATES = 18
 Place = tuple[str, int]
-PLACES: list[Place] = [
-    ("single", 1),
-    ("plain", 2),
-    ("DDP", 4),
-    ("FSDP2", 3),
-    ("ZeRO-1", 2),
-    ("ZeRO-2", 3),
-    ("ZeRO-3", 2),
+# Engine and ranks; the micro-batch; and the batches. With a micro-batch of 6 on two ranks one batch is not accumulated.
+PLACES: list[tuple[Place, int, tuple[int, int]]] = [
+    (("single", 1), 2, (12, 24)),
+    (("plain", 2), 6, (12, 24)),
+    (("DDP", 2), 6, (24, 12)),
+    (("DDP", 4), 1, (12, 24)),
+    (("FSDP2", 3), 2, (12, 24)),
+    (("FSDP2", 2), 6, (24, 12)),
+    (("ZeRO-1", 2), 2, (12, 24)),
+    (("ZeRO-2", 3), 2, (24, 12)),
+    (("ZeRO-2 offload", 2), 6, (12, 24)),
+    (("ZeRO-3", 2), 2, (12, 24)),
 ]
-PLACES += [("ZeRO-2 offload", 2)]
 
 
 def train(
@@ -72,25 +75,29 @@ def run(place: Place, *args: Any, **options: Any) -> list[Row]:
     return run_ranks(place[1], functools.partial(train, place[0], *args, **options))[0]
 
 
-def clocks() -> Iterator[int]:
+def clocks(small: int = 12, large: int = 24) -> Iterator[int]:
     """Yield the sample before each update: the batch of that sample, but never beyond the epoch."""
     samples = 0
     while True:
         yield samples
-        samples += min(12 if samples < 100 else 24, EPOCH - samples % EPOCH)
+        samples += min(small if samples < 100 else large, EPOCH - samples % EPOCH)
 
 
-@pytest.mark.parametrize("place", PLACES, ids=lambda place: f"{place[0]}x{place[1]}")
-def test_the_same_as_two_jobs_with_one_batch_each(place: Place, tmp_path: Path) -> None:
-    """To the bit: the second job loads the first's checkpoint, with twice the accumulation."""
+@pytest.mark.parametrize(("place", "micro_batch", "sizes"), PLACES, ids=str)
+def test_the_same_as_two_jobs_with_one_batch_each(
+    place: Place, micro_batch: int, sizes: tuple[int, int], tmp_path: Path
+) -> None:
+    """To the bit: the second job loads the first's checkpoint, with another accumulation."""
     stopped, end, whole = (str(tmp_path / name) for name in ("stopped", "end", "whole"))
-    micro_batch = 1 if place[1] == 4 else 2
-    steps = 12 // (place[1] * micro_batch)
-    rows = run(place, 0, SMALL, stopped, accumulation=steps, micro_batch=micro_batch)
-    rows += run(place, SMALL, UPDATES, end, stopped, accumulation=2 * steps, micro_batch=micro_batch)
-    assert [row[0] for row in rows] == [*itertools.islice(clocks(), UPDATES)]
+    expected = [*itertools.islice(clocks(*sizes), UPDATES)]
+    first = sum(samples < 100 for samples in expected)
+    before, after = (size // (place[1] * micro_batch) for size in sizes)
+    rows = run(place, 0, first, stopped, accumulation=before, micro_batch=micro_batch)
+    rows += run(place, first, UPDATES, end, stopped, accumulation=after, micro_batch=micro_batch)
+    assert [row[0] for row in rows] == expected
     assert sorted({len(row[-1]) for row in rows}) == [12, 24]
-    assert run(place, 0, UPDATES, whole, None, BATCHES, micro_batch=micro_batch) == rows
+    batches = {0: sizes[0], 100: sizes[1]}
+    assert run(place, 0, UPDATES, whole, None, batches, micro_batch=micro_batch) == rows
     assert equal(tensors(whole), tensors(end))
 
 

@@ -140,8 +140,7 @@ class Accumulation:
         known = weakref.ref(self)
 
         def before_update(optimizer: Optimizer, *_: Any) -> None:
-            alive = known()
-            if alive is not None and _FOLLOWING.get(alive._accelerator()) is alive:
+            if (alive := known()) is not None:
                 alive._check_update(optimizer)
 
         scheduler.optimizer.register_step_pre_hook(before_update)
@@ -174,11 +173,9 @@ class Accumulation:
     def follow(self) -> None:
         """Set the accumulation for the update that begins at the schedule's clock."""
         accelerator, scheduler = self._accelerator(), self.scheduler
-        if (
-            accelerator is None
-            or scheduler is None
-            or self._steps(scheduler) == accelerator.gradient_accumulation_steps
-        ):
+        if accelerator is None or scheduler is None:
+            return
+        if self._steps(scheduler) == accelerator.gradient_accumulation_steps:
             return
         # The device may have skipped the last update, and then the clock has not passed the boundary. Asking waits for
         # the device, so it is done only here.
@@ -198,9 +195,9 @@ class Accumulation:
     def _check_update(self, optimizer: Optimizer) -> None:
         """Raise ValueError if the update that begins has another number of micro-batches than the schedule says."""
         accelerator, scheduler = self._accelerator(), self.scheduler
-        if accelerator is None or scheduler is None:
+        if accelerator is None or scheduler is None or _FOLLOWING.get(accelerator) is not self:
             return
-        if all(float(group["lr"]) == 0 for group in optimizer.param_groups):
+        if not optimizer.state and all(group["lr"] == 0 for group in optimizer.param_groups):
             return  # torch's get_optimizer_state_dict makes such a step, which is not an update
         if not self._has_begun:
             raise ValueError(

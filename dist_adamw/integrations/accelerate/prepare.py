@@ -174,6 +174,7 @@ def prepare(
     counter = SampleCounter(inner, accelerator, group=group)
     patch_accelerator(accelerator, counter=counter)
     _count_for(ours, counter)
+    follow_batches(accelerator, scheduler, facts)
     position = Position(dataloader, facts, counter)
     dataloader.dist_adamw_position = position  # by which `rest_of_epoch` and a copy of the loader find it
     watch = _watch(accelerator, model, inner, ours, check_weights_every, group)
@@ -187,7 +188,6 @@ def prepare(
 
         prepare_deepspeed(model, scheduler)
         clipping = float(config[CLIPPING])
-    follow_batches(accelerator, scheduler, facts)
     register(accelerator, Prepared(model, wrapped, stepped, scheduler, position, watch, group, clipping))
     return model, wrapped, dataloader, stepped if ours is None else ours
 
