@@ -221,6 +221,7 @@ def train_json(engine: str) -> tuple[list[int], int, int]:
             "type": "CyclicLRWithRestarts",
             "params": {"batch_size": {"0": 12, "100": 24}, "restart_period": 1, "epoch_size": "auto"},
         },
+        "train_batch_size": 12,  # the first one
     }
     with accelerator_on(engine, **told) as accelerator:
         model, _, loader, _ = objects(accelerator)
@@ -327,6 +328,15 @@ def set_later(accelerator: Any) -> None:
     scheduler.batch_size = {0: 4, 100: 6}
 
 
+def set_in_mid_update(accelerator: Any) -> None:
+    model, wrapped, loader, scheduler = prepare(accelerator, *objects(accelerator, {0: 12, 100: 4}))
+    for x, y, _ in loader:
+        with accelerator.accumulate(model):
+            accelerator.backward(nn.functional.mse_loss(model(x), y))
+            scheduler.batch_size = BATCHES | {0: 8}
+            wrapped.step()
+
+
 def loaded_with_another(accelerator: Any) -> None:
     *_, scheduler = prepare(accelerator, *objects(accelerator))
     state = scheduler.state_dict()
@@ -352,6 +362,10 @@ REFUSED: list[tuple[Callable[[Any], None], str]] = [
         "gradient_accumulation_steps=4 makes a global batch of 16, which is none of the schedule's (12",
     ),
     (set_later, "batch_size[100]: global batch size 6 is not a multiple of"),
+    (
+        set_in_mid_update,
+        "the update that begins at sample 0 has a global batch of 8 by the schedule, and the accelerator accumulates 3",
+    ),
     (loaded_with_another, "batch_size[100]: global batch size 18 is not a multiple of"),
 ]
 

@@ -103,6 +103,7 @@ def follow_batches(accelerator: Accelerator, scheduler: LRScheduler, facts: Load
     _FOLLOWING.pop(accelerator, None)
     if isinstance(scheduler, CyclicLRWithRestarts):
         _FOLLOWING[accelerator] = Accumulation(accelerator, scheduler, facts)
+        follow(accelerator)  # the clock may be past the first global batch
 
 
 def follow(accelerator: Accelerator) -> None:

@@ -53,8 +53,6 @@ def batch_sizes_of(config: Config) -> Any:
 def set_accumulation(engine: Any, steps: int) -> None:
     """Make a DeepSpeed engine accumulate ``steps`` micro-batches, from its next update on. Local."""
     engine.set_train_batch_size(steps * engine.train_micro_batch_size_per_gpu() * engine.dp_world_size)
-    if hasattr(engine.optimizer, "gradient_accumulation_steps"):  # ZeRO keeps a copy
-        engine.optimizer.gradient_accumulation_steps = steps
 
 
 def configure(config: Config, optimizer: Optimizer | None) -> None:
