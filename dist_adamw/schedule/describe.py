@@ -81,6 +81,8 @@ def describe_restart(recipe: Recipe, samples: int, lr: float | Tensor, decay: fl
         f"the next {float(cycle.length / epoch_size):g} epochs start from lr {lr:.3g}"
     )
     batch_size = recipe.batch_at(samples)
+    if recipe.batch_schedule is not None:
+        text = f"{text}, a global batch of {batch_size:,}"
     if not decay or not lr or batch_size is None:
         return text
     return (

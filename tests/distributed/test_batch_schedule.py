@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.utils import DummyOptim, DummyScheduler, GradientAccumulationPlugin
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -314,6 +315,16 @@ def two_optimizers_the_other_way_round(accelerator: Any) -> None:
     prepare(accelerator, *objects(accelerator))
 
 
+def two_accelerators(accelerator: Any) -> None:
+    accelerator.gradient_accumulation_steps = 3
+    model, *_ = prepare(accelerator, *objects(accelerator, None))
+    other = Accelerator()
+    other.gradient_accumulation_steps = 1
+    prepare(other, *objects(other, {0: 24, 100: 12}))
+    with accelerator.accumulate(model):
+        pass
+
+
 def a_batch_that_does_not_divide(accelerator: Any) -> None:
     prepare(accelerator, *objects(accelerator, {0: 12, "1 epoch": 26}, epoch_size=None))
 
@@ -356,6 +367,11 @@ REFUSED: list[tuple[Callable[[Any], None], str]] = [
     ),
     (two_optimizers, "changes the accumulation of all optimizers of the process"),
     (two_optimizers_the_other_way_round, "changes the accumulation of all optimizers of the process"),
+    (
+        two_accelerators,
+        "this accelerator was prepared to accumulate 3 micro-batches, and a batch-size schedule that another one "
+        "follows has set 6",
+    ),
     (a_batch_that_does_not_divide, "batch_size['1 epoch']: global batch size 26 is not a multiple"),
     (
         another_accumulation,

@@ -152,6 +152,18 @@ def test_texts_without_a_unit_are_samples() -> None:
         _scheduler_from_json(optimizer, batch_size={"0": 64, "5": None}, epoch_size=E)
 
 
+def test_a_json_needs_prepare_which_changes_the_accumulation() -> None:
+    parameter = nn.Parameter(torch.zeros(1))
+    optimizer = SGD([parameter], lr=LR)
+    scheduler = _scheduler_from_json(optimizer, batch_size={"0": 64, "5": 32}, epoch_size=E)
+    parameter.grad = torch.ones(1)
+    with pytest.raises(ValueError, match=r"is a schedule .64 samples, 32 from sample 5 on.*dist_adamw\.prepare"):
+        optimizer.step()
+    assert (scheduler.samples, parameter.item()) == (0, 0.0)
+    scheduler.sample_source = None  # prepare sets its own
+    optimizer.step()
+
+
 # ---------------------------------------------------------------- mistakes
 
 
@@ -224,6 +236,10 @@ def test_a_state_loads_safely_and_everywhere() -> None:
         other.load_state_dict(state)
         assert (other.batch_size, other.get_last_lr()) == (128, scheduler.get_last_lr())
         assert other.state_dict() == scheduler.state_dict()
+    recipe = copy.copy(make(64)._scheduled.recipe)
+    for name in ("batch_schedule", "_batches"):  # of a pickle from before
+        del recipe.__dict__[name]
+    assert (recipe.batch_at(5), recipe.batches.sizes) == (64, (64,))
     for twin in (copy.deepcopy(scheduler), pickle.loads(pickle.dumps(scheduler))):
         assert twin.batch_size == 128
         twin.go_to(samples=4000)
@@ -307,6 +323,7 @@ def test_verbose_says_when_the_batch_changes(capsys: pytest.CaptureFixture[str])
         "warm restart 1 at sample 1,000",
         "global batch 450 from sample 1,300 on",
     ]
+    assert ", a global batch of 300, and decay" in lines[0]
     assert "time scale" in lines[0]
 
 

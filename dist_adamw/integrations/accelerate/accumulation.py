@@ -165,11 +165,28 @@ class Accumulation:
             solve_each(given, micro_batch_size=batch.micro_batch_size, data_parallel_size=batch.data_parallel_size)
 
     def begin_micro_batch(self) -> None:
-        """Handle ``accelerator.accumulate``: set the accumulation, if an update begins."""
+        """Handle ``accelerator.accumulate``: set the accumulation, if an update begins.
+
+        Raises:
+            ValueError: the schedule of another accelerator has set it.
+        """
         self._has_begun = True
         accelerator = self._accelerator()
-        if accelerator is not None and accelerator.step % accelerator.gradient_accumulation_steps == 0:
+        if accelerator is None:
+            return
+        if self.scheduler is None:
+            self._check_unchanged(accelerator)
+        elif accelerator.step % accelerator.gradient_accumulation_steps == 0:
             self.follow()
+
+    def _check_unchanged(self, accelerator: Accelerator) -> None:
+        steps, ours = accelerator.gradient_accumulation_steps, self._facts.batch.gradient_accumulation_steps
+        if steps != ours and any(other is not accelerator and of == steps for other, of in _SET.items()):
+            raise ValueError(
+                f"this accelerator was prepared to accumulate {ours} micro-batches, and a batch-size schedule that "
+                f"another one follows has set {steps}: Accelerate has one accumulation per process. Give both one "
+                "batch_size."
+            )
 
     def follow(self) -> None:
         """Set the accumulation for the update that begins at the schedule's clock."""

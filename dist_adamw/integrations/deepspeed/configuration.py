@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import itertools
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from types import NoneType, UnionType
 from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -141,7 +142,39 @@ def _optimizer_from_json(params: Iterable[Tensor], /, **given: Any) -> DistAdamW
 
 def _scheduler_from_json(optimizer: Any, /, **given: Any) -> CyclicLRWithRestarts:
     given = {k: v for k, v in given.items() if not (k in _FILLED_BY_PREPARE and v == "auto")}
-    return _made(CyclicLRWithRestarts, "scheduler", optimizer, given)
+    scheduler = _made(CyclicLRWithRestarts, "scheduler", optimizer, given)
+    if scheduler._scheduled.recipe.batch_schedule is not None:
+        scheduler.sample_source = _OneAccumulation(scheduler)
+    return scheduler
+
+
+class _OneAccumulation:
+    """Stands for the samples of updates until `prepare` counts them: the engine alone has one accumulation.
+
+    It counts micro-batches from the beginning of training, so changing it in mid-run would move its updates.
+
+    Args:
+        scheduler: Has a batch-size schedule; held weakly.
+    """
+
+    def __init__(self, scheduler: CyclicLRWithRestarts) -> None:
+        self._scheduler = weakref.ref(scheduler)
+
+    def before_update(self, *, has_closure: bool) -> None:
+        """Raise ValueError: an update would have the wrong batch."""
+        scheduler = self._scheduler()
+        batches = "" if scheduler is None else f" ({scheduler._scheduled.recipe.batches})"
+        raise ValueError(
+            f"batch_size in the DeepSpeed configuration is a schedule{batches}, and deepspeed.initialize alone has one "
+            "accumulation for all of training. Use Accelerate's loop with dist_adamw.prepare, or a number."
+        )
+
+    def returned_unapplied(self) -> None:
+        """Do nothing."""
+
+    def __call__(self) -> Callable[[], int | None]:
+        """Count nothing."""
+        return lambda: None
 
 
 def _made(kind: Callable[..., T], section: str, first: Any, given: Mapping[str, Any]) -> T:

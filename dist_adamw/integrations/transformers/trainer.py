@@ -86,7 +86,8 @@ def prepare_trainer(
             (``optimizers=``, ``optimizer_cls_and_kwargs=``) are used instead of new ones.
         optimizer: Arguments of `DistAdamW` that ``TrainingArguments`` does not have, such as ``decay_by``.
         scheduler: Arguments of `CyclicLRWithRestarts`. ``batch_size`` and ``epoch_size`` are needed only
-            if the data has no length, or your own loader makes other batches.
+            if the data has no length, or your own loader makes other batches. Trainer has one accumulation for all of
+            training, so ``batch_size`` cannot be a schedule.
         check_weights_every: See `dist_adamw.prepare`. Ranks also compare before each checkpoint, and at the end.
         on_difference: The schedule with which ``resume_from_checkpoint`` continues if the checkpoint's differs: see
             ``CyclicLRWithRestarts.load_state_dict``. None: the scheduler's own setting, by default "strict".
