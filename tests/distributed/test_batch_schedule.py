@@ -106,7 +106,7 @@ def equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
     return found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in expected)
 
 
-# ---------------------------------------------------------------- beside plain torch
+# ---------------------------------------------------------------- compared with plain torch
 
 
 def plain_torch(drop_last: bool, spans_epochs: bool) -> tuple[list[tuple[int, float, float]], list[Tensor]]:

@@ -1,4 +1,4 @@
-"""A batch-size schedule beside its definition, its mistakes, and what is saved of it."""
+"""A batch-size schedule: compared with its definition, its mistakes, and what is saved of it."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ KEYS = st.lists(st.fractions(Fraction(1, 50), 6, max_denominator=50), min_size=1
     timescale=st.sampled_from([None, "450 samples"]),
     samples=st.lists(st.integers(0, 7000), min_size=1, max_size=20),
 )
-def test_values_beside_the_definition(
+def test_values_are_those_of_the_definition(
     epochs: list[Fraction], sizes: list[int], unit: str, scaling: Any, timescale: Any, samples: list[int]
 ) -> None:
     starts = [epoch * E for epoch in sorted(epochs)]
