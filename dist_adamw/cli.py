@@ -23,7 +23,7 @@ from dist_adamw.schedule.scheduler import CyclicLRWithRestarts
 
 
 def preview(
-    batch_size: int,
+    batch_size: int | dict[int | str, int],
     epoch_size: int,
     restart_period: float | str = 100.0,
     t_mult: float = 2.0,
@@ -52,7 +52,7 @@ def preview(
     Lengths may have a unit: "2.5 epochs", "10_000 samples", "500 updates", "1e9 tokens", or "10%" of a cycle.
 
     Args:
-        batch_size: Global batch, in samples.
+        batch_size: Global batch, in samples; or a schedule: "{0: 256, 2 epochs: 512}".
         epoch_size: Samples in an epoch.
         restart_period: Length of the first cycle in epochs; may be a fraction.
         t_mult: Factor from the length of one cycle to the next.

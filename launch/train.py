@@ -124,13 +124,12 @@ class Job:
     def _build(self) -> None:
         """Create the text, model, optimizer, loaders and schedule, and prepare them."""
         config, accelerator = self.config, self.accelerator
-        self.batch = dist_adamw.GlobalBatch.solve(
-            size=config.recipe.global_batch,
-            micro_batch_size=config.recipe.micro_batch,
-            data_parallel_size=accelerator.num_processes,
-        )
+        one_pass = {"micro_batch_size": config.recipe.micro_batch, "data_parallel_size": accelerator.num_processes}
+        # All are checked; `prepare` follows a schedule from the first one on.
+        self.batch, *_ = (dist_adamw.GlobalBatch.solve(size=size, **one_pass) for size in config.recipe.batch_sizes)
         accelerator.gradient_accumulation_steps = self.batch.gradient_accumulation_steps
-        sizes = {"context": config.model.context, "global_batch": self.batch.size}
+        # Every epoch is then whole updates, whatever their size.
+        sizes = {"context": config.model.context, "global_batch": math.lcm(*config.recipe.batch_sizes)}
         self.text = everywhere(lambda: load_text(config.data, config.text, **sizes))
         if len(set(gather_object([self.text.digest]))) > 1:
             raise ValueError(f"the ranks read different texts from {self.text.source}. Pass one they share (--data).")
@@ -147,11 +146,14 @@ class Job:
         )
         self.held_out = accelerator.prepare(DataLoader(self.text.held_out, micro_batch, generator=torch.Generator()))
         self.preview = self.scheduler.preview(cycles=config.recipe.cycles)
+        assert self.preview.batches is not None
+        self.batches = self.preview.batches
         self.restarts = [row.first_sample for row in self.preview.rows[1:]]
         self.end = self.preview.rows[-1].first_sample + self.preview.rows[-1].samples
         # In fp64, in which sums of a few fp32 losses are exact: the mean does not depend on the number of ranks.
         self.wide = torch.float32 if accelerator.device.type == "mps" else torch.float64
         self.loss_sum = torch.zeros((), dtype=self.wide, device=accelerator.device)
+        self.micro_batches = 0  # of the update so far, on this rank
 
     def _find_checkpoint(self) -> tuple[Path, Progress] | None:
         """Return the checkpoint to resume from; None to start from the beginning. Collective."""
@@ -238,9 +240,9 @@ class Job:
         """Train to the end of the last cycle, or until a stop signal."""
         self.began = time.perf_counter() - (self.history.seconds if self.history else 0.0)
         context = self.config.model.context
-        updates = -(-self.end // self.batch.size)
+        _, end = self.batches.updates(0, self.end)
         with tqdm(
-            total=updates * self.batch.size * context,
+            total=end * context,
             initial=self.progress.samples * context,
             unit=" tokens",
             unit_scale=True,
@@ -266,6 +268,7 @@ class Job:
             self.scheduler.step()
             self.optimizer.zero_grad()
         self.loss_sum += loss.detach()
+        self.micro_batches += 1
         if self.accelerator.sync_gradients:
             self._after_update(lr, decay)
 
@@ -299,7 +302,8 @@ class Job:
         total: float
         total, *flags = self.accelerator.reduce(mine, reduction="sum").tolist()
         self.stopped_by = self.stop.agreed(flags)
-        loss = total / (self.batch.gradient_accumulation_steps * self.batch.data_parallel_size)
+        loss = total / (self.micro_batches * self.batch.data_parallel_size)
+        self.micro_batches = 0
         if not math.isfinite(loss):
             raise JobError(
                 f"the loss became {loss} after sample {self.progress.samples:,}. Lower recipe.lr, or set "
@@ -364,7 +368,7 @@ class Job:
         if not history.rows:
             return
         known = {"unigram entropy": self.text.entropies.unigram, "bigram entropy": self.text.entropies.bigram}
-        title = f"{self.parameters:,} parameters, global batch {self.batch.size}, {self.batch.data_parallel_size} ranks"
+        title = f"{self.parameters:,} parameters, global batch {self.batches}, {self.batch.data_parallel_size} ranks"
         try:
             draw(self.out / "curves.png", history.rows, self.restarts, known, title)
             self.say(f"curves: {self.out / 'curves.png'}")

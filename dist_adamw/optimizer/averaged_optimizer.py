@@ -76,15 +76,20 @@ class AveragedOptimizer(SavableOptimizer):
             )
         return self.averages[name]
 
-    def follow_schedule(self, schedule: RestartSchedule, batch_size: int) -> None:
+    def follow_schedule(self, schedule: RestartSchedule, batch_size: int, *, largest: int) -> None:
         """Set the decay of EMAs with a time scale. `CyclicLRWithRestarts` calls it. Local.
+
+        Args:
+            schedule: Converts lengths to samples.
+            batch_size: The global batch of the next update.
+            largest: The largest global batch of the training.
 
         Raises:
             ValueError: a time scale is shorter than an update.
         """
         for name, average in self.averages.items():
             if isinstance(average, EMA):
-                self._decays[name] = average.decay_at(schedule, batch_size)
+                self._decays[name] = average.decay_at(schedule, batch_size, largest)
 
     def follow_clock(self, schedule: RestartSchedule, before: int, after: int) -> None:
         """Add the weights to the means that are due. `CyclicLRWithRestarts` calls it after updates. Local.

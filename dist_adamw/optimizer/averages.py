@@ -59,16 +59,20 @@ class EMA:
                 stacklevel=3,
             )
 
-    def decay_at(self, schedule: RestartSchedule, batch_size: int) -> float:
-        """Return the factor of an update of ``batch_size`` samples. Local."""
+    def decay_at(self, schedule: RestartSchedule, batch_size: int, largest: int) -> float:
+        """Return the factor of an update of ``batch_size`` samples, of ``largest`` at most. Local.
+
+        Raises:
+            ValueError: the time scale is shorter than an update.
+        """
         if self.decay is not None:
             return self.decay
         assert self.timescale is not None
         tau = in_samples("EMA's timescale", self.timescale, "samples", schedule.sizes)
-        if tau < batch_size:
+        if tau < largest:
             raise ValueError(
                 f"EMA's timescale={shown(self.timescale)} is {float(tau):g} samples, less than an update of "
-                f"{batch_size}: the average would be the weights. Pass a longer one."
+                f"{largest}: the average would be the weights. Pass a longer one."
             )
         return math.exp(-batch_size / tau)
 

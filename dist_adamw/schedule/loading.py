@@ -38,8 +38,9 @@ def prepare_load(
         groups = scheduled.groups
         if takes_saved:
             check_takeable(saved, differing, len(groups))
-            recipe = recipe.with_configuration(saved, differing)
+            recipe = recipe.with_configuration(saved, differing, state_dict["batch_size"])
             groups = groups.with_bases([BaseValues(*values) for values in saved[GROUPS]], recipe.group_check)
+        scheduled.check_batches(recipe)
         if recipe.is_known:
             # Evaluated only for its errors: a saved recipe may fail at this sample.
             recipe.group_values(recipe.schedule.at(state_dict["samples"]), groups, scheduled.optimizer)

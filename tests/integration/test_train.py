@@ -107,6 +107,18 @@ def test_the_loss_curve_does_not_depend_on_the_ranks(two_ranks: tuple[Path, str]
         assert float(a["loss"]) == pytest.approx(float(b["loss"]), rel=1e-4)
 
 
+def test_a_batch_size_schedule(tmp_path: Path) -> None:
+    """On one process and on two ranks; the boundary is inside the second cycle."""
+    options = ("--recipe.global_batch", "{0: 8, 1 epoch: 16}", "--recipe.cycles", "2")
+    assert "global batch: 8 samples, 16 from sample 160 on" in train(ACCELERATE, tmp_path / "2", *options)
+    train(ONE_PROCESS, tmp_path / "1", *options)
+    two, one = history(tmp_path / "2"), history(tmp_path / "1")
+    assert [int(row["samples"]) for row in one] == [*range(8, 161, 8), 176, 192, 208]
+    for a, b in zip(one, two, strict=True):
+        assert (a["samples"], a["lr"], a["weight_decay"]) == (b["samples"], b["lr"], b["weight_decay"])
+        assert float(a["loss"]) == pytest.approx(float(b["loss"]), rel=1e-4)
+
+
 def test_a_reproducible_run_has_the_same_bits_on_any_number_of_ranks(tmp_path: Path) -> None:
     """With dropout, and with an eps that does not hide a wrong scale of the gradient."""
     options = ("--recipe.reproducible", "true", "--model.dropout", "0.1", "--recipe.eps", "0.1")
@@ -191,6 +203,10 @@ def sentence(*options: str) -> str:
         (["--recipe.lr", "nan"], "Got value: nan"),
         (["--recipe.eps", "nan"], "Got value: nan"),
         (["--recipe.global_batch", "7"], "global batch size 7 .*multiple"),
+        (["--recipe.global_batch", "{0: 8, 1 epoch: 7}"], "global batch size 7 .*multiple"),
+        (["--recipe.global_batch", "{1: 8, 1 epoch: 16}"], "first key of batch_size must be 0, .* got 1"),
+        (["--recipe.global_batch", "{0: 8, 1 moon: 16}"], "unknown unit"),
+        (["--recipe.global_batch", "{0: 8, 5: true}"], "Expected a int. Got value: True"),
         (["--data", "no/such/file"], "--data no/such/file: .*no such"),
         (["--text.max_bytes", "300"], "too small: 300 bytes"),
         (["--resume"], "no checkpoint in"),

@@ -85,7 +85,7 @@ def test_what_a_scheduler_section_says_is_taken(text: str, name: str, value: Any
             "restart_period=[1] ... number",
         ),
         ("scheduler", '{"batch_size": 1.5}', "batch_size=1.5 ... whole number"),
-        ("scheduler", '{"batch_size": {"micro_batch_size": 2}}', "batch_size={'micro_batch_size': 2} is wrong"),
+        ("scheduler", '{"batch_size": {"micro_batch_size": 2}}', "batch_size ... 'micro_batch_size'"),
         ("scheduler", '{"policy": 3}', "policy=3 ... text"),
         ("scheduler", '{"stream": "maybe"}', "stream='maybe' ... true or false"),
         # text for a number

@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 
 from dist_adamw.checkpoint.storage.index import read_index
 from dist_adamw.integrations.accelerate.accelerate_files import check_pickles, is_trusted, reading_safely
+from dist_adamw.integrations.accelerate.accumulation import accumulate, follow
 from dist_adamw.integrations.accelerate.counting import SampleCounter
 from dist_adamw.integrations.accelerate.data import engine_of
 from dist_adamw.integrations.accelerate.prepared_objects import Known, Prepared, samples_or_steps
@@ -84,7 +85,7 @@ def patch_accelerator(
     """
     if accelerator not in _OF:
         _OF[accelerator] = _Owned([], [], weakref.WeakSet())
-        for ours in (save_state, load_state, clip_grad_norm_, clip_grad_value_, backward):
+        for ours in (save_state, load_state, clip_grad_norm_, clip_grad_value_, backward, accumulate):
             setattr(accelerator, ours.__name__, _wrap_method(accelerator, ours))
     if counter is not None:
         _OF[accelerator].counters.add(counter)
@@ -258,6 +259,7 @@ def _go_on_from(accelerator: Accelerator, one: Known, found: Checkpoint) -> None
 
         accept_counts(one.model, found)
     one.of.position.counter.forget()
+    follow(accelerator)
     accelerator.step = 0  # accumulated gradients are not saved: their batches come again
 
 
