@@ -166,8 +166,8 @@ def _decay_for(
     convention = recipe.decay_convention(scheduler.optimizer, group)
     if convention == "l2":
         return None
-    reading, scale = recipe.decay_reading, recipe.batch_scale
-    norm = recipe.decay_norm_in(recipe.schedule.at(scheduler.samples).cycle)
+    reading, scale = recipe.decay_reading, recipe.batch_scale(scheduler.samples)
+    norm = recipe.decay_norm_in(recipe.schedule.at(scheduler.samples).cycle, scheduler.samples)
 
     def decay(lr: float) -> float:
         other = replace(base, lr=lr / (base.lr_scale * scale), min_lr=0.0)

@@ -12,7 +12,7 @@ from accelerate.state import AcceleratorState
 from torch import nn
 from transformers import TrainingArguments
 
-from dist_adamw import CyclicLRWithRestarts, DistAdamW, prepare_trainer
+from dist_adamw import EMA, CyclicLRWithRestarts, DistAdamW, prepare_trainer
 from tests.distributed.test_trainer import (
     BATCH,
     CLIP,
@@ -29,6 +29,7 @@ from tests.distributed.test_trainer import (
     arguments_on,
     check_same,
 )
+from tests.known import unwrap
 from tests.ranks import run_ranks
 
 # An epoch has 6 updates, of which the last has half a batch, and a checkpoint is saved after 8 updates of 18.
@@ -94,6 +95,46 @@ def test_recipes_and_a_resume_elsewhere(name: str, tmp_path: Path) -> None:
     check_same(begun, expected)
     for rows in run_ranks(after, train, second, str(tmp_path), after, recipe, str(tmp_path / "checkpoint-8")):
         check_same(begun[:8] + rows, expected)
+
+
+# ---------------------------------------------------------------- averages of the weights
+
+
+@torch.no_grad()
+def held_out(trainer: Any) -> float:
+    data = Samples()
+    batch = torch.utils.data.default_collate([data[i] for i in range(EPOCH)])
+    return trainer.model_wrapped(**batch)["loss"].item()
+
+
+def averaged(engine: str, folder: str, resume: str | None = None) -> dict[str, Any]:
+    """A run that evaluates with its weights, and with an average of them."""
+    accumulation = 1 if engine == "single" else 2  # so that every rank has a whole share of the last batch
+    with arguments_on(engine, folder, accumulation, **SAVE) as args:
+        noting = Noting(Network(), args, train_dataset=Samples())
+        averages = {"ema": EMA(decay=0.5)}
+        trainer = prepare_trainer(noting, optimizer={"averages": averages}, scheduler={"restart_period": 1})
+        trainer.train(resume_from_checkpoint=resume)
+        before = held_out(trainer)
+        with trainer.optimizer.averaged("ema"):
+            average = held_out(trainer)
+        assert held_out(trainer) == before
+        return {"weights": before, "average": average, "updates": unwrap(trainer.optimizer).contributions("ema")}
+
+
+def test_trainer_evaluates_with_an_average_on_every_engine(tmp_path: Path) -> None:
+    whole = run_ranks(1, averaged, "single", str(tmp_path / "whole"))[0]
+    assert whole["updates"] == 18
+    assert abs(whole["average"] - whole["weights"]) > 1e-4
+    for engine in ("DDP", "FSDP2", "ZeRO-2"):
+        folder = str(tmp_path / engine)
+        found = run_ranks(2, averaged, engine, folder)
+        assert found[0] == found[1]
+        again = run_ranks(1, averaged, "single", folder, str(Path(folder) / "checkpoint-8"))[0]
+        for one in (found[0], again):
+            assert one["updates"] == 18
+            assert one["average"] == pytest.approx(whole["average"], rel=1e-4)
+            assert one["weights"] == pytest.approx(whole["weights"], rel=1e-4)
 
 
 # ---------------------------------------------------------------- a batch-size schedule

@@ -35,6 +35,7 @@ MAKE = {"optimizer": optimizer_from, "scheduler": scheduler_from}
         ('{"lr": "1e-3"}', "lr", 1e-3),  # as PyYAML reads 1e-3
         ('{"betas": [0.8, 0]}', "betas", (0.8, 0.0)),
         ('{"amsgrad": true}', "amsgrad", True),
+        ('{"averages": {"ema": {"decay": 0.9}, "last": {"last": 3}}}', "amsgrad", False),
     ],
 )
 def test_what_an_optimizer_section_says_is_taken(text: str, name: str, value: Any) -> None:

@@ -190,18 +190,12 @@ def prepare(
 
         prepare_deepspeed(model, scheduler)
         clipping = float(config[CLIPPING])
-    _let_average(model, wrapped, inner, config is not None)
+    if isinstance(inner, DistAdamW):
+        inner.use_model(model)
+        wrapped.averaged = inner.averaged
     register(accelerator, Prepared(model, wrapped, stepped, scheduler, position, watch, group, clipping))
     note_prepared(accelerator, inner, scheduler)
     return model, wrapped, dataloader, stepped if ours is None else ours
-
-
-def _let_average(model: nn.Module, wrapped: Any, inner: Optimizer, by_deepspeed: bool) -> None:
-    """Give the prepared optimizer the method `DistAdamW.averaged`. Local."""
-    if isinstance(inner, DistAdamW):
-        if not by_deepspeed:
-            inner.use_model(model)
-        wrapped.averaged = inner.averaged
 
 
 def _deepspeed_config(accelerator: Accelerator) -> Any:

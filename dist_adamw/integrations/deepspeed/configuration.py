@@ -235,6 +235,8 @@ def _read(value: Any, kind: Any) -> Iterator[Any]:
         yield from _read_list(value, _kinds(*get_args(kind)))
     elif get_origin(kind) is Mapping:
         yield from _read_mapping(value, _kinds(get_args(kind)[1]))
+    elif kind is Any:
+        yield value
     elif kind in (int, float) and _may_be_number(value, kind):
         with contextlib.suppress(ValueError, OverflowError):
             yield kind(value)
@@ -277,5 +279,5 @@ def _in_words(kind: Any) -> str:
     if get_origin(kind) is Sequence:
         return f"a list, each {' or '.join(filter(None, map(_in_words, _kinds(*get_args(kind)))))}"
     if get_origin(kind) is Mapping:
-        return f"an object of {_in_words(get_args(kind)[1])} by samples"
+        return "an object" if get_args(kind)[1] is Any else f"an object of {_in_words(get_args(kind)[1])} by samples"
     return _WORDS.get(kind, "")

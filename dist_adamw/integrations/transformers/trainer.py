@@ -130,6 +130,7 @@ def prepare_trainer(
         loader = watch_own_loader(trainer)
         replace_method(trainer, "create_scheduler", _creator(trainer, scheduler, create, on_difference, loader))
         _attach_when_wrapped(trainer)
+    _when_training_begins(trainer, lambda: _let_average(trainer))
     keep_state(trainer, on_difference)
     _watch_ranks(trainer, check_weights_every)
     vars(trainer)["_prepared_by_dist_adamw"] = True
@@ -293,6 +294,13 @@ def _watch_ranks(trainer: Any, every: int | None) -> None:
 
     replace_method(trainer, "_save_checkpoint", checked)
     _when_training_begins(trainer, begin, settle)
+
+
+def _let_average(trainer: Any) -> None:
+    """Give ``trainer.optimizer`` the method `DistAdamW.averaged`, once the model is wrapped. Local."""
+    if isinstance(optimizer := unwrap(trainer.optimizer), DistAdamW):
+        optimizer.use_model(trainer.model_wrapped)
+        trainer.optimizer.averaged = optimizer.averaged
 
 
 def _attach_when_wrapped(trainer: Any) -> None:
