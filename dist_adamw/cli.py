@@ -197,9 +197,9 @@ def lr_range(
     """Find the learning rates that a script trains with: run it while lr rises, until its loss diverges.
 
     The script is unmodified, and uses dist_adamw.prepare and accelerator.backward. It ends when the loss diverges or
-    all updates were made. Nothing that it saves is written, and checkpoints are not deleted; pass it another output
-    folder if it writes other files. Everything after SCRIPT is passed to it. Without ranks it runs in this process, so
-    a launcher can start this command: torchrun --nproc-per-node 8 $(which dist-adamw) lr-range SCRIPT.
+    all updates were made. Its checkpoints are neither written nor deleted; pass it another output folder if it writes
+    other files. Everything after SCRIPT is passed to it. Without ranks it runs in this process, so a launcher can start
+    the command: accelerate launch -m dist_adamw.cli lr-range SCRIPT.
 
     Args:
         script: The Python file.

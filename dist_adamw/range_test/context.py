@@ -110,24 +110,20 @@ class RangeTest:
         if error is not None and collectives.world_size(self._group) > 1 and not self._all_ranks_raised(error):
             warnings.warn(
                 f"{type(error).__name__} has ended the range test on this rank, and not on all ranks at the same "
-                "update: weights and optimizer state are those of the test. Load a checkpoint.",
+                "update: weights and optimizer state are those of the test. The state from before it is in "
+                f"{self._restorer.path}, for {self._restorer.how_to_load}.",
                 stacklevel=2,
             )
             return
-        try:
-            self._restorer.restore()
-        finally:
-            self._restorer.discard()
+        self._restorer.restore()
+        self._restorer.discard()
         if error is not None:
             return
         test.take_last_update()
         self.result = test.result
         if self.result is None:
-            raise ValueError(
-                "the range test has no loss: record(loss) was not called. Call it for each micro-batch of the loop."
-                if not test.has_losses
-                else "the loop of the range test ended before its first update: let it run until record(loss) is True."
-            )
+            has_none = "record(loss) was not called. Call it for each micro-batch of the loop"
+            raise ValueError(f"the range test has no curve: {test.ended_by if test.has_losses else has_none}.")
 
     # ---------------------------------------------------------------- checks
 
@@ -135,6 +131,8 @@ class RangeTest:
         """Return what is wrong with the arguments. Local."""
         if (problem := check_range(**self._range)) is not None:
             return f"lr_range: {problem}"
+        if not isinstance(self._model, nn.Module):
+            return f"lr_range needs a model as its first argument, got {type(self._model).__name__}."
         inner = unwrap(self._given)
         if not isinstance(inner, Optimizer):
             return f"lr_range needs a torch optimizer, got {type(inner).__name__}."
@@ -253,7 +251,7 @@ def lr_range(
         CheckpointError: the state cannot be saved, or restored.
 
     If one of several ranks alone raises an exception in the block, or Ctrl-C ends them, nothing is restored, since a
-    collective may have been interrupted; a warning says so.
+    collective may have been interrupted. A warning says so, and names the folder with the copy, which is left there.
 
     Collective, and so is `record`: every rank enters and leaves the block.
 

@@ -97,8 +97,8 @@ class LROverride:
 
     @property
     def last_lr(self) -> float:
-        """The lr of the last applied update."""
-        return lr_of(self.updates - 1, self._lowest, self._highest, self._planned)
+        """The lr of the last applied update; of the first one before that."""
+        return lr_of(max(self.updates - 1, 0), self._lowest, self._highest, self._planned)
 
     def remove(self) -> None:
         """Remove the hooks, and put back the values of a ``step`` that raised. Local."""

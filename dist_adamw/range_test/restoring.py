@@ -44,6 +44,10 @@ class Restorer:
         folder: An existing folder that all ranks share, for the copy; None: the system's for temporary files.
         group: The ranks.
 
+    Attributes:
+        path: The checkpoint.
+        how_to_load: The function that reads it.
+
     Raises:
         CheckpointError: the state could not be saved; on every rank, and nothing is left behind.
     """
@@ -65,8 +69,10 @@ class Restorer:
         for loader in loaders:
             self._undo += _loader_state(loader, set())
         self._folder = _shared_folder(folder, group)
+        self.path = self._folder / "state"
+        self.how_to_load = "dist_adamw.load" if accelerator is None else "accelerator.load_state"
         try:
-            self._save(self._folder / "state")
+            self._save(self.path)
         except BaseException:
             self.discard()
             raise
@@ -79,12 +85,12 @@ class Restorer:
         """
         if self._accelerator is not None:
             # Trusted: this job has just written it, into a folder that only this user can write to.
-            self._accelerator.load_state(str(self._folder / "state"), load_kwargs={"weights_only": False})
+            self._accelerator.load_state(str(self.path), load_kwargs={"weights_only": False})
         else:
             from dist_adamw.checkpoint.save_load import load  # slow to import
 
             load(
-                self._folder / "state",
+                self.path,
                 self._model,
                 self._optimizer,
                 self._scheduler,

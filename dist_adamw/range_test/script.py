@@ -92,7 +92,8 @@ class ScriptTest:
             return 2
         test.take_last_update()
         if (result := test.result) is None:
-            _say("the script ended before its first update, so there is nothing to show.", sys.stderr)
+            why = test.ended_by if test.has_losses else "the script has not called accelerator.backward(loss)"
+            _say(f"there is no curve: {why}.", sys.stderr)
             return 2
         if not self._is_reported and collectives.rank() == 0:
             print(f"\n{result}", flush=True)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import dist_adamw
-from dist_adamw import CyclicLRWithRestarts, DistAdamW, lr_range, prepare, rest_of_epoch
+from dist_adamw import CyclicLRWithRestarts, DistAdamW, load, lr_range, prepare, rest_of_epoch
 from dist_adamw.checkpoint.engine_adapters import access
 from dist_adamw.checkpoint.storage.partial_tensor import PartialTensor, evaluated
 from dist_adamw.optimizer.sharding.dtensors import local_of
@@ -198,7 +198,13 @@ def leave(kinds: list[type[Exception]], folder: str) -> tuple[bool, int]:
                 test.record(loss)
             raise kinds[dist.get_rank()]
     said = [str(one.message) for one in caught if "has ended the range test on this rank" in str(one.message)]
-    return torch.equal(model.weight, before), len(said)
+    is_restored = torch.equal(model.weight, before)
+    for text in said:  # the copy is left, and named
+        found = re.search(r"before it is in (\S+), for dist_adamw.load", text)
+        assert found is not None
+        load(found[1], model, optimizer)
+        assert torch.equal(model.weight, before)
+    return is_restored, len(said)
 
 
 def test_an_exception_on_all_ranks_restores_everything(tmp_path: Path) -> None:

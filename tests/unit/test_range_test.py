@@ -458,6 +458,8 @@ def test_bad_use_is_one_sentence(tmp_path: Path) -> None:
     before = weights(model)
     with pytest.raises(ValueError, match="got dict"), lr_range(model, {}):  # type: ignore[arg-type]
         pass
+    with pytest.raises(ValueError, match="a model as its first argument, got DistAdamW"), lr_range(optimizer, model):  # type: ignore[arg-type]
+        pass
     test = lr_range(model, optimizer)
     with pytest.raises(ValueError, match="belongs inside the block"):
         test.record(1.0)
@@ -466,8 +468,16 @@ def test_bad_use_is_one_sentence(tmp_path: Path) -> None:
     assert torch.equal(weights(model), before)
     with pytest.raises(ValueError, match="entered before"), test:
         pass
-    with pytest.raises(ValueError, match="before its first update"), lr_range(model, optimizer) as test:
+    with (
+        pytest.raises(ValueError, match="no curve: the loop ended after 0 of 100 updates"),
+        lr_range(model, optimizer) as test,
+    ):
         test.record(1.0)
+    with (
+        pytest.raises(ValueError, match="no curve: diverged: the loss became nan at lr 1e-06, after 0 updates"),
+        lr_range(model, optimizer) as test,
+    ):
+        test.record(math.nan)
     with pytest.raises(ValueError, match="another range test of this optimizer"):  # noqa: SIM117
         with lr_range(model, optimizer), lr_range(model, optimizer):
             pass
