@@ -133,9 +133,11 @@ class AveragedOptimizer(SavableOptimizer):
     def _moves_of_update(self) -> dict[str, float]:
         """Return how far each EMA moves in the update in progress, by name. Local; once the outcome was measured."""
         moves = {}
-        for name, decay in self._decays.items():
-            is_first = self._contributions.begins(name, self._outcome.number)
-            moves[name] = 1.0 if is_first else 1.0 - decay  # type: ignore[operator]
+        for name, average in self.averages.items():
+            if isinstance(average, EMA):
+                before = self._contributions.since_first(name, self._outcome.number)
+                if before % average.every == 0:
+                    moves[name] = 1.0 - self._decays[name] ** average.every if before else 1.0  # type: ignore[operator]
         return moves
 
     def _check_averages(self) -> None:

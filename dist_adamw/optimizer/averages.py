@@ -24,16 +24,18 @@ _DTYPES: Mapping[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torc
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EMA:
-    """An exponential moving average of the weights, updated with every applied update.
+    """An exponential moving average of the weights, moved by applied updates.
 
     The first update copies the weights w; each further one computes a + (1 - decay) (w - a), with the bits of
-    ``torch.optim.swa_utils.get_ema_multi_avg_fn(decay)``.
+    ``torch.optim.swa_utils.get_ema_multi_avg_fn(decay)``. With ``every``, updates 1, 1 + every, 1 + 2 every, ... do so,
+    with ``decay ** every``.
 
     Args:
         decay: The factor per update, above 0 and below 1.
         timescale: In its place the time tau over which it averages, in samples or with a unit ("0.5 epochs"):
             ``decay`` is exp(-b / tau) for a global batch of b, so another batch averages over the same samples. It
             needs a `CyclicLRWithRestarts`, which knows the sizes; arXiv:2307.13813.
+        every: The updates from one move to the next; each move reads and writes the whole average.
         dtype: Of the average: ``torch.float32`` or ``torch.bfloat16``. None: fp32, or fp64 for fp64 weights.
 
     Raises:
@@ -42,9 +44,11 @@ class EMA:
 
     decay: float | None = None
     timescale: Length | None = None
+    every: int = 1
     dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "every", check_positive_int("EMA's every", self.every))
         if (self.decay is None) == (self.timescale is None):
             raise ValueError(f"EMA needs decay or timescale, and not both, got {self}.")
         if self.decay is not None and not (type(self.decay) in (int, float) and 0.0 < self.decay < 1.0):
@@ -52,10 +56,10 @@ class EMA:
         if self.timescale is not None:
             check_length("EMA's timescale", _not_zero("EMA's timescale", self.timescale))
         object.__setattr__(self, "dtype", _dtype(self.dtype))
-        if self.dtype == torch.bfloat16 and self.decay is not None and 1 - self.decay < 2**-6:
+        if self.dtype == torch.bfloat16 and self.decay is not None and (part := 1 - self.decay**self.every) < 2**-6:
             warnings.warn(
-                f"an EMA with decay={self.decay} in bfloat16 stands still: {1 - self.decay:.2g} of a difference is "
-                "less than bf16's last bit, unless the weights have moved a long way. Keep it in float32.",
+                f"{self} stands still: a move by {part:.2g} of a difference is less than bf16's last bit, unless the "
+                "weights have moved a long way. Keep it in float32, or move it less often with every=.",
                 stacklevel=3,
             )
 
@@ -241,9 +245,9 @@ class Contributions:
                 else:
                     self._means[name] = count
 
-    def begins(self, name: str, number: int) -> bool:
-        """Return whether update ``number`` is the first of an EMA; a skipped one is tried again. Local."""
-        return self._first.setdefault(name, number) == number
+    def since_first(self, name: str, number: int) -> int:
+        """Return how many updates before ``number`` an EMA has had; a skipped one is tried again. Local."""
+        return number - self._first.setdefault(name, number)
 
     def add(self, name: str) -> None:
         """Count a contribution to a `Mean`. Local."""

@@ -84,6 +84,22 @@ def test_the_bits_of_averaged_models_and_nothing_else_changes() -> None:
     assert [optimizer.contributions(name) for name in ALL] == [7, 7, 7]
 
 
+@pytest.mark.parametrize("resumed", [False, True])
+def test_every_few_updates_with_the_decay_of_all_of_them(resumed: bool) -> None:
+    model = network()
+    averages = {"ema": EMA(decay=0.9, every=3)}
+    optimizer = DistAdamW(model.parameters(), averages=averages)
+    series = []
+    for k in range(12):
+        if resumed and k == 5:
+            saved, optimizer = optimizer.state_dict(), DistAdamW(model.parameters(), averages=averages)
+            optimizer.load_state_dict(saved)
+        update(model, optimizer, k)
+        series.append(weights(model))
+        assert optimizer.contributions("ema") == k + 1
+    assert same(shown(model, optimizer, "ema"), ema_of(series[::3], 0.9**3))
+
+
 @pytest.mark.parametrize("cut", [1, 3, 16, 33, 1 << 18])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_an_element_does_not_depend_on_where_a_tensor_is_cut(cut: int, dtype: torch.dtype) -> None:
@@ -470,6 +486,7 @@ def test_wrong_averages(given: Any, message: str) -> None:
         (lambda: EMA(timescale=0), r"timescale must be a finite number above 0, got 0"),
         (lambda: EMA(timescale="3 moons"), r"timescale='3 moons' has an unknown unit"),
         (lambda: EMA(decay=0.9, dtype=torch.float16), r"dtype of an average must be .*, got torch.float16"),
+        (lambda: EMA(decay=0.9, every=0), r"EMA's every must be a whole number above 0, got 0"),
         (lambda: Mean(every=0), r"every must be a finite number above 0, got 0"),
         (lambda: Mean(last=0), r"last must be a whole number above 0, got 0"),
         (lambda: Mean(start=-3), r"start must be a finite number above 0, got -3"),
@@ -481,8 +498,9 @@ def test_wrong_arguments(make: Callable[[], object], message: str) -> None:
 
 
 def test_an_ema_in_bf16_that_would_stand_still_is_told() -> None:
-    with pytest.warns(UserWarning, match=r"decay=0.999 in bfloat16 stands still"):
+    with pytest.warns(UserWarning, match=r"decay=0.999.*bfloat16\) stands still: a move by 0.001"):
         EMA(decay=0.999, dtype=torch.bfloat16)
+    EMA(decay=0.999, every=20, dtype=torch.bfloat16)  # moves by 0.02
     assert check_averages({"ema": {"decay": 0.9, "dtype": "bfloat16"}})["ema"].dtype == torch.bfloat16
 
 
