@@ -2,23 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
+
+from torch.optim import Optimizer
 
 from dist_adamw.checkpoint.local_state import MASTER, MODEL, LocalState
 from dist_adamw.checkpoint.storage.index import Index
 from dist_adamw.errors import CheckpointError
-from dist_adamw.optimizer.averages import AVERAGED
-from dist_adamw.optimizer.sharding.bucket_views import MOMENTS
+from dist_adamw.optimizer.averages import SavedAverage, described, from_groups
+from dist_adamw.schedule.saved import OnDifference
 
 
-def averages_in(index: Index) -> set[str]:
-    """Return the kinds of the saved tensors that are averages of weights. Local."""
-    if not any(AVERAGED in group for group in index.about["groups"]):
-        return set()
-    trained = {name for group in index.about["groups"] for name in group["names"]}
-    parts = (key.partition(".") for key in index.tensors)
-    return {kind for kind, _, name in parts if name in trained} - {MODEL, MASTER, *MOMENTS}
+def averages_in(index: Index) -> dict[str, SavedAverage]:
+    """Return the averages in a checkpoint by name. Local.
+
+    Raises:
+        CheckpointError: what it says of them is damaged.
+    """
+    try:
+        return from_groups(index.about["groups"])
+    except ValueError as error:
+        raise CheckpointError(f"{index.folder} is damaged: {error}") from error
+
+
+def check_averages(index: Index, optimizer: Optimizer, choice: OnDifference) -> None:
+    """Raise if a checkpoint has other averages than ``optimizer``, unless ``choice`` is "new". Local.
+
+    Raises:
+        CheckpointError: names both.
+    """
+    there = {name: saved.options for name, saved in averages_in(index).items()}
+    averages = getattr(optimizer, "averages", {})
+    here = {name: described(name, average, 0).options for name, average in averages.items()}
+    if there != here and choice != "new":
+        was, now = (", ".join(f"{n}: {options}" for n, options in sorted(of.items())) or "none" for of in (there, here))
+        raise CheckpointError(
+            f"{index.folder} has these averages of the weights: {was}; and this optimizer keeps: {now}. Pass the same "
+            "to DistAdamW, or on_difference='new': those that the checkpoint lacks begin then, and others are dropped."
+        )
 
 
 def slots_of(index: Index, average: str) -> list[str]:
@@ -27,19 +48,14 @@ def slots_of(index: Index, average: str) -> list[str]:
     Raises:
         CheckpointError: the checkpoint has no such average, or nothing was added to it yet.
     """
-    found = (group[AVERAGED] for group in index.about["groups"] if isinstance(group.get(AVERAGED), Mapping))
-    counts: Mapping[str, Any] = next(found, {})
-    kinds = averages_in(index)
-    if average not in counts:
+    known = averages_in(index)
+    if average not in known:
         raise CheckpointError(
-            f"{index.folder} has no average {average!r} of the weights; it has {', '.join(counts) or 'none'}."
+            f"{index.folder} has no average {average!r} of the weights; it has {', '.join(known) or 'none'}."
         )
-    if not (count := counts[average]):
+    if not known[average].count:
         raise CheckpointError(f"{index.folder} has the average {average!r}, to which no weights were added yet.")
-    if average in kinds:
-        return [average]
-    kept = sum(f"{average}_{i}" in kinds for i in range(len(kinds)))
-    return [f"{average}_{i % kept}" for i in range(max(0, count - kept), count)]
+    return known[average].oldest_first()
 
 
 def instead_of_weights(index: Index, average: str, make_room: Callable[[], LocalState]) -> Callable[[], LocalState]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from dist_adamw.checkpoint.averages import averages_in
+from dist_adamw.checkpoint.averages import check_averages
 from dist_adamw.checkpoint.extra_state import check_extra_state
 from dist_adamw.checkpoint.local_state import (
     MODEL,
@@ -30,7 +30,7 @@ from dist_adamw.checkpoint.local_state import (
 from dist_adamw.checkpoint.random_state import random_state_of
 from dist_adamw.checkpoint.storage.index import Index, check_files, read_index
 from dist_adamw.errors import CheckpointError
-from dist_adamw.optimizer.averages import AVERAGED, dtypes_of
+from dist_adamw.optimizer.averages import AVERAGED
 from dist_adamw.optimizer.options import KEPT, check_hyper_parameters
 from dist_adamw.plain_data import plain
 from dist_adamw.schedule.saved import OnDifference
@@ -268,14 +268,7 @@ def _check_optimizer(
             f"{index.folder} was made with other hyper-parameters: {_first_three([*lines])}. Pass the same, "
             "or choose by on_difference='checkpoint' or 'new'."
         )
-    averages, wanted = averages_in(index), {*dtypes_of(getattr(unwrap(optimizer), "averages", {}))}
-    if averages != wanted and choice != "new":
-        there, here_too = (", ".join(sorted(names)) or "none" for names in (averages, wanted))
-        raise CheckpointError(
-            f"{index.folder} has these averages of the weights: {there}; and this optimizer keeps: {here_too}. Pass "
-            "the same to DistAdamW, or on_difference='new': those that the checkpoint lacks begin then, and others are "
-            "dropped."
-        )
+    check_averages(index, unwrap(optimizer), choice)
 
 
 def _cycled(scheduler: LRScheduler | None) -> set[str]:
@@ -297,18 +290,13 @@ def _to_take(
         keys = _keys_to_take(here, scheduler, choice)
         if getattr(optimizer, "reproducible", False):
             keys += KEPT
-        averages = getattr(optimizer, "averages", {})
-        if averages:
+        if getattr(optimizer, "averages", {}):
             keys.append(AVERAGED)
         # Groups may be split differently now, so they are matched by the names of their parameters.
         found = [group_of[name] for name in here["names"] if name in group_of]
         saved_groups = [_in_convention_of(optimizer, one, index.about.get("decay_by")) for one in found]
         values = _values_of(saved_groups[0], keys, group) if saved_groups else {}
         _check_values(index, values, saved_groups, group)
-        if AVERAGED in values:  # an average that the checkpoint lacks begins at the next update
-            there = averages_in(index)
-            kept = {name for name, average in averages.items() if there.issuperset(average.slots(name))}
-            values[AVERAGED] = {name: count for name, count in values[AVERAGED].items() if name in kept}
         taken.append(values)
     return taken
 
@@ -344,10 +332,8 @@ def _check_values(
                     f"{index.folder} has parameters of one group here in several groups, with {key} {value!r} and "
                     f"{other[key]!r}. Make the same groups, or pass on_difference='new'."
                 )
-        if key == AVERAGED:
-            fits = _is_mapping(value) and all(type(n) is int and 0 <= n < 1 << 53 for n in value.values())
-        else:
-            fits = _is_like(value, plain(KEPT[key] if key in KEPT else group.get(key, group["lr"])))
+        kept = {**KEPT, AVERAGED: ""}  # checked by `check_averages`
+        fits = _is_like(value, plain(kept.get(key, group.get(key, group["lr"]))))
         is_amount = key in ("lr", "weight_decay", "initial_lr")
         if not fits or (is_amount and not 0 <= value < math.inf):
             raise CheckpointError(

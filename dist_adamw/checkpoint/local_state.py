@@ -196,8 +196,6 @@ def plain_groups(
     found: list[dict[str, Any]] = []
     for g, group in enumerate([] if optimizer is None else optimizer.param_groups):
         values = {key: plain(value) for key, value in group.items() if key not in ("params", "param_names")}
-        if AVERAGED in group:
-            values[AVERAGED] = dict(group[AVERAGED])
         found.append({"names": names(g, group), **values})
     return found
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dist_adamw.optimizer.averages import AVERAGED, EMA, Average, Contributions, Mean
+from dist_adamw.optimizer.averages import AVERAGED, EMA, Average, Contributions, Mean, as_text, described
 from dist_adamw.optimizer.kernels.averaging import mean_of
 from dist_adamw.optimizer.outcome import is_capturing
 from dist_adamw.optimizer.savable_optimizer import SavableOptimizer, StateDict
@@ -41,6 +41,8 @@ class AveragedOptimizer(SavableOptimizer):
 
     @averages.setter
     def averages(self, averages: Mapping[str, Average]) -> None:
+        if hasattr(self, "_all_shards"):
+            raise AttributeError("averages are chosen when the optimizer is created: DistAdamW(..., averages={...}).")
         self._averages = dict(averages)
 
     # ---------------------------------------------------------------- contributions
@@ -197,7 +199,7 @@ class AveragedOptimizer(SavableOptimizer):
                 "dist_adamw.prepare_deepspeed(engine), before averaged()."
             )
         self._check_unsharded()
-        slots = [average.slots(name)[0]] if isinstance(average, EMA) else average.oldest_first(name, count)
+        slots = described(name, average, count).oldest_first()
         with Backup(self._known_modules()), (self._engine_weights or self._own_weights)() as write:
             with torch.no_grad():
                 write(lambda shard, i: _average_of(shard, i, slots))
@@ -249,12 +251,13 @@ class AveragedOptimizer(SavableOptimizer):
     # ---------------------------------------------------------------- saving
 
     def _write_counts(self) -> None:
-        """Put the number of contributions into the groups, so that every kind of checkpoint has it. Local."""
-        if not self.averages:
-            return
-        counts = {name: self.contributions(name) for name in self.averages}
+        """Put the averages and their counts into the groups, so that every kind of checkpoint has them. Local."""
+        text = as_text({name: described(name, a, self.contributions(name)) for name, a in self.averages.items()})
         for group in self.param_groups:
-            group[AVERAGED] = counts
+            if self.averages:
+                group[AVERAGED] = text
+            else:  # a load may have brought it
+                group.pop(AVERAGED, None)
 
     def follow(self) -> None:
         """See `ShardedOptimizer`. Collective."""

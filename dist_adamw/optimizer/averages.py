@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
+import re
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar
 
 import torch
@@ -16,7 +18,7 @@ from dist_adamw.schedule.batch import check_positive_int, shown
 from dist_adamw.schedule.lengths import Length, check_length, in_samples
 from dist_adamw.schedule.restarts import RestartSchedule
 
-# What a parameter group keeps for checkpoints: the contributions to each average.
+# What parameter groups keep for checkpoints: which averages there are, and the contributions to each.
 AVERAGED = "averaged"
 _TAKEN = {"step", "model", "rng", *MOMENTS, *MASTERS}  # other kinds of state, and of tensors in a checkpoint
 _DTYPES: Mapping[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -141,12 +143,6 @@ class Mean:
         """Return the name of the tensor that contribution number ``count``, from 0, is written to. Local."""
         return name if self.last is None else f"{name}_{count % self.last}"
 
-    def oldest_first(self, name: str, count: int) -> list[str]:
-        """Return the names of the tensors to average after ``count`` contributions. Local."""
-        if self.last is None:
-            return [name]
-        return [self.slot(name, i) for i in range(max(0, count - self.last), count)]
-
 
 Average = EMA | Mean
 
@@ -215,6 +211,70 @@ def unless_skipped(moves: Mapping[str, float], found_inf: Tensor | None) -> Mapp
     return {name: by if by == 1 else by * (1 - found_inf) for name, by in moves.items()}
 
 
+@dataclass(frozen=True, slots=True)
+class SavedAverage:
+    """What a checkpoint says of an average.
+
+    Attributes:
+        count: How often the weights were added; for an EMA, the updates since its first.
+        options: The average as text, without its dtype, such as "EMA(decay=0.9)".
+        tensors: The names of its tensors in ``state``.
+    """
+
+    count: int
+    options: str
+    tensors: tuple[str, ...]
+
+    def oldest_first(self) -> list[str]:
+        """Return the names of the tensors whose mean it is. Local."""
+        kept = len(self.tensors)
+        return (
+            [self.tensors[i % kept] for i in range(max(0, self.count - kept), self.count)]
+            if kept > 1
+            else [*self.tensors]
+        )
+
+
+def described(name: str, average: Average, count: int) -> SavedAverage:
+    """Return what a checkpoint is to say of an average with ``count`` contributions. Local."""
+    options = [(field.name, getattr(average, field.name), field.default) for field in fields(average)]
+    told = ", ".join(f"{key}={value!r}" for key, value, default in options if key != "dtype" and value != default)
+    return SavedAverage(count, f"{type(average).__name__}({told})", tuple(average.slots(name)))
+
+
+def as_text(saved: Mapping[str, SavedAverage]) -> str:
+    """Return the value of `AVERAGED` in a parameter group: text, which every kind of checkpoint keeps. Local."""
+    return json.dumps({name: asdict(average) for name, average in saved.items()})
+
+
+def from_groups(groups: Iterable[Mapping[str, Any]]) -> dict[str, SavedAverage]:
+    """Return the averages by name that parameter groups speak of. Local.
+
+    Raises:
+        ValueError: they say something else.
+    """
+    text = next((group[AVERAGED] for group in groups if AVERAGED in group), "{}")
+    try:
+        found = {
+            name: SavedAverage(given["count"], given["options"], tuple(given["tensors"]))
+            for name, given in json.loads(text).items()
+        }
+        is_right = all(_is_right(name, average) for name, average in found.items())
+    except (TypeError, ValueError, KeyError, AttributeError):
+        is_right = False
+    if not is_right:
+        raise ValueError(f"{AVERAGED} of a parameter group is {shown(text)}, which does not describe averages.")
+    return found
+
+
+def _is_right(name: str, average: SavedAverage) -> bool:
+    is_count = type(average.count) is int and 0 <= average.count < 1 << 53
+    are_names = bool(average.tensors) and all(
+        isinstance(tensor, str) and re.fullmatch(rf"{re.escape(name)}(_\d+)?", tensor) for tensor in average.tensors
+    )
+    return name.isidentifier() and name not in _TAKEN and is_count and isinstance(average.options, str) and are_names
+
+
 class Contributions:
     """How often each average has had the weights added.
 
@@ -229,21 +289,23 @@ class Contributions:
     def load(self, groups: Sequence[Mapping[str, Any]], averages: Mapping[str, Average], updates: int) -> None:
         """Take the counts that a load has put into the parameter groups, unless that was done. Local.
 
+        An average that was saved as another kind, or with another number of tensors, begins again.
+
         Args:
             updates: The number of applied updates.
         """
         if self._is_loaded:
             return
         self._is_loaded = True
-        saved: Mapping[str, Any] = next(
-            (group[AVERAGED] for group in groups if isinstance(group.get(AVERAGED), Mapping)), {}
-        )
+        saved = from_groups(groups)
         for name, average in averages.items():
-            if count := int(saved.get(name, 0)):
+            here = described(name, average, 0)
+            there = saved.get(name, here)
+            if there.count and (_kind(there), there.tensors) == (_kind(here), here.tensors):
                 if isinstance(average, EMA):
-                    self._first[name] = updates - count + 1
+                    self._first[name] = updates - there.count + 1
                 else:
-                    self._means[name] = count
+                    self._means[name] = there.count
 
     def since_first(self, name: str, number: int) -> int:
         """Return how many updates before ``number`` an EMA has had; a skipped one is tried again. Local."""
@@ -258,3 +320,7 @@ class Contributions:
         if name in self._first:
             return max(0, updates - self._first[name] + 1)
         return self._means.get(name, 0)
+
+
+def _kind(average: SavedAverage) -> str:
+    return average.options.partition("(")[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -239,7 +240,8 @@ def test_a_state_dict_goes_on(kept: bool) -> None:
         update(model, optimizer, k)
         optimizer.add_to_average("mean")
     saved = copy.deepcopy(optimizer.state_dict())
-    assert saved["param_groups"][0]["averaged"] == {"ema": 3, "mean": 3, "lawa": 0}
+    told = json.loads(saved["param_groups"][0]["averaged"])
+    assert {name: average["count"] for name, average in told.items()} == {"ema": 3, "mean": 3, "lawa": 0}
     if not kept:  # torch.optim.AdamW's: averages begin
         for entry in saved["state"].values():
             for name in ("ema", "mean", "lawa_0", "lawa_1"):
@@ -388,7 +390,8 @@ def test_a_checkpoint_with_other_averages_is_refused_unless_new(tmp_path: Path) 
     wanted = {"ema": EMA(decay=0.9), "last": Mean(every="1 update", last=2)}
     other, theirs, schedule = trained(wanted, 1)
     with pytest.raises(
-        CheckpointError, match=r"these averages of the weights: ema, old; and this .* ema, last_0, last_1"
+        CheckpointError,
+        match=r"averages of the weights: ema: EMA\(decay=0.9\), old: .* keeps: ema: .*, last: Mean\(.*last=2\)",
     ):
         dist_adamw.load(tmp_path, other, theirs, schedule)
     dist_adamw.load(tmp_path, other, theirs, schedule, on_difference="new")
@@ -400,7 +403,7 @@ def test_a_checkpoint_with_other_averages_is_refused_unless_new(tmp_path: Path) 
     schedule.step()
     assert same(shown(other, theirs, "last"), weights(other))
     adamw = torch.optim.AdamW(other.parameters())
-    with pytest.raises(CheckpointError, match=r"ema, old; and this optimizer keeps: none"):
+    with pytest.raises(CheckpointError, match=r"old: Mean\(.*\); and this optimizer keeps: none"):
         dist_adamw.load(tmp_path, other, adamw, CyclicLRWithRestarts(adamw, 8, 40))
 
 
@@ -447,8 +450,119 @@ def test_a_checkpoint_without_averages_is_what_it_was(tmp_path: Path) -> None:
     model, optimizer, scheduler = trained({})
     dist_adamw.save(tmp_path, model, optimizer, scheduler)
     assert all("averaged" not in group for group in optimizer.param_groups)
-    with pytest.raises(CheckpointError, match=r"these averages of the weights: none; and this optimizer keeps: ema"):
+    with pytest.raises(
+        CheckpointError, match=r"these averages of the weights: none; and this optimizer keeps: ema: EMA"
+    ):
         dist_adamw.load(tmp_path, *trained({"ema": EMA(decay=0.9)}))
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (Mean(every="1 update", last=3), Mean(every="1 update", last=2)),
+        (Mean(every="1 update", last=2), Mean(every="1 update", last=3)),
+        (Mean(every="1 update", last=2), Mean(every="1 update")),
+        (EMA(decay=0.9), Mean(every="1 update")),
+        (Mean(every="1 update"), EMA(decay=0.9)),
+    ],
+)
+@pytest.mark.parametrize("by_state_dict", [False, True])
+def test_another_kind_of_the_same_name_begins_again(
+    before: Any, after: Any, by_state_dict: bool, tmp_path: Path
+) -> None:
+    model, optimizer, scheduler = trained({"it": before}, 4)
+    dist_adamw.save(tmp_path, model, optimizer, scheduler)
+    other, theirs, schedule = trained({"it": after}, 1)
+    if by_state_dict:
+        other.load_state_dict(model.state_dict())
+        theirs.load_state_dict(optimizer.state_dict())
+    else:
+        with pytest.raises(CheckpointError, match="has these averages"):
+            dist_adamw.load(tmp_path, other, theirs, schedule)
+        dist_adamw.load(tmp_path, other, theirs, schedule, on_difference="new")
+    assert theirs.contributions("it") == 0
+    series = []
+    for k in range(3):
+        update(other, theirs, k)
+        schedule.step()
+        series.append(weights(other))
+    expected = ema_of(series) if isinstance(after, EMA) else mean(series[-(after.last or 3) :])
+    assert same(shown(other, theirs, "it"), expected)
+
+
+@pytest.mark.parametrize(
+    ("was", "now"),
+    [(EMA(decay=0.9), EMA(decay=0.99)), (Mean(), Mean(every="1 update")), (EMA(decay=0.9), EMA(decay=0.9, every=2))],
+)
+def test_other_options_are_a_difference_as_other_betas_are(was: Any, now: Any, tmp_path: Path) -> None:
+    model, optimizer, scheduler = trained({"it": was})
+    dist_adamw.save(tmp_path, model, optimizer, scheduler)
+    other, theirs, schedule = trained({"it": now}, 1)
+    with pytest.raises(CheckpointError, match="has these averages"):
+        dist_adamw.load(tmp_path, other, theirs, schedule)
+    dist_adamw.load(tmp_path, other, theirs, schedule, on_difference="new")
+    assert theirs.contributions("it") == optimizer.contributions("it")
+
+
+def test_a_checkpoint_from_before_the_first_update(tmp_path: Path) -> None:
+    averages = {"ema": EMA(decay=0.9), "last": Mean(every="1 update", last=2)}
+    fresh = trained(averages, 0)
+    dist_adamw.save(tmp_path, *fresh)
+    for updates in (0, 3):
+        model, optimizer, scheduler = trained(averages, updates)
+        dist_adamw.load(tmp_path, model, optimizer, scheduler)
+        assert optimizer.contributions("ema") == optimizer.contributions("last") == 0
+        update(model, optimizer)
+        scheduler.step()
+        assert same(shown(model, optimizer, "ema"), weights(model))
+
+
+@pytest.mark.parametrize("kind", ["torch", "dcp", "universal"])
+def test_a_round_trip_through_other_formats(kind: Any, tmp_path: Path) -> None:
+    averages = {"ema": EMA(decay=0.5), "last": Mean(every="1 update", last=2)}
+    model, optimizer, scheduler = trained(averages)
+    dist_adamw.save(tmp_path / "saved", model, optimizer, scheduler)
+    dist_adamw.export_checkpoint(tmp_path / "saved", tmp_path / "theirs", kind)
+    dist_adamw.import_checkpoint(tmp_path / "theirs", tmp_path / "ours", kind)
+    other, theirs, _ = trained(averages, 0)
+    if kind == "universal":  # DeepSpeed has no averages
+        dist_adamw.load(tmp_path / "ours", other, theirs, on_difference="new")
+        assert theirs.contributions("ema") == 0
+        return
+    dist_adamw.load(tmp_path / "ours", other, theirs)
+    for name in averages:
+        assert same(shown(other, theirs, name), shown(model, optimizer, name))
+
+
+def test_a_state_dict_that_a_user_saved_is_imported(tmp_path: Path) -> None:
+    model, optimizer, _ = trained({"ema": EMA(decay=0.5)})
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "mine.pt")
+    dist_adamw.import_checkpoint(tmp_path / "mine.pt", tmp_path / "ours")
+    fresh = network()
+    dist_adamw.load(tmp_path / "ours", fresh, average="ema")
+    assert same(weights(fresh), shown(model, optimizer, "ema"))
+
+
+def test_an_optimizer_without_averages_does_not_speak_of_those_that_it_loaded(tmp_path: Path) -> None:
+    _, optimizer, _ = trained({"ema": EMA(decay=0.5)})
+    other, theirs, schedule = trained({}, 0)
+    theirs.load_state_dict(optimizer.state_dict())
+    dist_adamw.save(tmp_path, other, theirs, schedule)
+    with pytest.raises(CheckpointError, match=r"no average 'ema' of the weights; it has none"):
+        dist_adamw.load(tmp_path, network(), average="ema")
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"ema": 3}', '{"ema": {"count": -1, "options": "", "tensors": ["ema"]}}'])
+def test_a_damaged_description(text: str, tmp_path: Path) -> None:
+    model, optimizer, scheduler = trained({"ema": EMA(decay=0.5)})
+    optimizer._write_counts = lambda: None  # type: ignore[method-assign]
+    for group in optimizer.param_groups:
+        group["averaged"] = text
+    dist_adamw.save(tmp_path, model, optimizer, scheduler)
+    with pytest.raises(
+        CheckpointError, match=r"damaged: averaged of a parameter group is .*does not describe averages"
+    ):
+        dist_adamw.load(tmp_path, *trained({"ema": EMA(decay=0.5)}))
 
 
 # ---------------------------------------------------------------- mistakes
@@ -526,6 +640,8 @@ def test_an_average_before_there_is_one() -> None:
         optimizer.add_to_average("ema")
     with pytest.raises(TypeError):
         optimizer.averages["late"] = EMA(decay=0.9)  # type: ignore[index]
+    with pytest.raises(AttributeError, match="chosen when the optimizer is created"):
+        optimizer.averages = {"late": EMA(decay=0.9)}
 
 
 def test_a_time_scale_without_a_schedule() -> None:

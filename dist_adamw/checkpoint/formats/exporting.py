@@ -30,6 +30,7 @@ from dist_adamw.checkpoint.local_state import MASTER, MODEL, same_family, saved_
 from dist_adamw.checkpoint.storage.files import inside, read_whole
 from dist_adamw.checkpoint.storage.index import CODES, Index, sync_folder, write_text
 from dist_adamw.errors import CheckpointError
+from dist_adamw.optimizer.averages import AVERAGED
 from dist_adamw.optimizer.kernels.averaging import mean_of
 from dist_adamw.optimizer.sharding.bucket_views import MOMENTS
 
@@ -200,6 +201,7 @@ def _to_universal(ours: _Ours, target: Path) -> None:
         for name in names:
             _to_universal_folder(ours, name, step, target / "zero" / inside(target, name))
         # FusedAdam reads its step from the group; nothing reads "params".
+        group.pop(AVERAGED, None)  # DeepSpeed reads moments alone
         groups.append({**group, "step": int(step), "params": [len(groups)]})
     torch.save(_universal_optimizer(groups), target / "zero" / "optimizer_state.pt")
     model = _universal_model(ours, updates=max((group["step"] for group in groups), default=0))
