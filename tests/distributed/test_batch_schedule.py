@@ -15,7 +15,7 @@ from accelerate.utils import DummyOptim, DummyScheduler, GradientAccumulationPlu
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from dist_adamw import CyclicLRWithRestarts, DistAdamW, prepare
+from dist_adamw import CyclicLRWithRestarts, DistAdamW, prepare, rest_of_epoch
 from tests.distributed.engines import accelerator_on, prepare_plain
 from tests.distributed.test_resume import EPOCH, Row, check, data, network, tensors, updates
 from tests.known import unwrap
@@ -52,10 +52,11 @@ def train(
     *,
     accumulation: int = 1,
     micro_batch: int = 2,
+    more: int = 0,
     reproducible: bool = False,
     **recipe: Any,
 ) -> list[Row]:
-    """Updates ``first`` to ``last`` of a job, from the checkpoint ``loaded`` on, and a checkpoint in ``saved``."""
+    """Updates ``first`` to ``last`` of a job, and ``more`` micro-batches, from ``loaded`` to a checkpoint ``saved``."""
     with accelerator_on("DDP" if engine == "plain" else engine, accumulation) as accelerator:
         model = network()
         optimizer = DistAdamW(model.parameters(), lr=1e-2, weight_decay=0.1, eps=0.1, reproducible=reproducible)
@@ -67,6 +68,10 @@ def train(
         if loaded is not None:
             accelerator.load_state(loaded)
         rows = list(itertools.islice(updates(accelerator, model, wrapped, loader, scheduler), last - first))
+        for x, y, _ in itertools.islice(rest_of_epoch(loader), more):
+            with accelerator.accumulate(model):
+                accelerator.backward(nn.functional.mse_loss(model(x), y))
+                assert not accelerator.sync_gradients
         accelerator.save_state(saved)
         assert unwrap(wrapped).updates == last
     return rows
@@ -183,6 +188,15 @@ def test_stopped_around_the_boundary_and_resumed_elsewhere(
         saved = str(tmp_path / str(last))
         rows += run(place, first, last, saved, loaded, BATCHES, micro_batch=1 if place[1] == 4 else 2)
         loaded = saved
+    assert check(rows, whole) < 1e-5
+
+
+@pytest.mark.parametrize("updates", [SMALL, SMALL + 1])
+def test_stopped_in_an_accumulation(updates: int, whole: list[Row], tmp_path: Path) -> None:
+    """Its gradients are not saved: its batches come again, and it begins with the batch of the clock."""
+    stopped = str(tmp_path / "stopped")
+    rows = run(("DDP", 2), 0, updates, stopped, None, BATCHES, more=2)
+    rows += run(("ZeRO-2", 3), updates, UPDATES, str(tmp_path / "end"), stopped, BATCHES)
     assert check(rows, whole) < 1e-5
 
 
