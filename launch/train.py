@@ -128,7 +128,7 @@ class Job:
         # All are checked; `prepare` follows a schedule from the first one on.
         self.batch, *_ = (dist_adamw.GlobalBatch.solve(size=size, **one_pass) for size in config.recipe.batch_sizes)
         accelerator.gradient_accumulation_steps = self.batch.gradient_accumulation_steps
-        # Every epoch is then whole updates, whatever their size.
+        # An epoch is then a whole number of updates of each size.
         sizes = {"context": config.model.context, "global_batch": math.lcm(*config.recipe.batch_sizes)}
         self.text = everywhere(lambda: load_text(config.data, config.text, **sizes))
         if len(set(gather_object([self.text.digest]))) > 1:

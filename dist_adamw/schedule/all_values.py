@@ -28,7 +28,7 @@ class AllValues:
         self._rises: list[float] = []  # what the whole warm-up adds to the lr
         self._scales: list[float] = []  # lr_scale
         # this for this recipe and this global batch,
-        self._batch_size: int | None = None
+        self._batch_size: int | None = 0  # 0: none yet
         self._batch_scale = 1.0
         self._is_scaled = False  # whether any scale is not 1
         # and this for this cycle and these signs of how the optimizer applies weight decay.
@@ -70,7 +70,7 @@ class AllValues:
         self._rises = [base.lr - start for base in bases]
         self._scales = [base.lr_scale for base in bases]
         self._look_up = recipe.schedule._look_up
-        self._recipe, self._bases, self._batch_size = recipe, bases, None
+        self._recipe, self._bases, self._batch_size = recipe, bases, 0
 
     def _take_batch(self, recipe: Recipe, samples: int) -> None:
         self._batch_scale = recipe.batch_scale(samples)
