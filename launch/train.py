@@ -342,7 +342,7 @@ class Job:
             if self._inner.contributions(name):
                 with self._inner.averaged(name):
                     found[f"held-out loss, average {name}"] = self.validate()
-        if self.snapshots is not None:
+        if self.snapshots is not None and self.snapshots.folder.all():
             losses = [self._held_out_losses(byte_losses).double() for _ in self.snapshots.each(self.model)]
             ensemble = torch.stack(losses).neg().logsumexp(0) - math.log(len(losses))
             found[f"held-out loss, ensemble of {len(losses)} cycle ends"] = float(-ensemble.mean())

@@ -196,6 +196,8 @@ def plain_groups(
     found: list[dict[str, Any]] = []
     for g, group in enumerate([] if optimizer is None else optimizer.param_groups):
         values = {key: plain(value) for key, value in group.items() if key not in ("params", "param_names")}
+        if not getattr(optimizer, "averages", None):  # those that were loaded from another optimizer do not move
+            values.pop(AVERAGED, None)
         found.append({"names": names(g, group), **values})
     return found
 

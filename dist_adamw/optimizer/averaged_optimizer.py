@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from dist_adamw.optimizer.averages import AVERAGED, EMA, Average, Contributions, Mean, as_text, described
@@ -16,9 +17,11 @@ from dist_adamw.optimizer.kernels.averaging import mean_of
 from dist_adamw.optimizer.outcome import is_capturing
 from dist_adamw.optimizer.savable_optimizer import SavableOptimizer, StateDict
 from dist_adamw.optimizer.sharding.dtensors import is_dtensor, local_of
+from dist_adamw.optimizer.sharding.schemes import OwnSharding
 from dist_adamw.optimizer.sharding.shard import Shard
 from dist_adamw.optimizer.sharding.values import average_all
 from dist_adamw.optimizer.shown_weights import Backup, WeightsOf, reshard
+from dist_adamw.ranks import agreement, collectives
 from dist_adamw.schedule.restarts import RestartSchedule
 
 
@@ -101,7 +104,8 @@ class AveragedOptimizer(SavableOptimizer):
             after: The clock after them.
         """
         due = [n for n, a in self.averages.items() if isinstance(a, Mean) and a.is_due(schedule, before, after)]
-        if due and not self._outcome.was_skipped:
+        # If it is known already that an update was skipped, the clock has not counted it.
+        if due and (self._outcome.is_known or not self._outcome.was_skipped):
             for name in due:
                 self.add_to_average(name)
 
@@ -153,10 +157,10 @@ class AveragedOptimizer(SavableOptimizer):
                     f"the average {name!r} is {self.averages[name]}, and a time scale needs a CyclicLRWithRestarts of "
                     "this optimizer, whose batch and epoch are known. Make one, or pass EMA(decay=...)."
                 )
-            if is_capturing() and not self.contributions(name):
+            if is_capturing() and (not self.contributions(name) or self.averages[name].every != 1):
                 raise RuntimeError(
-                    f"the first update, which begins the average {name!r}, cannot be captured in a CUDA graph. Make "
-                    "one update before capturing."
+                    f"a CUDA graph repeats one update, and the average {name!r} needs another first one, or every=1: "
+                    f"it is {self.averages[name]}. Make an update before capturing, and leave every=1."
                 )
 
     # ---------------------------------------------------------------- show an average
@@ -192,6 +196,7 @@ class AveragedOptimizer(SavableOptimizer):
         if not count:
             raise RuntimeError(_not_begun(name, average))
         self.announce_save()
+        self._agree_on_average(name, count)
         self.follow()
         if self._engine_weights is None and self._is_partitioned:
             raise RuntimeError(
@@ -232,6 +237,14 @@ class AveragedOptimizer(SavableOptimizer):
                 for param, kept in zip(params, before, strict=True):
                     param.copy_(kept)
             reshard(models)
+
+    def _agree_on_average(self, name: str, count: int) -> None:
+        """Raise on every rank if another one shows another average, or has added to it more often. Collective."""
+        groups: Sequence[dist.ProcessGroup | None] = self._ranks.comparing()
+        if not groups and collectives.world_size() > 1 and not isinstance(self._scheme, OwnSharding):
+            groups = [collectives.host_group()]  # of an engine that shards the parameters over all ranks
+        for group in groups:
+            agreement.check_agreement({"the average to show": name, "weights added to it": count}, group)
 
     def _check_unsharded(self) -> None:
         """Raise if FSDP2 may keep unsharded weights that nobody can find. Local."""

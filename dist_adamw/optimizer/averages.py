@@ -7,7 +7,7 @@ import math
 import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, ClassVar
 
 import torch
@@ -24,7 +24,7 @@ _TAKEN = {"step", "model", "rng", *MOMENTS, *MASTERS}  # other kinds of state, a
 _DTYPES: Mapping[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True, repr=False)
 class EMA:
     """An exponential moving average of the weights, moved by applied updates.
 
@@ -86,8 +86,11 @@ class EMA:
         """Return the names of its tensors in ``state``. Local."""
         return [name]
 
+    def __repr__(self) -> str:
+        return _as_text(self)
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+
+@dataclass(frozen=True, kw_only=True, slots=True, repr=False)
 class Mean:
     """An equally weighted mean of the weights at chosen moments: of cycle ends, SWA, LAWA.
 
@@ -143,8 +146,18 @@ class Mean:
         """Return the name of the tensor that contribution number ``count``, from 0, is written to. Local."""
         return name if self.last is None else f"{name}_{count % self.last}"
 
+    def __repr__(self) -> str:
+        return _as_text(self)
+
 
 Average = EMA | Mean
+
+
+def _as_text(average: Average) -> str:
+    """Return an average with the options that are not the defaults. Local."""
+    options = ((field.name, getattr(average, field.name), field.default) for field in fields(average))
+    told = ", ".join(f"{name}={value!r}" for name, value, default in options if value != default)
+    return f"{type(average).__name__}({told})"
 
 
 def _not_zero(name: str, value: Any) -> Any:
@@ -237,9 +250,8 @@ class SavedAverage:
 
 def described(name: str, average: Average, count: int) -> SavedAverage:
     """Return what a checkpoint is to say of an average with ``count`` contributions. Local."""
-    options = [(field.name, getattr(average, field.name), field.default) for field in fields(average)]
-    told = ", ".join(f"{key}={value!r}" for key, value, default in options if key != "dtype" and value != default)
-    return SavedAverage(count, f"{type(average).__name__}({told})", tuple(average.slots(name)))
+    # Another dtype computes the same, less exactly or more.
+    return SavedAverage(count, repr(replace(average, dtype=None)), tuple(average.slots(name)))
 
 
 def as_text(saved: Mapping[str, SavedAverage]) -> str:

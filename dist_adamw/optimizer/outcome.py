@@ -58,7 +58,7 @@ class Outcome:
     @property
     def number(self) -> int:
         """The number of the update in progress, from 1, if it is applied. Does not wait for the device."""
-        return self._updates + (self.found_inf is not None)
+        return self._updates + (self.found_inf is not None or is_capturing())  # a capture is not counted yet
 
     @property
     def was_skipped(self) -> bool:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from dist_adamw.optimizer.averages import AVERAGED
 from dist_adamw.ranks import collectives
 from dist_adamw.ranks.run_on_all import run_on_all_ranks
 from dist_adamw.schedule.scheduler import CyclicLRWithRestarts
@@ -173,7 +174,7 @@ def _group_options(optimizer: Optimizer) -> Iterator[Callable[[], object]]:
     # lr and weight decay are the schedule's, which knows the very objects that it wrote.
     for group in optimizer.param_groups:
         for name, value in group.items():
-            if name not in ("params", "lr", "weight_decay"):
+            if name not in ("params", "lr", "weight_decay", AVERAGED):  # counts are written by the save, and loaded
                 yield partial(operator.setitem, group, name, value)
 
 

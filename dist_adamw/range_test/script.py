@@ -73,6 +73,7 @@ class ScriptTest:
             return
         self._optimizer, self._accelerator = optimizer, accelerator
         one = self._options
+        self._is_main = collectives.rank() == 0  # now, since a script may destroy the process group at its end
         override = LROverride(optimizer, scheduler, one.lowest, one.highest, one.updates)
         self._test = RunningTest(override, one.updates, one.divergence, collectives.host_group())
 
@@ -95,7 +96,7 @@ class ScriptTest:
             why = test.ended_by if test.has_losses else "the script has not called accelerator.backward(loss)"
             _say(f"there is no curve: {why}.", sys.stderr)
             return 2
-        if not self._is_reported and collectives.rank() == 0:
+        if not self._is_reported and self._is_main:
             print(f"\n{result}", flush=True)
             try:
                 print(f"drawn in {result.plot(self._options.picture)}", flush=True)
@@ -161,6 +162,7 @@ def _saves_nothing(name: str, result: Callable[..., Any]) -> Callable[..., Any]:
 def _no_saves() -> Iterator[None]:
     """Replace what writes checkpoints, or moves and deletes earlier ones, by functions that do not."""
     import safetensors.torch
+    import torch.distributed.checkpoint
 
     from dist_adamw.checkpoint import async_saver, save_load
     from dist_adamw.checkpoint.folder import CheckpointFolder
@@ -173,6 +175,7 @@ def _no_saves() -> Iterator[None]:
 
     replaced: list[tuple[Any, str, Callable[..., Any]]] = [
         (torch, "save", nothing),
+        (torch.distributed.checkpoint, "save", nothing),
         (safetensors.torch, "save_file", nothing),
         (safetensors.torch, "save_model", nothing),
         (save_load, "write_state", nothing),

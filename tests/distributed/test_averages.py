@@ -226,6 +226,30 @@ def test_an_average_is_shown_by_all_ranks_or_none() -> None:
     run_ranks(2, ranks_do_different_things)
 
 
+def ranks_show_different_averages(engine: str) -> None:
+    with accelerator_on(engine, 1) as accelerator:
+        model = network()
+        optimizer = DistAdamW(model.parameters(), averages={"ema": EMA(decay=0.9), "slow": EMA(decay=0.99)})
+        scheduler = CyclicLRWithRestarts(optimizer, **RECIPE)
+        loader = DataLoader(TensorDataset(torch.randn(EPOCH, 8)), BATCH // 2)
+        prepared: Any = prepare(accelerator, model, optimizer, loader, scheduler)
+        model, wrapped, loader, scheduler = prepared
+        for (inputs,) in loader:
+            accelerator.backward(model(inputs).square().mean())
+            wrapped.step()
+            scheduler.step()
+            wrapped.zero_grad()
+        before = whole(model)
+        with pytest.raises(AgreementError, match=r"the average to show is .*ema.* rank 0.*slow.* rank 1"):
+            wrapped.averaged("slow" if dist.get_rank() else "ema").__enter__()
+        assert all(map(torch.equal, whole(model), before))
+
+
+@pytest.mark.parametrize("engine", ["DDP", "FSDP2", "ZeRO-2"])
+def test_all_ranks_show_the_same_average(engine: str) -> None:
+    run_ranks(2, ranks_show_different_averages, engine)
+
+
 def options_differ() -> None:
     optimizer = DistAdamW(network().parameters(), averages={"ema": EMA(decay=0.9 + 0.01 * dist.get_rank())})
     with pytest.raises(AgreementError, match=r"averages.*0\.9.*0\.91"):

@@ -7,6 +7,7 @@ import json
 import pickle
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -348,8 +349,21 @@ def test_a_mean_waits_to_hear_from_the_device_whether_the_update_was_skipped() -
     _, optimizer, scheduler = trained({"it": Mean(every="1 update")}, 2)
     for skipped, count in ((1.0, 2), (0.0, 3)):
         optimizer._outcome.found_inf = torch.tensor(skipped)
+        optimizer._outcome._copy = SimpleNamespace(read=lambda skipped=skipped: skipped)  # type: ignore[assignment]
+        assert not optimizer.skip_is_known
         optimizer.follow_clock(scheduler.schedule, 16, 24)
         assert optimizer.contributions("it") == count
+
+
+def test_a_skipped_update_after_one_that_ended_a_cycle_hides_nothing() -> None:
+    """The scheduler is stepped once for several updates."""
+    model, optimizer, scheduler = trained({"it": Mean(every="1 update")}, 1)
+    optimizer.max_grad_norm = 1.0
+    update(model, optimizer, 1)
+    update(model, optimizer, 2, scale=float("inf"))
+    assert optimizer.step_was_skipped
+    scheduler.step()
+    assert optimizer.contributions("it") == 2
 
 
 def test_the_end_of_training_ends_a_cycle() -> None:
@@ -565,6 +579,38 @@ def test_a_damaged_description(text: str, tmp_path: Path) -> None:
         dist_adamw.load(tmp_path, *trained({"ema": EMA(decay=0.5)}))
 
 
+def test_torchs_adamw_does_not_save_averages_that_it_does_not_move(tmp_path: Path) -> None:
+    model, optimizer, _ = trained({"ema": EMA(decay=0.5)})
+    theirs = torch.optim.AdamW(model.parameters())
+    theirs.load_state_dict(optimizer.state_dict())
+    dist_adamw.save(tmp_path, model, theirs)
+    with pytest.raises(CheckpointError, match=r"no average 'ema' of the weights; it has none"):
+        dist_adamw.load(tmp_path, network(), average="ema")
+
+
+@pytest.mark.parametrize("updates", [0, 4])
+def test_a_range_test_leaves_averages_as_they_were(updates: int) -> None:
+    averages = {"ema": EMA(decay=0.9), "last": Mean(every="1 update", last=2)}
+    runs = [trained(averages, updates) for _ in range(2)]
+    model, optimizer, scheduler = runs[0]
+    optimizer.state_dict()  # which writes counts into the groups
+    for run in runs:
+        update(run[0], run[1], 8)
+        run[2].step()
+    with dist_adamw.lr_range(model, optimizer, scheduler=scheduler, updates=20) as test:
+        for k in range(20):
+            update(model, optimizer, k)
+            scheduler.step()
+            if test.record(model(torch.ones(1, 5)).square().mean().detach()):
+                break
+    for run in runs:
+        update(run[0], run[1], 9)
+        run[2].step()
+        assert run[1].contributions("ema") == run[1].contributions("last") == updates + 2
+    for name in averages:
+        assert same(shown(model, optimizer, name), shown(runs[1][0], runs[1][1], name))
+
+
 # ---------------------------------------------------------------- mistakes
 
 
@@ -642,6 +688,19 @@ def test_an_average_before_there_is_one() -> None:
         optimizer.averages["late"] = EMA(decay=0.9)  # type: ignore[index]
     with pytest.raises(AttributeError, match="chosen when the optimizer is created"):
         optimizer.averages = {"late": EMA(decay=0.9)}
+
+
+def test_what_a_cuda_graph_cannot_repeat(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = network()
+    first = DistAdamW(model.parameters(), averages={"ema": EMA(decay=0.9)})
+    seldom = DistAdamW(model.parameters(), averages={"ema": EMA(decay=0.9, every=2)})
+    update(model, seldom)
+    for name in ("averaged_optimizer", "outcome"):
+        monkeypatch.setattr(f"dist_adamw.optimizer.{name}.is_capturing", lambda: True)
+    for optimizer in (first, seldom):
+        with pytest.raises(RuntimeError, match=r"a CUDA graph repeats one update, and the average 'ema' needs"):
+            update(model, optimizer)
+    assert seldom._outcome.number == 2  # the captured update is the second, although it is not counted
 
 
 def test_a_time_scale_without_a_schedule() -> None:
