@@ -360,9 +360,16 @@ class Job:
         self.accelerator.end_training()
         self._close()
 
-    def _cycle_ends(self, history: History) -> set[int]:
-        """Return the samples of the updates that ended a cycle."""
-        return {min(row.samples for row in history.rows if row.samples >= end) for end in [*self.restarts, self.end]}
+    def _cycle_ends(self, history: History) -> dict[int, Row]:
+        """Return the update that ended each cycle, as far as the history has it."""
+        rows, ends = history.rows, [*self.restarts, self.end]
+        begins = [rows[0].samples - self.batch.size, *(row.samples for row in rows)]
+        return {
+            i: row
+            for before, row in zip(begins, rows, strict=False)
+            for i, end in enumerate(ends)
+            if before < end <= row.samples
+        }
 
     def _tell(self, history: History, averages: dict[str, float], digest: str | None) -> None:
         if not history.rows:
@@ -379,10 +386,8 @@ class Job:
         last = history.rows[-min(len(history.rows), 20) :]
         held_out = {"held-out loss": [row.val_loss for row in history.rows if row.val_loss is not None][-1]}
         if averages:
-            ends = [
-                row for row in history.rows if row.val_loss is not None and row.samples in self._cycle_ends(history)
-            ]
-            held_out = {f"held-out loss, cycle {i} ends": row.val_loss or 0.0 for i, row in enumerate(ends)} | averages
+            ends = self._cycle_ends(history)
+            held_out = {f"held-out loss, cycle {i} ends": row.val_loss or 0.0 for i, row in ends.items()} | averages
         training = {f"training loss, last {len(last)} updates": sum(row.loss for row in last) / len(last)}
         self.say(f"\n{loss_table(known | training | held_out)}")
         if digest is not None:

@@ -313,10 +313,10 @@ class CheckpointFolder:
         # One with the same samples under another name counts as replaced, as one with the same name would be.
         others = [path for path in found if self.samples_of(path) != self.samples_of(final)]
         whole = [path for path in others if path.name not in self._damaged]
-        others_to_keep = len(whole) if self.keep is None else self.keep - 1
-        if not (others_to_keep and whole):
-            return found
-        kept = others if self.keep is None else others[others.index(whole[-others_to_keep:][0]) :]
+        if self.keep is None:
+            return [path for path in found if path not in others]
+        others_to_keep = self.keep - 1
+        kept = others[others.index(whole[-others_to_keep:][0]) :] if others_to_keep and whole else []
         return [path for path in found if path not in kept]
 
     def _failed(self, final: Path, error: CheckpointError) -> None:

@@ -40,11 +40,14 @@ from dist_adamw.wrappers import bare, unwrap
 
 
 class TorchAccess:
-    """Access to whole parameters on every rank, or DTensors: one process, DDP, FSDP2, tensor parallelism."""
+    """Access to whole parameters on every rank, or DTensors: one process, DDP, FSDP2, tensor parallelism.
+
+    Making one has FSDP2 drop the whole weights that it keeps after a forward pass without a backward pass.
+    """
 
     def __init__(self, model: nn.Module, optimizer: Optimizer | None) -> None:
         self.model = bare(model)
-        reshard([self.model])  # the last forward pass, of a validation, may have left other parameters in the modules
+        reshard([self.model])
         self.optimizer = None if optimizer is None else unwrap(optimizer)
         self.names = parameter_names(model)
         for g, group in enumerate([] if self.optimizer is None else self.optimizer.param_groups):

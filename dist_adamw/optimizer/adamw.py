@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim.optimizer import ParamsT
 
 from dist_adamw.optimizer.attached_optimizer import AttachedOptimizer
-from dist_adamw.optimizer.averages import check_averages, unless_skipped
+from dist_adamw.optimizer.averages import check_averages
 from dist_adamw.optimizer.clipping import (
     BucketGradients,
     are_all_zero,
@@ -21,6 +21,7 @@ from dist_adamw.optimizer.clipping import (
     non_zeros_on_this_rank,
     squares_on_this_rank,
 )
+from dist_adamw.optimizer.kernels.averaging import unless_skipped
 from dist_adamw.optimizer.kernels.foreach import DecayBy
 from dist_adamw.optimizer.loss_scaling import found_inf_of, is_scaler, must_leave_step_out, unscale_
 from dist_adamw.optimizer.options import (
@@ -195,7 +196,6 @@ class DistAdamW(AttachedOptimizer):
 
     def _begin_update(self) -> None:
         """Check that an update is possible, and count it as skipped until there is something to apply."""
-        self._check_averages()
         self.wait()  # weights in flight are the input of this update
         if self.fused is False:  # a scheduler or the user may have replaced ``lr`` with a tensor
             for group in self.param_groups:
@@ -205,6 +205,7 @@ class DistAdamW(AttachedOptimizer):
                 "it is not known yet whether the device applied the last update, and it cannot be asked while a CUDA "
                 "graph is captured. Read optimizer.updates before torch.cuda.graph begins."
             )
+        self._check_averages()
         self._outcome.begin()
 
     def _apply(self, shards: list[Shard]) -> None:

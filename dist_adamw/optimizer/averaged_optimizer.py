@@ -20,7 +20,7 @@ from dist_adamw.optimizer.sharding.dtensors import is_dtensor, local_of
 from dist_adamw.optimizer.sharding.schemes import OwnSharding
 from dist_adamw.optimizer.sharding.shard import Shard
 from dist_adamw.optimizer.sharding.values import average_all
-from dist_adamw.optimizer.shown_weights import Backup, WeightsOf, reshard
+from dist_adamw.optimizer.shown_weights import KeptBuffers, WeightsOf, reshard
 from dist_adamw.ranks import agreement, collectives
 from dist_adamw.schedule.restarts import RestartSchedule
 
@@ -34,6 +34,7 @@ class AveragedOptimizer(SavableOptimizer):
 
     # Defaults for an unpickled optimizer, whose __init__ has not run.
     _shown_average: str | None = None
+    _followed: tuple[object, int] = (None, 0)
     _modules: Sequence[weakref.ref[nn.Module]] = ()
     _engine_weights: Callable[[], contextlib.AbstractContextManager[WeightsOf]] | None = None
 
@@ -55,7 +56,7 @@ class AveragedOptimizer(SavableOptimizer):
         self._contributions = Contributions()
         if not hasattr(self, "_decays"):  # kept otherwise: the schedule may have set them
             emas = {name: average for name, average in self.averages.items() if isinstance(average, EMA)}
-            self._decays = {name: average.decay for name, average in emas.items()}
+            self._decays: dict[str, float | None] = {name: average.decay for name, average in emas.items()}
 
     def _known_contributions(self) -> Contributions:
         self._contributions.load(self.param_groups, self.averages, self._outcome.updates)
@@ -81,8 +82,8 @@ class AveragedOptimizer(SavableOptimizer):
             )
         return self.averages[name]
 
-    def follow_schedule(self, schedule: RestartSchedule, batch_size: int, *, largest: int) -> None:
-        """Set the decay of EMAs with a time scale. `CyclicLRWithRestarts` calls it. Local.
+    def decays_in(self, schedule: RestartSchedule, batch_size: int, *, largest: int) -> dict[str, float]:
+        """Return the decay of each EMA under a schedule. Local.
 
         Args:
             schedule: Converts lengths to samples.
@@ -92,9 +93,24 @@ class AveragedOptimizer(SavableOptimizer):
         Raises:
             ValueError: a time scale is shorter than an update.
         """
-        for name, average in self.averages.items():
-            if isinstance(average, EMA):
-                self._decays[name] = average.decay_at(schedule, batch_size, largest)
+        emas = {name: average for name, average in self.averages.items() if isinstance(average, EMA)}
+        return {name: average.decay_at(schedule, batch_size, largest) for name, average in emas.items()}
+
+    def follows(self, recipe: object, batch_size: int) -> bool:
+        """Return whether `follow_schedule` was called with these last. Local."""
+        return self._followed[0] is recipe and self._followed[1] == batch_size
+
+    def follow_schedule(self, recipe: object, schedule: RestartSchedule, batch_size: int, *, largest: int) -> None:
+        """Set the decay of EMAs with a time scale. `CyclicLRWithRestarts` calls it. Local; see `decays_in`.
+
+        Args:
+            recipe: Identifies the schedule, for `follows`.
+            schedule: Converts lengths to samples.
+            batch_size: The global batch of the next update.
+            largest: The largest global batch of the training.
+        """
+        self._decays = {**self._decays, **self.decays_in(schedule, batch_size, largest=largest)}
+        self._followed = recipe, batch_size
 
     def follow_clock(self, schedule: RestartSchedule, before: int, after: int) -> None:
         """Add the weights to the means that are due. `CyclicLRWithRestarts` calls it after updates. Local.
@@ -205,7 +221,7 @@ class AveragedOptimizer(SavableOptimizer):
             )
         self._check_unsharded()
         slots = described(name, average, count).oldest_first()
-        with Backup(self._known_modules()), (self._engine_weights or self._own_weights)() as write:
+        with KeptBuffers(self._known_modules()), (self._engine_weights or self._own_weights)() as write:
             with torch.no_grad():
                 write(lambda shard, i: _average_of(shard, i, slots))
             self._shown_average = name

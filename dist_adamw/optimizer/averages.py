@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
 
 from dist_adamw.optimizer.sharding.bucket_views import MASTERS, MOMENTS
 from dist_adamw.schedule.batch import check_positive_int, shown
@@ -202,9 +201,10 @@ def _average(name: Any, given: Any) -> Average:
         return given
     if isinstance(given, Mapping):
         kind = EMA if {"decay", "timescale"} & given.keys() else Mean
-        known = [field.name for field in fields(kind)]
-        if unknown := [key for key in given if key not in known]:
-            raise ValueError(f"the average {name!r} has no option {unknown[0]!r}. Options are {', '.join(known)}.")
+        options = {of: [field.name for field in fields(of)] for of in (EMA, Mean)}
+        if unknown := [key for key in given if key not in options[kind]]:
+            known = "; ".join(f"{', '.join(names)} of an {of.__name__}" for of, names in options.items())
+            raise ValueError(f"the average {name!r} has no option {unknown[0]!r}. Options are {known}.")
         return kind(**given)
     raise ValueError(f"the average {name!r} must be an EMA or a Mean of dist_adamw, got {shown(given)}.")
 
@@ -212,16 +212,6 @@ def _average(name: Any, given: Any) -> Average:
 def dtypes_of(averages: Mapping[str, Average]) -> dict[str, torch.dtype | None]:
     """Return the dtype of each tensor that the averages keep in ``state``, by its name there. Local."""
     return {slot: average.dtype for name, average in averages.items() for slot in average.slots(name)}
-
-
-def unless_skipped(moves: Mapping[str, float], found_inf: Tensor | None) -> Mapping[str, float | Tensor]:
-    """Return how far each average moves: nowhere if ``found_inf`` is 1, which the host reads only on a CPU. Local."""
-    if found_inf is None or not moves:
-        return moves
-    if found_inf.device.type == "cpu":
-        return {} if found_inf.item() else moves
-    # Where weights stay, copying them changes nothing: the next update begins the average once more.
-    return {name: by if by == 1 else by * (1 - found_inf) for name, by in moves.items()}
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,8 +35,16 @@ from dist_adamw.optimizer.transport.rollcall import Channel
 from dist_adamw.plain_data import plain
 
 OPTIONS = (
-    *("decay_by", "max_grad_norm", "shard", "fused", "bucket_numel", "master_dtype", "state_dtype", "reduce_dtype"),
-    *("reproducible", "averages"),
+    "decay_by",
+    "max_grad_norm",
+    "shard",
+    "fused",
+    "bucket_numel",
+    "master_dtype",
+    "state_dtype",
+    "reduce_dtype",
+    "reproducible",
+    "averages",
 )
 
 

@@ -15,7 +15,7 @@ from dist_adamw.optimizer.sharding.shard import Shard
 WeightsOf = Callable[[Callable[[Shard, int], Tensor]], None]
 
 
-class Backup:
+class KeptBuffers:
     """Restore the buffers of modules at the end of a block, in place. Local."""
 
     def __init__(self, models: Iterable[nn.Module]) -> None:

@@ -176,6 +176,7 @@ def _no_saves() -> Iterator[None]:
     replaced: list[tuple[Any, str, Callable[..., Any]]] = [
         (torch, "save", nothing),
         (torch.distributed.checkpoint, "save", nothing),
+        (torch.distributed.checkpoint, "async_save", nothing),
         (safetensors.torch, "save_file", nothing),
         (safetensors.torch, "save_model", nothing),
         (save_load, "write_state", nothing),

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from dist_adamw.ranks import collectives
-from dist_adamw.schedule.averaging import tell_clock
+from dist_adamw.schedule.averaging import check_averages_of, pass_clock
 from dist_adamw.schedule.batch import GlobalBatch, check_positive_int, check_whole
 from dist_adamw.schedule.batch_schedule import BatchSizes
 from dist_adamw.schedule.clock import SampleSource
@@ -73,6 +73,7 @@ class SampleScheduler(LRScheduler):
     def batch_size(self, batch_size: int | GlobalBatch | BatchSizes) -> None:
         recipe = self._scheduled.recipe.with_batch_size(batch_size)
         self._scheduled.check_batches(recipe)
+        check_averages_of(self._scheduled.optimizer, recipe)
         self._scheduled.use(recipe)
 
     @property
@@ -144,7 +145,7 @@ class SampleScheduler(LRScheduler):
         before = clock.samples
         clock.advance(applied, samples, scheduled.recipe.samples_of_update)
         scheduled.write(len(applied), follow=not is_as_written)
-        tell_clock(scheduled.optimizer, scheduled.recipe, before, clock.samples)
+        pass_clock(scheduled.optimizer, scheduled.recipe, before, clock.samples)
         if (warning := scheduled.find_end_passed()) is not None:
             warnings.warn(warning, stacklevel=2)
         if not self._verbose or collectives.rank() != 0:

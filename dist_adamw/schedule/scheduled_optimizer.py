@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from dist_adamw.schedule.all_values import AllValues
-from dist_adamw.schedule.averaging import tell_schedule
+from dist_adamw.schedule.averaging import pass_schedule
 from dist_adamw.schedule.base_values import BaseValues, ScheduledGroups
 from dist_adamw.schedule.clock import SampleClock, crosses_epoch, crossing_warning
 from dist_adamw.schedule.group_digests import GroupDigests, other_values
@@ -168,7 +168,7 @@ class ScheduledOptimizer:
         groups, recipe, samples, is_known = self.groups, self.recipe, self.clock.samples, self.recipe.is_known
         if is_known:
             self.last_lr = groups.write(*self._values.at(samples, recipe, groups, groups.optimizer))
-            tell_schedule(groups.optimizer, recipe, samples)
+            pass_schedule(groups.optimizer, recipe, samples)
         else:
             self.last_lr = groups.current_lr()
         # Attributes of torch's schedulers, which users and libraries read.

@@ -96,6 +96,9 @@ def job(engine: str, first: int, last: int, saved: str, loaded: str | None, opti
         model.train()
         accelerator.save_state(saved)
         counts = {name: optimizer.contributions(name) for name in options.get("shown", [])}
+        if shown:  # for inference, into the same engine
+            dist_adamw.load(Path(saved) / "dist_adamw", model, average="ema")
+            assert all(map(torch.equal, whole(model), shown["ema"][0]))
         return {"after": after, "shown": shown, "x": x, "counts": counts}
 
 

@@ -246,9 +246,9 @@ def _to_universal_folder(ours: _Ours, name: str, step: Tensor, folder: Path) -> 
     folder.mkdir(parents=True)
     weights = ours.weights(name).float()
     torch.save({"param": weights}, folder / f"{FP32}.pt")
-    for kind in {*ours.kinds[name]} & {*MOMENTS} or MOMENTS[
-        :2
-    ]:  # DeepSpeed needs moments even if there were no updates
+    # DeepSpeed needs moments even if there were no updates.
+    kinds = [kind for kind in ours.kinds[name] if kind in MOMENTS] or MOMENTS[:2]
+    for kind in kinds:
         found = ours.read(f"{kind}.{name}").float() if ours.kinds[name] else torch.zeros_like(weights)
         torch.save({"param": found}, folder / f"{kind}.pt")
     torch.save(step, folder / "step.pt")
