@@ -16,9 +16,10 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
+from dist_adamw.errors import CheckpointError
 from dist_adamw.range_test.curve import RangeResult, check_range
 from dist_adamw.range_test.lr_override import LROverride
-from dist_adamw.range_test.prepared import accelerator_of, scheduler_of
+from dist_adamw.range_test.prepared import accelerator_of, is_watched, scheduler_of
 from dist_adamw.range_test.restoring import Restorer
 from dist_adamw.range_test.running import RunningTest
 from dist_adamw.ranks import agreement, collectives
@@ -57,17 +58,20 @@ class RangeTest:
 
     def __enter__(self) -> RangeTest:
         group = self._group = collectives.host_group()
-        problem = self._problem()
+        problem, override = self._begin_override()
         if (failed := first_problem(collectives.all_gather_objects(problem, group))) is not None:
+            if override is not None:
+                override.remove()
             raise ValueError(failed)
+        assert override is not None
+        self._override = override
         if collectives.world_size(group) > 1:
             agreement.check_agreement({f"lr_range({name})": value for name, value in self._range.items()}, group)
         self._was_entered = True
         optimizer = self._optimizer = unwrap(self._given)
         accelerator = accelerator_of(optimizer)
         loaders = [*getattr(accelerator, "_dataloaders", ()), self._dataloader]
-        scheduler, planned = self._known_scheduler(), self._range["updates"]
-        self._override = LROverride(optimizer, scheduler, self._range["lowest"], self._range["highest"], planned)
+        scheduler, planned = self._known_scheduler(optimizer), self._range["updates"]
         try:
             self._restorer = Restorer(self._model, self._given, scheduler, loaders, accelerator, self._folder, group)
         except BaseException:
@@ -115,7 +119,11 @@ class RangeTest:
                 stacklevel=2,
             )
             return
-        self._restorer.restore()
+        try:
+            self._restorer.restore()
+        except CheckpointError as problem:
+            where = f"{self._restorer.path}, for {self._restorer.how_to_load}"
+            raise CheckpointError(f"{problem} The state from before the range test is in {where}.") from problem
         self._restorer.discard()
         if error is not None:
             return
@@ -126,6 +134,18 @@ class RangeTest:
             raise ValueError(f"the range test has no curve: {test.ended_by if test.has_losses else has_none}.")
 
     # ---------------------------------------------------------------- checks
+
+    def _begin_override(self) -> tuple[str | None, LROverride | None]:
+        """Return what is wrong with the arguments or the optimizer's lr, or the override of it. Local."""
+        problem, one = self._problem(), self._range
+        if problem is not None:
+            return problem, None
+        optimizer = unwrap(self._given)
+        scheduler = self._known_scheduler(optimizer)
+        try:
+            return None, LROverride(optimizer, scheduler, one["lowest"], one["highest"], one["updates"])
+        except ValueError as error:
+            return str(error), None
 
     def _problem(self) -> str | None:
         """Return what is wrong with the arguments. Local."""
@@ -138,6 +158,11 @@ class RangeTest:
             return f"lr_range needs a torch optimizer, got {type(inner).__name__}."
         if self._was_entered:
             return "lr_range: this test has been entered before. Make a new one: with dist_adamw.lr_range(...) as test:"
+        if is_watched():
+            return (
+                "lr_range: the script runs under dist-adamw lr-range, which tests the whole loop. Run it without, or "
+                "leave lr_range out."
+            )
         if inner in _running:
             return "lr_range: another range test of this optimizer is running: leave its block first."
         if self._is_inside_accumulation(inner):
@@ -152,8 +177,8 @@ class RangeTest:
         micro_steps = getattr(self._model, "micro_steps", 0)
         return callable(steps) and micro_steps % steps() != 0
 
-    def _known_scheduler(self) -> LRScheduler | None:
-        known = scheduler_of(self._optimizer)
+    def _known_scheduler(self, optimizer: Optimizer) -> LRScheduler | None:
+        known = scheduler_of(optimizer)
         if known is not None:
             return known
         return getattr(self._scheduler, "scheduler", self._scheduler)  # Accelerate's wrapper

@@ -36,6 +36,11 @@ def stop_watching(watcher: Watcher) -> None:
     _watchers.remove(watcher)
 
 
+def is_watched() -> bool:
+    """Return whether the script runs under a test of the whole script. Local."""
+    return bool(_watchers)
+
+
 def note_prepared(accelerator: Any, optimizer: Optimizer, scheduler: LRScheduler) -> None:
     """Note what belongs to ``optimizer``, without wrappers. Held weakly. Local without a watcher."""
     _known[optimizer] = weakref.ref(accelerator), weakref.ref(scheduler)

@@ -224,6 +224,8 @@ def mistake(kind: str) -> None:
         options["updates"] += rank
     if kind == "range" and rank == 1:
         options["lowest"] = 2.0
+    if kind == "lr" and rank == 1:
+        optimizer.param_groups[0]["lr"] = 0.0
     with lr_range(model, optimizer, **options) as test:
         loss = model(torch.ones(3, 4)).square().mean()
         loss.backward()
@@ -236,6 +238,7 @@ def mistake(kind: str) -> None:
     [
         ("argument", r"AgreementError: .*lr_range\(updates\)"),
         ("range", r"ValueError: lr_range: lowest must be smaller than highest, got 2.0 and 1.0. \(rank 1\)"),
+        ("lr", r"ValueError: .*largest lr of a parameter group is 0.* \(rank 1\)"),
         ("loss", r"ValueError: the loss must be one number, got a tensor of shape \(2,\).* \(rank 1\)"),
     ],
 )

@@ -17,6 +17,8 @@ from torch.optim import Optimizer
 
 from dist_adamw import CyclicLRWithRestarts, DistAdamW, lr_range
 from dist_adamw.range_test.curve import Divergence, RangeResult, lr_of, make_result
+from dist_adamw.range_test.prepared import stop_watching, watch
+from dist_adamw.range_test.script import ScriptRange, ScriptTest
 from tests.known import grad_of
 
 UPDATES = 100
@@ -489,6 +491,13 @@ def test_bad_use_is_one_sentence(tmp_path: Path) -> None:
     frozen = DistAdamW(network().parameters(), lr=0.0)
     with pytest.raises(ValueError, match="largest lr of a parameter group is 0"), lr_range(model, frozen):
         pass
+    watcher = ScriptTest(ScriptRange(1e-6, 1.0, 20, 4.0, str(tmp_path / "it.png")))
+    watch(watcher)
+    try:
+        with pytest.raises(ValueError, match="runs under dist-adamw lr-range"), lr_range(model, optimizer):
+            pass
+    finally:
+        stop_watching(watcher)
     # Nothing of the failed ones is left.
     with lr_range(model, optimizer, updates=20) as test:
         train(model, optimizer, range(100), test=test)
