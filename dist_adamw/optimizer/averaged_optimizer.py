@@ -180,7 +180,8 @@ class AveragedOptimizer(SavableOptimizer):
         Raises:
             ValueError: there is no such average.
             RuntimeError: nothing was added to it yet, or another average is shown.
-            AgreementError: another rank is in its next update. On every rank.
+            AgreementError: another rank is in its next update, after `attach` on gloo; or ranks have made different
+                changes. On every rank.
         """
         average = self._average(name)
         self._refuse_inside(f"averaged({name!r})")
