@@ -75,7 +75,7 @@ class CheckpointFolder:
         group: dist.ProcessGroup | None = None,
     ) -> None:
         if keep is not None and keep < 1:
-            raise ValueError(f"keep must be 1 or more, or None for all, got {keep!r}: without any no run is resumed.")
+            raise ValueError(f"keep must be 1 or more, or None for all, got {keep!r}: a run cannot resume without one.")
         if every is not None:
             every = check_positive_int("every", every)
         if on_error not in ("raise", "warn"):

@@ -237,7 +237,7 @@ def load(
         random_state: Whether to restore it. Each rank gets its own back. A rank that the saved job did not have gets
             the state that all its ranks shared, or a new seed if they differed.
         average: The name of a saved average of the weights, which the model gets in their place, for inference: see
-            `DistAdamW`. Without optimizer and scheduler.
+            `DistAdamW`. Without optimizer and scheduler. A `Mean` with ``last`` is several tensors: export it.
         group: See `save`.
 
     Raises:

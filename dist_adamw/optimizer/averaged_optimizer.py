@@ -199,12 +199,13 @@ class AveragedOptimizer(SavableOptimizer):
         Inside, the parameters are the average; afterwards they have the bits that they had before, and so have the
         buffers (see `use_model`), so that ``torch.optim.swa_utils.update_bn`` may run inside. `step`, ``state_dict``
         and saving the optimizer are refused inside. Sends each parameter once, and keeps a copy of this rank's
-        parameters. Collective; leaving the block is local, except under ZeRO-3.
+        parameters. Collective; leaving the block is local, except under ZeRO-3, where all ranks must leave it together.
 
         Raises:
             ValueError: there is no such average.
             RuntimeError: nothing was added to it yet, or another average is shown.
-            AgreementError: another rank is in its next update. On every rank.
+            AgreementError: another rank is in its next update, after `attach` on gloo; or ranks have made different
+                changes. On every rank.
         """
         average = self._average(name)
         self._refuse_inside(f"averaged({name!r})")

@@ -33,14 +33,17 @@ class EMA:
 
     Args:
         decay: The factor per update, above 0 and below 1.
-        timescale: In its place the time tau over which it averages, in samples or with a unit ("0.5 epochs"):
-            ``decay`` is exp(-b / tau) for a global batch of b, so another batch averages over the same samples. It
-            needs a `CyclicLRWithRestarts`, which knows the sizes; arXiv:2307.13813.
+        timescale: Instead of ``decay``, the time tau over which it averages, in samples or with a unit ("0.5 epochs").
+            The factor is exp(-b / tau) for a global batch of b samples, so that another batch averages over the same
+            samples. It needs a `CyclicLRWithRestarts`, which knows the batch and the epoch. At least one update;
+            arXiv:2307.13813.
         every: The updates from one move to the next; each move reads and writes the whole average.
         dtype: Of the average: ``torch.float32`` or ``torch.bfloat16``. None: fp32, or fp64 for fp64 weights.
 
     Raises:
         ValueError: an argument is out of range.
+
+    Source of ``timescale``: Busbridge et al., arXiv:2307.13813.
     """
 
     decay: float | None = None
@@ -98,8 +101,10 @@ class Mean:
 
     Args:
         every: "cycle": at the end of each cycle. Otherwise the length between two moments, in samples or with a unit
-            ("1 epoch"). None: only with `DistAdamW.add_to_average`.
-        start: The first moment, in samples or with a unit; 0: ``every`` after the beginning.
+            ("1 epoch"); the weights after the update that reaches a moment count. None: only with
+            `DistAdamW.add_to_average`.
+        start: The first moment, in samples or with a unit; 0: ``every`` after training begins. With "cycle", cycles
+            that end earlier are left out.
         last: The number of most recent moments to average, for which that many copies of the weights are kept (each
             rank has its share); None: all.
         dtype: See `EMA`.

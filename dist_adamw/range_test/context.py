@@ -101,7 +101,7 @@ class RangeTest:
 
     @property
     def lr(self) -> float:
-        """The lr of the next update, of the group with the largest."""
+        """The lr of the next update, in the group with the largest lr. Local; inside the block."""
         return self._override.lr
 
     def __exit__(
@@ -221,8 +221,7 @@ def lr_range(
 
     During the test lr rises exponentially from ``lowest`` to ``highest``, one step for each applied update. The loss
     falls, then rises. When the ``with`` block ends, by ``break``, at the end of the loop or by an exception, everything
-    is as it
-    was before, to the bit::
+    is as it was before, to the bit::
 
         with dist_adamw.lr_range(model, optimizer) as test:
             for batch in loader:
@@ -278,7 +277,7 @@ def lr_range(
     If one of several ranks alone raises an exception in the block, or Ctrl-C ends them, nothing is restored, since a
     collective may have been interrupted. A warning says so, and names the folder with the copy, which is left there.
 
-    Collective, and so is `record`: every rank enters and leaves the block.
+    Entering and leaving the block is collective, and so is `record`: every rank calls all three.
 
     Source: Smith, arXiv:1506.01186, section 3.3. The suggestion: `dist_adamw.range_test.curve.suggest`.
     """

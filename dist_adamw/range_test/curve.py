@@ -166,8 +166,8 @@ def _none(problem: str) -> tuple[None, None, str]:
 
 
 def _standard_error(losses: Sequence[float], updates: int) -> float:
-    """Return the standard error of the difference of two smoothed losses, from the differences of consecutive
-    losses."""  # Differences hardly contain the fall itself. Their median is not moved by outliers.
+    """Return the standard error of the difference of two smoothed losses."""
+    # From differences of consecutive losses, which hardly contain the fall itself; outliers do not move their median.
     steps = [abs(after - before) for before, after in itertools.pairwise(losses)]
     deviation = 1.4826 * statistics.median(steps) / math.sqrt(2) if steps else 0.0
     averaged = 2 * math.sqrt(math.pi) * _width(updates)  # losses of a Gaussian window, in effect
@@ -184,7 +184,7 @@ class Divergence:
 
     Args:
         updates: Updates of the whole test. The mean's time is 1/20 of it.
-        factor: The 4.
+        factor: The factor on the smallest value, 4 above; the multiple, 3 above, is one less.
     """
 
     def __init__(self, updates: int, factor: float) -> None:

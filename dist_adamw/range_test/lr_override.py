@@ -43,8 +43,8 @@ class LROverride:
 
     Args:
         optimizer: A torch optimizer, without wrappers.
-        scheduler: Its scheduler, if known. A `CyclicLRWithRestarts` tells the groups' base lr, and what the weight
-            decay would be with another one.
+        scheduler: Its scheduler, if known. A `CyclicLRWithRestarts` has the groups' base lr, and computes the weight
+            decay for another one.
         lowest: lr of the first update, for the group with the largest base lr. Others keep their ratio to it.
         highest: lr of the last update.
         updates: Number of updates.
@@ -118,7 +118,7 @@ class LROverride:
             decay_for = None if known is None else known.decay_for
             self._before.append((group, group["lr"], group.get("weight_decay")))
             own = lr * (base / self._largest)
-            # Another tensor, since the schedule knows a change of its own one by the version.
+            # A new tensor: the schedule detects changes of its own one by the version.
             group["lr"] = group["lr"].detach().clone().fill_(own) if isinstance(group["lr"], Tensor) else own
             if decay_for is not None and own > 0:
                 group["weight_decay"] = decay_for(own)

@@ -1,4 +1,4 @@
-"""What `dist_adamw.prepare` connects an optimizer with, and who watches the losses of ``accelerator.backward``."""
+"""An optimizer's accelerator and scheduler, from `dist_adamw.prepare`, and watchers of ``accelerator.backward``."""
 
 from __future__ import annotations
 

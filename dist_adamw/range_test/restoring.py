@@ -122,7 +122,7 @@ class Restorer:
 
 @contextlib.contextmanager
 def _to_any_folder(accelerator: Any) -> Iterator[None]:
-    """Have ``save_state`` write where it is told, and not count or delete the numbered checkpoints."""
+    """Have ``save_state`` write to the given folder, and neither count nor delete the numbered checkpoints."""
     config = accelerator.project_configuration
     before = config.automatic_checkpoint_naming, config.iteration
     config.automatic_checkpoint_naming = False

@@ -109,7 +109,8 @@ class ScriptTest:
 def run_script(script: str, args: Sequence[str], options: ScriptRange) -> int:
     """Run ``script`` as ``python script *args`` would, under a range test; return the exit status. Collective.
 
-    Nothing that it saves by torch, safetensors, Accelerate or `dist_adamw` is written. Its own errors are its own.
+    ``torch.save``, safetensors' functions, the accelerator's ``save_state`` and ``save_model``, and `dist_adamw` write
+    nothing meanwhile. Exceptions of the script pass through.
     """
     test = ScriptTest(options)
     before = sys.argv, sys.path[:]

@@ -30,8 +30,8 @@ def move_toward_(averages: list[Tensor], weights: list[Tensor], by: float | Tens
     average of less precision is widened, and rounded to nearest even at the end.
 
     Args:
-        averages: Of any shapes.
-        weights: As many tensors of the same shapes. Not changed.
+        averages: 1-D tensors, all of one dtype.
+        weights: As many tensors of the same lengths, all of one dtype. Not changed.
         by: 1 copies. A 0-d fp64 tensor on the averages' device may be 0, so that the host need not know whether there
             is anything to add.
     """
