@@ -83,7 +83,7 @@ class AveragedOptimizer(SavableOptimizer):
         return self.averages[name]
 
     def decays_in(self, schedule: RestartSchedule, batch_size: int, *, largest: int) -> dict[str, float]:
-        """Return the decay of each EMA under a schedule. Local.
+        """Return the decay of each EMA under a schedule, and check the moments of means. Local.
 
         Args:
             schedule: Converts lengths to samples.
@@ -91,8 +91,11 @@ class AveragedOptimizer(SavableOptimizer):
             largest: The largest global batch of the training.
 
         Raises:
-            ValueError: a time scale is shorter than an update.
+            ValueError: a time scale is shorter than an update, or a length is one that the schedule cannot convert.
         """
+        for average in self.averages.values():
+            if isinstance(average, Mean):
+                average.moments(schedule)
         emas = {name: average for name, average in self.averages.items() if isinstance(average, EMA)}
         return {name: average.decay_at(schedule, batch_size, largest) for name, average in emas.items()}
 

@@ -8,13 +8,14 @@ import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from fractions import Fraction
 from typing import Any, ClassVar
 
 import torch
 
 from dist_adamw.optimizer.sharding.bucket_views import MASTERS, MOMENTS
 from dist_adamw.schedule.batch import check_positive_int, shown
-from dist_adamw.schedule.lengths import Length, check_length, in_samples
+from dist_adamw.schedule.lengths import Length, check_length, in_samples, is_zero
 from dist_adamw.schedule.restarts import RestartSchedule
 
 # What parameter groups keep for checkpoints: which averages there are, and the contributions to each.
@@ -124,22 +125,34 @@ class Mean:
     def __post_init__(self) -> None:
         if self.every not in (None, self.AT_CYCLE_ENDS):
             check_length("Mean's every", _not_zero("Mean's every", self.every))
-        check_length("Mean's start", self.start)
+        if not is_zero(self.start):
+            check_length("Mean's start", self.start)
         if self.last is not None:
             object.__setattr__(self, "last", check_positive_int("Mean's last", self.last))
         object.__setattr__(self, "dtype", _dtype(self.dtype))
 
+    def moments(self, schedule: RestartSchedule) -> tuple[Fraction, Fraction | None]:
+        """Return ``start`` and ``every`` in samples; None: not at equal distances. Local.
+
+        Raises:
+            ValueError: a length is a share of a cycle, or in tokens without ``tokens_per_sample``.
+        """
+        sizes = schedule.sizes
+        start = Fraction(0) if is_zero(self.start) else in_samples("Mean's start", self.start, "samples", sizes)
+        if self.every is None or self.every == self.AT_CYCLE_ENDS:
+            return start, None
+        return start, in_samples("Mean's every", self.every, "samples", sizes)
+
     def is_due(self, schedule: RestartSchedule, before: int, after: int) -> bool:
         """Return whether an update from sample ``before`` to ``after`` has reached a moment. Local."""
-        sizes = schedule.sizes
-        start = 0 if self.start == 0 else in_samples("Mean's start", self.start, "samples", sizes)
+        start, every = self.moments(schedule)
         if self.every is None or after < start:
             return False
         if self.every == self.AT_CYCLE_ENDS:
             last = schedule.last_sample
             has_ended = last is not None and before < last <= after
             return has_ended or schedule.at(before).cycle.index != schedule.at(after).cycle.index
-        every = in_samples("Mean's every", self.every, "samples", sizes)
+        assert every is not None
         return (before - start) // every != (after - start) // every
 
     def slots(self, name: str) -> list[str]:

@@ -20,6 +20,9 @@ _DECIMAL = r"[+-]?[0-9_]*\.?[0-9_]*(?:[eE][+-]?[0-9]+)?"
 _LENGTH = re.compile(rf"\s*(?=[^A-Za-z%]*[0-9])({_DECIMAL}(?:/{_DECIMAL})?)\s*([A-Za-z]+|%)?\s*")
 
 
+_ZERO = re.compile(r"\s*0+\.?0*\s*([A-Za-z]*)\s*")
+
+
 @dataclass(frozen=True, slots=True)
 class Sizes:
     """What converts units to samples.
@@ -82,6 +85,11 @@ def check_length(name: str, value: Any) -> None:
     for one in value if isinstance(value, list | tuple) else [value]:
         if one != 0 or isinstance(one, str):  # 0 is a length where `in_samples` is not asked
             parse(name, one, "samples")
+
+
+def is_zero(value: Any) -> bool:
+    """Return whether ``value`` is 0, or a text such as "0 epochs"."""
+    return _ZERO.fullmatch(value) is not None if isinstance(value, str) else value == 0
 
 
 def in_samples(name: str, value: Length, default_unit: str, sizes: Sizes, cycle: Fraction | None = None) -> Fraction:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -438,6 +439,10 @@ def test_an_average_is_loaded_and_exported_for_inference(tmp_path: Path) -> None
     model, optimizer, scheduler = trained({"ema": EMA(decay=0.5), "last": Mean(every="1 update", last=2)})
     dist_adamw.save(tmp_path / "saved", model, optimizer, scheduler)
     fresh = network()
+    (tmp_path / "folder").mkdir()
+    shutil.copytree(tmp_path / "saved", tmp_path / "folder" / "dist_adamw")
+    with pytest.raises(CheckpointError, match=r"written by accelerator.save_state, which has its .*folder/dist_adamw"):
+        dist_adamw.load(tmp_path / "folder", fresh, average="ema")
     dist_adamw.load(tmp_path / "saved", fresh, average="ema")
     assert same(weights(fresh), shown(model, optimizer, "ema"))
     for name in ("ema", "last"):
@@ -673,6 +678,25 @@ def test_an_ema_in_bf16_that_would_stand_still_warns() -> None:
         EMA(decay=0.999, dtype=torch.bfloat16)
     EMA(decay=0.999, every=20, dtype=torch.bfloat16)  # moves by 0.02
     assert check_averages({"ema": {"decay": 0.9, "dtype": "bfloat16"}})["ema"].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("average", "message"),
+    [
+        (Mean(every="50%"), r"every='50%' cannot be a share of a cycle"),
+        (Mean(every="1 epoch", start="1 cycle"), r"start='1 cycle' cannot be a share of a cycle"),
+        (Mean(every="1e6 tokens", start="5 epochs"), r"every='1e6 tokens' is in tokens: pass tokens_per_sample"),
+        (EMA(timescale="1 cycle"), r"timescale='1 cycle' cannot be a share of a cycle"),
+    ],
+)
+def test_a_length_that_the_schedule_cannot_convert_is_refused_when_it_is_made(average: Any, message: str) -> None:
+    optimizer = DistAdamW(network().parameters(), averages={"it": average})
+    with pytest.raises(ValueError, match=message):
+        CyclicLRWithRestarts(optimizer, 8, 40)
+
+
+def test_a_start_of_zero_may_have_a_unit() -> None:
+    assert scheduled({"it": Mean(every="2 updates", start="0 epochs")}, 4)[1].contributions("it") == 2
 
 
 def test_an_average_before_there_is_one() -> None:

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dist_adamw import CyclicLRWithRestarts, DistAdamW
+from dist_adamw import EMA, CyclicLRWithRestarts, DistAdamW, Mean
 from dist_adamw.integrations.deepspeed.configuration import _optimizer_from_json, _scheduler_from_json
 
 
@@ -35,11 +35,15 @@ MAKE = {"optimizer": optimizer_from, "scheduler": scheduler_from}
         ('{"lr": "1e-3"}', "lr", 1e-3),  # as PyYAML reads 1e-3
         ('{"betas": [0.8, 0]}', "betas", (0.8, 0.0)),
         ('{"amsgrad": true}', "amsgrad", True),
-        ('{"averages": {"ema": {"decay": 0.9}, "last": {"last": 3}}}', "amsgrad", False),
     ],
 )
 def test_what_an_optimizer_section_says_is_taken(text: str, name: str, value: Any) -> None:
     assert optimizer_from(json.loads(text)).param_groups[0][name] == value
+
+
+def test_averages_are_taken_from_an_optimizer_section() -> None:
+    made = optimizer_from(json.loads('{"averages": {"ema": {"decay": 0.9}, "last": {"last": 3, "every": "1 epoch"}}}'))
+    assert made.averages == {"ema": EMA(decay=0.9), "last": Mean(last=3, every="1 epoch")}
 
 
 @pytest.mark.parametrize(

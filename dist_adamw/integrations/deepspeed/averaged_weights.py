@@ -41,6 +41,7 @@ def show_averages(engine: Any) -> None:
     optimizer = unwrap(engine.optimizer)
     if isinstance(optimizer, DistAdamW):
         optimizer.use_model(engine.module)
+        engine.optimizer.averaged = optimizer.averaged
         if _is_stage_3(engine.optimizer) or hasattr(engine.optimizer, "bit16_groups_flat"):
             optimizer._engine_weights = functools.partial(_weights_of, weakref.ref(engine))
 
