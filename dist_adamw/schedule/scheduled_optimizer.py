@@ -19,6 +19,7 @@ from dist_adamw.schedule.group_digests import GroupDigests, other_values
 from dist_adamw.schedule.recipe import Recipe
 from dist_adamw.schedule.restarts import SchedulePoint
 from dist_adamw.schedule.saved import GROUPS, STATE_VERSION
+from dist_adamw.schedule.unsupported import refuse_fixed_accumulation
 from dist_adamw.schedule.weight_decay import decay_convention, decay_of_update
 
 
@@ -102,6 +103,8 @@ class ScheduledOptimizer:
         if not self.groups.are_known():
             self.write()
         _ = self.recipe.schedule  # raises if it is not known yet: without it the lr would be wrong
+        if self.recipe.batch_schedule is not None and self.clock.source is None:
+            refuse_fixed_accumulation()
         self.retract_skipped()
         self.clock.begin_update(self.optimizer, (*args, *kwargs.values()))
 

@@ -466,3 +466,31 @@ def test_a_checkpoints_schedule_is_taken(saved: bool, tmp_path: Path) -> None:
             assert (seen, batches, steps) == ([120, 144, 168], [[0, 12], [100, 24]], 6)
         else:
             assert (seen, batches, steps) == ([120, 132, 144], None, 3)
+
+
+def by_accelerate_alone(accumulation: int) -> tuple[int | str, bool]:
+    """The clock after an epoch, or why the first update was refused; and whether the weights are as before."""
+    with accelerator_on("single", accumulation) as accelerator:
+        model = nn.Linear(4, 2)
+        before = model.weight.detach().clone()
+        optimizer = DistAdamW(model.parameters())
+        scheduler = CyclicLRWithRestarts(optimizer, {0: 4 * accumulation, 24: 8 * accumulation}, 48)
+        loader = DataLoader(TensorDataset(torch.ones(48, 4)), 4)
+        model, wrapped, loader, stepped = accelerator.prepare(model, optimizer, loader, scheduler)
+        for (inputs,) in loader:
+            with accelerator.accumulate(model):
+                accelerator.backward(model(inputs).sum())
+                try:
+                    wrapped.step()
+                except ValueError as error:
+                    return str(error), torch.equal(before, model.weight)
+                stepped.step()
+                wrapped.zero_grad()
+        return scheduler.samples, torch.equal(before, model.weight)
+
+
+def test_accelerates_own_prepare_cannot_change_its_accumulation() -> None:
+    said, is_unchanged = run_ranks(1, by_accelerate_alone, 2)[0]
+    assert "accelerator.prepare alone accumulates 2 micro-batches in every update" in str(said)
+    assert is_unchanged
+    assert run_ranks(1, by_accelerate_alone, 1)[0] == (72, False)  # the loop may accumulate by itself
