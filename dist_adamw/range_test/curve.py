@@ -138,7 +138,9 @@ def suggest(
     Source: Smith, arXiv:1506.01186, section 3.3.
     """
     if len(losses) < MIN_UPDATES:
-        return _none(f"{len(losses)} updates are too few, and {MIN_UPDATES} needed: pass more updates, or a smaller lowest")
+        return _none(
+            f"{len(losses)} updates are too few, and {MIN_UPDATES} needed: pass more updates, or a smaller lowest"
+        )
     smoothed = smooth(losses, updates)
     head = max(4, len(losses) // 10)
     start = statistics.median(losses[:head])

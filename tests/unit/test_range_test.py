@@ -97,7 +97,11 @@ def test_noise_alone_has_no_suggestion() -> None:
             {},
             "falls from the first update on, at lr 1e-06: lower lowest",
         ),
-        ([1.0] * 10, {"has_diverged": True}, "10 updates are too few, and 20 needed: pass more updates, or a smaller lowest"),
+        (
+            [1.0] * 10,
+            {"has_diverged": True},
+            "10 updates are too few, and 20 needed: pass more updates, or a smaller lowest",
+        ),
     ],
 )
 def test_no_suggestion_is_one_sentence(losses: list[float], options: dict[str, Any], sentence: str) -> None:
