@@ -125,7 +125,7 @@ class Mean:
     def __post_init__(self) -> None:
         if self.every not in (None, self.AT_CYCLE_ENDS):
             check_length("Mean's every", _not_zero("Mean's every", self.every))
-        if not is_zero(self.start):
+        if not is_zero("Mean's start", self.start):
             check_length("Mean's start", self.start)
         if self.last is not None:
             object.__setattr__(self, "last", check_positive_int("Mean's last", self.last))
@@ -138,7 +138,11 @@ class Mean:
             ValueError: a length is a share of a cycle, or in tokens without ``tokens_per_sample``.
         """
         sizes = schedule.sizes
-        start = Fraction(0) if is_zero(self.start) else in_samples("Mean's start", self.start, "samples", sizes)
+        start = (
+            Fraction(0)
+            if is_zero("Mean's start", self.start)
+            else in_samples("Mean's start", self.start, "samples", sizes)
+        )
         if self.every is None or self.every == self.AT_CYCLE_ENDS:
             return start, None
         return start, in_samples("Mean's every", self.every, "samples", sizes)

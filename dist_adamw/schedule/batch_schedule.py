@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import math
-import re
 from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from dist_adamw.schedule.batch import GlobalBatch, check_positive_int, check_whole, samples_of_batch, shown
-from dist_adamw.schedule.lengths import Sizes, in_samples, parse
+from dist_adamw.schedule.lengths import Sizes, in_samples, is_zero, parse
 
 # From numbers of samples, or lengths with a unit, to global batches. (With int | str for keys, mypy would refuse a
 # dict[int, int].)
 BatchSizes = Mapping[Any, int]
 # The same as plain data, checked as far as that is possible without an epoch size.
 GivenBatches = tuple[tuple[int | str, int], ...]
-
-_ZERO = re.compile(r"\s*0+\.?0*\s*([A-Za-z]*)\s*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,10 +137,9 @@ def _key(key: Any) -> int | str:
             return check_whole("a key of batch_size", key)
         except ValueError as error:
             raise ValueError(f"{str(error).rstrip('.')}: samples, or a text with a unit ('2 epochs').") from error
-    zero = _ZERO.fullmatch(key)
-    amount, unit = parse("a key of batch_size", f"1 {zero[1]}" if zero else key, "samples")
-    if zero:
+    if is_zero("a key of batch_size", key):
         return 0
+    amount, unit = parse("a key of batch_size", key, "samples")
     if unit in ("cycles", "%"):
         raise ValueError(f"a key of batch_size cannot be a share of a cycle, got {shown(key)}. Use samples or epochs.")
     if unit != "samples":

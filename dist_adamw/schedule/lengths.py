@@ -74,10 +74,7 @@ def parse(name: str, value: Length, default_unit: str) -> tuple[Fraction, str]:
         amount = exact(name, value)
     if unit is None:
         return amount, default_unit
-    for known in _UNITS:
-        if unit.lower() in (known, known.removesuffix("s")):
-            return amount, known
-    raise ValueError(f"{name}={shown(value)} has an unknown unit. Units are {', '.join(_UNITS[:-1])} and %.")
+    return amount, _known_unit(unit, name, value)
 
 
 def check_length(name: str, value: Any) -> None:
@@ -87,9 +84,25 @@ def check_length(name: str, value: Any) -> None:
             parse(name, one, "samples")
 
 
-def is_zero(value: Any) -> bool:
-    """Return whether ``value`` is 0, or a text such as "0 epochs"."""
-    return _ZERO.fullmatch(value) is not None if isinstance(value, str) else value == 0
+def is_zero(name: str, value: Any) -> bool:
+    """Return whether ``value`` is 0, or a text such as "0 epochs".
+
+    Raises:
+        ValueError: the unit of such a text is unknown.
+    """
+    if not isinstance(value, str):
+        return bool(value == 0)
+    zero = _ZERO.fullmatch(value)
+    if zero is not None and zero[1]:
+        _known_unit(zero[1], name, value)
+    return zero is not None
+
+
+def _known_unit(unit: str, name: str, value: Any) -> str:
+    for known in _UNITS:
+        if unit.lower() in (known, known.removesuffix("s")):
+            return known
+    raise ValueError(f"{name}={shown(value)} has an unknown unit. Units are {', '.join(_UNITS[:-1])} and %.")
 
 
 def in_samples(name: str, value: Length, default_unit: str, sizes: Sizes, cycle: Fraction | None = None) -> Fraction:

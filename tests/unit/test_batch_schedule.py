@@ -185,7 +185,7 @@ def test_a_json_needs_prepare_which_changes_the_accumulation() -> None:
         ({False: 64, 5: 128}, "a key of batch_size must be a whole number >= 0, got False"),
         ({0: 64, None: 128}, "a key of batch_size must be a whole number >= 0, got None"),
         ({0: 64, "5 moons": 128}, "a key of batch_size='5 moons' has an unknown unit"),
-        ({0: 64, "0 moons": 128}, "has an unknown unit"),
+        ({0: 64, "0 moons": 128}, "a key of batch_size='0 moons' has an unknown unit"),
         ({0: 64, "50%": 128}, "a key of batch_size cannot be a share of a cycle, got '50%'"),
         ({0: 64, "5 tokens": 128}, "'5 tokens' is in tokens: pass tokens_per_sample"),
         ({0: 64, 5: 0}, r"batch_size\[5\] must be a whole number above 0, got 0"),
