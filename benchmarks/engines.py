@@ -315,12 +315,15 @@ def _import(name: str) -> Any:
 
 
 OURS, OURS_WITHOUT_DDP = "DistAdamW", "DistAdamW without DDP"
+AVERAGING, AVERAGING_SELDOM = "DistAdamW, EMA", "DistAdamW, EMA every 4 updates"
 REPRODUCIBLE, SUMS_INSIDE = "DistAdamW, reproducible", "DistAdamW, sums inside the rank first"
 BUILDERS: dict[str, Callable[[Workload], Engine]] = {
     OURS: dist_adamw_engine,
     OURS_WITHOUT_DDP: lambda workload: dist_adamw_engine(workload, ddp=False),
     "DistAdamW, reduce every backward": lambda workload: dist_adamw_engine(workload, ddp=False, into_shard=True),
     REPRODUCIBLE: lambda workload: dist_adamw_engine(workload, reproducible=True),
+    AVERAGING: lambda workload: dist_adamw_engine(workload, averages={"ema": {"decay": 0.999}}),
+    AVERAGING_SELDOM: lambda workload: dist_adamw_engine(workload, averages={"ema": {"decay": 0.999, "every": 4}}),
     SUMS_INSIDE: lambda workload: dist_adamw_engine(workload, ddp=False, reproducible=True, kind=_SumsInsideFirst),
     "DistAdamW, all-reduce": lambda workload: dist_adamw_engine(workload, attach=False),
     "DDP + AdamW": _ddp_adamw,

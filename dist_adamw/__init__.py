@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from dist_adamw.integrations.deepspeed.zero_state import prepare_deepspeed
     from dist_adamw.integrations.transformers.trainer import prepare_trainer
     from dist_adamw.optimizer.adamw import DistAdamW
+    from dist_adamw.optimizer.averages import EMA, Mean
     from dist_adamw.optimizer.replicas import check_replicas
+    from dist_adamw.range_test.context import lr_range
     from dist_adamw.run_log.run_log import RunLog
     from dist_adamw.schedule.batch import GlobalBatch
     from dist_adamw.schedule.preview import Preview
@@ -36,8 +38,10 @@ _MODULE_OF = {
     "CheckpointFolder": "checkpoint.folder",
     "CyclicLRWithRestarts": "schedule.scheduler",
     "DistAdamW": "optimizer.adamw",
+    "EMA": "optimizer.averages",
     "ExpReduceMaxLROnIteration": "schedule.restarts",
     "GlobalBatch": "schedule.batch",
+    "Mean": "optimizer.averages",
     "Preview": "schedule.preview",
     "ReduceMaxLROnRestart": "schedule.restarts",
     "RestartSchedule": "schedule.restarts",
@@ -46,6 +50,7 @@ _MODULE_OF = {
     "export_checkpoint": "checkpoint.formats.exporting",
     "import_checkpoint": "checkpoint.formats.importing",
     "load": "checkpoint.save_load",
+    "lr_range": "range_test.context",
     "position": "integrations.accelerate.position",
     "prepare": "integrations.accelerate.prepare",
     "prepare_deepspeed": "integrations.deepspeed.zero_state",
@@ -54,10 +59,11 @@ _MODULE_OF = {
     "rest_of_epoch": "integrations.accelerate.position",
     "save": "checkpoint.save_load",
 }
-_PACKAGES = ("checkpoint", "integrations", "optimizer", "ranks", "run_log", "schedule")
+_PACKAGES = ("checkpoint", "integrations", "optimizer", "range_test", "ranks", "run_log", "schedule")
 _MOVED = ("batch", "hooks", "policies", "scheduler", "storage")  # modules of 0.1.0, which forward
 
 __all__ = [
+    "EMA",
     "AgreementError",
     "AsyncSaver",
     "Checkpoint",
@@ -67,6 +73,7 @@ __all__ = [
     "DistAdamW",
     "ExpReduceMaxLROnIteration",
     "GlobalBatch",
+    "Mean",
     "Preview",
     "ReduceMaxLROnRestart",
     "RestartSchedule",
@@ -76,6 +83,7 @@ __all__ = [
     "export_checkpoint",
     "import_checkpoint",
     "load",
+    "lr_range",
     "position",
     "prepare",
     "prepare_deepspeed",

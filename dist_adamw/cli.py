@@ -1,8 +1,12 @@
-"""The ``dist-adamw`` command: preview a recipe; inspect and convert checkpoints; compare run logs."""
+"""The ``dist-adamw`` command: preview a recipe, find lr for it; inspect and convert checkpoints; compare run logs."""
 
 from __future__ import annotations
 
+import json
+import os
 import sys
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -19,7 +23,7 @@ from dist_adamw.schedule.scheduler import CyclicLRWithRestarts
 
 
 def preview(
-    batch_size: int,
+    batch_size: int | dict[int | str, int],
     epoch_size: int,
     restart_period: float | str = 100.0,
     t_mult: float = 2.0,
@@ -48,7 +52,7 @@ def preview(
     Lengths may have a unit: "2.5 epochs", "10_000 samples", "500 updates", "1e9 tokens", or "10%" of a cycle.
 
     Args:
-        batch_size: Global batch, in samples.
+        batch_size: Global batch, in samples; or a schedule: "{0: 256, 2 epochs: 512}".
         epoch_size: Samples in an epoch.
         restart_period: Length of the first cycle in epochs; may be a fraction.
         t_mult: Factor from the length of one cycle to the next.
@@ -152,7 +156,7 @@ def import_(
     inspect(path)
 
 
-def export(path: str, target: str, kind: Kind | None = None, master: bool = False) -> None:
+def export(path: str, target: str, kind: Kind | None = None, master: bool = False, average: str | None = None) -> None:
     """Write a checkpoint for torch, FSDP2, DeepSpeed or as safetensors.
 
     Args:
@@ -160,10 +164,11 @@ def export(path: str, target: str, kind: Kind | None = None, master: bool = Fals
         target: The file or folder to write.
         kind: torch (torch.save), dcp (FSDP2), universal (DeepSpeed) or safetensors (weights alone).
         master: Write the fp32 weights if the model's have less precision.
+        average: Write this average of the weights in their place, as safetensors.
     """
     if kind is None:
         raise ValueError("name the kind of file to write: --kind torch, dcp, universal or safetensors.")
-    export_checkpoint(path, target, kind, master=master)
+    export_checkpoint(path, target, kind, master=master, average=average)
     print(f"written to {target}")
 
 
@@ -179,6 +184,62 @@ def diff(run_a: str, run_b: str) -> int:
     return 0 if is_equal else 1
 
 
+def lr_range(
+    script: str,
+    args: list[str] | None = None,
+    lowest: float = 1e-6,
+    highest: float = 1.0,
+    updates: int = 100,
+    divergence: float = 4.0,
+    out: str = "lr_range.png",
+    ranks: int | None = None,
+) -> Callable[[], int]:
+    """Find the learning rates that a script trains with: run it while lr rises, until its loss diverges.
+
+    The script is unmodified, and uses dist_adamw.prepare and accelerator.backward. It ends when the loss diverges or
+    all updates were made. Its checkpoints are neither written nor deleted; pass it another output folder if it writes
+    other files. Everything after SCRIPT is passed to it. Without ranks it runs in this process, so a launcher can start
+    the command: accelerate launch -m dist_adamw.cli lr-range SCRIPT.
+
+    Args:
+        script: The Python file.
+        args: Its arguments: those after SCRIPT.
+        lowest: lr of the first update, in the group with the largest lr; others keep their ratio to it.
+        highest: lr of the last update.
+        updates: Updates from the one to the other.
+        divergence: End when the smoothed loss exceeds its smallest value by this factor.
+        out: PNG file to draw the curve into.
+        ranks: Processes to start on this machine.
+    """
+    from dist_adamw.range_test.script import ScriptRange, run_on_ranks, run_script
+
+    options = ScriptRange(lowest, highest, updates, divergence, out)
+    if not Path(script).is_file():
+        raise ValueError(f"{script}: there is no such script.")
+    if ranks is None:
+        return lambda: run_script(script, args or [], options)
+    if ranks < 1:
+        raise ValueError(f"--ranks must be at least 1, got {ranks}.")
+    if "RANK" in os.environ:
+        raise ValueError(
+            f"--ranks {ranks}: a launcher has already started this process as one of several. Leave it out."
+        )
+    numbers = {"lowest": lowest, "highest": highest, "updates": updates, "divergence": divergence, "out": out}
+    command = ["lr-range", *(f"--{name}={value}" for name, value in numbers.items()), script, *(args or [])]
+    return lambda: run_on_ranks(command, ranks)
+
+
+def _with_script_args(args: list[str]) -> list[str]:
+    """Make everything after SCRIPT the value of one option of ``lr-range``."""
+    rest = iter(range(1, len(args)))
+    for i in rest:
+        if not args[i].startswith("-"):
+            return [*args[: i + 1], f"--args={json.dumps(args[i + 1 :])}"]
+        if args[i].startswith("--") and "=" not in args[i] and args[i] != "--help":
+            next(rest, None)  # its value
+    return args
+
+
 def main(args: list[str] | None = None) -> int:
     """Run the command and return its exit status; print a user's mistake as one sentence, with exit status 2."""
     from jsonargparse import auto_cli
@@ -186,10 +247,18 @@ def main(args: list[str] | None = None) -> int:
     args = sys.argv[1:] if args is None else args
     # A recipe's many numbers need names; paths are positional.
     of_files = {"inspect": inspect, "import": import_, "export": export, "diff": diff}
-    components: dict[str, Any] = {"preview": preview, "batch": batch, **of_files}
+    components: dict[str, Any] = {"preview": preview, "batch": batch, "lr-range": lr_range, **of_files}
+    if args[:1] == ["lr-range"]:
+        args = _with_script_args(args)
+    is_positional = bool(args) and (args[0] in of_files or args[0] == "lr-range")
     try:
-        status = auto_cli(components, args=args, prog="dist-adamw", as_positional=bool(args) and args[0] in of_files)
+        status = auto_cli(components, args=args, prog="dist-adamw", as_positional=is_positional)
     except (ValueError, ModuleNotFoundError, OSError, ArithmeticError) as error:
         print(f"dist-adamw: {error}", file=sys.stderr)
         return 2
-    return status or 0
+    # Outside of the `try`: the errors of a script are its own.
+    return status() if callable(status) else status or 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from numbers import Integral, Number, Rational, Real
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor
@@ -24,6 +25,8 @@ def plain(value: Any) -> Any:
         return _plain_number(value)
     if isinstance(value, list | tuple):
         return [plain(item) for item in value]
+    if isinstance(value, MappingProxyType):
+        return repr(dict(value))
     if isinstance(value, Tensor):
         return value.tolist()
     if hasattr(value, "__qualname__"):

@@ -108,7 +108,12 @@ class GPT(nn.Module):
 
 
 def next_byte_losses(model: nn.Module, windows: Tensor) -> Tensor:
-    """Return the mean cross-entropy of each window, in nats per byte.
+    """Return the mean cross-entropy of each window, (samples,), in nats per byte: see `byte_losses`."""
+    return byte_losses(model, windows).mean(1)
+
+
+def byte_losses(model: nn.Module, windows: Tensor) -> Tensor:
+    """Return the cross-entropy of each byte, (samples, context), in nats.
 
     Args:
         model: Maps bytes to logits.
@@ -116,7 +121,7 @@ def next_byte_losses(model: nn.Module, windows: Tensor) -> Tensor:
     """
     windows = windows.long()
     logits = model(windows[:, :-1])
-    return F.cross_entropy(logits.transpose(1, 2), windows[:, 1:], reduction="none").mean(1)
+    return F.cross_entropy(logits.transpose(1, 2), windows[:, 1:], reduction="none")
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

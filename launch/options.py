@@ -34,6 +34,8 @@ class RunConfig:
         validate_every: Samples between two validations; 0 for the ends of cycles only.
         save_every: Samples between two checkpoints; 0 for the ends of cycles only.
         keep: How many of the newest checkpoints to keep.
+        snapshots: Whether to keep the weights of each cycle's end, in --out/snapshots, and to report the held-out loss
+            of their ensemble.
         overwrite: Delete the checkpoints in --out, and start from the beginning.
         tracker: One of Accelerate's trackers, such as tensorboard or wandb, or none.
         timeout: Seconds that a rank waits for the others, so that a launcher can continue without a machine that is
@@ -44,6 +46,7 @@ class RunConfig:
     validate_every: int = 1280
     save_every: int = 0
     keep: int = 2
+    snapshots: bool = False
     overwrite: bool = False
     tracker: str = "tensorboard"
     timeout: int | None = None

@@ -16,7 +16,8 @@ class Recipe:
     """Optimizer, schedule and global batch. A sample is one window of text.
 
     Args:
-        global_batch: Samples of one update, over all ranks.
+        global_batch: Samples of one update, over all ranks; or a schedule by samples or lengths with a unit, such as
+            {0: 16, 2 epochs: 32}.
         micro_batch: Samples of one rank in one forward pass; accumulation makes up the rest.
         cycles: Number of cycles to train.
         lr: Learning rate at the beginning of each cycle.
@@ -37,10 +38,12 @@ class Recipe:
         peak_factor: Factor on the peak at every restart, or a list with one for each cycle.
         weight_decay_norm: paper, or first_cycle: weight_decay is torch's in the first cycle, normalised from there.
         weight_decay_timescale: Samples over which updates are averaged, or "1 cycle", in place of weight_decay.
+        averages: Averages of the weights, by name: "{ema: {decay: 0.999}, ends: {every: cycle}, last: {every: 1 epoch,
+            last: 3}}"; the job reports their held-out losses.
         reproducible: Compute the same bits on any number of ranks; the last line is then a hash of the weights.
     """
 
-    global_batch: int = 16
+    global_batch: int | dict[int | str, int] = 16
     micro_batch: int = 8
     cycles: int = 3
     lr: float = 2e-3
@@ -63,12 +66,20 @@ class Recipe:
     peak_factor: float | list[float] = 1.0
     weight_decay_norm: Literal["paper", "first_cycle"] = "paper"
     weight_decay_timescale: int | str | None = None
+    averages: dict[str, dict[str, int | float | str | None]] | None = None
     reproducible: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("global_batch", "micro_batch", "cycles"):
+        for name in ("micro_batch", "cycles"):
             if getattr(self, name) < 1:
                 raise ValueError(f"recipe.{name} must be above 0, got {getattr(self, name)}.")
+        if not self.batch_sizes or min(self.batch_sizes) < 1:
+            raise ValueError(f"recipe.global_batch must be above 0, got {self.global_batch}.")
+
+    @property
+    def batch_sizes(self) -> list[int]:
+        """All global batches, the first one first."""
+        return [self.global_batch] if isinstance(self.global_batch, int) else list(self.global_batch.values())
 
     def make_optimizer(self, model: nn.Module) -> DistAdamW:
         """Return the optimizer of ``model``."""
@@ -80,13 +91,15 @@ class Recipe:
             weight_decay=self.weight_decay,
             decay_by=self.decay_by,
             max_grad_norm=self.max_grad_norm,
+            averages=self.averages,
             reproducible=self.reproducible,
         )
 
     def make_scheduler(self, optimizer: DistAdamW) -> CyclicLRWithRestarts:
-        """Return the schedule; ``prepare`` fills in the global batch and the epoch size."""
+        """Return the schedule; ``prepare`` fills in a constant global batch and the epoch size."""
         return CyclicLRWithRestarts(
             optimizer,
+            None if isinstance(self.global_batch, int) else self.global_batch,
             restart_period=self.restart_period,
             t_mult=self.t_mult,
             policy=self.policy,

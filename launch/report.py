@@ -104,8 +104,9 @@ def draw(path: Path, rows: Sequence[Row], restarts: Sequence[int], levels: Mappi
 
 def loss_table(levels: Mapping[str, float]) -> str:
     """Return a table of losses, given in nats per byte."""
-    lines = [f"{'':<34}{'nats/byte':>10}{'bits/byte':>11}"]
-    lines += [f"{name:<34}{nats:>10.3f}{nats / math.log(2):>11.3f}" for name, nats in levels.items()]
+    width = max(34, *(len(name) + 2 for name in levels))
+    lines = [f"{'':<{width}}{'nats/byte':>10}{'bits/byte':>11}"]
+    lines += [f"{name:<{width}}{nats:>10.3f}{nats / math.log(2):>11.3f}" for name, nats in levels.items()]
     return "\n".join(lines)
 
 

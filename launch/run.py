@@ -12,14 +12,16 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
+from torch import nn
 
+import dist_adamw
 from dist_adamw.checkpoint.folder import CheckpointFolder
 
 T = TypeVar("T")
@@ -116,6 +118,31 @@ class Progress:
     updates: int = 0
     config: dict[str, Any] = field(default_factory=dict)
     text: str = ""
+
+
+class Snapshots:
+    """The weights of each cycle's end, for ensembles and for inference. The constructor is collective.
+
+    Args:
+        out: The run's folder, shared by all machines.
+    """
+
+    def __init__(self, out: Path) -> None:
+        self.folder = CheckpointFolder(out / "snapshots", keep=None)
+
+    def save(self, samples: int, model: nn.Module) -> None:
+        """Write the weights alone, which `dist_adamw.load` and ``dist-adamw export`` read. Collective.
+
+        Raises:
+            CheckpointError: they could not be written.
+        """
+        self.folder.save(samples, lambda path: dist_adamw.save(path, model))
+
+    def each(self, model: nn.Module) -> Iterator[Path]:
+        """Load one after the other into ``model``, the newest last, and yield its folder. Collective."""
+        for path in self.folder.all():
+            dist_adamw.load(path, model, random_state=False)
+            yield path
 
 
 class Checkpoints:

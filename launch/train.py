@@ -19,6 +19,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -27,10 +28,10 @@ import torch
 from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import InitProcessGroupKwargs, gather_object, set_seed
-from gpt import GPT, next_byte_losses
+from gpt import GPT, byte_losses, next_byte_losses
 from options import AUTO, Config, parse
 from report import History, Row, draw, loss_table, megabytes, memory_table
-from run import Checkpoints, JobError, Progress, StopSignals, everywhere, on_main
+from run import Checkpoints, JobError, Progress, Snapshots, StopSignals, everywhere, on_main
 from text import load_text
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -86,6 +87,7 @@ class Job:
         # Only after the rendezvous: a rank that waits there for a dead one must end on SIGTERM, not 30 s later.
         self.stop = StopSignals()
         self.checkpoints = Checkpoints(self.accelerator, self.out, config.run.keep)
+        self.snapshots = Snapshots(self.out) if config.run.snapshots else None
         try:
             on_main(self.accelerator, self._claim_folder)
             self._build()
@@ -95,13 +97,20 @@ class Job:
             if not self._resume():
                 # Only after every check: an invalid configuration must not cost any checkpoints.
                 on_main(self.accelerator, self.checkpoints.folder.discard)
+                if self.snapshots is not None:
+                    on_main(self.accelerator, self.snapshots.folder.discard)
             self.progress.config = config.shaping()
             self.progress.text = self.text.digest
             self.history = everywhere(self._open_history)
             self._start_tracking()
         except BaseException:
-            self.checkpoints.folder.close()
+            self._close()
             raise
+
+    def _close(self) -> None:
+        self.checkpoints.folder.close()
+        if self.snapshots is not None:
+            self.snapshots.folder.close()
 
     def _claim_folder(self) -> None:
         found = self.checkpoints.folder.all()
@@ -115,13 +124,12 @@ class Job:
     def _build(self) -> None:
         """Create the text, model, optimizer, loaders and schedule, and prepare them."""
         config, accelerator = self.config, self.accelerator
-        self.batch = dist_adamw.GlobalBatch.solve(
-            size=config.recipe.global_batch,
-            micro_batch_size=config.recipe.micro_batch,
-            data_parallel_size=accelerator.num_processes,
-        )
+        one_pass = {"micro_batch_size": config.recipe.micro_batch, "data_parallel_size": accelerator.num_processes}
+        # All are checked; `prepare` follows a schedule from the first one on.
+        self.batch, *_ = (dist_adamw.GlobalBatch.solve(size=size, **one_pass) for size in config.recipe.batch_sizes)
         accelerator.gradient_accumulation_steps = self.batch.gradient_accumulation_steps
-        sizes = {"context": config.model.context, "global_batch": self.batch.size}
+        # An epoch is then a whole number of updates of each size.
+        sizes = {"context": config.model.context, "global_batch": math.lcm(*config.recipe.batch_sizes)}
         self.text = everywhere(lambda: load_text(config.data, config.text, **sizes))
         if len(set(gather_object([self.text.digest]))) > 1:
             raise ValueError(f"the ranks read different texts from {self.text.source}. Pass one they share (--data).")
@@ -138,11 +146,14 @@ class Job:
         )
         self.held_out = accelerator.prepare(DataLoader(self.text.held_out, micro_batch, generator=torch.Generator()))
         self.preview = self.scheduler.preview(cycles=config.recipe.cycles)
+        assert self.preview.batches is not None
+        self.batches = self.preview.batches
         self.restarts = [row.first_sample for row in self.preview.rows[1:]]
         self.end = self.preview.rows[-1].first_sample + self.preview.rows[-1].samples
         # In fp64, in which sums of a few fp32 losses are exact: the mean does not depend on the number of ranks.
         self.wide = torch.float32 if accelerator.device.type == "mps" else torch.float64
         self.loss_sum = torch.zeros((), dtype=self.wide, device=accelerator.device)
+        self.micro_batches = 0  # of the update so far, on this rank
 
     def _find_checkpoint(self) -> tuple[Path, Progress] | None:
         """Return the checkpoint to resume from; None to start from the beginning. Collective."""
@@ -176,7 +187,8 @@ class Job:
         everywhere(lambda: self.accelerator.load_state(str(path)))
         self.progress = progress
         self.say(f"resuming from {path}")
-        aside = on_main(self.accelerator, lambda: self.checkpoints.folder.set_aside(progress.samples))
+        folders = [kept.folder for kept in (self.checkpoints, self.snapshots) if kept is not None]
+        aside = on_main(self.accelerator, lambda: [path for f in folders for path in f.set_aside(progress.samples)])
         for later in aside:
             self.say(f"set aside, since training continues from an earlier one: {later}")
         return True
@@ -188,7 +200,9 @@ class Job:
 
     def _start_tracking(self) -> None:
         resumed = self.progress.samples > 0
-        options = {k: str(v) if isinstance(v, list) else v for k, v in self.config.shaping().items() if v is not None}
+        options = {
+            k: str(v) if isinstance(v, list | dict) else v for k, v in self.config.shaping().items() if v is not None
+        }
         # Makes TensorBoard hide what a killed job logged after its last checkpoint.
         again = resumed or self.config.resume == AUTO
         purge = {"tensorboard": {"purge_step": self.progress.samples + 1}} if again else {}
@@ -226,9 +240,9 @@ class Job:
         """Train to the end of the last cycle, or until a stop signal."""
         self.began = time.perf_counter() - (self.history.seconds if self.history else 0.0)
         context = self.config.model.context
-        updates = -(-self.end // self.batch.size)
+        _, end = self.batches.updates(0, self.end)
         with tqdm(
-            total=updates * self.batch.size * context,
+            total=end * context,
             initial=self.progress.samples * context,
             unit=" tokens",
             unit_scale=True,
@@ -254,6 +268,7 @@ class Job:
             self.scheduler.step()
             self.optimizer.zero_grad()
         self.loss_sum += loss.detach()
+        self.micro_batches += 1
         if self.accelerator.sync_gradients:
             self._after_update(lr, decay)
 
@@ -273,6 +288,8 @@ class Job:
         val_loss = self.validate() if due(run.validate_every) else None
         if progress.samples > before:
             self._record(loss, lr, decay, val_loss)
+        if restarted and self.snapshots is not None:
+            self.snapshots.save(progress.samples, self.model)
         if due(run.save_every) or self.stopped_by is not None:
             path = self.checkpoints.save(progress)
             self.say(f"saved {path}")
@@ -285,7 +302,8 @@ class Job:
         total: float
         total, *flags = self.accelerator.reduce(mine, reduction="sum").tolist()
         self.stopped_by = self.stop.agreed(flags)
-        loss = total / (self.batch.gradient_accumulation_steps * self.batch.data_parallel_size)
+        loss = total / (self.micro_batches * self.batch.data_parallel_size)
+        self.micro_batches = 0
         if not math.isfinite(loss):
             raise JobError(
                 f"the loss became {loss} after sample {self.progress.samples:,}. Lower recipe.lr, or set "
@@ -306,29 +324,58 @@ class Job:
         self.bar.set_postfix_str(f"loss {loss:.3f}, lr {lr:.2e}, weight decay {decay:.2e}", refresh=False)
         self.bar.update(progress.samples * self.config.model.context - self.bar.n)
 
-    @torch.no_grad()
     def validate(self) -> float:
         """Return the mean loss on the held-out windows, in nats per byte."""
+        return float(self._held_out_losses(next_byte_losses).double().mean())
+
+    @torch.no_grad()
+    def _held_out_losses(self, losses_of: Callable[[nn.Module, Tensor], Tensor]) -> Tensor:
         self.model.eval()
-        losses = [self.accelerator.gather_for_metrics(next_byte_losses(self.model, w)) for w in self.held_out]
+        losses = [self.accelerator.gather_for_metrics(losses_of(self.model, w)) for w in self.held_out]
         self.model.train()
-        return float(torch.cat(losses).double().mean())
+        return torch.cat(losses)
+
+    def _losses_of_averages(self) -> dict[str, float]:
+        """Return the held-out losses of the averages, and of the ensemble of the cycle ends: the mean probability."""
+        found = {}
+        for name in self._inner.averages:
+            if self._inner.contributions(name):
+                with self._inner.averaged(name):
+                    found[f"held-out loss, average {name}"] = self.validate()
+        if self.snapshots is not None and self.snapshots.folder.all():
+            losses = [self._held_out_losses(byte_losses).double() for _ in self.snapshots.each(self.model)]
+            ensemble = torch.stack(losses).neg().logsumexp(0) - math.log(len(losses))
+            found[f"held-out loss, ensemble of {len(losses)} cycle ends"] = float(-ensemble.mean())
+        return found
 
     # ---------------------------------------------------------------- the end
 
     def finish(self) -> None:
         """Draw the curves, print the table, and close trackers and checkpoints."""
-        digest = digest_of(self.model) if self.config.recipe.reproducible and self.stopped_by is None else None
+        is_done = self.stopped_by is None
+        digest = digest_of(self.model) if self.config.recipe.reproducible and is_done else None
+        averages = self._losses_of_averages() if is_done else {}
         if self.history is not None:
-            self._tell(self.history, digest)
+            self._tell(self.history, averages, digest)
         self.accelerator.end_training()
-        self.checkpoints.folder.close()
+        self._close()
 
-    def _tell(self, history: History, digest: str | None) -> None:
+    def _cycle_ends(self, history: History) -> dict[int, Row]:
+        """Return the update that ended each cycle, as far as the history has it."""
+        rows, ends = history.rows, [*self.restarts, self.end]
+        begins = [rows[0].samples - self.batch.size, *(row.samples for row in rows)]
+        return {
+            i: row
+            for before, row in zip(begins, rows, strict=False)
+            for i, end in enumerate(ends)
+            if before < end <= row.samples
+        }
+
+    def _tell(self, history: History, averages: dict[str, float], digest: str | None) -> None:
         if not history.rows:
             return
         known = {"unigram entropy": self.text.entropies.unigram, "bigram entropy": self.text.entropies.bigram}
-        title = f"{self.parameters:,} parameters, global batch {self.batch.size}, {self.batch.data_parallel_size} ranks"
+        title = f"{self.parameters:,} parameters, global batch {self.batches}, {self.batch.data_parallel_size} ranks"
         try:
             draw(self.out / "curves.png", history.rows, self.restarts, known, title)
             self.say(f"curves: {self.out / 'curves.png'}")
@@ -337,9 +384,12 @@ class Job:
         if self.stopped_by is not None:
             return
         last = history.rows[-min(len(history.rows), 20) :]
-        held_out = [row.val_loss for row in history.rows if row.val_loss is not None][-1]
+        held_out = {"held-out loss": [row.val_loss for row in history.rows if row.val_loss is not None][-1]}
+        if averages:
+            ends = self._cycle_ends(history)
+            held_out = {f"held-out loss, cycle {i} ends": row.val_loss or 0.0 for i, row in ends.items()} | averages
         training = {f"training loss, last {len(last)} updates": sum(row.loss for row in last) / len(last)}
-        self.say(f"\n{loss_table(known | training | {'held-out loss': held_out})}")
+        self.say(f"\n{loss_table(known | training | held_out)}")
         if digest is not None:
             self.say(f"\nsha256 of the weights after {len(history.rows)} updates: {digest}")
 

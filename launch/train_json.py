@@ -50,6 +50,7 @@ def main() -> None:
     last = scheduler.preview(cycles=options.cycles).rows[-1]
     end = last.first_sample + last.samples
     updates = 0
+    losses: list[torch.Tensor] = []  # of the update so far
     while scheduler.samples < end and updates != options.updates:
         for windows in loader:
             samples, lr, decay = scheduler.samples, scheduler.get_last_lr()[0], scheduler.get_last_weight_decay()[0]
@@ -59,7 +60,11 @@ def main() -> None:
                 optimizer.step()
                 scheduler.step()
                 optimizer.zero_grad()
-            mean = accelerator.reduce(loss.detach(), reduction="mean")
+            losses.append(loss.detach())
+            if not accelerator.sync_gradients:
+                continue
+            mean = accelerator.reduce(torch.stack(losses).mean(), reduction="mean")
+            losses.clear()
             accelerator.print(f"samples {samples} lr {lr!r} weight_decay {decay!r} loss {float(mean):.6f}")
             updates += 1
             if scheduler.samples >= end or updates == options.updates:

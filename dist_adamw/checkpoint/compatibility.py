@@ -16,11 +16,21 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from dist_adamw.checkpoint.averages import check_averages
 from dist_adamw.checkpoint.extra_state import check_extra_state
-from dist_adamw.checkpoint.local_state import MODEL, SCALARS, Access, buffers, fits_family, hyper_parameters, is_outside
+from dist_adamw.checkpoint.local_state import (
+    MODEL,
+    SCALARS,
+    Access,
+    buffers,
+    fits_family,
+    hyper_parameters,
+    is_outside,
+)
 from dist_adamw.checkpoint.random_state import random_state_of
 from dist_adamw.checkpoint.storage.index import Index, check_files, read_index
 from dist_adamw.errors import CheckpointError
+from dist_adamw.optimizer.averages import AVERAGED
 from dist_adamw.optimizer.options import KEPT, check_hyper_parameters
 from dist_adamw.plain_data import plain
 from dist_adamw.schedule.saved import OnDifference
@@ -258,6 +268,7 @@ def _check_optimizer(
             f"{index.folder} was made with other hyper-parameters: {_first_three([*lines])}. Pass the same, "
             "or choose by on_difference='checkpoint' or 'new'."
         )
+    check_averages(index, unwrap(optimizer), choice)
 
 
 def _cycled(scheduler: LRScheduler | None) -> set[str]:
@@ -279,6 +290,8 @@ def _to_take(
         keys = _keys_to_take(here, scheduler, choice)
         if getattr(optimizer, "reproducible", False):
             keys += KEPT
+        if getattr(optimizer, "averages", {}):
+            keys.append(AVERAGED)
         # Groups may be split differently now, so they are matched by the names of their parameters.
         found = [group_of[name] for name in here["names"] if name in group_of]
         saved_groups = [_in_convention_of(optimizer, one, index.about.get("decay_by")) for one in found]
@@ -302,8 +315,8 @@ def _values_of(saved: dict[str, Any], keys: list[str], group: dict[str, Any]) ->
     """Return the values of ``keys`` that both the saved group and this one have."""
     values = {}
     for key in keys:
-        # A scheduler adds initial_lr, and `attach` what reproducible=True keeps, perhaps only there.
-        if key in saved and (key in group or key == "initial_lr" or key in KEPT):
+        # A scheduler adds initial_lr, `attach` what reproducible=True keeps, and a save counts; perhaps only there.
+        if key in saved and (key in group or key == "initial_lr" or key in (*KEPT, AVERAGED)):
             values[key] = saved[key]
     return values
 
@@ -319,7 +332,8 @@ def _check_values(
                     f"{index.folder} has parameters of one group here in several groups, with {key} {value!r} and "
                     f"{other[key]!r}. Make the same groups, or pass on_difference='new'."
                 )
-        fits = _is_like(value, plain(KEPT[key] if key in KEPT else group.get(key, group["lr"])))
+        kept = {**KEPT, AVERAGED: ""}  # checked by `check_averages`
+        fits = _is_like(value, plain(kept.get(key, group.get(key, group["lr"]))))
         is_amount = key in ("lr", "weight_decay", "initial_lr")
         if not fits or (is_amount and not 0 <= value < math.inf):
             raise CheckpointError(

@@ -51,7 +51,7 @@ class CheckpointFolder:
 
     Args:
         root: The folder; created if missing, and the same on every rank.
-        keep: How many of the newest to keep.
+        keep: How many of the newest to keep; None: all, such as the weights of each cycle's end.
         every: Samples from one save to the next, for `is_due`.
         on_error: When a checkpoint cannot be written (a full disk, a folder that became read-only): "raise", or
             "warn" and train on. Older checkpoints are kept either way.
@@ -67,15 +67,15 @@ class CheckpointFolder:
     def __init__(
         self,
         root: str | Path,
-        keep: int = 3,
+        keep: int | None = 3,
         *,
         every: int | None = None,
         on_error: Literal["raise", "warn"] = "raise",
         patience: float = 10.0,
         group: dist.ProcessGroup | None = None,
     ) -> None:
-        if keep < 1:
-            raise ValueError(f"keep must be 1 or more, got {keep!r}: a run that keeps no checkpoint cannot be resumed.")
+        if keep is not None and keep < 1:
+            raise ValueError(f"keep must be 1 or more, or None for all, got {keep!r}: a run cannot resume without one.")
         if every is not None:
             every = check_positive_int("every", every)
         if on_error not in ("raise", "warn"):
@@ -313,12 +313,11 @@ class CheckpointFolder:
         # One with the same samples under another name counts as replaced, as one with the same name would be.
         others = [path for path in found if self.samples_of(path) != self.samples_of(final)]
         whole = [path for path in others if path.name not in self._damaged]
+        if self.keep is None:
+            return [path for path in found if path not in others]
         others_to_keep = self.keep - 1
-        if others_to_keep and whole:
-            oldest_kept = whole[-others_to_keep:][0]
-            for path in others[others.index(oldest_kept) :]:
-                found.remove(path)
-        return found
+        kept = others[others.index(whole[-others_to_keep:][0]) :] if others_to_keep and whole else []
+        return [path for path in found if path not in kept]
 
     def _failed(self, final: Path, error: CheckpointError) -> None:
         if self._ranks.is_main:

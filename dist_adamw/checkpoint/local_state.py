@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 from dist_adamw.checkpoint.storage.partial_tensor import PartialTensor
 from dist_adamw.errors import CheckpointError
 from dist_adamw.optimizer.adamw import DistAdamW
+from dist_adamw.optimizer.averages import AVERAGED
 from dist_adamw.optimizer.options import KEPT
 from dist_adamw.optimizer.sharding.bucket_views import MOMENTS
 from dist_adamw.plain_data import plain
@@ -35,6 +36,7 @@ _NOT_COMPARED = {
     *("params", "param_names", "lr", "weight_decay", "initial_lr", "initial_weight_decay", "min_lr", "lr_scale"),
     *("foreach", "fused", "capturable", "differentiable", "decoupled_weight_decay"),
     *KEPT,
+    AVERAGED,
 }
 ADAM_FAMILY = {"DistAdamW", "AdamW", "Adam", "FusedAdam", "DeepSpeedCPUAdam"}
 
@@ -194,6 +196,8 @@ def plain_groups(
     found: list[dict[str, Any]] = []
     for g, group in enumerate([] if optimizer is None else optimizer.param_groups):
         values = {key: plain(value) for key, value in group.items() if key not in ("params", "param_names")}
+        if not getattr(optimizer, "averages", None):  # those that were loaded from another optimizer do not move
+            values.pop(AVERAGED, None)
         found.append({"names": names(g, group), **values})
     return found
 

@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from dist_adamw._version import __version__
+from dist_adamw.checkpoint.averages import instead_of_weights
 from dist_adamw.checkpoint.compatibility import checked, compare, samples_of, with_keys_of, with_text_keys, wrong_in
 from dist_adamw.checkpoint.engine_adapters import access
 from dist_adamw.checkpoint.extra_state import extra_state, restore_extra_state
@@ -217,6 +218,7 @@ def load(
     *,
     on_difference: OnDifference | None = None,
     random_state: bool = True,
+    average: str | None = None,
     group: Group = None,
 ) -> Checkpoint:
     """Restore a training state that `save` wrote, on any engine and any number of ranks. Collective.
@@ -234,6 +236,8 @@ def load(
             are taken, as by torch's ``load_state_dict``, except under "new".
         random_state: Whether to restore it. Each rank gets its own back. A rank that the saved job did not have gets
             the state that all its ranks shared, or a new seed if they differed.
+        average: The name of a saved average of the weights, which the model gets in their place, for inference: see
+            `DistAdamW`. Without optimizer and scheduler. A `Mean` with ``last`` is several tensors: export it.
         group: See `save`.
 
     Raises:
@@ -241,7 +245,9 @@ def load(
             schedule; on every rank. Nothing has been changed then, unless a disk fails after the checks: the message
             then says that the state is half loaded.
     """
-    part = Part(Path(path), model, optimizer, scheduler)
+    if average is not None and (optimizer, scheduler) != (None, None):
+        raise CheckpointError(f"average={average!r} replaces the weights, so leave optimizer and scheduler None.")
+    part = Part(Path(path), model, optimizer, scheduler, average)
     return load_together([part], on_difference=on_difference, random_state=random_state, group=group)[0]
 
 
@@ -253,6 +259,7 @@ class Part:
     model: nn.Module
     optimizer: Optimizer | None
     scheduler: LRScheduler | None
+    average: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -304,7 +311,7 @@ def _check(part: Part, on_difference: OnDifference | None, group: Group, until: 
     choice: OnDifference = on_difference or getattr(scheduler, "on_difference", None) or "strict"
     ours = run_on_all_ranks(lambda: access(part.model, optimizer), group)
     taken, restore = run_on_all_ranks(lambda: compare(index, ours, optimizer, scheduler, choice), group)
-    make_room = run_on_all_ranks(lambda: _make_room(index, ours), group)
+    make_room = run_on_all_ranks(lambda: _make_room(index, ours, part.average), group)
     return _Checked(part, index, ours.model, choice, taken, restore, make_room)
 
 
@@ -332,7 +339,7 @@ def _apply(one: _Checked, random_state: bool, group: Group) -> Checkpoint:
     return Checkpoint(one.part.path, samples_of(index), about["engine"], about["world_size"], about["extra"], state)
 
 
-def _make_room(index: Index, ours: Access) -> Callable[[], LocalState]:
+def _make_room(index: Index, ours: Access, average: str | None) -> Callable[[], LocalState]:
     """Check the saved tensors; return the function that allocates room for them. Local; changes nothing."""
     kinds: dict[str, set[str]] = {}
     for key in index.tensors:
@@ -346,9 +353,10 @@ def _make_room(index: Index, ours: Access) -> Callable[[], LocalState]:
         index.about["scalars"],
     )
     try:
-        return ours.to_load(found)
+        make_room = ours.to_load(found)
     except CheckpointError as error:
         raise CheckpointError(f"{index.folder}: {error}") from error
+    return make_room if average is None else instead_of_weights(index, average, make_room)
 
 
 def _fill(index: Index, local_state: LocalState) -> None:

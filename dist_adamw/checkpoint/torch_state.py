@@ -34,15 +34,20 @@ from dist_adamw.optimizer.sharding.dtensors import local_of
 from dist_adamw.optimizer.sharding.memory_order import axes_in_memory, storage_order
 from dist_adamw.optimizer.sharding.shard import Shard
 from dist_adamw.optimizer.sharding.values import exact_weights, set_exact_weights
+from dist_adamw.optimizer.shown_weights import reshard
 from dist_adamw.ranks import collectives
 from dist_adamw.wrappers import bare, unwrap
 
 
 class TorchAccess:
-    """Access to whole parameters on every rank, or DTensors: one process, DDP, FSDP2, tensor parallelism."""
+    """Access to whole parameters on every rank, or DTensors: one process, DDP, FSDP2, tensor parallelism.
+
+    Making one has FSDP2 drop the whole weights that it keeps after a forward pass without a backward pass.
+    """
 
     def __init__(self, model: nn.Module, optimizer: Optimizer | None) -> None:
         self.model = bare(model)
+        reshard([self.model])
         self.optimizer = None if optimizer is None else unwrap(optimizer)
         self.names = parameter_names(model)
         for g, group in enumerate([] if self.optimizer is None else self.optimizer.param_groups):
@@ -154,7 +159,8 @@ class TorchAccess:
             for i, param in enumerate(shard.params):
                 name = self.names[param]
                 shard.steps[i] = found.scalars.get(name, {}).get("step", 0.0)
-                for kind in shard.moments.keys() - {"remainder"}:
+                lacking = shard.averages - found.kinds.get(name, set())  # they begin at the next update
+                for kind in shard.moments.keys() - {"remainder", *lacking}:
                     local_state.read(kind, name, _moment(shard, i, kind), found)
                 if "remainder" in shard.moments:
                     remainders.append((shard, i, name))

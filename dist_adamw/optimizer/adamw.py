@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, overload
 
 import torch
@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim.optimizer import ParamsT
 
 from dist_adamw.optimizer.attached_optimizer import AttachedOptimizer
+from dist_adamw.optimizer.averages import check_averages
 from dist_adamw.optimizer.clipping import (
     BucketGradients,
     are_all_zero,
@@ -20,6 +21,7 @@ from dist_adamw.optimizer.clipping import (
     non_zeros_on_this_rank,
     squares_on_this_rank,
 )
+from dist_adamw.optimizer.kernels.averaging import unless_skipped
 from dist_adamw.optimizer.kernels.foreach import DecayBy
 from dist_adamw.optimizer.loss_scaling import found_inf_of, is_scaler, must_leave_step_out, unscale_
 from dist_adamw.optimizer.options import (
@@ -33,6 +35,7 @@ from dist_adamw.optimizer.options import (
 from dist_adamw.optimizer.outcome import is_capturing
 from dist_adamw.optimizer.sharding.shard import Shard
 from dist_adamw.optimizer.sharding.user_changes import check_once
+from dist_adamw.optimizer.sharding.values import average_all, average_bucket
 from dist_adamw.optimizer.sharding.watched_state import WatchedState
 from dist_adamw.optimizer.transport.base import MAX_IN_FLIGHT, InFlightBucket
 from dist_adamw.optimizer.update_bucket import is_fused, update_bucket
@@ -67,6 +70,8 @@ class DistAdamW(AttachedOptimizer):
         reduce_dtype: dtype in which gradients are averaged after `attach`. ``torch.float32`` for bf16 gradients, whose
             sum in bf16 has a relative error of 0.01 on 64 ranks with NCCL (gloo sums in fp32 anyway), at twice the
             bytes; ``torch.bfloat16`` for half the bytes of fp32 gradients. None: the gradients' dtype.
+        averages: Averages of the weights to keep, `EMA` and `Mean` by name, such as ``{"ema": EMA(decay=0.999)}``: 4
+            bytes for each of this rank's elements. `averaged` shows one. From JSON or YAML, dicts of their arguments.
         reproducible: Average the micro-batches of an update in one order, whatever the number of ranks, so that the
             weights have the same bits on any. See "The same bits on any number of ranks" in the README.
         shard: "auto" shards over ``mesh``, or over all ranks if ``torch.distributed`` is
@@ -106,6 +111,7 @@ class DistAdamW(AttachedOptimizer):
         state_dtype: torch.dtype | None = None,
         reduce_dtype: torch.dtype | None = None,
         reproducible: bool = False,
+        averages: Mapping[str, Any] | None = None,
         shard: bool | str = "auto",
         mesh: DeviceMesh | None = None,
         fused: bool | None = None,
@@ -134,6 +140,7 @@ class DistAdamW(AttachedOptimizer):
         betas = defaults["betas"] = (as_number(betas[0]), as_number(betas[1]))
         warn_of_lasting_moments(state_dtype, betas[1])
         self.master_dtype, self.state_dtype, self.reduce_dtype = master_dtype, state_dtype, reduce_dtype
+        self.averages = check_averages(averages)
         self.decay_by: DecayBy = decay_by
         self.max_grad_norm, self.reproducible = max_grad_norm, reproducible
         self.shard, self.fused, self.bucket_numel = shard, fused, bucket_numel
@@ -141,24 +148,6 @@ class DistAdamW(AttachedOptimizer):
         self._reset()
         super().__init__(params, defaults)
         self.state = WatchedState.of(self._accesses, {})
-
-    @property
-    def step_was_skipped(self) -> bool:
-        """Whether the last `step` changed no weights, because gradients were inf, nan or missing. Local.
-
-        With ``max_grad_norm`` on an accelerator, this waits for the device.
-        """
-        return self._outcome.was_skipped
-
-    @property
-    def skip_is_known(self) -> bool:
-        """Whether `step_was_skipped` and `updates` are known without waiting for a device. Local."""
-        return self._outcome.is_known
-
-    @property
-    def grad_norm(self) -> Tensor | None:
-        """The global gradient norm of the last update before clipping, 0-d; None without ``max_grad_norm``."""
-        return self._outcome.norm
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -216,6 +205,7 @@ class DistAdamW(AttachedOptimizer):
                 "it is not known yet whether the device applied the last update, and it cannot be asked while a CUDA "
                 "graph is captured. Read optimizer.updates before torch.cuda.graph begins."
             )
+        self._check_averages()
         self._outcome.begin()
 
     def _apply(self, shards: list[Shard]) -> None:
@@ -236,10 +226,15 @@ class DistAdamW(AttachedOptimizer):
 
     def _update_all(self, shards: list[Shard], grads: Sequence[BucketGradients], clip: Tensor | None) -> None:
         self._consolidated = None
+        moves = self._moves_of_update()
         for shard, buckets in zip(shards, grads, strict=True):
+            found_inf = self._outcome.on_device(self._outcome.found_inf, shard.steps.device)
+            by = unless_skipped(moves, found_inf)
             if shard.gradients.any_grad:
-                shard.count_update(self._outcome.on_device(self._outcome.found_inf, shard.steps.device))
-                self._update(shard, buckets, clip)
+                shard.count_update(found_inf)
+                self._update(shard, buckets, clip, by)
+            else:  # its weights stay, but not its averages
+                average_all(shard, by)
         if is_capturing():
             self._outcome.forget_captured()
 
@@ -265,7 +260,9 @@ class DistAdamW(AttachedOptimizer):
         is_one = clip.device.type == "cpu" and clip == 1  # on a GPU the host would have to wait
         return None if is_one else clip
 
-    def _update(self, shard: Shard, grads: BucketGradients, clip: Tensor | None) -> None:
+    def _update(
+        self, shard: Shard, grads: BucketGradients, clip: Tensor | None, moves: Mapping[str, float | Tensor]
+    ) -> None:
         """Update this rank's slices of ``shard``, and send each bucket while the next one is computed. Collective."""
         sent: list[InFlightBucket] = []
         may_defer = self._defer_gather and not self._is_compiled()
@@ -283,6 +280,7 @@ class DistAdamW(AttachedOptimizer):
                 fused=is_fused(shard, self.fused),
                 decay_by=self.decay_by,
             )
+            average_bucket(shard, k, moves)
             if shard.transport is None:
                 continue
             if may_defer and (aside := shard.transport.gather_aside(k)) is not None:

@@ -1,4 +1,4 @@
-"""Fourth base class of `DistAdamW`: gradients reduced to their owners; attach, clip, gather."""
+"""Fifth base class of `DistAdamW`: gradients reduced to their owners; attach, clip, gather."""
 
 from __future__ import annotations
 
@@ -182,6 +182,7 @@ class AttachedOptimizer(ReproducibleOptimizer):
             AgreementError: ranks have different parameters, buffers or options. On every rank, before anything is
                 sent.
         """
+        self.use_model(model)
         if any(is_dtensor(param) for param in model.parameters()):
             self._check_alike({})
             if self.reproducible:

@@ -56,6 +56,11 @@ class Outcome:
         self._updates = value
 
     @property
+    def number(self) -> int:
+        """The number of the update in progress, from 1, if it is applied. Does not wait for the device."""
+        return self._updates + (self.found_inf is not None or is_capturing())  # a capture is not counted yet
+
+    @property
     def was_skipped(self) -> bool:
         """Whether the last update changed no weights. Waits for the device if the host does not know yet."""
         self.resolve()

@@ -1,4 +1,4 @@
-"""Third base class of `DistAdamW`: the same bits on any number of ranks."""
+"""Fourth base class of `DistAdamW`: the same bits on any number of ranks."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dist_adamw.optimizer import attaching
+from dist_adamw.optimizer.averaged_optimizer import AveragedOptimizer
 from dist_adamw.optimizer.clipping import clip_owned_
 from dist_adamw.optimizer.gradients.fsdp import FSDPMicroBatches
 from dist_adamw.optimizer.gradients.keyed_random import KeyedRandom, Place
 from dist_adamw.optimizer.gradients.one_process import MicroBatches
 from dist_adamw.optimizer.options import MACHINE, SEED
-from dist_adamw.optimizer.savable_optimizer import SavableOptimizer
 from dist_adamw.optimizer.sharding.dtensors import is_dtensor
 from dist_adamw.ranks import collectives
 
@@ -34,7 +34,7 @@ class MicroBatchData(Protocol):
         """
 
 
-class ReproducibleOptimizer(SavableOptimizer):
+class ReproducibleOptimizer(AveragedOptimizer):
     """An optimizer that numbers the micro-batches of an update, for ``reproducible=True``."""
 
     # Defaults for an unpickled optimizer, whose __init__ has not run.
@@ -50,6 +50,24 @@ class ReproducibleOptimizer(SavableOptimizer):
     def updates(self) -> int:
         """The number of applied updates; skipped ones do not count. Local."""
         return self._outcome.updates
+
+    @property
+    def step_was_skipped(self) -> bool:
+        """Whether the last `step` changed no weights, because gradients were inf, nan or missing. Local.
+
+        With ``max_grad_norm`` on an accelerator, this waits for the device.
+        """
+        return self._outcome.was_skipped
+
+    @property
+    def skip_is_known(self) -> bool:
+        """Whether `step_was_skipped` and `updates` are known without waiting for a device. Local."""
+        return self._outcome.is_known
+
+    @property
+    def grad_norm(self) -> Tensor | None:
+        """The global gradient norm of the last update before clipping, 0-d; None without ``max_grad_norm``."""
+        return self._outcome.norm
 
     @property
     def _kept_micro_batches(self) -> int:

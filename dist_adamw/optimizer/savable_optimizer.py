@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dist_adamw.optimizer.averages import dtypes_of
 from dist_adamw.optimizer.sharded_optimizer import OPTIONS, ShardedOptimizer
 from dist_adamw.optimizer.sharding.bucket_views import MASTERS, MOMENTS
 from dist_adamw.optimizer.sharding.shard import peek
@@ -132,10 +133,11 @@ class SavableOptimizer(ShardedOptimizer):
         self.wait()
         super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
         saved = [i for group in state_dict["param_groups"] for i in group["params"]]
+        kinds = (*MOMENTS, *MASTERS, *dtypes_of(self.averages))
         # torch has cast the state to the parameters' dtype, which may be less exact, so take it from the argument.
         for i, param in zip(saved, self._all_params(), strict=True):
             given = state_dict["state"].get(i, {})
-            self.state[param].update({key: given[key] for key in (*MOMENTS, *MASTERS) if key in given})
+            self.state[param].update({key: given[key] for key in kinds if key in given})
             if not self.state[param]:
                 del self.state[param]
         self._reset()
@@ -146,7 +148,7 @@ class SavableOptimizer(ShardedOptimizer):
     def _check_loadable(self, state_dict: StateDict) -> None:
         if (share := state_dict.get("share")) is not None:
             self._check_share(share)
-        check_entries(state_dict, self._all_params())
+        check_entries(state_dict, self._all_params(), [*dtypes_of(self.averages)])
 
     def _check_share(self, share: Mapping[str, Any]) -> None:
         wanted = self._wanted()
@@ -200,7 +202,7 @@ class SavableOptimizer(ShardedOptimizer):
         options = state.pop("options", {})
         unpickled = not hasattr(self, "_all_shards")  # __init__ has not run
         if unpickled:
-            self.reduce_dtype, self.reproducible = None, False  # pickles of 0.1.0 do not have them
+            self.reduce_dtype, self.reproducible, self.averages = None, False, {}  # pickles of 0.1.0 lack them
         for name, value in options.items():
             setattr(self, name, value)
         if unpickled:

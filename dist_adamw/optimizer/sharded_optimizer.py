@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim.optimizer import Optimizer
 
+from dist_adamw.optimizer.averages import dtypes_of
 from dist_adamw.optimizer.gradients.gradient_path import GradientPath
 from dist_adamw.optimizer.kernels.foreach import DecayBy
 from dist_adamw.optimizer.options import OptionsDigest, describe_options
@@ -42,6 +44,7 @@ OPTIONS = (
     "state_dtype",
     "reduce_dtype",
     "reproducible",
+    "averages",
 )
 
 
@@ -66,6 +69,7 @@ class ShardedOptimizer(Optimizer):
     state_dtype: torch.dtype | None
     reduce_dtype: torch.dtype | None
     reproducible: bool
+    averages: Any  # by name, see `AveragedOptimizer`
     # Defaults for an unpickled optimizer, whose __init__ has not run.
     _channel = Channel()
     _mesh: DeviceMesh | None = None
@@ -128,6 +132,7 @@ class ShardedOptimizer(Optimizer):
             self.reproducible,
             functools.partial(_order_of, self._path),
             self._is_partitioned,
+            dtypes_of(self.averages),
         )
 
     # ---------------------------------------------------------------- follow the user

@@ -88,8 +88,11 @@ def bucket_numels_of(share: Mapping[str, Any], params: Sequence[Tensor], *, redu
     ]
 
 
-def check_entries(state_dict: Mapping[str, Any], params: Sequence[Tensor]) -> None:
+def check_entries(state_dict: Mapping[str, Any], params: Sequence[Tensor], averages: Sequence[str] = ()) -> None:
     """Refuse incomplete state of a parameter, and moments whose shape is not that of the parameter or its share.
+
+    Args:
+        averages: The names of averages of the weights, which an entry may have too.
 
     Raises:
         ValueError: names the parameter and the problem.
@@ -102,18 +105,20 @@ def check_entries(state_dict: Mapping[str, Any], params: Sequence[Tensor]) -> No
             whole = torch.Size([sum(stop - start for start, stop in share["ranges"].get(i, []))])
         entry = state_dict["state"].get(i, {})
         has_maxima = any(amsgrad[i : i + 1])  # the state dict may have fewer parameters
-        _check_entry(i, entry, MOMENTS if has_maxima else MOMENTS[:2], whole)
+        _check_entry(i, entry, MOMENTS if has_maxima else MOMENTS[:2], whole, averages)
 
 
-def _check_entry(i: int, entry: Mapping[str, Any], moments: Sequence[str], shape: torch.Size) -> None:
-    """Refuse an entry of parameter ``i`` without all of ``moments``, or with a moment or master of another shape."""
+def _check_entry(
+    i: int, entry: Mapping[str, Any], moments: Sequence[str], shape: torch.Size, averages: Sequence[str]
+) -> None:
+    """Refuse an entry of parameter ``i`` without all of ``moments``, or with a tensor of another shape."""
     missing = [key for key in ("step", *moments) if key not in entry]
     if entry and missing:
         raise ValueError(
             f"the state of parameter {i} has no {' and no '.join(missing)}. Pass all of it, or an empty entry "
             "to start from zeros."
         )
-    for key in (*MOMENTS, *MASTERS):
+    for key in (*MOMENTS, *MASTERS, *averages):
         value = entry.get(key)
         if value is not None and value.shape != shape:
             raise ValueError(

@@ -27,8 +27,10 @@ class AllValues:
         self._ranges: list[tuple[float, float]] = []  # of each group: lr at multiplier 0, and what 1 adds to it
         self._rises: list[float] = []  # what the whole warm-up adds to the lr
         self._scales: list[float] = []  # lr_scale
+        # this for this recipe and this global batch,
+        self._batch_size: int | None = 0  # 0: none yet
         self._batch_scale = 1.0
-        self._is_scaled = False  # whether any of these is not 1
+        self._is_scaled = False  # whether any scale is not 1
         # and this for this cycle and these signs of how the optimizer applies weight decay.
         self._cycle: Cycle | None = None
         self._signs: object = None
@@ -45,10 +47,12 @@ class AllValues:
         """
         if recipe is not self._recipe or groups.bases is not self._bases:
             self._take_bases(recipe, groups.bases)
+        if recipe.batch_at(samples) != self._batch_size:
+            self._take_batch(recipe, samples)
         cycle, multiplier, warmup = self._look_up(samples)
         signs = convention_signs(optimizer, groups.dicts) if recipe.normalize else None
         if cycle is not self._cycle or signs != self._signs:
-            self._take_cycle(cycle, signs, recipe, groups, optimizer)
+            self._take_cycle(cycle, signs, samples, groups, optimizer)
         if warmup is None:
             lrs = [low + span * multiplier for low, span in self._ranges]
         else:
@@ -65,18 +69,23 @@ class AllValues:
         self._ranges = [(base.min_lr, base.lr - base.min_lr) for base in bases]
         self._rises = [base.lr - start for base in bases]
         self._scales = [base.lr_scale for base in bases]
-        self._batch_scale = recipe.batch_scale
-        self._is_scaled = any(scale != 1.0 for scale in (*self._scales, self._batch_scale))
         self._look_up = recipe.schedule._look_up
-        self._recipe, self._bases, self._cycle = recipe, bases, None
+        self._recipe, self._bases, self._batch_size = recipe, bases, 0
+
+    def _take_batch(self, recipe: Recipe, samples: int) -> None:
+        self._batch_scale = recipe.batch_scale(samples)
+        self._is_scaled = any(scale != 1.0 for scale in (*self._scales, self._batch_scale))
+        self._batch_size, self._cycle = recipe.batch_at(samples), None
 
     def _take_cycle(
-        self, cycle: Cycle, signs: object, recipe: Recipe, groups: ScheduledGroups, optimizer: Optimizer
+        self, cycle: Cycle, signs: object, samples: int, groups: ScheduledGroups, optimizer: Optimizer
     ) -> None:
+        recipe = self._recipe
+        assert recipe is not None
         conventions = [recipe.decay_convention(optimizer, group) for group in groups.dicts]
         self._cycle, self._factors, self._decays = None, None, [None] * len(conventions)  # in case of an error below
         if any(convention != "l2" for convention in conventions):
-            norm, reading = recipe.decay_norm_in(cycle), recipe.decay_reading
+            norm, reading = recipe.decay_norm_in(cycle, samples), recipe.decay_reading
             if conventions[0] == "schedule":  # an optimizer's, so all are
                 self._factors = [decay_factors(base, reading, norm=norm) for base in self._bases]
             else:

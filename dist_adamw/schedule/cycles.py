@@ -108,6 +108,19 @@ class Cycles:
             firsts += [run.cycle(after - 1) for run, after in zip(self.runs, following, strict=True)]
         return min(firsts, key=lambda cycle: (cycle.length, cycle.index))
 
+    def shortest_in(self, first: int, after: int | None) -> Cycle:
+        """Return the first of the shortest cycles that have samples from ``first`` on, before ``after`` if given."""
+        lowest = self.find(first).index
+        following = [run.index for run in self.runs[1:]]
+        last = None if self.count is None else self.count - 1
+        highest = last if after is None else self.find(max(first, after - 1)).index
+        # Lengths rise or fall inside a run, so the shortest is at one of its ends, or at one of the two given.
+        ends = {lowest, highest, last, *following, *(index - 1 for index in following)}
+        inside = [
+            index for index in ends if index is not None and lowest <= index and (highest is None or index <= highest)
+        ]
+        return min(map(self.cycle, inside), key=lambda cycle: (cycle.length, cycle.index))
+
 
 def geometric(restart_period: Length, t_mult: Length, min_restart_period: Length | None, sizes: Sizes) -> Cycles:
     """Return cycles of length max(T_min, T_0 t_mult**i).

@@ -47,6 +47,9 @@ def describe_recipe(recipe: Recipe, min_lr: float, defaults: Mapping[str, Any]) 
     lines = [f"recipe: {', '.join(options)}"]
     for name, size in (("epoch_size", recipe.epoch_size), ("batch_size", recipe.batch_size)):
         lines.append(f"{name}: {'not known yet' if size is None else f'{size:,} samples'}")
+    if recipe.batch_schedule is not None:
+        given = ", ".join(f"{key!r}: {size:,}" for key, size in recipe.batch_schedule)
+        lines[-1] = f"batch_size: {recipe.batches if recipe.is_known else f'{{{given}}}'}"
     return lines
 
 
@@ -77,11 +80,14 @@ def describe_restart(recipe: Recipe, samples: int, lr: float | Tensor, decay: fl
         f"warm restart {cycle.index} at sample {samples:,} (epoch {samples / epoch_size:.2f}): "
         f"the next {float(cycle.length / epoch_size):g} epochs start from lr {lr:.3g}"
     )
-    if not decay or not lr or recipe.batch_size is None:
+    batch_size = recipe.batch_at(samples)
+    if recipe.batch_schedule is not None:
+        text = f"{text}, a global batch of {batch_size:,}"
+    if not decay or not lr or batch_size is None:
         return text
     return (
         f"{text}, and decay {decay:.3g} of the weights an update (torch's weight_decay {decay / float(lr):.3g}, "
-        f"time scale {recipe.batch_size / decay / epoch_size:.3g} epochs)"
+        f"time scale {batch_size / decay / epoch_size:.3g} epochs)"
     )
 
 

@@ -20,6 +20,9 @@ _DECIMAL = r"[+-]?[0-9_]*\.?[0-9_]*(?:[eE][+-]?[0-9]+)?"
 _LENGTH = re.compile(rf"\s*(?=[^A-Za-z%]*[0-9])({_DECIMAL}(?:/{_DECIMAL})?)\s*([A-Za-z]+|%)?\s*")
 
 
+_ZERO = re.compile(r"\s*0+\.?0*\s*([A-Za-z]*)\s*")
+
+
 @dataclass(frozen=True, slots=True)
 class Sizes:
     """What converts units to samples.
@@ -71,10 +74,7 @@ def parse(name: str, value: Length, default_unit: str) -> tuple[Fraction, str]:
         amount = exact(name, value)
     if unit is None:
         return amount, default_unit
-    for known in _UNITS:
-        if unit.lower() in (known, known.removesuffix("s")):
-            return amount, known
-    raise ValueError(f"{name}={shown(value)} has an unknown unit. Units are {', '.join(_UNITS[:-1])} and %.")
+    return amount, _known_unit(unit, name, value)
 
 
 def check_length(name: str, value: Any) -> None:
@@ -82,6 +82,27 @@ def check_length(name: str, value: Any) -> None:
     for one in value if isinstance(value, list | tuple) else [value]:
         if one != 0 or isinstance(one, str):  # 0 is a length where `in_samples` is not asked
             parse(name, one, "samples")
+
+
+def is_zero(name: str, value: Any) -> bool:
+    """Return whether ``value`` is 0, or a text such as "0 epochs".
+
+    Raises:
+        ValueError: the unit of such a text is unknown.
+    """
+    if not isinstance(value, str):
+        return bool(value == 0)
+    zero = _ZERO.fullmatch(value)
+    if zero is not None and zero[1]:
+        _known_unit(zero[1], name, value)
+    return zero is not None
+
+
+def _known_unit(unit: str, name: str, value: Any) -> str:
+    for known in _UNITS:
+        if unit.lower() in (known, known.removesuffix("s")):
+            return known
+    raise ValueError(f"{name}={shown(value)} has an unknown unit. Units are {', '.join(_UNITS[:-1])} and %.")
 
 
 def in_samples(name: str, value: Length, default_unit: str, sizes: Sizes, cycle: Fraction | None = None) -> Fraction:

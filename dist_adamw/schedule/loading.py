@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from dist_adamw.schedule.averaging import check_averages_of
 from dist_adamw.schedule.base_values import BaseValues, ScheduledGroups
 from dist_adamw.schedule.cooldown import Cooldown
 from dist_adamw.schedule.recipe import Recipe
@@ -38,8 +39,10 @@ def prepare_load(
         groups = scheduled.groups
         if takes_saved:
             check_takeable(saved, differing, len(groups))
-            recipe = recipe.with_configuration(saved, differing)
+            recipe = recipe.with_configuration(saved, differing, state_dict["batch_size"])
             groups = groups.with_bases([BaseValues(*values) for values in saved[GROUPS]], recipe.group_check)
+        scheduled.check_batches(recipe)
+        check_averages_of(scheduled.optimizer, recipe)
         if recipe.is_known:
             # Evaluated only for its errors: a saved recipe may fail at this sample.
             recipe.group_values(recipe.schedule.at(state_dict["samples"]), groups, scheduled.optimizer)

@@ -10,6 +10,7 @@ from fractions import Fraction
 from pathlib import Path
 
 from dist_adamw.schedule.batch import check_positive_int
+from dist_adamw.schedule.batch_schedule import BatchSchedule
 from dist_adamw.schedule.lengths import Length, in_samples
 from dist_adamw.schedule.restarts import RestartSchedule, SchedulePoint
 
@@ -70,12 +71,13 @@ def _as_argument(period: str) -> str:
     return repr(period) if "/" in period else period
 
 
-def training_end(schedule: RestartSchedule, total_samples: Length) -> TrainingEnd:
+def training_end(schedule: RestartSchedule, total_samples: Length, batches: BatchSchedule | None = None) -> TrainingEnd:
     """Find where training of ``total_samples`` ends, and the periods that would end a cycle there. Local.
 
     Args:
         schedule: ``CyclicLRWithRestarts.schedule``.
         total_samples: Real global samples of all updates, warm-up included: ``epochs * epoch_size``, or "15 epochs".
+        batches: The global batches; None: that of ``schedule``.
 
     Raises:
         ValueError: ``total_samples`` is not a length above 0.
@@ -83,15 +85,16 @@ def training_end(schedule: RestartSchedule, total_samples: Length) -> TrainingEn
     if isinstance(total_samples, str):
         total_samples = math.ceil(in_samples("total_samples", total_samples, "samples", schedule.sizes))
     total = check_positive_int("total_samples", total_samples)
+    batch_size = schedule.batch_size if batches is None else batches.at(total - 1)
     warmup = schedule.warmup_samples
     cycle = schedule.at(total - 1).cycle  # of the last sample
     begin, end = (warmup + _ceil(edge) for edge in (cycle.start, cycle.start + cycle.length))
     done = max(0.0, float((total - warmup - cycle.start) / cycle.length))
-    if cycle.index and total - begin < schedule.batch_size:
+    if cycle.index and total - begin < batch_size:
         # The last update began in the previous cycle, with its lr, and only reaches into this one.
         cycle, done = schedule.cycle(cycle.index - 1), 1.0
         begin, end = warmup + _ceil(cycle.start), begin
-    is_at_end = done >= _NEARLY_DONE or (total > warmup and abs(end - total) < schedule.batch_size)
+    is_at_end = done >= _NEARLY_DONE or (total > warmup and abs(end - total) < batch_size)
     return TrainingEnd(
         total_samples=total,
         epochs=total / schedule.epoch_size,
@@ -190,6 +193,7 @@ class Preview:
         decay: The part of the weights that decays in an update there; None as in `CycleRow`.
         warmup_samples: Samples before the first cycle.
         end: Where training ends; None unless ``total_samples`` was given.
+        batches: The global batches; None: one of a size that is not known here.
     """
 
     rows: tuple[CycleRow, ...]
@@ -198,6 +202,7 @@ class Preview:
     decay: tuple[float | None, ...]
     warmup_samples: int
     end: TrainingEnd | None = None
+    batches: BatchSchedule | None = None
 
     @classmethod
     def compute(
@@ -205,16 +210,18 @@ class Preview:
         schedule: RestartSchedule,
         values: GroupValues,
         *,
-        batch_size: int,
+        batch_size: int | BatchSchedule,
         cycles: int | None,
         points: int,
         total_samples: Length | None = None,
     ) -> Preview:
         """Evaluate ``values`` over the first ``cycles`` cycles, or over ``total_samples``."""
         points = check_positive_int("points", points)
+        batches = batch_size if isinstance(batch_size, BatchSchedule) else BatchSchedule((0,), (batch_size,))
+        is_constant = len(batches.sizes) == 1
         if total_samples is None and cycles is None:
             total_samples = schedule.last_sample
-        end = None if total_samples is None else training_end(schedule, total_samples)
+        end = None if total_samples is None else training_end(schedule, total_samples, None if is_constant else batches)
         if cycles is None:
             cycles = _CYCLES if end is None else min(end.cycle + 1, _MOST_CYCLES)
         cycles = check_positive_int("cycles", cycles)
@@ -225,9 +232,9 @@ class Preview:
         last = starts[-1] if end is None else end.total_samples
         samples = tuple(last * k // points for k in range(points))
         trace = [values(schedule.at(s)) for s in samples]
-        rows = [_row(schedule, values, batch_size, i, *ends) for i, ends in enumerate(itertools.pairwise(starts))]
+        rows = [_row(schedule, values, batches, i, *ends) for i, ends in enumerate(itertools.pairwise(starts))]
         lr, decay = zip(*trace, strict=True)
-        return cls(tuple(rows), samples, lr, decay, warmup, end)
+        return cls(tuple(rows), samples, lr, decay, warmup, end, batches)
 
     def __str__(self) -> str:
         titles = ("cycle", "first sample", "samples", "epochs", "updates", "peak lr")
@@ -242,10 +249,14 @@ class Preview:
             lines = [line + _decays(row) for line, row in zip(lines, self.rows, strict=True)]
         warmup = [f"warm-up over the first {self.warmup_samples:,} samples"] if self.warmup_samples else []
         end = [] if self.end is None else [str(self.end)]
-        return "\n".join([*warmup, head, *lines, *end])
+        batches = [f"global batch: {self.batches}"] if self._has_batch_schedule() else []
+        return "\n".join([*batches, *warmup, head, *lines, *end])
+
+    def _has_batch_schedule(self) -> bool:
+        return self.batches is not None and len(self.batches.sizes) > 1
 
     def plot(self, path: str | Path) -> Path:
-        """Draw lr, and the decay of one update, over samples as a PNG, with restarts marked."""
+        """Draw lr, the decay of one update, and batches that change, over samples as a PNG, with restarts marked."""
         from dist_adamw.schedule.plot import plot_curves
 
         restarts = [row.first_sample for row in self.rows[1:]]
@@ -253,11 +264,13 @@ class Preview:
         decay = tuple(value for value in self.decay if value is not None)
         if decay:
             curves["decay of one update"] = decay
+        if self.batches is not None and self._has_batch_schedule():
+            curves["global batch"] = tuple(float(self.batches.at(sample)) for sample in self.samples)
         return plot_curves(path, self.samples, curves, restarts)
 
 
 def _row(
-    schedule: RestartSchedule, values: GroupValues, batch_size: int, cycle: int, first: int, after: int
+    schedule: RestartSchedule, values: GroupValues, batches: BatchSchedule, cycle: int, first: int, after: int
 ) -> CycleRow:
     """Return the row of the cycle that begins at ``first`` and ends before ``after``."""
     length = after - first
@@ -266,17 +279,20 @@ def _row(
     inside.add(min(first + int(length * schedule.triangular_step), after - 1))
     if schedule.rewarmup is not None:
         inside |= {first + length * k // 1024 for k in range(1024)}  # the peak follows the rise
-    peak_lr, decay = max((values(schedule.at(sample)) for sample in inside), key=lambda found: found[0])
+    # The first of equal peaks: the decay changes with the batch.
+    found = {sample: values(schedule.at(sample)) for sample in sorted(inside)}
+    peak = max(found, key=lambda sample: found[sample][0])
+    peak_lr, decay = found[peak]
     weight_decay = timescale = None
     if decay is not None:
         weight_decay = decay / peak_lr if peak_lr else 0.0
-        timescale = batch_size / decay / schedule.epoch_size if decay else math.inf
+        timescale = batches.at(peak) / decay / schedule.epoch_size if decay else math.inf
     return CycleRow(
         cycle=cycle,
         first_sample=first,
         samples=length,
         epochs=float(schedule.cycle(cycle).length / schedule.epoch_size),
-        updates=-(-length // batch_size),
+        updates=batches.updates(first, after)[0],
         peak_lr=peak_lr,
         decay=decay,
         weight_decay=weight_decay,

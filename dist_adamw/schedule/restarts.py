@@ -62,12 +62,14 @@ class SchedulePoint:
         tau: Position in the cycle, in [0, 1); 1 after the last cycle.
         multiplier: The lr, from 0 (min_lr) to 1 (base lr).
         warmup: Fraction of the warm-up done, in [0, 1); None once it is over.
+        samples: The count.
     """
 
     cycle: Cycle
     tau: float
     multiplier: float
     warmup: float | None
+    samples: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,11 +204,18 @@ class RestartSchedule:
             return cycles
         return fitted(cycles, self.total_samples, self.fit, self.warmup_samples, sizes)
 
-    def check_timescale(self, batch_size: int) -> None:
-        """Raise ValueError if ``weight_decay_timescale`` is shorter than an update of ``batch_size`` samples."""
+    def check_timescale(self, batch_size: int, first: int = 0, after: int | None = None) -> None:
+        """Raise ValueError if ``weight_decay_timescale`` is shorter than an update of ``batch_size`` samples.
+
+        Args:
+            batch_size: Samples.
+            first: The first sample at which updates have this size.
+            after: The first one at which they have another; None: all later ones have this size.
+        """
         if self.weight_decay_timescale is None:
             return
-        timescale = self._timescale(self._cycles.shortest)
+        since, until = (None if at is None else max(0, at - self.warmup_samples) for at in (first, after))
+        timescale = self._timescale(self._cycles.shortest_in(since or 0, until))
         if timescale < batch_size:
             raise ValueError(
                 f"weight_decay_timescale={shown(self.weight_decay_timescale)} is {float(timescale):,.6g} samples, less "
@@ -250,11 +259,10 @@ class RestartSchedule:
     def at(self, samples: int) -> SchedulePoint:
         """Return the point of the schedule after ``samples``, the real global samples before an update."""
         cycle, multiplier, warmup = self._look_up(samples)
-        if self.cooldown is not None:
-            samples = min(samples, self.cooldown.at)
-        u = max(0, samples - self.warmup_samples)
+        before_cooldown = samples if self.cooldown is None else min(samples, self.cooldown.at)
+        u = max(0, before_cooldown - self.warmup_samples)
         is_over = self._end is not None and u >= self._end
-        return SchedulePoint(cycle, 1.0 if is_over else self._recent[0].tau(u), multiplier, warmup)
+        return SchedulePoint(cycle, 1.0 if is_over else self._recent[0].tau(u), multiplier, warmup, samples)
 
     def _look_up(self, samples: int) -> tuple[Cycle, float, float | None]:
         """Return the cycle, the multiplier and the warm-up at ``samples``."""

@@ -14,7 +14,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from dist_adamw.ranks import collectives
-from dist_adamw.schedule.batch import GlobalBatch, check_positive_int, check_whole, samples_of_batch
+from dist_adamw.schedule.averaging import check_averages_of, pass_clock
+from dist_adamw.schedule.batch import GlobalBatch, check_positive_int, check_whole
+from dist_adamw.schedule.batch_schedule import BatchSizes
 from dist_adamw.schedule.clock import SampleSource
 from dist_adamw.schedule.describe import describe_restart, describe_scheduler
 from dist_adamw.schedule.legacy_pickles import attributes_from_first_version
@@ -61,12 +63,18 @@ class SampleScheduler(LRScheduler):
 
     @property
     def batch_size(self) -> int | None:
-        """The global batch, in samples. Setting it changes the weight decay's norm, not the position in the cycle."""
-        return self._scheduled.recipe.batch_size
+        """The global batch of the next update, in samples.
+
+        Setting it, to a number or a schedule, changes the weight decay's norm, not the position in the cycle.
+        """
+        return self._scheduled.recipe.batch_at(self.samples)
 
     @batch_size.setter
-    def batch_size(self, batch_size: int | GlobalBatch) -> None:
-        self._scheduled.use(self._scheduled.recipe.with_batch_size(samples_of_batch(batch_size)))
+    def batch_size(self, batch_size: int | GlobalBatch | BatchSizes) -> None:
+        recipe = self._scheduled.recipe.with_batch_size(batch_size)
+        self._scheduled.check_batches(recipe)
+        check_averages_of(self._scheduled.optimizer, recipe)
+        self._scheduled.use(recipe)
 
     @property
     def epoch_size(self) -> int | None:
@@ -131,14 +139,20 @@ class SampleScheduler(LRScheduler):
         is_as_written = scheduled.groups.is_as_written()
         if not is_as_written and (warning := scheduled.find_other_writer()) is not None:
             warnings.warn(warning, stacklevel=2)
-        cycle_before = self.cycle if self._verbose else 0
+        cycle_before, batch_before = (self.cycle, self.batch_size) if self._verbose else (0, None)
         if samples is not None and (warning := scheduled.find_crossing(samples)) is not None:
             warnings.warn(warning, stacklevel=2)
+        before = clock.samples
         clock.advance(applied, samples, scheduled.recipe.samples_of_update)
         scheduled.write(len(applied), follow=not is_as_written)
+        pass_clock(scheduled.optimizer, scheduled.recipe, before, clock.samples)
         if (warning := scheduled.find_end_passed()) is not None:
             warnings.warn(warning, stacklevel=2)
-        if self._verbose and self.cycle != cycle_before and collectives.rank() == 0:
+        if not self._verbose or collectives.rank() != 0:
+            return
+        if self.batch_size != batch_before:
+            print(f"global batch {self.batch_size:,} from sample {self.samples:,} on")
+        if self.cycle != cycle_before:
             lr, decay = scheduled.values_of(0)(self.schedule.at(self.samples))
             print(describe_restart(scheduled.recipe, self.samples, lr, decay))
 
@@ -183,14 +197,14 @@ class SampleScheduler(LRScheduler):
         return self._scheduled.state_dict()
 
     def configuration(self) -> dict[str, Any]:
-        """Return everything that shapes the curve, except the clock and the global batch, as plain data."""
+        """Return everything that shapes the curve, except the clock and a constant global batch, as plain data."""
         return self._scheduled.configuration()
 
     def load_state_dict(self, state_dict: Mapping[str, Any], on_difference: OnDifference | None = None) -> None:
         """Restore the clock, and write lr and weight decay into the groups at once.
 
-        The global batch remains this job's: lr continues on the same curve, and the decay is normalised by the new
-        batch.
+        A constant global batch remains this job's: lr continues on the same curve, and the decay is normalised by the
+        new batch. A batch-size schedule is part of the configuration.
 
         Args:
             on_difference: If the saved configuration differs: "strict" raises, "checkpoint" takes the saved one, "new"

@@ -10,6 +10,7 @@ from dist_adamw.schedule.batch import check_positive_int, shown
 OnDifference = Literal["strict", "checkpoint", "new"]
 STATE_VERSION = 1
 GROUPS = "groups (lr, min_lr, weight_decay)"  # the key of the base values in a configuration
+BATCHES = "batch_size_schedule"  # the key of a batch-size schedule; None: one batch, which a job may change
 # Options that 0.1.0 did not have. A configuration has them only if they are not these defaults, since the keys of
 # configurations must be the same.
 LATER_OPTIONS: dict[str, Any] = {
@@ -23,6 +24,7 @@ LATER_OPTIONS: dict[str, Any] = {
     "weight_decay_timescale": None,
     "weight_decay_norm": "paper",
     "tokens_per_sample": None,
+    BATCHES: None,
 }
 _FUNCTIONS = ("policy_fn", "eta_on_restart_cb", "eta_on_iteration_cb")
 

@@ -12,12 +12,14 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from dist_adamw.schedule.all_values import AllValues
+from dist_adamw.schedule.averaging import pass_schedule
 from dist_adamw.schedule.base_values import BaseValues, ScheduledGroups
 from dist_adamw.schedule.clock import SampleClock, crosses_epoch, crossing_warning
 from dist_adamw.schedule.group_digests import GroupDigests, other_values
 from dist_adamw.schedule.recipe import Recipe
 from dist_adamw.schedule.restarts import SchedulePoint
 from dist_adamw.schedule.saved import GROUPS, STATE_VERSION
+from dist_adamw.schedule.unsupported import refuse_fixed_accumulation
 from dist_adamw.schedule.weight_decay import decay_convention, decay_of_update
 
 
@@ -38,6 +40,8 @@ class ScheduledOptimizer:
         last_lr: The last written lr of each group.
         has_crossed: Whether the warning about updates across the end of an epoch was given.
         has_passed_end: Whether the warning about training after the end of the schedule was given.
+        check_batches: Called with a recipe before it is used; raises ValueError if the training loop cannot make its
+            global batches.
     """
 
     def __init__(self, optimizer: Optimizer, recipe: Recipe, min_lr: float, clock: SampleClock | None = None) -> None:
@@ -50,6 +54,7 @@ class ScheduledOptimizer:
         self._digests = GroupDigests()
         self.has_crossed = False
         self.has_passed_end = False
+        self.check_batches: Callable[[Recipe], None] = _accept
         self._scheduler: weakref.ref[LRScheduler] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -98,6 +103,8 @@ class ScheduledOptimizer:
         if not self.groups.are_known():
             self.write()
         _ = self.recipe.schedule  # raises if it is not known yet: without it the lr would be wrong
+        if self.recipe.batch_schedule is not None and self.clock.source is None:
+            refuse_fixed_accumulation()
         self.retract_skipped()
         self.clock.begin_update(self.optimizer, (*args, *kwargs.values()))
 
@@ -140,10 +147,9 @@ class ScheduledOptimizer:
     def find_end_passed(self) -> str | None:
         """Return a warning if training goes on after the end of the schedule; only once."""
         last = self.recipe.schedule.last_sample
-        if last is None or self.has_passed_end:
+        if last is None or self.has_passed_end or self.clock.samples <= last:
             return None
-        assert self.recipe.batch_size is not None
-        if self.clock.samples - last < self.recipe.batch_size:  # the last update reaches beyond it
+        if self.clock.samples - last < max(self.recipe.batches.sizes):  # the last update reaches beyond it
             return None
         self.has_passed_end = True
         return (
@@ -165,6 +171,7 @@ class ScheduledOptimizer:
         groups, recipe, samples, is_known = self.groups, self.recipe, self.clock.samples, self.recipe.is_known
         if is_known:
             self.last_lr = groups.write(*self._values.at(samples, recipe, groups, groups.optimizer))
+            pass_schedule(groups.optimizer, recipe, samples)
         else:
             self.last_lr = groups.current_lr()
         # Attributes of torch's schedulers, which users and libraries read.
@@ -226,14 +233,14 @@ class ScheduledOptimizer:
         return {
             "version": STATE_VERSION,
             "samples": self.clock.samples,
-            "batch_size": self.recipe.batch_size,
+            "batch_size": self.recipe.batch_at(self.clock.samples),
             "reference_batch_size": self.recipe.reference_batch_size,
             "configuration": self.configuration(),
             **({} if cooldown is None else {"cooldown": cooldown.plain()}),
         }
 
     def configuration(self) -> dict[str, Any]:
-        """Return everything that shapes the curve, except the clock and the global batch."""
+        """Return everything that shapes the curve, except the clock and a constant global batch."""
         return {**self.recipe.configuration(), GROUPS: [base.plain() for base in self.bases()]}
 
     def agreement_record(self) -> dict[str, Any]:
@@ -241,7 +248,7 @@ class ScheduledOptimizer:
         groups = self.optimizer.param_groups
         return {
             "samples": self.clock.samples,
-            "batch_size": self.recipe.batch_size,
+            "batch_size": self.recipe.batch_at(self.clock.samples),
             "lr": [float(group["lr"]) for group in groups],
             "weight_decay": self.weight_decay(),
             "group hyper-parameters": [other_values(group) for group in groups],
@@ -252,11 +259,15 @@ class ScheduledOptimizer:
         groups, digests = self.optimizer.param_groups, self._digests
         return {
             "samples": self.clock.samples,
-            "batch_size": self.recipe.batch_size,
+            "batch_size": self.recipe.batch_at(self.clock.samples),
             "lr": digests.lr(groups),
             "weight_decay": digests.weight_decay(groups),
             "group hyper-parameters": digests.others(groups),
         }
+
+
+def _accept(_: Recipe) -> None:
+    """Accept any global batches."""
 
 
 def _weak_hook(method: Callable[..., None]) -> Callable[..., None]:

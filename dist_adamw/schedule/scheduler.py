@@ -10,6 +10,7 @@ from typing import Literal
 from torch.optim import Optimizer
 
 from dist_adamw.schedule.batch import GlobalBatch
+from dist_adamw.schedule.batch_schedule import BatchSizes
 from dist_adamw.schedule.cooldown import Cooldown
 from dist_adamw.schedule.cycles import Fit
 from dist_adamw.schedule.lengths import Length, in_samples
@@ -41,7 +42,9 @@ class CyclicLRWithRestarts(SampleScheduler):
 
     Args:
         optimizer: Any torch optimizer, also if a library has wrapped it.
-        batch_size: Global batch, in samples, or a `GlobalBatch`. None: ``prepare`` fills it in.
+        batch_size: Global batch, in samples, or a `GlobalBatch`. A mapping such as ``{0: 256, "2 epochs": 512}`` is a
+            schedule: it gives the batch from a sample on, and ``prepare`` changes the accumulation there. None:
+            ``prepare`` fills it in.
         epoch_size: Samples that one epoch actually trains on: with ``drop_last=True`` that is
             ``len(dataset) // batch_size * batch_size``. None: ``prepare`` takes it from the data loader.
         restart_period: Length of the first cycle in epochs; may be a fraction.
@@ -61,8 +64,8 @@ class CyclicLRWithRestarts(SampleScheduler):
         normalize_weight_decay: "auto" normalises weight decay if the optimizer decouples it, and leaves weight_decay
             unchanged otherwise; True raises if it does not; False never changes it.
         weight_decay_exponent: 1/2 is AdamWR's.
-        lr_scaling: "sqrt" or "linear" scales lr (not the decay) when the global batch changes during a run; Malladi et
-            al., arXiv:2205.10287.
+        lr_scaling: "sqrt" or "linear" scales lr (not the decay) with the global batch, relative to the batch that the
+            run began with; Malladi et al., arXiv:2205.10287.
         decay_length: For "wsd": the part at the end of each cycle in which lr falls, in samples or "10%", the default.
         decay_shape: For "wsd": "linear", "one_minus_sqrt" or "cosine".
         rewarmup: Samples, or a share of the cycle, over which lr rises from ``min_lr`` after each restart.
@@ -100,7 +103,7 @@ class CyclicLRWithRestarts(SampleScheduler):
     def __init__(
         self,
         optimizer: Optimizer,
-        batch_size: int | GlobalBatch | None = None,
+        batch_size: int | GlobalBatch | BatchSizes | None = None,
         epoch_size: int | None = None,
         restart_period: Length = 100,
         t_mult: Length = 2,
@@ -234,7 +237,7 @@ class CyclicLRWithRestarts(SampleScheduler):
             ValueError: batch_size or epoch_size is not known yet, or a number is not whole and above 0.
         """
         schedule, values = self.schedule, self._scheduled.values_of(group)
-        assert self.batch_size is not None  # or there would be no schedule
+        batches = self._scheduled.recipe.batches
         return Preview.compute(
-            schedule, values, batch_size=self.batch_size, cycles=cycles, points=points, total_samples=total_samples
+            schedule, values, batch_size=batches, cycles=cycles, points=points, total_samples=total_samples
         )

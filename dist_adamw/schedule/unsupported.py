@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
-from types import CodeType
+from types import CodeType, FrameType
 from typing import Any
 
 from torch.optim.lr_scheduler import ChainedScheduler, SequentialLR
@@ -21,6 +22,22 @@ def refuse_container(caller: CodeType) -> None:
     container = _CONSTRUCTORS.get(caller)
     if container is not None:
         raise ValueError(_NOT_ONE_OF_SEVERAL.format(container))
+
+
+def refuse_fixed_accumulation() -> None:
+    """Raise ValueError if Accelerate's wrapper calls ``step`` and accumulates: nothing would change that."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_globals.get("__name__") != "accelerate.optimizer":
+        frame = frame.f_back
+    if frame is None:
+        return
+    state: Any = sys.modules["accelerate.state"]
+    steps = state.GradientState().num_steps
+    if steps > 1:
+        raise ValueError(
+            f"batch_size is a schedule, and accelerator.prepare alone accumulates {steps} micro-batches in every "
+            "update. Pass model, optimizer, data loader and scheduler to dist_adamw.prepare, which changes that."
+        )
 
 
 def refuse_epochs(positional: Sequence[Any], others: Mapping[str, Any]) -> None:

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from dist_adamw import CyclicLRWithRestarts, DistAdamW, load, save
+from dist_adamw.checkpoint.storage.index import read_index
 from tests.ranks import expect_error_on_all, run_ranks
 
 
@@ -245,8 +246,13 @@ def save_after_validation(folder: str) -> None:
         optimizer.zero_grad()
         with torch.no_grad():
             expected = loss_of(model, 9, 0)
-        save(folder, model, optimizer, scheduler)
-    load(folder, model, optimizer, scheduler)
+        save(f"{folder} {step}", model, optimizer, scheduler)
+    names = {key for key in read_index(Path(f"{folder} 1")).tensors if key.startswith("model.")}
+    assert names == {f"model.{name}" for name, _ in network().named_parameters()}
+    load(f"{folder} 0", model, optimizer, scheduler)  # the forward pass before it has left the root's weights whole
+    with torch.no_grad():
+        assert not torch.equal(loss_of(model, 9, 0), expected)
+    load(f"{folder} 1", model, optimizer, scheduler)
     with torch.no_grad():
         assert torch.equal(loss_of(model, 9, 0), expected)
 

@@ -36,8 +36,14 @@ _EDGES = [
 ANY = st.sampled_from(_EDGES) | st.floats() | st.integers() | st.fractions() | st.text(max_size=6)
 NUMBER = st.floats(1e-3, 1e3) | st.floats(0, 1) | st.integers(1, 100) | st.fractions(Fraction(1, 50), 50) | ANY
 COUNT = st.integers(1, 5000) | st.sampled_from([1, 10**6, 10**12, 10**18]) | ANY
+LENGTH = st.sampled_from(
+    ["0", "0 epochs", "1 epoch", "2.5 epochs", "300", "7 updates", "5 tokens", "50%", "1/3 epochs"]
+)
+BATCHES = st.dictionaries(
+    st.integers(1, 5000) | LENGTH | ANY.filter(lambda key: not isinstance(key, list | dict)), COUNT, max_size=3
+).map(lambda later: {0: 10, **later})
 RECIPE: dict[str, st.SearchStrategy[Any]] = {
-    "batch_size": COUNT,
+    "batch_size": COUNT | BATCHES,
     "epoch_size": COUNT,
     "restart_period": NUMBER,
     "t_mult": NUMBER | st.sampled_from([1, 2, 1.5, 0.5, 0.9, 1.1, 1.000001, 0.999]),
@@ -144,7 +150,8 @@ def look_up(scheduler: CyclicLRWithRestarts, recipe: Arguments) -> str:
     lowest = min(base.min_lr, scheduler.schedule.warmup_start_lr if warmup else base.lr)
     highest = max(base.lr, scheduler.schedule.warmup_start_lr if warmup else 0.0)
     length = scheduler.schedule.cycle(0).length
-    bounded = recipe.get("policy_fn") is None
+    # A batch-size schedule may scale lr too.
+    bounded = recipe.get("policy_fn") is None and len(scheduler._scheduled.recipe.batches.sizes) == 1
     edges = [math.floor(warmup + length * k) for k in (0, 1, 3)]
     far = (1, 10, 100, 1000) if recipe.get("eta_on_restart_cb") is None else ()  # that is called once a restart
     for samples in [0, 1, *edges, *(e + 1 for e in edges), *(epoch * k for k in far)]:
@@ -203,6 +210,7 @@ _BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
 )
 _PYTHON = "!!python/object/apply:pathlib.Path.touch [!!python/object/apply:pathlib.Path [CANARY]]"
 _VALUES = [
+    *("{0: 8, 16: 4}", "{0: 8, 1 epoch: 16}", "{1: 8, 2: 9}", "{0: 8, 2: x}", "{0: 8, 1e3: 5}", "{0: 8, .nan: 5}"),
     *("null", "true", "0", "-1", "1e400", ".nan", ".inf", "-.inf", "1e-3", "9" * 1500, "0x7f", "1_000", "2024-01-01"),
     *('"text"', "''", "[]", "[1, 2]", "{}", "{x: 1}", "~", "!!binary aGk=", "!!set {a}", "!!float 3", "!!int x"),
     *("&a [*a]", "*nowhere", "!!python/name:os.system", _PYTHON, "${oc.env:HOME}", '"\\0"', '"\\uD800"', "é", "|\n  x"),
@@ -217,6 +225,7 @@ _VALUES = [
 ]
 _KEYS = ["recipe.lr", "recipe.betas", "recipe.policy", "recipe.t_mult", "recipe.restart_period", "recipe.max_grad_norm"]
 _KEYS += ["recipe.cycles", "recipe.gamma", "recipe.warmup_samples", "recipe.decay_by", "run.keep", "run.overwrite"]
+_KEYS += ["recipe.global_batch"] * 3
 _KEYS += ["model.width", "model.heads", "model.dropout", "text.max_bytes", "text.held_out", "data", "out", "resume"]
 _KEYS += ["model", "recipe", "run", "text", "recipe.nothing", "nothing", "recipe.lr.x", "config", "run.tracker"]
 

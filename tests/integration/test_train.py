@@ -14,7 +14,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
+import dist_adamw
 from tests.conftest import ROOT
 
 TINY = ["--config", str(ROOT / "configs/train/tiny.yaml")]
@@ -105,6 +107,18 @@ def test_the_loss_curve_does_not_depend_on_the_ranks(two_ranks: tuple[Path, str]
         assert float(a["loss"]) == pytest.approx(float(b["loss"]), rel=1e-4)
 
 
+def test_a_batch_size_schedule(tmp_path: Path) -> None:
+    """On one process and on two ranks; the boundary is inside the second cycle."""
+    options = ("--recipe.global_batch", "{0: 8, 1 epoch: 16}", "--recipe.cycles", "2")
+    assert "global batch: 8 samples, 16 from sample 160 on" in train(ACCELERATE, tmp_path / "2", *options)
+    train(ONE_PROCESS, tmp_path / "1", *options)
+    two, one = history(tmp_path / "2"), history(tmp_path / "1")
+    assert [int(row["samples"]) for row in one] == [*range(8, 161, 8), 176, 192, 208]
+    for a, b in zip(one, two, strict=True):
+        assert (a["samples"], a["lr"], a["weight_decay"]) == (b["samples"], b["lr"], b["weight_decay"])
+        assert float(a["loss"]) == pytest.approx(float(b["loss"]), rel=1e-4)
+
+
 def test_a_reproducible_run_has_the_same_bits_on_any_number_of_ranks(tmp_path: Path) -> None:
     """With dropout, and with an eps that does not hide a wrong scale of the gradient."""
     options = ("--recipe.reproducible", "true", "--model.dropout", "0.1", "--recipe.eps", "0.1")
@@ -189,6 +203,10 @@ def sentence(*options: str) -> str:
         (["--recipe.lr", "nan"], "Got value: nan"),
         (["--recipe.eps", "nan"], "Got value: nan"),
         (["--recipe.global_batch", "7"], "global batch size 7 .*multiple"),
+        (["--recipe.global_batch", "{0: 8, 1 epoch: 7}"], "global batch size 7 .*multiple"),
+        (["--recipe.global_batch", "{1: 8, 1 epoch: 16}"], "first key of batch_size must be 0, .* got 1"),
+        (["--recipe.global_batch", "{0: 8, 1 moon: 16}"], "unknown unit"),
+        (["--recipe.global_batch", "{0: 8, 5: true}"], "Expected a int. Got value: True"),
         (["--data", "no/such/file"], "--data no/such/file: .*no such"),
         (["--text.max_bytes", "300"], "too small: 300 bytes"),
         (["--resume"], "no checkpoint in"),
@@ -258,3 +276,31 @@ def test_one_process_where_several_were_asked_for_is_refused(tmp_path: Path) -> 
     process = start(script, tmp_path / "run")
     assert "Accelerate sees one" in finish(process)
     assert process.returncode != 0
+
+
+def test_averages_and_snapshots_are_reported_with_the_losses_that_they_have(tmp_path: Path) -> None:
+    """Averages, cycle ends and their ensemble, evaluated here by other means than the job's."""
+    from gpt import GPT, ModelConfig, byte_losses
+    from text import TextConfig, load_text
+
+    averages = "{ema: {decay: 0.9}, ends: {every: cycle}}"
+    options = ("--recipe.averages", averages, "--run.snapshots", "true")
+    reported = train(TORCHRUN, tmp_path, *options).partition("bits/byte")[2]
+    model = GPT(ModelConfig(layers=2, heads=2, width=32, context=32, dropout=0.0)).eval()
+    text = load_text(None, TextConfig(max_bytes=6000, held_out=0.1, max_held_out_windows=8), context=32, global_batch=8)
+    windows = torch.stack([text.held_out[i] for i in range(len(text.held_out))])
+
+    @torch.no_grad()
+    def losses(path: Path, average: str | None = None) -> torch.Tensor:
+        dist_adamw.load(path, model, average=average)
+        return byte_losses(model, windows).double()
+
+    snapshots = sorted((tmp_path / "snapshots").glob("sample-*"))
+    last = sorted((tmp_path / "checkpoints").glob("sample-*"))[-1] / "dist_adamw"
+    ends = [losses(path) for path in snapshots]
+    expected = {f"cycle {i} ends": float(end.mean()) for i, end in enumerate(ends)}
+    expected |= {f"average {name}": float(losses(last, name).mean()) for name in ("ema", "ends")}
+    expected["ensemble of 3 cycle ends"] = -float(torch.stack([(-end).exp() for end in ends]).mean(0).log().mean())
+    found = {name: float(nats) for name, nats in re.findall(r"held-out loss, (.+?) +(\d+\.\d+) ", reported)}
+    assert found == pytest.approx(expected, abs=1e-3)  # the table has three digits
+    assert expected["ensemble of 3 cycle ends"] < expected["cycle 0 ends"]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from tests.random.groups import Groups
-from tests.random.script import Sequence, Spec
+from tests.random.script import Act, Sequence, Spec
 from tests.random.values import Values
 
 WAYS: list[dict[str, Any]] = [
@@ -38,9 +38,14 @@ class _Drawer(Values, Groups):
     """Writes a script update by update."""
 
     without: frozenset[str]
+    averages = False  # whether the optimizer keeps an average of the weights
 
     def sequence(self) -> Sequence:
         options = self.options()
+        self.extra = random.Random(f"averages {self.number} {self.ranks}")  # apart: other sequences stay what they were
+        if self.extra.random() < 0.4 and "averages" not in self.without:
+            self.averages = True
+            options["averages"] = {"ema": {"decay": 0.5}, "last": {"last": 2, "every": None}}
         for _ in range(self.rng.randint(2, 5)):
             self.add_spec()
         if not any(spec.requires_grad for spec in self.specs.values()):
@@ -101,6 +106,9 @@ class _Drawer(Values, Groups):
                     self.act("step", "optimizer.step()")
             self.zero_grad()
         self.between = True
+        if self.averages and self.extra.random() < 0.5:
+            look = self.extra.random() < self.looks
+            self.acts.append(Act("average", "show_average()", look=look))
 
     def plain_update(self) -> None:
         self.act("backward", f"backward({self.seed()})")

@@ -59,6 +59,7 @@ class Reference(torch.optim.AdamW):
         self.master_dtype = options.pop("master_dtype", None)
         self.state_dtype = options.pop("state_dtype", None)
         options.pop("bucket_numel", None)
+        options.pop("averages", None)  # torch's AdamW has none: see `Ours.show_average`
         super().__init__(params, fused=True, **options)
 
     def __getstate__(self) -> dict[str, Any]:

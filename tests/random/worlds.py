@@ -22,7 +22,7 @@ from dist_adamw import DistAdamW
 from dist_adamw.optimizer.gradients import ddp
 from tests.random.reference import HYPER, Reference, average
 from tests.random.script import Sequence, Spec
-from tests.random.tensors import make_parameter, random_like
+from tests.random.tensors import make_parameter, random_like, same_bits
 
 
 class Model(nn.Module):
@@ -49,6 +49,10 @@ class WrongScriptError(Exception):
     """Shrinking has made a script of which nothing can be expected."""
 
 
+class WrongAverageError(Exception):
+    """Raised by `Ours.show_average`."""
+
+
 class World:
     """A namespace with the model and its optimizers, and the helpers that a script may call."""
 
@@ -67,7 +71,7 @@ class World:
             "noise": random_like, "Spec": Spec, "parameter": make_parameter, "find": find, "drop": drop,
             "backward": self.backward, "wrap": self.wrap, "make": self.make, "save_and_load": self.save_and_load,
             "make_alike": self.make_alike, "through_torch": self.through_torch, "through_file": through_file,
-            "closure": self.closure, "halve": halve_gradient, "second": None,
+            "closure": self.closure, "halve": halve_gradient, "second": None, "show_average": self.show_average,
         }  # fmt: skip
         self.names["model"] = self.names["net"] = model
         groups = [{"params": [getattr(model, n) for n in names], **options} for names, options in sequence.groups]
@@ -161,6 +165,9 @@ class World:
 
     def through_torch(self, seed: int) -> None:
         raise NotImplementedError
+
+    def show_average(self) -> None:
+        """Put the average of the weights into the model for a moment, if the optimizer keeps one."""
 
     def average(self) -> None:
         params = list(self.model.parameters())
@@ -290,6 +297,18 @@ class Ours(World):
         dist_adamw.load(path, model, optimizer, random_state=False, group=self.group)
         self.names.update(model=model, optimizer=optimizer, second=None)
         self.wrap()
+
+    def show_average(self) -> None:
+        """All ranks see the same average; afterwards weights are what they were."""
+        optimizer = self.names["optimizer"]
+        if not optimizer.contributions("ema"):
+            return
+        before = [param.detach().clone() for param in self.model.parameters()]
+        with optimizer.averaged("ema"):
+            if self.sequence.ranks > 1:
+                dist_adamw.check_replicas(self.model, group=self.group)
+        if not all(map(same_bits, before, self.model.parameters())):
+            raise WrongAverageError("the weights are others after the block")
 
     def through_torch(self, seed: int) -> None:
         ours = self.names["optimizer"]

@@ -47,3 +47,30 @@ def test_a_mistake_is_one_sentence(args: list[str], sentence: str, capsys: pytes
     error = capsys.readouterr().err
     assert sentence in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("args", "sentence"),
+    [
+        (["--lowest=1", "--highest=1e-3", __file__], "lowest must be smaller than highest, got 1.0 and 0.001"),
+        (["--updates", "3", __file__, "--lowest", "2"], "updates must be a whole number of at least 20, got 3"),
+        (["--divergence", "0.5", __file__], "divergence must be above 1, got 0.5"),
+        (["no/such/script.py", "--lowest", "2"], "no/such/script.py: there is no such script"),
+        (["--ranks=0", __file__], "--ranks must be at least 1, got 0"),
+    ],
+)
+def test_a_mistake_of_lr_range_is_one_sentence(
+    args: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["lr-range", *args]) == 2
+    error = capsys.readouterr().err
+    assert sentence in error
+    assert error.count("\n") == 1
+
+
+def test_ranks_inside_a_launcher_are_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "0")
+    assert main(["lr-range", "--ranks", "2", __file__]) == 2
+    assert "a launcher has already started this process" in capsys.readouterr().err

@@ -22,7 +22,7 @@ def test_a_training_configuration_loads(path: Path) -> None:
 
     config = parse(["--config", str(path)])
     assert isinstance(config.model, ModelConfig)
-    assert config.recipe.global_batch % config.recipe.micro_batch == 0
+    assert not [size for size in config.recipe.batch_sizes if size % config.recipe.micro_batch]
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs/accelerate").glob("*.yaml")), ids=lambda p: p.stem)
@@ -70,7 +70,9 @@ def test_training_by_a_configuration_ends_at_a_cycles_end(path: Path, epoch_size
     scheduler.batch_size, scheduler.epoch_size = recipe.global_batch, epoch_size
     last = scheduler.preview(cycles=recipe.cycles).rows[-1]
     end = last.first_sample + last.samples  # train.py goes on until then
-    samples = -(-end // recipe.global_batch) * recipe.global_batch
+    batches = scheduler.preview().batches
+    assert batches is not None
+    _, samples = batches.updates(0, end)
     reached = training_end(scheduler.schedule, samples)
     assert reached.is_at_cycle_end
     assert reached.cycle == recipe.cycles - 1

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dist_adamw import CyclicLRWithRestarts, DistAdamW
+from dist_adamw import EMA, CyclicLRWithRestarts, DistAdamW, Mean
 from dist_adamw.integrations.deepspeed.configuration import _optimizer_from_json, _scheduler_from_json
 
 
@@ -39,6 +39,11 @@ MAKE = {"optimizer": optimizer_from, "scheduler": scheduler_from}
 )
 def test_what_an_optimizer_section_says_is_taken(text: str, name: str, value: Any) -> None:
     assert optimizer_from(json.loads(text)).param_groups[0][name] == value
+
+
+def test_averages_are_taken_from_an_optimizer_section() -> None:
+    made = optimizer_from(json.loads('{"averages": {"ema": {"decay": 0.9}, "last": {"last": 3, "every": "1 epoch"}}}'))
+    assert made.averages == {"ema": EMA(decay=0.9), "last": Mean(last=3, every="1 epoch")}
 
 
 @pytest.mark.parametrize(
@@ -85,7 +90,7 @@ def test_what_a_scheduler_section_says_is_taken(text: str, name: str, value: Any
             "restart_period=[1] ... number",
         ),
         ("scheduler", '{"batch_size": 1.5}', "batch_size=1.5 ... whole number"),
-        ("scheduler", '{"batch_size": {"micro_batch_size": 2}}', "batch_size={'micro_batch_size': 2} is wrong"),
+        ("scheduler", '{"batch_size": {"micro_batch_size": 2}}', "batch_size ... 'micro_batch_size'"),
         ("scheduler", '{"policy": 3}', "policy=3 ... text"),
         ("scheduler", '{"stream": "maybe"}', "stream='maybe' ... true or false"),
         # text for a number

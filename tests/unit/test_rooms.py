@@ -29,6 +29,7 @@ ORDER = [
     "checkpoint.storage",
     "checkpoint",
     "checkpoint.formats",
+    "range_test",
     "integrations",
     "integrations.deepspeed",
     "integrations.accelerate",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -14,6 +14,7 @@ from dist_adamw.checkpoint.storage.index import INDEX
 from dist_adamw.checkpoint.storage.partial_tensor import PartialTensor, Values
 from dist_adamw.checkpoint.storage.regions import Region
 from dist_adamw.errors import CheckpointError
+from dist_adamw.optimizer.averages import from_groups
 from dist_adamw.optimizer.sharding.bucket_views import MOMENTS
 from dist_adamw.plain_data import plain
 
@@ -33,10 +34,11 @@ class Content:
     scalars: dict[str, dict[str, float]] = field(default_factory=dict)
     groups: list[dict[str, Any]] = field(default_factory=list)
     modules: dict[str, Any] | None = None  # extra state by name; None: not known
+    averages: frozenset[str] = frozenset()  # the kinds of state that are averages of weights
 
     def add_state(self, name: str, kind: str, value: Any) -> None:
         """Add one entry of a parameter's AdamW state."""
-        if kind not in STATE_NAMES:
+        if kind not in (*STATE_NAMES, *self.averages):
             raise CheckpointError(
                 f"the optimizer's state has {kind!r} of {name}, which AdamW does not have, only "
                 f"{', '.join(STATE_NAMES)}. Import the weights alone."
@@ -86,6 +88,11 @@ def understood(source: Path, read: Callable[[], T]) -> T:
     except Exception as error:  # on damaged files the reading libraries raise errors of any type
         first = (str(error).splitlines() or [""])[0]
         raise CheckpointError(f"{source} is damaged or of another kind: {type(error).__name__}: {first}.") from error
+
+
+def average_kinds(groups: Iterable[Mapping[str, Any]]) -> frozenset[str]:
+    """Return the kinds of state that are averages of weights, by what parameter groups say of them. Local."""
+    return frozenset(kind for average in from_groups(groups).values() for kind in average.tensors)
 
 
 def plain_group(group: Mapping[str, Any], names: list[str]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import pickle
 import pickletools
 import re
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dist_adamw.checkpoint.formats.content import MODEL_KEYS, STATE_NAMES, Content, plain_group
+from dist_adamw.checkpoint.formats.content import MODEL_KEYS, STATE_NAMES, Content, average_kinds, plain_group
 from dist_adamw.checkpoint.formats.torch_file import MEMBERS, Record, tensors_and_plain_data
 from dist_adamw.checkpoint.local_state import MODEL
 from dist_adamw.checkpoint.storage.files import inside, read_exactly
@@ -26,6 +26,7 @@ from dist_adamw.checkpoint.storage.index import DTYPES, open_plainly
 from dist_adamw.checkpoint.storage.partial_tensor import PartialTensor
 from dist_adamw.checkpoint.storage.regions import Region, overlap_anywhere
 from dist_adamw.errors import CheckpointError
+from dist_adamw.optimizer.averages import AVERAGED
 
 _DCP = "torch.distributed.checkpoint"
 _NEEDED = {
@@ -149,9 +150,11 @@ def from_dcp(source: Path) -> Content:
     weights: dict[tuple[Any, ...], dict[str, str]] = {}
     states: dict[tuple[Any, ...], list[tuple[str, str, str]]] = {}
     of_groups: dict[Any, dict[str, Any]] = {}
+    told = (key for key in folder.items if str(folder.paths.get(key, (key,))[-1]).rpartition(".")[2] == AVERAGED)
+    averages = average_kinds({AVERAGED: folder.value(key)} for key in told)
     for key in folder.items:
         path = tuple(folder.paths.get(key, (key,)))
-        if (of_state := _place(path, "state")) is not None:
+        if (of_state := _place(path, "state", averages)) is not None:
             states.setdefault(of_state[0], []).append((*of_state[1:], key))
         elif (of_group := _place(path, "param_groups")) is not None:
             of_groups.setdefault(of_group[1], {})[of_group[2]] = folder.value(key)
@@ -159,7 +162,7 @@ def from_dcp(source: Path) -> Content:
             weights.setdefault(path[:-1], {})[str(path[-1])] = key
     if len(states) > 1:
         raise CheckpointError(f"{source} has {len(states)} optimizers, {sorted(states)}. Save only one.")
-    found = Content("torch.distributed.checkpoint")
+    found = Content("torch.distributed.checkpoint", averages=averages)
     for name, kind, key in itertools.chain(*states.values()):
         read = folder.value if kind == "step" else folder.tensor
         found.add_state(name, kind, read(key))
@@ -170,12 +173,12 @@ def from_dcp(source: Path) -> Content:
     return found
 
 
-def _place(path: tuple[Any, ...], part: str) -> tuple[tuple[Any, ...], Any, str] | None:
+def _place(path: tuple[Any, ...], part: str, averages: Collection[str] = ()) -> tuple[tuple[Any, ...], Any, str] | None:
     """Split ``(..., part, name, what)``, or ``(..., "part.name.what")`` as flattened optimizer states have it."""
     if len(path) > 2 and path[-3] == part and str(path[-1]).isidentifier():
         return path[:-3], path[-2], path[-1]
     flat = re.fullmatch(rf"{part}\.(.+)\.(\w+)", str(path[-1]))
-    if flat and (part == "param_groups" or flat[2] in STATE_NAMES):
+    if flat and (part == "param_groups" or flat[2] in (*STATE_NAMES, *averages)):
         return path[:-1], flat[1], flat[2]
     return None
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
+from dist_adamw.checkpoint.averages import slots_of
 from dist_adamw.checkpoint.compatibility import checked, samples_of
 from dist_adamw.checkpoint.formats.content import FP32, Kind, lazy
 from dist_adamw.checkpoint.formats.importing import save_tensors
@@ -29,10 +30,14 @@ from dist_adamw.checkpoint.local_state import MASTER, MODEL, same_family, saved_
 from dist_adamw.checkpoint.storage.files import inside, read_whole
 from dist_adamw.checkpoint.storage.index import CODES, Index, sync_folder, write_text
 from dist_adamw.errors import CheckpointError
+from dist_adamw.optimizer.averages import AVERAGED
+from dist_adamw.optimizer.kernels.averaging import mean_of
 from dist_adamw.optimizer.sharding.bucket_views import MOMENTS
 
 
-def export_checkpoint(path: str | Path, target: str | Path, kind: Kind, *, master: bool = False) -> None:
+def export_checkpoint(
+    path: str | Path, target: str | Path, kind: Kind, *, master: bool = False, average: str | None = None
+) -> None:
     """Write a checkpoint in another library's format. Local.
 
     Args:
@@ -42,15 +47,19 @@ def export_checkpoint(path: str | Path, target: str | Path, kind: Kind, *, maste
         kind: The kind of ``target``. From its universal format, DeepSpeed loads neither buffers nor frozen parameters,
             and under ZeRO-3 it gives every group the hyper-parameters of the first.
         master: Whether to write the fp32 weights if the model's have less precision; always True for DeepSpeed.
+        average: The name of an average of the weights to write in their place: see `DistAdamW`. safetensors only, since
+            the optimizer's state belongs to the weights.
 
     Raises:
         CheckpointError: the checkpoint is damaged, ``target`` already exists, or the kind cannot hold it.
     """
-    target, ours = Path(target), _Ours(checked(Path(path)), master or kind == "universal")
+    target, ours = Path(target), _Ours(checked(Path(path)), master or kind == "universal", average)
     write = {"torch": _to_torch, "dcp": _to_dcp, "universal": _to_universal, "safetensors": _to_safetensors}
     if kind not in write:
         raise CheckpointError(f"kind must be one of {', '.join(write)}, got {kind!r}.")
     optimizer = saved_family(ours.about)
+    if average is not None and kind != "safetensors":
+        raise CheckpointError(f"an average of the weights is exported as safetensors, without optimizer; got {kind!r}.")
     if kind != "safetensors" and optimizer is not None and not same_family(optimizer, "AdamW"):
         raise CheckpointError(f"{path} has the state of {optimizer}, and only AdamW's is exported. Use safetensors.")
     if kind == "universal" and optimizer is None:
@@ -64,8 +73,9 @@ def export_checkpoint(path: str | Path, target: str | Path, kind: Kind, *, maste
 class _Ours:
     """A checkpoint of ours to export."""
 
-    def __init__(self, index: Index, master: bool) -> None:
+    def __init__(self, index: Index, master: bool, average: str | None) -> None:
         self.index, self.about, self.master = index, index.about, master
+        self._slots = [] if average is None else slots_of(index, average)
         kinds: dict[str, list[str]] = {}
         for key in index.tensors:
             kind, _, name = key.partition(".")
@@ -82,7 +92,14 @@ class _Ours:
         return read_whole(self.index, key)
 
     def weights(self, name: str) -> Tensor:
-        return self.read(self.weights_key(name))
+        slots = [key for slot in self._slots if (key := f"{slot}.{name}") in self.index.tensors]
+        if not slots:  # frozen or never updated, so equal to its average
+            return self.read(self.weights_key(name))
+        return mean_of(list(map(self.read, slots))).to(self.weights_dtype(name))
+
+    def weights_dtype(self, name: str) -> torch.dtype:
+        exact = f"{self._slots[0]}.{name}" if self._slots and self.master else ""
+        return self.index.tensors[exact if exact in self.index.tensors else self.weights_key(name)].dtype
 
     def groups(self) -> list[dict[str, Any]]:
         """Return groups with "names", and with values in torch's types and conventions."""
@@ -184,6 +201,7 @@ def _to_universal(ours: _Ours, target: Path) -> None:
         for name in names:
             _to_universal_folder(ours, name, step, target / "zero" / inside(target, name))
         # FusedAdam reads its step from the group; nothing reads "params".
+        group.pop(AVERAGED, None)  # DeepSpeed reads moments alone
         groups.append({**group, "step": int(step), "params": [len(groups)]})
     torch.save(_universal_optimizer(groups), target / "zero" / "optimizer_state.pt")
     model = _universal_model(ours, updates=max((group["step"] for group in groups), default=0))
@@ -228,7 +246,9 @@ def _to_universal_folder(ours: _Ours, name: str, step: Tensor, folder: Path) -> 
     folder.mkdir(parents=True)
     weights = ours.weights(name).float()
     torch.save({"param": weights}, folder / f"{FP32}.pt")
-    for kind in ours.kinds[name] or MOMENTS[:2]:  # DeepSpeed needs moments even if there were no updates
+    # DeepSpeed needs moments even if there were no updates.
+    kinds = [kind for kind in ours.kinds[name] if kind in MOMENTS] or MOMENTS[:2]
+    for kind in kinds:
         found = ours.read(f"{kind}.{name}").float() if ours.kinds[name] else torch.zeros_like(weights)
         torch.save({"param": found}, folder / f"{kind}.pt")
     torch.save(step, folder / "step.pt")
@@ -239,12 +259,13 @@ def _to_safetensors(ours: _Ours, target: Path) -> None:
     saved = {name: ours.index.tensors[ours.weights_key(name)] for name in ours.names}
     if "__metadata__" in saved:
         raise CheckpointError(f"{ours.index.folder} has weights named '__metadata__', which safetensors cannot hold.")
-    names = sorted(saved, key=lambda name: -saved[name].dtype.itemsize)
+    dtypes = {name: ours.weights_dtype(name) for name in saved}
+    names = sorted(saved, key=lambda name: -dtypes[name].itemsize)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name in names:
-        begin, end = end, end + math.prod(saved[name].shape) * saved[name].dtype.itemsize
-        facts = {"dtype": CODES[saved[name].dtype], "shape": list(saved[name].shape)}
+        begin, end = end, end + math.prod(saved[name].shape) * dtypes[name].itemsize
+        facts = {"dtype": CODES[dtypes[name]], "shape": list(saved[name].shape)}
         header[name] = {**facts, "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)

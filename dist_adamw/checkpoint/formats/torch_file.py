@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dist_adamw.checkpoint.formats.content import MODEL_KEYS, Content, plain_group
+from dist_adamw.checkpoint.formats.content import MODEL_KEYS, Content, average_kinds, plain_group
 from dist_adamw.checkpoint.local_state import MODEL
 from dist_adamw.checkpoint.unpickling import load_safely
 from dist_adamw.errors import CheckpointError
@@ -144,6 +144,7 @@ def _number(source: Path, state: Mapping[str, Any], names: Sequence[str] | None,
         raise CheckpointError(f"{source} has an optimizer of {len(numbers)} parameters, and {len(names)} names.")
     of = dict(zip(numbers, names, strict=True))
     found.groups = [plain_group(group, [of[number] for number in group["params"]]) for group in groups]
+    found.averages = average_kinds(groups)
     for number, values in state["state"].items():
         for kind, value in values.items():
             found.add_state(of[number], kind, value)

@@ -224,6 +224,8 @@ def _not_whole(folder: Path) -> str:
             f"{folder} is a folder of torch.distributed.checkpoint, whose .metadata is a pickle. Convert it with "
             "`dist-adamw import`, which executes nothing."
         )
+    if (folder / "dist_adamw" / INDEX).exists():
+        return f"{folder} was written by accelerator.save_state, which has its checkpoint in {folder / 'dist_adamw'}."
     return f"{folder} is not a whole checkpoint: {INDEX} is missing (it is written last)."
 
 

@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 
 from dist_adamw.checkpoint.storage.index import read_index
 from dist_adamw.integrations.accelerate.accelerate_files import check_pickles, is_trusted, reading_safely
+from dist_adamw.integrations.accelerate.accumulation import accumulate, follow
 from dist_adamw.integrations.accelerate.counting import SampleCounter
 from dist_adamw.integrations.accelerate.data import engine_of
 from dist_adamw.integrations.accelerate.prepared_objects import Known, Prepared, samples_or_steps
@@ -42,6 +43,7 @@ from dist_adamw.integrations.accelerate.state_folder import (
     remove_older_objects,
 )
 from dist_adamw.optimizer.adamw import DistAdamW
+from dist_adamw.range_test.prepared import note_backward
 from dist_adamw.ranks import collectives
 from dist_adamw.ranks.run_on_all import run_on_all_ranks
 
@@ -83,7 +85,7 @@ def patch_accelerator(
     """
     if accelerator not in _OF:
         _OF[accelerator] = _Owned([], [], weakref.WeakSet())
-        for ours in (save_state, load_state, clip_grad_norm_, clip_grad_value_, backward):
+        for ours in (save_state, load_state, clip_grad_norm_, clip_grad_value_, backward, accumulate):
             setattr(accelerator, ours.__name__, _wrap_method(accelerator, ours))
     if counter is not None:
         _OF[accelerator].counters.add(counter)
@@ -257,6 +259,7 @@ def _go_on_from(accelerator: Accelerator, one: Known, found: Checkpoint) -> None
 
         accept_counts(one.model, found)
     one.of.position.counter.forget()
+    follow(accelerator)
     accelerator.step = 0  # accumulated gradients are not saved: their batches come again
 
 
@@ -306,6 +309,7 @@ def clip_grad_value_(accelerator: Accelerator, clip_value: Callable[..., Any], *
 
 def backward(accelerator: Accelerator, run_backward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Run backward as Accelerate does, and notify the sample counters. Local if Accelerate's is."""
+    note_backward(accelerator, args, kwargs)
     counters = [*_OF[accelerator].counters]
     for counter in counters:
         if counter.follows_engine:  # under DeepSpeed the update happens inside backward, so count before it

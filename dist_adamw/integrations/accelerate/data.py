@@ -12,6 +12,7 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
 from dist_adamw.integrations.deepspeed.configuration import accumulation_of
 from dist_adamw.schedule.batch import GlobalBatch
+from dist_adamw.schedule.batch_schedule import GivenBatches, solve_each
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -22,7 +23,7 @@ class LoaderFacts:
     """The batches that a data loader and an accelerator make.
 
     Attributes:
-        batch: The global batch.
+        batch: The global batch; the first one of a batch-size schedule.
         samples: Real samples of one pass over the loader; None if it has no length.
         drop_last: Whether a last partial batch is left out.
     """
@@ -49,20 +50,27 @@ def engine_of(accelerator: Accelerator) -> str:
     return str(accelerator.distributed_type.value)
 
 
-def loader_facts(accelerator: Accelerator, dataloader: DataLoader[Any]) -> LoaderFacts:
+def loader_facts(
+    accelerator: Accelerator, dataloader: DataLoader[Any], batches: GivenBatches | None = None
+) -> LoaderFacts:
     """Derive the current global batch and epoch size. Local.
+
+    Args:
+        accelerator: Its accumulation is used, unless there are ``batches``.
+        dataloader: The loader.
+        batches: The batch-size schedule, which determines the accumulation.
 
     Raises:
         ValueError: the loader has no batch size, a batch that the ranks cannot split, or
-            different numbers of batches for the ranks.
+            different numbers of batches for the ranks; a batch of the schedule is no multiple of a micro-batch of all
+            ranks.
     """
     ranks = data_parallel_size(accelerator)
     sampler = dataloader.sampler if isinstance(dataloader.sampler, BatchSampler) else dataloader.batch_sampler
     size = _micro_batch_size(accelerator, dataloader, sampler, ranks)
-    accumulation = accelerator.gradient_accumulation_steps
-    if engine_of(accelerator) == "DEEPSPEED":
-        accumulation = accumulation_of(accelerator.deepspeed_plugin.deepspeed_config, accumulation)
-    batch = GlobalBatch(size, accumulation, ranks)
+    batch = GlobalBatch(size, accumulation_steps(accelerator), ranks)
+    if batches is not None:
+        batch = solve_each(batches, micro_batch_size=size, data_parallel_size=ranks)[0]
     samples = _pass_length(dataloader)
     drop_last = bool(getattr(sampler, "drop_last", False) or dataloader.drop_last)
     facts = LoaderFacts(batch, samples, drop_last)
@@ -75,6 +83,14 @@ def loader_facts(accelerator: Accelerator, dataloader: DataLoader[Any]) -> Loade
     if (warning := _short_accumulation(accelerator, facts)) is not None:
         warnings.warn(warning, stacklevel=3)
     return facts
+
+
+def accumulation_steps(accelerator: Accelerator) -> int:
+    """Return the micro-batches of an update: the engine's number, if its configuration has one. Local."""
+    steps: int = accelerator.gradient_accumulation_steps
+    if engine_of(accelerator) == "DEEPSPEED":
+        return accumulation_of(accelerator.deepspeed_plugin.deepspeed_config, steps)
+    return steps
 
 
 def _micro_batch_size(accelerator: Accelerator, dataloader: DataLoader[Any], sampler: Any, ranks: int) -> int:

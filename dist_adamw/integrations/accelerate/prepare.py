@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from torch.utils.hooks import RemovableHandle
 
 from dist_adamw.integrations.accelerate.accelerator_methods import patch_accelerator, register
+from dist_adamw.integrations.accelerate.accumulation import begin_accumulation, follow_batches, loader_facts_of
 from dist_adamw.integrations.accelerate.checks import (
     DATA_PARALLEL,
     check_engine,
@@ -24,7 +25,7 @@ from dist_adamw.integrations.accelerate.checks import (
     has_communication_hook,
 )
 from dist_adamw.integrations.accelerate.counting import SampleCounter
-from dist_adamw.integrations.accelerate.data import LoaderFacts, engine_of, loader_facts, shuffle_by_generator
+from dist_adamw.integrations.accelerate.data import LoaderFacts, engine_of, shuffle_by_generator
 from dist_adamw.integrations.accelerate.position import Position
 from dist_adamw.integrations.accelerate.prepared_objects import Prepared
 from dist_adamw.integrations.accelerate.reproducible import ReproducibleLoading, check_reproducible
@@ -38,8 +39,10 @@ from dist_adamw.integrations.deepspeed.configuration import (
 )
 from dist_adamw.optimizer.adamw import DistAdamW
 from dist_adamw.optimizer.attaching import averages_over
+from dist_adamw.optimizer.averages import AVERAGED
 from dist_adamw.optimizer.replicas import CHECK_WEIGHTS_EVERY, ReplicaWatch, check_replicas
 from dist_adamw.plain_data import plain
+from dist_adamw.range_test.prepared import note_prepared
 from dist_adamw.ranks import agreement, collectives
 from dist_adamw.ranks.run_on_all import first_problem
 from dist_adamw.schedule.group_digests import GroupDigests
@@ -97,7 +100,8 @@ def prepare(
     needs no changes.
 
     Args:
-        accelerator: The accelerator. Its ``gradient_accumulation_steps`` is part of the global batch.
+        accelerator: The accelerator. Its ``gradient_accumulation_steps`` is part of the global batch; with a batch-size
+            schedule it follows that, in ``accelerator.accumulate``.
         model: As for ``accelerator.prepare``.
         optimizer: A `DistAdamW`, or any torch optimizer. With a DeepSpeed configuration that names optimizer and
             scheduler, Accelerate's ``DummyOptim``, and its ``DummyScheduler`` below.
@@ -149,6 +153,7 @@ def prepare(
         "DistAdamW(reproducible)": getattr(unwrap(optimizer), "reproducible", False),
     }
     facts = _agreed_facts(accelerator, optimizer, dataloader, scheduler, group, own_options)
+    begin_accumulation(accelerator, optimizer, scheduler, facts)
     if own_options["DistAdamW(reproducible)"]:
         check_reproducible(accelerator, dataloader, facts, whole_gradients=whole_gradients)
     if accelerator.ddp_handler is None or isinstance(unwrap(optimizer), DistAdamW):
@@ -171,6 +176,7 @@ def prepare(
     counter = SampleCounter(inner, accelerator, group=group)
     patch_accelerator(accelerator, counter=counter)
     _count_for(ours, counter)
+    follow_batches(accelerator, scheduler, facts)
     position = Position(dataloader, facts, counter)
     dataloader.dist_adamw_position = position  # by which `rest_of_epoch` and a copy of the loader find it
     watch = _watch(accelerator, model, inner, ours, check_weights_every, group)
@@ -184,7 +190,11 @@ def prepare(
 
         prepare_deepspeed(model, scheduler)
         clipping = float(config[CLIPPING])
+    if isinstance(inner, DistAdamW):
+        inner.use_model(model)
+        wrapped.averaged = inner.averaged
     register(accelerator, Prepared(model, wrapped, stepped, scheduler, position, watch, group, clipping))
+    note_prepared(accelerator, inner, scheduler)
     return model, wrapped, dataloader, stepped if ours is None else ours
 
 
@@ -277,7 +287,7 @@ def _record_of(scheduler: LRScheduler) -> dict[str, Any]:
 def _hyper_parameters(optimizer: Optimizer) -> list[dict[str, Any]]:
     if _is_dummy(optimizer):
         return []
-    return [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    return [{k: v for k, v in group.items() if k not in ("params", AVERAGED)} for group in optimizer.param_groups]
 
 
 def _check_kept(given: Optimizer, kept: Optimizer, groups: list[dict[str, Any]]) -> None:
@@ -347,7 +357,7 @@ def _checked_facts(
 ) -> LoaderFacts:
     """Check that the arguments fit together, and fill in the scheduler's sizes. Local."""
     if _is_dummy(optimizer):
-        return _checked_json(accelerator, dataloader, scheduler)
+        return _checked_json(accelerator, optimizer, dataloader, scheduler)
     if not isinstance(scheduler, LRScheduler):
         raise ValueError(
             f"scheduler must be a CyclicLRWithRestarts or another torch scheduler, not prepared yet, got "
@@ -359,7 +369,7 @@ def _checked_facts(
             "whose lr would never change. Pass prepare the optimizer that the scheduler was built with."
         )
     check_engine(accelerator, optimizer)
-    facts = loader_facts(accelerator, dataloader)
+    facts = loader_facts_of(accelerator, optimizer, dataloader, scheduler)
     if isinstance(scheduler, CyclicLRWithRestarts):
         _check_batches(scheduler, facts)
         if scheduler.epoch_size is None:
@@ -376,7 +386,7 @@ def _check_batches(scheduler: CyclicLRWithRestarts, facts: LoaderFacts) -> None:
             "the data set has no length, so the epoch size is unknown. "
             "Pass epoch_size=<samples per epoch> to CyclicLRWithRestarts."
         )
-    if scheduler.batch_size not in (None, facts.batch.size):
+    if scheduler.batch_size not in (None, facts.batch.size) and scheduler._scheduled.recipe.batch_schedule is None:
         b = facts.batch
         raise ValueError(
             f"batch_size={scheduler.batch_size} was given, but the loader and the accelerator make a global batch of "
@@ -397,7 +407,7 @@ def _is_dummy(optimizer: Any) -> bool:
     return type(optimizer).__name__ == "DummyOptim"
 
 
-def _checked_json(accelerator: Accelerator, dataloader: DataLoader[Any], scheduler: Any) -> LoaderFacts:
+def _checked_json(accelerator: Accelerator, optimizer: Any, dataloader: DataLoader[Any], scheduler: Any) -> LoaderFacts:
     """Check the placeholders for an optimizer and a scheduler in the DeepSpeed configuration. Local."""
     engine = engine_of(accelerator)
     if engine != "DEEPSPEED":
@@ -412,7 +422,7 @@ def _checked_json(accelerator: Accelerator, dataloader: DataLoader[Any], schedul
         )
     if type(scheduler).__name__ != "DummyScheduler":
         raise ValueError(f"with DummyOptim pass accelerate.utils.DummyScheduler too, got {type(scheduler).__name__}.")
-    return loader_facts(accelerator, dataloader)
+    return loader_facts_of(accelerator, optimizer, dataloader, scheduler)
 
 
 def attach(accelerator: Accelerator, model: nn.Module, optimizer: DistAdamW) -> None:

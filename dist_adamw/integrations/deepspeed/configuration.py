@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import itertools
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from types import NoneType, UnionType
 from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -42,6 +43,17 @@ def accumulation_of(config: Config, accumulation: int) -> int:
     """Return the micro-batches of an update: the configuration's number, unless that is "auto". Local."""
     given = config.get("gradient_accumulation_steps", "auto")
     return accumulation if given == "auto" else int(given)
+
+
+def batch_sizes_of(config: Config) -> Any:
+    """Return the ``batch_size`` of the configuration's scheduler; None if it has none. Local."""
+    section = config.get("scheduler", {})
+    return section.get("params", {}).get("batch_size") if section.get("type") == _SCHEDULER else None
+
+
+def set_accumulation(engine: Any, steps: int) -> None:
+    """Make a DeepSpeed engine accumulate ``steps`` micro-batches, from its next update on. Local."""
+    engine.set_train_batch_size(steps * engine.train_micro_batch_size_per_gpu() * engine.dp_world_size)
 
 
 def configure(config: Config, optimizer: Optimizer | None) -> None:
@@ -130,7 +142,39 @@ def _optimizer_from_json(params: Iterable[Tensor], /, **given: Any) -> DistAdamW
 
 def _scheduler_from_json(optimizer: Any, /, **given: Any) -> CyclicLRWithRestarts:
     given = {k: v for k, v in given.items() if not (k in _FILLED_BY_PREPARE and v == "auto")}
-    return _made(CyclicLRWithRestarts, "scheduler", optimizer, given)
+    scheduler = _made(CyclicLRWithRestarts, "scheduler", optimizer, given)
+    if scheduler._scheduled.recipe.batch_schedule is not None:
+        scheduler.sample_source = _OneAccumulation(scheduler)
+    return scheduler
+
+
+class _OneAccumulation:
+    """Stands for the samples of updates until `prepare` counts them: the engine alone has one accumulation.
+
+    It counts micro-batches from the beginning of training, so changing it in mid-run would move its updates.
+
+    Args:
+        scheduler: Has a batch-size schedule; held weakly.
+    """
+
+    def __init__(self, scheduler: CyclicLRWithRestarts) -> None:
+        self._scheduler = weakref.ref(scheduler)
+
+    def before_update(self, *, has_closure: bool) -> None:
+        """Raise ValueError: an update would have the wrong batch."""
+        scheduler = self._scheduler()
+        batches = "" if scheduler is None else f" ({scheduler._scheduled.recipe.batches})"
+        raise ValueError(
+            f"batch_size in the DeepSpeed configuration is a schedule{batches}, and deepspeed.initialize alone has one "
+            "accumulation for all of training. Use Accelerate's loop with dist_adamw.prepare, or a number."
+        )
+
+    def returned_unapplied(self) -> None:
+        """Do nothing."""
+
+    def __call__(self) -> Callable[[], int | None]:
+        """Count nothing."""
+        return lambda: None
 
 
 def _made(kind: Callable[..., T], section: str, first: Any, given: Mapping[str, Any]) -> T:
@@ -189,6 +233,10 @@ def _read(value: Any, kind: Any) -> Iterator[Any]:
         yield from _read_tuple(value, get_args(kind))
     elif get_origin(kind) is Sequence:
         yield from _read_list(value, _kinds(*get_args(kind)))
+    elif get_origin(kind) is Mapping:
+        yield from _read_mapping(value, _kinds(get_args(kind)[1]))
+    elif kind is Any:
+        yield value
     elif kind in (int, float) and _may_be_number(value, kind):
         with contextlib.suppress(ValueError, OverflowError):
             yield kind(value)
@@ -216,6 +264,13 @@ def _read_list(value: Any, kinds: tuple[Any, ...]) -> Iterator[Any]:
             yield [one[0] for one in readings]
 
 
+def _read_mapping(value: Any, kinds: tuple[Any, ...]) -> Iterator[Any]:
+    if isinstance(value, Mapping):
+        readings = {key: _readings(one, kinds) for key, one in value.items()}
+        if all(readings.values()):
+            yield {key: one[0] for key, one in readings.items()}
+
+
 def _in_words(kind: Any) -> str:
     if get_origin(kind) is Literal:
         return " or ".join(map(repr, get_args(kind)))
@@ -223,4 +278,6 @@ def _in_words(kind: Any) -> str:
         return f"a list of {len(get_args(kind))} numbers"
     if get_origin(kind) is Sequence:
         return f"a list, each {' or '.join(filter(None, map(_in_words, _kinds(*get_args(kind)))))}"
+    if get_origin(kind) is Mapping:
+        return "an object" if get_args(kind)[1] is Any else f"an object of {_in_words(get_args(kind)[1])} by samples"
     return _WORDS.get(kind, "")

@@ -11,6 +11,7 @@ import contextlib
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from dist_adamw.checkpoint.storage.partial_tensor import PartialTensor
 from dist_adamw.checkpoint.torch_state import TorchAccess
 from dist_adamw.checkpoint.unpickling import nothing_executed
 from dist_adamw.errors import CheckpointError
+from dist_adamw.integrations.deepspeed.averaged_weights import begin_averages, show_averages, to_read
 from dist_adamw.optimizer.adamw import DistAdamW
 from dist_adamw.ranks import collectives
 from dist_adamw.ranks.run_on_all import run_on_all_ranks
@@ -62,8 +64,11 @@ class Fragment:
 
     def of(self, flat: Tensor) -> PartialTensor:
         """Return these elements of a tensor with the partition's layout."""
-        values = flat.detach()[self.offset : self.offset + self.stop - self.start]
-        return PartialTensor.of_ranges(self.shape, values, [(self.start, self.stop)], dtype=flat.dtype)
+        return PartialTensor.of_ranges(self.shape, self.flat(flat), [(self.start, self.stop)], dtype=flat.dtype)
+
+    def flat(self, flat: Tensor) -> Tensor:
+        """Return these elements of a tensor with the partition's layout, 1-D."""
+        return flat.detach()[self.offset : self.offset + self.stop - self.start]
 
     @property
     def model(self) -> PartialTensor:
@@ -201,12 +206,13 @@ class ZeroAccess:
             if self.is_stage_3:
                 local_state.read(MODEL, part.name, part.model, found)
             local_state.read(MASTER, part.name, part.of(part.partition), found)
-        local_state.finish = self._finish
         if not self.with_state:
+            local_state.finish = partial(self._finish, {*self.names.values()})
             return lambda: local_state
-        kinds = _kinds_of_state(found)
+        kinds = to_read(found, self.optimizer)
         # A parameter that was never updated has no saved state; ZeRO has state for whole partitions: zeros.
         used = {name for name, of in found.kinds.items() if of - {MODEL, MASTER}}
+        local_state.finish = partial(self._finish, used)
         self._check_state(found, kinds, used)  # before anything is changed
 
         def make_room() -> LocalState:
@@ -230,11 +236,8 @@ class ZeroAccess:
                     found.need_shape(f"{kind}.{name}", self._shape(param))
 
     def _room_for(self, kinds: list[str]) -> dict[Tensor, dict[str, Any]]:
-        """Allocate zeros as the state of every partition, and return it."""
-        partitions, state = self._partitions(), self.optimizer.state
-        if not kinds:
-            state.clear()
-            return {}
+        """Allocate zeros as the state of every partition, and return it; without ``kinds`` clear all state."""
+        partitions, state = self._partitions() if kinds else [], self.optimizer.state
         if isinstance(self.optimizer, DistAdamW):
             with self._partitions_shown(partitions):
                 self.optimizer._lay_out([partition for _, partition in partitions])
@@ -269,10 +272,13 @@ class ZeroAccess:
             if partition in state and steps:
                 state[partition]["step"].fill_(max(steps))
 
-    def _finish(self) -> None:
+    def _finish(self, used: set[str]) -> None:
         self._forget_gradients()
         if isinstance(self.optimizer, DistAdamW):
             self.optimizer.recount()
+        for part in self.fragments():
+            if part.name not in used:
+                begin_averages(self.optimizer, part.partition, part.flat)
         # DeepSpeed caches views of the previous state: link them again.
         if hasattr(self.zero, "_hp_optimizer_states_linked"):
             self.zero._hp_optimizer_states_linked = False
@@ -294,15 +300,6 @@ class ZeroAccess:
                 zero.accumulated_grads_in_cpu.clear()
                 zero._offload_accumulated_param_ids.clear()
         _begin_update(self.of)
-
-
-def _kinds_of_state(found: CheckpointContents) -> list[str]:
-    """Return the kinds of state that a checkpoint has for parameters with a step, besides weights."""
-    kinds: set[str] = set()
-    for name, of_name in found.kinds.items():
-        if name in found.scalars:
-            kinds |= of_name
-    return sorted(kinds - {MODEL, MASTER})
 
 
 class WholeAccess(TorchAccess):
@@ -373,6 +370,7 @@ def prepare_deepspeed(engine: Any, scheduler: Any = None) -> None:
         scheduler: Default: the engine's scheduler.
     """
     load_theirs = engine.load_checkpoint
+    show_averages(engine)
 
     def ours() -> Any:
         found = engine.lr_scheduler if scheduler is None else scheduler

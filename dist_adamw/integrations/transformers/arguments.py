@@ -217,7 +217,28 @@ def check_made_scheduler(trainer: Any) -> CyclicLRWithRestarts:
             "the Trainer's scheduler drives another optimizer than the Trainer's, whose lr would never change. "
             "Pass both: optimizers=(optimizer, scheduler)."
         )
+    watch_batches(made)
     return made
+
+
+def watch_batches(scheduler: CyclicLRWithRestarts) -> None:
+    """Refuse a batch-size schedule, now and when a checkpoint is loaded. Local.
+
+    Raises:
+        ValueError: the scheduler has one.
+    """
+    scheduled = scheduler._scheduled
+    refuse_batch_schedule(scheduled.recipe.batch_schedule)
+    scheduled.check_batches = lambda recipe: refuse_batch_schedule(recipe.batch_schedule)
+
+
+def refuse_batch_schedule(batch_size: object) -> None:
+    """Raise ValueError if ``batch_size`` is a schedule: Trainer's accumulation is the same in all of training."""
+    if isinstance(batch_size, Mapping | tuple):
+        raise ValueError(
+            f"batch_size is a schedule ({dict(batch_size)}), and Trainer has one accumulation for all of training "
+            "(TrainingArguments). Leave batch_size out, or write the loop with Accelerate and dist_adamw.prepare."
+        )
 
 
 def inner_scheduler(trainer: Any) -> CyclicLRWithRestarts:

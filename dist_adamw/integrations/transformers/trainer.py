@@ -24,7 +24,13 @@ from dist_adamw.integrations.accelerate.counting import SampleCounter
 from dist_adamw.integrations.accelerate.data import LoaderFacts, engine_of, loader_facts
 from dist_adamw.integrations.accelerate.prepare import attach, check_schedules, host_group, use_bucket_views
 from dist_adamw.integrations.accelerate.update_count import send_counts_with
-from dist_adamw.integrations.deepspeed.configuration import configure, fill, names_our_types, register_deepspeed
+from dist_adamw.integrations.deepspeed.configuration import (
+    batch_sizes_of,
+    configure,
+    fill,
+    names_our_types,
+    register_deepspeed,
+)
 from dist_adamw.integrations.transformers.arguments import (
     check_arguments,
     check_made_scheduler,
@@ -34,7 +40,9 @@ from dist_adamw.integrations.transformers.arguments import (
     inner_scheduler,
     is_overridden,
     put_optimizer,
+    refuse_batch_schedule,
     replace_method,
+    watch_batches,
     watch_own_loader,
 )
 from dist_adamw.integrations.transformers.trainer_state import keep_state
@@ -78,7 +86,8 @@ def prepare_trainer(
             (``optimizers=``, ``optimizer_cls_and_kwargs=``) are used instead of new ones.
         optimizer: Arguments of `DistAdamW` that ``TrainingArguments`` does not have, such as ``decay_by``.
         scheduler: Arguments of `CyclicLRWithRestarts`. ``batch_size`` and ``epoch_size`` are needed only
-            if the data has no length, or your own loader makes other batches.
+            if the data has no length, or your own loader makes other batches. Trainer has one accumulation for all of
+            training, so ``batch_size`` cannot be a schedule.
         check_weights_every: See `dist_adamw.prepare`. Ranks also compare before each checkpoint, and at the end.
         on_difference: The schedule with which ``resume_from_checkpoint`` continues if the checkpoint's differs: see
             ``CyclicLRWithRestarts.load_state_dict``. None: the scheduler's own setting, by default "strict".
@@ -106,6 +115,7 @@ def prepare_trainer(
     optimizer, scheduler = dict(optimizer or {}), dict(scheduler or {})
     check_arguments(trainer, optimizer, on_difference)
     _refuse_reproducible(bool(optimizer.get("reproducible")))
+    refuse_batch_schedule(scheduler.get("batch_size"))
     if _prepare_engine(trainer, facts):
         _check_engine_makes_both(trainer, optimizer, scheduler)
         _when_training_begins(trainer, lambda: _warn_of_mid_cycle(trainer, inner_scheduler(trainer), facts, 5))
@@ -120,6 +130,7 @@ def prepare_trainer(
         loader = watch_own_loader(trainer)
         replace_method(trainer, "create_scheduler", _creator(trainer, scheduler, create, on_difference, loader))
         _attach_when_wrapped(trainer)
+    _when_training_begins(trainer, lambda: _let_average(trainer))
     keep_state(trainer, on_difference)
     _watch_ranks(trainer, check_weights_every)
     vars(trainer)["_prepared_by_dist_adamw"] = True
@@ -285,6 +296,13 @@ def _watch_ranks(trainer: Any, every: int | None) -> None:
     _when_training_begins(trainer, begin, settle)
 
 
+def _let_average(trainer: Any) -> None:
+    """Give ``trainer.optimizer`` the method `DistAdamW.averaged`, once the model is wrapped. Local."""
+    if isinstance(optimizer := unwrap(trainer.optimizer), DistAdamW):
+        optimizer.use_model(trainer.model_wrapped)
+        trainer.optimizer.averaged = optimizer.averaged
+
+
 def _attach_when_wrapped(trainer: Any) -> None:
     """Attach the optimizer under DDP, once the model is wrapped. Local."""
     attached: tuple[weakref.ref[nn.Module], weakref.ref[DistAdamW]] | None = None
@@ -362,6 +380,7 @@ def _prepare_engine(trainer: Any, facts: LoaderFacts) -> bool:
     configure(config, None)
     if from_json:
         register_deepspeed()
+        refuse_batch_schedule(batch_sizes_of(config))
         fill(config, facts.batch.size, facts.epoch_size)
         _watch_scheduler_of_json(trainer, facts)
     return from_json
@@ -372,7 +391,7 @@ def _watch_scheduler_of_json(trainer: Any, facts: LoaderFacts) -> None:
 
     def act() -> None:
         scheduler = inner_scheduler(trainer)
-        check_scheduler(scheduler)
+        watch_batches(check_scheduler(scheduler))
         if scheduler.batch_size == facts.batch.size:
             _count_samples(trainer, scheduler)
         check_schedules(trainer.accelerator, scheduler, host_group(trainer.accelerator))

@@ -18,7 +18,7 @@ def out_of_step(here: int, mine: list[int], there: int, theirs: list[int]) -> Ag
         UPDATE: "makes update {}",
         ROUND: "sends gradients of a backward pass for update {}",
         CHANGE: "has changed the optimizer's parameters before update {}",
-        SAVE: "saves or consolidates state before update {}",
+        SAVE: "saves, consolidates state or shows an average before update {}",
     }
     said = [
         f"rank {r} {does.get(kind, 'sends gradients or parameters').format(number + 1)}"
@@ -26,8 +26,8 @@ def out_of_step(here: int, mine: list[int], there: int, theirs: list[int]) -> Ag
     ]
     if SAVE in (mine[0], theirs[0]):
         return AgreementError(
-            f"{said[0]} while {said[1]}. Each rank has a share of the state: save_state, dist_adamw.save and "
-            "consolidate_state_dict must be called on every rank, not inside `if accelerator.is_main_process`."
+            f"{said[0]} while {said[1]}. Each rank has a share of the state: save_state, dist_adamw.save, "
+            "consolidate_state_dict and averaged must be called on every rank, not in `if accelerator.is_main_process`."
         )
     if mine[0] != theirs[0]:
         skipped = here if mine[0] == ROUND else there

@@ -28,7 +28,7 @@ from dist_adamw.optimizer.sharding.user_changes import (
     check_once,
     find_changes,
 )
-from dist_adamw.optimizer.sharding.values import load, put, reset
+from dist_adamw.optimizer.sharding.values import average_all, load, put, reset
 from dist_adamw.optimizer.sharding.watched_state import AccessRecord, Shown, Snapshot, WatchedEntry
 from dist_adamw.optimizer.transport.rollcall import Channel
 
@@ -49,6 +49,7 @@ class Wanted:
         channel: The channel of the optimizer's messages.
         order: Returns the wanted place of parameters in the layout, by id; see `arrange`.
         by_group: Whether no two groups may share a shard.
+        averages: The averages of the weights to keep, see `Shard`.
         are_shares: Whether ``state`` has shares of one shard, which may be of an earlier version's.
     """
 
@@ -64,6 +65,7 @@ class Wanted:
     reproducible: bool
     order: Callable[[], Mapping[int, int]]
     by_group: bool
+    averages: Mapping[str, torch.dtype | None]
     are_shares: bool = False
 
     def arrange(self, chosen: Collection[int]) -> list[Arrangement]:
@@ -71,8 +73,8 @@ class Wanted:
         return arrange(self.groups, chosen, self.order(), by_group=self.by_group)
 
     def make_shard(self, arrangement: Arrangement) -> Shard:
-        """Return a shard of the parameters, with zeros for state. Local."""
-        return Shard(
+        """Return a shard of the parameters, with zeros for moments, and averages that begin as the weights. Local."""
+        shard = Shard(
             arrangement.params,
             groups=arrangement.groups,
             process_group=self.ranks.process_group,
@@ -84,7 +86,10 @@ class Wanted:
             state_dtype=self.state_dtype,
             reduce_dtype=self.reduce_dtype,
             reproducible=self.reproducible,
+            averages=self.averages,
         )
+        average_all(shard, dict.fromkeys(self.averages, 1.0))
+        return shard
 
     def is_shard_of(self, shard: Shard, arrangement: Arrangement) -> bool:
         """Return whether ``shard`` is what `make_shard` would return, apart from its state. Local."""

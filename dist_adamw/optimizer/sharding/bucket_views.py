@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -24,10 +24,6 @@ class Operands(NamedTuple):
     max_exp_avg_sqs: list[Tensor]
     steps: list[Tensor]
     masters: list[Tensor]
-
-    def named(self, name: str) -> list[Tensor]:
-        """Return the column of a moment or master, by its name in ``optimizer.state``."""
-        return self.masters if name in MASTERS else cast(list[Tensor], getattr(self, f"{name}s"))
 
     def at(self, places: Sequence[int]) -> Operands:
         """Return the operands at these places of the lists."""
@@ -74,12 +70,13 @@ class BucketViews:
     Args:
         pieces: The pieces that this rank owns.
         params: The same runs of the parameters.
-        moments: The flat moments, and the master or remainder, by name.
+        moments: The flat moments, the master or remainder, and averages of the weights, by name.
         steps: The step count of each parameter.
         groups: The param group of each parameter.
 
     Attributes:
-        operands: The views, by piece.
+        operands: The views that an update needs, by piece.
+        columns: The views of each of ``moments``, by piece.
         runs: The pieces by param group.
     """
 
@@ -94,11 +91,11 @@ class BucketViews:
     ) -> None:
         self._pieces = pieces
         # Detached: a view that autograd could follow takes 320 bytes more, and there may be thousands.
-        state = {
+        self.columns = {
             name: [moment[p.offset : p.offset + p.numel].detach() for p in pieces] for name, moment in moments.items()
         }
-        masters = state.get("master") or state.get("remainder") or []
-        exp_avgs, exp_avg_sqs, maxima = (state.get(name, []) for name in MOMENTS)
+        masters = self.columns.get("master") or self.columns.get("remainder") or []
+        exp_avgs, exp_avg_sqs, maxima = (self.columns.get(name, []) for name in MOMENTS)
         self.operands = Operands(params, exp_avgs, exp_avg_sqs, maxima, [steps[p.param] for p in pieces], masters)
         self.set_groups(groups)
 

@@ -52,9 +52,12 @@ class Shard:
         state_dtype: The dtype of the moments; None means fp32 with masters, else the parameters' dtype.
         reduce_dtype: The dtype in which gradients are averaged, see `DistAdamW`.
         reproducible: See `Transport`.
+        averages: The averages of the weights to keep, by their names in ``state``, and their dtypes; None is fp32, or
+            fp64 for fp64 weights.
 
     Attributes:
         buckets: The operands of each bucket's update.
+        averages: The names of the averages in ``state``.
         cuts: With ``reproducible``, where an engine has cut each parameter by rows; None: nowhere.
         cut_blocks: The blocks that such cuts divide.
 
@@ -75,6 +78,7 @@ class Shard:
         state_dtype: torch.dtype | None = None,
         reduce_dtype: torch.dtype | None = None,
         reproducible: bool = False,
+        averages: Mapping[str, torch.dtype | None] | None = None,
     ) -> None:
         self.params = params
         self.shard_axes = shard_axes(params[0])
@@ -96,11 +100,14 @@ class Shard:
         self.cuts: list[Cut] | None = list(map(cut_of, params)) if is_cut else None
         self.cut_blocks = CutBlocks(params) if is_cut else None
         dtypes = _dtypes_of(like, groups[0]["amsgrad"], master_dtype, state_dtype)
+        self.is_mixed = any(dtype != like.dtype for dtype in dtypes.values())
+        wide = torch.promote_types(like.dtype, torch.float32)
+        of_averages = {name: wide if dtype is None else dtype for name, dtype in (averages or {}).items()}
+        self.averages = of_averages.keys()
         self.moments = {
             name: zeros_apart(self.layout.shard_numel, place, dtype=dtype, device=like.device)
-            for place, (name, dtype) in enumerate(dtypes.items(), 1)
+            for place, (name, dtype) in enumerate({**dtypes, **of_averages}.items(), 1)
         }
-        self.is_mixed = any(dtype != like.dtype for dtype in dtypes.values())
         self.steps = torch.zeros(len(params), dtype=torch.float32, device=like.device)
         self.gradients = OwnedGradients(params, self.layout, self.owned.pieces)
         self._mask: tuple[list[bool], Tensor] | None = None
@@ -166,7 +173,8 @@ class Shard:
         weights = self._weights()
         device, dtype = weights[0].device, weights[0].dtype
         for place, (name, moment) in enumerate(self.moments.items(), 1):
-            kept = moment.dtype if self.is_mixed else dtype  # unless mixed, state has the parameters' dtype
+            # Unless mixed, moments have the parameters' dtype.
+            kept = moment.dtype if self.is_mixed or name in self.averages else dtype
             self.moments[name] = zeros_apart(len(moment), place, dtype=kept, device=device).copy_(moment)
         self.steps = self.steps.to(device)
         self._build_views()
@@ -238,7 +246,7 @@ class Shard:
             return self._none_of[name]
         if len(places) == 1:
             k, j = places[0]
-            return self.buckets[k].operands.named(name)[j]
+            return self.buckets[k].columns[name][j]
         # A parameter that continues in the next bucket fills this one to its end, so its pieces are adjacent in the
         # flat shard.
         start = self.owned.offset_of(i)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dist_adamw.optimizer.kernels.averaging import move_toward_
 from dist_adamw.optimizer.kernels.mixed import join_master, split_master_
 from dist_adamw.optimizer.sharding.dtensors import local_of, placed_like
 from dist_adamw.optimizer.sharding.memory_order import storage_order
@@ -15,10 +16,10 @@ from dist_adamw.optimizer.sharding.shard import Shard
 
 
 def reset(shard: Shard, i: int) -> None:
-    """Reset the state of parameter ``i`` to zeros, and its master to the parameter."""
+    """Reset the state of parameter ``i`` to zeros, and its master and averages to the parameter."""
     shard.steps[i] = 0.0
     for name in shard.moments:
-        if name == "master":
+        if name == "master" or name in shard.averages:
             _follow_param(shard, i, name)
         else:
             shard.owned_moment(i, name).zero_()
@@ -61,6 +62,28 @@ def load(shard: Shard, i: int, state: Mapping[str, Any], *, is_share: bool) -> N
             shard.owned_moment(i, name).copy_(state[name])
         else:
             shard.fill(i, name, storage_order(placed_like(state[name], param), like=local_of(param)))
+
+
+def average_bucket(shard: Shard, k: int, by: Mapping[str, float | Tensor]) -> None:
+    """Move averages of this rank's slice of bucket ``k`` toward its weights.
+
+    Args:
+        by: How far each goes, by its name in ``state``: see `move_toward_`.
+    """
+    if not by:
+        return
+    operands = shard.buckets[k].operands
+    weights = operands.masters or operands.params
+    if "remainder" in shard.moments:
+        weights = list(map(join_master, operands.params, operands.masters))
+    for name, part in by.items():
+        move_toward_(shard.buckets[k].columns[name], weights, part)
+
+
+def average_all(shard: Shard, by: Mapping[str, float | Tensor]) -> None:
+    """Move averages toward all of this rank's weights: see `average_bucket`."""
+    for k in range(len(shard.buckets)):
+        average_bucket(shard, k, by)
 
 
 def exact_weights(shard: Shard, i: int) -> Tensor:
