@@ -32,9 +32,12 @@ def machine(path: Path) -> str:
     found = records.read([path])
     environments = [one for one in found if one["kind"] == "environment"]
     rows = [one for one in found if one["kind"] == KIND]
-    where = {f"{one['cpu']}, torch {one['versions']['torch']}, commit {one['commit']}" for one in environments}
+    where = sorted({f"{one['cpu']}, torch {one['versions']['torch']}" for one in environments})
+    commits = ", ".join(dict.fromkeys(one["commit"][:7] for one in environments))
     minutes = sum(row["cpu_seconds"] for row in rows) / 60
-    return f"{len(rows)} runs, {minutes:.0f} minutes of processor time on one core: {'; '.join(sorted(where))}."
+    return (
+        f"{len(rows)} runs, {minutes:.0f} minutes of processor time on one core: {'; '.join(where)}; commits {commits}."
+    )
 
 
 def replace_table(text: str, name: str, lines: Sequence[str]) -> str:
