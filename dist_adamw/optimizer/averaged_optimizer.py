@@ -45,7 +45,8 @@ class AveragedOptimizer(SavableOptimizer):
 
     @averages.setter
     def averages(self, averages: Mapping[str, Average]) -> None:
-        if hasattr(self, "_all_shards"):
+        # The same ones are accepted: `__setstate__` of an optimizer in use sets them too.
+        if hasattr(self, "_all_shards") and dict(averages) != self._averages:
             raise AttributeError("averages are chosen when the optimizer is created: DistAdamW(..., averages={...}).")
         self._averages = dict(averages)
 
