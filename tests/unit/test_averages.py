@@ -781,3 +781,15 @@ def test_saving_is_refused_inside_but_not_the_weights_alone(tmp_path: Path) -> N
     other = network()
     dist_adamw.load(tmp_path / "weights", other)
     assert same(weights(other), shown(model, optimizer, "ema"))
+
+
+def test_setting_the_state_of_an_optimizer_in_use_keeps_its_averages() -> None:
+    model, undisturbed = network(), network()
+    optimizer, other = (DistAdamW(one.parameters(), averages={"ema": EMA(decay=0.9)}) for one in (model, undisturbed))
+    for seed in range(4):
+        update(model, optimizer, seed)
+        update(undisturbed, other, seed)
+        optimizer.__setstate__(optimizer.__getstate__())
+    assert same(shown(model, optimizer, "ema"), shown(undisturbed, other, "ema"))
+    with pytest.raises(AttributeError, match="when the optimizer is created"):
+        optimizer.averages = {"ema": EMA(decay=0.99)}
