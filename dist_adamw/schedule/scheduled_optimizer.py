@@ -20,7 +20,7 @@ from dist_adamw.schedule.recipe import Recipe
 from dist_adamw.schedule.restarts import SchedulePoint
 from dist_adamw.schedule.saved import GROUPS, STATE_VERSION
 from dist_adamw.schedule.unsupported import refuse_fixed_accumulation
-from dist_adamw.schedule.weight_decay import decay_convention, decay_of_update
+from dist_adamw.schedule.weight_decay import GIVEN_DECAYS, decay_convention, decay_of_update
 
 
 class ScheduledOptimizer:
@@ -223,6 +223,19 @@ class ScheduledOptimizer:
             return lr, decay_of_update(convention, lr, decay)
 
         return values
+
+    def given_decay(self, index: int) -> tuple[str, Callable[[SchedulePoint], float | None]]:
+        """Return the weight decay of one group in the recipe's reading, as a function of a point of the schedule, and
+        the reading's name; None: decay enters the gradient.
+        """
+        self.groups.follow()
+        one = list(self.groups)[index]
+        if decay_convention(self.optimizer, one.group) == "l2":
+            return "", lambda _: None
+        if self._leaves_decay_alone(one.group):
+            fixed_decay = float(self.optimizer.param_groups[index].get("weight_decay", 0.0))
+            return "constant", lambda _: fixed_decay
+        return GIVEN_DECAYS[self.recipe.decay_reading], lambda point: self.recipe.given_decay(point, one.base)
 
     # ---------------------------------------------------------------- as plain data
 
