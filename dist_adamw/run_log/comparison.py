@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,16 +89,19 @@ def compare_runs(path_a: str | Path, path_b: str | Path) -> Comparison:
     lines += _missing(any(batches for batches, _ in compares), any(roots for _, roots in compares))
     lines += _describe(difference)
     lines += _facts(pairs, difference)
+    notes = []
     for name, log in (("A", log_a), ("B", log_b)):
         again = first_difference(_resumed(log))
         if again.batches or again.parameters:
-            lines.append(f"{name} was resumed, and differs from its updates before: dist-adamw diff {name} {name}")
+            notes.append(f"{name} was resumed, and differs from its updates before: dist-adamw diff {name} {name}")
         if log.damaged:
-            lines.append(f"{name} has {_damaged(log.damaged)} left out")
-    return _comparison(lines, pairs, difference)
+            notes.append(f"{name} has {_damaged(log.damaged)} left out")
+    return _comparison(lines, pairs, difference, notes)
 
 
-def _comparison(lines: list[str], pairs: list[tuple[Record, Record]], difference: Difference) -> Comparison:
+def _comparison(
+    lines: list[str], pairs: list[tuple[Record, Record]], difference: Difference, notes: Sequence[str] = ()
+) -> Comparison:
     is_equal = difference == Difference(equal_before=difference.equal_before)
     batches, parameters = difference.batches, difference.parameters
     data: dict[str, Any] = {
@@ -106,7 +109,9 @@ def _comparison(lines: list[str], pairs: list[tuple[Record, Record]], difference
         "compared": {"updates": len(pairs)},
         "batches": None,
         "parameters": None,
+        "cause": _cause(difference),
         "facts": {name: list(values) for name, values in _differing_facts(pairs, difference).items()},
+        "notes": list(notes),
     }
     if pairs:
         data["compared"] |= {"first": pairs[0][0].number, "last": pairs[-1][0].number}
@@ -120,14 +125,14 @@ def _comparison(lines: list[str], pairs: list[tuple[Record, Record]], difference
             "equal_at": before,
             "names": _differing_parameters(parameters),
         }
-    return Comparison(tuple(lines), is_equal, data)
+    return Comparison((*lines, *notes), is_equal, data)
 
 
 def _damaged(number: int) -> str:
     return "1 damaged line, which was" if number == 1 else f"{number} damaged lines, which were"
 
 
-def _compare_with_itself(log: Log) -> tuple[str, bool]:
+def _compare_with_itself(log: Log) -> Comparison:
     pairs = _resumed(log)
     if not pairs:
         line = f"{log.path} has {_range(log)}, and no update twice: nothing to compare"

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import bisect
+import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -228,8 +229,8 @@ def _draw(axis: Any, panel: Panel, restarts: Sequence[float], colors: Mapping[st
         marker = "o" if line.has_points else ""
         style = {"color": colors[line.name], "marker": marker, "label": line.name or None}
         axis.plot(x, y, linewidth=1.3, markersize=4, **style)
-    for style, (name, level) in zip(_STYLES * len(panel.levels), panel.levels.items(), strict=False):
-        axis.axhline(level, color="grey", linewidth=1.0, linestyle=style, label=name)
+    for i, (name, level) in enumerate(panel.levels.items()):
+        axis.axhline(level, color="grey", linewidth=1.0, linestyle=_STYLES[i % len(_STYLES)], label=name)
     for restart in restarts:
         axis.axvline(restart, color="grey", linewidth=0.8, linestyle=":")
     axis.grid(alpha=0.25)
@@ -239,7 +240,7 @@ def _draw(axis: Any, panel: Panel, restarts: Sequence[float], colors: Mapping[st
         axis.set_ylim(bottom=0.0)
 
 
-def _add_legend(figure: Any, axes: Sequence[Any]) -> None:
+def _add_legend(figure: Any, axes: Iterable[Any]) -> None:
     """Explain the lines below the panels, where no curve is; a name that several panels have, once."""
     found: dict[str, Any] = {}
     for axis in axes:
@@ -266,7 +267,7 @@ def _number(value: float) -> str:
 def _through(xs: Sequence[float], ys: Sequence[float]) -> Callable[[Any], Any]:
     """Return the piecewise linear function through the points, and beyond them."""
     known = sorted(set(zip(xs, ys, strict=True)))
-    points = [known[0], *(b for a, b in zip(known, known[1:], strict=False) if b[0] > a[0])]
+    points = [known[0], *(after for before, after in itertools.pairwise(known) if after[0] > before[0])]
     if len(points) == 1:
         points.append((points[0][0] + 1.0, points[0][1] + 1.0))
 

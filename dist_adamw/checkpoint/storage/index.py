@@ -358,7 +358,7 @@ def _digest(index: Mapping[str, Any]) -> str:
 
 
 def check_files(index: Index, part: int = 0, parts: int = 1, *, sizes_only: bool = False) -> None:
-    """Compare the ``part``-th of ``parts`` of a checkpoint's files with their sizes, and all bits with checksums. Local.
+    """Compare the ``part``-th of ``parts`` of a checkpoint's files with their sizes and checksums. Local.
 
     Raises:
         CheckpointError: names the file.
