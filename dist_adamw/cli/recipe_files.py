@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -16,9 +17,7 @@ def read_recipe(path: str) -> Any:
     Raises:
         ValueError: file, line and key of a mistake.
     """
-    import dist_adamw
-
-    return dist_adamw.load_recipe(path)
+    return importlib.import_module("dist_adamw.recipes.recipe").load_recipe(path)
 
 
 def preview_of(path: str | None, given: dict[str, Any], cycles: int | None) -> Preview:

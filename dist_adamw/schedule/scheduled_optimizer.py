@@ -224,19 +224,6 @@ class ScheduledOptimizer:
 
         return values
 
-    def given_decay(self, index: int) -> tuple[str, Callable[[SchedulePoint], float | None]]:
-        """Return the weight decay of one group in the recipe's reading, as a function of a point of the schedule, and
-        the reading's name; None: decay enters the gradient.
-        """
-        self.groups.follow()
-        one = list(self.groups)[index]
-        if decay_convention(self.optimizer, one.group) == "l2":
-            return "", lambda _: None
-        if self._leaves_decay_alone(one.group):
-            fixed_decay = float(self.optimizer.param_groups[index].get("weight_decay", 0.0))
-            return "constant", lambda _: fixed_decay
-        return GIVEN_DECAYS[self.recipe.decay_reading], lambda point: self.recipe.given_decay(point, one.base)
-
     # ---------------------------------------------------------------- as plain data
 
     def state_dict(self) -> dict[str, Any]:
@@ -277,6 +264,20 @@ class ScheduledOptimizer:
             "weight_decay": digests.weight_decay(groups),
             "group hyper-parameters": digests.others(groups),
         }
+
+
+def given_decay_of(scheduled: ScheduledOptimizer, index: int) -> tuple[str, Callable[[SchedulePoint], float | None]]:
+    """Return the weight decay of one group in the recipe's reading, as a function of a point of the schedule, and
+    the reading's name; None: decay enters the gradient.
+    """
+    scheduled.groups.follow()
+    one = list(scheduled.groups)[index]
+    if decay_convention(scheduled.optimizer, one.group) == "l2":
+        return "", lambda _: None
+    if scheduled._leaves_decay_alone(one.group):
+        fixed_decay = float(scheduled.optimizer.param_groups[index].get("weight_decay", 0.0))
+        return "constant", lambda _: fixed_decay
+    return GIVEN_DECAYS[scheduled.recipe.decay_reading], lambda point: scheduled.recipe.given_decay(point, one.base)
 
 
 def _accept(_: Recipe) -> None:

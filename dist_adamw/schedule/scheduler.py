@@ -20,7 +20,7 @@ from dist_adamw.schedule.recipe import Recipe
 from dist_adamw.schedule.restarts import IterationCallback, RestartCallback
 from dist_adamw.schedule.sample_scheduler import SampleScheduler
 from dist_adamw.schedule.saved import OnDifference, check_on_difference
-from dist_adamw.schedule.scheduled_optimizer import ScheduledOptimizer
+from dist_adamw.schedule.scheduled_optimizer import ScheduledOptimizer, given_decay_of
 from dist_adamw.wrappers import unwrap
 
 
@@ -246,5 +246,5 @@ class CyclicLRWithRestarts(SampleScheduler):
             cycles=cycles,
             points=points,
             total_samples=total_samples,
-            given_decay=self._scheduled.given_decay(group),
+            given_decay=given_decay_of(self._scheduled, group),
         )

@@ -66,7 +66,8 @@ def test_help_of_a_verb(verb: str, capsys: Capture) -> None:
 
 
 def test_help_does_not_import_torch() -> None:
-    code = "import sys; from dist_adamw.cli import main; main(['export', '--help']); main([]); print('torch' in sys.modules)"
+    code = "import sys; from dist_adamw.cli import main; main(['export', '--help']); main([]); "
+    code += "print('torch' in sys.modules)"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=100)
     assert found.stdout.splitlines()[-1] == "False"
 

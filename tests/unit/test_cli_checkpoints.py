@@ -1,4 +1,4 @@
-"""``dist-adamw inspect``, ``import`` and ``export``: which checkpoint a folder stands for, and what is wrong with it."""
+"""``dist-adamw inspect``, ``import`` and ``export``: which checkpoint a folder stands for, and whether it is whole."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_inspect_is_quick_unless_asked_to_verify(tmp_path: Path, capsys: Capture
     run(capsys, "inspect", str(path))
     assert "NO: " in run(capsys, "inspect", str(path), "--verify", status=1)
     tear(path)
-    assert "was" in run(capsys, "inspect", str(path), status=1)
+    assert "were written" in run(capsys, "inspect", str(path), status=1)
 
 
 def test_inspect_as_json(tmp_path: Path, capsys: Capture) -> None:
@@ -70,18 +70,19 @@ def test_inspect_as_json(tmp_path: Path, capsys: Capture) -> None:
     assert found.pop("files")["count"] == 1
     assert found == {
         "checkpoint": str(path),
-        "whole": True,
+        "whole": None,
         "verified": False,
         "problem": None,
         "engine": found["engine"],
         "world_size": 1,
-        "optimizer": "AdamW",
+        "optimizer": "DistAdamW",
         "updates": 1,
         "scheduler": None,
         "samples": None,
         "weights": {"elements": 3, "tensors": 2},
         "state": found["state"],
     }
+    assert answer(capsys, "inspect", str(path), "--verify")["whole"] is True
     flip(path)
     assert answer(capsys, "inspect", str(path), "--verify", status=1)["whole"] is False
 
@@ -283,7 +284,7 @@ def test_import_describes_what_it_wrote(tmp_path: Path, capsys: Capture) -> None
     torch.save({"a": torch.ones(2), "b": torch.ones(3), "c": torch.ones(4)}, tmp_path / "theirs.pt")
     args = ["import", str(tmp_path / "theirs.pt"), str(tmp_path / "x"), "--without", "b", "--without=c"]
     found = answer(capsys, *args)
-    assert found["whole"] is True
+    assert found["problem"] is None
     assert found["weights"] == {"elements": 2, "tensors": 1}
 
 

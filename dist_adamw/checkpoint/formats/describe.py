@@ -71,7 +71,9 @@ def describe(path: str | Path, *, verify: bool = False) -> Description:
         facts = understood(found.path, partial(_facts, found))
     except CheckpointError as error:  # the index is damaged, so there is nothing to describe
         facts, problem = {}, str(error)
-    judged = {"whole": problem is None, "verified": verify, "problem": problem}
+    # None: not known, since sizes alone do not say.
+    whole = False if problem is not None else True if verify else None
+    judged = {"whole": whole, "verified": verify, "problem": problem}
     return Description(problem, {"checkpoint": str(found.path), **judged, **facts}, found.skipped)
 
 
