@@ -46,9 +46,11 @@ def _sections(given: dict[str, Any]) -> dict[str, dict[str, Any]]:
             section = "optimizer"
         elif name == "batch_size":
             section, key = "batch", "size"
-        elif name == "total_samples" and "fit" not in given:
-            section = "training"  # it is only looked up: no cycle ends there
+        elif name == "total_samples":
+            section = "training"
         sections.setdefault(section, {})[key] = value
+    if "fit" in given and "total_samples" in given:  # otherwise it is only looked up, and no cycle ends there
+        sections["scheduler"]["total_samples"] = given["total_samples"]
     return sections
 
 

@@ -44,8 +44,9 @@ def test_options_replace_values_of_the_file(recipe: str, capsys: Capture) -> Non
 
 def test_fit_makes_a_cycle_end_with_training(recipe: str, capsys: Capture) -> None:
     assert answer(capsys, "preview", recipe, "--total_samples=4 epochs")["end"]["is_at_cycle_end"] is False
-    found = answer(capsys, "preview", recipe, "--total_samples=4 epochs", "--fit=scale", "--cycles=9")
-    assert found["end"] is None or found["end"]["is_at_cycle_end"] is True
+    found = answer(capsys, "preview", recipe, "--total_samples=4 epochs", "--fit=scale")
+    assert found["end"]["total_samples"] == 4000
+    assert found["end"]["is_at_cycle_end"] is True
 
 
 def test_a_mistake_in_the_file(recipe: str, capsys: Capture) -> None:

@@ -40,7 +40,7 @@ ORDER = [
 ]
 # They forward, and import nothing until they are asked.
 OLD_PATHS = ["batch", "hooks", "policies", "scheduler", "storage"]
-LAZY = {"accelerate", "deepspeed", "transformers", "matplotlib", "uniplot", "shtab", "jsonargparse", "docstring_parser"}
+LAZY = {"accelerate", "deepspeed", "transformers", "matplotlib", "uniplot", "shtab", "jsonargparse"}
 
 MODULES = {module.name: module for module in read_package(PACKAGE)}
 PAIRS = import_pairs(list(MODULES.values()))
