@@ -33,7 +33,10 @@ def preview_of(path: str | None, given: dict[str, Any], cycles: int | None) -> P
     """
     if path is None:
         return _preview_of_options(given, cycles)
-    preview: Preview = read_recipe(path).with_changes(**_sections(given)).preview(cycles=cycles)
+    recipe, sections = read_recipe(path), _sections(given)
+    if "total_samples" in given and "total_samples" in recipe.scheduler:  # there a cycle ends with it
+        sections.setdefault("scheduler", {})["total_samples"] = given["total_samples"]
+    preview: Preview = recipe.with_changes(**sections).preview(cycles=cycles)
     return preview
 
 

@@ -44,9 +44,12 @@ def test_options_replace_values_of_the_file(recipe: str, capsys: Capture) -> Non
 
 def test_fit_makes_a_cycle_end_with_training(recipe: str, capsys: Capture) -> None:
     assert answer(capsys, "preview", recipe, "--total_samples=4 epochs")["end"]["is_at_cycle_end"] is False
-    found = answer(capsys, "preview", recipe, "--total_samples=4 epochs", "--fit=scale")
-    assert found["end"]["total_samples"] == 4000
-    assert found["end"]["is_at_cycle_end"] is True
+    for text in (RECIPE, RECIPE.replace("t_mult: 2", "t_mult: 2, total_samples: 3 epochs")):
+        Path(recipe).write_text(text)
+        found = answer(capsys, "preview", recipe, "--total_samples=4 epochs", "--fit=scale")
+        assert found["end"]["total_samples"] == 4000
+        assert found["end"]["is_at_cycle_end"] is True
+    assert answer(capsys, "preview", recipe, "--total_samples=4 epochs")["end"]["is_at_cycle_end"] is True
 
 
 def test_a_mistake_in_the_file(recipe: str, capsys: Capture) -> None:
