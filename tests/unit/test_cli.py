@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +14,7 @@ import pytest
 
 from dist_adamw._version import __version__
 from dist_adamw.cli import main
+from dist_adamw.cli.arguments import read_arguments
 from dist_adamw.cli.verbs import VERBS
 
 Capture = pytest.CaptureFixture[str]
@@ -246,3 +249,21 @@ def test_a_missing_library_is_one_sentence(
 ) -> None:
     monkeypatch.setitem(sys.modules, module, None)
     assert extra in refused(capsys, *args)
+
+
+# ---------------------------------------------------------------- what the documentation shows
+
+ROOT = Path(__file__).parents[2]
+_PAGES = [ROOT / "README.md", ROOT / "launch" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+_COMMAND = re.compile(r"(?:^[ $]*|`)dist-adamw ([a-z-]+ [^`#>\n|]*)", re.MULTILINE)
+_SHOWN = sorted({match[1].strip() for page in _PAGES for match in _COMMAND.finditer(page.read_text())})
+
+
+@pytest.mark.parametrize("line", [*_SHOWN, *(f"{name} {one}" for name, verb in VERBS.items() for one in verb.examples)])
+def test_a_command_that_is_shown_can_be_typed(line: str) -> None:
+    name, *args = shlex.split(line.partition(" > ")[0])
+    read_arguments(name, VERBS[name], args)
+
+
+def test_the_documentation_shows_commands() -> None:
+    assert {line.split()[0] for line in _SHOWN} >= {"preview", "plot", "inspect", "import", "diff", "lr-range"}
