@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
 from safetensors.torch import load_file
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
 from dist_adamw import CheckpointFolder, CyclicLRWithRestarts, DistAdamW, prepare, save
 from tests.unit.test_cli import Capture, answer, refused, run
@@ -152,7 +152,7 @@ def of_trainer(root: Path) -> Path:
     return path
 
 
-FOLDERS = {
+FOLDERS: dict[str, Callable[[Path], Path]] = {
     "itself": write,
     "CheckpointFolder": of_a_checkpoint_folder,
     "a run of the main job": lambda root: of_a_checkpoint_folder(root / "checkpoints"),
@@ -178,7 +178,7 @@ def test_a_project_that_accelerate_really_wrote(tmp_path: Path, capsys: Capture)
     accelerator = Accelerator(cpu=True, project_config=config)
     model = nn.Linear(2, 1)
     optimizer = DistAdamW(model.parameters())
-    loader = DataLoader([torch.ones(2)] * 4, batch_size=2)  # type: ignore[arg-type]
+    loader = DataLoader(TensorDataset(torch.ones(4, 2)), batch_size=2)
     prepare(accelerator, model, optimizer, loader, CyclicLRWithRestarts(optimizer))
     accelerator.save_state()
     assert run(capsys, "inspect", str(tmp_path)).splitlines()[0].endswith("checkpoints/checkpoint_0/dist_adamw")

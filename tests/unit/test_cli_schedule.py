@@ -130,7 +130,7 @@ def test_restarts_stand_where_they_happen() -> None:
 
 def test_the_axes() -> None:
     preview = scheduler(batch_size={0: 50, 1000: 100}).preview(cycles=2)
-    samples, epochs, updates = (preview.curves(axis) for axis in ("samples", "epochs", "updates"))  # type: ignore[arg-type]
+    samples, epochs, updates = (preview.curves(axis) for axis in ("samples", "epochs", "updates"))
     assert (samples.restarts, epochs.restarts, updates.restarts) == ([1000], [1], [20])
     assert (samples.x[-1], epochs.x[-1], updates.x[-1]) == (3000, 3, 20 + 20)
     assert samples.epochs == epochs.epochs == updates.epochs == epochs.x
@@ -181,7 +181,7 @@ def test_nothing_is_drawn_over_a_curve(tmp_path: Path) -> None:
     drawn: list[Figure] = []
     before = Figure.savefig
     try:
-        Figure.savefig = lambda self, path, **_: drawn.append(self)  # type: ignore[method-assign,misc,assignment]
+        Figure.savefig = lambda self, path, **_: drawn.append(self)  # type: ignore[method-assign]
         line = Line("training", [0, 1, 2], [3.0, 2.0, 1.0])
         Picture([Panel("loss", [line], {"unigram": 2.5, "bigram": 1.5})], "samples", title="a title").save(
             tmp_path / "x.png"
