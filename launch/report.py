@@ -1,4 +1,4 @@
-"""Reports of the main job: its history as CSV, the curves as PNG, and short tables."""
+"""Reports of the main job: its history as CSV, the curves as a picture, and short tables."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 
-from dist_adamw.schedule.plot import plot_curves
+from dist_adamw import Preview
+from dist_adamw.schedule.plot import Line, Panel, Picture
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,22 +85,32 @@ def read_history(path: Path) -> list[Row]:
     return rows
 
 
-def draw(path: Path, rows: Sequence[Row], restarts: Sequence[int], levels: Mapping[str, float], title: str) -> None:
-    """Draw loss, lr and weight decay over samples as a PNG, with restarts marked."""
+def draw(path: Path, rows: Sequence[Row], preview: Preview, levels: Mapping[str, float], title: str) -> None:
+    """Draw loss, lr, and weight decay in the recipe's reading, as a PNG with restarts marked.
+
+    The loss and the lr of an update stand at the sample at which it began, the held-out loss where it ended.
+    """
+    assert preview.batches is not None
+    end = rows[-1].samples
+    # The history may begin with the update after a resume.
+    first = max(0, rows[0].samples - preview.batches.at(rows[0].samples - 1))
+    begins = [first, *(row.samples for row in rows[:-1])]
     measured = [row for row in rows if row.val_loss is not None]
-    plot_curves(
-        path,
-        [row.samples for row in rows],
-        {
-            "loss: training": [row.loss for row in rows],
-            "loss: held out": ([row.samples for row in measured], [row.val_loss or 0.0 for row in measured]),
-            "lr": [row.lr for row in rows],
-            "weight decay": [row.weight_decay for row in rows],
-        },
-        [sample for sample in restarts if sample < rows[-1].samples],
-        title=title,
-        levels={"loss": levels},
+    held_out = Line(
+        "held out", [row.samples for row in measured], [row.val_loss or 0.0 for row in measured], has_points=True
     )
+    steps = [sample for begin, row in zip(begins, rows, strict=True) for sample in (begin, row.samples)]
+    panels = [
+        Panel("loss", [Line("training", begins, [row.loss for row in rows]), held_out], levels, begins_at_zero=False),
+        Panel("lr", [Line("", steps, [row.lr for row in rows for _ in range(2)])]),
+    ]
+    curves = preview.curves()
+    for label, values in curves.values.items():
+        if label != "lr":
+            points = [(x, y) for x, y in zip(curves.x, values, strict=True) if first <= x <= end]
+            panels.append(Panel(label, [Line("", [x for x, _ in points], [y for _, y in points])]))
+    restarts = [sample for sample in curves.restarts if first < sample < end]
+    Picture(panels, "samples", restarts, (curves.x, curves.epochs), title).save(path)
 
 
 def loss_table(levels: Mapping[str, float]) -> str:

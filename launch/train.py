@@ -377,7 +377,7 @@ class Job:
         known = {"unigram entropy": self.text.entropies.unigram, "bigram entropy": self.text.entropies.bigram}
         title = f"{self.parameters:,} parameters, global batch {self.batches}, {self.batch.data_parallel_size} ranks"
         try:
-            draw(self.out / "curves.png", history.rows, self.restarts, known, title)
+            draw(self.out / "curves.png", history.rows, self.preview, known, title)
             self.say(f"curves: {self.out / 'curves.png'}")
         except ModuleNotFoundError as error:
             self.say(f"no curves: {error}")

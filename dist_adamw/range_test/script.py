@@ -8,7 +8,7 @@ import runpy
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,8 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from dist_adamw.range_test.curve import check_range
+from dist_adamw.json_text import json_text
+from dist_adamw.range_test.curve import RangeResult, check_range
 from dist_adamw.range_test.lr_override import LROverride
 from dist_adamw.range_test.prepared import stop_watching, watch
 from dist_adamw.range_test.running import RunningTest
@@ -27,6 +28,14 @@ from dist_adamw.ranks import collectives
 class ScriptRange:
     """The options of the command.
 
+    Attributes:
+        lowest: See `lr_range`.
+        highest: See there.
+        updates: See there.
+        divergence: See there.
+        picture: The file to draw into.
+        is_json: Whether stdout has one JSON document alone.
+
     Raises:
         ValueError: a number is out of its range.
     """
@@ -36,6 +45,7 @@ class ScriptRange:
     updates: int
     divergence: float
     picture: str
+    is_json: bool = False
 
     def __post_init__(self) -> None:
         if (problem := check_range(self.lowest, self.highest, self.updates, self.divergence)) is not None:
@@ -54,6 +64,7 @@ class ScriptTest:
     """
 
     def __init__(self, options: ScriptRange) -> None:
+        self.stdout = sys.stdout  # for the JSON document
         self._options = options
         self._optimizer: Optimizer | None = None
         self._accelerator: Any = None
@@ -86,7 +97,7 @@ class ScriptTest:
             raise RangeTestEnded(0)
 
     def report(self) -> int:
-        """Print the table, and draw the picture, on the main rank; return the exit status. Local."""
+        """Print the result, and draw the picture, on the main rank; return the exit status. Local."""
         test = self._test
         if test is None:
             _say("the script has not called dist_adamw.prepare, so there is nothing to test.", sys.stderr)
@@ -97,13 +108,24 @@ class ScriptTest:
             _say(f"there is no curve: {why}.", sys.stderr)
             return 2
         if not self._is_reported and self._is_main:
-            print(f"\n{result}", flush=True)
-            try:
-                print(f"drawn in {result.plot(self._options.picture)}", flush=True)
-            except (OSError, ModuleNotFoundError) as error:
-                _say(f"no picture: {error}", sys.stderr)
+            self._print(result)
         self._is_reported = True
         return 0
+
+    def _print(self, result: RangeResult) -> None:
+        is_json = self._options.is_json
+        if not is_json:
+            print(f"\n{result}", flush=True)
+        path = None
+        try:
+            path = result.plot(self._options.picture)
+        except (OSError, ValueError, ModuleNotFoundError) as error:
+            _say(f"no picture: {error}", sys.stderr)
+        if is_json:
+            facts = {one.name: getattr(result, one.name) for one in fields(result)}
+            print(json_text({**facts, "written": path}), file=self.stdout, flush=True)
+        elif path is not None:
+            print(f"drawn in {path}", flush=True)
 
 
 def run_script(script: str, args: Sequence[str], options: ScriptRange) -> int:
@@ -117,7 +139,7 @@ def run_script(script: str, args: Sequence[str], options: ScriptRange) -> int:
     sys.argv, sys.path[:0] = [script, *args], [str(Path(script).resolve().parent)]
     watch(test)
     try:
-        with _no_saves():
+        with _no_saves(), _script_prints_to_stderr(test) if options.is_json else contextlib.nullcontext():
             runpy.run_path(script, run_name="__main__")
     except RangeTestEnded:
         pass
@@ -129,6 +151,21 @@ def run_script(script: str, args: Sequence[str], options: ScriptRange) -> int:
         sys.argv, sys.path[:] = before
     collectives.end_quietly()
     return test.report()
+
+
+@contextlib.contextmanager
+def _script_prints_to_stderr(test: ScriptTest) -> Iterator[None]:
+    """Keep stdout for the JSON document, also from processes that the script starts."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    test.stdout = sys.stdout if sys.stdout is not sys.__stdout__ else os.fdopen(os.dup(kept), "w")
+    os.dup2(2, 1)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def run_on_ranks(command: Sequence[str], ranks: int) -> int:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from dist_adamw.run_log.log_file import Log, Record, read_log
 
@@ -47,8 +48,26 @@ def _both(one: bytes, other: bytes) -> bool:
     return bool(one) and bool(other)
 
 
-def compare_runs(path_a: str | Path, path_b: str | Path) -> tuple[str, bool]:
-    """Return a description of the first difference between two runs, and whether they are equal. Local.
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """The result of `compare_runs`; ``print`` it.
+
+    Attributes:
+        lines: The description.
+        is_equal: Whether the runs are equal in the updates that were compared.
+        data: The same as plain data.
+    """
+
+    lines: tuple[str, ...]
+    is_equal: bool
+    data: Mapping[str, Any]
+
+    def __str__(self) -> str:
+        return "\n".join(self.lines)
+
+
+def compare_runs(path_a: str | Path, path_b: str | Path) -> Comparison:
+    """Return the first difference between two runs. Local.
 
     The same run twice: its updates before a resume are compared with those that replaced them.
 
@@ -70,27 +89,58 @@ def compare_runs(path_a: str | Path, path_b: str | Path) -> tuple[str, bool]:
     lines += _missing(any(batches for batches, _ in compares), any(roots for _, roots in compares))
     lines += _describe(difference)
     lines += _facts(pairs, difference)
+    notes = []
     for name, log in (("A", log_a), ("B", log_b)):
         again = first_difference(_resumed(log))
         if again.batches or again.parameters:
-            lines.append(f"{name} was resumed, and differs from its updates before: dist-adamw diff {name} {name}")
+            notes.append(f"{name} was resumed, and differs from its updates before: dist-adamw diff {name} {name}")
         if log.damaged:
-            lines.append(f"{name} has {_damaged(log.damaged)} left out")
-    return "\n".join(lines), difference == Difference(equal_before=difference.equal_before)
+            notes.append(f"{name} has {_damaged(log.damaged)} left out")
+    return _comparison(lines, pairs, difference, notes)
+
+
+def _comparison(
+    lines: list[str], pairs: list[tuple[Record, Record]], difference: Difference, notes: Sequence[str] = ()
+) -> Comparison:
+    is_equal = difference == Difference(equal_before=difference.equal_before)
+    batches, parameters = difference.batches, difference.parameters
+    data: dict[str, Any] = {
+        "equal": is_equal,
+        "compared": {"updates": len(pairs)},
+        "batches": None,
+        "parameters": None,
+        "cause": _cause(difference),
+        "facts": {name: list(values) for name, values in _differing_facts(pairs, difference).items()},
+        "notes": list(notes),
+    }
+    if pairs:
+        data["compared"] |= {"first": pairs[0][0].number, "last": pairs[-1][0].number}
+    if batches is not None:
+        counts = [record.batch_count for record in batches]
+        data["batches"] = {"update": batches[0].number, "counts": counts, "micro_batches": _differing_batches(batches)}
+    if parameters is not None:
+        before = difference.equal_before
+        data["parameters"] = {
+            "update": parameters[0].number,
+            "equal_at": before,
+            "names": _differing_parameters(parameters),
+        }
+    return Comparison((*lines, *notes), is_equal, data)
 
 
 def _damaged(number: int) -> str:
     return "1 damaged line, which was" if number == 1 else f"{number} damaged lines, which were"
 
 
-def _compare_with_itself(log: Log) -> tuple[str, bool]:
+def _compare_with_itself(log: Log) -> Comparison:
     pairs = _resumed(log)
     if not pairs:
-        return f"{log.path} has {_range(log)}, and no update twice: nothing to compare", True
+        line = f"{log.path} has {_range(log)}, and no update twice: nothing to compare"
+        return _comparison([line], [], Difference())
     difference = first_difference(pairs)
     lines = [f"compared: {len(pairs):,} updates that were logged again after a resume, from {pairs[0][0].number:,} on"]
     lines += [*_describe(difference), *_facts(pairs, difference)]
-    return "\n".join(lines), difference == Difference(equal_before=difference.equal_before)
+    return _comparison(lines, pairs, difference)
 
 
 def _resumed(log: Log) -> list[tuple[Record, Record]]:
@@ -138,16 +188,26 @@ def _batches(pair: tuple[Record, Record]) -> str:
     one, two = pair
     if one.batch_count != two.batch_count:
         return f"{one.batch_count} micro-batches and {two.batch_count}"
-    found = [i for i in range(one.batch_count) if one.batch(i) != two.batch(i)]
+    found = _differing_batches(pair)
     more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
     word = "micro-batch" if len(found) == 1 else "micro-batches"
     return f"{word} {', '.join(map(str, found[:_SHOWN]))}{more} of 0 to {one.batch_count - 1}"
 
 
-def _parameters(pair: tuple[Record, Record], equal_before: int | None) -> list[str]:
+def _differing_batches(pair: tuple[Record, Record]) -> list[int]:
     one, two = pair
+    return [i for i in range(min(one.batch_count, two.batch_count)) if one.batch(i) != two.batch(i)]
+
+
+def _differing_parameters(pair: tuple[Record, Record]) -> list[str]:
+    one, two = pair
+    return [name for i, name in enumerate(one.header.parameters) if one.parameter(i) != two.parameter(i)]
+
+
+def _parameters(pair: tuple[Record, Record], equal_before: int | None) -> list[str]:
+    one, _ = pair
     names = one.header.parameters
-    found = [name for i, name in enumerate(names) if one.parameter(i) != two.parameter(i)]
+    found = _differing_parameters(pair)
     when = "" if equal_before is None or equal_before == one.number - 1 else f" (equal at update {equal_before:,})"
     start = f"parameters differ first at update {one.number:,}{when}"
     if not found:
@@ -183,11 +243,18 @@ def _cause(difference: Difference) -> str:
 
 def _facts(pairs: list[tuple[Record, Record]], difference: Difference) -> list[str]:
     """Describe facts that differ, where the runs do, or at the first update."""
-    one, two = difference.parameters or difference.batches or pairs[0]
-    ours, theirs = one.header.facts, two.header.facts
-    differing = [name for name in [*ours, *(set(theirs) - set(ours))] if ours.get(name) != theirs.get(name)]
-    lines = [f"  {name}: {_short(ours.get(name))} and {_short(theirs.get(name))}" for name in differing]
+    differing = _differing_facts(pairs, difference)
+    lines = [f"  {name}: {_short(ours)} and {_short(theirs)}" for name, (ours, theirs) in differing.items()]
     return ["the runs also differ in:", *lines] if lines else []
+
+
+def _differing_facts(pairs: list[tuple[Record, Record]], difference: Difference) -> dict[str, tuple[Any, Any]]:
+    pair = difference.parameters or difference.batches or (pairs[0] if pairs else None)
+    if pair is None:
+        return {}
+    ours, theirs = (record.header.facts for record in pair)
+    names = [name for name in [*ours, *(set(theirs) - set(ours))] if ours.get(name) != theirs.get(name)]
+    return {name: (ours.get(name), theirs.get(name)) for name in names}
 
 
 def _short(value: object) -> str:

@@ -12,10 +12,13 @@ from pathlib import Path
 from dist_adamw.schedule.batch import check_positive_int
 from dist_adamw.schedule.batch_schedule import BatchSchedule
 from dist_adamw.schedule.lengths import Length, in_samples
+from dist_adamw.schedule.plot import Axis, Curves, overlay
 from dist_adamw.schedule.restarts import RestartSchedule, SchedulePoint
 
 # lr, and the part of the weights that decays in an update; None if decay enters the gradient.
 GroupValues = Callable[[SchedulePoint], tuple[float, float | None]]
+# Weight decay in the recipe's reading; None as above.
+GivenDecay = Callable[[SchedulePoint], float | None]
 
 _CYCLES = 4  # default number of rows in the table
 _MOST_CYCLES = 20  # most rows if total_samples determines the number
@@ -188,12 +191,16 @@ class Preview:
 
     Attributes:
         rows: One per cycle.
-        samples: The samples at which lr and decay were evaluated.
-        lr: The learning rate there.
-        decay: The part of the weights that decays in an update there; None as in `CycleRow`.
+        samples: The samples at which lr and decay were evaluated: evenly spaced ones, and both sides of each jump.
+        lr: The learning rate of the update that begins there.
+        decay: The part of the weights that decays in that update; None as in `CycleRow`.
         warmup_samples: Samples before the first cycle.
         end: Where training ends; None unless ``total_samples`` was given.
         batches: The global batches; None: one of a size that is not known here.
+        epoch_size: Samples in an epoch; None: not known here.
+        given_decay: Weight decay of that update in the recipe's reading, which ``decay_label`` names. Empty: not known.
+        decay_label: "lambda_i of AdamWR" (the decay of an update at the base lr), "as torch's AdamW", "time scale,
+            epochs", or "constant".
     """
 
     rows: tuple[CycleRow, ...]
@@ -203,6 +210,9 @@ class Preview:
     warmup_samples: int
     end: TrainingEnd | None = None
     batches: BatchSchedule | None = None
+    epoch_size: int | None = None
+    given_decay: tuple[float | None, ...] = ()
+    decay_label: str = ""
 
     @classmethod
     def compute(
@@ -214,8 +224,19 @@ class Preview:
         cycles: int | None,
         points: int,
         total_samples: Length | None = None,
+        given_decay: tuple[str, GivenDecay] | None = None,
     ) -> Preview:
-        """Evaluate ``values`` over the first ``cycles`` cycles, or over ``total_samples``."""
+        """Evaluate ``values`` over the first ``cycles`` cycles, or over ``total_samples``.
+
+        Args:
+            schedule: Of the job.
+            values: Of a parameter group.
+            batch_size: The global batches.
+            cycles: See `CyclicLRWithRestarts.preview`.
+            points: See there.
+            total_samples: See there.
+            given_decay: ``decay_label`` and the values for ``given_decay``; None: the preview has none.
+        """
         points = check_positive_int("points", points)
         batches = batch_size if isinstance(batch_size, BatchSchedule) else BatchSchedule((0,), (batch_size,))
         is_constant = len(batches.sizes) == 1
@@ -230,11 +251,13 @@ class Preview:
         warmup = schedule.warmup_samples
         starts = [schedule.first_sample(i) for i in range(cycles + 1)]
         last = starts[-1] if end is None else end.total_samples
-        samples = tuple(last * k // points for k in range(points))
+        samples = _samples(schedule, starts, batches.starts, last, points)
         trace = [values(schedule.at(s)) for s in samples]
         rows = [_row(schedule, values, batches, i, *ends) for i, ends in enumerate(itertools.pairwise(starts))]
         lr, decay = zip(*trace, strict=True)
-        return cls(tuple(rows), samples, lr, decay, warmup, end, batches)
+        label, given = ("", None) if given_decay is None else given_decay
+        shown = () if given is None else tuple(given(schedule.at(s)) for s in samples)
+        return cls(tuple(rows), samples, lr, decay, warmup, end, batches, schedule.epoch_size, shown, label)
 
     def __str__(self) -> str:
         titles = ("cycle", "first sample", "samples", "epochs", "updates", "peak lr")
@@ -255,18 +278,68 @@ class Preview:
     def _has_batch_schedule(self) -> bool:
         return self.batches is not None and len(self.batches.sizes) > 1
 
-    def plot(self, path: str | Path) -> Path:
-        """Draw lr, the decay of one update, and batches that change, over samples as a PNG, with restarts marked."""
-        from dist_adamw.schedule.plot import plot_curves
+    def plot(self, path: str | Path, axis: Axis = "samples") -> Path:
+        """Draw lr, weight decay in the recipe's reading, and batches that change. Local.
 
-        restarts = [row.first_sample for row in self.rows[1:]]
-        curves = {"lr": self.lr}
-        decay = tuple(value for value in self.decay if value is not None)
-        if decay:
-            curves["decay of one update"] = decay
-        if self.batches is not None and self._has_batch_schedule():
-            curves["global batch"] = tuple(float(self.batches.at(sample)) for sample in self.samples)
-        return plot_curves(path, self.samples, curves, restarts)
+        Args:
+            path: A PNG, SVG or PDF, by its suffix.
+            axis: What the lower axis shows; the upper one has epochs.
+
+        Raises:
+            ValueError: the suffix or the axis is another one.
+            ModuleNotFoundError: matplotlib is missing; install dist_adamw[tracking].
+        """
+        return overlay({"": self.curves(axis)}).save(path)
+
+    def curves(self, axis: Axis = "samples") -> Curves:
+        """Return the curves as they are drawn. Local.
+
+        Raises:
+            ValueError: the axis is another one, or this preview does not have its sizes.
+        """
+        if axis not in ("samples", "epochs", "updates"):
+            raise ValueError(f"axis must be samples, epochs or updates, got {axis!r}.")
+        if self.epoch_size is None or self.batches is None:
+            raise ValueError("this preview has no epoch_size or batches. Make it with scheduler.preview().")
+        epoch_size, batches = self.epoch_size, self.batches
+        convert: dict[str, Callable[[int], float]] = {
+            "samples": float,
+            "epochs": lambda sample: sample / epoch_size,
+            "updates": lambda sample: _updates(batches, sample),
+        }
+        # The last update reaches the end.
+        last = self.rows[-1].first_sample + self.rows[-1].samples if self.end is None else self.end.total_samples
+        samples = (*self.samples, last)
+        values: dict[str, tuple[float, ...]] = {"lr": self.lr}
+        if any(value is not None for value in self.given_decay):
+            values[f"weight decay,\n{self.decay_label}"] = tuple(math.nan if v is None else v for v in self.given_decay)
+        if self._has_batch_schedule():
+            values["global batch"] = tuple(float(batches.at(sample)) for sample in self.samples)
+        return Curves(
+            axis,
+            [convert[axis](sample) for sample in samples],
+            [convert["epochs"](sample) for sample in samples],
+            {label: (*ys, ys[-1]) for label, ys in values.items()},
+            [convert[axis](row.first_sample) for row in self.rows[1:] if row.first_sample < last],
+        )
+
+
+def _samples(
+    schedule: RestartSchedule, starts: list[int], batch_starts: tuple[int, ...], last: int, points: int
+) -> tuple[int, ...]:
+    """Return evenly spaced samples below ``last``, and those where a curve has a jump or a peak, in their order."""
+    found = {last * k // points for k in range(points)}
+    found |= {sample + side for sample in (*starts, *batch_starts, last) for side in (-1, 0)}
+    # Where triangular policies peak.
+    found |= {start + int((end - start) * schedule.triangular_step) for start, end in itertools.pairwise(starts)}
+    return tuple(sorted(sample for sample in found if 0 <= sample < last))
+
+
+def _updates(batches: BatchSchedule, sample: int) -> float:
+    """Return the updates before ``sample``, with fractions, if each has its global batch."""
+    ends = (*batches.starts[1:], sample)
+    parts = zip(batches.starts, ends, batches.sizes, strict=True)
+    return sum(max(0, min(end, sample) - start) / size for start, end, size in parts)
 
 
 def _row(

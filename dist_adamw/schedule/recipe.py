@@ -240,6 +240,15 @@ class Recipe:
             return a * self.schedule.lr(point, base.lr, base.min_lr) / b
         return decay_by_lr(base, reading, norm=norm, batch_scale=self.batch_scale(point.samples))
 
+    def given_decay(self, point: SchedulePoint, base: BaseValues) -> float:
+        """Return a group's weight decay in this recipe's reading; `GIVEN_DECAYS` has what that is."""
+        reading, batch_size = self.decay_reading, self.batch_at(point.samples)
+        assert batch_size is not None
+        norm = self.decay_norm_in(point.cycle, point.samples)
+        if reading != "timescale":
+            return base.weight_decay * norm
+        return batch_size / norm / self.schedule.epoch_size if base.weight_decay else math.inf
+
     @property
     def decay_reading(self) -> DecayReading:
         """What the groups' weight decays are."""

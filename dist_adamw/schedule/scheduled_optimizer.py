@@ -20,7 +20,7 @@ from dist_adamw.schedule.recipe import Recipe
 from dist_adamw.schedule.restarts import SchedulePoint
 from dist_adamw.schedule.saved import GROUPS, STATE_VERSION
 from dist_adamw.schedule.unsupported import refuse_fixed_accumulation
-from dist_adamw.schedule.weight_decay import decay_convention, decay_of_update
+from dist_adamw.schedule.weight_decay import GIVEN_DECAYS, decay_convention, decay_of_update
 
 
 class ScheduledOptimizer:
@@ -264,6 +264,20 @@ class ScheduledOptimizer:
             "weight_decay": digests.weight_decay(groups),
             "group hyper-parameters": digests.others(groups),
         }
+
+
+def given_decay_of(scheduled: ScheduledOptimizer, index: int) -> tuple[str, Callable[[SchedulePoint], float | None]]:
+    """Return the weight decay of one group in the recipe's reading, as a function of a point of the schedule, and
+    the reading's name; None: decay enters the gradient.
+    """
+    scheduled.groups.follow()
+    one = list(scheduled.groups)[index]
+    if decay_convention(scheduled.optimizer, one.group) == "l2":
+        return "", lambda _: None
+    if scheduled._leaves_decay_alone(one.group):
+        fixed_decay = float(scheduled.optimizer.param_groups[index].get("weight_decay", 0.0))
+        return "constant", lambda _: fixed_decay
+    return GIVEN_DECAYS[scheduled.recipe.decay_reading], lambda point: scheduled.recipe.given_decay(point, one.base)
 
 
 def _accept(_: Recipe) -> None:

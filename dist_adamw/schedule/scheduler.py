@@ -20,7 +20,7 @@ from dist_adamw.schedule.recipe import Recipe
 from dist_adamw.schedule.restarts import IterationCallback, RestartCallback
 from dist_adamw.schedule.sample_scheduler import SampleScheduler
 from dist_adamw.schedule.saved import OnDifference, check_on_difference
-from dist_adamw.schedule.scheduled_optimizer import ScheduledOptimizer
+from dist_adamw.schedule.scheduled_optimizer import ScheduledOptimizer, given_decay_of
 from dist_adamw.wrappers import unwrap
 
 
@@ -228,7 +228,8 @@ class CyclicLRWithRestarts(SampleScheduler):
 
         Args:
             cycles: The number of cycles to show. None: 4, or those of ``total_samples``, at most 20.
-            points: The number of evenly spaced samples at which the curves are evaluated.
+            points: The number of evenly spaced samples at which the curves are evaluated; both sides of each restart
+                are added.
             group: The index of the parameter group.
             total_samples: Samples of the whole training, or "15 epochs". The preview then says where in its cycle
                 training ends, and which periods would end a cycle there. Default: that of the schedule, if it has one.
@@ -239,5 +240,11 @@ class CyclicLRWithRestarts(SampleScheduler):
         schedule, values = self.schedule, self._scheduled.values_of(group)
         batches = self._scheduled.recipe.batches
         return Preview.compute(
-            schedule, values, batch_size=batches, cycles=cycles, points=points, total_samples=total_samples
+            schedule,
+            values,
+            batch_size=batches,
+            cycles=cycles,
+            points=points,
+            total_samples=total_samples,
+            given_decay=given_decay_of(self._scheduled, group),
         )

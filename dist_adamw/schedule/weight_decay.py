@@ -85,6 +85,12 @@ def check_one_decay(decays: Sequence[float]) -> None:
 # What a group's weight_decay is: AdamWR's normalised lambda, torch's in the first cycle, or, beside a time scale, only
 # a sign whether the group decays.
 DecayReading = Literal["paper", "first_cycle", "timescale"]
+# The quantity of each reading that a preview draws: in AdamWR's, lambda_norm itself is constant.
+GIVEN_DECAYS: dict[DecayReading, str] = {
+    "paper": "lambda_i of AdamWR",
+    "first_cycle": "as torch's AdamW",
+    "timescale": "time scale, epochs",
+}
 
 
 def decay_factors(base: BaseValues, reading: DecayReading, *, norm: float) -> tuple[float, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -53,13 +54,13 @@ if __name__ == "__main__":
 """
 
 
-def lr_range(*args: str) -> tuple[int, str]:
+def lr_range(*args: str, stderr: int = subprocess.STDOUT) -> tuple[int, str]:
     """Run the command; its exit status, and everything that it printed."""
     done = subprocess.run(
         [sys.executable, "-m", "dist_adamw.cli", "lr-range", *args],
         env=environment(),
         stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
+        stderr=stderr,
         text=True,
         timeout=TIMEOUT,
         check=False,
@@ -106,10 +107,13 @@ def test_the_main_job_keeps_its_checkpoints(tmp_path: Path) -> None:
     tiny = ["--config", str(ROOT / "configs/train/tiny.yaml"), "--run.tracker", "none", "--out", str(out)]
     options = ["--ranks=2", "--lowest=1e-4", "--updates=40", "--highest", "100", f"--out={tmp_path / 'x.png'}"]
     script = str(ROOT / "launch/train.py")
-    status, output = lr_range(*options, script, *tiny, "--run.overwrite", "true", "--run.save_every", "16")
+    arguments = [*options, "--json", script, *tiny, "--run.overwrite", "true", "--run.save_every", "16"]
+    status, output = lr_range(*arguments, stderr=subprocess.DEVNULL)
     assert status == 0, output
-    assert "Traceback" not in output
-    assert "diverged" in output
-    assert "suggested: lr from" in output
+    found = json.loads(output)  # what the job prints is on stderr
+    assert found["ended_by"].startswith("diverged")
+    assert found["suggested_min"] < found["suggested_max"]
+    assert len(found["lrs"]) == len(found["losses"]) == len(found["smoothed"])
+    assert found["written"] == str(tmp_path / "x.png")
     assert (tmp_path / "x.png").exists()
     assert [path.name for path in (out / "checkpoints").glob("sample-*")] == ["sample-000000008"]

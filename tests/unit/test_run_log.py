@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import itertools
+import json
 import multiprocessing
 import os
 import resource
@@ -233,6 +234,14 @@ def test_a_batch_is_the_cause(a: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert "parameters differ first at update 2: embed.weight\n" in text
     assert "and 7 more of 8 parameters: embed.* (2 of 2), layers.0.* (2 of 2), layers.1.* (2 of 2), head.* (2" in text
     assert "the cause: the batch\n" in text
+    main(["diff", "--json", str(a), str(tmp_path / "b")])
+    found = json.loads(capsys.readouterr().out)
+    assert found["equal"] is False
+    assert found["compared"] == {"updates": 6, "first": 0, "last": 5}
+    assert found["batches"] == {"update": 2, "counts": [2, 2], "micro_batches": [1]}
+    assert found["parameters"]["update"] == 2
+    assert found["parameters"]["equal_at"] == 1
+    assert len(found["parameters"]["names"]) == 8
 
 
 def test_one_bit_of_a_parameter(a: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

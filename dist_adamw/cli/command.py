@@ -1,0 +1,80 @@
+"""Run the command: find the verb, call it, and print its answer or one sentence."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from dist_adamw._version import __version__
+from dist_adamw.cli.answer import CANNOT, Answer
+from dist_adamw.cli.arguments import HelpAskedError, UsageError, did_you_mean, read_arguments
+from dist_adamw.cli.helping import help_of, overview
+from dist_adamw.cli.verbs import VERBS
+
+_INTERRUPTED = 130  # as shells have it: 128 + SIGINT
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit status; print a user's mistake as one sentence, with exit status 2."""
+    args = sys.argv[1:] if args is None else args
+    try:
+        answer, is_json = _answer(list(args))
+        if isinstance(answer, Answer):
+            return _print(answer, is_json)
+    except KeyboardInterrupt:
+        return _INTERRUPTED
+    except UsageError as error:
+        is_verb = bool(args) and args[0] in VERBS
+        print(f"dist-adamw: {error} See dist-adamw {args[0] + ' ' if is_verb else ''}--help.", file=sys.stderr)
+        return CANNOT
+    except (ValueError, ModuleNotFoundError, OSError, ArithmeticError) as error:
+        print(f"dist-adamw: {_sentence(error)}", file=sys.stderr)
+        return CANNOT
+    # Outside of the `try`: the errors of a script are its own.
+    return answer()
+
+
+def _answer(args: list[str]) -> tuple[Answer | Callable[[], int], bool]:
+    """Return the verb's answer, or the rest of its work, and whether to print JSON."""
+    if not args or args[0] in ("-h", "--help"):
+        return Answer(overview(), {}), False
+    if args[0] in ("-V", "--version"):
+        return Answer(f"dist-adamw {__version__}", {}), False
+    name, *rest = args
+    if name.startswith("-"):
+        raise UsageError(f"name a verb before its options: {', '.join(VERBS)}.")
+    if name.replace("_", "-") in VERBS:
+        name = name.replace("_", "-")
+    if name not in VERBS:
+        raise UsageError(f"there is no verb {name!r}.{did_you_mean(name, VERBS) or f' It has {_verbs()}.'}")
+    try:
+        positional, options, is_json = read_arguments(name, VERBS[name], rest)
+    except HelpAskedError:
+        return Answer(help_of(name, VERBS[name]), {}), False
+    return VERBS[name].function(*positional, **options), is_json
+
+
+def _verbs() -> str:
+    return ", ".join(VERBS)
+
+
+def _print(answer: Answer, is_json: bool) -> int:
+    """Print an answer; return its status, also if the reader has closed the pipe."""
+    text = answer.as_json() if is_json else answer.as_text()
+    for note in answer.notes:
+        print(f"dist-adamw: {note}", file=sys.stderr)
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        # Python would flush stdout again at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return answer.status
+
+
+def _sentence(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{error.filename}: {error.strerror}."
+    if isinstance(error, ArithmeticError):
+        return f"a number is out of the range that can be computed with: {error}. Check the largest and the smallest."
+    return str(error) or type(error).__name__

@@ -1,0 +1,79 @@
+"""``dist-adamw preview`` and ``plot`` of recipe files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.unit.test_cli import Capture, answer, refused, run
+
+pytest.importorskip("dist_adamw.recipes", reason="this checkout has no recipe files")
+
+RECIPE = """
+optimizer: {lr: 2.0e-3, weight_decay: 0.05, max_grad_norm: 1.0}
+scheduler: {restart_period: 1 epoch, t_mult: 2, policy: wsd, epoch_size: 1000}
+batch: {size: 50, micro_batch_size: 5}
+training: {total_samples: 3 epochs}
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> str:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(RECIPE)
+    return str(path)
+
+
+def test_preview_of_a_file(recipe: str, capsys: Capture) -> None:
+    found = answer(capsys, "preview", recipe)
+    assert [row["samples"] for row in found["cycles"]] == [1000, 2000]
+    assert found["cycles"][0]["peak_lr"] == 2e-3
+    assert found["cycles"][0]["updates"] == 20
+    assert found["end"]["is_at_cycle_end"] is True
+
+
+def test_options_replace_values_of_the_file(recipe: str, capsys: Capture) -> None:
+    options = ["--lr=1e-3", "--batch-size=100", "--restart_period=0.5 epochs", "--total_samples=1 epoch"]
+    found = answer(capsys, "preview", *options, recipe)
+    assert [row["samples"] for row in found["cycles"]] == [500, 1000]
+    assert found["cycles"][0]["peak_lr"] == 1e-3
+    assert found["cycles"][0]["updates"] == 5
+    assert found["end"]["total_samples"] == 1000
+
+
+def test_fit_makes_a_cycle_end_with_training(recipe: str, capsys: Capture) -> None:
+    assert answer(capsys, "preview", recipe, "--total_samples=4 epochs")["end"]["is_at_cycle_end"] is False
+    for text in (RECIPE, RECIPE.replace("t_mult: 2", "t_mult: 2, total_samples: 3 epochs")):
+        Path(recipe).write_text(text)
+        found = answer(capsys, "preview", recipe, "--total_samples=4 epochs", "--fit=scale")
+        assert found["end"]["total_samples"] == 4000
+        assert found["end"]["is_at_cycle_end"] is True
+    assert answer(capsys, "preview", recipe, "--total_samples=4 epochs")["end"]["is_at_cycle_end"] is True
+
+
+def test_a_mistake_in_the_file(recipe: str, capsys: Capture) -> None:
+    Path(recipe).write_text(RECIPE.replace("t_mult", "t_mul"))
+    sentence = refused(capsys, "preview", recipe)
+    assert f"{recipe}:3" in sentence
+    assert "t_mul" in sentence
+    assert "no/such.yaml" in refused(capsys, "plot", "no/such.yaml")
+
+
+def test_a_file_without_an_epoch_size(recipe: str, capsys: Capture) -> None:
+    Path(recipe).write_text(RECIPE.replace(", epoch_size: 1000", ""))
+    assert "epoch_size" in refused(capsys, "preview", recipe)
+    run(capsys, "preview", recipe, "--epoch_size=1000")
+
+
+def test_several_recipes_in_one_picture(recipe: str, tmp_path: Path, capsys: Capture) -> None:
+    (tmp_path / "other").mkdir()
+    other = tmp_path / "other" / "recipe.yaml"  # the same name: the legend has the paths
+    other.write_text(RECIPE.replace("wsd", "cosine"))
+    svg = tmp_path / "x.svg"
+    assert run(capsys, "plot", recipe, str(other), "--out", str(svg)) == f"drawn in {svg}\n"
+    text = svg.read_text()
+    assert recipe in text
+    assert str(other) in text
+    found = answer(capsys, "plot", recipe, str(other), "--axis=updates")["schedules"]
+    assert [one["x"][-1] for one in found.values()] == [60, 60]
