@@ -25,6 +25,7 @@ ORDER = [
     "optimizer.sharding",
     "optimizer.gradients",
     "optimizer",
+    "recipes",
     "run_log",
     "checkpoint.storage",
     "checkpoint",
