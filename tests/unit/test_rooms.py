@@ -35,6 +35,7 @@ ORDER = [
     "integrations.deepspeed",
     "integrations.accelerate",
     "integrations.transformers",
+    "checking",
     "cli",
     "",  # dist_adamw itself
 ]
