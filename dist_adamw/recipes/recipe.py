@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import os
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -25,11 +27,23 @@ from dist_adamw.recipes.sections import DTYPES, SECTIONS, RecipeFile
 from dist_adamw.recipes.source import FileError, Place, Source, read_file
 from dist_adamw.schedule.batch import GlobalBatch
 from dist_adamw.schedule.batch_schedule import read_batch, solve_each
-from dist_adamw.schedule.lengths import Length, check_length, in_samples, parse
+from dist_adamw.schedule.lengths import Length, Sizes, in_samples, parse
 from dist_adamw.schedule.preview import Preview
 from dist_adamw.schedule.scheduler import CyclicLRWithRestarts
 
 Section = dict[str, Any]
+_LARGE_EPOCH = 1 << 40  # samples, in place of a size that is not known
+# Lengths of the schedule: the unit of a number, and whether they may be a share of a cycle.
+_LENGTHS = (
+    ("restart_period", "epochs", False),
+    ("min_restart_period", "epochs", False),
+    ("warmup_samples", "samples", False),
+    ("cycle_ends", "samples", False),
+    ("total_samples", "samples", False),
+    ("decay_length", "samples", True),
+    ("rewarmup", "samples", True),
+    ("weight_decay_timescale", "samples", True),
+)
 RecipeLike = str | os.PathLike[str] | Mapping[str, Any]
 # What constructors call a key in their errors.
 _NAMES_IN_ERRORS = {"learning rate": "lr", "epsilon value": "eps", "beta parameter": "betas", "batch_size": "size"}
@@ -103,11 +117,9 @@ class TrainingRecipe:
             ValueError: an argument is out of its range; ``no_decay`` needs a model, or one of its patterns matches
                 nothing.
         """
-        try:
+        with _located(self, "optimizer"):
             params = parameter_groups(model, self.no_decay)
-        except ValueError as error:
-            raise FileError([self.source.problem(("optimizer", "no_decay"), str(error))]) from error
-        return DistAdamW(params, **{**self.optimizer_arguments(), **options})
+            return DistAdamW(params, **{**self.optimizer_arguments(), **options})
 
     def make_scheduler(self, optimizer: Optimizer, **options: Any) -> CyclicLRWithRestarts:
         """Return the scheduler of ``optimizer``, for `dist_adamw.prepare`, which fills in missing sizes. Local.
@@ -120,7 +132,8 @@ class TrainingRecipe:
         Raises:
             ValueError: an argument is out of its range.
         """
-        return CyclicLRWithRestarts(optimizer, **{**self.scheduler_arguments(), **options})
+        with _located(self, "scheduler"):
+            return CyclicLRWithRestarts(optimizer, **{**self.scheduler_arguments(), **options})
 
     def global_batch(self, data_parallel_size: int = 1) -> GlobalBatch:
         """Return the accumulation that makes the global batch; of a schedule, its first one. Local.
@@ -139,12 +152,10 @@ class TrainingRecipe:
                 raise FileError([self.source.problem(("batch",), f"{name} is not there, and is needed. Add it.")])
         micro = self.batch["micro_batch_size"]
         first, given = read_batch(self.batch["size"])
-        try:
+        with _located(self, "batch", "size"):
             if given is not None:
                 return solve_each(given, micro_batch_size=micro, data_parallel_size=data_parallel_size)[0]
             return GlobalBatch.solve(size=first, micro_batch_size=micro, data_parallel_size=data_parallel_size)
-        except ValueError as error:
-            raise FileError([self.source.problem(("batch", "size"), str(error))]) from error
 
     def preview(self, **options: Any) -> Preview:
         """Return the table of restarts and the curves of a parameter that decays. Local.
@@ -162,7 +173,8 @@ class TrainingRecipe:
             if getattr(scheduler, name) is None:
                 sentence = f"{where[1]} is not there, and a preview needs it. Add it, or pass {name}."
                 raise FileError([self.source.problem(where, sentence)])
-        return scheduler.preview(**{"total_samples": self.total_samples, **options})
+        with _located(self, "training"):
+            return scheduler.preview(**{"total_samples": self.total_samples, **options})
 
     def with_changes(self, **sections: Mapping[str, Any]) -> TrainingRecipe:
         """Return the recipe with other values: ``recipe.with_changes(optimizer={"lr": 1e-4})``. Local.
@@ -278,23 +290,32 @@ def _check_ranges(recipe: TrainingRecipe) -> None:
     Raises:
         FileError: an argument is out of its range.
     """
-    section = "optimizer"
-    try:
+    with _located(recipe, "optimizer"):
         optimizer = _stand_in(recipe)
-        section = "scheduler"
-        scheduler = recipe.make_scheduler(optimizer)
-        section = "training"
-        if (total := recipe.training.get("total_samples")) is not None:
+    scheduler = recipe.make_scheduler(optimizer)
+    if not scheduler._scheduled.recipe.is_known:
+        _check_units(recipe)
+    if (total := recipe.training.get("total_samples")) is not None:
+        with _located(recipe, "training", "total_samples"):
             _check_total(total, recipe.scheduler.get("total_samples"), scheduler)
-    except (ValueError, ArithmeticError) as error:
-        raise FileError([recipe.source.problem(_place_of(str(error), section, recipe), str(error))]) from error
+
+
+def _check_units(recipe: TrainingRecipe) -> None:
+    """Raise FileError if a length has a unit that its argument does not understand, whatever batch and epoch are."""
+    options = recipe.scheduler
+    sizes = Sizes(_LARGE_EPOCH, 1, options.get("tokens_per_sample"))
+    for name, unit, has_shares in _LENGTHS:
+        value = options.get(name)
+        for one in value if isinstance(value, list) else [value]:
+            if one is None or one == 0:
+                continue
+            with _located(recipe, "scheduler", name):
+                in_samples(name, one, unit, sizes, Fraction(_LARGE_EPOCH) if has_shares else None)
 
 
 def _check_total(total: Length, of_schedule: Length | None, scheduler: CyclicLRWithRestarts) -> None:
-    check_length("total_samples", total)
+    in_samples("total_samples", total, "samples", Sizes(_LARGE_EPOCH, 1, _tokens_of(scheduler)))
     amount, unit = parse("total_samples", total, "samples")
-    if unit in ("cycles", "%"):
-        raise ValueError(f"total_samples={total!r} cannot be a share of a cycle. Use samples, epochs or updates.")
     if scheduler._scheduled.recipe.is_known:
         samples = in_samples("total_samples", total, "samples", scheduler.schedule.sizes)
         differs = of_schedule is not None and math.ceil(samples) != scheduler.schedule.last_sample
@@ -306,6 +327,23 @@ def _check_total(total: Length, of_schedule: Length | None, scheduler: CyclicLRW
             f"total_samples is {total!r} here and {of_schedule!r} under scheduler, which ends the last cycle there. "
             "Leave one out."
         )
+
+
+def _tokens_of(scheduler: CyclicLRWithRestarts) -> int | None:
+    tokens: int | None = scheduler._scheduled.recipe.options["tokens_per_sample"]
+    return tokens
+
+
+@contextlib.contextmanager
+def _located(recipe: TrainingRecipe, section: str, key: str | None = None) -> Iterator[None]:
+    """Give an error file, line and key: ``key``, or the one that its sentence mentions."""
+    try:
+        yield
+    except FileError:
+        raise
+    except (ValueError, ArithmeticError) as error:
+        place = _place_of(str(error), section, recipe) if key is None else (section, key)
+        raise FileError([recipe.source.problem(place, str(error))]) from error
 
 
 def _place_of(sentence: str, section: str, recipe: TrainingRecipe) -> Place:
