@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from dist_adamw.optimizer.averages import EMA, Mean
     from dist_adamw.optimizer.replicas import check_replicas
     from dist_adamw.range_test.context import lr_range
+    from dist_adamw.recipes.recipe import TrainingRecipe, from_recipe, load_recipe
     from dist_adamw.run_log.run_log import RunLog
     from dist_adamw.schedule.batch import GlobalBatch
     from dist_adamw.schedule.preview import Preview
@@ -46,10 +47,13 @@ _MODULE_OF = {
     "ReduceMaxLROnRestart": "schedule.restarts",
     "RestartSchedule": "schedule.restarts",
     "RunLog": "run_log.run_log",
+    "TrainingRecipe": "recipes.recipe",
     "check_replicas": "optimizer.replicas",
     "export_checkpoint": "checkpoint.formats.exporting",
+    "from_recipe": "recipes.recipe",
     "import_checkpoint": "checkpoint.formats.importing",
     "load": "checkpoint.save_load",
+    "load_recipe": "recipes.recipe",
     "lr_range": "range_test.context",
     "position": "integrations.accelerate.position",
     "prepare": "integrations.accelerate.prepare",
@@ -59,7 +63,17 @@ _MODULE_OF = {
     "rest_of_epoch": "integrations.accelerate.position",
     "save": "checkpoint.save_load",
 }
-_PACKAGES = ("checkpoint", "integrations", "optimizer", "range_test", "ranks", "run_log", "schedule")
+_PACKAGES = (
+    "checking",
+    "checkpoint",
+    "integrations",
+    "optimizer",
+    "range_test",
+    "ranks",
+    "recipes",
+    "run_log",
+    "schedule",
+)
 _MOVED = ("batch", "hooks", "policies", "scheduler", "storage")  # modules of 0.1.0, which forward
 
 __all__ = [
@@ -78,11 +92,14 @@ __all__ = [
     "ReduceMaxLROnRestart",
     "RestartSchedule",
     "RunLog",
+    "TrainingRecipe",
     "__version__",
     "check_replicas",
     "export_checkpoint",
+    "from_recipe",
     "import_checkpoint",
     "load",
+    "load_recipe",
     "lr_range",
     "position",
     "prepare",

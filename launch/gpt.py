@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - everybody's name for it
@@ -122,12 +121,3 @@ def byte_losses(model: nn.Module, windows: Tensor) -> Tensor:
     windows = windows.long()
     logits = model(windows[:, :-1])
     return F.cross_entropy(logits.transpose(1, 2), windows[:, 1:], reduction="none")
-
-
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Return two parameter groups: matrices, which decay, and norms and biases, which do not."""
-    params = list(model.named_parameters())
-    return [
-        {"params": [p for _, p in params if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for _, p in params if p.ndim < 2], "weight_decay": 0.0},
-    ]

@@ -6,7 +6,9 @@ Each part of the job defines its own options; this module combines them.
 from __future__ import annotations
 
 import argparse
+import json
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
@@ -14,7 +16,7 @@ from typing import Any
 import yaml
 from gpt import ModelConfig
 from jsonargparse import ArgumentParser, Namespace, get_loader, set_loader
-from recipe import Recipe
+from recipe import Recipe, options_of
 from run import NEWEST
 from text import TextConfig
 
@@ -96,6 +98,22 @@ def _load(text: str) -> Any:
     return _load_yaml(text)
 
 
+def _with_recipe_file(arguments: Sequence[str]) -> Sequence[str]:
+    """Return the arguments with the options that a recipe file stands for, after ``--config`` and before other options.
+
+    Raises:
+        ValueError: the file has a mistake.
+    """
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    first.add_argument("--recipe_file")
+    first.add_argument("--config", action="append", default=[])
+    found, others = first.parse_known_args(arguments)
+    if found.recipe_file is None:
+        return arguments
+    configs = [f"--config={path}" for path in found.config]
+    return [*configs, f"--recipe={json.dumps(options_of(found.recipe_file))}", *others]
+
+
 def parse(arguments: Sequence[str] | None = None) -> Config:
     """Read the command line and the YAML files that it names.
 
@@ -105,6 +123,8 @@ def parse(arguments: Sequence[str] | None = None) -> Config:
     set_loader("yaml", _load, (yaml.YAMLError,))
     parser = ArgumentParser(prog="train.py", description=_DESCRIPTION, exit_on_error=False)
     parser.add_argument("--config", action="config", help="YAML file of options, such as configs/train/small.yaml")
+    recipe_help = "a recipe file (docs/recipe_files.md), in place of all --recipe options but cycles, which override it"
+    parser.add_argument("--recipe_file", type=str | None, help=recipe_help)
     parser.add_argument("--data", type=str | None, help="file or folder to train on; default: Python's own library")
     parser.add_argument("--out", type=str, default=Config().out, help="folder for everything that the run writes")
     resume = "continue from the newest checkpoint in --out, or from the given one; auto: from the newest whole one, "
@@ -112,6 +132,10 @@ def parse(arguments: Sequence[str] | None = None) -> Config:
     parser.add_argument("--resume", type=str, nargs="?", const=NEWEST, help=resume)
     for name, part in _SECTIONS.items():
         parser.add_class_arguments(part, name)
+    try:
+        arguments = _with_recipe_file(sys.argv[1:] if arguments is None else arguments)
+    except argparse.ArgumentError as error:
+        raise ValueError(f"{error}. See train.py --help.") from error
     try:
         told = parser.parse_args(arguments)
     except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:

@@ -1,14 +1,16 @@
-"""Optimizer, schedule and global batch of the main job."""
+"""Optimizer, schedule and global batch of the main job, from options or from a recipe file."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, fields
+from typing import Any, Literal
 
-from gpt import parameter_groups
 from torch import nn
 
-from dist_adamw import CyclicLRWithRestarts, DistAdamW
+from dist_adamw import CyclicLRWithRestarts, DistAdamW, TrainingRecipe, load_recipe
+from dist_adamw.recipes.decay import parameter_groups
+from dist_adamw.recipes.recipe import RecipeLike
+from dist_adamw.recipes.sections import SECTIONS
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,6 +43,8 @@ class Recipe:
         averages: Averages of the weights, by name: "{ema: {decay: 0.999}, ends: {every: cycle}, last: {every: 1 epoch,
             last: 3}}"; the job reports their held-out losses.
         reproducible: Compute the same bits on any number of ranks; the last line is then a hash of the weights.
+        more: Keys of a recipe file that are no options here, by section, such as "{scheduler: {lr_scaling: sqrt},
+            optimizer: {no_decay: norms_and_biases}, training: {total_samples: 5 epochs}}"; --recipe_file sets it.
     """
 
     global_batch: int | dict[int | str, int] = 16
@@ -68,6 +72,7 @@ class Recipe:
     weight_decay_timescale: int | str | None = None
     averages: dict[str, dict[str, int | float | str | None]] | None = None
     reproducible: bool = False
+    more: dict[str, dict[str, Any]] | None = None
 
     def __post_init__(self) -> None:
         for name in ("micro_batch", "cycles"):
@@ -75,16 +80,33 @@ class Recipe:
                 raise ValueError(f"recipe.{name} must be above 0, got {getattr(self, name)}.")
         if not self.batch_sizes or min(self.batch_sizes) < 1:
             raise ValueError(f"recipe.global_batch must be above 0, got {self.global_batch}.")
+        more = self._more  # names a wrong key
+        ours = {one.name for one in fields(self)}
+        for key in (*more.optimizer, *more.scheduler):
+            if key in ours:
+                raise ValueError(f"recipe.more has {key}, which is an option: pass --recipe.{key}.")
 
     @property
     def batch_sizes(self) -> list[int]:
         """All global batches, the first one first."""
         return [self.global_batch] if isinstance(self.global_batch, int) else list(self.global_batch.values())
 
+    @property
+    def _more(self) -> TrainingRecipe:
+        return load_recipe({"batch": {"size": 1}, **(self.more or {})})
+
+    @property
+    def total_samples(self) -> int | float | str | None:
+        """Samples of the whole training, or a length with a unit; None: the ends of ``cycles``."""
+        total: int | float | str | None = self._more.total_samples  # type: ignore[assignment]
+        return total
+
     def make_optimizer(self, model: nn.Module) -> DistAdamW:
-        """Return the optimizer of ``model``."""
+        """Return the optimizer of ``model``; unless ``more`` says otherwise, only matrices decay."""
+        more = self._more
         return DistAdamW(
-            parameter_groups(model, self.weight_decay),
+            parameter_groups(model, more.optimizer.get("no_decay", "one_dimensional")),
+            **more.optimizer_arguments(),
             lr=self.lr,
             betas=self.betas,
             eps=self.eps,
@@ -112,5 +134,28 @@ class Recipe:
             peak_factor=self.peak_factor,
             weight_decay_norm=self.weight_decay_norm,
             weight_decay_timescale=self.weight_decay_timescale,
-            verbose=False,
+            **self._more.scheduler,
         )
+
+
+def options_of(file: RecipeLike) -> dict[str, Any]:
+    """Return the options that a recipe file stands for: all of them, since it is a whole recipe, but ``cycles``.
+
+    Raises:
+        ValueError: file, line and key of a mistake.
+    """
+    recipe = load_recipe(file)
+    if "epoch_size" in recipe.scheduler:
+        place = ("scheduler", "epoch_size")
+        raise ValueError(f"{recipe.source.problem(place, 'the epoch size of the main job is its text. Leave it out.')}")
+    ours = {one.name for one in fields(Recipe)}
+    options: dict[str, Any] = {}
+    more: dict[str, dict[str, Any]] = {"optimizer": {"no_decay": recipe.no_decay}}
+    for section, given in (("optimizer", recipe.optimizer), ("scheduler", recipe.scheduler)):
+        options |= {name: key.default for name, key in SECTIONS[section].model_fields.items() if name in ours}
+        options |= {name: value for name, value in given.items() if name in ours}
+        more[section] = {**more.get(section, {}), **{k: v for k, v in given.items() if k not in ours}}
+    names = {"size": "global_batch", "micro_batch_size": "micro_batch"}
+    options |= {names[key]: value for key, value in recipe.batch.items() if value is not None}
+    more["training"] = recipe.training
+    return {**options, "more": {name: keys for name, keys in more.items() if keys}}

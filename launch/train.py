@@ -145,11 +145,15 @@ class Job:
             accelerator, model, optimizer, loader, scheduler
         )
         self.held_out = accelerator.prepare(DataLoader(self.text.held_out, micro_batch, generator=torch.Generator()))
-        self.preview = self.scheduler.preview(cycles=config.recipe.cycles)
+        total = config.recipe.total_samples
+        length = {"cycles": config.recipe.cycles} if total is None else {"total_samples": total}
+        self.preview = self.scheduler.preview(**length)
         assert self.preview.batches is not None
         self.batches = self.preview.batches
         self.restarts = [row.first_sample for row in self.preview.rows[1:]]
         self.end = self.preview.rows[-1].first_sample + self.preview.rows[-1].samples
+        if total is not None and self.preview.end is not None:
+            self.end = self.preview.end.total_samples
         # In fp64, in which sums of a few fp32 losses are exact: the mean does not depend on the number of ranks.
         self.wide = torch.float32 if accelerator.device.type == "mps" else torch.float64
         self.loss_sum = torch.zeros((), dtype=self.wide, device=accelerator.device)
@@ -230,7 +234,7 @@ class Job:
             f"samples       {len(text.training):,} windows of {sizes.context} bytes; {len(text.held_out)} held out\n"
             f"model         {self.parameters:,} parameters: {sizes.layers} layers of width {sizes.width}; {device}\n"
             f"global batch  {batch.size} samples = {passes} x {batch.data_parallel_size} ranks\n"
-            f"epoch         {per_epoch:,} updates; {self.config.recipe.cycles} cycles end at sample {self.end:,}\n\n"
+            f"epoch         {per_epoch:,} updates; {len(self.preview.rows)} cycles end at sample {self.end:,}\n\n"
             f"{self.preview}\n\n{memory_table(self.parameters, batch.data_parallel_size)}\n"
         )
 

@@ -131,8 +131,8 @@ def _fitting_periods(schedule: RestartSchedule, samples: int, cycles: int) -> tu
     longer one the previous cycle does.
     """
     periods: list[str] = []
-    if schedule.cycle_ends is not None or not isinstance(schedule.restart_period, int | float | Fraction):
-        return ()  # a period in other units cannot be compared with one in epochs
+    if schedule.count is not None or not isinstance(schedule.restart_period, int | float | Fraction):
+        return ()  # cycles with given or fitted ends, or a period in another unit than epochs
     for count in (cycles, cycles - 1):
         if samples <= 0 or count < 1:
             continue

@@ -58,6 +58,7 @@ class CyclicLRWithRestarts(SampleScheduler):
         min_restart_period: Shortest cycle in epochs, where cycles shrink: one epoch, or the first cycle if that is
             shorter, unless you pass it.
         warmup_samples: Samples over which lr rises from ``warmup_start_lr`` to its base, once.
+        warmup_start_lr: lr at the beginning of the warm-up.
         eta_on_restart_cb: (eta_min, eta_max) -> (eta_min, eta_max), applied again at each restart.
         eta_on_iteration_cb: (eta_min, eta_max, iterations) -> (eta_min, eta_max), never compounded.
             Both must be pure functions: they are evaluated again after a resume.

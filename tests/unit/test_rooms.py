@@ -26,6 +26,7 @@ ORDER = [
     "optimizer.sharding",
     "optimizer.gradients",
     "optimizer",
+    "recipes",
     "run_log",
     "checkpoint.storage",
     "checkpoint",
@@ -35,6 +36,7 @@ ORDER = [
     "integrations.deepspeed",
     "integrations.accelerate",
     "integrations.transformers",
+    "checking",
     "cli",
     "",  # dist_adamw itself
 ]

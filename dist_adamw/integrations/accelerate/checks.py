@@ -14,7 +14,11 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 DATA_PARALLEL = {"NO", "MULTI_CPU", "MULTI_GPU", "MULTI_NPU", "MULTI_MLU", "MULTI_XPU", "MULTI_HPU"}
-_ENGINES = {*DATA_PARALLEL, "FSDP", "DEEPSPEED"}
+ENGINES = {*DATA_PARALLEL, "FSDP", "DEEPSPEED"}
+FSDP1 = (
+    "FSDP1 keeps flat parameters without names, got fsdp_version: {}. Set fsdp_version: 2 in the Accelerate "
+    "configuration (FSDP_VERSION=2)."
+)
 
 
 def check_scheduler(scheduler: Any) -> CyclicLRWithRestarts:
@@ -29,17 +33,14 @@ def check_scheduler(scheduler: Any) -> CyclicLRWithRestarts:
 def check_engine(accelerator: Accelerator, optimizer: Optimizer) -> None:
     """Raise ValueError if the engine is not supported, or is not the one that was requested. Local."""
     engine = engine_of(accelerator)
-    if engine not in _ENGINES:
+    if engine not in ENGINES:
         raise ValueError(
             f"the engine {engine} is not supported. Use one process, DDP, FSDP2 or DeepSpeed, or drive "
             f"{type(optimizer).__name__} with accelerator.prepare alone, after passing batch_size (global) and "
             "epoch_size to the scheduler."
         )
     if engine == "FSDP" and getattr(accelerator.state.fsdp_plugin, "fsdp_version", 1) != 2:
-        raise ValueError(
-            "FSDP1 keeps flat parameters without names, got fsdp_version: 1. Set fsdp_version: 2 in the Accelerate "
-            "configuration (FSDP_VERSION=2)."
-        )
+        raise ValueError(FSDP1.format(1))
     for name, wanted in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DEEPSPEED")):
         if os.environ.get(name, "false").lower() == "true" and engine != wanted:
             raise ValueError(

@@ -22,7 +22,7 @@ T = TypeVar("T")
 CLIPPING = "gradient_clipping"
 _SCHEDULER = "CyclicLRWithRestarts"
 # Arguments that JSON cannot express or that the engine provides, with the advice for the error.
-_NOT_FOR_JSON = {
+NOT_FOR_JSON = {
     "params": "DeepSpeed passes the parameters",
     "optimizer": "DeepSpeed passes the optimizer",
     "mesh": "DeepSpeed shards state itself",
@@ -37,6 +37,7 @@ _NOT_FOR_JSON = {
 }
 _WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", NoneType: "null"}
 _FILLED_BY_PREPARE = ("batch_size", "epoch_size")
+_OWN_AUTO = ("shard", "normalize_weight_decay")  # for these, "auto" is a value of this package
 
 
 def accumulation_of(config: Config, accumulation: int) -> int:
@@ -136,6 +137,34 @@ def fill(config: Config, batch_size: int, epoch_size: int | None) -> bool:
     return all(given.get(name) == value for name, value in known.items())
 
 
+def problem_of(config: Mapping[str, Any], section: Literal["optimizer", "scheduler"]) -> str | None:
+    """Return what is wrong with the arguments of a type of this package in a configuration; None if nothing is. Local.
+
+    Args:
+        config: The DeepSpeed configuration; "auto" counts as right.
+        section: Which of the two; one of another type counts as right.
+    """
+    types = {"optimizer": "DistAdamW", "scheduler": _SCHEDULER}
+    given = {
+        name: {k: v for k, v in config[name].get("params", {}).items() if v != "auto" or k in _OWN_AUTO}
+        for name in ("optimizer", "scheduler")
+        if config.get(name, {}).get("type") == types[name]
+    }
+    optimizer = DistAdamW([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    try:
+        if "optimizer" in given:
+            optimizer = _optimizer_from_json([torch.nn.Parameter(torch.zeros(1))], **given["optimizer"])
+    except ValueError as error:
+        if section == "optimizer":
+            return str(error)
+    try:
+        if section == "scheduler" and section in given:
+            _scheduler_from_json(optimizer, **given["scheduler"])
+    except ValueError as error:
+        return str(error)
+    return None
+
+
 def _optimizer_from_json(params: Iterable[Tensor], /, **given: Any) -> DistAdamW:
     return _made(DistAdamW, "optimizer", params, given)
 
@@ -184,12 +213,11 @@ def _made(kind: Callable[..., T], section: str, first: Any, given: Mapping[str, 
         ValueError: names the section, the key and the problem.
     """
     types = get_type_hints(kind.__init__)
-    known = [name for name in types if name not in _NOT_FOR_JSON and name != "return"]
+    known = [name for name in types if name not in NOT_FOR_JSON and name != "return"]
     values = {}
     for name, value in given.items():
         _check_name(section, name, value, known)
-        # For these two, "auto" is one of our own values.
-        if value == "auto" and name not in ("shard", "normalize_weight_decay"):
+        if value == "auto" and name not in _OWN_AUTO:
             _refuse(section, name, value, "it was never resolved; set a value")
         kinds = _kinds(types[name])
         readings = _readings(value, kinds)
@@ -204,8 +232,8 @@ def _made(kind: Callable[..., T], section: str, first: Any, given: Mapping[str, 
 
 def _check_name(section: str, name: str, value: object, known: list[str]) -> None:
     """Raise if a key is not in ``known``."""
-    if name in _NOT_FOR_JSON:
-        _refuse(section, name, value, _NOT_FOR_JSON[name])
+    if name in NOT_FOR_JSON:
+        _refuse(section, name, value, NOT_FOR_JSON[name])
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1)
         advice = f"did you mean {near[0]!r}?" if near else f"the keys are {', '.join(known)}."

@@ -45,9 +45,11 @@ from dist_adamw.integrations.transformers.arguments import (
     watch_batches,
     watch_own_loader,
 )
+from dist_adamw.integrations.transformers.recipe import agree_on_length, apply_recipe
 from dist_adamw.integrations.transformers.trainer_state import keep_state
 from dist_adamw.optimizer.adamw import DistAdamW
 from dist_adamw.optimizer.replicas import CHECK_WEIGHTS_EVERY, ReplicaWatch, check_replicas
+from dist_adamw.recipes.recipe import RecipeLike, TrainingRecipe
 from dist_adamw.schedule.preview import training_end
 from dist_adamw.schedule.saved import OnDifference
 from dist_adamw.schedule.scheduler import CyclicLRWithRestarts
@@ -64,6 +66,7 @@ def prepare_trainer(
     *,
     optimizer: Mapping[str, Any] | None = None,
     scheduler: Mapping[str, Any] | None = None,
+    recipe: RecipeLike | TrainingRecipe | None = None,
     check_weights_every: int | None = CHECK_WEIGHTS_EVERY,
     on_difference: OnDifference | None = None,
 ) -> T:
@@ -88,6 +91,9 @@ def prepare_trainer(
         scheduler: Arguments of `CyclicLRWithRestarts`. ``batch_size`` and ``epoch_size`` are needed only
             if the data has no length, or your own loader makes other batches. Trainer has one accumulation for all of
             training, so ``batch_size`` cannot be a schedule.
+        recipe: A recipe file, its content, or a `TrainingRecipe`. It sets lr, betas, eps, weight decay, clipping,
+            micro-batch, accumulation and epochs in ``TrainingArguments``, where they must be at their defaults or the
+            same, and its ``no_decay`` replaces Trainer's rule. ``optimizer`` and ``scheduler`` may add arguments.
         check_weights_every: See `dist_adamw.prepare`. Ranks also compare before each checkpoint, and at the end.
         on_difference: The schedule with which ``resume_from_checkpoint`` continues if the checkpoint's differs: see
             ``CyclicLRWithRestarts.load_state_dict``. None: the scheduler's own setting, by default "strict".
@@ -111,9 +117,11 @@ def prepare_trainer(
     """
     if hasattr(trainer, "_prepared_by_dist_adamw"):
         raise ValueError("prepare_trainer was already called for this Trainer. Call it once, with all arguments.")
-    facts = _facts(trainer)
     optimizer, scheduler = dict(optimizer or {}), dict(scheduler or {})
     check_arguments(trainer, optimizer, on_difference)
+    if recipe is not None:
+        optimizer, scheduler = _with_recipe(trainer, recipe, optimizer, scheduler)
+    facts = _facts(trainer)
     _refuse_reproducible(bool(optimizer.get("reproducible")))
     refuse_batch_schedule(scheduler.get("batch_size"))
     if _prepare_engine(trainer, facts):
@@ -135,6 +143,23 @@ def prepare_trainer(
     _watch_ranks(trainer, check_weights_every)
     vars(trainer)["_prepared_by_dist_adamw"] = True
     return trainer
+
+
+def _with_recipe(
+    trainer: Any, recipe: RecipeLike | TrainingRecipe, optimizer: dict[str, Any], scheduler: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Apply a recipe to Trainer's arguments, and return all other arguments of optimizer and scheduler. Local."""
+    loaded, of_optimizer, of_scheduler = apply_recipe(trainer, recipe)
+    for given, theirs in ((optimizer, of_optimizer), (scheduler, of_scheduler)):
+        if twice := sorted(given.keys() & theirs.keys()):
+            raise ValueError(
+                f"{twice[0]}={given[twice[0]]!r} was given to prepare_trainer, and the recipe has "
+                f"{theirs[twice[0]]!r}. Leave one out."
+            )
+    facts = _facts(trainer)
+    size, epoch_size = facts.batch.size, facts.epoch_size
+    agree_on_length(trainer, loaded, size, epoch_size, lambda: _samples_of_training(trainer.args, size, epoch_size))
+    return {**of_optimizer, **optimizer}, {**of_scheduler, **scheduler}
 
 
 def _check_engine_makes_both(trainer: Any, optimizer: Mapping[str, Any], scheduler: Mapping[str, Any]) -> None:
@@ -160,16 +185,17 @@ def _try_schedule(trainer: Any, facts: LoaderFacts, given: Mapping[str, Any], lr
 
 def _warn_of_mid_cycle(trainer: Any, scheduler: CyclicLRWithRestarts, facts: LoaderFacts, stacklevel: int) -> None:
     """Warn if training ends inside a cycle, where lr may be high. Local."""
-    args = trainer.args
     assert scheduler.batch_size is not None
-    if args.max_steps > 0:
-        total = _samples_of_updates(args.max_steps, scheduler.batch_size, facts.epoch_size)
-    elif facts.epoch_size is not None:
-        total = round(args.num_train_epochs * facts.epoch_size)
-    else:
-        return
-    if total > 0 and not (end := training_end(scheduler.schedule, total)).is_at_cycle_end:
+    total = _samples_of_training(trainer.args, scheduler.batch_size, facts.epoch_size)
+    if total and not (end := training_end(scheduler.schedule, total)).is_at_cycle_end:
         warnings.warn(f"{end}", stacklevel=stacklevel)
+
+
+def _samples_of_training(args: Any, batch_size: int, epoch_size: int | None) -> int | None:
+    """Return the real samples that Trainer will train on; None if they are not known. Local."""
+    if args.max_steps > 0:
+        return _samples_of_updates(args.max_steps, batch_size, epoch_size)
+    return None if epoch_size is None else round(args.num_train_epochs * epoch_size)
 
 
 def _samples_of_updates(updates: int, batch_size: int, epoch_size: int | None) -> int:

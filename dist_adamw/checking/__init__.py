@@ -1,0 +1,1 @@
+"""Check a recipe, an Accelerate config and a DeepSpeed JSON together, before anything starts."""

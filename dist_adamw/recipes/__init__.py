@@ -1,0 +1,1 @@
+"""Recipe files: optimizer, schedule and batch in one YAML or JSON."""

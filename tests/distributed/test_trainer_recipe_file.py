@@ -1,0 +1,108 @@
+"""transformers' Trainer with a recipe file: the curve of a plain loop, and what must not contradict it."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+from accelerate.state import AcceleratorState
+from transformers import TrainingArguments
+
+from dist_adamw import DistAdamW, prepare_trainer
+from tests.distributed.test_trainer import (
+    BATCH,
+    CLIP,
+    DECAY,
+    EPOCHS,
+    EPS,
+    LR,
+    Curve,
+    Network,
+    Noting,
+    Samples,
+    arguments_on,
+    check_same,
+)
+from tests.distributed.test_trainer_recipes import plain_loop
+from tests.ranks import run_ranks
+
+RECIPE: dict[str, Any] = {
+    "optimizer": {
+        "lr": LR,
+        "weight_decay": DECAY,
+        "eps": EPS,
+        "max_grad_norm": CLIP,
+        "bucket_numel": 1000,
+        "no_decay": "one_dimensional",
+    },
+    "scheduler": {"restart_period": 0.75, "t_mult": 1.5, "min_lr": 1e-5, "policy": "linear"},
+    "batch": {"size": BATCH, "micro_batch_size": 2},  # so that two ranks can share the last batch, of 4
+    "training": {"total_samples": f"{EPOCHS} epochs"},
+}
+# What a recipe sets, at the defaults.
+SET = ("learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm", "num_train_epochs")
+SET = (*SET, "per_device_train_batch_size", "gradient_accumulation_steps")
+DEFAULTS = {field.name: field.default for field in dataclasses.fields(TrainingArguments) if field.name in SET}
+
+
+def train(engine: str, folder: str, accumulation: int, options: dict[str, Any]) -> tuple[Curve, int | None]:
+    with arguments_on(engine, folder, accumulation, **options) as args:
+        trainer = prepare_trainer(Noting(Network(), args, train_dataset=Samples()), recipe=RECIPE)
+        trainer.train()
+        made = trainer.optimizer
+        while not isinstance(made, DistAdamW):
+            made = made.optimizer
+        return trainer.notes.rows, made.bucket_numel
+
+
+def test_one_recipe_on_every_engine(tmp_path: Path) -> None:
+    expected = plain_loop(RECIPE["scheduler"])
+    for engine, accumulation, options in (
+        ("single", 1, DEFAULTS),  # the recipe sets four accumulation steps, and two on two ranks
+        ("DDP", 1, DEFAULTS),
+        ("ZeRO-2", 2, {"num_train_epochs": 3.0}),  # whose configuration has the batch: it must agree
+    ):
+        ranks = 1 if engine == "single" else 2
+        for rows, bucket_numel in run_ranks(ranks, train, engine, str(tmp_path), accumulation, options):
+            assert bucket_numel == 1000
+            check_same(rows, expected)
+
+
+REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
+    ({"learning_rate": 3e-4}, {}, r"optimizer\.lr: lr is 0\.01, and TrainingArguments has learning_rate=0\.0003"),
+    (
+        {"adam_beta2": 0.9},
+        {},
+        r"optimizer\.betas: betas is, by default, 0\.999, and .* has adam_beta2=0\.9",
+    ),
+    ({"max_grad_norm": 2.0}, {}, r"max_grad_norm is 0\.05, and TrainingArguments has max_grad_norm=2\.0"),
+    ({"per_device_train_batch_size": 4}, {}, r"micro_batch_size is 2, and .* has per_device_train_batch_size=4"),
+    ({"gradient_accumulation_steps": 3}, {}, r"size is 8, .* 2 x 3 accumulation steps x 1 ranks = 6\. Pass .*=4"),
+    (
+        {"num_train_epochs": 5.0},
+        {},
+        r"total_samples is 132 samples, and TrainingArguments\(num_train_epochs=5\.0\)",
+    ),
+    ({"max_steps": 5}, {}, r"total_samples is 132 samples, and TrainingArguments\(max_steps=5\) makes 40"),
+    ({}, {"scheduler": {"t_mult": 2}}, r"t_mult=2 was given to prepare_trainer, and the recipe has 1\.5"),
+    ({}, {"optimizer": {"lr": 1.0}}, r"Trainer takes it from TrainingArguments"),
+    ({}, {"recipe": {**RECIPE, "batch": {"size": {0: 8, 50: 16}}}}, r"batch_size is a schedule"),
+    ({}, {"recipe": {**RECIPE, "batch": {"size": 9, "micro_batch_size": 4}}}, r"global batch size 9 is not a multiple"),
+    ({}, {"recipe": {"optimizer": {"no_decay": ["*.x"]}}}, r"no parameter's name matches the pattern '\*\.x'"),
+    ({}, {"recipe": {"optimizer": {"lrs": 1.0}}}, r"Did you mean lr\?"),
+]
+
+
+def refusals(folder: str) -> None:
+    for options, arguments, sentence in REFUSED:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        with arguments_on("single", folder, 1, **{**DEFAULTS, **options}) as args:
+            trainer = Noting(Network(), args, train_dataset=Samples())
+            with pytest.raises(ValueError, match=sentence):
+                prepare_trainer(trainer, **{"recipe": RECIPE, **arguments}).create_optimizer()
+
+
+def test_what_the_arguments_contradict_is_named(tmp_path: Path) -> None:
+    run_ranks(1, refusals, str(tmp_path))
