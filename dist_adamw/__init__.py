@@ -59,7 +59,7 @@ _MODULE_OF = {
     "rest_of_epoch": "integrations.accelerate.position",
     "save": "checkpoint.save_load",
 }
-_PACKAGES = ("checkpoint", "integrations", "optimizer", "range_test", "ranks", "run_log", "schedule")
+_PACKAGES = ("checkpoint", "integrations", "optimizer", "planning", "range_test", "ranks", "run_log", "schedule")
 _MOVED = ("batch", "hooks", "policies", "scheduler", "storage")  # modules of 0.1.0, which forward
 
 __all__ = [

@@ -34,6 +34,7 @@ ORDER = [
     "integrations.deepspeed",
     "integrations.accelerate",
     "integrations.transformers",
+    "planning",
     "cli",
     "",  # dist_adamw itself
 ]

@@ -178,6 +178,11 @@ class TreeSum:
         self._device, self._home, self._scratch = device, None, {}
         self._levels = {level: total.to(device) for level, total in self._levels.items()}
 
+    @property
+    def num_levels(self) -> int:
+        """The number of partial sums that have memory, ``home`` included."""
+        return len(self._levels)
+
     def clear(self) -> None:
         """Forget all terms."""
         self.count = 0
