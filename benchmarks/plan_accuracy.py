@@ -16,14 +16,17 @@ place here, with the same results. FSDP2 and DeepSpeed are used through their ow
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import gc
 import itertools
 import os
+import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -36,7 +39,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks import records
+from benchmarks import markdown, ranks, records
 from benchmarks.models import GPT
 from dist_adamw import DistAdamW
 from dist_adamw.optimizer import transport
@@ -145,7 +148,7 @@ class Counting:
         """Let DistAdamW, DDP and FSDP2 send as on GPUs."""
         with contextlib.ExitStack() as stack:
             for module in (transport, shard):
-                stack.enter_context(mock.patch.object(module, "sends_from_host", lambda *_: False))
+                stack.enter_context(mock.patch.object(module, "sends_from_host", return_value=False))
             stack.enter_context(mock.patch.object(ddp, "_ASIDE", frozenset()))
             stack.enter_context(mock.patch.object(dist, "all_reduce", self.all_reduce))
             for name in filter(lambda name: hasattr(dist, name), ("reduce_scatter_single", "reduce_scatter_tensor")):
@@ -366,3 +369,103 @@ def measure(engine: str, name: str, setup: Setup) -> records.Record:
         "measured": {"peak": peak, "level": level, "state": state, "gradients": gradients, "sent": sent},
         "planned": {"peak": planned.memory.total, "sent": planned.sent, **asdict(planned.memory)},
     }
+
+
+def ratios(record: records.Record) -> dict[str, float]:
+    """Return planned over measured: the peak, and the bytes sent."""
+    planned, measured = record["planned"], record["measured"]
+    found = {"peak": planned["peak"] / measured["peak"]}
+    if sent := sum(measured["sent"].values()):
+        found["sent"] = planned["sent"] / sent
+    return found
+
+
+def largest(of_ranks: Sequence[records.Record]) -> records.Record:
+    """Return the record of the rank that needed most, with the most bytes that a rank has sent."""
+    most = max(of_ranks, key=lambda record: record["measured"]["peak"])
+    sent = max((record["measured"]["sent"] for record in of_ranks), key=lambda sent: sum(sent.values()))
+    return {**most, "measured": {**most["measured"], "sent": sent}}
+
+
+_SMALL = {
+    "reduce_bucket_size": 200_000,
+    "param_persistence_threshold": 1000,
+    "max_live_parameters": 1_000_000,
+    "prefetch_bucket_size": 100_000,
+}
+# By number of ranks: engine and options. DeepSpeed's buckets are smaller than these models.
+ALONE: list[tuple[str, dict[str, Any]]] = [(ONE, {}), (ONE, {"reproducible": True, "accumulation": 3})]
+TOGETHER: list[tuple[str, dict[str, Any]]] = [
+    (DDP, {}),
+    (DDP, {"accumulation": 3}),
+    (DDP, {"accumulation": 3, "reproducible": True}),
+    (TORCH_DDP, {}),
+    (TORCH_DDP, {"accumulation": 3}),
+    (FSDP2, {}),
+    (FSDP2, {"accumulation": 3}),
+    (FSDP2, {"accumulation": 3, "reproducible": True}),
+    (FSDP2, {"bf16": True}),
+    (FSDP2, {"reshard_after_forward": False}),
+    *((f"ZeRO-{stage}", {**_SMALL, "bf16": bf16}) for stage in (1, 2, 3) for bf16 in (False, True)),
+]
+
+
+def work(options: argparse.Namespace) -> None:
+    """Run one rank."""
+    with ranks.joined() as (rank, size):
+        for engine, given in ALONE if size == 1 else TOGETHER:
+            if options.engines and engine not in options.engines:
+                continue
+            for name in options.models:
+                try:
+                    found = ranks.gathered(measure(engine, name, Setup(**given)))
+                except Exception as problem:
+                    if not engine.startswith("ZeRO"):
+                        raise
+                    found = []
+                    reason = f"{type(problem).__name__}: {problem}"
+                    left_out = {"kind": "plan_accuracy", "engine": engine, "model": name, "ranks": size}
+                    records.append(options.out, [{**left_out, "skipped": reason}] * (rank == 0))
+                if rank == 0 and found:
+                    records.append(options.out, [largest(found)])
+                    print(*line(largest(found)), sep="  ", flush=True)
+
+
+def line(record: records.Record) -> list[str]:
+    """Return a record as cells of a table: sizes in MiB."""
+    peaks = [f"{record[side]['peak'] / (1 << 20):.2f}" for side in ("planned", "measured")]
+    of = ratios(record)
+    options = ", ".join(f"{name}={value}" for name, value in record["setup"].items() if name not in _SMALL)
+    named = [str(record["ranks"]), record["engine"], record["model"], options]
+    return [*named, *peaks, f"{of['peak']:.3f}", f"{of['sent']:.3f}" if "sent" in of else ""]
+
+
+def table(found: Sequence[records.Record]) -> list[str]:
+    """Return the comparison in Markdown."""
+    head = ["ranks", "engine", "model", "options", "planned, MiB", "measured, MiB", "peak", "sent"]
+    return markdown.table(head, [line(record) for record in found if "skipped" not in record])
+
+
+def main() -> None:
+    """Start the ranks, or run as one."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="JSON-lines file to append to")
+    parser.add_argument("--ranks", nargs="+", type=int, default=list(SIZES))
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--engines", nargs="+", help="default: all")
+    parser.add_argument("--timeout", type=float, default=900.0, help="seconds, for each number of ranks")
+    options = parser.parse_args()
+    options.out = options.out.resolve()
+    if ranks.is_rank():
+        work(options)
+        return
+    before = len(records.read([options.out])) if options.out.exists() else 0
+    records.append(options.out, [records.environment()])
+    for size in options.ranks:
+        ranks.start("benchmarks.plan_accuracy", sys.argv[1:], ranks=size, timeout=options.timeout)
+    found = [record for record in records.read([options.out])[before:] if record["kind"] == "plan_accuracy"]
+    print("\n".join(table(found)))
+
+
+if __name__ == "__main__":
+    main()

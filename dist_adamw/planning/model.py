@@ -237,7 +237,8 @@ def _module(place: str, text: str) -> Any:
         if not path.is_file():
             raise ValueError(f"{place} is not a file.")
         spec = importlib.util.spec_from_file_location(f"_planned_{path.stem}", path)
-        assert spec is not None and spec.loader is not None
+        assert spec is not None
+        assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         sys.modules[spec.name] = module  # dataclasses look their module up there
         spec.loader.exec_module(module)

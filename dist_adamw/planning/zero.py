@@ -1,7 +1,7 @@
 """DeepSpeed's ZeRO with DistAdamW, from what deepspeed/runtime/zero of DeepSpeed 0.19.8 allocates.
 
-stage_1_and_2.py: the parameters are one flat tensor, padded to a multiple of 2 W elements. Each rank has an fp32 copy of
-its partition, also if parameters are fp32 (``single_partition_of_fp32_groups``). A backward pass allocates
+stage_1_and_2.py: the parameters are one flat tensor, padded to a multiple of 2 W elements. Each rank has an fp32 copy
+of its partition, also if parameters are fp32 (``single_partition_of_fp32_groups``). A backward pass allocates
 ``reduce_bucket_size`` elements (``setup_buckets``), and averages stay in memory for the partition
 (``copy_grads_in_partition``), which ``step`` copies to a flat tensor, and then to fp32.
 
