@@ -45,6 +45,7 @@ from dist_adamw import DistAdamW
 from dist_adamw.optimizer import transport
 from dist_adamw.optimizer.gradients import ddp
 from dist_adamw.optimizer.sharding import shard
+from dist_adamw.optimizer.transport.tree_sum import TreeSum
 from dist_adamw.planning.engines import cost_of
 from dist_adamw.planning.fsdp2 import FSDP2
 from dist_adamw.planning.memory import Setup
@@ -115,6 +116,14 @@ def _all_gather(output: Tensor, input: Tensor, group: Any = None, async_op: bool
     return _Done() if async_op else None
 
 
+_make_sum = TreeSum.__init__
+
+
+def _with_whole_blocks(self: TreeSum, numel: int, **options: Any) -> None:
+    _make_sum(self, numel, **options)
+    self._block = max(numel, 1)
+
+
 class Counting:
     """Bytes that this rank sends, by collective; with ``in_place`` in place of those that copy."""
 
@@ -125,6 +134,7 @@ class Counting:
         self.scatter = self._counting("reduce-scatter", _reduce_scatter, 1)
         self.gather = self._counting("all-gather", _all_gather, 0)
         self.all_reduce = self._counting("all-reduce", dist.all_reduce, 0, times=2)
+        self.all_to_all = self._counting("all-to-all", dist.all_to_all_single, 0)
 
     def _counting(self, name: str, function: Callable[..., Any], place: int, *, times: int = 1) -> Any:
         def called(*args: Any, **kwargs: Any) -> Any:
@@ -151,6 +161,8 @@ class Counting:
                 stack.enter_context(mock.patch.object(module, "sends_from_host", return_value=False))
             stack.enter_context(mock.patch.object(ddp, "_ASIDE", frozenset()))
             stack.enter_context(mock.patch.object(dist, "all_reduce", self.all_reduce))
+            stack.enter_context(mock.patch.object(dist, "all_to_all_single", self.all_to_all))
+            stack.enter_context(mock.patch.object(TreeSum, "__init__", _with_whole_blocks))
             for name in filter(lambda name: hasattr(dist, name), ("reduce_scatter_single", "reduce_scatter_tensor")):
                 stack.enter_context(mock.patch.object(dist, name, self.scatter))
             for name in filter(lambda name: hasattr(dist, name), ("all_gather_single", "all_gather_into_tensor")):
@@ -175,6 +187,8 @@ class Job:
     def __init__(self, engine: str, model: Any, batch: Tensor, setup: Setup, counting: Counting) -> None:
         self._engine, self._setup, self._batch, self.module = engine, setup, batch, model
         self._deepspeed: Any = None
+        if engine == FSDP2:
+            self._shard(model, setup)
         params = [param for param in model.parameters() if param.requires_grad]
         if engine == TORCH_DDP:
             self.module = DistributedDataParallel(model, gradient_as_bucket_view=True)
@@ -194,10 +208,8 @@ class Job:
             if not setup.reproducible:
                 self.module = DistributedDataParallel(model, gradient_as_bucket_view=True)
             self.optimizer.attach(self.module)
-        elif engine == ONE and setup.reproducible:
+        elif engine in (ONE, FSDP2) and setup.reproducible:
             self.optimizer.attach(model)
-        elif engine == FSDP2:
-            self._shard(model, setup)
         elif engine.startswith("ZeRO"):
             self._start_deepspeed(int(engine[-1]), counting)
 
@@ -209,8 +221,6 @@ class Job:
         for block in model.blocks:
             fully_shard(block, **options)
         fully_shard(model, mesh=mesh, mp_policy=policy)
-        if setup.reproducible:
-            self.optimizer.attach(model)
 
     def _start_deepspeed(self, stage: int, counting: Counting) -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")

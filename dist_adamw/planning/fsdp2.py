@@ -32,6 +32,7 @@ class _Group:
         reduced: Of the input of the reduce-scatter, padding included.
         averages: Of this rank's part of the gradients.
         sums: Of this rank's part of the gradients in fp32.
+        largest: Of the largest gradient.
     """
 
     whole: int
@@ -40,11 +41,12 @@ class _Group:
     reduced: int
     averages: int
     sums: int
+    largest: int
 
     @classmethod
     def of(cls, params: list[Parameter], ranks: int, setup: Setup) -> _Group:
         """Return the group of ``params``."""
-        whole = shard = gradients = reduced = averages = sums = 0
+        whole = shard = gradients = reduced = averages = sums = largest = 0
         for param in params:
             width = _gathered(param.dtype, setup).itemsize
             padded = chunk_numel(param, ranks) * ranks
@@ -52,10 +54,11 @@ class _Group:
             shard += padded // ranks * param.dtype.itemsize
             if param.trained:
                 gradients += param.numel * width
+                largest = max(largest, param.numel * width)
                 reduced += padded * width
                 averages += padded // ranks * param.dtype.itemsize
                 sums += padded // ranks * 4
-        return cls(whole, shard, gradients, reduced, averages, sums)
+        return cls(whole, shard, gradients, reduced, averages, sums, largest)
 
 
 def chunk_numel(param: Parameter, ranks: int) -> int:
@@ -146,14 +149,17 @@ def _backward(
             time.add(ahead)
         if first or setup.reproducible:
             time.add(group.gradients)
+        else:  # each is added to that of the earlier micro-batches
+            time.add(group.largest)
+            time.drop(group.largest)
         time.drop(group.whole)
-        held = _reduce(group, time, held, reduces=reduces, has_averages=has_averages)
+        held = _reduce(group, time, held, setup, reduces=reduces, has_averages=has_averages)
     time.drop(rest.whole)
-    held = _reduce(rest, time, held, reduces=reduces, has_averages=has_averages)
+    held = _reduce(rest, time, held, setup, reduces=reduces, has_averages=has_averages)
     time.drop(held)
 
 
-def _reduce(group: _Group, time: Timeline, held: int, *, reduces: bool, has_averages: bool) -> int:
+def _reduce(group: _Group, time: Timeline, held: int, setup: Setup, *, reduces: bool, has_averages: bool) -> int:
     """Reduce-scatter the gradients of a group; return the bytes of its input, which is held."""
     if not reduces:
         return held
@@ -161,6 +167,9 @@ def _reduce(group: _Group, time: Timeline, held: int, *, reduces: bool, has_aver
     time.add(group.reduced)
     time.drop(group.gradients)
     time.add(group.averages)
+    if setup.reproducible:  # `GroupSum` receives the terms of all ranks
+        time.add(group.reduced)
+        time.drop(group.reduced)
     if has_averages:  # they are added to those of earlier micro-batches
         time.drop(group.averages)
     return group.reduced

@@ -128,10 +128,15 @@ class Timeline:
 
 
 def sums_in_memory(rounds: int, terms: int, *, home: bool) -> int:
-    """Return how many partial sums `TreeSum` needs besides its home for ``rounds`` of ``terms`` micro-batches each."""
-    none = torch.empty(0)
-    sums = TreeSum(0, dtype=torch.float32, device=none.device, home=none if home else None)
-    rows: list[Tensor] = [none] * terms
+    """Return how many tensors `TreeSum` needs besides its home for ``rounds`` of ``terms`` micro-batches each.
+
+    On an accelerator, where a block of scratch memory is as large as a sum. Local.
+    """
+    one = torch.zeros(1)
+    sums = TreeSum(1, dtype=torch.float32, device=one.device, home=torch.zeros(1) if home else None)
+    rows: list[Tensor] = [one] * terms
     for _ in range(rounds):
         sums.add(terms, [(0, rows)])
-    return sums.num_levels - home
+    sums.write([(0, torch.zeros(1))], 1)
+    levels, scratch = sums.num_sums
+    return levels + scratch - home

@@ -15,6 +15,7 @@ from dist_adamw.planning.memory import Cost, Memory, Setup, sums_in_memory
 from dist_adamw.planning.model import ModelShapes, Parameter
 
 ONE, DDP, TORCH_DDP = "one process", "DDP, sharded state", "DDP + torch's AdamW"
+WHOLE = "micro-batches before the last are added up in gradients beside DDP's buckets"
 _STEP = 4  # bytes of a parameter's step count
 _PACKED = MAX_IN_FLIGHT + 1  # a bucket is packed before the oldest of those in flight is waited for
 
@@ -52,7 +53,8 @@ def torch_ddp(model: ModelShapes, ranks: int, setup: Setup) -> Cost:
         _own_gradients(gradients, setup),
         setup.activations,
     )
-    return Cost(TORCH_DDP, ranks, memory, 2 * gradients * (ranks - 1) // ranks)
+    note = WHOLE if setup.accumulation > 1 else ""
+    return Cost(TORCH_DDP, ranks, memory, 2 * gradients * (ranks - 1) // ranks, note)
 
 
 def _own_gradients(gradients: int, setup: Setup) -> int:
@@ -87,9 +89,14 @@ def sharded_ddp(model: ModelShapes, ranks: int, setup: Setup) -> Cost:
     on_device = setup.device == "cuda"
     if on_device and not setup.reproducible:
         staging += _own_gradients(gradients, setup)
-    note = "the plain module, attached: with reproducible=True DDP works on CPUs only" if setup.reproducible else ""
     memory = Memory(weight_bytes(model), gradients, state, staging, setup.activations)
-    return Cost(DDP, ranks, memory, sent, note if on_device else "")
+    return Cost(DDP, ranks, memory, sent, _note(setup) if on_device else "")
+
+
+def _note(setup: Setup) -> str:
+    if setup.reproducible:
+        return "the plain module, attached: with reproducible=True DDP works on CPUs only"
+    return WHOLE if setup.accumulation > 1 else ""
 
 
 def _staged_by_collectives(layout: FlatLayout, dtype: torch.dtype, setup: Setup) -> int:

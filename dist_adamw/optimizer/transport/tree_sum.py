@@ -179,9 +179,9 @@ class TreeSum:
         self._levels = {level: total.to(device) for level, total in self._levels.items()}
 
     @property
-    def num_levels(self) -> int:
-        """The number of partial sums that have memory, ``home`` included."""
-        return len(self._levels)
+    def num_sums(self) -> tuple[int, int]:
+        """The number of partial sums in memory, ``home`` included, and that of blocks of scratch memory."""
+        return len(self._levels), len(self._scratch)
 
     def clear(self) -> None:
         """Forget all terms."""
