@@ -291,16 +291,10 @@ class Job:
 # ---------------------------------------------------------------- measuring
 
 
-def storages() -> dict[int, int]:
-    """Return the bytes of all storages on the CPU that Python's tensors have, by address."""
+def tensors() -> list[Tensor]:
+    """Return all tensors on the CPU that Python has."""
     gc.collect()
-    found = {}
-    for thing in gc.get_objects():
-        if issubclass(type(thing), Tensor) and thing.device.type == "cpu":
-            local = getattr(thing, "_local_tensor", thing)
-            storage = local.untyped_storage()
-            found[storage.data_ptr()] = storage.nbytes()
-    return found
+    return [thing for thing in gc.get_objects() if issubclass(type(thing), Tensor) and thing.device.type == "cpu"]
 
 
 def bytes_of(tensors: Iterable[Any]) -> int:
@@ -345,7 +339,7 @@ def measure(engine: str, name: str, setup: Setup) -> records.Record:
     """
     make, batch = MODELS[name]
     counting = Counting()
-    before = sum(storages().values())
+    earlier = tensors()  # kept, so that they are there at the end too
     torch.manual_seed(0)
     with counting.as_on_gpus(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         model = make()
@@ -360,7 +354,8 @@ def measure(engine: str, name: str, setup: Setup) -> records.Record:
         job.step()
         sent = dict(counting.sent)
         job.backward()
-        level = sum(storages().values()) - before
+        # Python has no object for a gradient that autograd made, until it is asked for.
+        level = bytes_of([*tensors(), *(param.grad for param in model.parameters())]) - bytes_of(earlier)
     peak = level + Levels.of(profiler).above_the_end(since)
     params = list(model.parameters())
     state = bytes_of(value for entry in job.optimizer.state.values() for value in entry.values())

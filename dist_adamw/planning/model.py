@@ -279,7 +279,8 @@ def _from_configuration(text: str) -> nn.Module:
         named = [getattr(transformers, name, None) for name in getattr(config, "architectures", None) or ()]
         kind = next((one for one in named if one is not None), None)
         with torch.device("meta"):
-            model = transformers.AutoModel.from_config(config) if kind is None else kind(config)
+            build: Any = transformers.AutoModel.from_config if kind is None else kind
+            model = build(config)
     except Exception as error:  # a configuration may fail in any way
         raise ValueError(f"{text} is not a configuration that transformers can build: {error}") from error
     assert isinstance(model, nn.Module)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from dist_adamw.optimizer.sharding.gradient_memory import OWN_BLOCK_BYTES
 from dist_adamw.optimizer.transport.base import MAX_IN_FLIGHT
 from dist_adamw.optimizer.transport.layout import FlatLayout
 from dist_adamw.optimizer.transport.slots import SLOTS
@@ -122,12 +123,13 @@ def _kept_for_sums(layout: FlatLayout, dtype: torch.dtype, setup: Setup) -> int:
 def _staged_on_host(layout: FlatLayout, params: list[Parameter], dtype: torch.dtype, setup: Setup) -> int:
     """Return the bytes of the slots that ranks share, and of gradients that backward has allocated and not yet freed.
 
-    Slots of the other ranks are counted as far as this rank reads them.
+    Slots of the other ranks are counted as far as this rank reads them. Gradients that `GradientMemory` leaves where
+    they are do not exist twice.
     """
     slice_numel = layout.bucket_numel // layout.world_size
     slots = 2 * SLOTS * (layout.world_size - 1) * slice_numel
-    largest = max(param.numel for param in params)
-    arriving = min(layout.numel, _PACKED * layout.bucket_numel + largest)
+    moved = [param.numel for param in params if param.nbytes < OWN_BLOCK_BYTES]
+    arriving = min(sum(moved), MAX_IN_FLIGHT * layout.bucket_numel + max(moved, default=0))
     total = (slots + arriving) * dtype.itemsize
     if setup.reproducible:
         total += _kept_for_sums(layout, dtype, setup)

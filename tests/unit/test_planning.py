@@ -222,8 +222,7 @@ def test_options_change_what_they_should() -> None:
 
     assert difference(averages={"ema": EMA(decay=0.9)})["state"] == pytest.approx(4e9 / 8, rel=1e-4)
     assert difference(reproducible=True)["gradients"] == pytest.approx(-4e9 * 7 / 8, rel=1e-4)
-    whole = cost_of(FSDP2, model, 8, Setup(accumulation=2)).memory.total
-    assert whole - cost_of(FSDP2, model, 8, Setup()).memory.total == pytest.approx(4e9, rel=0.1)
+    assert cost_of(FSDP2, model, 8, Setup(accumulation=2)).memory.staging > 4e9  # whole gradients
     gathered = cost_of(FSDP2, model, 8, Setup(reshard_after_forward=False)).memory.staging
     assert gathered > 4e9 > cost_of(FSDP2, model, 8, Setup()).memory.staging
 
