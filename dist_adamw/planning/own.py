@@ -51,20 +51,21 @@ def torch_ddp(model: ModelShapes, ranks: int, setup: Setup) -> Cost:
         weight_bytes(model),
         gradients,
         moments * gradients + _STEP * count,
-        _own_gradients(gradients, setup),
+        _own_gradients(model, setup),
         setup.activations,
     )
     note = WHOLE if setup.accumulation > 1 else ""
     return Cost(TORCH_DDP, ranks, memory, 2 * gradients * (ranks - 1) // ranks, note)
 
 
-def _own_gradients(gradients: int, setup: Setup) -> int:
+def _own_gradients(model: ModelShapes, setup: Setup) -> int:
     """Return the bytes of gradients beside DDP's buckets.
 
-    ``zero_grad`` sets ``grad`` to None, and DDP makes it a view of a bucket only in the pass that it synchronises, so
-    earlier micro-batches are added up in other memory.
+    A gradient is copied to its bucket when it has arrived. ``zero_grad`` sets ``grad`` to None, and DDP makes it a view
+    of a bucket only in the pass that it synchronises, so earlier micro-batches are added up in other memory.
     """
-    return gradients if setup.accumulation > 1 else 0
+    arriving = max((param.nbytes for param in model.trained), default=0)
+    return arriving + (_gradient_bytes(model) if setup.accumulation > 1 else 0)
 
 
 def sharded_ddp(model: ModelShapes, ranks: int, setup: Setup) -> Cost:
@@ -74,7 +75,6 @@ def sharded_ddp(model: ModelShapes, ranks: int, setup: Setup) -> Cost:
         layout = FlatLayout(
             tuple(param.numel for param in params),
             ranks,
-            reduce_every_backward=setup.reproducible,
             by_collectives=setup.device == "cuda",
         )
         state += layout.shard_numel * setup.state_bytes(dtype) + _STEP * len(params)
@@ -89,7 +89,7 @@ def sharded_ddp(model: ModelShapes, ranks: int, setup: Setup) -> Cost:
         sent += others * (rounds * reduced.itemsize + dtype.itemsize)
     on_device = setup.device == "cuda"
     if on_device and not setup.reproducible:
-        staging += _own_gradients(gradients, setup)
+        staging += _own_gradients(model, setup)
     memory = Memory(weight_bytes(model), gradients, state, staging, setup.activations)
     return Cost(DDP, ranks, memory, sent, _note(setup) if on_device else "")
 

@@ -89,8 +89,9 @@ def uncounted(setup: Setup) -> str:
     """Say what is missing from the totals."""
     given = "are as given" if setup.activations else "are not known here and count as 0: give their size"
     return (
-        f"Activations {given}. Not counted: what the device's driver, its libraries and fragmentation take. "
-        "DeepSpeed's buckets have its default sizes."
+        f"Activations {given}.\n"
+        "Not counted: what the device's driver, its libraries and fragmentation take. "
+        f"DeepSpeed's bucket has {setup.reduce_bucket_size:,} elements."
     )
 
 

@@ -2,8 +2,9 @@
 
 stage_1_and_2.py: the parameters are one flat tensor, padded to a multiple of 2 W elements. Each rank has an fp32 copy
 of its partition, also if parameters are fp32 (``single_partition_of_fp32_groups``). A backward pass allocates
-``reduce_bucket_size`` elements (``setup_buckets``), and averages stay in memory for the partition
-(``copy_grads_in_partition``), which ``step`` copies to a flat tensor, and then to fp32.
+``reduce_bucket_size`` elements (``setup_buckets``), and averages of the
+parameters that lie in the partition, wholly or in part, stay in memory (``copy_grads_in_partition``); ``step`` copies
+those of the partition to a flat tensor, and then to fp32.
 
 stage3.py: each parameter is divided by itself and padded. Averages have memory that stays
 (``grad_partitions_flat_buffer``), and so has the bucket (``__ipg_bucket_flat_buffer``).
@@ -49,7 +50,8 @@ def _stage_1_or_2(model: ModelShapes, ranks: int, setup: Setup, *, stage: int) -
     padded = -(-numel // (2 * ranks)) * 2 * ranks
     partition = padded // ranks
     frozen = sum(param.numel * _width(param, setup) for param in model.parameters if not param.trained)
-    averages, bucket = partition * width, setup.reduce_bucket_size * width
+    averages = _numel_touching_a_partition(model, partition) * width
+    bucket = setup.reduce_bucket_size * width
     if stage == 1:
         gradients = numel * width
         backward = gradients + bucket + averages
@@ -68,6 +70,18 @@ def _stage_1_or_2(model: ModelShapes, ranks: int, setup: Setup, *, stage: int) -
     rounds = setup.accumulation if stage == 2 else 1
     sent = (ranks - 1) * (2 * rounds * numel * width + padded * width) // ranks
     return Cost(ZERO[stage], ranks, memory, sent)
+
+
+def _numel_touching_a_partition(model: ModelShapes, partition: int) -> int:
+    """Return the elements of the parameters that lie, wholly or in part, in the partition with most of them."""
+    found: dict[int, int] = {}
+    start = 0
+    for param in model.trained:
+        stop = start + param.numel
+        for rank in range(start // partition, -(-stop // partition)):
+            found[rank] = found.get(rank, 0) + param.numel
+        start = stop
+    return max(found.values(), default=0)
 
 
 def zero_3(model: ModelShapes, ranks: int, setup: Setup) -> Cost:

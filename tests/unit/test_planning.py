@@ -12,15 +12,18 @@ import torch
 from torch import nn
 
 from benchmarks import records
+from benchmarks.engines import OURS
 from benchmarks.models import GPT
 from benchmarks.plan_accuracy import Uneven, largest, measure, ratios
+from benchmarks.ranks import ROOT
+from benchmarks.workloads import WORKLOADS
 from dist_adamw import EMA, CyclicLRWithRestarts, DistAdamW
 from dist_adamw.optimizer.transport.layout import FlatLayout
 from dist_adamw.planning import Plan, plan, plan_command
 from dist_adamw.planning.engines import ENGINES, cost_of
 from dist_adamw.planning.fsdp2 import FSDP2
 from dist_adamw.planning.memory import Cost, Setup
-from dist_adamw.planning.model import ModelShapes, read_model
+from dist_adamw.planning.model import ModelShapes, Parameter, read_model
 from dist_adamw.planning.own import DDP, ONE, TORCH_DDP
 from dist_adamw.planning.text import in_units, read_bytes
 from tests.ranks import run_ranks
@@ -275,7 +278,7 @@ def test_a_scheduler_gives_restarts_updates_and_state() -> None:
 
 
 def test_a_recipe() -> None:
-    seen = []
+    seen: list[nn.Parameter] = []
 
     def make_optimizer(model: nn.Module) -> DistAdamW:
         seen.extend(model.parameters())
@@ -359,6 +362,23 @@ def test_unknown_engines() -> None:
 
 
 # ---------------------------------------------------------------- real engines
+
+
+def test_peaks_of_the_process_that_were_measured_on_cpus() -> None:
+    """Resident memory of `benchmarks.isolated`, in which Python's objects are small beside the model."""
+    layers = [
+        Parameter(f"{n}.{k}", shape, torch.float32, layer=n)
+        for n, layer in enumerate(WORKLOADS["gpt"])
+        for k, shape in enumerate(layer)
+    ]
+    model, checked = ModelShapes("gpt", tuple(layers)), set()
+    for record in records.read([ROOT / "benchmarks" / "results" / "2026-11-30-sums-inside-the-rank.jsonl"]):
+        if record["kind"] == "isolated" and record["workload"] == "gpt" and record["engine"] == OURS:
+            peak = max(one["peak"] for one in record["bytes_by_rank"])
+            planned = cost_of(DDP, model, record["ranks"], Setup(device="cpu")).memory.total
+            assert planned / peak == pytest.approx(1, abs=TOLERANCE)
+            checked.add(record["ranks"])
+    assert checked == {2, 4}
 
 
 def measured(engine: str, setup: dict[str, Any]) -> records.Record:
