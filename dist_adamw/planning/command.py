@@ -13,7 +13,7 @@ from dist_adamw.schedule.batch import shown
 
 def plan_command(
     model: str,
-    recipe: str | None = None,
+    recipe: Any = None,
     ranks: str = "1,2,4,8",
     memory: str | None = None,
     activations: str | None = None,
@@ -34,7 +34,7 @@ def plan_command(
 
     Args:
         model: module:factory, file.py:factory, a Hugging Face folder or config.json, or parameters ("1.3B", "7e9").
-        recipe: A recipe's file; its optimizer's options replace those below.
+        recipe: From ``dist_adamw.load_recipe``; its optimizer's options replace those below.
         ranks: Numbers of ranks, such as "1,2,8".
         memory: Of a device, such as 80GiB: the smallest number of ranks that fits is printed for each engine.
         activations: Memory of a rank's activations, such as 4GiB; they cannot be computed from a model's shapes.
@@ -73,7 +73,7 @@ def plan_command(
         setup=setup,
         dtype=dtype,
         layers=layers,
-        recipe=None if recipe is None else _load_recipe(recipe),
+        recipe=recipe,
         batch_size=batch_size,
         micro_batch_size=micro_batch_size,
         total_samples=total_samples,
@@ -95,13 +95,3 @@ def _ranks(text: str) -> list[int]:
     except ValueError as error:
         raise ValueError(f"ranks must be numbers with commas, such as 1,2,8, got {shown(text)}.") from error
     return found
-
-
-def _load_recipe(path: str) -> Any:
-    import dist_adamw
-
-    try:
-        load = dist_adamw.load_recipe
-    except AttributeError as error:
-        raise ValueError("this version of dist_adamw has no recipe files; leave the recipe out.") from error
-    return load(path)

@@ -2,9 +2,9 @@
 
 stage_1_and_2.py: the parameters are one flat tensor, padded to a multiple of 2 W elements. Each rank has an fp32 copy
 of its partition, also if parameters are fp32 (``single_partition_of_fp32_groups``). A backward pass allocates
-``reduce_bucket_size`` elements (``setup_buckets``), and averages of the
-parameters that lie in the partition, wholly or in part, stay in memory (``copy_grads_in_partition``); ``step`` copies
-those of the partition to a flat tensor, and then to fp32.
+``reduce_bucket_size`` elements (``setup_buckets``). Averages of the parameters that lie in the partition, wholly or in
+part, stay in memory (``copy_grads_in_partition``); ``step`` copies those of the partition to a flat tensor, and then to
+fp32.
 
 stage3.py: each parameter is divided by itself and padded. Averages have memory that stays
 (``grad_partitions_flat_buffer``), and so has the bucket (``__ipg_bucket_flat_buffer``).
