@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from dist_adamw.planning.command import plan_command
+from dist_adamw.planning.memory import Setup
 from dist_adamw.planning.plan import Plan, plan
 
-__all__ = ["Plan", "plan", "plan_command"]
+__all__ = ["Plan", "Setup", "plan", "plan_command"]

@@ -39,6 +39,8 @@ def one_process(model: ModelShapes, ranks: int, setup: Setup) -> Cost:
         if setup.reproducible:
             wide = torch.promote_types(dtype, torch.float32).itemsize
             staging += sums_in_memory(setup.accumulation, 1, home=False) * layout.numel * wide
+            if setup.accumulation > 1:  # the average so far, and the gradient of the pass
+                staging += layout.numel * dtype.itemsize
     memory = Memory(weight_bytes(model), _gradient_bytes(model), state, staging, setup.activations)
     return Cost(ONE, 1, memory, 0)
 

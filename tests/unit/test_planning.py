@@ -19,10 +19,10 @@ from benchmarks.ranks import ROOT
 from benchmarks.workloads import WORKLOADS
 from dist_adamw import EMA, CyclicLRWithRestarts, DistAdamW
 from dist_adamw.optimizer.transport.layout import FlatLayout
-from dist_adamw.planning import Plan, plan, plan_command
+from dist_adamw.planning import Plan, Setup, plan, plan_command
 from dist_adamw.planning.engines import ENGINES, cost_of
 from dist_adamw.planning.fsdp2 import FSDP2
-from dist_adamw.planning.memory import Cost, Setup
+from dist_adamw.planning.memory import Cost
 from dist_adamw.planning.model import ModelShapes, Parameter, read_model
 from dist_adamw.planning.own import DDP, ONE, TORCH_DDP
 from dist_adamw.planning.text import in_units, read_bytes
