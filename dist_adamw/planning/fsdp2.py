@@ -102,14 +102,13 @@ def _rows_of_first_rank(param: Parameter, ranks: int) -> int:
 def _peak(groups: list[_Group], ranks: int, setup: Setup) -> int:
     """Return the largest sum of gathered parameters, whole gradients and averages in an update."""
     time = Timeline()
-    has_averages = False
     for micro_batch in range(setup.accumulation):
-        is_last = micro_batch == setup.accumulation - 1
+        is_first, is_last = micro_batch == 0, micro_batch == setup.accumulation - 1
         _forward(groups, time, setup)
         # Accelerate's accumulate() adds micro-batches up in whole gradients, and reduces them in the last one.
-        reduces = is_last or setup.reproducible
-        _backward(groups, time, setup, first=micro_batch == 0, reduces=reduces, has_averages=has_averages)
-        has_averages = reduces
+        _backward(groups, time, setup, first=is_first, reduces=is_last or setup.reproducible)
+        if setup.reproducible and not is_first:  # the averages before this pass were kept to its end
+            time.drop(sum(group.averages for group in groups))
     if setup.reproducible:
         levels = sums_in_memory(setup.accumulation, ranks, home=False)
         return time.peak + levels * sum(group.sums for group in groups)
@@ -129,9 +128,7 @@ def _forward(groups: list[_Group], time: Timeline, setup: Setup) -> None:
     time.drop(held)
 
 
-def _backward(
-    groups: list[_Group], time: Timeline, setup: Setup, *, first: bool, reduces: bool, has_averages: bool
-) -> None:
+def _backward(groups: list[_Group], time: Timeline, setup: Setup, *, first: bool, reduces: bool) -> None:
     """Gather each group again while the one before it computes gradients, and reduce these."""
     rest, *layers = groups
     is_gathered = not setup.reshard_after_forward
@@ -153,13 +150,13 @@ def _backward(
             time.add(group.largest)
             time.drop(group.largest)
         time.drop(group.whole)
-        held = _reduce(group, time, held, setup, reduces=reduces, has_averages=has_averages)
+        held = _reduce(group, time, held, setup, reduces=reduces)
     time.drop(rest.whole)
-    held = _reduce(rest, time, held, setup, reduces=reduces, has_averages=has_averages)
+    held = _reduce(rest, time, held, setup, reduces=reduces)
     time.drop(held)
 
 
-def _reduce(group: _Group, time: Timeline, held: int, setup: Setup, *, reduces: bool, has_averages: bool) -> int:
+def _reduce(group: _Group, time: Timeline, held: int, setup: Setup, *, reduces: bool) -> int:
     """Reduce-scatter the gradients of a group; return the bytes of its input, which is held."""
     if not reduces:
         return held
@@ -170,8 +167,6 @@ def _reduce(group: _Group, time: Timeline, held: int, setup: Setup, *, reduces: 
     if setup.reproducible:  # `GroupSum` receives the terms of all ranks
         time.add(group.reduced)
         time.drop(group.reduced)
-    if has_averages:  # they are added to those of earlier micro-batches
-        time.drop(group.averages)
     return group.reduced
 
 
