@@ -337,6 +337,7 @@ def measure(engine: str, name: str, setup: Setup) -> records.Record:
         name: Of the model.
         setup: What is planned.
     """
+    os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # it prints when a profiler starts and stops
     make, batch = MODELS[name]
     counting = Counting()
     earlier = tensors()  # kept, so that they are there at the end too
