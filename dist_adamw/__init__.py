@@ -68,6 +68,7 @@ _PACKAGES = (
     "checkpoint",
     "integrations",
     "optimizer",
+    "planning",
     "range_test",
     "ranks",
     "recipes",

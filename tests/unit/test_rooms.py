@@ -37,6 +37,7 @@ ORDER = [
     "integrations.accelerate",
     "integrations.transformers",
     "checking",
+    "planning",
     "cli",
     "",  # dist_adamw itself
 ]

@@ -30,7 +30,7 @@ from dist_adamw.optimizer.transport.layout import FlatLayout, Piece
 _PLACE = 5  # in a memory page; state has 1 to 4
 # glibc takes larger blocks from the system each time, and gives them back when they are freed: letting such a gradient
 # go during backward would spare no page, and its average would be written to memory that is not in the cache.
-_OWN_BLOCK_BYTES = 32 << 20
+OWN_BLOCK_BYTES = 32 << 20
 _gradient, _version = operator.attrgetter("grad"), operator.attrgetter("_version")
 
 
@@ -190,7 +190,7 @@ class GradientMemory:
         else:
             flat = self._flattened(i, grad, order)
             part = flat[piece.start : piece.stop]
-            stays = i in self._left or grad is view or grad.nbytes >= _OWN_BLOCK_BYTES
+            stays = i in self._left or grad is view or grad.nbytes >= OWN_BLOCK_BYTES
             if stays or not _is_plain(grad, view):
                 self._set_large(gradients, k, n, i, part, part, flat)
                 return

@@ -178,6 +178,11 @@ class TreeSum:
         self._device, self._home, self._scratch = device, None, {}
         self._levels = {level: total.to(device) for level, total in self._levels.items()}
 
+    @property
+    def num_sums(self) -> tuple[int, int]:
+        """The number of partial sums in memory, ``home`` included, and that of blocks of scratch memory."""
+        return len(self._levels), len(self._scratch)
+
     def clear(self) -> None:
         """Forget all terms."""
         self.count = 0

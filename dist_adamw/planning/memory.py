@@ -1,0 +1,142 @@
+"""What an engine needs: bytes of memory on a rank, and bytes that it sends in an update."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+
+import torch
+from torch import Tensor
+
+from dist_adamw.optimizer.averages import EMA, Mean, dtypes_of
+from dist_adamw.optimizer.sharding.shard import Shard
+from dist_adamw.optimizer.transport.tree_sum import TreeSum
+from dist_adamw.schedule.batch import check_positive_int, shown
+
+DEVICES = ("cuda", "cpu")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Setup:
+    """The options of a job that memory and traffic depend on.
+
+    Args:
+        accumulation: Micro-batches of an update on one rank.
+        device: "cuda", where collectives send (NCCL), or "cpu", where ranks of one host share memory.
+        bf16: Whether the loop runs with Accelerate's ``mixed_precision="bf16"``. Parameters stay fp32 in one process
+            and under DDP (the cast copies of autocast count as activations); FSDP2 gathers and reduces in bf16;
+            DeepSpeed keeps bf16 parameters and fp32 masters.
+        master_dtype: See `DistAdamW`, also for the next four.
+        reshard_after_forward: Of FSDP2's layers.
+        reduce_bucket_size: DeepSpeed's, in elements; this and the next four have its defaults.
+        param_persistence_threshold: Of ZeRO-3: smaller parameters are whole on every rank.
+        max_live_parameters: Of ZeRO-3: elements that may be whole at a time, and also its ``max_reuse_distance``.
+        prefetch_bucket_size: Of ZeRO-3: elements that are gathered ahead.
+        activations: Bytes of activations and everything else that is not counted.
+    """
+
+    accumulation: int = 1
+    device: str = "cuda"
+    bf16: bool = False
+    master_dtype: torch.dtype | None = None
+    state_dtype: torch.dtype | None = None
+    reduce_dtype: torch.dtype | None = None
+    averages: Mapping[str, EMA | Mean] = field(default_factory=dict)
+    amsgrad: bool = False
+    reproducible: bool = False
+    reshard_after_forward: bool = True
+    reduce_bucket_size: int = 500_000_000
+    param_persistence_threshold: int = 100_000
+    max_live_parameters: int = 1_000_000_000
+    prefetch_bucket_size: int = 50_000_000
+    activations: int = 0
+
+    def __post_init__(self) -> None:
+        check_positive_int("accumulation", self.accumulation)
+        if self.device not in DEVICES:
+            raise ValueError(f"device must be cuda or cpu, got {shown(self.device)}.")
+
+    def state_bytes(self, dtype: torch.dtype) -> int:
+        """Return the bytes of state of one element of a parameter of ``dtype``. Local."""
+        # The optimizer's own shard says which tensors there are, and of which dtypes.
+        shard = Shard(
+            [torch.empty(1, dtype=dtype, device="meta")],
+            groups=[{"amsgrad": self.amsgrad}],
+            process_group=None,
+            max_bucket_numel=None,
+            master_dtype=self.master_dtype,
+            state_dtype=self.state_dtype,
+            averages=dtypes_of(self.averages),
+        )
+        return sum(moment.dtype.itemsize for moment in shard.moments.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Bytes on the rank that needs most.
+
+    Attributes:
+        parameters: And buffers of the model, as they are between updates.
+        gradients: At the end of the last backward pass of an update.
+        state: Moments, masters, averages of the weights and step counts.
+        staging: What the peak has beyond the others: buckets that are sent, gathered layers, whole gradients.
+        activations: As given; they are not computed.
+    """
+
+    parameters: int
+    gradients: int
+    state: int
+    staging: int
+    activations: int = 0
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return sum(getattr(self, part.name) for part in fields(self))
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """An engine on a number of ranks.
+
+    Attributes:
+        sent: Bytes that one rank sends per update.
+        note: What is peculiar here.
+    """
+
+    engine: str
+    ranks: int
+    memory: Memory
+    sent: int
+    note: str = ""
+
+
+class Timeline:
+    """Bytes over the course of an update, of which the largest is kept."""
+
+    def __init__(self, start: int = 0) -> None:
+        self.now = self.peak = start
+
+    def add(self, nbytes: int) -> None:
+        """Allocate."""
+        self.now += nbytes
+        self.peak = max(self.peak, self.now)
+
+    def drop(self, nbytes: int) -> None:
+        """Free."""
+        self.now -= nbytes
+
+
+def sums_in_memory(rounds: int, terms: int, *, home: bool) -> int:
+    """Return how many tensors `TreeSum` needs besides its home for ``rounds`` of ``terms`` micro-batches each.
+
+    On an accelerator, where a block of scratch memory is as large as a sum. Local.
+    """
+    one = torch.zeros(1)
+    sums = TreeSum(1, dtype=torch.float32, device=one.device, home=torch.zeros(1) if home else None)
+    rows: list[Tensor] = [one] * terms
+    for _ in range(rounds):
+        sums.add(terms, [(0, rows)])
+    sums.write([(0, torch.zeros(1))], 1)
+    levels, scratch = sums.num_sums
+    return levels + scratch - home

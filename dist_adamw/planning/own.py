@@ -1,0 +1,138 @@
+"""Engines that leave parameters whole: one process, DDP with sharded state, and torch's DDP with its AdamW.
+
+Numbers of elements come from the layout that the optimizer itself uses. DDP runs with ``gradient_as_bucket_view=True``,
+as `prepare` sets it, so gradients lie in its buckets.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from dist_adamw.optimizer.sharding.gradient_memory import OWN_BLOCK_BYTES
+from dist_adamw.optimizer.transport.base import MAX_IN_FLIGHT
+from dist_adamw.optimizer.transport.layout import FlatLayout
+from dist_adamw.optimizer.transport.slots import SLOTS
+from dist_adamw.planning.memory import Cost, Memory, Setup, sums_in_memory
+from dist_adamw.planning.model import ModelShapes, Parameter
+
+ONE, DDP, TORCH_DDP = "one process", "DDP, sharded state", "DDP + torch's AdamW"
+WHOLE = "micro-batches before the last are added up in gradients beside DDP's buckets"
+_STEP = 4  # bytes of a parameter's step count
+_PACKED = MAX_IN_FLIGHT + 1  # a bucket is packed before the oldest of those in flight is waited for
+
+
+def weight_bytes(model: ModelShapes) -> int:
+    """Return the bytes of whole parameters and buffers."""
+    return sum(param.nbytes for param in model.parameters) + model.buffer_bytes
+
+
+def _gradient_bytes(model: ModelShapes) -> int:
+    return sum(param.nbytes for param in model.trained)
+
+
+def one_process(model: ModelShapes, ranks: int, setup: Setup) -> Cost:
+    """Return what one process needs."""
+    state = staging = 0
+    for dtype, params in model.by_dtype().items():
+        layout = FlatLayout(tuple(param.numel for param in params))
+        state += layout.shard_numel * setup.state_bytes(dtype) + _STEP * len(params)
+        if setup.reproducible:
+            wide = torch.promote_types(dtype, torch.float32).itemsize
+            staging += sums_in_memory(setup.accumulation, 1, home=False) * layout.numel * wide
+            if setup.accumulation > 1:  # the average so far, and the gradient of the pass
+                staging += layout.numel * dtype.itemsize
+    memory = Memory(weight_bytes(model), _gradient_bytes(model), state, staging, setup.activations)
+    return Cost(ONE, 1, memory, 0)
+
+
+def torch_ddp(model: ModelShapes, ranks: int, setup: Setup) -> Cost:
+    """Return what torch's DDP and ``AdamW(fused=True)`` need, for comparison; state has the parameters' dtype."""
+    gradients, count = _gradient_bytes(model), len(model.trained)
+    moments = 3 if setup.amsgrad else 2
+    memory = Memory(
+        weight_bytes(model),
+        gradients,
+        moments * gradients + _STEP * count,
+        _own_gradients(model, setup),
+        setup.activations,
+    )
+    note = WHOLE if setup.accumulation > 1 else ""
+    return Cost(TORCH_DDP, ranks, memory, 2 * gradients * (ranks - 1) // ranks, note)
+
+
+def _own_gradients(model: ModelShapes, setup: Setup) -> int:
+    """Return the bytes of gradients beside DDP's buckets.
+
+    A gradient is copied to its bucket when it has arrived. ``zero_grad`` sets ``grad`` to None, and DDP makes it a view
+    of a bucket only in the pass that it synchronises, so earlier micro-batches are added up in other memory.
+    """
+    arriving = max((param.nbytes for param in model.trained), default=0)
+    return arriving + (_gradient_bytes(model) if setup.accumulation > 1 else 0)
+
+
+def sharded_ddp(model: ModelShapes, ranks: int, setup: Setup) -> Cost:
+    """Return what DistAdamW needs, attached to DDP."""
+    gradients = state = staging = sent = 0
+    for dtype, params in model.by_dtype().items():
+        layout = FlatLayout(
+            tuple(param.numel for param in params),
+            ranks,
+            by_collectives=setup.device == "cuda",
+        )
+        state += layout.shard_numel * setup.state_bytes(dtype) + _STEP * len(params)
+        gradients += layout.shard_numel * dtype.itemsize if setup.reproducible else layout.numel * dtype.itemsize
+        if setup.device == "cuda":
+            staging += _staged_by_collectives(layout, dtype, setup)
+        else:
+            staging += _staged_on_host(layout, params, dtype, setup)
+        rounds = setup.accumulation if setup.reproducible else 1
+        reduced = dtype if setup.reduce_dtype is None else setup.reduce_dtype
+        others = (ranks - 1) * layout.shard_numel
+        sent += others * (rounds * reduced.itemsize + dtype.itemsize)
+    on_device = setup.device == "cuda"
+    if on_device and not setup.reproducible:
+        staging += _own_gradients(model, setup)
+    memory = Memory(weight_bytes(model), gradients, state, staging, setup.activations)
+    return Cost(DDP, ranks, memory, sent, _note(setup) if on_device else "")
+
+
+def _note(setup: Setup) -> str:
+    if setup.reproducible:
+        return "the plain module, attached: with reproducible=True DDP works on CPUs only"
+    return WHOLE if setup.accumulation > 1 else ""
+
+
+def _staged_by_collectives(layout: FlatLayout, dtype: torch.dtype, setup: Setup) -> int:
+    """Return the bytes of buckets: packed gradients, and parameters that are gathered."""
+    bucket = layout.bucket_numel
+    packed, gathered = min(layout.num_buckets, _PACKED), min(layout.num_buckets, MAX_IN_FLIGHT)
+    total = (packed + gathered) * bucket * dtype.itemsize
+    reduced = dtype if setup.reduce_dtype is None else setup.reduce_dtype
+    if reduced != dtype:
+        total += gathered * bucket * reduced.itemsize
+    if setup.reproducible:
+        total += gathered * bucket * reduced.itemsize + _kept_for_sums(layout, dtype, setup)
+    return total
+
+
+def _kept_for_sums(layout: FlatLayout, dtype: torch.dtype, setup: Setup) -> int:
+    """Return the bytes of the rank's own gradients, and of partial sums beyond the averages."""
+    wide = torch.promote_types(dtype, torch.float32)
+    levels = sums_in_memory(setup.accumulation, layout.world_size, home=wide == dtype)
+    return layout.numel * dtype.itemsize + levels * layout.shard_numel * wide.itemsize
+
+
+def _staged_on_host(layout: FlatLayout, params: list[Parameter], dtype: torch.dtype, setup: Setup) -> int:
+    """Return the bytes of the slots that ranks share, and of gradients that backward has allocated and not yet freed.
+
+    Slots of the other ranks are counted as far as this rank reads them. Gradients that `GradientMemory` leaves where
+    they are do not exist twice.
+    """
+    slice_numel = layout.bucket_numel // layout.world_size
+    slots = 2 * SLOTS * (layout.world_size - 1) * slice_numel
+    moved = [param.numel for param in params if param.nbytes < OWN_BLOCK_BYTES]
+    arriving = min(sum(moved), MAX_IN_FLIGHT * layout.bucket_numel + max(moved, default=0))
+    total = (slots + arriving) * dtype.itemsize
+    if setup.reproducible:
+        total += _kept_for_sums(layout, dtype, setup)
+    return total
