@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from dist_adamw.schedule.preview import Preview
     from dist_adamw.schedule.restarts import ExpReduceMaxLROnIteration, ReduceMaxLROnRestart, RestartSchedule
     from dist_adamw.schedule.scheduler import CyclicLRWithRestarts
+    from dist_adamw.tracking.csv_file import csv_tracker
+    from dist_adamw.tracking.tracking import Tracking
 
 # Nothing is imported before it is used: torch.distributed.checkpoint alone takes most of a second.
 _MODULE_OF = {
@@ -46,7 +48,9 @@ _MODULE_OF = {
     "ReduceMaxLROnRestart": "schedule.restarts",
     "RestartSchedule": "schedule.restarts",
     "RunLog": "run_log.run_log",
+    "Tracking": "tracking.tracking",
     "check_replicas": "optimizer.replicas",
+    "csv_tracker": "tracking.csv_file",
     "export_checkpoint": "checkpoint.formats.exporting",
     "import_checkpoint": "checkpoint.formats.importing",
     "load": "checkpoint.save_load",
@@ -59,7 +63,7 @@ _MODULE_OF = {
     "rest_of_epoch": "integrations.accelerate.position",
     "save": "checkpoint.save_load",
 }
-_PACKAGES = ("checkpoint", "integrations", "optimizer", "range_test", "ranks", "run_log", "schedule")
+_PACKAGES = ("checkpoint", "integrations", "optimizer", "range_test", "ranks", "run_log", "schedule", "tracking")
 _MOVED = ("batch", "hooks", "policies", "scheduler", "storage")  # modules of 0.1.0, which forward
 
 __all__ = [
@@ -78,8 +82,10 @@ __all__ = [
     "ReduceMaxLROnRestart",
     "RestartSchedule",
     "RunLog",
+    "Tracking",
     "__version__",
     "check_replicas",
+    "csv_tracker",
     "export_checkpoint",
     "import_checkpoint",
     "load",

@@ -33,7 +33,7 @@ class Outcome:
     """The last update's outcome, which the device may know before the host, and the number of applied updates.
 
     Attributes:
-        norm: The global gradient norm before clipping, 0-d fp32; None if it was not measured.
+        norm: The global gradient norm before clipping, 0-d fp32, also if the loop clipped; None if it was not measured.
         found_inf: 1 if gradients were inf or nan, else 0; 0-d fp32 on the device. None once the host knows.
     """
 
@@ -99,6 +99,10 @@ class Outcome:
         if found_inf is not None:
             is_infinite = torch.maximum(is_infinite, found_inf.to(is_infinite.device, non_blocking=True))
         self.skip_if(is_infinite)
+
+    def note_clipped(self, norm: Tensor) -> None:
+        """Record the norm by which the loop has clipped the next update's gradients."""
+        self.norm = norm.detach().to(torch.float32)
 
     def skip_if(self, found_inf: Tensor) -> None:
         """Record that the update is applied only if ``found_inf``, 0-d fp32, is 0; the host does not wait for it."""

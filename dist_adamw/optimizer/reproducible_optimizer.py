@@ -66,7 +66,11 @@ class ReproducibleOptimizer(AveragedOptimizer):
 
     @property
     def grad_norm(self) -> Tensor | None:
-        """The global gradient norm of the last update before clipping, 0-d; None without ``max_grad_norm``."""
+        """The global gradient norm of the last update before clipping, 0-d; None if it was not measured. Local.
+
+        ``max_grad_norm`` measures it, and so do `clip_grad_norm_` and, after ``prepare``, the accelerator's method of
+        that name, if they clip the parameters of all groups together.
+        """
         return self._outcome.norm
 
     @property

@@ -14,6 +14,7 @@ from tests.house import PACKAGE, Module, find_cycle, import_pairs, measure, read
 # Lowest first: a package may import itself and those above it in this list.
 ORDER = [
     "errors",
+    "logs",
     "plain_data",
     "_version",
     "_moved",
@@ -26,6 +27,7 @@ ORDER = [
     "optimizer.gradients",
     "optimizer",
     "run_log",
+    "tracking",
     "checkpoint.storage",
     "checkpoint",
     "checkpoint.formats",
