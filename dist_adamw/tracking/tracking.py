@@ -26,7 +26,7 @@ _BEGUN: weakref.WeakSet[Any] = weakref.WeakSet()  # files and writers that this 
 class Tracking:
     """Log lr, weight decay, position in the schedule, gradient norm, skipped updates, speed and memory.
 
-    Call `log` after ``scheduler.step()``, in the accumulation loop or once per update: it logs once for each applied
+    Call `log` after ``scheduler.step()``, for each micro-batch or once per update: it logs once for each applied
     update, through ``accelerator.log``, on the main rank. `values` returns the same values, for any other log::
 
         tracking = dist_adamw.Tracking(optimizer, scheduler, accelerator)  # after prepare
@@ -99,11 +99,9 @@ class Tracking:
         updates, accelerator = self._updates, self._accelerator
         if accelerator is None:
             raise ValueError("Tracking has no accelerator to log with. Pass it one, or log what `values` returns.")
-        updates.note_left_out()
-        if not updates.is_new:
+        if not self._end_update():
             return
         self._check_order()
-        updates.is_new = False
         if not self._is_due():
             return
         further = {} if values is None else dict(values)
@@ -121,6 +119,12 @@ class Tracking:
         self._logged = step
         _begin(accelerator.trackers, step if since is None else min(step, since + 1))
         accelerator.log(found | {name: _as_number(value) for name, value in further.items()}, step=step)
+
+    def _end_update(self) -> bool:
+        """Return whether there was an update since the last call; called once per update. Local."""
+        self._updates.note_left_out()
+        is_new, self._updates.is_new = self._updates.is_new, False
+        return is_new
 
     def values(self) -> dict[str, float]:
         """Return the values of the last update, by name. Local; waits for the device if they are on one.
@@ -175,7 +179,7 @@ class Tracking:
         return cycle if since is not None and cycle > clock.schedule.at(since).cycle.index else None
 
     def _is_due(self) -> bool:
-        """Return whether the last update passes a multiple of `every`, or begins a cycle. Local; on all ranks alike."""
+        """Return whether the last update passes a multiple of `every`, or begins a cycle. Local."""
         clock, before = self._clock, self._updates.before
         if clock is None or before is None or self._every == 1:
             return True
