@@ -77,8 +77,7 @@ class Tracking:
         _check(optimizer, clock, accelerator, every, axis, has_samples=self._clock is not None)
         self._accelerator = accelerator
         self._every, self._axis = every, axis if self._clock is not None else "updates"
-        self._engine = getattr(getattr(accelerator, "deepspeed_engine_wrapped", None), "engine", None)
-        self._updates = WatchedUpdates(optimizer, self._clock, self._engine)
+        self._updates = WatchedUpdates(optimizer, self._clock, accelerator)
         self._last: tuple[tuple[int, ...], dict[str, float]] = ((), {})  # what the last values belong to, and they
         self._logged: int | None = None  # the last step
         self._rate: float | None = None
@@ -193,8 +192,9 @@ class Tracking:
             )
 
     def _grad_norm(self) -> float | None:
-        if self._engine is not None:
-            norm = self._engine.get_global_grad_norm()
+        engine = self._updates.engine
+        if engine is not None:
+            norm = engine.get_global_grad_norm()
         else:
             norm = getattr(self._updates.optimizer, "grad_norm", None)
         return None if norm is None else float(norm)
@@ -282,7 +282,7 @@ def peak_memory(device: torch.device) -> int:
     """Return the most bytes that tensors have taken on ``device``; on a CPU, the most that this process has. Local."""
     if device.type in ("cuda", "xpu"):
         return int(getattr(torch, device.type).max_memory_allocated(device))
-    import resource  # not on Windows, as the rest of this project
+    import resource  # POSIX
 
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else most * 1024
@@ -291,14 +291,20 @@ def peak_memory(device: torch.device) -> int:
 def _begin(trackers: Sequence[Any], step: int) -> None:
     """Hide or drop what a killed job logged from ``step`` on, once for each tracker. Local."""
     for tracker in trackers:
-        name, inner = getattr(tracker, "name", None), tracker.tracker
-        if name not in ("csv", "tensorboard") or inner in _BEGUN:
+        name = getattr(tracker, "name", None)
+        if name not in ("csv", "tensorboard") or tracker.tracker in _BEGUN:
             continue
-        _BEGUN.add(inner)
-        if name == "csv" and isinstance(inner, CsvFile):
-            inner.drop_from(step)
-        elif (add := getattr(getattr(inner, "file_writer", None), "add_event", None)) is not None:
-            from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        _BEGUN.add(tracker.tracker)
+        if isinstance(tracker.tracker, CsvFile):
+            tracker.tracker.drop_from(step)
+        elif name == "tensorboard":
+            _hide_later_events(tracker.tracker, step)
 
-            # As SummaryWriter(purge_step=step) does, which has to be known before a checkpoint is loaded.
-            add(Event(step=step, session_log=SessionLog(status=SessionLog.START)))
+
+def _hide_later_events(writer: Any, step: int) -> None:
+    """Do what ``SummaryWriter(purge_step=step)`` does, which would have to be known before a resume. Local."""
+    try:
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+    except ModuleNotFoundError:  # the writer is tensorboardX's
+        return
+    writer.file_writer.add_event(Event(step=step, session_log=SessionLog(status=SessionLog.START)))

@@ -21,7 +21,7 @@ class WatchedUpdates:
     Args:
         optimizer: With or without its wrapper.
         clock: Counts its samples; None: another scheduler, which does not.
-        engine: DeepSpeed's engine, if it makes the updates; else None.
+        accelerator: Has DeepSpeed's engine, if that makes the updates; or None.
 
     Attributes:
         optimizer: Without its wrapper.
@@ -32,21 +32,26 @@ class WatchedUpdates:
         seconds: Time of the end of the last update; None before the first one.
     """
 
-    def __init__(self, optimizer: Optimizer, clock: SampleScheduler | None, engine: Any) -> None:
+    def __init__(self, optimizer: Optimizer, clock: SampleScheduler | None, accelerator: Any) -> None:
         self.optimizer = unwrap(optimizer)
         self.before: int | None = None
         self.since: int | None = None
         self.is_new = False
         self.seconds: float | None = None
         self._wrapped: Any = optimizer
-        self._clock, self._engine = clock, engine
+        self._clock, self._accelerator = clock, accelerator
         self._used: dict[int, tuple[float | Tensor, float]] = {}  # lr and weight decay, by id of the group
         self.calls = 0
         self._skipped = 0
         self._may_be_skipped = False
-        self._skipped_before = 0 if engine is None else engine.skipped_steps
+        self._skipped_before = 0 if self.engine is None else int(self.engine.skipped_steps)
         self.optimizer.register_step_pre_hook(_weak_hook(self._before_step))
         self.optimizer.register_step_post_hook(_weak_hook(self._after_step))
+
+    @property
+    def engine(self) -> Any:
+        """DeepSpeed's engine, which Accelerate has after ``prepare``; None under other engines. Local."""
+        return getattr(getattr(self._accelerator, "deepspeed_engine_wrapped", None), "engine", None)
 
     def _before_step(self) -> None:
         self._note_skipped()
@@ -76,14 +81,14 @@ class WatchedUpdates:
     def note_left_out(self) -> None:
         """Count an update for which Accelerate's GradScaler has not called ``step``. Call it once for each update."""
         state = getattr(self._wrapped, "gradient_state", None)
-        if self.is_new or self._engine is not None or state is None or not state.sync_gradients:
+        if self.is_new or self.engine is not None or state is None or not state.sync_gradients:
             return
         self._skipped += bool(self._wrapped.scaler is not None and self._wrapped.step_was_skipped)
 
     def skipped(self) -> int:
         """Return how many updates were skipped so far. Waits for the device if the host does not know yet."""
-        if self._engine is not None:
-            return max(0, int(self._engine.skipped_steps) - self._skipped_before)
+        if (engine := self.engine) is not None:
+            return max(0, int(engine.skipped_steps) - self._skipped_before)
         self._note_skipped()
         return self._skipped
 
