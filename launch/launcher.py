@@ -9,6 +9,7 @@ from __future__ import annotations
 import runpy
 import shutil
 import sys
+from pathlib import Path
 
 from mistakes import sentence_last
 
@@ -20,6 +21,7 @@ def main() -> None:
     if program is None:
         sys.exit(f"launcher.py: there is no {name} on the PATH. Activate the environment it is installed in.")
     sys.argv = [program, *sys.argv[2:]]
+    sys.path[0] = str(Path(program).parent)  # as Python would: this folder's modules are not the launcher's
     with sentence_last():
         runpy.run_path(program, run_name="__main__")
 

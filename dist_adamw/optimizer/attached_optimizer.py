@@ -270,13 +270,6 @@ class AttachedOptimizer(ReproducibleOptimizer):
         self._note_clipped(norm, norm_type, params)
         return norm
 
-    def _note_clipped(self, norm: Tensor, norm_type: float, params: Iterable[Tensor]) -> None:
-        """Remember the norm for `grad_norm`, if it is that of all gradients. Collective under FSDP2."""
-        whole = norm.full_tensor() if is_dtensor(norm) else norm
-        clipped = set(map(id, params))
-        if norm_type == 2 and all(id(param) in clipped for param in self._all_params() if param.grad is not None):
-            self._outcome.note_clipped(whole)
-
     def _clip_grad_norm(self, params: list[Tensor], max_norm: float, norm_type: float) -> Tensor:
         """Clip the gradients of ``params``; return their norm. Collective."""
         gather_from_owners(self._path, params)

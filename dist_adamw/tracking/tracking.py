@@ -256,11 +256,12 @@ def _of_groups(updates: WatchedUpdates) -> dict[str, float]:
     lr = [one[0] for one in used]
     decay = [one[1] for one in used]
     names = _names(groups)
-    # By the base values: during a warm-up from 0 all are equal, and names must not change.
+    # By the base values: during a warm-up from 0 all are equal, and names must not change. A normalised decay is of the
+    # form lambda / lr, so it differs if the base lr does.
     bases = {(float(group.get("initial_lr", group["lr"])), group.get("lr_scale", 1.0)) for group in groups}
     decaying = [i for i, one in enumerate(decay) if one]
     found = {"lr": lr[0]} if len(bases) == 1 else {f"lr/{name}": one for name, one in zip(names, lr, strict=True)}
-    if len({decay[i] for i in decaying}) <= 1:
+    if not decaying or (len(bases) == 1 and len({decay[i] for i in decaying}) == 1):
         found["weight_decay"] = decay[decaying[0]] if decaying else 0.0
     else:
         found |= {f"weight_decay/{names[i]}": decay[i] for i in decaying}

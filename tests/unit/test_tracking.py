@@ -72,7 +72,7 @@ class Run:
         norm = torch.cat([param.grad.flatten() for param in self.model.parameters()]).norm()
         self.truth.append(
             {
-                "loss": float(loss),
+                "loss": loss.item(),
                 "lr": group["lr"],
                 "weight_decay": group["weight_decay"],
                 "cycle": point.cycle.index,
@@ -219,9 +219,12 @@ def step(optimizer: torch.optim.Optimizer, scheduler: Any = None) -> None:
     [
         ({"weight_decay": (0.1, 0.0)}, {"lr", "weight_decay"}),
         ({"weight_decay": (0.1, 0.2)}, {"lr", "weight_decay/0", "weight_decay/1"}),
-        ({"lr": (0.1, 0.2), "name": ("head", "body")}, {"lr/head", "lr/body", "weight_decay"}),
-        ({"lr": (0.1, 0.2), "name": ("one", "one")}, {"lr/0", "lr/1", "weight_decay"}),
-        ({"lr_scale": (1.0, 0.5)}, {"lr/0", "lr/1", "weight_decay"}),
+        (
+            {"lr": (0.1, 0.2), "name": ("head", "body")},
+            {"lr/head", "lr/body", "weight_decay/head", "weight_decay/body"},
+        ),
+        ({"lr": (0.1, 0.2), "name": ("one", "one")}, {"lr/0", "lr/1", "weight_decay/0", "weight_decay/1"}),
+        ({"lr_scale": (1.0, 0.5)}, {"lr/0", "lr/1", "weight_decay/0", "weight_decay/1"}),
     ],
 )
 def test_groups_that_differ_have_a_value_each(groups: dict[str, Any], expected: set[str]) -> None:
