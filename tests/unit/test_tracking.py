@@ -69,7 +69,7 @@ class Run:
 
     def _note(self, loss: torch.Tensor) -> None:
         group, point = self.inner.param_groups[0], self.scheduler.schedule.at(self.scheduler.samples)
-        norm = torch.cat([param.grad.flatten() for param in self.model.parameters()]).norm()
+        norm = nn.utils.get_total_norm([param.grad for param in self.model.parameters() if param.grad is not None])
         self.truth.append(
             {
                 "loss": loss.item(),
@@ -176,7 +176,9 @@ def test_a_skipped_update_is_counted_and_has_no_row(tmp_path: Path) -> None:
 
     def spoil(*_: Any) -> None:
         if len(run.truth) == 3:
-            next(run.model.parameters()).grad[0, 0] = math.inf
+            grad = next(run.model.parameters()).grad
+            assert grad is not None
+            grad[0, 0] = math.inf
 
     run.inner.register_step_pre_hook(spoil)
     run.train()
@@ -268,7 +270,7 @@ def test_other_schedulers_and_optimizers() -> None:
 
 def test_the_norm_by_which_the_loop_clips(tmp_path: Path) -> None:
     accelerator = Accelerator()
-    model = model_of_two_layers()
+    model: nn.Module = model_of_two_layers()
     adamw = DistAdamW(model.parameters(), 1e-2)
     scheduler = CyclicLRWithRestarts(adamw, restart_period=1)
     loader = torch.utils.data.DataLoader(data(8), 8)
