@@ -20,7 +20,7 @@ import dist_adamw
 from tests.conftest import ROOT
 
 TINY = ["--config", str(ROOT / "configs/train/tiny.yaml")]
-TIMEOUT = 900
+TIMEOUT = 100
 History = list[dict[str, str]]
 
 
