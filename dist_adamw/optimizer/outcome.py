@@ -39,6 +39,7 @@ class Outcome:
 
     def __init__(self) -> None:
         self.norm: Tensor | None = None
+        self._clipped: Tensor | None = None  # the next update's norm, if the loop has clipped
         self.found_inf: Tensor | None = None
         self._copy: HostCopy | None = None  # of ``found_inf``
         self._elsewhere: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
@@ -84,6 +85,7 @@ class Outcome:
         """Begin an update, which counts as skipped until there is something to apply."""
         self.resolve()
         self._was_skipped = True
+        self.norm, self._clipped = self._clipped, None
         self._elsewhere.clear()
 
     def count(self, updates: int) -> None:
@@ -102,7 +104,7 @@ class Outcome:
 
     def note_clipped(self, norm: Tensor) -> None:
         """Record the norm by which the loop has clipped the next update's gradients."""
-        self.norm = norm.detach().to(torch.float32)
+        self._clipped = norm.detach().to(torch.float32)
 
     def skip_if(self, found_inf: Tensor) -> None:
         """Record that the update is applied only if ``found_inf``, 0-d fp32, is 0; the host does not wait for it."""

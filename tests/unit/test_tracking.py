@@ -284,6 +284,8 @@ def test_the_norm_by_which_the_loop_clips(tmp_path: Path) -> None:
         optimizer.step()
         scheduler.step()
     assert tracking.values()["grad_norm"] == float(norm) > 1e-3
+    adamw.step()  # which nothing has measured
+    assert adamw.grad_norm is None
 
 
 def test_mistakes(tmp_path: Path) -> None:
