@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import gc
 import math
-import os
 import subprocess
 import sys
 import weakref
@@ -378,35 +377,42 @@ def test_another_file_is_not_overwritten(tmp_path: Path, text: str | bytes) -> N
 
 # -------------------------------------------------------------------- messages
 
-_PROGRAM = """
-import logging, torch, dist_adamw
-{configure}
+
+def stderr_of(program: str) -> str:
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert not done.stdout
+    return done.stderr
+
+
+@pytest.mark.parametrize(
+    ("configure", "expected"),
+    [
+        ("", "a line\n"),
+        ("logging.basicConfig()", "INFO:dist_adamw.schedule.name:a line\n"),
+        ("logging.basicConfig(level='INFO', format='%(funcName)s %(message)s')", "function a line\n"),
+        ("logging.basicConfig(format='%(funcName)s %(message)s')", "function a line\n"),
+        ("logging.getLogger('dist_adamw').setLevel('INFO')", "a line\n"),
+        ("logging.getLogger('dist_adamw').setLevel('WARNING')", ""),
+        ("logging.basicConfig(); logging.getLogger('dist_adamw').setLevel('WARNING')", ""),
+        ("logging.basicConfig(); logging.getLogger().handlers[0].setLevel('WARNING')", ""),
+        ("logging.disable(logging.INFO)", ""),
+    ],
+)
+def test_what_the_user_asked_for_is_seen_unless_it_is_turned_off(configure: str, expected: str) -> None:
+    program = f"import logging\nfrom dist_adamw.logs import report\n{configure}\n"
+    program += "def function(): report('dist_adamw.schedule.name', 'a line')\nfunction()"
+    assert stderr_of(program) == expected
+
+
+def test_verbose_lines_are_seen_where_nothing_is_configured() -> None:
+    program = """
+import torch, dist_adamw
 optimizer = dist_adamw.DistAdamW([torch.nn.Parameter(torch.ones(3))])
 scheduler = dist_adamw.CyclicLRWithRestarts(optimizer, 10, 10, restart_period=1, verbose=True)
 optimizer.param_groups[0]["params"][0].grad = torch.ones(3)
 optimizer.step()
 scheduler.step()
 """
-
-
-@pytest.mark.parametrize(
-    ("configure", "prefix"),
-    [
-        ("", ""),
-        ("logging.basicConfig()", "INFO:dist_adamw.schedule.sample_scheduler:"),
-        ("logging.basicConfig(level='INFO')", "INFO:dist_adamw.schedule.sample_scheduler:"),
-        ("logging.getLogger('dist_adamw').setLevel('INFO')", ""),
-        ("logging.getLogger('dist_adamw').setLevel('WARNING')", None),
-        ("logging.basicConfig(); logging.getLogger('dist_adamw').setLevel('WARNING')", None),
-        ("logging.disable(logging.INFO)", None),
-    ],
-)
-def test_verbose_lines_are_seen_unless_they_are_turned_off(configure: str, prefix: str | None) -> None:
-    program = [sys.executable, "-c", _PROGRAM.format(configure=configure)]
-    done = subprocess.run(program, capture_output=True, text=True, check=True, cwd=ROOT, env={**os.environ})
-    assert not done.stdout
-    if prefix is None:
-        assert not done.stderr
-    else:
-        assert done.stderr.startswith(f"{prefix}warm restart 1 at sample 10 ")
-        assert done.stderr.count("\n") == 1
+    text = stderr_of(program)
+    assert text.startswith("warm restart 1 at sample 10 ")
+    assert text.count("\n") == 1
