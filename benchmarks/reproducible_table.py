@@ -128,10 +128,10 @@ class RecordedJob(train.Job):
         self._seen.append(windows.clone())
         super()._micro_batch(windows)
 
-    def _after_update(self, lr: float, decay: float) -> None:
+    def _after_update(self) -> None:
         digest = train.digest_of(self.model)  # before a checkpoint is written
         _append(self._digests, self.progress.updates + 1, digest)
-        super()._after_update(lr, decay)
+        super()._after_update()
 
     def finish(self) -> None:
         """Write the micro-batches, and draw nothing."""

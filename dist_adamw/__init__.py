@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from dist_adamw.schedule.preview import Preview
     from dist_adamw.schedule.restarts import ExpReduceMaxLROnIteration, ReduceMaxLROnRestart, RestartSchedule
     from dist_adamw.schedule.scheduler import CyclicLRWithRestarts
+    from dist_adamw.tracking.csv_file import csv_tracker
+    from dist_adamw.tracking.tracking import Tracking
 
 # Nothing is imported before it is used: torch.distributed.checkpoint alone takes most of a second.
 _MODULE_OF = {
@@ -47,8 +49,10 @@ _MODULE_OF = {
     "ReduceMaxLROnRestart": "schedule.restarts",
     "RestartSchedule": "schedule.restarts",
     "RunLog": "run_log.run_log",
+    "Tracking": "tracking.tracking",
     "TrainingRecipe": "recipes.recipe",
     "check_replicas": "optimizer.replicas",
+    "csv_tracker": "tracking.csv_file",
     "export_checkpoint": "checkpoint.formats.exporting",
     "from_recipe": "recipes.recipe",
     "import_checkpoint": "checkpoint.formats.importing",
@@ -74,6 +78,7 @@ _PACKAGES = (
     "recipes",
     "run_log",
     "schedule",
+    "tracking",
 )
 _MOVED = ("batch", "hooks", "policies", "scheduler", "storage")  # modules of 0.1.0, which forward
 
@@ -93,9 +98,11 @@ __all__ = [
     "ReduceMaxLROnRestart",
     "RestartSchedule",
     "RunLog",
+    "Tracking",
     "TrainingRecipe",
     "__version__",
     "check_replicas",
+    "csv_tracker",
     "export_checkpoint",
     "from_recipe",
     "import_checkpoint",

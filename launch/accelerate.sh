@@ -35,7 +35,7 @@ if [[ -n ${MAX_RESTARTS:-} ]]; then
     [[ -n ${MAIN_IP:-} ]] || export PET_RDZV_ENDPOINT=localhost:0
 fi
 
-exec accelerate launch --config_file "$CONFIG" "${again[@]}" \
+exec "$root/launch/launcher.py" accelerate launch --config_file "$CONFIG" "${again[@]}" \
     ${NPROC:+--num_processes "$NPROC"} \
     ${MACHINE_RANK:+--machine_rank "$MACHINE_RANK"} \
     ${MAIN_IP:+--main_process_ip "$MAIN_IP"} \

@@ -22,4 +22,4 @@ if [[ -n ${HOSTFILE:-} ]]; then
 else
     where=(--num_accelerators "${NPROC:-$((gpus))}")
 fi
-exec deepspeed "${where[@]}" --no_local_rank "$root/launch/train.py" "$@"
+exec "$root/launch/launcher.py" deepspeed "${where[@]}" --no_local_rank "$root/launch/train.py" "$@"

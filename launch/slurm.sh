@@ -20,7 +20,7 @@ if [[ -n ${ZERO:-} ]]; then
     export ACCELERATE_USE_DEEPSPEED=true ACCELERATE_DEEPSPEED_CONFIG_FILE=$root/configs/deepspeed/$ZERO.json
 fi
 
-exec srun --kill-on-bad-exit=1 torchrun \
+exec srun --kill-on-bad-exit=1 "$root/launch/launcher.py" torchrun \
     --nnodes "${NODES:-$SLURM_JOB_NUM_NODES}" \
     --nproc-per-node "${SLURM_GPUS_ON_NODE:-gpu}" \
     --max-restarts "${MAX_RESTARTS:-3}" \

@@ -28,4 +28,5 @@ if [[ ${NNODES:-1} != 1 ]]; then
 else
     where=(--standalone)
 fi
-exec "${TORCHRUN:-torchrun}" "${where[@]}" --nproc-per-node "${NPROC:-$((gpus))}" "$root/launch/train.py" "$@"
+if [[ -z ${TORCHRUN:-} ]]; then torchrun=("$root/launch/launcher.py" torchrun); else torchrun=("$TORCHRUN"); fi
+exec "${torchrun[@]}" "${where[@]}" --nproc-per-node "${NPROC:-$((gpus))}" "$root/launch/train.py" "$@"

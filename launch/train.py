@@ -29,6 +29,7 @@ from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataPara
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import InitProcessGroupKwargs, gather_object, set_seed
 from gpt import GPT, byte_losses, next_byte_losses
+from mistakes import STATUS, report
 from options import AUTO, Config, parse
 from report import History, Row, draw, loss_table, megabytes, memory_table
 from run import Checkpoints, JobError, Progress, Snapshots, StopSignals, everywhere, on_main
@@ -103,6 +104,7 @@ class Job:
             self.progress.text = self.text.digest
             self.history = everywhere(self._open_history)
             self._start_tracking()
+            self.tracking = dist_adamw.Tracking(self.optimizer, self.scheduler, self.accelerator)
         except BaseException:
             self._close()
             raise
@@ -207,10 +209,7 @@ class Job:
         options = {
             k: str(v) if isinstance(v, list | dict) else v for k, v in self.config.shaping().items() if v is not None
         }
-        # Makes TensorBoard hide what a killed job logged after its last checkpoint.
-        again = resumed or self.config.resume == AUTO
-        purge = {"tensorboard": {"purge_step": self.progress.samples + 1}} if again else {}
-        self.accelerator.init_trackers("dist_adamw", None if resumed else options, purge)
+        self.accelerator.init_trackers("dist_adamw", None if resumed else options)
 
     @property
     def done(self) -> bool:
@@ -264,8 +263,6 @@ class Job:
 
     def _micro_batch(self, windows: Tensor) -> None:
         with self.accelerator.accumulate(self.model):
-            # Read before backward: DeepSpeed updates and steps the scheduler inside it.
-            lr, decay = float(self.scheduler.get_last_lr()[0]), self.scheduler.get_last_weight_decay()[0]
             loss = next_byte_losses(self.model, windows).mean()
             self.accelerator.backward(loss)
             self.optimizer.step()
@@ -274,9 +271,9 @@ class Job:
         self.loss_sum += loss.detach()
         self.micro_batches += 1
         if self.accelerator.sync_gradients:
-            self._after_update(lr, decay)
+            self._after_update()
 
-    def _after_update(self, lr: float, decay: float) -> None:
+    def _after_update(self) -> None:
         loss = self._agree()
         progress, before = self.progress, self.progress.samples
         if self.scheduler.samples == before:
@@ -291,7 +288,7 @@ class Job:
 
         val_loss = self.validate() if due(run.validate_every) else None
         if progress.samples > before:
-            self._record(loss, lr, decay, val_loss)
+            self._record(loss, val_loss)
         if restarted and self.snapshots is not None:
             self.snapshots.save(progress.samples, self.model)
         if due(run.save_every) or self.stopped_by is not None:
@@ -315,16 +312,16 @@ class Job:
             )
         return loss
 
-    def _record(self, loss: float, lr: float, decay: float, val_loss: float | None) -> None:
+    def _record(self, loss: float, val_loss: float | None) -> None:
         progress = self.progress
         if progress.updates == 1:
             self.say(f"optimizer state measured on the main rank: {megabytes(self._inner.state_bytes)}")
         if self.history is None:
             return
-        row = Row(progress.samples, loss, lr, decay, val_loss, time.perf_counter() - self.began)
-        self.history.append(row)
-        values = {"loss": loss, "lr": lr, "weight_decay": decay, "val_loss": val_loss}
-        self.accelerator.log({k: v for k, v in values.items() if v is not None}, step=progress.samples)
+        values = self.tracking.values()
+        lr, decay = values["lr"], values["weight_decay"]
+        self.history.append(Row(progress.samples, loss, lr, decay, val_loss, time.perf_counter() - self.began))
+        self.tracking.log({"loss": loss} if val_loss is None else {"loss": loss, "val_loss": val_loss})
         self.bar.set_postfix_str(f"loss {loss:.3f}, lr {lr:.2e}, weight decay {decay:.2e}", refresh=False)
         self.bar.update(progress.samples * self.config.model.context - self.bar.n)
 
@@ -419,7 +416,7 @@ def run(config: Config) -> int:
     """
     try:
         job = Job(config)
-    except ValueError as error:  # up to here, every rank raises the same errors
+    except (ValueError, dist_adamw.AgreementError) as error:  # up to here, every rank raises the same errors
         raise JobError(str(error)) from error
     job.announce()
     job.train()
@@ -430,17 +427,18 @@ def run(config: Config) -> int:
 
 
 def main() -> int:
-    """Run the command line; the main rank prints a user's mistake as one sentence."""
+    """Run the command line; a user's mistake is printed as one sentence."""
     try:
         try:
             config = parse()
         except ValueError as error:
             raise JobError(str(error)) from error
         return run(config)
-    except (JobError, dist_adamw.AgreementError, dist_adamw.CheckpointError) as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"train.py: {error}", file=sys.stderr, flush=True)
-        return 2
+    except JobError as error:
+        report(f"train.py: {error}")
+    except (dist_adamw.AgreementError, dist_adamw.CheckpointError) as error:
+        report(f"train.py: {error}", may_restart=True)  # from the last checkpoint: a disk or a rank may have failed
+    return STATUS
 
 
 if __name__ == "__main__":

@@ -265,14 +265,19 @@ class AttachedOptimizer(ReproducibleOptimizer):
         Returns:
             The norm before clipping, 0-d.
         """
-        ours = self._all_params()
-        params = list(ours if parameters is None else parameters)
+        params = list(self._all_params() if parameters is None else parameters)
+        norm = self._clip_grad_norm(params, max_norm, norm_type)
+        self._note_clipped(norm, norm_type, params)
+        return norm
+
+    def _clip_grad_norm(self, params: list[Tensor], max_norm: float, norm_type: float) -> Tensor:
+        """Clip the gradients of ``params``; return their norm. Collective."""
         gather_from_owners(self._path, params)
         if self.reproducible and norm_type not in (2.0, math.inf):
             raise ValueError(f"with reproducible=True norm_type must be 2 or inf, got {norm_type!r}.")
         if self._path is None or self._path.is_whole:
             return self._clip_whole(params, max_norm, norm_type)
-        known = {id(param) for param in ours}
+        known = {id(param) for param in self._all_params()}
         others = [p.grad for p in params if id(p) not in known and p.grad is not None]  # whole on every rank
         self._collect_gradients()
         self._settle()

@@ -33,12 +33,13 @@ class Outcome:
     """The last update's outcome, which the device may know before the host, and the number of applied updates.
 
     Attributes:
-        norm: The global gradient norm before clipping, 0-d fp32; None if it was not measured.
+        norm: The global gradient norm before clipping, 0-d fp32, also if the loop clipped; None if it was not measured.
         found_inf: 1 if gradients were inf or nan, else 0; 0-d fp32 on the device. None once the host knows.
     """
 
     def __init__(self) -> None:
         self.norm: Tensor | None = None
+        self._clipped: Tensor | None = None  # the next update's norm, if the loop has clipped
         self.found_inf: Tensor | None = None
         self._copy: HostCopy | None = None  # of ``found_inf``
         self._elsewhere: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
@@ -84,6 +85,7 @@ class Outcome:
         """Begin an update, which counts as skipped until there is something to apply."""
         self.resolve()
         self._was_skipped = True
+        self.norm, self._clipped = self._clipped, None
         self._elsewhere.clear()
 
     def count(self, updates: int) -> None:
@@ -99,6 +101,10 @@ class Outcome:
         if found_inf is not None:
             is_infinite = torch.maximum(is_infinite, found_inf.to(is_infinite.device, non_blocking=True))
         self.skip_if(is_infinite)
+
+    def note_clipped(self, norm: Tensor) -> None:
+        """Record the norm by which the loop has clipped the next update's gradients."""
+        self._clipped = norm.detach().to(torch.float32)
 
     def skip_if(self, found_inf: Tensor) -> None:
         """Record that the update is applied only if ``found_inf``, 0-d fp32, is 0; the host does not wait for it."""

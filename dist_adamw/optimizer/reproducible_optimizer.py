@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -66,7 +66,11 @@ class ReproducibleOptimizer(AveragedOptimizer):
 
     @property
     def grad_norm(self) -> Tensor | None:
-        """The global gradient norm of the last update before clipping, 0-d; None without ``max_grad_norm``."""
+        """The global gradient norm of the last update before clipping, 0-d; None if it was not measured. Local.
+
+        ``max_grad_norm`` measures it, and so do `clip_grad_norm_` and, after ``prepare``, the accelerator's method of
+        that name, if they clip the parameters of all groups together.
+        """
         return self._outcome.norm
 
     @property
@@ -194,6 +198,13 @@ class ReproducibleOptimizer(AveragedOptimizer):
         """Count forward passes from 0 again, since a loader hands out a batch. Local."""
         if self._random is not None:
             self._random.start_again()
+
+    def _note_clipped(self, norm: Tensor, norm_type: float, params: Iterable[Tensor]) -> None:
+        """Remember the norm for `grad_norm`, if it is that of all gradients. Collective under FSDP2."""
+        whole = norm.full_tensor() if is_dtensor(norm) else norm
+        clipped = set(map(id, params))
+        if norm_type == 2 and all(id(param) in clipped for param in self._all_params() if param.grad is not None):
+            self._outcome.note_clipped(whole)
 
     def _clip_whole(self, params: list[Tensor], max_norm: float, norm_type: float) -> Tensor:
         """Clip gradients that are whole on every rank. Local."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from dist_adamw.logs import report
 from dist_adamw.ranks import collectives
 from dist_adamw.schedule.averaging import check_averages_of, pass_clock
 from dist_adamw.schedule.batch import GlobalBatch, check_positive_int, check_whole
@@ -151,10 +152,10 @@ class SampleScheduler(LRScheduler):
         if not self._verbose or collectives.rank() != 0:
             return
         if self.batch_size != batch_before:
-            print(f"global batch {self.batch_size:,} from sample {self.samples:,} on")
+            report(__name__, f"global batch {self.batch_size:,} from sample {self.samples:,} on")
         if self.cycle != cycle_before:
             lr, decay = scheduled.values_of(0)(self.schedule.at(self.samples))
-            print(describe_restart(scheduled.recipe, self.samples, lr, decay))
+            report(__name__, describe_restart(scheduled.recipe, self.samples, lr, decay))
 
     def go_to(self, *, samples: int) -> None:
         """Set the clock, and write that sample's lr and weight decay into the groups. Local.

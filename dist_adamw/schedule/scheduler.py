@@ -85,7 +85,8 @@ class CyclicLRWithRestarts(SampleScheduler):
         tokens_per_sample: For lengths in tokens.
         stream: Data without epochs: updates may span epochs. Otherwise the last update of an epoch counts only the
             rest of the epoch.
-        verbose: Print one line per restart, on the main rank.
+        verbose: Log one line per restart, on the main rank: at INFO below "dist_adamw", or to stderr if ``logging`` has
+            no handlers.
         on_difference: If a loaded state has another configuration: "strict" raises, "checkpoint" takes the saved one,
             "new" keeps this one. It can be set later through the attribute of the same name.
 

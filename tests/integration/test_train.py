@@ -261,13 +261,16 @@ def test_a_truncated_checkpoint_is_named_and_an_older_one_offered(name: str, cop
     assert f"newest whole one is {older}." in text
 
 
-def test_a_mistake_ends_every_rank_without_a_traceback(tmp_path: Path) -> None:
-    process = start(TORCHRUN, tmp_path / "run", "--recipe.global_batch", "7")
+@pytest.mark.parametrize("launcher", ["torchrun.sh", "accelerate.sh", "elastic.sh"])
+def test_a_mistake_ends_every_rank_in_its_sentence(launcher: str, tmp_path: Path) -> None:
+    """Nothing of a launcher stands below it, and an elastic one does not try again."""
+    process = start([str(ROOT / "launch" / launcher)], tmp_path / "run", "--recipe.global_batch", "7")
     output = finish(process)
-    assert process.returncode != 0
-    assert output.count("train.py: global batch size 7") == 1
-    assert "that work: 4 and 8" in output
-    assert 'train.py", line' not in output
+    assert process.returncode == 2, output
+    assert output.count("train.py: global batch size 7") == 1, output
+    assert output.splitlines()[-1].startswith("train.py: global batch size 7")
+    assert "that work: 4 and 8" in output.splitlines()[-1]
+    assert "Traceback" not in output
 
 
 def test_one_process_where_several_were_asked_for_is_refused(tmp_path: Path) -> None:

@@ -312,13 +312,13 @@ def test_an_update_that_reaches_beyond_the_end_is_not_past_it() -> None:
     assert [end is not None and end.is_at_cycle_end for end in ends] == [True, False, False]
 
 
-def test_verbose_says_when_the_batch_changes(capsys: pytest.CaptureFixture[str]) -> None:
+def test_verbose_says_when_the_batch_changes(caplog: pytest.LogCaptureFixture) -> None:
     scheduler = make({0: 300, 1100: 450}, verbose=True)
     for _ in range(6):
         scheduler.optimizer.param_groups[0]["params"][0].grad = torch.ones(1)
         scheduler.optimizer.step()
         scheduler.step()
-    lines = capsys.readouterr().out.splitlines()
+    lines = caplog.messages
     assert [line.split(":")[0].split(" (")[0] for line in lines] == [
         "warm restart 1 at sample 1,000",
         "global batch 450 from sample 1,300 on",

@@ -15,6 +15,7 @@ from tests.house import PACKAGE, Module, find_cycle, import_pairs, measure, read
 ORDER = [
     "errors",
     "json_text",
+    "logs",
     "plain_data",
     "_version",
     "_moved",
@@ -28,6 +29,7 @@ ORDER = [
     "optimizer",
     "recipes",
     "run_log",
+    "tracking",
     "checkpoint.storage",
     "checkpoint",
     "checkpoint.formats",

@@ -522,10 +522,10 @@ def test_repr_shows_the_recipe_and_the_clock() -> None:
     )
 
 
-def test_verbose_prints_one_line_per_restart(capsys: pytest.CaptureFixture[str]) -> None:
+def test_verbose_logs_one_line_per_restart(caplog: pytest.LogCaptureFixture) -> None:
     optimizer = adamw()
     train(optimizer, make(optimizer, verbose=True), 31)
-    lines = capsys.readouterr().out.splitlines()
+    lines = caplog.messages
     assert len(lines) == 2
     assert lines[0].startswith("warm restart 1 at sample 1,000 (epoch 1.00): the next 2 epochs start from lr 0.001")
 

@@ -46,6 +46,7 @@ from dist_adamw.optimizer.adamw import DistAdamW
 from dist_adamw.range_test.prepared import note_backward
 from dist_adamw.ranks import collectives
 from dist_adamw.ranks.run_on_all import run_on_all_ranks
+from dist_adamw.wrappers import unwrap
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -272,9 +273,8 @@ def _continue_numbers(accelerator: Accelerator, where: Path) -> None:
 
 def clip_grad_norm_(accelerator: Accelerator, clip_norm: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Clip as Accelerate does, but by the global norm if each rank has only a part of it. Collective."""
-    engines = [one.of.clipping for one in _known(accelerator) if one.of.clipping is not None]
-    if not (engines or _attached(accelerator)):
-        return clip_norm(*args, **kwargs)
+    known = _known(accelerator)
+    engines = [one.of.clipping for one in known if one.of.clipping is not None]
 
     def clip(parameters: Tensor | Iterable[Tensor], max_norm: float, norm_type: float = 2) -> Any:
         for engine in engines:
@@ -288,7 +288,12 @@ def clip_grad_norm_(accelerator: Accelerator, clip_norm: Callable[..., Any], *ar
         params = [parameters] if isinstance(parameters, Tensor) else list(parameters)
         if accelerator.sync_gradients and (attached := _attached(accelerator, params)):
             return attached[-1].clip_grad_norm_(max_norm, norm_type, params)
-        return clip_norm(params, max_norm, norm_type)
+        norm = clip_norm(params, max_norm, norm_type)
+        if isinstance(norm, Tensor):
+            for one in known:
+                if isinstance(optimizer := unwrap(one.optimizer), DistAdamW):
+                    optimizer._note_clipped(norm, norm_type, params)
+        return norm
 
     return clip(*args, **kwargs)
 

@@ -47,6 +47,7 @@ from dist_adamw.integrations.transformers.arguments import (
 )
 from dist_adamw.integrations.transformers.recipe import agree_on_length, apply_recipe
 from dist_adamw.integrations.transformers.trainer_state import keep_state
+from dist_adamw.integrations.transformers.training_log import add_values
 from dist_adamw.optimizer.adamw import DistAdamW
 from dist_adamw.optimizer.replicas import CHECK_WEIGHTS_EVERY, ReplicaWatch, check_replicas
 from dist_adamw.recipes.recipe import RecipeLike, TrainingRecipe
@@ -98,6 +99,8 @@ def prepare_trainer(
         on_difference: The schedule with which ``resume_from_checkpoint`` continues if the checkpoint's differs: see
             ``CyclicLRWithRestarts.load_state_dict``. None: the scheduler's own setting, by default "strict".
 
+    Trainer's log of the training loss (callbacks, ``report_to``) also has the values of `Tracking`.
+
     Returns:
         ``trainer``.
 
@@ -140,6 +143,7 @@ def prepare_trainer(
         _attach_when_wrapped(trainer)
     _when_training_begins(trainer, lambda: _let_average(trainer))
     keep_state(trainer, on_difference)
+    add_values(trainer)
     _watch_ranks(trainer, check_weights_every)
     vars(trainer)["_prepared_by_dist_adamw"] = True
     return trainer

@@ -1,0 +1,1 @@
+"""The values of every update, for trackers and logs."""

@@ -1,0 +1,147 @@
+"""A tracker of Accelerate that writes a CSV file."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import functools
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+_STEP = "step"
+
+
+def csv_tracker(path: str | Path) -> Any:
+    """Return a tracker for ``Accelerator(log_with=...)`` that writes a CSV file. Local.
+
+    Each call of ``accelerator.log`` adds a row, which is on disk at once: the step, and a column for each name.
+    `Tracking` drops the rows that a killed job has written beyond the point of resumption. Floats are written with all
+    their digits.
+
+    Args:
+        path: The file. Its folder is created; an existing file is continued.
+
+    Raises:
+        ValueError: the file exists and is not one that this wrote.
+    """
+    path = Path(path).expanduser()
+    if path.exists():
+        read_rows(path)
+    return _tracker_class()(CsvFile(path))
+
+
+class CsvFile:
+    """A CSV file with a column for each name that was ever logged.
+
+    Args:
+        path: The file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._names: list[str] = []
+        self._file: TextIO | None = None
+
+    def append(self, values: Mapping[str, Any], step: int | None) -> None:
+        """Add a row."""
+        row = {_STEP: "" if step is None else str(step)} | {name: _as_text(value) for name, value in values.items()}
+        is_unknown = self._file is None or not row.keys() <= set(self._names)
+        if is_unknown:
+            names, rows = read_rows(self.path) if self.path.exists() else ([_STEP], [])
+            self._write([*names, *(name for name in row if name not in names)], rows)
+        assert self._file is not None
+        csv.DictWriter(self._file, self._names, lineterminator="\n").writerow(row)
+        self._file.flush()
+
+    def drop_from(self, step: int) -> None:
+        """Drop the first row of ``step`` or a later one, and all after it."""
+        if not self.path.exists():
+            return
+        names, rows = read_rows(self.path)
+        later = (i for i, row in enumerate(rows) if _is_number(row[_STEP]) and int(row[_STEP]) >= step)
+        self._write(names, rows[: next(later, len(rows))])
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _write(self, names: list[str], rows: Iterable[Mapping[str, str]]) -> None:
+        """Write the file again, with ``names`` for columns; a kill leaves the old one or the new one."""
+        self.close()
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.path.with_name(f"{self.path.name}.partial")
+        self._file, self._names = partial.open("w", newline=""), names
+        writer = csv.DictWriter(self._file, names, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        partial.replace(self.path)
+
+
+def read_rows(path: Path) -> tuple[list[str], list[dict[str, str]]]:
+    """Return the columns and the rows of a file, without a last line that a killed process left half-written.
+
+    Raises:
+        ValueError: it is not a file of `CsvFile`.
+    """
+    try:
+        with path.open(newline="") as file:
+            text = file.read()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} cannot be read as CSV ({error}). Choose another path.") from error
+    lines = text[: text.rfind("\n") + 1]
+    names, *rows = csv.reader(lines.splitlines(keepends=True)) if lines else [[_STEP]]
+    if not names or names[0] != _STEP:
+        raise ValueError(
+            f"{path} is not a file of csv_tracker: its first column is not {_STEP!r}. Choose another path."
+        )
+    return names, [dict(zip(names, row, strict=True)) for row in rows if len(row) == len(names)]
+
+
+def _as_text(value: Any) -> str:
+    return repr(value) if isinstance(value, float) else str(value)
+
+
+def _is_number(text: str) -> bool:
+    with contextlib.suppress(ValueError):
+        int(text)
+        return True
+    return False
+
+
+@functools.cache
+def _tracker_class() -> Any:
+    """Return the class, whose base is imported only now."""
+    from accelerate.tracking import GeneralTracker, on_main_process
+
+    class CsvTracker(GeneralTracker):  # type: ignore[misc]
+        """Writes to a `CsvFile`, on the main rank."""
+
+        name = "csv"
+        requires_logging_directory = False
+
+        def __init__(self, file: CsvFile) -> None:
+            super().__init__()
+            self._file = file
+
+        @property
+        def tracker(self) -> CsvFile:
+            """The file."""
+            return self._file
+
+        @on_main_process  # type: ignore[untyped-decorator]
+        def log(self, values: dict[str, Any], step: int | None = None, **_: Any) -> None:
+            """Add a row."""
+            self._file.append(values, step)
+
+        @on_main_process  # type: ignore[untyped-decorator]
+        def finish(self) -> None:
+            """Close the file."""
+            self._file.close()
+
+    return CsvTracker
