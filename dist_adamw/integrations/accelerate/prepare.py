@@ -23,7 +23,7 @@ from dist_adamw.integrations.accelerate.checks import DATA_PARALLEL, check_sched
 from dist_adamw.integrations.accelerate.counting import SampleCounter
 from dist_adamw.integrations.accelerate.data import LoaderFacts, engine_of, shuffle_by_generator
 from dist_adamw.integrations.accelerate.joint_counting import joint
-from dist_adamw.integrations.accelerate.objects import Roles, find_roles, is_dummy
+from dist_adamw.integrations.accelerate.objects import Roles, Trained, find_roles, is_dummy
 from dist_adamw.integrations.accelerate.position import Position
 from dist_adamw.integrations.accelerate.prepared_objects import Prepared
 from dist_adamw.integrations.accelerate.reproducible import ReproducibleLoading, check_reproducible
@@ -156,7 +156,7 @@ def prepare(
     objects = [model, optimizer, dataloader, scheduler, *more]
     roles = on_every_rank(accelerator, lambda: find_roles(engine_of(accelerator), objects), group)
     loader = objects[roles.loader]
-    given = [[objects[place] for place in (one.optimizer, one.scheduler)] for one in roles.trained]
+    given = [(objects[one.optimizer], objects[one.scheduler]) for one in roles.trained]
     facts = _agreed_facts_of_all(accelerator, roles, objects, group, check_weights_every, whole_gradients)
     for (optimizer, scheduler), of_it in zip(given, facts, strict=True):
         begin_accumulation(accelerator, optimizer, scheduler, of_it)
@@ -171,20 +171,9 @@ def prepare(
     for place in (roles.loader, *roles.further_loaders):
         shuffle_by_generator(objects[place])  # first: Accelerate wraps the sampler
     prepared = _prepare_all(accelerator, objects, roles)
-    links = []
-    for one, (optimizer, scheduler), of_it, before in zip(roles.trained, given, facts, groups, strict=True):
-        wrapped, stepped = prepared[one.optimizer], prepared[one.scheduler]
-        if is_dummy(optimizer):
-            # DeepSpeed has only now made the scheduler, so ranks could not compare it before.
-            scheduler = check_scheduler(stepped.scheduler)
-            check_schedules(accelerator, scheduler, group)
-        else:
-            check_kept(unwrap(optimizer), unwrap(wrapped), before)
-        counter = SampleCounter(unwrap(wrapped), accelerator, group=group)
-        patch_accelerator(accelerator, counter=counter)
-        _count_for(scheduler, counter)
-        follow_batches(accelerator, scheduler, of_it)
-        links.append(_Link(prepared[one.model], wrapped, stepped, scheduler, of_it, counter))
+    links = [
+        _link(accelerator, prepared, *of_one, group) for of_one in zip(roles.trained, given, facts, groups, strict=True)
+    ]
     loader = prepared[roles.loader]
     position = Position(loader, facts[0], joint([link.counter for link in links]))
     loader.dist_adamw_position = position  # by which `rest_of_epoch` and a copy of the loader find it
@@ -265,6 +254,41 @@ def _prepare_all(accelerator: Accelerator, objects: list[Any], roles: Roles) -> 
     for place in roles.further_loaders:
         result[place] = accelerator.prepare(objects[place])
     return result
+
+
+def _link(
+    accelerator: Accelerator,
+    prepared: list[Any],
+    places: Trained,
+    given: tuple[Any, Any],
+    facts: LoaderFacts,
+    groups: list[dict[str, Any]],
+    group: dist.ProcessGroup | None,
+) -> _Link:
+    """Check what the engine made of an optimizer and its scheduler, and count their samples. Collective.
+
+    Args:
+        accelerator: The accelerator.
+        prepared: All objects after ``accelerator.prepare``.
+        places: Where the model's objects are.
+        given: The optimizer and the scheduler before.
+        facts: The batches.
+        groups: The optimizer's hyper-parameters before.
+        group: The process group for messages on the host.
+    """
+    optimizer, scheduler = given
+    wrapped, stepped = prepared[places.optimizer], prepared[places.scheduler]
+    if is_dummy(optimizer):
+        # DeepSpeed has only now made the scheduler, so ranks could not compare it before.
+        scheduler = check_scheduler(stepped.scheduler)
+        check_schedules(accelerator, scheduler, group)
+    else:
+        check_kept(unwrap(optimizer), unwrap(wrapped), groups)
+    counter = SampleCounter(unwrap(wrapped), accelerator, group=group)
+    patch_accelerator(accelerator, counter=counter)
+    _count_for(scheduler, counter)
+    follow_batches(accelerator, scheduler, facts)
+    return _Link(prepared[places.model], wrapped, stepped, scheduler, facts, counter)
 
 
 def _connect(
