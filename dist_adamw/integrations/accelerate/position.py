@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from dist_adamw.errors import CheckpointError
 from dist_adamw.integrations.accelerate.counting import SampleCounter
 from dist_adamw.integrations.accelerate.data import LoaderFacts, sampler_of
+from dist_adamw.integrations.accelerate.joint_counting import JointCounter
 from dist_adamw.integrations.accelerate.loader import listen
 from dist_adamw.integrations.accelerate.loader_iteration import Batch, Run
 from dist_adamw.integrations.accelerate.mid_epoch import check_even, outer_sampler, remove_rest, starting_at
@@ -76,7 +77,7 @@ class Position:
         idle: Whether nothing was handed out in this job or since the load.
     """
 
-    def __init__(self, loader: DataLoader[Any], facts: LoaderFacts, counter: SampleCounter) -> None:
+    def __init__(self, loader: DataLoader[Any], facts: LoaderFacts, counter: SampleCounter | JointCounter) -> None:
         self._loader, self.facts, self.counter = weakref.ref(loader), facts, counter
         self.epoch = self.samples = 0
         self.idle = True

@@ -1,11 +1,11 @@
-"""``prepare``: make the five objects of an Accelerate training script work together."""
+"""``prepare``: make the objects of an Accelerate training script work together."""
 
 from __future__ import annotations
 
 import copy
-import warnings
 import weakref
 from collections.abc import Callable
+from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING, Any, overload
 
 import torch.distributed as dist
@@ -17,34 +17,23 @@ from torch.utils.data import DataLoader
 from torch.utils.hooks import RemovableHandle
 
 from dist_adamw.integrations.accelerate.accelerator_methods import patch_accelerator, register
-from dist_adamw.integrations.accelerate.accumulation import begin_accumulation, follow_batches, loader_facts_of
-from dist_adamw.integrations.accelerate.checks import (
-    DATA_PARALLEL,
-    check_engine,
-    check_scheduler,
-    has_communication_hook,
-)
+from dist_adamw.integrations.accelerate.accumulation import begin_accumulation, follow_batches
+from dist_adamw.integrations.accelerate.arguments import agreed_facts, check_kept, hyper_parameters, on_every_rank
+from dist_adamw.integrations.accelerate.checks import DATA_PARALLEL, check_scheduler, has_communication_hook
 from dist_adamw.integrations.accelerate.counting import SampleCounter
 from dist_adamw.integrations.accelerate.data import LoaderFacts, engine_of, shuffle_by_generator
+from dist_adamw.integrations.accelerate.joint_counting import joint
+from dist_adamw.integrations.accelerate.objects import Roles, Trained, find_roles, is_dummy
 from dist_adamw.integrations.accelerate.position import Position
 from dist_adamw.integrations.accelerate.prepared_objects import Prepared
 from dist_adamw.integrations.accelerate.reproducible import ReproducibleLoading, check_reproducible
 from dist_adamw.integrations.accelerate.update_count import send_counts_with
-from dist_adamw.integrations.deepspeed.configuration import (
-    CLIPPING,
-    configure,
-    fill,
-    names_our_types,
-    register_deepspeed,
-)
+from dist_adamw.integrations.deepspeed.configuration import CLIPPING, configure, fill, register_deepspeed
 from dist_adamw.optimizer.adamw import DistAdamW
 from dist_adamw.optimizer.attaching import averages_over
-from dist_adamw.optimizer.averages import AVERAGED
 from dist_adamw.optimizer.replicas import CHECK_WEIGHTS_EVERY, ReplicaWatch, check_replicas
-from dist_adamw.plain_data import plain
 from dist_adamw.range_test.prepared import note_prepared
 from dist_adamw.ranks import agreement, collectives
-from dist_adamw.ranks.run_on_all import first_problem
 from dist_adamw.schedule.group_digests import GroupDigests
 from dist_adamw.schedule.scheduler import CyclicLRWithRestarts
 from dist_adamw.wrappers import unwrap
@@ -82,16 +71,29 @@ def prepare(
 ) -> tuple[nn.Module, Optimizer, DataLoader[Any], Any]: ...
 
 
+@overload
 def prepare(
     accelerator: Accelerator,
-    model: nn.Module,
-    optimizer: Optimizer,
-    dataloader: DataLoader[Any],
-    scheduler: LRScheduler,
-    *,
+    model: Any,
+    optimizer: Any,
+    dataloader: Any,
+    scheduler: Any,
+    *more: Any,
+    check_weights_every: int | None = ...,
+    whole_gradients: bool = ...,
+) -> tuple[Any, ...]: ...
+
+
+def prepare(
+    accelerator: Accelerator,
+    model: Any,
+    optimizer: Any,
+    dataloader: Any,
+    scheduler: Any,
+    *more: Any,
     check_weights_every: int | None = CHECK_WEIGHTS_EVERY,
     whole_gradients: bool = False,
-) -> tuple[nn.Module, Optimizer, DataLoader[Any], Any]:
+) -> tuple[Any, ...]:
     """Call ``accelerator.prepare``, and connect the scheduler with the loader and the accelerator.
 
     Fills in ``batch_size`` and ``epoch_size`` if they are None, counts the real samples of every update, makes
@@ -105,10 +107,14 @@ def prepare(
         model: As for ``accelerator.prepare``.
         optimizer: A `DistAdamW`, or any torch optimizer. With a DeepSpeed configuration that names optimizer and
             scheduler, Accelerate's ``DummyOptim``, and its ``DummyScheduler`` below.
-        dataloader: The training loader, not prepared yet.
+        dataloader: The training loader, not prepared yet: the first one, if there are several.
         scheduler: Not prepared yet. A `CyclicLRWithRestarts` is returned without a wrapper, since it needs none. Any
             other torch scheduler is returned in Accelerate's wrapper, which steps it once per process at each update
             (unless ``split_batches``). Everything else here applies to it too.
+        more: Further objects; all may come in any order. Each scheduler belongs to the optimizer that it was built
+            with, and each optimizer to the model that has its parameters, so a GAN passes two of each. Anything else
+            (loaders for evaluation, modules and torch optimizers without a scheduler, None) is prepared or passed
+            through as by ``accelerator.prepare``.
         check_weights_every: Updates between two bitwise comparisons of the ranks' replicas: see `check_replicas`. The
             first is at the first update; ``accelerator.save_state`` makes one before it writes. 0 or None: no
             comparisons, for ranks that are meant to differ (local SGD).
@@ -116,11 +122,11 @@ def prepare(
             step. It sends a third more.
 
     Returns:
-        Model, optimizer, loader and scheduler, to use in place of those passed.
+        The objects in the order given, to use in place of those passed: model, optimizer, loader and scheduler.
 
     Raises:
         ValueError: the global batch or the epoch size is unknown, or the batch differs from the
-            scheduler's; on every rank, and nothing is prepared then.
+            scheduler's; or it is not clear which objects belong together; on every rank, and nothing is prepared then.
         AgreementError: ranks passed different arguments; on every rank. Later, the optimizer's ``step`` and
             ``accelerator.save_state`` raise it.
 
@@ -147,55 +153,170 @@ def prepare(
     Collective: every rank calls it.
     """
     group = host_group(accelerator)
-    own_options = {
-        "prepare(check_weights_every)": check_weights_every or 0,
-        "prepare(whole_gradients)": bool(whole_gradients),
-        "DistAdamW(reproducible)": getattr(unwrap(optimizer), "reproducible", False),
-    }
-    facts = _agreed_facts(accelerator, optimizer, dataloader, scheduler, group, own_options)
-    begin_accumulation(accelerator, optimizer, scheduler, facts)
-    if own_options["DistAdamW(reproducible)"]:
-        check_reproducible(accelerator, dataloader, facts, whole_gradients=whole_gradients)
-    if accelerator.ddp_handler is None or isinstance(unwrap(optimizer), DistAdamW):
+    objects = [model, optimizer, dataloader, scheduler, *more]
+    roles = on_every_rank(accelerator, lambda: find_roles(engine_of(accelerator), objects), group)
+    loader = objects[roles.loader]
+    given = [(objects[one.optimizer], objects[one.scheduler]) for one in roles.trained]
+    facts = _agreed_facts_of_all(accelerator, roles, objects, group, check_weights_every, whole_gradients)
+    for (optimizer, scheduler), of_it in zip(given, facts, strict=True):
+        begin_accumulation(accelerator, optimizer, scheduler, of_it)
+        if _is_reproducible(optimizer):
+            check_reproducible(accelerator, loader, of_it, whole_gradients=whole_gradients)
+    if accelerator.ddp_handler is None or any(isinstance(unwrap(optimizer), DistAdamW) for optimizer, _ in given):
         use_bucket_views(accelerator)
-    from_json = _is_dummy(optimizer)
     config = _deepspeed_config(accelerator)
     if config is not None:
-        _complete(config, optimizer, facts)
-    groups = _hyper_parameters(optimizer)  # to compare with what the engine makes of them
-    shuffle_by_generator(dataloader)  # first: Accelerate wraps the sampler
-    model, wrapped, dataloader, stepped = accelerator.prepare(model, optimizer, dataloader, scheduler)
-    inner = unwrap(wrapped)
-    if from_json:
-        # DeepSpeed has only now made the scheduler, so `_agreed_facts` could not compare it over ranks.
+        _complete(config, given[0][0], facts[0])
+    groups = [hyper_parameters(optimizer) for optimizer, _ in given]  # to compare with what the engine makes of them
+    for place in (roles.loader, *roles.further_loaders):
+        shuffle_by_generator(objects[place])  # first: Accelerate wraps the sampler
+    prepared = _prepare_all(accelerator, objects, roles)
+    links = [
+        _link(accelerator, prepared, *of_one, group) for of_one in zip(roles.trained, given, facts, groups, strict=True)
+    ]
+    loader = prepared[roles.loader]
+    position = Position(loader, facts[0], joint([link.counter for link in links]))
+    loader.dist_adamw_position = position  # by which `rest_of_epoch` and a copy of the loader find it
+    for one, link in zip(roles.trained, links, strict=True):
+        _connect(accelerator, link, position, group, check_weights_every, whole_gradients)
+        prepared[one.scheduler] = link.returned_scheduler
+    return tuple(prepared)
+
+
+@dataclass(frozen=True, slots=True)
+class _Link:
+    """A trained model's objects after ``accelerator.prepare``.
+
+    Attributes:
+        model: As prepared.
+        wrapped: The optimizer in Accelerate's wrapper.
+        stepped: The scheduler in Accelerate's wrapper.
+        scheduler: The scheduler itself.
+        facts: The batches.
+        counter: Counts the optimizer's samples.
+    """
+
+    model: nn.Module
+    wrapped: Any
+    stepped: Any
+    scheduler: LRScheduler
+    facts: LoaderFacts
+    counter: SampleCounter
+
+    @property
+    def ours(self) -> CyclicLRWithRestarts | None:
+        """The scheduler, if it is a `CyclicLRWithRestarts`."""
+        return self.scheduler if isinstance(self.scheduler, CyclicLRWithRestarts) else None
+
+    @property
+    def returned_scheduler(self) -> Any:
+        """What ``prepare`` returns: our scheduler needs no wrapper."""
+        return self.stepped if self.ours is None else self.ours
+
+
+def _is_reproducible(optimizer: Any) -> bool:
+    return bool(getattr(unwrap(optimizer), "reproducible", False))
+
+
+def _agreed_facts_of_all(
+    accelerator: Accelerator,
+    roles: Roles,
+    objects: list[Any],
+    group: dist.ProcessGroup | None,
+    check_weights_every: int | None,
+    whole_gradients: bool,
+) -> list[LoaderFacts]:
+    """Check every trained model's arguments on all ranks: see `agreed_facts`. Collective."""
+    found = []
+    for one in roles.trained:
+        optimizer, scheduler = objects[one.optimizer], objects[one.scheduler]
+        own_options = {
+            "prepare(check_weights_every)": check_weights_every or 0,
+            "prepare(whole_gradients)": bool(whole_gradients),
+            "prepare(places of model, optimizer, scheduler)": [[*astuple(each)] for each in roles.trained],
+            "DistAdamW(reproducible)": _is_reproducible(optimizer),
+        }
+        loader = objects[roles.loader]
+        found.append(agreed_facts(accelerator, optimizer, loader, scheduler, group, own_options))
+    return found
+
+
+def _prepare_all(accelerator: Accelerator, objects: list[Any], roles: Roles) -> list[Any]:
+    """Call ``accelerator.prepare``, for further loaders separately. Collective.
+
+    DeepSpeed would derive its micro-batch from the smallest batch of all loaders of one call.
+    """
+    places = [place for place in range(len(objects)) if place not in roles.further_loaders]
+    result = [*objects]
+    prepared = accelerator.prepare(*(objects[place] for place in places))
+    for place, one in zip(places, prepared, strict=True):
+        result[place] = one
+    for place in roles.further_loaders:
+        result[place] = accelerator.prepare(objects[place])
+    return result
+
+
+def _link(
+    accelerator: Accelerator,
+    prepared: list[Any],
+    places: Trained,
+    given: tuple[Any, Any],
+    facts: LoaderFacts,
+    groups: list[dict[str, Any]],
+    group: dist.ProcessGroup | None,
+) -> _Link:
+    """Check what the engine made of an optimizer and its scheduler, and count their samples. Collective.
+
+    Args:
+        accelerator: The accelerator.
+        prepared: All objects after ``accelerator.prepare``.
+        places: Where the model's objects are.
+        given: The optimizer and the scheduler before.
+        facts: The batches.
+        groups: The optimizer's hyper-parameters before.
+        group: The process group for messages on the host.
+    """
+    optimizer, scheduler = given
+    wrapped, stepped = prepared[places.optimizer], prepared[places.scheduler]
+    if is_dummy(optimizer):
+        # DeepSpeed has only now made the scheduler, so ranks could not compare it before.
         scheduler = check_scheduler(stepped.scheduler)
         check_schedules(accelerator, scheduler, group)
     else:
-        _check_kept(unwrap(optimizer), inner, groups)
-    ours = scheduler if isinstance(scheduler, CyclicLRWithRestarts) else None
-    counter = SampleCounter(inner, accelerator, group=group)
+        check_kept(unwrap(optimizer), unwrap(wrapped), groups)
+    counter = SampleCounter(unwrap(wrapped), accelerator, group=group)
     patch_accelerator(accelerator, counter=counter)
-    _count_for(ours, counter)
+    _count_for(scheduler, counter)
     follow_batches(accelerator, scheduler, facts)
-    position = Position(dataloader, facts, counter)
-    dataloader.dist_adamw_position = position  # by which `rest_of_epoch` and a copy of the loader find it
-    watch = _watch(accelerator, model, inner, ours, check_weights_every, group)
+    return _Link(prepared[places.model], wrapped, stepped, scheduler, facts, counter)
+
+
+def _connect(
+    accelerator: Accelerator,
+    link: _Link,
+    position: Position,
+    group: dist.ProcessGroup | None,
+    check_weights_every: int | None,
+    whole_gradients: bool,
+) -> None:
+    """Connect a trained model's objects with the accelerator: comparisons, gradients, saves. Collective."""
+    model, wrapped, inner = link.model, link.wrapped, unwrap(link.wrapped)
+    watch = _watch(accelerator, model, inner, link.ours, check_weights_every, group)
     if not whole_gradients and isinstance(inner, DistAdamW):
         attach(accelerator, model, inner)
         if inner.reproducible:
-            ReproducibleLoading(inner, counter, facts)
+            ReproducibleLoading(inner, link.counter, link.facts)
     clipping = None
-    if config is not None:
+    if (config := _deepspeed_config(accelerator)) is not None:
         from dist_adamw.integrations.deepspeed.zero_state import prepare_deepspeed
 
-        prepare_deepspeed(model, scheduler)
+        prepare_deepspeed(model, link.scheduler)
         clipping = float(config[CLIPPING])
     if isinstance(inner, DistAdamW):
         inner.use_model(model)
         wrapped.averaged = inner.averaged
-    register(accelerator, Prepared(model, wrapped, stepped, scheduler, position, watch, group, clipping))
-    note_prepared(accelerator, inner, scheduler)
-    return model, wrapped, dataloader, stepped if ours is None else ours
+    register(accelerator, Prepared(model, wrapped, link.stepped, link.scheduler, position, watch, group, clipping))
+    note_prepared(accelerator, inner, link.scheduler)
 
 
 def _deepspeed_config(accelerator: Accelerator) -> Any:
@@ -206,17 +327,17 @@ def _deepspeed_config(accelerator: Accelerator) -> Any:
 def _complete(config: Any, optimizer: Optimizer, facts: LoaderFacts) -> None:
     """Complete the DeepSpeed configuration from the optimizer and the loader. Local."""
     configure(config, optimizer)
-    if _is_dummy(optimizer):
+    if is_dummy(optimizer):
         register_deepspeed()
         fill(config, facts.batch.size, facts.epoch_size)
 
 
-def _count_for(scheduler: CyclicLRWithRestarts | None, counter: SampleCounter) -> None:
+def _count_for(scheduler: LRScheduler, counter: SampleCounter) -> None:
     """Make ``counter`` the schedule's sample source; without our schedule, let it follow updates itself. Local."""
-    if scheduler is None:
-        counter.follow_updates()
-    else:
+    if isinstance(scheduler, CyclicLRWithRestarts):
         scheduler.sample_source = counter
+    else:
+        counter.follow_updates()
 
 
 def _watch(
@@ -247,14 +368,6 @@ def check_schedules(accelerator: Accelerator, scheduler: CyclicLRWithRestarts, g
         agreement.check_agreement({**scheduler.configuration(), **scheduler.agreement_record()}, group)
 
 
-def plain_hyper_parameters(optimizer: Optimizer) -> list[dict[str, Any]]:
-    """Return the hyper-parameters of all groups as plain data. Local."""
-    return [
-        {k: plain(v) for k, v in group.items() if k not in ("params", "param_names")}
-        for group in optimizer.param_groups
-    ]
-
-
 def _record_at_update(model: nn.Module, optimizer: Optimizer) -> Callable[[], dict[str, Any]]:
     """Return a function for the record that ranks compare at an update, if the schedule is not ours. Local."""
     begun, digests = 0, GroupDigests()
@@ -273,38 +386,6 @@ def _record_at_update(model: nn.Module, optimizer: Optimizer) -> Callable[[], di
     return record
 
 
-def _record_of(scheduler: LRScheduler) -> dict[str, Any]:
-    """Return the record that ranks compare when they begin. Local."""
-    if isinstance(scheduler, CyclicLRWithRestarts):
-        return {**scheduler.configuration(), **scheduler.agreement_record()}
-    return {
-        "scheduler": type(scheduler).__name__,
-        "state of the scheduler": scheduler.state_dict(),
-        "parameter groups": plain_hyper_parameters(scheduler.optimizer),
-    }
-
-
-def _hyper_parameters(optimizer: Optimizer) -> list[dict[str, Any]]:
-    if _is_dummy(optimizer):
-        return []
-    return [{k: v for k, v in group.items() if k not in ("params", AVERAGED)} for group in optimizer.param_groups]
-
-
-def _check_kept(given: Optimizer, kept: Optimizer, groups: list[dict[str, Any]]) -> None:
-    """Raise if the engine silently replaced the optimizer or changed its groups. The same on every rank."""
-    if kept is not given:
-        raise ValueError(
-            f"the engine put {type(kept).__name__} in place of {type(given).__name__}: it computes something else, and "
-            "does not follow the scheduler. With DeepSpeed's optimizer offload set "
-            '"zero_force_ds_cpu_optimizer": false.'
-        )
-    if _hyper_parameters(kept) != groups:
-        raise ValueError(
-            f"the engine changed the parameter groups from {groups} to {_hyper_parameters(kept)}. Leave what the "
-            "optimizer's groups define out of its configuration."
-        )
-
-
 def host_group(accelerator: Accelerator) -> dist.ProcessGroup | None:
     """Return a process group of Accelerate's ranks for messages on the host. Collective on the first call."""
     return None if accelerator.num_processes == 1 else collectives.host_group()
@@ -318,111 +399,6 @@ def use_bucket_views(accelerator: Accelerator) -> None:
     handler = copy.copy(accelerator.ddp_handler or DistributedDataParallelKwargs())
     handler.gradient_as_bucket_view = True
     accelerator.ddp_handler = handler
-
-
-def _agreed_facts(
-    accelerator: Accelerator,
-    optimizer: Optimizer,
-    dataloader: DataLoader[Any],
-    scheduler: LRScheduler,
-    group: dist.ProcessGroup | None,
-    own_options: dict[str, Any],
-) -> LoaderFacts:
-    """Check the arguments on every rank, and raise any rank's error on all. Collective."""
-    facts, problem, record = None, None, own_options
-    try:
-        facts = _checked_facts(accelerator, optimizer, dataloader, scheduler)
-        if not _is_dummy(optimizer):
-            record = {**own_options, **_record_of(scheduler), **_layout_of(optimizer)}
-            record["samples of one pass over the data loader"] = facts.samples
-    except ValueError as error:
-        problem = str(error)
-    several = accelerator.num_processes > 1
-    reports = collectives.all_gather_objects(problem, group) if several else [problem]
-    if (failed := first_problem(reports)) is not None:
-        raise ValueError(failed)
-    if several:
-        agreement.check_agreement(record, group)
-    assert facts is not None
-    return facts
-
-
-def _layout_of(optimizer: Optimizer) -> dict[str, Any]:
-    inner = unwrap(optimizer)
-    return inner._layout_record() if isinstance(inner, DistAdamW) else {}
-
-
-def _checked_facts(
-    accelerator: Accelerator, optimizer: Optimizer, dataloader: DataLoader[Any], scheduler: LRScheduler
-) -> LoaderFacts:
-    """Check that the arguments fit together, and fill in the scheduler's sizes. Local."""
-    if _is_dummy(optimizer):
-        return _checked_json(accelerator, optimizer, dataloader, scheduler)
-    if not isinstance(scheduler, LRScheduler):
-        raise ValueError(
-            f"scheduler must be a CyclicLRWithRestarts or another torch scheduler, not prepared yet, got "
-            f"{type(scheduler).__name__}."
-        )
-    if unwrap(scheduler.optimizer) is not unwrap(optimizer):
-        raise ValueError(
-            f"the scheduler drives another {type(scheduler.optimizer).__name__} than the one given here, "
-            "whose lr would never change. Pass prepare the optimizer that the scheduler was built with."
-        )
-    check_engine(accelerator, optimizer)
-    facts = loader_facts_of(accelerator, optimizer, dataloader, scheduler)
-    if isinstance(scheduler, CyclicLRWithRestarts):
-        _check_batches(scheduler, facts)
-        if scheduler.epoch_size is None:
-            scheduler.epoch_size = facts.epoch_size  # type: ignore[assignment]
-        if scheduler.batch_size is None:
-            scheduler.batch_size = facts.batch
-    return facts
-
-
-def _check_batches(scheduler: CyclicLRWithRestarts, facts: LoaderFacts) -> None:
-    """Raise if the scheduler's batch differs from the loader's, or the epoch size is unknown. Local."""
-    if scheduler.epoch_size is None and facts.epoch_size is None:
-        raise ValueError(
-            "the data set has no length, so the epoch size is unknown. "
-            "Pass epoch_size=<samples per epoch> to CyclicLRWithRestarts."
-        )
-    if scheduler.batch_size not in (None, facts.batch.size) and scheduler._scheduled.recipe.batch_schedule is None:
-        b = facts.batch
-        raise ValueError(
-            f"batch_size={scheduler.batch_size} was given, but the loader and the accelerator make a global batch of "
-            f"{b.micro_batch_size} samples x {b.gradient_accumulation_steps} accumulation steps x "
-            f"{b.data_parallel_size} ranks = {b.size}. Leave batch_size=None, or correct one of them; if you "
-            "accumulate by hand, pass Accelerator(gradient_accumulation_steps=...)."
-        )
-    if facts.drop_last and scheduler.epoch_size == facts.samples != facts.epoch_size:
-        warnings.warn(
-            f"epoch_size={scheduler.epoch_size} is the length of the data, but drop_last=True trains on only "
-            f"{facts.epoch_size} samples per epoch: restarts would lag further behind each epoch. Leave it None.",
-            stacklevel=5,
-        )
-
-
-def _is_dummy(optimizer: Any) -> bool:
-    """Return whether this is Accelerate's placeholder for an optimizer in the DeepSpeed configuration."""
-    return type(optimizer).__name__ == "DummyOptim"
-
-
-def _checked_json(accelerator: Accelerator, optimizer: Any, dataloader: DataLoader[Any], scheduler: Any) -> LoaderFacts:
-    """Check the placeholders for an optimizer and a scheduler in the DeepSpeed configuration. Local."""
-    engine = engine_of(accelerator)
-    if engine != "DEEPSPEED":
-        raise ValueError(
-            f"DummyOptim stands for an optimizer in a DeepSpeed configuration, and the engine is {engine}. Pass an "
-            "optimizer."
-        )
-    if not names_our_types(accelerator.deepspeed_plugin.deepspeed_config):
-        raise ValueError(
-            'the DeepSpeed configuration names no "type": "CyclicLRWithRestarts". Write it under "scheduler", or use '
-            "accelerator.prepare."
-        )
-    if type(scheduler).__name__ != "DummyScheduler":
-        raise ValueError(f"with DummyOptim pass accelerate.utils.DummyScheduler too, got {type(scheduler).__name__}.")
-    return loader_facts_of(accelerator, optimizer, dataloader, scheduler)
 
 
 def attach(accelerator: Accelerator, model: nn.Module, optimizer: DistAdamW) -> None:

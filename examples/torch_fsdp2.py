@@ -1,0 +1,103 @@
+"""torch alone: a transformer that ``fully_shard`` (FSDP2) shards, and torchrun.
+
+    torchrun --nproc_per_node 2 examples/torch_fsdp2.py --out runs/fsdp2
+    torchrun --nproc_per_node 4 examples/torch_fsdp2.py --out runs/fsdp2 --resume
+
+Lines marked "# dist_adamw" differ from the script with torch.optim.AdamW and torch's scheduler.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+
+from dist_adamw import CheckpointFolder, CyclicLRWithRestarts, DistAdamW, load, save  # dist_adamw
+
+BATCH = 16  # samples of one update, on all ranks together
+LENGTH, SYMBOLS = 12, 16
+
+
+def sums(count: int) -> TensorDataset:
+    """Sequences of numbers, and their running sums modulo the number of symbols."""
+    numbers = torch.randint(SYMBOLS, (count, LENGTH), generator=torch.Generator().manual_seed(1))
+    return TensorDataset(numbers, numbers.cumsum(1) % SYMBOLS)
+
+
+class Transformer(nn.Module):
+    def __init__(self, width: int = 64, layers: int = 2) -> None:
+        super().__init__()
+        self.symbols, self.places = nn.Embedding(SYMBOLS, width), nn.Embedding(LENGTH, width)
+        layer = [nn.TransformerEncoderLayer(width, 4, 2 * width, 0.0, batch_first=True) for _ in range(layers)]
+        self.layers, self.head = nn.ModuleList(layer), nn.Linear(width, SYMBOLS)
+        self.register_buffer("mask", nn.Transformer.generate_square_subsequent_mask(LENGTH))
+
+    def forward(self, numbers: Tensor) -> Tensor:
+        hidden = self.symbols(numbers) + self.places.weight
+        for layer in self.layers:
+            hidden = layer(hidden, self.mask)
+        return self.head(hidden)  # type: ignore[no-any-return]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--out", default="runs/fsdp2")
+    parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint in --out")
+    parser.add_argument("--epochs", type=int, default=7)
+    parser.add_argument("--samples", type=int, default=2048, help="of one epoch, a multiple of the batch")
+    parser.add_argument("--save_every", type=int, default=1024, help="samples from one checkpoint to the next")
+    parser.add_argument("--stop_at", type=int, help="end after so many samples, as if killed")
+    args = parser.parse_args()
+
+    on_gpu = torch.cuda.is_available()
+    dist.init_process_group("nccl" if on_gpu else "gloo")
+    ranks = dist.get_world_size()
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
+    torch.manual_seed(0)
+    data = sums(args.samples)
+    sampler = DistributedSampler(data)
+    loader = DataLoader(data, BATCH // ranks, sampler=sampler)
+    model = Transformer().to(device)
+    mesh = init_device_mesh(device.type, (ranks,))
+    for layer in model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    optimizer = DistAdamW(model.parameters(), lr=2e-3, weight_decay=0.05, max_grad_norm=1.0)  # dist_adamw
+    scheduler = CyclicLRWithRestarts(optimizer, BATCH, len(data), restart_period="1 epoch", t_mult=2)  # dist_adamw
+    folder = CheckpointFolder(f"{args.out}/checkpoints", every=args.save_every)  # dist_adamw
+    if args.resume and (newest := folder.newest()) is not None:  # dist_adamw
+        load(newest, model, optimizer, scheduler)  # dist_adamw
+
+    # DistributedSampler deals the same global batches to any number of ranks, so the clock tells what is left.
+    first_epoch, done = divmod(scheduler.samples, len(data))  # dist_adamw
+    for epoch in range(first_epoch, args.epochs):
+        sampler.set_epoch(epoch)
+        for number, (x, y) in enumerate(loader):
+            if epoch == first_epoch and number * BATCH < done:
+                continue
+            samples, lr = scheduler.samples, scheduler.get_last_lr()[0]
+            loss = nn.functional.cross_entropy(model(x.to(device)).flatten(0, 1), y.to(device).flatten())
+            loss.backward()
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+            mean = loss.detach() / ranks
+            dist.all_reduce(mean)
+            if dist.get_rank() == 0:
+                print(f"samples {samples} lr {lr!r} loss {float(mean):.6f}", flush=True)
+            if folder.is_due(scheduler.samples):  # dist_adamw
+                folder.save(scheduler.samples, lambda path: save(path, model, optimizer, scheduler))  # dist_adamw
+            if scheduler.samples == args.stop_at:
+                dist.destroy_process_group()
+                return
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
