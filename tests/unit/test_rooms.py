@@ -34,12 +34,13 @@ ORDER = [
     "integrations.deepspeed",
     "integrations.accelerate",
     "integrations.transformers",
+    "integrations.lightning",
     "cli",
     "",  # dist_adamw itself
 ]
 # They forward, and import nothing until they are asked.
 OLD_PATHS = ["batch", "hooks", "policies", "scheduler", "storage"]
-LAZY = {"accelerate", "deepspeed", "transformers", "matplotlib", "jsonargparse"}
+LAZY = {"accelerate", "deepspeed", "lightning", "pytorch_lightning", "transformers", "matplotlib", "jsonargparse"}
 
 MODULES = {module.name: module for module in read_package(PACKAGE)}
 PAIRS = import_pairs(list(MODULES.values()))
