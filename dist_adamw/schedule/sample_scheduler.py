@@ -7,7 +7,7 @@ import sys
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -24,7 +24,7 @@ from dist_adamw.schedule.loading import prepare_load
 from dist_adamw.schedule.restarts import RestartSchedule
 from dist_adamw.schedule.saved import OnDifference
 from dist_adamw.schedule.scheduled_optimizer import ScheduledOptimizer
-from dist_adamw.schedule.unsupported import refuse_container, refuse_epochs
+from dist_adamw.schedule.unsupported import explain_missing, refuse_container, refuse_epochs
 
 
 class SampleScheduler(LRScheduler):
@@ -45,6 +45,11 @@ class SampleScheduler(LRScheduler):
         # copy.copy passes the original's state here, and the copy needs its own clock.
         self._scheduled = copy.copy(self._scheduled)
         self._scheduled.listen(self)
+
+    if not TYPE_CHECKING:  # else a type checker would accept any name
+
+        def __getattr__(self, name: str) -> Any:
+            raise AttributeError(explain_missing(self, name))
 
     @property
     def optimizer(self) -> Optimizer:
@@ -141,6 +146,8 @@ class SampleScheduler(LRScheduler):
             warnings.warn(warning, stacklevel=2)
         cycle_before, batch_before = (self.cycle, self.batch_size) if self._verbose else (0, None)
         if samples is not None and (warning := scheduled.find_crossing(samples)) is not None:
+            warnings.warn(warning, stacklevel=2)
+        if samples is None and (warning := scheduled.find_lag(len(applied))) is not None:
             warnings.warn(warning, stacklevel=2)
         before = clock.samples
         clock.advance(applied, samples, scheduled.recipe.samples_of_update)

@@ -40,6 +40,7 @@ class ScheduledOptimizer:
         last_lr: The last written lr of each group.
         has_crossed: Whether the warning about updates across the end of an epoch was given.
         has_passed_end: Whether the warning about training after the end of the schedule was given.
+        has_lagged: Whether the warning about several updates before one ``scheduler.step()`` was given.
         check_batches: Called with a recipe before it is used; raises ValueError if the training loop cannot make its
             global batches.
     """
@@ -53,7 +54,7 @@ class ScheduledOptimizer:
         self._values = AllValues()
         self._digests = GroupDigests()
         self.has_crossed = False
-        self.has_passed_end = False
+        self.has_passed_end = self.has_lagged = False
         self.check_batches: Callable[[Recipe], None] = _accept
         self._scheduler: weakref.ref[LRScheduler] | None = None
 
@@ -143,6 +144,16 @@ class ScheduledOptimizer:
             return None
         self.has_crossed = True
         return crossing_warning(self.clock.samples, samples, epoch_size)
+
+    def find_lag(self, updates: int) -> str | None:
+        """Return a warning if several updates had the same lr, since ``step`` was not called in between; only once."""
+        if updates < 2 or self.has_lagged:
+            return None
+        self.has_lagged = True
+        return (
+            f"scheduler.step() was called once for {updates} updates, which all had the same lr. Call it after every "
+            'optimizer.step(); in Lightning, return {"scheduler": scheduler, "interval": "step"} as the lr_scheduler.'
+        )
 
     def find_end_passed(self) -> str | None:
         """Return a warning if training goes on after the end of the schedule; only once."""

@@ -17,6 +17,18 @@ _NOT_ONE_OF_SEVERAL = (
 )
 
 
+_OF_TIMM = (
+    "{} counts samples itself, so it has no step_update(num_updates). Call step() after every optimizer.step() in its "
+    "place, leave out step(epoch, metric), and save and load its state_dict()."
+)
+
+
+def explain_missing(scheduler: object, name: str) -> str:
+    """Return the message for an attribute that a scheduler lacks."""
+    kind = type(scheduler).__name__
+    return _OF_TIMM.format(kind) if name == "step_update" else f"{kind!r} object has no attribute {name!r}"
+
+
 def refuse_container(caller: CodeType) -> None:
     """Raise ValueError if ``caller`` is the constructor of SequentialLR or ChainedScheduler."""
     container = _CONSTRUCTORS.get(caller)
@@ -48,5 +60,5 @@ def refuse_epochs(positional: Sequence[Any], others: Mapping[str, Any]) -> None:
     # Not a TypeError: DeepSpeed's engine catches that and calls step(train_batch_size).
     raise ValueError(
         f"step({given}) is not understood: this scheduler counts samples, not epochs. Call step() after every "
-        "optimizer.step(), or step(samples=<real samples of these updates, all ranks together>)."
+        "optimizer.step(), or step(samples=<real samples of these updates, all ranks together>), and not after epochs."
     )

@@ -1,8 +1,8 @@
 """Save every rank's share of the optimizer beside Lightning's checkpoint file, and resume on any number of ranks.
 
-Next to ``last.ckpt``, which has no optimizer state, lies ``last.ckpt.dist_adamw/<step>-<token>/``, a checkpoint of
-`dist_adamw.save`. The file names the folder, is written after it, and older folders are removed last: a kill at any
-instant leaves a file with its folder.
+Next to ``last.ckpt``, which has a note in place of the optimizer's state, lies a folder that `dist_adamw.save` has
+written: ``last.ckpt.dist_adamw/<step>-<token>/``. The file names the folder, is written after it, and older folders are
+removed last: a kill at any instant leaves a file with its folder.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from dist_adamw.checkpoint.storage.index import read_index
 from dist_adamw.errors import CheckpointError
 from dist_adamw.integrations.lightning.checks import WHOLE, kinds_of
 from dist_adamw.optimizer.adamw import DistAdamW
+from dist_adamw.optimizer.state_dict import ELSEWHERE
 from dist_adamw.ranks import collectives
 from dist_adamw.ranks.run_on_all import run_on_all_ranks
 from dist_adamw.schedule.saved import OnDifference
@@ -48,7 +49,8 @@ def folders_of(file: Path) -> Path:
 class Checkpoints:
     """Replace the methods of a strategy that save and load. Local.
 
-    Strategies that shard the weights keep their own checkpoints, which load on any number of ranks.
+    Strategies that shard the weights keep their own checkpoints, which load on any number of ranks. They update once
+    with lr 0 when they load, for which the schedule must know its sizes.
 
     Args:
         trainer: Lightning's Trainer.
@@ -69,6 +71,8 @@ class Checkpoints:
         self._found: Path | None = None  # the folder of the checkpoint that is being loaded
         strategy = trainer.strategy
         if not kinds_of(strategy) & WHOLE:
+            self._load = type(strategy).load_checkpoint.__get__(strategy)
+            strategy.load_checkpoint = self.load_sharded
             return
         # Through the class: an earlier fit may have replaced the instance's methods.
         self._save, self._load, self._remove, self._state_of, self._load_states = (
@@ -120,9 +124,13 @@ class Checkpoints:
         name = f"{self._trainer.global_step}-{token}"
         self._before_save()
         save(folders / name, strategy.model, state.optimizer, state.scheduler, compare_ranks=False)
-        rest = {key: value for key, value in checkpoint.items() if key != "optimizer_states"}
+        told = (
+            f"the optimizer's state is in the folder {folders.name} next to the checkpoint. Call "
+            "dist_adamw.prepare_lightning(trainer) before trainer.fit(ckpt_path=...)."
+        )
+        whole = {**checkpoint, "optimizer_states": [{ELSEWHERE: told}], KEY: name}
         # Lightning writes on rank 0; if that fails, all ranks raise.
-        run_on_all_ranks(lambda: self._save({**rest, KEY: name}, filepath, storage_options=storage_options), _group())
+        run_on_all_ranks(lambda: self._save(whole, filepath, storage_options=storage_options), _group())
         if strategy.is_global_zero:
             for old in folders.iterdir():
                 if old.name != name and _NAME.fullmatch(old.name):
@@ -144,7 +152,15 @@ class Checkpoints:
         self._found = None
         if KEY in loaded and self._trainer.state.fn == "fit":
             self._found = run_on_all_ranks(lambda: self._find(checkpoint_path, loaded[KEY]), _group())
-            loaded["optimizer_states"] = []  # without the key Lightning would not go on to `load_states`
+        return loaded
+
+    def load_sharded(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Set the schedule's sizes, then load as the strategy does. Collective."""
+        loop = self._trainer.fit_loop
+        if self._trainer.state.fn == "fit":
+            loop.setup_data()
+            loop._combined_loader = None  # made again after the load, with a loader's own state
+        loaded: dict[str, Any] = self._load(*args, **kwargs)
         return loaded
 
     def _find(self, checkpoint_path: Any, name: Any) -> Path:

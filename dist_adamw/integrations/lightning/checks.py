@@ -21,6 +21,14 @@ _CALLBACKS = {
         "replaces the scheduler by SWALR. Leave it out, and pass averages={'ends': Mean()} to DistAdamW: the mean of "
         "the weights at the cycles' ends"
     ),
+    "LearningRateFinder": (
+        "replaces the scheduler and the groups' base lr (Tuner.lr_find adds it). Leave it out, and find the range with "
+        "dist_adamw.lr_range or dist-adamw lr-range"
+    ),
+    "BatchSizeFinder": (
+        "changes the batch for which the schedule was made (Tuner.scale_batch_size adds it). Run it in another job, "
+        "without prepare_lightning, and pass the batch size that it found"
+    ),
     "GradientAccumulationScheduler": (
         "changes the global batch during training, and the schedule has one. Pass "
         "Trainer(accumulate_grad_batches=...), or write the loop with Accelerate and dist_adamw.prepare, where "

@@ -51,7 +51,8 @@ def record_rows(loader: Any) -> Any:
     """Return a copy of a loader with indices that records the rows of its batches; any other loader as it is. Local."""
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
         return loader
-    if loader.batch_sampler is None:
+    # A loader with a state skips, when it resumes, lists whose batches never come.
+    if loader.batch_sampler is None or hasattr(loader, "load_state_dict"):
         return loader
     copied = copy.copy(loader)  # the script may use its own in other ways
     # DataLoader.__setattr__ forbids changing this attribute, so its __dict__ is used.
@@ -147,10 +148,14 @@ class EpochSizes:
         Raises:
             ValueError: a size is not known, or the given one differs from the loader's.
         """
+        several = f"there are {num_loaders} training loaders" if num_loaders > 1 else ""
         batch = self.batch if is_automatic else None  # the module may accumulate by hand
         if scheduler.batch_size is None and batch is None:
+            no_batch = "the training loader has no batch size"
+            if not is_automatic:
+                no_batch = "with manual optimization the module decides what an update is"
             raise ValueError(
-                f"{_why_unknown(num_loaders, is_automatic)}, so the samples of an update are not known. Pass "
+                f"{several or no_batch}, so the samples of an update are not known. Pass "
                 "batch_size=<samples of one update, all ranks together> to CyclicLRWithRestarts."
             )
         if batch is not None and scheduler.batch_size not in (None, batch.size):
@@ -161,7 +166,7 @@ class EpochSizes:
             )
         if scheduler.epoch_size is None and self.samples is None:
             raise ValueError(
-                f"{_why_unknown(num_loaders, True)} or its length is not known, so the epoch size is unknown. Pass "
+                f"{several or 'the length of the training data is not known'}, so the epoch size is unknown. Pass "
                 "epoch_size=<samples per epoch> to CyclicLRWithRestarts."
             )
         if self.samples is not None and scheduler.epoch_size not in (None, self.samples):
@@ -176,12 +181,6 @@ class EpochSizes:
         if scheduler.batch_size is None:
             assert batch is not None
             scheduler.batch_size = batch
-
-
-def _why_unknown(num_loaders: int, is_automatic: bool) -> str:
-    if not is_automatic:
-        return "with manual optimization the module decides what an update is"
-    return f"there are {num_loaders} training loaders" if num_loaders > 1 else "the training loader has no batch size"
 
 
 def rows_in(loaders: list[Any], batch: Any) -> int:
