@@ -7,7 +7,7 @@ import sys
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -24,10 +24,10 @@ from dist_adamw.schedule.loading import prepare_load
 from dist_adamw.schedule.restarts import RestartSchedule
 from dist_adamw.schedule.saved import OnDifference
 from dist_adamw.schedule.scheduled_optimizer import ScheduledOptimizer
-from dist_adamw.schedule.unsupported import explain_missing, refuse_container, refuse_epochs
+from dist_adamw.schedule.unsupported import ExplainsMissing, refuse_container, refuse_epochs
 
 
-class SampleScheduler(LRScheduler):
+class SampleScheduler(ExplainsMissing, LRScheduler):
     """What `CyclicLRWithRestarts` does after its construction."""
 
     _scheduled: ScheduledOptimizer
@@ -45,11 +45,6 @@ class SampleScheduler(LRScheduler):
         # copy.copy passes the original's state here, and the copy needs its own clock.
         self._scheduled = copy.copy(self._scheduled)
         self._scheduled.listen(self)
-
-    if not TYPE_CHECKING:  # else a type checker would accept any name
-
-        def __getattr__(self, name: str) -> Any:
-            raise AttributeError(explain_missing(self, name))
 
     @property
     def optimizer(self) -> Optimizer:

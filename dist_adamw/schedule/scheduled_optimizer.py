@@ -146,8 +146,8 @@ class ScheduledOptimizer:
         return crossing_warning(self.clock.samples, samples, epoch_size)
 
     def find_lag(self, updates: int) -> str | None:
-        """Return a warning if several updates had the same lr, since ``step`` was not called in between; only once."""
-        if updates < 2 or self.has_lagged:
+        """Return a warning if many updates had the same lr, since ``step`` was not called in between; only once."""
+        if updates < 3 or self.has_lagged:  # one update more may be meant, as in a script that retries
             return None
         self.has_lagged = True
         return (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from types import CodeType, FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch.optim.lr_scheduler import ChainedScheduler, SequentialLR
 
@@ -23,10 +23,15 @@ _OF_TIMM = (
 )
 
 
-def explain_missing(scheduler: object, name: str) -> str:
-    """Return the message for an attribute that a scheduler lacks."""
-    kind = type(scheduler).__name__
-    return _OF_TIMM.format(kind) if name == "step_update" else f"{kind!r} object has no attribute {name!r}"
+class ExplainsMissing:
+    """A base class whose error for a method of timm's schedulers says what to call instead."""
+
+    if not TYPE_CHECKING:  # else a type checker would accept any name
+
+        def __getattr__(self, name: str) -> Any:
+            kind = type(self).__name__
+            missing = f"{kind!r} object has no attribute {name!r}"
+            raise AttributeError(_OF_TIMM.format(kind) if name == "step_update" else missing)
 
 
 def refuse_container(caller: CodeType) -> None:

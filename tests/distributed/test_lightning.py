@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import itertools
+import multiprocessing
 import os
+import pickle
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
@@ -16,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
 
-from dist_adamw import CyclicLRWithRestarts, DistAdamW, prepare_lightning
+from dist_adamw import CyclicLRWithRestarts, DistAdamW, Mean, load, prepare_lightning
 from tests.distributed.engines import environment
 from tests.known import unwrap
 from tests.ranks import expect_error_on_all, run_ranks
@@ -105,15 +108,18 @@ class Sharded(Network):
 class Adversaries(L.LightningModule):  # type: ignore[misc,unused-ignore]
     """Manual optimization: two optimizers, of which each has its schedule."""
 
-    def __init__(self, batch_size: int | None = BATCH) -> None:
+    def __init__(self, batch_size: int | None = BATCH, every: int = 1) -> None:
         super().__init__()
         torch.manual_seed(1)
+        self.every = every  # so many batches are trained on once
         self.automatic_optimization = False
         self.batch_size = batch_size
         self.maker, self.judge = nn.Linear(8, 8), nn.Linear(8, 1)
         self.rows: list[tuple[int, int]] = []
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        if batch_idx % self.every:
+            return
         maker, judge = self.optimizers()
         clocks = self.lr_schedulers()
         self.rows.append((clocks[0].samples, clocks[1].samples))
@@ -148,6 +154,7 @@ def fit(
     data: Any = None,
     ckpt_path: Path | None = None,
     prepare: Callable[[Any], Any] = prepare_lightning,
+    library: Any = L,
     **options: Any,
 ) -> Any:
     """Train; return the Trainer."""
@@ -157,13 +164,14 @@ def fit(
         "max_epochs": EPOCHS,
         "use_distributed_sampler": False,
         "enable_checkpointing": any("Checkpoint" in type(one).__name__ for one in options.get("callbacks", ())),
+        "logger": False,
         **options,
     }
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False}
     # Lightning deletes WORLD_SIZE at the end, and the pool's next job needs it.
     with environment(WORLD_SIZE=os.environ["WORLD_SIZE"]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="lightning")
-        trainer = prepare(L.Trainer(accelerator="cpu", devices=ranks, default_root_dir=folder, **quiet, **told))
+        trainer = prepare(library.Trainer(accelerator="cpu", devices=ranks, default_root_dir=folder, **quiet, **told))
         trainer.fit(model, loader_of() if data is None else data, ckpt_path=ckpt_path)
     return trainer
 
@@ -249,6 +257,7 @@ def test_the_curve_of_a_plain_loop(world_size: int, tmp_path: Path) -> None:
 
 def clocks(folder: Path) -> dict[str, tuple[list[int], int, int]]:
     """By case: the clock before each update, the epoch size, the last sample."""
+    multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]  # as a job's rank
     found = {}
     cases: dict[str, tuple[Network, dict[str, Any]]] = {
         "45 samples": (Network(), {"data": loader_of(Samples(45))}),
@@ -273,6 +282,10 @@ def clocks(folder: Path) -> dict[str, tuple[list[int], int, int]]:
         trainer = fit(model, folder, max_epochs=2, **options)
         scheduler = trainer.lr_scheduler_configs[0].scheduler
         found[name] = ([row[0] for row in model.rows], scheduler.epoch_size, scheduler.samples)
+    skipping = Adversaries(every=2)
+    trainer = fit(skipping, folder, max_epochs=2, strategy="ddp_find_unused_parameters_true")
+    clock = trainer.lr_scheduler_configs[0].scheduler
+    found["not trained on"] = ([a for a, _ in skipping.rows], clock.epoch_size, clock.samples)
     both = Adversaries()
     trainer = fit(both, folder, max_epochs=2, strategy="ddp_find_unused_parameters_true")
     assert [a for a, _ in both.rows] == [b for _, b in both.rows]
@@ -297,6 +310,14 @@ def steps(epoch: int, updates: int) -> tuple[list[int], int, int]:
     return one + [epoch + n for n in one], epoch, 2 * epoch
 
 
+def by_rule(updates: int) -> tuple[list[int], int, int]:
+    """Without a count: one global batch per update, at the end of an epoch the rest of it."""
+    clock = [0]
+    for _ in range(updates):
+        clock.append(clock[-1] + min(BATCH, EPOCH - clock[-1] % EPOCH))
+    return clock[:-1], EPOCH, clock[-1]
+
+
 def test_samples_are_those_that_were_trained_on(tmp_path: Path) -> None:
     expected = {
         **dict.fromkeys(("45 samples", "a worker", "Lightning's sampler"), steps(45, 6)),
@@ -304,14 +325,12 @@ def test_samples_are_those_that_were_trained_on(tmp_path: Path) -> None:
         "overfitted": steps(16, 2),
         "dropped": steps(40, 5),
         "a stream": steps(EPOCH, PER_EPOCH),
-        # max_size_cycle: as long as the longest; the plain rule of one global batch, up to the epoch's end
-        "two loaders": ([*range(0, 44, 8), *range(44, 88, 8), *range(88, 132, 8), *range(132, 170, 8)][:22], 44, 172),
+        "two loaders": by_rule(2 * 11),  # as long as the longest
         "two optimizers": steps(EPOCH, PER_EPOCH),
+        "not trained on": ([BATCH * i for i in range(PER_EPOCH)], EPOCH, BATCH * PER_EPOCH),
     }
     for found in run_ranks(2, clocks, tmp_path):
-        expected["two loaders"] = found["two loaders"]
         assert found == expected
-        assert found["two loaders"][0][:7] == [*range(0, 44, 8), 44]
 
 
 def test_real_rows_are_those_of_the_sampler() -> None:
@@ -372,18 +391,27 @@ def lives_of_files(folder: Path) -> None:
     rank, kept = dist.get_rank(), folder / "kept"
     model = Network()
     trainer = fit(model, folder, callbacks=[_every_epoch(kept, save_top_k=1, save_last=False)])
-    assert sorted(path.name for path in kept.iterdir()) == ["epoch=0.ckpt", "epoch=0.ckpt.dist_adamw"] or sorted(
-        path.name for path in kept.iterdir()
-    ) == ["epoch=2.ckpt", "epoch=2.ckpt.dist_adamw"], "folders are removed with their files"
+    dist.barrier()  # rank 0 removes the older ones
+    names = sorted(path.name for path in kept.iterdir())
+    assert names == ["epoch=2.ckpt", "epoch=2.ckpt.dist_adamw"], "folders are removed with their files"
 
     trainer.save_checkpoint(folder / "last.ckpt")
     first = {path.name for path in (folder / "last.ckpt.dist_adamw").iterdir()}
+    dist.barrier()
     trainer.save_checkpoint(folder / "last.ckpt")
+    dist.barrier()
     again = {path.name for path in (folder / "last.ckpt.dist_adamw").iterdir()}
     assert len(first) == len(again) == 1
     assert first != again, "a kill would leave a file without its folder"
     read = Network.load_from_checkpoint(folder / "last.ckpt")  # the weights are in Lightning's file
     assert all(map(torch.equal, weights_of(model), weights_of(read)))
+
+    (inside,) = (folder / "last.ckpt.dist_adamw").iterdir()
+    other = Network(batch_size=BATCH, epoch_size=EPOCH)
+    made = other.configure_optimizers()
+    load(inside, other, made["optimizer"], made["lr_scheduler"]["scheduler"])  # without Lightning
+    assert made["lr_scheduler"]["scheduler"].samples == EPOCHS * EPOCH
+    assert all(map(torch.equal, weights_of(model), weights_of(other)))
 
     trainer.save_checkpoint(folder / "weights.ckpt", weights_only=True)
     assert not (folder / "weights.ckpt.dist_adamw").exists()
@@ -516,3 +544,52 @@ def test_ranks_that_differ_are_told(tmp_path: Path) -> None:
     for message in expect_error_on_all(2, differ_later, tmp_path):
         assert "AgreementError" in message
         assert "body.0.weight" in message
+
+
+# ---------------------------------------------------------------- with Lightning's other parts
+
+
+def with_others(folder: Path) -> list[tuple[list[float], Curve]]:
+    """LearningRateMonitor's column and the curve, with either name of the package."""
+    import pytorch_lightning
+    from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, LearningRateMonitor
+    from lightning.pytorch.loggers import CSVLogger
+    from pytorch_lightning import callbacks
+
+    found = []
+    model, logger = Network(of_optimizer={"averages": {"ends": Mean()}}), CSVLogger(folder)
+    model.on_train_batch_end = lambda outputs, batch, batch_idx: model.log("loss", outputs["loss"], sync_dist=True)
+    monitors = [LearningRateMonitor("step"), EarlyStopping("loss", patience=2), EMAWeightAveraging()]
+    trainer = fit(model, folder, callbacks=monitors, logger=logger, log_every_n_steps=1, max_epochs=2)
+    logger.save()
+    assert pickle.loads(pickle.dumps(trainer.callbacks[0])).__reduce__() == trainer.callbacks[0].__reduce__()
+    before = [one.clone() for one in weights_of(model)]
+    with model.optimizers().averaged("ends"):
+        assert not all(map(torch.equal, before, weights_of(model)))
+    dist.barrier()
+    with (Path(logger.log_dir) / "metrics.csv").open() as file:
+        column = [float(row["lr-DistAdamW"]) for row in csv.DictReader(file) if row.get("lr-DistAdamW")]
+    found.append((column, model.rows))
+
+    class Other(pytorch_lightning.LightningModule):  # type: ignore[misc,unused-ignore]
+        configure_optimizers, lr_scheduler_step = Network.configure_optimizers, Network.lr_scheduler_step
+        training_step, on_train_start = Network.training_step, Network.on_train_start
+
+        def __init__(self) -> None:
+            super().__init__()
+            vars(self).update(interval="step", cls=DistAdamW, options={}, attaches=False, losses=[], rows=[])
+            self.of_optimizer = {"lr": LR, "weight_decay": DECAY, "eps": EPS}
+            self.body = Network().body
+
+    other = Other()
+    saved = callbacks.ModelCheckpoint(folder / "other")
+    fit(other, folder, library=pytorch_lightning, callbacks=[saved], max_epochs=2)
+    found.append((column, other.rows))
+    return found
+
+
+def test_with_other_parts_of_lightning(tmp_path: Path) -> None:
+    for (logged, rows), (_, others) in run_ranks(2, with_others, tmp_path):
+        assert logged == pytest.approx([row[1] for row in rows])
+        assert len(rows) == 2 * PER_EPOCH
+        assert others == rows
