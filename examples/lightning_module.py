@@ -31,7 +31,7 @@ def waves(count: int) -> TensorDataset:
     return TensorDataset(x, torch.sin(3 * x[:, :2]) * x[:, 2:4])
 
 
-class Waves(L.LightningModule):
+class Waves(L.LightningModule):  # type: ignore[misc,unused-ignore]
     def __init__(self, samples: int, stop_at: int | None) -> None:
         super().__init__()
         self.samples, self.stop_at = samples, stop_at

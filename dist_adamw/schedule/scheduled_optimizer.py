@@ -145,16 +145,6 @@ class ScheduledOptimizer:
         self.has_crossed = True
         return crossing_warning(self.clock.samples, samples, epoch_size)
 
-    def find_lag(self, updates: int) -> str | None:
-        """Return a warning if many updates had the same lr, since ``step`` was not called in between; only once."""
-        if updates < 3 or self.has_lagged:  # one update more may be meant, as in a script that retries
-            return None
-        self.has_lagged = True
-        return (
-            f"scheduler.step() was called once for {updates} updates, which all had the same lr. Call it after every "
-            'optimizer.step(); in Lightning, return {"scheduler": scheduler, "interval": "step"} as the lr_scheduler.'
-        )
-
     def find_end_passed(self) -> str | None:
         """Return a warning if training goes on after the end of the schedule; only once."""
         last = self.recipe.schedule.last_sample
