@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from dist_adamw.integrations.accelerate.prepare import prepare
     from dist_adamw.integrations.deepspeed.configuration import register_deepspeed
     from dist_adamw.integrations.deepspeed.zero_state import prepare_deepspeed
+    from dist_adamw.integrations.lightning.trainer import prepare_lightning
     from dist_adamw.integrations.transformers.trainer import prepare_trainer
     from dist_adamw.optimizer.adamw import DistAdamW
     from dist_adamw.optimizer.averages import EMA, Mean
@@ -62,6 +63,7 @@ _MODULE_OF = {
     "position": "integrations.accelerate.position",
     "prepare": "integrations.accelerate.prepare",
     "prepare_deepspeed": "integrations.deepspeed.zero_state",
+    "prepare_lightning": "integrations.lightning.trainer",
     "prepare_trainer": "integrations.transformers.trainer",
     "register_deepspeed": "integrations.deepspeed.configuration",
     "rest_of_epoch": "integrations.accelerate.position",
@@ -112,6 +114,7 @@ __all__ = [
     "position",
     "prepare",
     "prepare_deepspeed",
+    "prepare_lightning",
     "prepare_trainer",
     "register_deepspeed",
     "rest_of_epoch",

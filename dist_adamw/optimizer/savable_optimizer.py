@@ -14,6 +14,7 @@ from dist_adamw.optimizer.sharding.bucket_views import MASTERS, MOMENTS
 from dist_adamw.optimizer.sharding.shard import peek
 from dist_adamw.optimizer.sharding.watched_state import WatchedState
 from dist_adamw.optimizer.state_dict import (
+    ELSEWHERE,
     bucket_numels_of,
     check_entries,
     check_share,
@@ -146,6 +147,8 @@ class SavableOptimizer(ShardedOptimizer):
         self._adopt(state_dict.get("share"))
 
     def _check_loadable(self, state_dict: StateDict) -> None:
+        if (where := state_dict.get(ELSEWHERE)) is not None:
+            raise ValueError(where)
         if (share := state_dict.get("share")) is not None:
             self._check_share(share)
         check_entries(state_dict, self._all_params(), [*dtypes_of(self.averages)])

@@ -18,6 +18,7 @@ from dist_adamw.optimizer.transport.layout import FlatLayout, Piece, earlier_buc
 from dist_adamw.ranks import collectives
 
 _MESSAGE_BYTES = 16 << 20  # of one step of a gather, all ranks together
+ELSEWHERE = "elsewhere"  # the key of a note that stands for a state dict: where the state is, and how to load it
 
 
 def describe_share(shards: Sequence[Shard], params: Sequence[Tensor]) -> dict[str, Any] | None:

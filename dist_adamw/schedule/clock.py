@@ -162,6 +162,16 @@ def crossing_warning(before: int, samples: int, epoch_size: int) -> str:
     )
 
 
+def lag_warning(updates: int) -> str | None:
+    """Return a warning if many updates came before one ``scheduler.step()``."""
+    if updates < 3:  # one more may be meant, as in a script that retries
+        return None
+    return (
+        f"scheduler.step() was called once for {updates} updates, which all had the same lr. Call it after every "
+        'optimizer.step(); in Lightning, return {"scheduler": scheduler, "interval": "step"} as the lr_scheduler.'
+    )
+
+
 def _has_no_lr(optimizer: Optimizer) -> bool:
     """Return whether every group's lr is 0."""
     return all(group["lr"] == 0 for group in optimizer.param_groups)

@@ -18,17 +18,17 @@ from dist_adamw.ranks import collectives
 from dist_adamw.schedule.averaging import check_averages_of, pass_clock
 from dist_adamw.schedule.batch import GlobalBatch, check_positive_int, check_whole
 from dist_adamw.schedule.batch_schedule import BatchSizes
-from dist_adamw.schedule.clock import SampleSource
+from dist_adamw.schedule.clock import SampleSource, lag_warning
 from dist_adamw.schedule.describe import describe_restart, describe_scheduler
 from dist_adamw.schedule.legacy_pickles import attributes_from_first_version
 from dist_adamw.schedule.loading import prepare_load
 from dist_adamw.schedule.restarts import RestartSchedule
 from dist_adamw.schedule.saved import OnDifference
 from dist_adamw.schedule.scheduled_optimizer import ScheduledOptimizer
-from dist_adamw.schedule.unsupported import refuse_container, refuse_epochs
+from dist_adamw.schedule.unsupported import ExplainsMissing, refuse_container, refuse_epochs
 
 
-class SampleScheduler(LRScheduler):
+class SampleScheduler(ExplainsMissing, LRScheduler):
     """What `CyclicLRWithRestarts` does after its construction."""
 
     _scheduled: ScheduledOptimizer
@@ -142,6 +142,9 @@ class SampleScheduler(LRScheduler):
             warnings.warn(warning, stacklevel=2)
         cycle_before, batch_before = (self.cycle, self.batch_size) if self._verbose else (0, None)
         if samples is not None and (warning := scheduled.find_crossing(samples)) is not None:
+            warnings.warn(warning, stacklevel=2)
+        if samples is None and not scheduled.has_lagged and (warning := lag_warning(len(applied))) is not None:
+            scheduled.has_lagged = True
             warnings.warn(warning, stacklevel=2)
         before = clock.samples
         clock.advance(applied, samples, scheduled.recipe.samples_of_update)

@@ -40,6 +40,7 @@ class ScheduledOptimizer:
         last_lr: The last written lr of each group.
         has_crossed: Whether the warning about updates across the end of an epoch was given.
         has_passed_end: Whether the warning about training after the end of the schedule was given.
+        has_lagged: Whether the warning about several updates before one ``scheduler.step()`` was given.
         check_batches: Called with a recipe before it is used; raises ValueError if the training loop cannot make its
             global batches.
     """
@@ -53,7 +54,7 @@ class ScheduledOptimizer:
         self._values = AllValues()
         self._digests = GroupDigests()
         self.has_crossed = False
-        self.has_passed_end = False
+        self.has_passed_end = self.has_lagged = False
         self.check_batches: Callable[[Recipe], None] = _accept
         self._scheduler: weakref.ref[LRScheduler] | None = None
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from types import CodeType, FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch.optim.lr_scheduler import ChainedScheduler, SequentialLR
 
@@ -15,6 +15,23 @@ _NOT_ONE_OF_SEVERAL = (
     "be lost, and updates from before a milestone counted at once. Use it alone: it has a warm-up (warmup_samples, "
     "warmup_start_lr), decays (eta_on_restart_cb, eta_on_iteration_cb) and accepts your own curve (policy_fn)."
 )
+
+
+_OF_TIMM = (
+    "{} counts samples itself, so it has no step_update(num_updates). Call step() after every optimizer.step() in its "
+    "place, leave out step(epoch, metric), and save and load its state_dict()."
+)
+
+
+class ExplainsMissing:
+    """A base class whose error for a method of timm's schedulers says what to call instead."""
+
+    if not TYPE_CHECKING:  # else a type checker would accept any name
+
+        def __getattr__(self, name: str) -> Any:
+            kind = type(self).__name__
+            missing = f"{kind!r} object has no attribute {name!r}"
+            raise AttributeError(_OF_TIMM.format(kind) if name == "step_update" else missing)
 
 
 def refuse_container(caller: CodeType) -> None:
@@ -48,5 +65,5 @@ def refuse_epochs(positional: Sequence[Any], others: Mapping[str, Any]) -> None:
     # Not a TypeError: DeepSpeed's engine catches that and calls step(train_batch_size).
     raise ValueError(
         f"step({given}) is not understood: this scheduler counts samples, not epochs. Call step() after every "
-        "optimizer.step(), or step(samples=<real samples of these updates, all ranks together>)."
+        "optimizer.step(), or step(samples=<real samples of these updates, all ranks together>), and not after epochs."
     )

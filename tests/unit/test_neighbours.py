@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -298,3 +299,48 @@ def test_driven_by_their_scheduler_the_weights_are_torchs_to_the_bit(name: str) 
     assert betas == their_betas
     assert (len(set(betas)) > 10) == (name == "OneCycleLR")
     assert torch.equal(ours, theirs)
+
+
+# ---------------------------------------------------------------- timm's and Lightning's calls
+
+
+def test_the_calls_of_timms_loop_are_explained() -> None:
+    """train.py calls step_update after each update, and step(epoch, metric) after each epoch."""
+    model = network()
+    optimizer = DistAdamW(model.parameters())
+    scheduler = cycles(optimizer)
+    assert not hasattr(scheduler, "step_update")
+    with pytest.raises(AttributeError, match=r"no step_update.*Call step\(\) after every optimizer\.step\(\)"):
+        scheduler.step_update(num_updates=1, metric=0.5)  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match=r"step\(1, 0\.5\) is not understood.*not after epochs"):
+        scheduler.step(1, 0.5)
+    with pytest.raises(AttributeError, match="has no attribute 'step_updates'"):
+        scheduler.step_updates()  # type: ignore[attr-defined]
+    copied = copy.deepcopy(scheduler)
+    assert copied.state_dict() == scheduler.state_dict()
+
+
+def test_one_call_after_many_updates_is_told_once() -> None:
+    """As in Lightning with its default, "interval": "epoch"; the clock is right, and the lr too late."""
+    model = network()
+    optimizer = DistAdamW(model.parameters())
+    scheduler = cycles(optimizer)
+
+    def update(times: int) -> None:
+        for _ in range(times):
+            loss_of(model, 0).backward()
+            optimizer.step()
+
+    update(1)
+    scheduler.step()
+    update(3)
+    with pytest.warns(UserWarning, match=r"called once for 3 updates.*\"interval\": \"step\""):
+        scheduler.step()
+    assert scheduler.samples == 400
+    update(2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        scheduler.step()
+        update(2)
+        scheduler.step(samples=200)  # counted by the script
+    assert scheduler.samples == 800

@@ -38,6 +38,7 @@ ORDER = [
     "integrations.deepspeed",
     "integrations.accelerate",
     "integrations.transformers",
+    "integrations.lightning",
     "checking",
     "planning",
     "cli",
@@ -45,7 +46,17 @@ ORDER = [
 ]
 # They forward, and import nothing until they are asked.
 OLD_PATHS = ["batch", "hooks", "policies", "scheduler", "storage"]
-LAZY = {"accelerate", "deepspeed", "transformers", "matplotlib", "uniplot", "shtab", "jsonargparse"}
+LAZY = {
+    "accelerate",
+    "deepspeed",
+    "jsonargparse",
+    "lightning",
+    "matplotlib",
+    "pytorch_lightning",
+    "shtab",
+    "transformers",
+    "uniplot",
+}
 
 MODULES = {module.name: module for module in read_package(PACKAGE)}
 PAIRS = import_pairs(list(MODULES.values()))

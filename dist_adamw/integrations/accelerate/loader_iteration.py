@@ -157,7 +157,7 @@ class Run:
             rows, whole = self._measure(loader, batch, is_last)
             begin, end = self._end, self._end + whole
         self._end = end
-        return Batch(rows, self, self._in_epoch(begin), self._in_epoch(end), is_last, _holder(batch))
+        return Batch(rows, self, self._in_epoch(begin), self._in_epoch(end), is_last, holder(batch))
 
     def _in_epoch(self, drawn: int) -> int:
         return self.offset + max(0, drawn - self.repeated)
@@ -261,7 +261,7 @@ def _first_tensor(batch: Any) -> torch.Tensor | None:
     return None
 
 
-def _holder(batch: Any) -> Callable[[], bool]:
+def holder(batch: Any) -> Callable[[], bool]:
     """Return a function that returns whether a batch is still referenced; False if that cannot be observed."""
     tensor = _first_tensor(batch)
     try:
