@@ -96,9 +96,10 @@ def prepare_trainer(
         ``trainer``.
 
     Raises:
-        ValueError: an argument is out of its range, is one of ``TrainingArguments``, or would be ignored, as
-            ``TrainingArguments``' ``optim``, ``lr_scheduler_type``, ``lr_scheduler_kwargs`` and ``warmup_steps`` would;
-            the engine is not supported; the epoch size is not known. ``train()`` raises it before training if the
+        ImportError: transformers is not installed.
+        ValueError: ``trainer`` is not a Trainer; an argument is out of its range, is one of ``TrainingArguments``, or
+            would be ignored, as ``TrainingArguments``' ``optim``, ``lr_scheduler_type``, ``lr_scheduler_kwargs`` and
+            ``warmup_steps`` would; the engine is not supported; the epoch size is not known. ``train()`` raises it before training if the
             result of an override does not match these arguments.
 
     A DeepSpeed configuration that names both types (`register_deepspeed`) is used instead of new objects: "auto" is
@@ -109,6 +110,7 @@ def prepare_trainer(
 
     Local. ``train()`` is collective: ranks compare their schedule and hyper-parameters at every update.
     """
+    _check_is_trainer(trainer)
     if hasattr(trainer, "_prepared_by_dist_adamw"):
         raise ValueError("prepare_trainer was already called for this Trainer. Call it once, with all arguments.")
     facts = _facts(trainer)
@@ -135,6 +137,19 @@ def prepare_trainer(
     _watch_ranks(trainer, check_weights_every)
     vars(trainer)["_prepared_by_dist_adamw"] = True
     return trainer
+
+
+def _check_is_trainer(trainer: object) -> None:
+    """Raise unless ``trainer`` is transformers' Trainer. Local."""
+    try:
+        from transformers import Trainer
+    except ImportError as error:
+        raise ImportError("prepare_trainer() needs transformers: pip install 'dist_adamw[transformers]'.") from error
+    if not isinstance(trainer, Trainer):
+        raise ValueError(
+            f"prepare_trainer needs a transformers.Trainer, got {type(trainer).__name__}. For a loop of your own use "
+            "dist_adamw.prepare."
+        )
 
 
 def _check_engine_makes_both(trainer: Any, optimizer: Mapping[str, Any], scheduler: Mapping[str, Any]) -> None:
