@@ -99,8 +99,8 @@ def prepare_trainer(
         ImportError: transformers is not installed.
         ValueError: ``trainer`` is not a Trainer; an argument is out of its range, is one of ``TrainingArguments``, or
             would be ignored, as ``TrainingArguments``' ``optim``, ``lr_scheduler_type``, ``lr_scheduler_kwargs`` and
-            ``warmup_steps`` would; the engine is not supported; the epoch size is not known. ``train()`` raises it before training if the
-            result of an override does not match these arguments.
+            ``warmup_steps`` would; the engine is not supported; the epoch size is not known. ``train()`` raises it
+            before training if the result of an override does not match these arguments.
 
     A DeepSpeed configuration that names both types (`register_deepspeed`) is used instead of new objects: "auto" is
     resolved, and all parameters are decayed, since the engine makes a single group.
