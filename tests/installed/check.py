@@ -175,7 +175,7 @@ def run_command(arguments: Sequence[str], status: int = 0) -> str:
 
 def raise_printed(arguments: Sequence[str]) -> None:
     """Run a command that must fail, and raise the sentence that it printed."""
-    raise ImportError(run_command(arguments, status=2).strip())
+    raise ImportError(run_command(arguments, status=2).strip().splitlines()[-1])
 
 
 def is_installed(library: str) -> bool:

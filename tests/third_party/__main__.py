@@ -69,8 +69,18 @@ def of_accelerate(world_sizes: list[int]) -> Iterator[Row]:
             for world_size in world_sizes:
                 begin = time.monotonic()
                 problem = run_accelerate(index, mode, world_size)
-                passed = "no" if problem else f"yes ({time.monotonic() - begin:.0f} s)"
-                yield Row(f"accelerate {script.name}", mode, f"{world_size}", passed, problem, not problem)
+                passed, is_good = judge(script, mode, world_size, problem, time.monotonic() - begin)
+                yield Row(f"accelerate {script.name}", mode, f"{world_size}", passed, problem, is_good)
+
+
+def judge(
+    script: accelerate_scripts.Script, mode: str, world_size: int, problem: list[str], seconds: float
+) -> tuple[str, bool]:
+    """Return what the table says, and whether that is as it should be."""
+    if script.refused is None or mode != "accelerator.prepare" or world_size == 1:
+        return ("no", False) if problem else (f"yes ({seconds:.0f} s)", True)
+    is_refused = len(problem) == world_size and all(script.refused in line for line in problem)
+    return "refused on every rank" if is_refused else "not refused", is_refused
 
 
 def run_accelerate(index: int, mode: accelerate_scripts.Mode, world_size: int) -> list[str]:

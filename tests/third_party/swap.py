@@ -28,6 +28,8 @@ class UnsupportedError(Exception):
 class SwappedAdamW(DistAdamW):
     """DistAdamW with the arguments of torch's AdamW. ``foreach=True`` is ``fused=False``."""
 
+    all_steps = 0  # of all instances: did a script use one?
+
     def __init__(
         self,
         params: Any,
@@ -47,6 +49,20 @@ class SwappedAdamW(DistAdamW):
             raise UnsupportedError("differentiable=True")
         fused = False if foreach else fused
         super().__init__(params, lr, betas, eps, weight_decay, amsgrad, maximize=maximize, fused=fused)
+        self.register_step_post_hook(_count_step)
+
+
+def _count_step(*_: object) -> None:
+    SwappedAdamW.all_steps += 1
+
+
+@contextlib.contextmanager
+def expect_updates() -> Iterator[None]:
+    """Raise if no DistAdamW makes a step: a script would pass without one, too."""
+    before = SwappedAdamW.all_steps
+    yield
+    if SwappedAdamW.all_steps == before:
+        raise AssertionError("the script made no step of a DistAdamW")
 
 
 def swapped_adam(params: Any, lr: Any = 1e-3, **options: Any) -> Optimizer:

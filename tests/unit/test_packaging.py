@@ -30,8 +30,9 @@ FILES = (
 BUILD = """
 import sys
 from setuptools import build_meta
-build_meta.build_wheel(sys.argv[1])
-build_meta.build_sdist(sys.argv[1])
+target = sys.argv[1]  # setuptools replaces sys.argv
+build_meta.build_wheel(target)
+build_meta.build_sdist(target)
 """
 
 
