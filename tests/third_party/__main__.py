@@ -64,23 +64,25 @@ def main() -> int:
 
 def of_accelerate(world_sizes: list[int]) -> Iterator[Row]:
     """Accelerate's scripts, with both ways to prepare."""
-    for index, script in enumerate(accelerate_scripts.SCRIPTS):
+    for index in range(len(accelerate_scripts.SCRIPTS)):
         for mode in accelerate_scripts.MODES:
             for world_size in world_sizes:
-                begin = time.monotonic()
-                problem = run_accelerate(index, mode, world_size)
-                passed, is_good = judge(script, mode, world_size, problem, time.monotonic() - begin)
-                yield Row(f"accelerate {script.name}", mode, f"{world_size}", passed, problem, is_good)
+                yield accelerate_row(index, mode, world_size)
 
 
-def judge(
-    script: accelerate_scripts.Script, mode: str, world_size: int, problem: list[str], seconds: float
-) -> tuple[str, bool]:
-    """Return what the table says, and whether that is as it should be."""
-    if script.refused is None or mode != "accelerator.prepare" or world_size == 1:
-        return ("no", False) if problem else (f"yes ({seconds:.0f} s)", True)
-    is_refused = len(problem) == world_size and all(script.refused in line for line in problem)
-    return "refused on every rank" if is_refused else "not refused", is_refused
+def accelerate_row(index: int, mode: accelerate_scripts.Mode, world_size: int) -> Row:
+    """Run a script, and if it fails, again with torch's optimizers: it may not be made for this number of ranks."""
+    script, begin = accelerate_scripts.SCRIPTS[index], time.monotonic()
+    problem = run_accelerate(index, mode, world_size)
+    row = Row(f"accelerate {script.name}", mode, f"{world_size}", f"yes ({time.monotonic() - begin:.0f} s)", problem)
+    if script.refused is not None and mode == "accelerator.prepare" and world_size > 1:
+        is_refused = len(problem) == world_size and all(script.refused in line for line in problem)
+        return row._replace(passed="refused on every rank" if is_refused else "not refused", is_good=is_refused)
+    if not problem:
+        return row
+    if theirs := run_accelerate(index, "torch's", world_size):
+        return row._replace(passed="no, nor with torch's optimizers", details=[*problem, *theirs])
+    return row._replace(passed="no", is_good=False)
 
 
 def run_accelerate(index: int, mode: accelerate_scripts.Mode, world_size: int) -> list[str]:
@@ -102,14 +104,8 @@ def of_optim_db(world_sizes: list[int]) -> Iterator[Row]:
         errors = ranks.run_ranks_within(TIMEOUT, world_size, optimizer_info.run_error_inputs)
         for part, results in (("inputs x checks", by_rank), ("error inputs", errors)):
             merged = merge(results)
-            yield Row(
-                "torch optim_db",
-                part,
-                f"{world_size}",
-                count(merged),
-                problems(merged),
-                part != "inputs x checks" or not problems(merged),
-            )
+            failed = problems(merged)
+            yield Row("torch optim_db", part, f"{world_size}", count(merged), failed, not failed)
 
 
 def of_torch(checkout: Path, world_sizes: list[int]) -> Iterator[Row]:
@@ -122,11 +118,8 @@ def of_torch(checkout: Path, world_sizes: list[int]) -> Iterator[Row]:
         for world_size in [0] if file.makes_ranks else world_sizes:
             theirs, mine = (run_torch(path, file, swaps, world_size) for swaps in ("none", file.swaps))
             fitting = {name: mine.get(name, "not run") for name, outcome in theirs.items() if outcome == "passed"}
-            unfit = (
-                f"; {len(theirs) - len(fitting)} more do not pass with torch's own classes"
-                if len(fitting) < len(theirs)
-                else ""
-            )
+            others = len(theirs) - len(fitting)
+            unfit = f"; {others} more do not pass with torch's own classes" if others else ""
             where = "2, by itself" if file.makes_ranks else f"{world_size}"
             yield Row(f"torch {path.name}", "", where, count(fitting) + unfit, problems(fitting))
 

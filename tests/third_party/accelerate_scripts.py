@@ -5,14 +5,16 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
+import itertools
 import os
 import runpy
 import sys
 import warnings
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 from unittest import mock
 
+import torch.distributed as dist
 from accelerate import Accelerator, PartialState
 
 from tests import ranks
@@ -30,7 +32,7 @@ class Script:
     module: str
     about: str
     function: str | None = None  # of the module, in place of the whole script
-    arguments: tuple[tuple[str, ...], ...] = ((),)  # of each run, one after the other
+    arguments: tuple[tuple[Any, ...], ...] = ((),)  # of each run, one after the other
     is_offline: bool = False  # needs data and a model in place of the hub's
     has_restarts: bool = False  # CyclicLRWithRestarts in place of its schedule, with `dist_adamw.prepare`
     refused: str | None = None  # the error on several ranks with ``accelerator.prepare`` alone
@@ -50,7 +52,13 @@ SCRIPTS = (
     Script("test_script", "loaders, samplers and random numbers; three epochs against one process"),
     Script("test_script", "three epochs against one process", "training_check"),
     Script("test_sync", "no_sync, accumulate, and the gradients that they leave"),
-    Script("test_sync", "the same, with lr of LambdaLR", "test_gradient_accumulation_with_opt_and_scheduler"),
+    # Its main() calls this on GPUs alone.
+    Script(
+        "test_sync",
+        "gradients and lr of LambdaLR in step with one process, under all ways to split batches",
+        "test_gradient_accumulation_with_opt_and_scheduler",
+        arguments=tuple(itertools.product((False, True), repeat=3)),
+    ),
     Script(
         "external_deps.test_checkpointing",
         "save_state and load_state: accuracy, lr and epoch after a resume",
@@ -91,6 +99,9 @@ def run_script(index: int, mode: Mode, folder: str) -> str:
         stack.enter_context(contextlib.redirect_stdout(printed))
         # The pool's process group lasts.
         stack.enter_context(mock.patch.object(PartialState, "destroy_process_group"))
+        if dist.get_world_size() == 1:  # Accelerate then finds no launcher, as in a plain process
+            stack.enter_context(mock.patch.dict(os.environ))
+            os.environ.pop("LOCAL_RANK")
         if script.is_offline:
             stack.enter_context(offline.hub())
         if mode != "torch's":
@@ -103,7 +114,7 @@ def run_script(index: int, mode: Mode, folder: str) -> str:
     return printed.getvalue()
 
 
-def _run(script: Script, arguments: tuple[str, ...]) -> None:
+def _run(script: Script, arguments: tuple[Any, ...]) -> None:
     name = f"{PACKAGE}.{script.module}"
     sys.modules.pop(name, None)  # it may hold the classes of another mode
     if script.function is None:
@@ -116,4 +127,4 @@ def _run(script: Script, arguments: tuple[str, ...]) -> None:
             sys.modules["__main__"] = main
         return
     Accelerator()  # as the script does first
-    getattr(importlib.import_module(name), script.function)()
+    getattr(importlib.import_module(name), script.function)(*arguments)

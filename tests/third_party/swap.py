@@ -9,6 +9,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
+import torch.distributed.optim as torch_distributed_optim
 from accelerate import Accelerator
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -113,18 +114,24 @@ class reference_sgd(TORCH_ADAMW):  # noqa: N801
 class SwappedRestarts(CyclicLRWithRestarts):
     """CyclicLRWithRestarts with the arguments of CosineAnnealingWarmRestarts: an update is a sample, and an epoch.
 
-    It follows the optimizer's updates, and has no ``step(epoch)``.
+    torch's follows the calls of its ``step``, and this one the optimizer's updates, so `step` makes an update that
+    changes nothing. There is no ``step(epoch)``.
     """
 
     def __init__(self, optimizer: Optimizer, T_0: int, T_mult: int = 1, eta_min: float = 0.0, **others: Any) -> None:  # noqa: N803
         if others:
             raise UnsupportedError(f"{others}")
-        super().__init__(optimizer, 1, 1, T_0, T_mult, min_lr=eta_min)
+        super().__init__(optimizer, 1, 1, T_0, T_mult, min_lr=eta_min, on_difference="checkpoint")
 
     def step(self, epoch: Any = None) -> None:
-        """Write lr for the updates so far."""
+        """Make an update, and write lr."""
         if epoch is not None:
             raise UnsupportedError("step(epoch)")
+        for group in self.optimizer.param_groups:
+            for param in group["params"]:
+                param.grad = torch.zeros_like(param)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
         super().step()
 
 
@@ -139,7 +146,7 @@ def in_torch_tests() -> None:
 def in_tests_of_zero() -> None:
     """Replace ZeroRedundancyOptimizer by DistAdamW, and the optimizers that it is compared with by torch's AdamW."""
     torch.optim.SGD = reference_sgd  # type: ignore[misc]
-    torch.distributed.optim.ZeroRedundancyOptimizer = SwappedZero  # type: ignore[attr-defined]
+    torch_distributed_optim.ZeroRedundancyOptimizer = SwappedZero  # type: ignore[misc]
 
 
 @contextlib.contextmanager

@@ -86,7 +86,7 @@ def run_in_process(path: Path, file: TestFile, swaps: str) -> dict[str, str]:
         text=True,
         cwd=ROOT,
         timeout=TIMEOUT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
     )
     if done.returncode:
         raise RuntimeError(f"{path} did not run: {done.stderr[-1000:]}")
