@@ -7,7 +7,7 @@ ARGS ?=
 WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: train test check coverage setup format clean
+.PHONY: train test check coverage third-party dist setup format clean
 
 train: $(READY)  ## Train the small language model on two ranks; ARGS="--recipe.lr 2e-3" overrides.
 	PATH="$(abspath $(BIN)):$$PATH" launch/accelerate.sh --config configs/train/small.yaml $(ARGS)
@@ -27,6 +27,19 @@ test: $(READY)  ## Lint, format, strict types, and every test.
 coverage: $(READY)  ## Lines that the unit tests run; those that only ranks run do not count.
 	$(PYTEST) tests/unit --cov=dist_adamw --cov-report=term:skip-covered
 
+third-party: $(READY)  ## Tests of Accelerate and torch with our optimizer and scheduler in place of theirs.
+	$(BIN)/python -m tests.third_party $(ARGS)
+
+dist: $(READY)  ## Build dist/*.tar.gz and dist/*.whl, and check them; the wheel is also installed on its own and tried.
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[release]'
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
+	rm -rf build/wheel-venv
+	$(BIN)/python -m venv build/wheel-venv
+	build/wheel-venv/bin/pip install --quiet --disable-pip-version-check -c constraints.txt dist/*.whl
+	build/wheel-venv/bin/python tests/installed/check.py
+
 setup: $(READY)
 
 $(READY): setup.cfg pyproject.toml constraints.txt
@@ -39,4 +52,4 @@ format:
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

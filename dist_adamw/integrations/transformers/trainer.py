@@ -105,10 +105,11 @@ def prepare_trainer(
         ``trainer``.
 
     Raises:
-        ValueError: an argument is out of its range, is one of ``TrainingArguments``, or would be ignored, as
-            ``TrainingArguments``' ``optim``, ``lr_scheduler_type``, ``lr_scheduler_kwargs`` and ``warmup_steps`` would;
-            the engine is not supported; the epoch size is not known. ``train()`` raises it before training if the
-            result of an override does not match these arguments.
+        ImportError: transformers is not installed.
+        ValueError: ``trainer`` is not a Trainer; an argument is out of its range, is one of ``TrainingArguments``, or
+            would be ignored, as ``TrainingArguments``' ``optim``, ``lr_scheduler_type``, ``lr_scheduler_kwargs`` and
+            ``warmup_steps`` would; the engine is not supported; the epoch size is not known. ``train()`` raises it
+            before training if the result of an override does not match these arguments.
 
     A DeepSpeed configuration that names both types (`register_deepspeed`) is used instead of new objects: "auto" is
     resolved, and all parameters are decayed, since the engine makes a single group.
@@ -118,6 +119,7 @@ def prepare_trainer(
 
     Local. ``train()`` is collective: ranks compare their schedule and hyper-parameters at every update.
     """
+    _check_is_trainer(trainer)
     if hasattr(trainer, "_prepared_by_dist_adamw"):
         raise ValueError("prepare_trainer was already called for this Trainer. Call it once, with all arguments.")
     optimizer, scheduler = dict(optimizer or {}), dict(scheduler or {})
@@ -164,6 +166,19 @@ def _with_recipe(
     size, epoch_size = facts.batch.size, facts.epoch_size
     agree_on_length(trainer, loaded, size, epoch_size, lambda: _samples_of_training(trainer.args, size, epoch_size))
     return {**of_optimizer, **optimizer}, {**of_scheduler, **scheduler}
+
+
+def _check_is_trainer(trainer: object) -> None:
+    """Raise unless ``trainer`` is transformers' Trainer. Local."""
+    try:
+        from transformers import Trainer
+    except ImportError as error:
+        raise ImportError("prepare_trainer() needs transformers: pip install 'dist_adamw[transformers]'.") from error
+    if not isinstance(trainer, Trainer):
+        raise ValueError(
+            f"prepare_trainer needs a transformers.Trainer, got {type(trainer).__name__}. For a loop of your own use "
+            "dist_adamw.prepare."
+        )
 
 
 def _check_engine_makes_both(trainer: Any, optimizer: Mapping[str, Any], scheduler: Mapping[str, Any]) -> None:

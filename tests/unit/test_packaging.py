@@ -1,0 +1,126 @@
+"""What the wheel and the sdist contain, their metadata, and the errors where an optional library is missing."""
+
+from __future__ import annotations
+
+import email
+import email.message
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import dist_adamw
+from tests.conftest import ROOT
+
+PACKED = ("dist_adamw", "tests/installed", "docs", "configs")  # enough of the sdist; the rest takes seconds
+FILES = (
+    "setup.cfg",
+    "pyproject.toml",
+    "MANIFEST.in",
+    "README.md",
+    "LICENSE",
+    "CHANGELOG.md",
+    "Makefile",
+    "constraints.txt",
+)
+BUILD = """
+import sys
+from setuptools import build_meta
+target = sys.argv[1]  # setuptools replaces sys.argv
+build_meta.build_wheel(target)
+build_meta.build_sdist(target)
+"""
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the wheel and the sdist, built from a copy, without network."""
+    source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("dist")
+    for folder in PACKED:
+        shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    for file in FILES:
+        shutil.copy(ROOT / file, source)
+    subprocess.run([sys.executable, "-c", BUILD, str(target)], cwd=source, check=True, capture_output=True)
+    return target
+
+
+def wheel(built: Path) -> zipfile.ZipFile:
+    return zipfile.ZipFile(next(built.glob("*.whl")))
+
+
+def metadata(built: Path) -> email.message.Message:
+    return email.message_from_bytes(wheel(built).read(f"dist_adamw-{dist_adamw.__version__}.dist-info/METADATA"))
+
+
+def test_the_wheel_has_the_package_and_nothing_else(built: Path) -> None:
+    package = {str(path.relative_to(ROOT)) for path in (ROOT / "dist_adamw").rglob("*.py")}
+    names = {name for name in wheel(built).namelist() if ".dist-info/" not in name}
+    assert names == {*package, "dist_adamw/py.typed"}
+    assert any(name.endswith("licenses/LICENSE") for name in wheel(built).namelist())
+
+
+def test_the_sdist_has_what_the_tests_need(built: Path) -> None:
+    with tarfile.open(next(built.glob("*.tar.gz"))) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    wanted = {
+        "Makefile",
+        "constraints.txt",
+        "CHANGELOG.md",
+        "docs/design.md",
+        "docs/curves.png",
+        "tests/installed/check.py",
+    }
+    assert wanted <= names
+    assert {f"configs/{p.relative_to(ROOT / 'configs')}" for p in (ROOT / "configs").rglob("*.yaml")} <= names
+    assert not any(name.endswith(".pyc") for name in names)
+
+
+def test_metadata(built: Path) -> None:
+    found = metadata(built)
+    assert (found["Name"], found["Version"], found["License-Expression"]) == (
+        "dist_adamw",
+        dist_adamw.__version__,
+        "MIT",
+    )
+    assert found["Requires-Python"] == ">=3.10"
+    required = [line for line in found.get_all("Requires-Dist", []) if "extra ==" not in line]
+    assert {line.split("[")[0].split("<")[0].split(">")[0] for line in required} == {
+        "accelerate",
+        "jsonargparse",
+        "numpy",
+        "safetensors",
+        "torch",
+    }
+    assert set(found.get_all("Provides-Extra", [])) == {"deepspeed", "dev", "release", "tracking", "transformers"}
+
+
+@pytest.mark.parametrize(
+    ("library", "extra", "statement"),
+    [
+        ("deepspeed", "deepspeed", "dist_adamw.register_deepspeed()"),
+        ("transformers", "transformers", "dist_adamw.prepare_trainer(object())"),
+        (
+            "matplotlib",
+            "tracking",
+            "from dist_adamw.cli import preview; preview(batch_size=8, epoch_size=32, plot='recipe.png')",
+        ),
+    ],
+)
+def test_a_missing_library_is_one_sentence_that_names_the_extra(
+    library: str, extra: str, statement: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [name for name in sys.modules if name.split(".")[0] == library]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, library, None)  # importing it raises ImportError
+    with pytest.raises(ImportError, match=rf"pip install 'dist_adamw\[{extra}\]'") as raised:
+        exec(statement, {"dist_adamw": dist_adamw})
+    assert "\n" not in str(raised.value)
+
+
+def test_prepare_trainer_refuses_what_is_no_trainer() -> None:
+    with pytest.raises(ValueError, match=r"needs a transformers\.Trainer, got object"):
+        dist_adamw.prepare_trainer(object())  # type: ignore[type-var]
