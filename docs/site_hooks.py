@@ -1,8 +1,8 @@
 """Hooks of MkDocs: files of the repository that are not in docs/ become pages of the site.
 
-Links in README.md and docs/ are written for readers of the repository: relative to the file that has them. A file outside
-of docs/ that is linked to becomes a page of the site: Markdown as it is, anything else as highlighted source. A link to
-a folder becomes a code literal.
+Links in README.md and docs/ are written for readers of the repository: relative to the file that has them. A file
+outside of docs/ that is linked to becomes a page of the site: Markdown as it is, anything else as highlighted source. A
+link to a folder becomes a code literal.
 """
 
 from __future__ import annotations
