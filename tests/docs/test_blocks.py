@@ -20,7 +20,7 @@ LANGUAGES = {"python", "sh", "json", "yaml", "text"}
 
 def launched(page: str) -> bool:
     """Return whether a page's blocks are those of a script that a launcher starts."""
-    return page.removeprefix("docs/engines/") in {"ddp.md", "fsdp2.md", "deepspeed.md"}
+    return page in {f"docs/{name}.md" for name in ("engines/ddp", "engines/fsdp2", "engines/deepspeed", "migration")}
 
 
 def rank_zero_of_one() -> dict[str, str]:
