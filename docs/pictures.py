@@ -98,13 +98,18 @@ def decay(figure: Figure) -> None:
     axis = figure.subplots()
     readings: list[tuple[str, dict[str, Any]]] = [
         ("AdamWR: weight_decay=0.05 is lambda_norm", {}),
-        ('torch: weight_decay=2, weight_decay_norm="first_cycle"', {"weight_decay": 2.0, "weight_decay_norm": "first_cycle"}),
+        (
+            'torch: weight_decay=2, weight_decay_norm="first_cycle"',
+            {"weight_decay": 2.0, "weight_decay_norm": "first_cycle"},
+        ),
         ('weight_decay_timescale="1 epoch"', {"weight_decay_timescale": "1 epoch"}),
     ]
     for i, (name, options) in enumerate(readings):
         shown = preview(7, restart_period=1, t_mult=2, **options)
         epochs = [samples / EPOCH for samples in shown.samples]
-        at_base = [None if d is None or lr < 1e-6 else d * 1e-3 / lr for d, lr in zip(shown.decay, shown.lr, strict=True)]
+        at_base = [
+            None if d is None or lr < 1e-6 else d * 1e-3 / lr for d, lr in zip(shown.decay, shown.lr, strict=True)
+        ]
         axis.plot(epochs, at_base, color=COLOURS[i], linewidth=1.8, label=name)
     for end in (1, 3):
         axis.axvline(end, color=GREY, linewidth=0.8, linestyle=":")
@@ -142,7 +147,15 @@ def checkpoints(figure: Figure) -> None:
     axis = figure.subplots()
     writers = [(0, 48), (48, 48)]
     for rank, (start, size) in enumerate(writers):
-        box(axis, start, 3.4, size - 0.5, 0.8, f"rank {rank} of 2: exp_avg[{start}:{start + size}]", facecolor=COLOURS[rank])
+        box(
+            axis,
+            start,
+            3.4,
+            size - 0.5,
+            0.8,
+            f"rank {rank} of 2: exp_avg[{start}:{start + size}]",
+            facecolor=COLOURS[rank],
+        )
         box(axis, start + 8, 1.9, size - 16, 0.7, f"...-0000{rank}.safetensors", facecolor=GREY)
         _arrow(axis, start + size / 2, 3.35, start + size / 2, 2.65)
     box(axis, 100, 1.9, 20, 0.7, "index.json", facecolor="#333333")
@@ -152,7 +165,13 @@ def checkpoints(figure: Figure) -> None:
         for first, length in writers:
             low, high = max(start, first), min(start + size, first + length)
             if low < high:
-                _arrow(axis, first + 8 + (low + high - 2 * first) / 2 * (length - 16) / length, 1.85, (low + high) / 2, 1.15)
+                _arrow(
+                    axis,
+                    first + 8 + (low + high - 2 * first) / 2 * (length - 16) / length,
+                    1.85,
+                    (low + high) / 2,
+                    1.15,
+                )
     for y, name in zip((3.8, 2.25, 0.7), ("DDP", "a folder", "ZeRO-2"), strict=True):
         axis.text(-2, y, name, ha="right", va="center", fontsize=9)
     empty(axis, (-14, 122), (0.1, 4.4))

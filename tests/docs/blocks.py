@@ -1,9 +1,9 @@
 """The code blocks of README.md and the pages: read with Sybil, run in order, one namespace for each page.
 
-``python`` blocks run; one with a title, ``python title="train.py"``, is written to that file instead. Of ``sh`` blocks,
-lines that begin with ``dist-adamw`` run, in this process; other commands are named in `commands.ELSEWHERE`. ``json`` and
-``yaml`` are parsed. ``text`` is what a program prints, or a formula. An HTML comment ``<!-- invisible-code-block: python``
-holds code that a page needs and a reader does not.
+``python`` blocks run; one with a title, ``python title="train.py"``, is written to that file instead. Of ``sh``
+blocks, lines that begin with ``dist-adamw`` run, in this process; other commands are named in `commands.ELSEWHERE`.
+``json`` and ``yaml`` are parsed. ``text`` is what a program prints, or a formula. An HTML comment
+``<!-- invisible-code-block: python`` holds code that a page needs and a reader does not.
 """
 
 from __future__ import annotations

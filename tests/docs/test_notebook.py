@@ -27,6 +27,8 @@ def test_every_cell_runs_and_prints_what_is_committed(monkeypatch: pytest.Monkey
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
     committed = nbformat.read(NOTEBOOK, as_version=4)
     again = nbformat.read(NOTEBOOK, as_version=4)
-    NotebookClient(again, timeout=100, startup_timeout=100, resources={"metadata": {"path": str(ROOT / "docs")}}).execute()
+    NotebookClient(
+        again, timeout=100, startup_timeout=100, resources={"metadata": {"path": str(ROOT / "docs")}}
+    ).execute()
     assert printed(again) == printed(committed)
     assert printed(committed).count("picture") >= 8

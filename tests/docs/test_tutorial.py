@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -20,7 +21,7 @@ def test_the_tutorial_trains_on_two_ranks_on_one_and_under_zero(tmp_path: Path) 
     (tmp_path / "train.py").write_text(next(example.parsed for example in examples if title(example) == "train.py"))
     shown = [
         (command, after.parsed if language(after) == "text" else "")
-        for example, after in zip(examples, examples[1:], strict=False)
+        for example, after in itertools.pairwise(examples)
         if language(example) == "sh"
         for command in commands(example)
         if ELSEWHERE.get(command) == TUTORIAL

@@ -1,7 +1,7 @@
-"""Keep docs/troubleshooting.md complete: `python -m tests.docs.troubleshooting` adds new messages and removes old ones.
+"""Keep docs/troubleshooting.md complete: `python -m tests.docs.troubleshooting` adds new messages, removes old ones.
 
-The page has topics. A topic has text, and between two comments the messages of the modules that the first comment names.
-What stands after a message is kept; for a new message it is the rest of the message, which says what to do.
+The page has topics. A topic has text, and between two comments the messages of the modules that the first comment
+names. What stands after a message is kept; for a new message it is the rest of the message, which says what to do.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def listed(page: str) -> dict[str, str]:
 
 
 def topic_of(module: str, page: str) -> str | None:
-    """Return the topic of a module, as its comment names it: the one with the longest path that the module begins with."""
+    """Return the topic of a module, as its comment names it: the longest path that the module begins with wins."""
     fitting = [
         (len(prefix), match["modules"])
         for match in TOPIC.finditer(page)
