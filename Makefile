@@ -1,4 +1,4 @@
-# Two commands: `make train` and `make test`. Both do all the set-up there is, in a virtual environment of their own.
+# `make train`, `make test` and `make docs` do all the set-up there is, in a virtual environment.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -7,7 +7,7 @@ ARGS ?=
 WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: train test check coverage third-party dist setup format clean
+.PHONY: train test check docs coverage third-party dist setup format clean
 
 train: $(READY)  ## Train the small language model on two ranks; ARGS="--recipe.lr 2e-3" overrides.
 	PATH="$(abspath $(BIN)):$$PATH" launch/accelerate.sh --config configs/train/small.yaml $(ARGS)
@@ -23,6 +23,9 @@ test: $(READY)  ## Lint, format, strict types, and every test.
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(PYTEST)
+
+docs: $(READY)  ## Build the site into site/, strictly: a link, an anchor or a page that is missing is an error.
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 coverage: $(READY)  ## Lines that the unit tests run; those that only ranks run do not count.
 	$(PYTEST) tests/unit --cov=dist_adamw --cov-report=term:skip-covered
@@ -52,4 +55,4 @@ format:
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist site *.egg-info .mypy_cache .pytest_cache .ruff_cache
