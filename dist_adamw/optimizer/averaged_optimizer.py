@@ -37,6 +37,7 @@ class AveragedOptimizer(SavableOptimizer):
     _followed: tuple[object, int] = (None, 0)
     _modules: Sequence[weakref.ref[nn.Module]] = ()
     _engine_weights: Callable[[], contextlib.AbstractContextManager[WeightsOf]] | None = None
+    _averages: dict[str, Average]
 
     @property
     def averages(self) -> Mapping[str, Average]:
