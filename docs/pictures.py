@@ -108,7 +108,8 @@ def decay(figure: Figure) -> None:
         shown = preview(7, restart_period=1, t_mult=2, **options)
         epochs = [samples / EPOCH for samples in shown.samples]
         at_base = [
-            None if d is None or lr < 1e-6 else d * 1e-3 / lr for d, lr in zip(shown.decay, shown.lr, strict=True)
+            d * 1e-3 / lr if d is not None and lr > 1e-6 else float("nan")
+            for d, lr in zip(shown.decay, shown.lr, strict=True)
         ]
         axis.plot(epochs, at_base, color=COLOURS[i], linewidth=1.8, label=name)
     for end in (1, 3):

@@ -85,7 +85,7 @@ def _run_command(command: str) -> None:
     try:
         status = main(arguments)
     except SystemExit as end:  # --help
-        status = end.code
+        status = int(end.code or 0)
     if status != STATUS.get(command, 0):
         raise AssertionError(f"{command!r} ended with {status}")
 

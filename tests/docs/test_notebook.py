@@ -11,7 +11,7 @@ from nbformat import NotebookNode
 
 from tests.conftest import ROOT
 
-NOTEBOOK = ROOT / "docs/schedule.ipynb"
+NOTEBOOK = ROOT / "docs/schedule_pictures.ipynb"
 
 
 def printed(notebook: NotebookNode) -> list[str]:
