@@ -51,6 +51,17 @@ VERBS = {
         ),
     ),
     "batch": Verb("schedule:batch", ("--size 256 --micro_batch_size 8 --data_parallel_size 4",)),
+    "plan": Verb(
+        "planning:plan",
+        (
+            "1.3B --ranks 8,16,64 --memory 80GiB",
+            "model.py:make_model recipe.yaml --epoch_size 50000 --mixed_precision bf16",
+        ),
+    ),
+    "check": Verb(
+        "planning:check", ("recipe.yaml --accelerate_config config.yaml", "recipe.yaml --deepspeed ds.json --ranks 8")
+    ),
+    "schema": Verb("planning:schema", ("> recipe.schema.json",)),
     "lr-range": Verb(
         "lr_range:lr_range", ("--ranks 2 --out range.png launch/train.py --out /tmp/range",), passes_on=True
     ),

@@ -16,7 +16,7 @@ from dist_adamw.planning.memory import Cost, Memory, Setup, sums_in_memory
 from dist_adamw.planning.model import ModelShapes, Parameter
 
 ONE, DDP, TORCH_DDP = "one process", "DDP, sharded state", "DDP + torch's AdamW"
-WHOLE = "micro-batches before the last are added up in gradients beside DDP's buckets"
+WHOLE = "micro-batches before the last are added up in gradients apart from DDP's buckets"
 _STEP = 4  # bytes of a parameter's step count
 _PACKED = MAX_IN_FLIGHT + 1  # a bucket is packed before the oldest of those in flight is waited for
 

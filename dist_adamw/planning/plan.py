@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from dist_adamw.planning.engines import ENGINES, cost_of, engines_for
 from dist_adamw.planning.memory import Cost, Setup
 from dist_adamw.planning.model import ModelShapes, read_module, shapes_from
 from dist_adamw.planning.schedule import Given, SchedulePlan, from_recipe, schedule_plan, setup_of
+from dist_adamw.recipes.recipe import TrainingRecipe
 from dist_adamw.schedule.batch import GlobalBatch, check_positive_int, shown
 from dist_adamw.schedule.batch_schedule import BatchSizes
 from dist_adamw.schedule.lengths import Length
@@ -91,7 +92,7 @@ class Plan:
                 "tensors": len(model.parameters),
                 "layers": len(model.layers),
             },
-            "setup": {name: _plain(value) for name, value in asdict(self.setup).items()},
+            "setup": {one.name: _plain(getattr(self.setup, one.name)) for one in fields(self.setup)},
             "schedule": {
                 "global_batch": None if self.schedule.batches is None else list(self.schedule.batches.sizes),
                 "micro_batch_size": self.schedule.micro_batch_size,
@@ -121,7 +122,7 @@ def plan(
     setup: Setup | None = None,
     dtype: str | torch.dtype | None = None,
     layers: str | None = None,
-    recipe: Any = None,
+    recipe: TrainingRecipe | None = None,
     scheduler: CyclicLRWithRestarts | None = None,
     batch_size: int | BatchSizes | None = None,
     micro_batch_size: int | None = None,
@@ -237,4 +238,6 @@ def _cost(cost: Cost) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: str(one) for name, one in value.items()}
     return value if isinstance(value, int | float | bool | str | None) else str(value)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import nn
@@ -12,6 +11,7 @@ from torch.optim import Optimizer
 
 from dist_adamw.optimizer.adamw import DistAdamW
 from dist_adamw.planning.memory import Setup
+from dist_adamw.recipes.recipe import TrainingRecipe
 from dist_adamw.schedule.batch import GlobalBatch, check_positive_int
 from dist_adamw.schedule.batch_schedule import BatchSchedule, BatchSizes
 from dist_adamw.schedule.lengths import Length
@@ -73,24 +73,23 @@ class Given:
     total_samples: Length | None = None
 
 
-def from_recipe(recipe: Any, model: nn.Module | None) -> Given:
-    """Return what a recipe says. The only place that knows what a recipe has. Local.
+def from_recipe(recipe: TrainingRecipe, model: nn.Module | None) -> Given:
+    """Return what a recipe says. Local.
 
     Args:
-        recipe: From ``dist_adamw.load_recipe``.
+        recipe: With all sizes.
         model: On the meta device, for recipes whose groups depend on the names of parameters; None: a stand-in.
     """
     with torch.device("meta"):
         module = nn.Linear(1, 1) if model is None else model
     optimizer = recipe.make_optimizer(module)
     scheduler = recipe.make_scheduler(optimizer)
-    batch, training = getattr(recipe, "batch", None), getattr(recipe, "training", None)
     return Given(
         scheduler=scheduler,
         optimizer=optimizer,
-        batch_size=getattr(batch, "size", None),
-        micro_batch_size=getattr(batch, "micro_batch_size", None),
-        total_samples=getattr(training, "total_samples", None),
+        batch_size=recipe.batch.get("size"),
+        micro_batch_size=recipe.batch.get("micro_batch_size"),
+        total_samples=recipe.total_samples,
     )
 
 

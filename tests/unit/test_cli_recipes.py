@@ -1,14 +1,13 @@
-"""``dist-adamw preview`` and ``plot`` of recipe files."""
+"""The verbs that read recipe files: preview, plot, plan, check, schema."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 from tests.unit.test_cli import Capture, answer, refused, run
-
-pytest.importorskip("dist_adamw.recipes", reason="this checkout has no recipe files")
 
 RECIPE = """
 optimizer: {lr: 2.0e-3, weight_decay: 0.05, max_grad_norm: 1.0}
@@ -77,3 +76,34 @@ def test_several_recipes_in_one_picture(recipe: str, tmp_path: Path, capsys: Cap
     assert str(other) in text
     found = answer(capsys, "plot", recipe, str(other), "--axis=updates")["schedules"]
     assert [one["x"][-1] for one in found.values()] == [60, 60]
+
+
+def test_plan_of_a_recipe(recipe: str, capsys: Capture) -> None:
+    found = answer(capsys, "plan", "1.3B", recipe, "--ranks=1,2", "--memory=40GiB")
+    assert found["schedule"] == found["schedule"] | {"global_batch": [50], "total_samples": 3000, "updates": 60}
+    assert [row["samples"] for row in found["schedule"]["restarts"]] == [1000, 2000]
+    assert [one["ranks"] for one in found["ranks"]] == [1, 2]
+    assert found["ranks"][1]["batch"]["gradient_accumulation_steps"] == 5
+    assert "1.3B parameters" in run(capsys, "plan", "1.3B", recipe, "--ranks=1,2")
+    Path(recipe).write_text(RECIPE.replace(", epoch_size: 1000", ""))
+    assert f"{recipe} has no epoch_size" in refused(capsys, "plan", "1.3B", recipe)
+    found = answer(capsys, "plan", "1.3B", recipe, "--epoch-size=500", "--ranks=1")
+    assert found["schedule"]["total_samples"] == 1500
+    assert "needs a recipe file" in refused(capsys, "plan", "1.3B", "--epoch-size=500")
+
+
+def test_check_of_files_that_contradict_each_other(recipe: str, tmp_path: Path, capsys: Capture) -> None:
+    assert answer(capsys, "check", recipe, "--ranks=2")["findings"] == []
+    config = tmp_path / "ds.json"
+    config.write_text('{"train_batch_size": 64, "gradient_clipping": 0.5}')
+    found = answer(capsys, "check", recipe, f"--deepspeed={config}", "--ranks=2", status=1)
+    kinds = {one["kind"] for one in found["findings"]}
+    assert {"batch", "clipping"} <= kinds
+    config.write_text("{")
+    assert "ds.json" in refused(capsys, "check", recipe, f"--deepspeed={config}")
+    assert "nothing to check" in refused(capsys, "check")
+
+
+def test_the_schema_can_be_saved(capsys: Capture) -> None:
+    assert answer(capsys, "schema")["title"] == "dist_adamw recipe"
+    assert json.loads(run(capsys, "schema"))["title"] == "dist_adamw recipe"

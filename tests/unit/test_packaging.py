@@ -59,7 +59,7 @@ def metadata(built: Path) -> email.message.Message:
 def test_the_wheel_has_the_package_and_nothing_else(built: Path) -> None:
     package = {str(path.relative_to(ROOT)) for path in (ROOT / "dist_adamw").rglob("*.py")}
     names = {name for name in wheel(built).namelist() if ".dist-info/" not in name}
-    assert names == {*package, "dist_adamw/py.typed"}
+    assert names == {*package, "dist_adamw/py.typed", "dist_adamw/recipes/recipe.schema.json"}
     assert any(name.endswith("licenses/LICENSE") for name in wheel(built).namelist())
 
 
@@ -89,13 +89,17 @@ def test_metadata(built: Path) -> None:
     assert found["Requires-Python"] == ">=3.10"
     required = [line for line in found.get_all("Requires-Dist", []) if "extra ==" not in line]
     assert {line.split("[")[0].split("<")[0].split(">")[0] for line in required} == {
+        "PyYAML",
         "accelerate",
+        "docstring_parser",
         "jsonargparse",
         "numpy",
+        "pydantic",
         "safetensors",
         "torch",
     }
-    assert set(found.get_all("Provides-Extra", [])) == {"deepspeed", "dev", "release", "tracking", "transformers"}
+    extras = {"completion", "deepspeed", "dev", "docs", "lightning", "release", "terminal", "tracking", "transformers"}
+    assert set(found.get_all("Provides-Extra", [])) == extras
 
 
 @pytest.mark.parametrize(
@@ -106,7 +110,7 @@ def test_metadata(built: Path) -> None:
         (
             "matplotlib",
             "tracking",
-            "from dist_adamw.cli import preview; preview(batch_size=8, epoch_size=32, plot='recipe.png')",
+            "dist_adamw.load_recipe({'batch': {'size': 8}, 'scheduler': {'epoch_size': 32}}).preview().plot('x.png')",
         ),
     ],
 )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +16,7 @@ from benchmarks.models import GPT
 from benchmarks.plan_accuracy import Uneven, largest, measure, ratios
 from benchmarks.ranks import ROOT
 from benchmarks.workloads import WORKLOADS
-from dist_adamw import EMA, CyclicLRWithRestarts, DistAdamW
+from dist_adamw import EMA, CyclicLRWithRestarts, DistAdamW, load_recipe
 from dist_adamw.optimizer.transport.layout import FlatLayout
 from dist_adamw.planning import Plan, Setup, plan, plan_command
 from dist_adamw.planning.engines import ENGINES, cost_of
@@ -278,21 +277,15 @@ def test_a_scheduler_gives_restarts_updates_and_state() -> None:
 
 
 def test_a_recipe() -> None:
-    seen: list[nn.Parameter] = []
-
-    def make_optimizer(model: nn.Module) -> DistAdamW:
-        seen.extend(model.parameters())
-        return DistAdamW(model.parameters(), master_dtype=torch.int16)
-
-    recipe = SimpleNamespace(
-        make_optimizer=make_optimizer,
-        make_scheduler=lambda optimizer: CyclicLRWithRestarts(optimizer, 32, 640, 5),
-        batch=SimpleNamespace(size=32, micro_batch_size=4),
-        training=SimpleNamespace(total_samples=6400),
+    recipe = load_recipe(
+        {
+            "optimizer": {"master_dtype": "int16", "no_decay": "norms_and_biases"},  # needs the names of a module
+            "scheduler": {"epoch_size": 640, "restart_period": 5},
+            "batch": {"size": 32, "micro_batch_size": 4},
+            "training": {"total_samples": 6400},
+        }
     )
     found = plan(f"{HERE}:gpt", ranks=[2], recipe=recipe, dtype="bf16")
-    assert len(seen) == len(list(gpt().parameters()))
-    assert all(param.is_meta for param in seen)
     assert (found.schedule.updates, found.setup.master_dtype) == (200, torch.int16)
     assert found.by_ranks[0].batch is not None
     assert found.by_ranks[0].batch.gradient_accumulation_steps == 4
