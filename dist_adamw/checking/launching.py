@@ -19,6 +19,7 @@ def check_launch(inputs: Inputs) -> Iterator[Finding]:
         yield inputs.in_accelerate("error", "engine", ("distributed_type",), sentence)
         return
     yield from _check_started_ranks(inputs, engine)
+    yield from _check_reproducible(inputs, engine)
     version = inputs.of_accelerate("fsdp_config", "fsdp_version")
     if engine == "FSDP" and version != 2:
         place = ("fsdp_config", "fsdp_version")
@@ -31,6 +32,13 @@ def check_launch(inputs: Inputs) -> Iterator[Finding]:
         yield inputs.in_accelerate("error", "engine", ("distributed_type",), sentence)
 
 
+def _check_reproducible(inputs: Inputs, engine: str) -> Iterator[Finding]:
+    recipe, precision = inputs.recipe, inputs.of_accelerate("mixed_precision")
+    if engine != "DEEPSPEED" and recipe is not None and recipe.optimizer.get("reproducible") and precision == "fp16":
+        sentence = "reproducible=True is not supported with mixed_precision: fp16. Use bf16, or leave it out."
+        yield inputs.in_recipe("error", "precision", ("optimizer", "reproducible"), sentence)
+
+
 def _check_started_ranks(inputs: Inputs, engine: str) -> Iterator[Finding]:
     ranks, on_cpu = inputs.ranks, is_true(inputs.of_accelerate("use_cpu"))
     if engine in ("FSDP", "DEEPSPEED") and on_cpu:
@@ -39,6 +47,8 @@ def _check_started_ranks(inputs: Inputs, engine: str) -> Iterator[Finding]:
         return
     if ranks in (None, 1):
         return
+    if inputs.of_accelerate("mpirun_config"):
+        return  # mpirun starts the ranks
     if engine == "MULTI_CPU" or on_cpu:
         place = "use_cpu" if on_cpu and engine != "MULTI_CPU" else "distributed_type"
         sentence = (

@@ -42,8 +42,8 @@ RECIPE: dict[str, Any] = {
     "training": {"total_samples": f"{EPOCHS} epochs"},
 }
 # What a recipe sets, at the defaults.
-SET = ("learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm", "num_train_epochs")
-SET = (*SET, "per_device_train_batch_size", "gradient_accumulation_steps")
+SET = {"learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm", "num_train_epochs"}
+SET |= {"per_device_train_batch_size", "gradient_accumulation_steps"}
 DEFAULTS = {field.name: field.default for field in dataclasses.fields(TrainingArguments) if field.name in SET}
 
 

@@ -35,16 +35,16 @@ OURS = {"type": "CyclicLRWithRestarts", "params": {"batch_size": "auto", "epoch_
 
 def findings(folder: Path, recipe: str | None, accelerate: str | None, deepspeed: Any, ranks: int | None) -> list[str]:
     """Lines of the text, without the folder."""
-    paths = []
+    paths: list[Any] = []
     for name, content in (("r.yaml", recipe), ("a.yaml", accelerate), ("d.json", deepspeed)):
         path = folder / name
         if content is not None:
             path.write_text(content if isinstance(content, str) else json.dumps(content, indent=1))
         paths.append(path if content is not None and (name != "d.json" or accelerate is None) else None)
-    text, status, data = check_files(*paths, ranks)
+    text, status, data = check_files(*paths, ranks=ranks)
     assert status == data["status"] == (1 if data["findings"] else 0)
     json.dumps(data)
-    found = check(*paths, ranks)
+    found = check(*paths, ranks=ranks)
     assert [one.as_dict() for one in found] == data["findings"]
     lines = text.replace(f"{folder}/", "").splitlines()
     assert [line.replace(f"{folder}/", "") for line in map(str, found)] == lines[: len(found)]
@@ -292,6 +292,25 @@ CASES: dict[str, tuple[str | None, str | None, Any, int | None, list[tuple[str, 
         None,
         [("a.yaml:3: error: use_cpu: accelerate launch starts one process for use_cpu: true, and not 2.", "[launch]")],
     ),
+    "fine, mpirun": (
+        RECIPE,
+        "distributed_type: MULTI_CPU\nnum_processes: 2\nuse_cpu: true\nmpirun_config: {mpirun_hostfile: hosts}\n",
+        None,
+        None,
+        [],
+    ),
+    "fp16": (
+        RECIPE.replace("lr: 1e-3", "lr: 1e-3, reproducible: true"),
+        "distributed_type: MULTI_GPU\nnum_processes: 2\nmixed_precision: fp16\n",
+        None,
+        None,
+        [
+            (
+                "r.yaml:1: error: optimizer.reproducible: reproducible=True is not supported with mixed",
+                "[precision]",
+            )
+        ],
+    ),
     "NO": (
         RECIPE,
         "distributed_type: NO\nnum_processes: 2\n",
@@ -356,7 +375,7 @@ CASES: dict[str, tuple[str | None, str | None, Any, int | None, list[tuple[str, 
 @pytest.mark.parametrize("name", CASES)
 def test_findings(name: str, tmp_path: Path) -> None:
     *files, expected = CASES[name]
-    found = findings(tmp_path, *files)  # type: ignore[arg-type]
+    found = findings(tmp_path, *files)
     assert [
         (line[: len(start)], line[-len(end) :]) for line, (start, end) in zip(found, expected, strict=True)
     ] == expected

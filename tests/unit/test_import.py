@@ -10,7 +10,16 @@ import pytest
 from tests.conftest import ROOT
 
 SLOW = ["torch._dynamo", "torch.distributed.checkpoint", "torch.distributed.tensor", "torch._inductor", "sympy"]
-NEIGHBOURS = ["accelerate", "deepspeed", "transformers", "matplotlib", "jsonargparse", "triton", "safetensors"]
+NEIGHBOURS = [
+    "accelerate",
+    "deepspeed",
+    "transformers",
+    "matplotlib",
+    "jsonargparse",
+    "triton",
+    "safetensors",
+    "pydantic",
+]
 
 
 def modules_after(statement: str) -> set[str]:

@@ -64,7 +64,7 @@ def network() -> nn.Sequential:
 
 
 def by_hand(model: nn.Module) -> tuple[DistAdamW, CyclicLRWithRestarts]:
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": [p for p in model.parameters() if p.ndim > 1]},
         {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
     ]
