@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import os
+import importlib.util
 import re
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import ROOT
+from tests.integration.agents import Agent, wait_until
 from tests.integration.example_ranks import run_example
-from tests.integration.test_train import environment
 
 EPOCH, SAVE, STOP = 4, 3, 7  # updates: of an epoch, from one checkpoint to the next, before the stop
 EPOCHS = 3
@@ -53,6 +50,8 @@ def assert_continues(whole: list[Row], stopped: list[Row], resumed: list[Row]) -
 
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_it_resumes_on_another_number_of_ranks(name: str, tmp_path: Path) -> None:
+    if name == "trainer_trl" and importlib.util.find_spec("trl") is None:
+        pytest.skip("trl is not installed")
     before, after = (1, 2) if EXAMPLES.index(name) % 2 else (2, 1)
     whole = rows(run_example(name, after, tmp_path / "whole", *toy(name)))
     stopped = rows(run_example(name, before, tmp_path / "run", *toy(name), "--stop_at", str(STOP * batch_of(name))))
@@ -63,43 +62,42 @@ def test_it_resumes_on_another_number_of_ranks(name: str, tmp_path: Path) -> Non
 # ---------------------------------------------------------------- real launches
 
 
-def start(command: list[str], out: Path, *options: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [*command, "--out", str(out), *options],
-        env={**environment(), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        cwd=ROOT,
-        start_new_session=True,  # so that all its ranks can be ended together
+def launch(log: Path, command: list[str], *options: str) -> Agent:
+    return Agent(
+        ["env", f"--chdir={ROOT}", *command, *options], log, {"ACCELERATE_USE_CPU": "true", "PYTHONUNBUFFERED": "1"}
     )
 
 
 def test_killed_under_torchrun(tmp_path: Path) -> None:
-    """SIGKILL at any instant after the first checkpoint; resumed by another launcher on one rank."""
+    """SIGKILL at an instant after some checkpoints; then accelerate launch resumes it on one rank."""
     name, script = "accelerate_causal_lm", "examples/accelerate_causal_lm.py"
-    options = ["--samples", str(EPOCH * batch_of(name)), "--save_every", str(SAVE * batch_of(name)), "--epochs"]
-    process = start(["torchrun", "--standalone", "--nproc_per_node", "2", script], tmp_path / "run", *options, "100000")
-    seen, deadline = "", time.monotonic() + 100
-    assert process.stdout is not None
-    for line in process.stdout:
-        seen += line
-        if len(rows(seen)) >= STOP or time.monotonic() > deadline:
-            break
-    os.killpg(process.pid, signal.SIGKILL)
-    seen += process.communicate()[0]
-    newest = max(
-        int(path.name.removeprefix("sample-")) for path in (tmp_path / "run/checkpoints").glob("sample-*[0-9]")
+    batch, out = batch_of(name), str(tmp_path / "run")
+    options = ["--samples", str(EPOCH * batch), "--save_every", str(SAVE * batch), "--epochs"]
+    torchrun = ["torchrun", "--standalone", "--nproc_per_node", "2", script]
+    killed = launch(tmp_path / "killed", torchrun, "--out", out, *options, "100000")
+    try:
+        wait_until(lambda: len(rows(killed.text)) >= STOP, f"{STOP} updates", [killed])
+    finally:
+        killed.close()
+    checkpoints = (tmp_path / "run/checkpoints").glob("sample-*[0-9]")
+    newest = max(int(path.name.removeprefix("sample-")) for path in checkpoints)
+    epochs = str(newest // batch // EPOCH + 2)
+    accelerate = ["accelerate", "launch", "--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no"]
+    resumed = launch(
+        tmp_path / "resumed",
+        [*accelerate, "--dynamo_backend", "no", script],
+        "--out",
+        out,
+        *options,
+        epochs,
+        "--resume",
     )
-    epochs = str(newest // batch_of(name) // EPOCH + 2)
-    launch = ["accelerate", "launch", "--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no"]
-    resumed = start([*launch, "--dynamo_backend", "no", script], tmp_path / "run", *options, epochs, "--resume")
-    output = resumed.communicate(timeout=100)[0]
-    assert resumed.returncode == 0, output[-4000:]
-    joined = [*rows(seen)[: newest // batch_of(name)], *rows(output)]
-    assert [int(clock) for clock, _, _ in joined] == [i * batch_of(name) for i in range(len(joined))]
-    whole = start([sys.executable, script], tmp_path / "whole", *options, epochs)
-    expected = rows(whole.communicate(timeout=100)[0])
+    whole = launch(
+        tmp_path / "undisturbed", [sys.executable, script], "--out", str(tmp_path / "whole"), *options, epochs
+    )
+    for agent in (resumed, whole):
+        assert agent.wait(100) == 0, agent.text[-4000:]
+    joined, expected = [*rows(killed.text)[: newest // batch], *rows(resumed.text)], rows(whole.text)
     assert [row[:2] for row in joined] == [row[:2] for row in expected]
     assert [row[2] for row in joined] == pytest.approx([row[2] for row in expected], rel=TOLERANCE)
 
