@@ -12,6 +12,7 @@ from dist_adamw.optimizer.averages import dtypes_of
 from dist_adamw.optimizer.sharded_optimizer import OPTIONS, ShardedOptimizer
 from dist_adamw.optimizer.sharding.bucket_views import MASTERS, MOMENTS
 from dist_adamw.optimizer.sharding.shard import peek
+from dist_adamw.optimizer.sharding.user_changes import check_keys
 from dist_adamw.optimizer.sharding.watched_state import WatchedState
 from dist_adamw.optimizer.state_dict import (
     ELSEWHERE,
@@ -56,7 +57,9 @@ class SavableOptimizer(ShardedOptimizer):
 
         Raises:
             RuntimeError: the state is sharded, and this rank has not consolidated it since it last changed.
+            ValueError: ``state`` has an entry that is not of a parameter.
         """
+        check_keys(self.state)
         if not self._has_a_share or is_being_wrapped():
             return self._share_state_dict()
         whole = self._whole_state()
@@ -172,6 +175,7 @@ class SavableOptimizer(ShardedOptimizer):
 
     def _adopt(self, share: Mapping[str, Any] | None) -> None:
         """Lay out the state in ``self.state``, whole or this rank's share."""
+        check_keys(self.state)
         # Detached, because shards point tensors found in ``state`` at their own memory, and these are the caller's.
         ours = {
             param: {key: value.detach() if isinstance(value, Tensor) else value for key, value in entry.items()}

@@ -178,6 +178,20 @@ def check_once(groups: Sequence[dict[str, Any]]) -> None:
                 )
 
 
+def check_keys(state: Mapping[Any, Any]) -> None:
+    """Refuse what torch calls global state: an entry in ``state`` that is not of a parameter. Local.
+
+    Raises:
+        ValueError: names the key.
+    """
+    for key in dict.keys(state) if isinstance(state, dict) else state:
+        if not isinstance(key, Tensor):
+            raise ValueError(
+                f"optimizer.state[{key!r}] is not the state of a parameter, and would be lost when state is laid out. "
+                "Keep it elsewhere, such as in an attribute of the optimizer."
+            )
+
+
 def _check_apart(groups: Sequence[dict[str, Any]], state: Mapping[Tensor, dict[str, Any]]) -> None:
     """Refuse one tensor as the state of two parameters. Local.
 
@@ -205,10 +219,11 @@ def check_new_state(
     """Refuse entries of ``state`` for parameters without a place, unless they are whole states. Local.
 
     Raises:
-        ValueError: names the parameter and the problem.
+        ValueError: names the parameter and the problem; or an entry is not of a parameter.
     """
     if not state:
         return
+    check_keys(state)
     for g, group in enumerate(groups):
         for j, param in enumerate(group["params"]):
             if id(param) not in placed and (entry := peek(state, param)):
