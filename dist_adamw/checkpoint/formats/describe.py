@@ -44,7 +44,7 @@ class Description:
             "optimizer": f"{data['optimizer'] or 'none'}, {data['updates']:,.0f} update(s)",
             "schedule": "none" if data["samples"] is None else f"{data['scheduler']} at {data['samples']:,} samples",
             "weights": f"{weights['elements']:,} in {weights['tensors']} tensors",
-            "beside them": ", ".join(data["state"]) or "nothing",
+            "also saved": ", ".join(data["state"]) or "nothing",
             "files": f"{files['bytes']:,} bytes in {files['count']}",
             "whole": f"NO: {self.problem}" if self.problem else _WHOLE[data["verified"]],
         }
