@@ -41,11 +41,12 @@ def findings(folder: Path, recipe: str | None, accelerate: str | None, deepspeed
         if content is not None:
             path.write_text(content if isinstance(content, str) else json.dumps(content, indent=1))
         paths.append(path if content is not None and (name != "d.json" or accelerate is None) else None)
-    text, status, data = check_files(*paths, ranks=ranks)
+    one, two, three = paths
+    text, status, data = check_files(one, two, three, ranks)
     assert status == data["status"] == (1 if data["findings"] else 0)
     json.dumps(data)
-    found = check(*paths, ranks=ranks)
-    assert [one.as_dict() for one in found] == data["findings"]
+    found = check(one, two, three, ranks)
+    assert [finding.as_dict() for finding in found] == data["findings"]
     lines = text.replace(f"{folder}/", "").splitlines()
     assert [line.replace(f"{folder}/", "") for line in map(str, found)] == lines[: len(found)]
     return lines[: len(found)]
