@@ -459,7 +459,7 @@ def main() -> None:
     parser.add_argument("--ranks", nargs="+", type=int, default=list(SIZES))
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--engines", nargs="+", help="default: all")
-    parser.add_argument("--timeout", type=float, default=900.0, help="seconds, for each number of ranks")
+    parser.add_argument("--timeout", type=float, default=1800.0, help="seconds, for each number of ranks")
     options = parser.parse_args()
     options.out = options.out.resolve()
     if ranks.is_rank():
