@@ -40,8 +40,8 @@ def main() -> None:
     windows = text[: len(text) // CONTEXT * CONTEXT].view(-1, CONTEXT)
     train, held_out = windows[64 : 64 + args.samples], windows[:64]
     micro_batch = BATCH // accelerator.num_processes
-    loader = DataLoader(train, micro_batch, shuffle=True)  # type: ignore[arg-type]
-    eval_loader = DataLoader(held_out, 32)  # type: ignore[arg-type]
+    loader = DataLoader(train, micro_batch, shuffle=True)
+    eval_loader = DataLoader(held_out, 32)
     sizes = {"vocab_size": 256, "n_positions": CONTEXT, "n_embd": 64, "n_layer": 2, "n_head": 2}
     # Dropout would draw other numbers on another number of ranks.
     model = GPT2LMHeadModel(GPT2Config(**sizes, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0))

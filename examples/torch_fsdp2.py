@@ -42,7 +42,7 @@ class Transformer(nn.Module):
         hidden = self.symbols(numbers) + self.places.weight
         for layer in self.layers:
             hidden = layer(hidden, self.mask)
-        return self.head(hidden)  # type: ignore[no-any-return]
+        return self.head(hidden)
 
 
 def main() -> None:

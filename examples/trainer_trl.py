@@ -30,11 +30,11 @@ class Print(TrainerCallback):
     def __init__(self, stop_at: int | None) -> None:
         self.stop_at = stop_at
 
-    def on_log(self, args, state, control, logs, **_):  # type: ignore[no-untyped-def]
+    def on_log(self, args, state, control, logs, **_):
         if state.is_world_process_zero and "loss" in logs:
             print(f"update {state.global_step} lr {logs['learning_rate']!r} loss {logs['loss']:.6f}", flush=True)
 
-    def on_step_end(self, args, state, control, **_):  # type: ignore[no-untyped-def]
+    def on_step_end(self, args, state, control, **_):
         control.should_training_stop |= state.global_step * BATCH == self.stop_at
 
 

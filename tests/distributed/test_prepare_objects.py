@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,8 @@ def gan_data() -> TensorDataset:
     return TensorDataset(torch.randn(EPOCH, 2, generator=generator), torch.randn(EPOCH, 3, generator=generator))
 
 
-def losses(generator: nn.Module, critic: nn.Module, real: Tensor, noise: Tensor, generators_turn: bool) -> Tensor:
+def loss_of(models: Sequence[nn.Module], real: Tensor, noise: Tensor, *, generators_turn: bool) -> Tensor:
+    generator, critic = models
     fake = generator(noise)
     if generators_turn:
         return softplus(-critic(fake)).mean()
@@ -100,7 +102,7 @@ class Gan:
         lrs = [optimizer.param_groups[0]["lr"] for optimizer in self.optimizers]
         for turn in (1, 0):
             self.optimizers[turn].zero_grad()
-            self.accelerator.backward(losses(*self.models, real, noise, generators_turn=turn == 0))
+            self.accelerator.backward(loss_of(self.models, real, noise, generators_turn=turn == 0))
             self.optimizers[turn].step()
             self.schedulers[turn].step()
         weights = [float(p.detach().double().sum()) for model in self.models for p in model.parameters()]
@@ -146,7 +148,7 @@ def gan_in_plain_torch() -> list[list[float]]:
         for real, noise in DataLoader(gan_data(), BATCH):
             for turn in (1, 0):
                 optimizers[turn].zero_grad()
-                losses(*models, real, noise, generators_turn=turn == 0).backward()  # type: ignore[misc]
+                loss_of(models, real, noise, generators_turn=turn == 0).backward()
                 optimizers[turn].step()
                 schedulers[turn].step()
             rows.append([float(p.detach().double().sum()) for model in models for p in model.parameters()])

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import ranks
 from tests.conftest import ROOT
 from tests.integration.agents import Agent, wait_until
 from tests.integration.example_ranks import run_example
@@ -76,7 +77,7 @@ def test_killed_under_torchrun(tmp_path: Path) -> None:
     torchrun = ["torchrun", "--standalone", "--nproc_per_node", "2", script]
     killed = launch(tmp_path / "killed", torchrun, "--out", out, *options, "100000")
     try:
-        wait_until(lambda: len(rows(killed.text)) >= STOP, f"{STOP} updates", [killed])
+        wait_until(lambda: len(rows(killed.text)) >= STOP, f"{STOP} updates", [killed], ranks.TIMEOUT)
     finally:
         killed.close()
     checkpoints = (tmp_path / "run/checkpoints").glob("sample-*[0-9]")
@@ -96,7 +97,7 @@ def test_killed_under_torchrun(tmp_path: Path) -> None:
         tmp_path / "undisturbed", [sys.executable, script], "--out", str(tmp_path / "whole"), *options, epochs
     )
     for agent in (resumed, whole):
-        assert agent.wait(100) == 0, agent.text[-4000:]
+        assert agent.wait(ranks.TIMEOUT) == 0, agent.text[-4000:]
     joined, expected = [*rows(killed.text)[: newest // batch], *rows(resumed.text)], rows(whole.text)
     assert [row[:2] for row in joined] == [row[:2] for row in expected]
     assert [row[2] for row in joined] == pytest.approx([row[2] for row in expected], rel=TOLERANCE)

@@ -32,7 +32,7 @@ def loader(size: int = 4, *, shuffle: bool = False, length: int = 16) -> DataLoa
 
 def trained(
     make: Callable[..., Optimizer] = DistAdamW, schedule: Callable[..., LRScheduler] = restarts
-) -> tuple[nn.Module, Optimizer, LRScheduler]:
+) -> tuple[nn.Module, Optimizer, Any]:
     model = nn.Linear(3, 1)
     optimizer = make(model.parameters(), lr=1e-2)
     return model, optimizer, schedule(optimizer)
@@ -61,7 +61,7 @@ def test_an_evaluation_loader_is_prepared_as_accelerate_does() -> None:
     assert (scheduler.batch_size, scheduler.epoch_size) == (4, 16)  # the first loader's
     *_, train, evaluation, _ = prepared
     for batch in train:
-        update(*prepared[:2], scheduler, batch)
+        update(prepared[0], prepared[1], scheduler, batch)
         with torch.no_grad():
             assert [len(x) for (x,) in evaluation] == [2, 2, 2, 1]
     assert scheduler.samples == 16  # evaluation does not count
@@ -213,6 +213,16 @@ def shared() -> Objects:
     return [one[0], nn.Sequential(one[0]), one[1], loader(), one[2]]
 
 
+def prepared_already() -> Objects:
+    model, optimizer, scheduler = trained()
+    return [model, optimizer, loader(), AcceleratedScheduler(scheduler, optimizer)]
+
+
+def evaluation_first() -> Objects:
+    model, optimizer, scheduler = trained()
+    return [model, optimizer, loader(2), loader(shuffle=True), scheduler]
+
+
 def without(*kinds: type) -> Objects:
     model, optimizer, scheduler = trained()
     given = [model, optimizer, loader(), scheduler]
@@ -231,7 +241,7 @@ def without(*kinds: type) -> Objects:
         (lambda: [*without(DataLoader), [torch.ones(1)]], r"torch DataLoader, got list\."),
         (lambda: without(LRScheduler), r"scheduler is missing: .*not prepared yet, got Linear, DistAdamW"),
         (
-            lambda: (lambda a, b, c: [a, b, loader(), AcceleratedScheduler(c, b)])(*trained()),
+            prepared_already,
             "got AcceleratedScheduler",
         ),
         (one_for_two, r"DistAdamW \(object 3\) trains Linear \(object 1\) and Linear \(object 2\).*nn\.ModuleDict"),
@@ -245,7 +255,7 @@ def without(*kinds: type) -> Objects:
         (shared, r"in both Linear \(object 1\) and Sequential \(object 2\)"),
         (batch_schedules, r"batch-size schedule of CyclicLRWithRestarts \(object 6\).*all 2 optimizers"),
         (
-            lambda: (lambda a, b, c: [a, b, loader(2), loader(shuffle=True), c])(*trained()),
+            evaluation_first,
             r"DataLoader \(object 3\) does not shuffle, and DataLoader \(object 4\) does\. Pass the training loader",
         ),
     ],
