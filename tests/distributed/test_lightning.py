@@ -54,7 +54,7 @@ class Stream(IterableDataset[tuple[Tensor, Tensor]]):
         return (data[i] for i in range(dist.get_rank(), EPOCH, dist.get_world_size()))
 
 
-class Network(L.LightningModule):
+class Network(L.LightningModule):  # type: ignore[misc]
     """Records each update: the values that it has, and the mean loss of its global batch."""
 
     def __init__(self, interval: str = "step", dropout: float = 0.0, cls: Any = DistAdamW, **options: Any) -> None:
@@ -105,7 +105,7 @@ class Sharded(Network):
             fully_shard(self.body, mesh=mesh)
 
 
-class Adversaries(L.LightningModule):
+class Adversaries(L.LightningModule):  # type: ignore[misc]
     """Manual optimization: two optimizers, of which each has its schedule."""
 
     def __init__(self, batch_size: int | None = BATCH, every: int = 1) -> None:
@@ -573,13 +573,13 @@ def with_others(folder: Path) -> list[tuple[list[float], Curve]]:
 
     library: Any = pytorch_lightning
 
-    class Other(library.LightningModule):
+    class Other(library.LightningModule):  # type: ignore[misc]
         configure_optimizers, lr_scheduler_step = Network.configure_optimizers, Network.lr_scheduler_step
         training_step, on_train_start = Network.training_step, Network.on_train_start
 
         def __init__(self) -> None:
             super().__init__()
-            vars(self).update(interval="step", cls=DistAdamW, options={}, attaches=False, losses=[], rows=[])
+            self.__dict__.update(interval="step", cls=DistAdamW, options={}, attaches=False, losses=[], rows=[])
             self.of_optimizer = {"lr": LR, "weight_decay": DECAY, "eps": EPS}
             self.body = Network().body
 
