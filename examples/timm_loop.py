@@ -52,7 +52,7 @@ def main() -> None:
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
     torch.manual_seed(0)
     data = images(args.samples)
-    sampler = DistributedSampler(data)
+    sampler: DistributedSampler[tuple[torch.Tensor, ...]] = DistributedSampler(data)
     loader = DataLoader(data, BATCH // ranks, sampler=sampler)
     network = timm.create_model("vit_tiny_patch16_224", img_size=16, patch_size=4, depth=2, embed_dim=96, num_classes=4)
     # Before DDP, whose names would all lie in one layer.

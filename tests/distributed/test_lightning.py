@@ -24,7 +24,7 @@ from tests.distributed.engines import environment
 from tests.known import unwrap
 from tests.ranks import expect_error_on_all, run_ranks
 
-L = pytest.importorskip("lightning", reason="lightning is not installed: pip install -e '.[dev]'")
+L: Any = pytest.importorskip("lightning", reason="lightning is not installed: pip install -e '.[dev]'")
 
 from dist_adamw.integrations.lightning.checks import check_strategy  # noqa: E402
 from dist_adamw.integrations.lightning.training_data import real_rows  # noqa: E402
@@ -54,13 +54,13 @@ class Stream(IterableDataset[tuple[Tensor, Tensor]]):
         return (data[i] for i in range(dist.get_rank(), EPOCH, dist.get_world_size()))
 
 
-class Network(L.LightningModule):  # type: ignore[misc,unused-ignore]
+class Network(L.LightningModule):  # type: ignore[misc]
     """Records each update: the values that it has, and the mean loss of its global batch."""
 
     def __init__(self, interval: str = "step", dropout: float = 0.0, cls: Any = DistAdamW, **options: Any) -> None:
         super().__init__()
         torch.manual_seed(2)
-        self.body = nn.Sequential(nn.Linear(8, 33), nn.Tanh(), nn.Dropout(dropout), nn.Linear(33, 2))
+        self.body: Any = nn.Sequential(nn.Linear(8, 33), nn.Tanh(), nn.Dropout(dropout), nn.Linear(33, 2))
         self.interval, self.cls, self.options = interval, cls, options
         self.attaches = options.pop("attaches", False)
         self.of_optimizer = {"lr": LR, "weight_decay": DECAY, "eps": EPS, **options.pop("of_optimizer", {})}
@@ -105,7 +105,7 @@ class Sharded(Network):
             fully_shard(self.body, mesh=mesh)
 
 
-class Adversaries(L.LightningModule):  # type: ignore[misc,unused-ignore]
+class Adversaries(L.LightningModule):  # type: ignore[misc]
     """Manual optimization: two optimizers, of which each has its schedule."""
 
     def __init__(self, batch_size: int | None = BATCH, every: int = 1) -> None:
@@ -143,7 +143,7 @@ class Adversaries(L.LightningModule):  # type: ignore[misc,unused-ignore]
 def loader_of(data: Dataset[Any] | None = None, micro_batch: int | None = None, **options: Any) -> DataLoader[Any]:
     """The samples in order, dealt to the ranks."""
     data, ranks = Samples() if data is None else data, dist.get_world_size()
-    sampler = DistributedSampler(data, ranks, dist.get_rank(), shuffle=False)
+    sampler: Any = DistributedSampler(data, ranks, dist.get_rank(), shuffle=False)
     return DataLoader(data, micro_batch or BATCH // ranks, sampler=sampler, **options)
 
 
@@ -211,12 +211,12 @@ def check_same(rows: Curve, expected: Curve) -> None:
 def curves(folder: Path) -> dict[str, Curve]:
     found = {}
     ranks = dist.get_world_size()
-    validation = {"val_check_interval": 2, "limit_val_batches": 2}
+    validation: dict[str, Any] = {"val_check_interval": 2, "limit_val_batches": 2}
     for accumulation in (1, 2):
         model, micro_batch = Network(), BATCH // ranks // accumulation
         loaders = loader_of(micro_batch=micro_batch)
         model.val_dataloader = lambda: loader_of(Samples(9))
-        clip = {"gradient_clip_val": CLIP, "accumulate_grad_batches": accumulation}
+        clip: dict[str, Any] = {"gradient_clip_val": CLIP, "accumulate_grad_batches": accumulation}
         fit(model, folder, data=loaders, **clip, **validation)
         found[f"accumulation {accumulation}"] = model.rows
     for name, cls in {"attached": DistAdamW, "whole state": torch.optim.AdamW}.items():
@@ -459,7 +459,7 @@ def refusals(folder: Path) -> dict[str, str]:
     """By case: what ``fit`` says. None trains."""
     from lightning.pytorch.callbacks import GradientAccumulationScheduler, StochasticWeightAveraging
     from lightning.pytorch.plugins.io import AsyncCheckpointIO
-    from lightning.pytorch.tuner import Tuner
+    from lightning.pytorch.tuner.tuning import Tuner
 
     cases: dict[str, tuple[Any, dict[str, Any]]] = {
         "interval": (Network(interval="epoch"), {}),
@@ -571,19 +571,21 @@ def with_others(folder: Path) -> list[tuple[list[float], Curve]]:
         column = [float(row["lr-DistAdamW"]) for row in csv.DictReader(file) if row.get("lr-DistAdamW")]
     found.append((column, model.rows))
 
-    class Other(pytorch_lightning.LightningModule):  # type: ignore[misc,unused-ignore]
+    library: Any = pytorch_lightning
+
+    class Other(library.LightningModule):  # type: ignore[misc]
         configure_optimizers, lr_scheduler_step = Network.configure_optimizers, Network.lr_scheduler_step
         training_step, on_train_start = Network.training_step, Network.on_train_start
 
         def __init__(self) -> None:
             super().__init__()
-            vars(self).update(interval="step", cls=DistAdamW, options={}, attaches=False, losses=[], rows=[])
+            self.__dict__.update(interval="step", cls=DistAdamW, options={}, attaches=False, losses=[], rows=[])
             self.of_optimizer = {"lr": LR, "weight_decay": DECAY, "eps": EPS}
             self.body = Network().body
 
     other = Other()
     saved = callbacks.ModelCheckpoint(folder / "other")
-    fit(other, folder, library=pytorch_lightning, callbacks=[saved], max_epochs=2)
+    fit(other, folder, library=library, callbacks=[saved], max_epochs=2)
     found.append((column, other.rows))
     return found
 
