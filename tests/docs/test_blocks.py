@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 import socket
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,7 @@ def test_a_page(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_no_block_is_left_out() -> None:
     """A fence that the reader of blocks misses, or an indented command, would never run."""
+    count: Counter[str] = Counter()
     for page, document in DOCUMENTS.items():
         fences = re.findall(r"^ *```", document.text, re.MULTILINE)
         visible = [example for example in document.examples() if "language" in example.region.lexemes]
@@ -59,6 +61,9 @@ def test_no_block_is_left_out() -> None:
         indented = re.findall(rf"^    (?:{PROGRAMS}) .*", prose, re.MULTILINE)
         assert not indented, f"{page}: put {indented} into a ```sh block"
         assert {language(example) for example in document.examples()} <= LANGUAGES, page
+        count.update(language(example) for example in visible)
+    print(f"{count.total()} blocks on {len(DOCUMENTS)} pages: {dict(count)}; {len(ELSEWHERE)} commands run elsewhere")
+    assert count["python"] >= 40  # the pages are found
 
 
 def test_commands_that_run_elsewhere_are_on_a_page_and_have_a_test() -> None:
