@@ -35,15 +35,14 @@ def topic_of(module: str, page: str) -> str | None:
 
 def completed(page: str, found: Iterable[Message]) -> str:
     """Return the page with exactly the messages ``found``."""
-    known = listed(page)
     of_topic: dict[str | None, dict[str, str]] = {}
     for message in found:
-        meaning = known.get(message.text) or _escaped(message.rest)
-        of_topic.setdefault(topic_of(message.module, page), {}).setdefault(message.text, meaning)
+        of_topic.setdefault(topic_of(message.module, page), {}).setdefault(message.text, _escaped(message.rest))
 
     def filled(match: re.Match[str]) -> str:
+        written = listed(match["items"])
         items = sorted(of_topic.get(match["modules"], {}).items(), key=lambda item: item[0].strip("… ").lower())
-        lines = [_item(message, meaning) for message, meaning in items]
+        lines = [_item(message, written.get(message) or rest) for message, rest in items]
         return f"<!-- messages: {match['modules']} -->\n\n" + "".join(lines) + "\n<!-- end -->"
 
     return TOPIC.sub(filled, page)
