@@ -46,7 +46,7 @@ def inputs() -> list[OptimizerInput]:
     """
     found = _get_optim_inputs_including_global_cliquey_kwargs("cpu", torch.float32, info(), skip=("differentiable",))
     plain = info().optim_inputs_func("cpu")
-    return [*found, *(OptimizerInput(None, {**one.kwargs, "foreach": True}, f"{one.desc} & foreach") for one in plain)]
+    return [*found, *(OptimizerInput([], {**one.kwargs, "foreach": True}, f"{one.desc} & foreach") for one in plain)]
 
 
 # ---------------------------------------------------------------- what both optimizers are trained on
