@@ -93,7 +93,12 @@ class Accuracy:
 
 
 def _model(*_: Any, **__: Any) -> BertForSequenceClassification:
-    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    sizes: dict[str, Any] = {
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+    }
     # The scripts compare accuracies before and after a resume exactly; they evaluate without dropout.
     return BertForSequenceClassification(BertConfig(vocab_size=WORDS, max_position_embeddings=32, **sizes))
 

@@ -46,7 +46,7 @@ def inputs() -> list[OptimizerInput]:
     """
     found = _get_optim_inputs_including_global_cliquey_kwargs("cpu", torch.float32, info(), skip=("differentiable",))
     plain = info().optim_inputs_func("cpu")
-    return [*found, *(OptimizerInput(None, {**one.kwargs, "foreach": True}, f"{one.desc} & foreach") for one in plain)]
+    return [*found, *(OptimizerInput([], {**one.kwargs, "foreach": True}, f"{one.desc} & foreach") for one in plain)]
 
 
 # ---------------------------------------------------------------- what both optimizers are trained on
@@ -150,13 +150,17 @@ def groups(kwargs: dict[str, Any], dtype: torch.dtype) -> None:
 
 def schedulers(kwargs: dict[str, Any], dtype: torch.dtype) -> None:
     """lr and weights under each of the schedulers that the database pairs AdamW with."""
+    updates = 12  # both change lr within these: after ten epochs, and after ten without progress
     for make_schedulers in info().scheduler_inputs:
         theirs, mine = pair(kwargs, dtype)
         for optimizer in (theirs, mine):
-            for update, scheduler in itertools.product(range(4), [make(optimizer) for make in make_schedulers]):
+            schedulers = [make(optimizer) for make in make_schedulers]
+            for update in range(updates):
                 train(optimizer, range(update, update + 1))
-                needs_loss = isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau)
-                scheduler.step(*([1.0] if needs_loss else []))
+                for scheduler in schedulers:
+                    needs_loss = isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau)
+                    scheduler.step(*([1.0] if needs_loss else []))
+            assert optimizer.param_groups[0]["lr"] < 0.5 * optimizer.defaults["lr"], "no scheduler has changed lr"
         expect_equal(theirs.param_groups[0]["lr"], mine.param_groups[0]["lr"], "lr")
         expect_equal(all_params(theirs), all_params(mine))
 
@@ -242,6 +246,7 @@ def closures_and_tensor_lr(kwargs: dict[str, Any], dtype: torch.dtype) -> None:
     lrs = (0.01, 0.01) if is_foreach else (torch.tensor(0.01), torch.tensor(0.01))
     optimizers = pair({**kwargs, "lr": lrs[0]}, dtype)
     optimizers[1].param_groups[0]["lr"] = lrs[1]
+    returned: list[Any] = []
     for optimizer in optimizers:
         params = all_params(optimizer)
 
@@ -252,10 +257,12 @@ def closures_and_tensor_lr(kwargs: dict[str, Any], dtype: torch.dtype) -> None:
             value.backward()
             return value
 
-        first = optimizer.step(loss)  # type: ignore[arg-type]
+        returned.append(optimizer.step(loss))  # type: ignore[arg-type]
         if isinstance(lr := optimizer.param_groups[0]["lr"], Tensor):
             lr.mul_(0.5)
-        assert optimizer.step(loss) != first  # type: ignore[arg-type,operator]
+        returned.append(optimizer.step(loss))  # type: ignore[arg-type]
+    assert isinstance(returned[0], Tensor), f"step returned {returned[0]!r} and not the loss"
+    expect_equal(returned[:2], returned[2:], "losses")
     expect_equal(all_params(optimizers[0]), all_params(optimizers[1]))
 
 

@@ -104,7 +104,7 @@ class SwappedZero(SwappedAdamW):
 _OF_SGD = ("momentum", "dampening", "nesterov")
 
 
-class reference_sgd(TORCH_ADAMW):  # noqa: N801
+class reference_sgd(torch.optim.AdamW):  # noqa: N801
     """torch's AdamW under the name of SGD: what the tests of ZeroRedundancyOptimizer compare the sharded one with."""
 
     def __init__(self, params: Any, lr: Any = 1e-3, **options: Any) -> None:
@@ -123,7 +123,7 @@ class SwappedRestarts(CyclicLRWithRestarts):
             raise UnsupportedError(f"{others}")
         super().__init__(optimizer, 1, 1, T_0, T_mult, min_lr=eta_min, on_difference="checkpoint")
 
-    def step(self, epoch: Any = None) -> None:
+    def step(self, epoch: Any = None) -> None:  # type: ignore[override]
         """Make an update, and write lr."""
         if epoch is not None:
             raise UnsupportedError("step(epoch)")
@@ -137,7 +137,7 @@ class SwappedRestarts(CyclicLRWithRestarts):
 
 def in_torch_tests() -> None:
     """Replace torch's classes for the rest of this process, before a test file or torch's database imports them."""
-    torch.optim.AdamW = SwappedAdamW  # type: ignore[misc]
+    torch.optim.AdamW = SwappedAdamW  # type: ignore[assignment,misc]
     torch.optim.Adam = swapped_adam  # type: ignore[assignment,misc]
     torch.optim.SGD = swapped_sgd  # type: ignore[assignment,misc]
     torch.optim.lr_scheduler.CosineAnnealingWarmRestarts = SwappedRestarts  # type: ignore[assignment,misc]
@@ -145,8 +145,8 @@ def in_torch_tests() -> None:
 
 def in_tests_of_zero() -> None:
     """Replace ZeroRedundancyOptimizer by DistAdamW, and the optimizers that it is compared with by torch's AdamW."""
-    torch.optim.SGD = reference_sgd  # type: ignore[misc]
-    torch_distributed_optim.ZeroRedundancyOptimizer = SwappedZero  # type: ignore[misc]
+    torch.optim.SGD = reference_sgd  # type: ignore[assignment,misc]
+    torch_distributed_optim.ZeroRedundancyOptimizer = SwappedZero  # type: ignore[assignment,misc]
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ def optimizer_with(key: str, value: object, updates: int) -> DistAdamW:
     for _ in range(updates):
         param.grad = torch.ones(3)
         optimizer.step()
-    optimizer.state[key] = value  # type: ignore[index,assignment]
+    optimizer.state[key] = value  # type: ignore[index]
     return optimizer
 
 
