@@ -57,17 +57,20 @@ def train(engine: str, folder: str, accumulation: int, options: dict[str, Any]) 
         return trainer.notes.rows, made.bucket_numel
 
 
-def test_one_recipe_on_every_engine(tmp_path: Path) -> None:
-    expected = plain_loop(RECIPE["scheduler"])
-    for engine, accumulation, options in (
+@pytest.mark.parametrize(
+    ("engine", "accumulation", "options"),
+    [
         ("single", 1, DEFAULTS),  # the recipe sets four accumulation steps, and two on two ranks
         ("DDP", 1, DEFAULTS),
         ("ZeRO-2", 2, {"num_train_epochs": 3.0}),  # whose configuration has the batch: it must agree
-    ):
-        ranks = 1 if engine == "single" else 2
-        for rows, bucket_numel in run_ranks(ranks, train, engine, str(tmp_path), accumulation, options):
-            assert bucket_numel == 1000
-            check_same(rows, expected)
+    ],
+)
+def test_one_recipe_on_every_engine(engine: str, accumulation: int, options: dict[str, Any], tmp_path: Path) -> None:
+    expected = plain_loop(RECIPE["scheduler"])
+    ranks = 1 if engine == "single" else 2
+    for rows, bucket_numel in run_ranks(ranks, train, engine, str(tmp_path), accumulation, options):
+        assert bucket_numel == 1000
+        check_same(rows, expected)
 
 
 REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
@@ -102,6 +105,26 @@ def refusals(folder: str) -> None:
             trainer = Noting(Network(), args, train_dataset=Samples())
             with pytest.raises(ValueError, match=sentence):
                 prepare_trainer(trainer, **{"recipe": RECIPE, **arguments}).create_optimizer()
+
+
+def engine_refusals(folder: str) -> None:
+    scheduler = {"type": "CyclicLRWithRestarts", "params": {}}
+    for json, sentence in (
+        ({"scheduler": scheduler}, "the DeepSpeed configuration has scheduler, and recipe='recipe' was given here"),
+        (
+            {"gradient_clipping": 0.3},
+            r"max_grad_norm is 0\.05, and the DeepSpeed .* has gradient_clipping=0\.3",
+        ),
+    ):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        with arguments_on("ZeRO-2", folder, 2, json=json) as args:
+            trainer = Noting(Network(), args, train_dataset=Samples())
+            with pytest.raises(ValueError, match=sentence):
+                prepare_trainer(trainer, recipe=RECIPE)
+
+
+def test_what_the_engine_contradicts_is_named(tmp_path: Path) -> None:
+    run_ranks(2, engine_refusals, str(tmp_path))
 
 
 def test_what_the_arguments_contradict_is_named(tmp_path: Path) -> None:

@@ -136,6 +136,14 @@ def test_the_batch_and_the_preview(tmp_path: Path) -> None:
         load_recipe({"optimizer": {"lr": 1.0}}).global_batch()
 
 
+def test_a_preview_of_less_than_the_schedule() -> None:
+    """A schedule that ends has no periods that fit better."""
+    recipe = load_recipe({"scheduler": {"total_samples": 600, "epoch_size": 100}, "batch": {"size": 10}})
+    end = recipe.preview(total_samples=500).end
+    assert end is not None
+    assert (end.cycle, end.is_at_cycle_end, end.restart_periods) == (0, False, ())
+
+
 def test_changes_are_checked(tmp_path: Path) -> None:
     recipe = load_recipe(written(tmp_path, RECIPE))
     changed = recipe.with_changes(optimizer={"lr": 1e-4}, scheduler={"min_lr": 1e-5})

@@ -35,6 +35,7 @@ def apply_recipe(trainer: Any, recipe: RecipeLike | TrainingRecipe) -> tuple[Tra
         raise ValueError(
             f"the Trainer was given an optimizer already, and recipe={loaded.source.name!r} here. Choose one."
         )
+    _refuse_engine_objects(trainer, loaded)
     optimizer = loaded.optimizer_arguments()
     values = {name: optimizer.pop(name, default) for name, default in _DEFAULTS.items()}
     for name, key, value in (
@@ -69,6 +70,17 @@ def _agree(trainer: Any, recipe: TrainingRecipe, name: str, place: tuple[str, st
 
 def _differs(recipe: TrainingRecipe, place: tuple[str, str], sentence: str, name: str) -> FileError:
     return FileError([recipe.source.problem(place, f"{sentence} Leave {name} out, or make them agree.")])
+
+
+def _refuse_engine_objects(trainer: Any, recipe: TrainingRecipe) -> None:
+    if engine_of(trainer.accelerator) != "DEEPSPEED":
+        return
+    config = trainer.accelerator.state.deepspeed_plugin.deepspeed_config
+    if written := [part for part in ("optimizer", "scheduler") if part in config]:
+        raise ValueError(
+            f"the DeepSpeed configuration has {' and '.join(written)}, and recipe={recipe.source.name!r} was given "
+            "here. Choose one."
+        )
 
 
 def _check_engine_clipping(trainer: Any, recipe: TrainingRecipe, norm: float) -> None:
