@@ -24,11 +24,12 @@ from benchmarks.records import Record
 
 sys.path.insert(0, str(ROOT / "launch"))
 
-from gpt import GPT, ModelConfig, next_byte_losses, parameter_groups
+from gpt import GPT, ModelConfig, next_byte_losses
 from text import Text, TextConfig, load_text
 
 import dist_adamw
 from dist_adamw import CyclicLRWithRestarts, DistAdamW
+from dist_adamw.recipes.decay import parameter_groups
 
 KIND = "recipe_run"
 BATCH = 16
@@ -105,7 +106,11 @@ class Job:
         sizes = run.task
         model = GPT(ModelConfig(layers=sizes.layers, heads=4, width=sizes.width, context=sizes.context))
         optimizer = DistAdamW(
-            parameter_groups(model, run.weight_decay), lr=run.lr, betas=(0.9, 0.95), max_grad_norm=1.0
+            parameter_groups(model, "one_dimensional"),
+            lr=run.lr,
+            betas=(0.9, 0.95),
+            weight_decay=run.weight_decay,
+            max_grad_norm=1.0,
         )
         scheduler = CyclicLRWithRestarts(optimizer, min_lr=1e-5, **run.schedule)
         order = torch.Generator().manual_seed(run.seed)

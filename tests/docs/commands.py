@@ -16,6 +16,9 @@ PACKAGES = "by hand: the index of packages"
 RANGE_TEST = "tests/integration/test_lr_range.py::test_the_main_job_keeps_its_checkpoints"
 RANDOM_OPTIMIZER = "tests/distributed/test_random_optimizer.py::test_random_sequences"
 UPDATE_PHASE = "tests/unit/test_benchmarks.py::test_update_phase"
+THIRD_PARTY = "tests/distributed/test_third_party.py::test_accelerate_script"
+COMPLETION = "tests/unit/test_cli.py::test_completion_in_bash"
+VERIFY = "tests/unit/test_cli_checkpoints.py::test_the_newest_whole_one"
 KILLS = "tests/distributed/test_folder.py::test_killed_at_any_instant_nothing_is_lost"
 RANGE = "dist-adamw lr-range --ranks 2"
 SMALL = "--config configs/train/small.yaml"
@@ -52,6 +55,11 @@ ELSEWHERE: dict[str, str] = {
     "python -m tests.random.clock --loops 10000 --seed 1": "tests/distributed/test_random_clock.py::test_random_loops",
     "python -m tests.fuzz": "tests/unit/test_fuzz.py::test_a_configuration_is_read_or_a_sentence",
     "python -m tests.kills --kills 40": KILLS,
+    "python -m tests.third_party": THIRD_PARTY,
+    "python -m tests.third_party --only accelerate --ranks 2": THIRD_PARTY,
+    "python -m tests.third_party --torch-tests ~/pytorch": "by hand: a checkout of torch",
+    "dist-adamw completion bash > ~/.local/share/bash-completion/completions/dist-adamw": COMPLETION,
+    "dist-adamw inspect runs/mine/checkpoints --verify --json | jq -r .checkpoint": VERIFY,
     "python -m tests.house": "tests/unit/test_rooms.py::test_the_house_stays_within_its_limits",
     f"{RECIPES}_report {ROWS} --docs docs": "tests/unit/test_recipes.py::test_the_report_is_made_from_the_rows",
     **{
