@@ -398,8 +398,16 @@ def lives_of_files(folder: Path) -> None:
     trainer.save_checkpoint(folder / "last.ckpt")
     first = {path.name for path in (folder / "last.ckpt.dist_adamw").iterdir()}
     dist.barrier()
+    # When Lightning writes its file, the folders of the old and of the new one are there.
+    there, files = [], trainer.strategy.checkpoint_io
+    files.save_checkpoint = lambda *args, **kwargs: (
+        there.extend(path.name for path in (folder / "last.ckpt.dist_adamw").iterdir()),
+        type(files).save_checkpoint(files, *args, **kwargs),
+    )
     trainer.save_checkpoint(folder / "last.ckpt")
     dist.barrier()
+    del files.save_checkpoint
+    assert rank or len(first.intersection(there)) == len(there) - 1 == 1
     again = {path.name for path in (folder / "last.ckpt.dist_adamw").iterdir()}
     assert len(first) == len(again) == 1
     assert first != again, "a kill would leave a file without its folder"
