@@ -399,11 +399,14 @@ def lives_of_files(folder: Path) -> None:
     first = {path.name for path in (folder / "last.ckpt.dist_adamw").iterdir()}
     dist.barrier()
     # When Lightning writes its file, the folders of the old and of the new one are there.
-    there, files = [], trainer.strategy.checkpoint_io
-    files.save_checkpoint = lambda *args, **kwargs: (
-        there.extend(path.name for path in (folder / "last.ckpt.dist_adamw").iterdir()),
-        type(files).save_checkpoint(files, *args, **kwargs),
-    )
+    there: list[str] = []
+    files = trainer.strategy.checkpoint_io
+
+    def save_and_note(*args: Any, **kwargs: Any) -> None:
+        there.extend(path.name for path in (folder / "last.ckpt.dist_adamw").iterdir())
+        type(files).save_checkpoint(files, *args, **kwargs)
+
+    files.save_checkpoint = save_and_note
     trainer.save_checkpoint(folder / "last.ckpt")
     dist.barrier()
     del files.save_checkpoint
