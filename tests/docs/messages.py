@@ -18,6 +18,8 @@ VALUE = "…"
 PACKAGE = ROOT / "dist_adamw"
 # Not for users: an interface that a subclass must complete, and what Python's own protocols ask for.
 _INTERNAL = {"NotImplementedError", "StopIteration", "KeyError", "IndexError", "AssertionError"}
+# Sentences that are help or a part of an answer, by their first words.
+_NO_MESSAGES = ("Activations", "Parameters without weight decay", "Print one JSON", "The schema of", "Leave it out for")
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ def messages(package: Path = PACKAGE) -> list[Message]:
         for node in ast.walk(tree):
             for argument in _shown_by(node):
                 text, rest = split_sentence(_text(argument, constants))
-                if text.strip(f"{VALUE} .:"):
+                if text.strip(f"{VALUE} .:") and not text.startswith(_NO_MESSAGES):
                     found[Message(text, path.relative_to(package).as_posix(), rest)] = None
     return list(found)
 
@@ -81,6 +83,8 @@ def _constants(tree: ast.Module) -> dict[str, ast.expr]:
 
 def _text(node: ast.expr, constants: dict[str, ast.expr]) -> str:
     """Return an expression's text, with "…" for what is not literal."""
+    if isinstance(node, ast.Constant) and node.value is None:
+        return ""
     if isinstance(node, ast.Constant):
         return re.sub(r"(?<!=)\{\w*\}", VALUE, str(node.value))  # filled in by str.format
     if isinstance(node, ast.JoinedStr):
