@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from dist_adamw import CyclicLRWithRestarts, DistAdamW, prepare, rest_of_epoch
 from dist_adamw.optimizer import transport
+from dist_adamw.optimizer.gradients import ddp
 from tests.distributed.engines import accelerator_on
 from tests.distributed.test_attach import constants
 from tests.ranks import expect_error_on_all, run_ranks
@@ -130,6 +131,16 @@ def test_one_digest_for_every_transport(by: str, ranks: int) -> None:
 def test_one_digest_with_ddp(ranks: int, case: str) -> None:
     options, dtype = CASES[case]
     assert run_ranks(ranks, train, "ddp", options, dtype) == [in_one_process(options, dtype)] * ranks
+
+
+def train_on_a_gpu_so_to_speak() -> list[str]:
+    """Train where DDP's reducer stands aside only if it must."""
+    with constants(ddp, _ASIDE=frozenset()):
+        return train("ddp", {"reproducible": True})
+
+
+def test_one_digest_with_ddp_where_its_buckets_are_otherwise_used() -> None:
+    assert run_ranks(2, train_on_a_gpu_so_to_speak) == [in_one_process({"reproducible": True})] * 2
 
 
 # ---------------------------------------------------------------- Accelerate's loop

@@ -125,6 +125,7 @@ class DDPReducer:
         # Without views, the reducer would overwrite averages with its own copies once it is active again. With
         # static_graph or mixed precision, DDP expects to see every pass.
         self._may_stand_aside = self._is_view and not (model.static_graph or model.mixed_precision is not None)
+        self._on_any_device = False  # whether it may stand aside also where that takes memory
         self._stands_aside = False
         self.has_own = False  # whether DDP itself averages some parameters
         self.stood_aside = False  # in the last forward pass
@@ -167,20 +168,30 @@ class DDPReducer:
 
     # ---------------------------------------------------------------- listeners
 
-    def can_stand_aside(self, ids: Set[int]) -> bool:
-        """Return whether DDP's reducer would have nothing left to do if gradients of ``ids`` came by hooks."""
+    def can_stand_aside(self, ids: Set[int], *, on_any_device: bool = False) -> bool:
+        """Return whether DDP's reducer would have nothing left to do if gradients of ``ids`` came by hooks.
+
+        Args:
+            ids: Of parameters.
+            on_any_device: Whether it stands aside also where that takes memory.
+        """
         taken = set(ids).union(*(path.listening for path in self._paths(aside=True)))
+        anywhere = on_any_device or self._on_any_device
         return self._may_stand_aside and all(
-            param.device.type in _ASIDE and id(param) in taken for param in self._trained if param.requires_grad
+            (anywhere or param.device.type in _ASIDE) and id(param) in taken
+            for param in self._trained
+            if param.requires_grad
         )
 
-    def add(self, path: BucketListener, *, aside: bool) -> None:
+    def add(self, path: BucketListener, *, aside: bool, on_any_device: bool = False) -> None:
         """Serve ``path`` as well.
 
         Args:
             path: Held by a weak reference.
             aside: Whether it receives its gradients by hooks, so that DDP's reducer can stand aside for them.
+            on_any_device: Whether it needs that also where it takes memory.
         """
+        self._on_any_device = self._on_any_device or on_any_device
         self._listeners = [one for one in self._listeners if one[0]() not in (None, path)]
         self._listeners.append((weakref.ref(path, WeakHook(self, "_gone")), aside))
         model = self._model()

@@ -157,7 +157,7 @@ class GradientSources:
     ) -> bool:
         """Receive ``params`` from DDP's buckets, or by hooks if DDP can stand aside; return whether it does."""
         reducer = DDPReducer.of(model)
-        aside = reducer.can_stand_aside(self.known_ids)
+        aside = reducer.can_stand_aside(self.known_ids, on_any_device=reproducible)
         if reproducible and not aside:
             raise ValueError(
                 "reproducible=True needs the gradients of every micro-batch, and DistributedDataParallel would add "
@@ -173,7 +173,7 @@ class GradientSources:
             self._hook_of.update(dict.fromkeys(map(id, params)))
             self._are_copied = self._are_copied or not model.gradient_as_bucket_view
             self._kinds_changed()
-        reducer.add(path, aside=aside)
+        reducer.add(path, aside=aside, on_any_device=reproducible)
         return aside
 
     def _kinds_changed(self) -> None:
