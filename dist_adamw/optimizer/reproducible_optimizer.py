@@ -201,9 +201,13 @@ class ReproducibleOptimizer(AveragedOptimizer):
 
     def _note_clipped(self, norm: Tensor, norm_type: float, params: Iterable[Tensor]) -> None:
         """Remember the norm for `grad_norm`, if it is that of all gradients. Collective under FSDP2."""
+        if norm_type != 2:
+            return
         whole = norm.full_tensor() if is_dtensor(norm) else norm
         clipped = set(map(id, params))
-        if norm_type == 2 and all(id(param) in clipped for param in self._all_params() if param.grad is not None):
+        # Without gradients, the norm is another optimizer's.
+        ours = [param for param in self._all_params() if param.grad is not None]
+        if ours and all(id(param) in clipped for param in ours):
             self._outcome.note_clipped(whole)
 
     def _clip_whole(self, params: list[Tensor], max_norm: float, norm_type: float) -> Tensor:

@@ -29,9 +29,9 @@ class ExplainsMissing:
     if not TYPE_CHECKING:  # else a type checker would accept any name
 
         def __getattr__(self, name: str) -> Any:
-            kind = type(self).__name__
-            missing = f"{kind!r} object has no attribute {name!r}"
-            raise AttributeError(_OF_TIMM.format(kind) if name == "step_update" else missing)
+            if name == "step_update":
+                raise AttributeError(_OF_TIMM.format(type(self).__name__))
+            return object.__getattribute__(self, name)  # raises again, from inside a property too
 
 
 def refuse_container(caller: CodeType) -> None:

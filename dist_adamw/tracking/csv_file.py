@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import functools
+import itertools
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -21,7 +22,8 @@ def csv_tracker(path: str | Path) -> Any:
     their digits.
 
     Args:
-        path: The file. Its folder is created; an existing file is continued.
+        path: The file. Its folder is created. After a resume an existing file is continued; if `Tracking` begins from
+            sample 0, that of the earlier run is kept as ``path.1``.
 
     Raises:
         ValueError: the file exists and is not one that this wrote.
@@ -56,12 +58,17 @@ class CsvFile:
         self._file.flush()
 
     def drop_from(self, step: int) -> None:
-        """Drop the first row of ``step`` or a later one, and all after it."""
+        """Drop the first row of ``step`` or a later one, and all after it; if no row would stay, rename the file."""
         if not self.path.exists():
             return
         names, rows = read_rows(self.path)
         later = (i for i, row in enumerate(rows) if _is_number(row[_STEP]) and int(row[_STEP]) >= step)
-        self._write(names, rows[: next(later, len(rows))])
+        kept = next(later, len(rows))
+        if rows and kept == 0:  # another run's
+            self.close()
+            self.path.rename(_free_name(self.path))
+            return
+        self._write(names, rows[:kept])
 
     def close(self) -> None:
         """Close the file."""
@@ -101,6 +108,11 @@ def read_rows(path: Path) -> tuple[list[str], list[dict[str, str]]]:
             f"{path} is not a file of csv_tracker: its first column is not {_STEP!r}. Choose another path."
         )
     return names, [dict(zip(names, row, strict=True)) for row in rows if len(row) == len(names)]
+
+
+def _free_name(path: Path) -> Path:
+    """Return the first of ``path.1``, ``path.2``, ... that is free."""
+    return next(free for i in itertools.count(1) if not (free := path.with_name(f"{path.name}.{i}")).exists())
 
 
 def _as_text(value: Any) -> str:

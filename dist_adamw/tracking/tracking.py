@@ -109,9 +109,15 @@ class Tracking:
                 raise ValueError(
                     f"Tracking.log: {name!r} is a tensor with {value.numel()} elements. Log a number, such as its mean."
                 )
-        if not accelerator.is_main_process or not self._has_trackers(accelerator):
+        if not self._has_trackers(accelerator):
             return
-        since, found = updates.since, self.values()
+        if self._clock is not None:
+            # On every rank, since it changes `scheduler.samples`, by which a loop may decide to save.
+            self._clock._scheduled.retract_skipped()
+        since, updates.unlogged = updates.unlogged, None
+        if not accelerator.is_main_process:
+            return
+        found = self.values()
         step = int(found[self._axis])
         if step == self._logged or (self._clock is not None and found["samples"] == updates.before):
             return  # it was skipped
@@ -127,6 +133,8 @@ class Tracking:
 
     def values(self) -> dict[str, float]:
         """Return the values of the last update, by name. Local; waits for the device if they are on one.
+
+        Call it on every rank if a device may skip updates: then it corrects ``scheduler.samples``.
 
         Raises:
             ValueError: it is called between ``optimizer.step()`` and ``scheduler.step()``.
@@ -167,22 +175,19 @@ class Tracking:
         recipe = clock._scheduled.recipe
         if recipe.batch_schedule is not None:
             found["batch_size"] = recipe.batch_at(begin) or 0
-        if (cycle := self._begun_cycle(clock)) is not None:
+        if (cycle := _begun_cycle(clock, self._updates.since)) is not None:
             found["restart"] = cycle
         return found
-
-    def _begun_cycle(self, clock: SampleScheduler) -> int | None:
-        """Return the cycle that the updates since the last values have begun; None if they have not. Local."""
-        since = self._updates.since
-        cycle = clock.cycle
-        return cycle if since is not None and cycle > clock.schedule.at(since).cycle.index else None
 
     def _is_due(self) -> bool:
         """Return whether the last update passes a multiple of `every`, or begins a cycle. Local."""
         clock, before = self._clock, self._updates.before
         if clock is None or before is None or self._every == 1:
             return True
-        return before // self._every != clock.samples // self._every or self._begun_cycle(clock) is not None
+        return (
+            before // self._every != clock.samples // self._every
+            or _begun_cycle(clock, self._updates.unlogged) is not None
+        )
 
     def _check_order(self) -> None:
         if self._clock is not None and self._clock._scheduled.clock.has_applied:
@@ -215,12 +220,19 @@ class Tracking:
         return next((param.device for param in params), torch.device("cpu"))
 
     def _has_trackers(self, accelerator: Accelerator) -> bool:
-        if not accelerator.trackers and accelerator.log_with and not self._is_warned:
+        is_unused = not accelerator.trackers and accelerator.log_with and accelerator.is_main_process
+        if is_unused and not self._is_warned:
             self._is_warned = True
             warnings.warn(
                 f"nothing is logged to {accelerator.log_with}: call accelerator.init_trackers(...) first.", stacklevel=3
             )
         return bool(accelerator.trackers)
+
+
+def _begun_cycle(clock: SampleScheduler, since: int | None) -> int | None:
+    """Return the cycle that the updates from sample ``since`` on have begun; None if they have not. Local."""
+    cycle = clock.cycle
+    return cycle if since is not None and cycle > clock.schedule.at(since).cycle.index else None
 
 
 def _inner(scheduler: Any) -> Any:

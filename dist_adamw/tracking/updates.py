@@ -26,6 +26,7 @@ class WatchedUpdates:
     Attributes:
         optimizer: Without its wrapper.
         before: Samples before the last update, which determine its lr; None before the first one.
+        unlogged: Samples before the first update since the owner last logged one; None: there was none.
         since: Samples before the first update since the owner last set this to None; None: there was none.
         is_new: Whether there was an update, applied or skipped, since the owner last set this to False.
         calls: How often ``step`` has returned.
@@ -36,6 +37,7 @@ class WatchedUpdates:
         self.optimizer = unwrap(optimizer)
         self.before: int | None = None
         self.since: int | None = None
+        self.unlogged: int | None = None
         self.is_new = False
         self.seconds: float | None = None
         self._wrapped: Any = optimizer
@@ -58,6 +60,8 @@ class WatchedUpdates:
         self.before = None if self._clock is None else self._clock.samples
         if self.since is None:
             self.since = self.before
+        if self.unlogged is None:
+            self.unlogged = self.before
         # ZeRO steps its groups one by one, and shows only one group in each call.
         for group in self.optimizer.param_groups:
             lr = group["lr"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import itertools
 import multiprocessing
 import os
@@ -444,6 +445,13 @@ def resume_from(folder: Path, name: str, prepared: bool) -> None:
     fit(model, folder, ckpt_path=folder / name, prepare=prepare_lightning if prepared else lambda one: one)
 
 
+def resume_with_another_schedule(folder: Path, on_difference: Any) -> None:
+    model = Network(restart_period=7)
+    prepare = functools.partial(prepare_lightning, on_difference=on_difference)
+    trainer = fit(model, folder, ckpt_path=folder / "last.ckpt", prepare=prepare)
+    assert trainer.lr_scheduler_configs[0].scheduler.configuration()["restart_period"] == 7
+
+
 def resume_with_two(folder: Path) -> None:
     fit(Adversaries(), folder, ckpt_path=folder / "last.ckpt", strategy="ddp_find_unused_parameters_true")
 
@@ -454,6 +462,9 @@ def test_lives_of_checkpoints(tmp_path: Path) -> None:
         assert "CheckpointError" in message
         assert "copied.ckpt.dist_adamw" in message
         assert "not there. Copy the folder" in message
+    for message in expect_error_on_all(2, resume_with_another_schedule, tmp_path, None):
+        assert "restart_period was" in message
+    run_ranks(2, resume_with_another_schedule, tmp_path, "new")
     for message in expect_error_on_all(2, resume_from, tmp_path, "last.ckpt", False):
         assert "prepare_lightning(trainer) before trainer.fit" in message
 

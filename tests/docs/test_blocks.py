@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import ast
+import logging
+import os
 import re
 import socket
 from collections import Counter
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch.distributed as dist
@@ -42,10 +45,15 @@ def test_a_page(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
             monkeypatch.setenv(name, value)
         else:
             monkeypatch.delenv(name, raising=False)
+    ours, root = logging.getLogger("dist_adamw"), logging.getLogger()
+    level, handlers = ours.level, [*root.handlers]
     try:
-        for example in DOCUMENTS[page].examples():
-            example.evaluate()
+        with mock.patch.dict(os.environ):
+            for example in DOCUMENTS[page].examples():
+                example.evaluate()
     finally:
+        ours.setLevel(level)
+        root.handlers[:] = handlers
         if dist.is_initialized():
             dist.destroy_process_group()
 

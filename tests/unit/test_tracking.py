@@ -151,6 +151,19 @@ def test_every_is_a_grid_of_samples_and_restarts_are_logged_in_any_case(tmp_path
     assert [int(row["step"]) for row in run.rows()] == [32, 60, 64, 96, 100]
 
 
+def test_a_bar_that_reads_the_values_changes_nothing(tmp_path: Path) -> None:
+    run = Run(tmp_path, every=32)
+    log = run.tracking.log
+
+    def read_then_log(values: Any) -> None:
+        run.tracking.values()
+        log(values)
+
+    run.tracking.log = read_then_log  # type: ignore[method-assign, assignment]
+    run.train(epochs=3)
+    assert [int(row["step"]) for row in run.rows()] == [32, 60, 64, 96, 100]
+
+
 def test_nothing_is_read_from_a_device_in_between(tmp_path: Path) -> None:
     run = Run(tmp_path, every=32)
 
@@ -287,6 +300,21 @@ def test_the_norm_by_which_the_loop_clips(tmp_path: Path) -> None:
     assert adamw.grad_norm is None
 
 
+def test_the_norm_of_another_optimizer_is_not_its_own() -> None:
+    accelerator = Accelerator()
+    ours, theirs = nn.Linear(2, 1), nn.Linear(2, 1)
+    first, second = DistAdamW(ours.parameters()), DistAdamW(theirs.parameters())
+    accelerator.prepare(first, second)
+    prepare(accelerator, ours, first, torch.utils.data.DataLoader(data(8), 2), CyclicLRWithRestarts(first, **RECIPE))
+    ours(torch.ones(2)).sum().backward()
+    accelerator.clip_grad_norm_(ours.parameters(), 0.1)
+    theirs(torch.ones(2)).sum().backward()
+    second.step()
+    assert second.grad_norm is None
+    first.step()
+    assert first.grad_norm is not None
+
+
 def test_mistakes(tmp_path: Path) -> None:
     run = Run(tmp_path)
     batches = iter(run.loader)
@@ -342,6 +370,12 @@ def test_hooks_do_not_keep_it_alive() -> None:
 
 
 # -------------------------------------------------------------------- CSV
+
+
+def test_the_file_of_a_finished_run_is_kept(tmp_path: Path) -> None:
+    for _ in range(3):
+        Run(tmp_path).train()
+    assert [len(read_rows(tmp_path / name)[1]) for name in ("log.csv", "log.csv.1", "log.csv.2")] == [10, 10, 10]
 
 
 def test_a_csv_file_gets_columns_as_they_come(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import shutil
 import sys
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial, wraps
 from pathlib import Path
@@ -276,6 +276,9 @@ def clip_grad_norm_(accelerator: Accelerator, clip_norm: Callable[..., Any], *ar
     known = _known(accelerator)
     engines = [one.of.clipping for one in known if one.of.clipping is not None]
 
+    if not (engines or _attached(accelerator)):
+        return _clip_whole_gradients(known, clip_norm, *args, **kwargs)
+
     def clip(parameters: Tensor | Iterable[Tensor], max_norm: float, norm_type: float = 2) -> Any:
         for engine in engines:
             if max_norm != engine:
@@ -288,14 +291,26 @@ def clip_grad_norm_(accelerator: Accelerator, clip_norm: Callable[..., Any], *ar
         params = [parameters] if isinstance(parameters, Tensor) else list(parameters)
         if accelerator.sync_gradients and (attached := _attached(accelerator, params)):
             return attached[-1].clip_grad_norm_(max_norm, norm_type, params)
-        norm = clip_norm(params, max_norm, norm_type)
-        if isinstance(norm, Tensor):
-            for one in known:
-                if isinstance(optimizer := unwrap(one.optimizer), DistAdamW):
-                    optimizer._note_clipped(norm, norm_type, params)
-        return norm
+        return _clip_whole_gradients(known, clip_norm, params, max_norm, norm_type=norm_type)
 
     return clip(*args, **kwargs)
+
+
+def _clip_whole_gradients(known: Sequence[Known], clip_norm: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Clip as Accelerate, or a subclass with arguments of any kind, does; let optimizers know the norm."""
+    if args and isinstance(args[0], Iterator):
+        args = (list(args[0]), *args[1:])
+    elif isinstance(kwargs.get("parameters"), Iterator):
+        kwargs["parameters"] = list(kwargs["parameters"])
+    norm = clip_norm(*args, **kwargs)
+    parameters = args[0] if args else kwargs.get("parameters")
+    if isinstance(norm, Tensor) and isinstance(parameters, Tensor | Sequence):
+        params = [parameters] if isinstance(parameters, Tensor) else parameters
+        norm_type = args[2] if len(args) > 2 else kwargs.get("norm_type", 2)
+        for one in known:
+            if isinstance(optimizer := unwrap(one.optimizer), DistAdamW):
+                optimizer._note_clipped(norm, norm_type, params)
+    return norm
 
 
 def clip_grad_value_(accelerator: Accelerator, clip_value: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from torch.utils.data import DataLoader, RandomSampler, SubsetRandomSampler, WeightedRandomSampler
+from torch.utils.data import DataLoader, RandomSampler, SequentialSampler, SubsetRandomSampler, WeightedRandomSampler
 
 from dist_adamw.integrations.accelerate.data import sampler_of
 from dist_adamw.optimizer.adamw import DistAdamW
@@ -192,7 +192,7 @@ def _check_batch_schedules(objects: Sequence[Any], trained: Sequence[Trained]) -
 def _check_first_loader(objects: Sequence[Any], loaders: list[int]) -> None:
     """Raise if the first loader is probably not the one to train on. Local."""
     first = objects[loaders[0]]
-    if sampler_of(first) is None or _shuffles(first):
+    if type(sampler_of(first)) is not SequentialSampler:  # a sampler of the user's may well be for training
         return
     for place in loaders[1:]:
         if _shuffles(objects[place]):

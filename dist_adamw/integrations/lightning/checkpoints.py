@@ -113,6 +113,7 @@ class Checkpoints:
         Raises:
             CheckpointError: one of them could not be written, or the path is not local; on every rank.
         """
+        self._before_save()
         state = self._to_save()
         if state is None or "optimizer_states" not in checkpoint:  # the latter with save_weights_only
             self._save(checkpoint, filepath, storage_options=storage_options)
@@ -122,7 +123,6 @@ class Checkpoints:
         path, token = strategy.broadcast((str(filepath), secrets.token_hex(4)))
         folders = folders_of(_local(path))
         name = f"{self._trainer.global_step}-{token}"
-        self._before_save()
         save(folders / name, strategy.model, state.optimizer, state.scheduler, compare_ranks=False)
         told = (
             f"the optimizer's state is in the folder {folders.name} next to the checkpoint. Call "

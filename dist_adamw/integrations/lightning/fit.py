@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import weakref
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,11 +16,14 @@ from dist_adamw.integrations.lightning.training_data import EpochSizes, RankSize
 from dist_adamw.optimizer.adamw import DistAdamW
 from dist_adamw.optimizer.replicas import ReplicaWatch, check_replicas
 from dist_adamw.ranks import agreement, collectives
+from dist_adamw.ranks.run_on_all import run_on_all_ranks
 from dist_adamw.run_log import batch_sources
 from dist_adamw.run_log.digests import batch_digest
 from dist_adamw.schedule.saved import OnDifference
 from dist_adamw.schedule.scheduler import CyclicLRWithRestarts
 from dist_adamw.wrappers import unwrap
+
+_WATCHING: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()  # hooks that compare ranks, by optimizer
 
 
 class Fit:
@@ -36,6 +40,7 @@ class Fit:
     def __init__(self, trainer: Any, module: Any, every: int | None, on_difference: OnDifference | None) -> None:
         check_trainer(trainer, module)
         self._trainer, self._module, self._every = trainer, module, every
+        self._on_difference = on_difference
         self._schedules: list[CyclicLRWithRestarts] | None = None
         self._counters: list[SampleCounter] = []
         self._watches: list[ReplicaWatch] = []
@@ -55,7 +60,11 @@ class Fit:
             ValueError: see `check_configured`.
         """
         trainer = self._trainer
-        self._schedules = check_configured(trainer, self._module)
+        group = collectives.host_group()
+        self._schedules = run_on_all_ranks(lambda: check_configured(trainer, self._module), group)
+        for scheduler in self._schedules:
+            if self._on_difference is not None:  # Lightning loads the schedule once more, from its own file
+                scheduler.on_difference = self._on_difference
         for optimizer in map(unwrap, trainer.optimizers):
             if isinstance(optimizer, DistAdamW):
                 optimizer.use_model(trainer.strategy.model)
@@ -86,8 +95,13 @@ class Fit:
         mine = RankSizes.of(self._loaders, trainer.fit_loop.max_batches)
         of_ranks = collectives.all_gather_objects(mine, collectives.host_group())
         sizes = EpochSizes.of(of_ranks, trainer.accumulate_grad_batches, self._same_rows())
+
+        def fill() -> None:
+            for scheduler in schedules:
+                sizes.fill(scheduler, is_automatic=self._module.automatic_optimization, num_loaders=len(self._loaders))
+
+        run_on_all_ranks(fill, collectives.host_group())
         for scheduler in schedules:
-            sizes.fill(scheduler, is_automatic=self._module.automatic_optimization, num_loaders=len(self._loaders))
             if trainer.world_size > 1:
                 record = {**scheduler.configuration(), **scheduler.agreement_record()}
                 agreement.check_agreement(record, collectives.host_group())
@@ -123,7 +137,9 @@ class Fit:
         compare = functools.partial(check_replicas, model, optimizer, group=group)
         watch = ReplicaWatch(group, scheduler._scheduled.digested_record, compare, self._every)
         send_counts_with(watch, scheduler)
-        optimizer.register_step_pre_hook(watch.before_update)
+        if (earlier := _WATCHING.pop(optimizer, None)) is not None:  # of an earlier fit
+            earlier.remove()
+        _WATCHING[optimizer] = optimizer.register_step_pre_hook(watch.before_update)
         return watch
 
     # ---------------------------------------------------------------- during training

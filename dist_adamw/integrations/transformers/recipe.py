@@ -155,14 +155,14 @@ def agree_on_length(
     Raises:
         ValueError: the lengths differ by an update or more.
     """
-    epoch_size = recipe.scheduler.get("epoch_size", epoch_size)
-    if recipe.total_samples is None or epoch_size is None:
+    of_recipe = recipe.scheduler.get("epoch_size") or epoch_size
+    if recipe.total_samples is None or of_recipe is None:
         return
-    sizes = Sizes(epoch_size, batch_size, recipe.scheduler.get("tokens_per_sample"))
+    sizes = Sizes(of_recipe, batch_size, recipe.scheduler.get("tokens_per_sample"))
     total = math.ceil(in_samples("total_samples", recipe.total_samples, "samples", sizes))
     args = trainer.args
     if args.max_steps <= 0 and args.num_train_epochs == 3.0:  # the default
-        args.num_train_epochs = total / epoch_size
+        args.num_train_epochs = total / (epoch_size or of_recipe)  # Trainer counts those of its data
         return
     samples = given()
     if samples is not None and abs(samples - total) >= batch_size:
