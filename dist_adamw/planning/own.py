@@ -61,7 +61,7 @@ def torch_ddp(model: ModelShapes, ranks: int, setup: Setup) -> Cost:
 
 
 def _own_gradients(model: ModelShapes, setup: Setup) -> int:
-    """Return the bytes of gradients beside DDP's buckets.
+    """Return the bytes of gradients apart from DDP's buckets.
 
     A gradient is copied to its bucket when it has arrived. ``zero_grad`` sets ``grad`` to None, and DDP makes it a view
     of a bucket only in the pass that it synchronises, so earlier micro-batches are added up in other memory.
