@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
 from collections.abc import Iterator
 
 from dist_adamw.checking.inputs import Finding, Inputs, is_true
@@ -12,6 +14,7 @@ def check_launch(inputs: Inputs) -> Iterator[Finding]:
     """Yield what `dist_adamw.prepare` would refuse because of the launch. Local."""
     if inputs.accelerate is None:
         return
+    yield from _check_keys(inputs)
     engine = inputs.of_accelerate("distributed_type")
     engine = "NO" if engine in (None, False) else str(engine)
     if engine not in ENGINES:
@@ -30,6 +33,19 @@ def check_launch(inputs: Inputs) -> Iterator[Finding]:
             "check without that file."
         )
         yield inputs.in_accelerate("error", "engine", ("distributed_type",), sentence)
+
+
+def _check_keys(inputs: Inputs) -> Iterator[Finding]:
+    """Yield the keys with which accelerate launch would not start. Local."""
+    from accelerate.commands.config.config_args import ClusterConfig
+
+    assert inputs.accelerate is not None
+    known = [field.name for field in dataclasses.fields(ClusterConfig)]
+    for key in inputs.accelerate.data:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"Did you mean {near[0]}?" if near else "Pass the file for accelerate launch --config_file."
+            yield inputs.in_accelerate("error", "key", (key,), f"there is no {key!r} in an Accelerate config. {hint}")
 
 
 def _check_reproducible(inputs: Inputs, engine: str) -> Iterator[Finding]:

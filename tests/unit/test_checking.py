@@ -373,6 +373,16 @@ CASES: dict[str, tuple[str | None, str | None, Any, int | None, list[tuple[str, 
 }
 
 
+def test_keys_that_accelerate_does_not_know(tmp_path: Path) -> None:
+    found = findings(tmp_path, None, "distributed_type: MULTI_GPU\nnum_proceses: 8\n", None, None)
+    assert found == [
+        "a.yaml:2: error: num_proceses: there is no 'num_proceses' in an Accelerate config. "
+        "Did you mean num_processes? [key]"
+    ]
+    (line,) = findings(tmp_path, None, "optimizer: {lr: 1.0e-3}\n", None, None)
+    assert line.startswith("a.yaml:1: error: optimizer: there is no 'optimizer' in an Accelerate config. Pass the file")
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_findings(name: str, tmp_path: Path) -> None:
     *files, expected = CASES[name]
