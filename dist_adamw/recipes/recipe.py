@@ -14,6 +14,7 @@ from fractions import Fraction
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import yaml
 from pydantic import BaseModel, ValidationError
 from torch import nn
@@ -135,13 +136,14 @@ class TrainingRecipe:
         with _located(self, "scheduler"):
             return CyclicLRWithRestarts(optimizer, **{**self.scheduler_arguments(), **options})
 
-    def global_batch(self, data_parallel_size: int = 1) -> GlobalBatch:
+    def global_batch(self, data_parallel_size: int | None = None) -> GlobalBatch:
         """Return the accumulation that makes the global batch; of a schedule, its first one. Local.
 
-        ``Accelerator(gradient_accumulation_steps=recipe.global_batch(ranks).gradient_accumulation_steps)`` uses it.
+        ``Accelerator(gradient_accumulation_steps=recipe.global_batch().gradient_accumulation_steps)`` uses it.
 
         Args:
-            data_parallel_size: The number of ranks that see different samples.
+            data_parallel_size: The number of ranks that see different samples. None: all that were launched (the
+                process group's, or else WORLD_SIZE).
 
         Raises:
             ValueError: the recipe has no batch; or one, of a schedule any, is not a multiple of the micro-batch times
@@ -151,6 +153,8 @@ class TrainingRecipe:
             if self.batch.get(name) is None:
                 raise FileError([self.source.problem(("batch",), f"{name} is not there, and is needed. Add it.")])
         micro = self.batch["micro_batch_size"]
+        if data_parallel_size is None:
+            data_parallel_size = _launched_ranks()
         first, given = read_batch(self.batch["size"])
         with _located(self, "batch", "size"):
             if given is not None:
@@ -332,6 +336,11 @@ def _check_total(total: Length, of_schedule: Length | None, scheduler: CyclicLRW
 def _tokens_of(scheduler: CyclicLRWithRestarts) -> int | None:
     tokens: int | None = scheduler._scheduled.recipe.options["tokens_per_sample"]
     return tokens
+
+
+def _launched_ranks() -> int:
+    """Return the number of ranks, also before the process group is made."""
+    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
 
 
 @contextlib.contextmanager

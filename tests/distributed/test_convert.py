@@ -534,8 +534,8 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     table = re.sub(" +", " ", capsys.readouterr().out)
     numel = sum(value.numel() for value in model.state_dict().values())
     for part in (
-        "engine torch, 1 rank(s)",
-        "AdamW, 3 update(s)",
+        "engine torch, 1 rank",
+        "AdamW, 3 updates",
         f"{numel} in 6 tensors",
         "--verify reads every bit",
     ):

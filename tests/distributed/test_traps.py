@@ -103,6 +103,16 @@ def test_ranks_that_accelerate_does_not_count_are_counted() -> None:
         assert 'InitProcessGroupKwargs(backend="gloo")' in error
 
 
+def launched_without_a_gpu() -> None:
+    with environment(ACCELERATE_USE_CPU="false"):
+        prepared(Accelerator())
+
+
+def test_a_plain_script_that_torchrun_starts_without_a_gpu() -> None:
+    for error in expect_error_on_all(2, launched_without_a_gpu):
+        assert "Without a GPU set ACCELERATE_USE_CPU=true, or pass Accelerator(cpu=True)." in error
+
+
 # ---------------------------------------------------------------- another engine than asked for
 
 

@@ -1,6 +1,7 @@
 """The code blocks of README.md and the pages: read with Sybil, run in order, one namespace for each page.
 
-``python`` blocks run; one with a title, ``python title="train.py"``, is written to that file instead. Of ``sh``
+``python`` blocks run; one with a title, ``python title="train.py"`` or ``yaml title="recipe.yaml"``, is written to that
+file instead. Of ``sh``
 blocks, lines that begin with ``dist-adamw`` run, in this process; other commands are named in `commands.ELSEWHERE`.
 ``json`` and ``yaml`` are parsed. ``text`` is what a program prints, or a formula. An HTML comment
 ``<!-- invisible-code-block: python`` holds code that a page needs and a reader does not.
@@ -46,8 +47,8 @@ def _info(example: Example) -> str:
 
 
 def title(example: Example) -> str | None:
-    """Return the file that a block of Python is to be saved as."""
-    found = re.fullmatch(r'python title="([\w.]+)"', _info(example))
+    """Return the file that a block is to be saved as."""
+    found = re.fullmatch(r'(?:python|yaml) title="([\w.]+)"', _info(example))
     return found[1] if found else None
 
 
@@ -62,7 +63,7 @@ def commands(example: Example) -> list[str]:
 def run(example: Example) -> None:
     """Run a block, or do what its language allows."""
     kind = language(example)
-    if kind == "python" and (name := title(example)):
+    if name := title(example):
         Path(name).write_text(example.parsed)
     elif kind == "python":
         PythonEvaluator()(example)

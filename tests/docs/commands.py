@@ -11,6 +11,7 @@ SAME_BITS = "tests/integration/test_train.py::test_a_reproducible_run_has_the_sa
 JSON_JOB = "tests/integration/test_launchers.py::test_a_json_is_the_whole_recipe"
 ENGINES = "tests/integration/test_launchers.py::test_the_main_job_runs_unchanged"
 TUTORIAL = "tests/docs/test_tutorial.py::test_the_tutorial_trains_on_two_ranks_on_one_and_under_zero"
+SESSION = "tests/docs/test_first_session.py::test_the_commands_print_what_the_page_shows"
 GPUS = "by hand: GPUs"
 PACKAGES = "by hand: the index of packages"
 RANGE_TEST = "tests/integration/test_lr_range.py::test_the_main_job_keeps_its_checkpoints"
@@ -48,6 +49,9 @@ ELSEWHERE: dict[str, str] = {
     "torchrun --standalone --nproc-per-node 2 train.py 7 zero2": TUTORIAL,
     "dist-adamw inspect runs/tutorial/sample-000014336/dist_adamw": TUTORIAL,
     f"{RANGE} --highest 10 --updates 140 --out lr-range.png launch/train.py {SMALL} --out /tmp/range": RANGE_TEST,
+    **dict.fromkeys(("python3 -m venv env", ". env/bin/activate", 'pip install --quiet torch==2.13.0 "dist_adamw[tracking]" --find-links dist', "sed 's/decay_length/decay_lenght/' recipe.yaml > typo.yaml", "dist-adamw check typo.yaml", "dist-adamw check recipe.yaml --ranks 5", "export ACCELERATE_USE_CPU=true", "torchrun --standalone --nproc-per-node 2 train.py", "torchrun --standalone --nproc-per-node 3 train.py", "dist-adamw inspect checkpoints --verify", "dist-adamw export checkpoints weights.safetensors --kind safetensors", "python use.py", "dist-adamw export checkpoints state.pt --kind torch", """python -c \"import torch; print(list(torch.load('state.pt')))\""""), SESSION),
+    "accelerate launch --num_processes 8 train.py": GPUS,
+    "ACCELERATE_USE_CPU=true torchrun --standalone --nproc-per-node 2 train.py": SESSION,
     "pre-commit install": "by hand: changes the repository's hooks",
     "make check": "by hand: a part of the test suite",
     "make coverage": "by hand: the test suite itself",

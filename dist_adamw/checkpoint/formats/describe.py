@@ -40,8 +40,8 @@ class Description:
         rows = {
             "checkpoint": data["checkpoint"],
             "written by": f"{data['written_by']}, {time.ctime(data['time'])}",
-            "engine": f"{data['engine']}, {data['world_size']} rank(s)",
-            "optimizer": f"{data['optimizer'] or 'none'}, {data['updates']:,.0f} update(s)",
+            "engine": f"{data['engine']}, {_count(data['world_size'], 'rank')}",
+            "optimizer": f"{data['optimizer'] or 'none'}, {_count(data['updates'], 'update')}",
             "schedule": "none" if data["samples"] is None else f"{data['scheduler']} at {data['samples']:,} samples",
             "weights": f"{weights['elements']:,} in {weights['tensors']} tensors",
             "also saved": ", ".join(data["state"]) or "nothing",
@@ -50,6 +50,10 @@ class Description:
         }
         width = max(map(len, rows))
         return "\n".join(f"{name:{width}}  {printable(value)}" for name, value in rows.items())
+
+
+def _count(number: float, what: str) -> str:
+    return f"{number:,.0f} {what}" + ("" if number == 1 else "s")
 
 
 _WHOLE = {True: "yes, to the last bit", False: "all files have their sizes; --verify reads every bit"}

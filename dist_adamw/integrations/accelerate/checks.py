@@ -69,9 +69,10 @@ def _check_launch(accelerator: Accelerator) -> None:
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ and "RANK" not in os.environ
     if asked > here:
         raise ValueError(
-            f"{asked} ranks run (WORLD_SIZE), but Accelerate counts {here}: every rank would see all the data. With "
-            'DeepSpeed on CPU pass kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] to Accelerator; with '
-            'Trainer make PartialState(backend="gloo") and pass accelerator_config={"use_configured_state": True}. '
+            f"{asked} ranks run (WORLD_SIZE), but Accelerate counts {here}: every rank would see all the data. "
+            "Without a GPU set ACCELERATE_USE_CPU=true, or pass Accelerator(cpu=True). With DeepSpeed on CPU pass "
+            'kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] to Accelerator; with Trainer make '
+            'PartialState(backend="gloo") and pass accelerator_config={"use_configured_state": True}. '
             "Otherwise do not create an Accelerator before the process group."
         )
     if here == 1 and launched:
