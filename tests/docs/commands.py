@@ -24,6 +24,22 @@ KILLS = "tests/distributed/test_folder.py::test_killed_at_any_instant_nothing_is
 RANGE = "dist-adamw lr-range --ranks 2"
 SMALL = "--config configs/train/small.yaml"
 RECIPES, ROWS = "python -m benchmarks.recipes", "benchmarks/results/recipes.jsonl"
+TYPED = (
+    "python3 -m venv env",
+    ". env/bin/activate",
+    'pip install --quiet torch==2.13.0 "dist_adamw[tracking]" --find-links dist',
+    "sed 's/decay_length/decay_lenght/' recipe.yaml > typo.yaml",
+    "dist-adamw check typo.yaml",
+    "dist-adamw check recipe.yaml --ranks 5",
+    "export ACCELERATE_USE_CPU=true",
+    "torchrun --standalone --nproc-per-node 2 train.py",
+    "torchrun --standalone --nproc-per-node 3 train.py",
+    "dist-adamw inspect checkpoints --verify",
+    "dist-adamw export checkpoints weights.safetensors --kind safetensors",
+    "python use.py",
+    "dist-adamw export checkpoints state.pt --kind torch",
+    "python -c \"import torch; print(list(torch.load('state.pt')))\"",
+)
 ELSEWHERE: dict[str, str] = {
     "make train": MAIN_JOB,
     "make test": "by hand: the test suite itself",
@@ -49,7 +65,7 @@ ELSEWHERE: dict[str, str] = {
     "torchrun --standalone --nproc-per-node 2 train.py 7 zero2": TUTORIAL,
     "dist-adamw inspect runs/tutorial/sample-000014336/dist_adamw": TUTORIAL,
     f"{RANGE} --highest 10 --updates 140 --out lr-range.png launch/train.py {SMALL} --out /tmp/range": RANGE_TEST,
-    **dict.fromkeys(("python3 -m venv env", ". env/bin/activate", 'pip install --quiet torch==2.13.0 "dist_adamw[tracking]" --find-links dist', "sed 's/decay_length/decay_lenght/' recipe.yaml > typo.yaml", "dist-adamw check typo.yaml", "dist-adamw check recipe.yaml --ranks 5", "export ACCELERATE_USE_CPU=true", "torchrun --standalone --nproc-per-node 2 train.py", "torchrun --standalone --nproc-per-node 3 train.py", "dist-adamw inspect checkpoints --verify", "dist-adamw export checkpoints weights.safetensors --kind safetensors", "python use.py", "dist-adamw export checkpoints state.pt --kind torch", """python -c \"import torch; print(list(torch.load('state.pt')))\""""), SESSION),
+    **dict.fromkeys(TYPED, SESSION),
     "accelerate launch --num_processes 8 train.py": GPUS,
     "ACCELERATE_USE_CPU=true torchrun --standalone --nproc-per-node 2 train.py": SESSION,
     "pre-commit install": "by hand: changes the repository's hooks",

@@ -2,8 +2,8 @@
 
     python -m tests.docs.first_session --dist DIST
 
-DIST is a folder with the wheel. The commands run in one shell, in an empty folder and an empty environment that they make
-themselves. It takes three minutes, and needs the index of packages.
+DIST is a folder with the wheel. The commands run in one shell, in an empty folder and an empty environment that they
+make themselves. It takes three minutes, and needs the index of packages.
 """
 
 from __future__ import annotations
