@@ -1,6 +1,6 @@
 """The code blocks of README.md and the pages: read with Sybil, run in order, one namespace for each page.
 
-``python`` blocks run; one with a title, ``python title="train.py"``, is written to that file instead. Of ``sh``
+``python`` blocks run. A block with a title, ``python title="train.py"``, is written to that file instead. Of ``sh``
 blocks, lines that begin with ``dist-adamw`` run, in this process; other commands are named in `commands.ELSEWHERE`.
 ``json`` and ``yaml`` are parsed. ``text`` is what a program prints, or a formula. An HTML comment
 ``<!-- invisible-code-block: python`` holds code that a page needs and a reader does not.
@@ -8,6 +8,7 @@ blocks, lines that begin with ``dist-adamw`` run, in this process; other command
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import shlex
@@ -46,8 +47,8 @@ def _info(example: Example) -> str:
 
 
 def title(example: Example) -> str | None:
-    """Return the file that a block of Python is to be saved as."""
-    found = re.fullmatch(r'python title="([\w.]+)"', _info(example))
+    """Return the file that a block is to be saved as."""
+    found = re.fullmatch(r'\w+ title="([\w.]+)"', _info(example))
     return found[1] if found else None
 
 
@@ -62,8 +63,10 @@ def commands(example: Example) -> list[str]:
 def run(example: Example) -> None:
     """Run a block, or do what its language allows."""
     kind = language(example)
-    if kind == "python" and (name := title(example)):
+    if name := title(example):
         Path(name).write_text(example.parsed)
+    if kind == "python" and name:
+        ast.parse(example.parsed)
     elif kind == "python":
         PythonEvaluator()(example)
     elif kind == "sh":
