@@ -2,7 +2,8 @@
 
 Links in README.md and docs/ are written for readers of the repository: relative to the file that has them. A file
 outside of docs/ that is linked to becomes a page of the site: Markdown as it is, anything else as highlighted source. A
-link to a folder becomes a code literal.
+link to a folder becomes a code literal. A link whose text is a path, as in `[docs/install.md](docs/install.md)`, gets
+the title of what it leads to. A picture is a link to itself, to be seen at its full size.
 """
 
 from __future__ import annotations
@@ -13,14 +14,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from markdown.extensions.toc import slugify
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parents[1]
 HOME = "README.md"  # also the site's first page
+FOR_DEVELOPERS = ("docs/adr/", "CHANGELOG", "CONTRIBUTING", "docs/design", "docs/style", "docs/release", "benchmarks/")
 LANGUAGES = {".py": "python", ".sh": "bash", ".json": "json", ".yaml": "yaml", ".toml": "toml", ".cfg": "ini"}
 FENCE = re.compile(r"(^```.*?^```[ ]*$)", re.MULTILINE | re.DOTALL)
+HEADING = re.compile(r"^#+ (.+?)[ ]*$", re.MULTILINE)
+PICTURE = re.compile(r'<img alt="[^"]*" src="([^":]+)"[^>]*>')
 LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^()\s]+)\)")
 
 
@@ -91,6 +96,8 @@ def _address(source: str) -> str:
         return "index.md"
     if source.startswith("docs/"):
         return source.removeprefix("docs/")
+    if source.endswith("/README.md"):  # by the name README it would be the first page of its section
+        return f"{posixpath.dirname(source)}.md"
     return source if source.endswith(".md") else f"source/{source}.md"
 
 
@@ -103,8 +110,10 @@ def _in_repository(link: str, source: str) -> str | None:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Point links to files outside of docs/ to their pages."""
+    """Point links to files outside of docs/ to their pages; put pages for developers last in the search."""
     source = _source_of(page.file)
+    if source.startswith(FOR_DEVELOPERS):
+        page.meta["search"] = {"boost": 0.1}
     if source.startswith("source/"):
         return markdown
     parts = FENCE.split(markdown)
@@ -115,7 +124,10 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 def _source_of(file: File) -> str:
     if file.generated_by is None:
         return f"docs/{file.src_uri}"
-    return HOME if file.src_uri == "index.md" else file.src_uri
+    if file.src_uri == "index.md":
+        return HOME
+    folder = file.src_uri.removesuffix(".md")
+    return f"{folder}/README.md" if (ROOT / folder / "README.md").is_file() else file.src_uri
 
 
 def _link_mender(source: str, address: str) -> Callable[[re.Match[str]], str]:
@@ -129,7 +141,23 @@ def _link_mender(source: str, address: str) -> Callable[[re.Match[str]], str]:
             return f"`{target}/`" if text.strip("/`") in target else f"{text} (`{target}/`)"
         if not (ROOT / target).is_file():
             return match[0]  # MkDocs reports it
+        if text == link.partition("#")[0] and text.endswith(".md"):
+            text = _title(ROOT / target, anchor[1:])
         relative = posixpath.relpath(_address(target), posixpath.dirname(address) or ".")
         return f"{image}[{text}]({relative}{anchor})"
 
     return mended
+
+
+def _title(path: Path, anchor: str) -> str:
+    """Return the heading that a link leads to."""
+    parts = FENCE.split(path.read_text())[::2]
+    headings = [heading for part in parts for heading in HEADING.findall(part)]
+    return next((heading for heading in headings if slugify(heading, "-") == anchor), headings[0])
+
+
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Make every picture a link to itself; point a notebook's links to pages of the site."""
+    if page.file.src_uri.endswith(".ipynb"):
+        return re.sub(r'href="([^":#]+)\.md(#[^"]*)?"', r'href="\1.html\2"', html)
+    return PICTURE.sub(r'<a href="\1">\g<0></a>', html)

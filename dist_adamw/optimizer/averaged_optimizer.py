@@ -295,19 +295,41 @@ class AveragedOptimizer(SavableOptimizer):
                 group.pop(AVERAGED, None)
 
     def follow(self) -> None:
-        """See `ShardedOptimizer`. Collective."""
+        """Apply the user's changes to ``param_groups``, ``state`` and weights, as `step` would. Collective.
+
+        `dist_adamw.save` calls it, so that it saves what the model and the optimizer show.
+
+        Raises:
+            ValueError: an entry of ``state`` is not valid state of its parameter. Raised before anything changes.
+            AgreementError: ranks have made different changes. On every rank.
+        """
         self._refuse_inside("saving the optimizer")
         self._write_counts()
         super().follow()
 
     def state_dict(self) -> StateDict:
-        """See `SavableOptimizer`; with averages, entries have them under their names. Local."""
+        """Return the whole state in the parameters' shapes, as torch's optimizers do. Local.
+
+        It loads into ``torch.optim.AdamW`` and the other way round, and into a `DistAdamW` on any number of ranks.
+        Averages of the weights are in a parameter's entry, under their names.
+        If the state is sharded, this rank has 1/W of it: call `consolidate_state_dict` first, on every rank.
+
+        Raises:
+            RuntimeError: the state is sharded, and this rank has not consolidated it since it last changed.
+            ValueError: ``state`` has an entry that is not of a parameter.
+        """
         self._refuse_inside("state_dict()")
         self._write_counts()
         return super().state_dict()
 
     def load_state_dict(self, state_dict: StateDict) -> None:
-        """See `SavableOptimizer`. An average that ``state_dict`` does not have begins at the next update. Local."""
+        """Load a state dict of this class or of ``torch.optim.AdamW``. Local; on every rank before the same update.
+
+        This rank keeps its share of whole state. An average that ``state_dict`` lacks begins at the next update.
+
+        Raises:
+            ValueError: groups or shapes do not match, or it is another rank's share. The optimizer is left unchanged.
+        """
         self._refuse_inside("load_state_dict()")
         super().load_state_dict(state_dict)
 

@@ -1,7 +1,6 @@
 """The code blocks of README.md and the pages: read with Sybil, run in order, one namespace for each page.
 
-``python`` blocks run; one with a title, ``python title="train.py"`` or ``yaml title="recipe.yaml"``, is written to that
-file instead. Of ``sh``
+``python`` blocks run. A block with a title, ``python title="train.py"``, is written to that file instead. Of ``sh``
 blocks, lines that begin with ``dist-adamw`` run, in this process; other commands are named in `commands.ELSEWHERE`.
 ``json`` and ``yaml`` are parsed. ``text`` is what a program prints, or a formula. An HTML comment
 ``<!-- invisible-code-block: python`` holds code that a page needs and a reader does not.
@@ -9,6 +8,7 @@ blocks, lines that begin with ``dist-adamw`` run, in this process; other command
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import shlex
@@ -48,7 +48,7 @@ def _info(example: Example) -> str:
 
 def title(example: Example) -> str | None:
     """Return the file that a block is to be saved as."""
-    found = re.fullmatch(r'(?:python|yaml) title="([\w.]+)"', _info(example))
+    found = re.fullmatch(r'\w+ title="([\w.]+)"', _info(example))
     return found[1] if found else None
 
 
@@ -65,6 +65,8 @@ def run(example: Example) -> None:
     kind = language(example)
     if name := title(example):
         Path(name).write_text(example.parsed)
+    if kind == "python" and name:
+        ast.parse(example.parsed)
     elif kind == "python":
         PythonEvaluator()(example)
     elif kind == "sh":
