@@ -36,6 +36,7 @@ _NO_MESSAGES = (
     "The newest whole one",
     "The schema of",
     "There is no other whole",
+    "one of them",
     "Train ",
     "dist-adamw VERB",
 )
@@ -103,7 +104,7 @@ def _name(call: ast.Call) -> str:
 
 
 def _is_sentence(text: str, *, is_shown: bool) -> bool:
-    words = re.findall(r"[A-Za-z]{2,}", text)
+    words = [word for word in text.split() if re.search(r"[A-Za-z]{2}", word)]
     if is_shown:
         return len(words) > 2
     return len(words) > 3 and re.search(r"\.$|[\w)]\. [A-Z]", text) is not None
