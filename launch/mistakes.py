@@ -1,6 +1,6 @@
 """A user's mistake in a launched job: its sentence is the last line that is printed, and it is not tried again.
 
-A launcher prints a long traceback of its own once a rank has failed. Under `launcher.py` and `rejoin.py` a rank leaves
+A launcher prints its own long traceback once a rank has failed. Under `launcher.py` and `rejoin.py` a rank leaves
 its sentence in a file, and the launcher's process prints it at the end, in place of that traceback.
 """
 

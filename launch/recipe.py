@@ -147,7 +147,8 @@ def options_of(file: RecipeLike) -> dict[str, Any]:
     recipe = load_recipe(file)
     if "epoch_size" in recipe.scheduler:
         place = ("scheduler", "epoch_size")
-        raise ValueError(f"{recipe.source.problem(place, 'the epoch size of the main job is its text. Leave it out.')}")
+        problem = recipe.source.problem(place, "the epoch size of the main job is the length of its text. Leave it out.")
+        raise ValueError(str(problem))
     ours = {one.name for one in fields(Recipe)}
     options: dict[str, Any] = {}
     more: dict[str, dict[str, Any]] = {"optimizer": {"no_decay": recipe.no_decay}}

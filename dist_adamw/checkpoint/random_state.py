@@ -77,7 +77,7 @@ def random_state_of(index: Index) -> Callable[[], str]:
             import numpy as np
 
             np.random.seed(seed % (1 << 32))
-        return "seeded anew, since there was no such rank"
+        return "seeded again, since there was no such rank"
 
     return restore
 

@@ -55,7 +55,7 @@ class Checkpoint:
         engine: The engine that wrote it.
         world_size: The number of ranks that wrote it.
         extra: The ``extra`` passed to `save`.
-        random: How this rank's random state was restored: "restored", "seeded anew, since there was no such rank", or
+        random: How this rank's random state was restored: "restored", "seeded again, since there was no such rank", or
             "left alone".
     """
 

@@ -269,7 +269,7 @@ class AveragedOptimizer(SavableOptimizer):
             agreement.check_agreement({"the average to show": name, "weights added to it": count}, group)
 
     def _check_unsharded(self) -> None:
-        """Raise if FSDP2 may keep unsharded weights that nobody can find. Local."""
+        """Raise if FSDP2 may keep unsharded weights in modules that are not known. Local."""
         if not self._known_modules() and any(map(is_dtensor, self._all_params())):
             raise RuntimeError(
                 "under FSDP2 averaged() needs the model, which may hold unsharded weights. Call dist_adamw.prepare or "

@@ -114,13 +114,13 @@ class SavableOptimizer(ShardedOptimizer):
         if known is not None and known.stamps == stamps_of(self.shards, self.state) and not self._differs():
             if known.states is not None:
                 return known.states
-            problem = f"the state was consolidated on rank {known.to}, and this is rank {rank}"
+            problem = f"the state was consolidated on rank {known.to}, and this is rank {rank}."
         else:
             problem = (
-                f"rank {rank} of {ranks} has its own share of the state, which was not consolidated since it changed"
+                f"rank {rank} of {ranks} has its own share of the state, which was not consolidated since it changed."
             )
         raise RuntimeError(
-            f"{problem}. Call optimizer.consolidate_state_dict(to=<rank>) on every rank, and then state_dict() on that "
+            f"{problem} Call optimizer.consolidate_state_dict(to=<rank>) on every rank, and then state_dict() on that "
             "rank. Or save with dist_adamw.save on every rank (accelerator.save_state does after dist_adamw.prepare, "
             "Trainer after prepare_trainer). Or pass shard=False to DistAdamW, which keeps whole state on every rank."
         )

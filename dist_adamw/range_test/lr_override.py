@@ -118,7 +118,7 @@ class LROverride:
             decay_for = None if known is None else known.decay_for
             self._before.append((group, group["lr"], group.get("weight_decay")))
             own = lr * (base / self._largest)
-            # A new tensor: the schedule detects changes of its own one by the version.
+            # A new tensor: the schedule recognises a change of the tensor that it wrote by its version counter.
             group["lr"] = group["lr"].detach().clone().fill_(own) if isinstance(group["lr"], Tensor) else own
             if decay_for is not None and own > 0:
                 group["weight_decay"] = decay_for(own)

@@ -661,7 +661,7 @@ def test_random_state_is_restored_as_far_as_it_was_there(seeds: list[int], tmp_p
     if len(set(seeds)) == 1:
         assert last == ("restored", expected[0])
     else:
-        assert last[0].startswith("seeded anew")
+        assert last[0].startswith("seeded again")
         assert last[1] not in expected
     assert run_ranks(4, load_random, str(tmp_path)) == found
 

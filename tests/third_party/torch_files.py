@@ -73,7 +73,7 @@ def run_here(path: str, swaps: str, parts: tuple[str, ...], without: tuple[str, 
 
 
 def run_in_process(path: Path, file: TestFile, swaps: str) -> dict[str, str]:
-    """Run a file whose tests start their ranks themselves, in a process of its own."""
+    """Run a file whose tests start their ranks themselves, in a separate process."""
     program = (
         "import json, sys; from tests.third_party.torch_files import run_here\n"
         "if __name__ == '__main__': print('\\n' + json.dumps(run_here(*json.loads(sys.argv[1]))))"

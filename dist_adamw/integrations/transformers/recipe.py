@@ -89,8 +89,10 @@ def _check_engine_clipping(trainer: Any, recipe: TrainingRecipe, norm: float) ->
     # "auto" was resolved when TrainingArguments was made.
     given = trainer.accelerator.state.deepspeed_plugin.deepspeed_config.get(CLIPPING, norm)
     if given != norm:
-        sentence = f"max_grad_norm is {norm!r}, and the DeepSpeed configuration has {CLIPPING}={given!r}. Pass "
-        sentence += f'TrainingArguments(max_grad_norm={norm!r}), which resolves an "auto" there, or make them agree.'
+        sentence = (
+            f"max_grad_norm is {norm!r}, and the DeepSpeed configuration has {CLIPPING}={given!r}. Pass "
+            f'TrainingArguments(max_grad_norm={norm!r}), which resolves an "auto" there, or make them agree.'
+        )
         raise FileError([recipe.source.problem(("optimizer", "max_grad_norm"), sentence)])
 
 
