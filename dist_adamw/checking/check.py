@@ -86,11 +86,7 @@ def _summary(inputs: Inputs, findings: list[Finding]) -> str:
     lines = [f"no problems in {', '.join(dict.fromkeys(one.name for one in sources if one is not None))}"]
     recipe, ranks = inputs.recipe, inputs.data_parallel_size
     if recipe is not None and ranks is not None and {"size", "micro_batch_size"} <= recipe.batch.keys():
-        batch = recipe.global_batch(ranks)
-        lines.append(
-            f"{batch.size} samples = {batch.micro_batch_size} x {batch.gradient_accumulation_steps} accumulation steps "
-            f"x {batch.data_parallel_size} ranks"
-        )
+        lines.append(str(recipe.global_batch(ranks)))
     if recipe is not None and (end := end_of_training(recipe)) is not None:
         lines.append(f"training ends at epoch {end.epochs:.6g}, at the end of cycle {end.cycle}")
     return "\n".join(lines)

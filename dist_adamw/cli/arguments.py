@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import typing
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -70,7 +71,7 @@ def _split(
         if arg == "--":
             places += rest
             break
-        if not arg.startswith("-") or arg == "-":
+        if not arg.startswith("-") or re.match(r"-(\.?[0-9]|$)", arg):  # a negative number is a value
             places.append(arg)
             if verb.passes_on:
                 places += rest

@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from dist_adamw.cli.answer import CANNOT, Answer, fields_of
+from dist_adamw.cli.answer import CANNOT, DONE, NO, Answer, fields_of
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -15,13 +15,13 @@ class PlanOptions:
 
     Args:
         ranks: Numbers of ranks, such as "1,2,8".
-        memory: Of a device, such as 80GiB: the smallest number of ranks that fits is printed for each engine.
+        memory: Of a device, such as 80GiB: prints the smallest number of ranks that fits, for each engine.
         activations: Memory of a rank's activations, such as 4GiB; they cannot be computed from a model's shapes.
         dtype: Of the parameters: fp32, bf16 or fp16. Default: the model's.
         layers: Class of the modules that FSDP2 shards one by one. Default: found in the model.
-        batch_size: Global batch, in samples, without a recipe.
-        micro_batch_size: Samples of one rank in one forward pass, without a recipe.
-        total_samples: Samples of the whole training, without a recipe.
+        batch_size: Global batch, in samples, if the recipe has none.
+        micro_batch_size: Samples of one rank in one forward pass, in place of the recipe's.
+        total_samples: Samples of the whole training, in place of the recipe's.
         accumulation: Micro-batches of an update, if the batches are not given.
         mixed_precision: Accelerate's: no or bf16.
         master_dtype: DistAdamW's: fp32, or int16 for remainders.
@@ -59,8 +59,13 @@ def plan(model: str, recipe: str | None = None, *, options: PlanOptions, epoch_s
     """
     from dist_adamw.planning.command import plan_command
 
+    if model.endswith((".yaml", ".yml")):
+        raise ValueError(
+            f"{model} looks like a recipe, and the model comes first: dist-adamw plan 1.3B {model}, or a factory or "
+            "configuration in place of 1.3B."
+        )
     text, data = plan_command(model, _recipe(recipe, epoch_size), **fields_of(options))
-    return Answer(text, data)
+    return Answer(text, data, DONE if data["feasible"] else NO)
 
 
 def _recipe(path: str | None, epoch_size: int | None) -> Any:

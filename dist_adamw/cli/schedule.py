@@ -155,11 +155,7 @@ def batch(*, size: int, micro_batch_size: int, data_parallel_size: int = 1) -> A
     from dist_adamw.schedule.batch import GlobalBatch
 
     found = GlobalBatch.solve(size=size, micro_batch_size=micro_batch_size, data_parallel_size=data_parallel_size)
-    text = (
-        f"{found.size} samples = {found.micro_batch_size} x {found.gradient_accumulation_steps} accumulation steps "
-        f"x {found.data_parallel_size} ranks"
-    )
-    return Answer(text, fields_of(found) | {"size": found.size})
+    return Answer(str(found), fields_of(found) | {"size": found.size})
 
 
 def _preview(recipe: str | None, options: ScheduleOptions, cycles: int | None) -> Preview:

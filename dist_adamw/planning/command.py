@@ -36,11 +36,11 @@ def plan_command(
         model: module:factory, file.py:factory, a Hugging Face folder or config.json, or parameters ("1.3B", "7e9").
         recipe: From ``dist_adamw.load_recipe``; its optimizer's options replace those below.
         ranks: Numbers of ranks, such as "1,2,8".
-        memory: Of a device, such as 80GiB: the smallest number of ranks that fits is printed for each engine.
+        memory: Of a device, such as "80GiB": the smallest number of ranks that fits is printed for each engine.
         activations: Memory of a rank's activations, such as 4GiB; they cannot be computed from a model's shapes.
         dtype: Of the parameters: fp32, bf16 or fp16; default: the model's.
         layers: Class of the modules that FSDP2 shards one by one; default: found in the model.
-        batch_size: Global batch, in samples, if there is no recipe.
+        batch_size: Global batch, in samples, if the recipe has none.
         micro_batch_size: Samples of one rank in one forward pass; with the global batch it gives the accumulation.
         total_samples: Samples of the whole training.
         accumulation: Micro-batches of an update, if the batches are not given.
@@ -93,5 +93,5 @@ def _ranks(text: str) -> list[int]:
     try:
         found = [int(part) for part in str(text).strip("[]").split(",")]
     except ValueError as error:
-        raise ValueError(f"ranks must be numbers with commas, such as 1,2,8, got {shown(text)}.") from error
+        raise ValueError(f"ranks must be whole numbers with commas, such as 1,2,8, got {shown(text)}.") from error
     return found

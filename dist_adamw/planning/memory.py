@@ -6,11 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 
 import torch
-from torch import Tensor
 
 from dist_adamw.optimizer.averages import EMA, Mean, dtypes_of
 from dist_adamw.optimizer.sharding.shard import Shard
-from dist_adamw.optimizer.transport.tree_sum import TreeSum
 from dist_adamw.schedule.batch import check_positive_int, shown
 
 DEVICES = ("cuda", "cpu")
@@ -128,15 +126,28 @@ class Timeline:
 
 
 def sums_in_memory(rounds: int, terms: int, *, home: bool) -> int:
-    """Return how many tensors `TreeSum` needs besides its home for ``rounds`` of ``terms`` micro-batches each.
+    """Return how many tensors `TreeSum` needs besides its home for ``rounds`` of ``terms`` micro-batches each. Local.
 
-    On an accelerator, where a block of scratch memory is as large as a sum. Local.
+    On an accelerator, where a block of scratch memory is as large as a sum. `TreeSum` is a binary counter of
+    micro-batches, so arithmetic answers for any number of them.
     """
-    one = torch.zeros(1)
-    sums = TreeSum(1, dtype=torch.float32, device=one.device, home=torch.zeros(1) if home else None)
-    rows: list[Tensor] = [one] * terms
-    for _ in range(rounds):
-        sums.add(terms, [(0, rows)])
-    sums.write([(0, torch.zeros(1))], 1)
-    levels, scratch = sums.num_sums
+    count = rounds * terms
+    bits = terms.bit_length()
+    # A level has a partial sum if its bit is set in the count after some round. Rounds advance by `terms`, so they skip
+    # no bit above those of `terms`; bits of `terms` itself repeat after at most 2 * terms rounds.
+    low = 0
+    for number in range(1, min(rounds, 2 * terms) + 1):
+        low |= number * terms
+    levels = (low & (1 << bits) - 1).bit_count() + count.bit_length() - bits
+    # Sums that a round adds up at once are in scratch memory: one block for each level that two sums of it complete.
+    scratch = max(0, count.bit_length() - 2) + _second_blocks(rounds, terms)
+    scratch += count.bit_count() > 1  # `write` adds the levels up
     return levels + scratch - home
+
+
+def _second_blocks(rounds: int, terms: int) -> int:
+    """Return the number of levels of which one round computes both sums that make the next level's."""
+    always = max(0, terms.bit_length() - 2)
+    half = 1 << max(0, terms.bit_length() - 1)
+    in_some_round = any(half < -number * terms % (2 * half) <= terms for number in range(min(rounds, 2 * half)))
+    return always + (in_some_round and half > 1)

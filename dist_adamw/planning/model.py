@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import math
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -137,6 +138,11 @@ def shapes_from(
     else:
         numel = _count(model) if isinstance(model, str) else _whole(model)
         assert isinstance(numel, int)
+        if layers is not None:
+            raise ValueError(
+                f"layers={layers!r} is the class of a model's modules, and a number of parameters has none. Leave "
+                "layers out, or pass a model."
+            )
         found = _stand_in(numel, str(model))
     return found if dtype is None else found.as_dtype(read_dtype("dtype", dtype))
 
@@ -292,9 +298,15 @@ def _from_configuration(text: str) -> nn.Module:
 
 def _count(text: str) -> int | None:
     """Return a number of parameters, or None if the text is something else."""
-    match = re.fullmatch(r"([0-9][0-9_,]*\.?[0-9]*(?:e\+?[0-9]+)?)\s*([kmbt]?)", text.strip().lower())
-    if match is None:
+    match = re.fullmatch(r"([+-]?\.?[0-9][0-9_,.]*(?:e\+?[0-9]+)?)\s*([a-z]*)", text.strip().lower())
+    if match is None or os.path.exists(text):
         return None
+    # Commas are separators of thousands: "1,3B" may mean 1.3.
+    if match[2] not in _UNITS or not re.fullmatch(r"[+-]?(\d{1,3}(,\d{3})+|[\d_]*)(\.\d*)?(e\+?\d+)?", match[1]):
+        raise ValueError(
+            f"{text!r} is not a number of parameters. Write it as 1.3B, 350M, 7e9 or 1_300_000_000; it may end in K, "
+            "M, B or T (10^3 to 10^12)."
+        )
     return _whole(float(match[1].replace("_", "").replace(",", "")) * _UNITS[match[2]])
 
 

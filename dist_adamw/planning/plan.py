@@ -22,6 +22,7 @@ from dist_adamw.schedule.lengths import Length
 from dist_adamw.schedule.scheduler import CyclicLRWithRestarts
 
 MOST_RANKS = 4096  # of the search for the smallest number
+_LARGEST = 1_000_000  # number of ranks that is planned
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,8 +77,13 @@ class Plan:
         blocks.append(text.uncounted(self.setup))
         if self.memory is not None:
             rows = [(fit.engine, fit.fits, fit.cost) for fit in self.fits]
-            blocks.append(text.fits_text(self.memory, rows))
+            blocks.append(text.fits_text(self.memory, rows, MOST_RANKS))
         return "\n\n".join(filter(None, blocks))
+
+    @property
+    def is_feasible(self) -> bool:
+        """Whether one of the numbers of ranks divides the global batch and, with ``memory``, some engine fits."""
+        return any(one.costs for one in self.by_ranks) and (self.memory is None or any(fit.fits for fit in self.fits))
 
     def as_dict(self) -> dict[str, Any]:
         """Return the plan as plain data, for JSON; sizes are bytes."""
@@ -111,6 +117,7 @@ class Plan:
             ],
             "memory": self.memory,
             "fits": [{"fits": fit.fits, **_cost(fit.cost)} for fit in self.fits],
+            "feasible": self.is_feasible,
         }
 
 
@@ -140,7 +147,7 @@ def plan(
         layers: The class of the modules that FSDP2 shards one by one; None: see `read_model`.
         recipe: From ``dist_adamw.load_recipe``; in place of ``scheduler``.
         scheduler: Has the table of restarts, the global batch and, with its `DistAdamW`, the options of state.
-        batch_size: The global batch, if there is no schedule.
+        batch_size: The global batch, if there is no schedule, or a recipe that lacks it.
         micro_batch_size: Samples of one rank in a forward pass. With the global batch it gives the accumulation.
         total_samples: Samples of the whole training.
         engines: Some of `ENGINES`; None: all.
@@ -148,7 +155,7 @@ def plan(
     Raises:
         ValueError: says which argument is wrong, and what to pass.
     """
-    wanted = [check_positive_int("ranks", one) for one in ranks]
+    wanted = [_ranks(one) for one in ranks]
     if memory is not None:
         memory = check_positive_int("memory", memory)
     names = _engines(engines)
@@ -156,6 +163,8 @@ def plan(
     shapes = shapes_from(model, module, dtype=dtype, layers=layers)
     given = Given(scheduler, None, batch_size, micro_batch_size, total_samples)
     if recipe is not None:
+        if batch_size is not None and recipe.batch.get("size") is None:
+            recipe, given = recipe.with_changes(batch={"size": batch_size}), replace(given, batch_size=None)
         given = _merged(from_recipe(recipe, module), given)
     if given.scheduler is not None and given.optimizer is None:
         given = replace(given, optimizer=given.scheduler.optimizer)
@@ -164,6 +173,12 @@ def plan(
     by_ranks = tuple(_of_ranks(shapes, one, setup, schedule, names) for one in dict.fromkeys(wanted))
     fits = () if memory is None else _fits(shapes, memory, setup, schedule, names)
     return Plan(shapes, setup, schedule, by_ranks, memory, fits)
+
+
+def _ranks(ranks: int) -> int:
+    if check_positive_int("ranks", ranks) > _LARGEST:
+        raise ValueError(f"ranks must be at most {_LARGEST:,}, got {ranks:,}.")
+    return int(ranks)
 
 
 def _engines(engines: Sequence[str] | None) -> list[str]:

@@ -5,27 +5,33 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from fractions import Fraction
 
 from dist_adamw.planning.memory import Cost, Setup
 from dist_adamw.planning.model import ModelShapes
 from dist_adamw.planning.schedule import SchedulePlan
 from dist_adamw.schedule.batch import GlobalBatch, shown
 
-_UNITS = {"": 1, "b": 1} | {f"{k}ib": 1 << 10 * n for n, k in enumerate("kmgt", 1)}
+_UNITS = {"b": 1} | {f"{k}ib": 1 << 10 * n for n, k in enumerate("kmgt", 1)}
 _UNITS |= {f"{k}b": 1000**n for n, k in enumerate("kmgt", 1)}
 _TITLES = ("engine", "parameters", "gradients", "state", "buckets, layers", "activations", "total", "sent")
 
 
 def read_bytes(name: str, value: str | int) -> int:
-    """Return a number of bytes: a whole number, or a text such as "80GiB" or "80 GB" (1000^3).
+    """Return a number of bytes: an int, or a text with a unit, such as "80GiB" (80 x 1024^3) or "80 GB" (1000^3).
 
     Raises:
         ValueError: it is something else.
     """
-    match = re.fullmatch(r"([0-9][0-9_]*\.?[0-9]*)\s*([kmgt]?i?b?)", str(value).strip().lower())
-    if match is None or match[2] not in _UNITS or isinstance(value, bool):
-        raise ValueError(f'{name} must be bytes, such as "80GiB", "512MiB" or "80GB", got {shown(value)}.')
-    return math.floor(float(match[1].replace("_", "")) * _UNITS[match[2]])
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    match = re.fullmatch(r"([0-9][0-9_]*\.?[0-9]*)\s*([a-z]+)", str(value).strip().lower())
+    if match is None or match[2] not in _UNITS or len(match[1]) > 30:
+        raise ValueError(
+            f'{name} must be a size with its unit, such as "80GiB" or "512MiB" (powers of 1024), or "80GB" (1000^3), '
+            f"got {shown(value)}."
+        )
+    return math.floor(Fraction(match[1].replace("_", "")) * _UNITS[match[2]])
 
 
 def in_units(nbytes: int) -> str:
@@ -62,19 +68,20 @@ def schedule_text(schedule: SchedulePlan) -> str:
 
 def ranks_text(ranks: int, batch: GlobalBatch | None, costs: Sequence[Cost], problem: str) -> str:
     """Return the table of one number of ranks."""
-    head = f"{ranks} rank{'s' if ranks > 1 else ''}"
+    head = f"{ranks:,} rank{'s' if ranks > 1 else ''}"
     if problem:
         return f"{head}: {problem}"
     if batch is not None:
-        steps = batch.gradient_accumulation_steps
-        head += f": {batch.size} samples = {batch.micro_batch_size} x {steps} micro-batches x {ranks}"
+        head += f": {batch}"
     return "\n".join([f"{head}; memory of the largest rank, and bytes that a rank sends per update", *_table(costs)])
 
 
-def fits_text(memory: int, fits: Sequence[tuple[str, bool, Cost]]) -> str:
+def fits_text(memory: int, fits: Sequence[tuple[str, bool, Cost]], most_ranks: int) -> str:
     """Return the table of the smallest numbers of ranks: engine, whether it fits, and what it needs."""
+    if not fits:
+        return f"no number of ranks up to {most_ranks:,} divides the global batch into micro-batches"
     lines = [f"the fewest ranks with {in_units(memory)} each"]
-    width = max((len(engine) for engine, _, _ in fits), default=0)
+    width = max(len(engine) for engine, _, _ in fits)
     for engine, does_fit, cost in fits:
         needs = in_units(cost.memory.total)
         if does_fit:

@@ -78,7 +78,9 @@ def _numel_touching_a_partition(model: ModelShapes, partition: int) -> int:
     start = 0
     for param in model.trained:
         stop = start + param.numel
-        for rank in range(start // partition, -(-stop // partition)):
+        first, last = start // partition, -(-stop // partition) - 1
+        # Other parameters reach at most into the first and the last partition that this one touches.
+        for rank in {first, min(first + 1, last), last} if param.numel else ():
             found[rank] = found.get(rank, 0) + param.numel
         start = stop
     return max(found.values(), default=0)

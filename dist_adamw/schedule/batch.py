@@ -64,6 +64,13 @@ class GlobalBatch:
         for field in fields(self):
             object.__setattr__(self, field.name, check_positive_int(field.name, getattr(self, field.name)))
 
+    def __str__(self) -> str:
+        steps, ranks = self.gradient_accumulation_steps, self.data_parallel_size
+        return (
+            f"{_counted(self.size, 'sample')} = {self.micro_batch_size:,} per micro-batch x "
+            f"{_counted(steps, 'accumulation step')} x {_counted(ranks, 'rank')}"
+        )
+
     @property
     def size(self) -> int:
         """The global batch, in samples."""
@@ -89,6 +96,10 @@ class GlobalBatch:
                 f"{' and '.join(nearest)}."
             )
         return cls(micro_batch_size, steps, data_parallel_size)
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def samples_of_batch(batch_size: int | GlobalBatch) -> int:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 
-from dist_adamw.schedule.batch import check_positive_int
+from dist_adamw.schedule.batch import check_positive_int, shown
 from dist_adamw.schedule.batch_schedule import BatchSchedule
 from dist_adamw.schedule.lengths import Length, in_samples
 from dist_adamw.schedule.plot import Axis, Curves, overlay
@@ -22,6 +22,8 @@ GivenDecay = Callable[[SchedulePoint], float | None]
 
 _CYCLES = 4  # default number of rows in the table
 _MOST_CYCLES = 20  # most rows if total_samples determines the number
+_MOST_ROWS = 1_000  # of a number that is given
+_LARGEST = 1e300  # samples
 _NEARLY_DONE = 0.98  # of a cycle, where a cosine is at 0.1% of its peak
 
 
@@ -249,7 +251,7 @@ class Preview:
         if schedule.count is not None:
             cycles = min(cycles, schedule.count)
         warmup = schedule.warmup_samples
-        starts = [schedule.first_sample(i) for i in range(cycles + 1)]
+        starts = _starts(schedule, cycles)
         last = starts[-1] if end is None else end.total_samples
         samples = _samples(schedule, starts, batches.starts, last, points)
         trace = [values(schedule.at(s)) for s in samples]
@@ -322,6 +324,27 @@ class Preview:
             {label: (*ys, ys[-1]) for label, ys in values.items()},
             [convert[axis](row.first_sample) for row in self.rows[1:] if row.first_sample < last],
         )
+
+
+def _starts(schedule: RestartSchedule, cycles: int) -> list[int]:
+    """Return the first sample of each of the first ``cycles`` cycles, and the end of the last.
+
+    Raises:
+        ValueError: there are too many, or one ends beyond the range of floats.
+    """
+    if cycles > _MOST_ROWS:
+        raise ValueError(f"cycles must be at most {_MOST_ROWS:,}, got {cycles:,}.")
+    starts: list[int] = []
+    for index in range(cycles + 1):
+        starts.append(schedule.first_sample(index))
+        if starts[-1] > _LARGEST:
+            advice = f"restart_period={shown(schedule.restart_period)}"
+            if index > 1:
+                advice += f" or t_mult={shown(schedule.t_mult)}, or pass cycles={index - 1}"
+            raise ValueError(
+                f"cycle {index - 1} would end after more than {_LARGEST:g} samples, which cannot be shown. Lower {advice}."
+            )
+    return starts
 
 
 def _samples(

@@ -418,7 +418,7 @@ def test_it_says_what_it_found_right(tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text(RECIPE)
     text, status, _ = check_files(tmp_path / "r.yaml", ROOT / "configs/accelerate/cpu_2.yaml")
     assert status == 0
-    assert "256 samples = 8 x 16 accumulation steps x 2 ranks" in text
+    assert "256 samples = 8 per micro-batch x 16 accumulation steps x 2 ranks" in text
     assert "training ends at epoch 15, at the end of cycle 3" in text
 
 

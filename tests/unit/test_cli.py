@@ -80,7 +80,7 @@ def test_help_does_not_import_torch() -> None:
 
 def test_dashes_and_underscores_are_the_same(capsys: Capture) -> None:
     expected = run(capsys, "batch", "--size=256", "--micro_batch_size=8", "--data_parallel_size=4")
-    assert expected == "256 samples = 8 x 8 accumulation steps x 4 ranks\n"
+    assert expected == "256 samples = 8 per micro-batch x 8 accumulation steps x 4 ranks\n"
     assert run(capsys, "batch", "--size", "256", "--micro-batch-size", "8", "--data-parallel_size", "4") == expected
 
 
@@ -109,7 +109,9 @@ def test_dashes_and_underscores_are_the_same(capsys: Capture) -> None:
         (["preview", *SIZES, "--policy=cosin"], "unknown policy 'cosin'"),
         (["preview", *SIZES, "--min_lr=1"], "min_lr must lie between 0"),
         (["preview", *SIZES, "--min_lr", "-1e-3"], "min_lr must lie between 0"),
-        (["preview", *SIZES, "--t_mult=1e300"], "a number is out of the range that can be computed with"),
+        (["preview", *SIZES, "--t_mult=1e300"], "cycle 1 would end after more than 1e+300 samples, which cannot be shown"),
+        (["preview", *SIZES, "--restart_period=1e308"], "cannot be shown. Lower restart_period=1e+308."),
+        (["plot", *SIZES, "--cycles=1000000000"], "cycles must be at most 1,000, got 1,000,000,000."),
         (["preview", *SIZES, "--fit=scale"], "--fit scale needs --total_samples"),
         (["preview", "--batch_size=32"], "--epoch_size must be given, or a recipe file that has it"),
         (["preview"], "--batch_size and --epoch_size must be given"),
@@ -142,6 +144,29 @@ def test_a_mistake_of_lr_range_is_one_sentence(args: list[str], sentence: str, c
 def test_ranks_inside_a_launcher_are_refused(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
     monkeypatch.setenv("RANK", "0")
     assert "a launcher has already started this process" in refused(capsys, "lr-range", "--ranks", "2", __file__)
+
+
+@pytest.mark.parametrize(
+    ("args", "sentence"),
+    [
+        (["-1B"], "a number of parameters must be from 1 to 1e15, got -1000000000.0"),
+        (["1.3Q"], "'1.3Q' is not a number of parameters. Write it as 1.3B"),
+        (["1,3B"], "'1,3B' is not a number of parameters"),
+        (["1M", "--memory=80"], 'memory must be a size with its unit, such as "80GiB"'),
+        (["1M", "--layers=Block"], "layers='Block' is the class of a model's modules"),
+        (["1M", "--ranks=2000000"], "ranks must be at most 1,000,000, got 2,000,000"),
+        (["recipe.yaml", "1M"], "recipe.yaml looks like a recipe, and the model comes first"),
+    ],
+)
+def test_a_mistake_of_plan_is_one_sentence(args: list[str], sentence: str, capsys: Capture) -> None:
+    assert sentence in refused(capsys, "plan", *args)
+
+
+@pytest.mark.parametrize("options", [["--memory=1MiB"], ["--ranks=3", "--batch_size=7", "--micro_batch_size=2"]])
+def test_plan_says_no_by_its_status(options: list[str], capsys: Capture) -> None:
+    found = answer(capsys, "plan", "1B", *options, status=1)
+    assert found["feasible"] is False
+    assert answer(capsys, "plan", "1B", "--ranks=1,3", "--memory=80GiB")["feasible"] is True
 
 
 def test_everything_after_the_script_is_the_scripts(tmp_path: Path, capsys: Capture) -> None:

@@ -18,13 +18,15 @@ from benchmarks.ranks import ROOT
 from benchmarks.workloads import WORKLOADS
 from dist_adamw import EMA, CyclicLRWithRestarts, DistAdamW, load_recipe
 from dist_adamw.optimizer.transport.layout import FlatLayout
+from dist_adamw.optimizer.transport.tree_sum import TreeSum
 from dist_adamw.planning import Plan, Setup, plan, plan_command
 from dist_adamw.planning.engines import ENGINES, cost_of
 from dist_adamw.planning.fsdp2 import FSDP2
-from dist_adamw.planning.memory import Cost
+from dist_adamw.planning.memory import Cost, sums_in_memory
 from dist_adamw.planning.model import ModelShapes, Parameter, read_model
 from dist_adamw.planning.own import DDP, ONE, TORCH_DDP
 from dist_adamw.planning.text import in_units, read_bytes
+from dist_adamw.planning.zero import _numel_touching_a_partition
 from tests.ranks import run_ranks
 
 GIB = 1 << 30
@@ -229,6 +231,33 @@ def test_options_change_what_they_should() -> None:
     assert gathered > 4e9 > cost_of(FSDP2, model, 8, Setup()).memory.staging
 
 
+def test_large_numbers_are_planned_at_once() -> None:
+    found = plan("1M", ranks=[8], batch_size=32 << 40, micro_batch_size=1)
+    few = plan("1M", ranks=[8], batch_size=32, micro_batch_size=1)
+    assert [cost.memory for cost in found.by_ranks[0].costs] == [cost.memory for cost in few.by_ranks[0].costs]
+    assert plan("1M", ranks=[10**6], setup=Setup(accumulation=10**9, reproducible=True)).by_ranks[0].costs
+
+
+def test_partial_sums_are_those_of_the_real_sums() -> None:
+    one = torch.zeros(1)
+    for rounds, terms in [(n, m) for n in range(1, 20) for m in range(1, 20)] + [(40, 24), (3, 100)]:
+        sums = TreeSum(1, dtype=one.dtype, device=one.device)
+        for _ in range(rounds):
+            sums.add(terms, [(0, [one] * terms)])
+        sums.write([(0, torch.zeros(1))], 1)
+        assert sums_in_memory(rounds, terms, home=False) == sum(sums.num_sums), (rounds, terms)
+
+
+def test_the_parameters_that_touch_a_partition() -> None:
+    sizes = [3, 40, 1, 7, 100, 0, 2, 5]
+    model = ModelShapes("", tuple(Parameter(str(n), (size,), torch.float32) for n, size in enumerate(sizes)))
+    owners = [n for n, size in enumerate(sizes) for _ in range(size)]
+    for partition in (1, 2, 3, 7, 50, 200):
+        touching = [set(owners[start : start + partition]) for start in range(0, len(owners), partition)]
+        expected = max(sum(sizes[n] for n in some) for some in touching)
+        assert _numel_touching_a_partition(model, partition) == expected
+
+
 def test_the_fewest_ranks_that_fit() -> None:
     found = plan("7B", ranks=[8], memory=80 * GIB, setup=Setup(activations=8 * GIB))
     by_engine = {fit.engine: fit for fit in found.fits}
@@ -253,7 +282,7 @@ def test_the_fewest_ranks_divide_the_batch() -> None:
     assert eight.batch is not None
     assert eight.batch.gradient_accumulation_steps == 3
     assert found.schedule.updates == 100
-    assert "48 samples = 2 x 3 micro-batches x 8" in str(found)
+    assert "48 samples = 2 per micro-batch x 3 accumulation steps x 8 ranks" in str(found)
     assert seven.problem in str(found)
 
 
@@ -290,6 +319,8 @@ def test_a_recipe() -> None:
     assert found.by_ranks[0].batch is not None
     assert found.by_ranks[0].batch.gradient_accumulation_steps == 4
     assert plan("1M", ranks=[2], recipe=recipe, micro_batch_size=16).by_ranks[0].batch.size == 32  # type: ignore[union-attr]
+    without = load_recipe({"scheduler": {"epoch_size": 640}})
+    assert plan("1M", ranks=[2], recipe=without, batch_size=64, total_samples=6400).schedule.updates == 100
     with pytest.raises(ValueError, match="leave batch_size out"):
         plan("1M", recipe=recipe, batch_size=64)
     with pytest.raises(ValueError, match="not both"):
@@ -320,10 +351,10 @@ def test_the_command_returns_text_and_plain_data() -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"ranks": "two"}, "ranks must be numbers.*'two'"),
+        ({"ranks": "two"}, "ranks must be whole numbers.*'two'"),
         ({"ranks": "0"}, "ranks must be .*above 0, got 0"),
-        ({"memory": "80 apples"}, "memory must be bytes, such as .*80 apples"),
-        ({"memory": "0"}, "memory must be .*above 0"),
+        ({"memory": "80 apples"}, "memory must be a size with its unit.*80 apples"),
+        ({"memory": "0B"}, "memory must be .*above 0"),
         ({"mixed_precision": "fp8"}, "mixed_precision must be no or bf16, got 'fp8'"),
         ({"device": "tpu"}, "device must be cuda or cpu, got 'tpu'"),
         ({"accumulation": 0}, "accumulation must be .*above 0, got 0"),
@@ -338,11 +369,21 @@ def test_wrong_options(options: dict[str, Any], said: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "nbytes"), [("80GiB", 80 * GIB), ("80 GB", 80 * 10**9), ("1.5MiB", 3 << 19), ("512", 512), ("1k", 1)]
+    ("text", "nbytes"),
+    [
+        ("80GiB", 80 * GIB),
+        ("80 GB", 80 * 10**9),
+        ("1.5MiB", 3 << 19),
+        ("512B", 512),
+        (512, 512),
+        ("512", 0),
+        ("1k", 0),
+        ("9" * 400 + "B", 0),
+    ],
 )
-def test_sizes(text: str, nbytes: int) -> None:
-    if text == "1k":
-        with pytest.raises(ValueError, match="1k"):
+def test_sizes(text: str | int, nbytes: int) -> None:
+    if not nbytes:
+        with pytest.raises(ValueError, match="a size with its unit"):
             read_bytes("memory", text)
     else:
         assert read_bytes("memory", text) == nbytes
