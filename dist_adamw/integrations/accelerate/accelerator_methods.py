@@ -123,6 +123,7 @@ def save_state(
         if one.watch is not None:
             one.watch.before_save()
     group = ours[0].of.group
+    positions = [_earliest(one, *run_on_all_ranks(partial(_ordered_position, one), group), group) for one in ours]
     output_dir = None if output_dir is None else str(Path(output_dir).expanduser())
     with _without_limit(accelerator) as limit, _hidden(accelerator, ours):
         where = run_on_all_ranks(lambda: Path(save_rest(output_dir, *args, **kwargs)), group)
@@ -130,8 +131,7 @@ def save_state(
     run_on_all_ranks(lambda: remove_older_objects(accelerator, where) if main else None, group)
     files = run_on_all_ranks(lambda: files_of(where) if main else {}, group)
     token = collectives.all_gather_objects(secrets.token_hex(8), group)[0]  # the same for all models of this save
-    for one in ours:
-        position = _earliest(one, *run_on_all_ranks(partial(_ordered_position, one), group), group)
+    for one, position in zip(ours, positions, strict=True):
         extra = {"position": position, "files": files, "state": token}
         # Written last: a whole checkpoint of ours means that the rest of the folder is complete too.
         objects = (one.model, one.optimizer, one.scheduler)
