@@ -122,7 +122,7 @@ class Tracking:
         if step == self._logged or (self._clock is not None and found["samples"] == updates.before):
             return  # it was skipped
         self._logged = step
-        _begin(accelerator.trackers, step if since is None else min(step, since + 1))
+        _begin(accelerator.trackers, step if since is None else min(step, since + 1), step)
         accelerator.log(found | {name: _as_number(value) for name, value in further.items()}, step=step)
 
     def _end_update(self) -> bool:
@@ -301,15 +301,15 @@ def peak_memory(device: torch.device) -> int:
     return most if sys.platform == "darwin" else most * 1024
 
 
-def _begin(trackers: Sequence[Any], step: int) -> None:
-    """Hide or drop what a killed job logged from ``step`` on, once for each tracker. Local."""
+def _begin(trackers: Sequence[Any], step: int, now: int) -> None:
+    """Hide or drop what a killed job logged from ``step`` on, once for each tracker, before step ``now``. Local."""
     for tracker in trackers:
         name = getattr(tracker, "name", None)
         if name not in ("csv", "tensorboard") or tracker.tracker in _BEGUN:
             continue
         _BEGUN.add(tracker.tracker)
         if isinstance(tracker.tracker, CsvFile):
-            tracker.tracker.drop_from(step)
+            tracker.tracker.drop_from(step, now)
         elif name == "tensorboard":
             _hide_later_events(tracker.tracker, step)
 

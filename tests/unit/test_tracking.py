@@ -396,9 +396,38 @@ def test_a_csv_file_gets_columns_as_they_come(tmp_path: Path) -> None:
     again = CsvFile(file.path)
     again.append({"loss": 0.25}, 3)
     assert [row["step"] for row in read_rows(file.path)[1]] == ["1", "2", "", "3"]
-    again.drop_from(2)
-    again.append({"loss": 0.5}, 2)
-    assert [row["loss"] for row in read_rows(file.path)[1]] == ["0.1", "0.5"]
+
+
+def test_rows_at_another_unit_of_steps_go_with_the_updates_next_to_them(tmp_path: Path) -> None:
+    path = tmp_path / "log.csv"
+    killed = CsvFile(path)
+    killed.append({"val": 0.0}, 0)
+    killed.append({"tokens": 0}, 10**6)
+    for samples in range(4, 25, 4):
+        killed.append({"samples": samples}, samples)
+        killed.append({"val": samples}, samples)
+        killed.append({"tokens": samples}, 10**6 * samples)
+        killed.append({"epochs": samples}, 1)
+        killed.append({"text": f"{samples}\u2028"}, None)
+    killed.close()
+    resumed = CsvFile(path)
+    resumed.append({"val": 12.0, "step": 3}, 12)  # before its first update
+    resumed.drop_from(13, 16)
+    resumed.append({"samples": 16}, 16)
+    rows = read_rows(path)[1]
+    assert [row["samples"] for row in rows if row["samples"]] == ["4", "8", "12", "16"]
+    assert [row["val"] for row in rows if row["val"]] == ["0.0", "4", "8", "12", "12.0"]
+    assert [row["step_value"] for row in rows if row["step_value"]] == ["3"]
+    for name in ("tokens", "epochs", "text"):
+        assert [row[name].strip() for row in rows if row[name].strip()] == [
+            *(["0"] if name == "tokens" else []), "4", "8", "12"
+        ]  # fmt: skip
+    again = CsvFile(path)
+    again.append({"val": 0.5}, 0)
+    again.drop_from(1, 4)
+    again.append({"samples": 4}, 4)
+    assert [row["step"] for row in read_rows(path)[1]] == ["0", "4"]
+    assert read_rows(tmp_path / "log.csv.1")[1][0]["val"] == "0.0"
 
 
 @pytest.mark.parametrize("text", ["samples,loss\n1,2\n", "\n", "step\n\xff".encode("latin-1")])
