@@ -25,7 +25,9 @@ from dist_adamw.ranks import agreement
 SEED, MACHINE = "random_seed", "computed_with"
 KEPT: Mapping[str, Any] = {SEED: 0, MACHINE: ""}
 _NAMES = ("lr", "eps", "weight_decay", "amsgrad", "maximize", "betas")
-_NUMBER = (float, int, Real, Tensor)  # the first two are found fast
+_NUMBER, _PLAIN = (Real, Tensor), frozenset({float, int})
+_NUMBERS = ("lr", "eps", "weight_decay")
+_numbers = operator.itemgetter(*_NUMBERS)
 _options = operator.itemgetter(*_NAMES)
 _chain = itertools.chain.from_iterable
 # Types whose hash is the same in every process. That of str is salted; that of None was an address before Python 3.12.
@@ -201,12 +203,14 @@ def check_types(group: Mapping[str, Any]) -> None:
     Raises:
         ValueError: names the value.
     """
-    betas = group["betas"]
+    betas, numbers = group["betas"], _numbers(group)
+    if type(betas) is tuple and len(betas) == 2 and _PLAIN.issuperset(map(type, (*numbers, *betas))):
+        return  # nearly always, and this runs in every update
     if not (isinstance(betas, Sequence) and len(betas) == 2 and all(isinstance(beta, _NUMBER) for beta in betas)):
         raise ValueError(f"param_groups: betas must be two numbers, got {betas!r}.")
-    for name in ("lr", "eps", "weight_decay"):
-        if not isinstance(group[name], _NUMBER):
-            raise ValueError(f"param_groups: {name} must be a number, got {group[name]!r}.")
+    for name, value in zip(_NUMBERS, numbers, strict=True):
+        if not isinstance(value, _NUMBER):
+            raise ValueError(f"param_groups: {name} must be a number, got {value!r}.")
 
 
 def check_hyper_parameters(group: Mapping[str, Any]) -> None:

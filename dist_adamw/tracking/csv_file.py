@@ -8,9 +8,11 @@ import functools
 import io
 import itertools
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
+
+from torch import Tensor
 
 _STEP = "step"
 _VALUE_STEP = "step_value"  # the column of a value that is called "step"
@@ -53,7 +55,7 @@ class CsvFile:
     def append(self, values: Mapping[str, Any], step: int | None) -> None:
         """Add a row."""
         row = {_STEP: "" if step is None else str(step)}
-        for name, value in values.items():
+        for name, value in _flat(values):
             row[_VALUE_STEP if name == _STEP else name] = _as_text(value)
         is_unknown = self._file is None or not row.keys() <= set(self._names)
         if is_unknown:
@@ -139,7 +141,18 @@ def _free_name(path: Path) -> Path:
     return next(free for i in itertools.count(1) if not (free := path.with_name(f"{path.name}.{i}")).exists())
 
 
+def _flat(values: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield names and values; those of a dict inside have names such as "loss/train"."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}/")
+        else:
+            yield f"{prefix}{name}", value
+
+
 def _as_text(value: Any) -> str:
+    if isinstance(value, Tensor):
+        value = value.tolist()
     return repr(value) if isinstance(value, float) else str(value)
 
 

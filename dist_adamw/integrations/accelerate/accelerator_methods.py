@@ -33,6 +33,7 @@ from dist_adamw.integrations.accelerate.state_folder import (
     automatic_folder,
     check_all_there,
     check_custom_objects,
+    check_is_of_save_state,
     check_one_save,
     files_of,
     find_models,
@@ -197,6 +198,7 @@ def load_state(
         return
     is_there = find_models(where, [one.name for one in ours], group)
     if not any(is_there):  # saved without `prepare`: the folder has only Accelerate's files
+        run_on_all_ranks(partial(check_is_of_save_state, where), group)
         if not is_trusted(load_kwargs):
             run_on_all_ranks(partial(check_pickles, accelerator, where), group)
         load_theirs(input_dir)
