@@ -36,7 +36,8 @@ def lr_range(
         ranks: Processes to start on this machine.
         json: Print one JSON document to stdout, and what the script prints to stderr.
     """
-    from dist_adamw.range_test.script import ScriptRange, run_on_ranks, run_script
+    from dist_adamw.range_test.launching import run_on_ranks
+    from dist_adamw.range_test.script import ScriptRange, run_script
 
     options = ScriptRange(lowest, highest, updates, divergence, out, is_json=json)
     if not Path(script).is_file():

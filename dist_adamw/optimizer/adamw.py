@@ -29,6 +29,7 @@ from dist_adamw.optimizer.options import (
     check_group,
     check_hyper_parameters,
     check_lr,
+    check_types,
     check_options,
     warn_of_lasting_moments,
 )
@@ -197,8 +198,9 @@ class DistAdamW(AttachedOptimizer):
     def _begin_update(self) -> None:
         """Check that an update is possible, and count it as skipped until there is something to apply."""
         self.wait()  # weights in flight are the input of this update
-        if self.fused is False:  # a scheduler or the user may have replaced ``lr`` with a tensor
-            for group in self.param_groups:
+        for group in self.param_groups:  # a scheduler or the user may have written other values
+            check_types(group)
+            if self.fused is False:
                 check_lr(group, self.fused)
         if is_capturing() and not self.skip_is_known:
             raise RuntimeError(

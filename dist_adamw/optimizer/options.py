@@ -7,6 +7,7 @@ import math
 import operator
 import warnings
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -24,6 +25,9 @@ from dist_adamw.ranks import agreement
 SEED, MACHINE = "random_seed", "computed_with"
 KEPT: Mapping[str, Any] = {SEED: 0, MACHINE: ""}
 _NAMES = ("lr", "eps", "weight_decay", "amsgrad", "maximize", "betas")
+_NUMBER, _PLAIN = (Real, Tensor), frozenset({float, int})
+_NUMBERS = ("lr", "eps", "weight_decay")
+_numbers = operator.itemgetter(*_NUMBERS)
 _options = operator.itemgetter(*_NAMES)
 _chain = itertools.chain.from_iterable
 # Types whose hash is the same in every process. That of str is salted; that of None was an address before Python 3.12.
@@ -189,6 +193,24 @@ def check_lr(group: Mapping[str, Any], fused: bool | None) -> None:
             f"lr as a Tensor is not supported by foreach arithmetic (fused={fused}), got {group['lr']!r}. "
             "Pass a float, or fused=True."
         )
+
+
+def check_types(group: Mapping[str, Any]) -> None:
+    """Refuse hyper-parameters that are no numbers, before an update. Local.
+
+    Values out of their range are not refused: torch does not either, once the optimizer is built.
+
+    Raises:
+        ValueError: names the value.
+    """
+    betas, numbers = group["betas"], _numbers(group)
+    if type(betas) is tuple and len(betas) == 2 and _PLAIN.issuperset(map(type, (*numbers, *betas))):
+        return  # nearly always, and this runs in every update
+    if not (isinstance(betas, Sequence) and len(betas) == 2 and all(isinstance(beta, _NUMBER) for beta in betas)):
+        raise ValueError(f"param_groups: betas must be two numbers, got {betas!r}.")
+    for name, value in zip(_NUMBERS, numbers, strict=True):
+        if not isinstance(value, _NUMBER):
+            raise ValueError(f"param_groups: {name} must be a number, got {value!r}.")
 
 
 def check_hyper_parameters(group: Mapping[str, Any]) -> None:

@@ -80,6 +80,7 @@ class RangeTest:
         self._number = next(_numbers)
         self._test = RunningTest(self._override, planned, self._range["divergence"], group)
         _running.add(optimizer)
+        optimizer.add_param_group = _refuse_group  # type: ignore[method-assign]
         return self
 
     def record(self, loss: Tensor | float) -> bool:
@@ -111,6 +112,7 @@ class RangeTest:
         assert test is not None
         self._override.remove()
         _running.discard(self._optimizer)
+        vars(self._optimizer).pop("add_param_group", None)
         if error is not None and collectives.world_size(self._group) > 1 and not self._all_ranks_raised(error):
             warnings.warn(
                 f"{type(error).__name__} has ended the range test on this rank, and not on all ranks at the same "
@@ -203,6 +205,13 @@ class RangeTest:
         except (RuntimeError, ValueError):  # DistStoreError
             return False
         return all(store.get(f"{name}/{other}").decode() == at for other in range(size))
+
+
+def _refuse_group(param_group: Any) -> None:
+    raise ValueError(
+        "add_param_group inside of lr_range: the state from before the test could not be restored with another group. "
+        "Add it before the block or after it."
+    )
 
 
 def lr_range(

@@ -43,7 +43,7 @@ def draw_range(
     axis.set_ylabel("loss")
     axis.set_title(title, fontsize=10)
     axis.grid(alpha=0.25)
-    axis.legend(loc="lower left", fontsize=9)
+    figure.legend(loc="outside lower center", ncols=3, fontsize=9, frameon=False)
     path = Path(path).expanduser()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import runpy
-import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
@@ -18,6 +17,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from dist_adamw.json_text import json_text
 from dist_adamw.range_test.curve import RangeResult, check_range
+from dist_adamw.range_test.launching import leave_error
 from dist_adamw.range_test.lr_override import LROverride
 from dist_adamw.range_test.prepared import stop_watching, watch
 from dist_adamw.range_test.running import RunningTest
@@ -145,7 +145,11 @@ def run_script(script: str, args: Sequence[str], options: ScriptRange) -> int:
         pass
     except SystemExit as ended:
         if ended.code not in (None, 0):
+            leave_error(script, ended)
             raise
+    except Exception as error:
+        leave_error(script, error)
+        raise
     finally:
         stop_watching(test)
         sys.argv, sys.path[:] = before
@@ -166,15 +170,6 @@ def _script_prints_to_stderr(test: ScriptTest) -> Iterator[None]:
     finally:
         os.dup2(kept, 1)
         os.close(kept)
-
-
-def run_on_ranks(command: Sequence[str], ranks: int) -> int:
-    """Run ``dist-adamw *command`` on ``ranks`` ranks of this machine; return the exit status. Local."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    environment = {"OMP_NUM_THREADS": "1", **os.environ}
-    if not torch.cuda.is_available() and environment.get("ACCELERATE_USE_DEEPSPEED") != "true":
-        environment["ACCELERATE_USE_CPU"] = "true"  # without it each rank on a CPU trains alone
-    return subprocess.run([*launcher, "-m", "dist_adamw.cli", *command], env=environment, check=False).returncode
 
 
 def _say(text: str, stream: Any) -> None:
@@ -211,25 +206,24 @@ def _no_saves() -> Iterator[None]:
     def path_of(folder: CheckpointFolder, samples: int, *_: Any, **__: Any) -> Path:
         return folder.root / f"sample-{samples:09d}"
 
-    replaced: list[tuple[Any, str, Callable[..., Any]]] = [
-        (torch, "save", nothing),
-        (torch.distributed.checkpoint, "save", nothing),
-        (torch.distributed.checkpoint, "async_save", nothing),
-        (safetensors.torch, "save_file", nothing),
-        (safetensors.torch, "save_model", nothing),
-        (save_load, "write_state", nothing),
-        (async_saver, "write_state", nothing),
-        (CheckpointFolder, "save", path_of),
-        (CheckpointFolder, "async_save", path_of),
-        (CheckpointFolder, "discard", nothing),
-        (CheckpointFolder, "set_aside", lambda *_: []),
+    replaced: list[tuple[Any, str, str, Callable[..., Any]]] = [
+        (torch, "save", "torch.save", nothing),
+        (torch.distributed.checkpoint, "save", "torch.distributed.checkpoint.save", nothing),
+        (torch.distributed.checkpoint, "async_save", "torch.distributed.checkpoint.async_save", nothing),
+        (safetensors.torch, "save_file", "safetensors.torch.save_file", nothing),
+        (safetensors.torch, "save_model", "safetensors.torch.save_model", nothing),
+        (save_load, "write_state", "dist_adamw.save", nothing),
+        (async_saver, "write_state", "AsyncSaver.save", nothing),
+        (CheckpointFolder, "save", "CheckpointFolder.save", path_of),
+        (CheckpointFolder, "async_save", "CheckpointFolder.async_save", path_of),
+        (CheckpointFolder, "discard", "CheckpointFolder.discard", nothing),
+        (CheckpointFolder, "set_aside", "CheckpointFolder.set_aside", lambda *_: []),
     ]
-    before = [getattr(owner, name) for owner, name, _ in replaced]
-    for owner, name, instead in replaced:
-        of = owner.__name__.rpartition(".")[2]
-        setattr(owner, name, _saves_nothing(f"{of}.{name}", instead))
+    before = [getattr(owner, name) for owner, name, *_ in replaced]
+    for owner, name, called, instead in replaced:
+        setattr(owner, name, _saves_nothing(called, instead))
     try:
         yield
     finally:
-        for (owner, name, _), original in zip(replaced, before, strict=True):
+        for (owner, name, *_), original in zip(replaced, before, strict=True):
             setattr(owner, name, original)

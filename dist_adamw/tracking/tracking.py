@@ -83,6 +83,7 @@ class Tracking:
         self._rate: float | None = None
         self._since: tuple[float, int] | None = None  # time and samples of the last values
         self._is_warned = False
+        self._names: set[str] = set()  # of further values, in calls after an update
 
     def log(self, values: Mapping[str, Any] | None = None) -> None:
         """Log the update that was made since the last call, if it was applied and is due. Local.
@@ -93,18 +94,22 @@ class Tracking:
 
         Raises:
             ValueError: there is no accelerator, `log` is called between ``optimizer.step()`` and ``scheduler.step()``,
-                or a tensor has several elements.
+                a name is not text, or a tensor has several elements.
         """
         updates, accelerator = self._updates, self._accelerator
         if accelerator is None:
             raise ValueError("Tracking has no accelerator to log with. Pass it one, or log what `values` returns.")
         if not self._end_update():
+            self._warn_of_others(accelerator, values or {})
             return
+        self._names.update(values or {})
         self._check_order()
         if not self._is_due():
             return
         further = {} if values is None else dict(values)
         for name, value in further.items():
+            if not isinstance(name, str):
+                raise ValueError(f"Tracking.log: the name of a value must be text, got {name!r}.")
             if isinstance(value, Tensor) and value.numel() != 1:
                 raise ValueError(
                     f"Tracking.log: {name!r} is a tensor with {value.numel()} elements. Log a number, such as its mean."
@@ -122,8 +127,21 @@ class Tracking:
         if step == self._logged or (self._clock is not None and found["samples"] == updates.before):
             return  # it was skipped
         self._logged = step
-        _begin(accelerator.trackers, step if since is None else min(step, since + 1))
+        _begin(accelerator.trackers, step if since is None else min(step, since + 1), step)
         accelerator.log(found | {name: _as_number(value) for name, value in further.items()}, step=step)
+
+    def _warn_of_others(self, accelerator: Accelerator, values: Mapping[str, Any]) -> None:
+        """Warn once of values that are not logged and, unlike those of an accumulated micro-batch, never will be."""
+        others = [name for name in values if name not in self._names]
+        if not (others and self._names and accelerator.is_main_process):
+            return
+        self._names.update(others)
+        warnings.warn(
+            f"Tracking.log: {', '.join(map(repr, others))} is not logged, since there was no update since the last call, "
+            "and each update is logged once. Pass all values in one call, or call accelerator.log(..., "
+            "step=scheduler.samples).",
+            stacklevel=3,
+        )
 
     def _end_update(self) -> bool:
         """Return whether there was an update since the last call; called once per update. Local."""
@@ -301,15 +319,15 @@ def peak_memory(device: torch.device) -> int:
     return most if sys.platform == "darwin" else most * 1024
 
 
-def _begin(trackers: Sequence[Any], step: int) -> None:
-    """Hide or drop what a killed job logged from ``step`` on, once for each tracker. Local."""
+def _begin(trackers: Sequence[Any], step: int, now: int) -> None:
+    """Hide or drop what a killed job logged from ``step`` on, once for each tracker, before step ``now``. Local."""
     for tracker in trackers:
         name = getattr(tracker, "name", None)
         if name not in ("csv", "tensorboard") or tracker.tracker in _BEGUN:
             continue
         _BEGUN.add(tracker.tracker)
         if isinstance(tracker.tracker, CsvFile):
-            tracker.tracker.drop_from(step)
+            tracker.tracker.drop_from(step, now)
         elif name == "tensorboard":
             _hide_later_events(tracker.tracker, step)
 

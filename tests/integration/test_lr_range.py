@@ -101,6 +101,16 @@ def test_a_mistake_of_the_script_is_its_own(tmp_path: Path) -> None:
     assert output.splitlines()[-1].startswith("dist-adamw lr-range: the script has not called dist_adamw.prepare")
 
 
+def test_the_error_of_a_launched_script_is_the_last_line(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text("import os\nif os.environ['RANK'] == '1':\n    raise KeyError('its own')\nimport time; time.sleep(60)")
+    status, output = lr_range("--ranks=2", str(script))
+    assert status == 1
+    assert output.count("Traceback") == 1
+    assert "ChildFailedError" not in output
+    assert output.splitlines()[-1] == f"dist-adamw lr-range: {script} raised KeyError: 'its own' (rank 1)."
+
+
 def test_the_main_job_keeps_its_checkpoints(tmp_path: Path) -> None:
     out = tmp_path / "run"
     (out / "checkpoints/sample-000000008").mkdir(parents=True)

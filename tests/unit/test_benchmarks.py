@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import bytes_sent, host_cost, host_tables, records, report, reproducible_table, workloads
+from benchmarks import bytes_sent, host_cost, host_tables, records, report, reproducible_table, tracking, workloads
 from benchmarks.engines import OURS, REPRODUCIBLE
 from benchmarks.groups import GROUPS, RECIPE, equal_groups, parameter_groups
 from benchmarks.models import GPT
@@ -203,3 +203,12 @@ def test_a_hash_that_differs_where_it_must_not_is_reported_and_one_that_agrees_w
         "FSDP2, 2 ranks, fp32: no hash of update 2",
         f"{reproducible_table.OFF}, 3 ranks, fp32: the hash of 2 ranks, without the option",
     ]
+
+
+def test_tracking(tmp_path: Path) -> None:
+    out = tmp_path / "r.jsonl"
+    tracking.main(["--out", str(out), "--rounds", "2", "--layers", "1", "--width", "64", "--context", "8"])
+    found = measured(out)
+    assert [record["trackers"] for record in found] == ["none", "csv", "tensorboard", "both"]
+    assert all(len(record["seconds"]) == len(record["log_seconds"]) == 2 for record in found)
+    assert all(0 <= record["share"] < 1 for record in found)

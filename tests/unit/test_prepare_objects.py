@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -132,17 +133,103 @@ def test_each_has_its_own_clock_and_the_data_one_position() -> None:
     ]
 
 
-def test_a_batch_that_is_accumulated_for_one_of_them_comes_again() -> None:
+def test_a_batch_that_is_accumulated_for_all_comes_again() -> None:
     one, two = trained(), trained()
     *_, batches, _, _ = prepared = prepare(one[0], two[0], one[1], two[1], loader(2), one[2], two[2])
     batch = next(batches_of := iter(batches))
-    update(prepared[1], prepared[3], two[2], batch)
-    assert dist_adamw.position(batches).state_dict()["samples"] == 2  # type: ignore[index]
-    prepared[0](batch[0]).mean().backward()
+    for model in prepared[:2]:
+        model(batch[0]).mean().backward()
     assert dist_adamw.position(batches).state_dict()["samples"] == 0  # type: ignore[index]
-    prepared[2].step()
+    for optimizer in prepared[2:4]:
+        optimizer.step()
     assert dist_adamw.position(batches).state_dict()["samples"] == 2  # type: ignore[index]
     batches_of.close()
+
+
+@pytest.mark.parametrize("later", [False, True])
+def test_a_batch_that_is_accumulated_for_one_and_updated_another_is_not_saved(later: bool, tmp_path: Path) -> None:
+    one, two = trained(), trained()
+    accelerator = Accelerator(cpu=True)
+    given = one[0], two[0], one[1], two[1], loader(2), one[2], two[2]
+    *_, batches, _, _ = prepared = dist_adamw.prepare(accelerator, *given)
+    batches_of = iter(batches)
+    for updates_critic in (not later, later):
+        batch = next(batches_of)
+        if updates_critic:
+            update(prepared[1], prepared[3], two[2], batch)
+        prepared[0](batch[0]).mean().backward()
+    message = r"optimizer 1 of 2 \(DistAdamW\) has accumulated .* that optimizer 2 of 2 .*Save after the step\(\) of opt"
+    with pytest.raises(ValueError, match=message):
+        accelerator.save_state(str(tmp_path / "state"))
+    assert not (tmp_path / "state").exists()
+    if later:
+        prepared[2].zero_grad()
+    else:
+        prepared[2].step()
+    accelerator.save_state(str(tmp_path / "state"))
+    assert dist_adamw.position(batches).state_dict()["samples"] == 4  # type: ignore[index]
+    batches_of.close()
+
+
+@pytest.mark.parametrize("reloads", [False, True])
+def test_two_calls_that_share_a_loader_share_its_position(reloads: bool, tmp_path: Path) -> None:
+    def job() -> tuple[Accelerator, Any, Callable[[Any], None]]:
+        torch.manual_seed(1)
+        accelerator, one, two = Accelerator(cpu=True), trained(), trained()
+        generator = dist_adamw.prepare(accelerator, one[0], one[1], loader(2, shuffle=True), one[2])
+        critic = dist_adamw.prepare(accelerator, two[0], two[1], generator[2], two[2])
+        assert critic[2] is generator[2]
+
+        def train(batch: Any) -> None:
+            update(critic[0], critic[1], critic[3], batch)
+            update(generator[0], generator[1], generator[3], batch)
+
+        return accelerator, critic[2], train
+
+    accelerator, batches, train = job()
+    seen, now = [], []
+    for _ in range(2):
+        for batch in batches:
+            train(batch)
+            seen.append(batch[0])
+            if len(seen) == 11:
+                accelerator.save_state(str(tmp_path / "state"))
+    if not reloads:
+        accelerator, batches, train = job()
+    accelerator.load_state(str(tmp_path / "state"))
+    assert (dist_adamw.position(batches).epoch, dist_adamw.position(batches).samples) == (1, 6)
+    for batch in dist_adamw.rest_of_epoch(batches):
+        train(batch)
+        now.append(batch[0])
+    assert torch.equal(torch.cat(now), torch.cat(seen[11:]))
+    assert dist_adamw.position(batches).epoch == 2
+
+
+def test_another_phase_on_the_same_loader_begins_at_its_first_sample() -> None:
+    accelerator, (model, optimizer, scheduler) = Accelerator(cpu=True), trained()
+    model, optimizer, batches, scheduler = dist_adamw.prepare(accelerator, model, optimizer, loader(), scheduler)
+    for batch in batches:
+        update(model, optimizer, scheduler, batch)
+    model(batch[0]).mean().backward()  # never used
+    second = DistAdamW(model.parameters())
+    model, optimizer, batches, scheduler = dist_adamw.prepare(accelerator, model, second, batches, restarts(second))
+    optimizer.zero_grad()
+    assert dist_adamw.position(batches).epoch == 0
+    for number, batch in enumerate(dist_adamw.rest_of_epoch(batches), 1):
+        update(model, optimizer, scheduler, batch)
+        assert dist_adamw.position(batches).samples == 4 * number
+
+
+def test_a_batch_schedule_that_a_load_brings_for_one_of_two_is_refused() -> None:
+    accelerator, first, second = Accelerator(cpu=True), trained(), trained()
+    dist_adamw.prepare(accelerator, first[0], second[0], first[1], second[1], loader(), first[2], second[2])
+    theirs = trained()[1]
+    saved = CyclicLRWithRestarts(theirs, {0: 4, 8: 8}, 16, restart_period=1).state_dict()
+    for scheduler in (first[2], second[2]):
+        with pytest.raises(ValueError, match=r"batch_size \{0: 4, 8: 8\} is a schedule, which would change .* of all"):
+            scheduler.load_state_dict(saved, on_difference="checkpoint")
+        with pytest.raises(ValueError, match=r"batch_size \{0: 4, 8: 8\} is a schedule"):
+            scheduler.batch_size = {0: 4, 8: 8}
 
 
 def test_two_optimizers_of_one_model() -> None:

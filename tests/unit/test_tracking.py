@@ -332,6 +332,10 @@ def test_mistakes(tmp_path: Path) -> None:
     run.scheduler.step()
     with pytest.raises(ValueError, match="'loss' is a tensor with 2 elements"):
         run.tracking.log({"loss": torch.zeros(2)})
+    update()
+    run.scheduler.step()
+    with pytest.raises(ValueError, match="name of a value must be text, got 1"):
+        run.tracking.log({1: 2.0})  # type: ignore[dict-item]
     with pytest.raises(ValueError, match="no accelerator"):
         Tracking(run.optimizer, run.scheduler).log()
     wrong: list[tuple[tuple[Any, ...], dict[str, Any], str]] = [
@@ -345,6 +349,15 @@ def test_mistakes(tmp_path: Path) -> None:
     for arguments, options, words in wrong:
         with pytest.raises(ValueError, match=words):
             Tracking(*arguments, **options)
+
+
+def test_values_that_are_never_logged_are_noticed(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.train()  # with accumulation, and its loss at each micro-batch
+    with pytest.warns(UserWarning, match="'val' is not logged, since there was no update") as warned:
+        run.tracking.log({"loss": 0.0, "val": 1.0})
+    run.tracking.log({"val": 1.0})
+    assert len(warned) == 1
 
 
 def test_forgotten_trackers_are_noticed(tmp_path: Path) -> None:
@@ -396,9 +409,39 @@ def test_a_csv_file_gets_columns_as_they_come(tmp_path: Path) -> None:
     again = CsvFile(file.path)
     again.append({"loss": 0.25}, 3)
     assert [row["step"] for row in read_rows(file.path)[1]] == ["1", "2", "", "3"]
-    again.drop_from(2)
-    again.append({"loss": 0.5}, 2)
-    assert [row["loss"] for row in read_rows(file.path)[1]] == ["0.1", "0.5"]
+
+
+def test_rows_at_another_unit_of_steps_go_with_the_updates_next_to_them(tmp_path: Path) -> None:
+    path = tmp_path / "log.csv"
+    killed = CsvFile(path)
+    killed.append({"val": 0.0}, 0)
+    killed.append({"tokens": 0}, 10**6)
+    for samples in range(4, 25, 4):
+        killed.append({"samples": samples}, samples)
+        killed.append({"val": samples}, samples)
+        killed.append({"tokens": samples}, 10**6 * samples)
+        killed.append({"epochs": samples}, 1)
+        killed.append({"text": f"{samples}\u2028"}, None)
+    killed.close()
+    resumed = CsvFile(path)
+    resumed.append({"val": torch.tensor(12.0), "step": 3, "of": {"a": {"b": 0.5}}}, 12)  # before its first update
+    resumed.drop_from(13, 16)
+    resumed.append({"samples": 16}, 16)
+    rows = read_rows(path)[1]
+    assert [row["samples"] for row in rows if row["samples"]] == ["4", "8", "12", "16"]
+    assert [row["val"] for row in rows if row["val"]] == ["0.0", "4", "8", "12", "12.0"]
+    assert [row["step_value"] for row in rows if row["step_value"]] == ["3"]
+    assert [row["of/a/b"] for row in rows if row["of/a/b"]] == ["0.5"]
+    for name in ("tokens", "epochs", "text"):
+        assert [row[name].strip() for row in rows if row[name].strip()] == [
+            *(["0"] if name == "tokens" else []), "4", "8", "12"
+        ]  # fmt: skip
+    again = CsvFile(path)
+    again.append({"val": 0.5}, 0)
+    again.drop_from(1, 4)
+    again.append({"samples": 4}, 4)
+    assert [row["step"] for row in read_rows(path)[1]] == ["0", "4"]
+    assert read_rows(tmp_path / "log.csv.1")[1][0]["val"] == "0.0"
 
 
 @pytest.mark.parametrize("text", ["samples,loss\n1,2\n", "\n", "step\n\xff".encode("latin-1")])

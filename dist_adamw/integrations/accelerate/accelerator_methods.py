@@ -33,6 +33,7 @@ from dist_adamw.integrations.accelerate.state_folder import (
     automatic_folder,
     check_all_there,
     check_custom_objects,
+    check_is_of_save_state,
     check_one_save,
     files_of,
     find_models,
@@ -123,6 +124,7 @@ def save_state(
         if one.watch is not None:
             one.watch.before_save()
     group = ours[0].of.group
+    positions = [_earliest(one, *run_on_all_ranks(partial(_ordered_position, one), group), group) for one in ours]
     output_dir = None if output_dir is None else str(Path(output_dir).expanduser())
     with _without_limit(accelerator) as limit, _hidden(accelerator, ours):
         where = run_on_all_ranks(lambda: Path(save_rest(output_dir, *args, **kwargs)), group)
@@ -130,8 +132,7 @@ def save_state(
     run_on_all_ranks(lambda: remove_older_objects(accelerator, where) if main else None, group)
     files = run_on_all_ranks(lambda: files_of(where) if main else {}, group)
     token = collectives.all_gather_objects(secrets.token_hex(8), group)[0]  # the same for all models of this save
-    for one in ours:
-        position = _earliest(one, *run_on_all_ranks(partial(_ordered_position, one), group), group)
+    for one, position in zip(ours, positions, strict=True):
         extra = {"position": position, "files": files, "state": token}
         # Written last: a whole checkpoint of ours means that the rest of the folder is complete too.
         objects = (one.model, one.optimizer, one.scheduler)
@@ -197,6 +198,7 @@ def load_state(
         return
     is_there = find_models(where, [one.name for one in ours], group)
     if not any(is_there):  # saved without `prepare`: the folder has only Accelerate's files
+        run_on_all_ranks(partial(check_is_of_save_state, where), group)
         if not is_trusted(load_kwargs):
             run_on_all_ranks(partial(check_pickles, accelerator, where), group)
         load_theirs(input_dir)

@@ -46,17 +46,20 @@ def batches_of(accelerator: Accelerator, optimizer: Any, scheduler: Any) -> Give
     elif engine_of(accelerator) == "DEEPSPEED":
         written = batch_sizes_of(accelerator.deepspeed_plugin.deepspeed_config)
         given = read_batch_sizes(written) if isinstance(written, Mapping) else None
-    for stepped in accelerator._schedulers:
-        other = getattr(stepped, "scheduler", stepped)
-        if not isinstance(other, CyclicLRWithRestarts) or other.optimizer is unwrap(optimizer):
-            continue
-        if given is not None or other._scheduled.recipe.batch_schedule is not None:
+    for other in _other_schedulers(accelerator, unwrap(optimizer)):
+        if isinstance(other, CyclicLRWithRestarts) and (given or other._scheduled.recipe.batch_schedule):
             raise ValueError(
                 "a batch-size schedule changes the accumulation of all optimizers of the process, and another one was "
                 "prepared with this accelerator. Give both one batch_size, or call accelerator.free_memory() if that "
                 "phase of training is over."
             )
     return None if given is None else tuple(given)
+
+
+def _other_schedulers(accelerator: Accelerator, optimizer: Optimizer) -> list[Any]:
+    """Return the schedulers that were prepared for other optimizers. Local."""
+    schedulers = [getattr(stepped, "scheduler", stepped) for stepped in accelerator._schedulers]
+    return [one for one in schedulers if getattr(one, "optimizer", optimizer) is not optimizer]
 
 
 def loader_facts_of(
@@ -160,9 +163,20 @@ class Accumulation:
         given = recipe.batch_schedule
         if given is None and recipe.batch_size is not None and self.scheduler is not None:
             given = ((0, recipe.batch_size),)
+        if recipe.batch_schedule is not None:
+            self._check_alone(recipe)
         if given is not None:
             batch = self._facts.batch
             solve_each(given, micro_batch_size=batch.micro_batch_size, data_parallel_size=batch.data_parallel_size)
+
+    def _check_alone(self, recipe: Recipe) -> None:
+        accelerator, scheduler = self._accelerator(), self._scheduler()
+        if accelerator is None or scheduler is None or not _other_schedulers(accelerator, scheduler.optimizer):
+            return
+        raise ValueError(
+            f"batch_size {dict(recipe.batch_schedule or ())} is a schedule, which would change the accumulation of all "
+            "optimizers that this accelerator has prepared. Load or set one batch_size, or prepare this optimizer alone."
+        )
 
     def begin_micro_batch(self) -> None:
         """Handle ``accelerator.accumulate``: set the accumulation, if an update begins.

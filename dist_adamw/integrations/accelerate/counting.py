@@ -103,6 +103,7 @@ class SampleCounter:
 
     Attributes:
         update: The count of the update in progress.
+        optimizer: Returns the optimizer; None: it is gone.
         rides: Whether another message takes the count along in `step`: see `send_counts_with`.
         batch_digests: See `BatchSource`.
     """
@@ -115,7 +116,7 @@ class SampleCounter:
         group: dist.ProcessGroup | None = None,
         fetches_ahead: bool = False,
     ) -> None:
-        self._optimizer = weakref.ref(optimizer)
+        self.optimizer = weakref.ref(optimizer)
         self._fetches_ahead = fetches_ahead
         engine = str(accelerator.distributed_type.value)
         # Their gradients go to other tensors than the optimizer's, or come only with an update's last micro-batch.
@@ -131,6 +132,7 @@ class SampleCounter:
         self.update: UpdateCount | None = None
         self.rides = False
         self.tries = 0  # updates that were started
+        self.newest_tried = -1  # the number of the newest batch with which one was started
         self.batch_digests: Sequence[Callable[[], int]] = ()
         self._backward = 0
         self._has_heard = False  # whether a loader has handed out a batch to train on
@@ -228,7 +230,7 @@ class SampleCounter:
     def _watch_gradients(self) -> None:
         """Choose a parameter with a gradient, by which to tell later whether gradients are still there."""
         self._forget_witness()
-        if _kept_elsewhere(self._optimizer()) is not None:
+        if _kept_elsewhere(self.optimizer()) is not None:
             return
         for param in self._params:
             if param.grad is not None:
@@ -237,7 +239,7 @@ class SampleCounter:
                 return
 
     def _gradients_are_gone(self) -> bool:
-        if _kept_elsewhere(self._optimizer()) == 0:
+        if _kept_elsewhere(self.optimizer()) == 0:
             return not self._backwards
         if self._witness is None or self._witness[0].grad is not None:
             return False
@@ -253,7 +255,7 @@ class SampleCounter:
 
     def _follow_parameters(self) -> None:
         """Put hooks on the trainable parameters that are in the groups now."""
-        optimizer = self._optimizer()
+        optimizer = self.optimizer()
         if optimizer is None or not self._hooks_parameters:
             return
         params = [*itertools.chain.from_iterable(map(operator.itemgetter("params"), optimizer.param_groups))]
@@ -307,7 +309,7 @@ class SampleCounter:
         self._forget_witness()
         rows = sum(entry.batch.rows for entry in self._stepping) if self._is_counted else 0
         for entry in self._stepping:
-            entry.is_done = True
+            entry.is_done, self.newest_tried = True, entry.batch.number
         is_alone = self._ranks == 1
         return UpdateCount(
             rows, self._has_heard, self._group, is_alone=is_alone, warn=weakref.WeakMethod(self._warn_once)
@@ -340,7 +342,7 @@ class SampleCounter:
             if (counter := known()) is not None:
                 counter()
 
-        optimizer = self._optimizer()
+        optimizer = self.optimizer()
         assert optimizer is not None
         optimizer.register_step_pre_hook(before)
         optimizer.register_step_post_hook(after)
@@ -353,7 +355,7 @@ class SampleCounter:
     def _step_has_raised(self) -> None:
         """Accumulate the batches of a ``step`` that raised again: their gradients are still there."""
         for entry in self._stepping:
-            entry.is_done = False
+            entry.is_done, self.newest_tried = False, self._stepping[0].batch.number - 1
         self._accumulated = [*self._stepping, *self._accumulated]
         self._stepping, self.update = [], None
         self._watch_gradients()
@@ -370,6 +372,7 @@ class SampleCounter:
         self.forget_in_hand()
         self._accumulated.clear()
         self._stepping, self.update = [], None
+        self.newest_tried = -1
         self._forget_witness()
 
     def pending(self) -> list[Batch]:

@@ -12,11 +12,12 @@ How the real rows of a batch are found:
 
 from __future__ import annotations
 
+import itertools
 import warnings
 import weakref
 from collections import deque
 from collections.abc import Callable, Mapping, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -44,6 +45,7 @@ class Batch:
         is_last: Whether the loader says that it is the epoch's last.
         is_held: Returns whether the script still references it.
         digest: Returns a hash of its values; None if no run log needs it.
+        number: Increases with each batch that any loader of this process hands out.
     """
 
     rows: int
@@ -53,6 +55,7 @@ class Batch:
     is_last: bool
     is_held: Callable[[], bool]
     digest: Callable[[], int] | None = None
+    number: int = field(default_factory=itertools.count().__next__)
 
 
 class Run:

@@ -91,6 +91,12 @@ class Position:
         self._random_state: tuple[Run, torch.Tensor] | None = None  # to restore when the iteration's first batch comes
         listen(self)
 
+    def count_for(self, facts: LoaderFacts, counter: SampleCounter | JointCounter) -> None:
+        """Follow other optimizers, which a later `prepare` trains on this loader; a phase that has begun is over. Local."""
+        self.facts, self.counter = facts, counter
+        if not self.idle:
+            self.load_state_dict(None)
+
     @property
     def loader(self) -> Any:
         """The loader that `prepare` returned.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING, Any, overload
 
@@ -22,7 +22,7 @@ from dist_adamw.integrations.accelerate.arguments import agreed_facts, check_kep
 from dist_adamw.integrations.accelerate.checks import DATA_PARALLEL, check_scheduler, has_communication_hook
 from dist_adamw.integrations.accelerate.counting import SampleCounter
 from dist_adamw.integrations.accelerate.data import LoaderFacts, engine_of, shuffle_by_generator
-from dist_adamw.integrations.accelerate.joint_counting import joint
+from dist_adamw.integrations.accelerate.joint_counting import counters_to_join, joint
 from dist_adamw.integrations.accelerate.objects import Roles, Trained, find_roles, is_dummy
 from dist_adamw.integrations.accelerate.position import Position
 from dist_adamw.integrations.accelerate.prepared_objects import Prepared
@@ -175,12 +175,26 @@ def prepare(
         _link(accelerator, prepared, *of_one, group) for of_one in zip(roles.trained, given, facts, groups, strict=True)
     ]
     loader = prepared[roles.loader]
-    position = Position(loader, facts[0], joint([link.counter for link in links]))
-    loader.dist_adamw_position = position  # by which `rest_of_epoch` and a copy of the loader find it
+    position = _position(accelerator, loader, facts[0], roles, links)
     for one, link in zip(roles.trained, links, strict=True):
         _connect(accelerator, link, position, group, check_weights_every, whole_gradients)
         prepared[one.scheduler] = link.returned_scheduler
     return tuple(prepared)
+
+
+def _position(
+    accelerator: Accelerator, loader: Any, facts: LoaderFacts, roles: Roles, links: Sequence[_Link]
+) -> Position:
+    """Return the loader's position, the only one however many calls of ``prepare`` it was given to. Local."""
+    in_order = sorted(zip(roles.trained, links, strict=True), key=lambda both: both[0].optimizer)
+    counters = [link.counter for _, link in in_order]
+    found = getattr(loader, "dist_adamw_position", None)
+    if isinstance(found, Position):
+        found.count_for(facts, joint([*counters_to_join(found.counter, counters, accelerator), *counters]))
+        return found
+    # By this attribute `rest_of_epoch` and a copy of the loader find it.
+    loader.dist_adamw_position = Position(loader, facts, joint(counters))
+    return loader.dist_adamw_position  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True, slots=True)

@@ -47,6 +47,15 @@ def check_all_there(where: Path, names: Sequence[str], is_there: list[bool], gro
         check_alike(where / name, group)
 
 
+def check_is_of_save_state(where: Path) -> None:
+    """Raise if the folder itself is a checkpoint of `dist_adamw.save`, without Accelerate's files. Local."""
+    if (where / INDEX).exists():
+        raise CheckpointError(
+            f"{where} was written by dist_adamw.save, not by accelerator.save_state. Load it with dist_adamw.load(folder, "
+            "model, optimizer, scheduler)."
+        )
+
+
 def check_one_save(where: Path, names: Sequence[str]) -> None:
     """Raise if the folders of several models are not from the same ``save_state``. Local."""
     tokens = [read_index(where / name).about["extra"].get("state") for name in names]
