@@ -35,6 +35,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp._fully_shard import _fsdp_collectives
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
@@ -116,6 +117,17 @@ def _all_gather(output: Tensor, input: Tensor, group: Any = None, async_op: bool
     return _Done() if async_op else None
 
 
+def _copy_in(gradients: list[Tensor], output: Tensor, ranks: int) -> None:
+    """Fill the input of FSDP2's reduce-scatter as CUDA's kernel does; the CPU's pads a copy of each gradient first."""
+    rows, start = output.view(ranks, -1).zero_(), 0
+    for gradient in gradients:
+        chunk = -(-gradient.size(0) // ranks)
+        stop = start + chunk * gradient[0].numel()
+        for rank, part in enumerate(gradient.split(chunk)):
+            rows[rank, start : start + part.numel()].copy_(part.reshape(-1))
+        start = stop
+
+
 _make_sum = TreeSum.__init__
 
 
@@ -162,6 +174,7 @@ class Counting:
             stack.enter_context(mock.patch.object(ddp, "_ASIDE", frozenset()))
             stack.enter_context(mock.patch.object(dist, "all_reduce", self.all_reduce))
             stack.enter_context(mock.patch.object(dist, "all_to_all_single", self.all_to_all))
+            stack.enter_context(mock.patch.object(_fsdp_collectives, "foreach_reduce_scatter_copy_in", _copy_in))
             stack.enter_context(mock.patch.object(TreeSum, "__init__", _with_whole_blocks))
             for name in filter(lambda name: hasattr(dist, name), ("reduce_scatter_single", "reduce_scatter_tensor")):
                 stack.enter_context(mock.patch.object(dist, name, self.scatter))

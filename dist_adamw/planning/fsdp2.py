@@ -116,12 +116,12 @@ def _peak(groups: list[_Group], ranks: int, setup: Setup) -> int:
 
 
 def _forward(groups: list[_Group], time: Timeline, setup: Setup) -> None:
-    """Gather group after group; the output of a gather is freed when the next one has arrived."""
+    """Gather group after group; the output of a gather is freed when the next one has been copied out."""
     held = 0
     for number, group in enumerate(groups):
         time.add(group.whole)
-        time.drop(held)
         time.add(group.whole)
+        time.drop(held)
         held = group.whole
         if number and setup.reshard_after_forward:
             time.drop(group.whole)
