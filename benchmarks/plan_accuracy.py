@@ -9,9 +9,8 @@ of one process that only runs forward and backward passes says how much.
 
 Traffic: as `benchmarks.bytes_sent` counts it. A reduce-scatter counts (W - 1)/W of its input.
 
-The engines run as on GPUs, although on a CPU: DistAdamW sends by the backend's collectives, and DDP's reducer fills its
-buckets. gloo's own reduce-scatter and all-gather allocate copies, which NCCL's do not: they are done by collectives in
-place here, with the same results. FSDP2 and DeepSpeed are used through their own interfaces.
+The engines run as on GPUs, although on a CPU: see `benchmarks.as_on_gpus`. FSDP2 and DeepSpeed are used through their
+own interfaces.
 """
 
 from __future__ import annotations
@@ -23,30 +22,24 @@ import itertools
 import os
 import sys
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp._fully_shard import _fsdp_collectives
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import markdown, ranks, records
-from benchmarks.models import GPT
+from benchmarks.as_on_gpus import Counting
+from benchmarks.plan_models import MODELS
 from dist_adamw import DistAdamW
-from dist_adamw.optimizer import transport
-from dist_adamw.optimizer.gradients import ddp
-from dist_adamw.optimizer.sharding import shard
-from dist_adamw.optimizer.transport.tree_sum import TreeSum
 from dist_adamw.planning.engines import cost_of
 from dist_adamw.planning.fsdp2 import FSDP2
 from dist_adamw.planning.memory import Setup
@@ -54,133 +47,7 @@ from dist_adamw.planning.model import shapes_of
 from dist_adamw.planning.own import DDP, ONE, TORCH_DDP
 
 WARM = 3  # updates
-BUCKET = 200_000  # of DeepSpeed, in elements
 SIZES = (1, 2, 3, 4)
-
-
-class Uneven(nn.Module):
-    """Layers whose rows divide by no number of ranks, with a frozen one and a tied one; called with rows."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(389, 1031), nn.Linear(1031, 389)) for _ in range(5))
-        self.tied, self.frozen = nn.Linear(389, 389, bias=False), nn.Linear(389, 211)
-        self.again = nn.Linear(389, 389, bias=False)
-        self.again.weight = self.tied.weight
-        self.frozen.requires_grad_(False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.tied(x)
-        for block in self.blocks:
-            x = x + block(x)
-        return self.frozen(self.again(x)).square().mean()
-
-
-def _gpt() -> nn.Module:
-    return GPT(6, 256, 8)
-
-
-MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
-    "GPT": (_gpt, lambda: torch.zeros(1, 3, dtype=torch.long)),
-    "uneven": (Uneven, lambda: torch.ones(1, 389)),
-}
-
-
-# ---------------------------------------------------------------- as on GPUs
-
-
-class _Done:
-    """A transfer that is over."""
-
-    def wait(self) -> None:
-        """Do nothing."""
-
-
-def _reduce_scatter(output: Tensor, input: Tensor, op: Any = None, group: Any = None, async_op: bool = False) -> Any:
-    rank, size = dist.get_rank(group), dist.get_world_size(group)
-    dist.all_reduce(input, group=group)
-    own = input.view(-1).chunk(size)[rank].view_as(output)
-    if op == dist.ReduceOp.AVG:
-        own.div_(size)
-    if own.data_ptr() != output.data_ptr():
-        output.copy_(own)
-    return _Done() if async_op else None
-
-
-def _all_gather(output: Tensor, input: Tensor, group: Any = None, async_op: bool = False) -> Any:
-    rank, size = dist.get_rank(group), dist.get_world_size(group)
-    chunks = output.view(-1).view(torch.uint8).chunk(size)
-    if chunks[rank].data_ptr() != input.data_ptr():
-        chunks[rank].copy_(input.view(-1).view(torch.uint8))
-    for source, chunk in enumerate(chunks):
-        dist.broadcast(chunk, group=group, group_src=source)
-    return _Done() if async_op else None
-
-
-def _copy_in(gradients: list[Tensor], output: Tensor, ranks: int) -> None:
-    """Fill the input of FSDP2's reduce-scatter as CUDA's kernel does; the CPU's pads a copy of each gradient first."""
-    rows, start = output.view(ranks, -1).zero_(), 0
-    for gradient in gradients:
-        chunk = -(-gradient.size(0) // ranks)
-        stop = start + chunk * gradient[0].numel()
-        for rank, part in enumerate(gradient.split(chunk)):
-            rows[rank, start : start + part.numel()].copy_(part.reshape(-1))
-        start = stop
-
-
-_make_sum = TreeSum.__init__
-
-
-def _with_whole_blocks(self: TreeSum, numel: int, **options: Any) -> None:
-    _make_sum(self, numel, **options)
-    self._block = max(numel, 1)
-
-
-class Counting:
-    """Bytes that this rank sends, by collective; with ``in_place`` in place of those that copy."""
-
-    def __init__(self) -> None:
-        self.sent: Counter[str] = Counter()
-        self._depth = 0
-        self._size = dist.get_world_size() if dist.is_initialized() else 1
-        self.scatter = self._counting("reduce-scatter", _reduce_scatter, 1)
-        self.gather = self._counting("all-gather", _all_gather, 0)
-        self.all_reduce = self._counting("all-reduce", dist.all_reduce, 0, times=2)
-        self.all_to_all = self._counting("all-to-all", dist.all_to_all_single, 0)
-
-    def _counting(self, name: str, function: Callable[..., Any], place: int, *, times: int = 1) -> Any:
-        def called(*args: Any, **kwargs: Any) -> Any:
-            tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-            named = kwargs.get(("output", "input")[place])
-            if named is None:
-                named = kwargs.get(("output_tensor", "input_tensor")[place])
-            tensor = tensors[place] if named is None else named
-            if self._depth == 0:
-                self.sent[name] += times * tensor.nbytes * (self._size - 1) // self._size
-            self._depth += 1
-            try:
-                return function(*args, **{key.removesuffix("_tensor"): value for key, value in kwargs.items()})
-            finally:
-                self._depth -= 1
-
-        return called
-
-    @contextlib.contextmanager
-    def as_on_gpus(self) -> Iterator[None]:
-        """Let DistAdamW, DDP and FSDP2 send as on GPUs."""
-        with contextlib.ExitStack() as stack:
-            for module in (transport, shard):
-                stack.enter_context(mock.patch.object(module, "sends_from_host", return_value=False))
-            stack.enter_context(mock.patch.object(ddp, "_ASIDE", frozenset()))
-            stack.enter_context(mock.patch.object(dist, "all_reduce", self.all_reduce))
-            stack.enter_context(mock.patch.object(dist, "all_to_all_single", self.all_to_all))
-            stack.enter_context(mock.patch.object(_fsdp_collectives, "foreach_reduce_scatter_copy_in", _copy_in))
-            stack.enter_context(mock.patch.object(TreeSum, "__init__", _with_whole_blocks))
-            for name in filter(lambda name: hasattr(dist, name), ("reduce_scatter_single", "reduce_scatter_tensor")):
-                stack.enter_context(mock.patch.object(dist, name, self.scatter))
-            for name in filter(lambda name: hasattr(dist, name), ("all_gather_single", "all_gather_into_tensor")):
-                stack.enter_context(mock.patch.object(dist, name, self.gather))
-            yield
 
 
 # ---------------------------------------------------------------- engines

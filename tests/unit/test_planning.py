@@ -13,7 +13,8 @@ from torch import nn
 from benchmarks import records
 from benchmarks.engines import OURS
 from benchmarks.models import GPT
-from benchmarks.plan_accuracy import Uneven, largest, measure, ratios
+from benchmarks.plan_accuracy import largest, measure, ratios
+from benchmarks.plan_models import Uneven
 from benchmarks.ranks import ROOT
 from benchmarks.workloads import WORKLOADS
 from dist_adamw import EMA, CyclicLRWithRestarts, DistAdamW, load_recipe
