@@ -39,7 +39,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks import markdown, ranks, records
 from benchmarks.as_on_gpus import Counting
 from benchmarks.plan_models import MODELS
-from dist_adamw import DistAdamW
+from dist_adamw import EMA, DistAdamW
 from dist_adamw.planning.engines import cost_of
 from dist_adamw.planning.fsdp2 import FSDP2
 from dist_adamw.planning.memory import Setup
@@ -273,14 +273,19 @@ def largest(of_ranks: Sequence[records.Record]) -> records.Record:
     return {**most, "measured": {**most["measured"], "sent": sent}}
 
 
-_SMALL = {
+SMALL_BUCKETS = {
     "reduce_bucket_size": 200_000,
     "param_persistence_threshold": 1000,
     "max_live_parameters": 1_000_000,
     "prefetch_bucket_size": 100_000,
 }
 # By number of ranks: engine and options. DeepSpeed's buckets are smaller than these models.
-ALONE: list[tuple[str, dict[str, Any]]] = [(ONE, {}), (ONE, {"reproducible": True, "accumulation": 3})]
+ALONE: list[tuple[str, dict[str, Any]]] = [
+    (ONE, {}),
+    (ONE, {"accumulation": 3}),
+    (ONE, {"reproducible": True, "accumulation": 3}),
+    (ONE, {"averages": {"ema": EMA(decay=0.999)}}),
+]
 TOGETHER: list[tuple[str, dict[str, Any]]] = [
     (DDP, {}),
     (DDP, {"accumulation": 3}),
@@ -292,7 +297,10 @@ TOGETHER: list[tuple[str, dict[str, Any]]] = [
     (FSDP2, {"accumulation": 3, "reproducible": True}),
     (FSDP2, {"bf16": True}),
     (FSDP2, {"reshard_after_forward": False}),
-    *((f"ZeRO-{stage}", {**_SMALL, "bf16": bf16}) for stage in (1, 2, 3) for bf16 in (False, True)),
+    *((f"ZeRO-{stage}", {**SMALL_BUCKETS, "bf16": bf16}) for stage in (1, 2, 3) for bf16 in (False, True)),
+    *((f"ZeRO-{stage}", {**SMALL_BUCKETS, "accumulation": 3}) for stage in (1, 2, 3)),
+    (DDP, {"averages": {"ema": EMA(decay=0.999)}}),
+    (DDP, {"reduce_dtype": torch.bfloat16}),
 ]
 
 
@@ -321,7 +329,7 @@ def line(record: records.Record) -> list[str]:
     """Return a record as cells of a table: sizes in MiB."""
     peaks = [f"{record[side]['peak'] / (1 << 20):.2f}" for side in ("planned", "measured")]
     of = ratios(record)
-    options = ", ".join(f"{name}={value}" for name, value in record["setup"].items() if name not in _SMALL)
+    options = ", ".join(f"{name}={value}" for name, value in record["setup"].items() if name not in SMALL_BUCKETS)
     named = [str(record["ranks"]), record["engine"], record["model"], options]
     return [*named, *peaks, f"{of['peak']:.3f}", f"{of['sent']:.3f}" if "sent" in of else ""]
 

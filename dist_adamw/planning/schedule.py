@@ -101,10 +101,11 @@ def setup_of(optimizer: Optimizer | None, setup: Setup) -> Setup:
     """
     if not isinstance(optimizer, DistAdamW):
         return setup
-    if optimizer._mesh is not None and optimizer._mesh.ndim > 1:
+    mesh = optimizer._mesh
+    if mesh is not None and mesh.ndim > 1:
         raise ValueError(
-            f"a mesh of two axes (HSDP) is not planned, got {optimizer._mesh}. Leave mesh out, and plan the ranks of the "
-            "second axis, over which state is sharded."
+            f"a mesh of two axes (HSDP) is not planned, got {mesh}. Leave mesh out, and plan the ranks of the second "
+            "axis, over which state is sharded."
         )
     return replace(
         setup,

@@ -54,7 +54,7 @@ def _stage_1_or_2(model: ModelShapes, ranks: int, setup: Setup, *, stage: int) -
     partitions = _partitions(model, partition)
     most = max(partitions, key=lambda rank: sum(model.parameters[param].numel for param in partitions[rank]))
     backward = max(
-        (_Backward(model, partitions[rank], setup, stage) for rank in {most, max(partitions)}),
+        (_Backward(model, partitions[rank], setup, stage) for rank in {min(partitions), most, max(partitions)}),
         key=lambda backward: backward.time.peak,
     )
     largest = max(model.parameters[param].numel for param in backward.owned)
@@ -111,8 +111,13 @@ class _Backward:
                 self._gradients = {place: param.numel for place, param in enumerate(self._params) if param.trained}
                 self.time.add(sum(self._gradients.values()))
         self.time.add(self._size)
-        for place in _order_of_gradients(model):
-            self._arrive(*place)
+        for param, is_last in _order_of_gradients(model):
+            self._arrive(param, is_last)
+            if stage == 2 and is_last:
+                self._add_to_bucket(param)
+        if stage == 1:  # ``reduce_gradients``, after the pass
+            for param in sorted(self._gradients):
+                self._add_to_bucket(param)
         self._reduce()
         self.time.drop(self._size)
         if setup.accumulation > 1 and stage == 2:  # added to the earlier ones
@@ -131,6 +136,10 @@ class _Backward:
         if param in self._gradients:  # that of the earlier micro-batches
             self.time.drop(numel)
         self._gradients[param] = numel
+
+    def _add_to_bucket(self, param: int) -> None:
+        """Move a gradient to the bucket, and reduce that when it is full."""
+        numel = self._params[param].numel
         if self._filled + numel > self._size:
             self._reduce()
         if numel <= self._size:  # else it is reduced where it is
