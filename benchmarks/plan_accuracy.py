@@ -9,9 +9,8 @@ of one process that only runs forward and backward passes says how much.
 
 Traffic: as `benchmarks.bytes_sent` counts it. A reduce-scatter counts (W - 1)/W of its input.
 
-The engines run as on GPUs, although on a CPU: DistAdamW sends by the backend's collectives, and DDP's reducer fills its
-buckets. gloo's own reduce-scatter and all-gather allocate copies, which NCCL's do not: they are done by collectives in
-place here, with the same results. FSDP2 and DeepSpeed are used through their own interfaces.
+The engines run as on GPUs, although on a CPU: see `benchmarks.as_on_gpus`. FSDP2 and DeepSpeed are used through their
+own interfaces.
 """
 
 from __future__ import annotations
@@ -23,16 +22,14 @@ import itertools
 import os
 import sys
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -40,12 +37,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import markdown, ranks, records
-from benchmarks.models import GPT
-from dist_adamw import DistAdamW
-from dist_adamw.optimizer import transport
-from dist_adamw.optimizer.gradients import ddp
-from dist_adamw.optimizer.sharding import shard
-from dist_adamw.optimizer.transport.tree_sum import TreeSum
+from benchmarks.as_on_gpus import Counting
+from benchmarks.plan_models import MODELS
+from dist_adamw import EMA, DistAdamW
 from dist_adamw.planning.engines import cost_of
 from dist_adamw.planning.fsdp2 import FSDP2
 from dist_adamw.planning.memory import Setup
@@ -53,121 +47,7 @@ from dist_adamw.planning.model import shapes_of
 from dist_adamw.planning.own import DDP, ONE, TORCH_DDP
 
 WARM = 3  # updates
-BUCKET = 200_000  # of DeepSpeed, in elements
 SIZES = (1, 2, 3, 4)
-
-
-class Uneven(nn.Module):
-    """Layers whose rows divide by no number of ranks, with a frozen one and a tied one; called with rows."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(389, 1031), nn.Linear(1031, 389)) for _ in range(5))
-        self.tied, self.frozen = nn.Linear(389, 389, bias=False), nn.Linear(389, 211)
-        self.again = nn.Linear(389, 389, bias=False)
-        self.again.weight = self.tied.weight
-        self.frozen.requires_grad_(False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.tied(x)
-        for block in self.blocks:
-            x = x + block(x)
-        return self.frozen(self.again(x)).square().mean()
-
-
-def _gpt() -> nn.Module:
-    return GPT(6, 256, 8)
-
-
-MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
-    "GPT": (_gpt, lambda: torch.zeros(1, 3, dtype=torch.long)),
-    "uneven": (Uneven, lambda: torch.ones(1, 389)),
-}
-
-
-# ---------------------------------------------------------------- as on GPUs
-
-
-class _Done:
-    """A transfer that is over."""
-
-    def wait(self) -> None:
-        """Do nothing."""
-
-
-def _reduce_scatter(output: Tensor, input: Tensor, op: Any = None, group: Any = None, async_op: bool = False) -> Any:
-    rank, size = dist.get_rank(group), dist.get_world_size(group)
-    dist.all_reduce(input, group=group)
-    own = input.view(-1).chunk(size)[rank].view_as(output)
-    if op == dist.ReduceOp.AVG:
-        own.div_(size)
-    if own.data_ptr() != output.data_ptr():
-        output.copy_(own)
-    return _Done() if async_op else None
-
-
-def _all_gather(output: Tensor, input: Tensor, group: Any = None, async_op: bool = False) -> Any:
-    rank, size = dist.get_rank(group), dist.get_world_size(group)
-    chunks = output.view(-1).view(torch.uint8).chunk(size)
-    if chunks[rank].data_ptr() != input.data_ptr():
-        chunks[rank].copy_(input.view(-1).view(torch.uint8))
-    for source, chunk in enumerate(chunks):
-        dist.broadcast(chunk, group=group, group_src=source)
-    return _Done() if async_op else None
-
-
-_make_sum = TreeSum.__init__
-
-
-def _with_whole_blocks(self: TreeSum, numel: int, **options: Any) -> None:
-    _make_sum(self, numel, **options)
-    self._block = max(numel, 1)
-
-
-class Counting:
-    """Bytes that this rank sends, by collective; with ``in_place`` in place of those that copy."""
-
-    def __init__(self) -> None:
-        self.sent: Counter[str] = Counter()
-        self._depth = 0
-        self._size = dist.get_world_size() if dist.is_initialized() else 1
-        self.scatter = self._counting("reduce-scatter", _reduce_scatter, 1)
-        self.gather = self._counting("all-gather", _all_gather, 0)
-        self.all_reduce = self._counting("all-reduce", dist.all_reduce, 0, times=2)
-        self.all_to_all = self._counting("all-to-all", dist.all_to_all_single, 0)
-
-    def _counting(self, name: str, function: Callable[..., Any], place: int, *, times: int = 1) -> Any:
-        def called(*args: Any, **kwargs: Any) -> Any:
-            tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-            named = kwargs.get(("output", "input")[place])
-            if named is None:
-                named = kwargs.get(("output_tensor", "input_tensor")[place])
-            tensor = tensors[place] if named is None else named
-            if self._depth == 0:
-                self.sent[name] += times * tensor.nbytes * (self._size - 1) // self._size
-            self._depth += 1
-            try:
-                return function(*args, **{key.removesuffix("_tensor"): value for key, value in kwargs.items()})
-            finally:
-                self._depth -= 1
-
-        return called
-
-    @contextlib.contextmanager
-    def as_on_gpus(self) -> Iterator[None]:
-        """Let DistAdamW, DDP and FSDP2 send as on GPUs."""
-        with contextlib.ExitStack() as stack:
-            for module in (transport, shard):
-                stack.enter_context(mock.patch.object(module, "sends_from_host", return_value=False))
-            stack.enter_context(mock.patch.object(ddp, "_ASIDE", frozenset()))
-            stack.enter_context(mock.patch.object(dist, "all_reduce", self.all_reduce))
-            stack.enter_context(mock.patch.object(dist, "all_to_all_single", self.all_to_all))
-            stack.enter_context(mock.patch.object(TreeSum, "__init__", _with_whole_blocks))
-            for name in filter(lambda name: hasattr(dist, name), ("reduce_scatter_single", "reduce_scatter_tensor")):
-                stack.enter_context(mock.patch.object(dist, name, self.scatter))
-            for name in filter(lambda name: hasattr(dist, name), ("all_gather_single", "all_gather_into_tensor")):
-                stack.enter_context(mock.patch.object(dist, name, self.gather))
-            yield
 
 
 # ---------------------------------------------------------------- engines
@@ -393,14 +273,19 @@ def largest(of_ranks: Sequence[records.Record]) -> records.Record:
     return {**most, "measured": {**most["measured"], "sent": sent}}
 
 
-_SMALL = {
+SMALL_BUCKETS = {
     "reduce_bucket_size": 200_000,
     "param_persistence_threshold": 1000,
     "max_live_parameters": 1_000_000,
     "prefetch_bucket_size": 100_000,
 }
 # By number of ranks: engine and options. DeepSpeed's buckets are smaller than these models.
-ALONE: list[tuple[str, dict[str, Any]]] = [(ONE, {}), (ONE, {"reproducible": True, "accumulation": 3})]
+ALONE: list[tuple[str, dict[str, Any]]] = [
+    (ONE, {}),
+    (ONE, {"accumulation": 3}),
+    (ONE, {"reproducible": True, "accumulation": 3}),
+    (ONE, {"averages": {"ema": EMA(decay=0.999)}}),
+]
 TOGETHER: list[tuple[str, dict[str, Any]]] = [
     (DDP, {}),
     (DDP, {"accumulation": 3}),
@@ -412,7 +297,10 @@ TOGETHER: list[tuple[str, dict[str, Any]]] = [
     (FSDP2, {"accumulation": 3, "reproducible": True}),
     (FSDP2, {"bf16": True}),
     (FSDP2, {"reshard_after_forward": False}),
-    *((f"ZeRO-{stage}", {**_SMALL, "bf16": bf16}) for stage in (1, 2, 3) for bf16 in (False, True)),
+    *((f"ZeRO-{stage}", {**SMALL_BUCKETS, "bf16": bf16}) for stage in (1, 2, 3) for bf16 in (False, True)),
+    *((f"ZeRO-{stage}", {**SMALL_BUCKETS, "accumulation": 3}) for stage in (1, 2, 3)),
+    (DDP, {"averages": {"ema": EMA(decay=0.999)}}),
+    (DDP, {"reduce_dtype": torch.bfloat16}),
 ]
 
 
@@ -441,7 +329,7 @@ def line(record: records.Record) -> list[str]:
     """Return a record as cells of a table: sizes in MiB."""
     peaks = [f"{record[side]['peak'] / (1 << 20):.2f}" for side in ("planned", "measured")]
     of = ratios(record)
-    options = ", ".join(f"{name}={value}" for name, value in record["setup"].items() if name not in _SMALL)
+    options = ", ".join(f"{name}={value}" for name, value in record["setup"].items() if name not in SMALL_BUCKETS)
     named = [str(record["ranks"]), record["engine"], record["model"], options]
     return [*named, *peaks, f"{of['peak']:.3f}", f"{of['sent']:.3f}" if "sent" in of else ""]
 

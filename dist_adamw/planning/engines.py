@@ -8,7 +8,8 @@ from dist_adamw.planning.fsdp2 import FSDP2, fsdp2
 from dist_adamw.planning.memory import Cost, Setup
 from dist_adamw.planning.model import ModelShapes
 from dist_adamw.planning.own import DDP, ONE, TORCH_DDP, one_process, sharded_ddp, torch_ddp
-from dist_adamw.planning.zero import ZERO, zero_1, zero_2, zero_3
+from dist_adamw.planning.zero import ZERO, zero_1, zero_2
+from dist_adamw.planning.zero3 import zero_3
 
 ENGINES: dict[str, Callable[[ModelShapes, int, Setup], Cost]] = {
     ONE: one_process,

@@ -9,6 +9,7 @@ those parameters are not resharded after forward.
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +34,7 @@ class _Group:
         averages: Of this rank's part of the gradients.
         sums: Of this rank's part of the gradients in fp32.
         largest: Of the largest gradient.
+        tied: Of the largest gradient that several modules add to.
     """
 
     whole: int
@@ -42,11 +44,12 @@ class _Group:
     averages: int
     sums: int
     largest: int
+    tied: int
 
     @classmethod
-    def of(cls, params: list[Parameter], ranks: int, setup: Setup) -> _Group:
+    def of(cls, params: list[Parameter], ranks: int, setup: Setup, tied: Collection[Parameter]) -> _Group:
         """Return the group of ``params``."""
-        whole = shard = gradients = reduced = averages = sums = largest = 0
+        whole = shard = gradients = reduced = averages = sums = largest = several = 0
         for param in params:
             width = _gathered(param.dtype, setup).itemsize
             padded = chunk_numel(param, ranks) * ranks
@@ -55,10 +58,11 @@ class _Group:
             if param.trained:
                 gradients += param.numel * width
                 largest = max(largest, param.numel * width)
+                several = max(several, param.numel * width if param in tied else 0)
                 reduced += padded * width
                 averages += padded // ranks * param.dtype.itemsize
                 sums += padded // ranks * 4
-        return cls(whole, shard, gradients, reduced, averages, sums, largest)
+        return cls(whole, shard, gradients, reduced, averages, sums, largest, several)
 
 
 def chunk_numel(param: Parameter, ranks: int) -> int:
@@ -92,7 +96,8 @@ def _groups(model: ModelShapes, ranks: int, setup: Setup) -> list[_Group]:
         by_layer.setdefault(param.layer, []).append(param)
     rest = by_layer.pop(None)
     order = [rest, *(by_layer[layer] for layer in sorted(by_layer, key=lambda layer: layer or 0))]
-    return [_Group.of(params, ranks, setup) for params in order]
+    tied = model.tied
+    return [_Group.of(params, ranks, setup, tied) for params in order]
 
 
 def _rows_of_first_rank(param: Parameter, ranks: int) -> int:
@@ -117,12 +122,12 @@ def _peak(groups: list[_Group], ranks: int, setup: Setup) -> int:
 
 
 def _forward(groups: list[_Group], time: Timeline, setup: Setup) -> None:
-    """Gather group after group; the output of a gather is freed when the next one has arrived."""
+    """Gather group after group; the output of a gather is freed when the next one has been copied out."""
     held = 0
     for number, group in enumerate(groups):
         time.add(group.whole)
-        time.drop(held)
         time.add(group.whole)
+        time.drop(held)
         held = group.whole
         if number and setup.reshard_after_forward:
             time.drop(group.whole)
@@ -134,8 +139,7 @@ def _backward(groups: list[_Group], time: Timeline, setup: Setup, *, first: bool
     rest, *layers = groups
     is_gathered = not setup.reshard_after_forward
     held = 0  # the input of the last reduce-scatter
-    if first or setup.reproducible:
-        time.add(rest.gradients)
+    time.add(rest.gradients if first or setup.reproducible else rest.tied)
     ahead = 0 if is_gathered or not layers else layers[-1].whole
     time.add(ahead)
     for number in range(len(layers) - 1, -1, -1):
@@ -152,6 +156,8 @@ def _backward(groups: list[_Group], time: Timeline, setup: Setup, *, first: bool
             time.drop(group.largest)
         time.drop(group.whole)
         held = _reduce(group, time, held, setup, reduces=reduces)
+    time.add(2 * rest.tied)  # a tied weight's gradient: two terms, and their sum
+    time.drop(2 * rest.tied if first or setup.reproducible else 3 * rest.tied)
     time.drop(rest.whole)
     held = _reduce(rest, time, held, setup, reduces=reduces)
     time.drop(held)

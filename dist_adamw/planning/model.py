@@ -12,6 +12,7 @@ import math
 import os
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from dist_adamw.schedule.batch import shown
 
@@ -54,6 +56,27 @@ class Parameter:
 
 
 @dataclass(frozen=True, slots=True)
+class Submodule:
+    """A module in the order of calls, which is taken to be the order in which modules are registered.
+
+    Attributes:
+        parameters: Indices in `ModelShapes.parameters` of those that the module has itself, tied ones included.
+        is_called: False: it only lists others, as ``ModuleList`` does.
+    """
+
+    parameters: tuple[int, ...] = ()
+    children: tuple[Submodule, ...] = ()
+    is_called: bool = True
+
+    def in_order(self, *, forward: bool) -> Iterator[Submodule]:
+        """Yield the modules in the order in which a forward or a backward pass begins them."""
+        if self.is_called:
+            yield self
+        for child in self.children if forward else reversed(self.children):
+            yield from child.in_order(forward=forward)
+
+
+@dataclass(frozen=True, slots=True)
 class ModelShapes:
     """The parameters of a model, each once, in the order of ``model.parameters()``.
 
@@ -61,12 +84,27 @@ class ModelShapes:
         source: The model as text.
         buffer_bytes: Bytes of the buffers.
         layers: The names of the modules that FSDP2 shards one by one.
+        root: The model as modules; None: each parameter is in a module of its own.
     """
 
     source: str
     parameters: tuple[Parameter, ...]
     buffer_bytes: int = 0
     layers: tuple[str, ...] = ()
+    root: Submodule | None = None
+
+    @property
+    def modules(self) -> Submodule:
+        """The model as modules."""
+        if self.root is not None:
+            return self.root
+        return Submodule((), tuple(Submodule((n,)) for n in range(len(self.parameters))))
+
+    @property
+    def tied(self) -> tuple[Parameter, ...]:
+        """The trained parameters that several modules have."""
+        uses = Counter(place for module in self.modules.in_order(forward=True) for place in module.parameters)
+        return tuple(param for place, param in enumerate(self.parameters) if param.trained and uses[place] > 1)
 
     @property
     def numel(self) -> int:
@@ -172,6 +210,11 @@ def shapes_of(model: nn.Module, source: str, layers: str | None = None) -> Model
     for name, param in model.named_parameters():
         if isinstance(param, nn.parameter.UninitializedParameter):
             raise ValueError(f"{name} of {source} has no shape yet. Give lazy modules their sizes in the factory.")
+        if isinstance(param, DTensor) or hasattr(param, "ds_numel"):
+            raise ValueError(
+                f"{name} of {source} is sharded already. Plan the model before fully_shard, parallelize_module or "
+                "deepspeed.initialize; meshes of two axes (HSDP) and tensor parallelism are not planned."
+            )
     modules = list(_layers(model, layers))
     layer_of = {id(p): n for n, (_, module) in enumerate(modules) for p in module.parameters()}
     parameters = [
@@ -181,7 +224,15 @@ def shapes_of(model: nn.Module, source: str, layers: str | None = None) -> Model
     if not any(param.numel for param in parameters):
         raise ValueError(f"{source} has no parameters.")
     buffers = sum(buffer.nbytes for buffer in model.buffers())
-    return ModelShapes(source, tuple(parameters), buffers, tuple(name for name, _ in modules))
+    places = {id(param): n for n, param in enumerate(model.parameters())}
+    root = _tree(model, places)
+    return ModelShapes(source, tuple(parameters), buffers, tuple(name for name, _ in modules), root)
+
+
+def _tree(module: nn.Module, places: dict[int, int]) -> Submodule:
+    own = tuple(dict.fromkeys(places[id(param)] for param in module.parameters(recurse=False)))
+    children = tuple(_tree(child, places) for child in module.children())
+    return Submodule(own, children, not isinstance(module, nn.ModuleList | nn.ModuleDict))
 
 
 def _layers(model: nn.Module, kind: str | None) -> Iterator[tuple[str, nn.Module]]:

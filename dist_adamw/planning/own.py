@@ -6,6 +6,8 @@ as `prepare` sets it, so gradients lie in its buckets.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 
 from dist_adamw.optimizer.sharding.gradient_memory import OWN_BLOCK_BYTES
@@ -41,6 +43,9 @@ def one_process(model: ModelShapes, ranks: int, setup: Setup) -> Cost:
             staging += sums_in_memory(setup.accumulation, 1, home=False) * layout.numel * wide
             if setup.accumulation > 1:  # the average so far, and the gradient of the pass
                 staging += layout.numel * dtype.itemsize
+    if not setup.reproducible:
+        # A gradient stays where backward allocated it, unless there is one to add it to.
+        staging += _arriving(model) if setup.accumulation > 1 else 2 * _largest(model.tied)
     memory = Memory(weight_bytes(model), _gradient_bytes(model), state, staging, setup.activations)
     return Cost(ONE, 1, memory, 0)
 
@@ -66,8 +71,16 @@ def _own_gradients(model: ModelShapes, setup: Setup) -> int:
     A gradient is copied to its bucket when it has arrived. ``zero_grad`` sets ``grad`` to None, and DDP makes it a view
     of a bucket only in the pass that it synchronises, so earlier micro-batches are added up in other memory.
     """
-    arriving = max((param.nbytes for param in model.trained), default=0)
-    return arriving + (_gradient_bytes(model) if setup.accumulation > 1 else 0)
+    return _arriving(model) + (_gradient_bytes(model) if setup.accumulation > 1 else 0)
+
+
+def _arriving(model: ModelShapes) -> int:
+    """Return the bytes of what backward allocates for one gradient: a tied weight's has two terms and their sum."""
+    return max(_largest(model.trained), 3 * _largest(model.tied))
+
+
+def _largest(params: Iterable[Parameter]) -> int:
+    return max((param.nbytes for param in params), default=0)
 
 
 def sharded_ddp(model: ModelShapes, ranks: int, setup: Setup) -> Cost:

@@ -94,9 +94,19 @@ def from_recipe(recipe: TrainingRecipe, model: nn.Module | None) -> Given:
 
 
 def setup_of(optimizer: Optimizer | None, setup: Setup) -> Setup:
-    """Return ``setup`` with the options of ``optimizer``, if that is a `DistAdamW`. Local."""
+    """Return ``setup`` with the options of ``optimizer``, if that is a `DistAdamW`. Local.
+
+    Raises:
+        ValueError: its mesh has two axes.
+    """
     if not isinstance(optimizer, DistAdamW):
         return setup
+    mesh = optimizer._mesh
+    if mesh is not None and mesh.ndim > 1:
+        raise ValueError(
+            f"a mesh of two axes (HSDP) is not planned, got {mesh}. Leave mesh out, and plan the ranks of the second "
+            "axis, over which state is sharded."
+        )
     return replace(
         setup,
         master_dtype=optimizer.master_dtype,

@@ -98,7 +98,8 @@ def uncounted(setup: Setup) -> str:
     return (
         f"Activations {given}.\n"
         "Not counted: what the device's driver, its libraries and fragmentation take. "
-        f"DeepSpeed's bucket has {setup.reduce_bucket_size:,} elements."
+        f"DeepSpeed's bucket has {setup.reduce_bucket_size:,} elements.\n"
+        "Not planned: meshes of two axes (HSDP), tensor and pipeline parallelism, and offload to the CPU."
     )
 
 

@@ -9,11 +9,14 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from benchmarks import records
 from benchmarks.engines import OURS
 from benchmarks.models import GPT
-from benchmarks.plan_accuracy import Uneven, largest, measure, ratios
+from benchmarks.plan_accuracy import SMALL_BUCKETS, largest, measure, ratios
+from benchmarks.plan_models import Uneven
 from benchmarks.ranks import ROOT
 from benchmarks.workloads import WORKLOADS
 from dist_adamw import EMA, CyclicLRWithRestarts, DistAdamW, load_recipe
@@ -148,6 +151,21 @@ def test_a_configuration_that_is_none(tmp_path: Path) -> None:
         read_model(str(tmp_path))
 
 
+def sharded_over_two_axes() -> None:
+    mesh = init_device_mesh("cpu", (1, 1), mesh_dim_names=("copies", "shards"))
+    model = nn.Linear(4, 4)
+    fully_shard(model, mesh=mesh)
+    with pytest.raises(ValueError, match=r"weight of Linear is sharded already\..*\(HSDP\).* are not planned"):
+        read_model(model)
+    optimizer = DistAdamW([torch.zeros(4)], mesh=mesh)
+    with pytest.raises(ValueError, match=r"a mesh of two axes \(HSDP\) is not planned, got .*copies"):
+        plan("1M", scheduler=CyclicLRWithRestarts(optimizer, 32, 640, 5))
+
+
+def test_meshes_of_two_axes_are_refused() -> None:
+    run_ranks(1, sharded_over_two_axes)
+
+
 def test_layers_by_class() -> None:
     with pytest.raises(ValueError, match=r"no module is a 'Blok'.*Block, .*GPT"):
         read_model(gpt(), layers="Blok")
@@ -182,10 +200,11 @@ def test_one_process_has_the_bytes_of_the_real_optimizer(dtype: str, options: di
     model(torch.ones(1, 389, dtype=params[0].dtype)).backward()
     optimizer.step()
     memory = cost_of(ONE, read_model(model), 1, Setup(**options)).memory
+    tied = model.tied.weight.nbytes
     assert memory.state == sum(one.nbytes for one in optimizer.shards)
     assert memory.gradients == sum(param.grad.nbytes for param in params if param.grad is not None)
     assert memory.parameters == sum(param.nbytes for param in model.parameters())
-    assert memory.total == memory.parameters + memory.gradients + memory.state
+    assert memory.total == memory.parameters + memory.gradients + memory.state + 2 * tied  # two terms, and their sum
 
 
 def test_state_is_divided_to_the_element_and_fsdp2_pads_rows() -> None:
@@ -214,6 +233,23 @@ def test_bytes_sent(ranks: int) -> None:
         ]
         for engine, setup, nbytes in expected:
             assert cost_of(engine, model, ranks, setup).sent == pytest.approx(f * nbytes, rel=0.01), engine
+
+
+def test_parameters_of_the_threshold_are_persistent() -> None:
+    """DeepSpeed: ``param.ds_numel <= param_threshold``."""
+    model = ModelShapes("two", (Parameter("a", (100,), torch.float32), Parameter("b", (101,), torch.float32)))
+    cost = cost_of("ZeRO-3", model, 2, Setup(param_persistence_threshold=100))
+    assert cost.memory.parameters == 4 * (50 + 51 + 100)
+    gathers = 2 * 102 - 102 + 100  # b is used again at once, and a is gathered after step
+    assert cost.sent == 4 * (gathers + 100 + 102) // 2
+
+
+def test_zero_1_reduces_gradients_in_its_bucket() -> None:
+    model = read_model("1B")
+    memory = cost_of("ZeRO-1", model, 8, Setup(reduce_bucket_size=50_000_000)).memory
+    assert memory.gradients < 4 * 1e9 / 4  # averages of the partition, not all gradients
+    several = cost_of("ZeRO-1", model, 8, Setup(reduce_bucket_size=50_000_000, accumulation=2)).memory
+    assert several.total - memory.total == pytest.approx(4 * 1e9, rel=0.2)  # whole gradients between micro-batches
 
 
 def test_options_change_what_they_should() -> None:
@@ -415,18 +451,28 @@ def test_peaks_of_the_process_that_were_measured_on_cpus() -> None:
     assert checked == {2, 4}
 
 
-def measured(engine: str, setup: dict[str, Any]) -> records.Record:
-    return measure(engine, "GPT", Setup(**setup))
+def measured(engine: str, model: str, setup: dict[str, Any]) -> records.Record:
+    return measure(engine, model, Setup(**setup))
 
 
-def test_one_process_is_measured_as_planned() -> None:
-    found = ratios(measured(ONE, {}))
-    assert found["peak"] == pytest.approx(1, abs=TOLERANCE)
+@pytest.mark.parametrize(("model", "accumulation"), [("GPT", 2), ("tied", 1)])
+def test_one_process_is_measured_as_planned(model: str, accumulation: int) -> None:
+    found = ratios(measured(ONE, model, {"accumulation": accumulation}))
+    assert found["peak"] == pytest.approx(1, abs=0.02)
 
 
-@pytest.mark.parametrize("engine", [DDP, FSDP2])
-def test_two_ranks_are_measured_as_planned(engine: str) -> None:
-    found = ratios(largest(run_ranks(2, measured, engine, {"accumulation": 2})))
+@pytest.mark.parametrize(
+    ("engine", "model", "setup"),
+    [
+        (DDP, "GPT", {"accumulation": 2}),
+        (FSDP2, "GPT", {"accumulation": 2}),
+        (FSDP2, "GPT", {"reshard_after_forward": False}),
+        ("ZeRO-2", "tied", {**SMALL_BUCKETS, "accumulation": 2}),
+        ("ZeRO-3", "tied", SMALL_BUCKETS),
+    ],
+)
+def test_two_ranks_are_measured_as_planned(engine: str, model: str, setup: dict[str, Any]) -> None:
+    found = ratios(largest(run_ranks(2, measured, engine, model, setup)))
     assert found.keys() == {"peak", "sent"}
     for name, ratio in found.items():
-        assert ratio == pytest.approx(1, abs=TOLERANCE), name
+        assert ratio == pytest.approx(1, abs=0.02), name
