@@ -105,3 +105,19 @@ def first_problem(reports: Sequence[str | None]) -> str | None:
 def run_on_all_ranks(action: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
     """Run ``action`` as `Ranks.run` does, on all current ranks. Collective."""
     return Ranks.now(group).run(action)
+
+
+def check_on_all_ranks(check: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
+    """Run a check of what the user has set, and raise its message on all ranks if it fails on one. Collective.
+
+    Raises:
+        ValueError: ``check`` raised an exception on some rank.
+    """
+    problem, result = None, None
+    try:
+        result = check()
+    except Exception as error:  # the other ranks wait in the gather below
+        problem = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+    if (failed := first_problem(Ranks.now(group).gather(problem))) is not None:
+        raise ValueError(failed)
+    return result  # type: ignore[return-value]

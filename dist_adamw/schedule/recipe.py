@@ -41,7 +41,7 @@ from dist_adamw.schedule.weight_decay import (
 
 _NOT_KNOWN = (
     "{} is not known, so the schedule cannot be computed. Pass it to CyclicLRWithRestarts, or let "
-    "dist_adamw.prepare(accelerator, model, optimizer, dataloader, scheduler) fill it in."
+    "dist_adamw.prepare (Accelerate), prepare_trainer or prepare_lightning fill it in."
 )
 _LENGTHS = (
     "restart_period",

@@ -28,7 +28,7 @@ from tests.ranks import expect_error_on_all, run_ranks
 L: Any = pytest.importorskip("lightning", reason="lightning is not installed: pip install -e '.[dev]'")
 
 from dist_adamw.integrations.lightning.checks import check_strategy  # noqa: E402
-from dist_adamw.integrations.lightning.training_data import real_rows  # noqa: E402
+from dist_adamw.integrations.lightning.training_data import real_rows, record_rows  # noqa: E402
 
 BATCH, EPOCH, EPOCHS, PER_EPOCH = 8, 44, 3, 6  # the last batch of an epoch has 4 samples
 LR, DECAY, EPS, CLIP = 1e-2, 0.1, 0.1, 0.05  # a large eps shows a wrong scale of the gradient; CLIP clips
@@ -173,7 +173,8 @@ def fit(
     with environment(WORLD_SIZE=os.environ["WORLD_SIZE"]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="lightning")
         trainer = prepare(library.Trainer(accelerator="cpu", devices=ranks, default_root_dir=folder, **quiet, **told))
-        trainer.fit(model, loader_of() if data is None else data, ckpt_path=ckpt_path)
+        own = type(model).train_dataloader is not L.LightningModule.train_dataloader
+        trainer.fit(model, None if own else loader_of() if data is None else data, ckpt_path=ckpt_path)
     return trainer
 
 
@@ -278,6 +279,8 @@ def clocks(folder: Path) -> dict[str, tuple[list[int], int, int]]:
             Both(batch_size=BATCH, epoch_size=EPOCH),
             {"data": {"a": loader_of(), "b": loader_of(micro_batch=2)}},
         ),
+        "a second iteration": (Network(), {"data": loader_of(Samples(45)), "callbacks": [Peek()]}),
+        "a batch that is None": (Skipping(), {"data": loader_of(collate_fn=third_is_none)}),
     }
     for name, (model, options) in cases.items():
         trainer = fit(model, folder, max_epochs=2, **options)
@@ -297,6 +300,26 @@ def clocks(folder: Path) -> dict[str, tuple[list[int], int, int]]:
     fit(resumed, folder, **options)
     assert resumed.rows[0] == (2 * EPOCH, 2 * EPOCH)
     return found
+
+
+class Peek(L.Callback):  # type: ignore[misc]
+    """Looks at the first batch after every other one."""
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        next(iter(trainer.train_dataloader))
+
+
+def third_is_none(samples: list[tuple[Tensor, Tensor]]) -> Any:
+    third = 2 * BATCH + dist.get_rank()
+    return None if samples[0][0].equal(Samples().x[third]) else torch.utils.data.default_collate(samples)
+
+
+class Skipping(Network):
+    """Lightning steps the schedule after a batch that is None, too."""
+
+    def lr_scheduler_step(self, scheduler: CyclicLRWithRestarts, metric: Any) -> None:
+        if self.losses:
+            super().lr_scheduler_step(scheduler, metric)
 
 
 class Both(Network):
@@ -328,6 +351,8 @@ def test_samples_are_those_that_were_trained_on(tmp_path: Path) -> None:
         "a stream": steps(EPOCH, PER_EPOCH),
         "two loaders": by_rule(2 * 11),  # as long as the longest
         "two optimizers": steps(EPOCH, PER_EPOCH),
+        "a second iteration": steps(45, 6),
+        "a batch that is None": ([0, 8, 16, 24, 32, 36, 44, 52, 60, 68], EPOCH, 72),
         "not trained on": ([BATCH * i for i in range(PER_EPOCH)], EPOCH, BATCH * PER_EPOCH),
     }
     for found in run_ranks(2, clocks, tmp_path):
@@ -347,6 +372,30 @@ def test_real_rows_are_those_of_the_sampler() -> None:
                 assert all(0 <= one <= 2 for one in rows)
                 counted += sum(rows)
             assert counted == size
+
+
+class Waiting(Samples):
+    """Its first sample comes after its second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.second = multiprocessing.Event()
+
+    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
+        if i == 0:
+            assert self.second.wait(60)
+        if i == 1:
+            self.second.set()
+        return super().__getitem__(i)
+
+
+def test_rows_of_batches_that_come_out_of_order() -> None:
+    lists: Any = [[0, 3, 4], [1, 2], [5], [6, 7, 8, 9], [10]]
+    loader: Any = DataLoader(Waiting(), batch_sampler=lists, num_workers=2, in_order=False)
+    iteration = iter(record_rows(loader))
+    sizes = [(iteration.rows(ahead=0), len(x)) for x, _ in iteration]
+    assert all(rows == size for rows, size in sizes)
+    assert [size for _, size in sizes] != [3, 2, 1, 4, 1]
 
 
 # ---------------------------------------------------------------- checkpoints
@@ -425,6 +474,10 @@ def lives_of_files(folder: Path) -> None:
     assert made["lr_scheduler"]["scheduler"].samples == EPOCHS * EPOCH
     assert all(map(torch.equal, weights_of(model), weights_of(other)))
 
+    # Asked directly, the strategy gives the whole state on rank 0, as Lightning does for a sharded optimizer.
+    state = trainer.strategy.optimizer_state(trainer.optimizers[0])
+    shapes = [param.shape for param in model.parameters()] if rank == 0 else []
+    assert [one["exp_avg"].shape for one in state.get("state", {}).values()] == shapes
     trainer.save_checkpoint(folder / "weights.ckpt", weights_only=True)
     assert not (folder / "weights.ckpt.dist_adamw").exists()
 
@@ -502,9 +555,41 @@ def refusals(folder: Path) -> dict[str, str]:
     for name, (model, options) in cases.items():
         with pytest.raises(ValueError) as raised:  # noqa: PT011
             fit(model, folder, **options)
+        assert type(raised.value) is ValueError, "not a CheckpointError"
         assert not getattr(model, "rows", None)
         found[name] = str(raised.value)
     return found
+
+
+class Reloading(Network):
+    """Has another training loader in its second epoch."""
+
+    def __init__(self, size: int, factor: int) -> None:
+        super().__init__()
+        self.size, self.factor = size, factor
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        if self.trainer.current_epoch == 0:
+            return loader_of()
+        return loader_of(Samples(self.size), BATCH // 2 * self.factor)
+
+
+def reload(folder: Path) -> list[str]:
+    """What is said of another epoch size, and of another batch size."""
+    options: dict[str, Any] = {"reload_dataloaders_every_n_epochs": 1, "max_epochs": 2}
+    longer = Reloading(2 * EPOCH, 1)
+    with pytest.warns(UserWarning, match="made again") as warned:
+        fit(longer, folder, **options)
+    assert [row[0] for row in longer.rows] == [*range(0, EPOCH, BATCH), *range(EPOCH, 3 * EPOCH, BATCH)]
+    with pytest.raises(ValueError, match="made again") as raised:
+        fit(Reloading(EPOCH, 2), folder, **options)
+    return [*(str(one.message) for one in warned if "made again" in str(one.message)), str(raised.value)]
+
+
+def test_loaders_that_are_made_again(tmp_path: Path) -> None:
+    for longer, larger in run_ranks(2, reload, tmp_path):
+        assert "an epoch trains on 88 samples; the schedule still counts 44 as an epoch" in longer
+        assert "a global batch of 16 samples, and the schedule has 8" in larger
 
 
 def _with_tuner(tuner: Any, trainer: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from tests.distributed.test_trainer import (
     EPOCHS,
     EPS,
     LR,
+    SAVE,
     Curve,
     Network,
     Noting,
@@ -47,10 +49,12 @@ SET |= {"per_device_train_batch_size", "gradient_accumulation_steps"}
 DEFAULTS = {field.name: field.default for field in dataclasses.fields(TrainingArguments) if field.name in SET}
 
 
-def train(engine: str, folder: str, accumulation: int, options: dict[str, Any]) -> tuple[Curve, int | None]:
+def train(
+    engine: str, folder: str, accumulation: int, options: dict[str, Any], resume: str | None = None
+) -> tuple[Curve, int | None]:
     with arguments_on(engine, folder, accumulation, **options) as args:
         trainer = prepare_trainer(Noting(Network(), args, train_dataset=Samples()), recipe=RECIPE)
-        trainer.train()
+        trainer.train(resume_from_checkpoint=resume)
         made = trainer.optimizer
         while not isinstance(made, DistAdamW):
             made = made.optimizer
@@ -71,6 +75,17 @@ def test_one_recipe_on_every_engine(engine: str, accumulation: int, options: dic
     for rows, bucket_numel in run_ranks(ranks, train, engine, str(tmp_path), accumulation, options):
         assert bucket_numel == 1000
         check_same(rows, expected)
+
+
+@pytest.mark.parametrize(("first", "second"), [("FSDP2", "single"), ("single", "DDP"), ("DDP", "FSDP2")])
+def test_a_recipe_resumes_on_another_engine_and_number_of_ranks(first: str, second: str, tmp_path: Path) -> None:
+    expected = plain_loop(RECIPE["scheduler"])
+    before, after = (1 if engine == "single" else 2 for engine in (first, second))
+    options = {**DEFAULTS, **SAVE}
+    begun, _ = run_ranks(before, train, first, str(tmp_path), 1, options)[0]
+    check_same(begun, expected)
+    for rows, _ in run_ranks(after, train, second, str(tmp_path), 1, options, str(tmp_path / "checkpoint-8")):
+        check_same(begun[:8] + rows, expected)
 
 
 REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
@@ -103,8 +118,14 @@ def refusals(folder: str) -> None:
         AcceleratorState._reset_state(reset_partial_state=True)
         with arguments_on("single", folder, 1, **{**DEFAULTS, **options}) as args:
             trainer = Noting(Network(), args, train_dataset=Samples())
+            before, callbacks = {**vars(trainer)}, [*trainer.callback_handler.callbacks]
+            given = {**vars(args)}
             with pytest.raises(ValueError, match=sentence):
                 prepare_trainer(trainer, **{"recipe": RECIPE, **arguments}).create_optimizer()
+            if hasattr(trainer, "_prepared_by_dist_adamw"):  # refused when the optimizer was made
+                continue
+            assert (vars(args), vars(trainer)) == (given, before)
+            assert trainer.callback_handler.callbacks == callbacks
 
 
 def engine_refusals(folder: str) -> None:
@@ -119,8 +140,10 @@ def engine_refusals(folder: str) -> None:
         AcceleratorState._reset_state(reset_partial_state=True)
         with arguments_on("ZeRO-2", folder, 2, json=json) as args:
             trainer = Noting(Network(), args, train_dataset=Samples())
+            config = copy.deepcopy(trainer.accelerator.state.deepspeed_plugin.deepspeed_config)
             with pytest.raises(ValueError, match=sentence):
                 prepare_trainer(trainer, recipe=RECIPE)
+            assert trainer.accelerator.state.deepspeed_plugin.deepspeed_config == config
 
 
 def test_what_the_engine_contradicts_is_named(tmp_path: Path) -> None:

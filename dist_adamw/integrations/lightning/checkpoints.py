@@ -31,6 +31,7 @@ from dist_adamw.wrappers import unwrap
 
 KEY = "dist_adamw"  # in Lightning's file: the name of the folder
 _SUFFIX = ".dist_adamw"
+_ADVICE = "Call dist_adamw.prepare_lightning(trainer) before trainer.fit(ckpt_path=...)."
 _NAME = re.compile(r"\d+-[0-9a-f]{8}")
 
 
@@ -69,6 +70,7 @@ class Checkpoints:
         self._trainer, self._before_save, self._on_difference = trainer, before_save, on_difference
         self._after_load = after_load
         self._found: Path | None = None  # the folder of the checkpoint that is being loaded
+        self._is_saving = False
         strategy = trainer.strategy
         if not kinds_of(strategy) & WHOLE:
             self._load = type(strategy).load_checkpoint.__get__(strategy)
@@ -85,6 +87,7 @@ class Checkpoints:
                 "load_optimizer_state_dict",
             )
         )
+        trainer.save_checkpoint = self.save
         strategy.save_checkpoint, strategy.load_checkpoint = self.save_checkpoint, self.load_checkpoint
         strategy.remove_checkpoint = self.remove_checkpoint
         strategy.optimizer_state, strategy.load_optimizer_state_dict = self.optimizer_state, self.load_states
@@ -102,9 +105,22 @@ class Checkpoints:
         only = self._only()
         return only if only is not None and isinstance(only.optimizer, DistAdamW) else None
 
+    def save(self, *args: Any, **kwargs: Any) -> None:
+        """Save as ``Trainer.save_checkpoint`` does, without gathering a state that goes to a folder. Collective."""
+        self._is_saving = True
+        try:
+            type(self._trainer).save_checkpoint(self._trainer, *args, **kwargs)
+        finally:
+            self._is_saving = False
+
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
-        """Return nothing for an optimizer whose state goes to a folder, and what Lightning gathers for others."""
-        state: dict[str, Any] = {} if self._to_save() is not None else self._state_of(optimizer)
+        """Return what Lightning gathers; while a checkpoint is saved, a note if the state goes to a folder.
+
+        Hooks ``on_save_checkpoint`` see the note. Collective.
+        """
+        if self._is_saving and self._to_save() is not None:
+            return {ELSEWHERE: f"the optimizer's state is in the folder next to the checkpoint's file. {_ADVICE}"}
+        state: dict[str, Any] = self._state_of(optimizer)
         return state
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
@@ -124,10 +140,7 @@ class Checkpoints:
         folders = folders_of(_local(path))
         name = f"{self._trainer.global_step}-{token}"
         save(folders / name, strategy.model, state.optimizer, state.scheduler, compare_ranks=False)
-        told = (
-            f"the optimizer's state is in the folder {folders.name} next to the checkpoint. Call "
-            "dist_adamw.prepare_lightning(trainer) before trainer.fit(ckpt_path=...)."
-        )
+        told = f"the optimizer's state is in the folder {folders.name} next to the checkpoint. {_ADVICE}"
         whole = {**checkpoint, "optimizer_states": [{ELSEWHERE: told}], KEY: name}
         # Lightning writes on rank 0; if that fails, all ranks raise.
         run_on_all_ranks(lambda: self._save(whole, filepath, storage_options=storage_options), _group())

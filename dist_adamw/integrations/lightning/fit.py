@@ -16,7 +16,7 @@ from dist_adamw.integrations.lightning.training_data import EpochSizes, RankSize
 from dist_adamw.optimizer.adamw import DistAdamW
 from dist_adamw.optimizer.replicas import ReplicaWatch, check_replicas
 from dist_adamw.ranks import agreement, collectives
-from dist_adamw.ranks.run_on_all import run_on_all_ranks
+from dist_adamw.ranks.run_on_all import check_on_all_ranks
 from dist_adamw.run_log import batch_sources
 from dist_adamw.run_log.digests import batch_digest
 from dist_adamw.schedule.saved import OnDifference
@@ -45,6 +45,7 @@ class Fit:
         self._counters: list[SampleCounter] = []
         self._watches: list[ReplicaWatch] = []
         self._loaders: list[Any] = []  # the loaders whose sizes are set
+        self._has_sizes = False
         self._is_making_loaders = False
         self._run = Run(self)  # all batches of this fit
         Checkpoints(trainer, self._before_save, on_difference, self._forget_batches)
@@ -61,7 +62,7 @@ class Fit:
         """
         trainer = self._trainer
         group = collectives.host_group()
-        self._schedules = run_on_all_ranks(lambda: check_configured(trainer, self._module), group)
+        self._schedules = check_on_all_ranks(lambda: check_configured(trainer, self._module), group)
         for scheduler in self._schedules:
             if self._on_difference is not None:  # Lightning loads the schedule once more, from its own file
                 scheduler.on_difference = self._on_difference
@@ -96,17 +97,23 @@ class Fit:
         of_ranks = collectives.all_gather_objects(mine, collectives.host_group())
         sizes = EpochSizes.of(of_ranks, trainer.accumulate_grad_batches, self._same_rows())
 
+        is_automatic, num_loaders = self._module.automatic_optimization, len(self._loaders)
+
         def fill() -> None:
             for scheduler in schedules:
-                sizes.fill(scheduler, is_automatic=self._module.automatic_optimization, num_loaders=len(self._loaders))
+                if self._has_sizes:
+                    sizes.compare(scheduler, is_automatic=is_automatic)
+                else:
+                    sizes.fill(scheduler, is_automatic=is_automatic, num_loaders=num_loaders)
 
-        run_on_all_ranks(fill, collectives.host_group())
+        check_on_all_ranks(fill, collectives.host_group())
+        if self._has_sizes:
+            return
+        self._has_sizes = True
         for scheduler in schedules:
             if trainer.world_size > 1:
                 record = {**scheduler.configuration(), **scheduler.agreement_record()}
                 agreement.check_agreement(record, collectives.host_group())
-        if self._counters:  # the loaders were made again
-            return
         if len(self._loaders) == 1:
             self._counters = [self._count(scheduler) for scheduler in schedules]
         if trainer.world_size > 1:
@@ -148,7 +155,8 @@ class Fit:
         """Count a batch that is about to be trained on. Local."""
         if not self._counters:
             return
-        handed = Batch(rows_in(self._loaders, batch), self._run, begin=0, end=0, is_last=False, is_held=holder(batch))
+        rows = rows_in(self._trainer.fit_loop._data_fetcher, batch)
+        handed = Batch(rows, self._run, begin=0, end=0, is_last=False, is_held=holder(batch))
         if batch_sources.are_read():
             handed.digest = batch_digest(batch)  # now, since the module may change it
         for counter in self._counters:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import copy
 import math
 import warnings
+import weakref
 from collections import deque
 from collections.abc import Iterator, Sequence, Sized
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset
 
@@ -21,19 +22,25 @@ class RowRecorder(BatchSampler):
     """Replace a loader's batch sampler, and record how many real rows each of its lists has.
 
     Real rows exclude those with which ``DistributedSampler`` repeats samples so that all ranks have equally many.
+
+    Attributes:
+        recorded: The batch sampler that it replaces.
+        newest: The lists of the newest iteration. Workers fetch ahead, so they are drawn before their batches come.
     """
 
     def __init__(self, batches: Any) -> None:
         self.recorded = batches
-        self._rows: deque[int] = deque()
+        self.newest: list[_Drawn] = []
 
     def __iter__(self) -> Iterator[Any]:
-        # Workers fetch ahead, so lists are drawn before their batches come; both are in the same order.
-        rows = self._rows = deque()
+        self.newest = []
+        return self._record(self.newest)
+
+    def _record(self, drawn: list[_Drawn]) -> Iterator[Any]:
         position = 0
         for indices in self.recorded:
             begin, position = position, position + len(indices)
-            rows.append(real_rows(self.recorded, begin, position))
+            drawn.append(_Drawn(len(indices), real_rows(self.recorded, begin, position)))
             yield indices
 
     def __len__(self) -> int:
@@ -42,21 +49,71 @@ class RowRecorder(BatchSampler):
     def __getattr__(self, name: str) -> Any:  # Lightning calls set_epoch of ``sampler``
         return getattr(vars(self)["recorded"], name)
 
-    def next_rows(self) -> int:
-        """Return the rows of the oldest list whose batch has not been asked for. Local."""
-        return self._rows.popleft()
+
+class _Drawn(NamedTuple):
+    length: int
+    rows: int  # without repeated samples
+
+
+# By DataLoader's iterator: the lists that it has drawn and whose batches have not come. With persistent workers
+# a loader has only one iterator, which each iteration begins again.
+_DRAWN: weakref.WeakKeyDictionary[Any, list[_Drawn]] = weakref.WeakKeyDictionary()
+
+
+class RecordedIteration:
+    """One iteration over a loader, with the real rows of each batch. The script may begin others at any time.
+
+    Args:
+        loader: A loader that has a `RowRecorder`.
+    """
+
+    def __init__(self, loader: Any) -> None:
+        self._batches: Any = DataLoader.__iter__(loader)  # begins the batch sampler's iteration too
+        _DRAWN[self._batches] = loader.batch_sampler.newest
+        self._in_order = not loader.num_workers or getattr(loader, "in_order", True)
+        self._fetched: deque[int] = deque()  # rows of the last batches
+
+    def __iter__(self) -> RecordedIteration:
+        return self
+
+    def __next__(self) -> Any:
+        batch = next(self._batches)
+        self._fetched.append(self._rows_of(batch))
+        return batch
+
+    def _rows_of(self, batch: Any) -> int:
+        drawn = _DRAWN[self._batches]
+        if self._in_order:
+            return drawn.pop(0).rows
+        if batch is None:  # of any list; Lightning skips it
+            return 0
+        # Lists of the same length have as many rows, except for those with repeated samples, which are the last.
+        size = batch_size_of(batch)
+        place = next((i for i, one in enumerate(drawn) if one.length == size), 0)
+        return drawn.pop(place).rows
+
+    def rows(self, *, ahead: int) -> int:
+        """Return the rows of a batch after which ``ahead`` others were fetched. Local."""
+        while len(self._fetched) > ahead + 1:
+            self._fetched.popleft()
+        return self._fetched[0]
 
 
 def record_rows(loader: Any) -> Any:
     """Return a copy of a loader with indices that records the rows of its batches; any other loader as it is. Local."""
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
         return loader
-    # A loader with a state skips, when it resumes, lists whose batches never come.
-    if loader.batch_sampler is None or hasattr(loader, "load_state_dict"):
+    cls = type(loader)
+    # An own __iter__ may make other batches than the sampler's lists. A loader with a state skips, when it resumes,
+    # lists whose batches never come.
+    is_plain = cls.__iter__ is DataLoader.__iter__ and not hasattr(loader, "load_state_dict")
+    if loader.batch_sampler is None or not is_plain:
         return loader
     copied = copy.copy(loader)  # the script may use its own in other ways
     # DataLoader.__setattr__ forbids changing this attribute, so its __dict__ is used.
     vars(copied)["batch_sampler"] = RowRecorder(loader.batch_sampler)
+    members = {"__iter__": lambda self: RecordedIteration(self), "__module__": cls.__module__}
+    copied.__class__ = type(cls.__name__, (cls,), members)
     return copied
 
 
@@ -101,6 +158,8 @@ class RankSizes:
             return cls(size, None)
         if not isinstance(lists.sampler, Sized):
             return cls(size, None)
+        if len(loader) != len(lists):  # its own __iter__ makes other batches
+            return cls(None, None)
         trained_on = min(int(batches) * lists.batch_size, len(lists.sampler))
         return cls(size, real_rows(lists, 0, trained_on))
 
@@ -182,16 +241,38 @@ class EpochSizes:
             assert batch is not None
             scheduler.batch_size = batch
 
+    def compare(self, scheduler: CyclicLRWithRestarts, *, is_automatic: bool) -> None:
+        """Compare loaders that were made again during a fit with the scheduler's sizes. Local.
 
-def rows_in(loaders: list[Any], batch: Any) -> int:
-    """Return the real rows of a batch on this rank. Local; called once for each batch, in their order.
+        Raises:
+            ValueError: the global batch has changed.
+        """
+        if is_automatic and self.batch is not None and self.batch.size != scheduler.batch_size:
+            raise ValueError(
+                f"the training loader was made again with a global batch of {self.batch.size} samples, and the "
+                f"schedule has {scheduler.batch_size}. Keep the batch size during a fit."
+            )
+        if self.samples not in (None, scheduler.epoch_size):
+            warnings.warn(
+                f"the training loader was made again, and an epoch trains on {self.samples} samples; the schedule "
+                f"still counts {scheduler.epoch_size} as an epoch, so restarts and epochs drift apart.",
+                stacklevel=2,
+            )
+
+
+def rows_in(fetcher: Any, batch: Any) -> int:
+    """Return the real rows of a batch on this rank. Local.
+
+    Args:
+        fetcher: Lightning's data fetcher, which has handed out the batch, and may have fetched more.
+        batch: The batch.
 
     Raises:
         ValueError: the loader has no indices, and the batch no tensor.
     """
-    recorder = getattr(loaders[0], "batch_sampler", None)
-    if isinstance(recorder, RowRecorder):
-        return recorder.next_rows()
+    iterations = fetcher.combined_loader._iterator.iterators
+    if iterations and isinstance(iterations[0], RecordedIteration):
+        return iterations[0].rows(ahead=len(getattr(fetcher, "batches", ())))
     rows = batch_size_of(batch)
     if rows is None:
         raise ValueError(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import dataclasses
 import warnings
 import weakref
-from collections.abc import Callable, Mapping, Sized
+from collections.abc import Callable, Iterator, Mapping, Sized
 from typing import Any
 
 import torch
@@ -30,6 +32,27 @@ _IN_ARGUMENTS = {
 _ADAMW = {"adamw_torch", "adamw_torch_fused"}
 # Arguments of torch.optim.AdamW that choose an implementation; DistAdamW has no use for them.
 _IMPLEMENTATION = ("foreach", "capturable", "differentiable")
+
+
+@contextlib.contextmanager
+def unchanged_if_refused(trainer: Any) -> Iterator[None]:
+    """Put a Trainer, its arguments and its accelerator back as they were, if preparing them raises. Local."""
+    holders = [trainer, trainer.args, trainer.accelerator]
+    before = [dict(vars(one)) for one in holders]
+    callbacks = [*trainer.callback_handler.callbacks]
+    plugin = trainer.accelerator.state.deepspeed_plugin
+    config = None if plugin is None else copy.deepcopy(plugin.deepspeed_config)
+    try:
+        yield
+    except BaseException:
+        for one, attributes in zip(holders, before, strict=True):
+            vars(one).clear()
+            vars(one).update(attributes)
+        trainer.callback_handler.callbacks[:] = callbacks
+        if config is not None:  # in place: transformers and the plugin hold the same dict
+            plugin.deepspeed_config.clear()
+            plugin.deepspeed_config.update(config)
+        raise
 
 
 def replace_method(trainer: Any, name: str, function: Callable[..., Any]) -> None:

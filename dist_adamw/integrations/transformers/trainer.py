@@ -42,6 +42,7 @@ from dist_adamw.integrations.transformers.arguments import (
     put_optimizer,
     refuse_batch_schedule,
     replace_method,
+    unchanged_if_refused,
     watch_batches,
     watch_own_loader,
 )
@@ -108,8 +109,9 @@ def prepare_trainer(
         ImportError: transformers is not installed.
         ValueError: ``trainer`` is not a Trainer; an argument is out of its range, is one of ``TrainingArguments``, or
             would be ignored, as ``TrainingArguments``' ``optim``, ``lr_scheduler_type``, ``lr_scheduler_kwargs`` and
-            ``warmup_steps`` would; the engine is not supported; the epoch size is not known. ``train()`` raises it
-            before training if the result of an override does not match these arguments.
+            ``warmup_steps`` would; the engine is not supported; the epoch size is not known. The Trainer and its
+            arguments are then as they were. ``train()`` raises it before training if the result of an override does
+            not match these arguments.
 
     A DeepSpeed configuration that names both types (`register_deepspeed`) is used instead of new objects: "auto" is
     resolved, and all parameters are decayed, since the engine makes a single group.
@@ -123,31 +125,32 @@ def prepare_trainer(
     if hasattr(trainer, "_prepared_by_dist_adamw"):
         raise ValueError("prepare_trainer was already called for this Trainer. Call it once, with all arguments.")
     optimizer, scheduler = dict(optimizer or {}), dict(scheduler or {})
-    check_arguments(trainer, optimizer, on_difference)
-    if recipe is not None:
-        optimizer, scheduler = _with_recipe(trainer, recipe, optimizer, scheduler)
-    facts = _facts(trainer)
-    _refuse_reproducible(bool(optimizer.get("reproducible")))
-    refuse_batch_schedule(scheduler.get("batch_size"))
-    if _prepare_engine(trainer, facts):
-        _check_engine_makes_both(trainer, optimizer, scheduler)
-        _when_training_begins(trainer, lambda: _warn_of_mid_cycle(trainer, inner_scheduler(trainer), facts, 5))
-    else:
-        create = check_override_of_scheduler(trainer, scheduler)
-        makes_it = put_optimizer(trainer, optimizer)
-        if trainer.lr_scheduler is not None:
-            _fill(trainer, facts, scheduler)
-            _warn_of_mid_cycle(trainer, check_made_scheduler(trainer), facts, 3)
-        elif create is None:
-            _try_schedule(trainer, facts, scheduler, trainer.args.learning_rate if makes_it else 1.0)
-        loader = watch_own_loader(trainer)
-        replace_method(trainer, "create_scheduler", _creator(trainer, scheduler, create, on_difference, loader))
-        _attach_when_wrapped(trainer)
-    _when_training_begins(trainer, lambda: _let_average(trainer))
-    keep_state(trainer, on_difference)
-    add_values(trainer)
-    _watch_ranks(trainer, check_weights_every)
-    vars(trainer)["_prepared_by_dist_adamw"] = True
+    with unchanged_if_refused(trainer):
+        check_arguments(trainer, optimizer, on_difference)
+        if recipe is not None:
+            optimizer, scheduler = _with_recipe(trainer, recipe, optimizer, scheduler)
+        facts = _facts(trainer)
+        _refuse_reproducible(bool(optimizer.get("reproducible")))
+        refuse_batch_schedule(scheduler.get("batch_size"))
+        if _prepare_engine(trainer, facts):
+            _check_engine_makes_both(trainer, optimizer, scheduler)
+            _when_training_begins(trainer, lambda: _warn_of_mid_cycle(trainer, inner_scheduler(trainer), facts, 5))
+        else:
+            create = check_override_of_scheduler(trainer, scheduler)
+            makes_it = put_optimizer(trainer, optimizer)
+            if trainer.lr_scheduler is not None:
+                _fill(trainer, facts, scheduler)
+                _warn_of_mid_cycle(trainer, check_made_scheduler(trainer), facts, 3)
+            elif create is None:
+                _try_schedule(trainer, facts, scheduler, trainer.args.learning_rate if makes_it else 1.0)
+            loader = watch_own_loader(trainer)
+            replace_method(trainer, "create_scheduler", _creator(trainer, scheduler, create, on_difference, loader))
+            _attach_when_wrapped(trainer)
+        _when_training_begins(trainer, lambda: _let_average(trainer))
+        keep_state(trainer, on_difference)
+        add_values(trainer)
+        _watch_ranks(trainer, check_weights_every)
+        vars(trainer)["_prepared_by_dist_adamw"] = True
     return trainer
 
 
