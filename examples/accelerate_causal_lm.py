@@ -47,17 +47,16 @@ def main() -> None:
     model = GPT2LMHeadModel(GPT2Config(**sizes, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0))
     optimizer = DistAdamW(model.parameters(), lr=2e-3, weight_decay=0.05)  # dist_adamw
     scheduler = CyclicLRWithRestarts(optimizer, restart_period="1 epoch", t_mult=2, warmup_samples=64)  # dist_adamw
-    model, optimizer, loader, eval_loader, scheduler = prepare(  # dist_adamw
-        accelerator, model, optimizer, loader, eval_loader, scheduler
-    )
+    prepared = prepare(accelerator, model, optimizer, loader, eval_loader, scheduler)  # dist_adamw
+    model, optimizer, loader, eval_loader, scheduler = prepared
     folder = CheckpointFolder(f"{args.out}/checkpoints", every=args.save_every)  # dist_adamw
     if args.resume and (newest := folder.newest()) is not None:  # dist_adamw
-        accelerator.load_state(str(newest))
+        accelerator.load_state(str(newest))  # dist_adamw
 
     for epoch in range(position(loader).epoch, args.epochs):  # dist_adamw
         model.train()
         for batch in rest_of_epoch(loader):  # dist_adamw
-            samples, lr = scheduler.samples, scheduler.get_last_lr()[0]
+            samples, lr = scheduler.samples, scheduler.get_last_lr()[0]  # dist_adamw
             loss = model(input_ids=batch, labels=batch).loss
             accelerator.backward(loss)
             accelerator.clip_grad_norm_(model.parameters(), 1.0)
@@ -68,7 +67,7 @@ def main() -> None:
             accelerator.print(f"samples {samples} lr {lr!r} loss {float(mean):.6f}")
             if folder.is_due(scheduler.samples):  # dist_adamw
                 folder.save(scheduler.samples, accelerator.save_state)  # dist_adamw
-            if scheduler.samples == args.stop_at:
+            if samples + BATCH == args.stop_at:
                 accelerator.end_training()
                 return
         model.eval()

@@ -60,16 +60,16 @@ def main() -> None:
     optimizer_d = DistAdamW(critic.parameters(), lr=2e-3, betas=(0.5, 0.9))  # dist_adamw
     scheduler_g = CyclicLRWithRestarts(optimizer_g, restart_period="2 epochs", t_mult=2)  # dist_adamw
     scheduler_d = CyclicLRWithRestarts(optimizer_d, restart_period="2 epochs", t_mult=2)  # dist_adamw
-    generator, critic, optimizer_g, optimizer_d, loader, eval_loader, scheduler_g, scheduler_d = prepare(  # dist_adamw
-        accelerator, generator, critic, optimizer_g, optimizer_d, loader, eval_loader, scheduler_g, scheduler_d
-    )
+    objects = generator, critic, optimizer_g, optimizer_d, loader, eval_loader, scheduler_g, scheduler_d
+    prepared = prepare(accelerator, *objects)  # dist_adamw
+    generator, critic, optimizer_g, optimizer_d, loader, eval_loader, scheduler_g, scheduler_d = prepared
     folder = CheckpointFolder(f"{args.out}/checkpoints", every=args.save_every)  # dist_adamw
     if args.resume and (newest := folder.newest()) is not None:  # dist_adamw
-        accelerator.load_state(str(newest))
+        accelerator.load_state(str(newest))  # dist_adamw
 
     for epoch in range(position(loader).epoch, args.epochs):  # dist_adamw
         for real, noise in rest_of_epoch(loader):  # dist_adamw
-            samples, lr = scheduler_g.samples, scheduler_g.get_last_lr()[0]
+            samples, lr = scheduler_g.samples, scheduler_g.get_last_lr()[0]  # dist_adamw
             fake = generator(noise)
             optimizer_d.zero_grad()
             scores = critic(torch.cat([real, fake.detach()]))
@@ -86,7 +86,7 @@ def main() -> None:
             accelerator.print(f"samples {samples} lr {lr!r} loss {mean[0]:.6f} critic {mean[1]:.6f}")
             if folder.is_due(scheduler_g.samples):  # dist_adamw
                 folder.save(scheduler_g.samples, accelerator.save_state)  # dist_adamw
-            if scheduler_g.samples == args.stop_at:
+            if samples + BATCH == args.stop_at:
                 accelerator.end_training()
                 return
         with torch.no_grad():

@@ -74,14 +74,13 @@ def main() -> None:
     model: nn.Module = nn.Sequential(block(1, 8), block(8, 16), block(16, 32), nn.Flatten(), nn.Linear(128, 4))
     optimizer = DistAdamW(model.parameters(), lr=3e-3, weight_decay=0.05)  # dist_adamw
     scheduler = CyclicLRWithRestarts(optimizer, restart_period="1 epoch", t_mult=2)  # dist_adamw
-    model, optimizer, loader, eval_loader, scheduler = prepare(  # dist_adamw
-        accelerator, model, optimizer, loader, eval_loader, scheduler
-    )
+    prepared = prepare(accelerator, model, optimizer, loader, eval_loader, scheduler)  # dist_adamw
+    model, optimizer, loader, eval_loader, scheduler = prepared
     stop = EarlyStop()
     accelerator.register_for_checkpointing(stop)
     folder = CheckpointFolder(f"{args.out}/checkpoints")  # dist_adamw
     if args.resume and (newest := folder.newest()) is not None:  # dist_adamw
-        accelerator.load_state(str(newest))
+        accelerator.load_state(str(newest))  # dist_adamw
 
     for epoch in range(position(loader).epoch, args.epochs):  # dist_adamw
         if stop.waited >= args.patience:
@@ -89,7 +88,7 @@ def main() -> None:
         model.train()
         losses: list[Tensor] = []
         for image, label in loader:
-            samples, lr = scheduler.samples, scheduler.get_last_lr()[0]
+            samples, lr = scheduler.samples, scheduler.get_last_lr()[0]  # dist_adamw
             with accelerator.accumulate(model):
                 loss = nn.functional.cross_entropy(model(image), label)
                 accelerator.backward(loss)
@@ -101,7 +100,7 @@ def main() -> None:
                 mean = accelerator.reduce(torch.stack(losses).mean(), reduction="mean")
                 accelerator.print(f"samples {samples} lr {lr!r} loss {float(mean):.6f}")
                 losses.clear()
-            if scheduler.samples == args.stop_at:
+            if scheduler.samples == args.stop_at:  # dist_adamw
                 accelerator.end_training()
                 return
         model.eval()

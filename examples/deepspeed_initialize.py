@@ -16,13 +16,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
-from dist_adamw import (
-    CheckpointFolder,
-    CyclicLRWithRestarts,
-    DistAdamW,
-    prepare_deepspeed,
-    register_deepspeed,
-)  # dist_adamw
+import dist_adamw  # dist_adamw
+from dist_adamw import CheckpointFolder, CyclicLRWithRestarts, DistAdamW  # dist_adamw
 
 BATCH = 32  # samples of one update, on all ranks together
 CONFIG = {
@@ -50,7 +45,7 @@ def main() -> None:
     parser.add_argument("--local_rank", type=int, help="what the deepspeed launcher passes")
     args = parser.parse_args()
 
-    register_deepspeed()  # dist_adamw
+    dist_adamw.register_deepspeed()  # dist_adamw
     deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", auto_mpi_discovery=False)
     ranks = dist.get_world_size()
     torch.manual_seed(0)
@@ -61,19 +56,19 @@ def main() -> None:
     optimizer = DistAdamW(model.parameters(), lr=3e-3, weight_decay=0.05)  # dist_adamw
     scheduler = CyclicLRWithRestarts(optimizer, BATCH, len(data), restart_period="1 epoch", t_mult=2)  # dist_adamw
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=scheduler, config=CONFIG)
-    prepare_deepspeed(engine)  # dist_adamw
+    dist_adamw.prepare_deepspeed(engine)  # dist_adamw
     folder = CheckpointFolder(f"{args.out}/checkpoints", every=args.save_every)  # dist_adamw
     if args.resume and (newest := folder.newest()) is not None:  # dist_adamw
-        engine.load_checkpoint(str(newest))
+        engine.load_checkpoint(str(newest))  # dist_adamw
 
     # DistributedSampler deals the same global batches to any number of ranks, so the clock tells what is left.
     first_epoch, done = divmod(scheduler.samples, len(data))  # dist_adamw
-    for epoch in range(first_epoch, args.epochs):
+    for epoch in range(first_epoch, args.epochs):  # dist_adamw
         sampler.set_epoch(epoch)
         for number, (x, y) in enumerate(loader):
-            if epoch == first_epoch and number * BATCH < done:
-                continue
-            samples, lr = scheduler.samples, scheduler.get_last_lr()[0]
+            if epoch == first_epoch and number * BATCH < done:  # dist_adamw
+                continue  # dist_adamw
+            samples, lr = scheduler.samples, scheduler.get_last_lr()[0]  # dist_adamw
             loss = nn.functional.mse_loss(engine(x.to(engine.device)), y.to(engine.device))
             engine.backward(loss)
             engine.step()
@@ -83,7 +78,7 @@ def main() -> None:
                 print(f"samples {samples} lr {lr!r} loss {float(mean):.6f}", flush=True)
             if folder.is_due(scheduler.samples):  # dist_adamw
                 folder.save(scheduler.samples, lambda path: engine.save_checkpoint(str(path)))  # dist_adamw
-            if scheduler.samples == args.stop_at:
+            if samples + BATCH == args.stop_at:
                 dist.destroy_process_group()
                 return
     dist.destroy_process_group()

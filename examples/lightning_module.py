@@ -53,13 +53,13 @@ class Waves(L.LightningModule):  # type: ignore[misc,unused-ignore]
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         scheduler: Any = self.lr_schedulers()
-        self.row = f"samples {scheduler.samples} lr {scheduler.get_last_lr()[0]!r}"
+        self.row = f"samples {scheduler.samples} lr {scheduler.get_last_lr()[0]!r}"  # dist_adamw
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         loss = self.trainer.strategy.reduce(outputs["loss"], reduce_op="mean")
         self.print(f"{self.row} loss {float(loss):.6f}", flush=True)
-        scheduler: Any = self.lr_schedulers()
-        if scheduler.samples == self.stop_at:
+        scheduler: Any = self.lr_schedulers()  # dist_adamw
+        if scheduler.samples == self.stop_at:  # dist_adamw
             raise SystemExit
 
 

@@ -67,8 +67,9 @@ def main() -> None:
 
     for epoch in range(scheduler.samples // len(data), args.epochs):  # dist_adamw
         sampler.set_epoch(epoch)
-        for image, label in loader:
-            samples, lr = scheduler.samples, scheduler.get_last_lr()[-1]  # of the head, which has lr_scale 1
+        for image, label in loader:  # dist_adamw
+            # The last group's lr is that of the head, which has lr_scale 1.
+            samples, lr = scheduler.samples, scheduler.get_last_lr()[-1]  # dist_adamw
             loss = nn.functional.cross_entropy(model(image.to(device)), label.to(device))
             loss.backward()
             optimizer.step()
@@ -78,7 +79,7 @@ def main() -> None:
             dist.all_reduce(mean)
             if dist.get_rank() == 0:
                 print(f"samples {samples} lr {lr!r} loss {float(mean):.6f}", flush=True)
-            if scheduler.samples == args.stop_at:
+            if samples + BATCH == args.stop_at:
                 dist.destroy_process_group()
                 return
         folder.save(scheduler.samples, lambda path: save(path, model, optimizer, scheduler))  # dist_adamw

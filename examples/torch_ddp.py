@@ -56,12 +56,12 @@ def main() -> None:
 
     # DistributedSampler deals the same global batches to any number of ranks, so the clock tells what is left.
     first_epoch, done = divmod(scheduler.samples, len(data))  # dist_adamw
-    for epoch in range(first_epoch, args.epochs):
+    for epoch in range(first_epoch, args.epochs):  # dist_adamw
         sampler.set_epoch(epoch)
         for number, (x, y) in enumerate(loader):
-            if epoch == first_epoch and number * BATCH < done:
-                continue
-            samples, lr = scheduler.samples, scheduler.get_last_lr()[0]
+            if epoch == first_epoch and number * BATCH < done:  # dist_adamw
+                continue  # dist_adamw
+            samples, lr = scheduler.samples, scheduler.get_last_lr()[0]  # dist_adamw
             loss = nn.functional.mse_loss(model(x.to(device)), y.to(device))
             loss.backward()
             optimizer.step()
@@ -73,7 +73,7 @@ def main() -> None:
                 print(f"samples {samples} lr {lr!r} loss {float(mean):.6f}", flush=True)
             if folder.is_due(scheduler.samples):  # dist_adamw
                 folder.save(scheduler.samples, lambda path: save(path, model, optimizer, scheduler))  # dist_adamw
-            if scheduler.samples == args.stop_at:
+            if samples + BATCH == args.stop_at:
                 dist.destroy_process_group()
                 return
     dist.destroy_process_group()

@@ -64,8 +64,11 @@ class SavableOptimizer(ShardedOptimizer):
             return self._share_state_dict()
         whole = self._whole_state()
         state_dict = super().state_dict()
+        check_keys(self.state)  # the user's hooks have run
         params = {param: i for i, param in enumerate(self._all_params())}
-        state_dict["state"] = {params[param]: dict(state) for param, state in whole.items() if param in params}
+        of_hooks = {key: entry for key, entry in state_dict["state"].items() if not isinstance(key, int)}
+        of_params = {params[param]: dict(state) for param, state in whole.items() if param in params}
+        state_dict["state"] = {**of_params, **of_hooks}
         return state_dict
 
     @property
@@ -76,7 +79,9 @@ class SavableOptimizer(ShardedOptimizer):
         """Return the state dict of this rank's elements, 1-D; ``"share"`` describes which they are. Local."""
         self._follow_alone()
         state_dict = super().state_dict()
-        state_dict["state"] = {key: dict(entry) for key, entry in state_dict["state"].items()}
+        check_keys(self.state)  # the user's hooks have run
+        entries = state_dict["state"].items()
+        state_dict["state"] = {key: dict(entry) if isinstance(entry, dict) else entry for key, entry in entries}
         if (share := describe_share(self.shards, self._all_params())) is not None:
             state_dict["share"] = share
         return state_dict

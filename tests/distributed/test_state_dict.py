@@ -303,6 +303,23 @@ def test_state_in_several_messages() -> None:
     run_ranks(3, check_messages)
 
 
+def check_hooks() -> list[object]:
+    model = small()
+    optimizer = DistAdamW(model.parameters(), **ADAMW)
+    train(DistributedDataParallel(model), optimizer, 0, 2)
+    optimizer.consolidate_state_dict(to=None)
+    optimizer.register_state_dict_post_hook(lambda _, saved: saved["state"].update(mine=1))
+    found: list[object] = list(optimizer.state_dict()["state"])
+    optimizer.register_state_dict_pre_hook(lambda one: one.state.update(mine=1))  # type: ignore[call-overload]
+    with pytest.raises(ValueError, match=r"optimizer\.state\['mine'\] is not the state of a parameter"):
+        optimizer.state_dict()
+    return found
+
+
+def test_what_hooks_of_state_dict_add_stays_or_is_refused() -> None:
+    assert run_ranks(2, check_hooks) == [[0, 1, 2, 3, "mine"]] * 2
+
+
 def check_masters() -> None:
     for master_dtype in (torch.float32, torch.int16):
         pair, other = Pair(master_dtype=master_dtype), Pair(master_dtype=master_dtype)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -12,14 +13,14 @@ from tests import ranks
 from tests.conftest import ROOT
 from tests.integration.agents import Agent, wait_until
 from tests.integration.example_ranks import run_example
+from tests.integration.plain_examples import CHANGES, EXAMPLES, differing, example, marked, plain
 
 EPOCH, SAVE, STOP = 4, 3, 7  # updates: of an epoch, from one checkpoint to the next, before the stop
 EPOCHS = 3
-EXAMPLES = sorted(path.stem for path in (ROOT / "examples").glob("*.py"))
 # The ranks add up gradients in another order, which changes the last bits, and every update passes that on.
 TOLERANCE = 1e-3
 AT_EPOCHS = {"accelerate_vision", "lightning_module", "timm_loop"}  # save there only
-PACKAGES = {"trainer_trl": "trl", "timm_loop": "timm", "lightning_module": "lightning"}
+PACKAGES = {"trainer_trl": "trl", "timm_loop": "timm", "lightning_module": "lightning", "ray_train": "ray"}
 Row = tuple[str, str, float]  # the clock, lr to the last bit, loss
 
 
@@ -50,15 +51,21 @@ def assert_continues(whole: list[Row], stopped: list[Row], resumed: list[Row]) -
         assert [row[2] for row in part] == pytest.approx([row[2] for row in expected], rel=TOLERANCE)
 
 
+def run(name: str, world_size: int, out: Path, *options: str) -> list[Row]:
+    if name == "ray_train":  # whose process starts the ranks
+        return rows(run_example(name, 1, out, *toy(name), *options, "--ranks", str(world_size)))
+    return rows(run_example(name, world_size, out, *toy(name), *options))
+
+
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_it_resumes_on_another_number_of_ranks(name: str, tmp_path: Path) -> None:
     if name in PACKAGES and importlib.util.find_spec(PACKAGES[name]) is None:
         pytest.skip(f"{PACKAGES[name]} is not installed")
     before, after = (1, 2) if EXAMPLES.index(name) % 2 else (2, 1)
-    whole = rows(run_example(name, after, tmp_path / "whole", *toy(name)))
-    stopped = rows(run_example(name, before, tmp_path / "run", *toy(name), "--stop_at", str(STOP * batch_of(name))))
+    whole = run(name, after, tmp_path / "whole")
+    stopped = run(name, before, tmp_path / "run", "--stop_at", str(STOP * batch_of(name)))
     assert len(stopped) == STOP
-    assert_continues(whole, stopped, rows(run_example(name, after, tmp_path / "run", *toy(name), "--resume")))
+    assert_continues(whole, stopped, run(name, after, tmp_path / "run", "--resume"))
 
 
 # ---------------------------------------------------------------- real launches
@@ -105,15 +112,16 @@ def test_killed_under_torchrun(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- the table
 
 
-def test_the_table_is_right() -> None:
-    """`examples/README.md` has each example, and the number of lines that differ."""
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_the_marked_lines_are_those_that_differ(name: str) -> None:
+    assert marked(name) == differing(name)
     text = (ROOT / "examples/README.md").read_text()
-    table = {
-        name: int(lines) for name, lines in re.findall(r"^\| \[(\w+)\.py\].* \| (\d+) of \d+ \|", text, re.MULTILINE)
-    }
-    marks = {}
+    assert re.search(rf"^\| \[{name}.py\].* \| {len(marked(name))} of {len(example(name))} \|", text, re.MULTILINE)
+
+
+def test_plain_scripts_have_every_name_that_they_use(tmp_path: Path) -> None:
     for name in EXAMPLES:
-        lines = (ROOT / "examples" / f"{name}.py").read_text().splitlines()
-        marks[name] = sum(line.endswith("# dist_adamw") for line in lines)
-        assert f"| {marks[name]} of {len(lines)} |" in text, f"{name}: {marks[name]} of {len(lines)}"
-    assert table == marks
+        (tmp_path / f"{name}.py").write_text("\n".join(plain(name)) + "\n")
+    ruff = subprocess.run(["ruff", "check", "--select", "F", "--isolated", tmp_path], capture_output=True, text=True)
+    assert ruff.returncode == 0, ruff.stdout
+    assert sorted(CHANGES) == EXAMPLES

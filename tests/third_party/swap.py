@@ -137,6 +137,7 @@ class SwappedRestarts(CyclicLRWithRestarts):
 
 def in_torch_tests() -> None:
     """Replace torch's classes for the rest of this process, before a test file or torch's database imports them."""
+    SwappedAdamW.__name__ = "AdamW"  # torch's tests have its name in theirs, and make exceptions by it
     torch.optim.AdamW = SwappedAdamW  # type: ignore[assignment,misc]
     torch.optim.Adam = swapped_adam  # type: ignore[assignment,misc]
     torch.optim.SGD = swapped_sgd  # type: ignore[assignment,misc]

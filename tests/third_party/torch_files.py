@@ -29,8 +29,9 @@ class TestFile:
 
 
 FILES = (
+    TestFile(("test_optim.py",), "optimizer", parts=("_AdamW_cpu",), without=("_large_tensor",)),  # since torch 2.3
     TestFile(
-        ("optim/test_optim.py", "test_optim.py"),
+        ("optim/test_optim.py",),
         "optimizer",
         parts=("adamw", "AdamW", "hook", "noop", "invalid_param", "duplicate_params", "fused", "multi_tensor"),
         without=("_memory", "peak_mem", "_large_tensor"),

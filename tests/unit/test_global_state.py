@@ -15,12 +15,15 @@ from dist_adamw import DistAdamW
 
 
 def optimizer_with(key: str, value: object, updates: int) -> DistAdamW:
-    param = nn.Parameter(torch.ones(3))
-    optimizer = DistAdamW([param], lr=0.1)
-    for _ in range(updates):
-        param.grad = torch.ones(3)
-        optimizer.step()
+    optimizer = optimizer_with_updates(updates)
     optimizer.state[key] = value  # type: ignore[index]
+    return optimizer
+
+
+def optimizer_with_updates(updates: int) -> DistAdamW:
+    optimizer = DistAdamW([nn.Parameter(torch.ones(3))], lr=0.1)
+    for _ in range(updates):
+        step(optimizer)
     return optimizer
 
 
@@ -61,6 +64,21 @@ def test_one_that_a_hook_of_load_state_dict_adds_is_refused() -> None:
     optimizer.register_load_state_dict_post_hook(note)
     with pytest.raises(ValueError, match=r"optimizer\.state\['loaded'\] is not the state of a parameter"):
         optimizer.load_state_dict(saved)
+
+
+def test_one_that_a_hook_of_state_dict_adds_is_refused() -> None:
+    optimizer = optimizer_with_updates(2)
+    optimizer.register_state_dict_pre_hook(lambda one: one.state.update(mine=1))  # type: ignore[call-overload]
+    with pytest.raises(ValueError, match=r"optimizer\.state\['mine'\] is not the state of a parameter"):
+        optimizer.state_dict()
+
+
+@pytest.mark.parametrize("value", [1, {"a": 1}])
+def test_what_a_hook_adds_to_the_state_dict_stays(value: object) -> None:
+    optimizer = optimizer_with_updates(2)
+    optimizer.register_state_dict_post_hook(lambda _, saved: saved["state"].update(mine=value))
+    assert list(optimizer.state_dict()["state"]) == [0, "mine"]
+    assert optimizer.state_dict()["state"]["mine"] == value
 
 
 def test_state_of_a_parameter_that_has_left_the_groups_is_no_error() -> None:
