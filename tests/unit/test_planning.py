@@ -29,7 +29,7 @@ from dist_adamw.planning.memory import Cost, sums_in_memory
 from dist_adamw.planning.model import ModelShapes, Parameter, read_model
 from dist_adamw.planning.own import DDP, ONE, TORCH_DDP
 from dist_adamw.planning.text import in_units, read_bytes
-from dist_adamw.planning.zero import _numel_touching_a_partition
+from dist_adamw.planning.zero import _partitions
 from tests.ranks import run_ranks
 
 GIB = 1 << 30
@@ -290,8 +290,9 @@ def test_the_parameters_that_touch_a_partition() -> None:
     owners = [n for n, size in enumerate(sizes) for _ in range(size)]
     for partition in (1, 2, 3, 7, 50, 200):
         touching = [set(owners[start : start + partition]) for start in range(0, len(owners), partition)]
-        expected = max(sum(sizes[n] for n in some) for some in touching)
-        assert _numel_touching_a_partition(model, partition) == expected
+        found = _partitions(model, partition)
+        assert {frozenset(some) for some in found.values()} == {frozenset(some) for some in touching}
+        assert all(found[rank] == touching[rank] for rank in found)
 
 
 def test_the_fewest_ranks_that_fit() -> None:
