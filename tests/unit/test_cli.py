@@ -109,7 +109,10 @@ def test_dashes_and_underscores_are_the_same(capsys: Capture) -> None:
         (["preview", *SIZES, "--policy=cosin"], "unknown policy 'cosin'"),
         (["preview", *SIZES, "--min_lr=1"], "min_lr must lie between 0"),
         (["preview", *SIZES, "--min_lr", "-1e-3"], "min_lr must lie between 0"),
-        (["preview", *SIZES, "--t_mult=1e300"], "cycle 1 would end after more than 1e+300 samples, which cannot be shown"),
+        (
+            ["preview", *SIZES, "--t_mult=1e300"],
+            "cycle 1 would end after more than 1e+300 samples, which cannot be shown",
+        ),
         (["preview", *SIZES, "--restart_period=1e308"], "cannot be shown. Lower restart_period=1e+308."),
         (["plot", *SIZES, "--cycles=1000000000"], "cycles must be at most 1,000, got 1,000,000,000."),
         (["preview", *SIZES, "--fit=scale"], "--fit scale needs --total_samples"),
