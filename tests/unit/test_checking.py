@@ -427,8 +427,7 @@ def test_keys_that_deepspeed_does_not_know(tmp_path: Path) -> None:
     assert [line.partition(" [")[0] for line in findings(tmp_path, None, None, config, None)] == [
         "d.json:3: error: gradient_cliping: DeepSpeed has no 'gradient_cliping' here, and ignores it. "
         "Did you mean gradient_clipping?",
-        "d.json:4: error: zenflow: DeepSpeed has no 'zenflow' here, and ignores it. It belongs in "
-        "zero_optimization.",
+        "d.json:4: error: zenflow: DeepSpeed has no 'zenflow' here, and ignores it. It belongs in zero_optimization.",
         "d.json:5: error: frobnicate: DeepSpeed has no 'frobnicate' here, and ignores it. Leave it out.",
         "d.json:8: error: zero_optimization.overlap_com: DeepSpeed has no 'overlap_com' in zero_optimization, and "
         "raises. Did you mean overlap_comm?",
