@@ -6,6 +6,7 @@ from typing import Any
 
 from dist_adamw.checking.batches import check_batches
 from dist_adamw.checking.deepspeed_json import check_deepspeed
+from dist_adamw.checking.deepspeed_keys import check_deepspeed_keys
 from dist_adamw.checking.end_of_training import check_end, end_of_training
 from dist_adamw.checking.inputs import Finding, Inputs, PathLike, read_inputs
 from dist_adamw.checking.launching import check_launch
@@ -72,7 +73,7 @@ def _read(
 
 
 def _check(inputs: Inputs, found: list[Finding]) -> list[Finding]:
-    checks = (check_launch, check_batches, check_deepspeed, check_end)
+    checks = (check_launch, check_deepspeed_keys, check_batches, check_deepspeed, check_end)
     findings = [*found, *(finding for one in checks for finding in one(inputs))]
     return sorted(findings, key=lambda one: (one.severity, one.file, one.line or 0))
 

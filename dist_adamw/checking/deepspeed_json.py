@@ -86,7 +86,10 @@ def _check_twice(inputs: Inputs) -> Iterator[Finding]:
             yield inputs.in_deepspeed("error", part, (part,), sentence)
             return
         kind = inputs.of_deepspeed(part, "type")
-        if inputs.recipe is not None:
+        if kind is None:
+            sentence = f'{part} has no "type", without which DeepSpeed ignores it. Add the type, or leave {part} out.'
+            yield inputs.in_deepspeed("warning", part, (part,), sentence)
+        elif inputs.recipe is not None:
             sentence = (
                 f"there is {'an' if part == 'optimizer' else 'a'} {part} ({kind}) here, and the recipe has one too. "
                 f'Leave "{part}" out, or do without the recipe.'

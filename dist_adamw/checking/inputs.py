@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from dist_adamw.recipes.kinds import ACCELERATE, DEEPSPEED, mistaken
 from dist_adamw.recipes.recipe import RecipeLike, TrainingRecipe, load_recipe
 from dist_adamw.recipes.source import FileError, Place, Problem, Source, read_file
 from dist_adamw.schedule.batch import check_positive_int
@@ -142,7 +143,7 @@ def read_inputs(
             if any(not problem.key for problem in error.problems):
                 raise
             findings += [Finding.at("error", "recipe", problem) for problem in error.problems]
-    accelerate = None if accelerate_config is None else _read_mapping(accelerate_config, "an Accelerate config")
+    accelerate = None if accelerate_config is None else _read_mapping(accelerate_config, ACCELERATE)
     inputs = Inputs(loaded, accelerate, None, (), ranks)
     if ranks is None and type(count := inputs.of_accelerate("num_processes")) is int and count > 0:
         ranks = count
@@ -154,6 +155,8 @@ def _read_mapping(path: PathLike, what: str) -> Source:
     source = read_file(path)
     if not isinstance(source.data, dict):
         raise FileError([source.problem((), f"the file has no keys and values at its top, which {what} has.")])
+    if (sentence := mistaken(source.data, what)) is not None:
+        raise FileError([source.problem((), sentence)])
     return source
 
 
@@ -167,12 +170,12 @@ def _deepspeed_of(inputs: Inputs, given: PathLike | None, findings: list[Finding
             sentence = f"there is no file {named}. The path is relative to the folder that the job is started in."
             findings.append(inputs.in_accelerate("error", "file", place, sentence))
             return None, ()
-        return _read_mapping(found, "a DeepSpeed configuration"), ()
+        return _read_mapping(found, DEEPSPEED), ()
     if given is not None:
         if isinstance(named, str) and _find(named, accelerate) not in (None, Path(given).resolve()):
             sentence = f"the config names {named}, and {os.fspath(given)} is to be checked. Pass the one that is used."
             findings.append(inputs.in_accelerate("warning", "file", place, sentence))
-        return _read_mapping(given, "a DeepSpeed configuration"), ()
+        return _read_mapping(given, DEEPSPEED), ()
     if isinstance(inputs.of_accelerate("deepspeed_config"), dict):
         return accelerate, ("deepspeed_config",)
     return None, ()

@@ -88,7 +88,7 @@ def _split(
         if option is None and word.removeprefix("no_") in options and options[word.removeprefix("no_")].is_flag:
             option, given = options[word.removeprefix("no_")], "false"
         if option is None or not arg.startswith("--"):
-            raise UsageError(f"{name} has no option {arg.partition('=')[0]}.{_hint(word, options)}")
+            raise UsageError(f"{name} has no option {arg.partition('=')[0]}.{_hint(word, parameters)}")
         if given is None and option.is_flag:
             given = rest.pop(0) if rest and rest[0].lower() in (*_TRUE, *_FALSE) else "true"
         if given is None:
@@ -99,7 +99,10 @@ def _split(
     return places, texts, is_json
 
 
-def _hint(word: str, options: Iterable[str]) -> str:
+def _hint(word: str, parameters: Iterable[Parameter]) -> str:
+    if word in [one.name for one in parameters if one.is_positional]:
+        return f" Pass {word.upper()} without a name."
+    options = [one.name for one in parameters if not one.is_positional]
     return did_you_mean(f"--{word}", [f"--{one}" for one in (*options, "json", "help")])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -11,6 +12,7 @@ from dist_adamw.cli.answer import CANNOT, Answer
 from dist_adamw.cli.arguments import HelpAskedError, UsageError, did_you_mean, read_arguments
 from dist_adamw.cli.helping import help_of, overview
 from dist_adamw.cli.verbs import VERBS
+from dist_adamw.json_text import json_text
 
 _INTERRUPTED = 130  # as shells have it: 128 + SIGINT
 
@@ -26,28 +28,30 @@ def main(args: Sequence[str] | None = None) -> int:
         return _INTERRUPTED
     except UsageError as error:
         is_verb = bool(args) and args[0] in VERBS
-        print(f"dist-adamw: {error} See dist-adamw {args[0] + ' ' if is_verb else ''}--help.", file=sys.stderr)
-        return CANNOT
+        return _refuse(args, f"{error} See dist-adamw {args[0] + ' ' if is_verb else ''}--help.")
     except (ValueError, ModuleNotFoundError, OSError, ArithmeticError) as error:
-        print(f"dist-adamw: {_sentence(error)}", file=sys.stderr)
-        return CANNOT
+        return _refuse(args, _sentence(error))
     # Outside of the `try`: the errors of a script are its own.
     return answer()
 
 
 def _answer(args: list[str]) -> tuple[Answer | Callable[[], int], bool]:
     """Return the verb's answer, or the rest of its work, and whether to print JSON."""
-    if not args or args[0] in ("-h", "--help"):
+    if not args or args[0] in ("-h", "--help") or args == ["help"]:
         return Answer(overview(), {}), False
     if args[0] in ("-V", "--version"):
         return Answer(f"dist-adamw {__version__}", {}), False
+    if args[0] == "help":
+        args = [*args[1:2], "--help"]
     name, *rest = args
     if name.startswith("-"):
         raise UsageError(f"name a verb before its options: {', '.join(VERBS)}.")
     if name.replace("_", "-") in VERBS:
         name = name.replace("_", "-")
     if name not in VERBS:
-        raise UsageError(f"there is no verb {name!r}.{did_you_mean(name, VERBS) or f' It has {_verbs()}.'}")
+        raise UsageError(
+            f"there is no verb {name!r}.{did_you_mean(name, [*VERBS, '--version']) or f' It has {_verbs()}.'}"
+        )
     try:
         positional, options, is_json = read_arguments(name, VERBS[name], rest)
     except HelpAskedError:
@@ -70,6 +74,15 @@ def _print(answer: Answer, is_json: bool) -> int:
         # Python would flush stdout again at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return answer.status
+
+
+def _refuse(args: Sequence[str], sentence: str) -> int:
+    """Print why there is no answer: to stderr, and with ``--json`` to stdout too."""
+    print(f"dist-adamw: {sentence}", file=sys.stderr)
+    if "--json" in args:
+        with contextlib.suppress(OSError):  # it may be what failed
+            print(json_text({"error": sentence}), flush=True)
+    return CANNOT
 
 
 def _sentence(error: Exception) -> str:

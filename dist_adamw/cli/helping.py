@@ -13,8 +13,8 @@ from dist_adamw.cli.verbs import VERBS, Verb
 STATUSES = """\
 exit status:
   0  done
-  1  the answer is no: runs differ, a checkpoint is not whole, files have problems
-  2  the request cannot be carried out; stderr says why"""
+  1  the answer is no: runs differ, a checkpoint is not whole, files have problems, nothing fits
+  2  the question cannot be answered; stderr says why"""
 _JSON = "Print one JSON document to stdout."
 _FILES = ("recipe", "recipes", "path", "source", "target", "run_a", "run_b", "script", "out", "plot", "optimizer")
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from dist_adamw.cli.answer import CANNOT, DONE, NO, Answer, fields_of
+from dist_adamw.cli.recipe_files import name_options, recipe_with
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,23 +65,21 @@ def plan(model: str, recipe: str | None = None, *, options: PlanOptions, epoch_s
             f"{model} looks like a recipe, and the model comes first: dist-adamw plan 1.3B {model}, or a factory or "
             "configuration in place of 1.3B."
         )
-    text, data = plan_command(model, _recipe(recipe, epoch_size), **fields_of(options))
+    given = _recipe(recipe, epoch_size, has_batch=options.batch_size is not None)
+    with name_options():
+        text, data = plan_command(model, given, **fields_of(options))
     return Answer(text, data, DONE if data["feasible"] else NO)
 
 
-def _recipe(path: str | None, epoch_size: int | None) -> Any:
+def _recipe(path: str | None, epoch_size: int | None, *, has_batch: bool) -> Any:
     from dist_adamw.recipes.recipe import load_recipe
 
     if path is None:
         if epoch_size is not None:
             raise ValueError(f"--epoch_size {epoch_size} needs a recipe file, whose restarts it counts. Leave it out.")
         return None
-    recipe = load_recipe(path)
-    if epoch_size is not None:
-        return recipe.with_changes(scheduler={"epoch_size": epoch_size})
-    if "epoch_size" not in recipe.scheduler:
-        raise ValueError(f"{path} has no epoch_size, which its restarts depend on. Pass --epoch_size, in samples.")
-    return recipe
+    changes = {} if epoch_size is None else {"scheduler": {"epoch_size": epoch_size}}
+    return recipe_with(load_recipe(path), changes, has_batch=has_batch)
 
 
 def check(

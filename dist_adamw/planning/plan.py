@@ -163,9 +163,7 @@ def plan(
     shapes = shapes_from(model, module, dtype=dtype, layers=layers)
     given = Given(scheduler, None, batch_size, micro_batch_size, total_samples)
     if recipe is not None:
-        if batch_size is not None and recipe.batch.get("size") is None:
-            recipe, given = recipe.with_changes(batch={"size": batch_size}), replace(given, batch_size=None)
-        given = _merged(from_recipe(recipe, module), given)
+        given = _merged(recipe, module, given)
     if given.scheduler is not None and given.optimizer is None:
         given = replace(given, optimizer=given.scheduler.optimizer)
     setup = setup_of(given.optimizer, Setup() if setup is None else setup)
@@ -188,17 +186,20 @@ def _engines(engines: Sequence[str] | None) -> list[str]:
     return list(ENGINES if engines is None else engines)
 
 
-def _merged(recipe: Given, given: Given) -> Given:
+def _merged(recipe: TrainingRecipe, module: nn.Module | None, given: Given) -> Given:
     """Return what the recipe says, but what the caller says in its place."""
     if given.scheduler is not None:
         raise ValueError("pass a recipe or a scheduler, not both.")
     if given.batch_size is not None:
-        raise ValueError("the recipe has the global batch, which its schedule depends on: leave batch_size out.")
+        if recipe.batch.get("size") is not None:
+            raise ValueError("the recipe has the global batch, which its schedule depends on: leave batch_size out.")
+        recipe = recipe.with_changes(batch={"size": given.batch_size})
+    found = from_recipe(recipe, module)
     micro, total = given.micro_batch_size, given.total_samples
     return replace(
-        recipe,
-        micro_batch_size=recipe.micro_batch_size if micro is None else micro,
-        total_samples=recipe.total_samples if total is None else total,
+        found,
+        micro_batch_size=found.micro_batch_size if micro is None else micro,
+        total_samples=found.total_samples if total is None else total,
     )
 
 

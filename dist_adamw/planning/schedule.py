@@ -14,7 +14,7 @@ from dist_adamw.planning.memory import Setup
 from dist_adamw.recipes.recipe import TrainingRecipe
 from dist_adamw.schedule.batch import GlobalBatch, check_positive_int
 from dist_adamw.schedule.batch_schedule import BatchSchedule, BatchSizes
-from dist_adamw.schedule.lengths import Length
+from dist_adamw.schedule.lengths import Length, parse
 from dist_adamw.schedule.preview import Preview
 from dist_adamw.schedule.scheduler import CyclicLRWithRestarts
 
@@ -138,11 +138,11 @@ def schedule_plan(given: Given) -> SchedulePlan:
     batches = None if size is None else BatchSchedule((0,), (check_positive_int("batch_size", size),))
     total_samples = given.total_samples
     if isinstance(total_samples, str):
-        try:
-            total_samples = int(total_samples.replace("_", "").replace(",", ""))
-        except ValueError as error:
+        amount, unit = parse("total_samples", total_samples.replace(",", ""), "samples")
+        if unit != "samples" or amount.denominator != 1:
             raise ValueError(
                 f"total_samples={total_samples!r} needs a recipe, which knows its units; pass a number of samples."
-            ) from error
+            )
+        total_samples = int(amount)
     total = None if total_samples is None else check_positive_int("total_samples", total_samples)
     return SchedulePlan(batches, micro, total)

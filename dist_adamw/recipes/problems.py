@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
+import functools
+import operator
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
@@ -35,6 +39,7 @@ _OTHER_NAMES = {
     "epochs": ("training", "total_samples"),
     "num_train_epochs": ("training", "total_samples"),
 }
+_UNKNOWN = ("extra_forbidden", "invalid_key")  # what pydantic calls an unknown key
 _WORDS = {
     "integer": "a whole number",
     "number": "a number",
@@ -50,8 +55,8 @@ def problems_of(error: ValidationError, source: Source) -> list[Problem]:
     found: dict[Place, str] = {}
     for one in error.errors(include_url=False):
         place = _place(source.data, one["loc"])
-        if one["type"] in ("extra_forbidden", "invalid_key"):
-            place = place if place[-1:] == one["loc"][-1:] else (*place, one["loc"][-1])
+        if one["type"] in _UNKNOWN:
+            place = _place_of_unknown(source.data, one["loc"])
             found[place] = _unknown(place)
             continue
         place = place if place[1:2] == ("averages",) else place[:2]
@@ -62,6 +67,54 @@ def problems_of(error: ValidationError, source: Source) -> list[Problem]:
         found.setdefault(place, sentence)
     problems = [source.problem(place, sentence) for place, sentence in found.items()]
     return sorted(problems, key=lambda problem: problem.line or 0)
+
+
+def with_corrected_keys(error: ValidationError, source: Source) -> Source | None:
+    """Return the file with every unknown key under the name that was probably meant, or without it. Local.
+
+    Returns:
+        None if a value is of the wrong kind, or a key has the name and perhaps the unit of another library: what
+        depends on it cannot be checked.
+    """
+    errors = error.errors(include_url=False)
+    if any(one["type"] not in _UNKNOWN or one["loc"][-1] in _OTHER_NAMES for one in errors):
+        return None
+    data, lines = copy.deepcopy(source.data), dict(source.lines)
+    for one in errors:
+        place = _place_of_unknown(source.data, one["loc"])
+        meant = _meant(place)
+        value = functools.reduce(operator.getitem, place[:-1], data).pop(place[-1])
+        if meant is not None and _add(data, meant, value):
+            lines |= {(*meant, *at[len(place) :]): line for at, line in lines.items() if at[: len(place)] == place}
+    data = {name: keys for name, keys in data.items() if keys != {}}
+    return replace(source, data=data, lines=lines) if data else None
+
+
+def _add(data: dict[Any, Any], place: Place, value: Any) -> bool:
+    """Add a value at ``place``; return False if there is one."""
+    around = data if len(place) == 1 else data.setdefault(place[0], {})
+    if not isinstance(around, dict) or place[-1] in around:
+        return False
+    around[place[-1]] = value
+    return True
+
+
+def _place_of_unknown(data: Any, loc: tuple[Any, ...]) -> Place:
+    place = _place(data, loc)
+    return place if place[-1:] == loc[-1:] else (*place, loc[-1])
+
+
+def _meant(place: Place) -> Place | None:
+    """Return the place of the key that ``place`` was probably meant for."""
+    key, section = place[-1], place[0] if len(place) == 2 else None
+    if len(place) > 2 or key in NOT_IN_FILES:
+        return None
+    homes = [(name, key) for name, model in SECTIONS.items() if key in model.model_fields]
+    if homes:
+        return homes[0]
+    here = SECTIONS if section is None else SECTIONS[section].model_fields
+    near = difflib.get_close_matches(str(key), here, n=1)
+    return (*place[:-1], near[0]) if near else None
 
 
 def _place(data: Any, loc: tuple[Any, ...]) -> Place:

@@ -23,9 +23,10 @@ from torch.optim.optimizer import ParamsT
 
 from dist_adamw.optimizer.adamw import DistAdamW
 from dist_adamw.recipes.decay import NoDecay, parameter_groups
-from dist_adamw.recipes.problems import problems_of
+from dist_adamw.recipes.kinds import RECIPE, mistaken
+from dist_adamw.recipes.problems import problems_of, with_corrected_keys
 from dist_adamw.recipes.sections import DTYPES, SECTIONS, RecipeFile
-from dist_adamw.recipes.source import FileError, Place, Source, read_file
+from dist_adamw.recipes.source import FileError, Place, Problem, Source, read_file
 from dist_adamw.schedule.batch import GlobalBatch
 from dist_adamw.schedule.batch_schedule import read_batch, solve_each
 from dist_adamw.schedule.lengths import Length, Sizes, in_samples, parse
@@ -194,8 +195,10 @@ class TrainingRecipe:
         for name, keys in sections.items():
             data[name] = {**data.get(name, {}), **keys}
             changed |= {(name, key) for key in keys}
+        changed |= {(name,) for name in sections if not self._sections.get(name)}
         lines = {place: line for place, line in self.source.lines.items() if place[:2] not in changed}
-        return _read(Source(self.source.name, {name: keys for name, keys in data.items() if keys}, lines))
+        data = {name: keys for name, keys in data.items() if keys}
+        return _read(Source(self.source.name, data, lines, self.source.changed | changed))
 
     def to_yaml(self) -> str:
         """Return the recipe as the text of a file. Local."""
@@ -260,14 +263,28 @@ def _read(source: Source) -> TrainingRecipe:
         what = "is empty" if not data else f"has {'a list' if isinstance(data, list) else 'a text'} at its top"
         sections = ", ".join(SECTIONS)
         raise FileError([source.problem((), f"the file {what}; a recipe has the sections {sections}. Write one.")])
+    if (sentence := mistaken(data, RECIPE)) is not None:
+        raise FileError([source.problem((), sentence)])
     try:
         checked = RecipeFile.model_validate(data)
     except ValidationError as error:
-        raise FileError(problems_of(error, source)) from error
+        raise FileError([*problems_of(error, source), *_problems_of_values(error, source)]) from error
     given = {name: _given(getattr(checked, name), data.get(name, {})) for name in SECTIONS}
     recipe = TrainingRecipe(given, source)
     _check_ranges(recipe)
     return recipe
+
+
+def _problems_of_values(error: ValidationError, source: Source) -> list[Problem]:
+    """Return the problems that are left when misspelt keys are corrected, if no value of a known key is left out."""
+    corrected = with_corrected_keys(error, source)
+    if corrected is None:
+        return []
+    try:
+        _read(corrected)
+    except FileError as found:
+        return list(found.problems)
+    return []
 
 
 def _given(section: BaseModel, data: Mapping[str, Any]) -> Section:

@@ -72,14 +72,21 @@ class Source:
         name: The file's path as given; "recipe" for a mapping that was passed in code.
         data: Dicts, lists, text, numbers, bools and None.
         lines: The line of each key or list element, from 1.
+        changed: The places whose values are not from the file.
     """
 
     name: str
     data: Any
     lines: Mapping[Place, int] = field(default_factory=dict)
+    changed: frozenset[Place] = frozenset()
 
     def problem(self, place: Place, sentence: str) -> Problem:
-        """Return a problem at ``place``, or at the innermost key around it that the file has."""
+        """Return a problem at ``place``, or at the innermost key around it that the file has.
+
+        One of a value that replaces the file's has no line.
+        """
+        if any(place[:n] in self.changed for n in range(1, len(place) + 1)):
+            return Problem(f"{self.name}, as changed", None, ".".join(map(str, place)), sentence)
         line = next((self.lines[place[:n]] for n in range(len(place), -1, -1) if place[:n] in self.lines), None)
         return Problem(self.name, line, ".".join(map(str, place)), sentence)
 
@@ -131,6 +138,8 @@ def _marked(name: str, error: yaml.MarkedYAMLError) -> FileError:
     mark = error.problem_mark or error.context_mark
     line = None if mark is None else mark.line + 1
     problem = error.problem or str(error)
+    if not name.endswith((".yaml", ".yml", ".json")) or "<document start>" in problem:
+        return _at(name, line, 'the file is not YAML or JSON: "key: value" is expected here. Pass a file of settings.')
     if "'\\t'" in problem:
         return _at(name, line, "there is a tab, and YAML is indented by spaces. Replace it.")
     if "mapping values are not allowed" in problem:

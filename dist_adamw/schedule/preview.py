@@ -342,7 +342,8 @@ def _starts(schedule: RestartSchedule, cycles: int) -> list[int]:
             if index > 1:
                 advice += f" or t_mult={shown(schedule.t_mult)}, or pass cycles={index - 1}"
             raise ValueError(
-                f"cycle {index - 1} would end after more than {_LARGEST:g} samples, which cannot be shown. Lower {advice}."
+                f"cycle {index - 1} would end after more than {_LARGEST:g} samples, which cannot be shown. "
+                f"Lower {advice}."
             )
     return starts
 

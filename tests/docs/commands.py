@@ -78,6 +78,7 @@ ELSEWHERE: dict[str, str] = {
     "python -m tests.third_party": THIRD_PARTY,
     "python -m tests.third_party --only accelerate --ranks 2": THIRD_PARTY,
     "python -m tests.third_party --torch-tests ~/pytorch": "by hand: a checkout of torch",
+    "mkdir -p ~/.local/share/bash-completion/completions": COMPLETION,
     "dist-adamw completion bash > ~/.local/share/bash-completion/completions/dist-adamw": COMPLETION,
     "dist-adamw inspect runs/mine/checkpoints --verify --json | jq -r .checkpoint": VERIFY,
     "python -m tests.house": "tests/unit/test_rooms.py::test_the_house_stays_within_its_limits",

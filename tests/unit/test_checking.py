@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from dist_adamw.checking.check import check, check_files
+from dist_adamw.checking.deepspeed_keys import _installed_keys
 from tests.conftest import ROOT
 
 RECIPE = """\
@@ -359,6 +360,35 @@ CASES: dict[str, tuple[str | None, str | None, Any, int | None, list[tuple[str, 
         None,
         [("d.json:11: warning: scheduler.params.batch_size: batch_size is a schedule", "[batch]")],
     ),
+    "misspelt keys and mistaken values": (
+        "optimizer: {lrr: 3, weight_decay: -1}\nscheduler: {decay_lenght: 5%, polcy: wsd}\n",
+        None,
+        None,
+        None,
+        [
+            ("r.yaml:1: error: optimizer.lrr: there is no 'lrr' in optimizer. Did you mean lr?", "[recipe]"),
+            ("r.yaml:1: error: optimizer.weight_decay: Invalid weight_decay value: -1", "[recipe]"),
+            ("r.yaml:2: error: scheduler.decay_lenght: there is no", "[recipe]"),
+            ("r.yaml:2: error: scheduler.polcy: there is no", "[recipe]"),
+        ],
+    ),
+    "a misspelt key with a mistaken value": (
+        "training: {total_samples: 3 epochs}\nscheduler:\n  restart_perid: 1 epok\n",
+        None,
+        None,
+        None,
+        [
+            ("r.yaml:3: error: scheduler.restart_perid: there is no", "[recipe]"),
+            ("r.yaml:3: error: scheduler.restart_period: restart_period='1 epok' has an unknown unit", "[recipe]"),
+        ],
+    ),
+    "an optimizer without a type": (
+        RECIPE,
+        DEEPSPEED,
+        {**JSON, "optimizer": {"params": {"lr": 1e-3}}},
+        None,
+        [('d.json:8: warning: optimizer: optimizer has no "type", without which DeepSpeed ignores it', "[optimizer]")],
+    ),
     "mistakes in the recipe": (
         "optimizer: {lrr: 3}\nscheduler: {x: 1}\n",
         "distributed_type: NO\nnum_processes: 2\n",
@@ -379,8 +409,66 @@ def test_keys_that_accelerate_does_not_know(tmp_path: Path) -> None:
         "a.yaml:2: error: num_proceses: there is no 'num_proceses' in an Accelerate config. "
         "Did you mean num_processes? [key]"
     ]
-    (line,) = findings(tmp_path, None, "optimizer: {lr: 1.0e-3}\n", None, None)
-    assert line.startswith("a.yaml:1: error: optimizer: there is no 'optimizer' in an Accelerate config. Pass the file")
+    (line,) = findings(tmp_path, None, "optim: {lr: 1.0e-3}\n", None, None)
+    assert line.startswith("a.yaml:1: error: optim: there is no 'optim' in an Accelerate config. Pass the file")
+
+
+def test_keys_that_deepspeed_does_not_know(tmp_path: Path) -> None:
+    pytest.importorskip("deepspeed")
+    config = {
+        "_comment": "a comment",
+        "gradient_cliping": 1.0,
+        "zenflow": {},
+        "frobnicate": 1,
+        "zero_optimization": {"stage": 3, "overlap_com": True, "offload_param": {"devise": "cpu"}},
+        "bf16": {"enable": True},
+        "train_micro_batch_size_per_gpu": 1,
+    }
+    assert [line.partition(" [")[0] for line in findings(tmp_path, None, None, config, None)] == [
+        "d.json:3: error: gradient_cliping: DeepSpeed has no 'gradient_cliping' here, and ignores it. "
+        "Did you mean gradient_clipping?",
+        "d.json:4: error: zenflow: DeepSpeed has no 'zenflow' here, and ignores it. It belongs in zero_optimization.",
+        "d.json:5: error: frobnicate: DeepSpeed has no 'frobnicate' here, and ignores it. Leave it out.",
+        "d.json:8: error: zero_optimization.overlap_com: DeepSpeed has no 'overlap_com' in zero_optimization, and "
+        "raises. Did you mean overlap_comm?",
+        "d.json:10: error: zero_optimization.offload_param.devise: DeepSpeed has no 'devise' in offload_param, and "
+        "raises. Did you mean device?",
+        "d.json:14: error: bf16.enable: DeepSpeed has no 'enable' in bf16, and raises. Did you mean enabled?",
+    ]
+
+
+def test_the_keys_are_those_of_deepspeed() -> None:
+    """Every key that DeepSpeed's own classes have is known."""
+    pytest.importorskip("deepspeed")
+    from deepspeed.runtime.precision_config import DeepSpeedFP16Config
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    keys = _installed_keys()
+    assert keys is not None
+    for place, model in ((("zero_optimization",), DeepSpeedZeroConfig), (("fp16",), DeepSpeedFP16Config)):
+        fields = {*model.model_fields, *(one.alias for one in model.model_fields.values() if one.alias)}
+        assert keys.below[place] == fields
+    # From https://www.deepspeed.ai/docs/config-json, one of each part.
+    assert keys.top >= {"steps_per_print", "wall_clock_breakdown", "flops_profiler", "activation_checkpointing", "aio"}
+    assert keys.top >= {"tensorboard", "wandb", "csv_monitor", "comms_logger", "data_types", "compile", "checkpoint"}
+
+
+@pytest.mark.parametrize("argument", ["recipe", "accelerate_config", "deepspeed"])
+def test_a_file_of_another_kind(argument: str, tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text(RECIPE)
+    (tmp_path / "a.yaml").write_text(DEEPSPEED)
+    (tmp_path / "d.json").write_text(json.dumps(JSON))
+    kinds = {
+        "recipe": "a recipe",
+        "accelerate_config": "an Accelerate config",
+        "deepspeed": "a DeepSpeed configuration",
+    }
+    files = dict(zip(kinds, ("r.yaml", "a.yaml", "d.json"), strict=True))
+    for other in kinds.keys() - {argument}:
+        with pytest.raises(
+            ValueError, match=f"this is {kinds[other]}, and not {kinds[argument]}. Pass {kinds[argument]}"
+        ):
+            check(**{argument: tmp_path / files[other]})
 
 
 @pytest.mark.parametrize("name", CASES)

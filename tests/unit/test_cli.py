@@ -45,12 +45,12 @@ def answer(capsys: Capture, *args: str, status: int = 0) -> Any:
 # ---------------------------------------------------------------- help
 
 
-@pytest.mark.parametrize("args", [[], ["--help"], ["-h"]])
+@pytest.mark.parametrize("args", [[], ["--help"], ["-h"], ["help"]])
 def test_the_overview_has_a_line_for_each_verb(args: list[str], capsys: Capture) -> None:
     lines = run(capsys, *args).splitlines()
     for verb in VERBS:
         assert sum(line.startswith(f"  {verb} ") for line in lines) == 1
-    assert "  2  the request cannot be carried out; stderr says why" in lines
+    assert "  2  the question cannot be answered; stderr says why" in lines
 
 
 def test_the_version(capsys: Capture) -> None:
@@ -65,6 +65,7 @@ def test_help_of_a_verb(verb: str, capsys: Capture) -> None:
     assert "--json" in out
     assert "exit status:" in out
     assert "None" not in out
+    assert run(capsys, "help", verb) == out
     assert run(capsys, verb, "too", "many", "-h") == out if verb != "lr-range" else True
 
 
@@ -93,6 +94,8 @@ def test_dashes_and_underscores_are_the_same(capsys: Capture) -> None:
         (["preview", "--restart_periods", "2"], "no option --restart_periods. Did you mean --restart_period?"),
         (["preview", "--restart-periods", "2"], "no option --restart-periods. Did you mean --restart_period?"),
         (["preview", "--restart", "2"], "no option --restart. Did you mean --restart_period"),
+        (["preview", "--recipe", "a.yaml"], "preview has no option --recipe. Pass RECIPE without a name."),
+        (["version"], "there is no verb 'version'. Did you mean --version?"),
         (["preview", "-lr", "2"], "no option -lr. Did you mean --lr?"),
         (["preview", "--xyzzy", "2"], "preview has no option --xyzzy. See dist-adamw preview --help."),
         (["batch", "--size", "256", "--micro_batch_size"], "--micro_batch_size needs a value: a whole number"),
@@ -109,7 +112,10 @@ def test_dashes_and_underscores_are_the_same(capsys: Capture) -> None:
         (["preview", *SIZES, "--policy=cosin"], "unknown policy 'cosin'"),
         (["preview", *SIZES, "--min_lr=1"], "min_lr must lie between 0"),
         (["preview", *SIZES, "--min_lr", "-1e-3"], "min_lr must lie between 0"),
-        (["preview", *SIZES, "--t_mult=1e300"], "cycle 1 would end after more than 1e+300 samples, which cannot be shown"),
+        (
+            ["preview", *SIZES, "--t_mult=1e300"],
+            "cycle 1 would end after more than 1e+300 samples, which cannot be shown",
+        ),
         (["preview", *SIZES, "--restart_period=1e308"], "cannot be shown. Lower restart_period=1e+308."),
         (["plot", *SIZES, "--cycles=1000000000"], "cycles must be at most 1,000, got 1,000,000,000."),
         (["preview", *SIZES, "--fit=scale"], "--fit scale needs --total_samples"),
@@ -229,8 +235,23 @@ def test_batch_as_json(capsys: Capture) -> None:
     }
 
 
-def test_a_mistake_prints_no_json(capsys: Capture) -> None:
-    refused(capsys, "batch", "--size=100", "--micro_batch_size=8", "--json")
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["batch", "--size=100", "--micro_batch_size=8"],
+        ["batch", "--size=100", "--xyzzy"],
+        ["previw"],
+        ["preview", "no/such.yaml"],
+        ["inspect", "no/such"],
+        ["lr-range", "no/such.py"],
+    ],
+)
+def test_a_mistake_as_json(args: list[str], capsys: Capture) -> None:
+    assert main([args[0], "--json", *args[1:]]) == 2
+    out, error = capsys.readouterr()
+    found = json.loads(out)
+    assert found.keys() == {"error"}
+    assert error == f"dist-adamw: {found['error']}\n"
 
 
 # ---------------------------------------------------------------- completion

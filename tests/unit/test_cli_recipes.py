@@ -48,6 +48,12 @@ def test_fit_makes_a_cycle_end_with_training(recipe: str, capsys: Capture) -> No
         found = answer(capsys, "preview", recipe, "--total_samples=4 epochs", "--fit=scale")
         assert found["end"]["total_samples"] == 4000
         assert found["end"]["is_at_cycle_end"] is True
+    Path(recipe).write_text(RECIPE.replace("3 epochs", "3.4 epochs"))
+    assert answer(capsys, "preview", recipe)["end"]["is_at_cycle_end"] is False
+    assert answer(capsys, "preview", recipe, "--fit=last")["end"]["is_at_cycle_end"] is True
+    Path(recipe).write_text(RECIPE.replace("training", "#"))
+    assert "--fit last needs --total_samples, since" in refused(capsys, "preview", recipe, "--fit=last")
+    Path(recipe).write_text(text)
     assert answer(capsys, "preview", recipe, "--total_samples=4 epochs")["end"]["is_at_cycle_end"] is True
 
 
@@ -61,8 +67,33 @@ def test_a_mistake_in_the_file(recipe: str, capsys: Capture) -> None:
 
 def test_a_file_without_an_epoch_size(recipe: str, capsys: Capture) -> None:
     Path(recipe).write_text(RECIPE.replace(", epoch_size: 1000", ""))
-    assert "epoch_size" in refused(capsys, "preview", recipe)
+    for verb in ("preview", "plot"):
+        assert f"{recipe} has no scheduler.epoch_size" in refused(capsys, verb, recipe)
+    assert "Pass --epoch_size, in samples, or write it there" in refused(capsys, "preview", recipe)
     run(capsys, "preview", recipe, "--epoch_size=1000")
+
+
+@pytest.mark.parametrize(
+    ("option", "sentence"),
+    [
+        ("--epoch_size=-5", "--epoch_size: epoch_size must be a whole number above 0, got -5."),
+        ("--batch_size=0", "--batch_size: batch_size must be a whole number above 0, got 0."),
+        ("--lr=-1", "--lr: Invalid learning rate: -1.0"),
+        ("--min_lr=5", "--min_lr: min_lr must lie between"),
+        ("--total_samples=3 epok", "--total_samples: total_samples='3 epok' has an unknown unit"),
+        ("--tokens_per_sample=0", "--tokens_per_sample: "),
+    ],
+)
+def test_a_mistaken_option_is_not_blamed_on_the_file(option: str, sentence: str, recipe: str, capsys: Capture) -> None:
+    assert refused(capsys, "preview", recipe, option).startswith(f"dist-adamw: {sentence}")
+
+
+def test_a_file_that_is_no_recipe(tmp_path: Path, capsys: Capture) -> None:
+    (tmp_path / "page.md").write_text("# A page\n\nWith text.\n\nAnd more: text.\n")
+    sentence = refused(capsys, "preview", str(tmp_path / "page.md"))
+    assert 'page.md:5: the file is not YAML or JSON: "key: value" is expected here' in sentence
+    config = "configs/deepspeed/adamwr_zero2.json"
+    assert "this is a DeepSpeed configuration, and not a recipe" in refused(capsys, "preview", config)
 
 
 def test_several_recipes_in_one_picture(recipe: str, tmp_path: Path, capsys: Capture) -> None:
@@ -86,7 +117,7 @@ def test_plan_of_a_recipe(recipe: str, capsys: Capture) -> None:
     assert found["ranks"][1]["batch"]["gradient_accumulation_steps"] == 5
     assert "1.3B parameters" in run(capsys, "plan", "1.3B", recipe, "--ranks=1,2")
     Path(recipe).write_text(RECIPE.replace(", epoch_size: 1000", ""))
-    assert f"{recipe} has no epoch_size" in refused(capsys, "plan", "1.3B", recipe)
+    assert f"{recipe} has no scheduler.epoch_size" in refused(capsys, "plan", "1.3B", recipe)
     found = answer(capsys, "plan", "1.3B", recipe, "--epoch-size=500", "--ranks=1")
     assert found["schedule"]["total_samples"] == 1500
     assert "needs a recipe file" in refused(capsys, "plan", "1.3B", "--epoch-size=500")

@@ -368,7 +368,7 @@ def test_a_recipe() -> None:
 
 
 def test_the_command_returns_text_and_plain_data() -> None:
-    options: dict[str, Any] = {"batch_size": 64, "micro_batch_size": 4, "total_samples": "6_400"}
+    options: dict[str, Any] = {"batch_size": 64, "micro_batch_size": 4, "total_samples": "6.4e3"}
     text, data = plan_command(
         "1.3B", ranks="1,4", memory="24GiB", activations="2GiB", mixed_precision="bf16", **options
     )
