@@ -31,7 +31,6 @@ from dist_adamw.wrappers import unwrap
 
 KEY = "dist_adamw"  # in Lightning's file: the name of the folder
 _SUFFIX = ".dist_adamw"
-_ADVICE = "Call dist_adamw.prepare_lightning(trainer) before trainer.fit(ckpt_path=...)."
 _NAME = re.compile(r"\d+-[0-9a-f]{8}")
 
 
@@ -70,7 +69,7 @@ class Checkpoints:
         self._trainer, self._before_save, self._on_difference = trainer, before_save, on_difference
         self._after_load = after_load
         self._found: Path | None = None  # the folder of the checkpoint that is being loaded
-        self._is_saving = False
+        self._saving_to: str | None = None  # the folder's name, while Lightning saves a checkpoint
         strategy = trainer.strategy
         if not kinds_of(strategy) & WHOLE:
             self._load = type(strategy).load_checkpoint.__get__(strategy)
@@ -105,21 +104,21 @@ class Checkpoints:
         only = self._only()
         return only if only is not None and isinstance(only.optimizer, DistAdamW) else None
 
-    def save(self, *args: Any, **kwargs: Any) -> None:
+    def save(self, filepath: Any, *args: Any, **kwargs: Any) -> None:
         """Save as ``Trainer.save_checkpoint`` does, without gathering a state that goes to a folder. Collective."""
-        self._is_saving = True
+        self._saving_to = folders_of(Path(filepath)).name
         try:
-            type(self._trainer).save_checkpoint(self._trainer, *args, **kwargs)
+            type(self._trainer).save_checkpoint(self._trainer, filepath, *args, **kwargs)
         finally:
-            self._is_saving = False
+            self._saving_to = None
 
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
         """Return what Lightning gathers; while a checkpoint is saved, a note if the state goes to a folder.
 
         Hooks ``on_save_checkpoint`` see the note. Collective.
         """
-        if self._is_saving and self._to_save() is not None:
-            return {ELSEWHERE: f"the optimizer's state is in the folder next to the checkpoint's file. {_ADVICE}"}
+        if self._saving_to is not None and self._to_save() is not None:
+            return _note(self._saving_to)
         state: dict[str, Any] = self._state_of(optimizer)
         return state
 
@@ -140,8 +139,7 @@ class Checkpoints:
         folders = folders_of(_local(path))
         name = f"{self._trainer.global_step}-{token}"
         save(folders / name, strategy.model, state.optimizer, state.scheduler, compare_ranks=False)
-        told = f"the optimizer's state is in the folder {folders.name} next to the checkpoint. {_ADVICE}"
-        whole = {**checkpoint, "optimizer_states": [{ELSEWHERE: told}], KEY: name}
+        whole = {**checkpoint, "optimizer_states": [_note(folders.name)], KEY: name}
         # Lightning writes on rank 0; if that fails, all ranks raise.
         run_on_all_ranks(lambda: self._save(whole, filepath, storage_options=storage_options), _group())
         if strategy.is_global_zero:
@@ -217,6 +215,15 @@ class Checkpoints:
             random_state=False,
         )
         self._after_load()
+
+
+def _note(folder: str) -> dict[str, Any]:
+    """Return what stands in Lightning's file for the optimizer's state; loading it raises. Local."""
+    told = (
+        f"the optimizer's state is in the folder {folder} next to the checkpoint. Call "
+        "dist_adamw.prepare_lightning(trainer) before trainer.fit(ckpt_path=...)."
+    )
+    return {ELSEWHERE: told}
 
 
 def _group() -> Any:
