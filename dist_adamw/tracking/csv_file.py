@@ -93,7 +93,9 @@ class CsvFile:
             return
         last = int(old[later][_STEP]) if later < size else now
         earlier = 1 + max((i for i in known if i < later), default=-1)
-        between = [row for row in old[earlier:later] if not (_is_number(row[_STEP]) and step <= int(row[_STEP]) <= last)]
+        between = [
+            row for row in old[earlier:later] if not (_is_number(row[_STEP]) and step <= int(row[_STEP]) <= last)
+        ]
         self._write(names, [*old[:earlier], *between, *own])
 
     def close(self) -> None:
