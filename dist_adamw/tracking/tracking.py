@@ -137,8 +137,8 @@ class Tracking:
             return
         self._names.update(others)
         warnings.warn(
-            f"Tracking.log: {', '.join(map(repr, others))} is not logged, since there was no update since the last call, "
-            "and each update is logged once. Pass all values in one call, or call accelerator.log(..., "
+            f"Tracking.log: {', '.join(map(repr, others))} is not logged, since there was no update since the last "
+            "call, and each update is logged once. Pass all values in one call, or call accelerator.log(..., "
             "step=scheduler.samples).",
             stacklevel=3,
         )
