@@ -29,8 +29,8 @@ from dist_adamw.optimizer.options import (
     check_group,
     check_hyper_parameters,
     check_lr,
-    check_types,
     check_options,
+    check_types,
     warn_of_lasting_moments,
 )
 from dist_adamw.optimizer.outcome import is_capturing

@@ -207,10 +207,10 @@ def check_types(group: Mapping[str, Any]) -> None:
     if type(betas) is tuple and len(betas) == 2 and _PLAIN.issuperset(map(type, (*numbers, *betas))):
         return  # nearly always, and this runs in every update
     if not (isinstance(betas, Sequence) and len(betas) == 2 and all(isinstance(beta, _NUMBER) for beta in betas)):
-        raise ValueError(f"param_groups: betas must be two numbers, got {betas!r}.")
+        raise ValueError(f"param_groups: betas must be two numbers, got {betas!r}. Write a pair: (0.9, 0.999).")
     for name, value in zip(_NUMBERS, numbers, strict=True):
         if not isinstance(value, _NUMBER):
-            raise ValueError(f"param_groups: {name} must be a number, got {value!r}.")
+            raise ValueError(f"param_groups: {name} must be a number, got {value!r}. Write a float.")
 
 
 def check_hyper_parameters(group: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Start the ranks of ``dist-adamw lr-range --ranks``, and end in the script's error instead of the launcher's traceback."""
+"""Start the ranks of ``dist-adamw lr-range --ranks``; end in the script's error, not in the launcher's traceback."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def run_on_ranks(command: Sequence[str], ranks: int) -> int:
 
 
 def leave_error(script: str, error: BaseException) -> None:
-    """Leave the error of a launched script for `run_on_ranks`; end this process if another rank has left its own. Local.
+    """Leave the error of a launched script for `run_on_ranks`; end this process if another rank has left one. Local.
 
     Raises:
         SystemExit: the other rank prints its traceback, and this one would probably follow from that.

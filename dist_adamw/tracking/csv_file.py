@@ -22,9 +22,9 @@ def csv_tracker(path: str | Path) -> Any:
     """Return a tracker for ``Accelerator(log_with=...)`` that writes a CSV file. Local.
 
     Each call of ``accelerator.log`` adds a row, which is on disk at once: the step, and a column for each name.
-    `Tracking` drops the rows that a killed job has written beyond the point of resumption; your own rows go or stay with
-    those of `Tracking` next to them, whatever their steps count. Floats are written with all their digits, and a value
-    that is called "step" has the column "step_value".
+    `Tracking` drops the rows that a killed job has written beyond the point of resumption; your own rows go or stay
+    with those of `Tracking` next to them, whatever their steps count. Floats are written with all their digits, a dict
+    has a column for each of its names, such as "loss/train", and a value called "step" has the column "step_value".
 
     Args:
         path: The file. Its folder is created. After a resume an existing file is continued; if `Tracking` begins from
@@ -93,7 +93,9 @@ class CsvFile:
             return
         last = int(old[later][_STEP]) if later < size else now
         earlier = 1 + max((i for i in known if i < later), default=-1)
-        between = [row for row in old[earlier:later] if not (_is_number(row[_STEP]) and step <= int(row[_STEP]) <= last)]
+        between = [
+            row for row in old[earlier:later] if not (_is_number(row[_STEP]) and step <= int(row[_STEP]) <= last)
+        ]
         self._write(names, [*old[:earlier], *between, *own])
 
     def close(self) -> None:

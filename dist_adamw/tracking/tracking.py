@@ -109,7 +109,7 @@ class Tracking:
         further = {} if values is None else dict(values)
         for name, value in further.items():
             if not isinstance(name, str):
-                raise ValueError(f"Tracking.log: the name of a value must be text, got {name!r}.")
+                raise ValueError(f"Tracking.log: the name of a value must be text, got {name!r}. Write a str.")
             if isinstance(value, Tensor) and value.numel() != 1:
                 raise ValueError(
                     f"Tracking.log: {name!r} is a tensor with {value.numel()} elements. Log a number, such as its mean."
@@ -137,8 +137,8 @@ class Tracking:
             return
         self._names.update(others)
         warnings.warn(
-            f"Tracking.log: {', '.join(map(repr, others))} is not logged, since there was no update since the last call, "
-            "and each update is logged once. Pass all values in one call, or call accelerator.log(..., "
+            f"Tracking.log does not log {', '.join(map(repr, others))}, since there was no update since the last "
+            "call, and each update is logged once. Pass all values in one call, or call accelerator.log(..., "
             "step=scheduler.samples).",
             stacklevel=3,
         )

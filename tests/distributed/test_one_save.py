@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dist_adamw import CheckpointError, prepare
+from dist_adamw import CheckpointError, prepare, save
 from dist_adamw.checkpoint.storage.index import write_index
 from tests.distributed.jobs import epochs, job
 from tests.known import unwrap
@@ -87,6 +87,10 @@ def refuses(root: str) -> list[str]:
     before = everything(both)
     assert not all(map(torch.equal, saved, before))
     done = []
+    alone = Path(root) / "by dist_adamw.save"
+    save(alone, both[0][0], both[0][1], both[0][3])
+    with pytest.raises(CheckpointError, match=r"written by dist_adamw\.save, not by accelerator\.save_state"):
+        accelerator.load_state(str(alone))
     for how, message in DAMAGE.items():
         folder = Path(root) / how
         if dist.get_rank() == 0:

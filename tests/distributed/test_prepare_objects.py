@@ -82,9 +82,13 @@ def loss_of(models: Sequence[nn.Module], real: Tensor, noise: Tensor, *, generat
 
 
 class Gan:
-    """A GAN as its users write it: the critic's gradients of the generator's turn are dropped."""
+    """A GAN as its users write it: the critic's gradients of the generator's turn are dropped.
 
-    def __init__(self) -> None:
+    Args:
+        calls: Of ``prepare``: one for both models, or one for each, which share the loader.
+    """
+
+    def __init__(self, calls: int = 1) -> None:
         self.accelerator = Accelerator(dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True))
         models = gan()
         # A large eps shows a wrong scale of the gradient.
@@ -93,9 +97,16 @@ class Gan:
             CyclicLRWithRestarts(o, restart_period=p, t_mult=1) for o, p in zip(optimizers, (0.5, 0.75), strict=True)
         ]
         loader: Any = DataLoader(gan_data(), BATCH // dist.get_world_size(), shuffle=False)
-        prepared = prepare(self.accelerator, *models, *optimizers, loader, *schedulers)
-        self.models, self.optimizers, self.schedulers = prepared[:2], prepared[2:4], prepared[5:]
-        self.loader = prepared[4]
+        if calls == 1:
+            prepared = prepare(self.accelerator, *models, *optimizers, loader, *schedulers)
+            self.models, self.optimizers, self.schedulers = prepared[:2], prepared[2:4], prepared[5:]
+            self.loader = prepared[4]
+            return
+        self.loader, each = loader, []
+        for one in zip(models, optimizers, schedulers, strict=True):
+            *prepared_one, self.loader = prepare(self.accelerator, *one, self.loader)
+            each.append(prepared_one)
+        self.models, self.optimizers, self.schedulers = map(tuple, zip(*each, strict=True))
 
     def update(self, real: Tensor, noise: Tensor) -> Row:
         clock = self.schedulers[0].samples
@@ -118,18 +129,18 @@ class Gan:
         return rows
 
 
-def gan_whole() -> list[Row]:
-    return Gan().train(12)
+def gan_whole(calls: int = 1) -> list[Row]:
+    return Gan(calls).train(12)
 
 
-def gan_saved(folder: str, updates: int) -> None:
-    one = Gan()
+def gan_saved(folder: str, updates: int, calls: int) -> None:
+    one = Gan(calls)
     one.train(updates)
     one.accelerator.save_state(folder)
 
 
-def gan_resumed(folder: str) -> list[Row]:
-    one = Gan()
+def gan_resumed(folder: str, calls: int) -> list[Row]:
+    one = Gan(calls)
     one.accelerator.load_state(folder)
     return one.train(12)
 
@@ -161,15 +172,15 @@ def assert_like_torch(rows: list[Row], begin: int = 0) -> None:
         assert row[3] == pytest.approx(expected, rel=1e-5, abs=1e-5)  # gradients are averaged in another order
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_a_gan_is_torchs_and_resumes_on_other_ranks(world_size: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("world_size", "calls"), [(2, 1), (3, 2)])
+def test_a_gan_is_torchs_and_resumes_on_other_ranks(world_size: int, calls: int, tmp_path: Path) -> None:
     whole = run_ranks(1, gan_whole)[0]
     assert_like_torch(whole)
-    for rows in run_ranks(world_size, gan_whole):
+    for rows in run_ranks(world_size, gan_whole, calls):
         assert_like_torch(rows)
         assert [row[:3] for row in rows] == [row[:3] for row in whole]
-    run_ranks(world_size, gan_saved, str(tmp_path), 6)  # in the middle of the second epoch
-    (resumed,) = run_ranks(1, gan_resumed, str(tmp_path))
+    run_ranks(world_size, gan_saved, str(tmp_path), 6, calls)  # in the middle of the second epoch
+    (resumed,) = run_ranks(1, gan_resumed, str(tmp_path), calls)
     assert_like_torch(resumed, begin=6)
     assert [row[:3] for row in resumed] == [row[:3] for row in whole[6:]]
 

@@ -103,7 +103,9 @@ def test_a_mistake_of_the_script_is_its_own(tmp_path: Path) -> None:
 
 def test_the_error_of_a_launched_script_is_the_last_line(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
-    script.write_text("import os\nif os.environ['RANK'] == '1':\n    raise KeyError('its own')\nimport time; time.sleep(60)")
+    script.write_text(
+        "import os\nif os.environ['RANK'] == '1':\n    raise KeyError('its own')\nimport time; time.sleep(60)"
+    )
     status, output = lr_range("--ranks=2", str(script))
     assert status == 1
     assert output.count("Traceback") == 1

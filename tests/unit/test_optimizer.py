@@ -330,6 +330,28 @@ def test_bad_arguments(options: dict[str, Any], message: str) -> None:
         DistAdamW([nn.Parameter(torch.ones(1))], **options)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("betas", 0.5, r"betas must be two numbers, got 0\.5"),
+        ("betas", (0.9, "0.99"), r"betas must be two numbers, got \(0\.9, '0\.99'\)"),
+        ("lr", "1e-3", "lr must be a number, got '1e-3'"),
+        ("weight_decay", None, "weight_decay must be a number, got None"),
+    ],
+)
+def test_bad_values_in_a_group_before_anything_changes(name: str, value: Any, message: str) -> None:
+    param = nn.Parameter(torch.ones(3))
+    optimizer = DistAdamW([param])
+    before, optimizer.param_groups[0][name] = optimizer.param_groups[0][name], value
+    param.grad = torch.ones(3)
+    with pytest.raises(ValueError, match=message):
+        optimizer.step()
+    assert torch.equal(param, torch.ones(3))
+    optimizer.param_groups[0][name] = list(before) if name == "betas" else before
+    optimizer.step()
+    assert optimizer.updates == 1
+
+
 def test_an_empty_parameter_list_and_a_group_out_of_range() -> None:
     with pytest.raises(ValueError, match="empty parameter list"):
         DistAdamW([])

@@ -158,7 +158,9 @@ def test_a_batch_that_is_accumulated_for_one_and_updated_another_is_not_saved(la
         if updates_critic:
             update(prepared[1], prepared[3], two[2], batch)
         prepared[0](batch[0]).mean().backward()
-    message = r"optimizer 1 of 2 \(DistAdamW\) has accumulated .* that optimizer 2 of 2 .*Save after the step\(\) of opt"
+    message = (
+        r"optimizer 1 of 2 \(DistAdamW\) has accumulated .* that optimizer 2 of 2 .*Save after the step\(\) of opt"
+    )
     with pytest.raises(ValueError, match=message):
         accelerator.save_state(str(tmp_path / "state"))
     assert not (tmp_path / "state").exists()

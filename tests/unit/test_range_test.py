@@ -492,6 +492,8 @@ def test_bad_use_is_one_sentence(tmp_path: Path) -> None:
             test.record(torch.ones(2))
     with pytest.raises(ValueError, match="must be one number, got dict"), lr_range(model, optimizer) as test:
         test.record({})  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="add_param_group inside of lr_range"), lr_range(model, optimizer):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(3))]})
     frozen = DistAdamW(network().parameters(), lr=0.0)
     with pytest.raises(ValueError, match="largest lr of a parameter group is 0"), lr_range(model, frozen):
         pass
@@ -506,6 +508,7 @@ def test_bad_use_is_one_sentence(tmp_path: Path) -> None:
     with lr_range(model, optimizer, updates=20) as test:
         train(model, optimizer, range(100), test=test)
     assert torch.equal(weights(model), before)
+    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(3))]})
 
 
 def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:

@@ -354,7 +354,7 @@ def test_mistakes(tmp_path: Path) -> None:
 def test_values_that_are_never_logged_are_noticed(tmp_path: Path) -> None:
     run = Run(tmp_path)
     run.train()  # with accumulation, and its loss at each micro-batch
-    with pytest.warns(UserWarning, match="'val' is not logged, since there was no update") as warned:
+    with pytest.warns(UserWarning, match="does not log 'val', since there was no update") as warned:
         run.tracking.log({"loss": 0.0, "val": 1.0})
     run.tracking.log({"val": 1.0})
     assert len(warned) == 1

@@ -175,7 +175,7 @@ class Accumulation:
             return
         raise ValueError(
             f"batch_size {dict(recipe.batch_schedule or ())} is a schedule, which would change the accumulation of all "
-            "optimizers that this accelerator has prepared. Load or set one batch_size, or prepare this optimizer alone."
+            "optimizers that this accelerator has prepared. Load or set one batch_size, or prepare this one alone."
         )
 
     def begin_micro_batch(self) -> None:

@@ -92,7 +92,7 @@ class Position:
         listen(self)
 
     def count_for(self, facts: LoaderFacts, counter: SampleCounter | JointCounter) -> None:
-        """Follow other optimizers, which a later `prepare` trains on this loader; a phase that has begun is over. Local."""
+        """Follow the optimizers of a later `prepare` with this loader; a phase that has begun is over. Local."""
         self.facts, self.counter = facts, counter
         if not self.idle:
             self.load_state_dict(None)

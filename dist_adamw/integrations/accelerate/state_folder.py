@@ -51,8 +51,8 @@ def check_is_of_save_state(where: Path) -> None:
     """Raise if the folder itself is a checkpoint of `dist_adamw.save`, without Accelerate's files. Local."""
     if (where / INDEX).exists():
         raise CheckpointError(
-            f"{where} was written by dist_adamw.save, not by accelerator.save_state. Load it with dist_adamw.load(folder, "
-            "model, optimizer, scheduler)."
+            f"{where} was written by dist_adamw.save, not by accelerator.save_state. Load it with "
+            "dist_adamw.load(folder, model, optimizer, scheduler)."
         )
 
 
