@@ -37,8 +37,8 @@ def out_of_step(here: int, mine: list[int], there: int, theirs: list[int]) -> Ag
         why = "One of them skipped a step() that others made."
     return AgreementError(
         f"ranks are out of step: {said[0]} while {said[1]}. {why} Ranks must skip an update together: with "
-        "max_grad_norm every rank skips when the norm is inf or nan. Otherwise all-reduce the reason to skip, and decide "
-        "the same on all ranks."
+        "max_grad_norm every rank skips when the norm is inf or nan. Otherwise all-reduce the reason to skip, and "
+        "decide the same on all ranks."
     )
 
 
