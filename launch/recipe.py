@@ -147,8 +147,8 @@ def options_of(file: RecipeLike) -> dict[str, Any]:
     recipe = load_recipe(file)
     if "epoch_size" in recipe.scheduler:
         place = ("scheduler", "epoch_size")
-        problem = recipe.source.problem(place, "the epoch size of the main job is the length of its text. Leave it out.")
-        raise ValueError(str(problem))
+        sentence = "the epoch size of the main job is the length of its text. Leave it out."
+        raise ValueError(str(recipe.source.problem(place, sentence)))
     ours = {one.name for one in fields(Recipe)}
     options: dict[str, Any] = {}
     more: dict[str, dict[str, Any]] = {"optimizer": {"no_decay": recipe.no_decay}}

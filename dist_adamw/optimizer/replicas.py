@@ -313,9 +313,9 @@ def _explain(
     num_left_out = len(all_senders) - len(senders)
     more = f"; {num_left_out} more ranks differ too" if num_left_out else ""
     raise AgreementError(
-        f"{sentences}{more}. Copies of weights and state must be equal on all ranks. Load an earlier checkpoint. Look for "
-        "code that only some ranks run, weights that ranks load or initialize differently, or a faulty device; if ranks "
-        "are meant to differ, pass check_weights_every=0."
+        f"{sentences}{more}. Copies of weights and state must be equal on all ranks. Load an earlier checkpoint. Look "
+        "for code that only some ranks run, weights that ranks load or initialize differently, or a faulty device; if "
+        "ranks are meant to differ, pass check_weights_every=0."
     )
 
 

@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeGuard
 
 from tests.conftest import ROOT
 
@@ -120,7 +121,7 @@ def _constants(tree: ast.Module) -> dict[str, ast.expr]:
     }
 
 
-def _is_text(node: ast.AST, constants: Mapping[str, ast.expr]) -> bool:
+def _is_text(node: ast.AST, constants: Mapping[str, ast.expr]) -> TypeGuard[ast.expr]:
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
         return _is_text(node.left, constants) or _is_text(node.right, constants)
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "format":

@@ -300,7 +300,7 @@ def _checked_tensor(key: str, facts: Any, files: Mapping[str, tuple[int, str]], 
     for offsets, sizes, file, offset in facts["chunks"]:
         region = Region(tuple(offsets), tuple(sizes))
         if not (_is_size(offset) and _is_region(offsets, sizes, shape)):
-            raise wrong(f"{key!r} has a chunk {region} at byte {offset!r} of {file!r}, which does not fit its shape {list(shape)}")
+            raise wrong(f"{key!r} has a chunk {region} at byte {offset!r}, which does not fit {list(shape)}")
         if file not in files:
             raise wrong(f"{key!r} lies in {file!r}, which is none of its files")
         chunk = Chunk(region, file, offset)

@@ -26,8 +26,9 @@ def out_of_step(here: int, mine: list[int], there: int, theirs: list[int]) -> Ag
     ]
     if SAVE in (mine[0], theirs[0]):
         return AgreementError(
-            f"ranks are out of step: {said[0]} while {said[1]}. Each rank has a share of the state: save_state, dist_adamw.save, "
-            "consolidate_state_dict and averaged must be called on every rank, not in `if accelerator.is_main_process`."
+            f"ranks are out of step: {said[0]} while {said[1]}. Each rank has a share of the state: save_state, "
+            "dist_adamw.save, consolidate_state_dict and averaged must be called on every rank, not in "
+            "`if accelerator.is_main_process`."
         )
     if mine[0] != theirs[0]:
         skipped = here if mine[0] == ROUND else there
@@ -35,8 +36,9 @@ def out_of_step(here: int, mine: list[int], there: int, theirs: list[int]) -> Ag
     else:
         why = "One of them skipped a step() that others made."
     return AgreementError(
-        f"ranks are out of step: {said[0]} while {said[1]}. {why} Ranks must skip an update together: with max_grad_norm every rank skips "
-        "when the norm is inf or nan. Otherwise all-reduce the reason to skip, and decide the same on all ranks."
+        f"ranks are out of step: {said[0]} while {said[1]}. {why} Ranks must skip an update together: with "
+        "max_grad_norm every rank skips when the norm is inf or nan. Otherwise all-reduce the reason to skip, and "
+        "decide the same on all ranks."
     )
 
 
