@@ -152,7 +152,7 @@ def _link_mender(source: str, address: str) -> Callable[[re.Match[str]], str]:
 def _title(path: Path, anchor: str) -> str:
     """Return the heading that a link leads to."""
     parts = FENCE.split(path.read_text())[::2]
-    headings = [heading for part in parts for heading in HEADING.findall(part)]
+    headings: list[str] = [heading for part in parts for heading in HEADING.findall(part)]
     return next((heading for heading in headings if slugify(heading, "-") == anchor), headings[0])
 
 

@@ -74,6 +74,12 @@ def test_no_block_is_left_out() -> None:
     assert count["python"] >= 40  # the pages are found
 
 
+def test_a_reader_sees_what_a_page_needs() -> None:
+    """Hidden code makes the blocks of a page impossible to copy."""
+    hidden = {page for page in PAGES if "invisible-code-block" in DOCUMENTS[page].text}
+    assert hidden <= {"README.md", "docs/lightning.md", "docs/plan.md"}
+
+
 def test_commands_that_run_elsewhere_are_on_a_page_and_have_a_test() -> None:
     shown = {
         command
