@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dist_adamw.optimizer.averages import EMA, Mean, dtypes_of
 from dist_adamw.optimizer.sharding.shard import Shard
-from dist_adamw.optimizer.transport.tree_sum import TreeSum
+from dist_adamw.optimizer.transport.tree_sum import BLOCK_NUMEL, TreeSum
 from dist_adamw.schedule.batch import check_positive_int, shown
 
 DEVICES = ("cuda", "cpu")
@@ -127,16 +127,22 @@ class Timeline:
         self.now -= nbytes
 
 
-def sums_in_memory(rounds: int, terms: int, *, home: bool) -> int:
-    """Return how many tensors `TreeSum` needs besides its home for ``rounds`` of ``terms`` micro-batches each.
+def sum_bytes(setup: Setup, terms: int, numel: int, sums: int, *, dtype: torch.dtype, home: bool) -> int:
+    """Return the bytes of `TreeSum`s besides their homes. Local.
 
-    On an accelerator, where a block of scratch memory is as large as a sum. Local.
+    Args:
+        terms: Micro-batches that are added at a time, ``setup.accumulation`` times.
+        numel: Elements of all sums together.
+        sums: The number of sums. On CPUs each has blocks of scratch memory of one size.
+        dtype: Of the terms.
+        home: Whether the averages have memory that a sum may use.
     """
     one = torch.zeros(1)
-    sums = TreeSum(1, dtype=torch.float32, device=one.device, home=torch.zeros(1) if home else None)
+    example = TreeSum(1, dtype=torch.float32, device=one.device, home=torch.zeros(1) if home else None)
     rows: list[Tensor] = [one] * terms
-    for _ in range(rounds):
-        sums.add(terms, [(0, rows)])
-    sums.write([(0, torch.zeros(1))], 1)
-    levels, scratch = sums.num_sums
-    return levels + scratch - home
+    for _ in range(setup.accumulation):
+        example.add(terms, [(0, rows)])
+    example.write([(0, torch.zeros(1))], 1)
+    levels, scratch = example.num_sums
+    block = numel if setup.device == "cuda" else sums * BLOCK_NUMEL  # on an accelerator as large as a sum
+    return ((levels - home) * numel + scratch * block) * torch.promote_types(dtype, torch.float32).itemsize
