@@ -42,7 +42,9 @@ def one_process(model: ModelShapes, ranks: int, setup: Setup) -> Cost:
             staging += sum_bytes(setup, 1, layout.numel, len(params), dtype=dtype, home=False)
             if setup.accumulation > 1:  # the average so far, and the gradient of the pass
                 staging += layout.numel * dtype.itemsize
-    if not setup.reproducible:
+    if setup.reproducible:
+        staging += _while_adding(model)
+    else:
         # A gradient stays where backward allocated it, unless there is one to add it to.
         staging += _arriving(model) if setup.accumulation > 1 else 2 * _largest(model.tied)
     memory = Memory(weight_bytes(model), _gradient_bytes(model), state, staging, setup.activations)
@@ -78,6 +80,11 @@ def _arriving(model: ModelShapes) -> int:
     return max(_largest(model.trained), 3 * _largest(model.tied))
 
 
+def _while_adding(model: ModelShapes) -> int:
+    """Return the bytes beyond all gradients of a pass: one that arrives, or the two terms of a tied weight's."""
+    return max(_largest(model.trained), 2 * _largest(model.tied))
+
+
 def _largest(params: Iterable[Parameter]) -> int:
     return max((param.nbytes for param in params), default=0)
 
@@ -102,8 +109,8 @@ def sharded_ddp(model: ModelShapes, ranks: int, setup: Setup) -> Cost:
         others = (ranks - 1) * layout.shard_numel
         sent += others * (rounds * reduced.itemsize + dtype.itemsize)
     on_device = setup.device == "cuda"
-    if on_device and not setup.reproducible:
-        staging += _own_gradients(model, setup)
+    if on_device:
+        staging += _while_adding(model) if setup.reproducible else _own_gradients(model, setup)
     memory = Memory(weight_bytes(model), gradients, state, staging, setup.activations)
     return Cost(DDP, ranks, memory, sent, _note(setup) if on_device else "")
 
