@@ -153,7 +153,7 @@ def sharded_over_two_axes() -> None:
     mesh = init_device_mesh("cpu", (1, 1), mesh_dim_names=("copies", "shards"))
     model = nn.Linear(4, 4)
     fully_shard(model, mesh=mesh)
-    with pytest.raises(ValueError, match=r"weight of Linear is sharded already\..*\(HSDP\).* are not planned"):
+    with pytest.raises(ValueError, match=r"weight of FSDPLinear is sharded already\..*\(HSDP\).* are not planned"):
         read_model(model)
     optimizer = DistAdamW([torch.zeros(4)], mesh=mesh)
     with pytest.raises(ValueError, match=r"a mesh of two axes \(HSDP\) is not planned, got .*copies"):
