@@ -242,12 +242,10 @@ def test_parameters_of_the_threshold_are_persistent() -> None:
     assert cost.sent == 4 * (gathers + 100 + 102) // 2
 
 
-def test_zero_1_reduces_gradients_in_its_bucket() -> None:
-    model = read_model("1B")
-    memory = cost_of("ZeRO-1", model, 8, Setup(reduce_bucket_size=50_000_000)).memory
-    assert memory.gradients < 4 * 1e9 / 4  # averages of the partition, not all gradients
-    several = cost_of("ZeRO-1", model, 8, Setup(reduce_bucket_size=50_000_000, accumulation=2)).memory
-    assert several.total - memory.total == pytest.approx(4 * 1e9, rel=0.2)  # whole gradients between micro-batches
+def test_zero_1_keeps_averages_of_its_partition_and_reduces_after_the_pass() -> None:
+    memory = cost_of("ZeRO-1", read_model("1B"), 8, Setup(reduce_bucket_size=50_000_000)).memory
+    assert memory.gradients < 4e9 / 4
+    assert memory.gradients + memory.staging > 4e9
 
 
 def test_options_change_what_they_should() -> None:
