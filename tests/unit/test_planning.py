@@ -150,7 +150,7 @@ def test_a_configuration_that_is_none(tmp_path: Path) -> None:
 
 
 def sharded_over_two_axes() -> None:
-    mesh = init_device_mesh("cpu", (1, 1), mesh_dim_names=("copies", "shards"))
+    mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("copies", "shards"))
     model = nn.Linear(4, 4)
     fully_shard(model, mesh=mesh)
     with pytest.raises(ValueError, match=r"weight of FSDPLinear is sharded already\..*\(HSDP\).* are not planned"):
@@ -161,7 +161,7 @@ def sharded_over_two_axes() -> None:
 
 
 def test_meshes_of_two_axes_are_refused() -> None:
-    run_ranks(1, sharded_over_two_axes)
+    run_ranks(2, sharded_over_two_axes)
 
 
 def test_layers_by_class() -> None:
