@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from dist_adamw.optimizer.transport.layout import FlatLayout
-from dist_adamw.planning.memory import Cost, Memory, Setup, Timeline, sums_in_memory
+from dist_adamw.planning.memory import Cost, Memory, Setup, Timeline, sum_bytes
 from dist_adamw.planning.model import ModelShapes, Parameter
 
 FSDP2 = "FSDP2"
@@ -32,7 +32,7 @@ class _Group:
         gradients: Of whole gradients, as backward computes them.
         reduced: Of the input of the reduce-scatter, padding included.
         averages: Of this rank's part of the gradients.
-        sums: Of this rank's part of the gradients in fp32.
+        sums: Elements of this rank's part of the gradients, which are added up in fp32.
         largest: Of the largest gradient.
         tied: Of the largest gradient that several modules add to.
     """
@@ -61,7 +61,7 @@ class _Group:
                 several = max(several, param.numel * width if param in tied else 0)
                 reduced += padded * width
                 averages += padded // ranks * param.dtype.itemsize
-                sums += padded // ranks * 4
+                sums += padded // ranks
         return cls(whole, shard, gradients, reduced, averages, sums, largest, several)
 
 
@@ -116,8 +116,8 @@ def _peak(groups: list[_Group], ranks: int, setup: Setup) -> int:
         if setup.reproducible and not is_first:  # the averages before this pass were kept to its end
             time.drop(sum(group.averages for group in groups))
     if setup.reproducible:
-        levels = sums_in_memory(setup.accumulation, ranks, home=False)
-        return time.peak + levels * sum(group.sums for group in groups)
+        numel = sum(group.sums for group in groups)
+        return time.peak + sum_bytes(setup, ranks, numel, len(groups), dtype=torch.float32, home=False)
     return time.peak
 
 

@@ -9,6 +9,7 @@ import torch
 
 from dist_adamw.optimizer.averages import EMA, Mean, dtypes_of
 from dist_adamw.optimizer.sharding.shard import Shard
+from dist_adamw.optimizer.transport.tree_sum import BLOCK_NUMEL
 from dist_adamw.schedule.batch import check_positive_int, shown
 
 DEVICES = ("cuda", "cpu")
@@ -125,11 +126,25 @@ class Timeline:
         self.now -= nbytes
 
 
-def sums_in_memory(rounds: int, terms: int, *, home: bool) -> int:
-    """Return how many tensors `TreeSum` needs besides its home for ``rounds`` of ``terms`` micro-batches each. Local.
+def sum_bytes(setup: Setup, terms: int, numel: int, sums: int, *, dtype: torch.dtype, home: bool) -> int:
+    """Return the bytes of `TreeSum`s besides their homes. Local.
 
-    On an accelerator, where a block of scratch memory is as large as a sum. `TreeSum` is a binary counter of
-    micro-batches, so arithmetic answers for any number of them.
+    Args:
+        terms: Micro-batches that are added at a time, ``setup.accumulation`` times.
+        numel: Elements of all sums together.
+        sums: The number of sums. On CPUs each has blocks of scratch memory of one size.
+        dtype: Of the terms.
+        home: Whether the averages have memory that a sum may use.
+    """
+    levels, scratch = num_sums(setup.accumulation, terms)
+    block = numel if setup.device == "cuda" else sums * BLOCK_NUMEL  # on an accelerator as large as a sum
+    return ((levels - home) * numel + scratch * block) * torch.promote_types(dtype, torch.float32).itemsize
+
+
+def num_sums(rounds: int, terms: int) -> tuple[int, int]:
+    """Return the levels of a `TreeSum` and its blocks of scratch memory, for ``rounds`` of ``terms`` micro-batches. Local.
+
+    `TreeSum` is a binary counter of micro-batches, so arithmetic answers for any number of them.
     """
     count = rounds * terms
     bits = terms.bit_length()
@@ -141,8 +156,7 @@ def sums_in_memory(rounds: int, terms: int, *, home: bool) -> int:
     levels = (low & (1 << bits) - 1).bit_count() + count.bit_length() - bits
     # Sums that a round adds up at once are in scratch memory: one block for each level that two sums of it complete.
     scratch = max(0, count.bit_length() - 2) + _second_blocks(rounds, terms)
-    scratch += count.bit_count() > 1  # `write` adds the levels up
-    return levels + scratch - home
+    return levels, scratch + (count.bit_count() > 1)  # `write` adds the levels up
 
 
 def _second_blocks(rounds: int, terms: int) -> int:

@@ -14,7 +14,7 @@ from dist_adamw.optimizer.sharding.gradient_memory import OWN_BLOCK_BYTES
 from dist_adamw.optimizer.transport.base import MAX_IN_FLIGHT
 from dist_adamw.optimizer.transport.layout import FlatLayout
 from dist_adamw.optimizer.transport.slots import SLOTS
-from dist_adamw.planning.memory import Cost, Memory, Setup, sums_in_memory
+from dist_adamw.planning.memory import Cost, Memory, Setup, sum_bytes
 from dist_adamw.planning.model import ModelShapes, Parameter
 
 ONE, DDP, TORCH_DDP = "one process", "DDP, sharded state", "DDP + torch's AdamW"
@@ -39,11 +39,12 @@ def one_process(model: ModelShapes, ranks: int, setup: Setup) -> Cost:
         layout = FlatLayout(tuple(param.numel for param in params))
         state += layout.shard_numel * setup.state_bytes(dtype) + _STEP * len(params)
         if setup.reproducible:
-            wide = torch.promote_types(dtype, torch.float32).itemsize
-            staging += sums_in_memory(setup.accumulation, 1, home=False) * layout.numel * wide
+            staging += sum_bytes(setup, 1, layout.numel, len(params), dtype=dtype, home=False)
             if setup.accumulation > 1:  # the average so far, and the gradient of the pass
                 staging += layout.numel * dtype.itemsize
-    if not setup.reproducible:
+    if setup.reproducible:
+        staging += _while_adding(model)
+    else:
         # A gradient stays where backward allocated it, unless there is one to add it to.
         staging += _arriving(model) if setup.accumulation > 1 else 2 * _largest(model.tied)
     memory = Memory(weight_bytes(model), _gradient_bytes(model), state, staging, setup.activations)
@@ -79,6 +80,11 @@ def _arriving(model: ModelShapes) -> int:
     return max(_largest(model.trained), 3 * _largest(model.tied))
 
 
+def _while_adding(model: ModelShapes) -> int:
+    """Return the bytes beyond all gradients of a pass: one that arrives, or the two terms of a tied weight's."""
+    return max(_largest(model.trained), 2 * _largest(model.tied))
+
+
 def _largest(params: Iterable[Parameter]) -> int:
     return max((param.nbytes for param in params), default=0)
 
@@ -103,8 +109,8 @@ def sharded_ddp(model: ModelShapes, ranks: int, setup: Setup) -> Cost:
         others = (ranks - 1) * layout.shard_numel
         sent += others * (rounds * reduced.itemsize + dtype.itemsize)
     on_device = setup.device == "cuda"
-    if on_device and not setup.reproducible:
-        staging += _own_gradients(model, setup)
+    if on_device:
+        staging += _while_adding(model) if setup.reproducible else _own_gradients(model, setup)
     memory = Memory(weight_bytes(model), gradients, state, staging, setup.activations)
     return Cost(DDP, ranks, memory, sent, _note(setup) if on_device else "")
 
@@ -130,9 +136,9 @@ def _staged_by_collectives(layout: FlatLayout, dtype: torch.dtype, setup: Setup)
 
 def _kept_for_sums(layout: FlatLayout, dtype: torch.dtype, setup: Setup) -> int:
     """Return the bytes of the rank's own gradients, and of partial sums beyond the averages."""
-    wide = torch.promote_types(dtype, torch.float32)
-    levels = sums_in_memory(setup.accumulation, layout.world_size, home=wide == dtype)
-    return layout.numel * dtype.itemsize + levels * layout.shard_numel * wide.itemsize
+    home = dtype == torch.promote_types(dtype, torch.float32)
+    sums = sum_bytes(setup, layout.world_size, layout.shard_numel, layout.num_buckets, dtype=dtype, home=home)
+    return layout.numel * dtype.itemsize + sums
 
 
 def _staged_on_host(layout: FlatLayout, params: list[Parameter], dtype: torch.dtype, setup: Setup) -> int:

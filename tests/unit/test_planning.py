@@ -25,7 +25,7 @@ from dist_adamw.optimizer.transport.tree_sum import TreeSum
 from dist_adamw.planning import Plan, Setup, plan, plan_command
 from dist_adamw.planning.engines import ENGINES, cost_of
 from dist_adamw.planning.fsdp2 import FSDP2
-from dist_adamw.planning.memory import Cost, sums_in_memory
+from dist_adamw.planning.memory import Cost, num_sums
 from dist_adamw.planning.model import ModelShapes, Parameter, read_model
 from dist_adamw.planning.own import DDP, ONE, TORCH_DDP
 from dist_adamw.planning.text import in_units, read_bytes
@@ -152,10 +152,10 @@ def test_a_configuration_that_is_none(tmp_path: Path) -> None:
 
 
 def sharded_over_two_axes() -> None:
-    mesh = init_device_mesh("cpu", (1, 1), mesh_dim_names=("copies", "shards"))
+    mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("copies", "shards"))
     model = nn.Linear(4, 4)
     fully_shard(model, mesh=mesh)
-    with pytest.raises(ValueError, match=r"weight of Linear is sharded already\..*\(HSDP\).* are not planned"):
+    with pytest.raises(ValueError, match=r"weight of FSDPLinear is sharded already\..*\(HSDP\).* are not planned"):
         read_model(model)
     optimizer = DistAdamW([torch.zeros(4)], mesh=mesh)
     with pytest.raises(ValueError, match=r"a mesh of two axes \(HSDP\) is not planned, got .*copies"):
@@ -163,7 +163,7 @@ def sharded_over_two_axes() -> None:
 
 
 def test_meshes_of_two_axes_are_refused() -> None:
-    run_ranks(1, sharded_over_two_axes)
+    run_ranks(2, sharded_over_two_axes)
 
 
 def test_layers_by_class() -> None:
@@ -244,12 +244,10 @@ def test_parameters_of_the_threshold_are_persistent() -> None:
     assert cost.sent == 4 * (gathers + 100 + 102) // 2
 
 
-def test_zero_1_reduces_gradients_in_its_bucket() -> None:
-    model = read_model("1B")
-    memory = cost_of("ZeRO-1", model, 8, Setup(reduce_bucket_size=50_000_000)).memory
-    assert memory.gradients < 4 * 1e9 / 4  # averages of the partition, not all gradients
-    several = cost_of("ZeRO-1", model, 8, Setup(reduce_bucket_size=50_000_000, accumulation=2)).memory
-    assert several.total - memory.total == pytest.approx(4 * 1e9, rel=0.2)  # whole gradients between micro-batches
+def test_zero_1_keeps_averages_of_its_partition_and_reduces_after_the_pass() -> None:
+    memory = cost_of("ZeRO-1", read_model("1B"), 8, Setup(reduce_bucket_size=50_000_000)).memory
+    assert memory.gradients < 4e9 / 4
+    assert memory.gradients + memory.staging > 4e9
 
 
 def test_options_change_what_they_should() -> None:
@@ -281,7 +279,7 @@ def test_partial_sums_are_those_of_the_real_sums() -> None:
         for _ in range(rounds):
             sums.add(terms, [(0, [one] * terms)])
         sums.write([(0, torch.zeros(1))], 1)
-        assert sums_in_memory(rounds, terms, home=False) == sum(sums.num_sums), (rounds, terms)
+        assert num_sums(rounds, terms) == sums.num_sums, (rounds, terms)
 
 
 def test_the_parameters_that_touch_a_partition() -> None:
