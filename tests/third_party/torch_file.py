@@ -19,8 +19,17 @@ from tests.third_party import swap
 FILE, SWAPS = "THIRD_PARTY_FILE", "THIRD_PARTY_SWAPS"  # environment variables, which spawned processes inherit
 CHANGES = {"none": lambda: None, "optimizer": swap.in_torch_tests, "zero": swap.in_tests_of_zero}
 
+
+def _fork_ranks() -> None:
+    """Fork the ranks of a test, which torch spawns: importing torch takes longer than the test."""
+    from torch.testing._internal.common_distributed import MultiProcessTestCase
+
+    MultiProcessTestCase._spawn_processes = MultiProcessTestCase._fork_processes
+
+
 if FILE in os.environ:
     CHANGES[os.environ[SWAPS]]()
+    _fork_ranks()
     _path = Path(os.environ[FILE])
     sys.path.insert(0, str(_path.parent))
     exec(compile(_path.read_text(), str(_path), "exec"), globals())
