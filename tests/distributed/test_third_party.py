@@ -14,6 +14,7 @@ QUICK = {
     "test_script.training_check": accelerate_scripts.MODES,
     "test_sync.test_gradient_accumulation_with_opt_and_scheduler": accelerate_scripts.MODES,
     "external_deps.test_checkpointing": ("dist_adamw.prepare",),
+    "external_deps.test_metrics.test_gather_for_metrics_with_iterable_dataset": ("dist_adamw.prepare",),
 }
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import multiprocessing
 import os
 import sys
 import traceback
@@ -20,16 +21,18 @@ FILE, SWAPS = "THIRD_PARTY_FILE", "THIRD_PARTY_SWAPS"  # environment variables, 
 CHANGES = {"none": lambda: None, "optimizer": swap.in_torch_tests, "zero": swap.in_tests_of_zero}
 
 
-def _fork_ranks() -> None:
-    """Fork the ranks of a test, which torch spawns: importing torch takes longer than the test."""
-    from torch.testing._internal.common_distributed import MultiProcessTestCase
+def _run_ranks_on_cpu() -> None:
+    """Run what torch skips without a GPU; fork the ranks, since importing torch takes longer than a test."""
+    from torch.testing._internal import common_distributed
 
-    MultiProcessTestCase._spawn_processes = MultiProcessTestCase._fork_processes
+    fork = multiprocessing.get_context("fork").Process
+    common_distributed.MultiProcessTestCase._spawn_processes = lambda self: self._start_processes(fork)
+    common_distributed.skip_if_no_gpu = lambda test: test
 
 
 if FILE in os.environ:
     CHANGES[os.environ[SWAPS]]()
-    _fork_ranks()
+    _run_ranks_on_cpu()
     _path = Path(os.environ[FILE])
     sys.path.insert(0, str(_path.parent))
     exec(compile(_path.read_text(), str(_path), "exec"), globals())
