@@ -45,7 +45,7 @@ from torch.optim import AdamW
 
 class Mine(unittest.TestCase):
     def test_class(self):
-        self.assertEqual(AdamW.__name__, "SwappedAdamW")
+        self.assertEqual(AdamW.__qualname__, "SwappedAdamW")
     def test_arithmetic(self):
         self.assertEqual(1, 2)
     def test_left_out(self):

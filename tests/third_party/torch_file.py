@@ -14,6 +14,8 @@ import traceback
 import unittest
 import warnings
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 from tests.third_party import swap
 
@@ -25,9 +27,11 @@ def _run_ranks_on_cpu() -> None:
     """Run what torch skips without a GPU; fork the ranks, since importing torch takes longer than a test."""
     from torch.testing._internal import common_distributed
 
-    fork = multiprocessing.get_context("fork").Process
-    common_distributed.MultiProcessTestCase._spawn_processes = lambda self: self._start_processes(fork)
-    common_distributed.skip_if_no_gpu = lambda test: test
+    def start(case: Any) -> None:
+        case._start_processes(multiprocessing.get_context("fork").Process)
+
+    mock.patch.object(common_distributed.MultiProcessTestCase, "_spawn_processes", start).start()
+    mock.patch.object(common_distributed, "skip_if_no_gpu", lambda test: test).start()
 
 
 if FILE in os.environ:
