@@ -14,6 +14,7 @@ QUICK = {
     "test_script.training_check": accelerate_scripts.MODES,
     "test_sync.test_gradient_accumulation_with_opt_and_scheduler": accelerate_scripts.MODES,
     "external_deps.test_checkpointing": ("dist_adamw.prepare",),
+    "external_deps.test_metrics.test_gather_for_metrics_with_iterable_dataset": ("dist_adamw.prepare",),
 }
 
 
@@ -44,7 +45,7 @@ from torch.optim import AdamW
 
 class Mine(unittest.TestCase):
     def test_class(self):
-        self.assertEqual(AdamW.__name__, "SwappedAdamW")
+        self.assertEqual(AdamW.__qualname__, "SwappedAdamW")
     def test_arithmetic(self):
         self.assertEqual(1, 2)
     def test_left_out(self):

@@ -65,7 +65,7 @@ def main() -> int:
 def of_accelerate(world_sizes: list[int]) -> Iterator[Row]:
     """Accelerate's scripts, with both ways to prepare."""
     for index in range(len(accelerate_scripts.SCRIPTS)):
-        for mode in accelerate_scripts.MODES:
+        for mode in accelerate_scripts.SCRIPTS[index].modes:
             for world_size in world_sizes:
                 yield accelerate_row(index, mode, world_size)
 

@@ -36,6 +36,14 @@ class Script:
     is_offline: bool = False  # needs data and a model in place of the hub's
     has_restarts: bool = False  # CyclicLRWithRestarts in place of its schedule, with `dist_adamw.prepare`
     refused: str | None = None  # the error on several ranks with ``accelerator.prepare`` alone
+    has_optimizer: bool = (
+        True  # otherwise `dist_adamw.prepare` prepares its loaders, with an optimizer that is not used
+    )
+
+    @property
+    def modes(self) -> tuple[Mode, ...]:
+        """The ways to prepare that it tests."""
+        return MODES if self.has_optimizer else ("dist_adamw.prepare",)
 
     @property
     def name(self) -> str:
@@ -73,14 +81,27 @@ SCRIPTS = (
         arguments=(("--output_dir=.", "--num_epochs=2"),),
         is_offline=True,
     ),
+    # On a CPU the whole script waits forever in join_uneven_inputs, which is for GPUs.
+    *(
+        Script("test_distributed_data_loop", "loaders on two ranks", name, has_optimizer=False)
+        for name in ("test_default_ensures_even_batch_sizes", "test_pickle_accelerator")
+    ),
+    Script("external_deps.test_metrics", "gather_for_metrics", is_offline=True, has_optimizer=False),
+    # Its main() calls these on GPUs alone.
+    *(
+        Script("external_deps.test_metrics", "gather_for_metrics", name, is_offline=True, has_optimizer=False)
+        for name in (
+            "test_gather_for_metrics_with_iterable_dataset",
+            "test_gather_for_metrics_with_non_tensor_objects_iterable_dataset",
+        )
+    ),
 )
 
 # What cannot run here, and why.
 CANNOT = {
-    "test_cli, test_distributed_data_loop, test_notebook, test_ops": "no optimizer",
+    "test_cli, test_notebook, test_ops": "no optimizer, and no loader",
     "test_ddp_comm_hook": "no optimizer; DDP with device_ids, which a CPU refuses",
     "test_merge_weights": "FSDP1, which Accelerate does not use on a CPU",
-    "external_deps.test_metrics": "no optimizer; needs models and metrics from the hub",
     "external_deps.test_peak_memory_usage": "measures a GPU",
     "external_deps.test_pippy": "no optimizer; needs a GPU",
     "external_deps.test_zero3_integration": "no optimizer; needs NCCL and a model from the hub",
@@ -104,7 +125,9 @@ def run_script(index: int, mode: Mode, folder: str) -> str:
             os.environ.pop("LOCAL_RANK")
         if script.is_offline:
             stack.enter_context(offline.hub())
-        if mode != "torch's":
+        if mode != "torch's" and not script.has_optimizer:
+            stack.enter_context(swap.loaders_in_accelerate())
+        elif mode != "torch's":
             prepares = mode == "dist_adamw.prepare"
             stack.enter_context(swap.in_accelerate(prepare=prepares, restarts=prepares and script.has_restarts))
             stack.enter_context(swap.expect_updates())

@@ -10,7 +10,7 @@ import random
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.machinery import ModuleSpec
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -107,8 +107,9 @@ def _model(*_: Any, **__: Any) -> BertForSequenceClassification:
 def hub() -> Iterator[None]:
     """Let the scripts import and load what they would download."""
     modules = {}
+    quiet = SimpleNamespace(set_verbosity_warning=lambda: None, set_verbosity_error=lambda: None)
     for name, contents in (
-        ("datasets", {"load_dataset": load_dataset}),
+        ("datasets", {"load_dataset": load_dataset, "utils": SimpleNamespace(logging=quiet)}),
         ("evaluate", {"load": lambda *_: Accuracy()}),
     ):
         modules[name] = ModuleType(name)

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.optim as torch_distributed_optim
 from accelerate import Accelerator
+from accelerate.data_loader import DataLoaderStateMixin
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -142,12 +143,56 @@ def in_torch_tests() -> None:
     torch.optim.Adam = swapped_adam  # type: ignore[assignment,misc]
     torch.optim.SGD = swapped_sgd  # type: ignore[assignment,misc]
     torch.optim.lr_scheduler.CosineAnnealingWarmRestarts = SwappedRestarts  # type: ignore[assignment,misc]
+    _leave_out_differentiable()
+
+
+def _leave_out_differentiable() -> None:
+    """Drop ``differentiable=True`` from the inputs of torch's database: most of its tests end at the first error."""
+    from torch.testing._internal.common_optimizers import optim_db
+
+    (info,) = (one for one in optim_db if one.optim_cls is SwappedAdamW)
+    inputs_of = info.optim_inputs_func
+    info.optim_inputs_func = lambda device, **options: [
+        one for one in inputs_of(device, **options) if not one.kwargs.get("differentiable")
+    ]
+    info.supported_impls = tuple(one for one in info.supported_impls if one != "differentiable")
 
 
 def in_tests_of_zero() -> None:
     """Replace ZeroRedundancyOptimizer by DistAdamW, and the optimizers that it is compared with by torch's AdamW."""
     torch.optim.SGD = reference_sgd  # type: ignore[assignment,misc]
     torch_distributed_optim.ZeroRedundancyOptimizer = SwappedZero  # type: ignore[assignment,misc]
+
+
+@contextlib.contextmanager
+def loaders_in_accelerate() -> Iterator[None]:
+    """Let ``Accelerator.prepare`` prepare a loader by `dist_adamw.prepare`, with a DistAdamW that is not used.
+
+    Raises:
+        AssertionError: no loader was prepared.
+    """
+    count = 0
+
+    def prepare(accelerator: Accelerator, *objects: Any, **options: Any) -> Any:
+        kinds = [_kind(one) for one in objects]
+        if kinds.count("loader") != 1 or isinstance(objects[kinds.index("loader")], DataLoaderStateMixin):
+            return PREPARE(accelerator, *objects, **options)
+        nonlocal count
+        count += 1
+        model = objects[kinds.index("model")] if "model" in kinds else torch.nn.Linear(1, 1)
+        optimizer = SwappedAdamW(model.parameters())
+        scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
+        with mock.patch.object(Accelerator, "prepare", PREPARE):  # which dist_adamw.prepare calls
+            model, _, loader, _ = dist_adamw.prepare(
+                accelerator, model, optimizer, objects[kinds.index("loader")], scheduler
+            )
+        prepared = tuple({"model": model, "loader": loader}[kind] for kind in kinds)
+        return prepared if len(prepared) > 1 else prepared[0]
+
+    with mock.patch.object(Accelerator, "prepare", prepare):
+        yield
+    if not count:
+        raise AssertionError("the script prepared no loader")
 
 
 @contextlib.contextmanager

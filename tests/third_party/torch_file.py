@@ -7,20 +7,36 @@ from __future__ import annotations
 
 import contextlib
 import io
+import multiprocessing
 import os
 import sys
 import traceback
 import unittest
 import warnings
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 from tests.third_party import swap
 
 FILE, SWAPS = "THIRD_PARTY_FILE", "THIRD_PARTY_SWAPS"  # environment variables, which spawned processes inherit
 CHANGES = {"none": lambda: None, "optimizer": swap.in_torch_tests, "zero": swap.in_tests_of_zero}
 
+
+def _run_ranks_on_cpu() -> None:
+    """Run what torch skips without a GPU; fork the ranks, since importing torch takes longer than a test."""
+    from torch.testing._internal import common_distributed
+
+    def start(case: Any) -> None:
+        case._start_processes(multiprocessing.get_context("fork").Process)
+
+    mock.patch.object(common_distributed.MultiProcessTestCase, "_spawn_processes", start).start()
+    mock.patch.object(common_distributed, "skip_if_no_gpu", lambda test: test).start()
+
+
 if FILE in os.environ:
     CHANGES[os.environ[SWAPS]]()
+    _run_ranks_on_cpu()
     _path = Path(os.environ[FILE])
     sys.path.insert(0, str(_path.parent))
     exec(compile(_path.read_text(), str(_path), "exec"), globals())
