@@ -144,6 +144,7 @@ def read_model(
 
     Raises:
         ValueError: the model cannot be read; says what to pass.
+        ModuleNotFoundError: it is a Hugging Face model, and transformers is not installed.
     """
     return shapes_from(model, read_module(model), dtype=dtype, layers=layers)
 
@@ -153,6 +154,7 @@ def read_module(model: nn.Module | str | float) -> nn.Module | None:
 
     Raises:
         ValueError: the model cannot be read; says what to pass.
+        ModuleNotFoundError: it is a Hugging Face model, and transformers is not installed.
     """
     if isinstance(model, nn.Module):
         return model
@@ -330,7 +332,9 @@ def _from_configuration(text: str) -> nn.Module:
     try:
         import transformers
     except ImportError as error:
-        raise ValueError(f"{text} needs transformers: pip install transformers.") from error
+        raise ModuleNotFoundError(
+            f"reading {text!r}, a Hugging Face model, needs transformers: pip install 'dist_adamw[transformers]'."
+        ) from error
     try:
         config = transformers.AutoConfig.from_pretrained(text, local_files_only=True)
         named = [getattr(transformers, name, None) for name in getattr(config, "architectures", None) or ()]

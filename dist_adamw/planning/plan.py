@@ -154,6 +154,7 @@ def plan(
 
     Raises:
         ValueError: says which argument is wrong, and what to pass.
+        ModuleNotFoundError: ``model`` is a Hugging Face model, and transformers is not installed.
     """
     wanted = [_ranks(one) for one in ranks]
     if memory is not None:

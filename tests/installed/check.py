@@ -29,7 +29,14 @@ from dist_adamw import CyclicLRWithRestarts, DistAdamW
 REPOSITORY = Path(__file__).resolve().parents[2]
 COMMAND = Path(sys.executable).with_name("dist-adamw")  # as installed next to this interpreter
 BATCH, EPOCH, UPDATES = 8, 32, 8
-EXTRAS = ("deepspeed", "transformers", "matplotlib", "triton")
+RECIPE = f"""
+batch:
+  size: {BATCH}
+scheduler:
+  epoch_size: {EPOCH}
+  restart_period: 1
+"""
+EXTRAS = ("deepspeed", "lightning", "matplotlib", "shtab", "tensorboard", "tqdm", "transformers", "triton", "uniplot")
 
 
 def main() -> None:
@@ -63,7 +70,7 @@ def check_names() -> None:
 
 
 def check_commands(folder: Path) -> None:
-    """Every verb of the command runs; those that read files read what `check_commands` saved."""
+    """Every verb of the command runs; those that read files read what this function wrote."""
     model, optimizer, scheduler = objects()
     train(model, optimizer, scheduler, range(2))
     saved, exported, again = folder / "saved", folder / "torch.pt", folder / "again"
@@ -72,18 +79,24 @@ def check_commands(folder: Path) -> None:
     train(model, optimizer, scheduler, range(2, 4))
     log.close()
     shutil.copytree(folder / "run", folder / "same")
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(RECIPE)
     runs: list[tuple[Sequence[str], str]] = [
-        (
-            ("preview", "--batch_size=8", "--epoch_size=32", "--restart_period=1", "--total_samples=96"),
-            "training ends at sample 96",
-        ),
+        (("preview", str(recipe), "--total_samples=96"), "training ends at sample 96"),
+        (("plan", "1e6", str(recipe), "--ranks=1,2"), "2 ranks"),
+        (("check", str(recipe)), "no problems"),
+        (("schema",), "dist_adamw recipe"),
         (("batch", "--size=32", "--micro_batch_size=8", "--data_parallel_size=2"), "32 samples = 8 x 2"),
         (("inspect", str(saved)), "samples"),
         (("export", str(saved), str(exported), "--kind=torch"), "written to"),
-        (("import", str(exported), str(again)), "to the last bit"),
+        (("import", str(exported), str(again)), "files have their sizes"),
         (("diff", str(folder / "run"), str(folder / "same")), "compared"),
         (("lr-range", "--help"), "script"),
     ]
+    if is_installed("matplotlib"):
+        runs.append((("plot", str(recipe), f"--out={folder / 'recipe.svg'}"), "recipe.svg"))
+    if is_installed("shtab"):
+        runs.append((("completion", "bash"), "complete"))
     for arguments, word in runs:
         output = run_command(arguments)
         expect(word in output, f"dist-adamw {' '.join(arguments)} printed {output!r}, which has no {word!r}")
@@ -92,11 +105,16 @@ def check_commands(folder: Path) -> None:
 
 def check_missing_extras(folder: Path) -> None:
     """What needs an optional library that is not installed raises one sentence that names the extra."""
-    drawing = ("preview", "--batch_size=8", "--epoch_size=32", f"--plot={folder / 'recipe.png'}")
+    recipe = str(folder / "recipe.yaml")
+    (folder / "config.json").write_text('{"model_type": "gpt2"}')
     cases: list[tuple[str, str, Callable[[], object]]] = [
         ("deepspeed", "dist_adamw[deepspeed]", dist_adamw.register_deepspeed),
         ("transformers", "dist_adamw[transformers]", lambda: dist_adamw.prepare_trainer(object())),  # type: ignore[type-var]
-        ("matplotlib", "dist_adamw[tracking]", lambda: raise_printed(drawing)),
+        ("transformers", "dist_adamw[transformers]", lambda: raise_printed(("plan", str(folder)))),
+        ("lightning", "dist_adamw[lightning]", lambda: dist_adamw.prepare_lightning(object())),
+        ("matplotlib", "dist_adamw[tracking]", lambda: raise_printed(("plot", recipe, "--out=recipe.png"))),
+        ("uniplot", "dist_adamw[terminal]", lambda: raise_printed(("plot", recipe))),
+        ("shtab", "dist_adamw[completion]", lambda: raise_printed(("completion", "bash"))),
     ]
     for library, extra, call in cases:
         if is_installed(library):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import email
 import email.message
+import importlib.metadata
 import shutil
 import subprocess
 import sys
@@ -12,11 +13,14 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 import dist_adamw
+from dist_adamw.planning import plan
 from tests.conftest import ROOT
 
-PACKED = ("dist_adamw", "tests/installed", "docs", "configs")  # enough of the sdist; the rest takes seconds
+PACKED = ("dist_adamw", "tests/installed", "docs", "configs", "examples")  # enough of the sdist; the rest takes seconds
 FILES = (
     "setup.cfg",
     "pyproject.toml",
@@ -26,6 +30,7 @@ FILES = (
     "CHANGELOG.md",
     "Makefile",
     "constraints.txt",
+    "mkdocs.yml",
 )
 BUILD = """
 import sys
@@ -72,6 +77,9 @@ def test_the_sdist_has_what_the_tests_need(built: Path) -> None:
         "CHANGELOG.md",
         "docs/design.md",
         "docs/curves.png",
+        "examples/README.md",
+        "examples/torch_ddp.py",
+        "mkdocs.yml",
         "tests/installed/check.py",
     }
     assert wanted <= names
@@ -102,11 +110,29 @@ def test_metadata(built: Path) -> None:
     assert set(found.get_all("Provides-Extra", [])) == extras
 
 
+def test_constraints_pin_on_python_3_10_only_what_runs_there() -> None:
+    """Otherwise `make setup PYTHON=python3.10` ends with pip's ResolutionImpossible."""
+    pins = [Requirement(line) for line in (ROOT / "constraints.txt").read_text().splitlines() if line[0] != "#"]
+    pins_of_310 = [pin for pin in pins if pin.marker is None or pin.marker.evaluate({"python_version": "3.10"})]
+    too_new = [str(pin) for pin in pins_of_310 if not runs_on_python_3_10(pin)]
+    assert too_new == []
+
+
+def runs_on_python_3_10(pin: Requirement) -> bool:
+    """Whether the pinned version may be installed on Python 3.10; True for one that this environment does not have."""
+    try:
+        found = importlib.metadata.distribution(pin.name)
+    except importlib.metadata.PackageNotFoundError:
+        return True
+    return found.version not in pin.specifier or "3.10.13" in SpecifierSet(found.metadata["Requires-Python"] or "")
+
+
 @pytest.mark.parametrize(
     ("library", "extra", "statement"),
     [
         ("deepspeed", "deepspeed", "dist_adamw.register_deepspeed()"),
         ("transformers", "transformers", "dist_adamw.prepare_trainer(object())"),
+        ("lightning pytorch_lightning", "lightning", "dist_adamw.prepare_lightning(object())"),
         (
             "matplotlib",
             "tracking",
@@ -117,12 +143,20 @@ def test_metadata(built: Path) -> None:
 def test_a_missing_library_is_one_sentence_that_names_the_extra(
     library: str, extra: str, statement: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in [name for name in sys.modules if name.split(".")[0] == library]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, library, None)  # importing it raises ImportError
+    for package in library.split():
+        for name in [name for name in sys.modules if name.split(".")[0] == package]:
+            monkeypatch.delitem(sys.modules, name)
+        monkeypatch.setitem(sys.modules, package, None)  # importing it raises ImportError
     with pytest.raises(ImportError, match=rf"pip install 'dist_adamw\[{extra}\]'") as raised:
         exec(statement, {"dist_adamw": dist_adamw})
     assert "\n" not in str(raised.value)
+
+
+def test_a_plan_for_a_hugging_face_model_without_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ModuleNotFoundError, match=rf"{tmp_path}.*pip install 'dist_adamw\[transformers\]'"):
+        plan(str(tmp_path))
 
 
 def test_prepare_trainer_refuses_what_is_no_trainer() -> None:

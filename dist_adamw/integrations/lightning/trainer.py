@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -44,6 +45,7 @@ def prepare_lightning(
         ``trainer``.
 
     Raises:
+        ImportError: Lightning is not installed.
         ValueError: it is not a Lightning Trainer or was prepared before, or its strategy is not supported (FSDP1,
             DeepSpeed). ``fit()`` raises it before training, on every rank, if the schedule steps once an epoch, a size
             is not known or differs from the loader's, or a callback would replace the schedule.
@@ -70,8 +72,10 @@ def _library_of(trainer: Any) -> str:
         for library in _LIBRARIES:
             if cls.__name__ == "Trainer" and cls.__module__.startswith(f"{library}."):
                 return library
+    if not any(importlib.util.find_spec(library.partition(".")[0]) for library in _LIBRARIES):
+        raise ImportError("prepare_lightning() needs Lightning: pip install 'dist_adamw[lightning]'.")
     raise ValueError(
-        f"prepare_lightning takes a Trainer of lightning.pytorch or pytorch_lightning, got a {type(trainer).__name__}."
+        f"prepare_lightning takes a Trainer of lightning.pytorch or pytorch_lightning, got {type(trainer).__name__}."
     )
 
 
