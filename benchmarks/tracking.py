@@ -19,6 +19,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -64,7 +65,7 @@ def measure(options: argparse.Namespace, folder: Path) -> list[records.Record]:
     scheduler = CyclicLRWithRestarts(optimizer, restart_period=1)
     warm = 3
     rows = (options.rounds + warm) * len(TRACKERS) * options.batch
-    loader = DataLoader(torch.randint(VOCABULARY, (rows, options.context + 1)), options.batch)
+    loader: DataLoader[Any] = DataLoader(list(torch.randint(VOCABULARY, (rows, options.context + 1))), options.batch)
     model, optimizer, loader, scheduler = prepare(accelerator, model, optimizer, loader, scheduler)
     tracking = Tracking(optimizer, scheduler, accelerator)
     batches, order = iter(loader), random.Random(0)

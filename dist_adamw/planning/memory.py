@@ -142,7 +142,7 @@ def sum_bytes(setup: Setup, terms: int, numel: int, sums: int, *, dtype: torch.d
 
 
 def num_sums(rounds: int, terms: int) -> tuple[int, int]:
-    """Return the levels of a `TreeSum` and its blocks of scratch memory, for ``rounds`` of ``terms`` micro-batches. Local.
+    """Return the levels and the scratch blocks of a `TreeSum` for ``rounds`` of ``terms`` micro-batches each. Local.
 
     `TreeSum` is a binary counter of micro-batches, so arithmetic answers for any number of them.
     """
