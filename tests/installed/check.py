@@ -69,8 +69,9 @@ def check_names() -> None:
     print(f"names: {len(dir(dist_adamw))}")
 
 
-def check_commands(folder: Path) -> None:
-    """Every verb of the command runs; those that read files read what this function wrote."""
+def check_commands(folder: Path, run: Callable[[Sequence[str]], str] | None = None) -> set[str]:
+    """Every verb of the command runs; those that read files read what this function wrote. Return the verbs."""
+    run = run_command if run is None else run
     model, optimizer, scheduler = objects()
     train(model, optimizer, scheduler, range(2))
     saved, exported, again = folder / "saved", folder / "torch.pt", folder / "again"
@@ -98,9 +99,10 @@ def check_commands(folder: Path) -> None:
     if is_installed("shtab"):
         runs.append((("completion", "bash"), "complete"))
     for arguments, word in runs:
-        output = run_command(arguments)
+        output = run(arguments)
         expect(word in output, f"dist-adamw {' '.join(arguments)} printed {output!r}, which has no {word!r}")
     print(f"commands: {', '.join(arguments[0] for arguments, _ in runs)}")
+    return {arguments[0] for arguments, _ in runs}
 
 
 def check_missing_extras(folder: Path) -> None:

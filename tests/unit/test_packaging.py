@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,11 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 import dist_adamw
+from dist_adamw.cli import main
+from dist_adamw.cli.verbs import VERBS
 from dist_adamw.planning import plan
 from tests.conftest import ROOT
+from tests.installed import check
 
 PACKED = ("dist_adamw", "tests/installed", "docs", "configs", "examples")  # enough of the sdist; the rest takes seconds
 FILES = (
@@ -108,6 +112,16 @@ def test_metadata(built: Path) -> None:
     }
     extras = {"completion", "deepspeed", "dev", "docs", "lightning", "release", "terminal", "tracking", "transformers"}
     assert set(found.get_all("Provides-Extra", [])) == extras
+
+
+def test_the_check_of_a_wheel_runs_every_verb(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In this process: the check itself starts the installed command for each, which takes longer."""
+
+    def run(arguments: Sequence[str]) -> str:
+        assert main(list(arguments)) == 0
+        return capsys.readouterr().out
+
+    assert check.check_commands(tmp_path, run) == set(VERBS)
 
 
 def test_constraints_pin_on_python_3_10_only_what_runs_there() -> None:
