@@ -65,7 +65,8 @@ def measure(options: argparse.Namespace, folder: Path) -> list[records.Record]:
     scheduler = CyclicLRWithRestarts(optimizer, restart_period=1)
     warm = 3
     rows = (options.rounds + warm) * len(TRACKERS) * options.batch
-    loader: DataLoader[Any] = DataLoader(list(torch.randint(VOCABULARY, (rows, options.context + 1))), options.batch)
+    data: Any = torch.randint(VOCABULARY, (rows, options.context + 1))
+    loader = DataLoader(data, options.batch)
     model, optimizer, loader, scheduler = prepare(accelerator, model, optimizer, loader, scheduler)
     tracking = Tracking(optimizer, scheduler, accelerator)
     batches, order = iter(loader), random.Random(0)
