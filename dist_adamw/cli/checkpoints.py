@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
 from dist_adamw.cli.answer import DONE, NO, Answer
@@ -61,13 +62,16 @@ def export(
     Args:
         path: The checkpoint's folder.
         target: The file or folder to write.
-        kind: torch (torch.save), dcp (FSDP2), universal (DeepSpeed) or safetensors (weights alone).
+        kind: torch (torch.save), dcp (FSDP2), universal (DeepSpeed) or safetensors (weights alone, and the default for
+            TARGET.safetensors).
         master: Write the fp32 weights if the model's have less precision.
         average: Write this average of the weights in their place, as safetensors.
     """
     from dist_adamw.checkpoint.formats.exporting import export_checkpoint
     from dist_adamw.checkpoint.formats.finding import find_checkpoint
 
+    if kind is None and Path(target).suffix == ".safetensors":
+        kind = "safetensors"
     if kind is None:
         raise ValueError("name the kind of file to write: --kind torch, dcp, universal or safetensors.")
     found = find_checkpoint(path, verify=True)

@@ -35,7 +35,7 @@ TYPED = (
     "torchrun --standalone --nproc-per-node 2 train.py",
     "torchrun --standalone --nproc-per-node 3 train.py",
     "dist-adamw inspect checkpoints --verify",
-    "dist-adamw export checkpoints weights.safetensors --kind safetensors",
+    "dist-adamw export checkpoints weights.safetensors",
     "python use.py",
     "dist-adamw export checkpoints state.pt --kind torch",
     "python -c \"import torch; print(list(torch.load('state.pt')))\"",

@@ -169,8 +169,9 @@ FOLDERS: dict[str, Callable[[Path], Path]] = {
 def test_the_checkpoint_that_a_folder_stands_for(kind: str, tmp_path: Path, capsys: Capture) -> None:
     newest = FOLDERS[kind](tmp_path / "x")
     assert answer(capsys, "inspect", str(tmp_path / "x"))["checkpoint"] == str(newest)
-    found = answer(capsys, "export", str(tmp_path / "x"), str(tmp_path / "y"), "--kind=safetensors")
-    assert found == {"checkpoint": str(newest), "written": str(tmp_path / "y"), "kind": "safetensors"}
+    weights = str(tmp_path / "y.safetensors")  # the kind is the name's
+    found = answer(capsys, "export", str(tmp_path / "x"), weights)
+    assert found == {"checkpoint": str(newest), "written": weights, "kind": "safetensors"}
 
 
 def test_a_project_that_accelerate_really_wrote(tmp_path: Path, capsys: Capture) -> None:
