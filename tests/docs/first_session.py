@@ -87,7 +87,7 @@ def _commands(block: str, install: bool) -> Iterable[str]:
 
 
 def _type(shell: subprocess.Popen[str], command: str, folder: Path) -> str:
-    """Return what one command prints, and its exit status if that is not 0."""
+    """Return what one command prints, and its exit status if that is not 0. What pip warns of is left out."""
     print(f"$ {command}", file=sys.stderr)
     keyboard, screen = _pipes(shell)
     keyboard.write(f'{command}\necho "{END} $?"\n')
@@ -96,6 +96,8 @@ def _type(shell: subprocess.Popen[str], command: str, folder: Path) -> str:
     for line in screen:
         if line.startswith(END):
             status = line.split()[-1]
+            if command.startswith(INSTALL) and status == "0":
+                return ""
             return "".join(lines) + ("" if status == "0" else f"[exit status {status}]\n")
         lines.append(line.replace(str(folder), "."))
         if command == TRAIN and line.startswith(INTERRUPT_AFTER):
