@@ -465,10 +465,9 @@ def test_a_file_of_another_kind(argument: str, tmp_path: Path) -> None:
     }
     files = dict(zip(kinds, ("r.yaml", "a.yaml", "d.json"), strict=True))
     for other in kinds.keys() - {argument}:
-        with pytest.raises(
-            ValueError, match=f"this is {kinds[other]}, and not {kinds[argument]}. Pass {kinds[argument]}"
-        ):
-            given: dict[str, Any] = {argument: tmp_path / files[other]}
+        given: dict[str, Any] = {argument: tmp_path / files[other]}
+        sentence = f"this is {kinds[other]}, and not {kinds[argument]}. Pass {kinds[argument]}"
+        with pytest.raises(ValueError, match=sentence):
             check(**given)
 
 
