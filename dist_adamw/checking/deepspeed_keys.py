@@ -70,7 +70,7 @@ def _check_top(inputs: Inputs, keys: _Keys) -> Iterator[Finding]:
 def _check_below(inputs: Inputs, keys: _Keys) -> Iterator[Finding]:
     for place, known in keys.below.items():
         section = inputs.of_deepspeed(*place)
-        unknown = set(section) - known if isinstance(section, dict) else ()
+        unknown = [key for key in section if key not in known] if isinstance(section, dict) else []
         for key in unknown:
             sentence = f"DeepSpeed has no {key!r} in {place[-1]}, and raises. {_hint(str(key), known)}"
             yield inputs.in_deepspeed("error", "key", (*place, key), sentence)

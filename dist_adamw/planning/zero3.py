@@ -129,22 +129,19 @@ class _Pass:
                 self._wait(param)
         wanted = {param for param in module.parameters if self._fetched_for[param] < self._step}
         while self._queue and wanted:
-            param, self._fetched_for[param] = self._next()
+            param, self._fetched_for[param] = self._queue.popleft()
             wanted.discard(param)
         setup = self._setup
         room = min(setup.max_live_parameters - self._live, setup.prefetch_bucket_size)
         ahead: dict[int, None] = {}
         numel = 0
         while self._queue and numel < room:
-            param, step = self._next()
+            param, step = self._queue.popleft()
             self._fetched_for[param] = max(self._fetched_for[param], step)
             if self._is_partitioned(param) and param not in ahead:
                 ahead[param] = None
                 numel += self._params[param].numel
         self._gather(list(ahead))
-
-    def _next(self) -> tuple[int, int]:
-        return self._queue.popleft()
 
     def _gather(self, params: list[int]) -> None:
         if not params:

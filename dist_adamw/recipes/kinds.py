@@ -22,7 +22,7 @@ def kind_of(data: Mapping[Any, Any]) -> str | None:
     if data.keys() & _OF_ACCELERATE:
         return ACCELERATE
     parts = [data[name] for name in ("optimizer", "scheduler") if isinstance(data.get(name), dict)]
-    if data.keys() & _OF_DEEPSPEED or any({"type", "params"} & part.keys() for part in parts):
+    if data.keys() & _OF_DEEPSPEED or any("type" in part or isinstance(part.get("params"), dict) for part in parts):
         return DEEPSPEED
     return RECIPE if data and data.keys() <= _OF_RECIPES else None
 

@@ -73,8 +73,8 @@ def with_corrected_keys(error: ValidationError, source: Source) -> Source | None
     """Return the file with every unknown key under the name that was probably meant, or without it. Local.
 
     Returns:
-        None if a value is of the wrong kind, or a key has the name and perhaps the unit of another library: what
-        depends on it cannot be checked.
+        None if a value is of the wrong kind, a key is not text, or a key has the name and perhaps the unit of another
+        library: what depends on it cannot be checked.
     """
     errors = error.errors(include_url=False)
     if any(one["type"] not in _UNKNOWN or one["loc"][-1] in _OTHER_NAMES for one in errors):
@@ -82,8 +82,10 @@ def with_corrected_keys(error: ValidationError, source: Source) -> Source | None
     data, lines = copy.deepcopy(source.data), dict(source.lines)
     for one in errors:
         place = _place_of_unknown(source.data, one["loc"])
-        meant = _meant(place)
-        value = functools.reduce(operator.getitem, place[:-1], data).pop(place[-1])
+        around = functools.reduce(operator.getitem, place[:-1], data)
+        if place[-1] not in around:  # a key such as 1.5, of which pydantic gives the text
+            return None
+        meant, value = _meant(place), around.pop(place[-1])
         if meant is not None and _add(data, meant, value):
             lines |= {(*meant, *at[len(place) :]): line for at, line in lines.items() if at[: len(place)] == place}
     data = {name: keys for name, keys in data.items() if keys != {}}

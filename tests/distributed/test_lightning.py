@@ -398,6 +398,13 @@ def test_rows_of_batches_that_come_out_of_order() -> None:
     assert [size for _, size in sizes] != [3, 2, 1, 4, 1]
 
 
+def test_rows_of_a_loader_whose_workers_were_started_before() -> None:
+    loader = DataLoader(Samples(6), 4, num_workers=1, persistent_workers=True)
+    next(iter(loader))  # a look at the data before training
+    iteration = iter(record_rows(loader))
+    assert [iteration.rows(ahead=0) for _ in iteration] == [4, 2]
+
+
 # ---------------------------------------------------------------- checkpoints
 
 

@@ -277,6 +277,8 @@ def test_scalars_are_those_of_yaml_1_2(text: str, value: object, tmp_path: Path)
         ),
         ("batch: {size: {0:256}}\n", 'r.yaml:1: 0:256 has no value. Write a space after the ":"'),
         ("? [1]\n: 2\n", "r.yaml:1: a key must be text or a number"),
+        ("optimizer: {1.5: 2}\n", "r.yaml:1: optimizer.1.5: there is no '1.5' in optimizer"),
+        ("optimizer: {params: model}\n", "r.yaml:1: optimizer.params: params does not belong here: pass the model to"),
         ("[" * 5000, "r.yaml: the file is nested too deeply"),
         ("optimizer: {lr: [1\n", "r.yaml:2: while parsing a flow sequence"),
         ("optimizer: {lr: " + "9" * 5000 + "}", "has thousands of digits"),
@@ -284,7 +286,7 @@ def test_scalars_are_those_of_yaml_1_2(text: str, value: object, tmp_path: Path)
         ("optimizer: {lr: 1} # é".encode("latin-1"), "r.yaml: the file is not text"),
         (b"x" * 1_000_001, "r.yaml: the file has 1,000,001 bytes, which is too long for settings"),
     ],
-    ids=range(20),
+    ids=range(22),
 )
 def test_what_is_not_a_file_of_settings(text: str | bytes, sentence: str, tmp_path: Path) -> None:
     (said,) = problems(written(tmp_path, text))

@@ -225,6 +225,9 @@ class Position:
         """Return the position as plain data; None if no loop has used the loader. Local.
 
         Positions differ if ranks skip different batches. ``save_state`` saves the earliest; see `ordered`.
+
+        Raises:
+            ValueError: one optimizer has accumulated a batch, and another one was updated with it or a later one.
         """
         return self.ordered()[1]
 

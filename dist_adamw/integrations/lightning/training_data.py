@@ -112,6 +112,7 @@ def record_rows(loader: Any) -> Any:
     copied = copy.copy(loader)  # the script may use its own in other ways
     # DataLoader.__setattr__ forbids changing this attribute, so its __dict__ is used.
     vars(copied)["batch_sampler"] = RowRecorder(loader.batch_sampler)
+    copied._iterator = None  # persistent workers that the script has started draw from the sampler without a recorder
     members = {"__iter__": lambda self: RecordedIteration(self), "__module__": cls.__module__}
     copied.__class__ = type(cls.__name__, (cls,), members)
     return copied
