@@ -559,7 +559,7 @@ def check_skips_alone(way: dict[str, Any], leaves_some: bool) -> None:
 def test_a_rank_that_alone_skips_an_update_is_an_error_on_all(way: str, leaves_some: bool) -> None:
     began = time.monotonic()
     for error in expect_error_on_all(3, check_skips_alone, WAYS[way], leaves_some):
-        assert error.startswith("AgreementError: rank "), error
+        assert error.startswith("AgreementError: ranks are out of step: rank "), error
         assert "skipped a step()" in error, error
     assert time.monotonic() - began < 30
 
@@ -606,7 +606,7 @@ def check_saves_alone(way: dict[str, Any], call: str, folder: str) -> None:
 def test_a_rank_that_alone_saves_is_an_error_on_all(way: str, call: str, tmp_path: Path) -> None:
     began = time.monotonic()
     for error in expect_error_on_all(3, check_saves_alone, WAYS[way], call, str(tmp_path)):
-        assert error.startswith("AgreementError: rank "), error
+        assert error.startswith("AgreementError: ranks are out of step: rank "), error
         assert "called on every rank" in error, error
     assert time.monotonic() - began < 30
 
@@ -845,7 +845,7 @@ def skips_alone_under_accelerate() -> None:
 
 def test_a_rank_that_alone_skips_an_update_of_a_prepared_loop() -> None:
     for error in expect_error_on_all(2, skips_alone_under_accelerate):
-        assert error.startswith("AgreementError: rank "), error
+        assert error.startswith("AgreementError: ranks are out of step: rank "), error
 
 
 def saves_alone_under_accelerate(folder: str) -> None:
