@@ -173,7 +173,7 @@ def fit(
     with environment(WORLD_SIZE=os.environ["WORLD_SIZE"]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="lightning")
         trainer = prepare(library.Trainer(accelerator="cpu", devices=ranks, default_root_dir=folder, **quiet, **told))
-        own = type(model).train_dataloader is not L.LightningModule.train_dataloader
+        own = type(model).train_dataloader is not library.LightningModule.train_dataloader
         trainer.fit(model, None if own else loader_of() if data is None else data, ckpt_path=ckpt_path)
     return trainer
 
@@ -634,7 +634,7 @@ def test_strategies_that_are_refused() -> None:
 
     with pytest.raises(ValueError, match=r"FSDPStrategy\. It keeps FSDP1.*ModelParallelStrategy"):
         check_strategy(FSDPStrategy())
-    with pytest.raises(ValueError, match=r"takes a Trainer of lightning.*got a Linear"):
+    with pytest.raises(ValueError, match=r"takes a Trainer of lightning.*got Linear"):
         prepare_lightning(nn.Linear(1, 1))
 
 

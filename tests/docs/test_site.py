@@ -26,7 +26,7 @@ def build(folder: Path, config: Path = ROOT / "mkdocs.yml") -> str:
         str(folder),
     ]
     environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=110, check=False)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
     return done.stderr if done.returncode else ""
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -122,6 +123,7 @@ def test_the_marked_lines_are_those_that_differ(name: str) -> None:
 def test_plain_scripts_have_every_name_that_they_use(tmp_path: Path) -> None:
     for name in EXAMPLES:
         (tmp_path / f"{name}.py").write_text("\n".join(plain(name)) + "\n")
-    ruff = subprocess.run(["ruff", "check", "--select", "F", "--isolated", tmp_path], capture_output=True, text=True)
+    command = [sys.executable, "-m", "ruff", "check", "--select", "F", "--isolated", str(tmp_path)]
+    ruff = subprocess.run(command, capture_output=True, text=True)
     assert ruff.returncode == 0, ruff.stdout
     assert sorted(CHANGES) == EXAMPLES
