@@ -48,6 +48,11 @@ ELSEWHERE: dict[str, str] = {
     "torchrun --standalone --nproc-per-node 2 train.py 7 zero2": TUTORIAL,
     "dist-adamw inspect runs/tutorial/sample-000014336/dist_adamw": TUTORIAL,
     f"{RANGE} --highest 10 --updates 140 --out lr-range.png launch/train.py {SMALL} --out /tmp/range": RANGE_TEST,
+    "sed 's/^torch==.*/torch==2.12.1/' constraints.txt > build/constraints.txt": PACKAGES,
+    "uv venv --python 3.12 build/py312": PACKAGES,
+    'uv pip install --python build/py312 -c build/constraints.txt "dist_adamw[dev] @ '
+    'file://$PWD/dist/dist_adamw-0.1.0-py3-none-any.whl"': PACKAGES,
+    "build/py312/bin/python tests/installed/check.py": PACKAGES,
     "pre-commit install": "by hand: changes the repository's hooks",
     "make check": "by hand: a part of the test suite",
     "make coverage": "by hand: the test suite itself",
