@@ -314,10 +314,13 @@ def _entering(stream: Stream) -> Iterator[None]:
 
 
 def _register_guard() -> None:
-    """Give indexing and autograd a guard for CUDA devices that does nothing: the one of meta tensors."""
+    """Give indexing and autograd a guard for CUDA devices that does nothing: the one of meta tensors.
+
+    A torch that is built for CUDA has a guard, which fails where there is no driver.
+    """
     library = Path(torch.__file__).parent / "lib/libc10.so"
     registry = (ctypes.c_void_p * 20).in_dll(ctypes.CDLL(str(library)), "_ZN3c104impl26device_guard_impl_registryE")
-    registry[_CUDA] = registry[_CUDA] or registry[_META]
+    registry[_CUDA] = registry[_META]
 
 
 class Model(torch.nn.Module):

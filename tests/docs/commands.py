@@ -68,6 +68,11 @@ ELSEWHERE: dict[str, str] = {
     **dict.fromkeys(TYPED, SESSION),
     "accelerate launch --num_processes 8 train.py": GPUS,
     "ACCELERATE_USE_CPU=true torchrun --standalone --nproc-per-node 2 train.py": SESSION,
+    "sed 's/^torch==.*/torch==2.12.1/' constraints.txt > build/constraints.txt": PACKAGES,
+    "uv venv --python 3.12 build/py312": PACKAGES,
+    'uv pip install --python build/py312 -c build/constraints.txt "dist_adamw[dev] @ '
+    'file://$PWD/dist/dist_adamw-0.1.0-py3-none-any.whl"': PACKAGES,
+    "build/py312/bin/python tests/installed/check.py": PACKAGES,
     "pre-commit install": "by hand: changes the repository's hooks",
     "make check": "by hand: a part of the test suite",
     "make coverage": "by hand: the test suite itself",
