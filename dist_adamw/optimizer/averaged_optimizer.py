@@ -26,10 +26,9 @@ from dist_adamw.schedule.restarts import RestartSchedule
 
 
 class AveragedOptimizer(SavableOptimizer):
-    """An optimizer that keeps averages of the weights.
+    """An optimizer that keeps averages of the weights. Nothing is sent until `averaged` shows one.
 
-    An EMA moves with each bucket of an update. A mean gets the weights at moments of the schedule. Nothing is sent
-    until `averaged` shows one.
+    An EMA moves with each bucket of an update. A mean gets the weights at moments of the schedule.
     """
 
     # Defaults for an unpickled optimizer, whose __init__ has not run.
@@ -218,14 +217,14 @@ class AveragedOptimizer(SavableOptimizer):
         if not count:
             raise RuntimeError(_not_begun(name, average))
         self.announce_save()
-        self._agree_on_average(name, count)
+        _agree_on_average(self, name, count)
         self.follow()
         if self._engine_weights is None and self._is_partitioned:
             raise RuntimeError(
                 "DeepSpeed keeps the model's weights apart from this optimizer's. Call dist_adamw.prepare, or "
                 "dist_adamw.prepare_deepspeed(engine), before averaged()."
             )
-        self._check_unsharded()
+        _check_unsharded(self)
         slots = described(name, average, count).oldest_first()
         with KeptBuffers(self._known_modules()), (self._engine_weights or self._own_weights)() as write:
             with torch.no_grad():
@@ -260,22 +259,6 @@ class AveragedOptimizer(SavableOptimizer):
                     param.copy_(kept)
             reshard(models)
 
-    def _agree_on_average(self, name: str, count: int) -> None:
-        """Raise on every rank if another one shows another average, or has added to it more often. Collective."""
-        groups: Sequence[dist.ProcessGroup | None] = self._ranks.comparing()
-        if not groups and collectives.world_size() > 1 and not isinstance(self._scheme, OwnSharding):
-            groups = [collectives.host_group()]  # of an engine that shards the parameters over all ranks
-        for group in groups:
-            agreement.check_agreement({"the average to show": name, "weights added to it": count}, group)
-
-    def _check_unsharded(self) -> None:
-        """Raise if FSDP2 may keep unsharded weights in modules that are not known. Local."""
-        if not self._known_modules() and any(map(is_dtensor, self._all_params())):
-            raise RuntimeError(
-                "under FSDP2 averaged() needs the model, which may hold unsharded weights. Call dist_adamw.prepare or "
-                "optimizer.use_model(model) first."
-            )
-
     def _refuse_inside(self, what: str) -> None:
         if self._shown_average is not None:
             raise RuntimeError(
@@ -295,9 +278,7 @@ class AveragedOptimizer(SavableOptimizer):
                 group.pop(AVERAGED, None)
 
     def follow(self) -> None:
-        """Apply the user's changes to ``param_groups``, ``state`` and weights, as `step` would. Collective.
-
-        `dist_adamw.save` calls it, so that it saves what the model and the optimizer show.
+        """Apply the user's changes to ``param_groups``, ``state`` and weights, as `step` and a save do. Collective.
 
         Raises:
             ValueError: an entry of ``state`` is not valid state of its parameter. Raised before anything changes.
@@ -310,9 +291,8 @@ class AveragedOptimizer(SavableOptimizer):
     def state_dict(self) -> StateDict:
         """Return the whole state in the parameters' shapes, as torch's optimizers do. Local.
 
-        It loads into ``torch.optim.AdamW`` and the other way round, and into a `DistAdamW` on any number of ranks.
-        Averages of the weights are in a parameter's entry, under their names.
-        If the state is sharded, this rank has 1/W of it: call `consolidate_state_dict` first, on every rank.
+        `torch.optim.AdamW` loads it, and a `DistAdamW` on any number of ranks. Averages are in a parameter's entry. Of
+        sharded state this rank has 1/W: call `consolidate_state_dict` first, on every rank.
 
         Raises:
             RuntimeError: the state is sharded, and this rank has not consolidated it since it last changed.
@@ -345,6 +325,24 @@ class AveragedOptimizer(SavableOptimizer):
         state = super().__getstate__()
         state["options"]["averages"] = dict(self.averages)  # a read-only mapping cannot be pickled
         return state
+
+
+def _agree_on_average(optimizer: AveragedOptimizer, name: str, count: int) -> None:
+    """Raise on every rank if another one shows another average, or has added to it more often. Collective."""
+    groups: Sequence[dist.ProcessGroup | None] = optimizer._ranks.comparing()
+    if not groups and collectives.world_size() > 1 and not isinstance(optimizer._scheme, OwnSharding):
+        groups = [collectives.host_group()]  # of an engine that shards the parameters over all ranks
+    for group in groups:
+        agreement.check_agreement({"the average to show": name, "weights added to it": count}, group)
+
+
+def _check_unsharded(optimizer: AveragedOptimizer) -> None:
+    """Raise if FSDP2 may keep unsharded weights in modules that are not known. Local."""
+    if not optimizer._known_modules() and any(map(is_dtensor, optimizer._all_params())):
+        raise RuntimeError(
+            "under FSDP2 averaged() needs the model, which may hold unsharded weights. Call dist_adamw.prepare or "
+            "optimizer.use_model(model) first."
+        )
 
 
 def _not_begun(name: str, average: Average) -> str:

@@ -24,7 +24,7 @@ def test_the_commands_print_what_the_page_shows(tmp_path: Path) -> None:
 
 
 def _outputs(page: str) -> list[str]:
-    """Return what each command printed, without its dates. Of training, the last line: Ctrl-C may come a line later."""
+    """Return what each command printed, without dates and sizes; of training, where Ctrl-C may be late, its end."""
     outputs = [block["text"] for block in BLOCK.finditer(page) if block[1] == "text"]
-    dated = [re.sub(r", \w{3} \w{3} +\d+ [\d:]+ \d{4}", "", text) for text in outputs]
-    return [text.splitlines()[-1] if text.startswith(("sample", "continues")) else text for text in dated]
+    lasting = [re.sub(r", \w{3} \w{3} +\d+ [\d:]+ \d{4}|[\d,]+ bytes", "", text) for text in outputs]
+    return [text.splitlines()[-1] if text.startswith(("sample", "continues")) else text for text in lasting]

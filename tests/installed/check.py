@@ -87,7 +87,10 @@ def check_commands(folder: Path, run: Callable[[Sequence[str]], str] | None = No
         (("plan", "1e6", str(recipe), "--ranks=1,2"), "2 ranks"),
         (("check", str(recipe)), "no problems"),
         (("schema",), "dist_adamw recipe"),
-        (("batch", "--size=32", "--micro_batch_size=8", "--data_parallel_size=2"), "32 samples = 8 x 2"),
+        (
+            ("batch", "--size=32", "--micro_batch_size=8", "--data_parallel_size=2"),
+            "32 samples = 8 per micro-batch x 2 accumulation steps",
+        ),
         (("inspect", str(saved)), "samples"),
         (("export", str(saved), str(exported), "--kind=torch"), "written to"),
         (("import", str(exported), str(again)), "files have their sizes"),

@@ -301,7 +301,7 @@ def test_a_missing_library_is_one_sentence(
 
 ROOT = Path(__file__).parents[2]
 _PAGES = [ROOT / "README.md", ROOT / "launch" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-_COMMAND = re.compile(r"(?:^[ $]*|`)dist-adamw ([a-z-]+ [^`#>\n|]*)", re.MULTILINE)
+_COMMAND = re.compile(r"(?:^[ $]*|`)dist-adamw ([a-z][a-z-]* [^`#>\n|]*)", re.MULTILINE)
 _SHOWN = sorted(
     {match[1].strip() for page in _PAGES for match in _COMMAND.finditer(page.read_text()) if "--help" not in match[1]}
 )

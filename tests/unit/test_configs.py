@@ -91,9 +91,9 @@ def test_the_recipe_of_the_json_ends_at_a_cycles_end() -> None:
 
 def test_the_recipes_of_the_readme_end_at_a_cycles_end() -> None:
     text = (ROOT / "README.md").read_text()
-    recipes = re.findall(r'restart_period(?:=|": | )([\d.]+)(?:, "?t_mult(?:=|": )([\d.]+))?', text)
+    recipes = re.findall(r'restart_period(?:=|": |: )([\d.]+)(?: epoch)?(?:,\s*"?t_mult(?:=|": |: )([\d.]+))?', text)
     assert len(recipes) == 3
-    epochs = [*re.findall(r"in range\((\d+)\):", text), 3, int(*re.findall(r"--total_samples (\d+)", text)) // 50000]
+    epochs = [*re.findall(r"in range\((\d+)\):", text), 3, *re.findall(r"total_samples: (\d+) epochs", text)]
     assert len(epochs) == 3  # 3: TrainingArguments' own
     for (period, t_mult), count in zip(recipes, epochs, strict=True):
         schedule = RestartSchedule(epoch_size=50_000, batch_size=32, restart_period=period, t_mult=t_mult or 2)
