@@ -35,6 +35,17 @@ def main(args: Sequence[str] | None = None) -> int:
     return answer()
 
 
+def _verb(typed: str) -> str:
+    """Return the name of the verb that was typed, also with an underscore."""
+    if typed.startswith("-"):
+        raise UsageError(f"name a verb before its options: {', '.join(VERBS)}.")
+    name = typed.replace("_", "-")
+    if name not in VERBS:
+        hint = did_you_mean(typed, [*VERBS, "--version"]) or f" It has {_verbs()}."
+        raise UsageError(f"there is no verb {typed!r}.{hint}")
+    return name
+
+
 def _answer(args: list[str]) -> tuple[Answer | Callable[[], int], bool]:
     """Return the verb's answer, or the rest of its work, and whether to print JSON."""
     if not args or args[0] in ("-h", "--help") or args == ["help"]:
@@ -44,14 +55,7 @@ def _answer(args: list[str]) -> tuple[Answer | Callable[[], int], bool]:
     if args[0] == "help":
         args = [*args[1:2], "--help"]
     name, *rest = args
-    if name.startswith("-"):
-        raise UsageError(f"name a verb before its options: {', '.join(VERBS)}.")
-    if name.replace("_", "-") in VERBS:
-        name = name.replace("_", "-")
-    if name not in VERBS:
-        raise UsageError(
-            f"there is no verb {name!r}.{did_you_mean(name, [*VERBS, '--version']) or f' It has {_verbs()}.'}"
-        )
+    name = _verb(name)
     try:
         positional, options, is_json = read_arguments(name, VERBS[name], rest)
     except HelpAskedError:

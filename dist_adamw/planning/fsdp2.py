@@ -134,6 +134,14 @@ def _forward(groups: list[_Group], time: Timeline, setup: Setup) -> None:
     time.drop(held)
 
 
+def _compute_gradients(group: _Group, time: Timeline, *, are_new: bool) -> None:
+    if are_new:
+        time.add(group.gradients)
+    else:  # each is added to that of the earlier micro-batches
+        time.add(group.largest)
+        time.drop(group.largest)
+
+
 def _backward(groups: list[_Group], time: Timeline, setup: Setup, *, first: bool, reduces: bool) -> None:
     """Gather each group again while the one before it computes gradients, and reduce these."""
     rest, *layers = groups
@@ -149,11 +157,7 @@ def _backward(groups: list[_Group], time: Timeline, setup: Setup, *, first: bool
             time.drop(ahead)
             ahead = layers[number - 1].whole if number else 0
             time.add(ahead)
-        if first or setup.reproducible:
-            time.add(group.gradients)
-        else:  # each is added to that of the earlier micro-batches
-            time.add(group.largest)
-            time.drop(group.largest)
+        _compute_gradients(group, time, are_new=first or setup.reproducible)
         time.drop(group.whole)
         held = _reduce(group, time, held, setup, reduces=reduces)
     time.add(2 * rest.tied)  # a tied weight's gradient: two terms, and their sum

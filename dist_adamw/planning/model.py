@@ -203,12 +203,7 @@ def read_dtype(name: str, dtype: str | torch.dtype) -> torch.dtype:
 # ---------------------------------------------------------------- modules
 
 
-def shapes_of(model: nn.Module, source: str, layers: str | None = None) -> ModelShapes:
-    """Return the shapes of a module; tied weights count once. Local.
-
-    Raises:
-        ValueError: it has no parameters, some are not materialised, or no module is of the class ``layers``.
-    """
+def _check_whole(model: nn.Module, source: str) -> None:
     for name, param in model.named_parameters():
         if isinstance(param, nn.parameter.UninitializedParameter):
             raise ValueError(f"{name} of {source} has no shape yet. Give lazy modules their sizes in the factory.")
@@ -217,6 +212,15 @@ def shapes_of(model: nn.Module, source: str, layers: str | None = None) -> Model
                 f"{name} of {source} is sharded already. Plan the model before fully_shard, parallelize_module or "
                 "deepspeed.initialize; meshes of two axes (HSDP) and tensor parallelism are not planned."
             )
+
+
+def shapes_of(model: nn.Module, source: str, layers: str | None = None) -> ModelShapes:
+    """Return the shapes of a module; tied weights count once. Local.
+
+    Raises:
+        ValueError: it has no parameters, some are not materialised, or no module is of the class ``layers``.
+    """
+    _check_whole(model, source)
     modules = list(_layers(model, layers))
     layer_of = {id(p): n for n, (_, module) in enumerate(modules) for p in module.parameters()}
     parameters = [

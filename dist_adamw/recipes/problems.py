@@ -69,6 +69,15 @@ def problems_of(error: ValidationError, source: Source) -> list[Problem]:
     return sorted(problems, key=lambda problem: problem.line or 0)
 
 
+def _is_of_unknown_key(error: Mapping[str, Any]) -> bool:
+    return error["type"] in _UNKNOWN and error["loc"][-1] not in _OTHER_NAMES
+
+
+def _moved(lines: Mapping[Place, int], place: Place, meant: Place) -> dict[Place, int]:
+    """Return the lines of what is at ``place``, as if it were at ``meant``."""
+    return {(*meant, *at[len(place) :]): line for at, line in lines.items() if at[: len(place)] == place}
+
+
 def with_corrected_keys(error: ValidationError, source: Source) -> Source | None:
     """Return the file with every unknown key under the name that was probably meant, or without it. Local.
 
@@ -77,7 +86,7 @@ def with_corrected_keys(error: ValidationError, source: Source) -> Source | None
         library: what depends on it cannot be checked.
     """
     errors = error.errors(include_url=False)
-    if any(one["type"] not in _UNKNOWN or one["loc"][-1] in _OTHER_NAMES for one in errors):
+    if not all(map(_is_of_unknown_key, errors)):
         return None
     data, lines = copy.deepcopy(source.data), dict(source.lines)
     for one in errors:
@@ -87,7 +96,7 @@ def with_corrected_keys(error: ValidationError, source: Source) -> Source | None
             return None
         meant, value = _meant(place), around.pop(place[-1])
         if meant is not None and _add(data, meant, value):
-            lines |= {(*meant, *at[len(place) :]): line for at, line in lines.items() if at[: len(place)] == place}
+            lines |= _moved(lines, place, meant)
     data = {name: keys for name, keys in data.items() if keys != {}}
     return replace(source, data=data, lines=lines) if data else None
 

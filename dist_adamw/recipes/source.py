@@ -143,10 +143,10 @@ def _marked(name: str, error: yaml.MarkedYAMLError) -> FileError:
     if "'\\t'" in problem:
         return _at(name, line, "there is a tab, and YAML is indented by spaces. Replace it.")
     if "mapping values are not allowed" in problem:
-        problem = 'a key is not expected here. Indent keys alike, and write a space after each ":"'
-    elif "could not find expected ':'" in problem:
+        return _at(name, line, 'a key is not expected here. Indent keys alike, and write a space after each ":".')
+    if "could not find expected ':'" in problem:
         problem = 'a line has no key. Write "key: value", with a space after the ":"'
-    context = f"{error.context}: " if error.context and "not expected" not in problem else ""
+    context = f"{error.context}: " if error.context else ""
     return _at(name, line, f"{context}{problem.rstrip('.')}.")
 
 

@@ -124,7 +124,7 @@ def save_state(
         if one.watch is not None:
             one.watch.before_save()
     group = ours[0].of.group
-    positions = [_earliest(one, *run_on_all_ranks(partial(_ordered_position, one), group), group) for one in ours]
+    positions = _positions(ours, group)
     output_dir = None if output_dir is None else str(Path(output_dir).expanduser())
     with _without_limit(accelerator) as limit, _hidden(accelerator, ours):
         where = run_on_all_ranks(lambda: Path(save_rest(output_dir, *args, **kwargs)), group)
@@ -422,6 +422,15 @@ def _ordered_position(one: Known) -> tuple[tuple[int, int], dict[str, Any] | Non
     if position.is_gone or has_trained_elsewhere:
         return (sys.maxsize, 0), None
     return position.ordered()
+
+
+def _positions(ours: list[Known], group: dist.ProcessGroup | None) -> list[dict[str, Any] | None]:
+    """Return the position in the data to save with each model. Collective.
+
+    Raises:
+        ValueError: one optimizer has accumulated a batch that another was updated with. On every rank.
+    """
+    return [_earliest(one, *run_on_all_ranks(partial(_ordered_position, one), group), group) for one in ours]
 
 
 def _earliest(
