@@ -70,7 +70,9 @@ def export(
     from dist_adamw.checkpoint.formats.exporting import export_checkpoint
     from dist_adamw.checkpoint.formats.finding import find_checkpoint
 
-    if kind is None and Path(target).suffix == ".safetensors":
+    if Path(target).suffix == ".safetensors":
+        if kind not in (None, "safetensors"):
+            raise ValueError(f"{target} has the suffix of another kind, got --kind {kind}. Change one of them.")
         kind = "safetensors"
     if kind is None:
         raise ValueError("name the kind of file to write: --kind torch, dcp, universal or safetensors.")

@@ -320,7 +320,8 @@ def _attribute(module: Any, name: str, text: str) -> Callable[[], Any]:
     for part in name.split("."):
         found = getattr(found, part, None)
     if not callable(found):
-        raise ValueError(f"{text!r}: {module.__name__} has no function or class {name!r}.")
+        place = text.rpartition(":")[0]
+        raise ValueError(f"{text!r}: {place} has no function or class {name!r}.")
     return found  # type: ignore[no-any-return]
 
 

@@ -271,6 +271,10 @@ def test_flags_are_flags(flags: list[str], dtype: torch.dtype, is_first: bool, t
     ("args", "sentence"),
     [
         (["export", "x", "y"], "name the kind of file to write: --kind torch"),
+        (
+            ["export", "x", "y.safetensors", "--kind=torch"],
+            "y.safetensors has the suffix of another kind, got --kind torch.",
+        ),
         (["export", "x", "y", "--kind=tensors"], "--kind must be torch, dcp, universal or safetensors, got 'tensors'"),
         (["export", "x", "y", "--masters"], "no option --masters. Did you mean --master?"),
         (["export", "x", "--kind=torch"], "export needs TARGET: dist-adamw export PATH TARGET."),
