@@ -7,10 +7,13 @@ import re
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.conftest import ROOT
 from tests.docs.first_session import BLOCK, PAGE, replay
 
 
+@pytest.mark.timeout(400)  # seventeen commands, each in a process, on a slow machine
 def test_the_commands_print_what_the_page_shows(tmp_path: Path) -> None:
     """In this environment: the commands that make one are left out."""
     environment = {
