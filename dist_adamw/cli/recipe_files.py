@@ -16,7 +16,7 @@ _OF_OPTIMIZER = ("lr", "weight_decay")
 def recipe_with(
     recipe: TrainingRecipe, sections: Mapping[str, Mapping[str, Any]], *, has_batch: bool = False
 ) -> TrainingRecipe:
-    """Return a recipe with the values of options in place of its own. Local.
+    """Return a recipe in which the values of options replace those of the file. Local.
 
     Args:
         recipe: Of a file.

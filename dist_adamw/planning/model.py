@@ -84,7 +84,7 @@ class ModelShapes:
         source: The model as text.
         buffer_bytes: Bytes of the buffers.
         layers: The names of the modules that FSDP2 shards one by one.
-        root: The model as modules; None: each parameter is in a module of its own.
+        root: The model as modules; None: one module for each parameter.
     """
 
     source: str

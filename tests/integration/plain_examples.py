@@ -26,6 +26,24 @@ _TRAINER = """
 - from dist_adamw
 - trainer = prepare_trainer
 """
+_TORCH_LOOP = """\
+- scheduler =
++ scheduler = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(optimizer, len(loader), T_mult=2)
+- folder =
+- if args.resume
+- load(
+- first_epoch, done
+- for epoch in
++ for epoch in range(args.epochs):
+- if epoch == first_epoch
+- continue
+- samples, lr =
++ samples, lr = (epoch * len(loader) + number) * BATCH, scheduler.get_last_lr()[0]
+= loss.backward()
++ nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+- if folder.is_due
+- folder.save
+"""
 CHANGES = {
     "accelerate_causal_lm": """
 - from dist_adamw
@@ -178,44 +196,14 @@ CHANGES = {
 - optimizer = DistAdamW
 + optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.05)
 - optimizer.attach
-- scheduler =
-+ scheduler = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(optimizer, len(loader), T_mult=2)
-- folder =
-- if args.resume
-- load(
-- first_epoch, done
-- for epoch in
-+ for epoch in range(args.epochs):
-- if epoch == first_epoch
-- continue
-- samples, lr =
-+ samples, lr = (epoch * len(loader) + number) * BATCH, scheduler.get_last_lr()[0]
-= loss.backward()
-+ nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-- if folder.is_due
-- folder.save
-""",
+"""
+    + _TORCH_LOOP,
     "torch_fsdp2": """
 - from dist_adamw
 - optimizer = DistAdamW
 + optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.05)
-- scheduler =
-+ scheduler = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(optimizer, len(loader), T_mult=2)
-- folder =
-- if args.resume
-- load(
-- first_epoch, done
-- for epoch in
-+ for epoch in range(args.epochs):
-- if epoch == first_epoch
-- continue
-- samples, lr =
-+ samples, lr = (epoch * len(loader) + number) * BATCH, scheduler.get_last_lr()[0]
-= loss.backward()
-+ nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-- if folder.is_due
-- folder.save
-""",
+"""
+    + _TORCH_LOOP,
     "trainer": _TRAINER,
     "trainer_peft": _TRAINER,
     "trainer_trl": _TRAINER,
